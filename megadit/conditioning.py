@@ -1,0 +1,70 @@
+"""``Conditioning``: what a picture is generated from. Plain tensors, so that data, objectives and models share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """One batch of conditions; a field is None where the model does not use it.
+
+    labels: class of each sample, int64 (B,); ``num_classes`` is the null label.
+    text: text features, float (B, L, D), padded to a fixed length L.
+    text_mask: True where ``text`` holds a token, bool (B, L).
+    pooled: one feature vector per text, float (B, P).
+    """
+
+    labels: Tensor | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Batch size B; 0 when no field is given (an unconditional model takes any batch)."""
+        return next((value.shape[0] for value in self._tensors().values() if value is not None), 0)
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
+        """The samples at ``index``, a slice, a list of positions, or an int64 or bool tensor; always a batch."""
+        if isinstance(index, int):
+            raise TypeError("Conditioning takes a slice, a list or a tensor, so that the batch dimension stays")
+        chosen = index if isinstance(index, slice | Tensor) else list(index)
+        return self._map(lambda value: value[chosen])
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same conditions on ``device``."""
+        return self._map(lambda value: value.to(device))
+
+    def repeat(self, times: int) -> Conditioning:
+        """The whole batch ``times`` over: sample b is found at b, B + b, 2B + b, ..."""
+        return self._map(lambda value: value.repeat(times, *[1] * (value.dim() - 1)))
+
+    def with_labels(self, labels: Tensor | None) -> Conditioning:
+        """The same conditions with other labels."""
+        return replace(self, labels=labels)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """The batches of ``parts`` one after the other, e.g. conditional then null for guidance.
+
+        Raises ValueError if a field is given in some parts and missing in others.
+        """
+        joined: dict[str, Tensor | None] = {}
+        for field in fields(Conditioning):
+            values = [getattr(part, field.name) for part in parts]
+            present = [value for value in values if value is not None]
+            if present and len(present) != len(values):
+                raise ValueError(f"{field.name}: given in some of the batches only, so they cannot be joined")
+            joined[field.name] = torch.cat(present) if present else None
+        return Conditioning(**joined)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        changed = {name: None if value is None else change(value) for name, value in self._tensors().items()}
+        return Conditioning(**changed)
