@@ -1,0 +1,169 @@
+"""DDPM on the linear schedule, with the learned range variance of improved DDPM (Nichol & Dhariwal 2021).
+
+The semantics are those of the DiT code: loss = mse + vb, both means over C, H, W, vb in bits, no weight between
+them. ``prediction: v`` swaps the target of the mse for v (Salimans & Ho 2022); the vb term stays the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megadit.conditioning import Conditioning
+from megadit.config.run import ObjectiveConfig
+from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective, check_channels, sample_mean
+from megadit.diffusion.timesteps import MODEL_TIME, discrete_steps, uniform_times
+from megadit.diffusion.weighting import min_snr_weight
+from megadit.errors import UserError
+
+BETA_FIRST, BETA_LAST, BETA_STEPS = 1e-4, 2e-2, 1000
+
+
+def linear_betas(steps: int) -> Tensor:
+    """Linear betas, float64 (steps,): 1e-4 to 2e-2 at 1000 steps, scaled by 1000 / steps so that alpha-bar agrees.
+
+    Raises UserError if the scaled schedule leaves (0, 1), which happens at 20 steps and fewer.
+    """
+    scale = BETA_STEPS / steps
+    if scale * BETA_LAST >= 1.0:
+        fewest = int(BETA_STEPS * BETA_LAST) + 1
+        raise UserError(f"objective.diffusion_steps: {steps} is too short for the linear schedule; use {fewest} or more")
+    return torch.linspace(scale * BETA_FIRST, scale * BETA_LAST, steps, dtype=torch.float64)
+
+
+class NoiseSchedule:
+    """Tables of the forward process, built in float64 and read in float32 (Ho et al. 2020, eqs. 4 to 7)."""
+
+    def __init__(self, steps: int) -> None:
+        betas = linear_betas(steps)
+        alphas = 1.0 - betas
+        bar = torch.cumprod(alphas, dim=0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+        variance = betas * (1.0 - previous) / (1.0 - bar)
+        self.steps = steps
+        self._tables = {
+            "log_beta": betas.log(),
+            "sqrt_bar": bar.sqrt(),
+            "sqrt_one_minus_bar": (1.0 - bar).sqrt(),
+            "snr": bar / (1.0 - bar),
+            # The posterior's variance is 0 at step 0: its log is clipped to that of step 1.
+            "posterior_log_variance": torch.cat([variance[1:2], variance[1:]]).log(),
+            "posterior_from_x0": betas * previous.sqrt() / (1.0 - bar),
+            "posterior_from_x": (1.0 - previous) * alphas.sqrt() / (1.0 - bar),
+        }
+        self._copies: dict[tuple[str, torch.device], Tensor] = {}
+
+    def table(self, name: str) -> Tensor:
+        """One whole table, float64 (steps,) on the CPU."""
+        return self._tables[name]
+
+    def at(self, name: str, steps: Tensor, dims: int = 1) -> Tensor:
+        """A table at ``steps`` (B,), float32 (B, 1, ..., 1) of ``dims`` dimensions on the device of ``steps``."""
+        key = (name, steps.device)
+        if key not in self._copies:
+            self._copies[key] = self._tables[name].float().to(steps.device)
+        return self._copies[key][steps].reshape(-1, *[1] * (dims - 1))
+
+
+class DDPMObjective(Objective):
+    """Predict eps or v at a uniform step; with ``learn_sigma`` the second half of the output is the variance."""
+
+    def __init__(self, config: ObjectiveConfig, *, learn_sigma: bool, num_classes: int) -> None:
+        super().__init__(num_classes=num_classes, label_dropout=config.label_dropout)
+        self.config = config
+        self.learn_sigma = learn_sigma
+        self.schedule = NoiseSchedule(config.diffusion_steps)
+
+    def draw_times(self, keys: Tensor) -> Tensor:
+        """Uniform over the schedule: int64 (B,) -> float32 (B,)."""
+        return uniform_times(keys)
+
+    def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise; the model's time is 1000 t / T, so t at 1000 steps."""
+        steps = discrete_steps(t01, self.schedule.steps)
+        x = (
+            self.schedule.at("sqrt_bar", steps, x0.dim()) * x0
+            + self.schedule.at("sqrt_one_minus_bar", steps, x0.dim()) * noise
+        )
+        time01 = steps.float() / self.schedule.steps
+        t = steps.float() * (MODEL_TIME / self.schedule.steps)
+        return NoisyBatch(x=x, t=t, cond=cond, x0=x0, noise=noise, time01=time01, steps=steps)
+
+    def loss(self, output: Tensor, noisy: NoisyBatch) -> LossTerms:
+        """``mse`` (weighted if asked) plus, with a learned variance, ``vb``. Raises ValueError on a wrong shape."""
+        check_channels(output, noisy, 2 if self.learn_sigma else 1)
+        assert noisy.steps is not None
+        prediction, *variance = output.float().split(noisy.x.shape[1], dim=1)
+        mse = sample_mean((self._target(noisy) - prediction).square())
+        if self.config.weighting == "min_snr":
+            snr = self.schedule.at("snr", noisy.steps)
+            mse = mse * min_snr_weight(snr, self.config.min_snr_gamma, self.config.prediction)
+        terms = {"mse": mse}
+        if variance:
+            # Detached: the bound trains the variance only, the mean is left to the mse.
+            terms["vb"] = self._bound(prediction.detach(), variance[0], noisy)
+        return LossTerms(total=torch.stack(list(terms.values())).sum(dim=0), terms=terms)
+
+    def _target(self, noisy: NoisyBatch) -> Tensor:
+        if self.config.prediction == "eps":
+            return noisy.noise
+        assert noisy.steps is not None
+        signal, sigma = self._coefficients(noisy.steps, noisy.x.dim())
+        return signal * noisy.noise - sigma * noisy.x0
+
+    def _coefficients(self, steps: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+        return self.schedule.at("sqrt_bar", steps, dims), self.schedule.at("sqrt_one_minus_bar", steps, dims)
+
+    def _denoised(self, prediction: Tensor, noisy: NoisyBatch) -> Tensor:
+        """The x0 that a prediction of eps or v stands for, (B, C, H, W)."""
+        assert noisy.steps is not None
+        signal, sigma = self._coefficients(noisy.steps, noisy.x.dim())
+        if self.config.prediction == "eps":
+            return (noisy.x - sigma * prediction) / signal
+        return signal * noisy.x - sigma * prediction
+
+    def _bound(self, prediction: Tensor, variance: Tensor, noisy: NoisyBatch) -> Tensor:
+        """One term of the variational bound per sample, in bits per dimension, (B,).
+
+        KL between the posterior q(x_{t-1} | x_t, x0) and the model's Gaussian; at step 0 the negative log likelihood
+        of 8-bit data. The log variance lies between the posterior's and beta's: f log beta + (1 - f) log posterior
+        with f = (variance + 1) / 2, not clipped (improved DDPM, eq. 15).
+        """
+        steps, dims = noisy.steps, noisy.x.dim()
+        assert steps is not None
+        low = self.schedule.at("posterior_log_variance", steps, dims)
+        high = self.schedule.at("log_beta", steps, dims)
+        share = (variance + 1.0) / 2.0
+        log_variance = share * high + (1.0 - share) * low
+        from_x0 = self.schedule.at("posterior_from_x0", steps, dims)
+        from_x = self.schedule.at("posterior_from_x", steps, dims)
+        true_mean = from_x0 * noisy.x0 + from_x * noisy.x
+        mean = from_x0 * self._denoised(prediction, noisy) + from_x * noisy.x
+        divergence = sample_mean(gaussian_kl(true_mean, low, mean, log_variance))
+        likelihood = sample_mean(discretized_log_likelihood(noisy.x0, mean, log_variance / 2.0))
+        return torch.where(steps == 0, -likelihood, divergence) / math.log(2.0)
+
+
+def gaussian_kl(mean_p: Tensor, log_variance_p: Tensor, mean_q: Tensor, log_variance_q: Tensor) -> Tensor:
+    """KL(p || q) of two diagonal Gaussians per element, in nats; shapes broadcast."""
+    ratio = log_variance_q - log_variance_p
+    distance = (mean_p - mean_q).square() * torch.exp(-log_variance_q)
+    return 0.5 * (ratio - 1.0 + torch.exp(-ratio) + distance)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log probability, in nats, of 8-bit data scaled to [-1, 1] under a Gaussian per element (Ho et al. 2020, eq. 13).
+
+    Bins are 2/255 wide, the first and the last are open. Uses the tanh approximation of the normal CDF, as DiT does.
+    """
+    inverse = torch.exp(-log_std)
+    upper = _normal_cdf((x - mean + 1.0 / 255.0) * inverse)
+    lower = _normal_cdf((x - mean - 1.0 / 255.0) * inverse)
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1.0 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))

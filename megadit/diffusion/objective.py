@@ -1,0 +1,114 @@
+"""``Objective``: what the network is asked to predict. A training step is ``prepare``, the model, ``loss``.
+
+Every random draw is keyed by (seed, stream, global sample number), so a sample meets the same noise, time and
+label dropout whatever the batch split, the number of ranks or the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadit.conditioning import Conditioning
+from megadit.rng import batch_normal, batch_uniform, sample_keys
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A batch on its way through the model.
+
+    x: noisy input, float32 (B, C, H, W).  t: model time, float32 (B,) in [0, 1000].  cond: after label dropout.
+    x0, noise: what x was mixed from, float32 (B, C, H, W).
+    time01: position on the noise schedule, float32 (B,) in [0, 1], 1 being pure noise (for loss by time bin).
+    steps: index into the discrete schedule, int64 (B,); None for flow matching.
+    """
+
+    x: Tensor
+    t: Tensor
+    cond: Conditioning
+    x0: Tensor
+    noise: Tensor
+    time01: Tensor
+    steps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """``total``: per-sample loss, float32 (B,), what training averages. ``terms``: its addends by name, each (B,)."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(ABC):
+    """Shared draws; a subclass says how noise is mixed in and how the output is scored."""
+
+    def __init__(self, *, num_classes: int, label_dropout: float) -> None:
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+
+    def prepare(
+        self,
+        x0: Tensor,
+        cond: Conditioning,
+        numbers: Tensor | Iterable[int],
+        seed: int,
+        *,
+        t01: Tensor | None = None,
+        noise: Tensor | None = None,
+        drop_labels: bool = True,
+    ) -> NoisyBatch:
+        """Mix noise into clean samples.
+
+        x0: (B, C, H, W), any float dtype.  numbers: the B global sample numbers.  t01: fixed positions on the noise
+        schedule, (B,) in [0, 1], instead of drawn times; noise: fixed noise, (B, C, H, W); drop_labels: False keeps
+        every label. The last three serve the fixed-noise validation loss.
+        """
+        ids = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+        if len(ids) != x0.shape[0]:
+            raise ValueError(f"numbers: {len(ids)} sample numbers for a batch of {x0.shape[0]}")
+        x0 = x0.float()
+        if t01 is None:
+            # A few numbers per sample: drawn on the CPU, where the keys are, rather than by a row of tiny kernels.
+            t01 = self.draw_times(sample_keys(seed, "timestep", ids))
+        if noise is None:
+            noise = batch_normal(sample_keys(seed, "noise", ids).to(x0.device), x0.shape[1:])
+        if drop_labels:
+            cond = self._drop_labels(cond, ids, seed)
+        return self.mix(x0, noise.to(x0), t01.to(x0.device, torch.float32), cond)
+
+    def _drop_labels(self, cond: Conditioning, ids: list[int], seed: int) -> Conditioning:
+        """Labels replaced by the null label ``num_classes`` with the configured probability (DiT's token_drop)."""
+        if cond.labels is None or self.label_dropout == 0.0:
+            return cond
+        drop = batch_uniform(sample_keys(seed, "label-dropout", ids)) < self.label_dropout
+        return cond.with_labels(cond.labels.masked_fill(drop.to(cond.labels.device), self.num_classes))
+
+    @abstractmethod
+    def draw_times(self, keys: Tensor) -> Tensor:
+        """One position on the noise schedule per key: (B,) int64 -> float32 (B,) in [0, 1]."""
+
+    @abstractmethod
+    def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
+        """The noisy batch at the given positions; everything float32 on one device."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, noisy: NoisyBatch) -> LossTerms:
+        """Score the model's output, (B, C or 2C, H, W) in any float dtype, in float32."""
+
+
+def sample_mean(values: Tensor) -> Tensor:
+    """Mean over all but the batch dimension: (B, ...) -> (B,)."""
+    return values.flatten(1).mean(dim=1)
+
+
+def check_channels(output: Tensor, noisy: NoisyBatch, factor: int) -> None:
+    """Raise ValueError unless the output has ``factor`` times the input's channels and its other sizes."""
+    batch, channels, *sides = noisy.x.shape
+    if tuple(output.shape) != (batch, channels * factor, *sides):
+        expected = (batch, channels * factor, *sides)
+        raise ValueError(f"model output has shape {tuple(output.shape)}, this objective needs {expected}")
