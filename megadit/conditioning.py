@@ -24,9 +24,10 @@ class Conditioning:
     text_mask: Tensor | None = None
     pooled: Tensor | None = None
 
-    def __len__(self) -> int:
-        """Batch size B; 0 when no field is given (an unconditional model takes any batch)."""
-        return next((value.shape[0] for value in self._tensors().values() if value is not None), 0)
+    @property
+    def batch_size(self) -> int | None:
+        """B, or None when no field is given (an unconditional model takes any batch)."""
+        return next((value.shape[0] for value in self._tensors().values() if value is not None), None)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
         """The samples at ``index``, a slice, a list of positions, or an int64 or bool tensor; always a batch."""

@@ -1,0 +1,105 @@
+"""Samplers: which diffusers scheduler runs, at which steps, and what time the model is told at each of them.
+
+diffusers is given the steps explicitly. Its own spacings would miss the last step's exact length (DDIM rounds
+T / steps down), put an almost empty last step at sigma = 1/1000 (flow), or shift a flow's last sigma twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from megadit.config.run import ObjectiveConfig, SampleConfig
+from megadit.diffusion.ddpm import linear_betas
+from megadit.diffusion.timesteps import MODEL_TIME
+from megadit.errors import UserError
+from megadit.optional import import_diffusers
+
+_KINDS = {"ddpm": ("dpm", "ddpm", "ddim"), "flow": ("euler",)}  # objective.kind: its samplers, the default first
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One sampling run: a diffusers scheduler with its steps set, and how the model is called.
+
+    times: what ``scheduler.step`` is given, one entry per step, on the CPU.  model_times: what the model is told, in
+    [0, 1000].  uses_variance: whether the learned variance goes to the scheduler.
+    """
+
+    scheduler: Any
+    times: Tensor
+    model_times: tuple[float, ...]
+    uses_variance: bool
+
+
+def scheduler_name(objective: ObjectiveConfig, config: SampleConfig) -> str:
+    """``sample.scheduler`` with ``auto`` resolved. Raises UserError if the sampler is not one of this objective's."""
+    known = _KINDS[objective.kind]
+    if config.scheduler == "auto":
+        return known[0]
+    if config.scheduler not in known:
+        raise UserError(
+            f"sample.scheduler: {config.scheduler} does not sample models of objective.kind {objective.kind}; "
+            f"use {' or '.join(known)}"
+        )
+    return config.scheduler
+
+
+def build_sampler(objective: ObjectiveConfig, config: SampleConfig, *, learn_sigma: bool) -> Sampler:
+    """The sampler for a model trained with ``objective``. Raises UserError if the two do not go together."""
+    name = scheduler_name(objective, config)
+    if objective.kind == "flow":
+        return _flow_sampler(objective, config)
+    return _ddpm_sampler(name, objective, config, learn_sigma)
+
+
+def spaced_steps(total: int, count: int, *, down_to_zero: bool = True) -> list[int]:
+    """``count`` of ``total`` training steps, evenly spaced and descending from total - 1.
+
+    They end at step 0, as DiT respaces its schedule, or one interval before it. A single step is total - 1.
+    Raises UserError if there are not that many.
+    """
+    intervals = count - 1 if down_to_zero else count
+    if intervals >= total:
+        most = total if down_to_zero else total - 1
+        raise UserError(f"sample.steps: {count} is more than this sampler and the model's schedule have; use {most}")
+    points = np.linspace(total - 1, 0, max(intervals, 1) + 1).round()
+    return [int(step) for step in points[:count]]
+
+
+def _ddpm_sampler(name: str, objective: ObjectiveConfig, config: SampleConfig, learn_sigma: bool) -> Sampler:
+    diffusers = import_diffusers()
+    total = objective.diffusion_steps
+    common = {
+        "num_train_timesteps": total,
+        "trained_betas": linear_betas(total).numpy(),
+        "prediction_type": "epsilon" if objective.prediction == "eps" else "v_prediction",
+    }
+    if name == "ddpm":
+        variance = "learned_range" if learn_sigma else "fixed_small"
+        scheduler = diffusers.DDPMScheduler(**common, variance_type=variance, clip_sample=False)
+    else:
+        # DPM-Solver++ of order 1 is DDIM (Lu et al. 2022, section 4), and right at any number of steps.
+        order = 1 if name == "ddim" else 2
+        scheduler = diffusers.DPMSolverMultistepScheduler(**common, solver_order=order, algorithm_type="dpmsolver++")
+    # The multistep solver extrapolates: it stops short of step 0, whose log SNR lies far from that of the others.
+    steps = spaced_steps(total, config.steps, down_to_zero=name != "dpm")
+    scheduler.set_timesteps(timesteps=steps)
+    return Sampler(
+        scheduler=scheduler,
+        times=scheduler.timesteps,
+        model_times=tuple(step * MODEL_TIME / total for step in steps),
+        uses_variance=learn_sigma and name == "ddpm",
+    )
+
+
+def _flow_sampler(objective: ObjectiveConfig, config: SampleConfig) -> Sampler:
+    diffusers = import_diffusers()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(MODEL_TIME), shift=objective.shift)
+    # Unshifted and evenly spaced from pure noise; the scheduler shifts them once and appends the final 0.
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / config.steps, config.steps).tolist())
+    times = scheduler.timesteps
+    return Sampler(scheduler=scheduler, times=times, model_times=tuple(times.tolist()), uses_variance=False)
