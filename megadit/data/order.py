@@ -1,0 +1,89 @@
+"""Which images a step sees: global sample numbers, and how ranks and micro batches share them.
+
+Sample numbers 0, 1, 2, ... run over the whole training run. Number s lies in epoch s // N and is the
+image permutation_epoch[s mod N]; optimizer step k of batch size B takes the numbers kB ... kB + B - 1.
+Nothing here depends on how many ranks there are, so a step sees the same images under every layout, and
+a run resumes exactly from its step number alone: no state of the order has to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megadit.errors import UserError
+from megadit.rng import permutation, stream_key
+
+_EPOCHS_KEPT = 2  # a batch that ends one epoch and begins the next alternates between two permutations
+
+
+@dataclass
+class SampleOrder:
+    """Global sample numbers to indices of a set of ``size`` images, reshuffled every epoch under ``seed``."""
+
+    size: int
+    seed: int
+    _permutations: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError("SampleOrder needs a set with at least one image")
+
+    def epoch(self, number: int) -> int:
+        """The epoch (0-based) of a global sample number."""
+        return number // self.size
+
+    def indices(self, numbers: Tensor | Sequence[int]) -> list[int]:
+        """Indices into the set, one per global sample number (numbers may span several epochs)."""
+        values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        return [int(self._permutation(s // self.size)[s % self.size]) for s in values]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch not in self._permutations:
+            while len(self._permutations) >= _EPOCHS_KEPT:
+                self._permutations.pop(next(iter(self._permutations)))
+            self._permutations[epoch] = permutation(stream_key(self.seed, "order", epoch), self.size)
+        return self._permutations[epoch]
+
+    def __getstate__(self) -> dict:
+        return {"size": self.size, "seed": self.seed, "_permutations": {}}
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the ``global_batch`` of a step is spread: ``ranks`` data-parallel ranks, ``micro_batch`` images at a time."""
+
+    global_batch: int
+    ranks: int
+    rank: int
+    micro_batch: int
+
+    def __post_init__(self) -> None:
+        if min(self.global_batch, self.ranks, self.micro_batch) < 1 or not 0 <= self.rank < self.ranks:
+            raise ValueError(f"impossible layout: {self}")
+        if self.global_batch % (self.ranks * self.micro_batch):
+            raise UserError(
+                f"train.global_batch: {self.global_batch} is not a multiple of {self.ranks} data-parallel ranks x "
+                f"train.micro_batch {self.micro_batch}; choose a global_batch that is a multiple of "
+                f"{self.ranks * self.micro_batch}, or another micro_batch"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per optimizer step and rank."""
+        return self.global_batch // (self.ranks * self.micro_batch)
+
+    def numbers(self, step: int, micro: int) -> list[int]:
+        """Global sample numbers of this rank's micro batch ``micro`` of optimizer step ``step`` (both 0-based)."""
+        if not 0 <= micro < self.accumulation:
+            raise ValueError(f"micro batch {micro} is not one of the {self.accumulation} of a step")
+        start = step * self.global_batch + (micro * self.ranks + self.rank) * self.micro_batch
+        return list(range(start, start + self.micro_batch))
+
+
+def number_tensor(numbers: Sequence[int]) -> Tensor:
+    """Sample numbers as int64 (B,)."""
+    return torch.tensor(list(numbers), dtype=torch.int64)

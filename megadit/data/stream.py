@@ -1,0 +1,157 @@
+"""``BatchStream``: the endless sequence of a rank's micro batches, read here or ahead of time by workers.
+
+The main process resolves sample numbers to indices and sends both to the workers, which only read,
+decode and mirror. So the batches are the same, in the same order, for any number of workers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megadit.data.batch import Batch, RawBatch, finish, make_batch, read_samples
+from megadit.data.dataset import ImageSet
+from megadit.data.order import BatchLayout, SampleOrder
+from megadit.data.workers import shield_worker, worker_context
+from megadit.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A ``UserError`` on its way out of a worker: DataLoader would bury its sentence in a traceback."""
+
+    message: str
+
+
+class _Reader(Dataset):
+    """What a worker runs: a list of (sample number, index) pairs -> ``RawBatch`` or ``_Failure``."""
+
+    def __init__(self, dataset: ImageSet, seed: int, flip: bool) -> None:
+        self.dataset, self.seed, self.flip = dataset, seed, flip
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__getitems__([index])
+
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> RawBatch | _Failure:
+        numbers, indices = zip(*pairs, strict=True)
+        try:
+            return read_samples(self.dataset, numbers, indices, seed=self.seed, flip=self.flip)
+        except UserError as error:
+            return _Failure(str(error))
+
+
+class _Schedule:
+    """DataLoader's batch sampler: the pairs of each micro batch from ``start_step`` on, without end."""
+
+    def __init__(self, layout: BatchLayout, order: SampleOrder, start_step: int) -> None:
+        self.layout, self.order, self.start_step = layout, order, start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.start_step
+        while True:
+            for micro in range(self.layout.accumulation):
+                numbers = self.layout.numbers(step, micro)
+                yield list(zip(numbers, self.order.indices(numbers), strict=True))
+            step += 1
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+class BatchStream(Iterator[Batch]):
+    """Micro batches of one rank in order, forever: step ``start_step`` micro 0, micro 1, ..., next step.
+
+    ``workers`` processes read ahead (0: images are read when asked for); the batches do not depend on it.
+    ``step`` and ``micro`` say which batch comes next. Close it, or use it in ``with``. ``next`` raises
+    ``UserError`` when an image cannot be read, wherever it was read.
+    """
+
+    def __init__(
+        self, dataset: ImageSet, layout: BatchLayout, seed: int, flip: bool, workers: int, start_step: int = 0
+    ) -> None:
+        self.dataset, self.layout, self.seed, self.flip = dataset, layout, seed, flip
+        self.order = SampleOrder(len(dataset), seed)
+        self.step, self.micro = start_step, 0
+        self._closed = False
+        self._prefetcher: Any = None
+        self._processes: list[Any] = []
+        self._at_exit: Callable[[], None] | None = None
+        if workers > 0:
+            self._start(workers)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch (0-based) in which the next batch begins."""
+        return self.order.epoch(self.layout.numbers(self.step, self.micro)[0])
+
+    def _start(self, workers: int) -> None:
+        loader = DataLoader(
+            _Reader(self.dataset, self.seed, self.flip),
+            batch_sampler=_Schedule(self.layout, self.order, self.step),
+            collate_fn=_as_is,
+            num_workers=workers,
+            multiprocessing_context=worker_context(),
+            worker_init_fn=shield_worker,
+            generator=torch.Generator(),  # else DataLoader draws its base seed from torch's global generator
+        )
+        self._prefetcher = iter(loader)
+        self._processes = list(getattr(self._prefetcher, "_workers", ()))
+        # Without this an exit would wait for the workers, which do not hear SIGTERM, and they for the exit.
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("this BatchStream is closed")
+        if self._prefetcher is None:
+            numbers = self.layout.numbers(self.step, self.micro)
+            batch = make_batch(self.dataset, self.order, numbers, seed=self.seed, flip=self.flip)
+        else:
+            raw = next(self._prefetcher)
+            if isinstance(raw, _Failure):
+                raise UserError(raw.message)
+            batch = finish(raw)
+        self.micro += 1
+        if self.micro == self.layout.accumulation:
+            self.step, self.micro = self.step + 1, 0
+        return batch
+
+    def close(self) -> None:
+        """Stop the workers. Idempotent."""
+        self._closed = True
+        self._prefetcher = None  # the last reference: DataLoader tells its workers to end, and waits for them
+        processes, self._processes = self._processes, []
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if self._at_exit is not None:
+            atexit.unregister(self._at_exit)
+            self._at_exit = None
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+
+def _close_at_exit(reference: weakref.ref[BatchStream]) -> None:
+    stream = reference()
+    if stream is not None:
+        stream.close()
