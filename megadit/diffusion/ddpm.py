@@ -29,7 +29,9 @@ def linear_betas(steps: int) -> Tensor:
     scale = BETA_STEPS / steps
     if scale * BETA_LAST >= 1.0:
         fewest = int(BETA_STEPS * BETA_LAST) + 1
-        raise UserError(f"objective.diffusion_steps: {steps} is too short for the linear schedule; use {fewest} or more")
+        raise UserError(
+            f"objective.diffusion_steps: {steps} is too short for the linear schedule; use {fewest} or more"
+        )
     return torch.linspace(scale * BETA_FIRST, scale * BETA_LAST, steps, dtype=torch.float64)
 
 

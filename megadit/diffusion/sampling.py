@@ -45,7 +45,7 @@ def sample(
     sampler = build_sampler(objective, config, learn_sigma=model_config.learn_sigma)
     null = None if null_cond is None else null_cond.to(device)
     denoise = guided(model, model_config, config, cond.to(device), null)
-    generators = [_step_noise(config.seed, number) for number in numbers]
+    generators = [step_noise(config.seed, number) for number in numbers]
     with torch.no_grad(), evaluating(model):
         x = batch_normal(sample_keys(config.seed, "sample", numbers).to(device), shape)
         for time, model_time in zip(sampler.times, sampler.model_times, strict=True):
@@ -97,7 +97,7 @@ def _call(model: nn.Module, x: Tensor, time: float, cond: Conditioning) -> Tenso
     return model(x, t, cond).float()
 
 
-def _step_noise(seed: int, number: int) -> torch.Generator:
+def step_noise(seed: int, number: int) -> torch.Generator:
     """The noise of one picture's steps: on the CPU, so that every device draws the same."""
     return torch.Generator().manual_seed(stream_key(seed, "sample-step", number))
 

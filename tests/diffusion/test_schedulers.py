@@ -24,9 +24,7 @@ MEAN, STD = 0.5, 0.3
 
 
 def small(learn_sigma: bool = False) -> ModelConfig:
-    return ModelConfig(
-        width=16, heads=1, depth=1, in_channels=2, input_size=4, learn_sigma=learn_sigma, num_classes=0
-    )
+    return ModelConfig(width=16, heads=1, depth=1, in_channels=2, input_size=4, learn_sigma=learn_sigma, num_classes=0)
 
 
 def alpha_bar(steps: int = 1000) -> Tensor:
@@ -63,7 +61,7 @@ def draw(model: nn.Module, objective: ObjectiveConfig, config: SampleConfig, cou
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize(("scheduler", "steps", "tolerance"), [("ddim", 200, 0.02), ("dpm", 40, 0.02)])
+@pytest.mark.parametrize(("scheduler", "steps", "tolerance"), [("ddim", 200, 0.03), ("dpm", 80, 0.01)])
 def test_deterministic_ddpm_samplers_reach_the_exact_solution(prediction, scheduler, steps, tolerance):
     first, drawn = draw(
         GaussianDenoiser(prediction, MEAN, STD),
@@ -137,7 +135,7 @@ def test_other_schedule_lengths_scale_the_model_time():
     first, drawn = draw(GaussianDenoiser("eps", MEAN, STD, steps=250), objective, config, count=2)
     bar = alpha_bar(250)[-1]
     exact = MEAN + STD * (first - bar.sqrt() * MEAN) / (bar * STD**2 + 1 - bar).sqrt()
-    assert (drawn - exact).abs().max() < 0.03
+    assert (drawn - exact).abs().max() < 0.05
 
 
 def test_ddim_is_the_textbook_update_at_a_step_count_that_does_not_divide_the_schedule():
