@@ -1,4 +1,4 @@
-"""Flow matching on straight paths (rectified flow): x_t = (1 - t) x0 + t noise, predict noise - x0 (Liu et al. 2022)."""
+"""Flow matching on straight paths (Liu et al. 2022): x_t = (1 - t) x0 + t noise, predict noise - x0."""
 
 from __future__ import annotations
 

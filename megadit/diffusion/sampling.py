@@ -6,7 +6,7 @@ the noise of its steps are keyed by (seed, i).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -103,7 +103,7 @@ def step_noise(seed: int, number: int) -> torch.Generator:
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, the former mode of ``model`` after."""
     training = model.training
     model.eval()

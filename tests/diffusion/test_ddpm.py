@@ -218,6 +218,6 @@ def test_tables_are_float64_and_end_where_they_should():
 
 
 def test_a_schedule_too_short_is_refused():
-    with pytest.raises(UserError, match="objective.diffusion_steps: 20 .*21 or more"):
+    with pytest.raises(UserError, match=r"objective\.diffusion_steps: 20 .*21 or more"):
         objective(diffusion_steps=20)
     objective(diffusion_steps=21)

@@ -130,7 +130,7 @@ def test_the_model_samples_in_evaluation_mode_and_keeps_its_own():
 
 
 def test_guidance_without_null_conditions_is_refused():
-    with pytest.raises(UserError, match="sample.guidance: 2"):
+    with pytest.raises(UserError, match=r"sample\.guidance: 2"):
         sample(
             LabelNet(), config(), ObjectiveConfig(), SampleConfig(guidance=2.0), numbers=[0], cond=conditions([0])[0]
         )
@@ -138,7 +138,7 @@ def test_guidance_without_null_conditions_is_refused():
 
 def test_more_guidance_channels_than_channels_are_refused():
     cond, null = conditions([0])
-    with pytest.raises(UserError, match="sample.guidance_channels: 5.*4"):
+    with pytest.raises(UserError, match=r"sample\.guidance_channels: 5.*4"):
         guided(LabelNet(), config(), SampleConfig(guidance=2.0, guidance_channels=5), cond, null)
 
 

@@ -31,7 +31,7 @@ def distance(values: torch.Tensor, cdf: torch.Tensor) -> float:
 
 def test_uniform_times_are_uniform():
     times = uniform_times(KEYS).double().sort().values
-    assert 0 < times[0] and times[-1] <= 1
+    assert times[0] > 0 and times[-1] <= 1
     assert distance(times, times) < KOLMOGOROV
 
 
