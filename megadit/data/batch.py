@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megadit.data.dataset import ImageSet, stack_images
-from megadit.data.order import SampleOrder, number_tensor
+from megadit.data.order import SampleOrder
 from megadit.rng import batch_uniform, sample_keys
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """images float32 (B, C, H, W) in [-1, 1]; labels int64 (B,); captions, B of them; numbers int64 (B,)."""
 
@@ -26,7 +26,7 @@ class Batch:
         return int(self.numbers.shape[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RawBatch:
     """What a worker hands over: images still uint8 (B, C, H, W), a quarter of the bytes of a ``Batch``."""
 
@@ -63,7 +63,7 @@ def finish(raw: RawBatch) -> Batch:
         images=scale_images(raw.images),
         labels=torch.tensor(raw.labels, dtype=torch.int64),
         captions=raw.captions,
-        numbers=number_tensor(raw.numbers),
+        numbers=torch.tensor(raw.numbers, dtype=torch.int64),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megadit.errors import UserError
 
-_REMEDY = "replace or remove the file"
+_REMEDY = "replace the file or take it out of the set"
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -43,6 +43,8 @@ def read_rgb(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             return _to_rgb(file)
+    except MemoryError:
+        raise  # this machine's fault, not the file's
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         raise UserError(_unreadable(path, error)) from None
 

@@ -53,7 +53,7 @@ class ImageSet(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArraySet:
     """A set held in memory as one uint8 tensor (N, C, h, w), resized to ``image_size`` when that differs from h."""
 
@@ -93,7 +93,7 @@ def _resize(image: Tensor, size: int) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subset:
     """The images ``indices`` of another set, in that order; without classes when ``labelled`` is False."""
 

@@ -38,8 +38,13 @@ class SampleOrder:
 
     def indices(self, numbers: Tensor | Sequence[int]) -> list[int]:
         """Indices into the set, one per global sample number (numbers may span several epochs)."""
-        values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
-        return [int(self._permutation(s // self.size)[s % self.size]) for s in values]
+        values = torch.as_tensor(numbers, dtype=torch.int64)
+        epochs, places = values // self.size, values % self.size
+        indices = torch.empty_like(values)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            indices[here] = self._permutation(epoch)[places[here]]
+        return indices.tolist()
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
@@ -82,8 +87,3 @@ class BatchLayout:
             raise ValueError(f"micro batch {micro} is not one of the {self.accumulation} of a step")
         start = step * self.global_batch + (micro * self.ranks + self.rank) * self.micro_batch
         return list(range(start, start + self.micro_batch))
-
-
-def number_tensor(numbers: Sequence[int]) -> Tensor:
-    """Sample numbers as int64 (B,)."""
-    return torch.tensor(list(numbers), dtype=torch.int64)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megadit.data.batch import Batch, RawBatch, finish, make_batch, read_samples
+from megadit.data.batch import Batch, RawBatch, finish, read_samples
 from megadit.data.dataset import ImageSet
 from megadit.data.order import BatchLayout, SampleOrder
-from megadit.data.workers import shield_worker, worker_context
+from megadit.data.workers import prepare_worker, worker_context
 from megadit.errors import UserError
 
 
@@ -31,7 +31,7 @@ class _Failure:
 
 
 class _Reader(Dataset):
-    """What a worker runs: a list of (sample number, index) pairs -> ``RawBatch`` or ``_Failure``."""
+    """What reads, in a worker or here: a list of (sample number, index) pairs -> ``RawBatch`` or ``_Failure``."""
 
     def __init__(self, dataset: ImageSet, seed: int, flip: bool) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
@@ -71,16 +71,16 @@ class BatchStream(Iterator[Batch]):
 
     ``workers`` processes read ahead (0: images are read when asked for); the batches do not depend on it.
     ``step`` and ``micro`` say which batch comes next. Close it, or use it in ``with``. ``next`` raises
-    ``UserError`` when an image cannot be read, wherever it was read.
+    ``UserError``, and closes the stream, when an image cannot be read, wherever it was read.
     """
 
     def __init__(
         self, dataset: ImageSet, layout: BatchLayout, seed: int, flip: bool, workers: int, start_step: int = 0
     ) -> None:
-        self.dataset, self.layout, self.seed, self.flip = dataset, layout, seed, flip
-        self.order = SampleOrder(len(dataset), seed)
+        self.layout, self.order = layout, SampleOrder(len(dataset), seed)
         self.step, self.micro = start_step, 0
         self._closed = False
+        self._reader = _Reader(dataset, seed, flip)
         self._prefetcher: Any = None
         self._processes: list[Any] = []
         self._at_exit: Callable[[], None] | None = None
@@ -94,12 +94,12 @@ class BatchStream(Iterator[Batch]):
 
     def _start(self, workers: int) -> None:
         loader = DataLoader(
-            _Reader(self.dataset, self.seed, self.flip),
+            self._reader,
             batch_sampler=_Schedule(self.layout, self.order, self.step),
             collate_fn=_as_is,
             num_workers=workers,
             multiprocessing_context=worker_context(),
-            worker_init_fn=shield_worker,
+            worker_init_fn=prepare_worker,
             generator=torch.Generator(),  # else DataLoader draws its base seed from torch's global generator
         )
         self._prefetcher = iter(loader)
@@ -114,18 +114,18 @@ class BatchStream(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._closed:
             raise ValueError("this BatchStream is closed")
-        if self._prefetcher is None:
-            numbers = self.layout.numbers(self.step, self.micro)
-            batch = make_batch(self.dataset, self.order, numbers, seed=self.seed, flip=self.flip)
-        else:
-            raw = next(self._prefetcher)
-            if isinstance(raw, _Failure):
-                raise UserError(raw.message)
-            batch = finish(raw)
+        raw = self._read() if self._prefetcher is None else next(self._prefetcher)
+        if isinstance(raw, _Failure):
+            self.close()
+            raise UserError(raw.message)
         self.micro += 1
         if self.micro == self.layout.accumulation:
             self.step, self.micro = self.step + 1, 0
-        return batch
+        return finish(raw)
+
+    def _read(self) -> RawBatch | _Failure:
+        numbers = self.layout.numbers(self.step, self.micro)
+        return self._reader.__getitems__(list(zip(numbers, self.order.indices(numbers), strict=True)))
 
     def close(self) -> None:
         """Stop the workers. Idempotent."""

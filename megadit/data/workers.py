@@ -12,7 +12,9 @@ stream is closed or their parent is gone.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
@@ -42,6 +44,18 @@ def worker_context() -> ForkServerContext:
     return context
 
 
-def shield_worker(worker_id: int) -> None:
-    """DataLoader's ``worker_init_fn``: block the signals here too, should another part have started the server."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+def prepare_worker(worker_id: int) -> None:
+    """DataLoader's ``worker_init_fn``: block the signals here too, and end when the training process is gone.
+
+    DataLoader's own watch is on the parent process, here the fork server, which in turn lives as long
+    as a worker does: without ours, both would outlive a training process that was killed.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)  # should another part have started the server
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
