@@ -1,0 +1,58 @@
+"""Linear with a forward multiplier that costs nothing: it goes into the GEMM's ``alpha``, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def scaled_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """``alpha * (x @ weight.T) + bias`` written plainly; see ``scaled_linear``."""
+    return F.linear(alpha * x, weight, bias)
+
+
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """``alpha * (x @ weight.T) + bias``, never with a pass over x of its own.
+
+    x (..., n_in), weight (n_out, n_in), bias (n_out,) or None -> (..., n_out), all of one dtype. With
+    alpha 1 it is ``F.linear``, bit for bit.
+    """
+    if alpha == 1.0:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast casts the operands of torch's own ops only, and would leave the backward below mixed.
+        out = _gemm(rows, weight.t(), bias, alpha)
+    else:
+        out = _ScaledLinear.apply(rows, weight, bias, alpha)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    """alpha * (a @ b) + bias in one GEMM call; beta 0 makes addmm ignore the placeholder it is given."""
+    if bias is None:
+        return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)
+    return torch.addmm(bias, a, b, alpha=alpha)
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """autograd's own addmm would scale the gradient of x in a second pass; here alpha rides on both GEMMs."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.alpha = alpha
+        return _gemm(rows, weight.t(), bias, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        rows, weight = ctx.saved_tensors
+        need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_rows = _gemm(grad, weight, None, ctx.alpha) if need_rows else None
+        grad_weight = _gemm(grad.t(), rows, None, ctx.alpha) if need_weight else None
+        return grad_rows, grad_weight, grad.sum(0) if need_bias else None, None

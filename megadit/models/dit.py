@@ -1,0 +1,145 @@
+"""DiT (Peebles and Xie, arXiv 2212.09748), class-conditional or unconditional, under SP or muP (arXiv 2505.15270).
+
+Shapes: B batch, C channels, H x W latent, T tokens, n width. Parameter names are the official ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.conditioning import Conditioning
+from megadit.config.model import ModelConfig
+from megadit.models.layers import (
+    LabelEmbedder,
+    Mlp,
+    MuLinear,
+    PatchEmbedder,
+    SelfAttention,
+    SinCosPositions,
+    TimestepEmbedder,
+    unpatchify,
+)
+from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+from megadit_kernels import gated_residual, layer_norm_modulate
+
+_LN_EPS = 1e-6
+
+
+def _modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequential:
+    """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``."""
+    out = Dim(chunks * width.size, chunks * width.base_size)
+    return nn.Sequential(nn.Identity(), MuLinear(width, out, param, init="adaln"))
+
+
+class DiTBlock(Stage):
+    """adaLN-zero Transformer block: (tokens (B, T, n), SiLU(c) (B, n)) -> the same."""
+
+    is_block = True
+
+    def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
+        super().__init__()
+        width = param.width_dim()
+        self.prefix = f"blocks.{index}."
+        self.attn = SelfAttention(width, config.num_heads, param, qk_norm=config.qk_norm == "rms")
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
+        self.adaLN_modulation = _modulation(width, 6, param)
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Attention, then the MLP, each normed, modulated and added through its gate."""
+        x, c = carrier
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = gated_residual(x, gate_msa, self.attn(layer_norm_modulate(x, shift_msa, scale_msa, _LN_EPS)))
+        x = gated_residual(x, gate_mlp, self.mlp(layer_norm_modulate(x, shift_mlp, scale_mlp, _LN_EPS)))
+        return x, c
+
+
+class DiTFinalLayer(nn.Module):
+    """Norm, modulate and read out: (B, T, n), SiLU(c) (B, n) -> (B, T, p * p * out_channels)."""
+
+    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
+        super().__init__()
+        width = param.width_dim()
+        out = Dim(config.patch_size**2 * config.out_channels)
+        self.linear = MuLinear(width, out, param, init="readout")
+        self.adaLN_modulation = _modulation(width, 2, param)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Modulation order: shift, scale."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(layer_norm_modulate(x, shift, scale, _LN_EPS))
+
+
+class DiTEmbedStage(Stage):
+    """(x, t[, labels]) -> (tokens, SiLU(c)). Refers to the model's embedders under their own names."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
+        self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """c = timestep embedding + label embedding; every user of c takes SiLU(c), so that is what is carried."""
+        x, t, *labels = carrier
+        tokens = self.pos_embed(self.x_embedder(x))
+        c = self.t_embedder(t)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(labels[0])
+        return tokens, F.silu(c)
+
+
+class DiTFinalStage(Stage):
+    """(tokens, SiLU(c)) -> (image,)."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        self.final_layer = model.final_layer
+        self.config = model.config
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Read out the patches and put the image together."""
+        config = self.config
+        side = config.input_size // config.patch_size
+        return (unpatchify(self.final_layer(*carrier), side, side, config.patch_size, config.out_channels),)
+
+
+class DiT(StagedModel):
+    """The whole model; see the module's docstring."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        super().__init__()
+        self.config = config
+        param = Parametrization(config)
+        width = param.width_dim()
+        self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
+        self.t_embedder = TimestepEmbedder(width, param)
+        self.y_embedder = LabelEmbedder(config.num_classes, width, param) if config.num_classes else None
+        self.pos_embed = SinCosPositions(config.width, config.input_size // config.patch_size)
+        self.blocks = nn.ModuleList(DiTBlock(config, param, index) for index in range(config.depth))
+        self.final_layer = DiTFinalLayer(config, param)
+        # In a tuple, so that they are not registered: their parameters are the model's own.
+        self._ends = (DiTEmbedStage(self), DiTFinalStage(self))
+
+    def stages(self) -> list[Stage]:
+        """Embedding, the blocks, the final layer."""
+        first, last = self._ends
+        return [first, *cast("Iterable[Stage]", self.blocks), last]
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """(x, t, labels), or (x, t) for an unconditional model; t in float32."""
+        size = self.config.input_size
+        if x.shape[-2:] != (size, size):
+            raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
+        if self.y_embedder is None:
+            return x, t.float()
+        if cond.labels is None:
+            raise ValueError(
+                f"cond.labels: this model is class-conditional; give labels ({self.config.num_classes} is the null one)"
+            )
+        return x, t.float(), cond.labels

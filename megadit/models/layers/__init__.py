@@ -1,0 +1,23 @@
+"""Layers that all families share. Each declares its global dims to the parametrization when it is built."""
+
+from megadit.models.layers.attention import SelfAttention
+from megadit.models.layers.embed import LabelEmbedder, PatchEmbedder, SinCosPositions, TimestepEmbedder, unpatchify
+from megadit.models.layers.linear import MuEmbedding, MuLinear, MuPatchProjection, MuRMSNorm
+from megadit.models.layers.mlp import Mlp
+from megadit.models.layers.positions import sincos_2d, timestep_features
+
+__all__ = [
+    "LabelEmbedder",
+    "Mlp",
+    "MuEmbedding",
+    "MuLinear",
+    "MuPatchProjection",
+    "MuRMSNorm",
+    "PatchEmbedder",
+    "SelfAttention",
+    "SinCosPositions",
+    "TimestepEmbedder",
+    "sincos_2d",
+    "timestep_features",
+    "unpatchify",
+]

@@ -1,0 +1,36 @@
+"""Self-attention over tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.models.layers.linear import MuLinear, MuRMSNorm
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention, scale 1 / sqrt(head_dim): head_dim stays fixed and width scales by heads.
+
+    ``qkv`` puts out q, k, v, each [heads, head_dim]; with ``qk_norm`` q and k pass an RMSNorm over head_dim
+    whose gain all heads share.
+    """
+
+    def __init__(self, width: Dim, heads: int, param: Parametrization, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width.size // heads
+        tripled = Dim(3 * width.size, 3 * width.base_size)
+        self.qkv = MuLinear(width, tripled, param)
+        self.q_norm = MuRMSNorm(Dim(self.head_dim), param) if qk_norm else None
+        self.k_norm = MuRMSNorm(Dim(self.head_dim), param) if qk_norm else None
+        self.proj = MuLinear(width, width, param)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, n) -> (B, T, n)."""
+        b, t, n = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(b, t, n))

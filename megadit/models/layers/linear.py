@@ -1,0 +1,104 @@
+"""The layers that own parameters: each declares its global dims and gets its specs when it is built."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.mup.rules import Parametrization, Purpose
+from megadit.mup.spec import Dim, ParamSpec, Role
+from megadit_kernels import scaled_linear
+
+
+class MuLinear(nn.Module):
+    """``y = mult * W x + b``: W (out, in), b (out,); mult is the role's forward multiplier.
+
+    Not an ``nn.Linear``, so that the mup package neither rescales it nor asks for its own readout class.
+    """
+
+    def __init__(
+        self,
+        in_dim: Dim,
+        out_dim: Dim,
+        param: Parametrization,
+        *,
+        bias: bool = True,
+        init: Purpose = "linear",
+        role: Role | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_dim.size, out_dim.size
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((out_dim, in_dim), init, role=role)}
+        self.weight = nn.Parameter(torch.empty(out_dim.size, in_dim.size))
+        self.bias = nn.Parameter(torch.empty(out_dim.size)) if bias else None
+        if bias:
+            self.param_specs["bias"] = param.spec((out_dim,), "zero")
+
+    @property
+    def forward_mult(self) -> float:
+        """The multiplier on the layer's input."""
+        return self.param_specs["weight"].forward_mult
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return scaled_linear(x, self.weight, self.bias, self.forward_mult)
+
+    def extra_repr(self) -> str:
+        spec = self.param_specs["weight"]
+        return f"{self.in_features}, {self.out_features}, role={spec.role}, mult={spec.forward_mult:g}"
+
+
+class MuPatchProjection(nn.Module):
+    """Non-overlapping p x p patches to tokens: a strided convolution, computed as one GEMM.
+
+    Weight (n, C, p, p) as in a convolution, bias (n,). An input layer of fan-in C p^2.
+    """
+
+    def __init__(self, channels: int, out_dim: Dim, patch: int, param: Parametrization) -> None:
+        super().__init__()
+        self.patch = patch
+        dims = (out_dim, Dim(channels), Dim(patch), Dim(patch))
+        self.param_specs: dict[str, ParamSpec] = {
+            "weight": param.spec(dims, "patch"),
+            "bias": param.spec((out_dim,), "zero"),
+        }
+        self.weight = nn.Parameter(torch.empty(out_dim.size, channels, patch, patch))
+        self.bias = nn.Parameter(torch.empty(out_dim.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, n), tokens row-major."""
+        b, c, h, w = x.shape
+        p = self.patch
+        patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(b, (h // p) * (w // p), c * p * p)
+        return scaled_linear(patches, self.weight.flatten(1), self.bias, self.param_specs["weight"].forward_mult)
+
+
+class MuEmbedding(nn.Module):
+    """A table (entries, n) whose rows are looked up; the role's multiplier scales the row that comes out."""
+
+    def __init__(self, entries: int, dim: Dim, param: Parametrization) -> None:
+        super().__init__()
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((Dim(entries), dim), "table", table=True)}
+        self.weight = nn.Parameter(torch.empty(entries, dim.size))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """int64 (B,) -> (B, n)."""
+        row = F.embedding(index, self.weight)
+        mult = self.param_specs["weight"].forward_mult
+        return row if mult == 1.0 else row * mult
+
+
+class MuRMSNorm(nn.Module):
+    """RMSNorm over the last dimension with a learned gain, started at 1."""
+
+    def __init__(self, dim: Dim, param: Parametrization, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
+        self.weight = nn.Parameter(torch.empty(dim.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,33 @@
+"""The feed-forward half of a block."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.models.layers.linear import MuLinear
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+
+Activation = Literal["gelu_tanh", "gelu", "swiglu"]
+
+
+class Mlp(nn.Module):
+    """``fc2(act(fc1(x)))``; for swiglu fc1 puts out [gate, up], 2 x hidden, and ``act`` is SiLU(gate) * up."""
+
+    def __init__(self, width: Dim, hidden: Dim, param: Parametrization, activation: Activation = "gelu_tanh") -> None:
+        super().__init__()
+        self.activation = activation
+        fan_out = Dim(2 * hidden.size, 2 * hidden.base_size) if activation == "swiglu" else hidden
+        self.fc1 = MuLinear(width, fan_out, param)
+        self.fc2 = MuLinear(hidden, width, param)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, n) -> (B, T, n)."""
+        h = self.fc1(x)
+        if self.activation == "swiglu":
+            gate, up = h.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * up)
+        return self.fc2(F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none"))

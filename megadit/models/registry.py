@@ -1,0 +1,45 @@
+"""From a configuration to a model: families by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from megadit.config.model import ModelConfig
+from megadit.config.run import ParallelConfig
+from megadit.models.dit import DiT
+from megadit.models.stages import StagedModel
+from megadit.mup.init import init_parameters
+
+FAMILIES: Mapping[str, Callable[[ModelConfig], StagedModel]] = MappingProxyType({"dit": DiT})
+
+
+def build_model(
+    config: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    seed: int = 0,
+    *,
+    device: torch.device | str = "cpu",
+) -> StagedModel:
+    """Build one model in float32, whole and initialised.
+
+    ``parallel`` names the layout; ZeRO, the only axis it has, leaves the model whole, so none changes what
+    is built. ``device="meta"`` gives a model without memory or values: for counting, for specs, and for
+    ``to_empty`` followed by ``megadit.mup.init_parameters``.
+    """
+    del parallel
+    with torch.device(device):
+        model = FAMILIES[config.family](config)
+    if torch.device(device).type != "meta":
+        init_parameters(model, seed)
+    return model
+
+
+def count_parameters(model: nn.Module | ModelConfig, *, fixed: bool = True) -> int:
+    """Number of parameters of a model or (without memory) of a configuration; ``fixed`` counts position tables too."""
+    built = build_model(model, device="meta") if isinstance(model, ModelConfig) else model
+    tables = sum(buffer.numel() for buffer in built.buffers()) if fixed else 0
+    return sum(param.numel() for param in built.parameters()) + tables

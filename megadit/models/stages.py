@@ -1,0 +1,67 @@
+"""The one grammar of all families: a model is a list of stages over a flat carrier of tensors.
+
+A carrier is a tuple, floats first and integers last, of fixed shapes; every stage maps one to the next.
+``forward`` folds the list, a pipeline cuts it, activation checkpointing wraps its members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from megadit.conditioning import Conditioning
+
+Carrier = tuple[Tensor, ...]
+
+
+class Stage(nn.Module):
+    """A piece of a model: ``forward(carrier) -> carrier``.
+
+    ``prefix`` + a parameter's name within the stage is its canonical name in the whole model.
+    ``is_block`` marks the stages that ``taps`` count.
+    """
+
+    prefix: str = ""
+    is_block: bool = False
+
+
+class StagedModel(nn.Module):
+    """A model given by its stages. Subclasses say what the first carrier is and list the stages."""
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """The first stage's input: (x, t, ...), floats first, integers last."""
+        raise TypeError(f"{type(self).__name__} does not say what its first carrier is")
+
+    def stages(self) -> list[Stage]:
+        """All stages in order. Those that are not blocks only refer to the model's submodules."""
+        raise TypeError(f"{type(self).__name__} does not list its stages")
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Conditioning | None = None, taps: Sequence[int] = ()
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Predict from a noisy image.
+
+        x (B, C, H, W) of any floating dtype; t (B,) in [0, 1000], kept in float32; returns (B, C or 2C, H, W)
+        in the weights' dtype. With ``taps`` also, in their order, the tokens (B, T, n) after block k, counted
+        from 1.
+
+        Raises:
+            ValueError: a condition that the model needs is missing, x has another size than the model, or a
+                tap is not the number of a block.
+        """
+        carrier = self.carrier(x, t, Conditioning() if cond is None else cond)
+        tapped: dict[int, Tensor] = {}
+        blocks = 0
+        for stage in self.stages():
+            carrier = stage(carrier)
+            if stage.is_block:
+                blocks += 1
+                if blocks in taps:
+                    tapped[blocks] = carrier[0]
+        if not taps:
+            return carrier[0]
+        missing = [k for k in taps if k not in tapped]
+        if missing:
+            raise ValueError(f"taps: {missing} are not blocks of this model, which has blocks 1 to {blocks}")
+        return carrier[0], [tapped[k] for k in taps]

@@ -1,0 +1,183 @@
+"""The table of the parametrization: init, forward multiplier, LR, weight decay and epsilon by role.
+
+With m = width / base_width (arXiv 2505.15270 Table 1 and appendix B; arXiv 2203.03466 Table 8, the form
+in which only the readout has a multiplier):
+
+=======  =================================  =============  ============  ==========================
+role     shape                              init std       LR            forward multiplier
+=======  =================================  =============  ============  ==========================
+input    (infinite out, finite in), tables  constant       eta           1
+hidden   (infinite out, infinite in)        ~ 1/sqrt(m)    eta / m       1
+vector   (infinite): biases, gains          constant       eta           --
+output   (finite out, infinite in)          constant       eta           output_mult / m
+finite   no infinite dimension              constant       eta           1
+=======  =================================  =============  ============  ==========================
+
+Under SP every factor is 1 and a std is evaluated at the actual dims. Under muP it is evaluated at the
+*base* dims and then scaled as above, so that at m = 1 the two are one model, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Literal
+
+from megadit.config.model import ModelConfig
+from megadit.errors import UserError
+from megadit.mup.spec import Dim, ParamSpec, Role
+
+WdMode = Literal["independent", "constant", "sqrt"]
+EpsMode = Literal["constant", "scaled"]
+Purpose = Literal["linear", "patch", "timestep", "table", "adaln", "readout", "zero", "one"]
+
+
+@dataclass(frozen=True)
+class InitRule:
+    """How a start is drawn: ``value`` is sigma for fan_in, the std for normal, the constant for constant."""
+
+    kind: Literal["fan_in", "xavier_uniform", "normal", "constant"]
+    value: float = 1.0
+
+    def std(self, fan_in: int, fan_out: int) -> float:
+        """Standard deviation at these fans; 0 for a constant start."""
+        if self.kind == "fan_in":
+            return self.value / math.sqrt(fan_in)
+        if self.kind == "xavier_uniform":
+            return self.value * math.sqrt(2.0 / (fan_in + fan_out))
+        return self.value if self.kind == "normal" else 0.0
+
+
+_ZERO = InitRule("constant", 0.0)
+_FAN_IN = InitRule("fan_in", 1.0)
+_XAVIER = InitRule("xavier_uniform", 1.0)
+_SMALL = InitRule("normal", 0.02)
+
+# Official DiT, initialize_weights (arXiv 2212.09748): xavier_uniform on linears and on the flattened patch
+# embedding, N(0, .02) on the label table and the timestep MLP.
+_ORIGINAL: Mapping[str, InitRule] = MappingProxyType(
+    {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "table": _SMALL, "readout": _ZERO}
+)
+# The paper's DiT-muP: 1/sqrt(fan_in) throughout, labels N(0, 1).
+_FAN_IN_SCHEME: Mapping[str, InitRule] = MappingProxyType(
+    {"linear": _FAN_IN, "patch": _FAN_IN, "timestep": _FAN_IN, "table": InitRule("normal", 1.0), "readout": _ZERO}
+)
+
+
+def wd_mult(spec: ParamSpec, mode: WdMode = "independent", wd_vectors: bool = False) -> float:
+    """Factor on the base weight decay of an AdamW that decays by lr * wd.
+
+    ``independent`` keeps lr * wd constant in width (hidden: times m, as mup.MuAdamW); ``constant`` keeps wd
+    itself (arXiv 2505.15270 B.4 read literally); ``sqrt`` lies between. Vectors and tables decay only if
+    ``wd_vectors``.
+    """
+    if not (spec.decay or wd_vectors):
+        return 0.0
+    if spec.role != "hidden" or mode == "constant":
+        return 1.0
+    return spec.fan_in_mult if mode == "independent" else math.sqrt(spec.fan_in_mult)
+
+
+def eps_mult(spec: ParamSpec, mode: EpsMode = "constant") -> float:
+    """Factor on Adam's base epsilon; ``scaled`` follows the gradient's entries, 1/m wherever a dimension grows."""
+    return 1.0 if mode == "constant" else 1.0 / spec.width_mult
+
+
+class Parametrization:
+    """The resolved rules of one model: what a layer asks for its dims and specs while it is built."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Resolve ``config``.
+
+        Raises:
+            UserError: a multiplier is set for vectors, which have no input to multiply.
+        """
+        if config.role_hps.vector.mult != 1.0:
+            raise UserError(
+                f"model.role_hps.vector.mult: {config.role_hps.vector.mult} has no effect on biases and gains; "
+                "leave it at 1"
+            )
+        self.mup = config.parametrization == "mup"
+        self.width = config.width
+        # Under SP a model is its own base, so that every ratio is 1.
+        self.base_width = config.base_width if self.mup and config.base_width else config.width
+        self.output_mult = config.output_mult
+        self.role_hps = config.role_hps
+        adaln = _ZERO if config.adaln_zero else _FAN_IN
+        scheme = _ORIGINAL if config.init_scheme == "original" else _FAN_IN_SCHEME
+        self._init: Mapping[str, InitRule] = MappingProxyType(
+            {**scheme, "adaln": adaln, "zero": _ZERO, "one": InitRule("constant", 1.0)}
+        )
+
+    def width_dim(self, multiple: float | Fraction = 1) -> Dim:
+        """The dimension ``multiple`` x width (rounded down, as the originals do for mlp_ratio)."""
+        return Dim(int(self.width * multiple), int(self.base_width * multiple))
+
+    def spec(
+        self, dims: Sequence[Dim], purpose: Purpose, *, role: Role | None = None, table: bool = False
+    ) -> ParamSpec:
+        """Spec of a parameter of global ``dims``.
+
+        A vector has one dim; a matrix is (out, in, *window) with fan_in = in x window; a ``table`` is
+        (entries, channels), whose rows are looked up: an input layer of one-hot fan-in, never decayed by
+        default. ``role`` overrides the one that the dims imply.
+        """
+        dims = tuple(dims)
+        role = role or _role_of(dims, table)
+        fan_in, fan_out = _fans(dims, table, base=False)
+        base_fan_in, base_fan_out = _fans(dims, table, base=True)
+        rule = self._init[purpose]
+        hps = getattr(self.role_hps, role)
+        std = rule.std(base_fan_in, base_fan_out)
+        ratio = fan_in / base_fan_in
+        if role == "hidden":
+            std *= math.sqrt(base_fan_in / fan_in)
+        matrix = len(dims) > 1 and not table
+        forward_mult = hps.mult if len(dims) > 1 else 1.0
+        if role == "output" and matrix:
+            forward_mult = self.output_mult / ratio
+        decay = matrix
+        return ParamSpec(
+            role=role,
+            fan_in=fan_in,
+            fan_out=fan_out,
+            base_fan_in=base_fan_in,
+            base_fan_out=base_fan_out,
+            init_std=std * hps.init_std,
+            forward_mult=forward_mult,
+            lr_mult=hps.lr / ratio if role == "hidden" else hps.lr,
+            wd_mult=(ratio if role == "hidden" else 1.0) if decay else 0.0,
+            eps_mult=1.0,
+            shape=tuple(dim.size for dim in dims),
+            base_shape=tuple(dim.base for dim in dims),
+            init_dist="uniform" if rule.kind == "xavier_uniform" else "normal",
+            init_value=rule.value if rule.kind == "constant" else 0.0,
+            decay=decay,
+        )
+
+
+def _role_of(dims: tuple[Dim, ...], table: bool) -> Role:
+    """The role that the infinite dimensions imply; a table is read by row, so its channels are its fan-out."""
+    if not any(dim.infinite for dim in dims):
+        return "finite"
+    if len(dims) == 1:
+        return "vector"
+    if table:
+        return "input"
+    fan_out, fan_in = dims[0].infinite, any(dim.infinite for dim in dims[1:])
+    if fan_out and fan_in:
+        return "hidden"
+    return "input" if fan_out else "output"
+
+
+def _fans(dims: tuple[Dim, ...], table: bool, *, base: bool) -> tuple[int, int]:
+    """(fan_in, fan_out) at the actual or the base size; a vector and a table's row are looked up with fan-in 1."""
+    sizes = [dim.base_size if base else dim.size for dim in dims]
+    if len(sizes) == 1:
+        return 1, sizes[0]
+    if table:
+        return 1, sizes[1]
+    return math.prod(sizes[1:]), sizes[0]
