@@ -1,0 +1,69 @@
+"""The dotted keys of a schema, and the nearest valid key for one that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from megadit.config.base import Section
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section class behind a field's annotation (``VaeConfig | None`` → ``VaeConfig``), or None for a value."""
+    for option in options(annotation):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option
+    return None
+
+
+def options(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; of anything else, the one it is."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return get_args(annotation)
+    return (annotation,)
+
+
+def walk(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of ``schema`` with its field, sections before what they hold: ``optim``, ``optim.lr``, …"""
+    for name, field in schema.model_fields.items():
+        yield prefix + name, field
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from walk(section, f"{prefix}{name}.")
+
+
+@cache
+def all_keys(schema: type[Section]) -> tuple[str, ...]:
+    """Every dotted key of ``schema``, sections included."""
+    return tuple(key for key, _ in walk(schema))
+
+
+def unknown_key(key: str, schema: type[Section]) -> str:
+    """Say that ``key`` is not one of ``schema`` and which one was probably meant.
+
+    In order: the same last word elsewhere (``lr`` → ``optim.lr``), a similar key beside it, a similar
+    dotted key anywhere; failing these, what the section holds.
+    """
+    known = all_keys(schema)
+    parent, _, leaf = key.rpartition(".")
+    beside = [name for name in known if name.rpartition(".")[0] == parent]
+    namesakes = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
+    leaves = {name.rpartition(".")[2]: name for name in beside}
+    near_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    near_key = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if near_leaf:
+        remedy = f"did you mean {leaves[near_leaf[0]]}?"
+    elif namesakes:
+        remedy = f"did you mean {' or '.join(namesakes[:3])}?"
+    elif near_key:
+        remedy = f"did you mean {near_key[0]}?"
+    elif beside:
+        remedy = f"{parent or 'a configuration'} has {', '.join(sorted(leaves))}"
+    else:
+        remedy = f"a configuration has {', '.join(name for name in known if '.' not in name)}"
+    return f"{key}: no such key; {remedy}"

@@ -1,0 +1,111 @@
+"""Laying configuration layers over one another: later wins, key by key, and every value keeps its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from megadit.config.base import Section
+from megadit.config.keys import options, section_of, unknown_key
+from megadit.config.presets import PRESET_KEYS, preset_values
+from megadit.config.sources import Layer
+from megadit.config.values import coerce
+from megadit.errors import UserError
+
+# Two ways to say one thing: a later layer that uses one drops what an earlier layer said by the other.
+ALTERNATIVES = (("model.heads", "model.head_dim"), ("train.steps", "train.epochs"))
+
+
+class Merged:
+    """Flat values (``{"optim.lr": 1e-4}``) and, key by key, the source each came from."""
+
+    def __init__(self, schema: type[Section]) -> None:
+        self.schema = schema
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+
+    def add(self, layer: Layer) -> None:
+        """Lay ``layer`` over what is there. Raises UserError for keys that the schema does not have."""
+        new, name = _flatten(layer, self.schema)
+        if name is not None:
+            for key in PRESET_KEYS:
+                self._drop(f"model.{key}")
+            given = {f"model.{key}": value for key, value in preset_values(name).items()}
+            new = given | _without_overruled(given, new)
+        for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
+            if new.get(one) is not None and other not in new:
+                self._drop(other)
+        for key, value in new.items():
+            self._set(key, value, layer.source)
+
+    def _set(self, key: str, value: Any, source: str) -> None:
+        if value == {} and any(name.startswith(key + ".") for name in self.values):
+            return
+        self._drop(key)
+        section = key.rpartition(".")[0]
+        while section:  # a value inside a section that was null, or empty, so far
+            if section in self.values:
+                del self.values[section], self.sources[section]
+            section = section.rpartition(".")[0]
+        self.values[key], self.sources[key] = value, source
+
+    def _drop(self, key: str) -> None:
+        for name in [name for name in self.values if name == key or name.startswith(key + ".")]:
+            del self.values[name], self.sources[name]
+
+
+def merge(layers: Iterable[Layer], schema: type[Section]) -> Merged:
+    """All ``layers``, the first lowest. Raises UserError for unknown keys and presets, naming the layer."""
+    merged = Merged(schema)
+    for layer in layers:
+        merged.add(layer)
+    return merged
+
+
+def _without_overruled(given: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new`` beside a preset; where it uses the alternative of a preset's key, the preset's becomes null."""
+    extra = {}
+    for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
+        if new.get(one) is not None and other in given and other not in new:
+            extra[other] = None
+    return extra | new
+
+
+def _flatten(layer: Layer, schema: type[Section]) -> tuple[dict[str, Any], str | None]:
+    """The layer's values by dotted key, as the schema may take them, and the preset that it names."""
+    problems: list[str] = []
+    flat: dict[str, Any] = {}
+    name: str | None = None
+    for key, value in _leaves(layer.values, schema, schema, "", layer.source, problems):
+        if key == "model.preset":
+            name = value
+        else:
+            flat[key] = value
+    if problems:
+        raise UserError("\n".join(problems))
+    return flat, name
+
+
+def _leaves(
+    values: Mapping[Any, Any], schema: type[Section], root: type[Section], prefix: str, source: str, problems: list[str]
+) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key == "model.preset":
+            yield key, value
+            continue
+        field = schema.model_fields.get(str(name))
+        if field is None:
+            problems.append(f"{unknown_key(key, root)} (in {source})")
+            continue
+        section = section_of(field.annotation)
+        if section is None:
+            yield key, coerce(value, field)
+        elif isinstance(value, Mapping) and value:
+            yield from _leaves(value, section, root, f"{key}.", source, problems)
+        elif value is None and type(None) in options(field.annotation):
+            yield key, None
+        elif value is None or value == {}:
+            yield key, {}
+        else:
+            problems.append(f"{key}: {value!r} is not a section; give {key}.KEY: value pairs (in {source})")

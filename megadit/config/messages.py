@@ -1,0 +1,94 @@
+"""pydantic's findings as sentences for people: the dotted key, the value, what was wanted, where it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megadit.config.base import Section
+from megadit.config.keys import unknown_key
+
+_WANTED = {
+    "int_type": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "int_parsing": "is not a whole number",
+    "float_type": "is not a number",
+    "float_parsing": "is not a number",
+    "finite_number": "is not a finite number",
+    "bool_type": "is not true or false",
+    "bool_parsing": "is not true or false",
+    "string_type": "is not a text; put it in quotes",
+    "tuple_type": "is not a list",
+    "list_type": "is not a list",
+    "model_type": "is not a section; give key: value pairs",
+}
+
+
+def explain(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
+    """All findings of ``error``, one sentence a line; ``sources`` maps dotted keys to where they were written."""
+    seen: dict[str, None] = {}
+    for finding in error.errors(include_url=False):
+        seen.setdefault(_sentence(finding, schema, sources))
+    return "\n".join(seen)
+
+
+def _sentence(finding: Any, schema: type[Section], sources: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in finding["loc"])
+    kind, value, context = finding["type"], finding["input"], finding.get("ctx", {})
+    if kind == "value_error":
+        # Our validators write "key: what is wrong; remedy" with the key relative to their section.
+        own = str(context["error"])
+        key = f"{key}.{own.partition(':')[0]}" if key else own.partition(":")[0]
+        return f"{key}:{own.partition(':')[2]}{_where(key, sources)}"
+    if kind == "extra_forbidden":
+        return unknown_key(key, schema) + _where(key, sources)
+    if kind == "missing" and isinstance(finding["loc"][-1], int):
+        key = key.rpartition(".")[0]
+        return f"{key}: {_shown(value)} has too few items{_where(key, sources)}"
+    if kind == "missing":
+        return f"{key}: is missing; give it a value"
+    return f"{key}: {_shown(value)} {_problem(kind, context, finding['msg'])}{_where(key, sources)}"
+
+
+def _problem(kind: str, context: Mapping[str, Any], message: str) -> str:
+    if kind in _WANTED:
+        return _WANTED[kind]
+    if kind == "literal_error":
+        return f"is not one of {context['expected'].replace(' or ', ', ')}"
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        relation = (
+            kind.replace("_", " ").replace("greater than equal", "at least").replace("less than equal", "at most")
+        )
+        limit = context.get("gt", context.get("ge", context.get("lt", context.get("le"))))
+        return f"is not {relation} {_plain(limit)}"
+    if kind in ("too_short", "too_long"):
+        limit = context.get("min_length", context.get("max_length"))
+        return f"has {context['actual_length']} items, not {limit}"
+    return f"is not valid ({message})"
+
+
+def _where(key: str, sources: Mapping[str, str]) -> str:
+    """`` (in FILE)`` for the key itself, else for the nearest section above it that has a source."""
+    while key:
+        if key in sources:
+            return f" (in {sources[key]})"
+        key = key.rpartition(".")[0]
+    return ""
+
+
+def _plain(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _shown(value: Any) -> str:
+    """A value as a person would write it in YAML; long ones are cut."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        value = list(value)
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,164 @@
+"""Where configuration values come from: YAML files with ``base:`` inheritance, and dotted overrides.
+
+Every file and the command line become one ``Layer`` each, bases before the files that name them; ``merge``
+lays them over one another. Values are kept flat (``{"optim.lr": 1e-4}``) so that each remembers its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megadit.errors import UserError
+
+OVERRIDES = "an override"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values of one file, or of all overrides together, as nested mappings, and what to call it in messages."""
+
+    values: Mapping[str, Any]
+    source: str
+
+
+def configs_dir() -> Path:
+    """The ``configs`` folder: beside the package (checkout, editable install), else in the current folder."""
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (root / "configs" / "quickstart").is_dir():
+            return root / "configs"
+    raise UserError("config: no configs folder beside the package or in the current folder; give --config FILE")
+
+
+def find_config(path: str | Path) -> Path:
+    """The file at ``path``, or at ``path`` inside the configs folder (``dit/xl-2.yaml``). Raises UserError if none."""
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    if given.is_dir():
+        raise UserError(f"config: {path} is a folder; name a YAML file in it")
+    folder = configs_dir()
+    if (folder / given).is_file():
+        return folder / given
+    shipped = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*.yaml"))}
+    by_name = {Path(name).name: name for name in reversed(shipped)}
+    near = difflib.get_close_matches(str(given), shipped, n=1) or difflib.get_close_matches(given.name, by_name, n=1)
+    hint = f"did you mean configs/{by_name.get(near[0], near[0])}?" if near else "configs/README.md lists ours"
+    raise UserError(f"config: no file {path}; {hint}")
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The file at ``path`` and all that it inherits from, outermost base first. Raises UserError."""
+    return _read_layers(path, ())
+
+
+def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
+    resolved = path.resolve()
+    if resolved in chain:
+        names = " -> ".join(_display(file) for file in (*chain[chain.index(resolved) :], resolved))
+        raise UserError(f"base: {names} is a circle; take one of the base keys out")
+    values = _read_yaml(path)
+    layers: list[Layer] = []
+    for base in _bases(values.pop("base", None), path):
+        layers += _read_layers(base, (*chain, resolved))
+    return [*layers, Layer(values, _display(path))]
+
+
+def _bases(value: Any, path: Path) -> list[Path]:
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"base: {value!r} is not a file name or a list of them (in {_display(path)})")
+    bases = []
+    for name in names:
+        base = path.parent / Path(name).expanduser()  # relative to the file that names it, not to the current folder
+        if not base.is_file():
+            raise UserError(f"base: no file {name} beside {_display(path)}, which inherits from it")
+        bases.append(base)
+    return bases
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"config: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config: {path} is not a text file; give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {_display(path)} is not valid YAML: {_yaml_problem(error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config: {_display(path)} holds {type(values).__name__}, not sections of key: value pairs")
+    return values
+
+
+def override_layer(overrides: Sequence[str]) -> Layer:
+    """``["optim.lr=2^-10", "optim.betas=[0.9, 0.95]"]`` as one layer; values are read as YAML. Raises UserError."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key or key.startswith("-"):
+            raise UserError(f"override: {override!r} is not of the form section.key=value, e.g. optim.lr=2^-10")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: {text!r} is not a YAML value: {_yaml_problem(error)}") from None
+        _place(values, key, value)
+    return Layer(values, OVERRIDES)
+
+
+def _place(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if not isinstance(inner, dict):
+            inner = values[section] = {}
+        values = inner
+    if isinstance(value, dict) and isinstance(values.get(leaf), dict):
+        for name, inner_value in value.items():
+            _place(values[leaf], str(name), inner_value)
+    else:
+        values[leaf] = value
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"optim.lr": 1}`` as ``{"optim": {"lr": 1}}``."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        _place(values, key, value)
+    return values
+
+
+def _display(path: Path) -> str:
+    """A path as a person would type it: relative when it lies under the current folder."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem or error.context} (line {error.problem_mark.line + 1})"
+    return " ".join(str(error).split())
+
+
+class _Loader(yaml.SafeLoader):
+    """``yaml.SafeLoader`` that refuses a key written twice in one mapping instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value} is there twice", key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+        return super().construct_mapping(node, deep=deep)
