@@ -1,0 +1,65 @@
+# megadit: `make train` from a fresh clone sets up .venv and trains the quickstart; `make test` checks everything quick.
+#
+#   make setup      .venv with the pinned dependencies (skipped when nothing changed)
+#   make train      train the quickstart on built-in pictures
+#   make test       the quick tests; `make test PYTEST_ARGS="tests/mup -x"` narrows them
+#   make test-all   all tests, the slow ones too (GPU tests skip themselves where there is no GPU)
+#   make lint       ruff and mypy
+#   make doctor     what this machine can do, and why not
+#   make clean      caches and build leftovers (keeps .venv and runs)
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/quickstart/emoji.yaml
+RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.megadit-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup train test test-all lint format doctor clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one, as in: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@# Debian ships venv without ensurepip; pip itself can then put pip into the new environment.
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# torch comes first and exactly, so that no other package's requirement picks one. mup requires torchvision, which
+# megadit does not use; beside a CPU build of torch the index's torchvision fails at import and takes diffusers and
+# transformers down with it, so it goes again. --no-compile: bytecode is made for what gets imported, not for 40,000 files.
+$(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --no-compile -c constraints.txt torch
+	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+	  $(PIP) uninstall --quiet --yes torchvision; fi
+	@touch $@
+
+train: setup
+	$(BIN)/python launch/pretrain.py --config $(CONFIG) --run_dir $(RUN_DIR)
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: setup
+	$(BIN)/python tools/doctor.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find megadit kernels launch tools tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

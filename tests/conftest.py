@@ -1,0 +1,57 @@
+"""Settings for the whole test run. They must be in place before torch or DeepSpeed is imported, so none is above."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread, no network, no compiler; the GPU only where ``-m gpu`` asks for it, so that runs are alike."""
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        MPLBACKEND="Agg",
+        WANDB_MODE="disabled",
+    )
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # importing it costs each process more than a second
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # a launcher around pytest must not be taken for ours
+    if not _wants_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _wants_gpu(config):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="GPU tests run under: pytest -m gpu"))
+
+
+def _wants_gpu(config: pytest.Config) -> bool:
+    expression = str(config.getoption("markexpr", "") or "")
+    return bool(re.search(r"\bgpu\b", expression)) and not re.search(r"\bnot\s+gpu\b", expression)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Sums in one fixed order, and no idle OpenMP threads that a forked rank could inherit half-alive."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT

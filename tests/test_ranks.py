@@ -1,0 +1,147 @@
+"""The multi-process helper itself: a broken one would make every layout test pass, or hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helpers.ranks import RankError, run_command, run_ranks
+from megadit.errors import UserError
+
+pytestmark = pytest.mark.distributed
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is not merely a zombie of somebody else's."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid: int) -> bool:
+    end = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def test_ranks_share_a_group_and_answer_in_order():
+    def add(offset: float) -> tuple[int, int, float, str]:
+        value = torch.tensor([float(dist.get_rank())])
+        dist.all_reduce(value)
+        return dist.get_rank(), dist.get_world_size(), value.item() + offset, os.environ["LOCAL_RANK"]
+
+    assert run_ranks(3, add, 10.0, timeout=30) == [(rank, 3, 13.0, str(rank)) for rank in range(3)]
+
+
+def test_a_rank_may_leave_early():
+    def uneven() -> int:
+        if dist.get_rank() == 1:
+            time.sleep(0.5)
+            pair = dist.new_group([1])
+            dist.barrier(group=pair)
+        elif dist.get_rank() == 0:
+            dist.new_group([1])
+        return dist.get_rank()
+
+    assert run_ranks(2, uneven, timeout=30) == [0, 1]
+
+
+def test_the_first_error_is_raised_as_it_was():
+    def fail() -> None:
+        if dist.get_rank() == 1:
+            print("said by rank one")
+            raise UserError("data.path: wrong", everywhere=True)
+        dist.barrier()
+
+    start = time.monotonic()
+    with pytest.raises(UserError, match="data.path: wrong") as caught:
+        run_ranks(2, fail, timeout=60)
+    note = "".join(caught.value.__notes__)
+    assert "on rank 1 of 2" in note and "in fail" in note and "said by rank one" in note
+    assert time.monotonic() - start < 20
+
+
+def test_an_error_that_cannot_be_pickled_keeps_its_text():
+    class Local(Exception):
+        pass
+
+    def fail() -> None:
+        raise Local("only here")
+
+    with pytest.raises(RankError, match="Local: only here"):
+        run_ranks(1, fail, timeout=30)
+
+
+def test_a_result_that_cannot_be_pickled_is_told():
+    with pytest.raises(RankError, match=r"without a result[\s\S]*pickle"):
+        run_ranks(1, lambda: lambda: None, timeout=30)
+
+
+def test_a_killed_rank_is_told_and_takes_the_others_down(tmp_path):
+    def die() -> None:
+        (tmp_path / str(dist.get_rank())).write_text(str(os.getpid()))
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    with pytest.raises(RankError, match="rank 0: exit status -9"):
+        run_ranks(2, die, timeout=30)
+    assert gone(int((tmp_path / "1").read_text()))
+
+
+def test_a_hang_shows_where_and_leaves_no_process(tmp_path):
+    def stuck_here() -> None:
+        worker = subprocess.Popen(["sleep", "60"])
+        (tmp_path / "worker").write_text(str(worker.pid))
+        time.sleep(60)
+
+    with pytest.raises(RankError, match=r"within 1\.5 s[\s\S]*stuck_here"):
+        run_ranks(1, stuck_here, timeout=1.5)
+    assert gone(int((tmp_path / "worker").read_text()))
+
+
+def test_later_groups_inherit_the_time_limit():
+    def wait_alone() -> None:
+        group = dist.new_group([0, 1])
+        if dist.get_rank() == 0:
+            dist.barrier(group=group)
+        else:
+            time.sleep(20)
+
+    start = time.monotonic()
+    # The collective's own limit and the helper's are equal, so either may speak; half an hour must not pass.
+    with pytest.raises((RankError, RuntimeError)):
+        run_ranks(2, wait_alone, timeout=2)
+    assert time.monotonic() - start < 15
+
+
+def test_a_command_gives_its_code_and_both_outputs():
+    program = "import sys, os; print(os.environ['A'], os.environ.get('HOME')); print('e', file=sys.stderr); sys.exit(7)"
+    result = run_command([sys.executable, "-c", program], env={"A": "1", "HOME": None}, timeout=30)
+    assert (result.returncode, result.stdout, result.stderr) == (7, "1 None\n", "e\n")
+
+
+def test_a_command_out_of_time_is_killed_with_its_children(tmp_path):
+    note = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        run_command(["sh", "-c", f"sleep 60 & echo $! > {note}; echo begun; wait"], timeout=1)
+    assert caught.value.output == "begun\n"
+    assert gone(int(note.read_text()))
+
+
+def test_a_command_that_leaves_a_child_behind_does_not_keep_us(tmp_path):
+    note = tmp_path / "pid"
+    start = time.monotonic()
+    result = run_command(["sh", "-c", f"sleep 60 & echo $! > {note}"], timeout=30)
+    assert result.returncode == 0 and time.monotonic() - start < 5
+    assert gone(int(note.read_text()))
