@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Draw pictures from a run. The same command gives the same pixels.
+
+python launch/sample.py runs/emoji --classes "Food & Drink,Activities" --guidance 3 --out food.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
+
+from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+
+if TYPE_CHECKING:
+    from megadit.config import RunConfig
+
+_SETTINGS = ("count", "steps", "guidance", "guidance_channels", "scheduler", "seed")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run of launch/pretrain.py")
+    p.add_argument("--checkpoint", default="latest", metavar="latest|PATH", help="default latest")
+    p.add_argument("--out", type=Path, metavar="FILE.png", help="default RUN_DIR/samples/sample.png")
+    p.add_argument("--npz", type=Path, metavar="FILE.npz", help="also write all pictures: arr_0, uint8 (N, H, W, 3)")
+    p.add_argument("--classes", metavar="A,B,…", help="labels or names, taken in turn; default: all in turn")
+    p.add_argument("--count", type=int, metavar="N", help="pictures; this and the next default to the run's sample.*")
+    p.add_argument("--steps", type=int, metavar="N", help="sampling steps")
+    p.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale; 1 is off")
+    p.add_argument("--guidance_channels", type=int, metavar="K", help="guide the first K channels only (DiT: 3)")
+    p.add_argument("--scheduler", choices=("auto", "ddpm", "ddim", "dpm", "euler"))
+    p.add_argument("--seed", type=int, metavar="N")
+    p.add_argument("--batch", type=int, default=64, metavar="N", help="pictures at once (memory); default 64")
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: cuda where there is one")
+    p.add_argument("--json", action="store_true", help="print one JSON object: grid, npz, count, scheduler, …")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sample, write the grid (and the npz), say where they are."""
+    args = parser().parse_args(argv)
+    if args.batch < 1:
+        raise UserError(f"--batch: {args.batch} is not at least 1; give the number of pictures to draw at once")
+    if not args.run_dir.is_dir():
+        raise UserError(f"{args.run_dir}: there is no such run directory; give the folder that pretrain.py wrote")
+    grid = args.out or args.run_dir / "samples" / "sample.png"
+    _check_outputs(grid, args.npz)
+
+    from megadit.data.latents import build_codec
+    from megadit.diffusion.classes import read_classes, read_notice, resolve_classes
+    from megadit.diffusion.grid import save_npz
+    from megadit.diffusion.pictures import picture_labels, sample_pictures, save_labelled_grid
+    from megadit.diffusion.schedulers import scheduler_name
+    from megadit.train.checkpoint import load_model
+
+    config, model = load_model(args.run_dir, checkpoint=args.checkpoint)
+    config = _with_settings(config, args)
+    device = _device(args.device)
+    classes = read_classes(args.run_dir)
+    chosen = resolve_classes(args.classes, classes, config.model.num_classes)
+    labels = picture_labels(config, chosen)
+    codec = build_codec(config.data.vae, device)
+    pictures = sample_pictures(model.to(device), config, codec, labels=labels, device=device, batch_size=args.batch)
+    save_labelled_grid(pictures, labels, classes, grid, notice=read_notice(args.run_dir))
+    if args.npz:
+        save_npz(pictures, args.npz)
+    told: dict[str, Any] = {"grid": str(grid), "npz": str(args.npz) if args.npz else None, "labels": labels}
+    told |= config.sample.model_dump() | {"scheduler": scheduler_name(config.objective, config.sample)}
+    print(json.dumps(told) if args.json else f"{len(pictures)} pictures: {grid}")
+    return EXIT_OK
+
+
+def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """The run's configuration with what the command line says about sampling."""
+    from pydantic import ValidationError
+
+    from megadit.config.messages import explain
+    from megadit.config.run import SampleConfig
+
+    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    try:
+        settings = SampleConfig.model_validate(config.sample.model_dump() | given)
+    except ValidationError as error:
+        raise UserError("--" + explain(error, SampleConfig, {}).replace("\n", "; --")) from error
+    return config.model_copy(update={"sample": settings})
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Refuse, before the work, what could not be written after it."""
+    import os
+
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file")
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{path}: {existing} is not a folder that can be written; choose another place")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device: {name} is not one of auto, cpu, cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device: {name} is not available here; use cpu")
+    return name
+
+
+if __name__ == "__main__":
+    run_command(main)

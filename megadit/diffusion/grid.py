@@ -1,0 +1,198 @@
+"""Contact sheets: one PNG of many pictures, with titles over columns, captions under tiles and a footer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megadit.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GAP = 4  # pixels between tiles
+SMALLEST_TILE = 64  # smaller pictures are enlarged by a whole factor, so that they can be seen
+FONT_SIZE, LINE = 11, 14
+INK, PAPER = (60, 60, 60), (255, 255, 255)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8, on the CPU: floor(127.5 x + 128) clamped, as the DiT code writes its samples.
+
+    Exact on 8-bit data that was scaled by u / 127.5 - 1.
+    """
+    return (images.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8).cpu()
+
+
+def grid_columns(count: int) -> int:
+    """Columns of the most nearly square sheet of ``count`` tiles."""
+    return math.ceil(math.sqrt(count))
+
+
+def save_grid(
+    images: Tensor,
+    path: Path,
+    *,
+    columns: int | None = None,
+    titles: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    footer: str = "",
+) -> Path:
+    """Write a contact sheet and return its path; the file appears whole or not at all.
+
+    images: uint8 (N, 1 or 3, H, W).  columns: default the nearest to a square.  titles: one per column.  captions:
+    one per picture.  footer: a line below, e.g. an attribution. Raises UserError if ``path`` cannot be written.
+    """
+    sheet = draw_grid(images, columns=columns, titles=titles, captions=captions, footer=footer)
+    return _write_whole(path, lambda file: sheet.save(file, format="PNG"))
+
+
+def save_npz(pictures: Tensor, path: Path) -> Path:
+    """Write pictures, uint8 (N, C, H, W), as ``arr_0`` of shape (N, H, W, 3), which the ADM evaluator reads.
+
+    Grey ones are repeated over three channels. Raises UserError if ``path`` cannot be written.
+    """
+    import numpy as np
+
+    array = pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
+    return _write_whole(path, lambda file: np.savez(file, arr_0=array.permute(0, 2, 3, 1).contiguous().numpy()))
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> Path:
+    """Let ``write`` fill a temporary file, then give it its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the folder itself may not be there
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    return path
+
+
+def draw_grid(
+    images: Tensor,
+    *,
+    columns: int | None = None,
+    titles: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    footer: str = "",
+) -> Image.Image:
+    """The sheet of ``save_grid`` as a PIL image."""
+    from PIL import Image, ImageDraw
+
+    count, _, height, width = images.shape
+    if captions and len(captions) != count:
+        raise ValueError(f"captions: {len(captions)} for {count} pictures")
+    factor = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
+    text = _Text.of(width * factor)
+    heads, feet = [text.wrap(title) for title in titles], [text.wrap(caption) for caption in captions]
+    columns = columns or grid_columns(count)
+    plan = _Plan(
+        columns=columns,
+        rows=math.ceil(count / columns),
+        tile=(width * factor, height * factor),
+        head=LINE * max(map(len, heads), default=0),
+        foot=LINE * max(map(len, feet), default=0),
+    )
+    note = text.wrap(footer, width=plan.width - 2 * GAP, lines=6) if footer else []
+    sheet = Image.new("RGB", (plan.width, plan.height + LINE * len(note)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(heads[:columns]):
+        text.write(pen, plan.corner(column)[0], GAP, lines)
+    for number, pixels in enumerate(images):
+        left, top = plan.corner(number)
+        sheet.paste(_picture(pixels).resize(plan.tile, Image.Resampling.NEAREST), (left, top))
+        if feet:
+            text.write(pen, left, top + plan.tile[1], feet[number])
+    text.write(pen, GAP, plan.height, note)
+    return sheet
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where things lie, in pixels."""
+
+    columns: int
+    rows: int
+    tile: tuple[int, int]
+    head: int
+    foot: int
+
+    @property
+    def width(self) -> int:
+        return GAP + self.columns * (self.tile[0] + GAP)
+
+    @property
+    def height(self) -> int:
+        return GAP + self.head + self.rows * (self.tile[1] + self.foot + GAP)
+
+    def corner(self, number: int) -> tuple[int, int]:
+        """Left and top of the tile ``number``, counted along the rows."""
+        row, column = divmod(number, self.columns)
+        return GAP + column * (self.tile[0] + GAP), GAP + self.head + row * (self.tile[1] + self.foot + GAP)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Text of one font, broken to a width in pixels."""
+
+    font: Any
+    width: int
+
+    @staticmethod
+    def of(width: int) -> _Text:
+        from PIL import ImageFont
+
+        return _Text(ImageFont.load_default(size=FONT_SIZE), width)
+
+    def wrap(self, text: str, *, width: int | None = None, lines: int = 2) -> list[str]:
+        """At most ``lines`` lines; what does not fit is cut off with dots."""
+        limit = width or self.width
+        rest = " ".join(text.split())
+        result: list[str] = []
+        while rest and len(result) < lines:
+            taken = self._longest(rest, limit)
+            if len(result) == lines - 1 and taken < len(rest):
+                while taken > 1 and self._length(rest[:taken] + "...") > limit:
+                    taken -= 1
+                result.append(rest[:taken].rstrip() + "...")
+                break
+            result.append(rest[:taken].rstrip())
+            rest = rest[taken:].lstrip()
+        return result
+
+    def write(self, pen: Any, left: int, top: int, lines: Sequence[str]) -> None:
+        for number, line in enumerate(lines):
+            pen.text((left, top + number * LINE), line, fill=INK, font=self.font)
+
+    def _longest(self, text: str, limit: int) -> int:
+        """Characters of the first line: whole words if one fits, else as much of the word as fits."""
+        if self._length(text) <= limit:
+            return len(text)
+        ends = [index for index, letter in enumerate(text) if letter == " " and self._length(text[:index]) <= limit]
+        if ends:
+            return ends[-1]
+        return max((n for n in range(1, len(text)) if self._length(text[:n]) <= limit), default=1)
+
+    def _length(self, text: str) -> float:
+        return float(self.font.getlength(text))
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """uint8 (1 or 3, H, W) -> an RGB picture; other channel counts show the first three, or the first one."""
+    from PIL import Image
+
+    shown = pixels[:3] if pixels.shape[0] >= 3 else pixels[:1].expand(3, -1, -1)
+    return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
