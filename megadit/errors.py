@@ -17,7 +17,14 @@ EXIT_PREEMPTED = 85
 
 
 class UserError(Exception):
-    """Bad input from a person: one sentence that names the key, the value and the remedy (exit code 2)."""
+    """Bad input from a person: one sentence that names the key, the value and the remedy (exit code 2).
+
+    ``everywhere`` says that every rank of the run raises it alike, so that one of them is enough to tell it.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: 
     if alpha == 1.0:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # Autocast casts the operands of torch's own ops only, and would leave the backward below mixed.
         out = _gemm(rows, weight.t(), bias, alpha)
     else:

@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Pretrain a diffusion Transformer. The same line works after python, torchrun, deepspeed and srun.
+
+python launch/pretrain.py                                    the quickstart
+deepspeed launch/pretrain.py --ds_config ds.json --config configs/dit/xl-2-mup.yaml data.path=… data.vae.path=…
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
+
+from megadit.errors import EXIT_BAD_INPUT, UserError, run_command  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. optim.lr=2e-4")
+    p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
+    p.add_argument("--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; made from --config if absent")
+    p.add_argument("--run_dir", metavar="DIR", help="where to write; default runs/<config name>")
+    p.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default auto: go on from the latest")
+    p.add_argument("--dry_run", action="store_true", help="check everything, print the muP table, do not train")
+    p.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # passed out of habit; has no effect
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from launchers
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, then train (or report, with --dry_run)."""
+    args = parser().parse_intermixed_args(argv)
+    from megadit.train import command
+
+    try:
+        job = command.prepare_job(args.config, args.overrides, args.ds_config, args.run_dir, args.resume)
+        if args.dry_run:
+            return command.dry_run(job)
+    except UserError:
+        if command.speaks_for_node():
+            raise
+        return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
+    return command.train(job)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,40 @@
+"""FLOPs of a model, counted on the meta device, and dense peak rates of the usual accelerators."""
+
+from __future__ import annotations
+
+import torch
+
+from megadit.conditioning import Conditioning
+from megadit.config import ModelConfig
+
+# Dense peak of the matrix units in FLOP/s, from the vendors' data sheets: (bf16 or fp16, tf32-less fp32).
+_PEAKS = {
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "V100": (125e12, 15.7e12),
+}
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """FLOPs of one image's forward pass (a multiply-add counts two), by torch's FlopCounterMode on meta tensors."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megadit.models import build_model
+
+    model = build_model(config, device="meta")
+    x = torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta")
+    t = torch.empty(1, device="meta")
+    labels = torch.zeros(1, dtype=torch.int64, device="meta") if config.num_classes else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, t, Conditioning(labels=labels))
+    return int(counter.get_total_flops())
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense peak in FLOP/s of a device by its name, None where it is not known (CPUs among them)."""
+    for name, (half, single) in _PEAKS.items():
+        if name in device_name:
+            return single if precision == "fp32" else half
+    return None

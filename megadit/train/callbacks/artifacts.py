@@ -1,0 +1,89 @@
+"""What a run leaves behind besides numbers: validation, sample grids, checkpoints, curves and a summary."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from megadit.train.callbacks.base import Callback, Record, due
+from megadit.train.run_dir import write_json
+from megadit.train.validation import validation_loss
+
+if TYPE_CHECKING:
+    from megadit.train.run import TrainingRun
+
+
+class Validation(Callback):
+    """The fixed-noise validation loss, every ``train.validate_every`` steps and at the end."""
+
+    def on_step(self, run: TrainingRun) -> Record | None:
+        """Add ``val_loss`` to the record of a step at which it is due."""
+        if not due(run.position.step, run.config.train.validate_every, run.total_steps):
+            return None
+        loss = validation_loss(run)
+        return None if loss is None else {"val_loss": loss}
+
+
+class Samples(Callback):
+    """A grid of pictures from fixed noise, every ``train.sample_every`` steps and at the end."""
+
+    def on_step(self, run: TrainingRun) -> Record | None:
+        """Draw when due; the pictures are dealt to the ranks."""
+        if due(run.position.step, run.config.train.sample_every, run.total_steps):
+            from megadit.train.pictures import draw_samples
+
+            draw_samples(run)
+        return None
+
+
+class Checkpoints(Callback):
+    """A checkpoint every ``train.checkpoint_every`` steps and at the end."""
+
+    def after_log(self, run: TrainingRun) -> None:
+        """Save when due, after the metrics of the step are written."""
+        if due(run.position.step, run.config.train.checkpoint_every, run.total_steps):
+            run.save()
+
+
+class Summary(Callback):
+    """``curves.png`` and ``summary.json`` at the end, and a few lines that say where everything is."""
+
+    def __init__(self) -> None:
+        self._begin = 0.0
+        self._first_step = 0
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Note the time."""
+        self._begin, self._first_step = time.monotonic(), run.position.step
+
+    def on_end(self, run: TrainingRun) -> None:
+        """Write and print."""
+        if not run.context.is_main:
+            return
+        rows = run.directory.read_metrics()
+        if not rows:
+            return
+        seconds = time.monotonic() - self._begin
+        vals = [row["val_loss"] for row in rows if "val_loss" in row]
+        summary = {
+            "steps": run.position.step,
+            "samples_seen": run.position.samples_seen,
+            "first_loss": rows[0]["loss"],
+            "final_loss": rows[-1]["loss"],
+            "val_loss": vals[-1] if vals else None,
+            "images_per_s": rows[-1]["images_per_s"],
+            "seconds": round(seconds, 1),
+            "parameters": sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.engine.module.parameters()),
+        }
+        write_json(run.directory.path / "summary.json", summary)
+        from megadit.train.pictures import draw_curves
+
+        draw_curves(rows, run.directory.curves)
+        grids = sorted(run.directory.samples.glob("step-*.png"))
+        val = f", validation {summary['val_loss']:.4f}" if vals else ""
+        print(f"\ntrained to step {run.position.step} of {run.total_steps} in {seconds:.0f} s")
+        print(f"  loss       {summary['first_loss']:.4f} → {summary['final_loss']:.4f}{val}")
+        if grids:
+            print(f"  samples    {grids[-1]}")
+        print(f"  curves     {run.directory.curves}   (tensorboard --logdir {run.directory.path})")
+        print(f"  checkpoint {run.directory.path / 'checkpoints'}")

@@ -1,0 +1,38 @@
+"""What a callback is. Policies of a run (progress, files, samples, checkpoints) are callbacks; the loop has none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megadit.train.run import TrainingRun
+
+Record = dict[str, Any]
+
+
+class Callback:
+    """Hooks of the loop, called on every rank in the same order; each does nothing unless overridden."""
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Before the first step (after a resume, if any)."""
+
+    def on_step(self, run: TrainingRun) -> Record | None:
+        """After every optimizer step; what it returns is added to the record of a logged step."""
+        return None
+
+    def on_log(self, run: TrainingRun, record: Record) -> None:
+        """After a step that is logged, with its record."""
+
+    def after_log(self, run: TrainingRun) -> None:
+        """After every step and its log: for what must not precede the metrics, such as a checkpoint."""
+
+    def on_end(self, run: TrainingRun) -> None:
+        """After the last step, whatever ended the loop short of an exception."""
+
+    def close(self) -> None:
+        """Release files and bars; called in every case."""
+
+
+def due(step: int, every: int | None, total: int) -> bool:
+    """Whether something done ``every`` steps and at the end is due after ``step`` of ``total`` steps."""
+    return step == total or (every is not None and step % every == 0)

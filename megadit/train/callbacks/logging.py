@@ -1,0 +1,171 @@
+"""Metrics as a progress bar, as ``metrics.jsonl``, in TensorBoard and, when asked, in wandb."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any
+
+from megadit.errors import UserError
+from megadit.train.callbacks.base import Callback, Record
+
+if TYPE_CHECKING:
+    from megadit.train.run import TrainingRun
+
+
+class Progress(Callback):
+    """A bar with loss, learning rate, images/s and ETA; plain lines where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._begin = 0.0
+        self._first = 0
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Open the bar at the resumed step."""
+        if not run.context.is_main:
+            return
+        self._begin, self._first = time.monotonic(), run.position.step
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=run.total_steps, initial=run.position.step, unit="step", dynamic_ncols=True)
+
+    def on_step(self, run: TrainingRun) -> Record | None:
+        """Advance the bar."""
+        if self._bar is not None:
+            self._bar.update(1)
+        return None
+
+    def on_log(self, run: TrainingRun, record: Record) -> None:
+        """Show the record's main numbers."""
+        if not run.context.is_main:
+            return
+        shown = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_s']:.0f} img/s"
+        if "val_loss" in record:
+            shown += f"  val {record['val_loss']:.4f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+            return
+        done = max(1, record["step"] - self._first)
+        left = (time.monotonic() - self._begin) / done * (run.total_steps - record["step"])
+        minutes, seconds = divmod(int(left), 60)
+        print(f"step {record['step']}/{run.total_steps}  {shown}  ETA {minutes}:{seconds:02d}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class JsonLines(Callback):
+    """``metrics.jsonl``: one object per logged step, flushed as it is written."""
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Drop rows beyond the resumed step and append from there."""
+        if run.context.is_main:
+            run.directory.truncate_metrics(run.position.step)
+            self._file = open(run.directory.metrics, "a", buffering=1)  # noqa: SIM115  (lives as long as the run)
+
+    def on_log(self, run: TrainingRun, record: Record) -> None:
+        """Append the record."""
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """A record flattened for curve viewers: ``train/loss``, ``lr/hidden``, ``loss_bin/3``, ``val/loss``, …"""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        if key == "lr_groups":
+            flat |= {f"lr/{name}": rate for name, rate in value.items()}
+        elif key == "loss_bins":
+            flat |= {f"loss_bin/{i}": loss for i, loss in enumerate(value) if loss is not None}
+        elif key == "val_loss":
+            flat["val/loss"] = value
+        elif key != "step" and value is not None:
+            flat[f"train/{key}"] = value
+    return flat
+
+
+class TensorBoard(Callback):
+    """Scalars and sample grids under ``tensorboard/``."""
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+        self._shown: set[str] = set()
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Open the event file; entries beyond a resumed step are purged by the viewer."""
+        if run.context.is_main and run.config.train.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = run.position.step + 1 if run.position.step else None
+            self._writer = SummaryWriter(str(run.directory.tensorboard), purge_step=purge)
+
+    def on_log(self, run: TrainingRun, record: Record) -> None:
+        """Write scalars and any grid that was drawn since."""
+        if self._writer is None:
+            return
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+        self._add_grids(run, record["step"])
+
+    def _add_grids(self, run: TrainingRun, step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        for path in sorted(run.directory.samples.glob("step-*.png")):
+            if path.name not in self._shown:
+                self._shown.add(path.name)
+                picture = np.asarray(Image.open(path).convert("RGB"))
+                self._writer.add_image("samples", picture, int(path.stem.split("-")[1]), dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Wandb(Callback):
+    """The same scalars to Weights & Biases, when ``train.wandb`` asks for it."""
+
+    def __init__(self) -> None:
+        self._run: Any = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Start the wandb run; its folder lies in the run directory."""
+        if not (run.context.is_main and run.config.train.wandb):
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "train.wandb: true, but wandb is not installed; pip install 'megadit[tracking]' or set it to false"
+            ) from error
+        self._run = wandb.init(
+            project="megadit",
+            name=run.directory.path.name,
+            dir=str(run.directory.path),
+            config=run.config.model_dump(mode="json"),
+            resume="allow",
+        )
+
+    def on_log(self, run: TrainingRun, record: Record) -> None:
+        """Send the record."""
+        if self._run is not None:
+            self._run.log(scalars(record), step=record["step"])
+
+    def close(self) -> None:
+        """Finish the wandb run."""
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,73 @@
+"""What ``launch/pretrain.py`` does between its arguments and the training: check everything, report, or train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megadit.config import load, merge_ds_config
+from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from megadit.parallel import prepare_environment
+from megadit.train.pretrain import Job, pretrain, total_steps
+
+
+def prepare_job(
+    config: str | None, overrides: Sequence[str], ds_config: str | None, run_dir: str | None, resume: str
+) -> Job:
+    """Resolve and check the configuration, the layout and the data.
+
+    Raises:
+        UserError: anything in them that cannot work.
+    """
+    from megadit.data import build_datasets, check_against_model, describe
+
+    prepare_environment()
+    loaded = load(config, overrides)
+    merged = merge_ds_config(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
+    for warning in merged.warnings:
+        if speaks_for_node():
+            print(f"warning: {warning}", file=sys.stderr)
+    train_set, val_set = build_datasets(merged.config.data)
+    check_against_model(describe(train_set), merged.config)
+    folder = Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
+    return Job(merged.config, merged.ds_config, folder, resume, train_set, val_set)
+
+
+def dry_run(job: Job) -> int:
+    """Print the layout, the memory of weights and optimizer, and the muP table; train nothing."""
+    if not speaks_for_node():
+        return EXIT_OK
+    from megadit.data import check_images
+    from megadit.models import build_model
+    from megadit.mup.table import format_rows, rows
+    from megadit.plan import describe_plan
+
+    check_images(job.train_set)
+    config = job.config
+    model = build_model(config.model, device="meta")
+    steps = total_steps(config, len(job.train_set))
+    print(describe_plan(config, model, steps, int(os.environ["WORLD_SIZE"]), job.ds_config))
+    print(f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out")
+    print(f"run_dir      {job.run_dir}")
+    print()
+    print(format_rows(rows(model, config.optim)))
+    return EXIT_OK
+
+
+def train(job: Job) -> int:
+    """Train; an error that only this rank met is told with its rank."""
+    try:
+        return pretrain(job)
+    except UserError as error:
+        rank = os.environ["RANK"]
+        where = "" if os.environ["WORLD_SIZE"] == "1" or error.everywhere else f"[rank {rank}] "
+        if not error.everywhere or rank == "0":
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def speaks_for_node() -> bool:
+    """Whether this process prints what all processes of its host meet alike."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

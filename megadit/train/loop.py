@@ -1,0 +1,172 @@
+"""The training loop: batches in, optimizer steps out. What else happens in a run is a callback."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megadit.data import BatchStream
+from megadit.plan import forward_flops, peak_flops
+from megadit.train.callbacks import Callback, Record
+from megadit.train.callbacks.base import due
+from megadit.train.checkpoint import Position
+from megadit.train.metrics import Clock, LossSums, memory_gb, model_flops_utilization
+from megadit.train.run import TrainingRun
+
+_PREEMPTION_CHECK_STEPS = 10
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class _Interrupt:
+    """Set by SIGUSR1, which Slurm sends ahead of a preemption (``--signal=USR1@…``)."""
+
+    raised: bool = False
+
+
+@contextmanager
+def _preemption_signal() -> Iterator[_Interrupt]:
+    state = _Interrupt()
+
+    def note(*_: Any) -> None:
+        state.raised = True
+
+    previous = signal.signal(signal.SIGUSR1, note)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) -> bool:
+    """Train from ``run.position`` to ``run.total_steps``.
+
+    Returns True when the run is complete and False when it was preempted (after a good checkpoint).
+
+    Raises:
+        TrainingDiverged: the loss of a logged step was not finite; nothing is saved after it.
+    """
+    batches = iter(stream)
+    try:
+        with _preemption_signal() as interrupt:
+            for callback in callbacks:
+                callback.on_start(run)
+            complete = _steps(run, batches, callbacks, interrupt)
+            for callback in callbacks:
+                callback.on_end(run)
+        return complete
+    finally:
+        for callback in callbacks:
+            callback.close()
+
+
+def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callback], interrupt: _Interrupt) -> bool:
+    meter = Meter(run)
+    while run.position.step < run.total_steps:
+        step, batch_size = run.position.step, run.config.train.global_batch
+        log = _is_logged(run, step + 1)
+        norm = optimizer_step(run, batches, meter, log)
+        run.position = Position(step + 1, run.position.samples_seen + batch_size, run.engine.skipped_steps)
+        record = meter.record(norm) if log else None
+        if record is not None and not math.isfinite(record["loss"]):
+            raise TrainingDiverged(
+                f"the loss at step {step + 1} is {record['loss']}: the run has diverged (optim.lr "
+                f"{run.config.optim.lr:g}); lower optim.lr, or set optim.clip.value"
+            )
+        _after_step(run, callbacks, record)
+        if log:
+            meter.restart()
+        check = run.context.world_size == 1 or (step + 1) % _PREEMPTION_CHECK_STEPS == 0
+        if check and run.position.step < run.total_steps and run.context.any(interrupt.raised):
+            run.save()
+            return False
+    return True
+
+
+def optimizer_step(run: TrainingRun, batches: Iterator[Any], meter: Meter, want_norm: bool) -> float | None:
+    """One update: every micro batch forward and backward, then the optimizer.
+
+    Returns the global gradient norm before clipping when ``want_norm`` is set.
+    """
+    norm = None
+    seed = run.config.train.seed
+    for micro in range(run.layout.accumulation):
+        begin = time.perf_counter()
+        batch = next(batches)
+        meter.clock.waited += time.perf_counter() - begin
+        x0, cond = run.latents(batch, seed)
+        noisy = run.objective.prepare(x0, cond, batch.numbers, seed)
+        terms = run.objective.loss(run.engine.forward(noisy.x, noisy.t, noisy.cond), noisy)
+        run.engine.backward(terms.total.mean())
+        meter.sums.add(terms, noisy.time01)
+        norm = run.engine.micro_step(run.position.step, micro == run.layout.accumulation - 1, want_norm)
+    meter.clock.steps += 1
+    return norm
+
+
+def _is_logged(run: TrainingRun, step: int) -> bool:
+    """Steps that get a record: every ``log_every``, the first, and whatever validates or saves (checked finite)."""
+    train = run.config.train
+    return step == 1 or any(
+        due(step, every, run.total_steps) for every in (train.log_every, train.validate_every, train.checkpoint_every)
+    )
+
+
+def _after_step(run: TrainingRun, callbacks: Sequence[Callback], record: Record | None) -> None:
+    """``on_step`` of all callbacks, then the log with what they added, then what must come after the log."""
+    for callback in callbacks:
+        addition = callback.on_step(run)
+        if addition and record is not None:
+            record |= addition
+    if record is not None:
+        for callback in callbacks:
+            callback.on_log(run, record)
+    for callback in callbacks:
+        callback.after_log(run)
+
+
+class Meter:
+    """Sums and clock of the window since the last log line, and the log record made of them."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._flops = forward_flops(run.config.model)
+        name = ""
+        if run.context.device.type == "cuda":
+            import torch
+
+            name = torch.cuda.get_device_name(run.context.device)
+        self._peak = peak_flops(name, run.config.train.precision)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window."""
+        self.sums, self.clock = LossSums(self._run.context.device), Clock()
+
+    def record(self, norm: float | None) -> Record:
+        """The log record of the step just made (collective: all ranks call)."""
+        run = self._run
+        step = run.position.step
+        losses = self.sums.reduce(run.context)
+        rates = self.clock.rates(run.config.train.global_batch)
+        mfu = model_flops_utilization(self._flops, rates["images_per_s"], self._peak, run.context.world_size)
+        return {
+            "step": step,
+            **losses,
+            "grad_norm": norm,
+            "lr": run.engine.optimizer.base_lr(step - 1),
+            "lr_groups": run.engine.optimizer.learning_rates(),
+            **rates,
+            "mfu": mfu,
+            "mem_gb": round(memory_gb(run.context.device), 3),
+            "samples_seen": run.position.samples_seen,
+            "skipped_steps": run.position.skipped_steps,
+        }

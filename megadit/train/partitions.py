@@ -1,0 +1,194 @@
+"""The one adapter to DeepSpeed's internals: which piece of which parameter this rank owns, in float32.
+
+DeepSpeed keeps master weights and Adam moments in flat buffers that differ by ZeRO stage. Checkpoints (and
+whatever else must follow the master weights) speak of *fragments* instead: a canonical parameter name and an
+index range of the flattened parameter. Written against DeepSpeed 0.19.
+
+=====  =========================================================  ==========================
+stage  where the float32 values live                              fragments of a rank
+=====  =========================================================  ==========================
+0      the parameters themselves (float32 training only)          all, the same on every rank
+1, 2   ``single_partition_of_fp32_groups[g]``, one per group      a run of each group's concatenation
+3      ``fp32_partitioned_groups_flat[s]``, one per sub group     an equal share of every parameter
+=====  =========================================================  ==========================
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of the flattened parameter ``name``, whose global shape is ``shape``.
+
+    ``values`` is a writable 1-D float32 view into ``flat``, the tensor that the optimizer steps, beginning
+    at ``offset``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    values: Tensor
+    flat: Tensor
+    offset: int
+
+
+def avoid_shm_build() -> None:
+    """Keep DeepSpeed from compiling its CPU shared-memory op when it wraps the process group.
+
+    Only its inference all-reduce uses the op; building it takes up to a minute, needs a compiler, and a
+    build that was killed leaves a lock on which every later run waits for ever.
+    """
+    import deepspeed  # noqa: F401  (makes the module below exist)
+
+    # ``import deepspeed.comm.torch as m`` would bind plain torch, which shadows the submodule's name.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+class Partitions:
+    """This rank's share of master weights and optimizer state of a DeepSpeed engine."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.stage = int(engine.zero_optimization_stage())
+        self._names = {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside DeepSpeed's wrapper (its groups hold the flat buffers)."""
+        wrapped = self._engine.optimizer
+        return wrapped.optimizer if self.stage > 0 else wrapped
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank owns all fragments (stage 0), so that one of them is enough to save."""
+        return self.stage == 0
+
+    def fragments(self) -> list[Fragment]:
+        """All fragments that this rank owns, in a fixed order."""
+        readers = {0: self._whole_parameters, 1: self._group_runs, 2: self._group_runs, 3: self._parameter_shares}
+        return list(readers[self.stage]())
+
+    def _whole_parameters(self) -> Iterator[Fragment]:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                yield Fragment(self._names[id(p)], tuple(p.shape), 0, p.numel(), p.data.view(-1), p, 0)
+
+    def _group_runs(self) -> Iterator[Fragment]:
+        zero = self._engine.optimizer
+        for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for p in params:
+                mapping = p._hp_mapping
+                if mapping is None:  # wholly on other ranks
+                    continue
+                start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                offset = mapping.hp_fragment_address.start
+                values = flat.data.narrow(0, offset, count)
+                yield Fragment(self._names[id(p)], tuple(p.shape), start, start + count, values, flat, offset)
+
+    def _parameter_shares(self) -> Iterator[Fragment]:
+        zero = self._engine.optimizer
+        rank = self._engine.dp_rank if hasattr(self._engine, "dp_rank") else torch.distributed.get_rank()
+        for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for p in params:
+                share = p.partition_numel()
+                start = min(rank * share, p.ds_numel)
+                stop = min(start + share, p.ds_numel)  # the last shares are padded beyond the parameter
+                if stop > start:
+                    values = flat.data.narrow(0, offset, stop - start)
+                    yield Fragment(self._names[id(p)], tuple(p.ds_shape), start, stop, values, flat, offset)
+                offset += share
+
+    def moments(self, fragment: Fragment) -> dict[str, Tensor]:
+        """Adam's moments of a fragment as writable 1-D views; created as zeros where no step was taken yet."""
+        state = self.optimizer.state[fragment.flat]
+        if MOMENTS[0] not in state:
+            state.update(self._fresh_state(fragment.flat))
+        count = fragment.stop - fragment.start
+        return {key: state[key].view(-1).narrow(0, fragment.offset, count) for key in MOMENTS}
+
+    def _fresh_state(self, flat: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            fused = bool(self.optimizer.defaults.get("fused"))
+            # torch keeps the step of a fused optimizer beside its parameters, else on the CPU.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+        else:  # DeepSpeed's FusedAdam and CPUAdam count in plain integers
+            state["step"] = 0
+        return state
+
+    def adam_step(self) -> int:
+        """How many updates Adam's bias correction has counted (the same for every buffer)."""
+        counts = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        if len(counts) > 1:
+            raise RuntimeError(f"Adam's step counters differ between parameter groups: {sorted(counts)}")
+        return counts.pop() if counts else 0
+
+    def set_adam_step(self, step: int) -> None:
+        """Set every buffer's own step counter (never one tensor shared by several groups)."""
+        for state in self.optimizer.state.values():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(float(step))
+            else:
+                state["step"] = step
+
+    def publish_masters(self) -> None:
+        """After writing into ``values``: carry the master weights into the weights that the model computes with."""
+        zero = self._engine.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if zero.persistent_parameters:  # small ones stay gathered: drop the stale copies
+                zero.persistent_parameters[0].partition(zero.persistent_parameters)
+
+    def gradient_norm_before_step(self) -> float | None:
+        """Global L2 norm of the reduced gradients, unclipped, between backward and step.
+
+        Only at stage 0, where they are whole and DeepSpeed reports none; None at the other stages.
+        """
+        if self.stage > 0:
+            return None
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    def gradient_norm(self) -> float | None:
+        """Global L2 norm of the last step's gradients, unscaled and before clipping, as ZeRO computed it."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        """The dynamic loss scaler's numbers (fp16), empty otherwise."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if scaler is None or not self._engine.fp16_enabled():
+            return {}
+        return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+
+    def load_loss_scale_state(self, state: dict[str, Any]) -> None:
+        """Put back what ``loss_scale_state`` gave."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if state and scaler is not None:
+            vars(scaler).update(state)
+
+    def set_counters(self, steps: int, samples: int, skipped: int) -> None:
+        """Make DeepSpeed's own counters agree with a resumed position."""
+        engine = self._engine
+        engine.global_steps, engine.global_samples, engine.skipped_steps = steps, samples, skipped
+        engine.micro_steps = steps * engine.gradient_accumulation_steps()
+
+
+def total_elements(fragments: Sequence[Fragment]) -> int:
+    """Number of elements held by ``fragments``."""
+    return sum(f.stop - f.start for f in fragments)

@@ -1,0 +1,59 @@
+"""``TrainingRun``: the parts of one run, assembled once and handed to the loop and its callbacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megadit.conditioning import Conditioning
+from megadit.config import RunConfig
+from megadit.data import Batch, BatchLayout, ImageSet
+from megadit.data.latents import Codec
+from megadit.diffusion import Objective
+from megadit.parallel import ProcessContext
+from megadit.rng import sample_keys
+from megadit.train.checkpoint import Position, save_checkpoint
+from megadit.train.engine import TrainingEngine
+from megadit.train.run_dir import RunDirectory
+
+
+@dataclass
+class TrainingRun:
+    """One run. ``position`` advances with the loop; everything else stays."""
+
+    config: RunConfig
+    context: ProcessContext
+    engine: TrainingEngine
+    objective: Objective
+    codec: Codec
+    train_set: ImageSet
+    val_set: ImageSet
+    layout: BatchLayout
+    directory: RunDirectory
+    total_steps: int
+    position: Position
+
+    def latents(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
+        """Move a batch to this rank's device: model-space images (B, C, H, W) and their conditions.
+
+        ``seed`` keys the draw from a VAE's posterior, per sample number.
+        """
+        device = self.context.device
+        keys = sample_keys(seed, "latent", batch.numbers)
+        x0 = self.codec.encode(batch.images.to(device, non_blocking=True), keys.to(device))
+        labels = batch.labels.to(device) if self.config.model.num_classes else None
+        return x0, Conditioning(labels=labels)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present position (all ranks must call)."""
+        return save_checkpoint(
+            self.directory.path,
+            self.engine.partitions,
+            self.config,
+            self.position,
+            self.engine.optimizer.table,
+            self.context,
+            self.config.train.keep_last,
+        )

@@ -1,0 +1,119 @@
+"""A run directory: everything that a run wrote, and all that is needed to understand and resume it.
+
+``config.yaml`` (resolved), ``ds_config.json``, ``mup.json`` (one row per parameter), ``environment.json``
+(versions, command, layout), ``classes.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
+``curves.png``, ``summary.json``, ``checkpoints/`` and ``exit.json`` (how the run ended: scripts read this,
+since torchrun hides exit codes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megadit import __version__
+from megadit.config import RunConfig, save_config
+from megadit.errors import UserError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class RunDirectory:
+    """Paths and small files of one run; only rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples"
+        self.tensorboard = path / "tensorboard"
+        self.curves = path / "curves.png"
+
+    def create(self) -> None:
+        """Make the folder and try to write into it.
+
+        Raises:
+            UserError: it cannot be made or written, naming the reason.
+        """
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".write-test"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--run_dir: '{self.path}' cannot be written ({error.strerror or error}); choose a folder you can write to"
+            ) from error
+
+    def describe(
+        self,
+        config: RunConfig,
+        ds_config: dict[str, Any],
+        mup_rows: list[dict[str, Any]],
+        classes: tuple[str, ...],
+        notice: str,
+        layout: dict[str, Any],
+    ) -> None:
+        """Write what the run is, before its first step."""
+        save_config(config, self.path / "config.yaml")
+        write_json(self.path / "ds_config.json", ds_config)
+        write_json(self.path / "mup.json", {"parameters": mup_rows})
+        if classes:
+            write_json(self.path / "classes.json", list(classes))
+        if notice:
+            (self.path / "DATA-NOTICE.txt").write_text(notice + "\n")
+        write_json(self.path / "environment.json", {**_environment(), **layout})
+        (self.path / "exit.json").unlink(missing_ok=True)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop metric lines beyond ``step``: a resumed run writes them again, without a seam."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the torn last line of a killed run
+                continue
+            if row["step"] <= step:
+                kept.append(line)
+        temporary = self.metrics.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.metrics)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All metric rows so far."""
+        if not self.metrics.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def write_exit(self, code: int, reason: str, step: int) -> None:
+        """Record how the run ended, unless an earlier failure of this run is already on record."""
+        path = self.path / "exit.json"
+        if self.path.is_dir() and not path.exists():
+            write_json(path, {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")})
+
+
+def _environment() -> dict[str, Any]:
+    import deepspeed
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": sys.argv,
+        "megadit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "device": cuda or platform.processor() or platform.machine(),
+        "started": time.strftime("%FT%T%z"),
+    }

@@ -1,0 +1,139 @@
+"""Small runs for tests: the real parts of a run on digits, and a plain torch loop to hold them against."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadit.config import RunConfig
+from megadit.data import BatchLayout, BatchStream, build_datasets
+from megadit.train.schedule import Schedule
+
+BASE: dict[str, Any] = {
+    "model": {
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "patch_size": 2,
+        "in_channels": 1,
+        "input_size": 8,
+        "num_classes": 10,
+        "learn_sigma": False,
+        "parametrization": "mup",
+        "base_width": 16,
+    },
+    "objective": {"kind": "flow"},
+    "data": {"name": "digits"},
+    "optim": {"lr": 4e-3, "weight_decay": 0.05, "betas": (0.9, 0.99), "clip": {"value": 0.5}, "warmup_steps": 4},
+    "train": {"steps": 10, "global_batch": 16, "seed": 3, "log_every": 1, "tensorboard": False, "validation_images": 0},
+    "sample": {"count": 4, "steps": 4},
+}
+
+
+def small_config(**sections: dict[str, Any]) -> RunConfig:
+    """BASE with keys of whole sections replaced."""
+    merged = {name: {**BASE.get(name, {}), **sections.get(name, {})} for name in {*BASE, *sections}}
+    return RunConfig.model_validate(merged)
+
+
+def layout_of(config: RunConfig, world: int) -> tuple[RunConfig, dict[str, Any]]:
+    """The config and DeepSpeed dict of ``world`` ranks, as the command makes them."""
+    merged = merge_ds_config(LoadedConfig(config=config, user_set=frozenset(), source="test"), None, world)
+    return merged.config, merged.ds_config
+
+
+def train_rank(config: RunConfig, folder: str, steps: int | None = None, checkpoint: str | None = None) -> dict[str, Any]:
+    """Run on one rank through the library; returns losses, norms and this rank's weight fragments.
+
+    Training starts from ``checkpoint`` if given, stops after ``steps`` and then saves into ``folder``.
+    """
+    from megadit.parallel import start_processes
+    from megadit.train.loop import Meter, optimizer_step
+    from megadit.train.checkpoint import Position
+    from megadit.train.pretrain import Job, assemble
+    from megadit.train.run_dir import RunDirectory
+
+    context = start_processes()
+    config, ds_config = layout_of(config, context.world_size)
+    train_set, val_set = build_datasets(config.data)
+    job = Job(config, ds_config, Path(folder), "auto", train_set, val_set)
+    directory = RunDirectory(Path(folder))
+    context.on_main(directory.create)
+    assert config.train.steps is not None
+    run = assemble(job, context, directory, config.train.steps, Path(checkpoint) if checkpoint else None)
+    stream = BatchStream(train_set, run.layout, config.train.seed, flip=False, workers=0, start_step=run.position.step)
+    batches, records = iter(stream), []
+    while run.position.step < (steps or config.train.steps):
+        meter = Meter(run)
+        norm = optimizer_step(run, batches, meter, True)
+        step = run.position.step + 1
+        run.position = Position(step, step * config.train.global_batch, run.engine.skipped_steps)
+        records.append(meter.record(norm))
+    saved = run.save()
+    pieces = [(f.name, f.shape, f.start, f.stop, f.values.detach().clone()) for f in run.engine.partitions.fragments()]
+    working = {n: p.detach().float().clone() for n, p in run.engine.module.named_parameters() if p.numel()}
+    return {
+        "losses": [r["loss"] for r in records],
+        "norms": [r["grad_norm"] for r in records],
+        "lrs": [r["lr_groups"] for r in records],
+        "pieces": pieces,
+        "working": working,
+        "adam_step": run.engine.partitions.adam_step(),
+        "saved": str(saved),
+    }
+
+
+def merge_weights(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Whole parameters from all ranks' fragments; every element must be covered."""
+    whole: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, shape, start, stop, values in result["pieces"]:
+            flat = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
+            flat[start:stop] = values
+            whole[name] = flat
+    for name, flat in whole.items():
+        assert not flat.isnan().any(), f"{name} is not covered by the ranks' fragments"
+    return whole
+
+
+def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
+    """The same training written out in plain torch: one process, whole batch, no DeepSpeed, own clipping."""
+    from megadit.conditioning import Conditioning
+    from megadit.data import SampleOrder, make_batch
+    from megadit.diffusion import build_objective
+    from megadit.models import build_model
+    from megadit.mup.groups import param_groups
+
+    train_set, _ = build_datasets(config.data)
+    seed, size = config.train.seed, config.train.global_batch
+    layout, order = BatchLayout(size, 1, 0, size), SampleOrder(len(train_set), seed)
+    model = build_model(config.model, seed=seed)
+    groups = param_groups(model, config.optim)
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, foreach=False)
+    schedule = Schedule.from_config(config.optim, config.train.steps or steps)
+    objective = build_objective(
+        config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        batch = make_batch(train_set, order, layout.numbers(step, 0), seed=seed, flip=False)
+        noisy = objective.prepare(batch.images, Conditioning(labels=batch.labels), batch.numbers, seed)
+        loss = objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
+        if config.optim.clip.value is not None:
+            scale = min(1.0, config.optim.clip.value / (float(norm) + 1e-6))
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(scale)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.factor(step) * config.optim.lr * group["lr_mult"]
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(float(norm))
+    weights = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "weights": weights}
