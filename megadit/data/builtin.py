@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megadit.config.run import DataConfig
+from megadit.config import DataConfig
 from megadit.data import digits_set, emoji_set, fashion_set
 from megadit.data.dataset import ArraySet, ImageSet
 from megadit.data.folder import load_folder

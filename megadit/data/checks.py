@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megadit.config.run import RunConfig
+from megadit.config import RunConfig
 from megadit.data.dataset import DatasetFacts
 from megadit.errors import UserError
 
@@ -50,8 +50,9 @@ def _check_latents(facts: DatasetFacts, config: RunConfig) -> None:
 
 
 def _check_classes(facts: DatasetFacts, config: RunConfig) -> None:
-    wanted = facts.num_classes if config.data.condition == "class" else 0
-    if config.model.num_classes == wanted:
-        return
-    why = f"{facts.name} has {wanted} classes" if wanted else "data.condition is none"
-    raise UserError(f"model.num_classes: {config.model.num_classes}, but {why}; set model.num_classes={wanted}")
+    """The configuration has held ``data.condition`` against ``model.num_classes`` already; here the data decide."""
+    if config.model.num_classes != facts.num_classes:
+        raise UserError(
+            f"model.num_classes: {config.model.num_classes}, but {facts.name} has {facts.num_classes} classes; "
+            f"set model.num_classes={facts.num_classes}"
+        )

