@@ -64,7 +64,7 @@ def merge(layers: Iterable[Layer], schema: type[Section]) -> Merged:
 
 def _without_overruled(given: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """``new`` beside a preset; where it uses the alternative of a preset's key, the preset's becomes null."""
-    extra = {}
+    extra: dict[str, Any] = {}
     for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
         if new.get(one) is not None and other in given and other not in new:
             extra[other] = None

@@ -26,6 +26,14 @@ _WANTED = {
 }
 
 
+_RELATIONS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
 def explain(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
     """All findings of ``error``, one sentence a line; ``sources`` maps dotted keys to where they were written."""
     seen: dict[str, None] = {}
@@ -57,12 +65,9 @@ def _problem(kind: str, context: Mapping[str, Any], message: str) -> str:
         return _WANTED[kind]
     if kind == "literal_error":
         return f"is not one of {context['expected'].replace(' or ', ', ')}"
-    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        relation = (
-            kind.replace("_", " ").replace("greater than equal", "at least").replace("less than equal", "at most")
-        )
-        limit = context.get("gt", context.get("ge", context.get("lt", context.get("le"))))
-        return f"is not {relation} {_plain(limit)}"
+    if kind in _RELATIONS:
+        relation, limit = _RELATIONS[kind]
+        return f"is not {relation} {_plain(context[limit])}"
     if kind in ("too_short", "too_long"):
         limit = context.get("min_length", context.get("max_length"))
         return f"has {context['actual_length']} items, not {limit}"

@@ -32,21 +32,21 @@ class RoleHPs(Section):
 class ModelConfig(Section):
     """One architecture at one size. Lengths are in tokens or latent pixels; ``width`` is n of the paper."""
 
-    family: Literal["dit"] = "dit"
+    family: Literal["dit"] = Field("dit", description="which architecture")
     width: int = Field(384, ge=1, description="hidden size n")
     depth: int = Field(12, ge=1, description="number of Transformer blocks")
     heads: int | None = Field(None, ge=1, description="attention heads; or give head_dim")
     head_dim: int | None = Field(None, ge=1, description="channels per head; constant in width under muP")
-    patch_size: int = Field(2, ge=1)
-    in_channels: int = Field(4, ge=1)
+    patch_size: int = Field(2, ge=1, description="side of a token in (latent) pixels")
+    in_channels: int = Field(4, ge=1, description="channels of the (latent) image")
     input_size: int = Field(32, ge=1, description="side of the (latent) image in pixels")
     learn_sigma: bool = Field(True, description="predict the variance too: 2C output channels")
-    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
-    mlp_ratio: float = Field(4.0, gt=0)
-    qk_norm: Literal["none", "rms"] = "none"
+    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = Field("gelu_tanh", description="activation of the MLP")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden size of the MLP over width")
+    qk_norm: Literal["none", "rms"] = Field("none", description="RMSNorm of queries and keys")
     num_classes: int = Field(1000, ge=0, description="0: unconditional; the null label is num_classes")
 
-    parametrization: Literal["sp", "mup"] = "sp"
+    parametrization: Literal["sp", "mup"] = Field("sp", description="standard, or maximal update")
     base_width: int | None = Field(None, ge=1, description="n_base of muP; width / base_width is m")
     output_mult: float = Field(1.0, gt=0, description="readout multiplier phi_out in base units")
     init: Literal["auto", "original", "fan_in"] = Field(
@@ -105,7 +105,7 @@ class ModelConfig(Section):
                 )
             if self.head_dim is not None and self.head_dim * self.heads != self.width:
                 raise ValueError(
-                    f"head_dim: {self.head_dim} x heads {self.heads} is not width {self.width}; give only one of the two"
+                    f"head_dim: {self.head_dim} x heads {self.heads} is not width {self.width}; give one of the two"
                 )
         elif self.width % self._head_dim_given:
             raise ValueError(

@@ -13,32 +13,35 @@ from megadit.config.model import ModelConfig
 class ObjectiveConfig(Section):
     """What is predicted and how timesteps are drawn and weighted."""
 
-    kind: Literal["ddpm", "flow"] = "ddpm"
-    prediction: Literal["eps", "v"] = Field("eps", description="ddpm only; flow predicts noise - x0")
-    diffusion_steps: int = Field(1000, ge=2, description="ddpm only: length of the linear schedule")
-    time_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = Field(1.0, gt=0)
+    kind: Literal["ddpm", "flow"] = Field(
+        "ddpm", description="ddpm: linear schedule, predicts noise; flow: matches the velocity noise - x0"
+    )
+    prediction: Literal["eps", "v"] = Field("eps", description="ddpm: noise or v; flow always predicts noise - x0")
+    diffusion_steps: int = Field(1000, ge=2, description="ddpm: length of the linear schedule")
+    time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of times")
+    logit_mean: float = Field(0.0, description="logit_normal: mean of logit(t)")
+    logit_std: float = Field(1.0, gt=0, description="logit_normal: standard deviation of logit(t)")
     shift: float = Field(1.0, gt=0, description="flow: resolution shift t' = s t / (1 + (s - 1) t)")
-    weighting: Literal["none", "min_snr"] = "none"
-    min_snr_gamma: float = Field(5.0, gt=0)
+    weighting: Literal["none", "min_snr"] = Field("none", description="ddpm: loss weight by timestep")
+    min_snr_gamma: float = Field(5.0, gt=0, description="min_snr: the signal-to-noise ratio where weights are cut")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained unconditionally")
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
         if self.kind == "flow" and self.prediction != "eps":
-            raise ValueError("prediction: v belongs to kind ddpm; flow matching always predicts noise - x0")
+            raise ValueError("prediction: v belongs to kind ddpm; flow always predicts noise - x0, so leave it out")
         if self.kind == "flow" and self.weighting != "none":
             raise ValueError("weighting: min_snr belongs to kind ddpm; set weighting to none for flow")
         if self.kind == "ddpm" and (self.time_sampling != "uniform" or self.shift != 1.0):
-            raise ValueError("time_sampling: ddpm draws timesteps uniformly without shift; use kind flow for these")
+            key, value = ("shift", self.shift) if self.shift != 1.0 else ("time_sampling", self.time_sampling)
+            raise ValueError(f"{key}: {value} belongs to kind flow; ddpm draws timesteps uniformly, so leave it out")
         return self
 
 
 class VaeConfig(Section):
     """A diffusers AutoencoderKL folder that turns images into latents as they are read."""
 
-    path: str
+    path: str | None = Field(None, description="the folder on this machine; no default")
     scale: float = Field(0.18215, gt=0, description="latents are multiplied by this")
     shift: float = Field(0.0, description="subtracted from latents before scaling")
 
@@ -46,36 +49,44 @@ class VaeConfig(Section):
 class DataConfig(Section):
     """Where images come from and what conditions them."""
 
-    name: Literal["emoji", "digits", "fashion-mnist", "image-folder"] = "emoji"
+    name: Literal["emoji", "digits", "fashion-mnist", "image-folder"] = Field("emoji", description="the data set")
     path: str | None = Field(None, description="folder of fashion-mnist or image-folder data")
     image_size: int | None = Field(None, ge=1, description="side in pixels; default: the data set's own size")
-    condition: Literal["class", "none"] = "class"
+    condition: Literal["class", "none"] = Field("class", description="what the model is told of an image")
     flip: bool = Field(False, description="mirror half of the images")
     val_fraction: float = Field(0.05, ge=0, lt=1, description="share held out, split by base name")
     skin_tones: bool = Field(False, description="emoji: keep the skin-tone variants")
     workers: int = Field(0, ge=0, description="decoding processes per rank")
-    vae: VaeConfig | None = None
+    vae: VaeConfig | None = Field(None, description="train on latents of this autoencoder; null: on pixels")
 
 
 class ClipConfig(Section):
     """Gradient clipping by the global norm over all parameters; ``value: null`` turns it off."""
 
-    mode: Literal["global"] = "global"
-    value: float | None = Field(None, gt=0)
+    mode: Literal["global"] = Field("global", description="one threshold for the norm over all parameters")
+    value: float | None = Field(None, gt=0, description="the threshold; null: no clipping")
 
 
 class OptimConfig(Section):
     """AdamW in base units: what a group really gets is schedule(step) x lr x its lr_mult."""
 
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    eps_mode: Literal["constant", "scaled"] = "constant"
-    weight_decay: float = Field(0.0, ge=0)
-    wd_mode: Literal["independent", "constant", "sqrt"] = "independent"
+    lr: float = Field(1e-4, gt=0, description="base learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates of the two moments")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    eps_mode: Literal["constant", "scaled"] = Field(
+        "constant", description="scaled: eps / m except for finite parameters"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the base width")
+    wd_mode: Literal["independent", "constant", "sqrt"] = Field(
+        "independent", description="hidden decay over width: x m (lr x decay constant), x 1, x sqrt(m)"
+    )
     wd_vectors: bool = Field(False, description="decay biases, gains and tables too, as mup.MuAdamW does")
-    implementation: Literal["auto", "torch-fused", "torch-foreach", "deepspeed-fused", "deepspeed-cpu"] = "auto"
-    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    implementation: Literal["auto", "torch-fused", "torch-foreach", "deepspeed-fused", "deepspeed-cpu"] = Field(
+        "auto", description="auto: torch-fused; deepspeed-* compile their kernel at the first start"
+    )
+    schedule: Literal["constant", "cosine", "wsd"] = Field(
+        "constant", description="after the warm-up; wsd: constant, then a linear decay at the end"
+    )
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     decay_steps: int | None = Field(None, ge=1, description="wsd: length of the final linear decay; default a tenth")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="floor of cosine and wsd as a share of the peak")
@@ -84,7 +95,11 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: {list(self.betas)} must both lie in [0, 1)")
+            raise ValueError(f"betas: {list(self.betas)} must both lie in [0, 1); the usual are [0.9, 0.999]")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"decay_steps: {self.decay_steps} belongs to schedule wsd, not {self.schedule}; set it to null"
+            )
         return self
 
 
@@ -102,22 +117,28 @@ class TrainConfig(Section):
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the training set, instead of steps")
     global_batch: int = Field(256, ge=1, description="images per optimizer step over all ranks")
-    micro_batch: int | None = Field(None, ge=1, description="images per forward pass and rank")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(10, ge=1)
+    micro_batch: int | None = Field(
+        None, ge=1, description="images per forward pass and rank; default: global_batch / ranks"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
+    seed: int = Field(0, ge=0, description="of initialization, order, noise and dropout")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int | None = Field(None, ge=1, description="default: at the end only")
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
     sample_every: int | None = Field(None, ge=1, description="default: at the end only")
     validate_every: int | None = Field(None, ge=1, description="default: at the end only")
     validation_images: int = Field(256, ge=0, description="0: no validation loss")
-    tensorboard: bool = True
-    wandb: bool = False
+    tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
+    wandb: bool = Field(False, description="log to Weights & Biases too, if installed")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("steps: give either steps or epochs, not both and not neither")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps: is missing; give the run's length as steps or as epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps: {self.steps} and epochs {self.epochs} both say how long to train; give one of them"
+            )
         return self
 
 
@@ -127,11 +148,11 @@ class SampleConfig(Section):
     scheduler: Literal["auto", "ddpm", "ddim", "dpm", "euler"] = Field(
         "auto", description="auto: dpm for ddpm-trained models, euler for flow"
     )
-    steps: int = Field(50, ge=1)
+    steps: int = Field(50, ge=1, description="model evaluations per picture (twice with guidance)")
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 is off")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first k channels (DiT: 3)")
     count: int = Field(64, ge=1, description="pictures in a grid")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the starting noise")
 
 
 class RunConfig(Section):
@@ -144,3 +165,53 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for problem in (self._objective_problem(), self._size_problem(), self._class_problem(), self._stage_problem()):
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    def _objective_problem(self) -> str | None:
+        if self.objective.kind == "flow" and self.model.learn_sigma:
+            return (
+                "model.learn_sigma: true does not go with objective.kind flow, whose velocity has no variance; "
+                "set model.learn_sigma=false"
+            )
+        guided = self.sample.guidance_channels
+        if guided is not None and guided > self.model.in_channels:
+            return (
+                f"sample.guidance_channels: {guided} is more than model.in_channels {self.model.in_channels}; lower it"
+            )
+        return None
+
+    def _size_problem(self) -> str | None:
+        size, factor = self.data.image_size, 8 if self.data.vae is not None else 1
+        if size is None or size == factor * self.model.input_size:
+            return None
+        what = "images" if factor == 1 else f"latents, {factor} image pixels each,"
+        return (
+            f"data.image_size: {size}, but model.input_size {self.model.input_size} is for {what} of "
+            f"{factor * self.model.input_size} pixels; make the two agree"
+        )
+
+    def _class_problem(self) -> str | None:
+        classes, condition = self.model.num_classes, self.data.condition
+        if condition == "none" and classes:
+            return f"model.num_classes: {classes}, but data.condition is none; set model.num_classes=0"
+        if condition == "class" and not classes:
+            return (
+                "model.num_classes: 0, but data.condition is class; set the number of classes, or data.condition=none"
+            )
+        if not classes and self.sample.guidance != 1.0:
+            return f"sample.guidance: {self.sample.guidance} needs classes; set sample.guidance=1, or model.num_classes"
+        return None
+
+    def _stage_problem(self) -> str | None:
+        if self.train.precision == "fp32" or self.parallel.zero_stage != 0:
+            return None
+        return (
+            f"parallel.zero_stage: 0 does not go with train.precision {self.train.precision}, where "
+            "DeepSpeed would start Adam at step 1; set parallel.zero_stage=1"
+        )

@@ -6,6 +6,7 @@ wants a number, ``1e-4``, ``2^-10`` and ``2**-10`` are numbers. No expression is
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, get_args, get_origin
 
@@ -24,7 +25,7 @@ def number(text: str) -> int | float | None:
     text = text.strip()
     power = _POWER_OF_TWO.fullmatch(text)
     if power:
-        return 2.0 ** float(power.group(1))
+        return math.exp2(float(power.group(1)))
     if not _NUMBER.fullmatch(text):
         return None
     return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
@@ -46,12 +47,13 @@ def _coerce(value: Any, annotation: Any) -> Any:
             return [_coerce(item, get_args(option)[0]) for item in value]
     wanted = options(annotation)
     if isinstance(value, str) and (int in wanted or float in wanted) and str not in wanted:
-        value = _first_not_none(number(value), value)
+        value = _read_number(value)
     # 2^8 and 1e3 are floats; a whole number is welcome where an integer is wanted.
     if isinstance(value, float) and int in wanted and float not in wanted and value.is_integer():
         return int(value)
     return value
 
 
-def _first_not_none(first: Any, second: Any) -> Any:
-    return second if first is None else first
+def _read_number(text: str) -> Any:
+    value = number(text)
+    return text if value is None else value

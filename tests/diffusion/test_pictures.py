@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config.model import ModelConfig
-from megadit.config.run import ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
+from megadit.config.run import DataConfig, ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
 from megadit.data.latents import PixelCodec
 from megadit.diffusion.pictures import grid_labels, picture_labels, sample_grid, sample_pictures
 from megadit.errors import UserError
@@ -35,6 +35,7 @@ def config(classes: int = 3, dropout: float = 0.1, **settings) -> RunConfig:
             width=16, heads=1, depth=1, in_channels=1, input_size=8, learn_sigma=False, num_classes=classes
         ),
         objective=ObjectiveConfig(kind="flow", label_dropout=dropout),
+        data=DataConfig(condition="class" if classes else "none"),
         train=TrainConfig(steps=1),
         sample=SampleConfig(**({"count": 7, "steps": 3} | settings)),
     )
