@@ -63,6 +63,8 @@ class VaeCodec(Codec):
     def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
+        if config.path is None:
+            raise UserError(f"data.vae.path: is missing; give the folder of a diffusers {_CLASS} on this machine")
         self.vae = _load(Path(config.path)).to(self.device, torch.float32).eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.channels = int(self.vae.config.latent_channels)

@@ -108,6 +108,8 @@ def test_wrong_folders_are_refused(tmp_path, folder):
         with pytest.raises(UserError, match=rf"data\.vae\.path: .*{message}"):
             VaeCodec(VaeConfig(path=str(path)))
 
+    with pytest.raises(UserError, match=r"data\.vae\.path: is missing"):
+        VaeCodec(VaeConfig.model_construct(path=None, scale=1.0, shift=0.0))
     refused(tmp_path / "nowhere", "is not a folder")
     refused(tmp_path, "has no config.json")
     (tmp_path / "vae").mkdir()
