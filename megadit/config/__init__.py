@@ -3,6 +3,7 @@
 Importing it loads neither torch nor deepspeed, so that commands answer ``--help`` at once.
 """
 
+from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.config.loader import LoadedConfig, load, load_config, replace, save_config, to_yaml
 from megadit.config.model import ModelConfig, Role, RoleHP, RoleHPs
 from megadit.config.presets import preset, preset_names
@@ -22,6 +23,7 @@ __all__ = [
     "ClipConfig",
     "DataConfig",
     "LoadedConfig",
+    "MergedConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "VaeConfig",
     "load",
     "load_config",
+    "merge_ds_config",
     "preset",
     "preset_names",
     "replace",

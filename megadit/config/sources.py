@@ -35,21 +35,24 @@ def configs_dir() -> Path:
     raise UserError("config: no configs folder beside the package or in the current folder; give --config FILE")
 
 
-def find_config(path: str | Path) -> Path:
-    """The file at ``path``, or at ``path`` inside the configs folder (``dit/xl-2.yaml``). Raises UserError if none."""
+def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml") -> Path:
+    """The file at ``path``, or at ``path`` inside the configs folder (``dit/xl-2.yaml``).
+
+    Raises UserError that names ``option`` and the nearest file of ours that ends in ``suffix``.
+    """
     given = Path(path).expanduser()
     if given.is_file():
         return given
     if given.is_dir():
-        raise UserError(f"config: {path} is a folder; name a YAML file in it")
+        raise UserError(f"{option}: {path} is a folder; name a {suffix} file in it")
     folder = configs_dir()
     if (folder / given).is_file():
         return folder / given
-    shipped = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*.yaml"))}
+    shipped = [str(file.relative_to(folder.parent)) for file in sorted(folder.rglob(f"*{suffix}"))]
     by_name = {Path(name).name: name for name in reversed(shipped)}
-    near = difflib.get_close_matches(str(given), shipped, n=1) or difflib.get_close_matches(given.name, by_name, n=1)
-    hint = f"did you mean configs/{by_name.get(near[0], near[0])}?" if near else "configs/README.md lists ours"
-    raise UserError(f"config: no file {path}; {hint}")
+    near = difflib.get_close_matches(given.name, by_name, n=1)
+    hint = f"did you mean {by_name[near[0]]}?" if near else "configs/README.md lists ours"
+    raise UserError(f"{option}: no file {path}; {hint}")
 
 
 def read_layers(path: Path) -> list[Layer]:
@@ -60,24 +63,24 @@ def read_layers(path: Path) -> list[Layer]:
 def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     resolved = path.resolve()
     if resolved in chain:
-        names = " -> ".join(_display(file) for file in (*chain[chain.index(resolved) :], resolved))
+        names = " -> ".join(display(file) for file in (*chain[chain.index(resolved) :], resolved))
         raise UserError(f"base: {names} is a circle; take one of the base keys out")
     values = _read_yaml(path)
     layers: list[Layer] = []
     for base in _bases(values.pop("base", None), path):
         layers += _read_layers(base, (*chain, resolved))
-    return [*layers, Layer(values, _display(path))]
+    return [*layers, Layer(values, display(path))]
 
 
 def _bases(value: Any, path: Path) -> list[Path]:
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"base: {value!r} is not a file name or a list of them (in {_display(path)})")
+        raise UserError(f"base: {value!r} is not a file name or a list of them (in {display(path)})")
     bases = []
     for name in names:
         base = path.parent / Path(name).expanduser()  # relative to the file that names it, not to the current folder
         if not base.is_file():
-            raise UserError(f"base: no file {name} beside {_display(path)}, which inherits from it")
+            raise UserError(f"base: no file {name} beside {display(path)}, which inherits from it")
         bases.append(base)
     return bases
 
@@ -90,11 +93,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"config: {path} is not a text file; give a YAML file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"config: {_display(path)} is not valid YAML: {_yaml_problem(error)}") from None
+        raise UserError(f"config: {display(path)} is not valid YAML: {_yaml_problem(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"config: {_display(path)} holds {type(values).__name__}, not sections of key: value pairs")
+        raise UserError(f"config: {display(path)} holds {type(values).__name__}, not sections of key: value pairs")
     return values
 
 
@@ -136,7 +139,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _display(path: Path) -> str:
+def display(path: Path) -> str:
     """A path as a person would type it: relative when it lies under the current folder."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))

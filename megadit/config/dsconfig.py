@@ -1,0 +1,193 @@
+"""Merging a DeepSpeed file into a run configuration: one answer to "what will run" for both.
+
+What the file says "auto", or leaves out, is set from the run configuration. What it says explicitly wins over
+the configuration's defaults, and is an error where it contradicts a key that the user set. The result is the
+updated run configuration and the complete dict for ``deepspeed.initialize``. Written against DeepSpeed 0.19;
+imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadit.config.ds_batch import BatchPlan, Size, plan_batch
+from megadit.config.ds_file import DsFile, read_ds_config
+from megadit.config.ds_wishes import Wish, offloads_optimizer, wishes
+from megadit.config.loader import LoadedConfig, replace
+from megadit.config.run import RunConfig
+from megadit.errors import UserError
+
+_QUIET = 10**9  # steps between DeepSpeed's own progress lines: megadit prints its own
+_FLOAT32_NAMES = ("fp32", "float32", "float", "torch.float32")
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """The run configuration with every layout key resolved, DeepSpeed's dict, and warnings for the user."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | None, world_size: int) -> MergedConfig:
+    """Merge the DeepSpeed file ``ds`` (path, dict, or None) into ``loaded`` for ``world_size`` processes.
+
+    In the result ``train.global_batch``, ``train.micro_batch``, ``parallel.zero_stage`` and everything that the
+    file's optimizer, scheduler, precision and clipping say are concrete, and ``ds_config`` agrees with them.
+
+    Raises UserError for a contradiction with a key that the user set (naming both keys and both values), for
+    batch sizes that do not multiply up, and for what would break muP or megadit's optimizer.
+    """
+    file = read_ds_config(ds)
+    changes = _granted(list(wishes(file, loaded.config)), loaded, file)
+    config = replace(loaded.config, changes, source=file.label)
+    plan = _plan(file, loaded, config, world_size)
+    stage = _zero_stage(config, world_size)
+    resolved = {
+        "train.global_batch": plan.global_batch,
+        "train.micro_batch": plan.micro_batch,
+        "parallel.zero_stage": stage,
+    }
+    config = replace(config, resolved | _offload_changes(file, loaded, config), source=file.label)
+    _check_accumulation_type(file, config)
+    warnings = list(file.warnings)
+    if stage == 0 and offloads_optimizer(file):
+        warnings.append(
+            f"zero_optimization.offload_optimizer: has no effect at ZeRO stage 0; set stage 1, 2 or 3 (in {file.label})"
+        )
+    return MergedConfig(config, _ds_dict(file, config, plan), tuple(warnings))
+
+
+def _granted(wanted: list[Wish], loaded: LoadedConfig, file: DsFile) -> dict[str, Any]:
+    """The wishes as changes of the run config. Raises UserError that lists all contradictions."""
+    conflicts = []
+    for wish in wanted:
+        key = "train.epochs" if wish.key == "train.steps" and "train.epochs" in loaded.user_set else wish.key
+        present = _value(loaded.config, key)
+        if _is_user_set(key, present, loaded) and (key != wish.key or not _same(present, wish.value)):
+            conflicts.append(_conflict(key, present, loaded, wish.ds_key, wish.ds_value, file))
+    if conflicts:
+        raise UserError("\n".join(conflicts))
+    return {wish.key: wish.value for wish in wanted}
+
+
+def _is_user_set(key: str, present: Any, loaded: LoadedConfig) -> bool:
+    # null in these means "choose for me", not "none": it contradicts nothing.
+    unset = present is None and key in ("parallel.zero_stage", "train.micro_batch", "train.epochs", "train.steps")
+    automatic = key == "optim.implementation" and present == "auto"
+    return key in loaded.user_set and not unset and not automatic
+
+
+def _conflict(key: str, value: Any, loaded: LoadedConfig, ds_key: str, ds_value: Any, file: DsFile) -> str:
+    return (
+        f"{key}: {_shown(value)} (in {loaded.user_set[key]}) contradicts {ds_key}: {_shown(ds_value)} "
+        f'(in {file.label}); remove one of them, or write "auto" in the DeepSpeed file'
+    )
+
+
+def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int) -> BatchPlan:
+    total = _asked("train.global_batch", "train_batch_size", file, loaded)
+    micro = _asked("train.micro_batch", "train_micro_batch_size_per_gpu", file, loaded)
+    accumulation = _ds_size("gradient_accumulation_steps", file)
+    return plan_batch(
+        world_size,
+        global_batch=total,
+        micro_batch=micro,
+        accumulation=accumulation,
+        default_global=Size(config.train.global_batch, "train.global_batch", f"{loaded.source}, a default"),
+        default_micro=config.train.micro_batch,
+    )
+
+
+def _asked(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> Size | None:
+    """A batch size that the user or the file asks for. Raises UserError if they ask for different ones."""
+    present = _value(loaded.config, key)
+    theirs = Size(present, key, loaded.user_set[key]) if _is_user_set(key, present, loaded) else None
+    explicit = _ds_size(ds_key, file)
+    if theirs is not None and explicit is not None and theirs.value != explicit.value:
+        raise UserError(_conflict(key, theirs.value, loaded, ds_key, explicit.value, file))
+    return theirs or explicit
+
+
+def _ds_size(ds_key: str, file: DsFile) -> Size | None:
+    value = file.values.get(ds_key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f'{ds_key}: {_shown(value)} is not a whole number of at least 1, or "auto" (in {file.label})')
+    return Size(value, ds_key, file.label)
+
+
+def _zero_stage(config: RunConfig, world_size: int) -> int:
+    stage = config.parallel.zero_stage
+    if stage is not None:
+        return stage
+    # One process has nothing to share out, but bf16 and fp16 need ZeRO's float32 masters all the same.
+    return 0 if world_size == 1 and config.train.precision == "fp32" else 1
+
+
+def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> dict[str, Any]:
+    """What optimizer offload asks of ``optim.implementation``."""
+    if not offloads_optimizer(file):
+        return {}
+    present = config.optim.implementation
+    if present == "deepspeed-fused":
+        raise UserError(
+            "optim.implementation: deepspeed-fused steps on the GPU, but zero_optimization.offload_optimizer keeps the "
+            f"state on the CPU; set optim.implementation=auto or deepspeed-cpu (in {file.label})"
+        )
+    if file.values.get("zero_force_ds_cpu_optimizer") is not True or present == "deepspeed-cpu":
+        return {}
+    if _is_user_set("optim.implementation", present, loaded):
+        raise UserError(_conflict("optim.implementation", present, loaded, "zero_force_ds_cpu_optimizer", True, file))
+    return {"optim.implementation": "deepspeed-cpu"}
+
+
+def _check_accumulation_type(file: DsFile, config: RunConfig) -> None:
+    kind = file.block("data_types").get("grad_accum_dtype")
+    bf16_at_stage_1 = config.train.precision == "bf16" and config.parallel.zero_stage == 1
+    if bf16_at_stage_1 and kind in _FLOAT32_NAMES and not offloads_optimizer(file):
+        raise UserError(
+            f"data_types.grad_accum_dtype: {kind} with bf16 at ZeRO stage 1 makes DeepSpeed take another optimizer "
+            f"wrapper, whose state megadit cannot save; set zero_optimization.stage to 2 (in {file.label})"
+        )
+
+
+def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's complete dict: what megadit decides, explicitly, then the rest of the file as it is."""
+    precision = config.train.precision
+    merged: dict[str, Any] = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        # Always written out: DeepSpeed 0.19 clips at 1.0 when the key is absent.
+        "gradient_clipping": float(config.optim.clip.value or 0.0),
+        "zero_optimization": {**file.block("zero_optimization"), "stage": config.parallel.zero_stage},
+        "bf16": {**file.block("bf16"), "enabled": precision == "bf16"},
+        "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},
+        "steps_per_print": _QUIET,
+    }
+    if offloads_optimizer(file):
+        merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
+    ours = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
+    return merged | {key: value for key, value in file.values.items() if key not in ours}
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    return tuple(one) == tuple(other) if isinstance(one, (tuple, list)) else bool(one == other)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
