@@ -36,7 +36,6 @@ def config(classes: int = 3, dropout: float = 0.1, **settings) -> RunConfig:
         ),
         objective=ObjectiveConfig(kind="flow", label_dropout=dropout),
         data=DataConfig(condition="class" if classes else "none"),
-        data=DataConfig(condition="class" if classes else "none"),
         train=TrainConfig(steps=1),
         sample=SampleConfig(**({"count": 7, "steps": 3} | settings)),
     )
