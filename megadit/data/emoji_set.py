@@ -48,6 +48,12 @@ _COMPOSED: dict[Codes, Codes] = {
     (0x1F46F,): (_ADULT, 0x1F430, _ADULT),  # people with bunny ears
     (0x1F93C,): (_ADULT, 0x1FAEF, _ADULT),  # people wrestling
 }
+# Territories that are drawn with the flag of a country (region letters; BV, HM, ... as in ISO 3166).
+_SAME_FLAG = {"BV": "NO", "CP": "FR", "DG": "IO", "EA": "ES", "HM": "AU", "MF": "FR", "SJ": "NO", "UM": "US"}
+
+
+def _flag(letters: str) -> Codes:
+    return tuple(_REGIONS.start + ord(letter) - ord("A") for letter in letters)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def base_codes(codes: Codes) -> Codes:
     """The picture that an emoji varies: without skin tone, gender, direction, joiners and presentation.
 
     "woman running facing right: dark skin tone" and "man running" share theirs, and so lie in the same
-    part of the train/validation split; all families are one.
+    part of the train/validation split; all families are one, and so are flags that look the same.
     """
     dropped = {*_SKIN_TONES, *_GENDER_SIGNS, _JOINER, _EMOJI_STYLE}
     base = tuple(_NEUTRAL.get(code, code) for code in codes if code not in dropped)
@@ -70,6 +76,9 @@ def base_codes(codes: Codes) -> Codes:
         base = base[:-1]
     if len(base) > 1 and set(base) <= {_ADULT, _CHILD}:
         return _FAMILY
+    for territory, country in _SAME_FLAG.items():
+        if base == _flag(territory):
+            return _flag(country)
     return _COMPOSED.get(base, base) or codes  # the gender signs themselves vary nothing
 
 

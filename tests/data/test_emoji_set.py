@@ -100,6 +100,14 @@ def test_variants_in_gender_and_direction_share_a_base(emoji: ArraySet, names: l
     assert (len(bases) == 1) == together
 
 
+def test_pictures_that_look_the_same_share_a_base(emoji: ArraySet) -> None:
+    bases: dict[bytes, set[str]] = {}
+    for image, base in zip(emoji.images, emoji.bases, strict=True):
+        bases.setdefault(image.numpy().tobytes(), set()).add(base)
+    assert len(bases) < len(emoji)  # there are some
+    assert [found for found in bases.values() if len(found) > 1] == []
+
+
 def captions_of(part: ImageSet) -> set[str]:
     return {part.caption(i) for i in range(len(part))}
 
