@@ -33,6 +33,7 @@ $(BIN)/python:
 # megadit does not use; beside a CPU build of torch the index's torchvision fails at import and takes diffusers and
 # transformers down with it, so it goes again. --no-compile: bytecode is made for what gets imported, not for 40,000 files.
 $(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing torch, deepspeed and the rest into $(VENV): a minute or two, once"
 	$(PIP) install --quiet --no-compile -c constraints.txt torch
 	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \

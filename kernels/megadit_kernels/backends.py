@@ -1,0 +1,215 @@
+"""Which kernel backends work on this machine, found out by trying them.
+
+Being installed says little: transformer-engine raises RuntimeError without its GPU stack, flash-attn is found and
+then fails at import when it was built for another torch, and the package called ``apex`` on the Python package index
+is not NVIDIA's. So each probe imports the compiled module and makes one tiny call; whatever goes wrong is kept as
+the reason. Nothing is imported or tried before somebody asks, and each answer is found once per process.
+
+A probe that reaches CUDA initialises it in the calling process: do not ask before forking.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+State = Literal["ok", "missing", "broken"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a probe found.
+
+    ``state`` is ok, missing (not installed, or no hardware for it) or broken (there, but a call failed). ``detail`` is
+    a version or a device when it works, else the reason; ``remedy`` says what would help, empty if nothing would.
+    """
+
+    name: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+    @property
+    def works(self) -> bool:
+        return self.state == "ok"
+
+
+class Unavailable(Exception):
+    """Raised by a probe: not installed, or this machine has not the hardware. Args: reason, remedy."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+@functools.cache
+def backend(name: str) -> Backend:
+    """Try the backend ``name`` (one of ``backend_names()``); KeyError for another name."""
+    probe = _probes()[name]
+    try:
+        return Backend(name, "ok", probe())
+    except Unavailable as reason:
+        return Backend(name, "missing", str(reason), reason.remedy)
+    except Exception as error:  # compiled extensions raise anything: RuntimeError, OSError, AttributeError
+        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
+        return Backend(name, "broken", f"{type(error).__name__}: {first_line}", _remedies().get(name, ""))
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every backend there is a probe for, in the order a report shows them."""
+    return tuple(_probes())
+
+
+def works(name: str) -> bool:
+    """Whether the backend's tiny call succeeded here."""
+    return backend(name).works
+
+
+def _probes() -> dict[str, Callable[[], str]]:
+    return {
+        "cuda": _cuda,
+        "bf16": _bf16,
+        "fp8": _fp8,
+        "triton": _triton,
+        "flash-sdpa": _flash_sdpa,
+        "flash-attn": _flash_attn,
+        "transformer-engine": _transformer_engine,
+        "apex": _apex,
+    }
+
+
+def _remedies() -> dict[str, str]:
+    return {
+        "triton": "reinstall torch: each CUDA build of torch requires its own exact triton",
+        "flash-attn": "build it for this torch: pip install --no-build-isolation --force-reinstall flash-attn",
+        "transformer-engine": "pip install --no-build-isolation 'transformer-engine[pytorch]', for this torch and CUDA",
+        "apex": "build NVIDIA apex from its source for this torch and CUDA",
+    }
+
+
+def _installed(module: str, distribution: str, remedy: str) -> str:
+    """The distribution's version. Raises Unavailable if the module cannot be found."""
+    if importlib.util.find_spec(module) is None:
+        raise Unavailable("not installed", remedy)
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _torch() -> ModuleType:
+    if importlib.util.find_spec("torch") is None:
+        raise Unavailable("torch is not installed", "make setup")
+    return importlib.import_module("torch")
+
+
+def _need_cuda(version: str = "") -> ModuleType:
+    """torch, on a machine with a CUDA device that it can use. Raises Unavailable otherwise."""
+    torch = _torch()
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+        raise Unavailable(f"{version + ' is installed, but ' if version else ''}{why}")
+    return torch
+
+
+def _same(torch: ModuleType, found: object, expected: object, tolerance: float) -> None:
+    """Raise if a tiny call's result is wrong: a kernel for another architecture can fail without an error."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def _cuda() -> str:
+    torch = _need_cuda()
+    value = torch.full((8,), 2.0, device="cuda")
+    _same(torch, value.square().sum().cpu(), torch.tensor(32.0), 0.0)
+    return f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+
+
+def _bf16() -> str:
+    torch = _torch()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    _same(torch, (ones @ ones).float().cpu(), torch.full((16, 16), 16.0), 0.0)
+    if device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        return "native" if native else "emulated by this GPU, slow"
+    return f"runs on the CPU ({torch.backends.cpu.get_cpu_capability()}), mostly slower than fp32: for tests"
+
+
+def _fp8() -> str:
+    torch = _need_cuda()
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 9):
+        raise Unavailable(f"compute capability {capability[0]}.{capability[1]} has no FP8 (8.9 and later have)")
+    ones = torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn)
+    scale = torch.ones((), device="cuda")
+    product = torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+    _same(torch, product.float().cpu(), torch.full((16, 16), 16.0), 0.0)
+    return f"compute capability {capability[0]}.{capability[1]}"
+
+
+def _triton() -> str:
+    version = _installed("triton", "triton", "comes with a CUDA build of torch")
+    torch = _need_cuda(version)
+    from megadit_kernels._triton_probe import double
+
+    x = torch.arange(32, device="cuda", dtype=torch.float32)
+    _same(torch, double(x), 2 * x, 0.0)
+    return version
+
+
+def _flash_sdpa() -> str:
+    torch = _need_cuda()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q = torch.randn(1, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    _same(torch, found, expected, 2e-2)
+    return "torch's flash attention"
+
+
+def _flash_attn() -> str:
+    version = _installed("flash_attn", "flash-attn", "optional, needs a GPU: pip install -e .[flash]")
+    torch = _need_cuda(version)
+    flash_attn = importlib.import_module("flash_attn")
+    q = torch.randn(1, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    heads_first = q.transpose(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(heads_first, heads_first, heads_first).transpose(1, 2)
+    _same(torch, flash_attn.flash_attn_func(q, q, q), expected, 2e-2)
+    return version
+
+
+def _transformer_engine() -> str:
+    remedy = "optional, needs a GPU: pip install -e .[te]"
+    version = _installed("transformer_engine", "transformer-engine", remedy)
+    torch = _need_cuda(version)
+    te = importlib.import_module("transformer_engine.pytorch")
+    layer = te.Linear(16, 16, params_dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(16, 16, device="cuda", dtype=torch.bfloat16)
+    _same(torch, layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), 5e-2)
+    return version
+
+
+def _apex() -> str:
+    remedy = "optional, needs a GPU: build NVIDIA apex from its source (CONTRIBUTING.md)"
+    if importlib.util.find_spec("amp_C") is None:
+        if importlib.util.find_spec("apex") is not None:
+            raise Unavailable("a package called apex is installed, but not NVIDIA's (it has no amp_C)", remedy)
+        raise Unavailable("not installed", remedy)
+    version = _installed("amp_C", "apex", remedy)
+    torch = _need_cuda(version)
+    amp = importlib.import_module("amp_C")
+    apply = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+    overflow = torch.zeros(1, dtype=torch.int32, device="cuda")
+    x = torch.ones(16, device="cuda")
+    apply(amp.multi_tensor_scale, overflow, [[x], [x]], 3.0)
+    _same(torch, x.cpu(), torch.full((16,), 3.0), 0.0)
+    return version

@@ -1,0 +1,22 @@
+"""What this machine can do: versions, backends and a real training step, each with the reason when it does not work.
+
+Imports nothing heavy by itself, so that it also runs where torch or megadit's other requirements are missing or
+broken: that is when it is needed.
+"""
+
+from __future__ import annotations
+
+from megadit.doctor.devices import check_backends
+from megadit.doctor.machine import check_machine
+from megadit.doctor.report import Check, Report, format_report
+from megadit.doctor.software import check_software
+from megadit.doctor.training import check_distributed, check_step, start_step
+
+__all__ = ["Check", "Report", "examine", "format_report"]
+
+
+def examine() -> Report:
+    """Run every check; takes about ten seconds, most of them for importing each package and DeepSpeed's step."""
+    step = start_step()  # beside the other checks, which mostly wait for the disk
+    checks = [*check_machine(), *check_software(), *check_backends(), *check_distributed()]
+    return Report((*checks, check_step(step)))

@@ -1,0 +1,120 @@
+"""Python, cores, memory, disk, compiler: what torch does not know about."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megadit.doctor.quiet import one_line
+from megadit.doctor.report import Check, State
+
+ROOT = Path(__file__).resolve().parents[2]
+STALE_LOCK_S = 900.0  # DeepSpeed's ops take under six minutes to compile on two cores
+GIB = 2.0**30
+
+
+def check_machine() -> Iterator[Check]:
+    """Python, cores, memory, disk, compiler: what torch does not know about."""
+    venv = ROOT / ".venv"
+    detail = f"{platform.python_version()} at {sys.executable}"
+    new_enough = sys.version_info >= (3, 11)
+    remedy = "" if new_enough else "make setup PYTHON=python3.11, or a later one"
+    if venv.is_dir() and not Path(sys.prefix).is_relative_to(venv):
+        detail += f" (not {venv.name} of this checkout, which make uses)"
+    yield Check("machine", "python", "ok" if new_enough else "broken", detail, remedy, needed=True)
+    yield Check("machine", "system", "ok", f"{platform.system()} {platform.release()} {platform.machine()}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Check("machine", "cores", "ok", f"{cores} usable of {os.cpu_count()}")
+    yield _memory()
+    yield _disk(
+        "disk", Path.cwd(), 2.0, "checkpoints and samples go here: free some space, or give --run_dir elsewhere"
+    )
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        yield _disk("shared memory", shm, 0.25, "data workers and NCCL need it; containers take --shm-size=8g")
+    yield _compiler()
+    numactl = shutil.which("numactl")
+    remedy = "apt-get install numactl; only deepspeed --bind_cores_to_rank needs it"
+    yield Check("machine", "numactl", "ok" if numactl else "missing", numactl or "not installed", remedy)
+    yield _extension_locks()
+
+
+def _memory() -> Check:
+    free, total = _free_memory()
+    state: State = "ok" if free is None or free > 2 * GIB else "broken"
+    detail = "unknown" if free is None or total is None else f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
+    return Check("machine", "memory", state, detail, "a rank of the quickstart takes about 1 GiB: end other programs")
+
+
+def _free_memory() -> tuple[float | None, float | None]:
+    """(free, total) bytes: of the machine, or of the control group where that is less."""
+    facts: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts[name] = float(value.split()[0]) * 1024
+    free, total = facts.get("MemAvailable"), facts.get("MemTotal")
+    with contextlib.suppress(OSError, ValueError):
+        limit = float(Path("/sys/fs/cgroup/memory.max").read_text())  # "max" means none: ValueError
+        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        if total is None or limit < total:
+            free, total = min(free or limit, limit - used), limit
+    return free, total
+
+
+def _disk(name: str, path: Path, least_gib: float, remedy: str) -> Check:
+    usage = shutil.disk_usage(path)
+    state: State = "ok" if usage.free >= least_gib * GIB else "broken"
+    return Check(
+        "machine", name, state, f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f} at {path}", remedy
+    )
+
+
+def _compiler() -> Check:
+    """A C++ compiler that really compiles, with ninja beside it."""
+    needed_by = "only DeepSpeed's own CPU and fused optimizers need it"
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    remedy = "apt-get install g++; pip install ninja"
+    if not compiler:
+        return Check("machine", "C++ compiler", "missing", needed_by, remedy)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "try.cpp"
+        source.write_text("#include <vector>\nint main() { return int(std::vector<int>(0).size()); }\n")
+        try:
+            command = [compiler, str(source), "-o", str(source.with_suffix(""))]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            return Check("machine", "C++ compiler", "broken", f"{compiler}: {one_line(error)}", remedy)
+    beside = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    if shutil.which("ninja", path=os.pathsep.join(beside)) is None:
+        return Check("machine", "C++ compiler", "missing", f"{compiler} without ninja", remedy)
+    return Check("machine", "C++ compiler", "ok", str(compiler))
+
+
+def extensions_root() -> Path:
+    """Where torch builds C++ extensions (DeepSpeed's ops among them)."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
+
+
+def _extension_locks() -> Check:
+    """Locks of C++ builds that were killed: the next build of the same op waits on them for ever."""
+    now = time.time()
+    locks: list[tuple[Path, float]] = []
+    for pattern in ("*/lock", "*/*/lock"):
+        for path in extensions_root().glob(pattern):
+            with contextlib.suppress(OSError):
+                locks.append((path, now - path.stat().st_mtime))
+    stale = [str(path) for path, age in locks if age > STALE_LOCK_S]
+    if stale:
+        detail = f"{len(stale)} left by a build that was killed; DeepSpeed would wait on it for ever"
+        return Check("machine", "build locks", "broken", detail, f"rm {' '.join(stale)}")
+    return Check("machine", "build locks", "ok", f"{len(locks)} build(s) in progress" if locks else "none")

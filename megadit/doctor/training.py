@@ -1,0 +1,113 @@
+"""Process groups, and a real optimizer step through DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megadit.doctor.quiet import one_line, quiet
+from megadit.doctor.report import Check, State
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP_TIMEOUT_S = 120.0
+LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_distributed() -> Iterator[Check]:
+    """gloo by a real collective; nccl and DeepSpeed's accelerator by what they say."""
+    try:
+        import torch
+        import torch.distributed as dist
+    except Exception as error:
+        yield Check("distributed", "torch.distributed", "broken", one_line(error), "make setup", needed=True)
+        return
+    yield _gloo(dist)
+    if dist.is_nccl_available():
+        yield Check("distributed", "nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Check("distributed", "nccl", "missing", "this torch is built without it; several GPUs need it")
+    with quiet():
+        yield _accelerator(torch.cuda.is_available())
+
+
+def _gloo(dist: Any) -> Check:
+    import torch
+
+    remedy = "the host's own name must resolve (/etc/hosts), or set GLOO_SOCKET_IFNAME to a network interface"
+    try:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            value = torch.ones(4)
+            dist.all_reduce(value)
+            assert float(value.sum()) == 4.0
+        finally:
+            dist.destroy_process_group()
+    except Exception as error:
+        return Check("distributed", "gloo", "broken", one_line(error), remedy)
+    return Check("distributed", "gloo", "ok", "one collective on one rank")
+
+
+def _accelerator(has_cuda: bool) -> Check:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_cuda else "cpu")
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        name = str(get_accelerator()._name)
+    except Exception as error:
+        return Check("distributed", "DeepSpeed device", "broken", one_line(error), "make setup", needed=True)
+    expected = "cuda" if has_cuda else "cpu"
+    state: State = "ok" if name == expected else "broken"
+    return Check("distributed", "DeepSpeed device", state, name, f"unset DS_ACCELERATOR: torch would use {expected}")
+
+
+def start_step() -> subprocess.Popen[str]:
+    """Start one optimizer step in a process of its own, so that a hang or a crash is only reported."""
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_NAMES}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", "from megadit.doctor.training import training_step; training_step()"]
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def check_step(process: subprocess.Popen[str], timeout_s: float = STEP_TIMEOUT_S) -> Check:
+    """What became of ``start_step()``, waiting ``timeout_s`` seconds at most."""
+    try:
+        _, said = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        detail, remedy = f"no end after {timeout_s:g} s", "see build locks and gloo above"
+        return Check("training", "DeepSpeed step", "broken", detail, remedy, needed=True)
+    if process.returncode:
+        last = (said.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+        return Check("training", "DeepSpeed step", "broken", last[:200], "see the lines above", needed=True)
+    return Check("training", "DeepSpeed step", "ok", "ZeRO 1, one step of a linear layer", needed=True)
+
+
+def training_step() -> None:
+    """The smallest real training: a linear layer, ZeRO stage 1, one step. Raises whatever goes wrong."""
+    import torch
+
+    from megadit.parallel import start_processes, stop_processes
+    from megadit.train.partitions import avoid_shm_build
+
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    context = start_processes(timeout_s=60)
+    avoid_shm_build()
+    import deepspeed
+
+    model = torch.nn.Linear(4, 4).to(context.device)
+    before = model.weight.detach().clone()
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.0}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.backward(engine(torch.ones(1, 4, device=context.device)).square().mean())
+    engine.step()
+    if torch.equal(before, engine.module.weight):
+        raise RuntimeError("the step left the weights as they were")
+    stop_processes()

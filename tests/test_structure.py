@@ -1,0 +1,243 @@
+"""Rules of the repository that a program can hold: who imports whom, sizes, nothing unsafe, nothing unfinished."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("megadit", "kernels", "launch", "tools", "tests", "benchmarks")
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 90
+
+FOUNDATIONS = {"errors", "rng", "optional", "conditioning", "__version__"}
+# What each part of megadit may import, its own modules and the foundations aside. Nothing here points upwards:
+# config -> data -> diffusion -> models -> train; mup and parallel serve models and train.
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "data": {"config"},
+    "diffusion": {"config", "data"},
+    "mup": {"config"},
+    "parallel": {"config"},
+    "models": {"config", "data", "diffusion", "mup", "parallel", "kernels"},
+    "plan": {"config", "data", "diffusion", "mup", "parallel", "models"},
+    "train": {"config", "data", "diffusion", "mup", "parallel", "models", "plan", "kernels"},
+}
+# Parts that use the whole of the above, and not one another, may be added here.
+APPLICATIONS = {"doctor", "search", "evaluate", "convert"}
+
+LAZY = {"deepspeed", "diffusers", "transformers", "matplotlib", "sklearn", "scipy", "optuna", "wandb", "tensorboard"}
+PUBLIC_DEEPSPEED = {"deepspeed", "deepspeed.accelerator", "deepspeed.ops.adam"}
+DEEPSPEED_INTERNALS = re.compile(
+    r"\b(single_partition_of_fp32_groups|fp32_partitioned_groups_flat|fp32_groups_flat_partition|bit16_groups|"
+    r"params_in_partition|averaged_gradients|_hp_mapping|load_hp_checkpoint_state|ds_tensor|ds_id|ds_status)\b"
+)
+PARTITIONS = "megadit/train/partitions.py"
+UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error")
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Every imported module, by its full name; ``from megadit import rng`` gives megadit.rng."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.module in ("megadit", "megadit_kernels"):
+                yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+            else:
+                yield "." * node.level + (node.module or ""), node
+
+
+def part_of(path: str) -> str:
+    """The part of megadit that a file belongs to: megadit/data/order.py -> data, megadit/rng.py -> rng."""
+    return Path(path).parts[1].removesuffix(".py")
+
+
+def direction(path: str, tree: ast.Module) -> Iterator[str]:
+    if path.startswith("kernels/"):
+        yield from (f"kernels import {name}" for name, _ in imports(tree) if name.split(".")[0] == "megadit")
+    if not path.startswith("megadit/"):
+        return
+    part = part_of(path)
+    if part == "__init__":
+        allowed: set[str] = set()
+    elif part in FOUNDATIONS:
+        allowed = FOUNDATIONS
+    elif part in APPLICATIONS:
+        allowed = {*MAY_IMPORT, *FOUNDATIONS, "kernels", part}
+    elif part in MAY_IMPORT:
+        allowed = MAY_IMPORT[part] | FOUNDATIONS | {part}
+    else:
+        yield f"megadit/{part} is not in the table of this test: say there what it may import"
+        return
+    for name, _ in imports(tree):
+        if name.startswith("."):
+            yield f"imports {name}: write the full name"
+        pieces = name.split(".")
+        target = "kernels" if pieces[0] == "megadit_kernels" else pieces[1] if pieces[0] == "megadit" else None
+        if target is not None and target not in allowed:
+            yield f"{part} imports {name}"
+
+
+def deepspeed_use(path: str, tree: ast.Module) -> Iterator[str]:
+    if path.split("/")[0] not in ("megadit", "kernels", "launch", "tools"):
+        return
+    for name, _ in imports(tree):
+        if name.split(".")[0] != "deepspeed" or path == PARTITIONS:
+            continue
+        if not path.startswith(("megadit/train/", "megadit/doctor/")):
+            yield f"imports {name}: only megadit/train (and the doctor) knows DeepSpeed"
+        elif name not in PUBLIC_DEEPSPEED:
+            yield f"imports {name}: DeepSpeed's internals belong to {PARTITIONS}"
+    if path != PARTITIONS:
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        for name in sorted(names):
+            if DEEPSPEED_INTERNALS.fullmatch(name):
+                yield f"uses {name}: DeepSpeed's internals belong to {PARTITIONS}"
+
+
+def lazy_imports(path: str, tree: ast.Module) -> Iterator[str]:
+    if path.split("/")[0] not in ("megadit", "kernels", "launch", "tools"):
+        return
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
+    }
+    guarded = {
+        id(n)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for n in ast.walk(block)
+    }
+    for name, node in imports(tree):
+        if name.split(".")[0] in LAZY and id(node) not in inside | guarded:
+            yield f"imports {name} at module level: do it inside the function that needs it"
+
+
+def unsafe(path: str, tree: ast.Module) -> Iterator[str]:
+    if path.startswith(("tests/", "benchmarks/")):
+        return
+    yield from (
+        f"imports {name}" for name, _ in imports(tree) if name.split(".")[0] in {"pickle", "dill", "cloudpickle"}
+    )
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in ("eval", "exec"):
+            yield f"calls {called}"
+        safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+        if called == "torch.load" and not safe:
+            yield "calls torch.load without weights_only=True"
+        if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            loaders = [ast.unparse(value) for value in [*node.args[1:], *(k.value for k in node.keywords)]]
+            # A loader of our own derives from SafeLoader; the library's others build any Python object.
+            if called != "yaml.load" or not loaders or any(re.fullmatch(r"yaml\..*", loader) for loader in loaders):
+                yield f"calls {called}: use yaml.safe_load, or a loader derived from SafeLoader"
+
+
+def sizes(path: str, tree: ast.Module, text: str) -> Iterator[str]:
+    lines = len(text.splitlines())
+    if lines > MAX_FILE_LINES:
+        yield f"has {lines} lines, more than {MAX_FILE_LINES}: one subject a file"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield f"{node.name} has {length} lines, more than {MAX_FUNCTION_LINES}"
+
+
+def violations(path: str, text: str) -> list[str]:
+    """Everything wrong with one file, as sentences."""
+    tree = ast.parse(text)
+    found = [*direction(path, tree), *deepspeed_use(path, tree), *lazy_imports(path, tree), *unsafe(path, tree)]
+    found += sizes(path, tree, text)
+    found += [f"unfinished: {match.group(0)}" for match in UNFINISHED.finditer(text)]
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_rules_hold(folder):
+    found = {
+        name: bad
+        for path in sources()
+        if (name := path.relative_to(ROOT).as_posix()).startswith(f"{folder}/")
+        and (bad := violations(name, path.read_text(encoding="utf-8")))
+    }
+    assert not found, "\n".join(f"{name}: {'; '.join(bad)}" for name, bad in found.items())
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "complaint"),
+    [
+        ("megadit/data/x.py", "from megadit.models import build_model", "data imports megadit.models"),
+        ("megadit/mup/x.py", "def f():\n    import megadit.train.engine", "mup imports megadit.train.engine"),
+        ("megadit/rng.py", "from megadit import config", "rng imports megadit.config"),
+        ("megadit/data/x.py", "from .order import SampleOrder", "write the full name"),
+        ("megadit/search/x.py", "from megadit.evaluate import fid", "search imports megadit.evaluate"),
+        ("megadit/novel/x.py", "", "megadit/novel is not in the table"),
+        ("kernels/megadit_kernels/x.py", "from megadit.errors import UserError", "kernels import megadit.errors"),
+        ("megadit/models/x.py", "def f():\n    import deepspeed", "only megadit/train"),
+        ("megadit/train/x.py", "def f():\n    from deepspeed.runtime.zero import stage3", "internals belong"),
+        ("megadit/train/x.py", "def f(e):\n    return e.optimizer.bit16_groups", "uses bit16_groups"),
+        ("megadit/train/x.py", "def f(p):\n    return getattr(p, 'ds_tensor', p)", "uses ds_tensor"),
+        ("megadit/train/x.py", "import deepspeed", "at module level"),
+        ("tools/x.py", "from matplotlib import pyplot", "at module level"),
+        ("megadit/train/x.py", "import pickle", "imports pickle"),
+        ("tools/x.py", "print(eval('1'))", "calls eval"),
+        ("megadit/train/x.py", "import torch\ntorch.load('x', weights_only=False)", "weights_only"),
+        ("megadit/config/x.py", "import yaml\nyaml.load('x')", "safe_load"),
+        ("megadit/config/x.py", "import yaml\nyaml.load('x', Loader=yaml.FullLoader)", "safe_load"),
+        ("launch/x.py", "x = 1\n" * 451, "451 lines"),
+        ("tests/x.py", "def f():\n" + "    x = 1\n" * 90, "f has 91 lines"),
+        ("tools/x.py", "# TO" + "DO later", "unfinished"),
+        ("megadit/data/x.py", "def f():\n    raise NotImplemented" + "Error", "unfinished"),
+    ],
+)
+def test_each_rule_can_fail(path, text, complaint):
+    assert any(complaint in found for found in violations(path, text))
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("megadit/train/partitions.py", "def f(e):\n    import deepspeed.runtime.zero\n    return e.bit16_groups"),
+        ("megadit/train/engine.py", "def f():\n    import deepspeed\n    deepspeed.initialize()"),
+        ("megadit/models/dit.py", "from megadit_kernels import scaled_linear\nfrom megadit.mup import ParamSpec"),
+        ("megadit/data/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers"),
+        ("tests/x.py", "import pickle, deepspeed.runtime"),
+    ],
+)
+def test_what_is_allowed_passes(path, text):
+    assert violations(path, text) == []
+
+
+def test_the_table_of_parts_has_no_cycle():
+    done: set[str] = set()
+    while ready := [p for p, needs in MAY_IMPORT.items() if p not in done and needs - {"kernels"} <= done]:
+        done.update(ready)
+    assert done == set(MAY_IMPORT)
+
+
+def test_test_files_have_one_name_each_and_no_packages():
+    tests = list((ROOT / "tests").rglob("*.py"))
+    assert not [path for path in tests if path.name == "__init__.py"]
+    twice = [name for name, count in Counter(path.name for path in tests).items() if count > 1]
+    assert not twice
+
+
+def test_scripts_are_thin():
+    for path in [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 150, f"{path.relative_to(ROOT)} has {lines} lines: scripts parse and call the library"
