@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch: {args.batch} is not at least 1; give the number of pictures to draw at once")
     if not args.run_dir.is_dir():
         raise UserError(f"{args.run_dir}: there is no such run directory; give the folder that pretrain.py wrote")
+    if args.checkpoint != "latest" and not Path(args.checkpoint).is_dir():
+        raise UserError(
+            f"--checkpoint: {args.checkpoint} is not a folder; give latest or one such as "
+            f"{args.run_dir / 'checkpoints' / 'step-00001000'}"
+        )
     grid = args.out or args.run_dir / "samples" / "sample.png"
     _check_outputs(grid, args.npz)
 

@@ -98,3 +98,17 @@ def test_half_precision_images_are_mixed_in_float32():
 def test_numbers_must_match_the_batch():
     with pytest.raises(ValueError, match="3 sample numbers for a batch of 2"):
         objective().prepare(torch.zeros(2, *SHAPE), Conditioning(), [0, 1, 2], 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_a_gpu_mixes_the_same_noise_as_the_cpu(kind):
+    target, x0 = objective(kind), torch.stack([normal(n, SHAPE) for n in range(16)])
+    cond = Conditioning(labels=torch.arange(16) % 10)
+    here = target.prepare(x0, cond, range(16), 0)
+    there = target.prepare(x0.cuda(), cond.to("cuda"), range(16), 0)
+    for name in ("x", "t", "noise", "time01"):
+        torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name), atol=1e-5, rtol=1e-5)
+    assert torch.equal(there.cond.labels.cpu(), here.cond.labels)
+    output = normal(99, (16, *SHAPE))
+    torch.testing.assert_close(target.loss(output.cuda(), there).total.cpu(), target.loss(output, here).total)

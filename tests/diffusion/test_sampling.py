@@ -44,12 +44,19 @@ def conditions(labels: list[int]) -> tuple[Conditioning, Conditioning]:
     return Conditioning(labels=values), Conditioning(labels=torch.full_like(values, CLASSES))
 
 
-def draw(net: nn.Module, numbers: list[int], scheduler: str, guidance: float = 3.0, seed: int = 0, kind: str = "ddpm"):
+def draw(
+    net: nn.Module,
+    numbers: list[int],
+    scheduler: str,
+    guidance: float = 3.0,
+    seed: int = 0,
+    kind: str = "ddpm",
+    device: str = "cpu",
+) -> Tensor:
     cond, null = conditions([number % CLASSES for number in numbers])
     settings = SampleConfig(scheduler=scheduler, steps=4, guidance=guidance, seed=seed)
-    return sample(
-        net, config(kind == "ddpm"), ObjectiveConfig(kind=kind), settings, numbers=numbers, cond=cond, null_cond=null
-    )
+    model, objective = config(kind == "ddpm"), ObjectiveConfig(kind=kind)
+    return sample(net, model, objective, settings, numbers=numbers, cond=cond, null_cond=null, device=device)
 
 
 SAMPLERS = [("ddpm", "ddpm"), ("ddim", "ddpm"), ("dpm", "ddpm"), ("euler", "flow")]
@@ -63,6 +70,15 @@ def test_a_picture_is_the_same_whatever_batch_it_is_in(scheduler, kind):
     torch.testing.assert_close(together, apart, atol=2e-5, rtol=2e-5)
     reordered = draw(net, [3, 0], scheduler, kind=kind)
     torch.testing.assert_close(reordered, together[[3, 0]], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("scheduler", "kind"), SAMPLERS)
+def test_a_gpu_draws_the_pictures_of_the_cpu(scheduler, kind):
+    net = LabelNet(8 if kind == "ddpm" else 4)
+    here = draw(net, [0, 1, 2], scheduler, kind=kind)
+    there = draw(net.cuda(), [0, 1, 2], scheduler, kind=kind, device="cuda")
+    torch.testing.assert_close(there.cpu(), here, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize(("scheduler", "kind"), SAMPLERS)

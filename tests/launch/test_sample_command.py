@@ -107,6 +107,8 @@ def test_bad_places_are_refused(run_dir):
     script = load_script()
     with pytest.raises(UserError, match="no such run directory"):
         script.main([str(run_dir / "nowhere")])
+    with pytest.raises(UserError, match=r"--checkpoint: .*is not a folder"):
+        script.main([str(run_dir), "--checkpoint", str(run_dir / "step-1")])
     with pytest.raises(UserError, match="is a folder"):
         script.main([str(run_dir), "--out", str(run_dir)])
     with pytest.raises(UserError, match="not a folder that can be written"):
