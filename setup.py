@@ -76,7 +76,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megadit", "megadit.*"]), "megadit_kernels"],
+    packages=[*find_packages(str(ROOT), include=["megadit", "megadit.*"]), "megadit_kernels"],
     package_dir={"megadit": "megadit", "megadit_kernels": "kernels/megadit_kernels"},
     install_requires=INSTALL,
     extras_require=EXTRAS,
