@@ -47,7 +47,9 @@ def megadit_arm(overrides: list[str], folder: str) -> tuple[Callable[[], Any], A
     from megadit.train.pretrain import assemble
     from megadit.train.run_dir import RunDirectory
 
-    job = prepare_job(str(Path(__file__).resolve().parents[1] / "configs/quickstart/emoji.yaml"), overrides, None, folder, "never")
+    job = prepare_job(
+        str(Path(__file__).resolve().parents[1] / "configs/quickstart/emoji.yaml"), overrides, None, folder, "never"
+    )
     directory = RunDirectory(Path(folder))
     directory.create()
     run = assemble(job, start_processes(), directory, 10**6, None)
@@ -151,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    print(f"median of {args.steps} interleaved steps, {result['threads']} thread(s), width {args.width}, depth {args.depth}")
+    print(
+        f"median of {args.steps} interleaved steps, {result['threads']} thread(s), width {args.width}, depth {args.depth}"
+    )
     for name, value in medians.items():
         print(f"  {name:10s} {1000 * value:8.1f} ms")
     print(f"megadit / bare      {result['megadit_over_bare']}   (aim ≤ 1.05, at least ≤ 1.10)")

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. optim.lr=2e-4")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
-    p.add_argument("--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; made from --config if absent")
+    p.add_argument(
+        "--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; made from --config if absent"
+    )
     p.add_argument("--run_dir", metavar="DIR", help="where to write; default runs/<config name>")
     p.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default auto: go on from the latest")
     p.add_argument("--dry_run", action="store_true", help="check everything, print the muP table, do not train")

@@ -172,14 +172,18 @@ def find_checkpoint(run_dir: Path, wanted: str = "latest") -> Path | None:
         if (path / "checkpoints" / "latest").is_file():  # a run directory is accepted for its latest
             return find_checkpoint(path)
         if not (path / "index.json").is_file():
-            raise UserError(f"--resume: '{wanted}' is no checkpoint; give a folder such as RUN/checkpoints/step-00001000")
+            raise UserError(
+                f"--resume: '{wanted}' is no checkpoint; give a folder such as RUN/checkpoints/step-00001000"
+            )
         return path
     pointer = checkpoint_root(run_dir) / "latest"
     if not pointer.is_file():
         return None
     target = pointer.parent / pointer.read_text().strip()
     if not (target / "index.json").is_file():
-        raise UserError(f"{pointer}: points to '{target.name}', which is not complete; write an earlier step's name in it")
+        raise UserError(
+            f"{pointer}: points to '{target.name}', which is not complete; write an earlier step's name in it"
+        )
     return target
 
 
@@ -271,7 +275,9 @@ def load_model(run_dir: str | Path, checkpoint: str = "latest") -> tuple[RunConf
 
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"'{run_dir}' is no run directory (it has no config.yaml); give the --run_dir of a training run")
+        raise UserError(
+            f"'{run_dir}' is no run directory (it has no config.yaml); give the --run_dir of a training run"
+        )
     config = load_config(run_dir / "config.yaml")
     found = find_checkpoint(run_dir, checkpoint)
     if found is None:
@@ -279,4 +285,3 @@ def load_model(run_dir: str | Path, checkpoint: str = "latest") -> tuple[RunConf
     model = build_model(config.model)
     StoredCheckpoint(found).load_weights(model)
     return config, model.eval()
-

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadit.config import load, merge_ds_config
+from megadit.config import load
+from megadit.config.dsconfig import merge_ds_config
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from megadit.parallel import prepare_environment
 from megadit.train.pretrain import Job, pretrain, total_steps

@@ -50,8 +50,7 @@ class LossSums:
         for name, value in zip(names, sums, strict=True):
             result[f"loss_{name}" if name else "loss"] = value / samples
         result["loss_bins"] = [
-            loss / number if number else None
-            for loss, number in zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)
+            loss / number if number else None for loss, number in zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)
         ]
         return result
 

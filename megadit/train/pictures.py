@@ -1,9 +1,38 @@
-"""Pictures of a run: the loss curves."""
+"""Pictures of a run: sample grids from fixed noise, and the loss curves."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megadit.diffusion.pictures import picture_labels, sample_pictures, save_labelled_grid
+
+if TYPE_CHECKING:
+    from megadit.train.run import TrainingRun
+
+
+def draw_samples(run: TrainingRun) -> Path | None:
+    """Sample ``sample.count`` pictures into ``samples/step-XXXXXXXX.png``; its path on rank 0, None elsewhere.
+
+    The pictures are dealt to the ranks, each drawing the same number (ZeRO-3 gathers parameters at every forward
+    pass, so no rank may make fewer), and picture i is the same however many ranks there are.
+    """
+    context, count = run.context, run.config.sample.count
+    padded = -(-count // context.world_size) * context.world_size
+    mine = [min(number, count - 1) for number in range(context.rank, padded, context.world_size)]
+    labels = picture_labels(run.config)
+    with run.engine.evaluation() as model:
+        drawn = sample_pictures(model, run.config, run.codec, labels=labels, numbers=mine, device=context.device)
+    shares = context.gather_objects((mine, drawn))
+    if not context.is_main:
+        return None
+    pictures = torch.empty(count, *drawn.shape[1:], dtype=drawn.dtype)
+    for numbers, share in shares:
+        pictures[numbers] = share
+    path = run.directory.samples / f"step-{run.position.step:08d}.png"
+    return save_labelled_grid(pictures, labels, run.train_set.classes, path, notice=run.train_set.notice)
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -119,7 +119,9 @@ def assemble(
     if context.is_main:
         facts = describe(job.train_set)
         layout = {"ranks": context.world_size, "zero_stage": config.parallel.zero_stage, "micro_batch": micro}
-        directory.describe(config, job.ds_config, rows(model, config.optim), job.train_set.classes, facts.notice, layout)
+        directory.describe(
+            config, job.ds_config, rows(model, config.optim), job.train_set.classes, facts.notice, layout
+        )
     engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context)
     position = Position()
     if checkpoint is not None:
@@ -167,4 +169,3 @@ def _train(run: TrainingRun) -> tuple[int, str]:
     if run.context.is_main:
         print(f"preempted: saved step {run.position.step}; start the same command again to go on", file=sys.stderr)
     return EXIT_PREEMPTED, "preempted"
-

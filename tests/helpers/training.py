@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megadit.config import RunConfig
+from megadit.config import LoadedConfig, RunConfig
+from megadit.config.dsconfig import merge_ds_config
 from megadit.data import BatchLayout, BatchStream, build_datasets
 from megadit.train.schedule import Schedule
 
@@ -41,18 +42,20 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
 
 def layout_of(config: RunConfig, world: int) -> tuple[RunConfig, dict[str, Any]]:
     """The config and DeepSpeed dict of ``world`` ranks, as the command makes them."""
-    merged = merge_ds_config(LoadedConfig(config=config, user_set=frozenset(), source="test"), None, world)
+    merged = merge_ds_config(LoadedConfig(config), None, world)
     return merged.config, merged.ds_config
 
 
-def train_rank(config: RunConfig, folder: str, steps: int | None = None, checkpoint: str | None = None) -> dict[str, Any]:
+def train_rank(
+    config: RunConfig, folder: str, steps: int | None = None, checkpoint: str | None = None
+) -> dict[str, Any]:
     """Run on one rank through the library; returns losses, norms and this rank's weight fragments.
 
     Training starts from ``checkpoint`` if given, stops after ``steps`` and then saves into ``folder``.
     """
     from megadit.parallel import start_processes
-    from megadit.train.loop import Meter, optimizer_step
     from megadit.train.checkpoint import Position
+    from megadit.train.loop import Meter, optimizer_step
     from megadit.train.pretrain import Job, assemble
     from megadit.train.run_dir import RunDirectory
 
@@ -124,7 +127,9 @@ def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
         loss = objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.stack([p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
+        norm = (
+            torch.stack([p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
+        )
         if config.optim.clip.value is not None:
             scale = min(1.0, config.optim.clip.value / (float(norm) + 1e-6))
             for p in model.parameters():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, plain_torch_run, small_config, train_rank
 
@@ -38,7 +39,9 @@ def test_layout_equals_plain_torch(reference, tmp_path, world, stage, micro):
         # A key bias has no gradient in exact arithmetic: Adam makes full steps of its rounding noise.
         if name.endswith("qkv.bias"):
             third = expected.numel() // 3
-            gap = torch.cat([weights[name][:third] - expected[:third], weights[name][2 * third :] - expected[2 * third :]])
+            gap = torch.cat(
+                [weights[name][:third] - expected[:third], weights[name][2 * third :] - expected[2 * third :]]
+            )
             gap = gap.norm() / expected.norm()
         assert gap <= TOLERANCE, f"{name}: {gap:.2e}"
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, small_config, train_rank
-
 from megadit.errors import UserError
 from megadit.train.checkpoint import StoredCheckpoint, find_checkpoint, load_model
 

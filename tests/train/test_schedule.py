@@ -38,7 +38,9 @@ def test_wsd_decays_over_a_tenth_by_default():
     assert factors(50, schedule="wsd")[46] == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("optim", [{"schedule": "wsd", "warmup_steps": 95}, {"schedule": "cosine", "warmup_steps": 100}])
+@pytest.mark.parametrize(
+    "optim", [{"schedule": "wsd", "warmup_steps": 95}, {"schedule": "cosine", "warmup_steps": 100}]
+)
 def test_lengths_that_do_not_fit_are_refused(optim):
     with pytest.raises(UserError, match=r"optim\.warmup_steps"):
         Schedule.from_config(OptimConfig(**optim), 100)
