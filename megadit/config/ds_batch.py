@@ -9,14 +9,14 @@ from megadit.errors import UserError
 
 @dataclass(frozen=True)
 class Size:
-    """A batch size and how to speak of it: its key, and where its value comes from."""
+    """A batch size and how to speak of it: its key, and where its value comes from (``in FILE``, ``a default``)."""
 
     value: int
     key: str
     source: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.value} (in {self.source})"
+        return f"{self.key}: {self.value} ({self.source})"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
         global_batch=total,
         micro_batch=micro,
         accumulation=accumulation,
-        default_global=Size(config.train.global_batch, "train.global_batch", f"{loaded.source}, a default"),
+        default_global=Size(config.train.global_batch, "train.global_batch", "a default"),
         default_micro=config.train.micro_batch,
     )
 
@@ -107,7 +107,7 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
 def _asked(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> Size | None:
     """A batch size that the user or the file asks for. Raises UserError if they ask for different ones."""
     present = _value(loaded.config, key)
-    theirs = Size(present, key, loaded.user_set[key]) if _is_user_set(key, present, loaded) else None
+    theirs = Size(present, key, f"in {loaded.user_set[key]}") if _is_user_set(key, present, loaded) else None
     explicit = _ds_size(ds_key, file)
     if theirs is not None and explicit is not None and theirs.value != explicit.value:
         raise UserError(_conflict(key, theirs.value, loaded, ds_key, explicit.value, file))
@@ -120,7 +120,7 @@ def _ds_size(ds_key: str, file: DsFile) -> Size | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f'{ds_key}: {_shown(value)} is not a whole number of at least 1, or "auto" (in {file.label})')
-    return Size(value, ds_key, file.label)
+    return Size(value, ds_key, f"in {file.label}")
 
 
 def _zero_stage(config: RunConfig, world_size: int) -> int:

@@ -12,6 +12,9 @@ from pydantic.fields import FieldInfo
 
 from megadit.config.base import Section
 
+# What a file may have beside the keys of the schema.
+FILE_KEYS = ("base", "model.preset")
+
 
 def section_of(annotation: Any) -> type[Section] | None:
     """The section class behind a field's annotation (``VaeConfig | None`` → ``VaeConfig``), or None for a value."""
@@ -49,13 +52,13 @@ def unknown_key(key: str, schema: type[Section]) -> str:
     In order: the same last word elsewhere (``lr`` → ``optim.lr``), a similar key beside it, a similar
     dotted key anywhere; failing these, what the section holds.
     """
-    known = all_keys(schema)
+    known = (*FILE_KEYS, *all_keys(schema))
     parent, _, leaf = key.rpartition(".")
     beside = [name for name in known if name.rpartition(".")[0] == parent]
     namesakes = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
     leaves = {name.rpartition(".")[2]: name for name in beside}
     near_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    near_key = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    near_key = difflib.get_close_matches(key, [name for name in known if name != parent], n=1, cutoff=0.7)
     if near_leaf:
         remedy = f"did you mean {leaves[near_leaf[0]]}?"
     elif namesakes:
@@ -63,7 +66,7 @@ def unknown_key(key: str, schema: type[Section]) -> str:
     elif near_key:
         remedy = f"did you mean {near_key[0]}?"
     elif beside:
-        remedy = f"{parent or 'a configuration'} has {', '.join(sorted(leaves))}"
+        remedy = f"{parent or 'a configuration'} has {', '.join(leaves)}"
     else:
         remedy = f"a configuration has {', '.join(name for name in known if '.' not in name)}"
     return f"{key}: no such key; {remedy}"

@@ -48,7 +48,7 @@ def preset(name: str) -> ModelConfig:
 def preset_values(name: str) -> dict[str, Any]:
     """What ``preset(name)`` sets, as the keys of a ``model:`` section."""
     table = _table()
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
         raise UserError(f"model.preset: {name!r} is not a preset; did you mean {near[0]}?")
     return dict(table[name])

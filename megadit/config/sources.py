@@ -109,6 +109,8 @@ def override_layer(overrides: Sequence[str]) -> Layer:
         key = key.strip()
         if not equals or not key or key.startswith("-"):
             raise UserError(f"override: {override!r} is not of the form section.key=value, e.g. optim.lr=2^-10")
+        if key == "base":
+            raise UserError(f"base: {text} cannot be an override, only a file inherits; name it by --config")
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
