@@ -47,9 +47,7 @@ def megadit_arm(overrides: list[str], folder: str) -> tuple[Callable[[], Any], A
     from megadit.train.pretrain import assemble
     from megadit.train.run_dir import RunDirectory
 
-    job = prepare_job(
-        str(Path(__file__).resolve().parents[1] / "configs/quickstart/emoji.yaml"), overrides, None, folder, "never"
-    )
+    job = prepare_job("configs/quickstart/emoji.yaml", overrides, None, folder, "never")
     directory = RunDirectory(Path(folder))
     directory.create()
     run = assemble(job, start_processes(), directory, 10**6, None)
@@ -154,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result))
         return 0
     print(
-        f"median of {args.steps} interleaved steps, {result['threads']} thread(s), width {args.width}, depth {args.depth}"
+        f"median of {args.steps} interleaved steps on {result['threads']} thread(s): "
+        f"width {args.width}, depth {args.depth}, batch {args.batch}"
     )
     for name, value in medians.items():
         print(f"  {name:10s} {1000 * value:8.1f} ms")

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. optim.lr=2e-4")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
     p.add_argument(
-        "--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; made from --config if absent"
+        "--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; default: made from --config"
     )
     p.add_argument("--run_dir", metavar="DIR", help="where to write; default runs/<config name>")
     p.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default auto: go on from the latest")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def _gauss(words: Tensor) -> Tensor:
     return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(-2)
 
 
-def _draw(keys: Tensor, start: int, count: int, transform) -> Tensor:
+def _draw(keys: Tensor, start: int, count: int, transform: Callable[[Tensor], Tensor]) -> Tensor:
     """Elements [start, start + count) of each key's stream: (K,) keys -> (K, count) float32."""
     first, last = start // 4, (start + count + 3) // 4
     blocks = torch.arange(first, last, dtype=torch.int64, device=keys.device)

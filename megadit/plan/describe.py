@@ -40,9 +40,9 @@ def describe_plan(config: RunConfig, model: nn.Module, steps: int, ranks: int, d
         [
             f"model        {m.family} width {m.width}, depth {m.depth}, heads {m.num_heads} x {m.head_channels}, patch "
             f"{m.patch_size}: {parameters:,} trained parameters; {mup}",
-            f"layout       {ranks} rank(s), ZeRO {stage}, {config.train.precision}; batch {config.train.global_batch} = "
-            f"{ds_config['train_micro_batch_size_per_gpu']} x {ds_config['gradient_accumulation_steps']} accumulated x "
-            f"{ranks}",
+            f"layout       {ranks} rank(s), ZeRO {stage}, {config.train.precision}; batch {config.train.global_batch} "
+            f"= {ds_config['train_micro_batch_size_per_gpu']} x {ds_config['gradient_accumulation_steps']} accumulated "
+            f"x {ranks} rank(s)",
             f"memory       {memory} GB per rank ({sum(held.values()) / 1e9:.3g} in all, activations not counted)",
             f"length       {steps} steps, {steps * config.train.global_batch:,} images, {compute:.3g} FLOPs",
         ]

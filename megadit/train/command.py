@@ -45,7 +45,8 @@ def dry_run(job: Job) -> int:
     from megadit.mup.table import format_rows, rows
     from megadit.plan import describe_plan
 
-    check_images(job.train_set)
+    for images in (job.train_set, job.val_set):
+        check_images(images)
     config = job.config
     model = build_model(config.model, device="meta")
     steps = total_steps(config, len(job.train_set))

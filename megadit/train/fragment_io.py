@@ -53,7 +53,7 @@ def write_pieces(path: Path, pieces: Sequence[tuple[Piece, Tensor]]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for _, values in pieces:
-            file.write(memoryview(values.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B"))
+            file.write(values.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B"))
         file.flush()
         os.fsync(file.fileno())
 

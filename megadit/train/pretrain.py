@@ -118,10 +118,9 @@ def assemble(
     model = build_model(config.model, seed=config.train.seed)
     if context.is_main:
         facts = describe(job.train_set)
-        layout = {"ranks": context.world_size, "zero_stage": config.parallel.zero_stage, "micro_batch": micro}
-        directory.describe(
-            config, job.ds_config, rows(model, config.optim), job.train_set.classes, facts.notice, layout
-        )
+        table = rows(model, config.optim)
+        spread = {"ranks": context.world_size, "zero_stage": config.parallel.zero_stage, "micro_batch": micro}
+        directory.describe(config, job.ds_config, table, job.train_set.classes, facts.notice, spread)
     engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context)
     position = Position()
     if checkpoint is not None:

@@ -51,7 +51,7 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"--run_dir: '{self.path}' cannot be written ({error.strerror or error}); choose a folder you can write to"
+                f"--run_dir: '{self.path}' cannot be written ({error.strerror or error}); choose a writable one"
             ) from error
 
     def describe(

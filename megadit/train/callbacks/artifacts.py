@@ -73,9 +73,7 @@ class Summary(Callback):
             "val_loss": vals[-1] if vals else None,
             "images_per_s": rows[-1]["images_per_s"],
             "seconds": round(seconds, 1),
-            "parameters": sum(
-                p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in run.engine.module.parameters()
-            ),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters()),
         }
         write_json(run.directory.path / "summary.json", summary)
         from megadit.train.pictures import draw_curves
