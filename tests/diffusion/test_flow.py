@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from megadit.config.run import ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
-from megadit.rng import normal
+from megadit.rng import normal, sample_keys
 
 
 def objective(**settings):
@@ -58,3 +60,14 @@ def test_a_two_fold_output_is_refused():
     noisy = flow.prepare(normal(1, (3, 2, 4, 4)), Conditioning(), range(3), 0)
     with pytest.raises(ValueError, match="model output"):
         flow.loss(torch.zeros(3, 4, 4, 4), noisy)
+
+
+def test_times_follow_the_configured_distribution_and_shift():
+    keys = sample_keys(0, "timestep", range(4001))
+    plain, shifted = objective().draw_times(keys), objective(shift=3.0).draw_times(keys)
+    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
+    normal_times = objective(time_sampling="logit_normal", logit_mean=-1.0, logit_std=0.5, shift=2.0).draw_times(keys)
+    # A shift by s adds log s to the logit: median sigmoid(-1 + log 2), standard deviation of the logit unchanged.
+    logits = torch.logit(normal_times)
+    assert logits.median().item() == pytest.approx(-1.0 + math.log(2.0), abs=0.04)
+    assert logits.std().item() == pytest.approx(0.5, abs=0.03)
