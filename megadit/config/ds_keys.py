@@ -19,7 +19,7 @@ KNOWN_KEYS = frozenset({
 # Keys of the zero_optimization block in DeepSpeed 0.19.
 ZERO_KEYS = frozenset({
     "allgather_bucket_size", "allgather_partitions", "compute_grad_norm", "contiguous_gradients", "cpu_offload",
-    "cpu_offload_params", "cpu_offload_use_pin_memory", "elastic_checkpoint", "enable_sanity_checks",
+    "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint", "enable_sanity_checks",
     "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights", "log_trace_cache_warnings",
     "memory_efficient_linear", "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply",
     "parameter_alignment", "pipeline_loading_checkpoint", "reduce_bucket_size", "reduce_scatter",
