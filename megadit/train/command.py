@@ -12,6 +12,7 @@ from megadit.config.dsconfig import merge_ds_config
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from megadit.parallel import prepare_environment
 from megadit.train.pretrain import Job, pretrain, total_steps
+from megadit.train.schedule import Schedule
 
 
 def prepare_job(
@@ -32,6 +33,7 @@ def prepare_job(
             print(f"warning: {warning}", file=sys.stderr)
     train_set, val_set = build_datasets(merged.config.data)
     check_against_model(describe(train_set), merged.config)
+    Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))
     folder = Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
     return Job(merged.config, merged.ds_config, folder, resume, train_set, val_set)
 
