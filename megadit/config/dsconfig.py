@@ -67,7 +67,8 @@ def _granted(wanted: list[Wish], loaded: LoadedConfig, file: DsFile) -> dict[str
     """The wishes as changes of the run config. Raises UserError that lists all contradictions."""
     conflicts = []
     for wish in wanted:
-        key = "train.epochs" if wish.key == "train.steps" and "train.epochs" in loaded.user_set else wish.key
+        by_epochs = wish.key == "train.steps" and loaded.config.train.epochs is not None
+        key = "train.epochs" if by_epochs else wish.key
         present = _value(loaded.config, key)
         if _is_user_set(key, present, loaded) and (key != wish.key or not _same(present, wish.value)):
             conflicts.append(_conflict(key, present, loaded, wish.ds_key, wish.ds_value, file))

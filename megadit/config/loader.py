@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,6 @@ def replace(config: RunConfig, changes: Mapping[str, Any], source: str = "a chan
     """
     merged = merge([Layer(config.model_dump(), "the configuration"), Layer(nested(changes), source)], RunConfig)
     return _validated(merged)
-
-
-def from_layers(layers: Iterable[Layer]) -> RunConfig:
-    """The checked configuration that ``layers`` make together, the first lowest. Raises UserError."""
-    return _validated(merge(layers, RunConfig))
 
 
 def _validated(merged: Merged) -> RunConfig:

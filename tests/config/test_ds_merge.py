@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megadit.config import LoadedConfig, load, merge_ds_config
+from megadit.config import LoadedConfig, load, merge_ds_config, save_config
 from megadit.config.sources import configs_dir
 from megadit.errors import UserError
 
@@ -195,8 +195,6 @@ class TestResult:
         again = merge_ds_config(mine, once.ds_config, world)
         assert (again.config, again.ds_config) == (once.config, once.ds_config)
         # and with the resolved configuration, all of it set by the user, too
-        from megadit.config import save_config
-
         save_config(once.config, tmp_path / "resolved.yaml")
         resolved = merge_ds_config(load(tmp_path / "resolved.yaml"), once.ds_config, world)
         assert (resolved.config, resolved.ds_config) == (once.config, once.ds_config)
@@ -287,6 +285,13 @@ class TestScheduler:
             merge_ds_config(as_default(tmp_path, BASE, "train.steps=9"), ds, 1)
         with pytest.raises(UserError, match=r"^train.epochs: 2.0 .* contradicts scheduler.params.total_num_steps: 500"):
             merge_ds_config(as_default(tmp_path, BASE, "train.epochs=2"), ds, 1)
+
+    def test_length_contradicts_a_resolved_configuration(self, tmp_path: Path):
+        # It sets every key, epochs to null among them.
+        save_config(as_default(tmp_path).config, tmp_path / "config.yaml")
+        ds = {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 500}}}
+        with pytest.raises(UserError, match=r"train.steps: 100 .* contradicts scheduler.params.total_num_steps: 500"):
+            merge_ds_config(load(tmp_path / "config.yaml"), ds, 1)
 
     def test_schedule_contradicts(self, tmp_path: Path):
         ds = {"scheduler": {"type": "WarmupLR", "params": {}}}
