@@ -170,7 +170,8 @@ def _settle(place: _Place) -> None:
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as the process
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    faulthandler.enable(file=2)  # SIGABRT prints the stack: the parent asks for it on time-out
+    faulthandler.enable(file=2)  # a crash prints its stack
+    faulthandler.register(signal.SIGQUIT, file=2)  # and so does a rank that the parent finds out of time
     os.environ.update(
         RANK=str(place.rank),
         LOCAL_RANK=str(place.rank),
@@ -243,7 +244,7 @@ class _Ranks:
         if not failed and len(self.exits) < self.world:
             self.limit = timeout
             for rank in self._alive():
-                os.kill(self.pids[rank], signal.SIGABRT)
+                os.kill(self.pids[rank], signal.SIGQUIT)
             time.sleep(0.5)  # for the stacks to be written
 
     def kill(self) -> None:
