@@ -53,6 +53,7 @@ class DataConfig(Section):
     path: str | None = Field(None, description="folder of fashion-mnist or image-folder data")
     image_size: int | None = Field(None, ge=1, description="side in pixels; default: the data set's own size")
     condition: Literal["class", "none"] = Field("class", description="what the model is told of an image")
+    classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order; null: all")
     flip: bool = Field(False, description="mirror half of the images")
     val_fraction: float = Field(0.05, ge=0, lt=1, description="share held out, split by base name")
     skin_tones: bool = Field(False, description="emoji: keep the skin-tone variants")

@@ -17,9 +17,9 @@ def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     labelled = config.condition == "class"
     if config.name == "image-folder":
         folder = load_folder(config.path, config.image_size, labelled=labelled)
-        return split(folder, folder.bases, config.val_fraction, labelled=labelled)
+        return split(folder, folder.bases, config.val_fraction, labelled=labelled, classes=config.classes)
     whole = _in_memory(config)
-    return split(whole, whole.bases, config.val_fraction, labelled=labelled)
+    return split(whole, whole.bases, config.val_fraction, labelled=labelled, classes=config.classes)
 
 
 def _in_memory(config: DataConfig) -> ArraySet:

@@ -95,11 +95,15 @@ def _resize(image: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """The images ``indices`` of another set, in that order; without classes when ``labelled`` is False."""
+    """The images ``indices`` of another set, in that order; without classes when ``labelled`` is False.
+
+    ``kept`` are the source's labels that occur, by new label; None keeps all labels as they are.
+    """
 
     source: ImageSet
     indices: tuple[int, ...]
     labelled: bool = True
+    kept: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -107,7 +111,9 @@ class Subset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.source.classes if self.labelled else ()
+        if not self.labelled:
+            return ()
+        return self.source.classes if self.kept is None else tuple(self.source.classes[label] for label in self.kept)
 
     @property
     def channels(self) -> int:
@@ -128,7 +134,10 @@ class Subset:
         return self.source.image(self.indices[i])
 
     def label(self, i: int) -> int:
-        return self.source.label(self.indices[i]) if self.labelled else 0
+        if not self.labelled:
+            return 0
+        label = self.source.label(self.indices[i])
+        return label if self.kept is None else self.kept.index(label)
 
     def caption(self, i: int) -> str:
         return self.source.caption(self.indices[i])

@@ -8,6 +8,7 @@ parts. A smaller fraction holds out a subset of what a larger one does.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 from megadit.data.dataset import ImageSet, Subset
@@ -23,17 +24,35 @@ def held_out(set_name: str, base: str, fraction: float) -> bool:
     return word < fraction * 2.0**64
 
 
-def split(dataset: ImageSet, bases: Sequence[str], fraction: float, *, labelled: bool) -> tuple[Subset, Subset]:
-    """(train, validation) of a set whose image i has base name ``bases[i]``.
+def split(
+    dataset: ImageSet,
+    bases: Sequence[str],
+    fraction: float,
+    *,
+    labelled: bool,
+    classes: Sequence[str] | None = None,
+) -> tuple[Subset, Subset]:
+    """(train, validation) of a set whose image i has base name ``bases[i]``, of ``classes`` only if given.
 
-    Raises ``UserError`` when the training part would be empty.
+    Raises ``UserError`` when a class is not one of the set's, or the training part would be empty.
     """
+    kept = None if classes is None else tuple(_label(dataset, name) for name in classes)
     parts: tuple[list[int], list[int]] = ([], [])
     for index, base in enumerate(bases):
-        parts[held_out(dataset.name, base, fraction)].append(index)
+        if kept is None or dataset.label(index) in kept:
+            parts[held_out(dataset.name, base, fraction)].append(index)
     if not parts[0]:
         raise UserError(
-            f"data.val_fraction: {fraction} holds out all {len(bases)} images of {dataset.name}; "
+            f"data.val_fraction: {fraction} holds out all {len(parts[1])} images of {dataset.name}; "
             "lower it, 0 holds out none"
         )
-    return Subset(dataset, tuple(parts[0]), labelled), Subset(dataset, tuple(parts[1]), labelled)
+    train, validation = (Subset(dataset, tuple(part), labelled, kept) for part in parts)
+    return train, validation
+
+
+def _label(dataset: ImageSet, name: str) -> int:
+    if name in dataset.classes:
+        return dataset.classes.index(name)
+    near = difflib.get_close_matches(name, dataset.classes, n=1, cutoff=0.0)
+    hint = f"did you mean {near[0]!r}?" if near else "the images have no classes; leave data.classes out"
+    raise UserError(f"data.classes: {name!r} is not a class of {dataset.name}; {hint}")

@@ -26,7 +26,8 @@ COMMON: dict[str, dict[str, Any]] = {
     },
     "data": {
         "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True,
-        "val_fraction": 0.0, "skin_tones": False, "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": 0.0},
+        "val_fraction": 0.0, "skin_tones": False, "classes": None,
+        "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": 0.0},
     },
     "parallel": {"zero_stage": None},
     "sample": {
