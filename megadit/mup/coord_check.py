@@ -1,0 +1,134 @@
+"""Coordinate check: does every module's coordinate size stay put as the width grows, at the start and in training?
+
+Under muP activations and their updates are Theta(1) in width (arXiv 2203.03466 appendix D.1, arXiv 2505.15270);
+a wrong multiplier, init or learning rate shows within a few steps as a slope of log size against log width.
+All widths see the same keyed batches, noise and times. Learning rates are those of the config's peak, without
+warm-up, clipping or weight decay, which would hide what is looked for, and Adam's epsilon is next to nothing:
+behind zero gates and a zero readout the first gradients lie below any usual one, which is not the rules' fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megadit import rng
+from megadit.conditioning import Conditioning
+from megadit.config.model import ModelConfig
+from megadit.config.run import OptimConfig
+from megadit.errors import UserError
+from megadit.mup.coord_record import Reading, Recorder
+from megadit.mup.groups import param_groups
+
+_EPS = 1e-16  # small against any gradient that matters, large against the root of float32's smallest square
+_PROBE = 1 << 40  # sample numbers of the probe: far from those that are trained on
+
+
+class Objective(Protocol):
+    """The two calls of ``megadit.diffusion.Objective`` that a training step makes."""
+
+    def prepare(self, x0: Tensor, cond: Conditioning, numbers: Tensor, seed: int) -> Any: ...
+
+    def loss(self, output: Tensor, noisy: Any) -> Any: ...
+
+
+Build = Callable[[ModelConfig, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class CoordPlan:
+    """Which models to train and for how long: ``steps`` optimizer steps of ``batch`` samples, ``seeds`` starts each.
+
+    With a zero readout and zero gates the gradient needs three steps to reach the body: take five or more.
+    """
+
+    widths: tuple[int, ...]
+    steps: int = 6
+    seeds: int = 2
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if len(set(self.widths)) < 3 or min(self.widths) < 1:
+            raise UserError(
+                f"--widths {','.join(map(str, self.widths))}: a slope needs at least three different widths"
+            )
+        if self.steps < 5:
+            raise UserError(f"--steps {self.steps}: the gradient reaches the body after three steps; take at least 5")
+        if self.seeds < 1 or self.batch < 1:
+            raise UserError(f"--seeds {self.seeds}, --batch {self.batch}: both must be at least 1")
+
+
+def at_width(model: ModelConfig, width: int, parametrization: str, widths: tuple[int, ...]) -> ModelConfig:
+    """``model`` at another width: same head_dim (heads scale), same base width (the smallest of ``widths`` if none).
+
+    Raises:
+        UserError: head_dim does not divide the width, or positions do not fit it.
+    """
+    head_dim = model.head_channels
+    if width % head_dim or width % 4:
+        raise UserError(
+            f"--widths {width}: not a multiple of 4 and of head_dim {head_dim}, which stays fixed as width grows; "
+            f"take multiples of {head_dim}, or set model.head_dim and model.heads=null"
+        )
+    base_width = model.base_width or min(widths)
+    changes = {
+        "width": width,
+        "heads": None,
+        "head_dim": head_dim,
+        "parametrization": parametrization,
+        "base_width": base_width if parametrization == "mup" else None,
+    }
+    return ModelConfig.model_validate({**model.model_dump(), **changes})
+
+
+def coordinate_readings(
+    model: ModelConfig,
+    optim: OptimConfig,
+    plan: CoordPlan,
+    *,
+    build: Build,
+    objective: Objective,
+    parametrization: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Reading]:
+    """Train one model per width and seed on keyed normal images and read its coordinates after every step.
+
+    ``build(config, seed)`` makes an initialised model; ``parametrization`` overrides the config's.
+    """
+    readings: list[Reading] = []
+    for width in sorted(set(plan.widths)):
+        config = at_width(model, width, parametrization or model.parametrization, plan.widths)
+        for seed in range(plan.seeds):
+            progress(f"width {width}, seed {seed}: {plan.steps} steps")
+            readings += _train_and_read(build(config, seed), config, optim, plan, objective, seed)
+    return readings
+
+
+def _train_and_read(
+    model: nn.Module, config: ModelConfig, optim: OptimConfig, plan: CoordPlan, objective: Objective, seed: int
+) -> list[Reading]:
+    groups = [{**group, "eps": _EPS, "weight_decay": 0.0} for group in param_groups(model, optim)]
+    optimizer = torch.optim.AdamW(groups, betas=optim.betas)
+    probe = _noisy(config, objective, range(_PROBE, _PROBE + plan.batch))
+    recorder = Recorder(model, lambda: model(probe.x, probe.t, probe.cond), config.width, seed)
+    recorder.read(0)
+    for step in range(plan.steps):
+        noisy = _noisy(config, objective, range(step * plan.batch, (step + 1) * plan.batch))
+        optimizer.zero_grad(set_to_none=True)
+        objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.mean().backward()
+        optimizer.step()
+        recorder.read(step + 1)
+    return recorder.readings
+
+
+def _noisy(config: ModelConfig, objective: Objective, numbers: range) -> Any:
+    """The noisy batch of these sample numbers: the same for every width and seed. Every batch has the same labels."""
+    ids = torch.tensor(list(numbers), dtype=torch.int64)
+    shape = (config.in_channels, config.input_size, config.input_size)
+    images = rng.batch_normal(rng.sample_keys(0, "coord-image", ids), shape)
+    labels = torch.arange(len(ids)) % config.num_classes if config.num_classes else None
+    return objective.prepare(images, Conditioning(labels=labels), ids, 0)

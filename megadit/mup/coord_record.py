@@ -1,0 +1,130 @@
+"""What a coordinate check measures on one model: sizes of coordinates on a fixed probe, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from megadit.mup.spec import ParamSpec
+
+OUTPUT = "output"  # the model's own result, as a module of that name
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number. ``quantity``: see ``Recorder``; ``role``: that of a layer's weight, else block or output."""
+
+    width: int
+    seed: int
+    step: int
+    module: str
+    role: str
+    quantity: str
+    value: float
+
+
+def watched_modules(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """(module, role) by name, in execution order of the definition: all layers with parameters, blocks, the model."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "is_block", False):
+            found[name] = (module, "block")
+        specs: Mapping[str, ParamSpec] = getattr(module, "param_specs", {})
+        if specs:
+            first = specs.get("weight") or next(iter(specs.values()))
+            found[name] = (module, first.role)
+    found[OUTPUT] = (model, OUTPUT)
+    return found
+
+
+def _first_tensor(value: Any) -> Tensor:
+    """The tensor that a module puts out; a block's carrier begins with its tokens."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _size(value: Tensor) -> float:
+    """Mean absolute coordinate."""
+    return float(value.detach().float().abs().mean())
+
+
+def _input_size(args: tuple[Any, ...]) -> float:
+    """Size of a layer's input; 1 for a table's indices and for an input that is zero everywhere."""
+    if not args[0].is_floating_point():
+        return 1.0
+    return _size(args[0]) or 1.0
+
+
+class Recorder:
+    """Readings of one model as it trains, against its start. Sizes are mean absolute coordinates on the probe.
+
+    Of every module, ``activation``: the output; ``change``: the output minus that at step 0. Of a layer, so
+    that it tells of this layer and not of those before it, ``gain``: the output at step 0 over the input; and
+    of each of its parameters p, ``update.p``: how much p's own training moves the output at the present input
+    (the output minus that with p as it was at step 0), for a matrix over the size of the input.
+    """
+
+    def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
+        """``probe`` runs the model on the fixed probe batch and returns its output."""
+        self.model, self.probe, self.width, self.seed = model, probe, width, seed
+        self.watched = watched_modules(model)
+        self.start = {
+            name: {key: param.detach().clone() for key, param in module.named_parameters(recurse=False)}
+            for name, (module, _) in self.watched.items()
+        }
+        self.first: dict[str, Tensor] = {}
+        self.readings: list[Reading] = []
+
+    @torch.no_grad()
+    def read(self, step: int) -> None:
+        """Measure after ``step`` optimizer steps; the first call must be step 0."""
+        inputs, outputs = self._run_probe()
+        for name, (_, role) in self.watched.items():
+            out = outputs[name]
+            self._add(step, name, role, "activation", _size(out))
+            if step == 0:
+                self.first[name] = out
+            else:
+                self._add(step, name, role, "change", _size(out - self.first[name]))
+            if self.start[name]:
+                self._read_layer(step, name, inputs[name], out)
+
+    def _read_layer(self, step: int, name: str, args: tuple[Any, ...], out: Tensor) -> None:
+        """Gain or updates of one layer, from its input and output on the probe."""
+        module, role = self.watched[name]
+        entering = _input_size(args)
+        if step == 0:
+            self._add(step, name, role, "gain", _size(out) / entering)
+            return
+        for key, start in self.start[name].items():
+            old = _first_tensor(functional_call(module, {key: start}, args))
+            size = _size(out - old) / (entering if start.dim() > 1 else 1.0)
+            self._add(step, name, role, f"update.{key}", size)
+
+    def _add(self, step: int, name: str, role: str, quantity: str, value: float) -> None:
+        self.readings.append(Reading(self.width, self.seed, step, name, role, quantity, value))
+
+    def _run_probe(self) -> tuple[dict[str, tuple[Any, ...]], dict[str, Tensor]]:
+        """One forward pass; positional inputs and outputs of every watched module."""
+        inputs: dict[str, tuple[Any, ...]] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            def keep(_: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+                inputs[name], outputs[name] = args, _first_tensor(result)
+
+            return keep
+
+        handles = [
+            module.register_forward_hook(hook(name)) for name, (module, _) in self.watched.items() if name != OUTPUT
+        ]
+        try:
+            outputs[OUTPUT] = self.probe()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs, outputs

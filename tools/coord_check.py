@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+"""Coordinate check: train the config's model at several widths for a few steps and compare the sizes of everything.
+
+Under a correct muP nothing grows or dies with width. Writes coord_check.png, coords.csv and verdict.json to --out;
+exit code 0 if all modules pass, 3 if one is broken (named), 2 for bad input.
+
+python tools/coord_check.py --config configs/dit/xl-2-mup.yaml --widths 144,288,576 --out cc model.depth=2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
+
+from megadit.errors import EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. model.depth=2")
+    p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
+    p.add_argument("--widths", default="64,128,256", metavar="A,B,…", help="at least three; default 64,128,256")
+    p.add_argument("--steps", type=int, default=6, metavar="N", help="optimizer steps, at least 5; default 6")
+    p.add_argument("--seeds", type=int, default=2, metavar="N", help="initialisations per width; default 2")
+    p.add_argument("--batch", type=int, default=16, metavar="N", help="images per step; default 16")
+    p.add_argument("--param", choices=("sp", "mup"), help="default: the config's parametrization")
+    p.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the report")
+    p.add_argument("--json", action="store_true", help="print verdict.json's object instead of the table")
+    return p
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--widths {text}: not whole numbers with commas between; write e.g. 64,128,256") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, write the report, print it."""
+    args = parser().parse_intermixed_args(argv)
+    widths = _widths(args.widths)
+    from megadit.config import load_config
+    from megadit.diffusion import build_objective
+    from megadit.models import build_model
+    from megadit.mup.coord_check import CoordPlan, coordinate_readings
+    from megadit.mup.coord_report import format_verdict, write_report
+    from megadit.mup.coord_verdict import judge
+
+    config = load_config(args.config, args.overrides)
+    plan = CoordPlan(widths, args.steps, args.seeds, args.batch)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from error
+    parametrization = args.param or config.model.parametrization
+    readings = coordinate_readings(
+        config.model,
+        config.optim,
+        plan,
+        build=lambda model, seed: build_model(model, seed=seed),
+        objective=build_objective(
+            config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
+        ),
+        parametrization=parametrization,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    verdict = judge(readings)
+    title = f"{config.model.family} under {'muP' if parametrization == 'mup' else 'SP'}"
+    plain = write_report(args.out, readings, verdict, title)
+    print(json.dumps(plain) if args.json else format_verdict(verdict))
+    return EXIT_OK if verdict.passed else EXIT_VERDICT_NO
+
+
+if __name__ == "__main__":
+    run_command(main)
