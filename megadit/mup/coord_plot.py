@@ -42,7 +42,7 @@ def plot_coordinates(
     kinds = list(dict.fromkeys(module_kind(module.module) for module in verdict.modules))
     steps = sorted({reading.step for reading in readings})
     figure = Figure(figsize=(9.5, 1.45 * len(kinds) + 1.0), layout="constrained")
-    axes: Any = figure.subplots(len(kinds), len(_COLUMNS), sharex=True, squeeze=False)
+    axes: Any = figure.subplots(len(kinds), len(_COLUMNS), squeeze=False)
     colours = matplotlib.colormaps["viridis"]
     for row, kind in enumerate(kinds):
         for column, quantity in enumerate(_COLUMNS):
@@ -88,9 +88,7 @@ def _wrapped(kind: str) -> str:
 def _dress(axis: Any, widths: Sequence[int]) -> None:
     """Axes of one panel: log2 both ways, at least four powers of two high so that flat looks flat."""
     if not axis.lines:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_frame_on(False)
+        axis.set_axis_off()
         return
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
