@@ -58,7 +58,15 @@ INSTALL = [
 ]
 
 EXTRAS = {
-    "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17", "mypy>=2.0", "types-PyYAML>=6.0"],
+    "dev": [
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "jsonschema>=4.23",
+        "ruff>=0.17",
+        "mypy>=2.0",
+        "types-PyYAML>=6.0",
+    ],
     # The three kernel extras need an NVIDIA GPU and its compiler; megadit runs without them, on torch's own kernels.
     "te": ["transformer-engine[pytorch]>=2.0"],
     "flash": ["flash-attn>=2.7"],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
@@ -24,8 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
         WANDB_MODE="disabled",
     )
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # importing it costs each process more than a second
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # a launcher around pytest must not be taken for ours
     if not _wants_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -49,6 +49,22 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Each test starts outside any launcher, and what it leaves in the environment goes with it.
+
+    The library completes RANK, MASTER_PORT and the rest in the process that calls it; left there, they would make
+    every command started later believe that it is a rank of one group.
+    """
+    for name in LAUNCHER_NAMES:
+        os.environ.pop(name, None)
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
