@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -69,6 +70,21 @@ def test_the_first_error_is_raised_as_it_was():
     note = "".join(caught.value.__notes__)
     assert "on rank 1 of 2" in note and "in fail" in note and "said by rank one" in note
     assert time.monotonic() - start < 20
+
+
+def test_garbage_of_the_parent_is_left_alone():
+    class Owner:
+        """Stands for an object whose destructor waits for a thread of the parent."""
+
+        def __init__(self, pid: int) -> None:
+            self.pid, self.me = pid, self  # the cycle keeps it until a collection
+
+        def __del__(self) -> None:
+            if os.getpid() != self.pid:
+                os._exit(99)
+
+    Owner(os.getpid())
+    assert run_ranks(1, gc.collect, timeout=30)[0] >= 0
 
 
 def test_an_error_that_cannot_be_pickled_keeps_its_text():

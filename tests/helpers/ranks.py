@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -68,6 +69,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
             ranks.wait(timeout)
         finally:
             ranks.kill()
+            del store  # now, and not when the garbage of a failed test is collected: it has a thread to stop
         return ranks.results()
 
 
@@ -139,6 +141,7 @@ class _Place:
 def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
     """All that a rank does after the fork; never returns into the test that forked it."""
     code = 1
+    gc.freeze()  # what the parent left as garbage may own threads that this fork has not; its destructor would hang
     try:
         _settle(place)
         _join(place)
