@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/quickstart/emoji.yaml
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+# Test files run beside each other; JOBS=0 keeps them in one process, for a debugger.
+JOBS ?= auto
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -44,10 +46,10 @@ train: setup
 	$(BIN)/python launch/pretrain.py --config $(CONFIG) --run_dir $(RUN_DIR)
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -90,6 +90,7 @@ def test_garbage_of_the_parent_is_left_alone():
         assert run_ranks(1, gc.collect, timeout=30)[0] >= 0
     finally:
         gc.enable()
+        gc.collect()
 
 
 def test_an_error_that_cannot_be_pickled_keeps_its_text():

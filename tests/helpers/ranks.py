@@ -60,12 +60,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
         ranks = _Ranks(world, Path(folder))
         try:
             for rank in range(world):
-                sys.stdout.flush()
-                sys.stderr.flush()
-                pid = os.fork()
-                if pid == 0:
-                    _child(_Place(rank, world, store.port, Path(folder), timeout), fn, args)
-                ranks.pids[rank] = pid
+                place = _Place(rank, world, store.port, Path(folder), timeout)
+                ranks.pids[rank] = _fork(functools.partial(_child, place, fn, args))
             ranks.wait(timeout)
         finally:
             ranks.kill()
@@ -129,6 +125,26 @@ def _import_once() -> None:
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # its first use imports torch._dynamo
 
 
+def _fork(child: Callable[[], NoReturn]) -> int:
+    """Fork, run ``child`` in the fork, and return its process number in the parent.
+
+    What the parent left as garbage may own threads that the fork has not, and its destructor would wait for them for
+    ever: so no collection happens between the fork and the freeze, and later ones leave frozen objects alone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    collecting = gc.isenabled()
+    gc.disable()
+    pid = os.fork()
+    if pid == 0:
+        gc.freeze()
+    if collecting:
+        gc.enable()
+    if pid == 0:
+        child()
+    return pid
+
+
 @dataclass(frozen=True)
 class _Place:
     rank: int
@@ -141,7 +157,6 @@ class _Place:
 def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
     """All that a rank does after the fork; never returns into the test that forked it."""
     code = 1
-    gc.freeze()  # what the parent left as garbage may own threads that this fork has not; its destructor would hang
     try:
         _settle(place)
         _join(place)
