@@ -15,6 +15,7 @@ stage  where the float32 values live                              fragments of a
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's scaler changes as it runs
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,17 @@ class Partitions:
                 yield Fragment(self._names[id(p)], tuple(p.shape), 0, p.numel(), p.data.view(-1), p, 0)
 
     def _group_runs(self) -> Iterator[Fragment]:
+        # Not by DeepSpeed's own map, _hp_mapping: with round_robin_gradients it names the wrong parameters, since it
+        # counts them in the order of the group and not of the buffer.
         zero = self._engine.optimizer
-        for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-            for p in params:
-                mapping = p._hp_mapping
-                if mapping is None:  # wholly on other ranks
-                    continue
-                start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-                offset = mapping.hp_fragment_address.start
-                values = flat.data.narrow(0, offset, count)
-                yield Fragment(self._names[id(p)], tuple(p.shape), start, start + count, values, flat, offset)
+        for g, flat in enumerate(zero.single_partition_of_fp32_groups):
+            begin = torch.distributed.get_rank(zero.real_dp_process_group[g]) * flat.numel()
+            for p, first in zip(zero.round_robin_bit16_groups[g], zero.round_robin_bit16_offsets[g], strict=True):
+                low, high = max(first, begin), min(first + p.numel(), begin + flat.numel())
+                if low < high:
+                    values = flat.data.narrow(0, low - begin, high - low)
+                    shape = tuple(p.shape)
+                    yield Fragment(self._names[id(p)], shape, low - first, high - first, values, flat, low - begin)
 
     def _parameter_shares(self) -> Iterator[Fragment]:
         zero = self._engine.optimizer
@@ -165,22 +168,30 @@ class Partitions:
         return float(torch.nn.utils.get_total_norm(grads))
 
     def gradient_norm(self) -> float | None:
-        """Global L2 norm of the last step's gradients, unscaled and before clipping, as ZeRO computed it."""
+        """Global L2 norm of the last step's gradients, unscaled and before clipping, as ZeRO computed it.
+
+        Infinite where an entry was not finite, for which ZeRO says inf, nan or a negative number.
+        """
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        if norm is None:
+            return None
+        value = float(norm)
+        return value if math.isfinite(value) and value >= 0 else math.inf
 
     def loss_scale_state(self) -> dict[str, Any]:
         """The dynamic loss scaler's numbers (fp16), empty otherwise."""
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if scaler is None or not self._engine.fp16_enabled():
-            return {}
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+        scaler = self._dynamic_scaler()
+        return {} if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE}
 
     def load_loss_scale_state(self, state: dict[str, Any]) -> None:
-        """Put back what ``loss_scale_state`` gave."""
+        """Put back what ``loss_scale_state`` gave; a run that does not scale its loss dynamically now takes nothing."""
+        scaler = self._dynamic_scaler()
+        if scaler is not None:
+            vars(scaler).update({key: state[key] for key in LOSS_SCALE if key in state})
+
+    def _dynamic_scaler(self) -> Any:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if state and scaler is not None:
-            vars(scaler).update(state)
+        return scaler if self._engine.fp16_enabled() and getattr(scaler, "dynamic", False) else None
 
     def set_counters(self, steps: int, samples: int, skipped: int) -> None:
         """Make DeepSpeed's own counters agree with a resumed position."""

@@ -40,14 +40,18 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(merged)
 
 
-def layout_of(config: RunConfig, world: int) -> tuple[RunConfig, dict[str, Any]]:
-    """The config and DeepSpeed dict of ``world`` ranks, as the command makes them."""
-    merged = merge_ds_config(LoadedConfig(config), None, world)
+def layout_of(config: RunConfig, world: int, ds: dict[str, Any] | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """The config and DeepSpeed dict of ``world`` ranks, as the command makes them of the DeepSpeed file ``ds``."""
+    merged = merge_ds_config(LoadedConfig(config), ds, world)
     return merged.config, merged.ds_config
 
 
 def train_rank(
-    config: RunConfig, folder: str, steps: int | None = None, checkpoint: str | None = None
+    config: RunConfig,
+    folder: str,
+    steps: int | None = None,
+    checkpoint: str | None = None,
+    ds: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run on one rank through the library; returns losses, norms and this rank's weight fragments.
 
@@ -60,7 +64,7 @@ def train_rank(
     from megadit.train.run_dir import RunDirectory
 
     context = start_processes()
-    config, ds_config = layout_of(config, context.world_size)
+    config, ds_config = layout_of(config, context.world_size, ds)
     train_set, val_set = build_datasets(config.data)
     job = Job(config, ds_config, Path(folder), "auto", train_set, val_set)
     directory = RunDirectory(Path(folder))
@@ -85,6 +89,8 @@ def train_rank(
         "pieces": pieces,
         "working": working,
         "adam_step": run.engine.partitions.adam_step(),
+        "loss_scale": run.engine.partitions.loss_scale_state(),
+        "skipped": run.position.skipped_steps,
         "saved": str(saved),
     }
 

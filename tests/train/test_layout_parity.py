@@ -28,6 +28,29 @@ def assert_close(values, expected, tolerance):
 def test_layout_equals_plain_torch(reference, tmp_path, world, stage, micro):
     config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": micro})
     results = run_ranks(world, train_rank, config, str(tmp_path), timeout=120)
+    assert_same_training(results, reference)
+
+
+# Ways of DeepSpeed to keep the same state: shares gathered when used, several buffers per group, state on the CPU.
+OPTIONS = [
+    {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1000},
+    {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500},
+    *({"stage": stage, "offload_optimizer": {"device": "cpu"}} for stage in (1, 2, 3)),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", OPTIONS, ids=lambda zero: "-".join(map(str, zero)) + f"-{zero['stage']}")
+def test_deepspeed_options_equal_plain_torch_through_a_resume(reference, tmp_path, zero):
+    ds, config = {"zero_optimization": zero}, small_config(train={"micro_batch": 4})
+    half = run_ranks(2, train_rank, config, str(tmp_path), 5, None, ds, timeout=120)
+    rest = run_ranks(2, train_rank, config, str(tmp_path), None, half[0]["saved"], ds, timeout=120)
+    for first, second in zip(half, rest, strict=True):
+        second |= {key: first[key] + second[key] for key in ("losses", "norms")}
+    assert_same_training(rest, reference)
+
+
+def assert_same_training(results, reference):
     for result in results:
         assert_close(result["losses"], reference["losses"], TOLERANCE)
         assert_close(result["norms"], reference["norms"], TOLERANCE)

@@ -1,0 +1,62 @@
+"""fp16's dynamic loss scale: updates that overflow are left out and counted, and a resume continues the scale.
+
+DeepSpeed refuses fp16 on a CPU, though torch computes it there; the check is lifted so that its logic is tested here.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.ranks import run_ranks
+from helpers.training import merge_weights, small_config, train_rank
+
+SCALE_POWER = 20  # too high for the first gradients of this model: some updates overflow
+
+
+def train_fp16_rank(*args):
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    return train_rank(*args)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_overflow_is_skipped_and_resumed_through(tmp_path, stage):
+    config = small_config(parallel={"zero_stage": stage}, train={"precision": "fp16", "micro_batch": 4})
+    ds = {"fp16": {"enabled": True, "initial_scale_power": SCALE_POWER, "hysteresis": 1}}
+
+    def ranks(folder, *rest):
+        return run_ranks(2, train_fp16_rank, config, str(tmp_path / folder), *rest, ds, timeout=120)
+
+    straight = ranks("straight", None, None)
+    norms = straight[0]["norms"]
+    skipped = sum(math.isinf(norm) for norm in norms)
+    assert math.isinf(norms[0]) and math.isfinite(norms[-1]) and 0 < skipped < 10
+    assert straight[0]["skipped"] == skipped
+    assert straight[0]["adam_step"] == 10 - skipped
+    assert straight[0]["loss_scale"]["cur_scale"] == 2.0 ** (SCALE_POWER - skipped)
+    assert straight[0]["losses"][0] > straight[0]["losses"][-1]
+
+    half = ranks("halves", 2, None)  # in the middle of the overflows
+    rest = ranks("halves", None, half[0]["saved"])
+    assert half[0]["losses"] + rest[0]["losses"] == straight[0]["losses"]
+    assert half[0]["norms"] + rest[0]["norms"] == norms
+    assert rest[0]["loss_scale"] == straight[0]["loss_scale"]
+    assert rest[0]["skipped"] == skipped
+    whole, again = merge_weights(straight), merge_weights(rest)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.distributed
+def test_another_precision_does_not_take_the_loss_scale(tmp_path):
+    ds = {"fp16": {"enabled": True, "initial_scale_power": SCALE_POWER}}
+    half = small_config(train={"precision": "fp16"}, parallel={"zero_stage": 1})
+    saved = run_ranks(1, train_fp16_rank, half, str(tmp_path), 2, None, ds, timeout=120)[0]["saved"]
+    assert json.loads(Path(saved, "state.json").read_text())["loss_scale"]["cur_scale"] > 1
+    other = small_config(train={"precision": "bf16"}, parallel={"zero_stage": 1})
+    rest = run_ranks(1, train_rank, other, str(tmp_path), 4, saved, timeout=120)[0]
+    assert rest["loss_scale"] == {} and all(map(math.isfinite, rest["norms"]))
