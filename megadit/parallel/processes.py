@@ -41,15 +41,18 @@ def _free_port() -> int:
 def prepare_environment(env: MutableMapping[str, str] | None = None) -> None:
     """Complete RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every way of starting.
 
-    Under ``srun`` they come from the SLURM_* variables (the port from the job number, so that jobs that
-    share a node do not meet); under plain ``python`` they describe a single process.
+    Under ``srun`` they come from the SLURM_* variables (the port from the numbers of job and step, so that
+    those that share a node do not meet); under plain ``python`` they describe a single process.
     """
     env = os.environ if env is None else env
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         for name, slurm_name in _SLURM_NAMES.items():
             env[name] = env[slurm_name]
-        env.setdefault("MASTER_ADDR", first_slurm_host(env.get("SLURM_JOB_NODELIST", "127.0.0.1")))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        # A step may run on some of its job's nodes only, and beside other steps of the job.
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+        number = int(env.get("SLURM_JOB_ID", "0")) + 31 * int(env.get("SLURM_STEP_ID", "0"))
+        env.setdefault("MASTER_ADDR", first_slurm_host(nodes))
+        env.setdefault("MASTER_PORT", str(20000 + number % 20000))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         env.setdefault(name, value)
     env.setdefault("LOCAL_RANK", env["RANK"] if env["WORLD_SIZE"] == "1" else "0")

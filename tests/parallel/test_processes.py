@@ -26,6 +26,16 @@ def test_srun_variables_become_ranks():
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu03", "24711")
 
 
+def test_a_step_meets_on_its_own_nodes_and_apart_from_the_others():
+    job = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "4711"}
+    job["SLURM_JOB_NODELIST"] = "gpu[03-06]"
+    steps = [{**job, "SLURM_STEP_NODELIST": "gpu[05-06]", "SLURM_STEP_ID": number} for number in "01"]
+    for step in steps:
+        prepare_environment(step)
+    assert [step["MASTER_ADDR"] for step in steps] == ["gpu05", "gpu05"]
+    assert steps[0]["MASTER_PORT"] != steps[1]["MASTER_PORT"]
+
+
 def test_launcher_variables_win_over_slurm():
     given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
     env = {**given, "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
