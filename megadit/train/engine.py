@@ -52,6 +52,11 @@ class TrainingEngine:
         """Updates left out because fp16 gradients overflowed."""
         return int(self._engine.skipped_steps)
 
+    @property
+    def update_applied(self) -> bool:
+        """Whether the last optimizer step changed the weights; DeepSpeed skips updates from overflowed gradients."""
+        return bool(self._engine.was_step_applied())
+
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The model's output for one micro batch, through DeepSpeed's hooks."""
         return self._engine(x, t, cond)

@@ -52,7 +52,7 @@ def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) ->
     Returns True when the run is complete and False when it was preempted (after a good checkpoint).
 
     Raises:
-        TrainingDiverged: the loss of a logged step was not finite; nothing is saved after it.
+        TrainingDiverged: loss or gradients of a logged step were not finite; nothing is saved after it.
     """
     batches = iter(stream)
     try:
@@ -75,20 +75,40 @@ def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callbac
         log = _is_logged(run, step + 1)
         norm = optimizer_step(run, batches, meter, log)
         run.position = Position(step + 1, run.position.samples_seen + batch_size, run.engine.skipped_steps)
-        record = meter.record(norm) if log else None
-        if record is not None and not math.isfinite(record["loss"]):
-            raise TrainingDiverged(
-                f"the loss at step {step + 1} is {record['loss']}: the run has diverged (optim.lr "
-                f"{run.config.optim.lr:g}); lower optim.lr, or set optim.clip.value"
-            )
+        preempted = _is_preempted(run, interrupt)
+        # The step before a checkpoint is always logged: a window is never cut in two, and what is saved is finite.
+        record = meter.record(norm) if log or preempted else None
+        if record is not None:
+            _refuse_divergence(run, record)
         _after_step(run, callbacks, record)
+        if preempted:
+            if run.saved_step != run.position.step:
+                run.save()
+            return False
         if log:
             meter.restart()
-        check = run.context.world_size == 1 or (step + 1) % _PREEMPTION_CHECK_STEPS == 0
-        if check and run.position.step < run.total_steps and run.context.any(interrupt.raised):
-            run.save()
-            return False
     return True
+
+
+def _is_preempted(run: TrainingRun, interrupt: _Interrupt) -> bool:
+    """Whether to stop before the run's end, agreed by all ranks (every few steps, as it waits for the device)."""
+    step = run.position.step
+    ask = run.context.world_size == 1 or step % _PREEMPTION_CHECK_STEPS == 0
+    return ask and step < run.total_steps and run.context.any(interrupt.raised)
+
+
+def _refuse_divergence(run: TrainingRun, record: Record) -> None:
+    """Raise TrainingDiverged for a loss that is not finite, or an update made from gradients that were not."""
+    norm = record["grad_norm"]
+    if not math.isfinite(record["loss"]):
+        what = f"the loss at step {record['step']} is {record['loss']}"
+    elif norm is not None and not math.isfinite(norm) and run.engine.update_applied:
+        what = f"the gradients at step {record['step']} are not finite"
+    else:
+        return
+    raise TrainingDiverged(
+        f"{what}: the run has diverged (optim.lr {run.config.optim.lr:g}); lower optim.lr, or set optim.clip.value"
+    )
 
 
 def optimizer_step(run: TrainingRun, batches: Iterator[Any], meter: Meter, want_norm: bool) -> float | None:
@@ -113,11 +133,13 @@ def optimizer_step(run: TrainingRun, batches: Iterator[Any], meter: Meter, want_
 
 
 def _is_logged(run: TrainingRun, step: int) -> bool:
-    """Steps that get a record: every ``log_every``, the first, and whatever validates or saves (checked finite)."""
+    """Steps that get a record: every ``log_every``, the first, and whatever validates, samples or saves.
+
+    A checkpoint is thus known to be finite, and the clock of a window never holds the time of those three.
+    """
     train = run.config.train
-    return step == 1 or any(
-        due(step, every, run.total_steps) for every in (train.log_every, train.validate_every, train.checkpoint_every)
-    )
+    others = (train.validate_every, train.sample_every, train.checkpoint_every)
+    return step == 1 or any(due(step, every, run.total_steps) for every in (train.log_every, *others))
 
 
 def _after_step(run: TrainingRun, callbacks: Sequence[Callback], record: Record | None) -> None:

@@ -31,7 +31,7 @@ def draw_samples(run: TrainingRun) -> Path | None:
     pictures = torch.empty(count, *drawn.shape[1:], dtype=drawn.dtype)
     for numbers, share in shares:
         pictures[numbers] = share
-    path = run.directory.samples / f"step-{run.position.step:08d}.png"
+    path = run.directory.grid(run.position.step)
     return save_labelled_grid(pictures, labels, run.train_set.classes, path, notice=run.train_set.notice)
 
 
@@ -46,7 +46,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     (loss, bins), (norm, rate) = axes
     loss.plot(steps, [row["loss"] for row in rows], label="training", lw=1)
-    vals = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    vals = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
     if vals:
         loss.plot(*zip(*vals, strict=True), "o-", ms=3, label="validation (fixed noise)")
     loss.legend()

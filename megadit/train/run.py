@@ -21,7 +21,7 @@ from megadit.train.run_dir import RunDirectory
 
 @dataclass
 class TrainingRun:
-    """One run. ``position`` advances with the loop; everything else stays."""
+    """One run. ``position`` and ``saved_step`` (of the newest checkpoint made here) advance; everything else stays."""
 
     config: RunConfig
     context: ProcessContext
@@ -34,6 +34,7 @@ class TrainingRun:
     directory: RunDirectory
     total_steps: int
     position: Position
+    saved_step: int | None = None
 
     def latents(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
         """Move a batch to this rank's device: model-space images (B, C, H, W) and their conditions.
@@ -48,7 +49,7 @@ class TrainingRun:
 
     def save(self) -> Path:
         """Write a checkpoint of the present position (all ranks must call)."""
-        return save_checkpoint(
+        path = save_checkpoint(
             self.directory.path,
             self.engine.partitions,
             self.config,
@@ -57,3 +58,5 @@ class TrainingRun:
             self.context,
             self.config.train.keep_last,
         )
+        self.saved_step = self.position.step
+        return path

@@ -6,8 +6,8 @@ from megadit.train.callbacks.logging import JsonLines, Progress, TensorBoard, Wa
 
 
 def default_callbacks() -> list[Callback]:
-    """All of them. Validation adds to the record, so it comes before the log; a checkpoint comes last."""
-    return [Validation(), Samples(), Progress(), JsonLines(), TensorBoard(), Wandb(), Checkpoints(), Summary()]
+    """All of them. Validation adds to the record; a checkpoint follows the log, and pictures, which may fail, that."""
+    return [Validation(), Progress(), JsonLines(), Checkpoints(), Samples(), TensorBoard(), Wandb(), Summary()]
 
 
 __all__ = ["Callback", "Record", "default_callbacks"]

@@ -27,13 +27,12 @@ class Validation(Callback):
 class Samples(Callback):
     """A grid of pictures from fixed noise, every ``train.sample_every`` steps and at the end."""
 
-    def on_step(self, run: TrainingRun) -> Record | None:
-        """Draw when due; the pictures are dealt to the ranks."""
+    def after_log(self, run: TrainingRun) -> None:
+        """Draw when due; the pictures are dealt to the ranks. After the checkpoint, so that no failure costs it."""
         if due(run.position.step, run.config.train.sample_every, run.total_steps):
             from megadit.train.pictures import draw_samples
 
             draw_samples(run)
-        return None
 
 
 class Checkpoints(Callback):
@@ -64,7 +63,7 @@ class Summary(Callback):
         if not rows:
             return
         seconds = time.monotonic() - self._begin
-        vals = [row["val_loss"] for row in rows if "val_loss" in row]
+        vals = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
         summary = {
             "steps": run.position.step,
             "samples_seen": run.position.samples_seen,

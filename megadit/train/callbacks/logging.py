@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
 from megadit.errors import UserError
-from megadit.train.callbacks.base import Callback, Record
+from megadit.train.callbacks.base import Callback, Record, due
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
@@ -74,12 +75,21 @@ class JsonLines(Callback):
     def on_log(self, run: TrainingRun, record: Record) -> None:
         """Append the record."""
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The record with null for inf and nan, which JSON does not know (a norm that overflowed under fp16)."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -102,33 +112,30 @@ class TensorBoard(Callback):
 
     def __init__(self) -> None:
         self._writer: Any = None
-        self._shown: set[str] = set()
 
     def on_start(self, run: TrainingRun) -> None:
         """Open the event file; entries beyond a resumed step are purged by the viewer."""
         if run.context.is_main and run.config.train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = run.position.step + 1 if run.position.step else None
-            self._writer = SummaryWriter(str(run.directory.tensorboard), purge_step=purge)
+            self._writer = SummaryWriter(str(run.directory.tensorboard), purge_step=run.position.step + 1)
 
     def on_log(self, run: TrainingRun, record: Record) -> None:
-        """Write scalars and any grid that was drawn since."""
-        if self._writer is None:
-            return
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record["step"])
-        self._add_grids(run, record["step"])
+        """Write the record's scalars."""
+        if self._writer is not None:
+            for name, value in scalars(record).items():
+                self._writer.add_scalar(name, value, record["step"])
 
-    def _add_grids(self, run: TrainingRun, step: int) -> None:
+    def after_log(self, run: TrainingRun) -> None:
+        """Add the grid that was drawn after this step, if one was."""
+        step = run.position.step
+        if self._writer is None or not due(step, run.config.train.sample_every, run.total_steps):
+            return
         import numpy as np
         from PIL import Image
 
-        for path in sorted(run.directory.samples.glob("step-*.png")):
-            if path.name not in self._shown:
-                self._shown.add(path.name)
-                picture = np.asarray(Image.open(path).convert("RGB"))
-                self._writer.add_image("samples", picture, int(path.stem.split("-")[1]), dataformats="HWC")
+        picture = np.asarray(Image.open(run.directory.grid(step)).convert("RGB"))
+        self._writer.add_image("samples", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -1,0 +1,147 @@
+"""How a run ends: what is saved, logged and recorded when something fails or a signal comes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from helpers.ranks import run_ranks
+from helpers.training import layout_of, small_config
+
+
+def pretrain_rank(config, folder, patch=None):
+    """A whole run on one rank, with ``patch()`` applied first; its exit code or what it raised, and its files."""
+    from megadit.data import build_datasets
+    from megadit.train.pretrain import Job, pretrain
+
+    if patch is not None:
+        patch()
+    config, ds_config = layout_of(config, 1)
+    try:
+        code = pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
+    except Exception as error:
+        code = f"{type(error).__name__}: {error}"
+    return code
+
+
+def ends(config, folder, patch=None):
+    code = run_ranks(1, pretrain_rank, config, str(folder), patch, timeout=120)[0]
+    rows = [
+        json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    return code, json.loads((folder / "exit.json").read_text()), rows
+
+
+def latest(folder):
+    path = folder / "checkpoints/latest"
+    return path.read_text().strip() if path.exists() else None
+
+
+def _no_pictures():
+    from megadit.train import pictures
+
+    def fail(run):
+        raise RuntimeError("no memory for pictures")
+
+    pictures.draw_samples = fail
+
+
+@pytest.mark.distributed
+def test_pictures_that_fail_do_not_cost_the_checkpoint(tmp_path):
+    code, ended, rows = ends(small_config(train={"steps": 3}), tmp_path, _no_pictures)
+    assert code == "RuntimeError: no memory for pictures"
+    assert (ended["code"], ended["step"]) == (1, 3)
+    assert latest(tmp_path) == "step-00000003" and rows[-1]["step"] == 3
+
+
+def _infinite_gradients(at):
+    from megadit.train import loop
+
+    step = loop.optimizer_step
+
+    def broken(run, *rest):
+        norm = step(run, *rest)
+        return math.inf if run.position.step + 1 == at else norm
+
+    loop.optimizer_step = broken
+
+
+def _infinite_at_4():
+    _infinite_gradients(4)
+
+
+@pytest.mark.distributed
+def test_weights_updated_from_infinite_gradients_are_not_saved(tmp_path):
+    config = small_config(train={"steps": 6, "checkpoint_every": 2})
+    code, ended, rows = ends(config, tmp_path, _infinite_at_4)
+    assert (code, ended["code"], ended["step"]) == (1, 1, 4)
+    assert "gradients at step 4 are not finite" in ended["reason"]
+    assert latest(tmp_path) == "step-00000002" and rows[-1]["step"] == 3
+
+
+def _skipped_at_4():
+    from megadit.train.engine import TrainingEngine
+
+    TrainingEngine.update_applied = property(lambda self: False)
+    _infinite_gradients(4)
+
+
+@pytest.mark.distributed
+def test_a_skipped_update_is_no_divergence_and_its_norm_is_null(tmp_path):
+    code, _, rows = ends(small_config(train={"steps": 6}), tmp_path, _skipped_at_4)
+    assert code == 0
+    assert [row["step"] for row in rows if row["grad_norm"] is None] == [4]
+
+
+def _signal_at_5():
+    import os
+    import signal
+
+    from megadit.train import loop
+
+    step = loop.optimizer_step
+
+    def with_signal(run, *rest):
+        if run.position.step + 1 == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(run, *rest)
+
+    loop.optimizer_step = with_signal
+
+
+@pytest.mark.distributed
+def test_a_preempted_window_is_logged_so_that_no_loss_is_lost(tmp_path):
+    config = small_config(train={"steps": 8, "log_every": 4})
+    code, ended, rows = ends(config, tmp_path / "a", _signal_at_5)
+    assert (code, ended["code"], ended["step"], latest(tmp_path / "a")) == (85, 85, 5, "step-00000005")
+    assert [row["step"] for row in rows] == [1, 4, 5]
+    code, ended, rows = ends(config, tmp_path / "a")
+    assert (code, ended["code"], ended["reason"], ended["step"]) == (0, 0, "complete", 8)
+    assert [row["step"] for row in rows] == [1, 4, 5, 8]
+    _, _, straight = ends(config, tmp_path / "b")
+    assert [row["step"] for row in straight] == [1, 4, 8]
+    # the window of steps 5 to 8, in one piece and in two
+    assert (rows[2]["loss"] + 3 * rows[3]["loss"]) / 4 == pytest.approx(straight[2]["loss"], rel=1e-12)
+
+
+@pytest.mark.distributed
+def test_a_preemption_at_a_checkpoint_does_not_save_it_twice(tmp_path):
+    config = small_config(train={"steps": 8, "checkpoint_every": 5})
+    code, ended, _ = ends(config, tmp_path, _count_saves)
+    assert (code, ended["step"]) == (85, 5)
+    assert (tmp_path / "saves").read_text() == "5 "
+
+
+def _count_saves():
+    from megadit.train import run as module
+
+    save = module.save_checkpoint
+
+    def counted(run_dir, partitions, config, position, *rest):
+        with open(Path(run_dir) / "saves", "a") as file:
+            file.write(f"{position.step} ")
+        return save(run_dir, partitions, config, position, *rest)
+
+    module.save_checkpoint = counted
+    _signal_at_5()
