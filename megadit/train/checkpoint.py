@@ -27,6 +27,7 @@ from megadit.train.partitions import Fragment, Partitions
 FORMAT = "megadit-checkpoint"
 VERSION = 1
 WEIGHTS = "weights"
+_LAYOUT_KEYS = ("parallel.zero_stage", "train.micro_batch")  # any layout trains the same model
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def save_checkpoint(
     context: ProcessContext,
     keep_last: int,
 ) -> Path:
-    """Write ``step-XXXXXXXX`` from all ranks, point ``latest`` to it, and drop all but ``keep_last``.
+    """Write ``step-XXXXXXXX`` from all ranks, point ``latest`` to it, and drop all but the ``keep_last`` up to it.
 
     ``groups`` is the plain table of optimizer groups (name, lr_mult, wd_mult, …) stored for comparison at
     resume. Every rank must call this. Returns the checkpoint's folder.
@@ -90,7 +91,8 @@ def save_checkpoint(
     final, temporary = root / f"step-{position.step:08d}", root / f".step-{position.step:08d}.tmp"
 
     def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for torn in root.glob(".step-*.tmp"):  # left by a run that was killed while it saved
+            shutil.rmtree(torn, ignore_errors=True)
         temporary.mkdir(parents=True)
 
     context.on_main(lambda: _refuse_disk_errors(prepare, final))
@@ -129,7 +131,7 @@ def save_checkpoint(
             "layout": {"ranks": context.world_size, "zero_stage": partitions.stage},
         }
         _refuse_disk_errors(lambda: _commit(temporary, final, index, state), final)
-        _drop_old(root, keep_last)
+        _drop_old(final, keep_last)
 
     context.on_main(publish)
     return final
@@ -148,17 +150,23 @@ def _commit(temporary: Path, final: Path, index: dict[str, Any], state: dict[str
     _write_text(temporary / "index.json", json.dumps(index))
     _write_text(temporary / "state.json", json.dumps(state, indent=1))
     _flush_folder(temporary)
-    if final.exists():
-        shutil.rmtree(final)
+    replaced = temporary.with_name(f".{final.name}.old.tmp")
+    if final.exists():  # of a course that was left by resuming from an earlier step
+        os.replace(final, replaced)
     os.replace(temporary, final)
     _flush_folder(final.parent)
     _write_text(final.parent / "latest", final.name + "\n")
     _flush_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _drop_old(root: Path, keep_last: int) -> None:
-    for old in sorted(root.glob("step-*"))[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+def _drop_old(newest: Path, keep_last: int) -> None:
+    """Keep ``newest`` and those just before it; what lies beyond it belongs to a course that the run has left."""
+    present = sorted(newest.parent.glob("step-*"))
+    kept = [path for path in present if path.name <= newest.name][-keep_last:]
+    for path in present:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def find_checkpoint(run_dir: Path, wanted: str = "latest") -> Path | None:
@@ -232,6 +240,12 @@ class StoredCheckpoint:
                     "a resumed run keeps it, since the order of images depends on it"
                 )
 
+    def changes(self, config: RunConfig) -> list[str]:
+        """Every key whose value in ``config`` is not the stored one, as ``key old → new``; layout keys left out."""
+        here, there = _flat(config.model_dump(mode="json")), _flat(self.state["config"])
+        keys = [key for key in here if key in there and key not in _LAYOUT_KEYS]
+        return [f"{key} {there[key]} → {here[key]}" for key in keys if here[key] != there[key]]
+
     def restore(self, partitions: Partitions) -> None:
         """Fill this rank's master weights and moments, and the model's working weights from them."""
         with PieceReader(self.path, self.pieces) as reader:
@@ -263,6 +277,13 @@ class StoredCheckpoint:
                 flat = parameter.data.new_empty(parameter.numel())
                 reader.read_into(flat, WEIGHTS, name)
                 parameter.data.copy_(flat.view_as(parameter))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def load_model(run_dir: str | Path, checkpoint: str = "latest") -> tuple[RunConfig, nn.Module]:

@@ -6,14 +6,16 @@ directory and checkpoint are checked first, in this order.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from megadit.config import RunConfig
-from megadit.data import BatchLayout, BatchStream, ImageSet, describe
+from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, describe
 from megadit.data.latents import build_codec
 from megadit.diffusion import build_objective
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
@@ -21,12 +23,14 @@ from megadit.models import build_model
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.train.callbacks import default_callbacks
-from megadit.train.checkpoint import Position, StoredCheckpoint, find_checkpoint
+from megadit.train.checkpoint import Position, StoredCheckpoint, checkpoint_root, find_checkpoint
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
+
+_IMAGE_CHECK_S = 5.0  # for a look at the files before anything is written; what it misses is told when it is read
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def total_steps(config: RunConfig, train_images: int) -> int:
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None  # the config holds exactly one of the two
-    return max(1, math.ceil(config.train.epochs * train_images / config.train.global_batch))
+    epochs = Fraction(str(config.train.epochs))  # 1.1 as it was written: in floats 1.1 * 100 / 10 is above 11
+    return math.ceil(epochs * train_images / config.train.global_batch)
 
 
 def pretrain(job: Job) -> int:
@@ -58,46 +63,70 @@ def pretrain(job: Job) -> int:
     steps = total_steps(job.config, len(job.train_set))
     context = start_processes()
     directory = RunDirectory(job.run_dir)
-    step = 0
+    checkpoint, first = context.on_main(lambda: _prepare_directory(directory, job, steps))
+    if first >= steps:
+        stop_processes()
+        return EXIT_OK
+    run = None
     try:
-        checkpoint = context.on_main(lambda: _prepare_directory(directory, job))
         run = assemble(job, context, directory, steps, checkpoint)
-        step = run.position.step
-        if step >= steps:
-            if context.is_main:
-                print(
-                    f"{job.run_dir}: already trained to step {step} of {steps}; raise train.steps, "
-                    "or choose another --run_dir",
-                    file=sys.stderr,
-                )
-            return EXIT_OK
         code, reason = _train(run)
-        step = run.position.step
     except BaseException as error:
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
-        directory.write_exit(code, f"{type(error).__name__}: {error}", step)
+        step = first if run is None else run.position.step
+        directory.write_failure(code, f"{type(error).__name__}: {error}", step)
         raise
     if context.is_main:
-        directory.write_exit(code, reason, step)
+        directory.write_exit(code, reason, run.position.step)
     stop_processes()
     return code
 
 
-def _prepare_directory(directory: RunDirectory, job: Job) -> Path | None:
-    """On rank 0: the checkpoint to resume from, if any, and a writable run directory."""
-    found = find_checkpoint(directory.path)
-    if job.resume == "never" and found is not None:
-        raise UserError(
-            f"--resume: never, but '{directory.path}' holds {found.name}; choose another --run_dir, or --resume auto"
-        )
-    if job.resume not in ("auto", "never"):
-        found = find_checkpoint(directory.path, job.resume)
+def resume_point(job: Job) -> tuple[Path | None, int]:
+    """The checkpoint that the job goes on from, if any, and its step; only reads.
+
+    Raises:
+        UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint.
+    """
+    if job.resume in ("auto", "never"):
+        found = find_checkpoint(job.run_dir)
+        if job.resume == "never" and found is not None:
+            raise UserError(
+                f"--resume: never, but '{job.run_dir}' holds {found.name}; choose another --run_dir, or --resume auto"
+            )
+    else:
+        found = find_checkpoint(job.run_dir, job.resume)
         if found is None:
             raise UserError(f"--resume: '{job.resume}' has no checkpoint; give one, or --resume auto")
-    if found is not None:
-        StoredCheckpoint(found).check_same_model(job.config)
+        own = checkpoint_root(job.run_dir)
+        if found.resolve().parent != own.resolve() and (own / "latest").is_file():
+            raise UserError(
+                f"--resume: '{job.resume}' is of another run, but '{job.run_dir}' has checkpoints of its own; choose "
+                "another --run_dir, or --resume auto to go on with these"
+            )
+    if found is None:
+        return None, 0
+    stored = StoredCheckpoint(found)
+    stored.check_same_model(job.config)
+    return found, stored.position.step
+
+
+def _prepare_directory(directory: RunDirectory, job: Job, steps: int) -> tuple[Path | None, int]:
+    """On rank 0: the checkpoint to resume from and its step; a writable run directory, unless nothing is left to do."""
+    checkpoint, first = resume_point(job)
+    if first >= steps:
+        print(
+            f"{job.run_dir}: already trained to step {first} of {steps}; raise train.steps, "
+            "or choose another --run_dir",
+            file=sys.stderr,
+        )
+        with contextlib.suppress(OSError):  # nothing else is written, so a read-only run directory is no obstacle
+            directory.write_exit(EXIT_OK, "complete", first)
+        return checkpoint, first
+    for images in (job.train_set, job.val_set):
+        check_images(images, seconds=_IMAGE_CHECK_S)
     directory.create()
-    return found
+    return checkpoint, first
 
 
 def assemble(
@@ -130,17 +159,20 @@ def assemble(
         engine.restored(position.step)
         if context.is_main:
             print(f"resuming from {checkpoint} at step {position.step}", file=sys.stderr)
-            _tell_group_changes(stored.state["groups"], engine.optimizer.table)
+            _tell_changes(stored, config, engine.optimizer.table)
     layout = BatchLayout(config.train.global_batch, context.world_size, context.rank, micro)
     return TrainingRun(
         config, context, engine, objective, codec, job.train_set, job.val_set, layout, directory, steps, position
     )
 
 
-def _tell_group_changes(stored: list[dict[str, Any]], present: list[dict[str, Any]]) -> None:
-    """Groups always follow the config; say so where that differs from what the checkpoint had."""
-    before = {row["name"]: row for row in stored}
-    for row in present:
+def _tell_changes(stored: StoredCheckpoint, config: RunConfig, groups: list[dict[str, Any]]) -> None:
+    """A resumed run follows the config; say so where that differs from what the checkpoint had."""
+    changes = stored.changes(config)
+    if changes:
+        print(f"note: the config has changed since the checkpoint: {', '.join(changes)}", file=sys.stderr)
+    before = {row["name"]: row for row in stored.state["groups"]}
+    for row in groups:
         old = before.get(row["name"], {})
         for key in ("lr_mult", "wd_mult", "eps_mult"):
             if old.get(key) != row[key]:
@@ -166,5 +198,8 @@ def _train(run: TrainingRun) -> tuple[int, str]:
     if complete:
         return EXIT_OK, "complete"
     if run.context.is_main:
-        print(f"preempted: saved step {run.position.step}; start the same command again to go on", file=sys.stderr)
+        print(
+            f"preempted: saved step {run.position.step}; to go on, start the same command with --resume auto",
+            file=sys.stderr,
+        )
     return EXIT_PREEMPTED, "preempted"

@@ -8,9 +8,11 @@ since torchrun hides exit codes).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import socket
 import sys
 import time
 from pathlib import Path
@@ -22,10 +24,13 @@ from megadit.errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write JSON so that a reader sees the old file or the whole new one, whoever else writes it."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class RunDirectory:
@@ -38,8 +43,12 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.curves = path / "curves.png"
 
+    def grid(self, step: int) -> Path:
+        """The sample grid drawn after ``step``."""
+        return self.samples / f"step-{step:08d}.png"
+
     def create(self) -> None:
-        """Make the folder and try to write into it.
+        """Make the folder, try to write into it, and take away the record of how an earlier start ended.
 
         Raises:
             UserError: it cannot be made or written, naming the reason.
@@ -49,6 +58,7 @@ class RunDirectory:
             probe = self.path / ".write-test"
             probe.write_text("")
             probe.unlink()
+            (self.path / "exit.json").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"--run_dir: '{self.path}' cannot be written ({error.strerror or error}); choose a writable one"
@@ -72,7 +82,6 @@ class RunDirectory:
         if notice:
             (self.path / "DATA-NOTICE.txt").write_text(notice + "\n")
         write_json(self.path / "environment.json", {**_environment(), **layout})
-        (self.path / "exit.json").unlink(missing_ok=True)
 
     def truncate_metrics(self, step: int) -> None:
         """Drop metric lines beyond ``step``: a resumed run writes them again, without a seam."""
@@ -97,10 +106,18 @@ class RunDirectory:
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
-        """Record how the run ended, unless an earlier failure of this run is already on record."""
-        path = self.path / "exit.json"
-        if self.path.is_dir() and not path.exists():
-            write_json(path, {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")})
+        """Record how the run ended (rank 0, or the rank that failed)."""
+        ended = {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")}
+        write_json(self.path / "exit.json", ended)
+
+    def write_failure(self, code: int, reason: str, step: int) -> None:
+        """Record a failure, unless the rank that failed first has; a folder that takes no file keeps the old record.
+
+        Never raises OSError: the failure itself is what the caller is about to tell.
+        """
+        if self.path.is_dir() and not (self.path / "exit.json").exists():
+            with contextlib.suppress(OSError):
+                self.write_exit(code, reason, step)
 
 
 def _environment() -> dict[str, Any]:

@@ -62,8 +62,10 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(plain):
     again = ends_well([sys.executable, *RUN, *SMALL, "--run_dir", str(run_dir)])
     assert "already trained to step 6 of 6" in again.stderr
     assert losses(run_dir)[0] == before
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
     longer = ends_well([sys.executable, *RUN, *SMALL, "train.steps=8", "--run_dir", str(run_dir)])
     assert "resuming from" in longer.stderr
+    assert "train.steps 6 → 8" in longer.stderr
     after, rows = losses(run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert after[:6] == before

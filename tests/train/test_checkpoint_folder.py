@@ -1,0 +1,124 @@
+"""The folder of checkpoints: which are kept, what a killed save leaves, and which one a job goes on from."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers.training import small_config
+from megadit.errors import UserError
+from megadit.parallel import ProcessContext
+from megadit.train import checkpoint as module
+from megadit.train.checkpoint import Position, StoredCheckpoint, find_checkpoint, save_checkpoint
+from megadit.train.pretrain import resume_point, total_steps
+
+ALONE = ProcessContext(0, 1, 0, torch.device("cpu"))
+
+
+class NoPartitions:
+    """A model of no parameters."""
+
+    stage, replicated = 0, True
+
+    def fragments(self):
+        return []
+
+    def adam_step(self):
+        return 0
+
+    def loss_scale_state(self):
+        return {}
+
+
+def save(run_dir, step, keep_last=2, config=None):
+    config = config or small_config()
+    return save_checkpoint(run_dir, NoPartitions(), config, Position(step, 16 * step), [], ALONE, keep_last)
+
+
+def steps_in(run_dir):
+    return [int(path.name.removeprefix("step-")) for path in sorted((run_dir / "checkpoints").glob("step-*"))]
+
+
+def job(run_dir, resume="auto", config=None):
+    return SimpleNamespace(run_dir=run_dir, resume=resume, config=config or small_config())
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, keep_last=3)
+    assert steps_in(tmp_path) == [20, 30, 40]
+
+
+def test_going_on_from_an_earlier_step_keeps_what_it_saves(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep_last=3)
+    save(tmp_path, 15)  # resumed from 10; 20 and 30 are of the course that was left
+    assert steps_in(tmp_path) == [10, 15]
+    assert find_checkpoint(tmp_path).name == "step-00000015"
+    save(tmp_path, 15)
+    assert StoredCheckpoint(find_checkpoint(tmp_path)).position.step == 15
+
+
+def test_what_a_killed_save_left_is_taken_away(tmp_path):
+    save(tmp_path, 10)
+    torn = tmp_path / "checkpoints/.step-00000020.tmp"
+    torn.mkdir()
+    (torn / "fragments-00000.safetensors").write_bytes(b"half")
+    assert find_checkpoint(tmp_path).name == "step-00000010"
+    save(tmp_path, 25)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000010",
+        "step-00000025",
+    ]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_flush_folder", full)
+    with pytest.raises(UserError, match="step-00000020: cannot be written .No space left"):
+        save(tmp_path, 20)
+    assert find_checkpoint(tmp_path).name == "step-00000010"
+
+
+def test_the_point_of_resumption(tmp_path):
+    run_dir, other = tmp_path / "run", tmp_path / "other"
+    assert resume_point(job(run_dir)) == (None, 0)
+    first, second = save(run_dir, 10), save(run_dir, 20)
+    elsewhere = save(other, 5)
+    assert resume_point(job(run_dir)) == (second, 20)
+    assert resume_point(job(run_dir, str(first))) == (first, 10)
+    assert resume_point(job(tmp_path / "new", str(other))) == (elsewhere, 5)
+    with pytest.raises(UserError, match="--resume: never"):
+        resume_point(job(run_dir, "never"))
+    with pytest.raises(UserError, match="of another run, but .* has checkpoints of its own"):
+        resume_point(job(run_dir, str(elsewhere)))
+    with pytest.raises(UserError, match=r"train\.seed: 4 differs from 3"):
+        resume_point(job(run_dir, config=small_config(train={"seed": 4})))
+
+
+def test_a_broken_latest_does_not_stand_in_the_way_of_a_path(tmp_path):
+    saved = save(tmp_path, 10)
+    (saved.parent / "latest").write_text("step-00000099\n")
+    with pytest.raises(UserError, match="step-00000099"):
+        resume_point(job(tmp_path))
+    assert resume_point(job(tmp_path, str(saved))) == (saved, 10)
+
+
+def test_changed_keys_are_named_and_layout_is_not_one(tmp_path):
+    stored = StoredCheckpoint(save(tmp_path, 10))
+    assert stored.changes(small_config()) == []
+    changed = small_config(optim={"lr": 1e-3}, train={"steps": 20, "micro_batch": 2}, parallel={"zero_stage": 1})
+    assert stored.changes(changed) == ["optim.lr 0.004 → 0.001", "train.steps 10 → 20"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "steps"), [(1.1, 100, 10, 11), (1, 100, 30, 4), (0.001, 100, 10, 1), (3, 100, 100, 3)]
+)
+def test_epochs_are_rounded_up_to_whole_steps(epochs, images, batch, steps):
+    config = small_config(train={"steps": None, "epochs": epochs, "global_batch": batch})
+    assert total_steps(config, images) == steps
