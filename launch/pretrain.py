@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = command.prepare_job(args.config, args.overrides, args.ds_config, args.run_dir, args.resume)
         if args.dry_run:
             return command.dry_run(job)
+        command.check_machine(job)
     except UserError:
         if command.speaks_for_node():
             raise

@@ -63,9 +63,7 @@ class VaeCodec(Codec):
     def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
-        if config.path is None:
-            raise UserError(f"data.vae.path: is missing; give the folder of a diffusers {_CLASS} on this machine")
-        self.vae = _load(Path(config.path)).to(self.device, torch.float32).eval().requires_grad_(False)
+        self.vae = _load(_folder(config)).to(self.device, torch.float32).eval().requires_grad_(False)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.channels = int(self.vae.config.latent_channels)
         own = self.vae.config.scaling_factor
@@ -107,8 +105,21 @@ def build_codec(config: VaeConfig | None, device: torch.device | str = "cpu") ->
     return PixelCodec() if config is None else VaeCodec(config, device)
 
 
-def _load(folder: Path) -> Any:
+def check_vae(config: VaeConfig | None) -> None:
+    """Raise UserError, as ``VaeCodec`` does, where the folder is missing or is no autoencoder's; loads nothing."""
+    if config is not None:
+        _folder(config)
+
+
+def _folder(config: VaeConfig) -> Path:
+    if config.path is None:
+        raise UserError(f"data.vae.path: is missing; give the folder of a diffusers {_CLASS} on this machine")
+    folder = Path(config.path)
     _check(folder)
+    return folder
+
+
+def _load(folder: Path) -> Any:
     vae_class = import_diffusers().AutoencoderKL
     try:
         return vae_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)

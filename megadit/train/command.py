@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megadit.config import load
 from megadit.config.dsconfig import merge_ds_config
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from megadit.parallel import prepare_environment
-from megadit.train.pretrain import Job, pretrain, total_steps
+from megadit.train.optimizer import resolve_implementation
+from megadit.train.pretrain import Job, pretrain, resume_point, total_steps
 from megadit.train.schedule import Schedule
 
 
@@ -24,6 +27,8 @@ def prepare_job(
         UserError: anything in them that cannot work.
     """
     from megadit.data import build_datasets, check_against_model, describe
+    from megadit.data.latents import check_vae
+    from megadit.diffusion.sampling import check_sampling
 
     prepare_environment()
     loaded = load(config, overrides)
@@ -33,6 +38,8 @@ def prepare_job(
             print(f"warning: {warning}", file=sys.stderr)
     train_set, val_set = build_datasets(merged.config.data)
     check_against_model(describe(train_set), merged.config)
+    check_vae(merged.config.data.vae)
+    check_sampling(merged.config)
     Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))
     folder = Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
     return Job(merged.config, merged.ds_config, folder, resume, train_set, val_set)
@@ -42,6 +49,11 @@ def dry_run(job: Job) -> int:
     """Print the layout, the memory of weights and optimizer, and the muP table; train nothing."""
     if not speaks_for_node():
         return EXIT_OK
+    checkpoint, first = resume_point(job)
+    try:
+        check_machine(job)
+    except UserError as error:
+        print(f"warning: on this machine the run would end here: {error}", file=sys.stderr)
     from megadit.data import check_images
     from megadit.models import build_model
     from megadit.mup.table import format_rows, rows
@@ -54,10 +66,40 @@ def dry_run(job: Job) -> int:
     steps = total_steps(config, len(job.train_set))
     print(describe_plan(config, model, steps, int(os.environ["WORLD_SIZE"]), job.ds_config))
     print(f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out")
-    print(f"run_dir      {job.run_dir}")
+    print(f"run_dir      {job.run_dir}" + (f", going on from step {first} ({checkpoint})" if checkpoint else ""))
     print()
     print(format_rows(rows(model, config.optim)))
     return EXIT_OK
+
+
+def check_machine(job: Job) -> None:
+    """Whether this machine can do what the configuration asks.
+
+    Raises:
+        UserError: fp16 or a GPU optimizer without a GPU, a CPU optimizer on a GPU's weights, wandb not installed.
+    """
+    import torch
+
+    config = job.config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.train.precision == "fp16" and device.type != "cuda":
+        raise UserError("train.precision: fp16 needs a GPU and there is none here; use bf16 or fp32")
+    resolve_implementation(config.optim.implementation, device)
+    if config.optim.implementation == "deepspeed-cpu" and device.type == "cuda" and not _offloads(job.ds_config):
+        raise UserError(
+            "optim.implementation: deepspeed-cpu steps on the CPU, but the weights are on the GPU; set "
+            "zero_optimization.offload_optimizer in a --ds_config, or use auto"
+        )
+    if config.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "train.wandb: true, but wandb is not installed; pip install 'megadit[tracking]' or set it to false"
+        )
+
+
+def _offloads(ds_config: dict[str, Any]) -> bool:
+    zero = ds_config["zero_optimization"]
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return device not in (None, "none") or bool(zero.get("cpu_offload"))
 
 
 def train(job: Job) -> int:

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from helpers.ranks import ROOT, run_command
@@ -65,10 +66,30 @@ def ds_file(folder, **content):
         ("model.input_size=16", "model.input_size"),
         ("data.name=image-folder", "data.path"),
         ("optim.schedule=cosine optim.warmup_steps=300", "optim.warmup_steps"),
+        ("objective.label_dropout=0", "sample.guidance"),
+        ("sample.scheduler=ddpm", "sample.scheduler"),
+        ("objective.kind=ddpm sample.steps=2000", "sample.steps: 2000"),
     ],
 )
 def test_config_and_data_that_cannot_work(refused, override, said):
     assert said in refused(*override.split(), "--dry_run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU cannot do")
+@pytest.mark.parametrize("override", ["train.precision=fp16", "optim.implementation=deepspeed-fused"])
+def test_what_this_machine_cannot_do(refused, main, override, capsys):
+    key = override.split("=")[0]
+    assert key in refused(override)
+    assert main([*DIGITS, override, "--dry_run"]) == 0  # which may well run elsewhere than the training
+    assert key in capsys.readouterr().err
+
+
+def test_packages_that_are_not_there(refused, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest)
+    )
+    assert "train.wandb" in refused("train.wandb=true")
 
 
 def test_widths_that_heads_do_not_divide(refused):
@@ -91,6 +112,8 @@ def test_missing_data_and_broken_images(refused, tmp_path):
     Image.new("RGB", (9, 9), (1, 2, 3)).save(folder / "a.png")
     (folder / "b.png").write_bytes(b"")
     assert "b.png" in refused(*arguments)
+    latents = ["data.image_size=64", "data.vae.path=nowhere", "model.in_channels=4"]
+    assert "data.vae.path: nowhere is not a folder" in refused(*arguments, *latents)
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:40])
     assert "b.png" in refused(*arguments)
 
@@ -132,9 +155,17 @@ def test_run_directories_that_cannot_be_used(tmp_path):
 
     (tmp_path / "file").write_text("")
     assert "cannot be written" in said("--run_dir", tmp_path / "file/run")
+    assert "cannot be written" in said("--run_dir", "/proc")  # is there, and takes no file
+    (tmp_path / "pictures/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/cat/a.png")
+    (tmp_path / "pictures/cat/b.png").write_bytes(b"")
+    pictures = ["data.name=image-folder", f"data.path={tmp_path / 'pictures'}", "data.image_size=8"]
+    pictures += ["model.num_classes=1", "model.in_channels=3", "data.val_fraction=0", "train.global_batch=1"]
+    assert "b.png" in said("--run_dir", tmp_path / "other", *pictures)
     assert run_command([*command, "--run_dir", str(tmp_path / "run")], timeout=120).returncode == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     assert "model.depth 1 → 2" in said("--run_dir", tmp_path / "run", "model.depth=2", "train.steps=2")
+    assert "model.depth 1 → 2" in said("--run_dir", tmp_path / "run", "model.depth=2", "--dry_run")
     assert "--resume: never" in said("--run_dir", tmp_path / "run", "--resume", "never")
     assert "is no checkpoint" in said("--run_dir", tmp_path / "other", "--resume", tmp_path / "file")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
