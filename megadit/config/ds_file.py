@@ -154,3 +154,9 @@ def _check_zero(file: DsFile) -> None:
             "zero_optimization.offload_optimizer.device: nvme swaps out the master weights that checkpoints are made "
             f"from; set cpu (in {file.label})"
         )
+    for key, plain in (("ratio", 1.0), ("super_offload", False)):
+        if isinstance(offload, dict) and offload.get(key, plain) != plain:
+            raise UserError(
+                f"zero_optimization.offload_optimizer.{key}: {json.dumps(offload[key])} hands a part of the update to "
+                f"an optimizer of DeepSpeed's own, which has not muP's learning rates; take it out (in {file.label})"
+            )

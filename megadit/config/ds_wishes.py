@@ -47,6 +47,11 @@ def _precision(file: DsFile, config: RunConfig) -> Iterator[Wish]:
                 f"{name}.{name}_master_weights_and_grads: true leaves no float32 master weights, which training under "
                 f"muP and checkpoints need; take it out (in {file.label})"
             )
+    if file.block("fp16").get("auto_cast"):
+        raise UserError(
+            f"fp16.auto_cast: true rounds timesteps to half precision on their way into the model, which casts its own "
+            f"inputs; take it out (in {file.label})"
+        )
     if flags["bf16"] and flags["fp16"]:
         raise UserError(f"bf16.enabled: true and fp16.enabled: true exclude each other; keep one (in {file.label})")
     for name, flag in flags.items():

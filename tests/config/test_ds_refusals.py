@@ -115,6 +115,15 @@ FLATTENS = "writes one learning rate into all parameter groups, which flattens t
             {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
             "data_types.grad_accum_dtype: fp32 with bf16 at ZeRO stage 1 makes DeepSpeed take another",
         ),
+        ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: true rounds timesteps to half precision"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio: 0.5 hands a part of the update to an optimizer of DeepSpeed's",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "zero_optimization.offload_optimizer.super_offload: true hands a part of the update",
+        ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4 is not 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: true is not 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage: "2" is not 0, 1, 2 or 3'),
