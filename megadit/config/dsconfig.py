@@ -23,6 +23,7 @@ from megadit.errors import UserError
 
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines: megadit prints its own
 _FLOAT32_NAMES = ("fp32", "float32", "float", "torch.float32")
+_HALF_NAMES = ("bf16", "bfloat16", "torch.bfloat16", "fp16", "float16", "half", "torch.float16")
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,11 @@ def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> d
 
 def _check_accumulation_type(file: DsFile, config: RunConfig) -> None:
     kind = file.block("data_types").get("grad_accum_dtype")
+    if kind not in (None, *_FLOAT32_NAMES, *_HALF_NAMES):
+        raise UserError(
+            f"data_types.grad_accum_dtype: {_shown(kind)} is not a type of DeepSpeed's; write fp32, bf16 or fp16 "
+            f"(in {file.label})"
+        )
     bf16_at_stage_1 = config.train.precision == "bf16" and config.parallel.zero_stage == 1
     if bf16_at_stage_1 and kind in _FLOAT32_NAMES and not offloads_optimizer(file):
         raise UserError(

@@ -13,6 +13,7 @@ from megadit.config import load
 from megadit.config.dsconfig import merge_ds_config
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from megadit.parallel import prepare_environment
+from megadit.train.ds_check import check_ds_config
 from megadit.train.optimizer import resolve_implementation
 from megadit.train.pretrain import Job, pretrain, resume_point, total_steps
 from megadit.train.schedule import Schedule
@@ -40,6 +41,7 @@ def prepare_job(
     check_against_model(describe(train_set), merged.config)
     check_vae(merged.config.data.vae)
     check_sampling(merged.config)
+    check_ds_config(merged.ds_config)
     Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))
     folder = Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
     return Job(merged.config, merged.ds_config, folder, resume, train_set, val_set)

@@ -115,6 +115,7 @@ FLATTENS = "writes one learning rate into all parameter groups, which flattens t
             {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
             "data_types.grad_accum_dtype: fp32 with bf16 at ZeRO stage 1 makes DeepSpeed take another",
         ),
+        ({"data_types": {"grad_accum_dtype": "fp99"}}, 'data_types.grad_accum_dtype: "fp99" is not a type of DeepS'),
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: true rounds timesteps to half precision"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},

@@ -128,6 +128,9 @@ def test_missing_data_and_broken_images(refused, tmp_path):
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optim.lr=1e-3"], "contradicts"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, [], "stage"),
         ({"optimizer": {"type": "Lamb", "params": {}}}, [], "Lamb"),
+        ({"bf16": {"enabled": True, "speed": 1}}, [], "speed: 1 (DeepSpeedBF16Config: Extra inputs"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, [], 'reduce_bucket_size: "big"'),
+        ({"communication_data_type": "fp99"}, [], "fp99"),
     ],
 )
 def test_ds_configs_that_contradict_or_break_mup(refused, tmp_path, content, overrides, said):
