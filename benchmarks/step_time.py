@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"train.global_batch={args.batch}",
         "train.precision=fp32",
         "train.micro_batch=null",
+        "optim.clip.value=null",
     ]
     with tempfile.TemporaryDirectory() as folder:
         ours, config = megadit_arm(overrides, folder)

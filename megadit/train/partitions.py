@@ -63,6 +63,9 @@ class Partitions:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.stage = int(engine.zero_optimization_stage())
+        if self.stage == 0 and int(engine.dp_world_size) == 1:
+            # One rank has nothing to average, yet DeepSpeed would flatten and copy back every gradient.
+            engine.enable_backward_allreduce = False
         self._names = {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
 
     @property
