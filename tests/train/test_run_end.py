@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ def pretrain_rank(config, folder, patch=None):
 
     if patch is not None:
         patch()
-    config, ds_config = layout_of(config, 1)
+    config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
     try:
         code = pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
     except Exception as error:
@@ -95,9 +97,6 @@ def test_a_skipped_update_is_no_divergence_and_its_norm_is_null(tmp_path):
 
 
 def _signal_at_5():
-    import os
-    import signal
-
     from megadit.train import loop
 
     step = loop.optimizer_step
@@ -123,6 +122,18 @@ def test_a_preempted_window_is_logged_so_that_no_loss_is_lost(tmp_path):
     assert [row["step"] for row in straight] == [1, 4, 8]
     # the window of steps 5 to 8, in one piece and in two
     assert (rows[2]["loss"] + 3 * rows[3]["loss"]) / 4 == pytest.approx(straight[2]["loss"], rel=1e-12)
+
+
+def _signal_one_rank_at_5():
+    if os.environ["RANK"] == "1":
+        _signal_at_5()
+
+
+@pytest.mark.distributed
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    config = small_config(train={"steps": 30, "log_every": 30})
+    assert run_ranks(2, pretrain_rank, config, str(tmp_path), _signal_one_rank_at_5, timeout=120) == [85, 85]
+    assert latest(tmp_path) == "step-00000010"
 
 
 @pytest.mark.distributed
