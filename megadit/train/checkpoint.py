@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from megadit.config import RunConfig, load_config
@@ -203,7 +204,8 @@ class StoredCheckpoint:
         try:
             index = json.loads((path / "index.json").read_text())
             self.state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        except (OSError, ValueError) as error:
+            self.config = _completed(self.state["config"])
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"checkpoint {path}: its index cannot be read ({error}); use an earlier one") from error
         if index.get("format") != FORMAT or index.get("version") != VERSION:
             raise UserError(
@@ -224,7 +226,7 @@ class StoredCheckpoint:
         Raises:
             UserError: naming the differing model keys, or train.seed or train.global_batch.
         """
-        here, there = config.model_dump(mode="json"), self.state["config"]
+        here, there = config.model_dump(mode="json"), self.config
         keys = sorted(set(here["model"]) | set(there["model"]))
         different = [k for k in keys if here["model"].get(k) != there["model"].get(k)]
         if different:
@@ -242,7 +244,7 @@ class StoredCheckpoint:
 
     def changes(self, config: RunConfig) -> list[str]:
         """Every key whose value in ``config`` is not the stored one, as ``key old → new``; layout keys left out."""
-        here, there = _flat(config.model_dump(mode="json")), _flat(self.state["config"])
+        here, there = _flat(config.model_dump(mode="json")), _flat(self.config)
         keys = [key for key in here if key in there and key not in _LAYOUT_KEYS]
         return [f"{key} {there[key]} → {here[key]}" for key in keys if here[key] != there[key]]
 
@@ -277,6 +279,14 @@ class StoredCheckpoint:
                 flat = parameter.data.new_empty(parameter.numel())
                 reader.read_into(flat, WEIGHTS, name)
                 parameter.data.copy_(flat.view_as(parameter))
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the defaults of keys that are younger than it; as it is where it is no longer valid."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(stored)).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -49,11 +49,24 @@ def test_a_run_directory_is_complete(plain):
         assert (run_dir / name).stat().st_size > 0, name
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (run_dir / "samples/step-00000006.png").read_bytes().startswith(b"\x89PNG")
-    assert list((run_dir / "tensorboard").iterdir())
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
     assert (run_dir / "checkpoints/latest").read_text() == "step-00000006\n"
     assert "step 6/6" in done.stderr
     assert str(run_dir / "samples/step-00000006.png") in done.stdout
+
+
+def test_tensorboard_shows_the_same_numbers_and_the_grid(plain):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir, _ = plain
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    values, _ = losses(run_dir)
+    assert [step for step, _ in shown[:6]] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in shown[:6]] == pytest.approx(values[:6])
+    assert {"train/grad_norm", "lr/hidden", "lr/input", "val/loss"} <= set(events.Tags()["scalars"])
+    assert events.Images("samples")[0].step == 6
 
 
 def test_a_complete_run_says_so_and_a_longer_one_goes_on(plain):

@@ -1,5 +1,6 @@
 """The folder of checkpoints: which are kept, what a killed save leaves, and which one a job goes on from."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,19 @@ def test_a_broken_latest_does_not_stand_in_the_way_of_a_path(tmp_path):
     with pytest.raises(UserError, match="step-00000099"):
         resume_point(job(tmp_path))
     assert resume_point(job(tmp_path, str(saved))) == (saved, 10)
+
+
+def test_a_checkpoint_older_than_a_key_is_of_the_same_model(tmp_path):
+    path = save(tmp_path, 10)
+    state = json.loads((path / "state.json").read_text())
+    del state["config"]["model"]["mlp_ratio"]
+    (path / "state.json").write_text(json.dumps(state))
+    stored = StoredCheckpoint(path)
+    stored.check_same_model(small_config())
+    assert stored.changes(small_config()) == []
+    (path / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="index cannot be read"):
+        StoredCheckpoint(path)
 
 
 def test_changed_keys_are_named_and_layout_is_not_one(tmp_path):
