@@ -145,6 +145,7 @@ def test_files_that_are_not_there_or_not_json(refused, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(600)  # several whole commands, one after the other
 def test_run_directories_that_cannot_be_used(tmp_path):
     small = ["model.width=32", "model.depth=1", "train.steps=1", "train.tensorboard=false", "sample.count=1"]
     command = [sys.executable, "launch/pretrain.py", *DIGITS, *small, "train.validation_images=0"]

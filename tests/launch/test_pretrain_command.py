@@ -15,7 +15,7 @@ RUN = ["launch/pretrain.py", "--config", "configs/quickstart/digits.yaml"]
 SMALL = ["model.width=32", "model.depth=2", "train.steps=6", "train.log_every=1", "train.global_batch=16"]
 SMALL += ["train.validation_images=20", "sample.count=4", "sample.steps=4", "train.tensorboard=false"]
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # whole commands, some after one another
 
 
 def losses(run_dir):

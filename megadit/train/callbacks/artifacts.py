@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from megadit.models import count_parameters
 from megadit.train.callbacks.base import Callback, Record, due
 from megadit.train.run_dir import write_json
 from megadit.train.validation import validation_loss
@@ -72,7 +73,7 @@ class Summary(Callback):
             "val_loss": vals[-1] if vals else None,
             "images_per_s": rows[-1]["images_per_s"],
             "seconds": round(seconds, 1),
-            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters()),
+            "parameters": count_parameters(run.config.model, fixed=False),
         }
         write_json(run.directory.path / "summary.json", summary)
         from megadit.train.pictures import draw_curves
