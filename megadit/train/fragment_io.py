@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,10 +88,6 @@ class PieceReader:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"checkpoint {path}: cannot be read ({error}); resume from an earlier one") from error
         return self._files[name]
-
-    def names(self, kind: str) -> Iterator[str]:
-        """Names of the stored tensors of ``kind``."""
-        return (name for stored, name in self._by_tensor if stored == kind)
 
     def read_into(self, target: Tensor, kind: str, name: str, start: int = 0) -> None:
         """Fill the 1-D ``target`` with elements ``start`` onward of the stored tensor.

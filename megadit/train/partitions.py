@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,8 +201,3 @@ class Partitions:
         engine = self._engine
         engine.global_steps, engine.global_samples, engine.skipped_steps = steps, samples, skipped
         engine.micro_steps = steps * engine.gradient_accumulation_steps()
-
-
-def total_elements(fragments: Sequence[Fragment]) -> int:
-    """Number of elements held by ``fragments``."""
-    return sum(f.stop - f.start for f in fragments)
