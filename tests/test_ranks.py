@@ -125,9 +125,12 @@ def test_a_hang_shows_where_and_leaves_no_process(tmp_path):
     def stuck_here() -> None:
         worker = subprocess.Popen(["sleep", "60"])
         (tmp_path / "worker").write_text(str(worker.pid))
-        time.sleep(60)
+        deep(20)
 
-    with pytest.raises(RankError, match=r"within 1\.5 s[\s\S]*stuck_here"):
+    def deep(n: int) -> None:  # a stack longer than the part of a log that is shown otherwise
+        time.sleep(60) if n == 0 else deep(n - 1)
+
+    with pytest.raises(RankError, match=r"within 1\.5 s[\s\S]*deep[\s\S]*stuck_here[\s\S]*run_ranks"):
         run_ranks(1, stuck_here, timeout=1.5)
     assert gone(int((tmp_path / "worker").read_text()))
 

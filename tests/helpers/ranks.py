@@ -246,6 +246,7 @@ class _Ranks:
         self.pids: dict[int, int] = {}
         self.exits: dict[int, int] = {}  # rank -> exit status as subprocess gives it: negative for a signal
         self.limit: float | None = None  # the time limit in s, once it was reached
+        self.stacks: dict[int, int] = {}  # rank -> where in its output (characters) the stack of a hang begins
 
     def wait(self, timeout: float) -> None:
         """Until all ended, the first one failed (and a grace period passed), or ``timeout`` s passed."""
@@ -262,6 +263,8 @@ class _Ranks:
         if not failed and len(self.exits) < self.world:
             self.limit = timeout
             for rank in self._alive():
+                log = self.folder / f"log-{rank}"
+                self.stacks[rank] = len(log.read_text(errors="replace")) if log.exists() else 0
                 os.kill(self.pids[rank], signal.SIGQUIT)
             time.sleep(0.5)  # for the stacks to be written
 
@@ -311,8 +314,10 @@ class _Ranks:
 
     def _log(self, rank: int) -> str:
         path = self.folder / f"log-{rank}"
-        text = path.read_text(errors="replace")[-LOG_TAIL:].strip() if path.exists() else ""
-        return f"output of rank {rank}:\n{text or '(none)'}"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        # The stack of a rank out of time is shown whole: the place that hangs stands first in it.
+        cut = min(self.stacks.get(rank, len(text)), max(len(text) - LOG_TAIL, 0))
+        return f"output of rank {rank}:\n{text[cut:].strip() or '(none)'}"
 
 
 def _kill_group(pid: int) -> None:
