@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megadit.config import load
+from megadit.config import DataConfig, LoadedConfig, load
 from megadit.config.dsconfig import merge_ds_config
+from megadit.data import ImageSet
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from megadit.parallel import prepare_environment
 from megadit.train.ds_check import check_ds_config
@@ -27,23 +28,39 @@ def prepare_job(
     Raises:
         UserError: anything in them that cannot work.
     """
+    prepare_environment()
+    folder = Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
+    return check_job(load(config, overrides), ds_config, folder, resume)
+
+
+def check_job(
+    loaded: LoadedConfig,
+    ds_config: str | None,
+    folder: Path,
+    resume: str,
+    datasets: Callable[[DataConfig], tuple[ImageSet, ImageSet]] | None = None,
+) -> Job:
+    """The job of a loaded configuration, checked, in the environment that ``prepare_environment`` completed.
+
+    ``datasets`` takes the place of ``build_datasets`` (a process that trains many jobs keeps their data).
+
+    Raises:
+        UserError: anything in configuration, layout or data that cannot work.
+    """
     from megadit.data import build_datasets, check_against_model, describe
     from megadit.data.latents import check_vae
     from megadit.diffusion.sampling import check_sampling
 
-    prepare_environment()
-    loaded = load(config, overrides)
     merged = merge_ds_config(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
     for warning in merged.warnings:
         if speaks_for_node():
             print(f"warning: {warning}", file=sys.stderr)
-    train_set, val_set = build_datasets(merged.config.data)
+    train_set, val_set = (datasets or build_datasets)(merged.config.data)
     check_against_model(describe(train_set), merged.config)
     check_vae(merged.config.data.vae)
     check_sampling(merged.config)
     check_ds_config(merged.ds_config)
     Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))
-    folder = Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
     return Job(merged.config, merged.ds_config, folder, resume, train_set, val_set)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +24,7 @@ from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED
 from megadit.models import build_model
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
-from megadit.train.callbacks import default_callbacks
+from megadit.train.callbacks import Callback, RunStopped, default_callbacks
 from megadit.train.checkpoint import Position, StoredCheckpoint, checkpoint_root, find_checkpoint
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
@@ -31,6 +33,7 @@ from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
 
 _IMAGE_CHECK_S = 5.0  # for a look at the files before anything is written; what it misses is told when it is read
+_checked: weakref.WeakSet[ImageSet] = weakref.WeakSet()  # sets that an earlier job of this process has looked at
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,11 @@ def total_steps(config: RunConfig, train_images: int) -> int:
     return math.ceil(epochs * train_images / config.train.global_batch)
 
 
-def pretrain(job: Job) -> int:
+def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_group: bool = False) -> int:
     """Run the job in this process, one of WORLD_SIZE; returns the exit code.
+
+    ``callbacks`` takes the place of the default ones. With ``keep_group`` the process group stays up for the next
+    job of this process.
 
     Raises:
         UserError: bad input, found before any step or (a broken image) while reading.
@@ -65,12 +71,13 @@ def pretrain(job: Job) -> int:
     directory = RunDirectory(job.run_dir)
     checkpoint, first = context.on_main(lambda: _prepare_directory(directory, job, steps))
     if first >= steps:
-        stop_processes()
+        if not keep_group:
+            stop_processes()
         return EXIT_OK
     run = None
     try:
         run = assemble(job, context, directory, steps, checkpoint)
-        code, reason = _train(run)
+        code, reason = _train(run, default_callbacks() if callbacks is None else callbacks)
     except BaseException as error:
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
         step = first if run is None else run.position.step
@@ -78,7 +85,8 @@ def pretrain(job: Job) -> int:
         raise
     if context.is_main:
         directory.write_exit(code, reason, run.position.step)
-    stop_processes()
+    if not keep_group:
+        stop_processes()
     return code
 
 
@@ -124,7 +132,9 @@ def _prepare_directory(directory: RunDirectory, job: Job, steps: int) -> tuple[P
             directory.write_exit(EXIT_OK, "complete", first)
         return checkpoint, first
     for images in (job.train_set, job.val_set):
-        check_images(images, seconds=_IMAGE_CHECK_S)
+        if images not in _checked:
+            check_images(images, seconds=_IMAGE_CHECK_S)
+            _checked.add(images)
     directory.create()
     return checkpoint, first
 
@@ -182,17 +192,19 @@ def _tell_changes(stored: StoredCheckpoint, config: RunConfig, groups: list[dict
                 )
 
 
-def _train(run: TrainingRun) -> tuple[int, str]:
+def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:
     data, train = run.config.data, run.config.train
     stream = BatchStream(
         run.train_set, run.layout, train.seed, flip=data.flip, workers=data.workers, start_step=run.position.step
     )
     try:
-        complete = fit(run, stream, default_callbacks())
+        complete = fit(run, stream, callbacks)
     except TrainingDiverged as error:
         if run.context.is_main:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILURE, f"diverged: {error}"
+    except RunStopped as stop:
+        return stop.code, stop.reason
     finally:
         stream.close()
     if complete:

@@ -1,7 +1,7 @@
 """Callbacks: the policies of a run, in the order in which the loop calls them."""
 
 from megadit.train.callbacks.artifacts import Checkpoints, Samples, Summary, Validation
-from megadit.train.callbacks.base import Callback, Record
+from megadit.train.callbacks.base import Callback, Record, RunStopped
 from megadit.train.callbacks.logging import JsonLines, Progress, TensorBoard, Wandb
 
 
@@ -10,4 +10,15 @@ def default_callbacks() -> list[Callback]:
     return [Validation(), Progress(), JsonLines(), Checkpoints(), Samples(), TensorBoard(), Wandb(), Summary()]
 
 
-__all__ = ["Callback", "Record", "default_callbacks"]
+__all__ = [
+    "Callback",
+    "Checkpoints",
+    "JsonLines",
+    "Record",
+    "RunStopped",
+    "Samples",
+    "Summary",
+    "TensorBoard",
+    "Validation",
+    "default_callbacks",
+]

@@ -10,6 +10,17 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
+class RunStopped(Exception):
+    """Raised by a callback, on every rank alike, to end a run before its last step; nothing is saved for it.
+
+    ``code`` and ``reason`` are what ``exit.json`` tells.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
 class Callback:
     """Hooks of the loop, called on every rank in the same order; each does nothing unless overridden."""
 

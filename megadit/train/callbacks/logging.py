@@ -131,6 +131,8 @@ class TensorBoard(Callback):
         step = run.position.step
         if self._writer is None or not due(step, run.config.train.sample_every, run.total_steps):
             return
+        if not run.directory.grid(step).is_file():  # a run may go without pictures
+            return
         import numpy as np
         from PIL import Image
 
