@@ -1,0 +1,157 @@
+"""One measured key of a run over its steps and samples, read from ``metrics.jsonl``, and laid on shared grids."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megadit.config.sources import display
+from megadit.errors import UserError
+
+Axis = Literal["steps", "samples"]
+_COLUMN = {"steps": "step", "samples": "samples_seen"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's values of ``key``: all arrays (N,), ascending in steps; a value that was not finite is nan.
+
+    ``windowed`` says that a value is the mean since the row before it (the training losses) and not a
+    measurement at its step (``val_loss``).
+    """
+
+    name: str
+    key: str
+    steps: np.ndarray
+    samples: np.ndarray
+    values: np.ndarray
+
+    @property
+    def windowed(self) -> bool:
+        """Whether values are means over the window that ends at their step."""
+        return self.key.startswith("loss")
+
+    def at(self, axis: Axis) -> np.ndarray:
+        """Positions of the values: steps or samples seen."""
+        return self.steps if axis == "steps" else self.samples
+
+    def on(self, grid: np.ndarray, axis: Axis) -> np.ndarray:
+        """The values on ``grid``, positions that this curve has all of; (len(grid),).
+
+        Windows of a finer log are joined: the mean since the grid's previous position, so that runs that
+        log at different intervals are compared over the same stretches of training.
+        """
+        at = self.at(axis)
+        ends = np.searchsorted(at, grid)
+        if not self.windowed:
+            return self.values[ends]
+        weights = np.diff(at, prepend=0).astype(float)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        upto = ends[-1] + 1
+        sums = np.add.reduceat((self.values * weights)[:upto], starts)
+        joined: np.ndarray = sums / np.add.reduceat(weights[:upto], starts)
+        return joined
+
+
+def read_curve(folder: str | Path, key: str = "loss") -> Curve:
+    """The values of ``key`` in the run directory ``folder``; a run killed while writing loses its torn last line.
+
+    Raises:
+        UserError: no such folder, no metrics in it, or no row with a number under ``key`` (the nearest key is named).
+    """
+    folder = Path(folder)
+    rows = _read_rows(folder)
+    found = {int(row["step"]): row for row in rows if key in row and _is_measured(row[key])}
+    if not found:
+        known = sorted({name for row in rows for name, value in row.items() if _is_number(value)} - {*_COLUMN.values()})
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'no numbers at all'}"
+        raise UserError(f"--key {key}: {display(folder / 'metrics.jsonl')} has no such number; {hint}")
+    steps = sorted(found)
+    return Curve(
+        run_name(folder),
+        key,
+        np.array(steps, dtype=np.int64),
+        np.array([int(found[step].get("samples_seen") or 0) for step in steps], dtype=np.int64),
+        np.array([np.nan if found[step][key] is None else float(found[step][key]) for step in steps]),
+    )
+
+
+def run_name(folder: Path) -> str:
+    """What to call a run: its folder, with the study's name before a trial's number."""
+    folder = folder.resolve()
+    return f"{folder.parents[1].name} {folder.name}" if folder.parent.name == "trials" else folder.name
+
+
+def common_grid(curves: Sequence[Curve], axis: Axis) -> np.ndarray:
+    """The positions, ascending and above 0, where every curve has a value; empty if there is none."""
+    shared: np.ndarray = reduce(np.intersect1d, [curve.at(axis) for curve in curves])
+    return shared[shared > 0]
+
+
+def extended_grid(curves: Sequence[Curve], axis: Axis, common: np.ndarray) -> np.ndarray:
+    """``common``, and what these curves share beyond its end, at the same spacing and with their last position."""
+    own = common_grid(curves, axis)
+    if not len(common):
+        return own
+    spacing = float(np.median(np.diff(common, prepend=0)))
+    grid = list(common)
+    for position in own[own > common[-1]]:
+        if position >= grid[-1] + spacing or position == own[-1]:
+            grid.append(position)
+    return np.array(grid, dtype=np.int64)
+
+
+def smoothed(values: np.ndarray, points: int) -> np.ndarray:
+    """Centred moving average over ``points`` values, over fewer where the ends are near; nan spreads over its window.
+
+    An even number is taken as the odd one above it.
+    """
+    half = points // 2
+    if half == 0:
+        return values.copy()
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    bad = np.concatenate([[0], np.cumsum(~np.isfinite(values))])
+    sums = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(values), values, 0.0))])
+    means = (sums[high] - sums[low]) / (high - low)
+    return np.where(bad[high] > bad[low], np.nan, means)
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    if not folder.is_dir():
+        raise UserError(f"run directory: no folder {folder}; name a run directory, which holds metrics.jsonl")
+    if not file.is_file():
+        more = ", but trials; name one of them, e.g. trials/0000" if (folder / "trials").is_dir() else ""
+        raise UserError(f"run directory: {display(folder)} holds no metrics.jsonl{more or '; has the run started?'}")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):  # the torn last line of a run that was killed, or still writes
+                break
+            raise UserError(f"run directory: line {number} of {display(file)} is not a row of metrics") from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f"run directory: {display(file)} holds no row; has the run logged a step?")
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_measured(value: Any) -> bool:
+    """A number, or the null that stands in the file for one that was not finite."""
+    return value is None or _is_number(value)
