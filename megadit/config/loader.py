@@ -56,6 +56,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return load(path, overrides).config
 
 
+def load_layers(layers: Sequence[Layer]) -> RunConfig:
+    """The checked configuration that ``layers`` make, the first lowest. Raises UserError."""
+    return _validated(merge(layers, RunConfig))
+
+
 def replace(config: RunConfig, changes: Mapping[str, Any], source: str = "a change") -> RunConfig:
     """``config`` with dotted ``changes`` (``{"model.width": 256, "optim.lr": 2e-4}``), checked again.
 

@@ -65,7 +65,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     if resolved in chain:
         names = " -> ".join(display(file) for file in (*chain[chain.index(resolved) :], resolved))
         raise UserError(f"base: {names} is a circle; take one of the base keys out")
-    values = _read_yaml(path)
+    values = read_yaml(path)
     layers: list[Layer] = []
     for base in _bases(values.pop("base", None), path):
         layers += _read_layers(base, (*chain, resolved))
@@ -85,7 +85,8 @@ def _bases(value: Any, path: Path) -> list[Path]:
     return bases
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file at ``path``; a key written twice is refused. Raises UserError."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:

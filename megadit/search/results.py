@@ -1,0 +1,101 @@
+"""What a study has found so far: the outcome of every trial, and the observations that verdicts are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megadit.search.study import Study
+
+COMPLETE, DIVERGED, PRUNED, FAILED = "complete", "diverged", "pruned", "failed"
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A finished trial. Scores are None where they are not finite or were not measured.
+
+    ``horizons``: the scores at each step count, {} unless one run scores several. ``flops`` are those executed
+    (3 x forward x batch x steps), ``seconds`` the whole trial, ``overhead_s`` what of it was not training.
+    """
+
+    number: int
+    variant: str
+    scale: float | None
+    hps: dict[str, Any]
+    seed: int
+    outcome: str
+    scores: dict[str, float | None]
+    horizons: dict[int, dict[str, float | None]]
+    steps: int
+    global_batch: int
+    parameters: int
+    flops: float
+    seconds: float
+    overhead_s: float
+    reason: str
+    run_dir: str
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The scores of one point in one run at one scale value; a run that scores several horizons gives several."""
+
+    variant: str
+    scale: float
+    hps: dict[str, Any]
+    seed: int
+    scores: dict[str, float | None]
+    outcome: str
+    number: int = -1
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study with its finished trials and how many runs are planned, running and waiting."""
+
+    study: Study
+    trials: tuple[TrialResult, ...]
+    planned: int
+    running: int
+    waiting: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned run has ended, in whatever way."""
+        return len(self.trials) >= self.planned and not self.running and not self.waiting
+
+    def observations(self, variant: str | None = None) -> list[Observation]:
+        """One per finished trial, or per trial and horizon; of ``variant`` alone when it is named.
+
+        In a study without scale, ``scale`` is the base's width.
+        """
+        wanted = [trial for trial in self.trials if variant in (None, trial.variant)]
+        return [observation for trial in wanted for observation in self._of(trial)]
+
+    def _of(self, trial: TrialResult) -> list[Observation]:
+        scale = float(self.study.base.model.width if trial.scale is None else trial.scale)
+        whole = Observation(trial.variant, scale, trial.hps, trial.seed, trial.scores, trial.outcome, trial.number)
+        horizons = self.study.horizons
+        if not horizons:
+            return [whole]
+        return [
+            whole if horizon == horizons[-1] else replace(whole, scale=float(horizon), **_at_horizon(trial, horizon))
+            for horizon in horizons
+        ]
+
+
+def _at_horizon(trial: TrialResult, horizon: int) -> dict[str, Any]:
+    """Scores and outcome at a horizon before the end: a run that diverged later was fine when it passed."""
+    scores = trial.horizons.get(horizon, {})
+    passed = bool(scores) and all(score is not None for score in scores.values())
+    missing: dict[str, float | None] = dict.fromkeys(trial.scores)
+    return {"scores": scores or missing, "outcome": COMPLETE if passed else trial.outcome}
+
+
+def load_results(source: str | Path) -> StudyResults:
+    """The results in the study directory (or of the study) ``source``; only reads. Raises UserError for none."""
+    from megadit.search.store import load_stored
+
+    return load_stored(source)
