@@ -236,7 +236,7 @@ def _describe_gap(gap: Gap, key: str) -> list[str]:
     for one, other, reach in (("B", "A", gap.b_reaches_a), ("A", "B", gap.a_reaches_b)):
         if reach.at is not None and reach.speedup is not None:
             lines.append(
-                f"{one} reaches {other}'s final {key} at {unit} {_count(reach.at)} of {other}'s {_count(reach.of)}: "
+                f"{one} reaches {other}'s final {key} at {unit} {_count(reach.at)}, {other} took {_count(reach.of)}: "
                 f"{reach.speedup:.3g}x as fast in {gap.axis}"
             )
         elif one == "B":

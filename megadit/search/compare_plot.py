@@ -55,14 +55,15 @@ def _gap_panel(axis: Any, gap: Gap, key: str) -> None:
         axis.plot([crossing.at], [0.0], "v", color="crimson", markersize=6, clip_on=False)
     if gap.crossings:
         last = gap.crossings[-1]
+        left = last.at < 0.5 * float(gap.at[-1])
         axis.annotate(
             f"{gap.axis.removesuffix('s')} {last.at:,.0f}, {key} {last.value:.4g}",
             (last.at, 0.0),
-            xytext=(0, 9),
+            xytext=(6 if left else -6, 8),
             textcoords="offset points",
             fontsize=8,
             color="crimson",
-            ha="center",
+            ha="left" if left else "right",
         )
     axis.set_ylabel(f"gap B − A of {key}")
     axis.set_xlabel("step" if gap.axis == "steps" else "samples seen")

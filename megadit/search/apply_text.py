@@ -1,0 +1,166 @@
+"""``tools/transfer.py apply``: what it prints, as text or as one JSON object, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from megadit.config.sources import display
+from megadit.errors import EXIT_OK, EXIT_VERDICT_NO
+from megadit.search.apply import Applied, GroupRow, NotVerifiedError, apply, backing_words
+from megadit.search.backing import Backing, backed_by
+from megadit.search.budget import describe_cost
+
+
+def run_apply(args: Namespace) -> int:
+    """Apply what the command line says; 3 when a verdict is not "transfers". Raises UserError for bad input.
+
+    ``args`` has study, target, out, verified_by, force, manual_multiple, json and overrides.
+    """
+    try:
+        applied = apply(
+            args.study,
+            args.target,
+            args.out,
+            args.verified_by or (),
+            args.force,
+            args.manual_multiple,
+            args.overrides,
+        )
+    except NotVerifiedError as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        if args.json:
+            plain = {"written": None, "refused": str(refusal), "verdicts": [_backing_json(b) for b in refusal.found]}
+            print(json.dumps(plain, allow_nan=False))
+        return EXIT_VERDICT_NO
+    print(json.dumps(to_json(applied), allow_nan=False) if args.json else describe(applied))
+    return EXIT_OK
+
+
+def to_json(applied: Applied) -> dict[str, Any]:
+    """Everything that ``describe`` tells, as plain data."""
+    choice, model = applied.choice, applied.target.model
+    return {
+        "written": str(applied.path),
+        "base": str(applied.base),
+        "study": applied.results.study.spec.name,
+        "variant": applied.variant,
+        "rule": choice.rule,
+        "score": choice.score,
+        "value": choice.value,
+        "seeds": choice.seeds,
+        "trials": list(choice.trials),
+        "hps": dict(choice.hps),
+        "backed_by": {key: [b.name for b in backed_by(key, applied.backings)] for key in choice.hps},
+        "verdicts": [_backing_json(backing) for backing in applied.backings],
+        "forced": applied.forced,
+        "changes": applied.changes,
+        "replaced": applied.replaced,
+        "m": {"proxy": applied.proxy.model.width_mult, "target": model.width_mult},
+        "width": {"proxy": applied.proxy.model.width, "target": model.width},
+        "base_width": model.base_width,
+        "groups": [_group_json(row) for row in applied.groups],
+        "untransferred": [vars(note) for note in applied.notes],
+        "cost": applied.bill.to_json(),
+    }
+
+
+def describe(applied: Applied) -> str:
+    """The transfer as lines: what was chosen and why, rates by group, what does not transfer, cost, the file."""
+    choice, spec = applied.choice, applied.results.study.spec
+    scale = "" if spec.scale is None else f" at {spec.scale.key} {spec.scale.proxy_value}"
+    variant = f" ({applied.variant})" if applied.variant else ""
+    trials = ", ".join(map(str, choice.trials))
+    lines = [
+        f"study {spec.name}{variant}: rule {choice.rule}{scale}, {choice.score} {choice.value:.5g} over {choice.seeds} "
+        f"seed(s), trial(s) {trials}",
+        *(f"verdict of {backing.name}: {backing.answer}" for backing in applied.backings),
+    ]
+    if applied.forced:
+        lines.append(f"forced: {applied.forced}")
+    lines += ["", "base hyperparameters"]
+    lines += [f"  {key} = {value_words(value)}: {backing_words(applied, key)}" for key, value in choice.hps.items()]
+    lines += [f"  {line}" for line in _other_best(applied)]
+    for key, old in applied.replaced.items():
+        if key not in choice.hps:
+            new = value_words(applied.changes[key])
+            lines.append(
+                f"  {key} = {new}: the study's, with which its values belong; the target said {value_words(old)}"
+            )
+    lines += ["", *_group_table(applied)]
+    if applied.notes:
+        lines += ["", "does not transfer by itself", *(f"  - {note.text}" for note in applied.notes)]
+    lines += ["", "cost of the search", *(f"  {line}" for line in describe_cost(applied.bill))]
+    shown = display(applied.path)
+    lines += ["", f"written to {shown}; train it with: python launch/pretrain.py --config {shown}"]
+    return "\n".join(lines)
+
+
+def value_words(value: Any) -> str:
+    """A value for people; a power of two is named as one."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if not isinstance(value, float):
+        return str(value)
+    exponent = math.log2(value) if value > 0 else math.nan
+    whole = exponent.is_integer() and abs(exponent) >= 3
+    return f"{value:.6g}" + (f" (2^{exponent:.0f})" if whole else "")
+
+
+def _other_best(applied: Applied) -> list[str]:
+    """Where a verdict's own best value over all its scales is not what the rule chose at the proxy."""
+    lines = []
+    for key, chosen in applied.choice.hps.items():
+        for backing in backed_by(key, applied.backings):
+            best = backing.verdict.best if backing.verdict is not None else None
+            if best is None or not isinstance(chosen, int | float) or math.isclose(best, chosen, rel_tol=1e-6):
+                continue
+            lines.append(f"{key}: over all its scales {backing.name} finds {value_words(best)} best")
+    return lines
+
+
+def _group_table(applied: Applied) -> list[str]:
+    """Learning rate, weight decay and epsilon of every group at the proxy and at the target, side by side."""
+    one, other = applied.proxy.model, applied.target.model
+    head = [
+        f"base width {other.base_width}: proxy width {one.width}, m = {one.width_mult:.4g}; "
+        f"target width {other.width}, m = {other.width_mult:.4g}"
+    ]
+    columns = ["group", *(f"{name} {place}" for name in ("lr", "wd", "eps") for place in ("proxy", "target"))]
+    cells = [columns, *([row.name, *_cells(row)] for row in applied.groups)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return head + [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    ]
+
+
+def _cells(row: GroupRow) -> Sequence[str]:
+    return [
+        "-" if values is None else f"{values[index]:.6g}" for index in range(3) for values in (row.proxy, row.target)
+    ]
+
+
+def _group_json(row: GroupRow) -> dict[str, Any]:
+    names = ("lr", "wd", "eps")
+    sides = {
+        place: None if values is None else dict(zip(names, values, strict=True))
+        for place, values in (("proxy", row.proxy), ("target", row.target))
+    }
+    return {"name": row.name, "lr_mult": row.share, **sides}
+
+
+def _backing_json(backing: Backing) -> dict[str, Any]:
+    span = backing.span
+    return {
+        "study": backing.name,
+        "verdict": None if backing.verdict is None else backing.verdict.verdict,
+        "why": backing.why or None,
+        "hp": backing.hp,
+        "reasons": [] if backing.verdict is None else list(backing.verdict.reasons),
+        "verified": None if span is None else {"key": span.key, "low": span.low, "high": span.high},
+    }

@@ -1,0 +1,205 @@
+"""What muTransfer does not carry from the proxy to the target by itself, each as a sentence with both values.
+
+A base HP found on a proxy is good for the target as far as the two differ in what was verified (width, and where
+a study says so batch and steps). Everything else that differs is named here, so that it is a decision and no accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megadit.config import RunConfig
+
+# Keys that change neither the optimum nor the loss, and those that a sentence of their own speaks of.
+_SILENT = re.compile(
+    r"(sample|parallel)\..*|data\.(workers|path|val_fraction|vae\.path)|optim\.implementation|"
+    r"train\.(seed|micro_batch|keep_last|validation_images|tensorboard|wandb|\w+_every|steps|epochs|global_batch)|"
+    r"model\.(width|heads|head_dim|depth|input_size)|optim\.(warmup_steps|decay_steps)"
+)
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing that does not transfer by itself; ``proxy`` and ``target`` are its two values."""
+
+    topic: str
+    text: str
+    proxy: Any
+    target: Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """The span of a scale key over which a study's verdict is "transfers"."""
+
+    key: str
+    low: float
+    high: float
+    study: str
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g} ({self.study})"
+
+
+def untransferred(
+    proxy: RunConfig,
+    target: RunConfig,
+    lengths: tuple[int | None, int | None],
+    ranges: Collection[Range] = (),
+) -> list[Note]:
+    """Every difference between the proxy's run and the target's that the base HPs are not known to survive.
+
+    ``target`` has the study's values already; ``lengths``: optimizer steps of both, None where not known;
+    ``ranges``: what was verified.
+    """
+    notes = [
+        *_width(proxy, target, ranges),
+        *_horizon(proxy, target, lengths, ranges),
+        *_batch(proxy, target, ranges),
+        *_weight_decay(proxy, target, lengths),
+        *_shares(proxy, target, lengths),
+        *_shape(proxy, target),
+    ]
+    return notes + _others(proxy, target)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections by dotted key: ``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _width(proxy: RunConfig, target: RunConfig, ranges: Collection[Range]) -> Iterator[Note]:
+    """Width is what muP transfers over; beyond the verified span that is extrapolation."""
+    width = target.model.width
+    known = [span for span in ranges if span.key == "model.width"]
+    if any(span.low <= width <= span.high for span in known) or width == proxy.model.width:
+        return
+    text = f"width: {proxy.model.width} at the proxy, {width} at the target; {_verified(known, 'width')}"
+    yield Note("width", text, proxy.model.width, width)
+
+
+def _horizon(
+    proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None], ranges: Collection[Range]
+) -> Iterator[Note]:
+    ours, theirs = lengths
+    if theirs is None or ours is None:
+        text = f"training length: {_length(proxy, ours)} at the proxy, {_length(target, theirs)} at the target"
+        yield Note("horizon", text + "; the optimum may move with it", ours, theirs)
+        return
+    known = [span for span in ranges if span.key == "train.steps"]
+    if ours == theirs or any(span.low <= theirs <= span.high for span in known):
+        return
+    text = (
+        f"training length: {_length(proxy, ours)} at the proxy, {_length(target, theirs)} at the target, "
+        f"{theirs / ours:.3g} times the steps; {_verified(known, 'steps')}"
+    )
+    yield Note("horizon", text, ours, theirs)
+
+
+def _batch(proxy: RunConfig, target: RunConfig, ranges: Collection[Range]) -> Iterator[Note]:
+    ours, theirs = proxy.train.global_batch, target.train.global_batch
+    known = [span for span in ranges if span.key == "train.global_batch"]
+    if ours == theirs or any(span.low <= theirs <= span.high for span in known):
+        return
+    text = f"batch: {ours} at the proxy, {theirs} at the target; {_verified(known, 'batch sizes')}"
+    yield Note("batch", text, ours, theirs)
+
+
+def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Note]:
+    ours, theirs = proxy.optim, target.optim
+    if not (ours.weight_decay or theirs.weight_decay):
+        return
+    if lengths[0] is not None and lengths[1] is not None:
+        one, other = (o.lr * o.weight_decay * steps for o, steps in ((ours, lengths[0]), (theirs, lengths[1])))
+        if abs(one - other) > 0.05 * max(one, other):
+            keep = f"; optim.weight_decay={one / (theirs.lr * lengths[1]):.4g} keeps it" if one else ""
+            text = f"weight decay over the run: lr x wd x steps is {one:.4g} at the proxy, {other:.4g} at the target"
+            yield Note("weight_decay", text + keep, one, other)
+    m, m_target = proxy.model.width_mult, target.model.width_mult
+    if theirs.wd_mode != "independent" and m != m_target:
+        power = 1.0 if theirs.wd_mode == "constant" else 0.5
+        one, other = ours.lr * ours.weight_decay / m**power, theirs.lr * theirs.weight_decay / m_target**power
+        text = (
+            f"weight decay per step: under wd_mode {theirs.wd_mode} a hidden weight decays by {one:.4g} at the proxy, "
+            f"{other:.4g} at the target; wd_mode independent keeps it equal"
+        )
+        yield Note("weight_decay", text, one, other)
+
+
+def _shares(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Note]:
+    """Warm-up and the final decay are given in steps; what they are of the run changes with its length."""
+    if lengths[0] is None or lengths[1] is None:
+        return
+    for key, topic in (("warmup_steps", "warm-up"), ("decay_steps", "final decay")):
+        one, other = (getattr(config.optim, key) or 0 for config in (proxy, target))
+        share, share_target = one / lengths[0], other / lengths[1]
+        if abs(share - share_target) <= 0.05 * max(share, share_target):
+            continue
+        text = (
+            f"{topic}: {one:,} of {lengths[0]:,} steps ({100 * share:.3g}%) at the proxy, {other:,} of "
+            f"{lengths[1]:,} ({100 * share_target:.3g}%) at the target; "
+            f"optim.{key}={round(share * lengths[1])} keeps the share"
+        )
+        yield Note(topic.replace(" ", "_").replace("-", ""), text, one, other)
+
+
+def _shape(proxy: RunConfig, target: RunConfig) -> Iterator[Note]:
+    one, other = proxy.model, target.model
+    if one.depth != other.depth:
+        text = f"depth: {one.depth} blocks at the proxy, {other.depth} at the target; muP scales width, not depth"
+        yield Note("depth", text, one.depth, other.depth)
+    if one.head_channels != other.head_channels:
+        text = (
+            f"head dim: {one.head_channels} at the proxy, {other.head_channels} at the target; transfer over width "
+            f"assumes a constant one: model.head_dim={one.head_channels} keeps it"
+        )
+        yield Note("head_dim", text, one.head_channels, other.head_channels)
+    tokens = [(model.input_size // model.patch_size) ** 2 for model in (one, other)]
+    if (one.input_size, tokens[0]) != (other.input_size, tokens[1]):
+        text = (
+            f"resolution: {one.input_size} x {one.input_size}, {tokens[0]} tokens at the proxy, "
+            f"{other.input_size} x {other.input_size}, {tokens[1]} at the target; the noise level and the optimum "
+            "depend on it"
+        )
+        yield Note("resolution", text, one.input_size, other.input_size)
+
+
+def _others(proxy: RunConfig, target: RunConfig) -> list[Note]:
+    """Every other key that differs: data, objective, precision, optimizer, schedule, architecture."""
+    one, other = flat(proxy.model_dump()), flat(target.model_dump())
+    notes = []
+    for key in dict.fromkeys([*one, *other]):
+        ours, theirs = one.get(key), other.get(key)
+        section = any(name.startswith(f"{key}.") for name in (*one, *other))  # null here, filled in there
+        if ours == theirs or section or _SILENT.fullmatch(key):
+            continue
+        shown = [_shown(value) for value in (ours, theirs)]
+        notes.append(Note(key, f"{key}: {shown[0]} at the proxy, {shown[1]} at the target", ours, theirs))
+    return notes
+
+
+def _verified(known: Collection[Range], what: str) -> str:
+    if known:
+        return "transfer was verified from " + " and from ".join(map(str, known)) + ", and beyond is extrapolation"
+    return f"no study given verified transfer over {what}"
+
+
+def _length(config: RunConfig, steps: int | None) -> str:
+    if steps is None:
+        return f"{config.train.epochs:g} epochs"
+    return f"{steps:,} steps ({steps * config.train.global_batch:,} images)"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
