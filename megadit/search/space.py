@@ -202,7 +202,8 @@ def _sobol(names: tuple[str, ...], seed: int) -> Iterator[dict[str, float]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
-    level, _ = logger.level, logger.setLevel(logging.WARNING)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         study = optuna.create_study(sampler=sampler)
         study.tell(study.ask(unit), 0.0)  # the sampler learns the space from a first trial, drawn independently

@@ -224,7 +224,7 @@ def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:
     cells = []
     for variant, changes in (spec.variants or {"": {}}).items():
         for value in values:
-            scaled = {} if spec.scale is None else {spec.scale.key: value}
+            scaled: dict[str, Any] = {} if spec.scale is None else {spec.scale.key: value}
             cells.append(Cell(variant, value, {**changes, **scaled}))
     return tuple(cells)
 
