@@ -1,0 +1,165 @@
+"""Who runs a trial, and whether it still lives: processes of this host are asked, others must be heard from.
+
+A worker is named by host, kernel start, process-id namespace, process id and the process's start time, so that a
+number that the system has given to another process is not taken for the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megadit.train.run_dir import write_json
+
+
+@dataclass(frozen=True)
+class WorkerId:
+    """One worker process (rank 0, where it has several)."""
+
+    host: str
+    place: str  # of its process ids: kernel start and namespace
+    pid: int
+    started: str
+
+    @property
+    def label(self) -> str:
+        """The stem of its files in ``workers/``."""
+        return f"{self.host}-{self.pid}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored beside a running trial."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> WorkerId:
+        """The inverse of ``to_json``."""
+        return cls(**values)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process id means something in this process's view of the machine."""
+        return self.place == _place()
+
+    @property
+    def is_running(self) -> bool:
+        """Of a worker that ``is_here``: whether the process lives."""
+        return _start_of(self.pid) == self.started
+
+
+def this_worker() -> WorkerId:
+    """The calling process."""
+    return WorkerId(socket.gethostname(), _place(), os.getpid(), _start_of(os.getpid()) or "")
+
+
+@functools.cache
+def _place() -> str:
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _start_of(pid: int) -> str | None:
+    """A mark of when the process started; None when there is none, or only its exit status waits to be read."""
+    if Path("/proc/self/stat").is_file():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+    except psutil.Error:
+        return None
+
+
+class Heartbeats:
+    """The sign of life of every worker: a file in ``workers/`` whose time of change is refreshed.
+
+    Times are those of the file system, so that hosts whose clocks differ can compare them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _file(self, worker: WorkerId) -> Path:
+        return self.folder / f"{worker.label}.alive"
+
+    @contextlib.contextmanager
+    def beating(self, worker: WorkerId, every_s: float) -> Iterator[None]:
+        """Refresh the file of ``worker`` from a thread as long as the block runs; remove it afterwards."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file, stop = self._file(worker), threading.Event()
+        write_json(file, worker.to_json())
+
+        def beat() -> None:
+            while not stop.wait(every_s):
+                with contextlib.suppress(OSError):
+                    os.utime(file)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            file.unlink(missing_ok=True)
+
+    def silence_s(self, worker: WorkerId) -> float:
+        """Seconds since the worker was last heard from; infinite when it left no file."""
+        try:
+            last = self._file(worker).stat().st_mtime
+        except OSError:
+            return float("inf")
+        return self._now() - last
+
+    def is_dead(self, worker: WorkerId, stale_after_s: float) -> bool:
+        """Whether the worker has ended: by its process where that can be asked, else by its silence."""
+        if worker.is_here:
+            return not worker.is_running
+        return self.silence_s(worker) > stale_after_s
+
+    def living(self, stale_after_s: float) -> list[WorkerId]:
+        """The workers that have a file and are not dead."""
+        found = []
+        for file in sorted(self.folder.glob("*.alive")):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                worker = WorkerId.from_json(json.loads(file.read_text()))
+                if not self.is_dead(worker, stale_after_s):
+                    found.append(worker)
+        return found
+
+    def clear_dead(self) -> None:
+        """Remove what killed workers of this host left."""
+        for file in self.folder.glob("*.alive"):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                worker = WorkerId.from_json(json.loads(file.read_text()))
+                if worker.is_here and not worker.is_running:
+                    file.unlink(missing_ok=True)
+
+    def _now(self) -> float:
+        """The file system's clock; read-only folders fall back to this host's."""
+        probe = self.folder / f".now-{socket.gethostname()}-{os.getpid()}"
+        try:
+            probe.write_text("")
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)

@@ -1,0 +1,122 @@
+"""The lock around a study's writes, and the optuna storage behind them.
+
+optuna's claiming on SQLite reads and then sets, so two processes may claim one trial; a lock of ours makes it one act.
+On one host it is ``flock``, which the kernel releases when its holder dies. On a shared file system it is optuna's lock
+file, which others break when its holder has been gone for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from megadit.errors import UserError
+
+FILES = {"sqlite": "study.db", "journal": "journal.log"}
+_BUSY_S = 120  # how long SQLite waits for another reader or writer
+_BROKEN_AFTER_S = 30  # a lock file this old, on a shared file system, belongs to a holder that was killed
+
+
+class StudyLock:
+    """Mutual exclusion of the processes that write one study; a process may enter it again inside itself."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._journal = folder / FILES["journal"] if kind == "journal" else None
+        self._file = folder / "study.lock"
+        self._depth = 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold the lock in a ``with`` block."""
+        if self._depth:
+            yield
+            return
+        with self._shared_lock() if self._journal is not None else self._host_lock():
+            self._depth = 1
+            try:
+                yield
+            finally:
+                self._depth = 0
+
+    @contextlib.contextmanager
+    def _host_lock(self) -> Iterator[None]:
+        with open(self._file, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def _shared_lock(self) -> Iterator[None]:
+        from optuna.storages.journal import JournalFileOpenLock
+
+        assert self._journal is not None
+        lock = JournalFileOpenLock(str(self._file.with_suffix("")), grace_period=_BROKEN_AFTER_S)
+        lock.acquire()
+        try:
+            _drop_torn_line(self._journal)
+            yield
+        finally:
+            # Another process may have broken a lock that was held for too long; then it is not ours to release.
+            with contextlib.suppress(RuntimeError):
+                lock.release()
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Take away the unfinished last line of a writer that was killed; the next line would be lost with it."""
+    if not journal.is_file():
+        return
+    with open(journal, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        file.seek(size - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
+    """The optuna storage of the study in ``folder`` (sqlite or journal), made unless ``read_only``.
+
+    Raises:
+        UserError: the file is no such storage.
+    """
+    quiet_optuna()
+    from optuna.storages import JournalStorage, RDBStorage, get_storage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    file = folder / FILES[kind]
+    try:
+        if kind == "journal":
+            lock = JournalFileOpenLock(str(file), grace_period=_BROKEN_AFTER_S)
+            return get_storage(JournalStorage(JournalFileBackend(str(file), lock_obj=lock)))
+        path = quote(str(file.resolve()))
+        url = f"sqlite:///file:{path}?mode={'ro' if read_only else 'rwc'}&uri=true"
+        return get_storage(RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_S}}))
+    except OSError as error:
+        raise UserError(f"--study_dir: '{file}' cannot be opened ({error.strerror or error})") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3", "optuna", "json", "builtins"):
+            raise UserError(f"--study_dir: '{file}' is not a study's storage ({_first_line(error)})") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def quiet_optuna() -> None:
+    """Silence the progress chatter of optuna, SQLAlchemy and alembic, and optuna's notices of young features."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for name in ("sqlalchemy", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
