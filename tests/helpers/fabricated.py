@@ -1,0 +1,104 @@
+"""Results of studies that nobody ran: every planned trial gets the scores that a function of the test gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megadit.search.plan import PlannedTrial, plan
+from megadit.search.results import COMPLETE, DIVERGED, StudyResults, TrialResult
+from megadit.search.study import Study, load_study
+
+# (trial, scale: the trial's, or one of its horizons) -> the loss, None for a diverged run
+Loss = Callable[[PlannedTrial, float], float | None]
+
+BASE: dict[str, Any] = {
+    "model": {
+        "width": 64,
+        "depth": 2,
+        "head_dim": 16,
+        "patch_size": 2,
+        "in_channels": 1,
+        "input_size": 8,
+        "learn_sigma": False,
+        "num_classes": 10,
+        "parametrization": "mup",
+        "base_width": 64,
+    },
+    "objective": {"kind": "flow"},
+    "data": {"name": "digits"},
+    "train": {"steps": 200, "global_batch": 32},
+}
+WIDTHS: dict[str, Any] = {
+    "base": BASE,
+    "scale": {"key": "model.width", "values": [32, 64, 128]},
+    "space": {"optim.lr": {"grid": ["2^-10", "2^-9", "2^-8", "2^-7", "2^-6", "2^-5"]}},
+    "sampler": "grid",
+    "seeds": [0, 1],
+}
+
+
+def make_study(folder: Path, name: str = "widths", **changes: Any) -> Study:
+    """A study over widths on digits, with whole keys of its file replaced; its directory is ``folder/name``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.yaml"
+    values = {key: value for key, value in {**WIDTHS, **changes}.items() if value is not None}
+    file.write_text(yaml.safe_dump(values))
+    return load_study(file, folder / name)
+
+
+def valley(drift: float = 0.0, best: float = -7.0, seeds: Mapping[int, float] | None = None) -> Loss:
+    """A parabola over log2 of the learning rate whose optimum moves by ``drift`` octaves per octave of scale / 64."""
+    offsets = seeds or {0: -0.002, 1: 0.002}
+
+    def loss(trial: PlannedTrial, scale: float) -> float | None:
+        octave = math.log2(scale / 64)
+        distance = math.log2(trial.hps["optim.lr"]) - (best + drift * octave)
+        return None if distance > 3.6 else 0.6 + 0.05 * distance**2 - 0.02 * octave + offsets[trial.seed]
+
+    return loss
+
+
+def fabricate(study: Study, loss: Loss, keep: Callable[[PlannedTrial], bool] = lambda trial: True) -> StudyResults:
+    """All planned trials finished with every score at ``loss``; those that ``keep`` refuses still wait."""
+    planned = plan(study)
+    done = tuple(_finished(study, trial, loss) for trial in planned if keep(trial))
+    return StudyResults(study, done, len(planned), 0, len(planned) - len(done))
+
+
+def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
+    from megadit.models import count_parameters
+    from megadit.plan import forward_flops
+
+    config = study.config(trial.cell, trial.hps, trial.seed)
+    assert config.train.steps is not None
+    scale = float(study.base.model.width if trial.cell.scale is None else trial.cell.scale)
+    value = loss(trial, scale)
+    steps = config.train.steps if value is not None else config.train.steps // 4  # diverged ones stop early
+
+    def scores(at: float) -> dict[str, float | None]:
+        return {score.name: loss(trial, at) for score in study.spec.scores}
+
+    return TrialResult(
+        number=trial.number,
+        variant=trial.cell.variant,
+        scale=trial.cell.scale,
+        hps=dict(trial.hps),
+        seed=trial.seed,
+        outcome=COMPLETE if value is not None else DIVERGED,
+        scores=scores(scale),
+        horizons={horizon: scores(horizon) for horizon in study.horizons},
+        steps=steps,
+        global_batch=config.train.global_batch,
+        parameters=count_parameters(config.model),
+        flops=3.0 * forward_flops(config.model) * config.train.global_batch * steps,
+        seconds=1.0,
+        overhead_s=0.1,
+        reason="" if value is not None else "loss is not finite",
+        run_dir=f"trials/{trial.number:04d}",
+        attempts=1,
+    )
