@@ -122,7 +122,7 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     (``data.path=/data/imagenet``). Only reads. Raises UserError, naming the key and the remedy, for whatever cannot
     work, and when ``study_dir`` (default ``runs/sweeps/<name>``) holds another study.
     """
-    file, folder = _find_study(source, study_dir)
+    file, folder = find_study(source, study_dir)
     asked = override_layer(overrides).values
     of_study = {key: value for key, value in asked.items() if key in StudySpec.model_fields}
     of_base = {key: value for key, value in asked.items() if key not in of_study}
@@ -159,7 +159,7 @@ def save_study(study: Study) -> Path:
     return target
 
 
-def _find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, Path | None]:
+def find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, Path | None]:
     """The study file and the study directory, as far as the arguments say it."""
     given = Path(source).expanduser()
     folder = None if study_dir is None else Path(study_dir).expanduser()
@@ -232,6 +232,12 @@ def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:
 def _check(study: Study) -> None:
     """What holds over all runs. Raises UserError."""
     spec = study.spec
+    first = study.space.dimensions[0]
+    if spec.select.rule == "conservative" and not first.numeric:
+        raise UserError(
+            f"select.rule: conservative takes the smallest {first.key}, whose values have no order; name a numeric key "
+            "first in the space, or use best"
+        )
     widths: dict[int, str] = {}
     for cell in study.cells:
         for hps in study.space.corners():
