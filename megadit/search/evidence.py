@@ -146,12 +146,13 @@ class Evidence:
         apart = not gap[0] <= 0 <= gap[1]
         hidden = self._hidden(basin)
         if clear and not small and not hidden and (apart or not _neighbours(basin, home.basin.best.hp)):
-            return "disagrees", cost + (f", noise {noise:.2g}" if noise else "")
+            return "disagrees", cost + (f" (standard error {noise:.2g})" if noise else "")
         if len(basin.stable) < MIN_POINTS:
             return "undecided", f"only {len(basin.stable)} stable points next to each other; at least 3 are needed"
         if optimum.open:
             end, where = ("below", "lowest") if basin.low == "open" else ("above", "highest")
-            return "undecided", f"the best point {best} is the {where} that was tried; measure {end} it"
+            known = f"{cost}, and " if entry.regret else ""
+            return "undecided", f"{known}the best point {best} is the {where} that was tried; measure {end} it"
         if hidden:
             return "undecided", f"noise (sd {self.noise.sd:.3g}) hides what the value does; run more seeds or values"
         if entry.status == "proxy":
@@ -161,8 +162,11 @@ class Evidence:
         if clear:
             return "undecided", f"{cost}, its neighbour, though the optima coincide; try values between"
         if apart and home.basin.best.hp not in good:
-            return "undecided", f"{cost}, not clearly above the noise ({noise:.2g}), but the optima lie apart"
-        return "agrees", f"{cost}, within the noise ({noise:.2g})"
+            return (
+                "undecided",
+                f"{cost}, not clearly above the noise (standard error {noise:.2g}), but the optima lie apart",
+            )
+        return "agrees", f"{cost}, within the noise (standard error {noise:.2g})"
 
     def _hidden(self, basin: Basin) -> bool:
         """Whether noise could make half of all the differences between values that were seen at this scale."""
@@ -197,23 +201,24 @@ class Evidence:
         limit = self.drift_limit(scales)
         optima = [self.optima[scale] for scale in scales if scale in self.optima]
         said = f"the optimum drifts by {drift:+.2f} octaves per octave (95 % interval {interval[0]:+.2f} to "
-        said += f"{interval[1]:+.2f}; limit {limit:g})"
+        said += f"{interval[1]:+.2f}; limit {limit:.2g})"
         if interval[0] > limit or interval[1] < -limit:
             if _bound(optima, drift):
                 return [], [f"{said}, but the open optimum may change that"], []
             if any(self._hidden(optimum.basin) for optimum in optima):
                 return [], [f"{said}, but noise hides what the value does"], []
             return [said], [], []
-        if good:
-            basin = f"{power(good[0])} to {power(good[-1])} are as good as the best at every scale, noise aside"
-            return [], [], [f"{said}; {basin}, so the place of the optimum within does not matter"]
         span = math.log2(max(scales) / min(scales))
         tried = min(o.basin.points[-1].hp - o.basin.points[0].hp for o in optima)
+        doubt = ""
         if (interval[1] - interval[0]) / 2 * span > self.limits.max_blur * tried:
-            return [], [f"{said}: too uncertain; run more seeds, or more values near the optimum"], []
-        if abs(drift) > limit and not interval[0] <= 0 <= interval[1]:
-            return [], [f"{said}: not clearly within the limit; run more seeds, scales or values"], []
-        return [], [], [said]
+            doubt = "too uncertain; run more seeds, or more values near the optimum"
+        elif abs(drift) > limit and not interval[0] <= 0 <= interval[1]:
+            doubt = "not clearly within the limit; run more seeds, scales or values"
+        if doubt and good:
+            flat = f"{power(good[0])} to {power(good[-1])} cannot be told from the best at any scale"
+            return [], [], [f"{said}, but {flat}, so the place of the optimum within does not matter"]
+        return ([], [f"{said}: {doubt}"], []) if doubt else ([], [], [said])
 
     def drift_limit(self, scales: Sequence[float]) -> float:
         """``max_drift``; over less than an octave of scale it holds for the whole way, not per octave."""
@@ -293,4 +298,4 @@ def _bound(optima: Sequence[Optimum], drift: float) -> bool:
 
 def power(hp: float) -> str:
     """A log2 value for people: ``2^-10``."""
-    return f"2^{hp:.3g}"
+    return f"2^{hp:.4g}"

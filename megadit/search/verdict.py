@@ -75,13 +75,13 @@ class Verdict:
             "drift_interval": None if self.drift_interval is None else [_plain(v) for v in self.drift_interval],
             "regret": _plain(self.regret),
             "regret_relative": _plain(self.regret_relative),
-            "proxy": _plain(self.proxy),
-            "exceptions": [_plain(scale) for scale in self.exceptions],
+            "proxy": _whole(self.proxy),
+            "exceptions": [_whole(scale) for scale in self.exceptions],
             "reasons": list(self.reasons),
             "per_scale": [_scale_json(scale, self) for scale in self.scales],
             "wider_is_better": self.wider_is_better,
             "not_better": [
-                {"log2_hp": hp, "scale": _plain(small), "larger_scale": _plain(large)}
+                {"log2_hp": hp, "scale": _whole(small), "larger_scale": _whole(large)}
                 for hp, small, large in self.not_better
             ],
             "noise": {"sd": _plain(self.noise.sd), "degrees_of_freedom": self.noise.freedom, "from": self.noise.source},
@@ -92,16 +92,19 @@ class Verdict:
 
 
 def _plain(value: float | None) -> float | int | None:
-    if value is None or not math.isfinite(value):
-        return None
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) >= 1000 else value
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _whole(value: float | None) -> float | int | None:
+    """A scale as people write it: 144, not 144.0."""
+    return int(value) if value is not None and value.is_integer() else value
 
 
 def _scale_json(scale: ScaleVerdict, verdict: Verdict) -> dict[str, Any]:
     sign = 1.0 if verdict.lower_is_better else -1.0
     optimum = scale.optimum
     found: dict[str, Any] = {
-        "scale": _plain(scale.scale),
+        "scale": _whole(scale.scale),
         "status": scale.status,
         "why": scale.why,
         "exception": scale.exception,
