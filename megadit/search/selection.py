@@ -56,8 +56,8 @@ def select(results: StudyResults, variant: str | None = None, scale: float | Non
         where = f"variant {variant}" if variant else "the study"
         where += "" if scale is None else f" at {scale:g}"
         raise UserError(
-            f"study {spec.name}: no point of {where} has finished well ({len(observations)} runs ended); let it run on, "
-            "or widen the space"
+            f"study {spec.name}: no point of {where} has finished well ({len(observations)} runs ended); let it run "
+            "on, or widen the space"
         )
     chosen = _RULES[spec.select.rule](candidates, score, scores)
     sign = _sign(score)

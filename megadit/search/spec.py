@@ -289,8 +289,9 @@ class StudySpec(Section):
         if self.select.score is not None and self.select.score not in names:
             near = difflib.get_close_matches(self.select.score, names, n=1, cutoff=0.0)
             return f"select.score: {self.select.score} is not among the scores; did you mean {near[0]}?"
-        if self.select.rule == "conservative" and len(self.seeds) < 2:
-            return "select.rule: conservative needs the spread over two or more seeds; give more seeds, or use best"
+        if self.select.rule == "conservative" and (len(self.seeds) < 2 or self.sampler == "tpe"):
+            why = "of which sampler tpe gives each point one" if self.sampler == "tpe" else "so give more seeds"
+            return f"select.rule: conservative needs the spread over two or more seeds, {why}; or use best"
         return None
 
     def _fixed_keys(self) -> str | None:

@@ -1,0 +1,134 @@
+"""Every study of configs/sweeps against the paper (arXiv 2505.15270), and the minis against what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadit.config.sources import configs_dir
+from megadit.errors import UserError
+from megadit.search.plan import plan
+from megadit.search.spec import StudySpec, read_spec
+from megadit.search.study import load_study
+
+SWEEPS = Path(configs_dir()) / "sweeps"
+RATES = tuple(2.0**k for k in range(-13, -8))
+MULTS = tuple(2.0**k for k in range(-6, 7, 2))
+WIDTHS, BATCHES, STEPS = (144, 288, 576), (128, 256, 512), (100_000, 150_000, 200_000)
+
+# study: searched key, its values, scaled key, its values; Tables 7 to 11.
+DIT: dict[str, tuple[str, tuple[float, ...], str, tuple[int, ...]]] = {
+    "dit-width": ("optim.lr", RATES, "model.width", WIDTHS),
+    "dit-batch": ("optim.lr", RATES, "train.global_batch", BATCHES),
+    "dit-steps": ("optim.lr", RATES, "train.steps", STEPS),
+    "dit-output-mult-width": ("model.output_mult", MULTS, "model.width", WIDTHS),
+    "dit-output-mult-steps": ("model.output_mult", MULTS, "train.steps", STEPS),
+}
+LATER = ("pixart-lr", "mmdit-80", "mmdit-confirm")
+
+
+def spec_of(name: str) -> StudySpec:
+    return read_spec(SWEEPS / f"{name}.yaml")
+
+
+def test_these_are_all_the_files():
+    full = {*DIT, *LATER}
+    assert {path.stem for path in SWEEPS.glob("*.yaml")} == full | {f"{name}-mini" for name in full}
+
+
+@pytest.mark.parametrize("name", DIT)
+def test_the_dit_studies(name: str):
+    key, values, scaled, scales = DIT[name]
+    study = load_study(name)
+    (dimension,) = study.space.dimensions
+    assert (dimension.key, dimension.kind, dimension.values) == (key, "grid", values)
+    assert study.spec.scale is not None
+    assert (study.spec.scale.key, study.spec.scale.values, study.spec.seeds) == (scaled, scales, (0,))
+    in_one_run = scaled == "train.steps"
+    assert study.horizons == (scales if in_one_run else ())
+    assert len(plan(study)) == len(values) * (1 if in_one_run else len(scales))
+    for cell in study.cells:
+        config = study.config(cell, {key: values[0]}, 0)
+        assert config.model.width == (cell.scale if scaled == "model.width" else 288)
+        assert config.train.global_batch == (cell.scale if scaled == "train.global_batch" else 256)
+        assert config.train.steps == 200_000
+        assert (config.model.parametrization, config.model.base_width, config.model.depth) == ("mup", 288, 28)
+        if key == "model.output_mult":
+            assert config.optim.lr == 2**-10 and config.model.output_mult == values[0]
+        else:
+            assert config.optim.lr == values[0] and config.model.output_mult == 1
+        optim = config.optim
+        assert (optim.schedule, optim.warmup_steps, optim.weight_decay, optim.clip.value) == ("constant", 0, 0, None)
+
+
+def test_the_steps_studies_measure_and_keep_every_length():
+    for name in ("dit-steps", "dit-output-mult-steps"):
+        study = load_study(name)
+        key = study.space.keys[0]
+        train = study.config(study.cells[0], {key: 1.0}, 0).train
+        assert all(step % train.log_every == 0 for step in STEPS)
+        assert train.validate_every == 50_000 and train.validation_images > 0
+        assert train.checkpoint_every == 50_000 and train.keep_last == 4
+
+
+def test_pixart_lr():
+    spec = spec_of("pixart-lr")
+    assert isinstance(spec.base, dict)
+    assert spec.space["optim.lr"].values == RATES and list(spec.space) == ["optim.lr"]
+    model, optim, train = spec.base["model"], spec.base["optim"], spec.base["train"]
+    assert (model["preset"], model["base_width"]) == ("pixart-proxy-mup", 288)
+    assert (train["epochs"], train["global_batch"]) == (5, 176 * 8)
+    assert (optim["weight_decay"], float(optim["eps"]), optim["clip"]["value"]) == (0.03, 1e-10, 0.01)
+
+
+def test_mmdit_80():
+    spec = spec_of("mmdit-80")
+    assert isinstance(spec.base, dict)
+    assert {key: (d.kind, d.values) for key, d in spec.space.items()} == {
+        "optim.lr": ("log_uniform", (2.5e-5, 2.5e-3)),
+        "optim.clip.value": ("log_uniform", (0.01, 100.0)),
+        "objective.repa_weight": ("uniform", (0.1, 1.0)),
+        "optim.warmup_steps": ("uniform", (1.0, 20_000.0)),
+    }
+    assert (spec.sampler, spec.trials, spec.proxy.steps, spec.proxy.batch) == ("random", 80, 30_000, 4096)
+    assert (spec.base["model"]["preset"], spec.base["model"]["base_width"]) == ("mmdit-proxy-mup", 1920)
+    assert spec.base["objective"]["kind"] == "flow" and spec.pruning.rule == "none"
+
+
+def test_mmdit_confirm():
+    spec = spec_of("mmdit-confirm")
+    assert isinstance(spec.base, dict)
+    assert spec.space["optim.lr"].values == (1e-4, 2e-4, 2.5e-4, 4e-4, 8e-4)
+    assert (spec.proxy.steps, spec.proxy.batch) == (100_000, 4096)
+    assert spec.overrides == {"objective.repa_weight": 0.5}
+    assert spec.base["optim"]["warmup_steps"] == 1000 and spec.base["optim"]["clip"]["value"] == 1
+    assert spec.base["model"] == spec_of("mmdit-80").base["model"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_families_to_come_are_refused_in_one_sentence(name: str):
+    with pytest.raises(UserError, match=r"^model.preset: '\w+-proxy-mup' is not a preset; did you mean [^\n]*$"):
+        load_study(name)
+
+
+@pytest.mark.parametrize("name", [*DIT, *LATER])
+def test_minis_search_the_same_on_built_in_data(name: str):
+    full, mini = spec_of(name), load_study(f"{name}-mini")
+    later: set[Any] = {"objective.repa_weight"}
+    assert set(mini.space.keys) == set(full.space) - later
+    kinds = {key: dimension.kind for key, dimension in full.space.items() if key not in later}
+    assert {dimension.key: dimension.kind for dimension in mini.space.dimensions} == kinds
+    assert (mini.spec.scale and mini.spec.scale.key) == (full.scale and full.scale.key)
+    assert mini.spec.sampler == full.sampler and mini.spec.trials == full.trials
+    assert mini.base.data.name == "digits" and mini.base.model.base_width == 64
+    steps = max((mini.base.train.steps or 300), *mini.horizons, 0)
+    assert steps <= 700 and mini.spec.workers.count == 2 and len(plan(mini)) <= 100
+
+
+def test_the_mini_of_the_width_study_shows_both_parametrizations():
+    study = load_study("dit-width-mini")
+    assert study.variants == ("mup", "sp") and len(study.spec.seeds) >= 2
+    assert [cell.scale for cell in study.cells] == [32, 64, 128, 256] * 2
+    assert len(study.space.dimensions[0].values) >= 5
