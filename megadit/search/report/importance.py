@@ -1,0 +1,112 @@
+"""How much each searched HP decides about the score: functional ANOVA on a random forest, with a control.
+
+The forest (optuna's fANOVA, Hutter et al. 2014) explains the *ranks* of the points' scores. Losses grow without bound
+towards the stability edge, and a single bad point would carry all variance; ranks also give points that diverged a
+place: the worst, shared. A made-up HP of random values goes in beside the real ones. What it gets is what a HP gets
+that cannot matter, and no HP below it can be told from noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_PER_HP = 6  # fewer points than this for each HP (and 12 in all) say nothing: the control is then among the first
+_CONTROL = "a HP that cannot matter (control)"
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Shares of the explained variance of ranks: HPs from the largest down, and the control's."""
+
+    shares: tuple[tuple[str, float], ...]
+    control: float
+    points: int
+    diverged: int
+
+
+def points_needed(hps: int) -> int:
+    """How many points make an estimate for this many HPs."""
+    return max(12, _PER_HP * hps)
+
+
+def measure_importance(points: Sequence[tuple[Mapping[str, Any], float]], lower_is_better: bool) -> Importance | str:
+    """Importance of the HPs of ``points`` (HPs, score); a score that is not finite is a diverged point, the worst.
+
+    Returns:
+        The shares, or a sentence that says why there are none.
+    """
+    names = [name for name in points[0][0] if len({repr(hps[name]) for hps, _ in points}) > 1] if points else []
+    if len(names) < 2:
+        return "Importance compares HPs, and fewer than two were varied."
+    if len(points) < points_needed(len(names)):
+        return (
+            f"Importance is not estimated from {len(points)} finished points; "
+            f"{len(names)} HPs need at least {points_needed(len(names))}."
+        )
+    scores = np.array([score if math.isfinite(score) else math.inf for _, score in points])
+    if not lower_is_better:
+        scores = np.where(np.isfinite(scores), -scores, math.inf)
+    if len(set(scores.tolist())) == 1:
+        return "Importance is not estimated: all finished points have the same score."
+    shares = _fanova([dict(hps) for hps, _ in points], names, _ranks(scores))
+    return Importance(
+        shares=tuple((name, shares[name]) for name in sorted(names, key=lambda n: -shares[n])),
+        control=shares[_CONTROL],
+        points=len(points),
+        diverged=int(np.isinf(scores).sum()),
+    )
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0 up; equal values share their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    ranks: np.ndarray = ((ends - counts + ends - 1) / 2)[inverse]
+    return ranks
+
+
+def _fanova(points: Sequence[dict[str, Any]], names: Sequence[str], ranks: np.ndarray) -> dict[str, float]:
+    import optuna
+
+    rng = np.random.default_rng(0)
+    spread = {name: _distribution([hps[name] for hps in points]) for name in names}
+    spread[_CONTROL] = optuna.distributions.FloatDistribution(0.0, 1.0)
+    study = _in_memory()
+    for hps, rank in zip(points, ranks, strict=True):
+        params = {name: hps[name] for name in names} | {_CONTROL: float(rng.random())}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=float(rank)))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {name: float(share) for name, share in found.items()}
+
+
+def _in_memory() -> Any:
+    """An empty study of optuna's, made without the line that it logs."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+def _distribution(values: Sequence[Any]) -> Any:
+    """The range of the values, logarithmic where they span more than a factor of ten; a list where they are words."""
+    import optuna
+
+    if any(isinstance(value, bool | str) or value is None for value in values):
+        return optuna.distributions.CategoricalDistribution(tuple(dict.fromkeys(values)))
+    low, high = float(min(values)), float(max(values))
+    return optuna.distributions.FloatDistribution(low, high, log=spans_decades(low, high))
+
+
+def spans_decades(low: float, high: float) -> bool:
+    """Whether values between these are best seen on a logarithmic axis."""
+    return low > 0 and high / low > 10

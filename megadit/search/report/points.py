@@ -1,0 +1,131 @@
+"""Trials of one point pooled over their seeds: what tables and figures show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megadit.search.report.words import hps_text, number_text, scale_word
+from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
+
+
+@dataclass(frozen=True)
+class Point:
+    """One assignment of the hyperparameters in one cell, with its trials that ended (``runs``, by seed)."""
+
+    variant: str
+    scale: float
+    hps: dict[str, Any]
+    runs: tuple[Observation, ...]
+
+    @property
+    def diverged(self) -> int:
+        """How many of its runs diverged."""
+        return sum(run.outcome == DIVERGED for run in self.runs)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it can be compared: no run was pruned, failed or is without scores, but one may have diverged."""
+        return all(run.outcome in (COMPLETE, DIVERGED) for run in self.runs)
+
+    def scores(self, name: str) -> list[float]:
+        """The finite scores of its runs."""
+        found = (run.scores.get(name) for run in self.runs if run.outcome == COMPLETE)
+        return [score for score in found if score is not None and math.isfinite(score)]
+
+    def mean(self, name: str) -> float | None:
+        """Mean over seeds; None where a run has none: a point that diverges under one seed is not one to use."""
+        scores = self.scores(name)
+        return sum(scores) / len(scores) if scores and len(scores) == len(self.runs) else None
+
+    def spread(self, name: str) -> float | None:
+        """Standard deviation between seeds; None for fewer than two."""
+        scores = self.scores(name)
+        if len(scores) < 2:
+            return None
+        mean = sum(scores) / len(scores)
+        return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All points of a study, and the words and directions that every section needs."""
+
+    results: StudyResults
+    score: str
+
+    @cached_property
+    def points(self) -> tuple[Point, ...]:
+        """Points with at least one trial that ended, in the order of variants, scales and first trials."""
+        grouped: dict[tuple[str, float, str], list[Observation]] = {}
+        for seen in sorted(self.results.observations(), key=lambda o: (o.number, o.scale)):
+            grouped.setdefault((seen.variant, seen.scale, repr(sorted(seen.hps.items()))), []).append(seen)
+        order = {variant: index for index, variant in enumerate(self.results.study.variants)}
+        made = (Point(runs[0].variant, runs[0].scale, runs[0].hps, tuple(runs)) for runs in grouped.values())
+        return tuple(sorted(made, key=lambda p: (order.get(p.variant, len(order)), p.scale)))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The searched keys."""
+        return self.results.study.space.keys
+
+    @property
+    def variants(self) -> list[str]:
+        """Variants that have points, the judged one first."""
+        return list(dict.fromkeys(point.variant for point in self.points))
+
+    @cached_property
+    def scales(self) -> list[float]:
+        """Scale values that have points, ascending; in a study without scale one, which is not shown."""
+        return sorted({point.scale for point in self.points})
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the study has a scale."""
+        return self.results.study.spec.scale is not None
+
+    def scale_name(self, scale: float) -> str:
+        """A scale in words: ``width 64``."""
+        spec = self.results.study.spec.scale
+        return f"{scale_word(spec.key if spec else None)} {scale:g}"
+
+    @property
+    def proxy(self) -> float:
+        """The scale that selection and importance look at."""
+        value = self.results.study.proxy_scale
+        return float(self.results.study.base.model.width if value is None else value)
+
+    def lower_is_better(self, score: str | None = None) -> bool:
+        """The direction of a score, by default the study's own."""
+        return self.results.study.spec.score(score or self.score).lower_is_better
+
+    def of(self, variant: str | None = None, scale: float | None = None) -> list[Point]:
+        """Points of a variant and a scale; None takes all."""
+        return [p for p in self.points if variant in (None, p.variant) and scale in (None, p.scale)]
+
+    def ranked(self, points: Sequence[Point], score: str | None = None) -> list[Point]:
+        """Those with a mean score, the best first."""
+        name = score or self.score
+        sign = 1.0 if self.lower_is_better(name) else -1.0
+        known = [(mean, point) for point in points if (mean := point.mean(name)) is not None]
+        return [point for _, point in sorted(known, key=lambda pair: sign * pair[0])]
+
+
+def point_tip(gathered: Gathered, point: Point) -> str:
+    """A point in a few lines: where, values, scores, trials."""
+    where = ", ".join(
+        part for part in (point.variant, gathered.scale_name(point.scale) if gathered.scaled else "") if part
+    )
+    lines = [where, hps_text(point.hps)]
+    for score in gathered.results.study.spec.scores:
+        mean, spread = point.mean(score.name), point.spread(score.name)
+        lines.append(
+            f"{score.name} {number_text(mean)}" + (f" ± {number_text(spread, 2)} between seeds" if spread else "")
+        )
+    if point.diverged:
+        lines.append(f"diverged ({point.diverged} of {len(point.runs)} runs)")
+    lines.append("trials " + ", ".join(str(run.number) for run in point.runs))
+    return "\n".join(line for line in lines if line)
