@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megadit.config.base import Section
 from megadit.config.model import ModelConfig
@@ -104,6 +104,52 @@ class OptimConfig(Section):
         return self
 
 
+ONLINE = "online"  # the name of the weights that are trained, beside those of the moving averages
+
+
+def _weights_name(value: Any) -> Any:
+    """An average's name where YAML read it as a number: 0.9999 is "0.9999"."""
+    return repr(value) if isinstance(value, float) else value
+
+
+class EmaConfig(Section):
+    """Moving averages of the weights, as many as wanted; both lists empty: none. Each costs a copy of the masters."""
+
+    decays: tuple[float, ...] = Field((), description="constant decays, such as 0.9999; named by the number")
+    sigma_rels: tuple[float, ...] = Field(
+        (), description="power profiles of EDM2 by relative width, such as 0.05; named sigma-0.05"
+    )
+    every: int = Field(1, ge=1, description="follow the weights at every k-th update, with the decay of k of them")
+
+    @property
+    def constant_decays(self) -> dict[str, float]:
+        """Decay by name."""
+        return {repr(decay): decay for decay in self.decays}
+
+    @property
+    def power_profiles(self) -> dict[str, float]:
+        """Relative width by name."""
+        return {f"sigma-{sigma!r}": sigma for sigma in self.sigma_rels}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all averages, as ``sample.weights`` and ``launch/sample.py --ema`` take them."""
+        return (*self.constant_decays, *self.power_profiles)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EmaConfig:
+        for decay in self.decays:
+            if not 0 < decay < 1:
+                raise ValueError(f"decays: {decay} does not lie between 0 and 1; the usual is 0.9999")
+        for sigma in self.sigma_rels:
+            if not 0 < sigma < 12**-0.5:  # of the uniform average; wider profiles would favour the beginning
+                raise ValueError(f"sigma_rels: {sigma} does not lie between 0 and 0.2886; EDM2 uses 0.05 and 0.1")
+        for key, values in (("decays", self.decays), ("sigma_rels", self.sigma_rels)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {list(values)} names an average twice; leave one out")
+        return self
+
+
 class ParallelConfig(Section):
     """How the run is spread over processes."""
 
@@ -129,8 +175,16 @@ class TrainConfig(Section):
     sample_every: int | None = Field(None, ge=1, description="default: at the end only")
     validate_every: int | None = Field(None, ge=1, description="default: at the end only")
     validation_images: int = Field(256, ge=0, description="0: no validation loss")
+    validate_with: tuple[str, ...] = Field(
+        (ONLINE,), description="weights that get a validation loss: online, and names of averages (see ema)"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
     wandb: bool = Field(False, description="log to Weights & Biases too, if installed")
+
+    @field_validator("validate_with", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(map(_weights_name, value)) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -154,6 +208,12 @@ class SampleConfig(Section):
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first k channels (DiT: 3)")
     count: int = Field(64, ge=1, description="pictures in a grid")
     seed: int = Field(0, ge=0, description="of the starting noise")
+    weights: str = Field(ONLINE, description="online, or the name of an average (see ema)")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        return _weights_name(value)
 
 
 class RunConfig(Section):
@@ -163,13 +223,21 @@ class RunConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        for problem in (self._objective_problem(), self._size_problem(), self._class_problem(), self._stage_problem()):
+        problems = (
+            self._objective_problem(),
+            self._size_problem(),
+            self._class_problem(),
+            self._stage_problem(),
+            self._weights_problem(),
+        )
+        for problem in problems:
             if problem:
                 raise ValueError(problem)
         return self
@@ -216,3 +284,16 @@ class RunConfig(Section):
             f"parallel.zero_stage: 0 does not go with train.precision {self.train.precision}, where "
             "DeepSpeed would start Adam at step 1; set parallel.zero_stage=1"
         )
+
+    def _weights_problem(self) -> str | None:
+        known = (ONLINE, *self.ema.names)
+        wanted = [
+            ("sample.weights", self.sample.weights),
+            *(("train.validate_with", n) for n in self.train.validate_with),
+        ]
+        for key, name in wanted:
+            if name not in known:
+                return f"{key}: {name} is none of {', '.join(known)}; choose one, or add its average to ema.decays"
+        if len(set(self.train.validate_with)) < len(self.train.validate_with):
+            return f"train.validate_with: {list(self.train.validate_with)} names weights twice; leave one out"
+        return None

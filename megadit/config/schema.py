@@ -105,9 +105,10 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(option) for option in get_args(annotation))
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in get_args(annotation))
-    if origin is tuple:
-        return f"list of {len(get_args(annotation))} numbers"
     names = {int: "integer", float: "number", str: "text", bool: "true / false", type(None): "null"}
+    if origin is tuple:
+        kinds = get_args(annotation)
+        return f"list of {names[kinds[0]]}" if Ellipsis in kinds else f"list of {len(kinds)} numbers"
     return names.get(annotation, str(annotation))
 
 

@@ -39,7 +39,7 @@ def coerce(value: Any, field: FieldInfo) -> Any:
 def _coerce(value: Any, annotation: Any) -> Any:
     for option in options(annotation):
         if get_origin(option) is tuple and isinstance(value, list):
-            kinds = get_args(option)
+            kinds = tuple(kind for kind in get_args(option) if kind is not Ellipsis)
             # Wrong lengths go on as they are: validation names the length that it wants.
             padded = kinds + (kinds[-1],) * max(0, len(value) - len(kinds))
             return tuple(_coerce(item, kind) for item, kind in zip(value, padded, strict=False))

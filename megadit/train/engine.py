@@ -6,6 +6,8 @@ Only public DeepSpeed calls are made here; whatever needs its internals goes thr
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config import OptimConfig
+from megadit.config.run import ONLINE, EmaConfig
 from megadit.parallel import ProcessContext
+from megadit.train.ema import Ema
 from megadit.train.optimizer import MuOptimizer
 from megadit.train.partitions import Partitions, avoid_shm_build
 from megadit.train.schedule import Schedule
@@ -29,6 +33,7 @@ class TrainingEngine:
         schedule: Schedule,
         ds_config: dict[str, Any],
         context: ProcessContext,
+        ema: EmaConfig | None = None,
     ) -> None:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         avoid_shm_build()
@@ -38,6 +43,7 @@ class TrainingEngine:
         self.optimizer = MuOptimizer(model, optim, schedule, context.device)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer.inner, config=dict(ds_config))
         self.partitions = Partitions(self._engine)
+        self.ema = Ema(self.partitions, ema or EmaConfig())
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
         self._checked_step = False
@@ -59,6 +65,7 @@ class TrainingEngine:
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The model's output for one micro batch, through DeepSpeed's hooks."""
+        self.ema.settle()
         return self._engine(x, t, cond)
 
     def backward(self, loss: Tensor) -> None:
@@ -76,6 +83,8 @@ class TrainingEngine:
         self.optimizer.apply(step)
         norm = self.partitions.gradient_norm_before_step() if want_norm else None
         self._engine.step()
+        if self.update_applied:
+            self.ema.update(step + 1 - self.skipped_steps)
         if not self._checked_step:
             self.optimizer.check_table(step, "after the first step")
             self._checked_step = True
@@ -89,21 +98,16 @@ class TrainingEngine:
         self.optimizer.check_table(step, "after resume")
         self._checked_step = False
 
-    def evaluation(self) -> _Evaluation:
-        """``with engine.evaluation() as module:`` the model in eval mode without gradients."""
-        return _Evaluation(self._engine)
+    @contextmanager
+    def evaluation(self, weights: str = ONLINE) -> Iterator[nn.Module]:
+        """``with engine.evaluation() as module:`` the model in eval mode without gradients.
 
-
-class _Evaluation:
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._no_grad = torch.no_grad()
-
-    def __enter__(self) -> nn.Module:
-        self._engine.eval()
-        self._no_grad.__enter__()
-        return self._engine.module
-
-    def __exit__(self, *exc: Any) -> None:
-        self._no_grad.__exit__(*exc)
-        self._engine.train()
+        weights: online, or the name of an average, which takes their place meanwhile. All ranks must enter.
+        """
+        self.ema.settle()
+        with nullcontext() if weights == ONLINE else self.ema.swapped(weights), torch.no_grad():
+            self._engine.eval()
+            try:
+                yield self._engine.module
+            finally:
+                self._engine.train()

@@ -157,8 +157,10 @@ class Partitions:
         elif self.stage == 3:
             for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-            if zero.persistent_parameters:  # small ones stay gathered: drop the stale copies
-                zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            # Small parameters stay gathered, and after a forward pass without a backward all do: drop the stale copies.
+            gathered = [p for group in zero.fp16_groups for p in group if p.ds_status.name == "AVAILABLE"]
+            if gathered:
+                gathered[0].partition(gathered)
 
     def gradient_norm_before_step(self) -> float | None:
         """Global L2 norm of the reduced gradients, unclipped, between backward and step.

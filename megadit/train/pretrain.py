@@ -160,7 +160,7 @@ def assemble(
         table = rows(model, config.optim)
         spread = {"ranks": context.world_size, "zero_stage": config.parallel.zero_stage, "micro_batch": micro}
         directory.describe(config, job.ds_config, table, job.train_set.classes, facts.notice, spread)
-    engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context)
+    engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema)
     position = Position()
     if checkpoint is not None:
         stored = StoredCheckpoint(checkpoint)

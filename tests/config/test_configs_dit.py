@@ -29,9 +29,11 @@ COMMON: dict[str, dict[str, Any]] = {
         "val_fraction": 0.0, "skin_tones": False, "classes": None,
         "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": 0.0},
     },
+    "ema": {"decays": (0.9999,), "sigma_rels": (), "every": 1},
     "parallel": {"zero_stage": None},
     "sample": {
         "scheduler": "ddpm", "steps": 250, "guidance": 1.0, "guidance_channels": 3, "count": 64, "seed": 0,
+        "weights": "0.9999",
     },
 }  # fmt: skip
 ROLES = ("input", "hidden", "vector", "output", "finite")
@@ -62,7 +64,8 @@ def test_every_value(name: str):
         "train": {
             "steps": steps, "epochs": None, "global_batch": 256, "micro_batch": None, "precision": "fp32", "seed": 0,
             "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "sample_every": None,
-            "validate_every": None, "validation_images": 0, "tensorboard": True, "wandb": False,
+            "validate_every": None, "validation_images": 0, "validate_with": ("online",), "tensorboard": True,
+            "wandb": False,
         },
     }  # fmt: skip
 
