@@ -17,7 +17,7 @@ from megadit.errors import UserError
 from megadit.search.cells import ask_tpe, open_cell, shown_distributions
 from megadit.search.identity import Heartbeats, WorkerId
 from megadit.search.locking import FILES, StudyLock, open_storage
-from megadit.search.plan import plan
+from megadit.search.plan import PlannedTrial, plan
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, StudyResults, TrialResult
 from megadit.search.states import Claim, Counts, History, Running, attributes, restored, stored
 from megadit.search.study import Study, load_study, save_study
@@ -70,6 +70,11 @@ class StudyStore:
         lock = StudyLock(study.folder, study.spec.storage)
         with lock():
             return cls(study, open_storage(study.folder, study.spec.storage), lock, create=False)
+
+    @property
+    def planned(self) -> tuple[PlannedTrial, ...]:
+        """The plan."""
+        return tuple(self._plan.values())
 
     def refuse_other_hosts(self) -> None:
         """Raises UserError when a SQLite study is being worked on from another host."""

@@ -1,0 +1,243 @@
+"""What ``launch/sweep.py`` does: make and run a study, join it, tell how it stands, report it, stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.search.pool import Place, Pool, places, this_machine
+from megadit.search.spec import read_spec
+from megadit.search.study import FROZEN, Study, find_study, load_study
+from megadit.search.worker import AFTER, NOW, STOP, work
+
+_SHOW_S = 1.0  # how often the store is asked while workers run
+_LINE_S = 30.0  # between plain progress lines when nothing ends
+
+
+def run(
+    config: str | None, study_dir: str | None, overrides: Sequence[str], workers: int | None, retry_failed: bool
+) -> int:
+    """Create or go on with a study on local workers until every trial has ended, then report it.
+
+    Returns 0; 1 when a trial failed or a worker could not be kept alive; 85 when stopped with trials left: the same
+    command goes on.
+
+    Raises:
+        UserError: the study cannot work, or a worker refused to join it.
+    """
+    from megadit.search.store import StudyStore
+
+    study = load_study(_source(config, study_dir), study_dir, overrides)
+    asked = study.spec.workers
+    count = workers if workers is not None else asked.count
+    if count < 1:
+        raise UserError(f"--workers: {count} is not at least 1")
+    cores, gpus = this_machine(asked.gpus > 0)
+    slots = places(asked, count, cores, gpus)
+    store = StudyStore.create_or_open(study, retry_failed=retry_failed)
+    store.refuse_other_hosts()
+    (study.folder / STOP).unlink(missing_ok=True)
+    _announce(study, slots, cores)
+    pool = _run_pool(study, store, slots)
+    if pool.bad_input is not None:
+        raise UserError(pool.bad_input)
+    return _conclude(study, store, pool)
+
+
+def _announce(study: Study, slots: Sequence[Place], cores: Sequence[int]) -> None:
+    each = f"{len(slots[0].cores)} core{'s' if len(slots[0].cores) > 1 else ''}"
+    if slots[0].gpus:
+        each += f" and {len(slots[0].gpus)} GPU{'s' if len(slots[0].gpus) > 1 else ''}"
+    print(f"study {study.spec.name} in {study.folder}: {len(slots)} worker(s) of {each}", file=sys.stderr)
+    if len(slots) * study.spec.workers.cores > len(cores):
+        print(
+            f"warning: {len(slots)} workers of {study.spec.workers.cores} core(s) share the {len(cores)} core(s) of "
+            "this machine and slow one another down; lower --workers",
+            file=sys.stderr,
+        )
+
+
+def _run_pool(study: Study, store: Any, slots: list[Place]) -> Pool:
+    """Run the workers; SIGINT and SIGTERM end them after the running step, a second one at once."""
+    pool, progress, asked = Pool(study, slots), Progress(store, len(slots)), []
+
+    def note(number: int, *_: Any) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            print("\nstopping: running trials go back to the queue (again: at once)", file=sys.stderr)
+            pool.signal(signal.SIGTERM)
+        else:
+            pool.kill()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pool:
+            pool.run(
+                lambda: store.counts().done,
+                progress.tick,
+                stopping=lambda: bool(asked) or (study.folder / STOP).exists(),
+            )
+    finally:
+        progress.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return pool
+
+
+def _conclude(study: Study, store: Any, pool: Pool) -> int:
+    """Give back what killed workers ran, report, and say how it went."""
+    from megadit.search.report import write_report
+    from megadit.search.status import best_text, counts_text, status_of
+
+    store.reclaim_stale()
+    status = status_of(store)
+    counts = status.counts
+    print(f"study {study.spec.name}: {counts_text(counts)}")
+    if counts.done:
+        html, markdown = write_report(study.folder)
+        print(f"  report     {html}\n             {markdown}")
+    if status.best is not None:
+        print(f"  best       {best_text(status.best)}")
+        print(f"  runs       {study.folder / 'trials'}")
+    if counts.done < counts.planned:
+        if pool.lost is not None:
+            print(f"error: no worker could be kept alive; see {pool.lost}", file=sys.stderr)
+            return EXIT_FAILURE
+        print("stopped with trials left; the same command goes on", file=sys.stderr)
+        return EXIT_PREEMPTED
+    if counts.failed:
+        first = next(trial for trial in status.trials if trial.outcome == "failed")
+        print(
+            f"error: {counts.failed} trial(s) failed, e.g. trial {first.number}: {first.reason}; when the cause is "
+            "gone, run again with --retry_failed",
+            file=sys.stderr,
+        )
+        return EXIT_FAILURE
+    return EXIT_OK
+
+
+class Progress:
+    """A bar over the trials of a study; plain lines, when something has ended and now and then, without a terminal."""
+
+    def __init__(self, store: Any, workers: int) -> None:
+        self._store, self._workers = store, workers
+        self._asked = self._printed = 0.0
+        self._done = -1
+        self._bar: Any = None
+
+    def tick(self) -> None:
+        """Show the present state, at most every second."""
+        if time.monotonic() - self._asked < _SHOW_S:
+            return
+        from megadit.search.states import point_text
+        from megadit.search.status import duration, status_of
+
+        status = status_of(self._store, self._workers)
+        self._asked, counts = time.monotonic(), status.counts
+        parts = [f"{counts.running} running"]
+        parts += [f"{number} {name}" for name in ("diverged", "pruned", "failed") if (number := getattr(counts, name))]
+        if status.best is not None:
+            parts.append(f"best {status.best.score} {status.best.value:.4f} at {point_text(status.best.hps)}")
+        eta = "?" if status.eta_s is None else duration(status.eta_s)
+        if sys.stderr.isatty():
+            self._show_bar(counts.done, counts.planned, "  ".join([*parts, f"ETA {eta}"]))
+        elif counts.done != self._done or self._asked - self._printed > _LINE_S:
+            self._done, self._printed = counts.done, self._asked
+            print(f"{counts.done}/{counts.planned} trials  {'  '.join(parts)}  ETA {eta}", file=sys.stderr, flush=True)
+
+    def _show_bar(self, done: int, planned: int, text: str) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials [{elapsed}] {postfix}"
+            self._bar = tqdm(total=planned, initial=done, dynamic_ncols=True, bar_format=layout)
+        self._bar.n = done
+        self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def worker(config: str | None, study_dir: str | None, overrides: Sequence[str]) -> int:
+    """Join a study, made first where there is none; also as one of several ranks. Returns as ``worker.work``."""
+    from megadit.parallel import prepare_environment, start_processes
+
+    prepare_environment()
+    source = _source(config, study_dir)
+    folder = _folder_of(source, study_dir)
+    exists = (folder / FROZEN).is_file()
+    study = load_study(folder) if exists and not overrides else load_study(source, study_dir, overrides)
+    if os.environ["WORLD_SIZE"] == "1":
+        _make_if_new(study)
+    else:
+        start_processes().on_main(lambda: _make_if_new(study))
+    return work(study)
+
+
+def _make_if_new(study: Study) -> None:
+    from megadit.search.locking import FILES
+    from megadit.search.store import StudyStore
+
+    if not (study.folder / FILES[study.spec.storage]).is_file():
+        StudyStore.create_or_open(study)
+
+
+def status(config: str | None, study_dir: str | None, as_json: bool) -> int:
+    """Print how a study stands."""
+    from megadit.search.status import format_status, status_of
+    from megadit.search.store import open_readonly
+
+    found = status_of(open_readonly(_existing(config, study_dir)))
+    print(json.dumps(found.to_json()) if as_json else format_status(found))
+    return EXIT_OK
+
+
+def report(config: str | None, study_dir: str | None, as_json: bool) -> int:
+    """Write the report of a study, finished or not, and print where it is."""
+    from megadit.search.report import write_report
+
+    html, markdown = write_report(_existing(config, study_dir).folder)
+    if as_json:
+        print(json.dumps({"html": str(html), "markdown": str(markdown)}))
+    else:
+        print(f"{html}\n{markdown}")
+    return EXIT_OK
+
+
+def stop(config: str | None, study_dir: str | None, now: bool) -> int:
+    """Leave word for all workers of a study, wherever they are, to end: after their running trial, or with it."""
+    study = _existing(config, study_dir)
+    (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n")
+    when = "at their next logged step; their trials go back to the queue" if now else "after their running trials"
+    print(f"workers of study {study.spec.name} end {when}; the next run goes on")
+    return EXIT_OK
+
+
+def _source(config: str | None, study_dir: str | None) -> str:
+    source = config if config is not None else study_dir
+    if source is None:
+        raise UserError("--config: is missing; name a study file, e.g. configs/sweeps/dit-width-mini.yaml")
+    return source
+
+
+def _folder_of(source: str, study_dir: str | None) -> Path:
+    """The study directory that the arguments mean, without reading more of a study file than its name."""
+    file, folder = find_study(source, study_dir)
+    return folder if folder is not None else Path("runs") / "sweeps" / read_spec(file).name
+
+
+def _existing(config: str | None, study_dir: str | None) -> Study:
+    """The study that is there already, whatever overrides it was made with."""
+    folder = _folder_of(_source(config, study_dir), study_dir)
+    if not (folder / FROZEN).is_file():
+        raise UserError(f"--study_dir: '{folder}' holds no study yet; start it with launch/sweep.py run")
+    return load_study(folder)
