@@ -133,7 +133,7 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     study = Study(spec, base, folder, _cells(spec, horizons), horizons, build_space(spec.space))
     _check(study)
     frozen = folder / FROZEN
-    if frozen.is_file() and frozen.resolve() != file.resolve():
+    if frozen.is_file() and (overrides or frozen.resolve() != file.resolve()):
         earlier = read_spec(frozen)
         check_extends(study.spec, study.base, earlier, _load_base(earlier, frozen, {}), folder, bool(horizons))
     return study

@@ -282,3 +282,11 @@ def test_the_smallest_value_is_the_proxy_unless_named(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump({**BASE, "scale": {**WIDTHS, "proxy": 64}}))
     assert load_study(file).proxy_scale == 64 and read_spec(file).name == "a"
+
+
+def test_overrides_of_a_study_directory_may_extend_it_and_no_more(make):
+    folder = save_study(make()).parent
+    assert load_study(folder, overrides=["workers.count=3", "seeds=[0, 1]"]).spec.seeds == (0, 1)
+    for override, named in {"optim.eps=1e-9": "optim.eps", "proxy.steps=100": "train.steps"}.items():
+        with pytest.raises(UserError, match=f"different: {named}"):
+            load_study(folder, overrides=[override])
