@@ -197,10 +197,9 @@ def _refusal(results: StudyResults, found: Sequence[Backing], choice: Choice) ->
     remedy = "--force writes the target all the same"
     for backing in found:
         if not backing.transfers:
-            reason = (
-                f" ({backing.verdict.reasons[0]})" if backing.verdict is not None and backing.verdict.reasons else ""
-            )
-            return f'study {backing.name}: the verdict is not "{TRANSFERS}" but {backing.answer}{reason}; {remedy}'
+            reasons = backing.verdict.reasons if backing.verdict is not None else ()
+            answer = backing.answer + (f" ({reasons[0]})" if reasons else "")
+            return f'study {backing.name}, {backing.hp}: the verdict is not "{TRANSFERS}" but {answer}; {remedy}'
     name = results.study.spec.name
     if not found:
         return (
@@ -230,7 +229,7 @@ def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
         f"Study {spec.name}{variant}, rule {choice.rule}: {choice.score} {choice.value:.6g} over {choice.seeds} "
         f"seed(s), trial(s) {', '.join(map(str, choice.trials))}.",
     ]
-    lines += [f"Verdict of {backing.name}: {backing.answer}." for backing in applied.backings]
+    lines += [f"Verdict of {backing.name} on {backing.hp}: {backing.answer}." for backing in applied.backings]
     lines += [f"{key}: {backing_words(applied, key)}." for key in choice.hps]
     if applied.forced:
         lines.append(f"Written with --force: {applied.forced}.")

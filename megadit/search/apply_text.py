@@ -78,7 +78,7 @@ def describe(applied: Applied) -> str:
     lines = [
         f"study {spec.name}{variant}: rule {choice.rule}{scale}, {choice.score} {choice.value:.5g} over {choice.seeds} "
         f"seed(s), trial(s) {trials}",
-        *(f"verdict of {backing.name}: {backing.answer}" for backing in applied.backings),
+        *(f"verdict of {backing.name} on {backing.hp}: {backing.answer}" for backing in applied.backings),
     ]
     if applied.forced:
         lines.append(f"forced: {applied.forced}")
@@ -87,10 +87,8 @@ def describe(applied: Applied) -> str:
     lines += [f"  {line}" for line in _other_best(applied)]
     for key, old in applied.replaced.items():
         if key not in choice.hps:
-            new = value_words(applied.changes[key])
-            lines.append(
-                f"  {key} = {new}: the study's, with which its values belong; the target said {value_words(old)}"
-            )
+            new, said = value_words(applied.changes[key]), value_words(old)
+            lines.append(f"  {key} = {new}: the study's, with which these are valid; the target said {said}")
     lines += ["", *_group_table(applied)]
     if applied.notes:
         lines += ["", "does not transfer by itself", *(f"  - {note.text}" for note in applied.notes)]

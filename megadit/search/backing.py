@@ -17,9 +17,10 @@ TRANSFERS = "transfers"
 
 @dataclass(frozen=True)
 class Backing:
-    """One study's word on transfer. ``verdict`` is None where it has none, and ``why`` says why not."""
+    """One study's word on the transfer of ``hp``. ``verdict`` is None where it has none, and ``why`` says why not."""
 
     results: StudyResults
+    hp: str
     verdict: Verdict | None
     why: str = ""
 
@@ -39,14 +40,6 @@ class Backing:
         return self.verdict is not None and self.verdict.verdict == TRANSFERS
 
     @property
-    def hp(self) -> str | None:
-        """The searched key that the verdict speaks of."""
-        keys = self.results.study.space.keys
-        if self.verdict is None:
-            return None
-        return keys[0] if len(keys) == 1 else self.verdict.labels.get("hp")
-
-    @property
     def span(self) -> Range | None:
         """The scales over which it transfers, exceptions left out; None where it does not."""
         scale = self.results.study.spec.scale
@@ -59,7 +52,9 @@ class Backing:
 def backings(
     results: StudyResults, others: Sequence[StudyResults], score: str, variant: str, force: bool
 ) -> tuple[Backing, ...]:
-    """The verdict of the study itself, where it has a scale, and of the studies that are named as verifying it.
+    """The verdicts of the study itself, where it has a scale, and of the studies that are named as verifying it.
+
+    A grid over several keys has one for each that has an order and is positive.
 
     Raises:
         UserError: another study's runs have another base width or family, it has no scale, or it is incomplete;
@@ -67,7 +62,7 @@ def backings(
     """
     found: list[Backing] = []
     if results.study.spec.scale is not None:
-        found.append(_judge(results, score, variant, force))
+        found += _judge(results, score, variant, force)
     ours = _judged_config(results)
     for other in others:
         theirs = _judged_config(other)
@@ -78,7 +73,7 @@ def backings(
                     f"--verified-by: study {other.study.spec.name} has model.{key} {two}, but study "
                     f"{results.study.spec.name} has {one}; name a study that shares it"
                 )
-        found.append(_judge(other, None, None, force))
+        found += _judge(other, None, None, force)
     return tuple(found)
 
 
@@ -87,13 +82,18 @@ def backed_by(key: str, found: Sequence[Backing]) -> list[Backing]:
     return [backing for backing in found if backing.transfers and backing.hp == key]
 
 
-def _judge(results: StudyResults, score: str | None, variant: str | None, force: bool) -> Backing:
-    try:
-        return Backing(results, verify_study(results, score, variant))
-    except UserError as error:
-        if not force:
-            raise
-        return Backing(results, None, str(error))
+def _judge(results: StudyResults, score: str | None, variant: str | None, force: bool) -> list[Backing]:
+    space = results.study.space
+    ordered = [d.key for d in space.dimensions if d.numeric and min(d.values) > 0]
+    found = []
+    for key in ordered or space.keys[:1]:
+        try:
+            found.append(Backing(results, key, verify_study(results, score, variant, hp=key)))
+        except UserError as error:
+            if not force:
+                raise
+            found.append(Backing(results, key, None, str(error)))
+    return found
 
 
 def _judged_config(results: StudyResults) -> RunConfig:

@@ -143,16 +143,11 @@ def cost(
         for trial in results.trials
         if trial.variant == variant and (scale is None or results.study.horizons or trial.scale == scale.proxy_value)
     ]
-    used = [(results, trial) for trial in results.trials]
-    used += [(other, trial) for other in others for trial in other.trials]
-    size = None if steps is None else (float(count_parameters(target.model)), float(steps * target.train.global_batch))
-    return Cost(
-        _spent([(results, trial) for trial in search]),
-        _spent(used),
-        size,
-        None if steps is None else target_flops(target, steps),
-        manual_multiple,
-    )
+    every = _spent([(used, used.trials) for used in (results, *others)])
+    if steps is None:
+        return Cost(_spent([(results, search)]), every, None, None, manual_multiple)
+    size = float(count_parameters(target.model, fixed=False)), float(steps * target.train.global_batch)
+    return Cost(_spent([(results, search)]), every, size, target_flops(target, steps), manual_multiple)
 
 
 def describe_cost(bill: Cost) -> list[str]:
@@ -189,18 +184,24 @@ def _multiple(value: float | None) -> float:
     return value
 
 
-def _spent(used: Sequence[tuple[StudyResults, TrialResult]]) -> Spent:
+def _spent(used: Sequence[tuple[StudyResults, Sequence[TrialResult]]]) -> Spent:
+    """What these trials of each study cost; one that failed before its model was built cost nothing."""
     counted: Counter[tuple[float, float]] = Counter()
-    for results, trial in used:
-        counted[float(trial.parameters), float(_planned_steps(results, trial) * trial.global_batch)] += 1
+    for results, trials in used:
+        lengths = _planned_steps(results)
+        for trial in trials:
+            if trial.parameters:
+                steps = trial.hps.get("train.steps") or lengths.get((trial.variant, trial.scale)) or trial.steps
+                counted[float(trial.parameters), float(steps * trial.global_batch)] += 1
     stages = tuple((float(number), size, seen) for (size, seen), number in sorted(counted.items()))
-    return Spent(len(used), study_flops(trial for _, trial in used), stages)
+    every = [trial for _, trials in used for trial in trials]
+    return Spent(len(every), study_flops(every), stages)
 
 
-def _planned_steps(results: StudyResults, trial: TrialResult) -> int:
-    """The trial's full length; what it ran where that is not given in steps."""
-    for cell in results.study.cells:
-        if cell.variant == trial.variant and cell.scale == trial.scale:
-            planned = results.study.config(cell, trial.hps, trial.seed).train.steps
-            return trial.steps if planned is None else planned
-    return trial.steps
+def _planned_steps(results: StudyResults) -> dict[tuple[str, float | None], int | None]:
+    """The full length of a run by (variant, scale); None where it is not given in steps."""
+    study = results.study
+    point = next(study.space.corners())
+    return {
+        (cell.variant, cell.scale): study.config(cell, point, study.spec.seeds[0]).train.steps for cell in study.cells
+    }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megadit.config import ModelConfig
 from megadit.search.plan import PlannedTrial, plan
 from megadit.search.results import COMPLETE, DIVERGED, StudyResults, TrialResult
 from megadit.search.study import Study, load_study
@@ -70,14 +72,22 @@ def fabricate(study: Study, loss: Loss, keep: Callable[[PlannedTrial], bool] = l
     return StudyResults(study, done, len(planned), 0, len(planned) - len(done))
 
 
-def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
+@cache
+def _size(model: str) -> tuple[int, int]:
+    """(parameters, forward FLOPs) of a model given as JSON; the same few models come again and again."""
     from megadit.models import count_parameters
     from megadit.plan import forward_flops
 
+    config = ModelConfig.model_validate_json(model)
+    return count_parameters(config, fixed=False), forward_flops(config)
+
+
+def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
     config = study.config(trial.cell, trial.hps, trial.seed)
     assert config.train.steps is not None
     scale = float(study.base.model.width if trial.cell.scale is None else trial.cell.scale)
     value = loss(trial, scale)
+    parameters, flops = _size(config.model.model_dump_json())
     steps = config.train.steps if value is not None else config.train.steps // 4  # diverged ones stop early
 
     def scores(at: float) -> dict[str, float | None]:
@@ -94,8 +104,8 @@ def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
         horizons={horizon: scores(horizon) for horizon in study.horizons},
         steps=steps,
         global_batch=config.train.global_batch,
-        parameters=count_parameters(config.model),
-        flops=3.0 * forward_flops(config.model) * config.train.global_batch * steps,
+        parameters=parameters,
+        flops=3.0 * flops * config.train.global_batch * steps,
         seconds=1.0,
         overhead_s=0.1,
         reason="" if value is not None else "loss is not finite",

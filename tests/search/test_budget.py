@@ -49,12 +49,13 @@ def test_bill_counts_what_was_run(root, tmp_path):
     assert proxy.model.width == 32
     image = 3 * forward_flops(proxy.model)
     assert bill.search.flops == pytest.approx(image * 32 * (10 * 200 + 2 * 50))
-    assert bill.search.stages == ((12.0, float(count_parameters(proxy.model)), 200 * 32.0),)
+    assert bill.search.stages == ((12.0, float(count_parameters(proxy.model, fixed=False)), 200 * 32.0),)
     assert len(bill.all.stages) == 3 and {stage[0] for stage in bill.all.stages} == {24.0}
     assert bill.target_flops == target_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
     by_flops, by_samples = bill.ratios(bill.search)
     assert by_flops == pytest.approx(bill.search.flops / bill.target_flops / 2)
-    expected = 12 * count_parameters(proxy.model) * 200 / (count_parameters(target.model) * 1000) / 2
+    small, large = (count_parameters(config.model, fixed=False) for config in (proxy, target))
+    expected = 12 * small * 200 / (large * 1000) / 2
     assert by_samples == pytest.approx(expected)
     assert "2 trainings by hand" in "\n".join(describe_cost(bill))
     assert bill.to_json()["search"]["ratio_sbt"] == by_samples
@@ -77,7 +78,7 @@ def test_one_run_for_all_horizons_counts_once(tmp_path, root):
     loss = valley()
     results = fabricate(study, lambda trial, scale: loss(trial, 64.0))
     bill = cost(results, [], load_config(root / "configs/quickstart/digits.yaml"), 300, "")
-    assert bill.search.stages == ((12.0, float(count_parameters(study.base.model)), 200 * 32.0),)
+    assert bill.search.stages == ((12.0, float(count_parameters(study.base.model, fixed=False)), 200 * 32.0),)
 
 
 def test_length_in_epochs_is_resolved_where_the_data_is(root, tmp_path):
