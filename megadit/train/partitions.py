@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.train.slices import Boxes
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's scaler changes as it runs
 
@@ -33,7 +35,8 @@ class Fragment:
     """Elements [start, stop) of the flattened parameter ``name``, whose global shape is ``shape``.
 
     ``values`` is a writable 1-D float32 view into ``flat``, the tensor that the optimizer steps, beginning
-    at ``offset``.
+    at ``offset``. A rank that holds a slice of the parameter (tensor parallelism) names it by ``boxes``
+    (megadit.train.slices), and start and stop count in it.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Fragment:
     values: Tensor
     flat: Tensor
     offset: int
+    boxes: Boxes | None = None
 
 
 def avoid_shm_build() -> None:
