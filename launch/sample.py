@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run of launch/pretrain.py")
     p.add_argument("--checkpoint", default="latest", metavar="latest|PATH", help="default latest")
+    p.add_argument("--ema", metavar="NAME", help="an average's name such as 0.9999, or online; default sample.weights")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="default RUN_DIR/samples/sample.png")
     p.add_argument("--npz", type=Path, metavar="FILE.npz", help="also write all pictures: arr_0, uint8 (N, H, W, 3)")
     p.add_argument("--classes", metavar="A,B,…", help="labels or names, taken in turn; default: all in turn")
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.diffusion.schedulers import scheduler_name
     from megadit.train.checkpoint import load_model
 
-    config, model = load_model(args.run_dir, checkpoint=args.checkpoint)
+    config, model = load_model(args.run_dir, checkpoint=args.checkpoint, weights=args.ema)
     config = _with_settings(config, args)
     device = _device(args.device)
     classes = read_classes(args.run_dir)
@@ -90,6 +91,8 @@ def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     from megadit.config.run import SampleConfig
 
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.ema is not None:
+        given["weights"] = args.ema
     try:
         settings = SampleConfig.model_validate(config.sample.model_dump() | given)
     except ValidationError as error:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from megadit.config import RunConfig, load_config
+from megadit.config.run import ONLINE
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.train.fragment_io import Piece, PieceReader, piece_to_json, write_pieces
@@ -28,6 +29,7 @@ from megadit.train.partitions import Fragment, Partitions
 FORMAT = "megadit-checkpoint"
 VERSION = 1
 WEIGHTS = "weights"
+EMA = "ema/"  # the kind of the average NAME is ema/NAME
 _LAYOUT_KEYS = ("parallel.zero_stage", "train.micro_batch")  # any layout trains the same model
 
 
@@ -267,8 +269,24 @@ class StoredCheckpoint:
         partitions.set_counters(position.step, position.samples_seen, position.skipped_steps)
         partitions.publish_masters()
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Fill a plain (whole, float32) model's parameters with the stored master weights."""
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """Names of the stored moving averages of the weights."""
+        kinds = {piece.kind for piece in self.pieces if piece.kind.startswith(EMA)}
+        return tuple(sorted(kind.removeprefix(EMA) for kind in kinds))
+
+    def load_weights(self, model: nn.Module, weights: str = ONLINE) -> None:
+        """Fill a plain (whole, float32) model's parameters with the stored masters, or an average of them.
+
+        Raises:
+            UserError: no such average is stored, or the checkpoint is of another model.
+        """
+        if weights not in (ONLINE, *self.averages):
+            raise UserError(
+                f"weights '{weights}': checkpoint {self.path} holds {', '.join((ONLINE, *self.averages))}; "
+                "choose one of these with --ema"
+            )
+        kind = WEIGHTS if weights == ONLINE else EMA + weights
         with PieceReader(self.path, self.pieces) as reader:
             for name, parameter in model.named_parameters():
                 if self.parameters.get(name) != list(parameter.shape):
@@ -277,7 +295,7 @@ class StoredCheckpoint:
                         f"needs {list(parameter.shape)}"
                     )
                 flat = parameter.data.new_empty(parameter.numel())
-                reader.read_into(flat, WEIGHTS, name)
+                reader.read_into(flat, kind, name)
                 parameter.data.copy_(flat.view_as(parameter))
 
 
@@ -296,11 +314,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load_model(run_dir: str | Path, checkpoint: str = "latest") -> tuple[RunConfig, nn.Module]:
+def load_model(
+    run_dir: str | Path, checkpoint: str = "latest", weights: str | None = ONLINE
+) -> tuple[RunConfig, nn.Module]:
     """The config and the float32 model (on the CPU, eval mode) of a run directory's checkpoint.
 
+    weights: online, or the name of a moving average; None: what the run's ``sample.weights`` names.
+
     Raises:
-        UserError: no run there, no checkpoint yet, or a checkpoint of another model.
+        UserError: no run there, no checkpoint yet, a checkpoint of another model or without these weights.
     """
     from megadit.models import build_model
 
@@ -314,5 +336,5 @@ def load_model(run_dir: str | Path, checkpoint: str = "latest") -> tuple[RunConf
     if found is None:
         raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")
     model = build_model(config.model)
-    StoredCheckpoint(found).load_weights(model)
+    StoredCheckpoint(found).load_weights(model, config.sample.weights if weights is None else weights)
     return config, model.eval()

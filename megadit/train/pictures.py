@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def draw_samples(run: TrainingRun) -> Path | None:
-    """Sample ``sample.count`` pictures into ``samples/step-XXXXXXXX.png``; its path on rank 0, None elsewhere.
+    """Draw ``sample.count`` pictures, from ``sample.weights``, into ``samples/step-XXXXXXXX.png``.
+
+    Returns the path on rank 0 and None elsewhere.
 
     The pictures are dealt to the ranks, each drawing the same number (ZeRO-3 gathers parameters at every forward
     pass, so no rank may make fewer), and picture i is the same however many ranks there are.
@@ -23,7 +25,7 @@ def draw_samples(run: TrainingRun) -> Path | None:
     padded = -(-count // context.world_size) * context.world_size
     mine = [min(number, count - 1) for number in range(context.rank, padded, context.world_size)]
     labels = picture_labels(run.config)
-    with run.engine.evaluation() as model:
+    with run.engine.evaluation(run.config.sample.weights) as model:
         drawn = sample_pictures(model, run.config, run.codec, labels=labels, numbers=mine, device=context.device)
     shares = context.gather_objects((mine, drawn))
     if not context.is_main:
@@ -46,9 +48,12 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     (loss, bins), (norm, rate) = axes
     loss.plot(steps, [row["loss"] for row in rows], label="training", lw=1)
-    vals = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    if vals:
-        loss.plot(*zip(*vals, strict=True), "o-", ms=3, label="validation (fixed noise)")
+    for key in sorted({key for row in rows for key in row if key.startswith("val_loss")}):
+        vals = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if vals:
+            name = key.removeprefix("val_loss").removeprefix("_").replace("/", " ")
+            label = f"validation (fixed noise{name and ', '}{name})"
+            loss.plot(*zip(*vals, strict=True), "o-", ms=3, label=label)
     loss.legend()
     loss.set(title="loss", yscale="log")
     latest = [value if value is not None else float("nan") for value in rows[-1]["loss_bins"]]

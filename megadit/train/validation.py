@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megadit.config.run import ONLINE
 from megadit.data import SampleOrder, make_batch
 from megadit.rng import batch_normal, sample_keys
 
@@ -20,9 +21,10 @@ _SEED = 20240521  # fixed for all runs: the loss must not depend on train.seed
 _STRATA = 64
 
 
-def validation_loss(run: TrainingRun) -> float | None:
+def validation_loss(run: TrainingRun, weights: str = ONLINE) -> float | None:
     """Mean loss over the first ``train.validation_images`` held-out images; None when there are none.
 
+    weights: online, or the name of an average.
     All ranks must call: images are dealt to ranks, and each rank makes the same number of forward passes
     (ZeRO-3 gathers parameters in them), the surplus counting zero.
     """
@@ -34,11 +36,11 @@ def validation_loss(run: TrainingRun) -> float | None:
     sums = torch.zeros(2, dtype=torch.float64, device=run.context.device)
     # epoch 0 of this order is a fixed shuffle, so that the first images are a fair sample of all classes
     order = SampleOrder(len(run.val_set), _SEED)
-    with run.engine.evaluation() as model:
+    with run.engine.evaluation(weights) as model:
         for index in range(passes):
             first = (index * world + rank) * size
             numbers = [n if n < count else count - 1 for n in range(first, first + size)]
-            weights = torch.tensor([float(n < count) for n in range(first, first + size)])
+            counted = torch.tensor([float(n < count) for n in range(first, first + size)])
             batch = make_batch(run.val_set, order, numbers, seed=_SEED, flip=False)
             x0, cond = run.latents(batch, _SEED)
             strata = torch.tensor([(n * 37 % _STRATA + 0.5) / _STRATA for n in numbers])  # 37 is coprime to 64
@@ -46,7 +48,7 @@ def validation_loss(run: TrainingRun) -> float | None:
             noise = batch_normal(keys, x0.shape[1:])
             noisy = run.objective.prepare(x0, cond, numbers, _SEED, t01=strata, noise=noise, drop_labels=False)
             losses = run.objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.double()
-            weights = weights.to(losses)
-            sums += torch.stack([(losses * weights).sum(), weights.sum()])
+            counted = counted.to(losses)
+            sums += torch.stack([(losses * counted).sum(), counted.sum()])
     total, images = run.context.sum(sums).tolist()
     return total / images

@@ -38,7 +38,7 @@ def run_dir(tmp_path, monkeypatch):
     model = build_model(config.model)
     for name, parameter in model.named_parameters():
         parameter.data = 0.3 * normal(stream_key(0, name), parameter.shape)
-    monkeypatch.setattr("megadit.train.checkpoint.load_model", lambda folder, checkpoint="latest": (config, model))
+    monkeypatch.setattr("megadit.train.checkpoint.load_model", lambda *_, **__: (config, model))
     (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
     return tmp_path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from megadit.config.run import ONLINE
 from megadit.models import count_parameters
 from megadit.train.callbacks.base import Callback, Record, due
 from megadit.train.run_dir import write_json
@@ -18,11 +19,15 @@ class Validation(Callback):
     """The fixed-noise validation loss, every ``train.validate_every`` steps and at the end."""
 
     def on_step(self, run: TrainingRun) -> Record | None:
-        """Add ``val_loss`` to the record of a step at which it is due."""
+        """Add to the record of a step at which it is due: ``val_loss``, and ``val_loss_ema/NAME`` of averages."""
         if not due(run.position.step, run.config.train.validate_every, run.total_steps):
             return None
-        loss = validation_loss(run)
-        return None if loss is None else {"val_loss": loss}
+        addition: Record = {}
+        for name in run.config.train.validate_with:
+            loss = validation_loss(run, name)
+            if loss is not None:
+                addition["val_loss" if name == ONLINE else f"val_loss_ema/{name}"] = loss
+        return addition
 
 
 class Samples(Callback):

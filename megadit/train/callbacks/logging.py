@@ -93,15 +93,15 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """A record flattened for curve viewers: ``train/loss``, ``lr/hidden``, ``loss_bin/3``, ``val/loss``, …"""
+    """A record flattened for curve viewers: ``train/loss``, ``lr/hidden``, ``loss_bin/3``, ``val/loss_ema/0.999``, …"""
     flat: dict[str, float] = {}
     for key, value in record.items():
         if key == "lr_groups":
             flat |= {f"lr/{name}": rate for name, rate in value.items()}
         elif key == "loss_bins":
             flat |= {f"loss_bin/{i}": loss for i, loss in enumerate(value) if loss is not None}
-        elif key == "val_loss":
-            flat["val/loss"] = value
+        elif key.startswith("val_"):
+            flat[key.replace("_", "/", 1)] = value
         elif key != "step" and value is not None:
             flat[f"train/{key}"] = value
     return flat
