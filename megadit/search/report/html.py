@@ -23,6 +23,8 @@ from megadit.search.report.blocks import (
 from megadit.search.report.style import CSS, SCRIPT
 from megadit.search.report.svg import inline_svg
 
+_WIDE = 24  # letters above which a fact takes two places
+
 
 def render(document: Document) -> str:
     """The page. It needs nothing beside itself and asks nothing of any server, which its content policy also says."""
@@ -68,11 +70,7 @@ def _block(block: Block) -> str:
         case Bullets():
             return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in block.items) + "</ul>"
         case Facts():
-            tiles = (
-                f"<div><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
-                for label, value, remark in block.items
-            )
-            return f"<dl class=facts>{''.join(tiles)}</dl>"
+            return f"<dl class=facts>{''.join(_tile(*item) for item in block.items)}</dl>"
         case Table():
             return "".join(_table(block))
         case Figure():
@@ -83,13 +81,18 @@ def _block(block: Block) -> str:
             return f"<details><summary>{escape(block.summary)}</summary>{inner}</details>"
 
 
+def _tile(label: str, value: str, remark: str) -> str:
+    wide = " class=wide" if len(value) > _WIDE else ""
+    return f"<div{wide}><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
+
+
 def _table(table: Table) -> Iterator[str]:
     right = [column in table.numeric for column in table.columns]
     # Wide tables scroll inside their own frame; it takes the focus so that the keyboard can scroll it, too.
     name = escape(table.caption or ", ".join(table.columns))
-    yield f'<div class=scroll tabindex=0 role=region aria-label="{name}"><table>'
     if table.caption:
-        yield f"<caption>{escape(table.caption)}</caption>"
+        yield f"<p class=caption>{escape(table.caption)}</p>"
+    yield f'<div class=scroll tabindex=0 role=region aria-label="{name}"><table aria-label="{name}">'
     yield "<thead><tr>"
     for column, flush in zip(table.columns, right, strict=True):
         yield f"<th scope=col{' class=n' if flush else ''}><button type=button>{escape(column)}</button></th>"

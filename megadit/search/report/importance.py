@@ -53,7 +53,7 @@ def measure_importance(points: Sequence[tuple[Mapping[str, Any], float]], lower_
         scores = np.where(np.isfinite(scores), -scores, math.inf)
     if len(set(scores.tolist())) == 1:
         return "Importance is not estimated: all finished points have the same score."
-    shares = _fanova([dict(hps) for hps, _ in points], names, _ranks(scores))
+    shares = _fanova([dict(hps) for hps, _ in points], names, ranks(scores))
     return Importance(
         shares=tuple((name, shares[name]) for name in sorted(names, key=lambda n: -shares[n])),
         control=shares[_CONTROL],
@@ -62,24 +62,24 @@ def measure_importance(points: Sequence[tuple[Mapping[str, Any], float]], lower_
     )
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 0 up; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
-    ranks: np.ndarray = ((ends - counts + ends - 1) / 2)[inverse]
-    return ranks
+    found: np.ndarray = ((ends - counts + ends - 1) / 2)[inverse]
+    return found
 
 
-def _fanova(points: Sequence[dict[str, Any]], names: Sequence[str], ranks: np.ndarray) -> dict[str, float]:
+def _fanova(points: Sequence[dict[str, Any]], names: Sequence[str], places: np.ndarray) -> dict[str, float]:
     import optuna
 
     rng = np.random.default_rng(0)
     spread = {name: _distribution([hps[name] for hps in points]) for name in names}
     spread[_CONTROL] = optuna.distributions.FloatDistribution(0.0, 1.0)
     study = _in_memory()
-    for hps, rank in zip(points, ranks, strict=True):
+    for hps, place in zip(points, places, strict=True):
         params = {name: hps[name] for name in names} | {_CONTROL: float(rng.random())}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=float(rank)))
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=float(place)))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {name: float(share) for name, share in found.items()}

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from megadit.config.sources import display
 from megadit.search.report.blocks import Block, Code, Folded, Inline, Number, Section, Table, Text
+from megadit.search.report.importance import ranks
 from megadit.search.report.points import Gathered, Point
 from megadit.search.report.words import (
     counted,
@@ -47,15 +49,11 @@ def _agreement(gathered: Gathered, points: Sequence[Point], one: str, other: str
     pairs = [(a, b) for p in points if (a := p.mean(one)) is not None and (b := p.mean(other)) is not None]
     if len(pairs) < _FEW:
         return None
-    x, y = (_ranks(np.array(values)) for values in zip(*pairs, strict=True))
+    x, y = (ranks(np.array(values)) for values in zip(*pairs, strict=True))
     if x.std() == 0 or y.std() == 0:
         return None
     sign = 1.0 if gathered.lower_is_better(one) == gathered.lower_is_better(other) else -1.0
     return sign * float(np.corrcoef(x, y)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values.argsort().argsort(), dtype=float)
 
 
 def failures_section(gathered: Gathered) -> Section:
@@ -86,7 +84,7 @@ def _failures_table(gathered: Gathered, trials: Sequence[TrialResult]) -> Table:
         row: list[Inline] = [Number(trial.number, str(trial.number)), *([trial.variant] if variants else [])]
         row += [Number(trial.scale, number_text(trial.scale, 6))] if gathered.scaled else []
         row += [hps_text(trial.hps), Number(trial.seed, str(trial.seed)), Number(trial.steps, f"{trial.steps:,}")]
-        row += [Number(trial.attempts, str(trial.attempts)), trial.reason or "–", Code(_folder(gathered, trial))]
+        row += [Number(trial.attempts, str(trial.attempts)), trial.reason or "–", Code(_folder(trial))]
         rows.append(row)
     caption = f"Trials that {'failed' if trials[0].outcome == FAILED else 'were ' + PRUNED}"
     caption = "Trials that diverged" if trials[0].outcome == DIVERGED else caption
@@ -98,10 +96,9 @@ def _word(gathered: Gathered) -> str:
     return scale_word(scale.key if scale else None)
 
 
-def _folder(gathered: Gathered, trial: TrialResult) -> str:
-    """The trial's run directory as seen from the study's."""
-    path, home = Path(trial.run_dir), gathered.results.study.folder
-    return path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name
+def _folder(trial: TrialResult) -> str:
+    """The trial's run directory as seen from the study's, wherever that is by now: ``trials/0007``."""
+    return "/".join(Path(trial.run_dir).parts[-2:])
 
 
 def cost_section(gathered: Gathered) -> Section:
@@ -167,7 +164,7 @@ def study_section(gathered: Gathered) -> Section:
         ),
         Folded("The study's keys", Code(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))),
     ]
-    folder = shlex.quote(study.folder.as_posix())
+    folder = shlex.quote(display(study.folder))
     steps: list[Inline] = ["Next: "]
     if not gathered.results.complete:
         steps += [Code(f"python launch/sweep.py run --config {folder}"), " goes on; "]

@@ -79,7 +79,7 @@ def slice_figure(gathered: Gathered, variant: str) -> Figure | None:
                 sheet.mark(panel, x, edge, "x", point_tip(gathered, point), **look)
                 continue
             if point in best:
-                look |= {"color": CHOSEN, "markersize": 12, "alpha": 1.0, "zorder": 5, "markeredgecolor": "white"}
+                look |= {"color": CHOSEN, "markersize": 15, "alpha": 1.0, "zorder": 5, "markeredgecolor": "white"}
             shown = min(max(mean, limits[0]), limits[1])
             marker = "*" if point in best else markers[point.scale]
             sheet.mark(panel, x, shown, marker, point_tip(gathered, point), **look)

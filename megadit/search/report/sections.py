@@ -93,8 +93,9 @@ def overview(gathered: Gathered, findings: Findings) -> Section:
     facts = [("Trials ended", f"{len(trials)} of {results.planned}", to_come)]
     if findings.choice is not None:
         choice = findings.choice
-        where = gathered.scale_name(gathered.proxy) if gathered.scaled else counted(choice.seeds, "seed")
-        facts.append(("Chosen", hps_text(choice.hps), f"rule {choice.rule}, at {where}"))
+        where = f", at {gathered.scale_name(gathered.proxy)}" if gathered.scaled else ""
+        label = "Chosen" if results.complete else "Best so far"
+        facts.append((label, hps_text(choice.hps, ",\n"), f"rule {choice.rule}{where}"))
         facts.append((f"Its {choice.score}", number_text(choice.value), f"mean over {counted(choice.seeds, 'seed')}"))
     facts.append(("Diverged", f"{diverged}", f"{share_text(diverged, len(trials))} of the trials that ended"))
     facts.append(("Compute", f"{sum(t.flops for t in trials):.3g} FLOPs", "executed, diverged trials among them"))

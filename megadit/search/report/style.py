@@ -20,18 +20,20 @@ p{margin:8px 0;max-width:90ch}
 nav{display:flex;flex-wrap:wrap;gap:4px 16px;padding-top:10px;padding-bottom:12px;font-size:.92rem}
 a{color:var(--link)}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 22px;margin:0 0 16px}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:10px;margin:0 0 4px}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 4px}
 .facts div{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:9px 13px}
+.facts .wide{grid-column:span 2}
+.facts .wide dd{font-size:1.02rem;white-space:pre-line}
 .facts dt{color:var(--soft);font-size:.82rem}
 .facts dd{margin:0;font-size:1.18rem;font-weight:600;overflow-wrap:anywhere}
 .facts small{display:block;color:var(--soft);font-size:.8rem;font-weight:400}
 figure{margin:8px 0}
-figure svg{width:100%;height:auto;max-height:760px;display:block}
+figure svg{width:100%;height:auto;display:block}
 figure svg text{font-family:system-ui,"Segoe UI","DejaVu Sans",sans-serif!important}
 figcaption{color:var(--soft);font-size:.88rem;max-width:100ch}
 .scroll{overflow-x:auto;margin:10px 0}
-table{border-collapse:collapse;font-size:.9rem;min-width:50%}
-caption{text-align:left;color:var(--soft);padding:2px 0 6px}
+table{border-collapse:collapse;font-size:.9rem;min-width:40%}
+.caption{color:var(--soft);font-size:.9rem;margin:10px 0 0}
 th,td{border-bottom:1px solid var(--line);padding:5px 11px;text-align:left;vertical-align:top}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 th{background:var(--page);white-space:nowrap}

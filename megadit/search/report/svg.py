@@ -8,6 +8,7 @@ from html import escape
 
 from megadit.search.report.blocks import Figure
 
+_PIXELS_PER_INCH = 108
 _HEAD = re.compile(r"\A.*?(?=<svg\b)", re.DOTALL)
 _METADATA = re.compile(r"\s*<metadata>.*?</metadata>", re.DOTALL)
 _NAMESPACES = re.compile(r'\s+xmlns(?::xlink)?="[^"]*"')
@@ -30,7 +31,9 @@ def inline_svg(figure: Figure) -> str:
     text = _NAMESPACES.sub("", text)
     text = _MARK.sub(lambda mark: _with_tip(mark.group(1), figure.tips.get(mark.group(1))), text)
     text = _IDENTITY.sub(lambda found: f"{found.group(1)}{figure.name}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(figure.alt)}"', 1)
+    width = round(_PIXELS_PER_INCH * figure.canvas.get_figwidth())
+    head = f'<svg role="img" aria-label="{escape(figure.alt)}" style="max-width:{width}px"'
+    return text.replace("<svg", head, 1)
 
 
 def _with_tip(identity: str, tip: str | None) -> str:

@@ -18,9 +18,9 @@ def value_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:.6g}"
 
 
-def hps_text(hps: Mapping[str, Any]) -> str:
+def hps_text(hps: Mapping[str, Any], between: str = ", ") -> str:
     """All values of a point: ``optim.lr = 2^-7, optim.clip.value = 1``."""
-    return ", ".join(f"{key} = {value_text(value)}" for key, value in hps.items())
+    return between.join(f"{key} = {value_text(value)}" for key, value in hps.items())
 
 
 def scale_word(key: str | None) -> str:
