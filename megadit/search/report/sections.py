@@ -118,7 +118,8 @@ def _design(results: StudyResults) -> list[Inline]:
         parts.append(f" and width {model.width}")
     if model.base_width is not None:
         parts.append(f", base width {model.base_width}")
-    steps = "" if spec.scale is not None and spec.scale.key == "train.steps" else f", {train.steps:,} steps"
+    length = f"{train.epochs:g} epochs" if train.steps is None else f"{train.steps:,} steps"
+    steps = "" if spec.scale is not None and spec.scale.key == "train.steps" else f", {length}"
     batch = "" if spec.scale is not None and spec.scale.key == "train.global_batch" else f", batch {train.global_batch}"
     parts.append(f"{steps}{batch}. Searched: ")
     for index, dimension in enumerate(study.space.dimensions):
