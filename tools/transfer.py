@@ -82,13 +82,17 @@ def _apply(p: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the subcommand says."""
-    args = parser().parse_args(argv)
+    p = parser()
+    args, rest = p.parse_known_args(argv)  # argparse leaves key.sub=value behind options to us
+    if rest and (args.action != "apply" or any(word.startswith("-") for word in rest)):
+        p.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.action == "verify":
         from megadit.search.verify_command import run_verify
 
         return run_verify(args)
     from megadit.search.apply_text import run_apply
 
+    args.overrides += rest
     return run_apply(args)
 
 

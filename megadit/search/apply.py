@@ -115,13 +115,13 @@ def apply_results(
     """``apply`` on what is already loaded; ``base`` is the file behind ``loaded``."""
     study = results.study
     variant = study.variants[0]
+    found = backings(results, others, study.spec.selection_score.name, variant, force)
     choice = select(results, variant)
     proxy = proxy_config(results, choice, variant)
     changes = base_changes(proxy, loaded.config, choice.hps)
     target = apply_changes(loaded, changes, study.spec.name)
     lengths = run_steps(proxy), run_steps(target)
     bill = cost(results, others, target, lengths[1], variant, manual_multiple)
-    found = backings(results, others, choice.score, variant, force)
     refusal = _refusal(results, found, choice)
     if refusal and not force:
         raise NotVerifiedError(refusal, found)

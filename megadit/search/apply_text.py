@@ -7,6 +7,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megadit.config.sources import display
@@ -21,15 +22,19 @@ def run_apply(args: Namespace) -> int:
 
     ``args`` has study, target, out, verified_by, force, manual_multiple, json and overrides.
     """
+    verified_by, overrides = list(args.verified_by or ()), list(args.overrides)
+    for word in [word for word in verified_by if "=" in word and not Path(word).exists()]:
+        verified_by.remove(word)  # --verified-by STUDY … takes every word up to the next option
+        overrides.append(word)
     try:
         applied = apply(
             args.study,
             args.target,
             args.out,
-            args.verified_by or (),
+            verified_by,
             args.force,
             args.manual_multiple,
-            args.overrides,
+            overrides,
         )
     except NotVerifiedError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)

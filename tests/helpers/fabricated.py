@@ -112,3 +112,15 @@ def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
         run_dir=f"trials/{trial.number:04d}",
         attempts=1,
     )
+
+
+def store(results: StudyResults) -> Path:
+    """Put the results into the study's own store, as a worker would; returns the study directory."""
+    from megadit.search.identity import this_worker
+    from megadit.search.store import StudyStore
+
+    kept, worker = StudyStore.create_or_open(results.study), this_worker()
+    by_number = {trial.number: trial for trial in results.trials}
+    while (claim := kept.claim(worker)) is not None and claim.number in by_number:
+        assert kept.finish(claim, by_number[claim.number], worker)
+    return results.study.folder
