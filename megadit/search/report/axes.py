@@ -83,7 +83,7 @@ def _round(low: float, high: float) -> tuple[float, ...]:
     if span <= 0:
         return (low,)
     step = 10.0 ** math.floor(math.log10(span / 2))
-    step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)
+    step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 7)
     count = math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9)
     return tuple((math.ceil(low / step - 1e-9) + i) * step for i in range(count + 1))
 

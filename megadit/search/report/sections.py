@@ -231,7 +231,7 @@ def curves_section(gathered: Gathered, findings: Findings) -> Section | None:
         if figure is not None:
             blocks.append(figure)
     if not blocks:
-        blocks.append(Text((f"No trial has a {gathered.score} yet, so there is nothing to draw.",)))
+        blocks.append(Text((f"No trial has a value of {gathered.score} yet, so there is nothing to draw.",)))
     side = ", variants side by side" if len(study.variants) > 1 else ""
     return Section(f"{gathered.score} against {' and '.join(gathered.keys)}{side}", "curves", tuple(blocks))
 
@@ -310,5 +310,5 @@ def slices_section(gathered: Gathered) -> Section | None:
         found = [figure for figure in (slice_figure(gathered, variant), parallel_figure(gathered, variant)) if figure]
         figures += [named, *found] if named and found else found
     if not figures:
-        figures = [Text((f"No trial has a {gathered.score} yet, so there is nothing to draw.",))]
+        figures = [Text((f"No trial has a value of {gathered.score} yet, so there is nothing to draw.",))]
     return Section("Slices and parallel coordinates", "slices", tuple(figures))

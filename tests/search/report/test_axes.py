@@ -1,0 +1,49 @@
+"""Where values are drawn, which ticks they get, and how far up scores are shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from megadit.search.report.axes import score_limits, value_axis
+from megadit.search.report.words import duration_text, value_text
+
+
+def test_a_grid_of_powers_is_logarithmic_with_its_values_as_ticks():
+    axis = value_axis("optim.lr", [2.0**-k for k in (10, 9, 8, 7)] * 2)
+    assert axis.kind == "log"
+    assert axis.ticks() == ([-10.0, -9.0, -8.0, -7.0], ["2^-10", "2^-9", "2^-8", "2^-7"])
+
+
+@pytest.mark.parametrize(
+    ("values", "logarithmic", "labels"),
+    [
+        ([0.011 + 0.3 * k for k in range(300)], True, ["0.1", "1", "10"]),
+        ([1 + 0.43 * k for k in range(300)], False, ["20", "40", "60", "80", "100", "120"]),
+        ([0.1 + 0.003 * k for k in range(300)], False, ["0.2", "0.4", "0.6", "0.8"]),
+        ([7, 7], False, ["7"]),
+    ],
+)
+def test_ranges_get_round_ticks(values, logarithmic, labels):
+    assert value_axis("k", values, logarithmic).ticks()[1] == labels
+
+
+def test_words_and_truth_values_have_places():
+    axis = value_axis("k", ["a", "b", "a", True])
+    assert axis.kind == "listed" and axis.at("b") == 1.0 and axis.at(True) == 2.0
+    assert axis.ticks()[1] == ["a", "b", "True"]
+
+
+def test_scores_far_from_the_best_do_not_stretch_the_figure():
+    low, high = score_limits([0.5, 0.55, 0.6, 0.7, 900.0], lower_is_better=True)
+    assert low < 0.5 and 0.7 < high < 1.0
+    low, high = score_limits([0.9, 0.8, 0.7, -50.0], lower_is_better=False)
+    assert high > 0.9 and 0.0 < low < 0.7
+    low, high = score_limits([0.5], lower_is_better=True)
+    assert low < 0.5 < high
+
+
+def test_numbers_are_written_for_people():
+    assert [value_text(v) for v in (2**-7, 0.3, 1.0, 46, "cosine", False, 1e-10)] == [
+        "2^-7", "0.3", "1", "46", "cosine", "False", "1e-10",
+    ]  # fmt: skip
+    assert [duration_text(s) for s in (42.0, 780.0, 18720.0)] == ["42 s", "13 min", "5.2 h"]

@@ -1,0 +1,63 @@
+"""Importance finds what matters, ignores what does not, and says when it cannot tell."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from megadit.search.report.importance import Importance, measure_importance, points_needed, ranks
+
+
+def sample(count: int, score) -> list[tuple[dict[str, float], float]]:
+    draw = random.Random(0)
+    made = []
+    for _ in range(count):
+        hps = {"lr": 2 ** draw.uniform(-12, -4), "clip": 10 ** draw.uniform(-2, 2), "kind": draw.choice(["a", "b"])}
+        made.append((hps, score(hps)))
+    return made
+
+
+def test_the_key_that_decides_gets_the_share_even_with_diverged_points():
+    found = measure_importance(
+        sample(60, lambda h: math.nan if h["lr"] > 2**-5 else (math.log2(h["lr"]) + 8) ** 2 + (h["kind"] == "b") / 9),
+        True,
+    )
+    assert isinstance(found, Importance)
+    shares = dict(found.shares)
+    assert found.shares[0][0] == "lr" and shares["lr"] > 0.9
+    assert shares["clip"] < 0.05 and found.control < 0.05
+    assert found.points == 60 and 0 < found.diverged < 20
+    assert sum(shares.values()) + found.control == pytest.approx(1.0, abs=1e-6)
+
+
+def test_direction_matters_for_diverged_points_only():
+    points = sample(40, lambda h: math.nan if h["lr"] > 2**-6 else 1.0 + (h["kind"] == "b"))
+    lower, higher = (measure_importance(points, better) for better in (True, False))
+    assert isinstance(lower, Importance) and isinstance(higher, Importance)
+    assert lower.diverged == higher.diverged
+    assert dict(higher.shares)["lr"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("points", "why"),
+    [
+        ([], "fewer than two were varied"),
+        ([({"a": 1, "b": 2}, 0.1), ({"a": 2, "b": 2}, 0.2)], "fewer than two were varied"),
+        (sample(8, lambda h: h["lr"]), f"3 HPs need at least {points_needed(3)}"),
+        (sample(30, lambda h: 1.0), "the same score"),
+    ],
+)
+def test_it_says_why_there_is_none(points, why):
+    assert why in measure_importance(points, True)
+
+
+def test_ranks_share_ties():
+    assert ranks_of([3.0, 1.0, 3.0, math.inf, math.inf, 2.0]) == [2.5, 0.0, 2.5, 4.5, 4.5, 1.0]
+
+
+def ranks_of(values: list[float]) -> list[float]:
+    import numpy as np
+
+    return ranks(np.array(values)).tolist()
