@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from megadit.config import LoadedConfig, RunConfig
 from megadit.config.dsconfig import merge_ds_config
 from megadit.data import BatchLayout, BatchStream, build_datasets
 from megadit.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megadit.train.run import TrainingRun
 
 BASE: dict[str, Any] = {
     "model": {
@@ -46,21 +49,12 @@ def layout_of(config: RunConfig, world: int, ds: dict[str, Any] | None = None) -
     return merged.config, merged.ds_config
 
 
-def train_rank(
-    config: RunConfig,
-    folder: str,
-    steps: int | None = None,
-    checkpoint: str | None = None,
-    ds: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run on one rank through the library; returns losses, norms and this rank's weight fragments.
-
-    Training starts from ``checkpoint`` if given, stops after ``steps`` and then saves into ``folder``.
-    """
+def assemble_rank(
+    config: RunConfig, folder: str, checkpoint: str | None = None, ds: dict[str, Any] | None = None
+) -> TrainingRun:
+    """This rank's part of a run, as the command assembles it, from ``checkpoint`` if given."""
     from megadit.parallel import start_processes
-    from megadit.train.checkpoint import Position
-    from megadit.train.loop import Meter, optimizer_step
-    from megadit.train.pretrain import Job, assemble
+    from megadit.train.pretrain import Job, Start, assemble
     from megadit.train.run_dir import RunDirectory
 
     context = start_processes()
@@ -70,23 +64,54 @@ def train_rank(
     directory = RunDirectory(Path(folder))
     context.on_main(directory.create)
     assert config.train.steps is not None
-    run = assemble(job, context, directory, config.train.steps, Path(checkpoint) if checkpoint else None)
-    stream = BatchStream(train_set, run.layout, config.train.seed, flip=False, workers=0, start_step=run.position.step)
+    start = Start(Path(checkpoint) if checkpoint else None)
+    return assemble(job, context, directory, config.train.steps, start)
+
+
+def train_on(run: TrainingRun, until: int) -> list[dict[str, Any]]:
+    """Train to step ``until`` through the library's own step; a record of every step."""
+    from megadit.train.checkpoint import Position
+    from megadit.train.loop import Meter, optimizer_step
+
+    seed, size = run.config.train.seed, run.config.train.global_batch
+    stream = BatchStream(run.train_set, run.layout, seed, flip=False, workers=0, start_step=run.position.step)
     batches, records = iter(stream), []
-    while run.position.step < (steps or config.train.steps):
+    while run.position.step < until:
         meter = Meter(run)
         norm = optimizer_step(run, batches, meter, True)
         step = run.position.step + 1
-        run.position = Position(step, step * config.train.global_batch, run.engine.skipped_steps)
+        run.position = Position(step, step * size, run.engine.skipped_steps)
         records.append(meter.record(norm))
+    return records
+
+
+def train_rank(
+    config: RunConfig,
+    folder: str,
+    steps: int | None = None,
+    checkpoint: str | None = None,
+    ds: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run on one rank through the library; returns losses, norms and this rank's fragments of weights and averages.
+
+    Training starts from ``checkpoint`` if given, stops after ``steps`` and then saves into ``folder``.
+    """
+    run = assemble_rank(config, folder, checkpoint, ds)
+    records = train_on(run, steps or run.total_steps)
     saved = run.save()
-    pieces = [(f.name, f.shape, f.start, f.stop, f.values.detach().clone()) for f in run.engine.partitions.fragments()]
+    fragments = run.engine.partitions.fragments()
+    pieces = [(f.name, f.shape, f.start, f.stop, f.values.detach().clone()) for f in fragments]
+    averages: dict[str, list[tuple[Any, ...]]] = {}
+    for f in fragments:
+        for kind, values in run.engine.ema.tensors(f).items():
+            averages.setdefault(kind, []).append((f.name, f.shape, f.start, f.stop, values.clone()))
     working = {n: p.detach().float().clone() for n, p in run.engine.module.named_parameters() if p.numel()}
     return {
         "losses": [r["loss"] for r in records],
         "norms": [r["grad_norm"] for r in records],
         "lrs": [r["lr_groups"] for r in records],
         "pieces": pieces,
+        **averages,
         "working": working,
         "adam_step": run.engine.partitions.adam_step(),
         "loss_scale": run.engine.partitions.loss_scale_state(),
@@ -95,11 +120,11 @@ def train_rank(
     }
 
 
-def merge_weights(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Whole parameters from all ranks' fragments; every element must be covered."""
+def merge_weights(results: list[dict[str, Any]], kind: str = "pieces") -> dict[str, torch.Tensor]:
+    """Whole parameters (or averages, ``ema/NAME``) from all ranks' fragments; every element must be covered."""
     whole: dict[str, torch.Tensor] = {}
     for result in results:
-        for name, shape, start, stop, values in result["pieces"]:
+        for name, shape, start, stop, values in result[kind]:
             flat = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
             flat[start:stop] = values
             whole[name] = flat
@@ -109,7 +134,10 @@ def merge_weights(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
-    """The same training written out in plain torch: one process, whole batch, no DeepSpeed, own clipping."""
+    """The same training written out in plain torch: one process, whole batch, no DeepSpeed, own clipping.
+
+    Returns losses, norms, the last weights and ``path``, the weights before the first step and after each.
+    """
     from megadit.conditioning import Conditioning
     from megadit.data import SampleOrder, make_batch
     from megadit.diffusion import build_objective
@@ -127,6 +155,7 @@ def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
         config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
     )
     losses, norms = [], []
+    path = [{name: p.detach().flatten().clone() for name, p in model.named_parameters()}]
     for step in range(steps):
         batch = make_batch(train_set, order, layout.numbers(step, 0), seed=seed, flip=False)
         noisy = objective.prepare(batch.images, Conditioning(labels=batch.labels), batch.numbers, seed)
@@ -146,5 +175,5 @@ def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
         optimizer.step()
         losses.append(loss.item())
         norms.append(float(norm))
-    weights = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "weights": weights}
+        path.append({name: p.detach().flatten().clone() for name, p in model.named_parameters()})
+    return {"losses": losses, "norms": norms, "weights": path[-1], "path": path}
