@@ -14,10 +14,12 @@ from typing import Any
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.search.pool import Place, Pool, places, this_machine
 from megadit.search.spec import read_spec
+from megadit.search.states import Counts, point_text
 from megadit.search.study import FROZEN, Study, find_study, load_study
 from megadit.search.worker import AFTER, NOW, STOP, work
 
-_SHOW_S = 1.0  # how often the store is asked while workers run
+_SHOW_S = 1.0  # how often the store is asked while workers run, at most
+_SHARE = 50  # of the time, asking takes at most one part in so many: the cores are the workers'
 _LINE_S = 30.0  # between plain progress lines when nothing ends
 
 
@@ -80,7 +82,7 @@ def _run_pool(study: Study, store: Any, slots: list[Place]) -> Pool:
     try:
         with pool:
             pool.run(
-                lambda: store.counts().done,
+                lambda: _ended_well(store.counts()),
                 progress.tick,
                 stopping=lambda: bool(asked) or (study.folder / STOP).exists(),
             )
@@ -89,6 +91,10 @@ def _run_pool(study: Study, store: Any, slots: list[Place]) -> Pool:
         for number, handler in before.items():
             signal.signal(number, handler)
     return pool
+
+
+def _ended_well(counts: Counts) -> int:
+    return counts.done - counts.failed
 
 
 def _conclude(study: Study, store: Any, pool: Pool) -> int:
@@ -128,19 +134,20 @@ class Progress:
 
     def __init__(self, store: Any, workers: int) -> None:
         self._store, self._workers = store, workers
-        self._asked = self._printed = 0.0
+        self._next = self._printed = 0.0
         self._done = -1
         self._bar: Any = None
 
     def tick(self) -> None:
-        """Show the present state, at most every second."""
-        if time.monotonic() - self._asked < _SHOW_S:
+        """Show the present state, when it is time to."""
+        if time.monotonic() < self._next:
             return
-        from megadit.search.states import point_text
+        begin = time.monotonic()
         from megadit.search.status import duration, status_of
 
         status = status_of(self._store, self._workers)
-        self._asked, counts = time.monotonic(), status.counts
+        now, counts = time.monotonic(), status.counts
+        self._next = now + max(_SHOW_S, _SHARE * (now - begin))
         parts = [f"{counts.running} running"]
         parts += [f"{number} {name}" for name in ("diverged", "pruned", "failed") if (number := getattr(counts, name))]
         if status.best is not None:
@@ -148,8 +155,8 @@ class Progress:
         eta = "?" if status.eta_s is None else duration(status.eta_s)
         if sys.stderr.isatty():
             self._show_bar(counts.done, counts.planned, "  ".join([*parts, f"ETA {eta}"]))
-        elif counts.done != self._done or self._asked - self._printed > _LINE_S:
-            self._done, self._printed = counts.done, self._asked
+        elif counts.done != self._done or now - self._printed > _LINE_S:
+            self._done, self._printed = counts.done, now
             print(f"{counts.done}/{counts.planned} trials  {'  '.join(parts)}  ETA {eta}", file=sys.stderr, flush=True)
 
     def _show_bar(self, done: int, planned: int, text: str) -> None:

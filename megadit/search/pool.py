@@ -20,6 +20,9 @@ from megadit.search.spec import WorkersSpec
 from megadit.search.study import Study
 
 _RESTART_S = 1.0
+# A trial that kills each of its workers is given up after max_attempts and the next worker gets on; but where one death
+# follows another and no trial ends well, something else is wrong.
+_MAX_DEATHS = 10
 _POLL_S = 0.2
 _LOG_TAIL = 2000
 _PR_SET_PDEATHSIG = 1
@@ -70,7 +73,7 @@ class _Slot:
     place: Place
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
-    deaths: int = 0  # in a row, without a trial that ended meanwhile
+    deaths: int = 0  # in a row, without a trial that ended well meanwhile
     done_at_start: int = 0
     restart_at: float = 0.0
     over: bool = False
@@ -96,8 +99,8 @@ class Pool:
     def run(self, done: Callable[[], int], tick: Callable[[], None], *, stopping: Callable[[], bool]) -> None:
         """Keep the workers running until each has ended.
 
-        ``done`` counts the trials that have ended, ``tick`` is called all the time, and after ``stopping`` says so no
-        worker is started again.
+        ``done`` counts the trials that have ended well, ``tick`` is called all the time, and after ``stopping`` says
+        so no worker is started again.
         """
         while True:
             for slot in self._slots:
@@ -132,8 +135,7 @@ class Pool:
     def _restart(self, slot: _Slot, code: int, done: int) -> None:
         slot.deaths = 1 if done > slot.done_at_start else slot.deaths + 1
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        # A trial that kills each of its workers is given up after max_attempts, and then the next worker gets on.
-        if slot.deaths > self.study.spec.max_attempts + 1:
+        if slot.deaths >= _MAX_DEATHS:
             print(f"\na worker ended {how}, again; it is not restarted. The end of its log, {slot.log}:\n"
                   f"{self._tail(slot.log)}", file=sys.stderr)  # fmt: skip
             slot.over, self.lost = True, slot.log

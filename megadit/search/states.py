@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megadit.search.identity import WorkerId
 from megadit.search.plan import PlannedTrial
 from megadit.search.results import TrialResult
 
@@ -53,6 +55,15 @@ class Running:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Overview:
+    """A study's trials at one moment: the results and what runs, each by number."""
+
+    counts: Counts
+    results: tuple[TrialResult, ...]
+    running: tuple[Running, ...]
+
+
 @dataclass
 class History:
     """All starts of one trial, as optuna's frozen trials, in order."""
@@ -91,6 +102,13 @@ class History:
             elif "lost" in trial.user_attrs and "uncounted" not in trial.user_attrs:
                 count += 1
         return count
+
+    def running(self) -> Running:
+        """Who runs it; it must be running."""
+        attrs, start = self.last.user_attrs, self.last.datetime_start
+        label = WorkerId.from_json(attrs["worker"]).label if "worker" in attrs else "?"
+        seconds = 0.0 if start is None else max(0.0, time.time() - start.timestamp())
+        return Running(self.number, attrs["variant"], attrs["scale"], label, seconds)
 
     def result(self) -> TrialResult:
         """The result; there must be one."""

@@ -50,15 +50,15 @@ class Status:
 
 def status_of(store: StudyStore, workers: int | None = None) -> Status:
     """The present status; only reads. ``workers`` (default: as many as run now) share what is left."""
-    study, counts = store.study, store.counts()
-    trials, running = tuple(store.results()), tuple(store.running())
+    study, seen = store.study, store.overview()
+    counts = seen.counts
     try:
-        best = select(StudyResults(study, trials, counts.planned, counts.running, counts.waiting))
+        best = select(StudyResults(study, seen.results, counts.planned, counts.running, counts.waiting))
     except UserError:  # no point has finished well yet
         best = None
-    left = seconds_left(study, store.planned, trials, running)
-    eta = None if left is None else left / max(1, workers or len(running))
-    return Status(study, counts, running, trials, best, eta)
+    left = seconds_left(study, store.planned, seen.results, seen.running)
+    eta = None if left is None else left / max(1, workers or len(seen.running))
+    return Status(study, counts, seen.running, seen.results, best, eta)
 
 
 def seconds_left(

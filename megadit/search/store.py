@@ -19,7 +19,7 @@ from megadit.search.identity import Heartbeats, WorkerId
 from megadit.search.locking import FILES, StudyLock, open_storage
 from megadit.search.plan import PlannedTrial, plan
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, StudyResults, TrialResult
-from megadit.search.states import Claim, Counts, History, Running, attributes, restored, stored
+from megadit.search.states import Claim, Counts, History, Overview, attributes, restored, stored
 from megadit.search.study import Study, load_study, save_study
 
 _UNOWNED_S = 60.0  # a running trial without an owner for so long was claimed by a process that died at once
@@ -147,37 +147,33 @@ class StudyStore:
                 self._fill()
             return numbers
 
+    def overview(self) -> Overview:
+        """How every trial stands, from one reading of the storage; writes nothing."""
+        from optuna.trial import TrialState
+
+        results, running = [], []
+        for history in self._histories().values():
+            if history.outcome is not None:
+                results.append(history.result())
+            elif history.last.state == TrialState.RUNNING:
+                running.append(history.running())
+        ended = [result.outcome for result in results]
+        # A trial between two attempts counts as waiting.
+        waiting = len(self._plan) - len(running) - len(ended)
+        tally = (ended.count(outcome) for outcome in (COMPLETE, DIVERGED, PRUNED, FAILED))
+        return Overview(
+            Counts(len(self._plan), waiting, len(running), *tally),
+            tuple(sorted(results, key=lambda result: result.number)),
+            tuple(sorted(running, key=lambda entry: entry.number)),
+        )
+
     def results(self) -> list[TrialResult]:
         """The trials that have ended, by number; only reads."""
-        found = [history.result() for history in self._histories().values() if history.outcome is not None]
-        return sorted(found, key=lambda result: result.number)
+        return list(self.overview().results)
 
     def counts(self) -> Counts:
-        """How the trials stand; only reads. A trial between two attempts counts as waiting."""
-        from optuna.trial import TrialState
-
-        histories = list(self._histories().values())
-        ended = [history.outcome for history in histories if history.outcome is not None]
-        running = sum(h.outcome is None and h.last.state == TrialState.RUNNING for h in histories)
-        return Counts(
-            len(self._plan), len(self._plan) - running - len(ended), running,
-            *(ended.count(outcome) for outcome in (COMPLETE, DIVERGED, PRUNED, FAILED)),
-        )  # fmt: skip
-
-    def running(self) -> list[Running]:
-        """The trials that are being run, by number; only reads."""
-        from optuna.trial import TrialState
-
-        found = []
-        for history in self._histories().values():
-            trial = history.last
-            if history.outcome is None and trial.state == TrialState.RUNNING:
-                owner, start = trial.user_attrs.get("worker"), trial.datetime_start
-                label = WorkerId.from_json(owner).label if owner else "?"
-                seconds = 0.0 if start is None else max(0.0, time.time() - start.timestamp())
-                attrs = trial.user_attrs
-                found.append(Running(history.number, attrs["variant"], attrs["scale"], label, seconds))
-        return sorted(found, key=lambda entry: entry.number)
+        """How many trials stand how; only reads."""
+        return self.overview().counts
 
     # What follows is called with the lock held, or only reads.
 
@@ -328,5 +324,5 @@ def load_stored(source: str | Path) -> StudyResults:
     """The results in the study directory (or of the study) ``source``; only reads. Raises UserError for none."""
     study = load_study(source)
     store = open_readonly(study)
-    counts = store.counts()
-    return StudyResults(study, tuple(store.results()), counts.planned, counts.running, counts.waiting)
+    seen = store.overview()
+    return StudyResults(study, seen.results, seen.counts.planned, seen.counts.running, seen.counts.waiting)

@@ -88,8 +88,11 @@ class Worker:
     """The loop of one worker. Rank 0 speaks with the store; what it decides, all ranks do."""
 
     def __init__(self, study: Study, context: ProcessContext, interrupt: Interrupt, began: float) -> None:
+        # Imported before a trial is claimed: an installation that is broken costs no trial an attempt.
         from megadit.data import build_datasets
+        from megadit.search.trial import Judge, run_trial
 
+        self._judge, self._run_trial = Judge, run_trial
         self.study, self.context, self.interrupt = study, context, interrupt
         self._began = began  # of the work for the next trial
         self._me = this_worker()
@@ -137,14 +140,12 @@ class Worker:
         return "wait", None
 
     def _run(self, claim: Claim) -> None:
-        from megadit.search.trial import Judge, run_trial
-
         began = self._began
         if self.context.is_main:
             _say(f"trial {claim.number} begins: {describe(claim)}")
-        judge = Judge(lambda: self._is_over(claim), functools.partial(self._prunes, claim))
+        judge = self._judge(lambda: self._is_over(claim), functools.partial(self._prunes, claim))
         try:
-            result = run_trial(self.study, claim, self.context, self._datasets, judge, began)
+            result = self._run_trial(self.study, claim, self.context, self._datasets, judge, began)
         except Exception as error:
             traceback.print_exc()
             if self.context.is_main:
