@@ -178,7 +178,9 @@ class TestSaving:
         save_config(config, tmp_path / "config.yaml")
         assert load_config(tmp_path / "config.yaml") == config
 
-    @pytest.mark.parametrize("name", sorted(str(p) for p in configs_dir().rglob("[a-z]*.yaml")))
+    @pytest.mark.parametrize(
+        "name", sorted(str(p) for p in configs_dir().rglob("[a-z]*.yaml") if p.parent.name != "sweeps")
+    )
     def test_round_trip_of_ours(self, tmp_path: Path, name: str):
         config = load_config(name)
         save_config(config, tmp_path / "config.yaml")
