@@ -44,13 +44,13 @@ def megadit_arm(overrides: list[str], folder: str) -> tuple[Callable[[], Any], A
     from megadit.parallel import start_processes
     from megadit.train import loop
     from megadit.train.command import prepare_job
-    from megadit.train.pretrain import assemble
+    from megadit.train.pretrain import Start, assemble
     from megadit.train.run_dir import RunDirectory
 
     job = prepare_job("configs/quickstart/emoji.yaml", overrides, None, folder, "never")
     directory = RunDirectory(Path(folder))
     directory.create()
-    run = assemble(job, start_processes(), directory, 10**6, None)
+    run = assemble(job, start_processes(), directory, 10**6, Start())
     meter = loop.Meter(run)
     batches = iter(BatchStream(run.train_set, run.layout, 0, flip=False, workers=0))
     return lambda: loop.optimizer_step(run, batches, meter, False), job.config

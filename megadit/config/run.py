@@ -197,6 +197,15 @@ class TrainConfig(Section):
         return self
 
 
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="checkpoints at its multiples stay for ever; itself a multiple of checkpoint_every",
+    )
+    init_from: str | None = Field(
+        None, description="checkpoint or run directory whose weights alone begin a new run; all else starts afresh"
+    )
+    init_from_ema: str | None = Field(None, description="init_from: take this average's weights; null: the online ones")
 class SampleConfig(Section):
     """How pictures are drawn from the model, during training and by launch/sample.py."""
 
@@ -206,6 +215,11 @@ class SampleConfig(Section):
     steps: int = Field(50, ge=1, description="model evaluations per picture (twice with guidance)")
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 is off")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first k channels (DiT: 3)")
+    @field_validator("init_from_ema", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        return _weights_name(value)
+
     count: int = Field(64, ge=1, description="pictures in a grid")
     seed: int = Field(0, ge=0, description="of the starting noise")
     weights: str = Field(ONLINE, description="online, or the name of an average (see ema)")
@@ -219,6 +233,16 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs; saved, resolved, as ``config.yaml`` in its run directory."""
 
+        if self.keep_every is not None and self.keep_every % (self.checkpoint_every or self.keep_every + 1):
+            raise ValueError(
+                f"keep_every: {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}, so that "
+                "nothing would be kept; make it one"
+            )
+        if self.init_from_ema is not None and self.init_from is None:
+            raise ValueError(
+                f"init_from_ema: {self.init_from_ema} is an average of the checkpoint init_from, which is not given; "
+                "give it, or leave this out"
+            )
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()

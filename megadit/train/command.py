@@ -16,7 +16,7 @@ from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from megadit.parallel import prepare_environment
 from megadit.train.ds_check import check_ds_config
 from megadit.train.optimizer import resolve_implementation
-from megadit.train.pretrain import Job, pretrain, resume_point, total_steps
+from megadit.train.pretrain import Job, Start, pretrain, resume_point, total_steps
 from megadit.train.schedule import Schedule
 
 
@@ -68,7 +68,7 @@ def dry_run(job: Job) -> int:
     """Print the layout, the memory of weights and optimizer, and the muP table; train nothing."""
     if not speaks_for_node():
         return EXIT_OK
-    checkpoint, first = resume_point(job)
+    start = resume_point(job)
     try:
         check_machine(job)
     except UserError as error:
@@ -85,10 +85,16 @@ def dry_run(job: Job) -> int:
     steps = total_steps(config, len(job.train_set))
     print(describe_plan(config, model, steps, int(os.environ["WORLD_SIZE"]), job.ds_config))
     print(f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out")
-    print(f"run_dir      {job.run_dir}" + (f", going on from step {first} ({checkpoint})" if checkpoint else ""))
+    print(f"run_dir      {job.run_dir}{_beginning(start)}")
     print()
     print(format_rows(rows(model, config.optim)))
     return EXIT_OK
+
+
+def _beginning(start: Start) -> str:
+    if start.checkpoint is not None:
+        return f", going on from step {start.step} ({start.checkpoint})"
+    return f", beginning with the weights of {start.weights_from}" if start.weights_from is not None else ""
 
 
 def check_machine(job: Job) -> None:

@@ -25,9 +25,10 @@ from megadit.models import build_model
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
-from megadit.train.checkpoint import Position, StoredCheckpoint, checkpoint_root, find_checkpoint
+from megadit.train.checkpoint import Position, checkpoint_root, open_checkpoint
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
+from megadit.train.resume import check_weights_start, restore, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
@@ -69,18 +70,18 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
     steps = total_steps(job.config, len(job.train_set))
     context = start_processes()
     directory = RunDirectory(job.run_dir)
-    checkpoint, first = context.on_main(lambda: _prepare_directory(directory, job, steps))
-    if first >= steps:
+    start = context.on_main(lambda: _prepare_directory(directory, job, steps))
+    if start.step >= steps:
         if not keep_group:
             stop_processes()
         return EXIT_OK
     run = None
     try:
-        run = assemble(job, context, directory, steps, checkpoint)
+        run = assemble(job, context, directory, steps, start)
         code, reason = _train(run, default_callbacks() if callbacks is None else callbacks)
     except BaseException as error:
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
-        step = first if run is None else run.position.step
+        step = start.step if run is None else run.position.step
         directory.write_failure(code, f"{type(error).__name__}: {error}", step)
         raise
     if context.is_main:
@@ -90,53 +91,67 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
     return code
 
 
-def resume_point(job: Job) -> tuple[Path | None, int]:
-    """The checkpoint that the job goes on from, if any, and its step; only reads.
+@dataclass(frozen=True)
+class Start:
+    """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
+
+    ``weights_from`` is the checkpoint whose weights alone a new run takes.
+    """
+
+    checkpoint: Path | None = None
+    step: int = 0
+    earlier: tuple[Path, ...] = ()
+    weights_from: Path | None = None
+
+
+def resume_point(job: Job) -> Start:
+    """Where the job begins; only reads.
 
     Raises:
-        UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint.
+        UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
+            train.init_from does, at a first start.
     """
     if job.resume in ("auto", "never"):
-        found = find_checkpoint(job.run_dir)
+        found = open_checkpoint(job.run_dir)
         if job.resume == "never" and found is not None:
             raise UserError(
-                f"--resume: never, but '{job.run_dir}' holds {found.name}; choose another --run_dir, or --resume auto"
+                f"--resume: never, but '{job.run_dir}' holds {found.stored.path.name}; choose another --run_dir, or "
+                "--resume auto"
             )
     else:
-        found = find_checkpoint(job.run_dir, job.resume)
+        found = open_checkpoint(job.run_dir, job.resume)
         if found is None:
             raise UserError(f"--resume: '{job.resume}' has no checkpoint; give one, or --resume auto")
         own = checkpoint_root(job.run_dir)
-        if found.resolve().parent != own.resolve() and (own / "latest").is_file():
+        if found.stored.path.resolve().parent != own.resolve() and (own / "latest").is_file():
             raise UserError(
                 f"--resume: '{job.resume}' is of another run, but '{job.run_dir}' has checkpoints of its own; choose "
                 "another --run_dir, or --resume auto to go on with these"
             )
     if found is None:
-        return None, 0
-    stored = StoredCheckpoint(found)
-    stored.check_same_model(job.config)
-    return found, stored.position.step
+        return Start(weights_from=check_weights_start(job.config))
+    found.stored.check_same_model(job.config)
+    return Start(found.stored.path, found.stored.position.step, found.earlier)
 
 
-def _prepare_directory(directory: RunDirectory, job: Job, steps: int) -> tuple[Path | None, int]:
-    """On rank 0: the checkpoint to resume from and its step; a writable run directory, unless nothing is left to do."""
-    checkpoint, first = resume_point(job)
-    if first >= steps:
+def _prepare_directory(directory: RunDirectory, job: Job, steps: int) -> Start:
+    """On rank 0: where to begin; a writable run directory, unless nothing is left to do."""
+    start = resume_point(job)
+    if start.step >= steps:
         print(
-            f"{job.run_dir}: already trained to step {first} of {steps}; raise train.steps, "
+            f"{job.run_dir}: already trained to step {start.step} of {steps}; raise train.steps, "
             "or choose another --run_dir",
             file=sys.stderr,
         )
         with contextlib.suppress(OSError):  # nothing else is written, so a read-only run directory is no obstacle
-            directory.write_exit(EXIT_OK, "complete", first)
-        return checkpoint, first
+            directory.write_exit(EXIT_OK, "complete", start.step)
+        return start
     for images in (job.train_set, job.val_set):
         if images not in _checked:
             check_images(images, seconds=_IMAGE_CHECK_S)
             _checked.add(images)
     directory.create()
-    return checkpoint, first
+    return start
 
 
 def assemble(
@@ -144,9 +159,9 @@ def assemble(
     context: ProcessContext,
     directory: RunDirectory,
     steps: int,
-    checkpoint: Path | None,
+    start: Start,
 ) -> TrainingRun:
-    """Model, engine, objective and data as one ``TrainingRun``, restored from ``checkpoint`` if given."""
+    """Model, engine, objective and data as one ``TrainingRun`` at ``start``."""
     config = job.config
     micro = int(job.ds_config["train_micro_batch_size_per_gpu"])
     schedule = Schedule.from_config(config.optim, steps)
@@ -162,34 +177,14 @@ def assemble(
         directory.describe(config, job.ds_config, table, job.train_set.classes, facts.notice, spread)
     engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema)
     position = Position()
-    if checkpoint is not None:
-        stored = StoredCheckpoint(checkpoint)
-        stored.restore(engine.partitions)
-        position = stored.position
-        engine.restored(position.step)
-        if context.is_main:
-            print(f"resuming from {checkpoint} at step {position.step}", file=sys.stderr)
-            _tell_changes(stored, config, engine.optimizer.table)
+    if start.checkpoint is not None:
+        position = restore((start.checkpoint, *start.earlier), engine, config, context)
+    elif start.weights_from is not None:
+        start_from_weights(start.weights_from, engine, config, context)
     layout = BatchLayout(config.train.global_batch, context.world_size, context.rank, micro)
     return TrainingRun(
         config, context, engine, objective, codec, job.train_set, job.val_set, layout, directory, steps, position
     )
-
-
-def _tell_changes(stored: StoredCheckpoint, config: RunConfig, groups: list[dict[str, Any]]) -> None:
-    """A resumed run follows the config; say so where that differs from what the checkpoint had."""
-    changes = stored.changes(config)
-    if changes:
-        print(f"note: the config has changed since the checkpoint: {', '.join(changes)}", file=sys.stderr)
-    before = {row["name"]: row for row in stored.state["groups"]}
-    for row in groups:
-        old = before.get(row["name"], {})
-        for key in ("lr_mult", "wd_mult", "eps_mult"):
-            if old.get(key) != row[key]:
-                print(
-                    f"note: group {row['name']} has {key} {row[key]:g} from the config (checkpoint: {old.get(key)})",
-                    file=sys.stderr,
-                )
 
 
 def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:

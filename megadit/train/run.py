@@ -49,6 +49,8 @@ class TrainingRun:
 
     def save(self) -> Path:
         """Write a checkpoint of the present position (all ranks must call)."""
+        if self.context.is_main:
+            self.directory.flush_metrics()  # after a crash there is a row for every step that the checkpoint holds
         path = save_checkpoint(
             self.directory.path,
             self.engine.partitions,
@@ -56,7 +58,7 @@ class TrainingRun:
             self.position,
             self.engine.optimizer.table,
             self.context,
-            self.config.train.keep_last,
+            [self.engine.ema],
         )
         self.saved_step = self.position.step
         return path

@@ -96,8 +96,17 @@ class RunDirectory:
             if row["step"] <= step:
                 kept.append(line)
         temporary = self.metrics.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        with open(temporary, "w") as file:
+            file.write("".join(line + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.metrics)
+
+    def flush_metrics(self) -> None:
+        """Bring the metrics written so far to the disk."""
+        if self.metrics.is_file():
+            with open(self.metrics, "rb") as file:
+                os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metric rows so far."""

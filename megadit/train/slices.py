@@ -18,10 +18,10 @@ Boxes = tuple[Box, ...]
 
 
 class Run(NamedTuple):
-    """``count`` elements that follow one another both in the whole parameter, from ``first``, and in a piece, ``at``."""
+    """``length`` elements that are neighbours both in the whole parameter, from ``first``, and in a piece, ``at``."""
 
     first: int
-    count: int
+    length: int
     at: int
 
 
@@ -65,18 +65,18 @@ class Wanted:
     @property
     def left(self) -> int:
         """Elements still to be read."""
-        return sum(run.count for run in self._open)
+        return sum(run.length for run in self._open)
 
     def take(self, stored: Sequence[Run]) -> list[tuple[int, int, int]]:
         """What of ``stored`` is wanted, as (place in the piece, place in the target, count) by place in the piece."""
         taken, rest, i = [], [], 0
         for run in self._open:
-            first, end = run.first, run.first + run.count
-            while i < len(stored) and stored[i].first + stored[i].count <= first:
+            first, end = run.first, run.first + run.length
+            while i < len(stored) and stored[i].first + stored[i].length <= first:
                 i += 1
             j = i
             while j < len(stored) and stored[j].first < end:
-                low, high = max(first, stored[j].first), min(end, stored[j].first + stored[j].count)
+                low, high = max(first, stored[j].first), min(end, stored[j].first + stored[j].length)
                 if low > first:
                     rest.append(Run(first, low - first, run.at + first - run.first))
                 taken.append((stored[j].at + low - stored[j].first, run.at + low - run.first, high - low))

@@ -63,7 +63,8 @@ def test_every_value(name: str):
         },
         "train": {
             "steps": steps, "epochs": None, "global_batch": 256, "micro_batch": None, "precision": "fp32", "seed": 0,
-            "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "sample_every": None,
+            "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "keep_every": None,
+            "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": None, "validation_images": 0, "validate_with": ("online",), "tensorboard": True,
             "wandb": False,
         },

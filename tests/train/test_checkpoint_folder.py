@@ -9,8 +9,10 @@ import torch
 from helpers.training import small_config
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
-from megadit.train import checkpoint as module
+from megadit.train import checkpoint_write as module
 from megadit.train.checkpoint import Position, StoredCheckpoint, find_checkpoint, save_checkpoint
+from megadit.train.checkpoint_format import Index
+from megadit.train.checkpoint_write import write_index
 from megadit.train.pretrain import resume_point, total_steps
 
 ALONE = ProcessContext(0, 1, 0, torch.device("cpu"))
@@ -31,9 +33,16 @@ class NoPartitions:
         return {}
 
 
-def save(run_dir, step, keep_last=2, config=None):
-    config = config or small_config()
-    return save_checkpoint(run_dir, NoPartitions(), config, Position(step, 16 * step), [], ALONE, keep_last)
+def save(run_dir, step, **train):
+    config = small_config(train=train)
+    return save_checkpoint(run_dir, NoPartitions(), config, Position(step, 16 * step), [], ALONE)
+
+
+def change_state(path, change):
+    """Rewrite a checkpoint's state as another program would have written it."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    write_index(path, Index.read(path), state)
 
 
 def steps_in(run_dir):
@@ -80,20 +89,27 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_flush_folder", full)
+    monkeypatch.setattr(module, "write_index", full)
     with pytest.raises(UserError, match="step-00000020: cannot be written .No space left"):
         save(tmp_path, 20)
     assert find_checkpoint(tmp_path).name == "step-00000010"
 
 
+def begins_at(job):
+    start = resume_point(job)
+    return start.checkpoint, start.step
+
+
 def test_the_point_of_resumption(tmp_path):
     run_dir, other = tmp_path / "run", tmp_path / "other"
-    assert resume_point(job(run_dir)) == (None, 0)
+    assert begins_at(job(run_dir)) == (None, 0)
     first, second = save(run_dir, 10), save(run_dir, 20)
     elsewhere = save(other, 5)
-    assert resume_point(job(run_dir)) == (second, 20)
-    assert resume_point(job(run_dir, str(first))) == (first, 10)
-    assert resume_point(job(tmp_path / "new", str(other))) == (elsewhere, 5)
+    assert begins_at(job(run_dir)) == (second, 20)
+    assert resume_point(job(run_dir)).earlier == (first,)
+    assert begins_at(job(run_dir, str(first))) == (first, 10)
+    assert resume_point(job(run_dir, str(first))).earlier == ()
+    assert begins_at(job(tmp_path / "new", str(other))) == (elsewhere, 5)
     with pytest.raises(UserError, match="--resume: never"):
         resume_point(job(run_dir, "never"))
     with pytest.raises(UserError, match="of another run, but .* has checkpoints of its own"):
@@ -102,25 +118,91 @@ def test_the_point_of_resumption(tmp_path):
         resume_point(job(run_dir, config=small_config(train={"seed": 4})))
 
 
-def test_a_broken_latest_does_not_stand_in_the_way_of_a_path(tmp_path):
-    saved = save(tmp_path, 10)
-    (saved.parent / "latest").write_text("step-00000099\n")
-    with pytest.raises(UserError, match="step-00000099"):
+def test_a_latest_that_points_nowhere_means_the_newest_complete_one(tmp_path, capsys):
+    first, second = save(tmp_path, 10), save(tmp_path, 20)
+    pointer = first.parent / "latest"
+    pointer.write_text("step-00000099\n")
+    assert begins_at(job(tmp_path)) == (second, 20)
+    assert "latest: points to 'step-00000099', which is not complete; going on from step-00000020" in told(capsys)
+    pointer.unlink()  # a run directory that was copied without it must not begin anew
+    assert begins_at(job(tmp_path)) == (second, 20)
+    assert "latest: cannot be read" in told(capsys)
+    pointer.write_text("step-00000010\n")  # killed between the folder's last rename and this
+    assert begins_at(job(tmp_path)) == (first, 10)
+    assert told(capsys) == ""
+
+
+def told(capsys):
+    return capsys.readouterr().err
+
+
+BREAKS = {
+    "no index": lambda path: (path / "index.json").unlink(),
+    "torn index": lambda path: (path / "index.json").write_text((path / "index.json").read_text()[:-9]),
+    "changed index": lambda path: replace_text(path / "index.json", '"files"', '"filed"'),
+    "changed state": lambda path: replace_text(path / "state.json", '"step": 20', '"step": 21'),
+    "torn state": lambda path: (path / "state.json").write_text("{"),
+    "no state": lambda path: (path / "state.json").unlink(),
+}
+
+
+def replace_text(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_newest_gives_way_unless_it_was_named(tmp_path, capsys, what):
+    first, second = save(tmp_path, 10), save(tmp_path, 20)
+    BREAKS[what](second)
+    assert begins_at(job(tmp_path)) == (first, 10)
+    said = told(capsys)
+    assert said.startswith("warning: ") and said.endswith("; going on from step-00000010\n") and said.count("\n") == 1
+    with pytest.raises(UserError, match="step-00000020"):
+        resume_point(job(tmp_path, str(second)))
+    (first / "state.json").unlink()
+    with pytest.raises(UserError, match="no earlier checkpoint of the run is sound"):
         resume_point(job(tmp_path))
-    assert resume_point(job(tmp_path, str(saved))) == (saved, 10)
+
+
+def test_a_newer_format_is_no_broken_checkpoint(tmp_path):
+    save(tmp_path, 10)
+    index = save(tmp_path, 20) / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "version": 3}))
+    with pytest.raises(UserError, match="version 3 is not megadit-checkpoint version 1 to 2"):
+        resume_point(job(tmp_path))
+
+
+def test_multiples_of_keep_every_stay(tmp_path):
+    for step in range(10, 100, 10):
+        save(tmp_path, step, keep_last=2, checkpoint_every=10, keep_every=30)
+    assert steps_in(tmp_path) == [30, 60, 80, 90]
+    save(tmp_path, 50, keep_last=2, checkpoint_every=10, keep_every=30)  # the run was taken back
+    assert steps_in(tmp_path) == [30, 50]
+
+
+@pytest.mark.parametrize("train", [{"keep_every": 30}, {"keep_every": 30, "checkpoint_every": 20}])
+def test_keep_every_that_keeps_nothing_is_refused(train):
+    with pytest.raises(ValueError, match="keep_every: 30 is no multiple of checkpoint_every"):
+        small_config(train=train)
 
 
 def test_a_checkpoint_older_than_a_key_is_of_the_same_model(tmp_path):
     path = save(tmp_path, 10)
-    state = json.loads((path / "state.json").read_text())
-    del state["config"]["model"]["mlp_ratio"]
-    (path / "state.json").write_text(json.dumps(state))
+    change_state(path, lambda state: state["config"]["model"].pop("mlp_ratio"))
     stored = StoredCheckpoint(path)
     stored.check_same_model(small_config())
     assert stored.changes(small_config()) == []
-    (path / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="index cannot be read"):
+    change_state(path, dict.clear)
+    with pytest.raises(UserError, match="state.json cannot be read"):
         StoredCheckpoint(path)
+
+
+def test_another_width_is_refused_with_the_reason(tmp_path):
+    path = save(tmp_path, 10)
+    with pytest.raises(UserError, match=r"model\.width 32 → 64.*muP transfers hyperparameters, not weights"):
+        resume_point(job(tmp_path, str(path), small_config(model={"width": 64, "heads": 4})))
 
 
 def test_changed_keys_are_named_and_layout_is_not_one(tmp_path):

@@ -1,0 +1,326 @@
+"""Reading a checkpoint: what it says of itself, and its tensors into any layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from megadit.config import RunConfig
+from megadit.config.run import ONLINE
+from megadit.errors import UserError
+from megadit.parallel import ProcessContext
+from megadit.train.checkpoint_format import STATE, WEIGHTS, Index, Position, StateSource
+from megadit.train.ema import KIND as EMA_KIND
+from megadit.train.fragment_io import BrokenCheckpoint, Piece, PieceReader
+from megadit.train.partitions import MOMENTS, Fragment, Partitions
+from megadit.train.slices import Wanted, runs
+
+_LAYOUT_KEYS = ("parallel.zero_stage", "train.micro_batch")  # any layout trains the same model
+_WAYS_TO_COMPUTE = {"attention_precision", "norm_precision"}  # of the model section; the weights' meaning is the same
+
+
+class StoredCheckpoint:
+    """An opened checkpoint: its index, its state and its config. Opening it checks the sizes of all of its files.
+
+    Raises:
+        BrokenCheckpoint: torn, changed or incomplete, as far as can be seen without reading the tensors.
+        UserError: of a newer format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index = Index.read(path)
+        self._check_sizes()
+        try:
+            text = (path / STATE).read_bytes()
+            record = self.index.files.get(STATE)
+            if record is not None and zlib.crc32(text) != record.crc32:
+                raise ValueError("its checksum is wrong")
+            self.state: dict[str, Any] = json.loads(text)
+            self.config = _completed(self.state["config"])
+            self.position = Position(*(int(self.state[key]) for key in ("step", "samples_seen", "skipped_steps")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BrokenCheckpoint(
+                f"checkpoint {path}: {STATE} cannot be read ({error}); use an earlier one"
+            ) from error
+
+    def _check_sizes(self) -> None:
+        for name, record in self.index.files.items():
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != record.bytes:
+                what = "is missing" if size is None else f"has {size} bytes of {record.bytes}"
+                raise BrokenCheckpoint(f"checkpoint {self.path}: {name} {what}; use an earlier one")
+
+    @property
+    def parameters(self) -> dict[str, list[int]]:
+        """Global shape of every parameter."""
+        return self.index.parameters
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """What is stored of the parameters: weights, exp_avg, exp_avg_sq, ema/NAME, …"""
+        return tuple(dict.fromkeys(piece.kind for piece in self.index.pieces))
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """Names of the stored moving averages."""
+        return tuple(kind.removeprefix(EMA_KIND) for kind in self.kinds if kind.startswith(EMA_KIND))
+
+    def reader(self) -> PieceReader:
+        """Opens the tensors; to be used in a ``with``."""
+        index = self.index
+        return PieceReader(self.path, index.parameters, index.pieces, index.files, index.block)
+
+    def check_same_model(self, config: RunConfig) -> None:
+        """Refuse a checkpoint of another model: what differs is named.
+
+        Raises:
+            UserError: naming the differing model keys, or train.seed or train.global_batch.
+        """
+        here, there = config.model_dump(mode="json"), self.config
+        keys = sorted((set(here["model"]) | set(there["model"])) - _WAYS_TO_COMPUTE)
+        different = [k for k in keys if here["model"].get(k) != there["model"].get(k)]
+        if different:
+            shown = ", ".join(f"model.{k} {there['model'].get(k)} → {here['model'].get(k)}" for k in different[:4])
+            raise UserError(
+                f"checkpoint {self.path}: is of another model ({shown}); {self._other_model_remedy(config)}"
+            )
+        for key in ("seed", "global_batch"):
+            if here["train"][key] != there["train"][key]:
+                raise UserError(
+                    f"train.{key}: {here['train'][key]} differs from {there['train'][key]} of checkpoint {self.path}; "
+                    "a resumed run keeps it, since the order of images depends on it; train.init_from starts a new run "
+                    "from these weights"
+                )
+
+    def _other_model_remedy(self, config: RunConfig) -> str:
+        if self._shape_problem(shapes_of(config)):
+            return (
+                "muP transfers hyperparameters, not weights: train the larger model from its own initialization (leave "
+                "--resume out and give another --run_dir), or resume with the checkpoint's own config"
+            )
+        return (
+            "resume with its own config, or start a new run from its weights alone with train.init_from="
+            f"{self.path} and another --run_dir"
+        )
+
+    def check_shapes(self, shapes: dict[str, list[int]]) -> None:
+        """Refuse another model's parameters.
+
+        Raises:
+            UserError: naming a parameter that is missing, is too many or has another shape.
+        """
+        problem = self._shape_problem(shapes)
+        if problem:
+            raise UserError(f"checkpoint {self.path}: {problem}; give a checkpoint of a model of the same shape")
+
+    def _shape_problem(self, shapes: dict[str, list[int]]) -> str | None:
+        for name in sorted({*shapes, *self.parameters}):
+            stored, needed = self.parameters.get(name), shapes.get(name)
+            if stored is None:
+                return f"has no parameter '{name}', which the model needs"
+            if needed is None:
+                return f"has a parameter '{name}', which the model does not know"
+            if list(stored) != list(needed):
+                return f"parameter '{name}' has shape {stored}, the model needs {list(needed)}"
+        return None
+
+    def changes(self, config: RunConfig) -> list[str]:
+        """Every key whose value in ``config`` is not the stored one, as ``key old → new``; layout keys left out."""
+        return differences(self.config, config.model_dump(mode="json"))
+
+    def restore(self, partitions: Partitions, sources: Sequence[StateSource], context: ProcessContext) -> list[str]:
+        """Fill this rank's master weights, moments and ``sources``, and the model's working weights from them.
+
+        A source's kind that is not stored starts from the stored weights. All ranks must call this; it succeeds on
+        all or fails on all, and then the fragments hold nothing of use. Returns what people should know.
+
+        Raises:
+            BrokenCheckpoint: on every rank, if some rank found its part torn, corrupt or incomplete.
+            UserError: it holds weights alone.
+        """
+        if not set(MOMENTS) <= set(self.kinds) and self.parameters:
+            raise UserError(
+                f"checkpoint {self.path}: holds weights without optimizer state; start a new run from them with "
+                f"train.init_from={self.path}"
+            )
+        lacking: set[str] = set()
+
+        def fill(reader: PieceReader, f: Fragment) -> None:
+            for kind, values in {WEIGHTS: f.values, **partitions.moments(f)}.items():
+                reader.read_into(values, kind, f.name, f.start, f.boxes)
+            for source in sources:
+                for kind, values in source.tensors(f).items():
+                    if kind in self.kinds:
+                        reader.read_into(values, kind, f.name, f.start, f.boxes)
+                    else:
+                        lacking.add(kind)
+                        values.copy_(f.values)
+
+        self._fill(partitions, context, fill)
+        partitions.set_adam_step(int(self.state["adam_step"]))
+        partitions.load_loss_scale_state(self.state["loss_scale"])
+        position = self.position
+        partitions.set_counters(position.step, position.samples_seen, position.skipped_steps)
+        partitions.publish_masters()
+        return self._notes(partitions, sources, lacking)
+
+    def start_from(
+        self, partitions: Partitions, sources: Sequence[StateSource], context: ProcessContext, weights: str
+    ) -> None:
+        """Fill the masters alone, with the online weights or an average; ``sources`` begin at them. All ranks call.
+
+        Raises:
+            BrokenCheckpoint: on every rank, if some rank found its part torn, corrupt or incomplete.
+        """
+        stored = self.kind_of(weights)
+
+        def fill(reader: PieceReader, f: Fragment) -> None:
+            reader.read_into(f.values, stored, f.name, f.start, f.boxes)
+            for source in sources:
+                for values in source.tensors(f).values():
+                    values.copy_(f.values)
+
+        self._fill(partitions, context, fill)
+        partitions.publish_masters()
+
+    def _fill(
+        self, partitions: Partitions, context: ProcessContext, fill: Callable[[PieceReader, Fragment], None]
+    ) -> None:
+        problem = ""
+        try:
+            with self.reader() as reader:
+                for fragment in partitions.fragments():
+                    if self.parameters.get(fragment.name) != list(fragment.shape):
+                        self.check_shapes({**self.parameters, fragment.name: list(fragment.shape)})
+                    fill(reader, fragment)
+        except BrokenCheckpoint as error:
+            problem = str(error)
+        agree(context, problem)
+
+    def _notes(self, partitions: Partitions, sources: Sequence[StateSource], lacking: set[str]) -> list[str]:
+        notes = [f"{kind} is not in the checkpoint and starts from its weights" for kind in sorted(lacking)]
+        for fragment in partitions.fragments()[:1]:
+            used = {kind for source in sources for kind in source.tensors(fragment)}
+            dropped = [EMA_KIND + name for name in self.averages if EMA_KIND + name not in used]
+            notes += [f"{kind} of the checkpoint is no longer configured and is dropped" for kind in dropped]
+        return notes
+
+    def kind_of(self, weights: str) -> str:
+        """The kind of the online weights or of a moving average.
+
+        Raises:
+            UserError: there is no such average; those that there are are named.
+        """
+        if weights not in (ONLINE, *self.averages):
+            raise UserError(
+                f"weights '{weights}': checkpoint {self.path} holds {', '.join((ONLINE, *self.averages))}; "
+                "choose one of these"
+            )
+        return WEIGHTS if weights == ONLINE else EMA_KIND + weights
+
+    def load_weights(self, model: nn.Module, weights: str = ONLINE) -> None:
+        """Fill a plain (whole, float32) model's parameters with the stored masters, or with an average of them.
+
+        Raises:
+            UserError: another model's shapes, no such average, or a broken file.
+        """
+        kind = self.kind_of(weights)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.check_shapes({name: list(p.shape) for name, p in parameters.items()})
+        with self.reader() as reader:
+            for name, parameter in parameters.items():
+                flat = parameter.data.new_empty(parameter.numel())
+                reader.read_into(flat, kind, name)
+                parameter.data.copy_(flat.view_as(parameter))
+
+    def verify(self) -> list[str]:
+        """Read everything and tell what is not as it was written; of version 1 only what its sizes betray."""
+        problems = []
+        with self.reader() as reader:
+            for piece in self.index.pieces:
+                try:
+                    reader.check(piece)
+                except BrokenCheckpoint as error:
+                    problems.append(str(error))
+        return list(dict.fromkeys(problems + self._gaps()))
+
+    def _gaps(self) -> list[str]:
+        stored: dict[tuple[str, str], list[Piece]] = {}
+        for piece in self.index.pieces:
+            stored.setdefault((piece.kind, piece.name), []).append(piece)
+        found = []
+        for kind in self.kinds:
+            for name, shape in self.parameters.items():
+                wanted = Wanted(runs(shape, None, 0, math.prod(shape)))
+                for piece in stored.get((kind, name), ()):
+                    wanted.take(runs(shape, piece.boxes, piece.start, piece.stop))
+                if wanted.left:
+                    found.append(f"checkpoint {self.path}: {wanted.left} elements of {kind} of '{name}' are missing")
+        return found
+
+
+def open_everywhere(path: Path, context: ProcessContext) -> StoredCheckpoint:
+    """Open a checkpoint on all ranks, or on none.
+
+    Raises:
+        BrokenCheckpoint: on every rank, if some rank cannot read it.
+    """
+    stored, problem = None, ""
+    try:
+        stored = StoredCheckpoint(path)
+    except BrokenCheckpoint as error:
+        problem = str(error)
+    agree(context, problem)
+    assert stored is not None
+    return stored
+
+
+def agree(context: ProcessContext, problem: str) -> None:
+    """Let what one rank found be every rank's.
+
+    Raises:
+        BrokenCheckpoint: some rank gave a problem; the first of them.
+    """
+    problems = [found for found in context.gather_objects(problem) if found]
+    if problems:
+        raise BrokenCheckpoint(problems[0], everywhere=True)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Keys of two run configs whose values differ, as ``key old → new``; layout keys left out."""
+    old, new = _flat(before), _flat(after)
+    keys = [key for key in new if key in old and key not in _LAYOUT_KEYS]
+    return [f"{key} {old[key]} → {new[key]}" for key in keys if old[key] != new[key]]
+
+
+def shapes_of(config: RunConfig) -> dict[str, list[int]]:
+    """Global shape of every trained parameter of a configuration's model."""
+    from megadit.models import build_model
+
+    model = build_model(config.model, device="meta")
+    return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the defaults of keys that are younger than it; as it is where it is no longer valid."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(stored)).model_dump(mode="json")
+    except ValidationError:
+        return stored
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,97 @@
+"""Bringing a stored state into a new engine: going on from a checkpoint, or beginning with its weights alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megadit.config import RunConfig
+from megadit.config.run import ONLINE
+from megadit.errors import UserError
+from megadit.parallel import ProcessContext
+from megadit.train.checkpoint_find import none_sound, open_checkpoint, tell_fallback
+from megadit.train.checkpoint_format import Position
+from megadit.train.checkpoint_read import StoredCheckpoint, open_everywhere, shapes_of
+from megadit.train.engine import TrainingEngine
+from megadit.train.fragment_io import BrokenCheckpoint
+
+
+def restore(paths: Sequence[Path], engine: TrainingEngine, config: RunConfig, context: ProcessContext) -> Position:
+    """Go on from the first of ``paths`` that is sound on every rank; what is passed over is told.
+
+    A single path is what a person named, or the only one there is: then nothing is tried after it.
+
+    Raises:
+        UserError: none is sound, or one is of another model.
+    """
+    first_problem = ""
+    for number, path in enumerate(paths):
+        try:
+            stored = open_everywhere(path, context)
+            stored.check_same_model(config)
+            notes = stored.restore(engine.partitions, [engine.ema], context)
+        except BrokenCheckpoint as error:
+            if len(paths) == 1:
+                raise
+            first_problem = first_problem or str(error)
+            if context.is_main and number + 1 < len(paths):
+                tell_fallback(str(error), paths[number + 1])
+            continue
+        engine.restored(stored.position.step)
+        if context.is_main:
+            print(f"resuming from {path} at step {stored.position.step}", file=sys.stderr)
+            _tell(notes + _changes(stored, config, engine.optimizer.table))
+        return stored.position
+    raise none_sound(first_problem)
+
+
+def check_weights_start(config: RunConfig) -> Path | None:
+    """The checkpoint that ``train.init_from`` names, if it does, checked against the model.
+
+    Raises:
+        UserError: no checkpoint is there, it lacks the average, or its parameters have other shapes.
+    """
+    if config.train.init_from is None:
+        return None
+    path = Path(config.train.init_from)
+    found = open_checkpoint(path, str(path), "train.init_from")
+    if found is None:
+        raise UserError(f"train.init_from: '{path}' has no checkpoint yet; give one that has")
+    found.stored.kind_of(config.train.init_from_ema or ONLINE)
+    found.stored.check_shapes(shapes_of(config))
+    return found.stored.path
+
+
+def start_from_weights(path: Path, engine: TrainingEngine, config: RunConfig, context: ProcessContext) -> None:
+    """Begin a new run with a checkpoint's weights; optimizer, averages, schedule and data begin afresh.
+
+    Raises:
+        UserError: it is broken or of another shape.
+    """
+    stored = open_everywhere(path, context)
+    weights = config.train.init_from_ema or ONLINE
+    stored.start_from(engine.partitions, [engine.ema], context, weights)
+    if context.is_main:
+        what = "weights" if weights == ONLINE else f"weights (average {weights})"
+        print(f"beginning at step 0 with the {what} of {path}, step {stored.position.step}", file=sys.stderr)
+        _tell([f"the model differs: {change}" for change in stored.changes(config) if change.startswith("model.")])
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _changes(stored: StoredCheckpoint, config: RunConfig, groups: list[dict[str, Any]]) -> list[str]:
+    """A resumed run follows the config; what of it is not as the checkpoint had it."""
+    changes = stored.changes(config)
+    notes = [f"the config has changed since the checkpoint: {', '.join(changes)}"] if changes else []
+    before = {row["name"]: row for row in stored.state["groups"]}
+    for row in groups:
+        old = before.get(row["name"], {})
+        for key in ("lr_mult", "wd_mult", "eps_mult"):
+            if old.get(key) != row[key]:
+                notes.append(f"group {row['name']} has {key} {row[key]:g} from the config (checkpoint: {old.get(key)})")
+    return notes
