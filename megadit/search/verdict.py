@@ -97,7 +97,7 @@ def _plain(value: float | None) -> float | int | None:
 
 def _whole(value: float | None) -> float | int | None:
     """A scale as people write it: 144, not 144.0."""
-    return int(value) if value is not None and value.is_integer() else value
+    return int(value) if value is not None and float(value).is_integer() else value
 
 
 def _scale_json(scale: ScaleVerdict, verdict: Verdict) -> dict[str, Any]:
