@@ -47,18 +47,18 @@ class ValueAxis:
         return f"{self.key} (log)" if self.kind == "log" else self.key
 
 
-def value_axis(key: str, values: Sequence[Any], logarithmic: bool | None = None) -> ValueAxis:
-    """An axis for these values of ``key``; ``logarithmic`` None decides by their range."""
+def value_axis(key: str, kind: str, values: Sequence[Any]) -> ValueAxis:
+    """An axis for these values of ``key``, which is searched as ``kind``: grid, choice, uniform or log_uniform."""
     distinct = list({repr(value): value for value in values}.values())
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
-    if not numeric:
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
         return ValueAxis(key, "listed", tuple(map(repr, distinct)), 0.0, len(distinct) - 1.0, tuple(distinct))
-    low, high = min(distinct), max(distinct)
-    log = spans_decades(low, high) if logarithmic is None else logarithmic and low > 0
-    # Few values are a grid, and a grid's own values are its ticks.
-    marks = tuple(sorted(distinct)) if len(distinct) <= 2 * _TICKS and len(distinct) <= len(values) / 2 + 1 else ()
-    kind = "log" if log or _geometric(sorted(distinct)) else "linear"
-    return ValueAxis(key, kind, (), float(low), float(high), marks)
+    ordered = sorted(distinct)
+    low, high = ordered[0], ordered[-1]
+    if kind in ("grid", "choice"):  # its own values are its ticks
+        log = spans_decades(low, high) or _geometric(ordered)
+        return ValueAxis(key, "log" if log else "linear", (), float(low), float(high), tuple(ordered))
+    log = kind == "log_uniform" and low > 0
+    return ValueAxis(key, "log" if log else "linear", (), float(low), float(high), ())
 
 
 def _geometric(values: Sequence[float]) -> bool:

@@ -43,7 +43,7 @@ def curve_figure(gathered: Gathered, key: str, verdicts: Mapping[str, Verdict]) 
     points = [point for points in curves.values() for point in points]
     panels = _Panels(
         gathered,
-        value_axis(key, [point.hps[key] for point in points for _ in (0, 1)]),
+        value_axis(key, gathered.results.study.space.dimension(key).kind, [point.hps[key] for point in points]),
         score_limits(means, gathered.lower_is_better()),
         scale_colours(gathered.scales),
         scale_markers(gathered.scales),

@@ -45,13 +45,9 @@ def importance_figure(found: Importance) -> Figure:
 
 
 def _axes_of(gathered: Gathered, points: Sequence[Point]) -> list[ValueAxis]:
-    """An axis for each searched key, logarithmic where the study draws from factors."""
-    axes = []
-    for key in gathered.keys:
-        dimension = gathered.results.study.space.dimension(key)
-        logarithmic = {"log_uniform": True, "uniform": False}.get(dimension.kind)
-        axes.append(value_axis(key, [point.hps[key] for point in points], logarithmic))
-    return axes
+    """An axis for each searched key."""
+    dimensions = gathered.results.study.space.dimensions
+    return [value_axis(d.key, d.kind, [point.hps[d.key] for point in points]) for d in dimensions]
 
 
 def slice_figure(gathered: Gathered, variant: str) -> Figure | None:

@@ -9,26 +9,28 @@ from megadit.search.report.words import duration_text, value_text
 
 
 def test_a_grid_of_powers_is_logarithmic_with_its_values_as_ticks():
-    axis = value_axis("optim.lr", [2.0**-k for k in (10, 9, 8, 7)] * 2)
+    axis = value_axis("optim.lr", "grid", [2.0**-k for k in (10, 9, 8, 7)] * 2)
     assert axis.kind == "log"
     assert axis.ticks() == ([-10.0, -9.0, -8.0, -7.0], ["2^-10", "2^-9", "2^-8", "2^-7"])
 
 
 @pytest.mark.parametrize(
-    ("values", "logarithmic", "labels"),
+    ("kind", "values", "labels"),
     [
-        ([0.011 + 0.3 * k for k in range(300)], True, ["0.1", "1", "10"]),
-        ([1 + 0.43 * k for k in range(300)], False, ["20", "40", "60", "80", "100", "120"]),
-        ([0.1 + 0.003 * k for k in range(300)], False, ["0.2", "0.4", "0.6", "0.8"]),
-        ([7, 7], False, ["7"]),
+        ("log_uniform", [0.011 + 0.3 * k for k in range(300)], ["0.1", "1", "10"]),
+        ("uniform", [1 + 0.43 * k for k in range(300)], ["20", "40", "60", "80", "100", "120"]),
+        ("uniform", [0.1 + 0.003 * k for k in range(300)], ["0.2", "0.4", "0.6", "0.8"]),
+        ("uniform", [7, 7], ["7"]),
+        ("grid", [1, 2, 3, 5, 3], ["1", "2", "3", "5"]),
+        ("grid", [0.01, 1.0, 3.0], ["0.01", "1", "3"]),
     ],
 )
-def test_ranges_get_round_ticks(values, logarithmic, labels):
-    assert value_axis("k", values, logarithmic).ticks()[1] == labels
+def test_ranges_get_round_ticks(kind, values, labels):
+    assert value_axis("k", kind, values).ticks()[1] == labels
 
 
 def test_words_and_truth_values_have_places():
-    axis = value_axis("k", ["a", "b", "a", True])
+    axis = value_axis("k", "choice", ["a", "b", "a", True])
     assert axis.kind == "listed" and axis.at("b") == 1.0 and axis.at(True) == 2.0
     assert axis.ticks()[1] == ["a", "b", "True"]
 

@@ -234,3 +234,22 @@ def test_the_page_is_the_same_from_the_same_results(tmp_path):
     results = fabricate(make_study(tmp_path, base=BASE), valley())
     first, second = (html.render(compose(results)) for _ in range(2))
     assert re.sub(r"Written [^U]+UTC", "", first) == re.sub(r"Written [^U]+UTC", "", second)
+
+
+def test_a_grid_over_two_keys_has_a_verdict_and_a_figure_for_each(tmp_path):
+    space = {"optim.lr": {"grid": ["2^-9", "2^-8", "2^-7", "2^-6", "2^-5"]}, "model.output_mult": {"grid": [1, 2, 4]}}
+    study = make_study(tmp_path, space=space, scale={"key": "model.width", "values": [32, 64]})
+
+    def loss(trial, scale):
+        base = valley()(trial, scale)
+        return None if base is None else base + 0.03 * math.log2(trial.hps["model.output_mult"] / 2) ** 2
+
+    document = compose(fabricate(study, loss))
+    assert [badge.text for badge in document.badges] == [
+        "optim.lr: transfers",
+        "model.output_mult: transfers",
+        "complete",
+    ]
+    figures = [b.name for section in document.sections for b in section.blocks if isinstance(b, Figure)]
+    assert figures[:2] == ["curves-optim.lr", "curves-model.output_mult"]
+    assert "importance" in figures, "15 points at the proxy are enough for two keys"
