@@ -116,8 +116,9 @@ def apply_results(
     study = results.study
     variant = study.variants[0]
     found = backings(results, others, study.spec.selection_score.name, variant, force)
-    choice = select(results, variant)
-    proxy = proxy_config(results, choice, variant)
+    scale = _proxy_scale(results, found)
+    choice = select(results, variant, scale)
+    proxy = proxy_config(results, choice, variant, scale)
     changes = base_changes(proxy, loaded.config, choice.hps)
     target = apply_changes(loaded, changes, study.spec.name)
     lengths = run_steps(proxy), run_steps(target)
@@ -146,18 +147,26 @@ def apply_results(
     return applied
 
 
-def proxy_config(results: StudyResults, choice: Choice, variant: str) -> RunConfig:
-    """The run at the proxy that ``choice`` speaks of.
+def _proxy_scale(results: StudyResults, found: Sequence[Backing]) -> int | None:
+    """The scale at which to choose: the verdict's proxy where the study's own smallest scale is an exception to it."""
+    own = next((backing for backing in found if backing.results is results), None)
+    if own is None or own.verdict is None or own.verdict.proxy is None or not own.transfers:
+        return results.study.proxy_scale
+    return int(own.verdict.proxy)
+
+
+def proxy_config(results: StudyResults, choice: Choice, variant: str, proxy_scale: int | None) -> RunConfig:
+    """The run at the proxy's scale that ``choice`` speaks of.
 
     Raises:
         UserError: it is not under muP.
     """
     study = results.study
-    scale = study.horizons[-1] if study.horizons else study.proxy_scale
+    scale = study.horizons[-1] if study.horizons else proxy_scale
     cell = next(cell for cell in study.cells if cell.variant == variant and cell.scale == scale)
     config = study.config(cell, choice.hps, study.spec.seeds[0])
     if study.horizons:
-        config = replace(config, {"train.steps": study.proxy_scale}, f"study {study.spec.name}")
+        config = replace(config, {"train.steps": proxy_scale}, f"study {study.spec.name}")
     if config.model.parametrization != "mup":
         raise UserError(
             f"study {study.spec.name}: its runs{f' of variant {variant}' if variant else ''} are under "

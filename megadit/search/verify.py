@@ -37,7 +37,8 @@ def verify_study(
         score: name of the judged score; default: the study's selection score.
         variant: default: the first.
         hp: the judged key; default: the first of the space.
-        proxy: the scale whose optimum is carried to the others; default: the study's.
+        proxy: the scale whose optimum is carried to the others; default: the one that the study names (scale.proxy),
+            else the smallest that is no exception. ``apply`` chooses at the verdict's proxy.
         limits: tolerances.
 
     Raises:
@@ -60,15 +61,16 @@ def verify_study(
             f"study {name}: sampler {study.spec.sampler} over {len(study.space.keys)} keys gives no curve of one of "
             f"them; search {key} alone, or use sampler: grid"
         )
-    at = study.proxy_scale if proxy is None else proxy
-    if at not in scale.values:
+    at = scale.proxy if proxy is None else proxy
+    if at is not None and at not in scale.values:
         raise UserError(f"--proxy: {at:g} is not among the values {list(scale.values)} of {scale.key}; choose one")
     observations = results.observations(variant)
     samples = _samples(observations, key, judged, name)
     if not samples:
         raise UserError(f"study {name}: no trial has a value of {judged.name}; see launch/sweep.py status for why")
-    if not any(sample.scale == at for sample in samples):
-        raise UserError(f"study {name}: no trial at the proxy, {scale.key} {at:g}, has ended well; run it again")
+    home = scale.proxy_value if at is None else at
+    if not any(sample.scale == home for sample in samples):
+        raise UserError(f"study {name}: no trial at the proxy, {scale.key} {home:g}, has ended well; run it again")
     labels = {"study": name, "variant": variant, "scale": scale.key, "hp": key, "score": judged.name}
     verdict = judge(samples, lower_is_better=judged.lower_is_better, proxy=at, limits=limits, labels=labels)
     values = {float(observation.hps[key]) for observation in observations}

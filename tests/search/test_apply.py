@@ -238,6 +238,24 @@ def test_text_and_json_tell_the_same(tmp_path, target):
         transfer(fabricate(make_study(tmp_path), valley()), target, manual_multiple=-1.0)
 
 
+def test_below_the_minimum_scale_the_next_one_is_the_proxy(tmp_path, target):
+    """The smallest width's optimum lies two octaves off: it is an exception, and its best value is not applied."""
+    usual, off = valley(), valley(best=-9.0)
+
+    def loss(trial, scale):
+        return (off if scale == 32 else usual)(trial, scale)
+
+    space = {"optim.lr": {"grid": [f"2^{n}" for n in range(-12, -3)]}}
+    applied = transfer(fabricate(make_study(tmp_path, space=space), loss), target)
+    verdict = applied.backings[0].verdict
+    assert verdict is not None and verdict.exceptions == (32.0,) and verdict.proxy == 64
+    assert applied.choice.hps == {"optim.lr": 2**-7} and applied.proxy.model.width == 64
+    assert "verified by widths over model.width 64 to 128" in applied.path.read_text()
+    scale = {"key": "model.width", "values": [32, 64, 128], "proxy": 32}
+    with pytest.raises(NotVerifiedError):  # a proxy that the study names stays
+        transfer(fabricate(make_study(tmp_path, "named", space=space, scale=scale), loss), target)
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
