@@ -245,11 +245,8 @@ def test_a_grid_over_two_keys_has_a_verdict_and_a_figure_for_each(tmp_path):
         return None if base is None else base + 0.03 * math.log2(trial.hps["model.output_mult"] / 2) ** 2
 
     document = compose(fabricate(study, loss))
-    assert [badge.text for badge in document.badges] == [
-        "optim.lr: transfers",
-        "model.output_mult: transfers",
-        "complete",
-    ]
+    texts = [badge.text for badge in document.badges]
+    assert sorted(texts) == ["complete", "model.output_mult: transfers", "optim.lr: transfers"]
     figures = [b.name for section in document.sections for b in section.blocks if isinstance(b, Figure)]
-    assert figures[:2] == ["curves-optim.lr", "curves-model.output_mult"]
+    assert set(figures[:2]) == {"curves-optim.lr", "curves-model.output_mult"}
     assert "importance" in figures, "15 points at the proxy are enough for two keys"
