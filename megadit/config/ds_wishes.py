@@ -32,7 +32,7 @@ def wishes(file: DsFile, config: RunConfig) -> Iterator[Wish]:
     """All wishes of ``file`` but the batch sizes. Raises UserError for what cannot be granted."""
     yield from _precision(file, config)
     yield from _stage(file)
-    yield from _clipping(file)
+    yield from _clipping(file, config)
     yield from _optimizer(file, config)
     yield from _scheduler(file)
 
@@ -70,8 +70,13 @@ def _stage(file: DsFile) -> Iterator[Wish]:
     yield Wish("parallel.zero_stage", int(stage), "zero_optimization.stage", stage)
 
 
-def _clipping(file: DsFile) -> Iterator[Wish]:
+def _clipping(file: DsFile, config: RunConfig) -> Iterator[Wish]:
     value = file.values.get("gradient_clipping")
+    if value is not None and config.optim.clip.mode == "per_group":
+        raise UserError(
+            f"gradient_clipping: {json.dumps(value)} (in {file.label}) clips the global norm, which contradicts "
+            'optim.clip.mode: per_group; write "auto" in the DeepSpeed file, or set optim.clip.mode=global'
+        )
     if value is not None:
         _check_number("gradient_clipping", value, file, least=0.0)
         yield Wish("optim.clip.value", float(value) or None, "gradient_clipping", value)

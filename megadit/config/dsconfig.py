@@ -167,13 +167,13 @@ def _check_accumulation_type(file: DsFile, config: RunConfig) -> None:
 
 def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's complete dict: what megadit decides, explicitly, then the rest of the file as it is."""
-    precision = config.train.precision
+    precision, clip = config.train.precision, config.optim.clip
     merged: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        # Always written out: DeepSpeed 0.19 clips at 1.0 when the key is absent.
-        "gradient_clipping": float(config.optim.clip.value or 0.0),
+        # Always written out: DeepSpeed 0.19 clips at 1.0 when the key is absent. megadit clips per group itself.
+        "gradient_clipping": float((clip.mode == "global" and clip.value) or 0.0),
         "zero_optimization": {**file.block("zero_optimization"), "stage": config.parallel.zero_stage},
         "bf16": {**file.block("bf16"), "enabled": precision == "bf16"},
         "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},

@@ -61,11 +61,36 @@ class DataConfig(Section):
     vae: VaeConfig | None = Field(None, description="train on latents of this autoencoder; null: on pixels")
 
 
-class ClipConfig(Section):
-    """Gradient clipping by the global norm over all parameters; ``value: null`` turns it off."""
+class ClipGroups(Section):
+    """Base thresholds of single roles for ``optim.clip.mode: per_group``; null: ``optim.clip.value``."""
 
-    mode: Literal["global"] = Field("global", description="one threshold for the norm over all parameters")
-    value: float | None = Field(None, gt=0, description="the threshold; null: no clipping")
+    input: float | None = Field(None, gt=0, description="input weights and tables")
+    hidden: float | None = Field(None, gt=0, description="weights between layers of the model's width")
+    vector: float | None = Field(None, gt=0, description="biases and gains")
+    output: float | None = Field(None, gt=0, description="the readout")
+    finite: float | None = Field(None, gt=0, description="parameters without a dimension that grows")
+
+
+class ClipConfig(Section):
+    """Gradient clipping by norms before the update; ``value: null`` turns it off."""
+
+    mode: Literal["global", "per_group"] = Field(
+        "global",
+        description="one threshold for the norm over all parameters, or one for each role's own norm: the base "
+        "threshold, by 1/sqrt(m) for input, vector and output",
+    )
+    value: float | None = Field(None, gt=0, description="the (base) threshold; null: no clipping")
+    groups: ClipGroups = ClipGroups()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ClipConfig:
+        given = {role: value for role, value in self.groups if value is not None}
+        if given and self.mode == "global":
+            role, value = next(iter(given.items()))
+            raise ValueError(
+                f"groups.{role}: {value} belongs to mode per_group; set mode to per_group, or leave it out"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -172,6 +197,15 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int | None = Field(None, ge=1, description="default: at the end only")
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="checkpoints at its multiples stay for ever; itself a multiple of checkpoint_every",
+    )
+    init_from: str | None = Field(
+        None, description="checkpoint or run directory whose weights alone begin a new run; all else starts afresh"
+    )
+    init_from_ema: str | None = Field(None, description="init_from: take this average's weights; null: the online ones")
     sample_every: int | None = Field(None, ge=1, description="default: at the end only")
     validate_every: int | None = Field(None, ge=1, description="default: at the end only")
     validation_images: int = Field(256, ge=0, description="0: no validation loss")
@@ -180,6 +214,11 @@ class TrainConfig(Section):
     )
     tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
     wandb: bool = Field(False, description="log to Weights & Biases too, if installed")
+
+    @field_validator("init_from_ema", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        return _weights_name(value)
 
     @field_validator("validate_with", mode="before")
     @classmethod
@@ -194,18 +233,19 @@ class TrainConfig(Section):
             raise ValueError(
                 f"steps: {self.steps} and epochs {self.epochs} both say how long to train; give one of them"
             )
+        if self.keep_every is not None and self.keep_every % (self.checkpoint_every or self.keep_every + 1):
+            raise ValueError(
+                f"keep_every: {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}, so that "
+                "nothing would be kept; make it one"
+            )
+        if self.init_from_ema is not None and self.init_from is None:
+            raise ValueError(
+                f"init_from_ema: {self.init_from_ema} is an average of the checkpoint init_from, which is not given; "
+                "give it, or leave this out"
+            )
         return self
 
 
-    keep_every: int | None = Field(
-        None,
-        ge=1,
-        description="checkpoints at its multiples stay for ever; itself a multiple of checkpoint_every",
-    )
-    init_from: str | None = Field(
-        None, description="checkpoint or run directory whose weights alone begin a new run; all else starts afresh"
-    )
-    init_from_ema: str | None = Field(None, description="init_from: take this average's weights; null: the online ones")
 class SampleConfig(Section):
     """How pictures are drawn from the model, during training and by launch/sample.py."""
 
@@ -215,11 +255,6 @@ class SampleConfig(Section):
     steps: int = Field(50, ge=1, description="model evaluations per picture (twice with guidance)")
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 is off")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first k channels (DiT: 3)")
-    @field_validator("init_from_ema", mode="before")
-    @classmethod
-    def _name(cls, value: Any) -> Any:
-        return _weights_name(value)
-
     count: int = Field(64, ge=1, description="pictures in a grid")
     seed: int = Field(0, ge=0, description="of the starting noise")
     weights: str = Field(ONLINE, description="online, or the name of an average (see ema)")
@@ -233,16 +268,6 @@ class SampleConfig(Section):
 class RunConfig(Section):
     """Everything a run needs; saved, resolved, as ``config.yaml`` in its run directory."""
 
-        if self.keep_every is not None and self.keep_every % (self.checkpoint_every or self.keep_every + 1):
-            raise ValueError(
-                f"keep_every: {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}, so that "
-                "nothing would be kept; make it one"
-            )
-        if self.init_from_ema is not None and self.init_from is None:
-            raise ValueError(
-                f"init_from_ema: {self.init_from_ema} is an average of the checkpoint init_from, which is not given; "
-                "give it, or leave this out"
-            )
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()

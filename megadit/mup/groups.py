@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from megadit.config.run import OptimConfig
-from megadit.mup.rules import eps_mult, wd_mult
+from megadit.mup.rules import clip_mult, eps_mult, wd_mult
 from megadit.mup.spec import ROLES, ParamSpec, Role, param_specs
 
 
@@ -51,6 +51,17 @@ def plan_groups(specs: Mapping[str, ParamSpec], optim: OptimConfig) -> list[Grou
     return plans
 
 
+def clip_mults(specs: Mapping[str, ParamSpec]) -> dict[Role, float]:
+    """``clip_mult`` of each role that the model has, in the order of ``ROLES``.
+
+    The width ratios within a role differ only where an mlp_ratio is no whole number, by rounding: the mean is taken.
+    """
+    members: dict[Role, list[float]] = {role: [] for role in ROLES}
+    for spec in specs.values():
+        members[spec.role].append(clip_mult(spec))
+    return {role: sum(mults) / len(mults) for role, mults in members.items() if mults}
+
+
 def _stem(key: tuple[Role, float, float, float]) -> tuple[Role, bool]:
     return key[0], key[2] == 0.0
 
@@ -70,6 +81,7 @@ def param_groups(
         groups.append(
             {
                 "name": plan.name,
+                "role": plan.role,
                 "params": [here[name] for name in names],
                 "param_names": names,
                 "lr_mult": plan.lr_mult,

@@ -86,6 +86,17 @@ def eps_mult(spec: ParamSpec, mode: EpsMode = "constant") -> float:
     return 1.0 if mode == "constant" else 1.0 / spec.width_mult
 
 
+def clip_mult(spec: ParamSpec) -> float:
+    """How the norm of the parameter's gradient scales with width, and so a threshold that clips alike at every width.
+
+    Under muP the residual stream has entries of size 1 and its gradient entries of size 1/m, that is norms sqrt(m)
+    and 1/sqrt(m). The gradient of a hidden weight is a product of the two: 1. Input weights, tables and vectors see
+    the second beside something of fixed size, the readout the first times its multiplier 1/m: 1/sqrt(m). Finite
+    parameters have a fixed number of entries of fixed size: 1. Measured by tests/train/test_clip_scaling.py.
+    """
+    return 1.0 if spec.role in ("hidden", "finite") else 1.0 / math.sqrt(spec.width_mult)
+
+
 class Parametrization:
     """The resolved rules of one model: what a layer asks for its dims and specs while it is built."""
 

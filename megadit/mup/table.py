@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from megadit.config.run import OptimConfig
-from megadit.mup.rules import eps_mult, wd_mult
+from megadit.mup.rules import clip_mult, eps_mult, wd_mult
 from megadit.mup.spec import ParamSpec, param_specs
 
-COLUMNS = ("name", "role", "shape", "init_std", "forward_mult", "lr", "lr_mult", "wd", "eps")
+COLUMNS = ("name", "role", "shape", "init_std", "forward_mult", "lr", "lr_mult", "wd", "eps", "clip_mult")
 
 
 def rows(model: nn.Module | Mapping[str, ParamSpec], optim: OptimConfig) -> list[dict[str, Any]]:
@@ -28,6 +28,7 @@ def rows(model: nn.Module | Mapping[str, ParamSpec], optim: OptimConfig) -> list
             "lr_mult": spec.lr_mult,
             "wd": optim.weight_decay * wd_mult(spec, optim.wd_mode, optim.wd_vectors),
             "eps": optim.eps * eps_mult(spec, optim.eps_mode),
+            "clip_mult": clip_mult(spec),
         }
         for name, spec in specs.items()
     ]

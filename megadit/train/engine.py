@@ -42,7 +42,7 @@ class TrainingEngine:
         self.context = context
         self.optimizer = MuOptimizer(model, optim, schedule, context.device)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer.inner, config=dict(ds_config))
-        self.partitions = Partitions(self._engine)
+        self.partitions = Partitions(self._engine, self.optimizer.clip)
         self.ema = Ema(self.partitions, ema or EmaConfig())
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
@@ -81,16 +81,14 @@ class TrainingEngine:
             self._engine.step()
             return None
         self.optimizer.apply(step)
-        norm = self.partitions.gradient_norm_before_step() if want_norm else None
+        self.partitions.norms.before_step(want_norm)
         self._engine.step()
         if self.update_applied:
             self.ema.update(step + 1 - self.skipped_steps)
         if not self._checked_step:
             self.optimizer.check_table(step, "after the first step")
             self._checked_step = True
-        if not want_norm:
-            return None
-        return norm if norm is not None else self.partitions.gradient_norm()
+        return self.partitions.gradient_norm() if want_norm else None
 
     def restored(self, step: int) -> None:
         """Say that a checkpoint was loaded: learning rates come from the config, never from the checkpoint."""

@@ -184,6 +184,7 @@ class Meter:
             "step": step,
             **losses,
             "grad_norm": norm,
+            "grad_norms": None if norm is None else run.engine.partitions.norms.values(),
             "lr": run.engine.optimizer.base_lr(step - 1),
             "lr_groups": run.engine.optimizer.learning_rates(),
             **rates,

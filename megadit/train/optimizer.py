@@ -17,7 +17,9 @@ from torch import nn
 
 from megadit.config import OptimConfig
 from megadit.errors import UserError
-from megadit.mup.groups import param_groups
+from megadit.mup.groups import clip_mults, param_groups
+from megadit.mup.spec import param_specs
+from megadit.train.clipping import clip_plan
 from megadit.train.schedule import Schedule
 
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
@@ -31,6 +33,8 @@ class MuOptimizer:
         self.schedule = schedule
         groups = param_groups(model, config)
         self.table: list[dict[str, Any]] = [{key: group[key] for key in _TABLE_KEYS} for group in groups]
+        roles = tuple(group["role"] for group in groups)
+        self.clip = clip_plan(roles, clip_mults(param_specs(model)), config.clip)
         self.implementation = resolve_implementation(config.implementation, device)
         self.inner = _build(groups, config, self.implementation)
         self.apply(0)

@@ -2,7 +2,7 @@
 
 DeepSpeed keeps master weights and Adam moments in flat buffers that differ by ZeRO stage. Checkpoints (and
 whatever else must follow the master weights) speak of *fragments* instead: a canonical parameter name and an
-index range of the flattened parameter. Written against DeepSpeed 0.19.
+index range of the flattened parameter. Gradient norms are in ``partitions_norms``. Written against DeepSpeed 0.19.
 
 =====  =========================================================  ==========================
 stage  where the float32 values live                              fragments of a rank
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.train.clipping import ClipPlan
+from megadit.train.partitions_norms import RoleNorms, hold_loss_scale
 from megadit.train.slices import Boxes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,12 +66,15 @@ def avoid_shm_build() -> None:
 class Partitions:
     """This rank's share of master weights and optimizer state of a DeepSpeed engine."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, clip: ClipPlan) -> None:
         self._engine = engine
         self.stage = int(engine.zero_optimization_stage())
         if self.stage == 0 and int(engine.dp_world_size) == 1:
             # One rank has nothing to average, yet DeepSpeed would flatten and copy back every gradient.
             engine.enable_backward_allreduce = False
+        self.norms = RoleNorms(engine, self.stage, clip)
+        if self._dynamic_scaler() is not None:
+            hold_loss_scale(engine.optimizer)
         self._names = {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
 
     @property
@@ -166,21 +171,14 @@ class Partitions:
             if gathered:
                 gathered[0].partition(gathered)
 
-    def gradient_norm_before_step(self) -> float | None:
-        """Global L2 norm of the reduced gradients, unclipped, between backward and step.
-
-        Only at stage 0, where they are whole and DeepSpeed reports none; None at the other stages.
-        """
-        if self.stage > 0:
-            return None
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
-
     def gradient_norm(self) -> float | None:
-        """Global L2 norm of the last step's gradients, unscaled and before clipping, as ZeRO computed it.
+        """Global L2 norm of the last step's gradients, unscaled and before clipping.
 
-        Infinite where an entry was not finite, for which ZeRO says inf, nan or a negative number.
+        Infinite where an entry was not finite, for which ZeRO says inf, nan or a negative number. At stage 0, where
+        DeepSpeed reports none, of the norms that ``norms.before_step`` took.
         """
+        if self.stage == 0:
+            return self.norms.total()
         norm = self._engine.get_global_grad_norm()
         if norm is None:
             return None

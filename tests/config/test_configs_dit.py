@@ -59,7 +59,10 @@ def test_every_value(name: str):
         "optim": {
             "lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "eps_mode": "constant", "weight_decay": 0.0,
             "wd_mode": "independent", "wd_vectors": mup, "implementation": "auto", "schedule": "constant",
-            "warmup_steps": 0, "decay_steps": None, "min_lr_ratio": 0.0, "clip": {"mode": "global", "value": None},
+            "warmup_steps": 0, "decay_steps": None, "min_lr_ratio": 0.0, "clip": {
+                "mode": "global", "value": None,
+                "groups": {"input": None, "hidden": None, "vector": None, "output": None, "finite": None},
+            },
         },
         "train": {
             "steps": steps, "epochs": None, "global_batch": 256, "micro_batch": None, "precision": "fp32", "seed": 0,

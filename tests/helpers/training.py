@@ -109,6 +109,7 @@ def train_rank(
     return {
         "losses": [r["loss"] for r in records],
         "norms": [r["grad_norm"] for r in records],
+        "role_norms": [r["grad_norms"] for r in records],
         "lrs": [r["lr_groups"] for r in records],
         "pieces": pieces,
         **averages,
@@ -154,7 +155,7 @@ def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
     objective = build_objective(
         config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
     )
-    losses, norms = [], []
+    losses, norms, role_norms = [], [], []
     path = [{name: p.detach().flatten().clone() for name, p in model.named_parameters()}]
     for step in range(steps):
         batch = make_batch(train_set, order, layout.numbers(step, 0), seed=seed, flip=False)
@@ -165,15 +166,33 @@ def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
         norm = (
             torch.stack([p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
         )
-        if config.optim.clip.value is not None:
-            scale = min(1.0, config.optim.clip.value / (float(norm) + 1e-6))
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.grad.mul_(scale)
+        role_norms.append(_clip(model, config))
         for group in optimizer.param_groups:
             group["lr"] = schedule.factor(step) * config.optim.lr * group["lr_mult"]
         optimizer.step()
         losses.append(loss.item())
         norms.append(float(norm))
         path.append({name: p.detach().flatten().clone() for name, p in model.named_parameters()})
-    return {"losses": losses, "norms": norms, "weights": path[-1], "path": path}
+    return {"losses": losses, "norms": norms, "role_norms": role_norms, "weights": path[-1], "path": path}
+
+
+def _clip(model: torch.nn.Module, config: RunConfig) -> dict[str, float]:
+    """Clip as the config asks, written out; returns each role's norm before."""
+    from megadit.mup.spec import param_specs
+
+    specs, clip = param_specs(model), config.optim.clip
+    grads: dict[str, list[torch.Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            grads.setdefault(specs[name].role, []).append(p.grad)
+    norms = {role: math.sqrt(sum(float(g.double().square().sum()) for g in own)) for role, own in grads.items()}
+    for role, own in grads.items():
+        norm, limit = math.hypot(*norms.values()), clip.value
+        if clip.mode == "per_group":
+            norm, limit = norms[role], getattr(clip.groups, role) or clip.value
+            if limit is not None and role in ("input", "vector", "output"):
+                limit /= math.sqrt(config.model.width_mult)
+        if limit is not None:
+            for grad in own:
+                grad.mul_(min(1.0, limit / (norm + 1e-6)))
+    return norms

@@ -32,7 +32,7 @@ def test_xl_2_mup_numbers_of_the_paper() -> None:
     assert table["y_embedder.embedding_table.weight"]["init_std"] == 1.0
     assert table["final_layer.linear.weight"]["init_std"] == 0.0
     assert list(table["x_embedder.proj.weight"]) == [
-        "name", "role", "shape", "init_std", "forward_mult", "lr", "lr_mult", "wd", "eps",
+        "name", "role", "shape", "init_std", "forward_mult", "lr", "lr_mult", "wd", "eps", "clip_mult",
     ]  # fmt: skip
 
 

@@ -45,10 +45,10 @@ def test_mup_table_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> No
     expected = rows(build_model(config.model, device="meta"), config.optim)
     assert json.loads(plain.stdout) == {"parameters": expected}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["name", "role", "shape", "init_std", "forward_mult", "lr", "lr_mult", "wd", "eps"]
+    assert lines[0].split() == list(expected[0])
     assert len(lines) == len(expected) + 2
     qkv = next(line.split() for line in lines if line.startswith("blocks.0.attn.qkv.weight"))
-    assert qkv == ["blocks.0.attn.qkv.weight", "hidden", "192x64", "0.125", "1", "0.125", "0.5", "0", "1e-08"]
+    assert qkv == ["blocks.0.attn.qkv.weight", "hidden", "192x64", "0.125", "1", "0.125", "0.5", "0", "1e-08", "1"]
 
 
 def test_base_shapes_file_is_read_by_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

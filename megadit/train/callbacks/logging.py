@@ -98,6 +98,8 @@ def scalars(record: Record) -> dict[str, float]:
     for key, value in record.items():
         if key == "lr_groups":
             flat |= {f"lr/{name}": rate for name, rate in value.items()}
+        elif key == "grad_norms":
+            flat |= {f"grad_norm/{role}": norm for role, norm in (value or {}).items()}
         elif key == "loss_bins":
             flat |= {f"loss_bin/{i}": loss for i, loss in enumerate(value) if loss is not None}
         elif key.startswith("val_"):
