@@ -78,14 +78,6 @@ class Ema:
             if masters:  # a rank may own nothing
                 torch._foreach_lerp_(self._averages[name], masters, 1 - kept(count))
 
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Begin all averages anew at the present masters, for weights that came from elsewhere."""
-        self._refuse_while_shown("begun anew")
-        for averages in self._averages.values():
-            for average, master in zip(averages, self._masters(), strict=True):
-                average.copy_(master)
-
     def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
         """``{"ema/NAME": values}`` of a fragment, as writable 1-D float32 views."""
         self._refuse_while_shown("read or written")

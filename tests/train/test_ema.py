@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 
 import pytest
@@ -11,6 +13,7 @@ from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, plain_torch_run, small_config, train_on, train_rank
 from megadit.config.run import EmaConfig
 from megadit.errors import UserError
+from megadit.train.checkpoint import find_checkpoint, load_model
 from megadit.train.ema import power_decay, power_exponent
 
 STEPS = 8
@@ -237,7 +240,6 @@ def swap_rank(config, folder, ds):
     [
         (2, "fp32", {"stage": 0}),
         (2, "bf16", {"stage": 1}),
-        (2, "fp32", {"stage": 2}),
         (2, "bf16", {"stage": 3}),
         (2, "fp32", {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1000}),
         (1, "bf16", {"stage": 2, "offload_optimizer": {"device": "cpu"}}),
@@ -278,16 +280,6 @@ def test_a_lone_failure_needs_no_other_rank():
         pass
 
 
-def test_restart_begins_at_the_present_weights():
-    from megadit.train.ema import Ema
-
-    parts = OneBuffer()
-    ema = Ema(parts, EmaConfig(decays=(0.5,)))
-    parts.flat.data.fill_(3.0)
-    ema.restart()
-    assert torch.equal(ema.tensors(parts.fragments()[0])["ema/0.5"], torch.full((7,), 3.0))
-
-
 def test_names_and_bad_values():
     assert EmaConfig(decays=(0.9999, 0.999), sigma_rels=(0.05, 0.1)).names == (
         "0.9999",
@@ -323,3 +315,67 @@ def test_a_configuration_file_takes_averages(tmp_path):
     config = load("quickstart/digits.yaml", overrides).config
     assert config.ema.decays == (0.999, 0.1)
     assert (config.sample.weights, config.train.validate_with) == ("0.999", ("online", "0.1"))
+
+
+CHAIN = [(2, 2, 2), (1, 0, 4), (2, 3, 6), (1, 1, 8)]  # ranks, ZeRO stage, trained to
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """One training handed from layout to layout through checkpoints; its run directory and the last ranks' results."""
+    from megadit.config import save_config
+
+    folder, saved = tmp_path_factory.mktemp("chain"), None
+    for world, stage, until in CHAIN:
+        config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": 8}, ema=EMA)
+        results = run_ranks(world, train_rank, config, str(folder), until, saved, timeout=120)
+        saved = results[0]["saved"]
+    save_config(config, folder / "config.yaml")
+    return folder, config, results
+
+
+@pytest.mark.distributed
+def test_averages_go_from_layout_to_layout(plain, chain):
+    folder, _, results = chain
+    for name, expected in references(plain).items():
+        average = merge_weights(results, f"ema/{name}")
+        assert relative_gap(average, expected) <= 1e-5, name
+        model = load_model(folder, weights=name)[1]
+        assert all(torch.equal(p.flatten(), average[key]) for key, p in model.named_parameters())
+
+
+@pytest.mark.distributed
+def test_averages_that_are_new_or_gone_are_told(chain, tmp_path):
+    folder, config, results = chain
+    changed = config.model_copy(update={"ema": EmaConfig(decays=(0.5, 0.9))})
+    (found,) = run_ranks(1, resumed_rank, changed, str(tmp_path), str(find_checkpoint(folder)))
+    weights, average = merge_weights(results), merge_weights(results, "ema/0.5")
+    for name, values in weights.items():
+        assert torch.equal(found["tensors"][name]["ema/0.9"], values)
+        assert torch.equal(found["tensors"][name]["ema/0.5"], average[name])
+    assert "note: ema/0.9 is not in the checkpoint and starts from its weights" in found["told"]
+    for name in ("0.9999", "sigma-0.2"):
+        assert f"note: ema/{name} of the checkpoint is no longer configured and is dropped" in found["told"]
+    with pytest.raises(UserError, match=r"weights '0\.7': checkpoint .* holds online, 0\.5, 0\.9999, sigma-0\.2"):
+        load_model(folder, weights="0.7")
+
+
+def resumed_rank(config, folder, checkpoint):
+    """Averages right after a resume, and what was told of them."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        run = assemble_rank(config, folder, checkpoint)
+    tensors = {f.name: run.engine.ema.tensors(f) for f in run.engine.partitions.fragments()}
+    return {"tensors": tensors, "told": told.getvalue()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_resume_continues_averages_bit_for_bit(tmp_path, stage):
+    config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": 8}, ema={**EMA, "every": 2})
+    straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"), 6, timeout=120)
+    half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 3, timeout=120)  # between two updates
+    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 6, half[0]["saved"], timeout=120)
+    for name in NAMES:
+        whole, again = merge_weights(straight, f"ema/{name}"), merge_weights(rest, f"ema/{name}")
+        assert all(torch.equal(whole[key], again[key]) for key in whole), name
