@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_BAD_INPUT, UserError, run_command  # noqa: E402
+from megadit.errors import run_command  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,16 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     from megadit.train import command
 
-    try:
-        job = command.prepare_job(args.config, args.overrides, args.ds_config, args.run_dir, args.resume)
-        if args.dry_run:
-            return command.dry_run(job)
-        command.check_machine(job)
-    except UserError:
-        if command.speaks_for_node():
-            raise
-        return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
-    return command.train(job)
+    return command.run(args.config, args.overrides, args.ds_config, args.run_dir, args.resume, args.dry_run)
 
 
 if __name__ == "__main__":

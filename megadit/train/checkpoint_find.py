@@ -75,6 +75,14 @@ def _candidates(root: Path) -> tuple[list[Path], str]:
     return upto, problem
 
 
+def saved_step(run_dir: Path) -> int:
+    """The step that ``latest`` names, 0 if none: where a start without a word about resuming goes on."""
+    try:
+        return max(0, step_of(Path((checkpoint_root(run_dir) / LATEST).read_text().strip())))
+    except OSError:
+        return 0
+
+
 def tell_fallback(problem: str, path: Path) -> None:
     """Say on stderr that an earlier checkpoint takes the place of a broken one."""
     print(f"warning: {problem.removesuffix('; use an earlier one')}; going on from {path.name}", file=sys.stderr)

@@ -14,10 +14,41 @@ from megadit.config.dsconfig import merge_ds_config
 from megadit.data import ImageSet
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from megadit.parallel import prepare_environment
+from megadit.parallel.compilation import check_compiler
+from megadit.train.checkpoint import saved_step
 from megadit.train.ds_check import check_ds_config
 from megadit.train.optimizer import resolve_implementation
 from megadit.train.pretrain import Job, Start, pretrain, resume_point, total_steps
+from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
+
+
+def run(
+    config: str | None, overrides: Sequence[str], ds_config: str | None, run_dir: str | None, resume: str, dry: bool
+) -> int:
+    """What the arguments of ``launch/pretrain.py`` ask for; returns the exit code.
+
+    Raises:
+        UserError: refused, on the rank that tells it for its host.
+    """
+    try:
+        job = prepare_job(config, overrides, ds_config, run_dir, resume)
+        if dry:
+            return dry_run(job)
+        check_machine(job)
+    except UserError as error:
+        folder = run_folder(config, run_dir)
+        if not dry and os.environ.get("RANK", "0") == "0":
+            RunDirectory(folder).write_refusal(str(error), saved_step(folder))
+        if speaks_for_node():
+            raise
+        return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
+    return train(job)
+
+
+def run_folder(config: str | None, run_dir: str | None) -> Path:
+    """``--run_dir``, or ``runs/`` and the config's name."""
+    return Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
 
 
 def prepare_job(
@@ -29,8 +60,7 @@ def prepare_job(
         UserError: anything in them that cannot work.
     """
     prepare_environment()
-    folder = Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
-    return check_job(load(config, overrides), ds_config, folder, resume)
+    return check_job(load(config, overrides), ds_config, run_folder(config, run_dir), resume)
 
 
 def check_job(
@@ -110,6 +140,8 @@ def check_machine(job: Job) -> None:
     if config.train.precision == "fp16" and device.type != "cuda":
         raise UserError("train.precision: fp16 needs a GPU and there is none here; use bf16 or fp32")
     resolve_implementation(config.optim.implementation, device)
+    if config.train.compile:
+        check_compiler(device)
     if config.optim.implementation == "deepspeed-cpu" and device.type == "cuda" and not _offloads(job.ds_config):
         raise UserError(
             "optim.implementation: deepspeed-cpu steps on the CPU, but the weights are on the GPU; set "

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from megadit.data import BatchStream
@@ -16,6 +13,7 @@ from megadit.train.callbacks import Callback, Record
 from megadit.train.callbacks.base import due
 from megadit.train.checkpoint import Position
 from megadit.train.metrics import Clock, LossSums, memory_gb, model_flops_utilization
+from megadit.train.preemption import Interrupt, preemption_signals
 from megadit.train.run import TrainingRun
 
 _PREEMPTION_CHECK_STEPS = 10
@@ -23,27 +21,6 @@ _PREEMPTION_CHECK_STEPS = 10
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
-
-
-@dataclass
-class _Interrupt:
-    """Set by SIGUSR1, which Slurm sends ahead of a preemption (``--signal=USR1@…``)."""
-
-    raised: bool = False
-
-
-@contextmanager
-def _preemption_signal() -> Iterator[_Interrupt]:
-    state = _Interrupt()
-
-    def note(*_: Any) -> None:
-        state.raised = True
-
-    previous = signal.signal(signal.SIGUSR1, note)
-    try:
-        yield state
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
 
 
 def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) -> bool:
@@ -56,7 +33,7 @@ def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) ->
     """
     batches = iter(stream)
     try:
-        with _preemption_signal() as interrupt:
+        with preemption_signals() as interrupt:
             for callback in callbacks:
                 callback.on_start(run)
             complete = _steps(run, batches, callbacks, interrupt)
@@ -68,7 +45,7 @@ def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) ->
             callback.close()
 
 
-def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callback], interrupt: _Interrupt) -> bool:
+def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callback], interrupt: Interrupt) -> bool:
     meter = Meter(run)
     while run.position.step < run.total_steps:
         step, batch_size = run.position.step, run.config.train.global_batch
@@ -90,7 +67,7 @@ def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callbac
     return True
 
 
-def _is_preempted(run: TrainingRun, interrupt: _Interrupt) -> bool:
+def _is_preempted(run: TrainingRun, interrupt: Interrupt) -> bool:
     """Whether to stop before the run's end, agreed by all ranks (every few steps, as it waits for the device)."""
     step = run.position.step
     ask = run.context.world_size == 1 or step % _PREEMPTION_CHECK_STEPS == 0

@@ -24,8 +24,9 @@ from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED
 from megadit.models import build_model
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
+from megadit.parallel.compilation import compile_blocks
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
-from megadit.train.checkpoint import Position, checkpoint_root, open_checkpoint
+from megadit.train.checkpoint import Position, checkpoint_root, open_checkpoint, saved_step
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
 from megadit.train.resume import check_weights_start, restore, start_from_weights
@@ -70,7 +71,12 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
     steps = total_steps(job.config, len(job.train_set))
     context = start_processes()
     directory = RunDirectory(job.run_dir)
-    start = context.on_main(lambda: _prepare_directory(directory, job, steps))
+    try:
+        start = context.on_main(lambda: _prepare_directory(directory, job, steps))
+    except UserError as error:
+        if context.is_main:
+            directory.write_refusal(str(error), saved_step(job.run_dir))
+        raise
     if start.step >= steps:
         if not keep_group:
             stop_processes()
@@ -170,6 +176,9 @@ def assemble(
         config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
     )
     model = build_model(config.model, seed=config.train.seed)
+    model.recompute = config.train.activation_checkpointing
+    if config.train.compile:
+        compile_blocks(stage for stage in model.stages() if stage.is_block)
     if context.is_main:
         facts = describe(job.train_set)
         table = rows(model, config.optim)

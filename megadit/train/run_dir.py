@@ -20,7 +20,7 @@ from typing import Any
 
 from megadit import __version__
 from megadit.config import RunConfig, save_config
-from megadit.errors import UserError
+from megadit.errors import EXIT_BAD_INPUT, UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,6 +118,15 @@ class RunDirectory:
         """Record how the run ended (rank 0, or the rank that failed)."""
         ended = {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")}
         write_json(self.path / "exit.json", ended)
+
+    def write_refusal(self, reason: str, step: int) -> None:
+        """Record that a start was refused, where an earlier one left a record or a run: that record is of the past.
+
+        ``step`` is where the next start goes on. Never raises OSError: the refusal itself is what the caller tells.
+        """
+        if (self.path / "config.yaml").is_file() or (self.path / "exit.json").is_file():
+            with contextlib.suppress(OSError):
+                self.write_exit(EXIT_BAD_INPUT, reason, step)
 
     def write_failure(self, code: int, reason: str, step: int) -> None:
         """Record a failure, unless the rank that failed first has; a folder that takes no file keeps the old record.

@@ -167,10 +167,14 @@ def test_run_directories_that_cannot_be_used(tmp_path):
     pictures += ["model.num_classes=1", "model.in_channels=3", "data.val_fraction=0", "train.global_batch=1"]
     assert "b.png" in said("--run_dir", tmp_path / "other", *pictures)
     assert run_command([*command, "--run_dir", str(tmp_path / "run")], timeout=120).returncode == 0
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    ended = tmp_path / "run/exit.json"
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p != ended}
+    assert json.loads(ended.read_text())["code"] == 0
     assert "model.depth 1 → 2" in said("--run_dir", tmp_path / "run", "model.depth=2", "train.steps=2")
     assert "model.depth 1 → 2" in said("--run_dir", tmp_path / "run", "model.depth=2", "--dry_run")
     assert "--resume: never" in said("--run_dir", tmp_path / "run", "--resume", "never")
     assert "is no checkpoint" in said("--run_dir", tmp_path / "other", "--resume", tmp_path / "file")
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p != ended} == before
+    record = json.loads(ended.read_text())  # tells of the last start, which was refused, and not of the one before
+    assert (record["code"], record["step"]) == (2, 1) and "--resume: never" in record["reason"]
     assert not (tmp_path / "other").exists()
