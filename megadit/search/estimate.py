@@ -68,7 +68,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of one run's score between seeds, from how many degrees of freedom, and from where."""
+    """Standard deviation of one run's score, from how many degrees of freedom, and from where.
+
+    What a seed shifts alike at every value is no part of it: it cancels in the differences that are judged.
+    """
 
     sd: float
     freedom: int
@@ -102,6 +105,23 @@ class Basin:
         below = hps[at] - hps[at - 1] if at else None
         above = hps[at + 1] - hps[at] if at + 1 < len(hps) else None
         return below or above or 0.0, above or below or 0.0
+
+    @property
+    def near(self) -> tuple[Point, ...]:
+        """The best point and its stable neighbours."""
+        at = self.stable.index(self.best)
+        return self.stable[max(0, at - 1) : at + 2]
+
+    @property
+    def seed_effects(self) -> dict[int, float]:
+        """What each seed shifts all scores by, where all stable points have the same seeds; empty otherwise.
+
+        Runs of one seed share their data and first weights. What that shifts alike does not move the optimum.
+        """
+        seeds = set(self.best.scores)
+        if len(seeds) < 2 or len(self.near) < 2 or any(set(point.scores) != seeds for point in self.stable):
+            return {}
+        return {seed: sum(point.scores[seed] - point.mean for point in self.near) / len(self.near) for seed in seeds}
 
     def point(self, hp: float) -> Point | None:
         """The measured point at ``hp``."""
@@ -187,10 +207,11 @@ def measure_noise(found: Sequence[Basin]) -> Noise:
     """
     squares, freedom = 0.0, 0
     for basin in found:
-        at = basin.stable.index(basin.best)
-        for point in basin.stable[max(0, at - 1) : at + 2]:
-            squares += sum((score - point.mean) ** 2 for score in point.scores.values())
+        effects = basin.seed_effects
+        for point in basin.near:
+            squares += sum((score - effects.get(seed, 0.0) - point.mean) ** 2 for seed, score in point.scores.items())
             freedom += len(point.scores) - 1
+        freedom -= max(len(effects) - 1, 0)
     if freedom >= 2:
         return Noise(math.sqrt(squares / freedom), freedom, "seeds")
     fitted = [basin for basin in found if len(basin.stable) > MIN_POINTS]
@@ -246,11 +267,12 @@ def _pooled_residuals(found: Sequence[Basin], noise: Noise) -> Array:
     for basin in found:
         if len(basin.stable) < MIN_POINTS:
             continue
-        design, y, variance = _design(basin, noise.sd)
-        fit = design @ (_operator(design, variance) @ y)
+        effects = basin.seed_effects
+        design, means, variance = _design(basin, noise.sd)
+        fit = design @ (_operator(design, variance) @ means)
         for point, value, mean_variance in zip(basin.stable, fit, variance, strict=True):
             single = mean_variance + noise.sd**2 * (1 - 1 / len(point.scores))
-            pooled += [(score - value) / math.sqrt(single) for score in point.scores.values()]
+            pooled += [(y - effects.get(seed, 0.0) - value) / math.sqrt(single) for seed, y in point.scores.items()]
         parameters += 3
     if len(pooled) <= parameters:
         return np.zeros(1)

@@ -171,7 +171,9 @@ class Evidence:
     def _hidden(self, basin: Basin) -> bool:
         """Whether noise could make half of all the differences between values that were seen at this scale."""
         seen = [point.mean for point in basin.points if point.stable]
-        noise = self.limits.allowance * self.noise.sd * math.sqrt(2 / len(basin.best.scores))
+        # Residuals hold misfit beside noise, so theirs is not made larger still for the few of them.
+        errors = self.allowance if self.noise.source == "seeds" else self.limits.allowance
+        noise = errors * self.noise.sd * math.sqrt(2 / len(basin.best.scores))
         return noise > (max(seen) - min(seen)) / 2
 
     def drift(self, scales: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:

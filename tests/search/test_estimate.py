@@ -76,6 +76,13 @@ def test_noise_is_measured_from_seeds_else_from_residuals():
     assert np.mean([noise.sd for noise in residuals]) == pytest.approx(0.01, rel=0.35)
 
 
+def test_what_a_seed_shifts_everywhere_is_no_noise():
+    shifted = [Sample(s.scale, s.hp, s.seed, s.score + 0.3 * s.seed) for s in surface(seeds=3, noise=0.005)]
+    plain, noise = located(shifted)
+    assert noise.sd == pytest.approx(0.005, rel=0.3) and noise.freedom == 4 * (3 - 1) * (3 - 1)
+    assert max(optimum.interval[1] - optimum.interval[0] for optimum in plain) < 0.8
+
+
 def test_more_noise_means_wider_intervals():
     def width(noise: float, seeds: int) -> float:
         optima, _ = located(surface(noise=noise, seeds=seeds, rng=5))
