@@ -12,26 +12,29 @@ from megadit.plan.flops import forward_flops
 _FULL = 4  # bytes of float32
 
 
-def state_bytes(parameters: int, ranks: int, zero_stage: int, precision: str) -> dict[str, float]:
-    """Bytes per rank of weights, gradients and optimizer (fp32 masters and two moments) under ZeRO.
+def state_bytes(parameters: int, ranks: int, zero_stage: int, precision: str, averages: int) -> dict[str, float]:
+    """Bytes per rank of weights, gradients, optimizer (fp32 masters and two moments) and averages under ZeRO.
 
-    Stage 1 shards the optimizer, stage 2 the gradients too, stage 3 also the weights (Rajbhandari et al. 2020).
+    Stage 1 shards optimizer and averages, stage 2 gradients too, stage 3 also the weights (Rajbhandari et al. 2020).
     At stage 0 in float32 the weights are their own masters. Activations are not counted.
     """
     working = _FULL if precision == "fp32" else 2
     masters = 0 if zero_stage == 0 and precision == "fp32" else _FULL
-    return {
+    held = {
         "weights": parameters * working / (ranks if zero_stage == 3 else 1),
         "gradients": parameters * working / (ranks if zero_stage >= 2 else 1),
         "optimizer": parameters * (2 * _FULL + masters) / (ranks if zero_stage >= 1 else 1),
     }
+    if averages:
+        held["averages"] = averages * parameters * _FULL / (ranks if zero_stage >= 1 else 1)
+    return held
 
 
 def describe_plan(config: RunConfig, model: nn.Module, steps: int, ranks: int, ds_config: dict[str, Any]) -> str:
     """Size, layout, memory of the training state and total compute, as aligned lines."""
     parameters = sum(p.numel() for p in model.parameters())
     stage = int(ds_config["zero_optimization"]["stage"])
-    held = state_bytes(parameters, ranks, stage, config.train.precision)
+    held = state_bytes(parameters, ranks, stage, config.train.precision, len(config.ema.names))
     memory = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in held.items())
     m = config.model
     compute = 3 * forward_flops(m) * steps * config.train.global_batch

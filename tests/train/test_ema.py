@@ -303,6 +303,14 @@ def test_names_and_bad_values():
             small_config(**section)
 
 
+def test_the_plan_counts_averages():
+    from megadit.plan.describe import state_bytes
+
+    none, two = (state_bytes(1000, 4, 2, "bf16", averages) for averages in (0, 2))
+    assert two == {**none, "averages": 2 * 4 * 1000 / 4}
+    assert state_bytes(1000, 4, 0, "fp32", 1)["averages"] == 4000  # stage 0 shards nothing
+
+
 def test_a_configuration_file_takes_averages(tmp_path):
     from megadit.config import load
     from megadit.config.sources import configs_dir
