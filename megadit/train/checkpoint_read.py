@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -124,15 +124,7 @@ class StoredCheckpoint:
             raise UserError(f"checkpoint {self.path}: {problem}; give a checkpoint of a model of the same shape")
 
     def _shape_problem(self, shapes: dict[str, list[int]]) -> str | None:
-        for name in sorted({*shapes, *self.parameters}):
-            stored, needed = self.parameters.get(name), shapes.get(name)
-            if stored is None:
-                return f"has no parameter '{name}', which the model needs"
-            if needed is None:
-                return f"has a parameter '{name}', which the model does not know"
-            if list(stored) != list(needed):
-                return f"parameter '{name}' has shape {stored}, the model needs {list(needed)}"
-        return None
+        return shape_problem(self.parameters, shapes)
 
     def changes(self, config: RunConfig) -> list[str]:
         """Every key whose value in ``config`` is not the stored one, as ``key old → new``; layout keys left out."""
@@ -301,6 +293,19 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     old, new = _flat(before), _flat(after)
     keys = [key for key in new if key in old and key not in _LAYOUT_KEYS]
     return [f"{key} {old[key]} → {new[key]}" for key in keys if old[key] != new[key]]
+
+
+def shape_problem(stored: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> str | None:
+    """The first parameter, by name, that only one side has or whose shapes differ, as a phrase of a sentence."""
+    for name in sorted({*needed, *stored}):
+        there, here = stored.get(name), needed.get(name)
+        if there is None:
+            return f"has no parameter '{name}', which the model needs"
+        if here is None:
+            return f"has a parameter '{name}', which the model does not know"
+        if list(there) != list(here):
+            return f"parameter '{name}' has shape {list(there)}, the model needs {list(here)}"
+    return None
 
 
 def shapes_of(config: RunConfig) -> dict[str, list[int]]:

@@ -1,0 +1,100 @@
+"""What DeepSpeed's native and universal checkpoints have in common: folders, model files, Adam's step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megadit.convert.safe_load import load_file
+from megadit.errors import UserError
+from megadit.train.checkpoint import Position
+from megadit.train.partitions import MOMENTS
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+
+
+def find_folder(path: Path, pointer: str, kind: str) -> Path:
+    """The folder that holds the files: ``path`` itself, or the one that its file ``pointer`` names.
+
+    Raises:
+        UserError: neither holds model files.
+    """
+    for folder in (path, _pointed(path, pointer), _pointed(path, "latest")):
+        if folder is not None and folder.is_dir() and any(_MODEL.fullmatch(file.name) for file in folder.iterdir()):
+            universal = (folder / "zero").is_dir()
+            if universal == (kind == "DeepSpeed"):
+                other = "deepspeed-universal" if universal else "deepspeed"
+                raise UserError(f"IN: '{folder}' is a checkpoint of another format; read it with --from {other}")
+            return folder
+        if folder is not None and folder.is_dir() and any(folder.glob("layer_*_model_states.pt")):
+            break
+    raise UserError(
+        f"IN: '{path}' is no {kind} checkpoint: neither it nor the folder that its file '{pointer}' names holds "
+        "mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt; give the folder that was saved to"
+    )
+
+
+def _pointed(path: Path, pointer: str) -> Path | None:
+    try:
+        return path / (path / pointer).read_text().strip()
+    except (OSError, ValueError):
+        return None
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The model files by data-parallel rank (all of them at ZeRO-3, else the only one).
+
+    Raises:
+        UserError: the model was cut by tensor or pipeline parallelism.
+    """
+    found = {file: match for file in folder.iterdir() if (match := _MODEL.fullmatch(file.name))}
+    if any(folder.glob("layer_*_model_states.pt")) or any(int(match[2]) for match in found.values()):
+        raise UserError(
+            f"IN: '{folder}' is of a model cut by tensor or pipeline parallelism; join its parts with DeepSpeed's "
+            "ds_to_universal and read the result with --from deepspeed-universal"
+        )
+    return sorted(found, key=lambda file: int(found[file][1] or 0))
+
+
+def model_state(file: Path) -> dict[str, Any]:
+    """What a model file holds.
+
+    Raises:
+        UserError: it is none.
+    """
+    state = load_file(file)
+    if not isinstance(state, dict) or "module" not in state or "global_steps" not in state:
+        raise UserError(f"{file}: is no model file of DeepSpeed; give a folder written by engine.save_checkpoint")
+    return state
+
+
+def version_of(state: Mapping[str, Any]) -> str:
+    """``DeepSpeed 0.19.8``, as the file says."""
+    return f"DeepSpeed {state.get('ds_version') or 'of unknown version'}"
+
+
+def position_of(state: Mapping[str, Any]) -> Position:
+    """Where the run of a model file stood."""
+    numbers = [int(state.get(key) or 0) for key in ("global_steps", "global_samples", "skipped_steps")]
+    return Position(*numbers)
+
+
+def adam_step(
+    states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], outer: Any = None
+) -> tuple[int, str]:
+    """How many updates Adam counted, or why its state cannot be used."""
+    if not any(states):
+        return 0, "the optimizer has taken no step, or its state was not saved"
+    lacking = next((state for state in states if not all(isinstance(state.get(k), Tensor) for k in MOMENTS)), None)
+    if lacking is not None:
+        return 0, f"the optimizer is not Adam (its state: {', '.join(map(str, lacking)) or 'none'})"
+    known = [state["step"] for state in states if "step" in state]
+    known = known or [group["step"] for group in groups if "step" in group] or ([] if outer is None else [outer])
+    steps = {int(step.item() if isinstance(step, Tensor) else step) for step in known}
+    if len(steps) != 1:
+        return 0, f"Adam's step counters are {sorted(steps) or 'missing'}, and not one number"
+    return steps.pop(), ""

@@ -1,0 +1,127 @@
+"""DeepSpeed's universal checkpoints: one folder per parameter, with a file for its weights and each moment.
+
+``ds_to_universal`` makes them, in two forms that do not load into one another: at ZeRO 1 and 2 a dict with the shaped
+tensor and Adam's step beside it, at ZeRO 3 the flat tensor alone. What is written here is read by both: the dicts, the
+model file under both of its names, and ``optimizer_state.pt`` with the entries of either. It lists as many optimizer
+groups as there are parameters, all empty: DeepSpeed goes through as many groups as are listed, and overwrites in
+each what is listed (at ZeRO 3 with the first group's numbers in all), so every group keeps its own rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.config import RunConfig
+from megadit.convert.contents import Contents, Part, save_file
+from megadit.convert.deepspeed_files import adam_step, find_folder, model_files, model_state, position_of, version_of
+from megadit.convert.deepspeed_plain import TAG, model_header
+from megadit.convert.safe_load import load_file
+from megadit.errors import UserError
+from megadit.train.checkpoint import WEIGHTS
+from megadit.train.partitions import MOMENTS
+
+_FILES = {WEIGHTS: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
+
+
+def read_universal(path: Path) -> Contents:
+    """The contents of a universal checkpoint: the folder that ``latest_universal`` lies in, or the one it names.
+
+    Raises:
+        UserError: none is there, or a file is missing or broken.
+    """
+    folder = find_folder(path, "latest_universal", "universal DeepSpeed")
+    state = model_state(model_files(folder)[0])
+    what = f"universal DeepSpeed checkpoint '{folder}' ({version_of(state)})"
+    names = sorted(each.name for each in (folder / "zero").iterdir() if (each / _FILES[WEIGHTS]).is_file())
+    listed = {name: tuple(shape) for group in state.get("param_shapes") or () for name, shape in group.items()}
+    lacking = sorted(set(listed) - set(names))
+    if not names or lacking:
+        missing = folder / "zero" / (lacking[0] if lacking else "*") / _FILES[WEIGHTS]
+        raise UserError(f"{missing}: is missing; copy the whole checkpoint, or convert it with ds_to_universal again")
+    shapes = {}
+    for name in names:
+        value = _tensor(folder / "zero" / name / _FILES[WEIGHTS])
+        # A dict of ZeRO 1 and 2 holds the shaped tensor; ZeRO 3 flattens it.
+        shapes[name] = listed.get(name, tuple(value.shape))
+        if math.prod(shapes[name]) != value.numel():
+            raise UserError(f"{what}: '{name}' has {value.numel()} elements, its shape is {list(shapes[name])}")
+
+    def read(kind: str, name: str) -> Sequence[Part]:
+        return [(0, _tensor(folder / "zero" / name / _FILES[kind]).reshape(-1))]
+
+    common = folder / "zero" / "optimizer_state.pt"
+    shared: dict[str, Any] = load_file(common) if common.is_file() else {}
+    contents = Contents(
+        what, shapes, (WEIGHTS, *MOMENTS), read, position_of(state), groups=shared.get("param_groups") or ()
+    )
+    bare = [name for name in names if not all((folder / "zero" / name / _FILES[kind]).is_file() for kind in MOMENTS)]
+    if bare:
+        return contents.weights_only(f"{len(bare)} of {len(names)} parameters have no moments ({bare[0]}, …)")
+    step, reason = _step(folder / "zero", names, shared)
+    return contents.weights_only(reason) if reason else replace(contents, adam_step=step)
+
+
+def _tensor(file: Path) -> Tensor:
+    value = load_file(file)
+    value = value.get("param") if isinstance(value, dict) else value
+    if not isinstance(value, Tensor):
+        raise UserError(f"{file}: holds no tensor; convert the checkpoint with ds_to_universal again")
+    return value
+
+
+def _step(folder: Path, names: Sequence[str], shared: dict[str, Any]) -> tuple[int, str]:
+    own = [file for name in names if (file := folder / name / "step.pt").is_file()]
+    moments = dict.fromkeys(MOMENTS, torch.empty(0))
+    if own:
+        return adam_step([{"step": load_file(file), **moments} for file in own], ())
+    inner = shared.get("optimizer_state_dict") or {}
+    states = list((inner.get("state") or {}).values())
+    groups = shared.get("param_groups") or ()
+    return adam_step([{**moments, **state} for state in states] or [moments], groups)
+
+
+def write_universal(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+    """Write a folder that ``engine.load_checkpoint`` reads at ZeRO 1, 2 and 3 on any number of ranks.
+
+    Returns what people should know.
+
+    Raises:
+        UserError: a parameter's name cannot be a folder's.
+    """
+    tag = TAG.format(contents.position.step)
+    zero = target / tag / "zero"
+    kinds = [kind for kind in (WEIGHTS, *MOMENTS) if kind in contents.kinds]
+    step = torch.tensor(float(contents.adam_step))
+    for name in contents.shapes:
+        if Path(name).name != name:
+            raise UserError(f"IN: the parameter name '{name}' cannot be a folder, as deepspeed-universal needs it")
+        (zero / name).mkdir(parents=True)
+        for kind in kinds:
+            save_file({"param": contents.whole(kind, name), "cat_dim": 0}, zero / name / _FILES[kind])
+        if contents.has_moments:
+            save_file(step, zero / name / "step.pt")
+    header = model_header(contents)
+    groups: list[dict[str, Any]] = [{} for _ in contents.shapes]
+    common = {
+        "ds_version": header["ds_version"],
+        "param_groups": groups,
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
+    }
+    save_file(common, zero / "optimizer_state.pt")
+    shapes = [{name: torch.Size(shape) for name, shape in contents.shapes.items()}]
+    state = {**header, "module": {}, "optimizer": None, "param_shapes": shapes, "universal_checkpoint_info": {}}
+    for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        save_file(state, target / tag / file)
+    for pointer in ("latest_universal", "latest"):
+        (target / pointer).write_text(tag)
+    how = 'load it with engine.load_checkpoint(OUT), "checkpoint": {"load_universal": true} and ZeRO stage 1, 2 or 3'
+    if contents.has_moments:
+        return [how]
+    return [f"weights only: {how}; at stage 3 with load_optimizer_states=False"]

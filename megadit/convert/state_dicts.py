@@ -1,0 +1,182 @@
+"""Whole weights by name: safetensors files, and the torch files that ``zero_to_fp32`` writes; one file or shards.
+
+Shards come with an index file (``model.safetensors.index.json``, ``pytorch_model.bin.index.json``) that maps names to
+files, as the Hugging Face hub's loaders know it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.config import RunConfig
+from megadit.convert.contents import Contents, Part, save_file
+from megadit.convert.safe_load import load_file
+from megadit.errors import UserError
+from megadit.train.checkpoint import WEIGHTS
+
+SHARD_BYTES = 5 * 10**9  # as much as is held in memory at once for a torch file; zero_to_fp32's own limit
+_BYTES = 4  # float32
+_Writer = Callable[[Path, Mapping[str, tuple[int, ...]], Callable[[str], Tensor]], None]
+_PREFIXES = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
+_TORCH = ("pytorch_model.bin", ".bin", ".pt", ".pth")  # the usual name, and endings
+_SAFE = ("model.safetensors", ".safetensors")
+
+
+def read_safetensors(path: Path) -> Contents:
+    """The weights in a safetensors file, or in a folder of one or several.
+
+    Raises:
+        UserError: none is there, or it is broken.
+    """
+    return _contents(path, "safetensors", _find(path, *_SAFE))
+
+
+def read_fp32_state_dict(path: Path) -> Contents:
+    """The weights that zero_to_fp32 wrote, as torch files or with ``--safe_serialization``: a file or a folder.
+
+    Raises:
+        UserError: none is there, it is broken, or holds more than tensors by name.
+    """
+    return _contents(path, "fp32 state dict", _find(path, *_TORCH) or _find(path, *_SAFE))
+
+
+def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
+    if not files:
+        raise UserError(f"IN: '{path}' is no {kind} file and no folder of one; give the file that holds the weights")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _load(file)
+    notes = []
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            notes.append(f"'{prefix}' before all names was left out")
+    others = [name for name, value in tensors.items() if not value.is_floating_point()]
+    if others:
+        notes.append(f"{len(others)} tensors of whole numbers were left out ({others[0]}, …)")
+    kept = {name: value for name, value in tensors.items() if value.is_floating_point()}
+
+    def read(kind: str, name: str) -> list[Part]:
+        return [(0, kept[name].reshape(-1))]
+
+    shapes = {name: tuple(value.shape) for name, value in kept.items()}
+    return Contents(f"{kind} '{path}'", shapes, (WEIGHTS,), read, notes=tuple(notes))
+
+
+def _find(path: Path, main: str, *endings: str) -> list[Path]:
+    """The files that hold the weights at ``path``, of which ``main`` is the usual name; none if it is of another kind."""
+    if path.is_file():
+        return [path] if path.name.endswith(endings) else []
+    files = [file for file in sorted(path.glob("*")) if file.name.endswith(endings)]
+    indices = [file for file in sorted(path.glob("*.index.json")) if file.name[: -len(".index.json")].endswith(endings)]
+    if indices:
+        return _sharded(indices[0])
+    if len(files) > 1 and path / main not in files:
+        raise UserError(f"IN: '{path}' holds several files ({files[0].name}, …) and no index; name one of them")
+    return [path / main] if path / main in files else files
+
+
+def _sharded(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is no index of shards ({error!r}); copy it again") from error
+    files = [index.parent / str(name) for name in names]
+    for file in files:
+        if file.parent.resolve() != index.parent.resolve() or not file.is_file():
+            raise UserError(f"{file}: is missing, though {index.name} names it; copy all shards")
+    return files
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    if file.name.endswith(".safetensors"):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read as safetensors ({error}); copy it again") from error
+    values = load_file(file)
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        held = ", ".join(map(str, list(values)[:4])) if isinstance(values, dict) else type(values).__name__
+        raise UserError(
+            f"{file}: holds {held} and not tensors by name; give the weights alone, such as zero_to_fp32 writes them"
+        )
+    return values
+
+
+def write_safetensors(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+    """Write float32 weights into one ``….safetensors`` file, or, where OUT has no such name, into a folder of shards."""
+    return _write(contents, target, ".safetensors", "model", _stream)
+
+
+def write_fp32_state_dict(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+    """Write float32 weights as torch files that ``load_state_dict`` takes: one ``….bin``, or a folder of shards."""
+    return _write(contents, target, ".bin", "pytorch_model", _at_once)
+
+
+def _write(contents: Contents, target: Path, ending: str, name: str, write: _Writer) -> list[str]:
+    def get(name: str) -> Tensor:
+        return contents.whole(WEIGHTS, name)
+
+    notes = ["weights only: this format holds no optimizer state"] if contents.has_moments else []
+    if target.name.endswith(ending):
+        write(target, contents.shapes, get)
+        return notes
+    target.mkdir()
+    shards = list(_shards(contents.shapes, SHARD_BYTES))
+    if len(shards) == 1:
+        write(target / f"{name}{ending}", shards[0], get)
+        return notes
+    files: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        file = f"{name}-{number:05d}-of-{len(shards):05d}{ending}"
+        write(target / file, shapes, get)
+        files |= dict.fromkeys(shapes, file)
+    total = sum(math.prod(shape) * _BYTES for shape in contents.shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (target / f"{name}{ending}.index.json").write_text(json.dumps(index, indent=1))
+    return notes
+
+
+def _at_once(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:
+    """A torch file; all of its tensors are in memory together."""
+    save_file({name: get(name) for name in shapes}, path)
+
+
+def _stream(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:
+    """A safetensors file of float32 tensors, one of which is in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + math.prod(shape) * _BYTES
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            file.write(get(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The parameters in their order, in groups of at most ``limit`` bytes (a larger one stands alone)."""
+    group: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for name, shape in shapes.items():
+        bytes_ = math.prod(shape) * _BYTES
+        if group and size + bytes_ > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = shape
+        size += bytes_
+    yield group
