@@ -141,6 +141,23 @@ def _rename(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def take_up(run_dir: Path, checkpoint: Path) -> None:
+    """Let ``latest`` name the checkpoint of its own that a run goes on from.
+
+    So that a run which was taken back, or which passed over a broken checkpoint, and is killed before it saves goes on
+    from the same place again, and not from the course that it left.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    root = checkpoint_root(run_dir)
+    if checkpoint.resolve().parent == root.resolve():
+        text = f"{checkpoint.resolve().name}\n"
+        pointer = root / LATEST
+        if not pointer.is_file() or pointer.read_text() != text:
+            refuse_disk_errors(pointer, lambda: write_text(pointer, text))
+
+
 def _drop_old(newest: Path, keep_last: int, keep_every: int | None) -> None:
     """Keep ``newest``, those just before it and the multiples; what lies beyond it is of a course that was left."""
     present = step_folders(newest.parent)

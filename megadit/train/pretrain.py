@@ -187,7 +187,7 @@ def assemble(
     engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema)
     position = Position()
     if start.checkpoint is not None:
-        position = restore((start.checkpoint, *start.earlier), engine, config, context)
+        position = restore(directory.path, (start.checkpoint, *start.earlier), engine, config, context)
     elif start.weights_from is not None:
         start_from_weights(start.weights_from, engine, config, context)
     layout = BatchLayout(config.train.global_batch, context.world_size, context.rank, micro)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,14 @@ from megadit.parallel import ProcessContext
 from megadit.train.checkpoint_find import none_sound, open_checkpoint, tell_fallback
 from megadit.train.checkpoint_format import Position
 from megadit.train.checkpoint_read import StoredCheckpoint, open_everywhere, shapes_of
+from megadit.train.checkpoint_write import take_up
 from megadit.train.engine import TrainingEngine
 from megadit.train.fragment_io import BrokenCheckpoint
 
 
-def restore(paths: Sequence[Path], engine: TrainingEngine, config: RunConfig, context: ProcessContext) -> Position:
+def restore(
+    run_dir: Path, paths: Sequence[Path], engine: TrainingEngine, config: RunConfig, context: ProcessContext
+) -> Position:
     """Go on from the first of ``paths`` that is sound on every rank; what is passed over is told.
 
     A single path is what a person named, or the only one there is: then nothing is tried after it.
@@ -40,6 +44,7 @@ def restore(paths: Sequence[Path], engine: TrainingEngine, config: RunConfig, co
                 tell_fallback(str(error), paths[number + 1])
             continue
         engine.restored(stored.position.step)
+        context.on_main(functools.partial(take_up, run_dir, path))
         if context.is_main:
             print(f"resuming from {path} at step {stored.position.step}", file=sys.stderr)
             _tell(notes + _changes(stored, config, engine.optimizer.table))
