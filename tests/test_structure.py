@@ -37,7 +37,7 @@ DEEPSPEED_INTERNALS = re.compile(
     r"params_in_partition|averaged_gradients|_hp_mapping|load_hp_checkpoint_state|ds_tensor|ds_id|ds_status)\b"
 )
 PARTITIONS = ("megadit/train/partitions.py", "megadit/train/partitions_norms.py")
-NAMES_IN_FILES = "megadit/convert/deepspeed_native.py"  # keys of DeepSpeed's checkpoint files are called like attributes
+NAMES_IN_FILES = "megadit/convert/deepspeed_native.py"  # keys of its checkpoints are called like attributes
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error")
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,4 +223,4 @@ def _with_moments(contents: Contents, zero: _Zero, first: Mapping[str, Any], fro
     scale = {}
     if first.get("dynamic_loss_scale") and isinstance(first.get("loss_scaler"), StandIn):
         scale = {key: value for key, value in vars(first["loss_scaler"]).items() if key in LOSS_SCALE}
-    return Contents(**{**vars(contents), "adam_step": step, "loss_scale": scale})
+    return replace(contents, adam_step=step, loss_scale=scale)

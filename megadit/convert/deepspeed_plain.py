@@ -7,6 +7,7 @@ The optimizer's part names no parameter. Moments are read where the order is cer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Contents:
     if "param_groups" not in inner or (inner is not optimizer and not isinstance(masters, list)):
         return contents.weights_only("it holds no optimizer state that is read at stage 0")
     groups: list[dict[str, Any]] = inner["param_groups"]
-    contents = Contents(**{**vars(contents), "groups": groups})
+    contents = replace(contents, groups=groups)
     names = _names(groups, list(module))
     if names is None:
         return contents.weights_only("at stage 0 DeepSpeed does not say which moments are of which parameter")
@@ -55,7 +56,7 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Contents:
         values[kind] = {name: state[kind] for name, state in zip(flat, states, strict=True)}
         if any(values[kind][name].shape != module[name].shape for name in flat):
             reason = "the optimizer's moments have other shapes than the parameters in their order"
-    return contents.weights_only(reason) if reason else Contents(**{**vars(contents), "adam_step": step})
+    return contents.weights_only(reason) if reason else replace(contents, adam_step=step)
 
 
 def _names(groups: Sequence[Mapping[str, Any]], module: Sequence[str]) -> list[list[str]] | None:

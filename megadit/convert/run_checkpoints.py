@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,9 +30,7 @@ def read_run(path: Path, ema: str | None = None) -> Contents:
     """
     found = open_checkpoint(path, str(path), "IN")
     if found is None:
-        raise UserError(
-            f"IN: '{path}' has no checkpoint yet; give a run that has, or a folder such as RUN/checkpoints/…"
-        )
+        raise UserError(f"IN: '{path}' has no checkpoint yet; give a run that has one")
     stored = found.stored
     source = stored.kind_of(ema or ONLINE)
 
@@ -53,9 +52,10 @@ def read_run(path: Path, ema: str | None = None) -> Contents:
     )
     if ema is not None:
         return contents.weights_only(f"these are the average {ema}")
-    dropped = [name for name in stored.averages]
-    notes = (f"the averages {', '.join(dropped)} are left out; --ema takes one as the weights",) if dropped else ()
-    return Contents(**{**vars(contents), "notes": notes})
+    if not stored.averages:
+        return contents
+    note = f"the averages {', '.join(stored.averages)} are left out; --ema takes one as the weights"
+    return replace(contents, notes=(note,))
 
 
 def _config(stored: StoredCheckpoint) -> RunConfig | None:

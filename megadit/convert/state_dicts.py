@@ -71,7 +71,7 @@ def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
 
 
 def _find(path: Path, main: str, *endings: str) -> list[Path]:
-    """The files that hold the weights at ``path``, of which ``main`` is the usual name; none if it is of another kind."""
+    """The files that hold the weights at ``path``, ``main`` being the usual name; none if it is of another kind."""
     if path.is_file():
         return [path] if path.name.endswith(endings) else []
     files = [file for file in sorted(path.glob("*")) if file.name.endswith(endings)]
@@ -114,7 +114,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
-    """Write float32 weights into one ``….safetensors`` file, or, where OUT has no such name, into a folder of shards."""
+    """Write float32 weights into one ``….safetensors`` file or, under another name, into a folder of shards."""
     return _write(contents, target, ".safetensors", "model", _stream)
 
 
