@@ -145,7 +145,10 @@ class Partitions:
 
     def adam_step(self) -> int:
         """How many updates Adam's bias correction has counted (the same for every buffer)."""
-        counts = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        # A buffer that is padding alone on this rank is in no checkpoint, and begins anew after a resume.
+        flats = {id(f.flat): f.flat for f in self.fragments()}
+        states = [self.optimizer.state.get(flat, {}) for flat in flats.values()]
+        counts = {int(state["step"]) for state in states if "step" in state}
         if len(counts) > 1:
             raise RuntimeError(f"Adam's step counters differ between parameter groups: {sorted(counts)}")
         return counts.pop() if counts else 0
