@@ -24,9 +24,10 @@ def check_ds_config(ds_config: dict[str, Any]) -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
 
-    # No process group yet: DeepSpeed would take these sizes for one process, where they must multiply up too.
     alone = copy.deepcopy(ds_config)
-    alone["train_batch_size"] = alone["train_micro_batch_size_per_gpu"] * alone["gradient_accumulation_steps"]
+    if not deepspeed.comm.is_initialized():
+        # No process group yet: DeepSpeed would take these sizes for one process, where they must multiply up too.
+        alone["train_batch_size"] = alone["train_micro_batch_size_per_gpu"] * alone["gradient_accumulation_steps"]
     try:
         deepspeed.DeepSpeedConfig(alone)
     except ValidationError as error:
