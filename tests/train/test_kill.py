@@ -201,10 +201,10 @@ def life(config, folder, plan=None):
     return pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
 
 
-def killed(config, folder, plan):
+def killed(config, folder, plan, limit=100):
     """Whether the start died of its plan; it may have been complete before."""
     try:
-        assert run_ranks(2, life, config, str(folder), plan, timeout=100) == [0, 0]
+        assert run_ranks(2, life, config, str(folder), plan, timeout=limit) == [0, 0]
     except RankError as error:
         assert "exit status -9" in str(error)
         return True
@@ -273,6 +273,6 @@ def test_fifty_kills_at_random_moments_leave_no_seam(tmp_path):
         kills += killed(config, folder, (chance.randrange(2), step, how))
         rows = (folder / "metrics.jsonl").read_text().splitlines()
         assert rows, "the run makes no progress"
-    assert not killed(config, folder, None)
-    assert not killed(config, tmp_path / "straight", None)
+    assert not killed(config, folder, None, limit=600)
+    assert not killed(config, tmp_path / "straight", None, limit=600)
     assert_no_seam(folder, tmp_path / "straight", config)
