@@ -65,6 +65,8 @@ def read_universal(path: Path) -> Contents:
     if bare:
         return contents.weights_only(f"{len(bare)} of {len(names)} parameters have no moments ({bare[0]}, …)")
     step, reason = _step(folder / "zero", names, shared)
+    if step == 0:
+        reason = reason or "the optimizer has taken no step"
     return contents.weights_only(reason) if reason else replace(contents, adam_step=step)
 
 
@@ -90,6 +92,7 @@ def _step(folder: Path, names: Sequence[str], shared: dict[str, Any]) -> tuple[i
 def write_universal(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
     """Write a folder that ``engine.load_checkpoint`` reads at ZeRO 1, 2 and 3 on any number of ranks.
 
+    Weights alone get the moments of an Adam that has not stepped, zeros, since stage 3 loads nothing without moments.
     Returns what people should know.
 
     Raises:
@@ -97,16 +100,15 @@ def write_universal(contents: Contents, target: Path, config: RunConfig | None) 
     """
     tag = TAG.format(contents.position.step)
     zero = target / tag / "zero"
-    kinds = [kind for kind in (WEIGHTS, *MOMENTS) if kind in contents.kinds]
     step = torch.tensor(float(contents.adam_step))
     for name in contents.shapes:
         if Path(name).name != name:
             raise UserError(f"IN: the parameter name '{name}' cannot be a folder, as deepspeed-universal needs it")
         (zero / name).mkdir(parents=True)
-        for kind in kinds:
-            save_file({"param": contents.whole(kind, name), "cat_dim": 0}, zero / name / _FILES[kind])
-        if contents.has_moments:
-            save_file(step, zero / name / "step.pt")
+        for kind, file in _FILES.items():
+            value = contents.whole(kind, name) if kind in contents.kinds else torch.zeros(contents.shapes[name])
+            save_file({"param": value, "cat_dim": 0}, zero / name / file)
+        save_file(step, zero / name / "step.pt")
     header = model_header(contents)
     groups: list[dict[str, Any]] = [{} for _ in contents.shapes]
     common = {
@@ -122,6 +124,4 @@ def write_universal(contents: Contents, target: Path, config: RunConfig | None) 
     for pointer in ("latest_universal", "latest"):
         (target / pointer).write_text(tag)
     how = 'load it with engine.load_checkpoint(OUT), "checkpoint": {"load_universal": true} and ZeRO stage 1, 2 or 3'
-    if contents.has_moments:
-        return [how]
-    return [f"weights only: {how}; at stage 3 with load_optimizer_states=False"]
+    return [how] if contents.has_moments else [how, "the optimizer begins anew: its moments are zeros at step 0"]

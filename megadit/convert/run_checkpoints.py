@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,7 +63,7 @@ def _config(stored: StoredCheckpoint) -> RunConfig | None:
     from pydantic import ValidationError
 
     try:
-        return RunConfig.model_validate(stored.config)
+        return RunConfig.model_validate_json(json.dumps(stored.config))
     except ValidationError:  # of another version of megadit; --config can say what it was
         return None
 

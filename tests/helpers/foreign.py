@@ -17,7 +17,7 @@ LR = 0.003
 
 @dataclass(frozen=True)
 class Case:
-    """One engine. ``groups`` is one (all parameters), decay (two groups that carry no names) or named."""
+    """One engine. ``groups`` is one (all parameters), decay (two groups without names), named, or megadit (its own)."""
 
     stage: int
     groups: str = "decay"
@@ -31,6 +31,10 @@ class Case:
 
 def groups_of(model: nn.Module, case: Case) -> list[dict[str, Any]]:
     """Optimizer groups as other code makes them: by dimension, and with numbers of its own."""
+    if case.groups == "megadit":
+        from megadit.mup.groups import param_groups
+
+        return param_groups(model, CONFIG.optim)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if case.groups == "one":
         return [{"params": [p for _, p in named], "lr": LR, "weight_decay": 0.02}]

@@ -1,0 +1,198 @@
+"""Files of other programs are data: whatever would run when loaded is refused, and broken ones are told."""
+
+import importlib.util
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers.foreign import CONFIG
+from megadit.convert import FORMATS
+from megadit.convert.contents import Contents, fresh
+from megadit.convert.conversion import READERS, WRITERS, convert
+from megadit.convert.safe_load import load_file
+from megadit.errors import UserError
+from megadit.models import build_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+class Foreign:
+    """An object of a class that is nobody's business here."""
+
+
+def weights():
+    return OrderedDict(build_model(CONFIG.model, seed=5).state_dict())
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    trace = tmp_path / "trace"
+    model = {"module": weights(), "global_steps": 1, "client": Evil(trace)}
+    (tmp_path / "ds").mkdir()
+    torch.save(model, tmp_path / "ds" / "mp_rank_00_model_states.pt")
+    torch.save({"w": torch.ones(2), "x": Evil(trace)}, tmp_path / "w.bin")
+    torch.save(Evil(trace), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for kind, source in (("deepspeed", "ds"), ("fp32-state-dict", "w.bin"), ("fp32-state-dict", "old.pt")):
+        with pytest.raises(UserError, match=r"holds an object of '(posix|nt).system', which is not data"):
+            convert(kind, "megadit", tmp_path / source, tmp_path / "run", CONFIG)
+    torch.save({"w": torch.ones(2), "x": Foreign()}, tmp_path / "w.bin")
+    with pytest.raises(UserError, match=r"object of '[\w.]*Foreign'"):
+        load_file(tmp_path / "w.bin")
+    assert not trace.exists() and not (tmp_path / "run").exists()
+    torch.load(tmp_path / "old.pt", weights_only=False)  # the trap does work
+    assert trace.exists()
+
+
+def test_deepspeeds_own_objects_become_plain_ones(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    scaler = DynamicLossScaler(1024.0, 2.0, 1000, 1.0, 2, False)
+    torch.save([ZeroStageEnum.weights, fragment_address(numel=4, start=2), scaler], tmp_path / "x.pt")
+    stage, address, loaded = load_file(tmp_path / "x.pt")
+    assert stage == 3 and not isinstance(stage, ZeroStageEnum)
+    assert vars(address) == {"numel": 4, "start": 2} and type(address) is type(loaded)
+    assert loaded.cur_scale == 1024.0 and not isinstance(loaded, DynamicLossScaler)
+
+
+def test_the_dynamic_loss_scale_of_fp16_travels(tmp_path):
+    """A file as fp16 training on a GPU writes it: one rank, one group, ZeRO-2."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    values = weights()
+    flat = torch.cat([value.flatten() for value in values.values()])
+    scaler = DynamicLossScaler(4096.0, 2.0, 1000, 1.0, 2, False)
+    scaler.cur_iter = 77
+    shapes = OrderedDict((name, value.shape) for name, value in values.items())
+    state = {"step": 5, "exp_avg": flat * 2, "exp_avg_sq": flat * flat}  # DeepSpeed's FusedAdam counts in an int
+    zero = {
+        "loss_scaler": scaler,
+        "dynamic_loss_scale": True,
+        "base_optimizer_state": {"state": {0: state}, "param_groups": [{"params": [0], "lr": 0.1}]},
+        "single_partition_of_fp32_groups": [flat],
+        "zero_stage": 2,
+        "group_paddings": [0],
+        "partition_count": [1],
+    }
+    model = {"module": values, "param_shapes": [shapes], "global_steps": 7, "skipped_steps": 2, "dp_world_size": 1}
+    folder = tmp_path / "ds" / "global_step7"
+    folder.mkdir(parents=True)
+    (tmp_path / "ds" / "latest").write_text("global_step7")
+    torch.save(model, folder / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": zero}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    convert("deepspeed", "megadit", tmp_path / "ds", tmp_path / "run", CONFIG)
+    stored = json.loads((tmp_path / "run/checkpoints/step-00000007/state.json").read_text())
+    assert stored["loss_scale"]["cur_scale"] == 4096.0 and stored["loss_scale"]["cur_iter"] == 77
+    assert (stored["step"], stored["skipped_steps"], stored["adam_step"]) == (7, 2, 5)
+
+
+def without_one():
+    values = weights()
+    values.pop("final_layer.linear.bias")
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (lambda: {"model": weights(), "ema": weights()}, "holds model, ema and not tensors by name"),
+        (lambda: [1, 2], "holds list and not tensors by name"),
+        (lambda: without_one(), "has no parameter 'final_layer.linear.bias', which the model needs"),
+        (lambda: {**weights(), "head": torch.ones(1)}, "has a parameter 'head', which the model does not know"),
+    ],
+)
+def test_a_file_of_something_else_is_told(tmp_path, values, reason):
+    torch.save(values(), tmp_path / "x.bin")
+    with pytest.raises(UserError, match=reason):
+        convert("fp32-state-dict", "megadit", tmp_path / "x.bin", tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prefixes_half_precision_and_whole_numbers(tmp_path):
+    values = {f"module.{name}": value.bfloat16() for name, value in weights().items()}
+    save_file({**values, "module.count": torch.ones(1, dtype=torch.int64)}, tmp_path / "x.safetensors")
+    outcome = convert("safetensors", "megadit", tmp_path / "x.safetensors", tmp_path / "run", CONFIG)
+    told = " ".join(outcome.notes)
+    assert "'module.' before all names" in told and "bfloat16" in told and "whole numbers" in told
+
+
+def test_shards_that_are_missing_or_unnamed_are_told(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "part-1.safetensors")
+    save_file({"b": torch.ones(1)}, tmp_path / "part-2.safetensors")
+    with pytest.raises(UserError, match="several files .part-1.* and no index"):
+        convert("safetensors", "fp32-state-dict", tmp_path, tmp_path / "out")
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-3.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"part-3.safetensors: is missing, though model.safetensors.index.json names"):
+        convert("safetensors", "fp32-state-dict", tmp_path, tmp_path / "out")
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="is no index of shards"):
+        convert("safetensors", "fp32-state-dict", tmp_path, tmp_path / "out")
+    (tmp_path / "part-1.safetensors").write_bytes(b"\x10")
+    with pytest.raises(UserError, match="part-1.safetensors: cannot be read as safetensors"):
+        convert("safetensors", "fp32-state-dict", tmp_path / "part-1.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("safetensors", "megadit", "x.safetensors", "out"), "--config: is needed"),
+        (("safetensors", "fp32-state-dict", "gone", "out"), "IN: .*gone' does not exist"),
+        (("safetensors", "fp32-state-dict", "x.safetensors", "x.safetensors"), "OUT: .* exists already"),
+        (("megadit", "megadit", "x.safetensors", "out"), "--to: megadit is what IN is already"),
+        (("safetensors", "deepspeed-universal", "x.safetensors", "out"), "'a/../b' cannot be a folder"),
+    ],
+)
+def test_bad_requests_are_told(tmp_path, arguments, reason):
+    save_file({"a/../b": torch.ones(1)}, tmp_path / "x.safetensors")
+    kinds, paths = arguments[:2], [tmp_path / name for name in arguments[2:]]
+    with pytest.raises(UserError, match=reason):
+        convert(*kinds, *paths)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    with pytest.raises(UserError, match="--ema: 0.9 is asked for, but safetensors holds no averages"):
+        convert("safetensors", "fp32-state-dict", tmp_path / "x.safetensors", tmp_path / "out", ema="0.9")
+
+
+def test_parts_must_cover_a_parameter():
+    for parts in ([(0, torch.ones(3))], [(0, torch.ones(3)), (2, torch.ones(2))], [(1, torch.ones(3))]):
+        contents = Contents("it", {"w": (2, 2)}, ("weights",), lambda kind, name, parts=parts: parts)
+        with pytest.raises(UserError, match="weights of 'w' are not the 4 elements"):
+            contents.whole("weights", "w")
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UserError, match="OUT: .*cannot be written .No space left"), fresh(tmp_path / "out") as path:
+        path.mkdir()
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path, capsys):
+    assert set(READERS) == set(WRITERS) == set(FORMATS)
+    spec = importlib.util.spec_from_file_location("tool_convert", ROOT / "tools" / "convert_checkpoint.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    save_file(weights(), tmp_path / "x.safetensors")
+    arguments = ["--from", "safetensors", "--to", "fp32-state-dict", str(tmp_path / "x.safetensors")]
+    assert tool.main([*arguments, str(tmp_path / "out.bin")]) == 0
+    assert "31 parameters" in capsys.readouterr().out
+    assert tool.main([*arguments, str(tmp_path / "out2.bin"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["parameters"] == 31 and printed["kinds"] == ["weights"]
+    with pytest.raises(UserError, match="train.steps=3: changes a config, but there is no --config"):
+        tool.main([*arguments, str(tmp_path / "out3.bin"), "train.steps=3"])
