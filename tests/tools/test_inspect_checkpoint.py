@@ -1,0 +1,74 @@
+"""tools/inspect_checkpoint.py: what it says of a sound, a damaged and a different checkpoint, and its exit codes."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from helpers.ranks import ROOT, run_ranks
+from helpers.training import small_config, train_rank
+from megadit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("inspect_command", ROOT / "tools/inspect_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Step 2 of two ranks under ZeRO-3."""
+    config = small_config(parallel={"zero_stage": 3}, ema={"decays": (0.5,)})
+    path = tmp_path_factory.mktemp("run")
+    run_ranks(2, train_rank, config, str(path), 2, timeout=120)
+    return path
+
+
+def told(main, capsys, *arguments):
+    code = main([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+@pytest.mark.distributed
+def test_a_sound_one(main, folder, capsys):
+    code, found = told(main, capsys, folder, "--verify", "--diff", folder, "--norms")
+    assert code == 0 and found["problems"] == []
+    summary = found["summary"]
+    assert (summary["step"], summary["layout"]) == (2, {"ranks": 2, "zero_stage": 3})
+    assert summary["bytes"].keys() == {"weights", "exp_avg", "exp_avg_sq", "ema/0.5"}
+    assert set(summary["bytes"].values()) == {4 * summary["elements"]}
+    row = summary["tensors"]["final_layer.linear.weight"]
+    assert row["shape"] == [4, 32] and row["weights"] > 0
+    assert found["diff"]["same"] and found["diff"]["tensors"] == []
+    assert main([str(folder), "--verify"]) == 0
+    assert "all checksums agree" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_damage_and_difference_are_exit_code_3(main, folder, capsys, tmp_path):
+    other = shutil.copytree(folder / "checkpoints/step-00000002", tmp_path / "step-00000002")
+    path = other / "fragments-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    code, found = told(main, capsys, other, "--verify")
+    assert code == 3 and len(found["problems"]) == 1 and "wrong checksum" in found["problems"][0]
+    longer = tmp_path / "longer"
+    config = small_config(optim={"lr": 1e-3}, ema={"decays": (0.5,)})
+    run_ranks(1, train_rank, config, str(longer), 3, str(folder / "checkpoints/step-00000002"), timeout=120)
+    code, found = told(main, capsys, folder, "--diff", longer)
+    assert code == 3 and not found["diff"]["same"]
+    assert found["diff"]["counters"]["step"] == [2, 3]
+    assert 0 < found["diff"]["kinds"]["weights"]["max_abs"] < 0.1
+    assert "optim.lr 0.004 → 0.001" in found["diff"]["config"]
+    assert main([str(folder), "--diff", str(longer)]) == 3
+    assert "weights: " in capsys.readouterr().out
+
+
+def test_what_is_no_checkpoint(main, tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint"):
+        main([str(tmp_path)])
