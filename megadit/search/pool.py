@@ -187,14 +187,13 @@ def worker_command(folder: Path, gpus: int) -> list[str]:
 
 def worker_environment(place: Place, env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a worker: its threads, its GPUs, and where this megadit is; nothing of a launcher's."""
-    import megadit
     import megadit_kernels
 
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
     made = {key: value for key, value in (os.environ if env is None else env).items() if key not in launcher}
     # Its own group is a worker's whole world, even where `run` is a task of Slurm's.
     made = {key: value for key, value in made.items() if key not in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")}
-    parts = [str(Path(str(module.__file__)).parents[1]) for module in (megadit, megadit_kernels)]
+    parts = [str(Path(__file__).resolve().parents[2]), str(Path(str(megadit_kernels.__file__)).resolve().parents[1])]
     made["PYTHONPATH"] = os.pathsep.join([*parts, *filter(None, [made.get("PYTHONPATH")])])
     made["OMP_NUM_THREADS"] = made["MKL_NUM_THREADS"] = str(max(1, len(place.cores) // max(1, len(place.gpus))))
     made["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)

@@ -65,11 +65,13 @@ class StudyStore:
 
     @classmethod
     def join(cls, study: Study) -> StudyStore:
-        """Open the store of a study as it is, to work on it. Raises UserError when there is none."""
+        """Open the store of a study that has been made, to work on it. Raises UserError when there is none."""
         _refuse_missing(study)
         lock = StudyLock(study.folder, study.spec.storage)
         with lock():
-            return cls(study, open_storage(study.folder, study.spec.storage), lock, create=False)
+            store = cls(study, open_storage(study.folder, study.spec.storage), lock, create=True)
+            store._fill()  # what a process that was killed while it made the study left out
+        return store
 
     @property
     def planned(self) -> tuple[PlannedTrial, ...]:

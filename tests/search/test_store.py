@@ -194,6 +194,15 @@ def test_the_torn_line_of_a_killed_writer_is_dropped(tmp_path):
     assert load_results(study.folder).trials[0].number == 0
 
 
+@KINDS
+def test_a_study_that_was_half_made_is_completed_by_who_joins(tmp_path, kind, monkeypatch):
+    study = tiny_study(tmp_path, storage=kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(StudyStore, "_fill", lambda self: None)  # killed before the trials were queued
+        StudyStore.create_or_open(study)
+    assert StudyStore.join(study).claim(this_worker()).number == 0
+
+
 def test_a_directory_without_a_study_is_refused(tmp_path):
     study = tiny_study(tmp_path)
     for opening in (open_readonly, StudyStore.join):
