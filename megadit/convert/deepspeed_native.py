@@ -212,7 +212,7 @@ def _shared(state: Mapping[str, Any]) -> tuple[str, ...]:
 def _with_moments(contents: Contents, zero: _Zero, first: Mapping[str, Any], frozen: Mapping[str, Any]) -> Contents:
     """Adam's step and the loss scale, or what remains without Adam's moments."""
     if frozen:
-        return contents.weights_only(f"{len(frozen)} parameters were frozen ({next(iter(frozen))}, …)")
+        return contents.weights_only(f"frozen parameters have no moments ({next(iter(frozen))}, {len(frozen)} in all)")
     used = {(shard.rank, shard.group) for shards in zero.shards.values() for shard in shards}
     states = [zero.states[rank][group] for rank, group in sorted(used)]
     step, reason = adam_step(states, zero.param_groups, first.get("base_optimizer_state_step"))

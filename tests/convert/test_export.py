@@ -51,7 +51,7 @@ def state(folder):
 
 
 def load(folder, cases, options):
-    """Load into fresh engines of other weights: what they hold, their rates and steps, the loss of a further one."""
+    """Load into fresh engines of other weights: what they hold, their rates and steps, the losses of further ones."""
     results = []
     for case in cases:
         engine = engine_of(case, seed=9)
@@ -59,7 +59,9 @@ def load(folder, cases, options):
         assert path is not None
         rates = [group["lr"] for group in engine.optimizer.param_groups]
         found, steps = state_of(engine, moments=not options), engine.global_steps
-        results.append((found, rates, steps, train(engine, 1)))
+        for own in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+            own["step"] = own["step"].clone()  # which stage 3 shares between the groups, see docs/convert.md
+        results.append((found, rates, steps, train(engine, 3)))
         engine.destroy()
     return results
 
@@ -83,8 +85,9 @@ def test_a_universal_export_loads_at_every_sharding_stage(run, tmp_path, ranks):
         assert_equal(found, wanted)
         assert rates == [LR] if case.groups == "one" else [LR, 2 * LR]  # the engine's own
         assert steps == STEPS
-        losses += loss
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+        losses.append(loss)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)  # with other groups, what follows differs
 
 
 def test_a_native_export_loads_at_stage_0_and_its_weights_elsewhere(run, tmp_path):
