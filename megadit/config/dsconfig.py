@@ -174,7 +174,7 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         "gradient_accumulation_steps": plan.accumulation,
         # Always written out: DeepSpeed 0.19 clips at 1.0 when the key is absent. megadit clips per group itself.
         "gradient_clipping": float((clip.mode == "global" and clip.value) or 0.0),
-        "zero_optimization": {**file.block("zero_optimization"), "stage": config.parallel.zero_stage},
+        "zero_optimization": _zero_block(file, config),
         "bf16": {**file.block("bf16"), "enabled": precision == "bf16"},
         "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},
         "steps_per_print": _QUIET,
@@ -183,6 +183,18 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
     ours = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
     return merged | {key: value for key, value in file.values.items() if key not in ours}
+
+
+def _zero_block(file: DsFile, config: RunConfig) -> dict[str, Any]:
+    zero = {**file.block("zero_optimization"), "stage": config.parallel.zero_stage}
+    if config.train.activation_checkpointing == "selective" and config.parallel.zero_stage == 3:
+        if zero.get("memory_efficient_linear"):
+            raise UserError(
+                "zero_optimization.memory_efficient_linear: true adds biases in place, which does not go with "
+                f"train.activation_checkpointing: selective; take it out, or set full (in {file.label})"
+            )
+        zero["memory_efficient_linear"] = False
+    return zero
 
 
 def _value(config: RunConfig, key: str) -> Any:

@@ -44,6 +44,12 @@ class ModelConfig(Section):
     mlp: Literal["gelu_tanh", "gelu", "swiglu"] = Field("gelu_tanh", description="activation of the MLP")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden size of the MLP over width")
     qk_norm: Literal["none", "rms"] = Field("none", description="RMSNorm of queries and keys")
+    attention_precision: Literal["auto", "fp32"] = Field(
+        "auto", description="fp32: attention's scores and softmax in float32 under bf16 and fp16"
+    )
+    norm_precision: Literal["auto", "fp32"] = Field(
+        "auto", description="fp32: norms and their modulation in float32 under bf16 and fp16, rounded once"
+    )
     num_classes: int = Field(1000, ge=0, description="0: unconditional; the null label is num_classes")
 
     parametrization: Literal["sp", "mup"] = Field("sp", description="standard, or maximal update")

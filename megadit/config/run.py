@@ -193,6 +193,11 @@ class TrainConfig(Section):
         None, ge=1, description="images per forward pass and rank; default: global_batch / ranks"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="recompute in the backward pass: selective all but matrix products and attention, full each block",
+    )
+    compile: bool = Field(False, description="torch.compile the blocks; costs minutes at the start")
     seed: int = Field(0, ge=0, description="of initialization, order, noise and dropout")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int | None = Field(None, ge=1, description="default: at the end only")
@@ -229,6 +234,11 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         if self.steps is None and self.epochs is None:
             raise ValueError("steps: is missing; give the run's length as steps or as epochs")
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing: selective does not go with compile, which chooses by itself what a block "
+                "computes again; set none or full"
+            )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"steps: {self.steps} and epochs {self.epochs} both say how long to train; give one of them"

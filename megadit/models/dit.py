@@ -16,6 +16,7 @@ from megadit.config.model import ModelConfig
 from megadit.models.layers import (
     LabelEmbedder,
     Mlp,
+    ModulatedNorm,
     MuLinear,
     PatchEmbedder,
     SelfAttention,
@@ -26,7 +27,7 @@ from megadit.models.layers import (
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
-from megadit_kernels import gated_residual, layer_norm_modulate
+from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
 
@@ -46,16 +47,24 @@ class DiTBlock(Stage):
         super().__init__()
         width = param.width_dim()
         self.prefix = f"blocks.{index}."
-        self.attn = SelfAttention(width, config.num_heads, param, qk_norm=config.qk_norm == "rms")
+        self.attn = SelfAttention(
+            width,
+            config.num_heads,
+            param,
+            qk_norm=config.qk_norm == "rms",
+            precision=config.attention_precision,
+            norm_precision=config.norm_precision,
+        )
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
         self.adaLN_modulation = _modulation(width, 6, param)
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Attention, then the MLP, each normed, modulated and added through its gate."""
         x, c = carrier
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = gated_residual(x, gate_msa, self.attn(layer_norm_modulate(x, shift_msa, scale_msa, _LN_EPS)))
-        x = gated_residual(x, gate_mlp, self.mlp(layer_norm_modulate(x, shift_mlp, scale_mlp, _LN_EPS)))
+        x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
+        x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
         return x, c
 
 
@@ -67,12 +76,13 @@ class DiTFinalLayer(nn.Module):
         width = param.width_dim()
         out = Dim(config.patch_size**2 * config.out_channels)
         self.linear = MuLinear(width, out, param, init="readout")
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
         self.adaLN_modulation = _modulation(width, 2, param)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Modulation order: shift, scale."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(layer_norm_modulate(x, shift, scale, _LN_EPS))
+        return self.linear(self.norm(x, shift, scale))
 
 
 class DiTEmbedStage(Stage):

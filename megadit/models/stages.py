@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
+from megadit.parallel.recompute import Recompute, run_block
 
 Carrier = tuple[Tensor, ...]
 
@@ -27,7 +28,12 @@ class Stage(nn.Module):
 
 
 class StagedModel(nn.Module):
-    """A model given by its stages. Subclasses say what the first carrier is and list the stages."""
+    """A model given by its stages. Subclasses say what the first carrier is and list the stages.
+
+    ``recompute`` says what the blocks keep for the backward pass (see ``megadit.parallel.recompute``).
+    """
+
+    recompute: Recompute = "none"
 
     def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
         """The first stage's input: (x, t, ...), floats first, integers last."""
@@ -54,7 +60,7 @@ class StagedModel(nn.Module):
         tapped: dict[int, Tensor] = {}
         blocks = 0
         for stage in self.stages():
-            carrier = stage(carrier)
+            carrier = run_block(stage, carrier, self.recompute if stage.is_block else "none")
             if stage.is_block:
                 blocks += 1
                 if blocks in taps:

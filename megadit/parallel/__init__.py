@@ -1,4 +1,4 @@
-"""How processes find each other: environment, devices and small collectives."""
+"""How processes find each other (environment, devices, small collectives), and how blocks run: recomputed, compiled."""
 
 from megadit.parallel.processes import ProcessContext, prepare_environment, start_processes, stop_processes
 

@@ -19,7 +19,7 @@ from megadit.config.run import ONLINE, EmaConfig
 from megadit.parallel import ProcessContext
 from megadit.train.ema import Ema
 from megadit.train.optimizer import MuOptimizer
-from megadit.train.partitions import Partitions, avoid_shm_build
+from megadit.train.partitions import Partitions, avoid_shm_build, restore_linear
 from megadit.train.schedule import Schedule
 
 
@@ -39,6 +39,7 @@ class TrainingEngine:
         avoid_shm_build()
         import deepspeed
 
+        restore_linear()
         self.context = context
         self.optimizer = MuOptimizer(model, optim, schedule, context.device)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer.inner, config=dict(ds_config))

@@ -63,6 +63,16 @@ def avoid_shm_build() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
+def restore_linear() -> None:
+    """Take back the ``F.linear`` that a ZeRO-3 engine of this process put in the place of torch's, for good.
+
+    A later run of the process would compute with it: other bits, and additions in place.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Init
+
+    torch.nn.functional.linear = getattr(Init, "linear_bk", torch.nn.functional.linear)
+
+
 class Partitions:
     """This rank's share of master weights and optimizer state of a DeepSpeed engine."""
 

@@ -52,6 +52,7 @@ def test_every_value(name: str):
             "family": "dit", "width": width, "depth": 28, "heads": None if mup else heads,
             "head_dim": 72 if mup else None, "patch_size": 2, "in_channels": 4, "input_size": 32, "learn_sigma": True,
             "mlp": "gelu_tanh", "mlp_ratio": 4.0, "qk_norm": "none", "num_classes": 1000,
+            "attention_precision": "auto", "norm_precision": "auto",
             "parametrization": parametrization, "base_width": 288 if mup else None, "output_mult": 1.0,
             "init": "auto", "adaln_init": "auto",
             "role_hps": {role: {"mult": 1.0, "init_std": 1.0, "lr": 1.0} for role in ROLES},
@@ -66,6 +67,7 @@ def test_every_value(name: str):
         },
         "train": {
             "steps": steps, "epochs": None, "global_batch": 256, "micro_batch": None, "precision": "fp32", "seed": 0,
+            "activation_checkpointing": "none", "compile": False,
             "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "keep_every": None,
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": None, "validation_images": 0, "validate_with": ("online",), "tensorboard": True,

@@ -2,13 +2,15 @@
 
 from megadit.models.layers.attention import SelfAttention
 from megadit.models.layers.embed import LabelEmbedder, PatchEmbedder, SinCosPositions, TimestepEmbedder, unpatchify
-from megadit.models.layers.linear import MuEmbedding, MuLinear, MuPatchProjection, MuRMSNorm
+from megadit.models.layers.linear import MuEmbedding, MuLinear, MuPatchProjection
 from megadit.models.layers.mlp import Mlp
+from megadit.models.layers.norm import ModulatedNorm, MuRMSNorm
 from megadit.models.layers.positions import sincos_2d, timestep_features
 
 __all__ = [
     "LabelEmbedder",
     "Mlp",
+    "ModulatedNorm",
     "MuEmbedding",
     "MuLinear",
     "MuPatchProjection",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.models.layers.linear import MuLinear, MuRMSNorm
+from megadit.models.layers.linear import MuLinear
+from megadit.models.layers.norm import MuRMSNorm, Precision, without_autocast
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 
@@ -14,16 +16,27 @@ class SelfAttention(nn.Module):
     """Multi-head attention, scale 1 / sqrt(head_dim): head_dim stays fixed and width scales by heads.
 
     ``qkv`` puts out q, k, v, each [heads, head_dim]; with ``qk_norm`` q and k pass an RMSNorm over head_dim
-    whose gain all heads share.
+    whose gain all heads share. ``precision`` fp32 computes scores, softmax and their product with v in float32,
+    ``norm_precision`` the norms.
     """
 
-    def __init__(self, width: Dim, heads: int, param: Parametrization, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        width: Dim,
+        heads: int,
+        param: Parametrization,
+        *,
+        qk_norm: bool = False,
+        precision: Precision = "auto",
+        norm_precision: Precision = "auto",
+    ) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width.size // heads
+        self.precision = precision
         tripled = Dim(3 * width.size, 3 * width.base_size)
         self.qkv = MuLinear(width, tripled, param)
-        self.q_norm = MuRMSNorm(Dim(self.head_dim), param) if qk_norm else None
-        self.k_norm = MuRMSNorm(Dim(self.head_dim), param) if qk_norm else None
+        self.q_norm = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
+        self.k_norm = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
         self.proj = MuLinear(width, width, param)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,5 +45,12 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = self._attend(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(b, t, n))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each (B, heads, T, head_dim), and so the result."""
+        if self.precision == "auto" or q.dtype == torch.float32:
+            return F.scaled_dot_product_attention(q, k, v)
+        with without_autocast(q):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)

@@ -88,17 +88,3 @@ class MuEmbedding(nn.Module):
         row = F.embedding(index, self.weight)
         mult = self.param_specs["weight"].forward_mult
         return row if mult == 1.0 else row * mult
-
-
-class MuRMSNorm(nn.Module):
-    """RMSNorm over the last dimension with a learned gain, started at 1."""
-
-    def __init__(self, dim: Dim, param: Parametrization, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
-        self.weight = nn.Parameter(torch.empty(dim.size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,56 @@
+"""Normalisation, and where it is computed in float32 whatever the weights' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim, ParamSpec
+from megadit_kernels import layer_norm_modulate
+
+Precision = Literal["auto", "fp32"]
+
+
+@contextmanager
+def without_autocast(x: Tensor) -> Iterator[None]:
+    """Keep a surrounding autocast from taking float32 operands back to half precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+class ModulatedNorm(nn.Module):
+    """LayerNorm without affine, then the sample's own scale and shift; in float32 and rounded once if so asked."""
+
+    def __init__(self, eps: float, precision: Precision = "auto") -> None:
+        super().__init__()
+        self.eps, self.precision = eps, precision
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x (B, T, n), shift and scale (B, n) -> (B, T, n) in x's dtype."""
+        if self.precision == "auto" or x.dtype == torch.float32:
+            return layer_norm_modulate(x, shift, scale, self.eps)
+        with without_autocast(x):
+            return layer_norm_modulate(x.float(), shift.float(), scale.float(), self.eps).to(x.dtype)
+
+
+class MuRMSNorm(nn.Module):
+    """RMSNorm over the last dimension with a learned gain, started at 1; in float32 and rounded once if so asked."""
+
+    def __init__(self, dim: Dim, param: Parametrization, eps: float = 1e-6, precision: Precision = "auto") -> None:
+        super().__init__()
+        self.eps, self.precision = eps, precision
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
+        self.weight = nn.Parameter(torch.empty(dim.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d) in x's dtype."""
+        if self.precision == "auto" or x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        with without_autocast(x):
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)

@@ -1,0 +1,46 @@
+"""torch.compile of a model's blocks, and whether this machine can do it.
+
+Only the blocks are compiled, each by itself: they are alike, so that one compilation serves all of them, and what
+surrounds them (embeddings, hooks of the training engine) stays plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from megadit.errors import UserError
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block in place at its first call; names and parameters stay what they are."""
+    for block in blocks:
+        block.compile()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile and run a one-line function on ``device``.
+
+    Raises:
+        UserError: torch.compile is switched off, or has no working compiler here.
+    """
+    import torch._dynamo
+
+    if torch._dynamo.config.disable:
+        raise UserError(
+            "train.compile: true, but TORCHDYNAMO_DISABLE switches torch.compile off; unset it, or set false"
+        )
+    try:
+        torch.compile(_probe)(torch.ones(8, device=device))
+    except Exception as error:  # the many ways in which a tool chain can be missing
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise UserError(
+            f"train.compile: true, but torch.compile does not work here ({reason}); install a C++ compiler (and triton "
+            "for a GPU), or set it to false"
+        ) from error
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x) + 1

@@ -1,0 +1,75 @@
+"""Activation checkpointing: what a block's forward keeps for its backward, and what it computes again there.
+
+``full`` keeps a block's inputs only. ``selective`` also keeps the outputs of its matrix products and of attention,
+which cost nearly all of the arithmetic, and computes norms, activations, modulation and gates again, which cost nearly
+all of the memory. Both give the same bits as keeping everything: the same operations run on the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_IN_PLACE = frozenset(f"aten::{name}_" for name in ("add", "sub", "mul", "div", "addmm", "addcmul", "baddbmm"))
+_VIEWS = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "t", "transpose", "permute", "detach"))
+
+Recompute = Literal["none", "selective", "full"]
+Tensors = tuple[Tensor, ...]
+
+
+def run_block(block: Callable[[Tensors], Tensors], inputs: Tensors, how: Recompute) -> Tensors:
+    """``block(inputs)``; where gradients are recorded, keep for the backward what ``how`` says."""
+    if how == "none" or not torch.is_grad_enabled():
+        return block(inputs)
+    # No block draws from torch's generators (noise and dropout are keyed), so that their state need not be kept.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _KeepProducts())
+    outputs: Tensors = checkpoint(block, inputs, **options)
+    return outputs
+
+
+@functools.cache
+def _products() -> frozenset[Any]:
+    aten = torch.ops.aten
+    names = (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    return frozenset(getattr(aten, name).default for name in names if hasattr(aten, name))
+
+
+class _KeepProducts:
+    """Policy of one run of one block: keep products, recompute the rest.
+
+    A product that is changed in place right after it was made (a bias added to it) would be kept changed, and be
+    changed once more in the backward pass: wrong gradients without a word. So that is an error here.
+    """
+
+    def __init__(self) -> None:
+        self._last_kept: Any = None
+
+    def __call__(self, _context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        if operation in _products():
+            self._last_kept = operation
+            return CheckpointPolicy.MUST_SAVE
+        if self._last_kept is not None and operation._schema.name in _IN_PLACE:
+            raise RuntimeError(
+                f"{operation._schema.name} changes the result of {self._last_kept} in place in a selectively "
+                "recomputed block"
+            )
+        if operation._schema.name not in _VIEWS:
+            self._last_kept = None
+        return CheckpointPolicy.PREFER_RECOMPUTE

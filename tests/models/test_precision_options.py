@@ -1,0 +1,87 @@
+"""float32 attention and norms inside a bf16 model: nearer to the float32 model, and bf16 again where they end."""
+
+import pytest
+import torch
+
+from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
+from megadit.models import build_model
+from megadit.models.layers import ModulatedNorm, SelfAttention
+from megadit.models.layers.norm import MuRMSNorm
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+
+FP32 = {"attention_precision": "fp32", "norm_precision": "fp32"}
+
+
+def gap(value, expected):
+    value, expected = value.detach().double(), expected.detach().double()
+    return float((value - expected).norm() / expected.norm())
+
+
+def normals(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_norm_is_rounded_once():
+    x, shift, scale = 3 + normals(4, 16, 64), normals(4, 64), normals(4, 64)
+    exact = ModulatedNorm(1e-6)(*(v.bfloat16().double() for v in (x, shift, scale)))
+    half = [v.bfloat16() for v in (x, shift, scale)]
+    plain, once = ModulatedNorm(1e-6)(*half), ModulatedNorm(1e-6, "fp32")(*half)
+    assert plain.dtype == once.dtype == torch.bfloat16
+    assert (once == exact.float().bfloat16()).float().mean() > 0.995  # but where float32's error crosses a tie
+    assert gap(plain, exact) > 1.3 * gap(once, exact)
+
+
+def test_qk_norm_is_rounded_once():
+    param = Parametrization(tiny_config())
+    plain, once = MuRMSNorm(Dim(24), param), MuRMSNorm(Dim(24), param, precision="fp32")
+    x, gain = normals(8, 24).bfloat16(), (1 + 0.1 * normals(24)).bfloat16()
+    for norm in (plain, once):
+        norm.bfloat16()
+        norm.weight.data.copy_(gain)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain.double()
+    assert (once(x) == exact.float().bfloat16()).float().mean() > 0.99
+    assert gap(once(x), exact) <= gap(plain(x), exact)
+
+
+def test_attention_is_rounded_once():
+    layers = []
+    for precision in ("auto", "fp32"):
+        layer = SelfAttention(Dim(48), 2, Parametrization(tiny_config()), precision=precision)
+        randomize(layer, 0.5)
+        layers.append(layer.bfloat16())
+    q, k, v = (normals(4, 2, 64, 24).bfloat16() for _ in range(3))
+    scores = (2 * q).double() @ k.double().transpose(-1, -2) / 24**0.5
+    exact = torch.softmax(scores, dim=-1) @ v.double()
+    plain, once = (layer._attend(2 * q, k, v) for layer in layers)
+    assert plain.dtype == once.dtype == torch.bfloat16
+    torch.testing.assert_close(once.double(), exact, rtol=2**-8, atol=1e-4)
+    assert gap(once, exact) <= gap(plain, exact)
+    assert layers[1](normals(2, 5, 48).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_whole_model_keeps_its_dtype_and_float32_its_bits(autocast):
+    plain, exact = build_model(tiny_config(qk_norm="rms")), build_model(tiny_config(qk_norm="rms", **FP32))
+    for model in (plain, exact):
+        randomize(model)
+    x, t, cond = tiny_inputs(plain.config)
+    with torch.no_grad():
+        expected = plain(x, t, cond)
+        assert torch.equal(exact(x, t, cond), expected)
+        if autocast:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = exact(x, t, cond)
+        else:
+            output = exact.bfloat16()(x, t, cond)
+        assert output.dtype == torch.bfloat16 and gap(output, expected) < 0.02
+
+
+def test_gradients_flow_in_the_weights_dtype():
+    config = tiny_config(qk_norm="rms", **FP32)
+    model = build_model(config)
+    randomize(model)
+    model.bfloat16()
+    model(*tiny_inputs(config)).float().square().mean().backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
