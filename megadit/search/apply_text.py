@@ -15,6 +15,7 @@ from megadit.errors import EXIT_OK, EXIT_VERDICT_NO
 from megadit.search.apply import Applied, GroupRow, NotVerifiedError, apply, backing_words
 from megadit.search.backing import Backing, backed_by
 from megadit.search.budget import describe_cost
+from megadit.search.wording import value_text
 
 
 def run_apply(args: Namespace) -> int:
@@ -104,14 +105,9 @@ def describe(applied: Applied) -> str:
 
 
 def value_words(value: Any) -> str:
-    """A value for people; a power of two is named as one."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if not isinstance(value, float):
-        return str(value)
-    exponent = math.log2(value) if value > 0 else math.nan
-    whole = exponent.is_integer() and abs(exponent) >= 3
-    return f"{value:.6g}" + (f" (2^{exponent:.0f})" if whole else "")
+    """A value for people; beside a power of two, the number that it is."""
+    text = value_text(value, 6)
+    return f"{value:.6g} ({text})" if isinstance(value, float) and text.startswith("2^") else text
 
 
 def _other_best(applied: Applied) -> list[str]:

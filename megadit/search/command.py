@@ -14,8 +14,9 @@ from typing import Any
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.search.pool import Place, Pool, places, this_machine
 from megadit.search.spec import read_spec
-from megadit.search.states import Counts, point_text
+from megadit.search.states import Counts
 from megadit.search.study import FROZEN, Study, find_study, load_study
+from megadit.search.wording import point_text
 from megadit.search.worker import AFTER, NOW, STOP, work
 
 _SHOW_S = 1.0  # how often the store is asked while workers run, at most

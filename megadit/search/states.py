@@ -138,9 +138,3 @@ def restored(values: Mapping[str, Any]) -> TrialResult:
     """The inverse of ``stored``."""
     horizons = {int(step): scores for step, scores in values["horizons"].items()}
     return TrialResult(**{**values, "horizons": horizons})
-
-
-def point_text(hps: Mapping[str, Any]) -> str:
-    """Hyperparameters in one line."""
-    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in hps.items()}
-    return " ".join(f"{key}={value}" for key, value in shown.items())

@@ -13,9 +13,10 @@ from megadit.plan import forward_flops
 from megadit.search.plan import PlannedTrial
 from megadit.search.results import StudyResults, TrialResult
 from megadit.search.selection import Choice, select
-from megadit.search.states import Counts, Running, point_text
+from megadit.search.states import Counts, Running
 from megadit.search.store import StudyStore, trial_folder
 from megadit.search.study import Cell, Study
+from megadit.search.wording import point_text
 
 _SHOWN_TRIALS = 30
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadit.config import RunConfig
+from megadit.search.wording import value_text
 
 # Keys that change neither the optimum nor the loss, and those that a sentence of their own speaks of.
 _SILENT = re.compile(
@@ -182,7 +183,7 @@ def _others(proxy: RunConfig, target: RunConfig) -> list[Note]:
         section = any(name.startswith(f"{key}.") for name in (*one, *other))  # null here, filled in there
         if ours == theirs or section or _SILENT.fullmatch(key):
             continue
-        shown = [_shown(value) for value in (ours, theirs)]
+        shown = [value_text(list(v) if isinstance(v, tuple) else v, 6) for v in (ours, theirs)]
         notes.append(Note(key, f"{key}: {shown[0]} at the proxy, {shown[1]} at the target", ours, theirs))
     return notes
 
@@ -197,9 +198,3 @@ def _length(config: RunConfig, steps: int | None) -> str:
     if steps is None:
         return f"{config.train.epochs:g} epochs"
     return f"{steps:,} steps ({steps * config.train.global_batch:,} images)"
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command
 from megadit.search.identity import this_worker
 from megadit.search.pool import die_with_parent
-from megadit.search.states import point_text
 from megadit.search.study import Study, load_study
+from megadit.search.wording import point_text
 
 if TYPE_CHECKING:
     from megadit.parallel import ProcessContext

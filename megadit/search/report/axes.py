@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadit.search.report.importance import spans_decades
-from megadit.search.report.words import value_text
+from megadit.search.wording import value_text
 
 _TICKS = 9
 

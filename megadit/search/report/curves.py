@@ -11,8 +11,9 @@ from megadit.search.report.axes import ValueAxis, score_limits, value_axis
 from megadit.search.report.blocks import Figure
 from megadit.search.report.canvas import DIVERGED, Sheet, dress, scale_colours, scale_markers, value_ticks
 from megadit.search.report.points import Gathered, Point, point_tip
-from megadit.search.report.words import number_text, value_text
+from megadit.search.report.words import number_text
 from megadit.search.verdict import Verdict
+from megadit.search.wording import value_text
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from megadit.search.report.words import (
     number_text,
     scale_word,
     share_text,
-    value_text,
 )
 from megadit.search.results import DIVERGED, StudyResults
 from megadit.search.selection import Choice, select
 from megadit.search.verdict import Verdict
 from megadit.search.verify import verify_study
+from megadit.search.wording import value_text
 
 MOODS = {"transfers": "good", "does not transfer": "bad", "inconclusive": "unsure"}
 _MEASURES = ("best at proxy", "drift (octaves per octave)", "worst regret", "larger is better")

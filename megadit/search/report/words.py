@@ -1,4 +1,4 @@
-"""Numbers as people read them: powers of two, counts, times, and the scale's unit."""
+"""Numbers as people read them: points, counts, times, and the scale's unit."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megadit.search.wording import value_text
+
 _SCALE_WORDS = {"model.width": "width", "train.global_batch": "batch", "train.steps": "steps"}
-
-
-def value_text(value: Any) -> str:
-    """A hyperparameter's value; a power of two below 1 is written as study files write it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if 0 < value < 1 and math.log2(value).is_integer():
-        return f"2^{int(math.log2(value))}"
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:.6g}"
 
 
 def hps_text(hps: Mapping[str, Any], between: str = ", ") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadit.search.report.axes import score_limits, value_axis
-from megadit.search.report.words import duration_text, value_text
+from megadit.search.report.words import duration_text
 
 
 def test_a_grid_of_powers_is_logarithmic_with_its_values_as_ticks():
@@ -32,7 +32,7 @@ def test_ranges_get_round_ticks(kind, values, labels):
 def test_words_and_truth_values_have_places():
     axis = value_axis("k", "choice", ["a", "b", "a", True])
     assert axis.kind == "listed" and axis.at("b") == 1.0 and axis.at(True) == 2.0
-    assert axis.ticks()[1] == ["a", "b", "True"]
+    assert axis.ticks()[1] == ["a", "b", "true"]
 
 
 def test_scores_far_from_the_best_do_not_stretch_the_figure():
@@ -45,7 +45,4 @@ def test_scores_far_from_the_best_do_not_stretch_the_figure():
 
 
 def test_numbers_are_written_for_people():
-    assert [value_text(v) for v in (2**-7, 0.3, 1.0, 46, "cosine", False, 1e-10)] == [
-        "2^-7", "0.3", "1", "46", "cosine", "False", "1e-10",
-    ]  # fmt: skip
     assert [duration_text(s) for s in (42.0, 780.0, 18720.0)] == ["42 s", "13 min", "5.2 h"]
