@@ -21,6 +21,7 @@ from megadit.search.results import StudyResults, load_results
 from megadit.search.selection import Choice, select
 from megadit.search.target_file import apply_changes, base_changes, write_target
 from megadit.search.untransferred import Note, flat, untransferred
+from megadit.search.verify import proxy_of
 
 
 class NotVerifiedError(Exception):
@@ -46,12 +47,16 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class Applied:
-    """A target that was written to ``path``. ``replaced``: what the target said of keys that now have the study's."""
+    """A target that was written to ``path``.
+
+    ``scale``: where the point was chosen. ``replaced``: what the target said of keys that now have the study's.
+    """
 
     path: Path
     base: Path
     results: StudyResults
     variant: str
+    scale: int | None
     choice: Choice
     backings: tuple[Backing, ...]
     forced: str | None
@@ -116,13 +121,13 @@ def apply_results(
     study = results.study
     variant = study.variants[0]
     found = backings(results, others, study.spec.selection_score.name, variant, force)
-    scale = _proxy_scale(results, found)
+    scale = proxy_of(results, next((backing.verdict for backing in found if backing.results is results), None))
     choice = select(results, variant, scale)
     proxy = proxy_config(results, choice, variant, scale)
     changes = base_changes(proxy, loaded.config, choice.hps)
     target = apply_changes(loaded, changes, study.spec.name)
     lengths = run_steps(proxy), run_steps(target)
-    bill = cost(results, others, target, lengths[1], variant, manual_multiple)
+    bill = cost(results, others, target, lengths[1], variant, manual_multiple, scale)
     refusal = _refusal(results, found, choice)
     if refusal and not force:
         raise NotVerifiedError(refusal, found)
@@ -132,6 +137,7 @@ def apply_results(
         base=base,
         results=results,
         variant=variant,
+        scale=scale,
         choice=choice,
         backings=found,
         forced=refusal,
@@ -145,14 +151,6 @@ def apply_results(
     )
     write_target(applied.path, base, override_layer(overrides).values, changes, _header(applied, overrides), target)
     return applied
-
-
-def _proxy_scale(results: StudyResults, found: Sequence[Backing]) -> int | None:
-    """The scale at which to choose: the verdict's proxy where the study's own smallest scale is an exception to it."""
-    own = next((backing for backing in found if backing.results is results), None)
-    if own is None or own.verdict is None or own.verdict.proxy is None or not own.transfers:
-        return results.study.proxy_scale
-    return int(own.verdict.proxy)
 
 
 def proxy_config(results: StudyResults, choice: Choice, variant: str, proxy_scale: int | None) -> RunConfig:

@@ -55,6 +55,7 @@ def to_json(applied: Applied) -> dict[str, Any]:
         "base": str(applied.base),
         "study": applied.results.study.spec.name,
         "variant": applied.variant,
+        "scale": applied.scale,
         "rule": choice.rule,
         "score": choice.score,
         "value": choice.value,
@@ -78,7 +79,7 @@ def to_json(applied: Applied) -> dict[str, Any]:
 def describe(applied: Applied) -> str:
     """The transfer as lines: what was chosen and why, rates by group, what does not transfer, cost, the file."""
     choice, spec = applied.choice, applied.results.study.spec
-    scale = "" if spec.scale is None else f" at {spec.scale.key} {spec.scale.proxy_value}"
+    scale = "" if spec.scale is None else f" at {spec.scale.key} {applied.scale}"
     variant = f" ({applied.variant})" if applied.variant else ""
     trials = ", ".join(map(str, choice.trials))
     lines = [

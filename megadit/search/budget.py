@@ -129,20 +129,19 @@ def cost(
     steps: int | None,
     variant: str,
     manual_multiple: float | None = None,
+    proxy_scale: int | None = None,
 ) -> Cost:
     """The bill of ``results``' search for ``target`` (of ``steps`` steps), and of ``others``, which verified it.
 
-    The search is ``variant``'s trials at the proxy; all is every trial of every study, other variants and scales too.
+    The search is ``variant``'s trials at ``proxy_scale``, by default the study's; all is every trial of every study,
+    other variants and scales too.
     """
     from megadit.models import count_parameters
 
     _multiple(manual_multiple)
-    scale = results.study.spec.scale
-    search = [
-        trial
-        for trial in results.trials
-        if trial.variant == variant and (scale is None or results.study.horizons or trial.scale == scale.proxy_value)
-    ]
+    at_proxy = results.study.proxy_scale if proxy_scale is None else proxy_scale
+    at_proxy = None if results.study.horizons else at_proxy  # one run scores all horizons
+    search = [trial for trial in results.trials if trial.variant == variant and at_proxy in (None, trial.scale)]
     every = _spent([(used, used.trials) for used in (results, *others)])
     if steps is None:
         return Cost(_spent([(results, search)]), every, None, None, manual_multiple)

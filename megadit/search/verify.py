@@ -78,6 +78,13 @@ def verify_study(
     return replace(verdict, best=nearest(values, verdict.best_log2), reasons=(*verdict.reasons, *notes))
 
 
+def proxy_of(results: StudyResults, verdict: Verdict | None) -> int | None:
+    """The scale at which to choose: the verdict's proxy where the study's own smallest scale is an exception to it."""
+    if verdict is None or verdict.verdict != "transfers" or verdict.proxy is None:
+        return results.study.proxy_scale
+    return int(verdict.proxy)
+
+
 def nearest(values: Iterable[float], log2: float | None) -> float | None:
     """Of the positive ``values`` as they were written, the one whose log2 is nearest to ``log2``."""
     return None if log2 is None else min(values, key=lambda value: abs(math.log2(value) - log2))

@@ -251,6 +251,9 @@ def test_below_the_minimum_scale_the_next_one_is_the_proxy(tmp_path, target):
     assert verdict is not None and verdict.exceptions == (32.0,) and verdict.proxy == 64
     assert applied.choice.hps == {"optim.lr": 2**-7} and applied.proxy.model.width == 64
     assert "verified by widths over model.width 64 to 128" in applied.path.read_text()
+    assert "rule best at model.width 64, train_loss 0.6 over 2 seed(s)" in describe(applied)
+    at_64 = [trial for trial in applied.results.trials if trial.scale == 64]
+    assert applied.bill.search.trials == len(at_64) and applied.bill.search.flops == sum(t.flops for t in at_64)
     scale = {"key": "model.width", "values": [32, 64, 128], "proxy": 32}
     with pytest.raises(NotVerifiedError):  # a proxy that the study names stays
         transfer(fabricate(make_study(tmp_path, "named", space=space, scale=scale), loss), target)

@@ -35,7 +35,7 @@ from megadit.search.report.words import (
 from megadit.search.results import DIVERGED, StudyResults
 from megadit.search.selection import Choice, select
 from megadit.search.verdict import Verdict
-from megadit.search.verify import verify_study
+from megadit.search.verify import proxy_of, verify_study
 from megadit.search.wording import value_text
 
 MOODS = {"transfers": "good", "does not transfer": "bad", "inconclusive": "unsure"}
@@ -45,12 +45,16 @@ _SHOWN = 15  # points in the table of the best ones
 
 @dataclass(frozen=True)
 class Findings:
-    """The verdict on each (variant, searched key), or the sentence why there is none; the choice likewise."""
+    """The verdict on each (variant, searched key), or the sentence why there is none; the choice likewise.
+
+    ``chosen_at``: the scale of the choice, where ``apply`` chooses too.
+    """
 
     verdicts: Mapping[tuple[str, str], Verdict]
     no_verdict: Mapping[tuple[str, str], str]
     choice: Choice | None
     no_choice: str
+    chosen_at: int | None
 
 
 def conclude(results: StudyResults) -> Findings:
@@ -64,10 +68,12 @@ def conclude(results: StudyResults) -> Findings:
                 verdicts[variant, key] = verify_study(results, score, variant, hp=key)
             except UserError as reason:
                 missing[variant, key] = str(reason)
+    judged = (verdict for (variant, _), verdict in verdicts.items() if variant == results.study.variants[0])
+    scale = proxy_of(results, next(judged, None))
     try:
-        return Findings(verdicts, missing, select(results), "")
+        return Findings(verdicts, missing, select(results, scale=scale), "", scale)
     except UserError as reason:
-        return Findings(verdicts, missing, None, str(reason))
+        return Findings(verdicts, missing, None, str(reason), scale)
 
 
 def badges(results: StudyResults, findings: Findings) -> tuple[Badge, ...]:
@@ -93,7 +99,7 @@ def overview(gathered: Gathered, findings: Findings) -> Section:
     facts = [("Trials ended", f"{len(trials)} of {results.planned}", to_come)]
     if findings.choice is not None:
         choice = findings.choice
-        where = f", at {gathered.scale_name(gathered.proxy)}" if gathered.scaled else ""
+        where = "" if findings.chosen_at is None else f", at {gathered.scale_name(findings.chosen_at)}"
         label = "Chosen" if results.complete else "Best so far"
         facts.append((label, hps_text(choice.hps, ",\n"), f"rule {choice.rule}{where}"))
         facts.append((f"Its {choice.score}", number_text(choice.value), f"mean over {counted(choice.seeds, 'seed')}"))
