@@ -87,11 +87,15 @@ class StudyResults:
 
 
 def _at_horizon(trial: TrialResult, horizon: int) -> dict[str, Any]:
-    """Scores and outcome at a horizon before the end: a run that diverged later was fine when it passed."""
+    """Scores and outcome at a horizon before the end.
+
+    A run that diverged later was fine when it passed; one that came back later had diverged there.
+    """
     scores = trial.horizons.get(horizon, {})
     passed = bool(scores) and all(score is not None for score in scores.values())
     missing: dict[str, float | None] = dict.fromkeys(trial.scores)
-    return {"scores": scores or missing, "outcome": COMPLETE if passed else trial.outcome}
+    late = DIVERGED if trial.outcome == COMPLETE else trial.outcome
+    return {"scores": scores or missing, "outcome": COMPLETE if passed else late}
 
 
 def load_results(source: str | Path) -> StudyResults:

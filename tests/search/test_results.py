@@ -40,6 +40,7 @@ def test_without_a_scale_the_width_stands_for_it():
         ("complete", 0.7, [(100, 0.7, "complete"), (200, 0.5, "complete")]),
         ("diverged", 0.7, [(100, 0.7, "complete"), (200, 0.5, "diverged")]),
         ("diverged", None, [(100, None, "diverged"), (200, 0.5, "diverged")]),
+        ("complete", None, [(100, None, "diverged"), (200, 0.5, "complete")]),  # it was above its beginning at 100
     ],
 )
 def test_one_observation_per_horizon(outcome: str, at_100: float | None, expected: list[Any]):
