@@ -19,7 +19,7 @@ from torch import nn
 from megadit.config import RunConfig, load_config
 from megadit.config.run import ONLINE
 from megadit.errors import UserError
-from megadit.train.checkpoint_find import find_checkpoint, open_checkpoint, saved_step
+from megadit.train.checkpoint_find import find_checkpoint, has_checkpoints, open_checkpoint, saved_step
 from megadit.train.checkpoint_format import (
     FORMAT,
     VERSION,
@@ -42,6 +42,7 @@ __all__ = [
     "StoredCheckpoint",
     "checkpoint_root",
     "find_checkpoint",
+    "has_checkpoints",
     "load_model",
     "open_checkpoint",
     "save_checkpoint",

@@ -67,7 +67,7 @@ def _candidates(root: Path) -> tuple[list[Path], str]:
     pointer = root / LATEST
     try:
         name = pointer.read_text().strip()
-    except OSError:  # of a run that was copied without it, or killed as it first saved
+    except (OSError, UnicodeDecodeError):  # of a run that was copied without it or killed as it first saved, or damaged
         return complete, f"{pointer}: cannot be read" if complete else ""
     target = root / name
     upto = [path for path in complete if step_of(path) <= step_of(target)] if step_of(target) >= 0 else complete
@@ -75,11 +75,17 @@ def _candidates(root: Path) -> tuple[list[Path], str]:
     return upto, problem
 
 
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether the run has saved any, be it broken or without a ``latest``."""
+    root = checkpoint_root(run_dir)
+    return (root / LATEST).is_file() or any((path / INDEX).is_file() for path in step_folders(root))
+
+
 def saved_step(run_dir: Path) -> int:
     """The step that ``latest`` names, 0 if none: where a start without a word about resuming goes on."""
     try:
         return max(0, step_of(Path((checkpoint_root(run_dir) / LATEST).read_text().strip())))
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return 0
 
 

@@ -154,7 +154,7 @@ def take_up(run_dir: Path, checkpoint: Path) -> None:
     if checkpoint.resolve().parent == root.resolve():
         text = f"{checkpoint.resolve().name}\n"
         pointer = root / LATEST
-        if not pointer.is_file() or pointer.read_text() != text:
+        if not pointer.is_file() or pointer.read_bytes() != text.encode():
             refuse_disk_errors(pointer, lambda: write_text(pointer, text))
 
 

@@ -26,7 +26,7 @@ from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.compilation import compile_blocks
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
-from megadit.train.checkpoint import Position, checkpoint_root, open_checkpoint, saved_step
+from megadit.train.checkpoint import Position, checkpoint_root, has_checkpoints, open_checkpoint, saved_step
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
 from megadit.train.resume import check_weights_start, restore, start_from_weights
@@ -129,7 +129,7 @@ def resume_point(job: Job) -> Start:
         if found is None:
             raise UserError(f"--resume: '{job.resume}' has no checkpoint; give one, or --resume auto")
         own = checkpoint_root(job.run_dir)
-        if found.stored.path.resolve().parent != own.resolve() and (own / "latest").is_file():
+        if found.stored.path.resolve().parent != own.resolve() and has_checkpoints(job.run_dir):
             raise UserError(
                 f"--resume: '{job.resume}' is of another run, but '{job.run_dir}' has checkpoints of its own; choose "
                 "another --run_dir, or --resume auto to go on with these"

@@ -10,9 +10,9 @@ from helpers.training import small_config
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.train import checkpoint_write as module
-from megadit.train.checkpoint import Position, StoredCheckpoint, find_checkpoint, save_checkpoint
+from megadit.train.checkpoint import Position, StoredCheckpoint, find_checkpoint, save_checkpoint, saved_step
 from megadit.train.checkpoint_format import Index
-from megadit.train.checkpoint_write import write_index
+from megadit.train.checkpoint_write import take_up, write_index
 from megadit.train.pretrain import resume_point, total_steps
 
 ALONE = ProcessContext(0, 1, 0, torch.device("cpu"))
@@ -127,6 +127,13 @@ def test_a_latest_that_points_nowhere_means_the_newest_complete_one(tmp_path, ca
     pointer.unlink()  # a run directory that was copied without it must not begin anew
     assert begins_at(job(tmp_path)) == (second, 20)
     assert "latest: cannot be read" in told(capsys)
+    with pytest.raises(UserError, match="has checkpoints of its own"):  # which the other's course would drop
+        resume_point(job(tmp_path, str(save(tmp_path / "other", 5))))
+    pointer.write_bytes(b"step-\xff\xfe")
+    assert begins_at(job(tmp_path)) == (second, 20)
+    assert "latest: cannot be read" in told(capsys) and saved_step(tmp_path) == 0
+    take_up(tmp_path, second)
+    assert saved_step(tmp_path) == 20
     pointer.write_text("step-00000010\n")  # killed between the folder's last rename and this
     assert begins_at(job(tmp_path)) == (first, 10)
     assert told(capsys) == ""
