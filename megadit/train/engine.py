@@ -6,6 +6,7 @@ Only public DeepSpeed calls are made here; whatever needs its internals goes thr
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -37,6 +38,8 @@ class TrainingEngine:
     ) -> None:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         avoid_shm_build()
+        # DeepSpeed 0.19 calls collectives that torch 2.13 is about to rename, which torch says at every one of them.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         import deepspeed
 
         restore_linear()
