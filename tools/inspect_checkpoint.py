@@ -2,8 +2,9 @@
 """Look at a checkpoint: summary, verification, difference from another.
 
 CHECKPOINT is a folder such as RUN/checkpoints/step-00001000, or a run directory for its latest. --verify reads every
-byte and compares checksums; exit code 3 when something is not as it was written. --diff compares every tensor and the
-counters; exit code 3 when a run would not go on from both alike (config differences are told and do not count).
+byte and compares checksums; exit code 3 when something is not as it was written, also when a run's newest is broken and
+an earlier one was read in its place. --diff compares every tensor and the counters; exit code 3 when a run would not go
+on from both alike (config differences are told and do not count).
 
 python tools/inspect_checkpoint.py runs/emoji --verify
 python tools/inspect_checkpoint.py runs/a --diff runs/b
@@ -39,17 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from megadit.train import checkpoint_inspect as inspect
 
-    stored = inspect.open_for_people(args.checkpoint)
-    told: dict[str, Any] = {"summary": inspect.summary(stored, args.norms)}
+    try:
+        found = inspect.open_for_people(args.checkpoint)
+        stored = found.stored
+        told: dict[str, Any] = {"summary": inspect.summary(stored, args.norms)}
+    except inspect.BrokenCheckpoint as error:
+        if not args.verify:
+            raise
+        print(json.dumps({"problems": [str(error)]}) if args.json else error)
+        return EXIT_VERDICT_NO
     lines = [inspect.describe_summary(told["summary"])]
     code = EXIT_OK
     if args.verify:
-        told["problems"] = stored.verify()
+        told["problems"] = [*filter(None, [found.problem]), *stored.verify()]
         what = "sizes only: format 1 has no checksums" if stored.index.version == 1 else "all checksums agree"
         lines += told["problems"] or [f"verified: {what}"]
         code = EXIT_VERDICT_NO if told["problems"] else code
     if args.diff:
-        told["diff"] = inspect.compare(stored, inspect.open_for_people(args.diff))
+        told["diff"] = inspect.compare(stored, inspect.open_for_people(args.diff).stored)
         lines += ["", inspect.describe_comparison(told["diff"])]
         code = code if told["diff"]["same"] else EXIT_VERDICT_NO
     print(json.dumps(told) if args.json else "\n".join(lines))

@@ -14,10 +14,14 @@ from megadit.train.fragment_io import BrokenCheckpoint
 
 @dataclass(frozen=True)
 class Found:
-    """An opened checkpoint, and those before it, newest first, should its tensors prove to be broken."""
+    """An opened checkpoint, and those before it, newest first, should its tensors prove to be broken.
+
+    ``problem`` is what was wrong with the run's newest, or with ``latest``, where an earlier one took its place.
+    """
 
     stored: StoredCheckpoint
     earlier: tuple[Path, ...] = ()
+    problem: str = ""
 
 
 def find_checkpoint(run_dir: Path, wanted: str = LATEST) -> Path | None:
@@ -33,7 +37,8 @@ def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") 
     the origin of ``wanted``.
 
     Raises:
-        UserError: the path is no checkpoint or a broken one, or no checkpoint of the run is sound.
+        BrokenCheckpoint: the path is a broken one, or no checkpoint of the run is sound.
+        UserError: the path is no checkpoint.
     """
     if wanted == LATEST:
         return _open_newest(run_dir)
@@ -49,7 +54,7 @@ def _open_newest(run_dir: Path) -> Found | None:
     paths, problem = _candidates(checkpoint_root(run_dir))
     for number, path in enumerate(paths):
         try:
-            found = Found(StoredCheckpoint(path), tuple(paths[number + 1 :]))
+            found = Found(StoredCheckpoint(path), tuple(paths[number + 1 :]), problem)
         except BrokenCheckpoint as error:
             problem = problem or str(error)
             continue
@@ -94,9 +99,9 @@ def tell_fallback(problem: str, path: Path) -> None:
     print(f"warning: {problem.removesuffix('; use an earlier one')}; going on from {path.name}", file=sys.stderr)
 
 
-def none_sound(problem: str) -> UserError:
+def none_sound(problem: str) -> BrokenCheckpoint:
     """The sentence for a run none of whose checkpoints can be read."""
-    return UserError(
+    return BrokenCheckpoint(
         f"{problem.removesuffix('; use an earlier one')}, and no earlier checkpoint of the run is sound; give one of "
         "another run with --resume PATH and another --run_dir, or move the folder away to start anew"
     )

@@ -11,25 +11,35 @@ import torch
 from torch import Tensor
 
 from megadit.errors import UserError
-from megadit.train.checkpoint_find import open_checkpoint
+from megadit.train.checkpoint_find import Found, open_checkpoint
 from megadit.train.checkpoint_format import kinds_of
 from megadit.train.checkpoint_read import StoredCheckpoint, differences
-from megadit.train.fragment_io import PieceReader
+from megadit.train.fragment_io import BrokenCheckpoint, PieceReader
+
+__all__ = [
+    "BrokenCheckpoint",
+    "compare",
+    "describe_comparison",
+    "describe_summary",
+    "open_for_people",
+    "summary",
+]
 
 _CHUNK = 1 << 22  # elements compared at once
 _COUNTERS = ("step", "samples_seen", "skipped_steps", "adam_step", "loss_scale")
 
 
-def open_for_people(path: str) -> StoredCheckpoint:
+def open_for_people(path: str) -> Found:
     """A checkpoint folder, or a run directory's newest sound one.
 
     Raises:
-        UserError: neither, or broken beyond opening.
+        BrokenCheckpoint: broken beyond opening.
+        UserError: neither.
     """
     found = open_checkpoint(Path(path), path, "checkpoint")
     if found is None:
         raise UserError(f"'{path}' has no checkpoint yet; give one, or a run directory that has")
-    return found.stored
+    return found
 
 
 def summary(stored: StoredCheckpoint, norms: bool = False) -> dict[str, Any]:

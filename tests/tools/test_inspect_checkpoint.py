@@ -69,6 +69,25 @@ def test_damage_and_difference_are_exit_code_3(main, folder, capsys, tmp_path):
     assert "weights: " in capsys.readouterr().out
 
 
+@pytest.mark.distributed
+def test_verifying_a_run_does_not_pass_over_its_newest(main, folder, capsys, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "run")
+    newest = run / "checkpoints/step-00000003"
+    shutil.copytree(run / "checkpoints/step-00000002", newest)
+    (run / "checkpoints/latest").write_text("step-00000003\n")
+    (newest / "fragments-00000.safetensors").unlink()
+    code, found = told(main, capsys, run, "--verify")
+    assert code == 3 and found["summary"]["step"] == 2
+    assert len(found["problems"]) == 1 and "fragments-00000.safetensors is missing" in found["problems"][0]
+    assert main([str(run)]) == 0
+    capsys.readouterr()
+    assert told(main, capsys, newest, "--verify")[1]["problems"] == found["problems"]
+    with pytest.raises(UserError, match="is missing"):
+        main([str(newest)])
+    (run / "checkpoints/step-00000002/state.json").unlink()
+    assert told(main, capsys, run, "--verify")[0] == 3
+
+
 def test_what_is_no_checkpoint(main, tmp_path):
     with pytest.raises(UserError, match="is no checkpoint"):
         main([str(tmp_path)])
