@@ -107,6 +107,19 @@ class Basin:
         return below or above or 0.0, above or below or 0.0
 
     @property
+    def reach(self) -> float:
+        """The range that was tried: of the stable points, and a usual step to a neighbour that diverged.
+
+        One that diverged far beyond says nothing of where the optimum is.
+        """
+        stable, hps = self.stable, [point.hp for point in self.points]
+        span = stable[-1].hp - stable[0].hp
+        first, last = hps.index(stable[0].hp), hps.index(stable[-1].hp)
+        gaps = [hps[first] - hps[first - 1]] if first else []
+        gaps += [hps[last + 1] - hps[last]] if last + 1 < len(hps) else []
+        return span + sum(min(gap, span / max(1, len(stable) - 1)) for gap in gaps)
+
+    @property
     def near(self) -> tuple[Point, ...]:
         """The best point and its stable neighbours."""
         at = self.stable.index(self.best)

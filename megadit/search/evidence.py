@@ -27,7 +27,8 @@ class Limits:
     max_regret: part of the best score. Between seeds scores differ by about as much (measured: .5 to 1 percent).
     allowance: standard errors of a difference that count as noise. 2.5, not 2, as the best of several points is
         lucky by construction.
-    max_blur: part of the tried range of log2 values that the way of the optimum over the scales may be uncertain by.
+    max_blur: part of the tried range of log2 values (``Basin.reach``) that the way of the optimum over the scales may
+        be uncertain by.
     """
 
     max_drift: float = 0.25
@@ -147,8 +148,9 @@ class Evidence:
         hidden = self._hidden(basin)
         if clear and not small and not hidden and (apart or not _neighbours(basin, home.basin.best.hp)):
             return "disagrees", cost + (f" (standard error {noise:.2g})" if noise else "")
-        if len(basin.stable) < MIN_POINTS:
-            return "undecided", f"only {len(basin.stable)} stable points next to each other; at least 3 are needed"
+        if (count := len(basin.stable)) < MIN_POINTS:
+            points = f"{count} stable point{'s' if count > 1 else ''}"
+            return "undecided", f"only {points} next to each other; at least {MIN_POINTS} are needed"
         if optimum.open:
             end, where = ("below", "lowest") if basin.low == "open" else ("above", "highest")
             known = f"{cost}, and " if entry.regret else ""
@@ -211,7 +213,7 @@ class Evidence:
                 return [], [f"{said}, but noise hides what the value does"], []
             return [said], [], []
         span = math.log2(max(scales) / min(scales))
-        tried = min(o.basin.points[-1].hp - o.basin.points[0].hp for o in optima)
+        tried = min(optimum.basin.reach for optimum in optima)
         doubt = ""
         if (interval[1] - interval[0]) / 2 * span > self.limits.max_blur * tried:
             doubt = "too uncertain; run more seeds, or more values near the optimum"

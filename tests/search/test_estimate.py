@@ -142,3 +142,14 @@ def test_the_same_samples_give_the_same_draws_in_any_order():
     samples = surface(noise=0.01, seeds=2)
     first, second = located(samples)[0], located(samples[::-1])[0]
     assert [o.interval for o in first] == [o.interval for o in second]
+
+
+def test_points_that_diverge_far_beyond_do_not_widen_the_tried_range():
+    nan = math.nan
+    assert one([3, 2, 1, 2, 3]).reach == 4
+    assert one([3, 2, 1, 2, nan]).reach == 4 == one([nan, 2, 1, 2, nan]).reach
+    assert one([3, 2, 1, 2, nan, nan, nan, nan]).reach == 4
+    far = [Sample(64.0, hp, 0, score) for hp, score in ((-9.0, 2.0), (-8.0, 1.0), (-7.0, 2.0), (3.0, nan))]
+    (basin,) = basins(far, True).values()
+    assert basin is not None and basin.reach == 3
+    assert one([nan, 1, nan]).reach == 0
