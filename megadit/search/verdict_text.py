@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megadit.search.estimate import Noise
 from megadit.search.evidence import ScaleVerdict, power
 from megadit.search.verdict import Verdict
 
@@ -28,9 +29,7 @@ def format_verdict(verdict: Verdict) -> str:
         lines.append(f"drift {verdict.drift:+.2f} octaves per octave (95 % {low:+.2f} to {high:+.2f})")
     if verdict.regret is not None:
         lines.append(f"largest regret {_regret(verdict.regret, verdict.regret_relative)}")
-    noise = verdict.noise
-    source = {"seeds": "from repeated seeds", "residuals": "from the residuals", "none": "not measurable"}[noise.source]
-    lines.append(f"noise of one run {noise.sd:.3g} ({source}, {noise.freedom} degrees of freedom)")
+    lines.append(_noise(verdict.noise))
     lines.append(_larger(verdict))
     lines.append("")
     answer: str = verdict.verdict
@@ -81,6 +80,14 @@ def _regret(regret: float, relative: float | None) -> str:
     if math.isinf(regret):
         return "infinite"
     return f"{regret:.3g}" + ("" if relative is None else f" ({100 * relative:.1f} %)")
+
+
+def _noise(noise: Noise) -> str:
+    if noise.source == "none":
+        return "noise of one run: not measurable from one seed and so few values"
+    source = {"seeds": "repeated seeds", "residuals": "the residuals"}[noise.source]
+    degrees = f"{noise.freedom} degree{'s' if noise.freedom > 1 else ''} of freedom"
+    return f"noise of one run {noise.sd:.3g} (from {source}, {degrees})"
 
 
 def _larger(verdict: Verdict) -> str:
