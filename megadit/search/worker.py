@@ -127,7 +127,7 @@ class Worker:
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
             if self.interrupt.before_next:
-                _say("stopped; the study goes on with the next run or worker")
+                _say(self._why_stopped())
                 return "stop", None
             claim = self._store.claim(self._me)
             if claim is not None:
@@ -138,6 +138,12 @@ class Worker:
             self._began = time.monotonic() + _POLL_S  # waiting for others is no trial's overhead
             time.sleep(_POLL_S)
         return "wait", None
+
+    def _why_stopped(self) -> str:
+        if self.interrupt.signalled:
+            return "stopped; the study goes on with the next run or worker"
+        flag = self.study.folder / STOP
+        return f"stopped by launch/sweep.py stop; the next run goes on, as do workers once {flag} is removed"
 
     def _run(self, claim: Claim) -> None:
         began = self._began
