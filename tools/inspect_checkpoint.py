@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [inspect.describe_summary(told["summary"])]
     code = EXIT_OK
     if args.verify:
-        told["problems"] = [*filter(None, [found.problem]), *stored.verify()]
+        told["problems"] = [*found.problems, *stored.verify()]
         what = "sizes only: format 1 has no checksums" if stored.index.version == 1 else "all checksums agree"
         lines += told["problems"] or [f"verified: {what}"]
         code = EXIT_VERDICT_NO if told["problems"] else code

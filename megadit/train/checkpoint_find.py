@@ -16,12 +16,12 @@ from megadit.train.fragment_io import BrokenCheckpoint
 class Found:
     """An opened checkpoint, and those before it, newest first, should its tensors prove to be broken.
 
-    ``problem`` is what was wrong with the run's newest, or with ``latest``, where an earlier one took its place.
+    ``problems`` is what was wrong with ``latest`` and with newer ones, where it takes their place.
     """
 
     stored: StoredCheckpoint
     earlier: tuple[Path, ...] = ()
-    problem: str = ""
+    problems: tuple[str, ...] = ()
 
 
 def find_checkpoint(run_dir: Path, wanted: str = LATEST) -> Path | None:
@@ -52,17 +52,18 @@ def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") 
 
 def _open_newest(run_dir: Path) -> Found | None:
     paths, problem = _candidates(checkpoint_root(run_dir))
+    problems = [problem] if problem else []
     for number, path in enumerate(paths):
         try:
-            found = Found(StoredCheckpoint(path), tuple(paths[number + 1 :]), problem)
+            found = Found(StoredCheckpoint(path), tuple(paths[number + 1 :]), tuple(problems))
         except BrokenCheckpoint as error:
-            problem = problem or str(error)
+            problems.append(str(error))
             continue
-        if problem:
+        for problem in problems:
             tell_fallback(problem, path)
         return found
-    if problem:
-        raise none_sound(problem)
+    if problems:
+        raise none_sound(problems[0])
     return None
 
 

@@ -168,7 +168,12 @@ def test_a_broken_newest_gives_way_unless_it_was_named(tmp_path, capsys, what):
     assert said.startswith("warning: ") and said.endswith("; going on from step-00000010\n") and said.count("\n") == 1
     with pytest.raises(UserError, match="step-00000020"):
         resume_point(job(tmp_path, str(second)))
+    third = save(tmp_path / "other", 5)
+    third.rename(first.with_name(third.name))
     (first / "state.json").unlink()
+    assert begins_at(job(tmp_path)) == (first.with_name(third.name), 5)
+    assert told(capsys).count("going on from step-00000005") == 2  # each that is passed over is told
+    (first.with_name(third.name) / "state.json").unlink()
     with pytest.raises(UserError, match="no earlier checkpoint of the run is sound"):
         resume_point(job(tmp_path))
 
