@@ -76,11 +76,12 @@ class Contents:
 
 
 def group_facts(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One phrase per optimizer group: its name or number, learning rate and weight decay."""
+    """One phrase per optimizer group that has a learning rate or weight decay: its name or number, and these."""
     facts = []
     for number, group in enumerate(groups):
         known = [f"{key} {group[key]:g}" for key in ("lr", "weight_decay") if isinstance(group.get(key), int | float)]
-        facts.append(f"{group.get('name') or f'group {number}'}: {', '.join(known) or 'no numbers'}")
+        if known:
+            facts.append(f"{group.get('name') or f'group {number}'}: {', '.join(known)}")
     return facts
 
 

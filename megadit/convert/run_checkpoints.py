@@ -129,10 +129,11 @@ def write_run(contents: Contents, target: Path, config: RunConfig | None) -> lis
             f"{config.train.global_batch}; the source had drawn {position.samples_seen}"
         )
     position = Position(position.step, samples, position.skipped_steps)
-    if contents.groups:
+    facts = group_facts(contents.groups)
+    if facts:
         notes.append(
             "learning rates and weight decay come from the config, not from the source's optimizer groups "
-            f"({'; '.join(group_facts(contents.groups))})"
+            f"({'; '.join(facts)})"
         )
     stored = sorted(
         {str(v.dtype).removeprefix("torch.") for n in contents.shapes for _, v in contents.read(WEIGHTS, n)}

@@ -57,7 +57,7 @@ def load_file(path: Path) -> Any:
                 f"{path}: holds an object of '{named[1]}', which is not data and could run anything when loaded; save "
                 "the checkpoint anew without it (client_state is where such objects come from)"
             ) from error
+        reason = str(error).partition("\n")[0].partition(". ")[0].strip("'\". ") or type(error).__name__
         raise UserError(
-            f"{path}: cannot be read as a torch file ({str(error).splitlines()[0] if str(error) else error!r}); "
-            "copy it again, or use an earlier checkpoint"
+            f"{path}: cannot be read as a torch file ({reason}); copy it again, or use an earlier checkpoint"
         ) from error

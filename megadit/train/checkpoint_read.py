@@ -143,7 +143,7 @@ class StoredCheckpoint:
         if not set(MOMENTS) <= set(self.kinds) and self.parameters:
             raise UserError(
                 f"checkpoint {self.path}: holds weights without optimizer state; start a new run from them with "
-                f"train.init_from={self.path}"
+                f"train.init_from={self.path} and another --run_dir"
             )
         lacking: set[str] = set()
 
