@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.ds_keys import KNOWN_KEYS, REFUSED_BLOCKS, ZERO_KEYS
+from megadit.config.ds_keys import IDLE_BLOCKS, KNOWN_KEYS, REFUSED_BLOCKS, ZERO_KEYS
 from megadit.config.sources import display, find_config
 from megadit.errors import UserError
 
@@ -125,6 +125,8 @@ def _is_on(name: str, block: Any) -> bool:
 def _unknown_keys(values: Mapping[str, Any], label: str) -> list[str]:
     warnings = []
     for key in values:
+        if key in IDLE_BLOCKS:
+            warnings.append(f"{key}: {IDLE_BLOCKS[key]} (in {label})")
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else "it has no effect"
@@ -148,12 +150,14 @@ def _check_zero(file: DsFile) -> None:
         raise UserError(
             f"zero_optimization.compute_grad_norm: false, but megadit logs the norm; take it out (in {file.label})"
         )
+    for name, what in (("offload_optimizer", "the master weights"), ("offload_param", "the weights")):
+        block = zero.get(name)
+        if isinstance(block, dict) and block.get("device") == "nvme":
+            raise UserError(
+                f"zero_optimization.{name}.device: nvme swaps out {what} that checkpoints are made from and restored "
+                f"to; set cpu (in {file.label})"
+            )
     offload = zero.get("offload_optimizer")
-    if isinstance(offload, dict) and offload.get("device") == "nvme":
-        raise UserError(
-            "zero_optimization.offload_optimizer.device: nvme swaps out the master weights that checkpoints are made "
-            f"from; set cpu (in {file.label})"
-        )
     for key, plain in (("ratio", 1.0), ("super_offload", False)):
         if isinstance(offload, dict) and offload.get(key, plain) != plain:
             raise UserError(

@@ -55,3 +55,9 @@ REFUSED_BLOCKS = {
     "sparse_gradients": _REMOVED,
     "tensor_parallel": "AutoTP replaces layers and drops their muP multipliers without a word; take it out",
 }
+
+# Blocks that configure functions of DeepSpeed's which megadit does not call.
+IDLE_BLOCKS = {
+    "activation_checkpointing": "has no effect on megadit's models; set train.activation_checkpointing",
+    "compile": "has no effect on megadit's models; set train.compile",
+}

@@ -61,6 +61,10 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
         warnings.append(
             f"zero_optimization.offload_optimizer: has no effect at ZeRO stage 0; set stage 1, 2 or 3 (in {file.label})"
         )
+    if stage < 3 and _offloads_parameters(file):
+        warnings.append(
+            f"zero_optimization.offload_param: has no effect at ZeRO stage {stage}; set stage 3 (in {file.label})"
+        )
     return MergedConfig(config, _ds_dict(file, config, plan), tuple(warnings))
 
 
@@ -183,6 +187,11 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
     ours = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
     return merged | {key: value for key, value in file.values.items() if key not in ours}
+
+
+def _offloads_parameters(file: DsFile) -> bool:
+    block = file.block("zero_optimization").get("offload_param")
+    return isinstance(block, dict) and block.get("device", "none") not in (None, "none")
 
 
 def _zero_block(file: DsFile, config: RunConfig) -> dict[str, Any]:

@@ -337,6 +337,11 @@ class RunConfig(Section):
         return None
 
     def _stage_problem(self) -> str | None:
+        if self.train.compile and self.parallel.zero_stage == 3:
+            return (
+                "train.compile: true does not go with parallel.zero_stage 3, whose hooks in every layer cut what is "
+                "compiled into pieces, slower than not compiling; set zero_stage to 2 or less, or compile=false"
+            )
         if self.train.precision == "fp32" or self.parallel.zero_stage != 0:
             return None
         return (

@@ -6,6 +6,7 @@ surrounds them (embeddings, hooks of the training engine) stays plain.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -26,12 +27,11 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         UserError: torch.compile is switched off, or has no working compiler here.
     """
-    import torch._dynamo
-
-    if torch._dynamo.config.disable:
-        raise UserError(
-            "train.compile: true, but TORCHDYNAMO_DISABLE switches torch.compile off; unset it, or set false"
-        )
+    for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(name) == "1":
+            raise UserError(
+                f"train.compile: true, but {name}=1 switches torch.compile off; unset it, or set it to false"
+            )
     try:
         torch.compile(_probe)(torch.ones(8, device=device))
     except Exception as error:  # the many ways in which a tool chain can be missing

@@ -331,3 +331,14 @@ class TestOffload:
         ds = {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}
         (warning,) = merge_ds_config(as_default(tmp_path), ds, 1).warnings
         assert warning.startswith("zero_optimization.offload_optimizer: has no effect at ZeRO stage 0; set stage 1, 2")
+
+    def test_parameters_are_offloaded_at_stage_3_only(self, tmp_path: Path):
+        zero = {"stage": 2, "offload_param": {"device": "cpu"}}
+        (warning,) = merge_ds_config(as_default(tmp_path), {"zero_optimization": zero}, 1).warnings
+        assert warning.startswith("zero_optimization.offload_param: has no effect at ZeRO stage 2; set stage 3")
+        assert not merge_ds_config(as_default(tmp_path), {"zero_optimization": zero | {"stage": 3}}, 1).warnings
+
+    @pytest.mark.parametrize("block", ["activation_checkpointing", "compile"])
+    def test_blocks_of_functions_that_are_not_called_warn(self, tmp_path: Path, block: str):
+        (warning,) = merge_ds_config(as_default(tmp_path), {block: {}}, 1).warnings
+        assert warning.startswith(f"{block}: has no effect on megadit's models; set train.{block}")

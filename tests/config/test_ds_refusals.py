@@ -139,6 +139,10 @@ FLATTENS = "writes one learning rate into all parameter groups, which flattens t
             "zero_optimization.offload_optimizer.device: nvme swaps out the master weights",
         ),
         (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "zero_optimization.offload_param.device: nvme swaps out the weights",
+        ),
+        (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}} | optimizer("FusedAdam"),
             "optim.implementation: deepspeed-fused steps on the GPU, but zero_optimization.offload_optimizer keeps",
         ),

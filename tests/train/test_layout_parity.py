@@ -36,6 +36,7 @@ OPTIONS = [
     {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1000},
     {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500},
     *({"stage": stage, "offload_optimizer": {"device": "cpu"}} for stage in (1, 2, 3)),
+    {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
 ]
 
 
