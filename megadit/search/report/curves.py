@@ -11,7 +11,7 @@ from megadit.search.report.axes import ValueAxis, score_limits, value_axis
 from megadit.search.report.blocks import Figure
 from megadit.search.report.canvas import DIVERGED, Sheet, dress, scale_colours, scale_markers, value_ticks
 from megadit.search.report.points import Gathered, Point, point_tip
-from megadit.search.report.words import number_text
+from megadit.search.report.words import counted, number_text
 from megadit.search.verdict import Verdict
 from megadit.search.wording import value_text
 
@@ -193,5 +193,5 @@ def _alt(panels: _Panels, curves: Mapping[tuple[str, float], Sequence[Point]]) -
             text = f"{name} without a best point"
         else:
             continue
-        told.append(text + (f", {diverged} values diverged" if diverged else ""))
+        told.append(text + (f", {counted(diverged, 'value')} diverged" if diverged else ""))
     return f"{gathered.score} against {key}. " + "; ".join(told) + "."
