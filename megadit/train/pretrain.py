@@ -7,6 +7,7 @@ directory and checkpoint are checked first, in this order.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import sys
 import weakref
@@ -27,6 +28,7 @@ from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.compilation import compile_blocks
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
 from megadit.train.checkpoint import Position, checkpoint_root, has_checkpoints, open_checkpoint, saved_step
+from megadit.train.checkpoint_format import cannot_write
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
 from megadit.train.resume import check_weights_start, restore, start_from_weights
@@ -85,16 +87,26 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
     try:
         run = assemble(job, context, directory, steps, start)
         code, reason = _train(run, default_callbacks() if callbacks is None else callbacks)
+        if context.is_main:
+            directory.write_exit(code, reason, run.position.step)
     except BaseException as error:
-        code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
+        told = _full_disk(error, job.run_dir) or error
+        code = EXIT_BAD_INPUT if isinstance(told, UserError) else EXIT_FAILURE
         step = start.step if run is None else run.position.step
-        directory.write_failure(code, f"{type(error).__name__}: {error}", step)
-        raise
-    if context.is_main:
-        directory.write_exit(code, reason, run.position.step)
+        directory.write_failure(code, f"{type(told).__name__}: {told}", step)
+        if told is error:
+            raise
+        raise told from error
     if not keep_group:
         stop_processes()
     return code
+
+
+def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:
+    """What to tell where metrics, pictures or other small files of the run found no space; None for other errors."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return cannot_write(run_dir, error.strerror or str(error))
+    return None
 
 
 @dataclass(frozen=True)

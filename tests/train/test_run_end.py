@@ -57,6 +57,27 @@ def test_pictures_that_fail_do_not_cost_the_checkpoint(tmp_path):
     assert latest(tmp_path) == "step-00000003" and rows[-1]["step"] == 3
 
 
+def _no_space_at_3():
+    """A disk that is full when the metrics of step 3 are written."""
+    from megadit.train.callbacks import JsonLines
+
+    def full(self, run, record):
+        if record["step"] == 3:
+            self._file.close()
+            self._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+        log(self, run, record)
+
+    log, JsonLines.on_log = JsonLines.on_log, full
+
+
+@pytest.mark.distributed
+def test_metrics_without_space_are_told_in_a_sentence(tmp_path):
+    code, ended, _ = ends(small_config(train={"steps": 4, "checkpoint_every": 2}), tmp_path, _no_space_at_3)
+    assert code == f"UserError: {tmp_path}: cannot be written (No space left on device); free space or change --run_dir"
+    assert (ended["code"], ended["step"]) == (2, 3)
+    assert latest(tmp_path) == "step-00000002"
+
+
 def _infinite_gradients(at):
     from megadit.train import loop
 
