@@ -57,10 +57,9 @@ def assert_as_reference(results, reference, tolerance=TOLERANCE):
         (2, 4, {"stage": 0}),
         (4, 2, {"stage": 1}),
         (2, 4, {"stage": 2}),
-        (4, 4, {"stage": 3}),
-        (2, 4, SPLIT),
+        (4, 4, SPLIT),
         (2, 4, {"stage": 1, "offload_optimizer": {"device": "cpu"}}),
-        (2, 4, {**SPLIT, "offload_optimizer": {"device": "cpu"}}),
+        (2, 4, {"stage": 3, "offload_optimizer": {"device": "cpu"}}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
@@ -110,7 +109,7 @@ def test_what_contradicts_is_refused():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_global_clipping_logs_the_same_norms(tmp_path, stage):
     config = small_config(parallel={"zero_stage": stage})
     expected = plain_torch_run(config, 3)
@@ -144,7 +143,7 @@ def train_fp16_rank(*args):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_fp16_unscales_by_what_it_scaled_with(tmp_path, stage):
     """A loss scale that doubles every few steps leaves the training as a fixed one has it: powers of two are exact."""
     config = clipped_config(train={"precision": "fp16"}, parallel={"zero_stage": stage})

@@ -31,8 +31,8 @@ def train_and_look(config, folder, ds):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "zero",
-    [{"stage": 1}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"stage": 3}],
-    ids=["1", "2-offload", "3"],
+    [{"stage": 1}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}],
+    ids=["1", "3-offload"],
 )
 def test_tiny_updates_add_up_in_float32(tmp_path, zero):
     optim = {"lr": LR, "warmup_steps": 0, "weight_decay": 0.0, "clip": {"value": None}}
