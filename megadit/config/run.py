@@ -90,6 +90,10 @@ class ClipConfig(Section):
             raise ValueError(
                 f"groups.{role}: {value} belongs to mode per_group; set mode to per_group, or leave it out"
             )
+        if self.mode == "per_group" and self.value is None and not given:
+            raise ValueError(
+                "mode: per_group has no threshold and would clip nothing; set value, or groups of single roles"
+            )
         return self
 
 

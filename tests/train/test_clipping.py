@@ -100,6 +100,8 @@ def test_sp_has_no_width_factor():
 def test_what_contradicts_is_refused():
     with pytest.raises(ValueError, match=r"groups\.hidden: 1.* belongs to mode per_group"):
         small_config(optim={"clip": {"groups": {"hidden": 1.0}}})
+    with pytest.raises(ValueError, match=r"mode: per_group has no threshold"):
+        small_config(optim={"clip": {"mode": "per_group", "value": None}})
     for value in (1.0, 0):
         with pytest.raises(UserError, match=r"gradient_clipping: .* contradicts optim\.clip\.mode: per_group"):
             merge_ds_config(LoadedConfig(clipped_config()), {"gradient_clipping": value}, 1)
