@@ -105,6 +105,7 @@ class Comparison:
             "smooth": self.smooth,
             "a": [curve.name for curve in self.a],
             "b": [curve.name for curve in self.b],
+            "stopped": {curve.name: curve.stopped for curve in (*self.a, *self.b) if curve.stopped},
             "over": {axis: _gap_json(gap) for axis, gap in self.over.items()},
         }
 
@@ -144,6 +145,7 @@ def compare(a: Sequence[Path], b: Sequence[Path], key: str = "loss", smooth: int
 def describe(result: Comparison) -> str:
     """The comparison as lines: final values, crossings, speed-up; over samples too where the batches differ."""
     lines = [f"{result.key}, A: {_names(result.a)}; B: {_names(result.b)}; smoothed over {result.smooth} point(s)"]
+    lines += [f"note: {c.name} did not complete: {c.stopped}" for c in (*result.a, *result.b) if c.stopped]
     gaps = [result.main] if result.same_batch else list(result.over.values())
     for gap in gaps:
         lines += _describe_gap(gap, result.key)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megadit.config.sources import display
-from megadit.errors import UserError
+from megadit.errors import EXIT_OK, UserError
 
 Axis = Literal["steps", "samples"]
 _COLUMN = {"steps": "step", "samples": "samples_seen"}
@@ -24,7 +24,8 @@ class Curve:
     """A run's values of ``key``: all arrays (N,), ascending in steps; a value that was not finite is nan.
 
     ``windowed`` says that a value is the mean since the row before it (the training losses) and not a
-    measurement at its step (``val_loss``).
+    measurement at its step (``val_loss``). ``stopped`` is why the run ended short of its length, empty if it did not
+    (or still trains): the last values of a diverged run are not those of a finished one.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Curve:
     steps: np.ndarray
     samples: np.ndarray
     values: np.ndarray
+    stopped: str = ""
 
     @property
     def windowed(self) -> bool:
@@ -81,6 +83,7 @@ def read_curve(folder: str | Path, key: str = "loss") -> Curve:
         np.array(steps, dtype=np.int64),
         np.array([int(found[step].get("samples_seen") or 0) for step in steps], dtype=np.int64),
         np.array([np.nan if found[step][key] is None else float(found[step][key]) for step in steps]),
+        _stopped(folder),
     )
 
 
@@ -146,6 +149,15 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"run directory: {display(file)} holds no row; has the run logged a step?")
     return rows
+
+
+def _stopped(folder: Path) -> str:
+    """The reason in ``exit.json`` of a run that did not complete; empty where it did, or has not ended."""
+    try:
+        ended = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+        return "" if int(ended["code"]) == EXIT_OK else str(ended["reason"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _is_number(value: Any) -> bool:

@@ -133,6 +133,18 @@ def test_a_diverged_run_has_no_gap_from_there(tmp_path):
     plot_comparison(result, tmp_path / "x.png")
 
 
+def test_a_run_that_stopped_short_is_named(tmp_path):
+    a = write_run(tmp_path / "a", lambda s: 1.0)
+    b = write_run(tmp_path / "b", lambda s: 2.0, steps=500)
+    (a / "exit.json").write_text(json.dumps({"code": 0, "reason": "complete", "step": 1000}))
+    (b / "exit.json").write_text(
+        json.dumps({"code": 1, "reason": "diverged: the loss at step 510 is nan", "step": 510})
+    )
+    result = compare([a], [b])
+    assert "note: b did not complete: diverged: the loss at step 510 is nan" in describe(result)
+    assert result.to_json()["stopped"] == {"b": "diverged: the loss at step 510 is nan"}
+
+
 def test_smoothed_window():
     values = np.array([1.0, 2.0, 6.0, np.nan, 8.0, 4.0, 0.0])
     assert smoothed(values, 1) == pytest.approx(values, nan_ok=True)
