@@ -35,6 +35,7 @@ def restore(
         try:
             stored = open_everywhere(path, context)
             stored.check_same_model(config)
+            stored.check_shapes(shapes_of(config))  # on every rank alike, where each will see its own parameters only
             notes = stored.restore(engine.partitions, [engine.ema], context)
         except BrokenCheckpoint as error:
             if len(paths) == 1:
