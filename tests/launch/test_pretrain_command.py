@@ -42,7 +42,17 @@ def test_a_run_directory_is_complete(plain):
     values, rows = losses(run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert values[-1] < values[0]
-    expected = {"loss_mse", "loss_bins", "grad_norm", "lr", "lr_groups", "images_per_s", "data_wait_s", "step_s"}
+    expected = {
+        "loss_mse",
+        "loss_bins",
+        "grad_norm",
+        "grad_norms",
+        "lr",
+        "lr_groups",
+        "images_per_s",
+        "data_wait_s",
+        "step_s",
+    }
     assert expected | {"mfu", "mem_gb", "samples_seen", "skipped_steps", "val_loss"} <= rows[-1].keys()
     assert rows[-1]["samples_seen"] == 96
     for name in ("config.yaml", "ds_config.json", "mup.json", "environment.json", "classes.json", "summary.json"):
@@ -65,7 +75,7 @@ def test_tensorboard_shows_the_same_numbers_and_the_grid(plain):
     values, _ = losses(run_dir)
     assert [step for step, _ in shown[:6]] == [1, 2, 3, 4, 5, 6]
     assert [value for _, value in shown[:6]] == pytest.approx(values[:6])
-    assert {"train/grad_norm", "lr/hidden", "lr/input", "val/loss"} <= set(events.Tags()["scalars"])
+    assert {"train/grad_norm", "grad_norm/hidden", "lr/hidden", "lr/input", "val/loss"} <= set(events.Tags()["scalars"])
     assert events.Images("samples")[0].step == 6
 
 
