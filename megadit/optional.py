@@ -21,11 +21,6 @@ def import_diffusers() -> ModuleType:
     return _import_safely("diffusers")
 
 
-def import_transformers() -> ModuleType:
-    """The ``transformers`` package. Raises UserError if it is not installed or does not import."""
-    return _import_safely("transformers")
-
-
 def hide_broken_torchvision() -> bool:
     """Make this process behave as without torchvision if it is installed but fails to import; tells whether it did."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:

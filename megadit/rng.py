@@ -94,16 +94,6 @@ def uniform(key: int, shape: Sequence[int], *, start: int = 0, device: torch.dev
     return _draw(_single(key, device), start, math.prod(shape), _unit)[0].reshape(tuple(shape))
 
 
-def normal_at(key: int, index: Tensor) -> Tensor:
-    """Standard normals at arbitrary global element indices (int64 of any shape), float32 of that shape.
-
-    For shards that are not one contiguous run of the flattened parameter (row-parallel weights).
-    """
-    flat = index.reshape(-1)
-    words = _philox(_single(key, index.device), flat // 4)
-    return _gauss(words).gather(-1, (flat % 4)[:, None]).reshape(index.shape)
-
-
 def batch_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normals per sample: keys (B,) -> float32 (B, *shape), on the device of ``keys``."""
     return _draw(keys, 0, math.prod(shape), _gauss).reshape(keys.shape[0], *shape)
