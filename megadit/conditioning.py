@@ -48,6 +48,22 @@ class Conditioning:
         """The same conditions with other labels."""
         return replace(self, labels=labels)
 
+    def dropped(self, drop: Tensor, null: Conditioning) -> Conditioning:
+        """The same conditions with those of the samples where ``drop``, bool (B,), is true replaced by ``null``.
+
+        null: a batch of one, with every field that is given here. Raises ValueError if one is missing.
+        """
+        changed: dict[str, Tensor | None] = {}
+        for name, value in self._tensors().items():
+            instead = getattr(null, name)
+            if value is not None and instead is None:
+                raise ValueError(f"{name}: there is no null condition to take its place")
+            if value is not None:
+                where = drop.to(value.device).view(-1, *[1] * (value.dim() - 1))
+                value = torch.where(where, instead.to(value), value)
+            changed[name] = value
+        return Conditioning(**changed)
+
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """The batches of ``parts`` one after the other, e.g. conditional then null for guidance.
@@ -69,3 +85,8 @@ class Conditioning:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         changed = {name: None if value is None else change(value) for name, value in self._tensors().items()}
         return Conditioning(**changed)
+
+
+def null_label(num_classes: int) -> Conditioning | None:
+    """The null label of so many classes, a batch of one; None where there are no classes."""
+    return Conditioning(labels=torch.tensor([num_classes])) if num_classes else None

@@ -3,36 +3,39 @@
 Importing it loads neither torch nor deepspeed, so that commands answer ``--help`` at once.
 """
 
+from megadit.config.data import DataConfig, FeatureSource, TextSource, VaeConfig
 from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.config.loader import LoadedConfig, load, load_config, replace, save_config, to_yaml
-from megadit.config.model import ModelConfig, Role, RoleHP, RoleHPs
+from megadit.config.model import ModelConfig, RepaProjector, Role, RoleHP, RoleHPs, TextInput
 from megadit.config.presets import preset, preset_names
 from megadit.config.run import (
     ClipConfig,
-    DataConfig,
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     SampleConfig,
     TrainConfig,
-    VaeConfig,
 )
 
 __all__ = [
     "ClipConfig",
     "DataConfig",
+    "FeatureSource",
     "LoadedConfig",
     "MergedConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ParallelConfig",
+    "RepaProjector",
     "Role",
     "RoleHP",
     "RoleHPs",
     "RunConfig",
     "SampleConfig",
+    "TextInput",
+    "TextSource",
     "TrainConfig",
     "VaeConfig",
     "load",

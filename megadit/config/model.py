@@ -29,10 +29,27 @@ class RoleHPs(Section):
     finite: RoleHP = RoleHP()
 
 
+class TextInput(Section):
+    """The text features that a text-conditional model takes. ``data.text`` says who makes them."""
+
+    dim: int = Field(4096, ge=1, description="channels of a token's features")
+    max_length: int = Field(120, ge=1, description="tokens; longer texts are cut, shorter ones padded and masked")
+    pooled_dim: int = Field(0, ge=0, description="mmdit: channels of the pooled feature; 0: none is taken")
+
+
+class RepaProjector(Section):
+    """REPA's projector (arXiv 2410.06940): from a block's image tokens to the features of a pretrained encoder."""
+
+    block: int = Field(8, ge=1, description="the block whose tokens are projected, counted from 1")
+    feature_dim: int = Field(768, ge=1, description="channels of the target features")
+    hidden: int = Field(2048, ge=1, description="width of the projector, fixed whatever the model's")
+    norm: Literal["none", "rms"] = Field("none", description="RMSNorm after the first linear")
+
+
 class ModelConfig(Section):
     """One architecture at one size. Lengths are in tokens or latent pixels; ``width`` is n of the paper."""
 
-    family: Literal["dit"] = Field("dit", description="which architecture")
+    family: Literal["dit", "pixart", "uvit", "mmdit"] = Field("dit", description="which architecture")
     width: int = Field(384, ge=1, description="hidden size n")
     depth: int = Field(12, ge=1, description="number of Transformer blocks")
     heads: int | None = Field(None, ge=1, description="attention heads; or give head_dim")
@@ -50,7 +67,18 @@ class ModelConfig(Section):
     norm_precision: Literal["auto", "fp32"] = Field(
         "auto", description="fp32: norms and their modulation in float32 under bf16 and fp16, rounded once"
     )
-    num_classes: int = Field(1000, ge=0, description="0: unconditional; the null label is num_classes")
+    qkv_bias: bool = Field(True, description="bias of the queries, keys and values (uvit's originals have none)")
+    num_classes: int = Field(1000, ge=0, description="0: no classes; the null label is num_classes")
+    text: TextInput | None = Field(None, description="pixart, uvit, mmdit: text conditioning; null: none")
+    repa: RepaProjector | None = Field(None, description="projector of the REPA loss; null: none")
+    pos_scale: float = Field(1.0, gt=0, description="pixart: coordinates of positions are divided by this")
+    pos_embed_max_size: int | None = Field(
+        None,
+        ge=1,
+        description="mmdit: side, in tokens, of the grid of positions whose centre is used; null: the input's",
+    )
+    conv: bool = Field(True, description="uvit: a 3x3 convolution at the end")
+    mlp_time_embed: bool = Field(False, description="uvit: an MLP on the timestep's features")
 
     parametrization: Literal["sp", "mup"] = Field("sp", description="standard, or maximal update")
     base_width: int | None = Field(None, ge=1, description="n_base of muP; width / base_width is m")
@@ -80,6 +108,11 @@ class ModelConfig(Section):
     def out_channels(self) -> int:
         """C, or 2C when the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def blocks(self) -> int:
+        """Number of Transformer blocks: depth, and for uvit the one in the middle."""
+        return self.depth + 1 if self.family == "uvit" else self.depth
 
     @property
     def init_scheme(self) -> str:
@@ -123,8 +156,42 @@ class ModelConfig(Section):
             raise ValueError(
                 f"patch_size: {self.patch_size} does not divide input_size {self.input_size}; choose one that does"
             )
+        self._check_family()
         if self.parametrization == "mup" and self.base_width is None:
             raise ValueError("base_width: muP needs the proxy's base width; set it, e.g. to 288 as the paper does")
         if self.role_hps.output.mult != 1.0:
             raise ValueError("role_hps.output.mult: the readout multiplier is set by output_mult; leave this at 1")
         return self
+
+    def _check_family(self) -> None:
+        """Raise ValueError for a condition or an option that the family does not have."""
+        if self.family == "dit" and self.text is not None:
+            raise ValueError("text: belongs to families pixart, uvit and mmdit; set text to null, or another family")
+        if self.family in ("pixart", "mmdit"):
+            if self.text is None:
+                raise ValueError(f"text: is missing, and {self.family} is conditioned on text; give text.dim")
+            if self.num_classes:
+                raise ValueError(
+                    f"num_classes: {self.num_classes}, but {self.family} is conditioned on text; set num_classes to 0"
+                )
+        if self.text is not None and self.text.pooled_dim and self.family != "mmdit":
+            raise ValueError(f"text.pooled_dim: {self.text.pooled_dim} belongs to family mmdit; set it to 0")
+        if self.family == "uvit":
+            if self.text is not None and self.num_classes:
+                raise ValueError(
+                    f"num_classes: {self.num_classes} beside text; uvit takes one of the two: set num_classes to 0, or "
+                    "text to null"
+                )
+            if self.depth % 2:
+                raise ValueError(
+                    f"depth: {self.depth} is odd; uvit has half of its blocks on each side of the middle one"
+                )
+        if self.repa is not None and self.repa.block > self.blocks:
+            raise ValueError(f"repa.block: {self.repa.block} is not one of the model's {self.blocks} blocks; lower it")
+        for key, family in _OF_ONE_FAMILY.items():
+            default = type(self).model_fields[key].default
+            if self.family != family and getattr(self, key) != default:
+                raise ValueError(f"{key}: {getattr(self, key)} belongs to family {family}; leave it out")
+
+
+_OF_ONE_FAMILY = {"pos_scale": "pixart", "pos_embed_max_size": "mmdit", "conv": "uvit", "mlp_time_embed": "uvit"}

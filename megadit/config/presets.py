@@ -20,15 +20,23 @@ PRESET_KEYS = (
     "mlp",
     "mlp_ratio",
     "qk_norm",
+    "qkv_bias",
+    "text",
+    "conv",
+    "mlp_time_embed",
+    "pos_scale",
     "parametrization",
     "base_width",
 )
 
 MUP_BASE_WIDTH = 288  # the proxy of arXiv 2505.15270, section 5.1; all runs of one study share it
+MMDIT_BASE_WIDTH = 1920  # of its section 5.3, between the widths of proxy and target
 
 # Table 1 of the DiT paper (arXiv 2212.09748): width, depth, heads.
 _DIT_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 _DIT_PATCHES = (2, 4, 8)
+# Width, depth (without the middle block) and heads of U-ViT.
+_UVIT_SIZES = {"s": (512, 12, 8), "m": (768, 16, 12), "l": (1024, 20, 16), "h": (1152, 28, 16)}
 
 
 def preset_names() -> tuple[str, ...]:
@@ -55,16 +63,44 @@ def preset_values(name: str) -> dict[str, Any]:
 
 
 def _table() -> dict[str, dict[str, Any]]:
-    return _dit()
+    return _dit() | _pixart() | _uvit() | _mmdit()
+
+
+def _pair(name: str, shape: dict[str, Any], heads: int, base_width: int) -> dict[str, dict[str, Any]]:
+    """``name`` under SP with its published heads, and ``name-mup``, whose head dimension is what stays fixed."""
+    sp = {"heads": heads, "parametrization": "sp"}
+    mup = {"head_dim": shape["width"] // heads, "parametrization": "mup", "base_width": base_width}
+    return {name: shape | sp, f"{name}-mup": shape | mup}
 
 
 def _dit() -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for size, (width, depth, heads) in _DIT_SIZES.items():
         for patch in _DIT_PATCHES:
-            shape: dict[str, Any] = {"family": "dit", "width": width, "depth": depth, "patch_size": patch}
-            sp = {"heads": heads, "parametrization": "sp"}
-            mup = {"head_dim": width // heads, "parametrization": "mup", "base_width": MUP_BASE_WIDTH}
-            table[f"dit-{size}-{patch}"] = shape | sp
-            table[f"dit-{size}-{patch}-mup"] = shape | mup
+            shape = {"family": "dit", "width": width, "depth": depth, "patch_size": patch}
+            table |= _pair(f"dit-{size}-{patch}", shape, heads, MUP_BASE_WIDTH)
     return table
+
+
+def _pixart() -> dict[str, dict[str, Any]]:
+    """PixArt-alpha (arXiv 2310.00426) and its proxy of width 288; T5 captions of 120 tokens."""
+    shape = {"family": "pixart", "depth": 28, "patch_size": 2, "num_classes": 0, "text": {"dim": 4096}}
+    table = _pair("pixart-xl-2", shape | {"width": 1152}, 16, MUP_BASE_WIDTH)
+    return table | _pair("pixart-proxy", shape | {"width": 288}, 4, MUP_BASE_WIDTH)
+
+
+def _uvit() -> dict[str, dict[str, Any]]:
+    """U-ViT (arXiv 2209.12152), table 1."""
+    table: dict[str, dict[str, Any]] = {}
+    shape = {"family": "uvit", "patch_size": 2, "mlp": "gelu", "qkv_bias": False, "learn_sigma": False}
+    for size, (width, depth, heads) in _UVIT_SIZES.items():
+        table |= _pair(f"uvit-{size}", shape | {"width": width, "depth": depth}, heads, MUP_BASE_WIDTH)
+    return table
+
+
+def _mmdit() -> dict[str, dict[str, Any]]:
+    """MMDiT (arXiv 2403.03206) at the two sizes of arXiv 2505.15270, section 5.3: 0.18B and 18B parameters."""
+    shape = {"family": "mmdit", "depth": 16, "patch_size": 2, "mlp": "swiglu", "num_classes": 0, "learn_sigma": False}
+    shape |= {"text": {"dim": 4096}}
+    table = _pair("mmdit-proxy", shape | {"width": 512}, 8, MMDIT_BASE_WIDTH)
+    return table | _pair("mmdit-18b", shape | {"width": 5120}, 80, MMDIT_BASE_WIDTH)

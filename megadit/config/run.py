@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megadit.config.base import Section
+from megadit.config.data import DataConfig
 from megadit.config.model import ModelConfig
 
 
@@ -24,7 +25,12 @@ class ObjectiveConfig(Section):
     shift: float = Field(1.0, gt=0, description="flow: resolution shift t' = s t / (1 + (s - 1) t)")
     weighting: Literal["none", "min_snr"] = Field("none", description="ddpm: loss weight by timestep")
     min_snr_gamma: float = Field(5.0, gt=0, description="min_snr: the signal-to-noise ratio where weights are cut")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained unconditionally")
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of samples whose condition, class or text, is dropped"
+    )
+    repa_weight: float = Field(
+        0.0, ge=0, description="weight of the REPA loss (needs model.repa and data.features); 0: none"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
@@ -36,29 +42,6 @@ class ObjectiveConfig(Section):
             key, value = ("shift", self.shift) if self.shift != 1.0 else ("time_sampling", self.time_sampling)
             raise ValueError(f"{key}: {value} belongs to kind flow; ddpm draws timesteps uniformly, so leave it out")
         return self
-
-
-class VaeConfig(Section):
-    """A diffusers AutoencoderKL folder that turns images into latents as they are read."""
-
-    path: str | None = Field(None, description="the folder on this machine; no default")
-    scale: float = Field(0.18215, gt=0, description="latents are multiplied by this")
-    shift: float = Field(0.0, description="subtracted from latents before scaling")
-
-
-class DataConfig(Section):
-    """Where images come from and what conditions them."""
-
-    name: Literal["emoji", "digits", "fashion-mnist", "image-folder"] = Field("emoji", description="the data set")
-    path: str | None = Field(None, description="folder of fashion-mnist or image-folder data")
-    image_size: int | None = Field(None, ge=1, description="side in pixels; default: the data set's own size")
-    condition: Literal["class", "none"] = Field("class", description="what the model is told of an image")
-    classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order; null: all")
-    flip: bool = Field(False, description="mirror half of the images")
-    val_fraction: float = Field(0.05, ge=0, lt=1, description="share held out, split by base name")
-    skin_tones: bool = Field(False, description="emoji: keep the skin-tone variants")
-    workers: int = Field(0, ge=0, description="decoding processes per rank")
-    vae: VaeConfig | None = Field(None, description="train on latents of this autoencoder; null: on pixels")
 
 
 class ClipGroups(Section):
@@ -272,6 +255,7 @@ class SampleConfig(Section):
     count: int = Field(64, ge=1, description="pictures in a grid")
     seed: int = Field(0, ge=0, description="of the starting noise")
     weights: str = Field(ONLINE, description="online, or the name of an average (see ema)")
+    prompts: tuple[str, ...] = Field((), description="texts to draw, in turn; default: held-out captions of the data")
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -297,6 +281,8 @@ class RunConfig(Section):
             self._objective_problem(),
             self._size_problem(),
             self._class_problem(),
+            self._text_problem(),
+            self._repa_problem(),
             self._stage_problem(),
             self._weights_problem(),
         )
@@ -319,7 +305,7 @@ class RunConfig(Section):
         return None
 
     def _size_problem(self) -> str | None:
-        size, factor = self.data.image_size, 8 if self.data.vae is not None else 1
+        size, factor = self.data.image_size, self.data.vae.factor if self.data.vae is not None else 1
         if size is None or size == factor * self.model.input_size:
             return None
         what = "images" if factor == 1 else f"latents, {factor} image pixels each,"
@@ -330,14 +316,34 @@ class RunConfig(Section):
 
     def _class_problem(self) -> str | None:
         classes, condition = self.model.num_classes, self.data.condition
-        if condition == "none" and classes:
-            return f"model.num_classes: {classes}, but data.condition is none; set model.num_classes=0"
+        if condition != "class" and classes:
+            return f"model.num_classes: {classes}, but data.condition is {condition}; set model.num_classes=0"
         if condition == "class" and not classes:
             return (
                 "model.num_classes: 0, but data.condition is class; set the number of classes, or data.condition=none"
             )
-        if not classes and self.sample.guidance != 1.0:
-            return f"sample.guidance: {self.sample.guidance} needs classes; set sample.guidance=1, or model.num_classes"
+        if condition == "none" and self.sample.guidance != 1.0:
+            return f"sample.guidance: {self.sample.guidance} needs classes or texts; set sample.guidance=1"
+        return None
+
+    def _text_problem(self) -> str | None:
+        if self.data.condition == "text" and self.model.text is None:
+            return (
+                f"data.condition: text, but model.text is not given, so that this {self.model.family} takes no text; "
+                "set model.text.dim, or another data.condition"
+            )
+        if self.data.condition != "text" and self.model.text is not None:
+            return f"data.condition: {self.data.condition}, but the model takes text; set it to text"
+        if self.sample.prompts and self.model.text is None:
+            return f"sample.prompts: {list(self.sample.prompts)[:1]} need a model with model.text; leave them out"
+        return None
+
+    def _repa_problem(self) -> str | None:
+        weight = self.objective.repa_weight
+        if weight and self.model.repa is None:
+            return f"objective.repa_weight: {weight}, but the model has no projector; set model.repa.block, or 0"
+        if weight and self.data.features is None:
+            return f"objective.repa_weight: {weight}, but there are no target features; set data.features.encoder, or 0"
         return None
 
     def _stage_problem(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from megadit.rng import batch_uniform, sample_keys
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """images float32 (B, C, H, W) in [-1, 1]; labels int64 (B,); captions, B of them; numbers int64 (B,)."""
+    """images float32 (B, C, H, W) in [-1, 1], or latents; labels int64 (B,); captions, B of them; numbers int64 (B,).
+
+    extras: what the set stores beside its images, by name (see ``megadit.data.dataset.EXTRAS``), stacked.
+    """
 
     images: Tensor
     labels: Tensor
     captions: list[str]
     numbers: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.numbers.shape[0])
@@ -34,6 +38,7 @@ class RawBatch:
     labels: list[int]
     captions: list[str]
     numbers: list[int]
+    extras: dict[str, Tensor]
 
 
 def read_samples(
@@ -44,11 +49,13 @@ def read_samples(
     if flip:
         mirrored = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    extras = [dataset.extras(i) for i in indices]
     return RawBatch(
         images=images,
         labels=[dataset.label(i) for i in indices],
         captions=[dataset.caption(i) for i in indices],
         numbers=list(numbers),
+        extras={name: torch.stack([extra[name] for extra in extras]) for name in extras[0]},
     )
 
 
@@ -60,10 +67,11 @@ def scale_images(images: Tensor) -> Tensor:
 def finish(raw: RawBatch) -> Batch:
     """The ``Batch`` of a ``RawBatch``."""
     return Batch(
-        images=scale_images(raw.images),
+        images=raw.images.float() if raw.images.is_floating_point() else scale_images(raw.images),
         labels=torch.tensor(raw.labels, dtype=torch.int64),
         captions=raw.captions,
         numbers=torch.tensor(raw.numbers, dtype=torch.int64),
+        extras=raw.extras,
     )
 
 

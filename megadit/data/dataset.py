@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# text (L, D), text_mask bool (L,) and pooled (P,): features of the caption. features (F, h, w): of the image, for REPA.
+EXTRAS = ("text", "text_mask", "pooled", "features")
+
 
 class ImageSet(Protocol):
     """Images by index. Everything is a pure function of the index, so any process can ask for any image."""
@@ -40,8 +43,13 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def stores_latents(self) -> bool:
+        """Whether ``image`` gives latents, scaled as the model takes them, in place of pixels."""
+        ...
+
     def image(self, i: int) -> Tensor:
-        """uint8 (C, H, W). Raises ``UserError`` when the file behind it cannot be read."""
+        """uint8 (C, H, W), or latents in any floating dtype. Raises ``UserError`` when its file cannot be read."""
         ...
 
     def label(self, i: int) -> int:
@@ -50,6 +58,10 @@ class ImageSet(Protocol):
 
     def caption(self, i: int) -> str:
         """A description in words; may be empty."""
+        ...
+
+    def extras(self, i: int) -> dict[str, Tensor]:
+        """What is stored beside the image: any of ``EXTRAS``; the same ones for every image of a set."""
         ...
 
 
@@ -65,6 +77,7 @@ class ArraySet:
     labels: Tensor
     captions: tuple[str, ...]
     bases: tuple[str, ...]  # base names: images with the same one are variants of one picture
+    stores_latents: bool = False
 
     @property
     def channels(self) -> int:
@@ -82,6 +95,9 @@ class ArraySet:
 
     def caption(self, i: int) -> str:
         return self.captions[i]
+
+    def extras(self, i: int) -> dict[str, Tensor]:
+        return {}
 
 
 def _resize(image: Tensor, size: int) -> Tensor:
@@ -127,6 +143,10 @@ class Subset:
     def notice(self) -> str:
         return self.source.notice
 
+    @property
+    def stores_latents(self) -> bool:
+        return self.source.stores_latents
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -141,6 +161,9 @@ class Subset:
 
     def caption(self, i: int) -> str:
         return self.source.caption(self.indices[i])
+
+    def extras(self, i: int) -> dict[str, Tensor]:
+        return self.source.extras(self.indices[i])
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class FolderSet:
     name: str = "image-folder"
     channels: int = 3
     notice: str = ""
+    stores_latents: bool = False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -49,6 +50,9 @@ class FolderSet:
 
     def caption(self, i: int) -> str:
         return self.captions[i]
+
+    def extras(self, i: int) -> dict[str, Tensor]:
+        return {}
 
 
 def load_folder(path: str | None, image_size: int | None, *, labelled: bool) -> FolderSet:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit.config.run import VaeConfig
+from megadit.config.data import VaeConfig
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import batch_normal

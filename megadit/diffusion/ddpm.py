@@ -72,8 +72,8 @@ class NoiseSchedule:
 class DDPMObjective(Objective):
     """Predict eps or v at a uniform step; with ``learn_sigma`` the second half of the output is the variance."""
 
-    def __init__(self, config: ObjectiveConfig, *, learn_sigma: bool, num_classes: int) -> None:
-        super().__init__(num_classes=num_classes, label_dropout=config.label_dropout)
+    def __init__(self, config: ObjectiveConfig, *, learn_sigma: bool, null: Conditioning | None) -> None:
+        super().__init__(null=null, label_dropout=config.label_dropout)
         self.config = config
         self.learn_sigma = learn_sigma
         self.schedule = NoiseSchedule(config.diffusion_steps)

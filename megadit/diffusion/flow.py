@@ -17,13 +17,13 @@ class FlowObjective(Objective):
     Raises UserError if the model learns a variance, which a velocity has no use for.
     """
 
-    def __init__(self, config: ObjectiveConfig, *, learn_sigma: bool, num_classes: int) -> None:
+    def __init__(self, config: ObjectiveConfig, *, learn_sigma: bool, null: Conditioning | None) -> None:
         if learn_sigma:
             raise UserError(
                 "model.learn_sigma: true does not go with objective.kind flow, which predicts a velocity "
                 "without a variance; set model.learn_sigma=false"
             )
-        super().__init__(num_classes=num_classes, label_dropout=config.label_dropout)
+        super().__init__(null=null, label_dropout=config.label_dropout)
         self.config = config
 
     def draw_times(self, keys: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ class LossTerms:
 class Objective(ABC):
     """Shared draws; a subclass says how noise is mixed in and how the output is scored."""
 
-    def __init__(self, *, num_classes: int, label_dropout: float) -> None:
-        self.num_classes = num_classes
+    def __init__(self, *, null: Conditioning | None, label_dropout: float) -> None:
+        """null: the conditions, a batch of one, that take the place of dropped ones; None: nothing is dropped."""
+        self.null = null
         self.label_dropout = label_dropout
 
     def prepare(
@@ -60,13 +61,13 @@ class Objective(ABC):
         *,
         t01: Tensor | None = None,
         noise: Tensor | None = None,
-        drop_labels: bool = True,
+        drop: bool = True,
     ) -> NoisyBatch:
         """Mix noise into clean samples.
 
         x0: (B, C, H, W), any float dtype.  numbers: the B global sample numbers.  t01: fixed positions on the noise
-        schedule, (B,) in [0, 1], instead of drawn times; noise: fixed noise, (B, C, H, W); drop_labels: False keeps
-        every label. The last three serve the fixed-noise validation loss.
+        schedule, (B,) in [0, 1], instead of drawn times; noise: fixed noise, (B, C, H, W); drop: False keeps every
+        condition. The last three serve the fixed-noise validation loss.
         """
         ids = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
         if len(ids) != x0.shape[0]:
@@ -77,16 +78,16 @@ class Objective(ABC):
             t01 = self.draw_times(sample_keys(seed, "timestep", ids))
         if noise is None:
             noise = batch_normal(sample_keys(seed, "noise", ids).to(x0.device), x0.shape[1:])
-        if drop_labels:
-            cond = self._drop_labels(cond, ids, seed)
+        if drop:
+            cond = self._drop(cond, ids, seed)
         return self.mix(x0, noise.to(x0), t01.to(x0.device, torch.float32), cond)
 
-    def _drop_labels(self, cond: Conditioning, ids: list[int], seed: int) -> Conditioning:
-        """Labels replaced by the null label ``num_classes`` with the configured probability (DiT's token_drop)."""
-        if cond.labels is None or self.label_dropout == 0.0:
+    def _drop(self, cond: Conditioning, ids: list[int], seed: int) -> Conditioning:
+        """Conditions replaced by the null ones with the configured probability (DiT's token_drop)."""
+        if cond.batch_size is None or self.null is None or self.label_dropout == 0.0:
             return cond
         drop = batch_uniform(sample_keys(seed, "label-dropout", ids)) < self.label_dropout
-        return cond.with_labels(cond.labels.masked_fill(drop.to(cond.labels.device), self.num_classes))
+        return cond.dropped(drop, self.null)
 
     @abstractmethod
     def draw_times(self, keys: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -10,11 +11,25 @@ from torch import nn
 
 from megadit.config.model import ModelConfig
 from megadit.config.run import ParallelConfig
-from megadit.models.dit import DiT
 from megadit.models.stages import StagedModel
 from megadit.mup.init import init_parameters
 
-FAMILIES: Mapping[str, Callable[[ModelConfig], StagedModel]] = MappingProxyType({"dit": DiT})
+# Module and class of each family, imported when one is built.
+FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "dit": ("megadit.models.dit", "DiT"),
+        "pixart": ("megadit.models.pixart", "PixArt"),
+        "uvit": ("megadit.models.uvit", "UViT"),
+        "mmdit": ("megadit.models.mmdit", "MMDiT"),
+    }
+)
+
+
+def family(name: str) -> Callable[[ModelConfig], StagedModel]:
+    """The class of a family."""
+    module, class_name = FAMILIES[name]
+    model: Callable[[ModelConfig], StagedModel] = getattr(importlib.import_module(module), class_name)
+    return model
 
 
 def build_model(
@@ -32,7 +47,7 @@ def build_model(
     """
     del parallel
     with torch.device(device):
-        model = FAMILIES[config.family](config)
+        model = family(config.family)(config)
     if torch.device(device).type != "meta":
         init_parameters(model, seed)
     return model

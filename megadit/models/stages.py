@@ -7,6 +7,7 @@ A carrier is a tuple, floats first and integers last, of fixed shapes; every sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ class StagedModel(nn.Module):
     """
 
     recompute: Recompute = "none"
+    repa: nn.Module | None = None
+    repa_block: int = 0
 
     def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
         """The first stage's input: (x, t, ...), floats first, integers last."""
@@ -43,19 +46,34 @@ class StagedModel(nn.Module):
         """All stages in order. Those that are not blocks only refer to the model's submodules."""
         raise TypeError(f"{type(self).__name__} does not list its stages")
 
+    def image_tokens(self, tokens: Tensor) -> Tensor:
+        """Of a block's tokens (B, T, n), those of the image, row-major; here all of them."""
+        return tokens
+
     def forward(
-        self, x: Tensor, t: Tensor, cond: Conditioning | None = None, taps: Sequence[int] = ()
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning | None = None,
+        taps: Sequence[int] = (),
+        project: bool = False,
+    ) -> Any:
         """Predict from a noisy image.
 
         x (B, C, H, W) of any floating dtype; t (B,) in [0, 1000], kept in float32; returns (B, C or 2C, H, W)
         in the weights' dtype. With ``taps`` also, in their order, the tokens (B, T, n) after block k, counted
-        from 1.
+        from 1. With ``project`` it returns (output, projected): beside the output the REPA projection of the image
+        tokens after block ``repa_block``, (B, T, F).
 
         Raises:
-            ValueError: a condition that the model needs is missing, x has another size than the model, or a
-                tap is not the number of a block.
+            ValueError: a condition that the model needs is missing, x has another size than the model, a
+                tap is not the number of a block, or there is no projector.
         """
+        if project:
+            if self.repa is None or taps:
+                raise ValueError("project: the model has no REPA projector (model.repa), or taps are asked for too")
+            output, [tokens] = self.forward(x, t, cond, taps=(self.repa_block,))
+            return output, self.repa(self.image_tokens(tokens))
         carrier = self.carrier(x, t, Conditioning() if cond is None else cond)
         tapped: dict[int, Tensor] = {}
         blocks = 0

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megadit import rng
 from megadit.conditioning import Conditioning
 from megadit.config.model import ModelConfig
 from megadit.config.run import OptimConfig
 from megadit.errors import UserError
 from megadit.mup.coord_record import Reading, Recorder
+from megadit.mup.example import example_conditioning, example_images
 from megadit.mup.groups import param_groups
 
 _EPS = 1e-16  # small against any gradient that matters, large against the root of float32's smallest square
@@ -126,9 +126,6 @@ def _train_and_read(
 
 
 def _noisy(config: ModelConfig, objective: Objective, numbers: range) -> Any:
-    """The noisy batch of these sample numbers: the same for every width and seed. Every batch has the same labels."""
+    """The noisy batch of these sample numbers, with example conditions: the same for every width and seed."""
     ids = torch.tensor(list(numbers), dtype=torch.int64)
-    shape = (config.in_channels, config.input_size, config.input_size)
-    images = rng.batch_normal(rng.sample_keys(0, "coord-image", ids), shape)
-    labels = torch.arange(len(ids)) % config.num_classes if config.num_classes else None
-    return objective.prepare(images, Conditioning(labels=labels), ids, 0)
+    return objective.prepare(example_images(config, numbers), example_conditioning(config, numbers), ids, 0)

@@ -32,15 +32,34 @@ from megadit.mup.spec import Dim, ParamSpec, Role
 
 WdMode = Literal["independent", "constant", "sqrt"]
 EpsMode = Literal["constant", "scaled"]
-Purpose = Literal["linear", "patch", "timestep", "table", "adaln", "readout", "zero", "one"]
+Purpose = Literal[
+    "linear",
+    "patch",
+    "timestep",
+    "text",
+    "table",
+    "tokens",
+    "modulation_table",
+    "adaln",
+    "readout",
+    "repa",
+    "repa_bias",
+    "zero",
+    "one",
+]
 
 
 @dataclass(frozen=True)
 class InitRule:
     """How a start is drawn: ``value`` is sigma for fan_in, the std for normal, the constant for constant."""
 
-    kind: Literal["fan_in", "xavier_uniform", "normal", "constant"]
+    kind: Literal["fan_in", "xavier_uniform", "kaiming_uniform", "inverse_sqrt_fan_out", "normal", "constant"]
     value: float = 1.0
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the distribution is uniform rather than normal."""
+        return self.kind in ("xavier_uniform", "kaiming_uniform")
 
     def std(self, fan_in: int, fan_out: int) -> float:
         """Standard deviation at these fans; 0 for a constant start."""
@@ -48,6 +67,10 @@ class InitRule:
             return self.value / math.sqrt(fan_in)
         if self.kind == "xavier_uniform":
             return self.value * math.sqrt(2.0 / (fan_in + fan_out))
+        if self.kind == "kaiming_uniform":  # torch's default of linears and convolutions: bound 1/sqrt(fan_in)
+            return self.value / math.sqrt(3.0 * fan_in)
+        if self.kind == "inverse_sqrt_fan_out":
+            return self.value / math.sqrt(fan_out)
         return self.value if self.kind == "normal" else 0.0
 
 
@@ -56,14 +79,36 @@ _FAN_IN = InitRule("fan_in", 1.0)
 _XAVIER = InitRule("xavier_uniform", 1.0)
 _SMALL = InitRule("normal", 0.02)
 
-# Official DiT, initialize_weights (arXiv 2212.09748): xavier_uniform on linears and on the flattened patch
-# embedding, N(0, .02) on the label table and the timestep MLP.
-_ORIGINAL: Mapping[str, InitRule] = MappingProxyType(
-    {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "table": _SMALL, "readout": _ZERO}
+_ORIGINALS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
+    {
+        # Official DiT, initialize_weights (arXiv 2212.09748): xavier_uniform on linears and on the flattened patch
+        # embedding, N(0, .02) on the label table and the timestep MLP. MMDiT here starts as DiT does.
+        "dit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
+        "mmdit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
+        # Official PixArt.py: as DiT; N(0, .02) on t_block and the caption MLP too, tables N(0, 1/n).
+        "pixart": {
+            "linear": _XAVIER,
+            "patch": _XAVIER,
+            "timestep": _SMALL,
+            "text": _SMALL,
+            "table": _SMALL,
+            "adaln": _SMALL,
+            "modulation_table": InitRule("inverse_sqrt_fan_out"),
+        },
+        # Official uvit.py: N(0, .02) on all linears and positions; torch's own start of convolution and label table.
+        "uvit": {
+            "linear": _SMALL,
+            "patch": InitRule("kaiming_uniform"),
+            "timestep": _SMALL,
+            "text": _SMALL,
+            "table": InitRule("normal", 1.0),
+            "readout": _SMALL,
+        },
+    }
 )
 # The paper's DiT-muP: 1/sqrt(fan_in) throughout, labels N(0, 1).
 _FAN_IN_SCHEME: Mapping[str, InitRule] = MappingProxyType(
-    {"linear": _FAN_IN, "patch": _FAN_IN, "timestep": _FAN_IN, "table": InitRule("normal", 1.0), "readout": _ZERO}
+    {"linear": _FAN_IN, "patch": _FAN_IN, "timestep": _FAN_IN, "text": _FAN_IN, "table": InitRule("normal", 1.0)}
 )
 
 
@@ -117,10 +162,19 @@ class Parametrization:
         self.base_width = config.base_width if self.mup and config.base_width else config.width
         self.output_mult = config.output_mult
         self.role_hps = config.role_hps
-        adaln = _ZERO if config.adaln_zero else _FAN_IN
-        scheme = _ORIGINAL if config.init_scheme == "original" else _FAN_IN_SCHEME
+        scheme = _ORIGINALS[config.family] if config.init_scheme == "original" else _FAN_IN_SCHEME
         self._init: Mapping[str, InitRule] = MappingProxyType(
-            {**scheme, "adaln": adaln, "zero": _ZERO, "one": InitRule("constant", 1.0)}
+            {
+                "tokens": _SMALL,
+                "modulation_table": _SMALL,
+                "readout": _ZERO,
+                "adaln": _ZERO if config.adaln_zero else _FAN_IN,
+                **{key: rule for key, rule in scheme.items() if key != "adaln" or config.adaln_init == "auto"},
+                "repa": _FAN_IN,
+                "repa_bias": InitRule("kaiming_uniform"),
+                "zero": _ZERO,
+                "one": InitRule("constant", 1.0),
+            }
         )
 
     def width_dim(self, multiple: float | Fraction = 1) -> Dim:
@@ -133,8 +187,8 @@ class Parametrization:
         """Spec of a parameter of global ``dims``.
 
         A vector has one dim; a matrix is (out, in, *window) with fan_in = in x window; a ``table`` is
-        (entries, channels), whose rows are looked up: an input layer of one-hot fan-in, never decayed by
-        default. ``role`` overrides the one that the dims imply.
+        (..., entries, channels), whose rows are looked up or added: an input layer of one-hot fan-in, never decayed
+        by default. ``role`` overrides the one that the dims imply.
         """
         dims = tuple(dims)
         role = role or _role_of(dims, table)
@@ -149,7 +203,7 @@ class Parametrization:
         matrix = len(dims) > 1 and not table
         forward_mult = hps.mult if len(dims) > 1 else 1.0
         if role == "output" and matrix:
-            forward_mult = self.output_mult / ratio
+            forward_mult = (hps.mult if purpose == "repa" else self.output_mult) / ratio
         decay = matrix
         return ParamSpec(
             role=role,
@@ -164,7 +218,7 @@ class Parametrization:
             eps_mult=1.0,
             shape=tuple(dim.size for dim in dims),
             base_shape=tuple(dim.base for dim in dims),
-            init_dist="uniform" if rule.kind == "xavier_uniform" else "normal",
+            init_dist="uniform" if rule.uniform else "normal",
             init_value=rule.value if rule.kind == "constant" else 0.0,
             decay=decay,
         )
@@ -190,5 +244,5 @@ def _fans(dims: tuple[Dim, ...], table: bool, *, base: bool) -> tuple[int, int]:
     if len(sizes) == 1:
         return 1, sizes[0]
     if table:
-        return 1, sizes[1]
+        return 1, sizes[-1]
     return math.prod(sizes[1:]), sizes[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megadit.conditioning import Conditioning
 from megadit.config import ModelConfig
+from megadit.mup.example import example_conditioning
 
 # Dense peak of the matrix units in FLOP/s, from the vendors' data sheets: (bf16 or fp16, tf32-less fp32).
 _PEAKS = {
@@ -26,9 +26,9 @@ def forward_flops(config: ModelConfig) -> int:
     model = build_model(config, device="meta")
     x = torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta")
     t = torch.empty(1, device="meta")
-    labels = torch.zeros(1, dtype=torch.int64, device="meta") if config.num_classes else None
+    cond = example_conditioning(config, [0]).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t, Conditioning(labels=labels))
+        model(x, t, cond)
     return int(counter.get_total_flops())
 
 

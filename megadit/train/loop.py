@@ -99,7 +99,7 @@ def optimizer_step(run: TrainingRun, batches: Iterator[Any], meter: Meter, want_
         begin = time.perf_counter()
         batch = next(batches)
         meter.clock.waited += time.perf_counter() - begin
-        x0, cond = run.latents(batch, seed)
+        x0, cond = run.inputs(batch, seed)
         noisy = run.objective.prepare(x0, cond, batch.numbers, seed)
         terms = run.objective.loss(run.engine.forward(noisy.x, noisy.t, noisy.cond), noisy)
         run.engine.backward(terms.total.mean())

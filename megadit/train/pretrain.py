@@ -19,6 +19,7 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, describe
+from megadit.data.conditions import Conditions
 from megadit.data.latents import build_codec
 from megadit.diffusion import build_objective
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
@@ -184,9 +185,8 @@ def assemble(
     micro = int(job.ds_config["train_micro_batch_size_per_gpu"])
     schedule = Schedule.from_config(config.optim, steps)
     codec = build_codec(config.data.vae, context.device)
-    objective = build_objective(
-        config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
-    )
+    conditions = Conditions(config.model)
+    objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
     model = build_model(config.model, seed=config.train.seed)
     model.recompute = config.train.activation_checkpointing
     if config.train.compile:
@@ -204,7 +204,18 @@ def assemble(
         start_from_weights(start.weights_from, engine, config, context)
     layout = BatchLayout(config.train.global_batch, context.world_size, context.rank, micro)
     return TrainingRun(
-        config, context, engine, objective, codec, job.train_set, job.val_set, layout, directory, steps, position
+        config=config,
+        context=context,
+        engine=engine,
+        objective=objective,
+        codec=codec,
+        conditions=conditions,
+        train_set=job.train_set,
+        val_set=job.val_set,
+        layout=layout,
+        directory=directory,
+        total_steps=steps,
+        position=position,
     )
 
 

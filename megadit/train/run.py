@@ -10,6 +10,7 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.config import RunConfig
 from megadit.data import Batch, BatchLayout, ImageSet
+from megadit.data.conditions import Conditions
 from megadit.data.latents import Codec
 from megadit.diffusion import Objective
 from megadit.parallel import ProcessContext
@@ -28,6 +29,7 @@ class TrainingRun:
     engine: TrainingEngine
     objective: Objective
     codec: Codec
+    conditions: Conditions
     train_set: ImageSet
     val_set: ImageSet
     layout: BatchLayout
@@ -36,16 +38,16 @@ class TrainingRun:
     position: Position
     saved_step: int | None = None
 
-    def latents(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
+    def inputs(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
         """Move a batch to this rank's device: model-space images (B, C, H, W) and their conditions.
 
         ``seed`` keys the draw from a VAE's posterior, per sample number.
         """
         device = self.context.device
-        keys = sample_keys(seed, "latent", batch.numbers)
-        x0 = self.codec.encode(batch.images.to(device, non_blocking=True), keys.to(device))
-        labels = batch.labels.to(device) if self.config.model.num_classes else None
-        return x0, Conditioning(labels=labels)
+        x0 = batch.images.to(device, non_blocking=True)
+        if not self.train_set.stores_latents:
+            x0 = self.codec.encode(x0, sample_keys(seed, "latent", batch.numbers).to(device))
+        return x0, self.conditions.of(batch, device)
 
     def save(self) -> Path:
         """Write a checkpoint of the present position (all ranks must call)."""

@@ -42,11 +42,11 @@ def validation_loss(run: TrainingRun, weights: str = ONLINE) -> float | None:
             numbers = [n if n < count else count - 1 for n in range(first, first + size)]
             counted = torch.tensor([float(n < count) for n in range(first, first + size)])
             batch = make_batch(run.val_set, order, numbers, seed=_SEED, flip=False)
-            x0, cond = run.latents(batch, _SEED)
+            x0, cond = run.inputs(batch, _SEED)
             strata = torch.tensor([(n * 37 % _STRATA + 0.5) / _STRATA for n in numbers])  # 37 is coprime to 64
             keys = sample_keys(_SEED, "validation-noise", numbers).to(x0.device)
             noise = batch_normal(keys, x0.shape[1:])
-            noisy = run.objective.prepare(x0, cond, numbers, _SEED, t01=strata, noise=noise, drop_labels=False)
+            noisy = run.objective.prepare(x0, cond, numbers, _SEED, t01=strata, noise=noise, drop=False)
             losses = run.objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.double()
             counted = counted.to(losses)
             sums += torch.stack([(losses * counted).sum(), counted.sum()])

@@ -108,7 +108,7 @@ def test_one_override(override: str, message: str):
         (["model.num_classes=0"], "model.num_classes: 0, but data.condition is class; set the number of classes, or"),
         (
             ["model.num_classes=0", "data.condition=none", "sample.guidance=2"],
-            "sample.guidance: 2.0 needs classes; set sample.guidance=1, or model.num_classes",
+            "sample.guidance: 2.0 needs classes or texts; set sample.guidance=1",
         ),
         (["sample.guidance_channels=4"], "sample.guidance_channels: 4 is more than model.in_channels 3; lower it"),
         (

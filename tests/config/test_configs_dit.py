@@ -23,17 +23,19 @@ COMMON: dict[str, dict[str, Any]] = {
     "objective": {
         "kind": "ddpm", "prediction": "eps", "diffusion_steps": 1000, "time_sampling": "uniform", "weighting": "none",
         "label_dropout": 0.1, "logit_mean": 0.0, "logit_std": 1.0, "shift": 1.0, "min_snr_gamma": 5.0,
+        "repa_weight": 0.0,
     },
     "data": {
         "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True,
         "val_fraction": 0.0, "skin_tones": False, "classes": None,
-        "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": 0.0},
+        "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": 0.0, "factor": 8}, "features": None,
+        "text": {"encoder": "minilm", "path": None, "pooled": "none", "pooled_path": None, "cache": None},
     },
     "ema": {"decays": (0.9999,), "sigma_rels": (), "every": 1},
     "parallel": {"zero_stage": None},
     "sample": {
         "scheduler": "ddpm", "steps": 250, "guidance": 1.0, "guidance_channels": 3, "count": 64, "seed": 0,
-        "weights": "0.9999",
+        "weights": "0.9999", "prompts": (),
     },
 }  # fmt: skip
 ROLES = ("input", "hidden", "vector", "output", "finite")
@@ -52,6 +54,8 @@ def test_every_value(name: str):
             "family": "dit", "width": width, "depth": 28, "heads": None if mup else heads,
             "head_dim": 72 if mup else None, "patch_size": 2, "in_channels": 4, "input_size": 32, "learn_sigma": True,
             "mlp": "gelu_tanh", "mlp_ratio": 4.0, "qk_norm": "none", "num_classes": 1000,
+            "qkv_bias": True, "text": None, "repa": None, "pos_scale": 1.0, "pos_embed_max_size": None, "conv": True,
+            "mlp_time_embed": False,
             "attention_precision": "auto", "norm_precision": "auto",
             "parametrization": parametrization, "base_width": 288 if mup else None, "output_mult": 1.0,
             "init": "auto", "adaln_init": "auto",

@@ -34,7 +34,7 @@ def test_mup_scales_width_by_heads(width: int):
 
 
 def test_names():
-    assert len(preset_names()) == 24
-    assert {"dit-s-8", "dit-xl-2", "dit-xl-2-mup"} <= set(preset_names())
+    assert len(preset_names()) == 40
+    assert {"dit-s-8", "dit-xl-2-mup", "pixart-proxy-mup", "uvit-h", "mmdit-18b-mup"} <= set(preset_names())
     with pytest.raises(UserError, match=r"^model.preset: 'dit-xxl-2' is not a preset; did you mean dit-xl-2\?"):
         preset("dit-xxl-2")

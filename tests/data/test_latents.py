@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadit.config.run import VaeConfig
+from megadit.config.data import VaeConfig
 from megadit.data.latents import PixelCodec, VaeCodec, build_codec
 from megadit.errors import UserError
 from megadit.optional import import_diffusers

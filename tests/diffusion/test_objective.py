@@ -69,13 +69,13 @@ def test_label_dropout_replaces_by_the_null_label_at_its_rate():
 def test_label_dropout_can_be_off():
     labels = torch.tensor([n % 10 for n in range(50)])
     assert torch.equal(prepare(objective(dropout=0.0), range(50)).cond.labels, labels)
-    assert torch.equal(prepare(objective(dropout=0.9), range(50), drop_labels=False).cond.labels, labels)
+    assert torch.equal(prepare(objective(dropout=0.9), range(50), drop=False).cond.labels, labels)
 
 
-def test_other_conditions_pass_through_and_none_is_allowed():
+def test_a_condition_without_its_null_is_refused_and_none_is_allowed():
     target, x0 = objective(), normal(1, (2, *SHAPE))
-    cond = Conditioning(labels=torch.tensor([1, 2]), pooled=torch.ones(2, 3))
-    assert torch.equal(target.prepare(x0, cond, [0, 1], 0).cond.pooled, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="pooled: there is no null condition"):
+        target.prepare(x0, Conditioning(labels=torch.tensor([1, 2]), pooled=torch.ones(2, 3)), [0, 1], 0)
     assert target.prepare(x0, Conditioning(), [0, 1], 0).cond.labels is None
 
 

@@ -5,7 +5,7 @@ import torch
 
 from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
 from megadit.models import build_model
-from megadit.models.layers import ModulatedNorm, SelfAttention
+from megadit.models.layers import ModulatedNorm, SelfAttention, attend
 from megadit.models.layers.norm import MuRMSNorm
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
@@ -53,7 +53,7 @@ def test_attention_is_rounded_once():
     q, k, v = (normals(4, 2, 64, 24).bfloat16() for _ in range(3))
     scores = (2 * q).double() @ k.double().transpose(-1, -2) / 24**0.5
     exact = torch.softmax(scores, dim=-1) @ v.double()
-    plain, once = (layer._attend(2 * q, k, v) for layer in layers)
+    plain, once = (attend(2 * q, k, v, precision=layer.precision) for layer in layers)
     assert plain.dtype == once.dtype == torch.bfloat16
     torch.testing.assert_close(once.double(), exact, rtol=2**-8, atol=1e-4)
     assert gap(once, exact) <= gap(plain, exact)

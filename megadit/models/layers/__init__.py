@@ -1,10 +1,10 @@
 """Layers that all families share. Each declares its global dims to the parametrization when it is built."""
 
-from megadit.models.layers.attention import SelfAttention
+from megadit.models.layers.attention import SelfAttention, attend
 from megadit.models.layers.embed import LabelEmbedder, PatchEmbedder, SinCosPositions, TimestepEmbedder, unpatchify
-from megadit.models.layers.linear import MuEmbedding, MuLinear, MuPatchProjection
+from megadit.models.layers.linear import MuEmbedding, MuLinear, MuPatchProjection, MuTokens
 from megadit.models.layers.mlp import Mlp
-from megadit.models.layers.norm import ModulatedNorm, MuRMSNorm
+from megadit.models.layers.norm import ModulatedNorm, MuLayerNorm, MuRMSNorm
 from megadit.models.layers.positions import sincos_2d, timestep_features
 
 __all__ = [
@@ -12,13 +12,16 @@ __all__ = [
     "Mlp",
     "ModulatedNorm",
     "MuEmbedding",
+    "MuLayerNorm",
     "MuLinear",
     "MuPatchProjection",
     "MuRMSNorm",
+    "MuTokens",
     "PatchEmbedder",
     "SelfAttention",
     "SinCosPositions",
     "TimestepEmbedder",
+    "attend",
     "sincos_2d",
     "timestep_features",
     "unpatchify",

@@ -27,6 +27,7 @@ class SelfAttention(nn.Module):
         param: Parametrization,
         *,
         qk_norm: bool = False,
+        qkv_bias: bool = True,
         precision: Precision = "auto",
         norm_precision: Precision = "auto",
     ) -> None:
@@ -34,7 +35,7 @@ class SelfAttention(nn.Module):
         self.heads, self.head_dim = heads, width.size // heads
         self.precision = precision
         tripled = Dim(3 * width.size, 3 * width.base_size)
-        self.qkv = MuLinear(width, tripled, param)
+        self.qkv = MuLinear(width, tripled, param, bias=qkv_bias)
         self.q_norm = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
         self.k_norm = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
         self.proj = MuLinear(width, width, param)
@@ -45,12 +46,17 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = self._attend(q, k, v)
+        mixed = attend(q, k, v, precision=self.precision)
         return self.proj(mixed.transpose(1, 2).reshape(b, t, n))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each (B, heads, T, head_dim), and so the result."""
-        if self.precision == "auto" or q.dtype == torch.float32:
-            return F.scaled_dot_product_attention(q, k, v)
-        with without_autocast(q):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, precision: Precision = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: q (B, heads, T, d), k and v (B, heads, S, d) -> (B, heads, T, d).
+
+    mask: bool, True where a key is seen, broadcast to (B, heads, T, S); each query must see one. ``precision`` fp32
+    computes in float32 whatever the operands are.
+    """
+    if precision == "auto" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    with without_autocast(q):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)

@@ -33,7 +33,8 @@ class MuLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim.size, in_dim.size))
         self.bias = nn.Parameter(torch.empty(out_dim.size)) if bias else None
         if bias:
-            self.param_specs["bias"] = param.spec((out_dim,), "zero")
+            purpose: Purpose = "repa_bias" if init == "repa" else "zero"
+            self.param_specs["bias"] = param.spec((out_dim,), purpose)
 
     @property
     def forward_mult(self) -> float:
@@ -88,3 +89,17 @@ class MuEmbedding(nn.Module):
         row = F.embedding(index, self.weight)
         mult = self.param_specs["weight"].forward_mult
         return row if mult == 1.0 else row * mult
+
+
+class MuTokens(nn.Module):
+    """Learned vectors (1, count, n) that are added to tokens or stand among them (positions, registers)."""
+
+    def __init__(self, count: int, dim: Dim, param: Parametrization) -> None:
+        super().__init__()
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((Dim(1), Dim(count), dim), "tokens", table=True)}
+        self.weight = nn.Parameter(torch.empty(1, count, dim.size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Add them: (B, count, n) -> (B, count, n)."""
+        mult = self.param_specs["weight"].forward_mult
+        return torch.add(tokens, self.weight.to(tokens.dtype), alpha=mult)

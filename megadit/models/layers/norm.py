@@ -54,3 +54,25 @@ class MuRMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         with without_autocast(x):
             return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class MuLayerNorm(nn.Module):
+    """LayerNorm with a learned gain and bias, started at 1 and 0; in float32 and rounded once if so asked."""
+
+    def __init__(self, dim: Dim, param: Parametrization, eps: float = 1e-5, precision: Precision = "auto") -> None:
+        super().__init__()
+        self.eps, self.precision = eps, precision
+        self.param_specs: dict[str, ParamSpec] = {
+            "weight": param.spec((dim,), "one"),
+            "bias": param.spec((dim,), "zero"),
+        }
+        self.weight = nn.Parameter(torch.empty(dim.size))
+        self.bias = nn.Parameter(torch.empty(dim.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n) in x's dtype."""
+        if self.precision == "auto" or x.dtype == torch.float32:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        with without_autocast(x):
+            normed = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+            return normed.to(x.dtype)

@@ -1,0 +1,66 @@
+"""``data.*``: images, what they are conditioned on, and what is computed from them before the model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megadit.config.base import Section
+
+
+class VaeConfig(Section):
+    """An autoencoder folder that turns images into latents as they are read, or that the stored latents came from."""
+
+    path: str | None = Field(None, description="folder of a diffusers AutoencoderKL, or of a PCA patch codec")
+    scale: float = Field(0.18215, gt=0, description="latents are multiplied by this")
+    shift: float = Field(0.0, description="subtracted from latents before scaling")
+    factor: int = Field(8, ge=1, description="image pixels per latent pixel along a side")
+
+
+class TextSource(Section):
+    """Who turns captions into features. Shards that hold text features need no encoder but for new prompts."""
+
+    encoder: Literal["minilm", "t5", "clip"] = Field(
+        "minilm", description="minilm: all-MiniLM-L6-v2 of its package; t5, clip: transformers folders at path"
+    )
+    path: str | None = Field(None, description="folder of the encoder; minilm: null, its installed package")
+    pooled: Literal["none", "same", "clip"] = Field(
+        "none", description="pooled feature: of the same encoder, or of a CLIP text model at pooled_path"
+    )
+    pooled_path: str | None = Field(None, description="folder of the CLIP text model with projection")
+    cache: str | None = Field(None, description="folder for computed features; null: the user's cache folder")
+
+
+class FeatureSource(Section):
+    """Target features of REPA."""
+
+    encoder: Literal["efficientnet-lite0", "dinov2", "stored"] = Field(
+        "efficientnet-lite0", description="its package's network; a transformers folder at path; or what shards hold"
+    )
+    path: str | None = Field(None, description="dinov2: folder of the model")
+    image_size: int = Field(128, ge=1, description="side in pixels to which images are resized for the encoder")
+    cache: str | None = Field(None, description="folder for computed features; null: compute them as images are read")
+
+
+class DataConfig(Section):
+    """Where images come from and what conditions them."""
+
+    name: Literal["emoji", "digits", "fashion-mnist", "image-folder", "webdataset"] = Field(
+        "emoji", description="the data set"
+    )
+    path: str | None = Field(
+        None,
+        description="folder of fashion-mnist or image-folder data; webdataset: folder of tars, or shards like "
+        "name-{000000..000009}.tar",
+    )
+    image_size: int | None = Field(None, ge=1, description="side in pixels; default: the data set's own size")
+    condition: Literal["class", "text", "none"] = Field("class", description="what the model is told of an image")
+    classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order; null: all")
+    flip: bool = Field(False, description="mirror half of the images")
+    val_fraction: float = Field(0.05, ge=0, lt=1, description="share held out, split by base name")
+    skin_tones: bool = Field(False, description="emoji: keep the skin-tone variants")
+    workers: int = Field(0, ge=0, description="decoding processes per rank")
+    vae: VaeConfig | None = Field(None, description="train on latents of this autoencoder; null: on pixels")
+    text: TextSource = TextSource()
+    features: FeatureSource | None = Field(None, description="target features of the REPA loss; null: none")
