@@ -179,7 +179,7 @@ def life(config, folder, plan=None):
     from megadit.train.run import TrainingRun
 
     rank = int(os.environ["RANK"])
-    latents, step_of = TrainingRun.latents, loop.optimizer_step
+    latents, step_of = TrainingRun.inputs, loop.optimizer_step
 
     def noted(run, batch, seed):
         with open(Path(folder) / f"samples-{rank}.jsonl", "a") as file:
@@ -196,7 +196,7 @@ def life(config, folder, plan=None):
                 threading.Thread(target=lambda: (time.sleep(plan[2]), os.kill(os.getpid(), signal.SIGKILL))).start()
         return step_of(run, *rest)
 
-    TrainingRun.latents, loop.optimizer_step = noted, doomed
+    TrainingRun.inputs, loop.optimizer_step = noted, doomed
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
     return pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
 
