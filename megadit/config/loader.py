@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from megadit.config.messages import explain
 from megadit.config.run import RunConfig
 from megadit.config.sources import Layer, configs_dir, find_config, nested, override_layer, read_layers
 from megadit.errors import UserError
+from megadit.files import whole_file
 
 QUICKSTART = "quickstart/emoji.yaml"  # what runs when no --config is given
 
@@ -88,13 +88,8 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     from megadit import __version__
 
     text = f"# Resolved run configuration, every key, written by megadit {__version__}.\n" + to_yaml(config)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with whole_file(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megadit.errors import UserError
+from megadit.files import whole_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,15 +67,11 @@ def save_npz(pictures: Tensor, path: Path) -> Path:
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> Path:
     """Let ``write`` fill a temporary file, then give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
             write(file)
-        os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may not be there
-            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
     return path
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
+from megadit.files import whole_file
 from megadit.mup.spec import param_specs, walk_specs
 
 _HEADER = "# Base shapes for the mup package: null marks a finite dimension, a number the size in the base model.\n"
@@ -28,7 +29,5 @@ def attach_infshapes(model: nn.Module) -> None:
 def save_base_shapes(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the base shapes of ``model`` as a ``.bsh`` file that mup.set_base_shapes(model, path) accepts."""
     shapes = {name: list(spec.base_shape) for name, spec in param_specs(model).items()}
-    target = Path(path)
-    partial = target.with_name(target.name + ".tmp")
-    partial.write_text(_HEADER + yaml.safe_dump(shapes, sort_keys=False, default_flow_style=None))
-    partial.replace(target)
+    with whole_file(Path(path)) as temporary:
+        temporary.write_text(_HEADER + yaml.safe_dump(shapes, sort_keys=False, default_flow_style=None))

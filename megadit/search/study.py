@@ -6,9 +6,7 @@ work before anything runs. ``save_study`` freezes a study in its directory, with
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from megadit.config.sources import (
     read_layers,
 )
 from megadit.errors import UserError
+from megadit.files import whole_file
 from megadit.search.extend import check_extends
 from megadit.search.space import Space, build_space
 from megadit.search.spec import StudySpec, read_spec
@@ -146,16 +145,12 @@ def save_study(study: Study) -> Path:
     text = "# The study with its base configuration in place, written by megadit: what its trials were run with.\n"
     text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     target = study.folder / FROZEN
-    temporary = target.with_name(f".{FROZEN}.{os.getpid()}")
     try:
         study.folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        with whole_file(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--study_dir: cannot write '{target}' ({error.strerror}); choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return target
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from megadit.config import LoadedConfig, RunConfig, load_config, replace
 from megadit.config.sources import OVERRIDES, nested
 from megadit.errors import UserError
+from megadit.files import whole_file
 from megadit.search.untransferred import flat
 
 _MARK = "# Written by megadit"
@@ -73,18 +73,14 @@ def write_target(
     values = nested({**flat(overrides), **changes})
     comment = "".join(f"# {' '.join(line.split())}\n" for line in header)
     text = f"{_mark()}\n{comment}" + yaml.safe_dump({"base": link, **values}, sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.yaml")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        if load_config(temporary) != expected:
-            raise RuntimeError(f"{path} would not give the configuration that was checked:\n{text}")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            if load_config(temporary) != expected:
+                raise RuntimeError(f"{path} would not give the configuration that was checked:\n{text}")
     except OSError as error:
         raise UserError(f"--out: '{path}' cannot be written ({error.strerror}); choose another file") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _mark() -> str:

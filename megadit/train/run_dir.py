@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import platform
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,16 +20,13 @@ from typing import Any
 from megadit import __version__
 from megadit.config import RunConfig, save_config
 from megadit.errors import EXIT_BAD_INPUT, UserError
+from megadit.files import whole_file
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, whoever else writes it."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class RunDirectory:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 
 from megadit import __version__
 from megadit.errors import UserError
+from megadit.files import whole_file
 from megadit.search.report.blocks import Document, Figure
 from megadit.search.report.ledger import agreement_section, cost_section, failures_section, study_section
 from megadit.search.report.points import Gathered
@@ -89,21 +89,13 @@ def _write_plots(folder: Path, figures: list[Figure]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {f"{figure.name}.png" for figure in figures}
     for figure in figures:
-        temporary = folder / f".{figure.name}.{os.getpid()}.png"
-        try:
+        with whole_file(folder / f"{figure.name}.png") as temporary:
             figure.canvas.savefig(temporary, dpi=130, format="png")
-            os.replace(temporary, folder / f"{figure.name}.png")
-        finally:
-            temporary.unlink(missing_ok=True)
     for old in folder.glob("*.png"):
         if old.name not in wanted and old.name.startswith(("curves-", "slices", "parallel", "importance")):
             old.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
