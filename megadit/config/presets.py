@@ -90,11 +90,12 @@ def _pixart() -> dict[str, dict[str, Any]]:
 
 
 def _uvit() -> dict[str, dict[str, Any]]:
-    """U-ViT (arXiv 2209.12152), table 1."""
+    """U-ViT (arXiv 2209.12152), table 1; its H/2 alone has no convolution at the end."""
     table: dict[str, dict[str, Any]] = {}
     shape = {"family": "uvit", "patch_size": 2, "mlp": "gelu", "qkv_bias": False, "learn_sigma": False}
     for size, (width, depth, heads) in _UVIT_SIZES.items():
-        table |= _pair(f"uvit-{size}", shape | {"width": width, "depth": depth}, heads, MUP_BASE_WIDTH)
+        sized = shape | {"width": width, "depth": depth, "conv": size != "h"}
+        table |= _pair(f"uvit-{size}", sized, heads, MUP_BASE_WIDTH)
     return table
 
 

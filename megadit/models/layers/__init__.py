@@ -1,6 +1,7 @@
 """Layers that all families share. Each declares its global dims to the parametrization when it is built."""
 
 from megadit.models.layers.attention import SelfAttention, attend
+from megadit.models.layers.conv import MuConv
 from megadit.models.layers.embed import LabelEmbedder, PatchEmbedder, SinCosPositions, TimestepEmbedder, unpatchify
 from megadit.models.layers.linear import MuEmbedding, MuLinear, MuPatchProjection, MuTokens
 from megadit.models.layers.mlp import Mlp
@@ -11,6 +12,7 @@ __all__ = [
     "LabelEmbedder",
     "Mlp",
     "ModulatedNorm",
+    "MuConv",
     "MuEmbedding",
     "MuLayerNorm",
     "MuLinear",

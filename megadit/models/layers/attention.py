@@ -40,13 +40,13 @@ class SelfAttention(nn.Module):
         self.k_norm = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
         self.proj = MuLinear(width, width, param)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, n) -> (B, T, n)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, n) -> (B, T, n); mask as in ``attend``."""
         b, t, n = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(q, k, v, precision=self.precision)
+        mixed = attend(q, k, v, mask, self.precision)
         return self.proj(mixed.transpose(1, 2).reshape(b, t, n))
 
 

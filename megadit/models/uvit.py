@@ -1,0 +1,220 @@
+"""U-ViT (Bao et al., arXiv 2209.12152): class-conditional, text-conditional or unconditional, under SP or muP.
+
+Everything is a token: [label, time, patches], [time, text, patches] or [time, patches], with a learned position each.
+The first half of the blocks lends its outputs to the second half, last in, first out, through ``skip_linear``.
+Shapes: B batch, C channels, T tokens, E of them beside the patches, L text length, n width. Parameter names are the
+official ones, but for ``pos_embed.weight``, which is ``pos_embed`` there.
+
+Under muP (arXiv 2505.15270) the long skip is a hidden layer of fan-in 2n, and the time token needs no parameter of its
+own: without ``mlp_time_embed`` it is the n sinusoidal features of t. These are entries of size 1 at every width, finer
+and finer samples of one function of frequency, which is what muP asks of a token; a learned input layer makes the same
+sizes. With the MLP they are the input of a hidden layer of fan-in n, again with entries of size 1.
+
+Beside the originals: both convolutions' biases start at zero, where torch draws them at random. A text shorter than
+``text.max_length`` is padded, and padding is masked as keys, so that it changes nothing; without a mask every text
+token is seen, as in the original.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.conditioning import Conditioning
+from megadit.config.model import ModelConfig
+from megadit.models.layers import (
+    Mlp,
+    MuConv,
+    MuEmbedding,
+    MuLayerNorm,
+    MuLinear,
+    MuTokens,
+    PatchEmbedder,
+    SelfAttention,
+    timestep_features,
+    unpatchify,
+)
+from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+
+_LN_EPS = 1e-5
+
+
+class UViTBlock(Stage):
+    """Pre-norm Transformer block on the carrier (tokens, skips ..., [key mask]), tokens and skips (B, E + T, n).
+
+    Blocks ``1 .. depth / 2``, counted from 0, lend their *input* to the skips, which is the output of the block before:
+    so no tensor is carried twice between two blocks. Those of the second half take the last skip away. How many skips
+    come in is fixed by the block's place.
+    """
+
+    is_block = True
+
+    def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
+        super().__init__()
+        width, half = param.width_dim(), config.depth // 2
+        self.lends, takes = 0 < index <= half, index > half
+        self.skips = config.depth + 1 - index if takes else max(index - 1, 0)
+        if takes:
+            self.prefix = f"out_blocks.{index - half - 1}."
+        else:
+            self.prefix = f"in_blocks.{index}." if index < half else "mid_block."
+        self.norm1 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
+        self.attn = SelfAttention(
+            width,
+            config.num_heads,
+            param,
+            qk_norm=config.qk_norm == "rms",
+            qkv_bias=config.qkv_bias,
+            precision=config.attention_precision,
+            norm_precision=config.norm_precision,
+        )
+        self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
+        self.skip_linear = MuLinear(param.width_dim(2), width, param) if takes else None
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Join the skip, then attention and the MLP, each normed and added."""
+        x, *rest = carrier
+        skips, mask = rest[: self.skips], rest[self.skips :]
+        if self.lends:
+            skips.append(x)
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skips.pop()], dim=-1))
+        seen = mask[0][:, None, None] if mask else None
+        x = x + self.attn(self.norm1(x), seen)
+        x = x + self.mlp(self.norm2(x))
+        return (x, *skips, *mask)
+
+
+class UViTEmbedStage(Stage):
+    """(x, t), (x, t, labels) or (x, t, text[, text_mask]) -> (tokens[, key mask]). Refers to the model's embedders."""
+
+    def __init__(self, model: UViT) -> None:
+        super().__init__()
+        self.width = model.config.width
+        self.patch_embed, self.time_embed, self.pos_embed = model.patch_embed, model.time_embed, model.pos_embed
+        self.label_emb, self.context_embed = model.label_emb, model.context_embed
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Make all tokens and add their positions; the key mask, bool (B, E + T), shows time and patches always."""
+        x, t, *cond = carrier
+        patches = self.patch_embed(x)
+        time = timestep_features(t, self.width).to(patches.dtype)
+        if self.time_embed is not None:
+            time = self.time_embed(time)
+        tokens = [time[:, None], patches]
+        mask: list[Tensor] = []
+        if self.label_emb is not None:
+            tokens.insert(0, self.label_emb(cond[0])[:, None])
+        if self.context_embed is not None:
+            text = self.context_embed(cond[0].to(patches.dtype))
+            tokens.insert(1, text)
+            mask = [F.pad(m, (1, patches.shape[1]), value=True) for m in cond[1:]]
+        return (self.pos_embed(torch.cat(tokens, dim=1)), *mask)
+
+
+class UViTFinalStage(Stage):
+    """(tokens[, key mask]) -> (image,)."""
+
+    def __init__(self, model: UViT) -> None:
+        super().__init__()
+        self.norm, self.decoder_pred, self.final_layer = model.norm, model.decoder_pred, model.final_layer
+        self.config, self.extras = model.config, model.extras
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Read out the patches, put the image together, and let the convolution smooth what patches tore apart."""
+        config = self.config
+        side = config.input_size // config.patch_size
+        patches = self.decoder_pred(self.norm(carrier[0][:, self.extras :]))
+        image = unpatchify(patches, side, side, config.patch_size, config.out_channels)
+        return (image if self.final_layer is None else self.final_layer(image),)
+
+
+class UViT(StagedModel):
+    """The whole model; see the module's docstring. ``extras`` is E, the number of tokens before the patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        super().__init__()
+        self.config = config
+        param = Parametrization(config)
+        width, text = param.width_dim(), config.text
+        self.extras = 1 + (1 if config.num_classes else 0) + (text.max_length if text is not None else 0)
+        self.patch_embed = PatchEmbedder(config.in_channels, width, config.patch_size, param)
+        self.time_embed = _time_mlp(param) if config.mlp_time_embed else None
+        self.label_emb = MuEmbedding(config.num_classes + 1, width, param) if config.num_classes else None
+        self.context_embed = MuLinear(Dim(text.dim), width, param, init="text") if text is not None else None
+        self.pos_embed = MuTokens(self.extras + (config.input_size // config.patch_size) ** 2, width, param)
+        half = config.depth // 2
+        self.in_blocks = nn.ModuleList(UViTBlock(config, param, index) for index in range(half))
+        self.mid_block = UViTBlock(config, param, half)
+        self.out_blocks = nn.ModuleList(UViTBlock(config, param, half + 1 + index) for index in range(half))
+        self.norm = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
+        self.decoder_pred = MuLinear(width, Dim(config.patch_size**2 * config.out_channels), param, init="readout")
+        self.final_layer = MuConv(config.out_channels, 3, param) if config.conv else None
+        # In a tuple, so that they are not registered: their parameters are the model's own.
+        self._ends = (UViTEmbedStage(self), UViTFinalStage(self))
+
+    def stages(self) -> list[Stage]:
+        """Embedding, the blocks (depth + 1, with the middle one), the readout."""
+        first, last = self._ends
+        blocks = itertools.chain(self.in_blocks, [self.mid_block], self.out_blocks)
+        return [first, *cast("Iterable[Stage]", blocks), last]
+
+    def image_tokens(self, tokens: Tensor) -> Tensor:
+        """Those of the patches: (B, E + T, n) -> (B, T, n)."""
+        return tokens[:, self.extras :]
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """(x, t), (x, t, labels), or (x, t, text[, text_mask]) with the text padded to its full length; t in float32.
+
+        A text that needs padding, or comes with a mask, is masked; one of full length without a mask is not.
+        """
+        size = self.config.input_size
+        if x.shape[-2:] != (size, size):
+            raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
+        if self.label_emb is not None:
+            if cond.labels is None:
+                raise ValueError(
+                    f"cond.labels: this model is class-conditional; give labels ({self.config.num_classes} is the "
+                    "null one)"
+                )
+            return x, t.float(), cond.labels
+        if self.config.text is None:
+            return x, t.float()
+        return x, t.float(), *_full_text(cond, self.config.text.dim, self.config.text.max_length)
+
+
+def _time_mlp(param: Parametrization) -> nn.Sequential:
+    """n -> 4n -> n with SiLU between, both hidden."""
+    width, hidden = param.width_dim(), param.width_dim(4)
+    return nn.Sequential(
+        MuLinear(width, hidden, param, init="timestep"), nn.SiLU(), MuLinear(hidden, width, param, init="timestep")
+    )
+
+
+def _full_text(cond: Conditioning, dim: int, length: int) -> tuple[Tensor, ...]:
+    """(text (B, length, dim)[, mask (B, length)]). Raises ValueError for a text that is missing or does not fit."""
+    text, mask = cond.text, cond.text_mask
+    if text is None:
+        raise ValueError("cond.text: this model is conditioned on text; give its features")
+    if text.dim() != 3 or text.shape[1] > length or text.shape[2] != dim:
+        raise ValueError(
+            f"cond.text: {tuple(text.shape)} is not (batch, tokens, channels) with at most {length} tokens "
+            f"(model.text.max_length) of {dim} channels (model.text.dim)"
+        )
+    if mask is not None and mask.shape != text.shape[:2]:
+        raise ValueError(f"cond.text_mask: {tuple(mask.shape)} does not fit cond.text {tuple(text.shape)}")
+    missing = length - text.shape[1]
+    if missing and mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    if mask is None:
+        return (text,)
+    return F.pad(text, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
