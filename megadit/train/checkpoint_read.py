@@ -17,11 +17,11 @@ from megadit.config import RunConfig
 from megadit.config.run import ONLINE
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
+from megadit.slices import Wanted, runs
 from megadit.train.checkpoint_format import STATE, WEIGHTS, Index, Position, StateSource
 from megadit.train.ema import KIND as EMA_KIND
 from megadit.train.fragment_io import BrokenCheckpoint, Piece, PieceReader
 from megadit.train.partitions import MOMENTS, Fragment, Partitions
-from megadit.train.slices import Wanted, runs
 
 _LAYOUT_KEYS = ("parallel.zero_stage", "train.micro_batch")  # any layout trains the same model
 _WAYS_TO_COMPUTE = {"attention_precision", "norm_precision"}  # of the model section; the weights' meaning is the same

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megadit.errors import UserError
-from megadit.train.slices import Boxes, Wanted, runs
+from megadit.slices import Boxes, Wanted, runs
 
 BLOCK = 1 << 20  # bytes that share a checksum
 _BYTES = 4  # float32
@@ -37,7 +37,7 @@ class BrokenCheckpoint(UserError):
 class Piece:
     """Where elements [start, stop) of a flattened tensor of ``kind`` (weights, exp_avg, …) lie.
 
-    They are counted in the whole parameter ``name``, or in its slice ``boxes`` (megadit.train.slices). ``crc32`` has
+    They are counted in the whole parameter ``name``, or in its slice ``boxes`` (megadit.slices). ``crc32`` has
     one checksum per block of the piece's bytes; None in files of format version 1.
     """
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.slices import Boxes
 from megadit.train.clipping import ClipPlan
 from megadit.train.partitions_norms import RoleNorms, hold_loss_scale
-from megadit.train.slices import Boxes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's scaler changes as it runs
@@ -38,7 +38,7 @@ class Fragment:
 
     ``values`` is a writable 1-D float32 view into ``flat``, the tensor that the optimizer steps, beginning
     at ``offset``. A rank that holds a slice of the parameter (tensor parallelism) names it by ``boxes``
-    (megadit.train.slices), and start and stop count in it.
+    (megadit.slices), and start and stop count in it.
     """
 
     name: str

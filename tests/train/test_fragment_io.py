@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks
+from megadit.slices import Wanted, runs
 from megadit.train import fragment_io
 from megadit.train.fragment_io import BrokenCheckpoint, Piece, PieceReader, write_pieces
-from megadit.train.slices import Wanted, runs
 
 SHAPES = {"block.w": [1000]}
 
