@@ -15,13 +15,21 @@ def _axis_table(dim: int, coordinate: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def sincos_2d(dim: int, rows: int, columns: int, device: torch.device | str | None = None) -> Tensor:
+def sincos_2d(
+    dim: int, rows: int, columns: int, device: torch.device | str | None = None, scale: float = 1.0
+) -> Tensor:
     """2-D sin-cos table (rows * columns, dim), float32, tokens row-major; ``dim`` is a multiple of 4.
 
     The first half of the channels encodes the column, the second half the row (official DiT, pos_embed.py).
+    Coordinates are divided by ``scale`` (the lewei scale of official PixArt).
     """
     row = torch.arange(rows, dtype=torch.float32, device=device).repeat_interleave(columns)
     column = torch.arange(columns, dtype=torch.float32, device=device).repeat(rows)
+    return torch.cat([_axis_table(dim // 2, column / scale), _axis_table(dim // 2, row / scale)], dim=1).float()
+
+
+def sincos_2d_at(dim: int, row: Tensor, column: Tensor) -> Tensor:
+    """``sincos_2d`` at the given coordinates of each token, float32 (T,), on their device -> (T, dim) float32."""
     return torch.cat([_axis_table(dim // 2, column), _axis_table(dim // 2, row)], dim=1).float()
 
 

@@ -1,0 +1,15 @@
+"""The linear that turns the condition vector into shifts, scales and gates."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from megadit.models.layers.linear import MuLinear
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+
+
+def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequential:
+    """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``."""
+    out = Dim(chunks * width.size, chunks * width.base_size)
+    return nn.Sequential(nn.Identity(), MuLinear(width, out, param, init="adaln"))
