@@ -35,7 +35,7 @@ def watched_modules(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         if getattr(module, "is_block", False):
             found[name] = (module, "block")
         specs: Mapping[str, ParamSpec] = getattr(module, "param_specs", {})
-        if specs:
+        if specs and name not in found:
             first = specs.get("weight") or next(iter(specs.values()))
             found[name] = (module, first.role)
     found[OUTPUT] = (model, OUTPUT)
@@ -65,7 +65,9 @@ class Recorder:
     Of every module, ``activation``: the output; ``change``: the output minus that at step 0. Of a layer, so
     that it tells of this layer and not of those before it, ``gain``: the output at step 0 over the input; and
     of each of its parameters p, ``update.p``: how much p's own training moves the output at the present input
-    (the output minus that with p as it was at step 0), for a matrix over the size of the input.
+    (the output minus that with p as it was at step 0), for a matrix over the size of the input. A parameter beside
+    layers, in a block say, is a table that is added inside: ``update.p`` is how far it moved itself, so that a fault
+    of those layers does not show there.
     """
 
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
@@ -96,6 +98,10 @@ class Recorder:
     def _read_layer(self, step: int, name: str, args: tuple[Any, ...], out: Tensor) -> None:
         """Gain or updates of one layer, from its input and output on the probe."""
         module, role = self.watched[name]
+        if next(module.children(), None) is not None:
+            for key, start in self.start[name].items() if step else ():
+                self._add(step, name, role, f"update.{key}", _size(module.get_parameter(key) - start))
+            return
         entering = _input_size(args)
         if step == 0:
             self._add(step, name, role, "gain", _size(out) / entering)

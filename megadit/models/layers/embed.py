@@ -54,19 +54,23 @@ class LabelEmbedder(nn.Module):
 
 
 class SinCosPositions(nn.Module):
-    """A fixed table added to the tokens: a float32 buffer (1, T, n) that no checkpoint holds."""
+    """A fixed table added to the tokens: a float32 buffer (1, T, n) that no checkpoint holds.
+
+    ``scale``: what coordinates, 0 to ``side`` - 1, are divided by.
+    """
 
     table: Tensor
 
-    def __init__(self, width: int, side: int) -> None:
+    def __init__(self, width: int, side: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.width, self.side = width, side
+        self.width, self.side, self.scale = width, side, scale
         self.register_buffer("table", torch.empty(1, side * side, width), persistent=False)
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
         """Fill the table in place."""
-        self.table.copy_(sincos_2d(self.width, self.side, self.side, device=self.table.device)[None])
+        table = sincos_2d(self.width, self.side, self.side, device=self.table.device, scale=self.scale)
+        self.table.copy_(table[None])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, n) -> (B, T, n)."""
