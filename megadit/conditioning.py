@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from megadit import rng
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -90,3 +92,12 @@ class Conditioning:
 def null_label(num_classes: int) -> Conditioning | None:
     """The null label of so many classes, a batch of one; None where there are no classes."""
     return Conditioning(labels=torch.tensor([num_classes])) if num_classes else None
+
+
+def null_caption(max_length: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+    """The null caption of a model that was not given one: float32 (max_length, dim), the same for all models.
+
+    Normals of std 1/sqrt(dim) that are never trained, as official PixArt's (PixArt_blocks.py, CaptionEmbedder); keyed
+    instead of drawn, so that training and sampling know it without a file.
+    """
+    return rng.normal(rng.stream_key(0, "null-caption"), (max_length, dim), device=device) / dim**0.5
