@@ -121,6 +121,8 @@ class DiTFinalStage(Stage):
 class DiT(StagedModel):
     """The whole model; see the module's docstring."""
 
+    counted_tables = ("pos_embed.table",)
+
     def __init__(self, config: ModelConfig) -> None:
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()

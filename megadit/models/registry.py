@@ -54,7 +54,11 @@ def build_model(
 
 
 def count_parameters(model: nn.Module | ModelConfig, *, fixed: bool = True) -> int:
-    """Number of parameters of a model or (without memory) of a configuration; ``fixed`` counts position tables too."""
+    """Number of parameters of a model or (without memory) of a configuration, as published.
+
+    ``fixed`` counts beside the trained ones the fixed tables that the original holds as parameters: the positions of
+    DiT. Those of PixArt and its null caption are buffers there and in no count.
+    """
     built = build_model(model, device="meta") if isinstance(model, ModelConfig) else model
-    tables = sum(buffer.numel() for buffer in built.buffers()) if fixed else 0
-    return sum(param.numel() for param in built.parameters()) + tables
+    tables = getattr(built, "counted_tables", ()) if fixed else ()
+    return sum(param.numel() for param in built.parameters()) + sum(built.get_buffer(name).numel() for name in tables)

@@ -32,8 +32,10 @@ class StagedModel(nn.Module):
     """A model given by its stages. Subclasses say what the first carrier is and list the stages.
 
     ``recompute`` says what the blocks keep for the backward pass (see ``megadit.parallel.recompute``).
+    ``counted_tables`` names the buffers that published parameter counts include.
     """
 
+    counted_tables: tuple[str, ...] = ()
     recompute: Recompute = "none"
     repa: nn.Module | None = None
     repa_block: int = 0
