@@ -1,0 +1,174 @@
+"""PixArt-alpha (Chen et al., arXiv 2310.00426): text to image, under SP or muP (arXiv 2505.15270).
+
+Shapes: B batch, C channels, H x W latent, T image tokens, L text tokens, n width. Parameter names are the official
+ones. With ``qk_norm`` the queries and keys of self-attention are normed, those of cross-attention are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megadit.conditioning import Conditioning
+from megadit.config.model import ModelConfig, TextInput
+from megadit.models.layers import (
+    Mlp,
+    ModulatedNorm,
+    MuLinear,
+    PatchEmbedder,
+    SelfAttention,
+    SinCosPositions,
+    TimestepEmbedder,
+    unpatchify,
+)
+from megadit.models.layers.cross_attention import CaptionEmbedder, CrossAttention
+from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim, ParamSpec
+from megadit_kernels import gated_residual
+
+_LN_EPS = 1e-6
+
+
+def _table(rows: int, width: Dim, param: Parametrization) -> tuple[nn.Parameter, dict[str, ParamSpec]]:
+    """adaLN-single's learned table (rows, n), added to what all blocks share; a vector per row, so it is one in muP."""
+    spec = param.spec((Dim(rows), width), "modulation_table", role="vector", table=True)
+    return nn.Parameter(torch.empty(rows, width.size)), {"scale_shift_table": spec}
+
+
+class PixArtBlock(Stage):
+    """Transformer block with adaLN-single and cross-attention.
+
+    (tokens (B, T, n), t0 (B, 6n), t_emb (B, n), text (B, L, n)[, mask (B, L)]) -> the same; the last block leaves out
+    what the final layer does not take: (tokens, t_emb).
+    """
+
+    is_block = True
+
+    def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
+        super().__init__()
+        width, heads = param.width_dim(), config.num_heads
+        self.prefix = f"blocks.{index}."
+        self.last = index == config.depth - 1
+        self.scale_shift_table, self.param_specs = _table(6, width, param)
+        self.attn = SelfAttention(
+            width,
+            heads,
+            param,
+            qk_norm=config.qk_norm == "rms",
+            qkv_bias=config.qkv_bias,
+            precision=config.attention_precision,
+            norm_precision=config.norm_precision,
+        )
+        self.cross_attn = CrossAttention(
+            width, heads, param, bias=config.qkv_bias, precision=config.attention_precision
+        )
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Self-attention and the MLP, each normed, modulated and gated; between them text, neither normed nor gated."""
+        x, t0, t_emb, text, *mask = carrier
+        table = self.scale_shift_table.to(t0.dtype) + t0.unflatten(1, (6, -1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
+        x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
+        x = x + self.cross_attn(x, text, *mask)
+        x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
+        return (x, t_emb) if self.last else (x, t0, t_emb, text, *mask)
+
+
+class PixArtFinalLayer(nn.Module):
+    """Norm, modulate and read out: (B, T, n), t_emb (B, n) -> (B, T, p * p * out_channels)."""
+
+    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
+        super().__init__()
+        width = param.width_dim()
+        self.linear = MuLinear(width, Dim(config.patch_size**2 * config.out_channels), param, init="readout")
+        self.scale_shift_table, self.param_specs = _table(2, width, param)
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
+
+    def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
+        """Modulation is the table plus t_emb itself, in the order shift, scale."""
+        shift, scale = (self.scale_shift_table.to(t_emb.dtype) + t_emb[:, None]).unbind(1)
+        return self.linear(self.norm(x, shift, scale))
+
+
+class PixArtEmbedStage(Stage):
+    """(x, t, text[, mask]) -> (tokens, t0, t_emb, text[, mask]). Refers to the model's embedders."""
+
+    def __init__(self, model: PixArt) -> None:
+        super().__init__()
+        self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
+        self.t_embedder, self.t_block = model.t_embedder, model.t_block
+        self.y_embedder = model.y_embedder
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """The modulation t0 that all blocks share is computed once, here."""
+        x, t, text, *mask = carrier
+        tokens = self.pos_embed(self.x_embedder(x))
+        t_emb = self.t_embedder(t)
+        return tokens, self.t_block(t_emb), t_emb, self.y_embedder(text), *mask
+
+
+class PixArtFinalStage(Stage):
+    """(tokens, t_emb) -> (image,)."""
+
+    def __init__(self, model: PixArt) -> None:
+        super().__init__()
+        self.final_layer = model.final_layer
+        self.config = model.config
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Read out the patches and put the image together."""
+        config = self.config
+        side = config.input_size // config.patch_size
+        return (unpatchify(self.final_layer(*carrier), side, side, config.patch_size, config.out_channels),)
+
+
+class PixArt(StagedModel):
+    """The whole model; see the module's docstring."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        super().__init__()
+        self.config = config
+        self.text = cast("TextInput", config.text)  # held by the configuration
+        param = Parametrization(config)
+        width = param.width_dim()
+        sixfold = Dim(6 * width.size, 6 * width.base_size)
+        self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
+        self.t_embedder = TimestepEmbedder(width, param)
+        self.t_block = nn.Sequential(nn.SiLU(), MuLinear(width, sixfold, param, init="adaln"))
+        self.y_embedder = CaptionEmbedder(self.text.dim, self.text.max_length, width, param)
+        self.pos_embed = SinCosPositions(config.width, config.input_size // config.patch_size, config.pos_scale)
+        self.blocks = nn.ModuleList(PixArtBlock(config, param, index) for index in range(config.depth))
+        self.final_layer = PixArtFinalLayer(config, param)
+        # In a tuple, so that they are not registered: their parameters are the model's own.
+        self._ends = (PixArtEmbedStage(self), PixArtFinalStage(self))
+
+    def stages(self) -> list[Stage]:
+        """Embedding, the blocks, the final layer."""
+        first, last = self._ends
+        return [first, *cast("Iterable[Stage]", self.blocks), last]
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """(x, t, text[, mask]); t in float32, mask bool. Without a mask all tokens of the text are seen."""
+        size = self.config.input_size
+        if x.shape[-2:] != (size, size):
+            raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
+        expected = (x.shape[0], self.text.max_length, self.text.dim)
+        if cond.text is None:
+            raise ValueError(f"cond.text: this model is conditioned on text; give features of shape {expected}")
+        if cond.text.shape != expected:
+            raise ValueError(
+                f"cond.text: {tuple(cond.text.shape)} is not {expected}; cut or pad texts to max_length tokens, and "
+                "mask the padding"
+            )
+        if cond.text_mask is None:
+            return x, t.float(), cond.text
+        if cond.text_mask.shape != expected[:2]:
+            raise ValueError(f"cond.text_mask: {tuple(cond.text_mask.shape)} is not {expected[:2]}, one entry a token")
+        return x, t.float(), cond.text, cond.text_mask.bool()
