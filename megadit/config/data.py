@@ -29,6 +29,7 @@ class TextSource(Section):
         "none", description="pooled feature: of the same encoder, or of a CLIP text model at pooled_path"
     )
     pooled_path: str | None = Field(None, description="folder of the CLIP text model with projection")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the encoder's weights and arithmetic")
     cache: str | None = Field(None, description="folder for computed features; null: the user's cache folder")
 
 
