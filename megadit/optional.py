@@ -21,6 +21,14 @@ def import_diffusers() -> ModuleType:
     return _import_safely("diffusers")
 
 
+def import_transformers() -> ModuleType:
+    """The ``transformers`` package, without its progress bars. Raises UserError as ``import_diffusers`` does."""
+    transformers = _import_safely("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
 def hide_broken_torchvision() -> bool:
     """Make this process behave as without torchvision if it is installed but fails to import; tells whether it did."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:

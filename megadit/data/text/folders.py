@@ -1,0 +1,114 @@
+"""Text networks in local folders: what their configuration says, their weights' fingerprint, safe loading."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megadit.errors import UserError
+from megadit.optional import import_transformers
+
+_WHOLE_BYTES = 256 * 2**20  # larger files are known by their size and samples of their content
+_SAMPLES, _SAMPLE_BYTES = 256, 64 * 1024
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def read_config(folder: Path, key: str, types: tuple[str, ...]) -> dict[str, Any]:
+    """``config.json`` of a transformers folder. Raises UserError, naming ``key``, if it is not of one of the types."""
+    if not folder.is_dir():
+        raise UserError(f"{key}: '{folder}' is not a folder; give that of a transformers model on this machine")
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+    except FileNotFoundError:
+        raise UserError(f"{key}: '{folder}' has no config.json; give the folder of a transformers model") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{key}: '{path}' is not a JSON object that can be read; fetch the model again") from error
+    if kind not in types:
+        raise UserError(f"{key}: '{folder}' holds a model of type {kind}, not {' or '.join(types)}; give another one")
+    if not weights_files(folder):
+        raise UserError(f"{key}: '{folder}' has no .safetensors (or .bin) weights; fetch the model again")
+    return dict(config)
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The weights that would be loaded: safetensors, else torch's files."""
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder itself, or, in a diffusers pipeline, the one that belongs to it: text_encoder_2 -> tokenizer_2."""
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES[:4]):
+        return folder
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    return beside if beside.is_dir() else folder
+
+
+@functools.lru_cache(maxsize=16)
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of configuration, weights and tokenizer.
+
+    Files up to 256 MiB count whole; of larger ones the size, both ends and 256 samples of 64 KiB, which any training
+    changes: hashing 19 GB of T5-XXL would delay every start by minutes.
+    """
+    tokenizer = tokenizer_folder(folder)
+    files = [folder / "config.json", *weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)]
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            _digest_file(path, digest)
+    return digest.hexdigest()[:16]
+
+
+def _digest_file(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= _WHOLE_BYTES:
+            while block := file.read(2**22):
+                digest.update(block)
+            return
+        for sample in range(_SAMPLES):
+            file.seek(sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+
+
+def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
+    """The transformers model of that class, frozen, in evaluation mode.
+
+    Raises UserError, naming ``key``, if the weights are damaged or do not fill the model.
+    """
+    transformers = import_transformers()
+    safe = any(path.suffix == ".safetensors" for path in weights_files(folder))
+    try:
+        model, loading = getattr(transformers, class_name).from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=safe, weights_only=True, dtype=dtype,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever transformers, safetensors or torch say about a damaged folder
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: '{folder}' does not load as a {class_name} ({reason}); fetch it again") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{key}: the weights in '{folder}' lack {len(missing)} of a {class_name}'s tensors, {missing[0]} among "
+            "them; fetch it again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, key: str) -> Any:
+    """transformers' tokenizer of that folder. Raises UserError, naming ``key``, if there is none that loads."""
+    place = tokenizer_folder(folder)
+    if not any((place / name).is_file() for name in _TOKENIZER_FILES[:4]):
+        # transformers would make one of special tokens alone
+        raise UserError(f"{key}: '{place}' has no tokenizer (tokenizer.json or its vocabulary); put it there")
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: the tokenizer in '{place}' does not load ({reason}); fetch it again") from error
