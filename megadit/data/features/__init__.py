@@ -1,0 +1,6 @@
+"""Features of pictures by pretrained networks: the targets of REPA, and what small scores are made of."""
+
+from megadit.data.features.encoder import FeatureEncoder
+from megadit.data.features.targets import TargetFeatures, build_encoder, check_features
+
+__all__ = ["FeatureEncoder", "TargetFeatures", "build_encoder", "check_features"]
