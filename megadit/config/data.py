@@ -13,8 +13,12 @@ class VaeConfig(Section):
     """An autoencoder folder that turns images into latents as they are read, or that the stored latents came from."""
 
     path: str | None = Field(None, description="folder of a diffusers AutoencoderKL, or of a PCA patch codec")
-    scale: float = Field(0.18215, gt=0, description="latents are multiplied by this")
-    shift: float = Field(0.0, description="subtracted from latents before scaling")
+    scale: float | None = Field(
+        None, gt=0, description="latents are multiplied by this; null: what the autoencoder's own config says"
+    )
+    shift: float | None = Field(
+        None, description="subtracted from latents before scaling; null: what the autoencoder's own config says"
+    )
     factor: int = Field(8, ge=1, description="image pixels per latent pixel along a side")
 
 

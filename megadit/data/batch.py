@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megadit.data.dataset import ImageSet, stack_images
+from megadit.data.dataset import ImageSet
 from megadit.data.order import SampleOrder
 from megadit.rng import batch_uniform, sample_keys
 
@@ -44,12 +44,20 @@ class RawBatch:
 def read_samples(
     dataset: ImageSet, numbers: Sequence[int], indices: Sequence[int], *, seed: int, flip: bool
 ) -> RawBatch:
-    """Read the images at ``indices``; the one with sample number s is mirrored if s's "flip" draw says so."""
-    images = stack_images(dataset, indices)
-    if flip:
-        mirrored = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5
+    """Read the images at ``indices``; the one with sample number s is mirrored if s's "flip" draw says so.
+
+    Latents are not mirrored but read from the copies of mirrored images, which ``dataset.mirrored`` must then have.
+    """
+    views = [dataset] * len(indices)
+    mirrored = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5 if flip else None
+    if mirrored is not None and dataset.stores_latents:
+        copies = dataset.mirrored
+        assert copies is not None  # megadit.data.checks has refused data.flip where there are no copies
+        views = [copies if turned else dataset for turned in mirrored.tolist()]
+    images = torch.stack([view.image(i) for view, i in zip(views, indices, strict=True)])
+    if mirrored is not None and not dataset.stores_latents:
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    extras = [dataset.extras(i) for i in indices]
+    extras = [view.extras(i) for view, i in zip(views, indices, strict=True)]
     return RawBatch(
         images=images,
         labels=[dataset.label(i) for i in indices],

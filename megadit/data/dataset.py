@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,6 +11,26 @@ from torch import Tensor
 
 # text (L, D), text_mask bool (L,) and pooled (P,): features of the caption. features (F, h, w): of the image, for REPA.
 EXTRAS = ("text", "text_mask", "pooled", "features")
+
+
+@dataclass(frozen=True)
+class StoredFacts:
+    """What a set holds ready-made in place of pixels and beside them. Sizes are 0 and names empty where nothing is."""
+
+    channels: int = 0  # of the latents; 0: the set holds pixels
+    size: int = 0  # side of the latents
+    factor: int = 1  # image pixels per latent pixel
+    scale: float = 1.0  # what is stored was multiplied by it already
+    shift: float = 0.0
+    moments: bool = False  # mean and standard deviation of a posterior, (2 channels, h, w), to be drawn from
+    mirrored: bool = False  # whether a copy of the mirrored image is there
+    codec: str = ""  # class and hash of the weights, as megadit.data.latents.codec_identity gives them
+    text_dim: int = 0
+    text_length: int = 0  # tokens of the longest text
+    pooled_dim: int = 0
+    text_encoder: str = ""
+    feature_dim: int = 0
+    feature_encoder: str = ""
 
 
 class ImageSet(Protocol):
@@ -48,6 +68,16 @@ class ImageSet(Protocol):
         """Whether ``image`` gives latents, scaled as the model takes them, in place of pixels."""
         ...
 
+    @property
+    def stored(self) -> StoredFacts | None:
+        """What is stored besides pixels; None: nothing is."""
+        ...
+
+    @property
+    def mirrored(self) -> ImageSet | None:
+        """The same set with every image mirrored, where latents of mirrored images are stored; else None."""
+        ...
+
     def image(self, i: int) -> Tensor:
         """uint8 (C, H, W), or latents in any floating dtype. Raises ``UserError`` when its file cannot be read."""
         ...
@@ -78,6 +108,8 @@ class ArraySet:
     captions: tuple[str, ...]
     bases: tuple[str, ...]  # base names: images with the same one are variants of one picture
     stores_latents: bool = False
+    stored: StoredFacts | None = None
+    mirrored: ImageSet | None = None
 
     @property
     def channels(self) -> int:
@@ -147,6 +179,15 @@ class Subset:
     def stores_latents(self) -> bool:
         return self.source.stores_latents
 
+    @property
+    def stored(self) -> StoredFacts | None:
+        return self.source.stored
+
+    @property
+    def mirrored(self) -> ImageSet | None:
+        source = self.source.mirrored
+        return None if source is None else replace(self, source=source)
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -176,6 +217,7 @@ class DatasetFacts:
     num_classes: int
     size: int
     notice: str
+    stored: StoredFacts | None = None
 
 
 def describe(dataset: ImageSet) -> DatasetFacts:
@@ -187,6 +229,7 @@ def describe(dataset: ImageSet) -> DatasetFacts:
         num_classes=len(dataset.classes),
         size=len(dataset),
         notice=dataset.notice,
+        stored=dataset.stored,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megadit.data.crop import read_image
+from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.errors import UserError
 
 DEFAULT_SIZE = 256
@@ -34,6 +35,8 @@ class FolderSet:
     channels: int = 3
     notice: str = ""
     stores_latents: bool = False
+    stored: StoredFacts | None = None
+    mirrored: ImageSet | None = None
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,13 +1,16 @@
 """Codecs: from images to what the model is trained on and back. Pixels as they are, or an autoencoder's latents.
 
 A codec is given images in [-1, 1] and one key per sample, so that a sample's latent does not depend on its batch.
+Which codec a folder holds is told by ``_class_name`` of its ``config.json``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 
 from megadit.config.data import VaeConfig
+from megadit.data.dataset import StoredFacts
+from megadit.data.pca import PCA_CLASS, load_pca
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import batch_normal
@@ -24,10 +29,14 @@ _PER_PASS = 16  # images through the autoencoder at once: its activations are fa
 
 
 class Codec(ABC):
-    """factor: image pixels per latent pixel along a side.  channels: of the latents; None: those of the image."""
+    """factor: image pixels per latent pixel along a side.  channels: of the latents; None: those of the image.
+
+    decodes: whether ``decode`` can be called, so that pictures can be drawn.
+    """
 
     factor: int
     channels: int | None
+    decodes: bool = True
 
     @abstractmethod
     def encode(self, images: Tensor, keys: Tensor) -> Tensor:
@@ -56,25 +65,31 @@ class PixelCodec(Codec):
 class VaeCodec(Codec):
     """diffusers' AutoencoderKL from a local folder with safetensors weights; frozen, float32, on ``device``.
 
-    Latents are (z - shift) * scale, with z drawn from the encoder's Gaussian by keyed noise.
+    Latents are (z - shift) * scale, with z drawn from the encoder's Gaussian by keyed noise. ``data.vae.scale`` and
+    ``shift`` that are null are the autoencoder's own.
     Raises UserError that names ``data.vae.path`` if the folder is missing, is not an AutoencoderKL or does not load.
     """
 
     def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
-        self.vae = _load(_folder(config)).to(self.device, torch.float32).eval().requires_grad_(False)
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.channels = int(self.vae.config.latent_channels)
-        own = self.vae.config.scaling_factor
-        if abs(own - config.scale) > 1e-6:
+        folder = _folder(config)
+        facts = _facts(folder)
+        self.scale, self.shift = _scale_and_shift(config, facts)
+        self.vae = _load(folder).to(self.device, torch.float32).eval().requires_grad_(False)
+        self.factor = facts.factor
+        self.channels = facts.channels
+        if abs(facts.scale - self.scale) > 1e-6:
             logging.getLogger(__name__).warning(
-                "data.vae.scale: %g is used, the autoencoder's own config says %g", config.scale, own
+                "data.vae.scale: %g is used, the autoencoder's own config says %g", self.scale, facts.scale
             )
 
     @torch.no_grad()
-    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Sample the posterior with each sample's own noise. Raises UserError if the size or channels do not fit."""
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, with shift and scale applied, float32 (B, c, h, w) each.
+
+        Raises UserError if the size or channels of ``images`` do not fit.
+        """
         channels, height, width = images.shape[1:]
         if channels != self.vae.config.in_channels:
             raise UserError(
@@ -86,29 +101,185 @@ class VaeCodec(Codec):
                 f"data.image_size: {height}x{width} is not a multiple of {self.factor}, the autoencoder's factor; "
                 "choose one that is"
             )
-        parts = []
-        for batch, part_keys in zip(images.split(_PER_PASS), keys.split(_PER_PASS), strict=True):
-            posterior = self.vae.encode(batch.to(self.device, torch.float32)).latent_dist
-            noise = batch_normal(part_keys.to(self.device), posterior.mean.shape[1:])
-            parts.append(posterior.mean + posterior.std * noise)
-        return (torch.cat(parts) - self.config.shift) * self.config.scale
+        found = [self.vae.encode(batch.to(self.device, torch.float32)).latent_dist for batch in images.split(_PER_PASS)]
+        mean, std = torch.cat([part.mean for part in found]), torch.cat([part.std for part in found])
+        return (mean - self.shift) * self.scale, std * self.scale
+
+    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Sample the posterior with each sample's own noise. Raises UserError if the size or channels do not fit."""
+        return _drawn(*self.posterior(images), keys)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Undo scale and shift, then decode."""
-        z = latents.to(self.device, torch.float32) / self.config.scale + self.config.shift
+        z = latents.to(self.device, torch.float32) / self.scale + self.shift
         return torch.cat([self.vae.decode(part).sample for part in z.split(_PER_PASS)])
 
 
-def build_codec(config: VaeConfig | None, device: torch.device | str = "cpu") -> Codec:
-    """The codec of ``data.vae``; pixels when there is none. Raises UserError as ``VaeCodec`` does."""
-    return PixelCodec() if config is None else VaeCodec(config, device)
+class PcaCodec(Codec):
+    """A PCA patch codec's folder (``tools/encode.py fit-pca``). Its latents have no posterior: keys are not used.
+
+    Raises UserError if the folder does not load, or ``data.vae.scale`` or ``shift`` is given and not the codec's own:
+    these were fitted with it.
+    """
+
+    def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
+        folder = _folder(config)
+        self.scale, _ = _scale_and_shift(config, _facts(folder))
+        self.device = torch.device(device)
+        self.pca = load_pca(folder).to(self.device)
+        self.factor, self.channels = self.pca.factor, self.pca.channels
+
+    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
+        """The projections of each patch, scaled. Raises UserError if the size or channels do not fit."""
+        channels, height, width = images.shape[1:]
+        if channels != self.pca.image_channels or height % self.factor or width % self.factor:
+            raise UserError(
+                f"data.vae.path: this codec takes images of {self.pca.image_channels} channel(s) and multiples of "
+                f"{self.factor} pixels, not {channels} and {height}x{width}; fit one on these images"
+            )
+        return self.pca.encode(images.to(self.device)) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images from the components that were kept."""
+        return self.pca.decode(latents.to(self.device, torch.float32) / self.scale)
 
 
-def check_vae(config: VaeConfig | None) -> None:
-    """Raise UserError, as ``VaeCodec`` does, where the folder is missing or is no autoencoder's; loads nothing."""
-    if config is not None:
-        _folder(config)
+class StoredCodec(Codec):
+    """Latents that were encoded before: only drawn from their posterior, where that was stored.
+
+    Decoding is that of the codec at ``data.vae.path``, loaded when the first picture is drawn; without a path
+    ``decodes`` is False.
+    """
+
+    def __init__(self, stored: StoredFacts, config: VaeConfig | None, device: torch.device | str = "cpu") -> None:
+        self.stored, self.config, self.device = stored, config, torch.device(device)
+        self.factor, self.channels = stored.factor, stored.channels
+        self.decodes = config is not None and config.path is not None
+        self._decoder: Codec | None = None
+
+    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Latents as they are, in float32; moments (B, 2c, h, w): a draw with each sample's own noise."""
+        if not self.stored.moments:
+            return images.float()
+        mean, std = images.float().chunk(2, dim=1)
+        return _drawn(mean, std, keys)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images by the codec of ``data.vae.path``. Raises UserError if there is none."""
+        if self._decoder is None:
+            self._decoder = build_codec(self.config or VaeConfig(), self.device)
+        return self._decoder.decode(latents)
+
+
+def _drawn(mean: Tensor, std: Tensor, keys: Tensor) -> Tensor:
+    return mean + std * batch_normal(keys.to(mean.device), mean.shape[1:])
+
+
+def build_codec(
+    config: VaeConfig | None, device: torch.device | str = "cpu", stored: StoredFacts | None = None
+) -> Codec:
+    """The codec of ``data.vae``, or of stored latents; pixels when there is neither.
+
+    Raises UserError as ``VaeCodec`` and ``PcaCodec`` do.
+    """
+    if stored is not None and stored.channels:
+        return StoredCodec(stored, config, device)
+    if config is None:
+        return PixelCodec()
+    return PcaCodec(config, device) if _facts(_folder(config)).name == PCA_CLASS else VaeCodec(config, device)
+
+
+@dataclass(frozen=True)
+class CodecFacts:
+    """What a codec's ``config.json`` says."""
+
+    name: str
+    factor: int
+    channels: int
+    image_channels: int
+    scale: float
+    shift: float
+
+
+def codec_facts(config: VaeConfig) -> CodecFacts:
+    """What is known of the codec at ``data.vae.path`` without its weights. Raises UserError if it is no codec's."""
+    return _facts(_folder(config))
+
+
+def codec_scale(config: VaeConfig) -> tuple[float, float]:
+    """(scale, shift) that ``data.vae`` comes to. Raises UserError if the folder is no codec's, or it contradicts."""
+    return _scale_and_shift(config, codec_facts(config))
+
+
+def codec_identity(config: VaeConfig) -> str:
+    """Class and SHA-256 (16 digits) of the weights at ``data.vae.path``."""
+    folder = _folder(config)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{_facts(folder).name}:{digest.hexdigest()[:16]}"
+
+
+def check_vae(
+    config: VaeConfig | None,
+    *,
+    stored: StoredFacts | None = None,
+    in_channels: int | None = None,
+    image_channels: int | None = None,
+) -> None:
+    """Raise UserError where the folder is missing, is no codec's, or disagrees with ``data.vae`` or the model.
+
+    stored: what the data hold; latents need no folder.  in_channels: the model's.  image_channels: the data's.
+    Loads nothing.
+    """
+    if config is None or (config.path is None and stored is not None and stored.channels):
+        return
+    facts = codec_facts(config)
+    scale, shift = _scale_and_shift(config, facts)
+    if facts.factor != config.factor:
+        raise UserError(
+            f"data.vae.factor: {config.factor}, but the codec in {config.path} makes one latent pixel of "
+            f"{facts.factor}x{facts.factor} image pixels; set data.vae.factor={facts.factor}"
+        )
+    if in_channels is not None and facts.channels != in_channels:
+        raise UserError(
+            f"model.in_channels: {in_channels}, but the latents of {config.path} have {facts.channels} channels; "
+            f"set model.in_channels={facts.channels}"
+        )
+    if image_channels is not None and facts.image_channels != image_channels:
+        raise UserError(
+            f"data.vae.path: the codec in {config.path} takes images of {facts.image_channels} channel(s), the data "
+            f"have {image_channels}; choose another data set or codec"
+        )
+    if stored is not None and stored.channels:
+        _check_stored(config, stored, scale, shift)
+
+
+def _check_stored(config: VaeConfig, stored: StoredFacts, scale: float, shift: float) -> None:
+    for key, own, theirs in (("scale", scale, stored.scale), ("shift", shift, stored.shift)):
+        if abs(own - theirs) > 1e-6:
+            raise UserError(
+                f"data.vae.{key}: {own:g}, but the stored latents were made with {theirs:g}; set "
+                f"data.vae.{key}={theirs:g}, or encode the images again"
+            )
+    if codec_identity(config) != stored.codec:
+        logging.getLogger(__name__).warning(
+            "data.vae.path: %s has other weights (%s) than the stored latents come from (%s); pictures may be off",
+            config.path, codec_identity(config), stored.codec,
+        )  # fmt: skip
+
+
+def _scale_and_shift(config: VaeConfig, facts: CodecFacts) -> tuple[float, float]:
+    for key, given, own in (("scale", config.scale, facts.scale), ("shift", config.shift, facts.shift)):
+        if facts.name == PCA_CLASS and given is not None and abs(given - own) > 1e-6:
+            raise UserError(
+                f"data.vae.{key}: {given:g}, but {own:g} was fitted with the codec in {config.path}; leave "
+                f"data.vae.{key} out"
+            )
+    scale = facts.scale if config.scale is None else config.scale
+    return scale, facts.shift if config.shift is None else config.shift
 
 
 def _folder(config: VaeConfig) -> Path:
@@ -128,6 +299,22 @@ def _load(folder: Path) -> Any:
         raise UserError(f"data.vae.path: {folder} does not load as an {_CLASS} ({reason}); fetch it again") from error
 
 
+def _facts(folder: Path) -> CodecFacts:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        if values["_class_name"] == PCA_CLASS:
+            sizes = (values["factor"], values["channels"], values["image_channels"])
+        else:
+            blocks = len(values.get("block_out_channels", (64,)))  # these three defaults are AutoencoderKL's own
+            sizes = (2 ** (blocks - 1), values.get("latent_channels", 4), values.get("in_channels", 3))
+        scale, shift = values.get("scaling_factor", 0.18215), values.get("shift_factor") or 0.0
+        return CodecFacts(values["_class_name"], *map(int, sizes), float(scale), float(shift))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"data.vae.path: {folder / 'config.json'} does not describe a codec ({error!r}); fetch it again"
+        ) from error
+
+
 def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(
@@ -141,7 +328,7 @@ def _check(folder: Path) -> None:
         name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise UserError(f"data.vae.path: {config} is not a JSON object; fetch the autoencoder again") from error
-    if name != _CLASS:
+    if name not in (_CLASS, PCA_CLASS):
         raise UserError(f"data.vae.path: {folder} holds a {name}, not an {_CLASS}; give an {_CLASS} folder")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"data.vae.path: {folder} has no .safetensors weights; convert or fetch them in that format")

@@ -184,7 +184,7 @@ def assemble(
     config = job.config
     micro = int(job.ds_config["train_micro_batch_size_per_gpu"])
     schedule = Schedule.from_config(config.optim, steps)
-    codec = build_codec(config.data.vae, context.device)
+    codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = Conditions(config.model)
     objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
     model = build_model(config.model, seed=config.train.seed)

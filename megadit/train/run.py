@@ -44,9 +44,8 @@ class TrainingRun:
         ``seed`` keys the draw from a VAE's posterior, per sample number.
         """
         device = self.context.device
-        x0 = batch.images.to(device, non_blocking=True)
-        if not self.train_set.stores_latents:
-            x0 = self.codec.encode(x0, sample_keys(seed, "latent", batch.numbers).to(device))
+        keys = sample_keys(seed, "latent", batch.numbers).to(device)
+        x0 = self.codec.encode(batch.images.to(device, non_blocking=True), keys)
         return x0, self.conditions.of(batch, device)
 
     def save(self) -> Path:

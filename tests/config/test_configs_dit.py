@@ -28,7 +28,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "data": {
         "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True,
         "val_fraction": 0.0, "skin_tones": False, "classes": None,
-        "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": 0.0, "factor": 8}, "features": None,
+        "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": None, "factor": 8}, "features": None,
         "text": {"encoder": "minilm", "path": None, "pooled": "none", "pooled_path": None, "cache": None},
     },
     "ema": {"decays": (0.9999,), "sigma_rels": (), "every": 1},

@@ -86,8 +86,14 @@ def test_half_precision_images_give_float32_latents(codec):
 
 def test_another_scale_than_the_autoencoders_own_is_told(folder, caplog):
     with caplog.at_level(logging.WARNING):
-        VaeCodec(VaeConfig(path=str(folder)))
+        VaeCodec(VaeConfig(path=str(folder), scale=0.18215))
     assert "data.vae.scale: 0.18215" in caplog.text and "0.7" in caplog.text
+
+
+def test_scale_and_shift_that_are_left_out_are_the_autoencoders_own(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        codec = VaeCodec(VaeConfig(path=str(folder)))
+    assert (codec.scale, codec.shift) == (SCALE, 0.0) and "data.vae" not in caplog.text
 
 
 def test_pixels_pass_through():
