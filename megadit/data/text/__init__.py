@@ -2,5 +2,6 @@
 
 from megadit.data.text.encoder import TextEncoder, check_lengths
 from megadit.data.text.encoders import build_encoder
+from megadit.data.text.table import TextTable, build_table, cache_folder
 
-__all__ = ["TextEncoder", "build_encoder", "check_lengths"]
+__all__ = ["TextEncoder", "TextTable", "build_encoder", "build_table", "cache_folder", "check_lengths"]
