@@ -1,0 +1,306 @@
+"""MMDiT elsewhere: Stable Diffusion 3's own checkpoints, and diffusers' SD3Transformer2DModel.
+
+The authors' names are this model's, beside the fixed table ``pos_embed``. diffusers cuts qkv in three and puts scale
+before shift in the final layer and in the context of the last block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.config.model import ModelConfig
+from megadit.convert.folding import fold_readout
+from megadit.convert.names import blocks, check, check_positions, listed, model_shapes, needed
+from megadit.errors import UserError
+from megadit.models.layers import CroppedPositions
+
+HINTS = ("heads", "input_size")
+_OFFICIAL = "an official SD3 checkpoint"
+_CLASS = "SD3Transformer2DModel"
+_DIFFUSERS = f"a {_CLASS} of diffusers"
+_INSIDE = "model.diffusion_model."  # of the whole pipeline in one file
+_HEAD_DIM = 64  # of all published sizes
+_TOKENS = 77 + 256  # of CLIP and T5, joined by the published pipelines; the weights take any number
+_REMEDY = "--to safetensors holds this model exactly"
+_READOUT = "final_layer.linear.weight"
+_TABLE = "pos_embed.pos_embed"
+_ENDS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+# Names of one block here and there, by stream; qkv is cut in three.
+_STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x_block": {
+        "adaLN_modulation.1": ("norm1.linear",),
+        "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attn.proj": ("attn.to_out.0",),
+        "attn.ln_q": ("attn.norm_q",),
+        "attn.ln_k": ("attn.norm_k",),
+        "mlp.fc1": ("ff.net.0.proj",),
+        "mlp.fc2": ("ff.net.2",),
+    },
+    "context_block": {
+        "adaLN_modulation.1": ("norm1_context.linear",),
+        "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "attn.proj": ("attn.to_add_out",),
+        "attn.ln_q": ("attn.norm_added_q",),
+        "attn.ln_k": ("attn.norm_added_k",),
+        "mlp.fc1": ("ff_context.net.0.proj",),
+        "mlp.fc2": ("ff_context.net.2",),
+    },
+}
+
+
+def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of an SD3 checkpoint, the transformer alone or a whole single-file pipeline.
+
+    Hints: ``heads`` (default width / 64) and ``input_size`` (needed where ``pos_embed`` is not stored).
+
+    Raises:
+        UserError: names, shapes, types or the position table are not those of SD3, or a hint is needed or wrong.
+    """
+    inside = {name.removeprefix(_INSIDE): value for name, value in state.items() if name.startswith(_INSIDE)}
+    state = inside or dict(state)
+    second = [name for name in state if ".attn2." in name]
+    if second:
+        raise UserError(
+            f"IN: has a second attention in its image blocks ({listed(second)}), as Stable Diffusion 3.5 Medium; "
+            "this model has none, so it cannot be read"
+        )
+    width, channels, patch, _ = needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(needed(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
+    pooled = state.get("y_embedder.mlp.0.weight")
+    heads = int(hints.get("heads", width // _HEAD_DIM)) or 1
+    if width % heads:
+        raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
+    table = state.pop("pos_embed", None)
+    config = ModelConfig(
+        family="mmdit",
+        width=width,
+        depth=blocks(state, "joint_blocks."),
+        heads=heads,
+        patch_size=patch,
+        in_channels=channels,
+        input_size=_input_size(table, patch, hints.get("input_size")),
+        pos_embed_max_size=None if table is None else math.isqrt(table.shape[1]),
+        learn_sigma=len(needed(state, _READOUT, _OFFICIAL, 2)) == 2 * channels * patch**2,
+        mlp_ratio=hidden / width,
+        qk_norm="rms" if "joint_blocks.0.x_block.attn.ln_q.weight" in state else "none",
+        qkv_bias="joint_blocks.0.x_block.attn.qkv.bias" in state,
+        num_classes=0,
+        text={  # type: ignore[arg-type]
+            "dim": needed(state, "context_embedder.weight", _OFFICIAL, 2).shape[1],
+            "max_length": _TOKENS,
+            "pooled_dim": 0 if pooled is None else pooled.shape[-1],
+        },
+    )
+    if table is not None:
+        check_positions(table, _positions(config), "pos_embed")
+    shapes = model_shapes(config)
+    check(state, shapes, _OFFICIAL)
+    return config, {name: state[name] for name in shapes}
+
+
+def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the authors' class, ``pos_embed`` included; the readout's multiplier is folded.
+
+    Raises:
+        UserError: the class has no place for something of this model.
+    """
+    _refuse_activation(config, "the official SD3")
+    return {"pos_embed": _positions(config).to(state[_READOUT]), **_exported(config, state)}
+
+
+def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and weights of an SD3Transformer2DModel; biases of qkv that this model lacks are zero there.
+
+    Raises:
+        UserError: the class has no place for something of this model.
+    """
+    who = f"diffusers' {_CLASS}"
+    _refuse_activation(config, who)
+    if config.mlp_ratio != 4.0:
+        raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but {who} has 4 alone; {_REMEDY}")
+    assert config.text is not None
+    if not config.text.pooled_dim:
+        raise UserError(f"model.text.pooled_dim: 0, but {who} always takes a pooled text feature; {_REMEDY}")
+    out: dict[str, Tensor] = {}
+    for name, value in _exported(config, state).items():
+        places = _places(name)
+        value = _swapped(value) if _swaps(name, config.depth) else value
+        out |= dict(zip(places, value.chunk(len(places)), strict=True))
+        if name.endswith("attn.qkv.weight") and not config.qkv_bias:
+            for place, piece in zip(places, value.chunk(3), strict=True):
+                out[place.removesuffix("weight") + "bias"] = piece.new_zeros(len(piece))
+    if config.pos_embed_max_size is not None:
+        out[_TABLE] = _positions(config).to(state[_READOUT])
+    return _to_json(config), out
+
+
+def from_diffusers(
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of an SD3Transformer2DModel (Stable Diffusion 3 Medium, 3.5 Large).
+
+    Raises:
+        UserError: names, shapes or the position table differ from what the config says, or the config asks for
+            something that this model does not have.
+    """
+    config = _from_json(config_json)
+    state = dict(state)
+    table = state.pop(_TABLE, None)
+    if table is not None:
+        check_positions(table, _positions(config), _TABLE)
+    shapes = model_shapes(config)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *rest) in shapes.items():
+        places = _places(name)
+        wanted |= {place: (rows // len(places), *rest) for place in places}
+    check(state, wanted, _DIFFUSERS)
+    ours: dict[str, Tensor] = {}
+    for name in shapes:
+        places = _places(name)
+        value = torch.cat([state[place] for place in places]) if len(places) > 1 else state[places[0]]
+        ours[name] = _swapped(value) if _swaps(name, config.depth) else value
+    return config, ours
+
+
+def _refuse_activation(config: ModelConfig, who: str) -> None:
+    if config.mlp != "gelu_tanh":
+        raise UserError(f"model.mlp: {config.mlp}, but {who} has gelu_tanh alone; {_REMEDY}")
+
+
+def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that make pictures, without REPA's projector; the readout's multiplier is folded."""
+    kept = {name: value for name, value in state.items() if not name.startswith("repa.")}
+    return {**kept, _READOUT: fold_readout(config, state[_READOUT])}
+
+
+def _places(name: str) -> list[str]:
+    """Where a parameter lives in diffusers' class: pieces along its first dimension."""
+    module, _, part = name.rpartition(".")
+    if module in _ENDS:
+        return [f"{_ENDS[module]}.{part}"]
+    _, index, stream, rest = module.split(".", 3)
+    return [f"transformer_blocks.{index}.{there}.{part}" for there in _STREAMS[stream][rest]]
+
+
+def _swaps(name: str, depth: int) -> bool:
+    """Whether diffusers puts scale before shift in this modulation."""
+    ends = ("final_layer.adaLN_modulation.1.", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1.")
+    return name.startswith(ends)
+
+
+def _swapped(value: Tensor) -> Tensor:
+    first, second = value.chunk(2)
+    return torch.cat([second, first])
+
+
+def _positions(config: ModelConfig) -> Tensor:
+    """The stored table, float32 (1, side^2, width)."""
+    base = config.input_size // config.patch_size
+    positions = CroppedPositions(config.width, base, config.pos_embed_max_size)
+    positions.reset_buffers()
+    return positions.table.flatten(0, 1)[None]
+
+
+def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
+    """Side of the image: the hint, or what the stored table's coordinates are stretched to.
+
+    The table's second token lies at column base / side, and its first channel is the sine of that.
+    """
+    if hint is not None:
+        return int(hint)
+    if table is None:
+        raise UserError(
+            "--hint input_size: is needed, since the file has no pos_embed that would tell; give --hint input_size=N, "
+            "the side of the latent image"
+        )
+    side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
+    if side < 2:
+        raise UserError(
+            f"--hint input_size: is needed, since pos_embed of shape {list(table.shape)} does not tell; give --hint "
+            "input_size=N, the side of the latent image"
+        )
+    sine = min(1.0, max(0.0, float(table[0, 1, 0])))
+    return max(1, round(side * math.asin(sine))) * patch
+
+
+def _to_json(config: ModelConfig) -> dict[str, Any]:
+    assert config.text is not None
+    return {
+        "_class_name": _CLASS,
+        "attention_head_dim": config.head_channels,
+        "caption_projection_dim": config.width,
+        "dual_attention_layers": [],
+        "in_channels": config.in_channels,
+        "joint_attention_dim": config.text.dim,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.depth,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch_size,
+        "pooled_projection_dim": config.text.pooled_dim,
+        "pos_embed_max_size": config.pos_embed_max_size,
+        "qk_norm": "rms_norm" if config.qk_norm == "rms" else None,
+        "sample_size": config.input_size,
+    }
+
+
+def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
+    """The config, where the class's defaults stand for keys that are left out."""
+    get = config_json.get
+    dual = get("dual_attention_layers") or ()
+    if dual:
+        raise UserError(
+            f"IN: config.json has dual_attention_layers {list(dual)}, as Stable Diffusion 3.5 Medium; this model has "
+            "no second attention, so it cannot be read"
+        )
+    norms = {None: "none", "rms_norm": "rms"}
+    if get("qk_norm") not in norms:
+        raise UserError(f"IN: config.json has qk_norm {get('qk_norm')}, known are null and rms_norm; it cannot be read")
+    heads, channels = int(get("num_attention_heads", 18)), int(get("in_channels", 16))
+    width = heads * int(get("attention_head_dim", 64))
+    caption = int(get("caption_projection_dim", 1152))
+    if caption != width:
+        raise UserError(
+            f"IN: config.json has caption_projection_dim {caption}, but num_attention_heads x attention_head_dim is "
+            f"{width}; in an MMDiT the two are the same"
+        )
+    out = int(get("out_channels", 16) or channels)
+    if out not in (channels, 2 * channels):
+        raise UserError(
+            f"IN: config.json has out_channels {out} and in_channels {channels}; this model puts out as many or twice "
+            "as many, so it cannot be read"
+        )
+    largest = get("pos_embed_max_size", 96)
+    return ModelConfig.model_validate(
+        {
+            "family": "mmdit",
+            "width": width,
+            "depth": int(get("num_layers", 18)),
+            "heads": heads,
+            "patch_size": int(get("patch_size", 2)),
+            "in_channels": channels,
+            "input_size": int(get("sample_size", 128)),
+            "pos_embed_max_size": None if largest is None else int(largest),
+            "learn_sigma": out == 2 * channels,
+            "qk_norm": norms[get("qk_norm")],
+            "num_classes": 0,
+            "text": {
+                "dim": int(get("joint_attention_dim", 4096)),
+                "max_length": _TOKENS,
+                "pooled_dim": int(get("pooled_projection_dim", 2048)),
+            },
+        }
+    )
