@@ -11,6 +11,7 @@ from torch import nn
 
 from megadit.config.model import ModelConfig
 from megadit.config.run import ParallelConfig
+from megadit.models.repa import build_projector
 from megadit.models.stages import StagedModel
 from megadit.mup.init import init_parameters
 
@@ -48,6 +49,8 @@ def build_model(
     del parallel
     with torch.device(device):
         model = family(config.family)(config)
+        model.repa = build_projector(config)
+    model.repa_block = config.repa.block if config.repa is not None else 0
     if torch.device(device).type != "meta":
         init_parameters(model, seed)
     return model

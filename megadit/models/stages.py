@@ -32,13 +32,19 @@ class StagedModel(nn.Module):
     """A model given by its stages. Subclasses say what the first carrier is and list the stages.
 
     ``recompute`` says what the blocks keep for the backward pass (see ``megadit.parallel.recompute``).
+    ``repa`` is the projector of the REPA loss and ``repa_block`` the block that it reads, counted from 1;
+    ``build_model`` sets both, so that families know nothing of them.
     ``counted_tables`` names the buffers that published parameter counts include.
     """
 
     counted_tables: tuple[str, ...] = ()
     recompute: Recompute = "none"
-    repa: nn.Module | None = None
+    repa: nn.Module | None
     repa_block: int = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repa = None  # here and not in the class, where it would hide the submodule
 
     def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
         """The first stage's input: (x, t, ...), floats first, integers last."""

@@ -1,0 +1,43 @@
+"""REPA's projector (Yu et al., arXiv 2410.06940): from a block's image tokens to a pretrained encoder's features."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.config.model import ModelConfig
+from megadit.config.model import RepaProjector as RepaConfig
+from megadit.models.layers import MuLinear, MuRMSNorm
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+
+
+class RepaProjector(nn.Module):
+    """Three linears with SiLU between them: tokens (B, T, n) -> (B, T, F), float in the weights' dtype.
+
+    Its hidden width stays as the model's grows. So the first linear is a readout: multiplier 1/m, rate eta; but it
+    starts at random, since a zero projection has no direction, and as its products then start as m^-1/2, its bias
+    starts at random too, with a std that does not depend on the width. The other two are finite.
+    With ``norm`` an RMSNorm follows the first linear.
+    """
+
+    def __init__(self, repa: RepaConfig, param: Parametrization) -> None:
+        super().__init__()
+        hidden = Dim(repa.hidden)
+        self.fc1 = MuLinear(param.width_dim(), hidden, param, init="repa")
+        self.norm = MuRMSNorm(hidden, param) if repa.norm == "rms" else None
+        self.fc2 = MuLinear(hidden, hidden, param)
+        self.fc3 = MuLinear(hidden, Dim(repa.feature_dim), param)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Project every token by itself."""
+        hidden = self.fc1(tokens)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        projected: Tensor = self.fc3(F.silu(self.fc2(F.silu(hidden))))
+        return projected
+
+
+def build_projector(config: ModelConfig) -> RepaProjector | None:
+    """The projector of ``model.repa``; None where there is none."""
+    return None if config.repa is None else RepaProjector(config.repa, Parametrization(config))
