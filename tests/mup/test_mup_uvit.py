@@ -1,0 +1,175 @@
+"""The table of U-ViT: roles, original init, equality with the mup package, coordinate check of every kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.tiny_dit import randomize
+from helpers.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
+from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
+from megadit.diffusion import build_objective
+from megadit.models import StagedModel, build_model
+from megadit.mup import attach_infshapes, param_groups, param_specs, wd_mult
+from megadit.mup.coord_check import CoordPlan, coordinate_readings
+from megadit.mup.coord_verdict import judge
+
+_BASE = 32
+_OPTIM = OptimConfig(lr=0.01, weight_decay=0.3, wd_vectors=True)
+_OPTIONS = {"mlp_time_embed": True, "mlp": "swiglu", "qk_norm": "rms", "qkv_bias": True}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _meta_specs(config: ModelConfig) -> dict[str, Any]:
+    return param_specs(build_model(config, device="meta"))
+
+
+def test_roles_follow_declared_dims() -> None:
+    text = _meta_specs(tiny_mup_uvit(64, kind="text", mlp_time_embed=True, qk_norm="rms"))
+    labels = _meta_specs(tiny_mup_uvit(64))
+    assert labels["label_emb.weight"].role == "input"
+    assert {name: spec.role for name, spec in text.items() if "blocks" not in name and "mid" not in name} == {
+        "patch_embed.proj.weight": "input",
+        "patch_embed.proj.bias": "vector",
+        "time_embed.0.weight": "hidden",
+        "time_embed.0.bias": "vector",
+        "time_embed.2.weight": "hidden",
+        "time_embed.2.bias": "vector",
+        "context_embed.weight": "input",
+        "context_embed.bias": "vector",
+        "pos_embed.weight": "input",
+        "norm.weight": "vector",
+        "norm.bias": "vector",
+        "decoder_pred.weight": "output",
+        "decoder_pred.bias": "finite",
+        "final_layer.weight": "finite",
+        "final_layer.bias": "finite",
+    }
+    block = {name: spec for name, spec in text.items() if name.startswith("out_blocks.1.")}
+    gains = {"out_blocks.1.attn.q_norm.weight", "out_blocks.1.attn.k_norm.weight"}
+    assert {name for name, spec in block.items() if spec.role == "finite"} == gains
+    hidden = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"}
+    assert {n for n, spec in block.items() if spec.role == "hidden"} == {f"out_blocks.1.{n}.weight" for n in hidden}
+    skip = block["out_blocks.1.skip_linear.weight"]
+    assert (skip.fan_in, skip.base_fan_in, skip.fan_out, skip.lr_mult, skip.wd_mult) == (128, 64, 64, 0.5, 2.0)
+    assert skip.init_std == pytest.approx(128**-0.5)
+    assert (text["time_embed.2.weight"].fan_in, text["decoder_pred.weight"].forward_mult) == (256, 0.5)
+    for name in ("final_layer.weight", "pos_embed.weight", "norm.weight"):
+        assert wd_mult(text[name]) == 0.0 and wd_mult(text[name], wd_vectors=True) == 1.0
+    assert text["decoder_pred.weight"].init_std == 0.0
+
+
+def test_original_init_is_the_official_one() -> None:
+    """N(0, .02) on linears and positions, torch's own start of the convolutions and of the label table."""
+    for kind in KINDS:
+        for name, spec in _meta_specs(tiny_uvit(kind, width=1024, heads=16, depth=2, mlp_time_embed=True)).items():
+            if name in ("patch_embed.proj.weight", "final_layer.weight"):
+                bound = (spec.shape[1] * spec.shape[2] * spec.shape[3]) ** -0.5
+                assert spec.init_dist == "uniform" and spec.init_std == pytest.approx(bound / 3**0.5)
+            elif name == "label_emb.weight":
+                assert (spec.init_dist, spec.init_std) == ("normal", 1.0)
+            elif len(spec.shape) > 1:
+                assert (spec.init_dist, spec.init_std) == ("normal", 0.02), name
+            else:
+                gain = name.endswith("weight")
+                assert (spec.init_std, spec.init_value) == (0.0, 1.0 if gain else 0.0), name
+
+
+def _theirs(width: int, kind: str, **options: Any) -> StagedModel:
+    """An SP model whose infshapes the mup package finds by comparing a base and a delta model."""
+    mup = pytest.importorskip("mup")
+
+    def sp(size: int) -> StagedModel:
+        return build_model(tiny_uvit(kind, width=size, heads=None, head_dim=16, init="fan_in", **options))
+
+    model: StagedModel = mup.set_base_shapes(sp(width), sp(_BASE), delta=sp(3 * _BASE))
+    return model
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lr_wd_and_shapes_equal_the_package(width: int, kind: str) -> None:
+    mup = pytest.importorskip("mup")
+    theirs = _theirs(width, kind, **_OPTIONS)
+    ours = build_model(tiny_mup_uvit(width, _BASE, kind, **_OPTIONS))
+    optimizer = mup.MuAdamW(theirs.parameters(), lr=_OPTIM.lr, weight_decay=_OPTIM.weight_decay)
+    values = []
+    for model, groups in ((theirs, optimizer.param_groups), (ours, param_groups(ours, _OPTIM))):
+        names = {param: name for name, param in model.named_parameters()}
+        values.append({names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]})
+    assert values[0].keys() == values[1].keys()
+    for name, got in values[1].items():
+        assert got == pytest.approx(values[0][name], rel=1e-12), name
+    attach_infshapes(ours)
+    for (name, param), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert param.infshape == other.infshape and param.infshape.width_mult() == other.infshape.width_mult(), name
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_readout_equals_mu_readout(width: int) -> None:
+    mup = pytest.importorskip("mup")
+    ours = build_model(tiny_mup_uvit(width, _BASE, output_mult=2.5))
+    randomize(ours)
+    attach_infshapes(ours)
+    layer = ours.decoder_pred
+    readout = mup.MuReadout(width, layer.out_features, output_mult=2.5)
+    readout.weight, readout.bias = layer.weight, layer.bias
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), readout(x), rtol=1e-5, atol=1e-6)
+
+
+def test_mup_at_the_base_width_is_sp_bit_for_bit() -> None:
+    outputs = []
+    for changes in ({"parametrization": "mup", "base_width": 48}, {"parametrization": "sp"}):
+        config = tiny_uvit("text", init="original", output_mult=2.0, **changes)
+        model = build_model(config, seed=4)
+        x, t, cond = uvit_inputs(config)
+        optimizer = torch.optim.AdamW(param_groups(model, _OPTIM))
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = (model(x, t, cond) - x).square().mean()
+            loss.backward()
+            optimizer.step()
+        outputs.append((loss, *model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def _check(model: ModelConfig, parametrization: str, seeds: int) -> Any:
+    objective = build_objective(ObjectiveConfig(label_dropout=0.0), learn_sigma=False, num_classes=model.num_classes)
+    widths = (32, 64, 128, 256) if parametrization == "mup" else (32, 64, 128)
+    plan = CoordPlan(widths, steps=5, seeds=seeds, batch=16)
+    readings = coordinate_readings(
+        model,
+        OptimConfig(lr=2.0**-9),
+        plan,
+        build=lambda config, seed: build_model(config, seed=seed),
+        objective=objective,
+        parametrization=parametrization,
+    )
+    return judge(readings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("class", {}), ("text", {"mlp_time_embed": True, "qk_norm": "rms"}), ("none", {"init": "original"})],
+    ids=["class", "text", "none"],
+)
+def test_mup_passes_and_sp_fails(kind: str, options: dict[str, Any]) -> None:
+    config = tiny_mup_uvit(64, 64, kind, depth=2, **options)
+    mup = _check(config, "mup", seeds=2)
+    assert mup.passed, [(m.module, m.reasons + m.effects) for m in mup.modules if m.verdict != "ok"]
+    growths = [module.growth(quantity) for module in mup.modules for quantity in module.slopes]
+    assert max(slope for slope in growths if slope is not None) <= 0.15
+    sp = _check(config, "sp", seeds=1)
+    hidden = [module for module in sp.modules if module.role == "hidden"]
+    assert {"out_blocks.0.skip_linear", "mid_block.mlp.fc2"} <= {module.module for module in hidden}
+    assert [module.module for module in hidden if module.verdict != "broken"] == []
