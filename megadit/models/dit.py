@@ -22,20 +22,21 @@ from megadit.models.layers import (
     SelfAttention,
     SinCosPositions,
     TimestepEmbedder,
+    adaln_modulation,
     unpatchify,
 )
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
+from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
 
 
-def _modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequential:
-    """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``."""
-    out = Dim(chunks * width.size, chunks * width.base_size)
-    return nn.Sequential(nn.Identity(), MuLinear(width, out, param, init="adaln"))
+def _tokens(config: ModelConfig) -> int:
+    return (config.input_size // config.patch_size) ** 2
 
 
 class DiTBlock(Stage):
@@ -54,10 +55,11 @@ class DiTBlock(Stage):
             qk_norm=config.qk_norm == "rms",
             precision=config.attention_precision,
             norm_precision=config.norm_precision,
+            tokens=_tokens(config),
         )
-        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=_tokens(config))
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
-        self.adaLN_modulation = _modulation(width, 6, param)
+        self.adaLN_modulation = adaln_modulation(width, 6, param)
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Attention, then the MLP, each normed, modulated and added through its gate."""
@@ -75,9 +77,9 @@ class DiTFinalLayer(nn.Module):
         super().__init__()
         width = param.width_dim()
         out = Dim(config.patch_size**2 * config.out_channels)
-        self.linear = MuLinear(width, out, param, init="readout")
+        self.linear = MuLinear(width, out, param, init="readout", tokens=_tokens(config))
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
-        self.adaLN_modulation = _modulation(width, 2, param)
+        self.adaLN_modulation = adaln_modulation(width, 2, param)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Modulation order: shift, scale."""
@@ -92,6 +94,7 @@ class DiTEmbedStage(Stage):
         super().__init__()
         self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
         self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """c = timestep embedding + label embedding; every user of c takes SiLU(c), so that is what is carried."""
@@ -100,7 +103,7 @@ class DiTEmbedStage(Stage):
         c = self.t_embedder(t)
         if self.y_embedder is not None:
             c = c + self.y_embedder(labels[0])
-        return tokens, F.silu(c)
+        return own_tokens(tokens, self.layout), F.silu(c)
 
 
 class DiTFinalStage(Stage):
@@ -110,12 +113,14 @@ class DiTFinalStage(Stage):
         super().__init__()
         self.final_layer = model.final_layer
         self.config = model.config
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Read out the patches and put the image together."""
         config = self.config
         side = config.input_size // config.patch_size
-        return (unpatchify(self.final_layer(*carrier), side, side, config.patch_size, config.out_channels),)
+        patches = all_tokens(self.final_layer(*carrier), self.layout, side * side)
+        return (unpatchify(patches, side, side, config.patch_size, config.out_channels),)
 
 
 class DiT(StagedModel):
@@ -127,6 +132,7 @@ class DiT(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
+        self.stream_tokens = _tokens(config)
         param = Parametrization(config)
         width = param.width_dim()
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)

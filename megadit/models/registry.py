@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from megadit.config.model import ModelConfig
-from megadit.config.run import ParallelConfig
 from megadit.models.repa import build_projector
 from megadit.models.stages import StagedModel
 from megadit.mup.init import init_parameters
+from megadit.parallel.tensor import WHOLE, TensorLayout, building
 
 # Module and class of each family, imported when one is built.
 FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -35,22 +35,24 @@ def family(name: str) -> Callable[[ModelConfig], StagedModel]:
 
 def build_model(
     config: ModelConfig,
-    parallel: ParallelConfig | None = None,
+    parallel: TensorLayout | None = None,
     seed: int = 0,
     *,
     device: torch.device | str = "cpu",
 ) -> StagedModel:
-    """Build one model in float32, whole and initialised.
+    """Build one model in float32, initialised: whole, or a tensor-parallel rank's share of it (``parallel``).
 
-    ``parallel`` names the layout; ZeRO, the only axis it has, leaves the model whole, so none changes what
-    is built. ``device="meta"`` gives a model without memory or values: for counting, for specs, and for
+    ``device="meta"`` gives a model without memory or values: for counting, for specs, and for
     ``to_empty`` followed by ``megadit.mup.init_parameters``.
+
+    Raises:
+        ValueError: the layout's ranks do not divide the model's heads or channels.
     """
-    del parallel
-    with torch.device(device):
+    with torch.device(device), building(parallel):
         model = family(config.family)(config)
         model.repa = build_projector(config)
     model.repa_block = config.repa.block if config.repa is not None else 0
+    model.layout = parallel or WHOLE
     if torch.device(device).type != "meta":
         init_parameters(model, seed)
     return model

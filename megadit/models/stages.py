@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
+from megadit.parallel.collectives import all_tokens
 from megadit.parallel.recompute import Recompute, run_block
+from megadit.parallel.tensor import WHOLE, TensorLayout
 
 Carrier = tuple[Tensor, ...]
 
@@ -35,9 +37,13 @@ class StagedModel(nn.Module):
     ``repa`` is the projector of the REPA loss and ``repa_block`` the block that it reads, counted from 1;
     ``build_model`` sets both, so that families know nothing of them.
     ``counted_tables`` names the buffers that published parameter counts include.
+    ``layout`` is the one that the model was built for. A family whose token streams sequence parallelism may cut sets
+    ``stream_tokens``, the number of tokens in its blocks' first tensor.
     """
 
     counted_tables: tuple[str, ...] = ()
+    layout: TensorLayout = WHOLE
+    stream_tokens: int | None = None
     recompute: Recompute = "none"
     repa: nn.Module | None
     repa_block: int = 0
@@ -90,10 +96,13 @@ class StagedModel(nn.Module):
             if stage.is_block:
                 blocks += 1
                 if blocks in taps:
-                    tapped[blocks] = carrier[0]
+                    tapped[blocks] = self._whole_stream(carrier[0])
         if not taps:
             return carrier[0]
         missing = [k for k in taps if k not in tapped]
         if missing:
             raise ValueError(f"taps: {missing} are not blocks of this model, which has blocks 1 to {blocks}")
         return carrier[0], [tapped[k] for k in taps]
+
+    def _whole_stream(self, tokens: Tensor) -> Tensor:
+        return tokens if self.stream_tokens is None else all_tokens(tokens, self.layout, self.stream_tokens)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megadit import rng
-from megadit.mup.spec import ParamSpec, walk_specs
+from megadit.mup.spec import ParamSpec, walk_slices
+from megadit.slices import Boxes, runs
 
 _CHUNK = 1 << 20  # elements drawn at a time: bounds the generator's temporaries to some tens of megabytes
 
@@ -36,23 +37,62 @@ def init_values(
     for first in range(0, count, _CHUNK):
         piece = (min(_CHUNK, count - first),)
         if spec.init_dist == "uniform":
-            unit = rng.uniform(key, piece, start=start + first, device=device)
-            values = unit.mul_(2.0).sub_(1.0).mul_(math.sqrt(3.0) * spec.init_std)
+            values = _spread(rng.uniform(key, piece, start=start + first, device=device), spec)
         else:
             values = rng.normal(key, piece, start=start + first, device=device).mul_(spec.init_std)
         out[first : first + piece[0]] = values
     return out
 
 
+def slice_values(
+    spec: ParamSpec, name: str, seed: int, boxes: Boxes, *, device: torch.device | str | None = None
+) -> Tensor:
+    """Initial values of a slice of parameter ``name`` (see ``megadit.slices``), flat float32, and of nothing else.
+
+    Equal, bit for bit, to the same elements of ``init_values``.
+    """
+    pieces = sorted(runs(spec.shape, boxes, 0, spec.numel), key=lambda run: run.at)
+    count = sum(run.length for run in pieces)
+    if spec.init_std == 0.0:
+        return init_values(spec, name, seed, count=count, device=device)
+    if any(run.length != pieces[0].length for run in pieces):
+        return torch.cat(
+            [init_values(spec, name, seed, start=run.first, count=run.length, device=device) for run in pieces]
+        )
+    length = pieces[0].length
+    if length >= _CHUNK // 4:
+        parts = [init_values(spec, name, seed, start=run.first, count=length, device=device) for run in pieces]
+        return torch.cat(parts)
+    key = rng.stream_key(seed, "init", name)
+    firsts = torch.tensor([run.first for run in pieces], dtype=torch.int64, device=device)
+    out = torch.empty(len(pieces), length, dtype=torch.float32, device=device)
+    rows = max(_CHUNK // length, 1)
+    for low in range(0, len(pieces), rows):
+        some = firsts[low : low + rows]
+        if spec.init_dist == "uniform":
+            out[low : low + rows] = _spread(rng.uniform_runs(key, some, length), spec)
+        else:
+            out[low : low + rows] = rng.normal_runs(key, some, length).mul_(spec.init_std)
+    return out.flatten()
+
+
+def _spread(unit: Tensor, spec: ParamSpec) -> Tensor:
+    """Uniforms in (0, 1] -> uniforms of mean 0 and the spec's standard deviation, in place."""
+    return unit.mul_(2.0).sub_(1.0).mul_(math.sqrt(3.0) * spec.init_std)
+
+
 @torch.no_grad()
 def init_parameters(model: nn.Module, seed: int) -> None:
     """Set every parameter of ``model`` in place, and its fixed tables (modules with ``reset_buffers``).
 
-    Parameters must be whole (global shape) and on a real device; any floating dtype.
+    Parameters must be on a real device and of global shape, or the slice that their module declares; any floating
+    dtype.
     """
-    for name, param, spec in walk_specs(model):
+    for name, param, spec, boxes in walk_slices(model):
         if spec.init_std == 0.0:
             param.fill_(spec.init_value)
+        elif boxes is not None:
+            param.copy_(slice_values(spec, name, seed, boxes, device=param.device).view(param.shape))
         else:
             param.copy_(init_values(spec, name, seed, device=param.device).view(param.shape))
     for module in model.modules():

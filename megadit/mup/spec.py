@@ -14,6 +14,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from megadit.slices import Boxes
+
 Role = Literal["input", "hidden", "vector", "output", "finite"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -92,6 +94,16 @@ def walk_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]
     Raises:
         LookupError: a parameter whose module declares no spec for it.
     """
+    for name, param, spec, _ in walk_slices(model):
+        yield name, param, spec
+
+
+def walk_slices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec, Boxes | None]]:
+    """``walk_specs`` with the slice of the parameter that this rank holds (the module's ``param_boxes``; None: all).
+
+    Raises:
+        LookupError: a parameter whose module declares no spec for it.
+    """
     modules = dict(model.named_modules())
     for name, param in model.named_parameters():
         owner, _, local = name.rpartition(".")
@@ -101,7 +113,8 @@ def walk_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]
                 f"parameter {name} of {type(modules[owner]).__name__} has no ParamSpec; "
                 f"declare it in the module's param_specs when it is built"
             )
-        yield name, param, declared[local]
+        boxes: dict[str, Boxes] = getattr(modules[owner], "param_boxes", {})
+        yield name, param, declared[local], boxes.get(local)
 
 
 def param_specs(model: nn.Module) -> dict[str, ParamSpec]:

@@ -10,6 +10,7 @@ from megadit.models.layers.linear import MuLinear
 from megadit.models.layers.norm import MuRMSNorm, Precision, without_autocast
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
+from megadit.parallel.tensor import tensor_layout
 
 
 class SelfAttention(nn.Module):
@@ -17,7 +18,7 @@ class SelfAttention(nn.Module):
 
     ``qkv`` puts out q, k, v, each [heads, head_dim]; with ``qk_norm`` q and k pass an RMSNorm over head_dim
     whose gain all heads share. ``precision`` fp32 computes scores, softmax and their product with v in float32,
-    ``norm_precision`` the norms.
+    ``norm_precision`` the norms. Tensor parallelism shares out the heads; ``tokens``: see ``MuLinear``.
     """
 
     def __init__(
@@ -30,24 +31,27 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = True,
         precision: Precision = "auto",
         norm_precision: Precision = "auto",
+        tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width.size // heads
+        self.local_heads = tensor_layout().share(heads, "attention heads")
         self.precision = precision
         tripled = Dim(3 * width.size, 3 * width.base_size)
-        self.qkv = MuLinear(width, tripled, param, bias=qkv_bias)
-        self.q_norm = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
-        self.k_norm = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
-        self.proj = MuLinear(width, width, param)
+        self.qkv = MuLinear(width, tripled, param, bias=qkv_bias, shard="column", parts=3, tokens=tokens)
+        gain = Dim(self.head_dim)
+        self.q_norm = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
+        self.k_norm = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
+        self.proj = MuLinear(width, width, param, shard="row", tokens=tokens)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, n) -> (B, T, n); mask as in ``attend``."""
-        b, t, n = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed = attend(q, k, v, mask, self.precision)
-        return self.proj(mixed.transpose(1, 2).reshape(b, t, n))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, precision: Precision = "auto") -> Tensor:

@@ -30,9 +30,9 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.features = features
         self.mlp = nn.Sequential(
-            MuLinear(Dim(features), width, param, init="timestep"),
+            MuLinear(Dim(features), width, param, init="timestep", shard="column"),
             nn.SiLU(),
-            MuLinear(width, width, param, init="timestep"),
+            MuLinear(width, width, param, init="timestep", shard="row"),
         )
 
     def forward(self, t: Tensor) -> Tensor:

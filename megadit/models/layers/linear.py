@@ -8,6 +8,15 @@ from torch.nn import functional as F
 
 from megadit.mup.rules import Parametrization, Purpose
 from megadit.mup.spec import Dim, ParamSpec, Role
+from megadit.parallel.collectives import (
+    copy_to_ranks,
+    gather_channels,
+    gather_tokens,
+    sum_and_scatter_tokens,
+    sum_over_ranks,
+)
+from megadit.parallel.tensor import Shard, TensorLayout, cut, mark_shards, tensor_layout
+from megadit.slices import Boxes
 from megadit_kernels import scaled_linear
 
 
@@ -15,6 +24,16 @@ class MuLinear(nn.Module):
     """``y = mult * W x + b``: W (out, in), b (out,); mult is the role's forward multiplier.
 
     Not an ``nn.Linear``, so that the mup package neither rescales it nor asks for its own readout class.
+
+    What a tensor-parallel rank holds and does (Megatron-LM, arXiv 1909.08053 section 3 and 2205.05198 section 4.2):
+
+    * ``shard`` column: a share of the outputs, from the whole input; ``parts`` matrices side by side are cut each by
+      itself; with ``gather`` every rank gets all outputs, to use on what it holds of the tokens.
+    * row: a share of the inputs, as a column layer puts it out; the ranks' products are summed, then the bias added.
+    * none: everything.
+
+    ``tokens``: the input (B, T, n) is a stream of T tokens, which sequence parallelism cuts between the ranks outside
+    of pairs of column and row layers; None: it is never cut.
     """
 
     def __init__(
@@ -26,15 +45,32 @@ class MuLinear(nn.Module):
         bias: bool = True,
         init: Purpose = "linear",
         role: Role | None = None,
+        shard: Shard = "none",
+        parts: int = 1,
+        gather: bool = False,
+        tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_dim.size, out_dim.size
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((out_dim, in_dim), init, role=role)}
-        self.weight = nn.Parameter(torch.empty(out_dim.size, in_dim.size))
-        self.bias = nn.Parameter(torch.empty(out_dim.size)) if bias else None
+        self.shard: Shard = shard
+        self.gather = gather
+        layout = tensor_layout()
+        self.layout = layout if layout.size > 1 else None
+        self.tokens = tokens if layout.sequence else None
+        self.param_boxes: dict[str, Boxes] = {}
+        shape: tuple[int, ...] = (out_dim.size, in_dim.size)
+        bias_shape: tuple[int, ...] = (out_dim.size,)
+        if self.layout is not None and shard != "none":
+            shape, self.param_boxes["weight"] = cut(shape, layout, 0 if shard == "column" else 1, parts)
+            if bias and shard == "column":
+                bias_shape, self.param_boxes["bias"] = cut(bias_shape, layout, 0, parts)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
         if bias:
             purpose: Purpose = "repa_bias" if init == "repa" else "zero"
             self.param_specs["bias"] = param.spec((out_dim,), purpose)
+        mark_shards(self)
 
     @property
     def forward_mult(self) -> float:
@@ -42,8 +78,40 @@ class MuLinear(nn.Module):
         return self.param_specs["weight"].forward_mult
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return scaled_linear(x, self.weight, self.bias, self.forward_mult)
+        """(..., in) -> (..., out), of which a column layer that does not gather puts out the rank's share."""
+        if self.layout is None:
+            return scaled_linear(x, self.weight, self.bias, self.forward_mult)
+        if self.shard == "column":
+            return self._columns(x, self.layout)
+        if self.shard == "row":
+            return self._rows(x, self.layout)
+        return self._on_own_tokens(x, self.layout)
+
+    def _columns(self, x: Tensor, layout: TensorLayout) -> Tensor:
+        if self.tokens is None:
+            x = copy_to_ranks(x, layout)
+        else:
+            x = gather_tokens(x, layout, self.tokens, partial=True)
+        out = scaled_linear(x, self.weight, self.bias, self.forward_mult)
+        return gather_channels(out, layout, partial=layout.sequence) if self.gather else out
+
+    def _rows(self, x: Tensor, layout: TensorLayout) -> Tensor:
+        product = scaled_linear(x, self.weight, None, self.forward_mult)
+        bias: Tensor | None = self.bias
+        if self.tokens is None:
+            out = sum_over_ranks(product, layout)
+        else:
+            out = sum_and_scatter_tokens(product, layout)
+            bias = None if bias is None else copy_to_ranks(bias, layout)
+        return out if bias is None else out + bias
+
+    def _on_own_tokens(self, x: Tensor, layout: TensorLayout) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.tokens is not None:  # each rank sees its own tokens, and gradients of whole parameters are sums
+            weight = copy_to_ranks(weight, layout)
+            bias = None if bias is None else copy_to_ranks(bias, layout)
+        return scaled_linear(x, weight, bias, self.forward_mult)
 
     def extra_repr(self) -> str:
         spec = self.param_specs["weight"]

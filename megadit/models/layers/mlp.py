@@ -15,14 +15,26 @@ Activation = Literal["gelu_tanh", "gelu", "swiglu"]
 
 
 class Mlp(nn.Module):
-    """``fc2(act(fc1(x)))``; for swiglu fc1 puts out [gate, up], 2 x hidden, and ``act`` is SiLU(gate) * up."""
+    """``fc2(act(fc1(x)))``; for swiglu fc1 puts out [gate, up], 2 x hidden, and ``act`` is SiLU(gate) * up.
 
-    def __init__(self, width: Dim, hidden: Dim, param: Parametrization, activation: Activation = "gelu_tanh") -> None:
+    Tensor parallelism shares out the hidden channels, pairs of gate and up together; ``tokens``: see ``MuLinear``.
+    """
+
+    def __init__(
+        self,
+        width: Dim,
+        hidden: Dim,
+        param: Parametrization,
+        activation: Activation = "gelu_tanh",
+        *,
+        tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.activation = activation
         fan_out = Dim(2 * hidden.size, 2 * hidden.base_size) if activation == "swiglu" else hidden
-        self.fc1 = MuLinear(width, fan_out, param)
-        self.fc2 = MuLinear(hidden, width, param)
+        parts = 2 if activation == "swiglu" else 1
+        self.fc1 = MuLinear(width, fan_out, param, shard="column", parts=parts, tokens=tokens)
+        self.fc2 = MuLinear(hidden, width, param, shard="row", tokens=tokens)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, n) -> (B, T, n)."""

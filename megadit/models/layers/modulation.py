@@ -10,6 +10,9 @@ from megadit.mup.spec import Dim
 
 
 def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequential:
-    """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``."""
+    """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``.
+
+    Tensor-parallel ranks share out its 6 n^2 elements, a third of a block's, and gather the result, one row a sample.
+    """
     out = Dim(chunks * width.size, chunks * width.base_size)
-    return nn.Sequential(nn.Identity(), MuLinear(width, out, param, init="adaln"))
+    return nn.Sequential(nn.Identity(), MuLinear(width, out, param, init="adaln", shard="column", gather=True))

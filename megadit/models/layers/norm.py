@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
+from megadit.parallel.collectives import copy_to_ranks
+from megadit.parallel.tensor import TensorLayout, tensor_layout
 from megadit_kernels import layer_norm_modulate
 
 Precision = Literal["auto", "fp32"]
@@ -22,6 +24,12 @@ def without_autocast(x: Tensor) -> Iterator[None]:
     """Keep a surrounding autocast from taking float32 operands back to half precision."""
     with torch.autocast(x.device.type, enabled=False):
         yield
+
+
+def _sharing(of_heads: bool, tokens: int | None) -> TensorLayout | None:
+    """The layout, where each rank norms a part of what there is, so that a gain's gradient is a sum over ranks."""
+    layout = tensor_layout()
+    return layout if layout.size > 1 and (of_heads or (layout.sequence and tokens is not None)) else None
 
 
 class ModulatedNorm(nn.Module):
@@ -40,28 +48,54 @@ class ModulatedNorm(nn.Module):
 
 
 class MuRMSNorm(nn.Module):
-    """RMSNorm over the last dimension with a learned gain, started at 1; in float32 and rounded once if so asked."""
+    """RMSNorm over the last dimension with a learned gain, started at 1; in float32 and rounded once if so asked.
 
-    def __init__(self, dim: Dim, param: Parametrization, eps: float = 1e-6, precision: Precision = "auto") -> None:
+    ``of_heads``: it norms heads, which tensor-parallel ranks share out; ``tokens``: see ``MuLinear``.
+    """
+
+    def __init__(
+        self,
+        dim: Dim,
+        param: Parametrization,
+        eps: float = 1e-6,
+        precision: Precision = "auto",
+        *,
+        of_heads: bool = False,
+        tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.eps, self.precision = eps, precision
+        self.layout = _sharing(of_heads, tokens)
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
         self.weight = nn.Parameter(torch.empty(dim.size))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in x's dtype."""
+        gain = self.weight if self.layout is None else copy_to_ranks(self.weight, self.layout)
         if self.precision == "auto" or x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, gain.shape, gain, self.eps)
         with without_autocast(x):
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+            return F.rms_norm(x.float(), gain.shape, gain.float(), self.eps).to(x.dtype)
 
 
 class MuLayerNorm(nn.Module):
-    """LayerNorm with a learned gain and bias, started at 1 and 0; in float32 and rounded once if so asked."""
+    """LayerNorm with a learned gain and bias, started at 1 and 0; in float32 and rounded once if so asked.
 
-    def __init__(self, dim: Dim, param: Parametrization, eps: float = 1e-5, precision: Precision = "auto") -> None:
+    ``tokens``: see ``MuLinear``.
+    """
+
+    def __init__(
+        self,
+        dim: Dim,
+        param: Parametrization,
+        eps: float = 1e-5,
+        precision: Precision = "auto",
+        *,
+        tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.eps, self.precision = eps, precision
+        self.layout = _sharing(False, tokens)
         self.param_specs: dict[str, ParamSpec] = {
             "weight": param.spec((dim,), "one"),
             "bias": param.spec((dim,), "zero"),
@@ -71,8 +105,11 @@ class MuLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n) in x's dtype."""
+        gain: Tensor = self.weight
+        bias: Tensor = self.bias
+        if self.layout is not None:
+            gain, bias = copy_to_ranks(gain, self.layout), copy_to_ranks(bias, self.layout)
         if self.precision == "auto" or x.dtype == torch.float32:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return F.layer_norm(x, gain.shape, gain, bias, self.eps)
         with without_autocast(x):
-            normed = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
-            return normed.to(x.dtype)
+            return F.layer_norm(x.float(), gain.shape, gain.float(), bias.float(), self.eps).to(x.dtype)

@@ -1,0 +1,180 @@
+"""Collectives of tensor and sequence parallelism, with their gradients.
+
+Each function names what it does to the values; what it does to gradients follows from who uses the result:
+
+=======================  ==============================  ===========================================
+function                 forward                         backward
+=======================  ==============================  ===========================================
+copy_to_ranks            --                              sum over ranks
+sum_over_ranks           sum over ranks                  --
+gather_channels          all-gather the last dimension   this rank's part, or (``partial``) of the sum
+scatter_tokens           this rank's tokens              all-gather tokens
+gather_tokens            all-gather tokens               this rank's part, or (``partial``) of the sum
+sum_and_scatter_tokens   sum, of which its own tokens    all-gather tokens
+=======================  ==============================  ===========================================
+
+``partial`` says that each rank goes on with a part of the work, so that their gradients add up; otherwise all ranks do
+the same and have the same gradient. Token streams are (B, T, n). A rank holds ceil(T / ranks) tokens; where that does
+not divide, the last ones are padding, zero when made, cut off whenever tokens are gathered, and without gradient.
+
+Nothing is summed in place: the operand may be kept for the backward pass, or be kept by selective recomputation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from megadit.parallel.tensor import TensorLayout
+
+
+def copy_to_ranks(x: Tensor, layout: TensorLayout) -> Tensor:
+    """x, the same on all ranks, for use in a part of the work each: gradients are summed."""
+    out: Tensor = _Copy.apply(x, layout)
+    return out
+
+
+def sum_over_ranks(x: Tensor, layout: TensorLayout) -> Tensor:
+    """Sum of all ranks' x, the same on all."""
+    out: Tensor = _Sum.apply(x, layout)
+    return out
+
+
+def gather_channels(x: Tensor, layout: TensorLayout, *, partial: bool) -> Tensor:
+    """(..., n / ranks) -> (..., n), the ranks' channels one after the other."""
+    out: Tensor = _GatherChannels.apply(x, layout, partial)
+    return out
+
+
+def scatter_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
+    """(B, T, n), the same on all ranks -> this rank's (B, ceil(T / ranks), n)."""
+    out: Tensor = _ScatterTokens.apply(x, layout)
+    return out
+
+
+def gather_tokens(x: Tensor, layout: TensorLayout, tokens: int, *, partial: bool) -> Tensor:
+    """(B, ceil(T / ranks), n) -> (B, T, n) for T ``tokens``."""
+    out: Tensor = _GatherTokens.apply(x, layout, tokens, partial)
+    return out
+
+
+def sum_and_scatter_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
+    """Sum of all ranks' (B, T, n), of which this rank's tokens: (B, ceil(T / ranks), n)."""
+    out: Tensor = _SumScatterTokens.apply(x, layout)
+    return out
+
+
+def own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
+    """Where a stream begins: this rank's tokens of (B, T, n) under sequence parallelism, else all."""
+    return scatter_tokens(x, layout) if layout.sequence else x
+
+
+def all_tokens(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
+    """Where a stream ends and all ranks go on alike: its (B, T, n) for T ``tokens``."""
+    return gather_tokens(x, layout, tokens, partial=False) if layout.sequence else x
+
+
+def _summed(x: Tensor, layout: TensorLayout) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=layout.group)
+    return out
+
+
+def _gathered(x: Tensor, layout: TensorLayout) -> Tensor:
+    """x of every rank, stacked in front: (ranks, *x.shape)."""
+    out = x.new_empty((layout.size * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=layout.group)
+    return out.view(layout.size, *x.shape)
+
+
+def _scattered_sum(parts: Tensor, layout: TensorLayout) -> Tensor:
+    """Of the sum over ranks of (ranks, ...) the part of this rank."""
+    out = parts.new_empty(parts.shape[1:])
+    dist.reduce_scatter_tensor(out, parts.contiguous().flatten(0, 1), group=layout.group)
+    return out
+
+
+def _tokens_apart(x: Tensor, layout: TensorLayout) -> Tensor:
+    """(B, T, n) -> (ranks, B, ceil(T / ranks), n), padded with zeros."""
+    missing = -x.shape[1] % layout.size
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.unflatten(1, (layout.size, -1)).transpose(0, 1)
+
+
+def _tokens_together(parts: Tensor, tokens: int) -> Tensor:
+    """(ranks, B, ceil(T / ranks), n) -> (B, T, n), without the padding."""
+    return parts.transpose(0, 1).flatten(1, 2)[:, :tokens]
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
+        ctx.layout = layout
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.layout), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
+        return _summed(x, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _GatherChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout, partial: bool) -> Tensor:
+        ctx.layout, ctx.partial = layout, partial
+        return _gathered(x, layout).movedim(0, -2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        parts = grad.unflatten(-1, (ctx.layout.size, -1)).movedim(-2, 0)
+        own = _scattered_sum(parts, ctx.layout) if ctx.partial else parts[ctx.layout.rank].contiguous()
+        return own, None, None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
+        ctx.layout, ctx.tokens = layout, x.shape[1]
+        return _tokens_apart(x, layout)[layout.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _tokens_together(_gathered(grad, ctx.layout), ctx.tokens), None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout, tokens: int, partial: bool) -> Tensor:
+        ctx.layout, ctx.partial = layout, partial
+        return _tokens_together(_gathered(x, layout), tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        parts = _tokens_apart(grad, ctx.layout)
+        own = _scattered_sum(parts, ctx.layout) if ctx.partial else parts[ctx.layout.rank].contiguous()
+        return own, None, None, None
+
+
+class _SumScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
+        ctx.layout, ctx.tokens = layout, x.shape[1]
+        return _scattered_sum(_tokens_apart(x, layout), layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _tokens_together(_gathered(grad, ctx.layout), ctx.tokens), None

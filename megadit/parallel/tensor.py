@@ -1,0 +1,101 @@
+"""Tensor parallelism as layers see it: this rank's share of heads, channels and tokens.
+
+A model is built the same way for any layout: inside ``with building(layout)`` the layers that can be cut ask for the
+layout and make their share of their parameters; what they declare (``ParamSpec``) stays global. Which elements a share
+holds is said by boxes (``megadit.slices``) in the layer's ``param_boxes``, by the parameter's local name; a parameter
+that is not named there is whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from megadit.slices import Boxes
+
+Shard = Literal["none", "column", "row"]
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """This rank, ``rank`` of ``size`` that share every layer.
+
+    ``sequence``: between the layers that are cut by channels, token streams are cut by tokens. ``group`` is the process
+    group of the ``size`` ranks; None builds shapes without being able to run.
+    """
+
+    size: int = 1
+    rank: int = 0
+    sequence: bool = False
+    group: Any = field(default=None, compare=False, repr=False)
+
+    def __deepcopy__(self, _memo: Any) -> TensorLayout:
+        return self  # a process group cannot be copied, and a copied model lives in the same one
+
+    def share(self, size: int, what: str) -> int:
+        """``size`` / ranks.
+
+        Raises:
+            ValueError: the ranks do not divide it; ``what`` says what it counts.
+        """
+        if size % self.size:
+            raise ValueError(f"{self.size} tensor-parallel ranks do not divide {size} {what}")
+        return size // self.size
+
+
+WHOLE = TensorLayout()
+_building: ContextVar[TensorLayout] = ContextVar("tensor_layout", default=WHOLE)
+
+
+@contextmanager
+def building(layout: TensorLayout | None) -> Iterator[None]:
+    """Models built inside hold one rank's share of their parameters (None: all of them)."""
+    token = _building.set(layout or WHOLE)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def tensor_layout() -> TensorLayout:
+    """The layout for which a model is being built now."""
+    return _building.get()
+
+
+def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) -> tuple[tuple[int, ...], Boxes]:
+    """This rank's share of a parameter of global ``shape``, cut along ``dim``: its local shape and its boxes.
+
+    ``parts``: how many matrices stand side by side along ``dim`` (3 for q, k and v, 2 for gate and up), each of which
+    is cut by itself.
+
+    Raises:
+        ValueError: the ranks do not divide a part.
+    """
+    part = shape[dim] // parts
+    share = layout.share(part, f"channels of a parameter of shape {tuple(shape)}")
+    spans = [(p * part + layout.rank * share, p * part + (layout.rank + 1) * share) for p in range(parts)]
+    boxes = tuple(tuple(span if d == dim else (0, size) for d, size in enumerate(shape)) for span in spans)
+    if dim and parts > 1:
+        raise ValueError("parts can stand side by side along the first dimension only")
+    local = tuple(parts * share if d == dim else size for d, size in enumerate(shape))
+    return local, boxes
+
+
+def mark_shards(module: nn.Module) -> None:
+    """Tell those who count gradients which of the module's own parameters are shares, held by one rank only.
+
+    DeepSpeed (and megadit's stage 0) counts an unmarked parameter on the first tensor-parallel rank alone: without the
+    mark the gradient norm is too small, and clipping too weak, without an error.
+    """
+    for name in getattr(module, "param_boxes", {}):
+        getattr(module, name).tensor_model_parallel = True
+
+
+def is_shard(parameter: nn.Parameter) -> bool:
+    """Whether other tensor-parallel ranks hold other elements of this parameter."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
