@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megadit.config.base import Section
 from megadit.config.data import DataConfig
+from megadit.config.layout import layout_problem
 from megadit.config.model import ModelConfig
 
 
@@ -165,6 +166,12 @@ class EmaConfig(Section):
 class ParallelConfig(Section):
     """How the run is spread over processes."""
 
+    tensor: int = Field(
+        1, ge=1, description="tensor parallelism: neighbouring ranks that share every layer; divides the heads"
+    )
+    sequence: bool = Field(
+        False, description="sequence parallelism: they share the tokens too, outside of attention and MLP"
+    )
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
         None, description="ZeRO stage; default 0 for one fp32 process, else 1"
     )
@@ -284,6 +291,7 @@ class RunConfig(Section):
             self._text_problem(),
             self._repa_problem(),
             self._stage_problem(),
+            layout_problem(self),
             self._weights_problem(),
         )
         for problem in problems:
@@ -344,6 +352,11 @@ class RunConfig(Section):
             return f"objective.repa_weight: {weight}, but the model has no projector; set model.repa.block, or 0"
         if weight and self.data.features is None:
             return f"objective.repa_weight: {weight}, but there are no target features; set data.features.encoder, or 0"
+        if not weight and self.model.repa is not None:
+            return (
+                "objective.repa_weight: 0, but the model has a projector, which nothing would train; set a weight, or "
+                "model.repa=null"
+            )
         return None
 
     def _stage_problem(self) -> str | None:

@@ -38,7 +38,10 @@ class NoisyBatch:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """``total``: per-sample loss, float32 (B,), what training averages. ``terms``: its addends by name, each (B,)."""
+    """``total``: per-sample loss, float32 (B,), what training averages. ``terms``: its parts by name, each (B,).
+
+    Parts add up to the total, but for ``repa``, which is told before its weight.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]

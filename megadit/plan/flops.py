@@ -18,7 +18,10 @@ _PEAKS = {
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """FLOPs of one image's forward pass (a multiply-add counts two), by torch's FlopCounterMode on meta tensors."""
+    """FLOPs of one image's forward pass (a multiply-add counts two), by torch's FlopCounterMode on meta tensors.
+
+    The REPA projector counts where the model has one; the encoder of its targets does not.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     from megadit.models import build_model
@@ -28,7 +31,7 @@ def forward_flops(config: ModelConfig) -> int:
     t = torch.empty(1, device="meta")
     cond = example_conditioning(config, [0]).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t, cond)
+        model(x, t, cond, project=config.repa is not None)
     return int(counter.get_total_flops())
 
 

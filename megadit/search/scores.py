@@ -1,7 +1,8 @@
 """Scores of a run, read from its metrics after it ended.
 
 The functions here take the rows of ``metrics.jsonl``. A row's loss is the mean over the steps since the row before it,
-so a mean over the last k steps weighs each row by the number of its steps among them.
+so a mean over the last k steps weighs each row by the number of its steps among them. Losses are those of the objective
+alone: with REPA's part, trials of different ``objective.repa_weight`` could not be compared.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def train_loss(rows: Sequence[Row], at: int, last: int = 1) -> float | None:
     """
     total, steps, previous, reached = 0.0, 0, 0, False
     for row in rows:
-        step, loss = row["step"], row.get("loss")
+        step, loss = row["step"], _objective_loss(row)
         if step > at:
             break
         inside = step - max(previous, at - last)
@@ -44,6 +45,16 @@ def train_loss(rows: Sequence[Row], at: int, last: int = 1) -> float | None:
             steps += inside
         previous, reached = step, step == at
     return total / steps if reached and steps else None
+
+
+def _objective_loss(row: Row) -> float | None:
+    """A row's loss without REPA's part; None where it was not finite."""
+    if row.get("loss_repa") is None:
+        loss: float | None = row.get("loss")
+        return loss
+    others = {"loss_repa", "loss_bins"}
+    parts = [value for key, value in row.items() if key.startswith("loss_") and key not in others]
+    return None if row.get("loss") is None or None in parts else float(sum(parts))
 
 
 def val_loss(rows: Sequence[Row], at: int) -> float | None:
@@ -64,8 +75,8 @@ def divergence(rows: Sequence[Row], at: int, above: float | None, last: int = 1)
     loss = train_loss(rows, at, last)
     if loss is None:
         return f"no finite training loss at step {at}"
-    first = rows[0]["loss"]
-    if above is not None and loss > above * first:
+    first = _objective_loss(rows[0])
+    if above is not None and first is not None and loss > above * first:
         return f"the training loss at step {at} is {loss:.4g}, more than {above:g} times the first, {first:.4g}"
     return None
 

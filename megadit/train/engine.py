@@ -18,14 +18,18 @@ from megadit.conditioning import Conditioning
 from megadit.config import OptimConfig
 from megadit.config.run import ONLINE, EmaConfig
 from megadit.parallel import ProcessContext
+from megadit.parallel.topology import Groups, ModelParallelUnit
 from megadit.train.ema import Ema
 from megadit.train.optimizer import MuOptimizer
-from megadit.train.partitions import Partitions, avoid_shm_build, restore_linear
+from megadit.train.partitions import Partitions, avoid_shm_build, forget_model_parallel, restore_linear
 from megadit.train.schedule import Schedule
 
 
 class TrainingEngine:
-    """DeepSpeed's engine over ``model``: ZeRO stage, precision, accumulation and clipping as in ``ds_config``."""
+    """DeepSpeed's engine over ``model``: ZeRO stage, precision, accumulation and clipping as in ``ds_config``.
+
+    ``groups``: of the ranks that share layers; None where every rank has all of them.
+    """
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class TrainingEngine:
         ds_config: dict[str, Any],
         context: ProcessContext,
         ema: EmaConfig | None = None,
+        groups: Groups | None = None,
     ) -> None:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         avoid_shm_build()
@@ -43,10 +48,16 @@ class TrainingEngine:
         import deepspeed
 
         restore_linear()
+        forget_model_parallel()
         self.context = context
         self.optimizer = MuOptimizer(model, optim, schedule, context.device)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer.inner, config=dict(ds_config))
-        self.partitions = Partitions(self._engine, self.optimizer.clip)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer.inner,
+            config=dict(ds_config),
+            mpu=None if groups is None else ModelParallelUnit(groups),
+        )
+        self.partitions = Partitions(self._engine, self.optimizer.clip, groups.topology if groups else None)
         self.ema = Ema(self.partitions, ema or EmaConfig())
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
@@ -67,10 +78,10 @@ class TrainingEngine:
         """Whether the last optimizer step changed the weights; DeepSpeed skips updates from overflowed gradients."""
         return bool(self._engine.was_step_applied())
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The model's output for one micro batch, through DeepSpeed's hooks."""
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, project: bool = False) -> Any:
+        """The model's output for one micro batch, through DeepSpeed's hooks; with ``project`` its REPA tokens too."""
         self.ema.settle()
-        return self._engine(x, t, cond)
+        return self._engine(x, t, cond, project=project)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of the micro batch's mean loss; DeepSpeed divides by the accumulation steps."""

@@ -101,7 +101,7 @@ def optimizer_step(run: TrainingRun, batches: Iterator[Any], meter: Meter, want_
         meter.clock.waited += time.perf_counter() - begin
         x0, cond = run.inputs(batch, seed)
         noisy = run.objective.prepare(x0, cond, batch.numbers, seed)
-        terms = run.objective.loss(run.engine.forward(noisy.x, noisy.t, noisy.cond), noisy)
+        terms = run.losses(run.engine.forward, batch, noisy)
         run.engine.backward(terms.total.mean())
         meter.sums.add(terms, noisy.time01)
         norm = run.engine.micro_step(run.position.step, micro == run.layout.accumulation - 1, want_norm)

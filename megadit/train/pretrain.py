@@ -20,6 +20,7 @@ from typing import Any
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, describe
 from megadit.data.conditions import Conditions
+from megadit.data.features import TargetFeatures
 from megadit.data.latents import build_codec
 from megadit.diffusion import build_objective
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
@@ -187,6 +188,7 @@ def assemble(
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = Conditions(config.model)
     objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
+    features = _target_features(config, context)
     model = build_model(config.model, seed=config.train.seed)
     model.recompute = config.train.activation_checkpointing
     if config.train.compile:
@@ -216,7 +218,16 @@ def assemble(
         directory=directory,
         total_steps=steps,
         position=position,
+        features=features,
     )
+
+
+def _target_features(config: RunConfig, context: ProcessContext) -> TargetFeatures | None:
+    """The targets of the REPA loss, on the model's grid of tokens; None where nothing asks for them."""
+    if not config.objective.repa_weight:
+        return None
+    assert config.data.features is not None  # the configuration holds the two together
+    return TargetFeatures(config.data.features, config.model.input_size // config.model.patch_size, context.device)
 
 
 def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,8 +13,10 @@ from megadit.conditioning import Conditioning
 from megadit.config import RunConfig
 from megadit.data import Batch, BatchLayout, ImageSet
 from megadit.data.conditions import Conditions
+from megadit.data.features import TargetFeatures
 from megadit.data.latents import Codec
-from megadit.diffusion import Objective
+from megadit.diffusion import LossTerms, NoisyBatch, Objective
+from megadit.diffusion.repa import alignment_loss, with_alignment
 from megadit.parallel import ProcessContext
 from megadit.rng import sample_keys
 from megadit.train.checkpoint import Position, save_checkpoint
@@ -22,7 +26,10 @@ from megadit.train.run_dir import RunDirectory
 
 @dataclass
 class TrainingRun:
-    """One run. ``position`` and ``saved_step`` (of the newest checkpoint made here) advance; everything else stays."""
+    """One run. ``position`` and ``saved_step`` (of the newest checkpoint made here) advance; everything else stays.
+
+    ``features`` are the targets of the REPA loss; None where there is none.
+    """
 
     config: RunConfig
     context: ProcessContext
@@ -36,6 +43,7 @@ class TrainingRun:
     directory: RunDirectory
     total_steps: int
     position: Position
+    features: TargetFeatures | None = None
     saved_step: int | None = None
 
     def inputs(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
@@ -47,6 +55,28 @@ class TrainingRun:
         keys = sample_keys(seed, "latent", batch.numbers).to(device)
         x0 = self.codec.encode(batch.images.to(device, non_blocking=True), keys)
         return x0, self.conditions.of(batch, device)
+
+    def losses(self, forward: Callable[..., Any], batch: Batch, noisy: NoisyBatch) -> LossTerms:
+        """What training minimises on a batch: the objective's loss and, where the run has one, REPA's.
+
+        ``forward`` is the model, ``noisy`` was made from ``batch``.
+        """
+        if self.features is None:
+            return self.objective.loss(forward(noisy.x, noisy.t, noisy.cond), noisy)
+        output, projected = forward(noisy.x, noisy.t, noisy.cond, project=True)
+        terms = self.objective.loss(output, noisy)
+        return with_alignment(terms, projected, self.features.of(batch), self.config.objective.repa_weight)
+
+    def separate_losses(self, model: Callable[..., Any], batch: Batch, noisy: NoisyBatch) -> dict[str, Tensor]:
+        """Per-sample losses, each float32 (B,): ``loss``, the objective's alone, and ``repa``, without its weight.
+
+        So that runs can be compared whatever their ``objective.repa_weight``.
+        """
+        if self.features is None:
+            return {"loss": self.objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total}
+        output, projected = model(noisy.x, noisy.t, noisy.cond, project=True)
+        repa = alignment_loss(projected, self.features.of(batch))
+        return {"loss": self.objective.loss(output, noisy).total, "repa": repa}
 
     def save(self) -> Path:
         """Write a checkpoint of the present position (all ranks must call)."""

@@ -21,19 +21,21 @@ _SEED = 20240521  # fixed for all runs: the loss must not depend on train.seed
 _STRATA = 64
 
 
-def validation_loss(run: TrainingRun, weights: str = ONLINE) -> float | None:
-    """Mean loss over the first ``train.validation_images`` held-out images; None when there are none.
+def validation_losses(run: TrainingRun, weights: str = ONLINE) -> dict[str, float]:
+    """Mean losses over the first ``train.validation_images`` held-out images; none when there are no images.
 
-    weights: online, or the name of an average.
-    All ranks must call: images are dealt to ranks, and each rank makes the same number of forward passes
+    ``loss`` is the objective's alone, ``repa`` that of REPA where the run has one. weights: online, or the name of an
+    average.
+    All ranks must call: images are dealt to data-parallel ranks, and each rank makes the same number of forward passes
     (ZeRO-3 gathers parameters in them), the surplus counting zero.
     """
     count = min(run.config.train.validation_images, len(run.val_set))
     if count == 0:
-        return None
-    world, rank, size = run.context.world_size, run.context.rank, run.layout.micro_batch
+        return {}
+    world, rank, size = run.layout.ranks, run.layout.rank, run.layout.micro_batch
     passes = -(-count // (world * size))
-    sums = torch.zeros(2, dtype=torch.float64, device=run.context.device)
+    names = ["loss"] if run.features is None else ["loss", "repa"]
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.context.device)
     # epoch 0 of this order is a fixed shuffle, so that the first images are a fair sample of all classes
     order = SampleOrder(len(run.val_set), _SEED)
     with run.engine.evaluation(weights) as model:
@@ -47,8 +49,8 @@ def validation_loss(run: TrainingRun, weights: str = ONLINE) -> float | None:
             keys = sample_keys(_SEED, "validation-noise", numbers).to(x0.device)
             noise = batch_normal(keys, x0.shape[1:])
             noisy = run.objective.prepare(x0, cond, numbers, _SEED, t01=strata, noise=noise, drop=False)
-            losses = run.objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.double()
-            counted = counted.to(losses)
-            sums += torch.stack([(losses * counted).sum(), counted.sum()])
-    total, images = run.context.sum(sums).tolist()
-    return total / images
+            losses = run.separate_losses(model, batch, noisy)
+            counted = counted.to(sums)
+            sums += torch.stack([*((losses[name] * counted).sum() for name in names), counted.sum()])
+    *totals, images = run.context.sum(sums).tolist()
+    return {name: total / images for name, total in zip(names, totals, strict=True)}

@@ -102,3 +102,14 @@ def test_a_command_that_is_not_there_is_named(tmp_path):
     spec = ScoreSpec(name="fid", kind="command", command=("/no/such/program",), key="fid")
     with pytest.raises(UserError, match="scores.fid: '/no/such/program' cannot be started"):
         scores.command_score(spec, tmp_path)
+
+
+def test_the_weight_of_repa_does_not_enter_a_score():
+    rows = [
+        {"step": step, "loss": 1.5 - 0.5 * weight, "loss_mse": 1.0, "loss_vb": 0.5, "loss_repa": -0.5 * weight}
+        for step, weight in enumerate((0.1, 0.9), start=1)
+    ]
+    assert [scores.train_loss(rows, at) for at in (1, 2)] == [1.5, 1.5]
+    assert scores.divergence(rows, 2, 1.01) is None
+    rows[1]["loss"] = rows[1]["loss_mse"] = float("nan")
+    assert scores.train_loss(rows, 2) is None

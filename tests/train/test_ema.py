@@ -189,7 +189,7 @@ def test_power_decay_over_several_updates_is_the_product():
 
 def swap_rank(config, folder, ds):
     """Look through an average, with passes before, inside and after; what was seen and whether all came back."""
-    from megadit.train.validation import validation_loss
+    from megadit.train.validation import validation_losses
 
     run = assemble_rank(config, folder, None, ds)
     engine, name = run.engine, "0.5"
@@ -210,8 +210,8 @@ def swap_rank(config, folder, ds):
     def same(one, other):
         return all(map(torch.equal, one[0].values(), other[0].values())) and all(map(torch.equal, one[1], other[1]))
 
-    before, online = state(), validation_loss(run)
-    averaged = validation_loss(run, name)
+    before, online = state(), validation_losses(run)
+    averaged = validation_losses(run, name)
     inside = []
     with engine.evaluation(name):
         inside.append(working())
@@ -222,7 +222,7 @@ def swap_rank(config, folder, ds):
     intact = same(before, state())
     with pytest.raises(ZeroDivisionError), engine.evaluation(name):
         raise ZeroDivisionError
-    again = validation_loss(run)  # settles what the exception left
+    again = validation_losses(run)  # settles what the exception left
     intact = intact and same(before, state()) and again == online
     expected = [
         (f.name, f.shape, f.start, f.stop, engine.ema.tensors(f)[f"ema/{name}"].clone())
@@ -256,7 +256,7 @@ def test_an_average_takes_the_place_of_the_weights_and_leaves_no_trace(tmp_path,
         assert result["intact"]
         for name, values in result["inside"].items():
             assert torch.equal(values.flatten().to(dtype), average[name].to(dtype)), name
-    online, averaged = results[0]["val"]
+    online, averaged = (losses["loss"] for losses in results[0]["val"])
     assert abs(online - averaged) > 1e-4
     straight = run_ranks(world, train_rank, config, str(tmp_path / "straight"), 5, None, ds)
     assert results[0]["losses"] == straight[0]["losses"][3:]

@@ -9,7 +9,7 @@ from megadit.config.run import ONLINE
 from megadit.models import count_parameters
 from megadit.train.callbacks.base import Callback, Record, due
 from megadit.train.run_dir import write_json
-from megadit.train.validation import validation_loss
+from megadit.train.validation import validation_losses
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
@@ -19,14 +19,13 @@ class Validation(Callback):
     """The fixed-noise validation loss, every ``train.validate_every`` steps and at the end."""
 
     def on_step(self, run: TrainingRun) -> Record | None:
-        """Add to the record of a step at which it is due: ``val_loss``, and ``val_loss_ema/NAME`` of averages."""
+        """Add to a record that is due ``val_loss`` (and ``val_repa``), and ``val_loss_ema/NAME`` of averages."""
         if not due(run.position.step, run.config.train.validate_every, run.total_steps):
             return None
         addition: Record = {}
         for name in run.config.train.validate_with:
-            loss = validation_loss(run, name)
-            if loss is not None:
-                addition["val_loss" if name == ONLINE else f"val_loss_ema/{name}"] = loss
+            for what, loss in validation_losses(run, name).items():
+                addition[f"val_{what}" if name == ONLINE else f"val_{what}_ema/{name}"] = loss
         return addition
 
 
