@@ -2,6 +2,7 @@
 """Draw pictures from a run. The same command gives the same pixels.
 
 python launch/sample.py runs/emoji --classes "Food & Drink,Activities" --guidance 3 --out food.png
+python launch/sample.py runs/emoji-mmdit --prompt "flag of France" --prompt "red apple" --count 16
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="FILE.png", help="default RUN_DIR/samples/sample.png")
     p.add_argument("--npz", type=Path, metavar="FILE.npz", help="also write all pictures: arr_0, uint8 (N, H, W, 3)")
     p.add_argument("--classes", metavar="A,B,…", help="labels or names, taken in turn; default: all in turn")
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="texts to draw, one a line; default: the run's own")
     p.add_argument("--count", type=int, metavar="N", help="pictures; this and the next default to the run's sample.*")
     p.add_argument("--steps", type=int, metavar="N", help="sampling steps")
     p.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale; 1 is off")
@@ -60,26 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_outputs(grid, args.npz)
 
     from megadit.data.latents import build_codec
-    from megadit.diffusion.classes import read_classes, read_notice, resolve_classes
+    from megadit.diffusion.classes import read_notice
     from megadit.diffusion.grid import save_npz
-    from megadit.diffusion.pictures import picture_labels, sample_pictures, save_labelled_grid
+    from megadit.diffusion.pictures import sample_pictures, save_subject_grid
+    from megadit.diffusion.prompts import chosen_subjects
     from megadit.diffusion.schedulers import scheduler_name
     from megadit.train.checkpoint import load_model
 
     config, model = load_model(args.run_dir, checkpoint=args.checkpoint, weights=args.ema)
     config = _with_settings(config, args)
     device = _device(args.device)
-    classes = read_classes(args.run_dir)
-    chosen = resolve_classes(args.classes, classes, config.model.num_classes)
-    labels = picture_labels(config, chosen)
+    subjects = chosen_subjects(
+        args.run_dir, config, classes=args.classes, prompts=args.prompt, prompts_file=args.prompts, device=device
+    )
     codec = build_codec(config.data.vae, device)
-    pictures = sample_pictures(model.to(device), config, codec, labels=labels, device=device, batch_size=args.batch)
-    save_labelled_grid(pictures, labels, classes, grid, notice=read_notice(args.run_dir))
+    drawn = sample_pictures(model.to(device), config, codec, subjects=subjects, device=device, batch_size=args.batch)
+    save_subject_grid(drawn, subjects, grid, notice=read_notice(args.run_dir))
     if args.npz:
-        save_npz(pictures, args.npz)
-    told: dict[str, Any] = {"grid": str(grid), "npz": str(args.npz) if args.npz else None, "labels": labels}
-    told |= config.sample.model_dump() | {"scheduler": scheduler_name(config.objective, config.sample)}
-    print(json.dumps(told) if args.json else f"{len(pictures)} pictures: {grid}")
+        save_npz(drawn, args.npz)
+    told: dict[str, Any] = {"grid": str(grid), "npz": str(args.npz) if args.npz else None}
+    told |= {"labels": subjects.labels_of(len(drawn)), "prompts": subjects.prompts_of(len(drawn))}
+    told = config.sample.model_dump() | told | {"scheduler": scheduler_name(config.objective, config.sample)}
+    print(json.dumps(told) if args.json else f"{len(drawn)} pictures: {grid}")
     return EXIT_OK
 
 

@@ -53,11 +53,14 @@ class Conditioning:
     def dropped(self, drop: Tensor, null: Conditioning) -> Conditioning:
         """The same conditions with those of the samples where ``drop``, bool (B,), is true replaced by ``null``.
 
-        null: a batch of one, with every field that is given here. Raises ValueError if one is missing.
+        null: a batch of one, with every field that is given here. Only a mask may be missing: then a null text takes
+        that of the text it replaces, as PixArt's null caption does. Raises ValueError if another field is missing.
         """
         changed: dict[str, Tensor | None] = {}
         for name, value in self._tensors().items():
             instead = getattr(null, name)
+            if instead is None and name == "text_mask" and null.text is not None:
+                instead = value
             if value is not None and instead is None:
                 raise ValueError(f"{name}: there is no null condition to take its place")
             if value is not None:

@@ -2,21 +2,212 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from megadit.conditioning import Conditioning, null_label
-from megadit.config.model import ModelConfig
+import torch
+from torch import Tensor
+
+from megadit.conditioning import Conditioning, null_caption, null_label
+from megadit.config.model import ModelConfig, TextInput
+from megadit.config.run import RunConfig
 from megadit.data.batch import Batch
+from megadit.data.dataset import ImageSet
+from megadit.data.text import TextEncoder, TextTable, build_encoder, build_table, cache_folder, check_lengths
+from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, save_conditions
+from megadit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to draw and their features, a batch of as many."""
+
+    texts: tuple[str, ...]
+    cond: Conditioning
 
 
 class Conditions:
-    """Labels of a class-conditional model. ``null``: the condition, a batch of one, that stands for none."""
+    """Labels of a class-conditional model, text features of a text-conditional one.
 
-    def __init__(self, model: ModelConfig) -> None:
-        self.null: Conditioning | None = null_label(model.num_classes)
+    null: the condition, a batch of one, that stands for none.  prompts: what a text-conditional run draws.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        null: Conditioning | None = None,
+        table: TextTable | None = None,
+        prompts: Prompts | None = None,
+    ) -> None:
+        """``null`` of a model with classes is its null label; ``table`` serves batches that bring no text features."""
+        self._text, self._table = model.text, table
+        self.null = null_label(model.num_classes) if null is None else null
+        self.prompts = prompts
 
     def of(self, batch: Batch, device: torch.device | str = "cpu") -> Conditioning:
         """The conditions of a batch, on ``device``."""
+        if self._text is not None:
+            if self._table is None:
+                return stored_text(batch.extras, self._text).to(device)
+            return self._table.of(batch.captions).to(device)
         if self.null is None:
             return Conditioning()
         return Conditioning(labels=batch.labels).to(device)
+
+    def write(self, run_dir: Path) -> None:
+        """Keep null text and prompts in the run directory, so that drawing needs neither data nor encoder."""
+        if self._text is not None and self.null is not None:
+            save_conditions(run_dir / NULL_TEXT_FILE, self.null)
+        if self.prompts is not None:
+            save_conditions(run_dir / PROMPTS_FILE, self.prompts.cond, self.prompts.texts)
+
+
+def stored_text(extras: dict[str, Tensor], text: TextInput) -> Conditioning:
+    """Stored features, (B, l, D) with l up to ``max_length``, as a float32 condition of that length."""
+    states, mask = extras["text"].float(), extras["text_mask"].bool()
+    missing = text.max_length - states.shape[1]
+    return Conditioning(
+        text=torch.nn.functional.pad(states * mask[..., None], (0, 0, 0, missing)),
+        text_mask=torch.nn.functional.pad(mask, (0, missing)),
+        pooled=extras["pooled"].float() if text.pooled_dim else None,
+    )
+
+
+def build_conditions(
+    config: RunConfig, train_set: ImageSet, val_set: ImageSet, device: torch.device | str = "cpu"
+) -> Conditions:
+    """The conditions of a run. Captions are encoded, once per host, unless the set stores their features.
+
+    Raises UserError as ``check_text`` does, or where encoder or cache fail.
+    """
+    text = config.model.text
+    if text is None:
+        return Conditions(config.model)
+    stored = _stores_text(train_set)
+    encoder = _checked_encoder(config, train_set, device)
+    folder = cache_folder(config.data.text.cache)
+    table = None
+    if not stored:
+        assert encoder is not None
+        captions = {images.caption(i) for images in (train_set, val_set) for i in range(len(images))}
+        table = build_table(encoder, [*captions, ""], text.max_length, folder)
+    null = _null_text(config, train_set, encoder, table)
+    prompts = _prompts(config, val_set if len(val_set) else train_set, table, encoder)
+    return Conditions(config.model, null, table, prompts)
+
+
+def check_text(config: RunConfig, train_set: ImageSet) -> None:
+    """Refuse, before training, text that does not fit the model: stored or encoded features of other sizes, an encoder
+    that is not there, captions that are missing, prompts that are too long. Loads no weights.
+
+    Raises UserError that names the key, both values and the remedy.
+    """
+    if config.model.text is None:
+        return
+    if not _stores_text(train_set) and not any(train_set.caption(i) for i in range(len(train_set))):
+        raise UserError(f"data.condition: text, but no image of {train_set.name} has a caption; choose class or none")
+    encoder = _checked_encoder(config, train_set, "cpu")
+    if encoder is not None and config.sample.prompts:
+        check_lengths(encoder, config.sample.prompts, config.model.text.max_length, "sample.prompts")
+
+
+def check_encoder(encoder: TextEncoder, text: TextInput) -> None:
+    """Raise UserError unless the encoder's features are those that the model takes."""
+    _check_sizes(text, encoder.dim, encoder.pooled_dim, "data.text.encoder gives")
+    if encoder.longest is not None and text.max_length > encoder.longest:
+        raise UserError(
+            f"model.text.max_length: {text.max_length}, but data.text.encoder takes {encoder.longest} tokens; lower it"
+        )
+
+
+def _check_sizes(text: TextInput, dim: int, pooled_dim: int, who: str) -> None:
+    if text.dim != dim:
+        raise UserError(
+            f"model.text.dim: {text.dim}, but {who} {dim} channels; set model.text.dim={dim}, or another encoder"
+        )
+    if text.pooled_dim and text.pooled_dim != pooled_dim:
+        what = f"a pooled feature of {pooled_dim}" if pooled_dim else "no pooled feature (data.text.pooled none)"
+        raise UserError(
+            f"model.text.pooled_dim: {text.pooled_dim}, but {who} {what}; make them agree by model.text.pooled_dim "
+            "or data.text.pooled"
+        )
+    if not text.pooled_dim and pooled_dim and who.startswith("data.text.encoder"):
+        raise UserError(
+            f"model.text.pooled_dim: 0, but data.text.pooled gives a feature of {pooled_dim} that nothing takes; set "
+            f"model.text.pooled_dim={pooled_dim}, or data.text.pooled=none"
+        )
+
+
+def _stores_text(images: ImageSet) -> bool:
+    return images.stored is not None and images.stored.text_dim > 0
+
+
+def _checked_encoder(config: RunConfig, train_set: ImageSet, device: torch.device | str) -> TextEncoder | None:
+    """The encoder, if this run needs one; every size held against the model."""
+    text = config.model.text
+    assert text is not None
+    facts = train_set.stored
+    if facts is not None and facts.text_dim:
+        _check_sizes(text, facts.text_dim, facts.pooled_dim, f"{train_set.name} stores")
+        if facts.text_length > text.max_length:
+            raise UserError(
+                f"model.text.max_length: {text.max_length}, but {train_set.name} stores texts of up to "
+                f"{facts.text_length} tokens; set model.text.max_length={facts.text_length}"
+            )
+        has_null = config.model.family == "pixart" or bool(train_set.null_extras())
+        if has_null and not config.sample.prompts:
+            return None
+    encoder = build_encoder(config.data.text, device)
+    check_encoder(encoder, text)
+    if facts is not None and facts.text_encoder not in ("", encoder.identity):
+        raise UserError(
+            f"data.text.encoder: {encoder.identity}, but {train_set.name} stores features of {facts.text_encoder}; "
+            "give that encoder, with which prompts must be read too"
+        )
+    return encoder
+
+
+def _null_text(
+    config: RunConfig, train_set: ImageSet, encoder: TextEncoder | None, table: TextTable | None
+) -> Conditioning:
+    """The features of the empty caption; PixArt's own null caption, which its checkpoints hold."""
+    text = config.model.text
+    assert text is not None
+    if config.model.family == "pixart":
+        return Conditioning(text=null_caption(text.max_length, text.dim)[None])
+    extras = train_set.null_extras()
+    if extras and table is None:
+        return stored_text({name: value[None] for name, value in extras.items()}, text)
+    if table is None:
+        assert encoder is not None
+        table = build_table(encoder, [""], text.max_length, cache_folder(config.data.text.cache))
+    return table.of([""])
+
+
+def _prompts(config: RunConfig, held_out: ImageSet, table: TextTable | None, encoder: TextEncoder | None) -> Prompts:
+    """``sample.prompts``, or an even choice of held-out captions, at most one for each picture."""
+    text = config.model.text
+    assert text is not None
+    if config.sample.prompts:
+        assert encoder is not None
+        texts = config.sample.prompts
+        check_lengths(encoder, texts, text.max_length, "sample.prompts")
+        own = build_table(encoder, texts, text.max_length, cache_folder(config.data.text.cache))
+        return Prompts(texts, own.of(texts))
+    first: dict[str, int] = {}
+    for i in range(len(held_out)):
+        first.setdefault(held_out.caption(i), i)
+    first.pop("", None)
+    chosen = even_choice(list(first.items()), config.sample.count)
+    texts = tuple(caption for caption, _ in chosen)
+    if table is not None:
+        return Prompts(texts, table.of(texts))
+    extras = [held_out.extras(i) for _, i in chosen]
+    return Prompts(texts, stored_text({name: torch.stack([e[name] for e in extras]) for name in extras[0]}, text))
+
+
+def even_choice(items: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+    """At most ``count`` of the items, evenly spaced."""
+    shown = min(count, len(items))
+    return [items[number * len(items) // shown] for number in range(shown)]

@@ -94,6 +94,10 @@ class ImageSet(Protocol):
         """What is stored beside the image: any of ``EXTRAS``; the same ones for every image of a set."""
         ...
 
+    def null_extras(self) -> dict[str, Tensor]:
+        """text, text_mask and pooled of the empty caption, shaped as in ``extras``, where they are stored; else {}."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class ArraySet:
@@ -129,6 +133,9 @@ class ArraySet:
         return self.captions[i]
 
     def extras(self, i: int) -> dict[str, Tensor]:
+        return {}
+
+    def null_extras(self) -> dict[str, Tensor]:
         return {}
 
 
@@ -205,6 +212,9 @@ class Subset:
 
     def extras(self, i: int) -> dict[str, Tensor]:
         return self.source.extras(self.indices[i])
+
+    def null_extras(self) -> dict[str, Tensor]:
+        return self.source.null_extras()
 
 
 @dataclass(frozen=True)

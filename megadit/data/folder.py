@@ -57,6 +57,9 @@ class FolderSet:
     def extras(self, i: int) -> dict[str, Tensor]:
         return {}
 
+    def null_extras(self) -> dict[str, Tensor]:
+        return {}
+
 
 def load_folder(path: str | None, image_size: int | None, *, labelled: bool) -> FolderSet:
     """List the images under ``path``; no file is opened but ``metadata.jsonl``, which decides alone if it is there.

@@ -92,14 +92,15 @@ def guided(
 def _needs_null(guidance: float) -> str:
     return (
         f"sample.guidance: {guidance:g} needs a model trained with and without conditions "
-        "(classes and objective.label_dropout above 0); set sample.guidance=1"
+        "(classes or texts, and objective.label_dropout above 0); set sample.guidance=1"
     )
 
 
 def check_sampling(config: RunConfig) -> None:
     """Raise UserError where ``sample.*`` does not suit the model, as drawing would after the training."""
     build_sampler(config.objective, config.sample, learn_sigma=config.model.learn_sigma)
-    if config.sample.guidance != 1.0 and not (config.model.num_classes and config.objective.label_dropout > 0):
+    conditional = config.model.num_classes > 0 or config.model.text is not None
+    if config.sample.guidance != 1.0 and not (conditional and config.objective.label_dropout > 0):
         raise UserError(_needs_null(config.sample.guidance))
 
 

@@ -78,6 +78,7 @@ def check_job(
         UserError: anything in configuration, layout or data that cannot work.
     """
     from megadit.data import build_datasets, check_against_model, describe
+    from megadit.data.conditions import check_text
     from megadit.data.features import check_features
     from megadit.data.latents import check_vae
     from megadit.diffusion.sampling import check_sampling
@@ -90,6 +91,7 @@ def check_job(
     check_against_model(describe(train_set), merged.config)
     check_vae(merged.config.data.vae)
     check_features(merged.config, train_set)
+    check_text(merged.config, train_set)
     check_sampling(merged.config)
     check_ds_config(merged.ds_config)
     Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))

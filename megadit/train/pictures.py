@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megadit.diffusion.pictures import picture_labels, sample_pictures, save_labelled_grid
+from megadit.diffusion.pictures import Subjects, class_subjects, sample_pictures, save_subject_grid, text_subjects
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
@@ -18,15 +18,16 @@ def draw_samples(run: TrainingRun) -> Path | None:
 
     Returns the path on rank 0 and None elsewhere.
 
-    The pictures are dealt to the ranks, each drawing the same number (ZeRO-3 gathers parameters at every forward
+    The pictures are dealt to the data-parallel ranks, each drawing the same number (ZeRO-3 gathers parameters at every forward
     pass, so no rank may make fewer), and picture i is the same however many ranks there are.
     """
     context, count = run.context, run.config.sample.count
-    padded = -(-count // context.world_size) * context.world_size
-    mine = [min(number, count - 1) for number in range(context.rank, padded, context.world_size)]
-    labels = picture_labels(run.config)
+    copies = run.layout.ranks  # of the model: the ranks that share one draw the same pictures together
+    padded = -(-count // copies) * copies
+    mine = [min(number, count - 1) for number in range(run.layout.rank, padded, copies)]
+    subjects = run_subjects(run)
     with run.engine.evaluation(run.config.sample.weights) as model:
-        drawn = sample_pictures(model, run.config, run.codec, labels=labels, numbers=mine, device=context.device)
+        drawn = sample_pictures(model, run.config, run.codec, subjects=subjects, numbers=mine, device=context.device)
     shares = context.gather_objects((mine, drawn))
     if not context.is_main:
         return None
@@ -34,7 +35,15 @@ def draw_samples(run: TrainingRun) -> Path | None:
     for numbers, share in shares:
         pictures[numbers] = share
     path = run.directory.grid(run.position.step)
-    return save_labelled_grid(pictures, labels, run.train_set.classes, path, notice=run.train_set.notice)
+    return save_subject_grid(pictures, subjects, path, notice=run.train_set.notice)
+
+
+def run_subjects(run: TrainingRun) -> Subjects:
+    """What the pictures of a run show: its classes, or its prompts (held-out captions unless they are given)."""
+    prompts = run.conditions.prompts
+    if prompts is None:
+        return class_subjects(run.config, run.train_set.classes)
+    return text_subjects(run.config, prompts.texts, prompts.cond, run.conditions.null)
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, describe
-from megadit.data.conditions import Conditions
+from megadit.data.conditions import build_conditions
 from megadit.data.features import TargetFeatures
 from megadit.data.latents import build_codec
 from megadit.diffusion import build_objective
@@ -186,7 +186,7 @@ def assemble(
     micro = int(job.ds_config["train_micro_batch_size_per_gpu"])
     schedule = Schedule.from_config(config.optim, steps)
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
-    conditions = Conditions(config.model)
+    conditions = build_conditions(config, job.train_set, job.val_set, context.device)
     objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
     features = _target_features(config, context)
     model = build_model(config.model, seed=config.train.seed)
@@ -198,6 +198,7 @@ def assemble(
         table = rows(model, config.optim)
         spread = {"ranks": context.world_size, "zero_stage": config.parallel.zero_stage, "micro_batch": micro}
         directory.describe(config, job.ds_config, table, job.train_set.classes, facts.notice, spread)
+        conditions.write(directory.path)
     engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema)
     position = Position()
     if start.checkpoint is not None:

@@ -1,0 +1,40 @@
+"""Conditions kept in a file, and the texts they belong to: a run's null text and its prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megadit.conditioning import Conditioning
+from megadit.errors import UserError
+from megadit.files import whole_file
+
+NULL_TEXT_FILE, PROMPTS_FILE = "null_text.safetensors", "prompts.safetensors"
+
+
+def save_conditions(path: Path, cond: Conditioning, texts: Sequence[str] = ("",)) -> None:
+    """Write text, text_mask and pooled of ``texts``, as far as they are given."""
+    from safetensors.torch import save_file
+
+    given = {name: getattr(cond, name) for name in ("text", "text_mask", "pooled")}
+    tensors = {name: value.cpu().contiguous() for name, value in given.items() if value is not None}
+    with whole_file(path) as temporary:
+        save_file(tensors, str(temporary), {"texts": json.dumps(list(texts))})
+
+
+def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
+    """What ``save_conditions`` wrote. Raises UserError if the file is missing or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = set(file.keys()) & {"text", "text_mask", "pooled"}
+            texts = json.loads((file.metadata() or {})["texts"])
+            cond = Conditioning(**{name: file.get_tensor(name) for name in names})
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"'{path}' is missing or damaged ({' '.join(str(error).split())[:120]}); start the run's training command "
+            "again, which writes it"
+        ) from error
+    return cond, [str(text) for text in texts]

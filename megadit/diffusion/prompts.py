@@ -1,0 +1,65 @@
+"""What ``launch/sample.py`` draws from a finished run: the classes or texts of its command line, or the run's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megadit.config.run import RunConfig
+from megadit.data.conditions import check_encoder
+from megadit.data.text import build_encoder, check_lengths
+from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
+from megadit.diffusion.classes import read_classes, resolve_classes
+from megadit.diffusion.pictures import Subjects, class_subjects, text_subjects
+from megadit.errors import UserError
+
+
+def chosen_subjects(
+    run_dir: Path,
+    config: RunConfig,
+    *,
+    classes: str | None = None,
+    prompts: Sequence[str] = (),
+    prompts_file: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Subjects:
+    """The subjects of these choices, by default those that the run's own grids show.
+
+    Raises UserError for a choice that the model does not have, or a text longer than it takes.
+    """
+    texts = [*prompts, *(read_prompts(prompts_file) if prompts_file is not None else ())]
+    if config.model.text is not None:
+        if classes is not None:
+            raise UserError(f"--classes: {classes} cannot be chosen, the model takes texts; give --prompt")
+        return _text_choice(run_dir, config, texts, device)
+    if texts or prompts_file is not None:
+        takes = "classes; give --classes" if config.model.num_classes else "no condition; leave it out"
+        raise UserError(f"--prompt: '{texts[0] if texts else prompts_file}' cannot be drawn, the model takes {takes}")
+    names = read_classes(run_dir)
+    return class_subjects(config, names, resolve_classes(classes, names, config.model.num_classes))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises UserError if there are none, or the file is not text."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts: '{path}' cannot be read ({error}); give a text file of a prompt a line") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"--prompts: '{path}' holds no prompt; write one a line")
+    return texts
+
+
+def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:
+    assert config.model.text is not None
+    null, _ = load_conditions(run_dir / NULL_TEXT_FILE)
+    if not texts:
+        cond, own = load_conditions(run_dir / PROMPTS_FILE)
+        return text_subjects(config, own, cond, null)
+    encoder = build_encoder(config.data.text, device)
+    check_encoder(encoder, config.model.text)
+    check_lengths(encoder, texts, config.model.text.max_length, "--prompt")
+    return text_subjects(config, texts, encoder.encode(texts, config.model.text.max_length), null)
