@@ -127,7 +127,7 @@ def test_coordinate_check_passes_mup_and_fails_sp(init: str) -> None:
     mup = _check("mup", init)
     assert mup.passed, [(m.module, m.reasons, m.effects) for m in mup.modules if m.verdict != "ok"]
     sp = _check("sp", init)
-    # SP's hidden and output weights learn too fast, and those alone; xavier's fan-out makes its patches start too small.
+    # SP's hidden and output weights learn too fast, and those alone; patches start too small by xavier's fan-out.
     fan_in_grows = {m.module for m in sp.modules if m.role in ("hidden", "output") and m.module != "output"}
     broken = set(sp.broken) - ({"x_embedder.proj"} if init == "original" else set())
     assert not sp.passed and broken <= fan_in_grows

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from megadit.config import RunConfig, load_config
 from megadit.config.sources import configs_dir
-from megadit.errors import UserError
 from megadit.search.plan import plan
 from megadit.search.spec import StudySpec, read_spec
 from megadit.search.study import load_study
@@ -26,7 +26,7 @@ DIT: dict[str, tuple[str, tuple[float, ...], str, tuple[int, ...]]] = {
     "dit-output-mult-width": ("model.output_mult", MULTS, "model.width", WIDTHS),
     "dit-output-mult-steps": ("model.output_mult", MULTS, "train.steps", STEPS),
 }
-LATER = ("pixart-lr", "mmdit-80", "mmdit-confirm")
+TEXT = ("pixart-lr", "mmdit-80", "mmdit-confirm")
 
 
 def spec_of(name: str) -> StudySpec:
@@ -34,7 +34,7 @@ def spec_of(name: str) -> StudySpec:
 
 
 def test_these_are_all_the_files():
-    full = {*DIT, *LATER}
+    full = {*DIT, *TEXT}
     assert {path.stem for path in SWEEPS.glob("*.yaml")} == full | {f"{name}-mini" for name in full}
 
 
@@ -84,8 +84,8 @@ def test_pixart_lr():
 
 
 def test_mmdit_80():
-    spec = spec_of("mmdit-80")
-    assert isinstance(spec.base, dict)
+    study = load_study("mmdit-80")
+    spec = study.spec
     assert {key: (d.kind, d.values) for key, d in spec.space.items()} == {
         "optim.lr": ("log_uniform", (2.5e-5, 2.5e-3)),
         "optim.clip.value": ("log_uniform", (0.01, 100.0)),
@@ -93,27 +93,29 @@ def test_mmdit_80():
         "optim.warmup_steps": ("uniform", (1.0, 20_000.0)),
     }
     assert (spec.sampler, spec.trials, spec.proxy.steps, spec.proxy.batch) == ("random", 80, 30_000, 4096)
-    assert (spec.base["model"]["preset"], spec.base["model"]["base_width"]) == ("mmdit-proxy-mup", 1920)
-    assert spec.base["objective"]["kind"] == "flow" and spec.pruning.rule == "none"
+    assert len(plan(study)) == 80 and spec.pruning.rule == "none"
+    is_the_mmdit_proxy(study.base)
 
 
 def test_mmdit_confirm():
-    spec = spec_of("mmdit-confirm")
-    assert isinstance(spec.base, dict)
-    assert spec.space["optim.lr"].values == (1e-4, 2e-4, 2.5e-4, 4e-4, 8e-4)
-    assert (spec.proxy.steps, spec.proxy.batch) == (100_000, 4096)
-    assert spec.overrides == {"objective.repa_weight": 0.5}
-    assert spec.base["optim"]["warmup_steps"] == 1000 and spec.base["optim"]["clip"]["value"] == 1
-    assert spec.base["model"] == spec_of("mmdit-80").base["model"]  # type: ignore[index]
+    study = load_study("mmdit-confirm")
+    assert study.spec.space["optim.lr"].values == (1e-4, 2e-4, 2.5e-4, 4e-4, 8e-4)
+    assert (study.spec.proxy.steps, study.spec.proxy.batch) == (100_000, 4096)
+    base = study.base
+    is_the_mmdit_proxy(base)
+    assert (base.optim.warmup_steps, base.optim.clip.value, base.objective.repa_weight) == (1000, 1.0, 0.5)
+    assert base.train.steps == 100_000
 
 
-@pytest.mark.parametrize("name", LATER)
-def test_families_to_come_are_refused_in_one_sentence(name: str):
-    with pytest.raises(UserError, match=r"^model.preset: '\w+-proxy-mup' is not a preset; did you mean [^\n]*$"):
-        load_study(name)
+def is_the_mmdit_proxy(config: RunConfig) -> None:
+    """The configuration of configs/mmdit/proxy-mup.yaml but for what a study changes."""
+    assert config.model == load_config("mmdit/proxy-mup.yaml").model
+    assert (config.model.width, config.model.base_width, config.objective.kind) == (512, 1920, "flow")
+    assert (config.data.name, config.data.condition, config.ema.decays) == ("webdataset", "text", ())
+    assert config.data.val_fraction > 0 and config.train.validation_images > 0  # for the score val_loss
 
 
-@pytest.mark.parametrize("name", [*DIT, *LATER])
+@pytest.mark.parametrize("name", [*DIT, *TEXT])
 def test_minis_search_the_same_on_built_in_data(name: str):
     full, mini = spec_of(name), load_study(f"{name}-mini")
     later: set[Any] = {"objective.repa_weight"}
