@@ -46,13 +46,11 @@ def read_samples(
 ) -> RawBatch:
     """Read the images at ``indices``; the one with sample number s is mirrored if s's "flip" draw says so.
 
-    Latents are not mirrored but read from the copies of mirrored images, which ``dataset.mirrored`` must then have.
+    Latents, and what else was made of the mirrored images, are read from ``dataset.mirrored`` instead.
     """
     views = [dataset] * len(indices)
     mirrored = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5 if flip else None
-    if mirrored is not None and dataset.stores_latents:
-        copies = dataset.mirrored
-        assert copies is not None  # megadit.data.checks has refused data.flip where there are no copies
+    if mirrored is not None and (copies := dataset.mirrored) is not None:
         views = [copies if turned else dataset for turned in mirrored.tolist()]
     images = torch.stack([view.image(i) for view, i in zip(views, indices, strict=True)])
     if mirrored is not None and not dataset.stores_latents:

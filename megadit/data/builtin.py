@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from megadit.config import DataConfig
 from megadit.data import digits_set, emoji_set, fashion_set
-from megadit.data.dataset import ArraySet, ImageSet
-from megadit.data.folder import load_folder
+from megadit.data.dataset import ArraySet, ImageSet, Subset
+from megadit.data.folder import FolderSet, load_folder
 from megadit.data.split import split
+from megadit.data.tars.tar_set import TarSet, load_tars
 
 
 def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -15,11 +16,26 @@ def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     Raises ``UserError`` when files or packages are missing or damaged, or nothing would be left to train on.
     """
     labelled = config.condition == "class"
-    if config.name == "image-folder":
-        folder = load_folder(config.path, config.image_size, labelled=labelled)
-        return split(folder, folder.bases, config.val_fraction, labelled=labelled, classes=config.classes)
-    whole = _in_memory(config)
+    whole = _whole(config, labelled)
     return split(whole, whole.bases, config.val_fraction, labelled=labelled, classes=config.classes)
+
+
+def whole_set(config: DataConfig, *, labelled: bool) -> tuple[Subset, list[str]]:
+    """All images (of ``data.classes``) in the set's own order, nothing held out, and the base name of each.
+
+    Raises ``UserError`` as ``build_datasets`` does.
+    """
+    whole = _whole(config, labelled)
+    part, _ = split(whole, whole.bases, 0.0, labelled=labelled, classes=config.classes)
+    return part, [whole.bases[i] for i in part.indices]
+
+
+def _whole(config: DataConfig, labelled: bool) -> ArraySet | FolderSet | TarSet:
+    if config.name == "image-folder":
+        return load_folder(config.path, config.image_size, labelled=labelled)
+    if config.name == "webdataset":
+        return load_tars(config)
+    return _in_memory(config)
 
 
 def _in_memory(config: DataConfig) -> ArraySet:

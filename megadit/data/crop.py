@@ -42,7 +42,7 @@ def read_rgb(path: Path) -> Image.Image:
     check_not_empty(path)
     try:
         with Image.open(path) as file:
-            return _to_rgb(file)
+            return to_rgb(file)
     except MemoryError:
         raise  # this machine's fault, not the file's
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
@@ -71,7 +71,8 @@ def check_not_empty(path: Path) -> None:
         raise UserError(f"data.path: cannot read {path} ({error.strerror}); {_REMEDY}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """In mode RGB, transparency on white. Raises ValueError for more than 8 bits per channel."""
     if image.mode == "F" or image.mode.startswith("I"):
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}, but 8 bits per channel are needed")
     if "A" in image.getbands() or "transparency" in image.info:

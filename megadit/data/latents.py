@@ -303,12 +303,13 @@ def _facts(folder: Path) -> CodecFacts:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         if values["_class_name"] == PCA_CLASS:
-            sizes = (values["factor"], values["channels"], values["image_channels"])
+            factor, channels, of_images = values["factor"], values["channels"], values["image_channels"]
         else:
             blocks = len(values.get("block_out_channels", (64,)))  # these three defaults are AutoencoderKL's own
-            sizes = (2 ** (blocks - 1), values.get("latent_channels", 4), values.get("in_channels", 3))
+            factor, channels, of_images = 2 ** (blocks - 1), values.get("latent_channels", 4), values.get("in_channels", 3)
         scale, shift = values.get("scaling_factor", 0.18215), values.get("shift_factor") or 0.0
-        return CodecFacts(values["_class_name"], *map(int, sizes), float(scale), float(shift))
+        name = str(values["_class_name"])
+        return CodecFacts(name, int(factor), int(channels), int(of_images), float(scale), float(shift))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"data.vae.path: {folder / 'config.json'} does not describe a codec ({error!r}); fetch it again"

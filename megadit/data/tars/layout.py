@@ -1,0 +1,77 @@
+"""What a folder of tars looks like: names of members, shards and the files beside them.
+
+A sample is the members of one tar that share everything before the first dot of their file name (WebDataset's rule).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from megadit.errors import UserError
+
+MANIFEST = "manifest.json"
+INDEX = "index.safetensors"
+NULL_TEXT = "null_text.safetensors"
+RECIPE = ".recipe.json"  # what a set that is being written will be, so that only the same command goes on with it
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+LATENT, LATENT_MIRRORED = "latent.npy", "latent_mirrored.npy"
+TEXT, POOLED = "text.npy", "pooled.npy"
+FEATURES, FEATURES_MIRRORED = "features.npy", "features_mirrored.npy"
+JSON, LABEL, CAPTION = "json", "cls", "txt"
+ARRAYS = (LATENT, LATENT_MIRRORED, TEXT, POOLED, FEATURES, FEATURES_MIRRORED)
+KNOWN = (*IMAGES, *ARRAYS, JSON, LABEL, CAPTION)
+PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "bin", "joblib"})  # what loaders would unpickle
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """(key, extension) of a member's name: a/b.latent.npy -> (a/b, latent.npy); no extension: empty."""
+    path = PurePosixPath(name)
+    stem, _, extension = path.name.partition(".")
+    key = stem if path.parent == PurePosixPath(".") else f"{path.parent}/{stem}"
+    return key, extension.lower()
+
+
+def shard_name(prefix: str, number: int) -> str:
+    """The file name of a shard, as WebDataset's patterns expect it."""
+    return f"{prefix}-{number:06d}.tar"
+
+
+def find_shards(path: str | None) -> tuple[Path, list[Path], bool]:
+    """(folder, shards, whole) of ``data.path``: a folder, one tar, or a pattern such as x-{000000..000009}.tar.
+
+    whole: the path is a folder, so that all its tars are meant. Raises UserError where nothing is there.
+    """
+    if path is None:
+        raise UserError(
+            "data.path: not given; webdataset needs a folder of tars, or shards like x-{000000..000009}.tar"
+        )
+    place = Path(path)
+    if place.is_dir():
+        shards = sorted(place.glob("*.tar"))
+        if not shards and not (place / MANIFEST).is_file():
+            unfinished = "; its writing did not end: give the same command again" if (place / RECIPE).is_file() else ""
+            raise UserError(f"data.path: {path} has no .tar files{unfinished or '; give the folder of the shards'}")
+        return place, shards, True
+    names = expand(path)
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        remedy = "give a folder, a tar, or a pattern like x-{000000..000009}.tar"
+        of = f" ({len(missing)} of {len(names)} are missing)" if len(names) > 1 else ""
+        raise UserError(f"data.path: there is no file {missing[0]}{of}; {remedy}")
+    return Path(names[0]).parent, [Path(name) for name in names], False
+
+
+def expand(pattern: str) -> list[str]:
+    """A pattern with {000000..000009} written out, as WebDataset does. Raises UserError for a range that is empty."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = int(found[1]), int(found[2])
+    if last < first:
+        raise UserError(f"data.path: {found[0]} in {pattern} counts down; write the lower number first")
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [name for n in range(first, last + 1) for name in expand(f"{head}{n:0{len(found[1])}d}{tail}")]

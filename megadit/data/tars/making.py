@@ -1,0 +1,86 @@
+"""From a set to tars: what ``tools/make_shards.py`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megadit.config import DataConfig
+from megadit.data.builtin import whole_set
+from megadit.data.dataset import ImageSet
+from megadit.data.tars import members
+from megadit.data.tars.layout import CAPTION, JSON, LABEL
+from megadit.data.tars.manifest import Manifest
+from megadit.data.tars.writing import SetWriter
+from megadit.errors import UserError
+
+Progress = Callable[[int, int], None]  # samples done, samples in all
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How tars are cut. prefix: of their names.  max_bytes: None for no limit."""
+
+    prefix: str
+    per_shard: int
+    max_bytes: int | None = None
+
+
+def make_shards(
+    config: DataConfig,
+    folder: Path,
+    sharding: Sharding,
+    image: Literal["png", "jpg"] = "png",
+    quality: int = 95,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the whole set of ``config`` (nothing held out: base names travel along) as images, captions and labels.
+
+    A start that was cut off is gone on with. Raises UserError as ``build_datasets`` and ``SetWriter`` do.
+    """
+    images, bases = whole_set(config, labelled=config.condition == "class")
+    if images.stores_latents:
+        raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
+    made = {"command": "make_shards", "data": config.model_dump(mode="json"), "image": image, "quality": quality}
+    writer = SetWriter(folder, sharding.prefix, per_shard=sharding.per_shard, max_bytes=sharding.max_bytes, recipe=made)
+    try:
+        for i in range(writer.done, len(images)):
+            picture: dict[str, bytes] = {image: members.write_picture(images.image(i), image, quality)}
+            writer.add(key_of(i), {**picture, **words(images, bases, i)})
+            if progress is not None:
+                progress(i + 1, len(images))
+    except BaseException:
+        writer.abandon()
+        raise
+    return writer.finish(facts_of(images, made))
+
+
+def key_of(i: int) -> str:
+    """The key of sample i."""
+    return f"{i:08d}"
+
+
+def words(images: ImageSet, bases: list[str], i: int) -> dict[str, bytes]:
+    """The members of sample i that say what it shows: json, txt, and cls where there are classes."""
+    caption = images.caption(i)
+    facts: dict[str, Any] = {"caption": caption, "base": bases[i]}
+    if images.classes:
+        facts |= {"label": images.label(i), "class": images.classes[images.label(i)]}
+    found = {JSON: members.write_json(facts), CAPTION: caption.encode("utf-8")}
+    return {**found, LABEL: str(images.label(i)).encode()} if images.classes else found
+
+
+def facts_of(images: ImageSet, made: dict[str, Any]) -> Manifest:
+    """The manifest of a set whose tars are still to be told."""
+    return Manifest(
+        name=images.name,
+        samples=len(images),
+        classes=images.classes,
+        channels=images.channels,
+        image_size=images.image_size,
+        notice=images.notice,
+        shards=(),
+        made=made,
+    )

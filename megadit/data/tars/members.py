@@ -1,0 +1,91 @@
+"""From the bytes of a member to a value. Nothing here unpickles: arrays of objects are refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megadit.data.crop import centre_crop, to_rgb
+from megadit.errors import UserError
+
+_REMEDY = "write the shard again"
+
+
+def read_array(data: bytes, where: str) -> Tensor:
+    """A ``.npy`` member as a tensor. Raises UserError that names ``where`` if it is damaged or holds objects."""
+    try:
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except Exception as error:  # numpy raises nearly anything on damaged headers
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        if "allow_pickle" in reason:
+            reason = "it holds pickled objects, which could run anything when loaded"
+        raise UserError(f"data.path: {where} is no array that can be read ({reason}); {_REMEDY}") from None
+
+
+def write_array(value: Tensor) -> bytes:
+    """A tensor as the bytes of a ``.npy`` file; bfloat16, which numpy has not, is not among what it may hold."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, value.contiguous().numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def read_picture(data: bytes, channels: int, size: int, where: str) -> Tensor:
+    """An image member as uint8 (channels, size, size), centre-cropped if it has another size.
+
+    Raises UserError that names ``where`` when it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            image = file.convert("L") if channels == 1 else to_rgb(file)
+    except MemoryError:
+        raise  # this machine's fault, not the member's
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"data.path: cannot decode the image {where} ({reason}); {_REMEDY}") from None
+    if image.size != (size, size):
+        image = centre_crop(image, size)
+    pixels = np.array(image)
+    return torch.from_numpy(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1).copy())
+
+
+def write_picture(image: Tensor, kind: str, quality: int) -> bytes:
+    """uint8 (1 or 3, H, W) as the bytes of a png, or a jpg of that quality."""
+    pixels = image.numpy()
+    picture = Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    buffer = io.BytesIO()
+    if kind == "png":
+        picture.save(buffer, "PNG")
+    else:
+        picture.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def read_json(data: bytes, where: str) -> dict[str, Any]:
+    """A ``.json`` member, an object. Raises UserError that names ``where`` if it is none."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"data.path: {where} is not JSON in UTF-8 ({error}); {_REMEDY}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"data.path: {where} is not a JSON object; {_REMEDY}")
+    return value
+
+
+def read_text(data: bytes, where: str) -> str:
+    """A ``.txt`` member. Raises UserError that names ``where`` if it is not UTF-8."""
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.path: {where} is not UTF-8 text ({error.reason}); {_REMEDY}") from None
+
+
+def write_json(value: dict[str, Any]) -> bytes:
+    """A JSON object as UTF-8 bytes, keys in the order given."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -1,0 +1,240 @@
+"""``TarSet``: local tars as a set like any other, every sample found through the index.
+
+So a run sees the same images in the same order as from the set that the tars were made of, with any number of ranks
+and workers, and resumes from its step alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megadit.config import DataConfig
+from megadit.data.dataset import ImageSet, StoredFacts
+from megadit.data.folder import DEFAULT_SIZE
+from megadit.data.tars import members
+from megadit.data.tars.handles import ShardFile
+from megadit.data.tars.index import SampleIndex, cached_index, load_index
+from megadit.data.tars.layout import (
+    CAPTION,
+    FEATURES,
+    FEATURES_MIRRORED,
+    IMAGES,
+    INDEX,
+    JSON,
+    LATENT,
+    LATENT_MIRRORED,
+    MANIFEST,
+    NULL_TEXT,
+    POOLED,
+    TEXT,
+    find_shards,
+)  # fmt: skip
+from megadit.data.tars.manifest import Manifest, check_sizes, load_manifest
+from megadit.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class TarSet:
+    """Samples of tars. extra: which of text, pooled, features are read.  turned: read copies of mirrored images."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    image_size: int
+    notice: str
+    folder: str
+    shards: tuple[ShardFile, ...]
+    index: SampleIndex
+    sums: tuple[str, ...] = ()  # SHA-256 of each shard; empty without a manifest
+    stored: StoredFacts | None = None
+    extra: tuple[str, ...] = ()
+    turned: bool = False
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Base names, by which samples are held out."""
+        return self.index.bases
+
+    @property
+    def stores_latents(self) -> bool:
+        return self.stored is not None and self.stored.channels > 0
+
+    @property
+    def mirrored(self) -> ImageSet | None:
+        return replace(self, turned=not self.turned) if self.stored is not None and self.stored.mirrored else None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, i: int) -> Tensor:
+        if self.stored is None or not self.stored.channels:
+            name = next((name for name in IMAGES if self.index.place(i, name)), IMAGES[0])
+            return members.read_picture(self.member(i, name), self.channels, self.image_size, self.where(i, name))
+        stored = self.stored
+        shape = ((2 if stored.moments else 1) * stored.channels, stored.size, stored.size)
+        return self._array(i, LATENT_MIRRORED if self.turned else LATENT, shape)
+
+    def label(self, i: int) -> int:
+        return max(int(self.index.labels[i]), 0)
+
+    def caption(self, i: int) -> str:
+        if self.index.place(i, JSON):
+            facts = members.read_json(self.member(i, JSON), self.where(i, JSON))
+            if isinstance(facts.get("caption"), str):
+                return str(facts["caption"])
+        return (
+            members.read_text(self.member(i, CAPTION), self.where(i, CAPTION)) if self.index.place(i, CAPTION) else ""
+        )
+
+    def extras(self, i: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        stored = self.stored
+        if stored is None:
+            return found
+        if "text" in self.extra:
+            text = self._array(i, TEXT, (None, stored.text_dim))
+            found["text"] = text.new_zeros(stored.text_length, stored.text_dim)
+            found["text"][: len(text)] = text
+            found["text_mask"] = torch.arange(stored.text_length) < len(text)
+        if "pooled" in self.extra:
+            found["pooled"] = self._array(i, POOLED, (stored.pooled_dim,))
+        if "features" in self.extra:
+            name = FEATURES_MIRRORED if self.turned else FEATURES
+            found["features"] = self._array(i, name, (stored.feature_dim, None, None))
+        return found
+
+    def where(self, i: int, member: str) -> str:
+        """What to call a member in a message."""
+        return f"{self.index.keys[i]}.{member} in {self.shards[int(self.index.shard[i])].path}"
+
+    def member(self, i: int, name: str) -> bytes:
+        """The bytes of a member. Raises UserError if the sample has none, or its tar has become unreadable."""
+        place = self.index.place(i, name)
+        if place is None:
+            raise UserError(f"data.path: there is no {self.where(i, name)}; write the shard again")
+        return self.shards[int(self.index.shard[i])].read(*place)
+
+    def null_extras(self) -> dict[str, Tensor]:
+        """text (n, D), text_mask (n,) and, where it is stored, pooled (P,) of the empty caption."""
+        return dict(_null_text(self.folder)) if self.stored is not None and self.stored.text_dim else {}
+
+    def _array(self, i: int, member: str, shape: tuple[int | None, ...]) -> Tensor:
+        array = members.read_array(self.member(i, member), self.where(i, member))
+        fits = array.dim() == len(shape) and all(
+            want in (None, own) for want, own in zip(shape, array.shape, strict=True)
+        )
+        limit = self.stored.text_length if member == TEXT and self.stored is not None else None
+        if not fits or (limit is not None and len(array) > limit) or not array.is_floating_point():
+            raise UserError(
+                f"data.path: {self.where(i, member)} is {array.dtype} of shape {tuple(array.shape)}, which is not what "
+                f"{MANIFEST} says; write the set again"
+            )
+        return array
+
+
+@functools.lru_cache(maxsize=4)
+def _null_text(folder: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = Path(folder) / NULL_TEXT
+    try:
+        found = load_file(path)
+        return {**found, "text_mask": torch.ones(len(found["text"]), dtype=torch.bool)}
+    except Exception as error:  # whatever safetensors says about a missing or damaged file
+        raise UserError(
+            f"data.path: {path} cannot be read ({error}); copy it again, or encode the set again"
+        ) from error
+
+
+def load_tars(config: DataConfig) -> TarSet:
+    """The set at ``data.path``, checked against its manifest: every tar there, and as long as it was written.
+
+    Without a manifest, which other people's tars lack, the tars are scanned once, and images, captions and labels are
+    what they hold. Raises UserError that names the tar and what to do.
+    """
+    folder, shards, whole = find_shards(config.path)
+    manifest = load_manifest(folder)
+    if manifest is None:
+        return _without_manifest(config, folder, shards)
+    numbers = _numbers(manifest, folder, shards, whole)
+    files = check_sizes(manifest, folder, numbers)
+    index = load_index(folder / INDEX)
+    counts, said = index.counts(len(manifest.shards)), [shard.samples for shard in manifest.shards]
+    if counts != said or sum(said) != manifest.samples:
+        raise UserError(
+            f"data.path: {folder / INDEX} has {sum(counts)} samples, but {MANIFEST} says {manifest.samples}; copy both "
+            "again, or write the set again"
+        )
+    if numbers != list(range(len(manifest.shards))):
+        index = index.of_shards(numbers)
+    stored = manifest.stored
+    size = manifest.image_size if stored is not None and stored.channels else config.image_size or manifest.image_size
+    return TarSet(
+        name=manifest.name,
+        classes=manifest.classes,
+        channels=manifest.channels,
+        image_size=size,
+        notice=manifest.notice,
+        folder=str(folder),
+        shards=tuple(files),
+        index=index,
+        sums=tuple(manifest.shards[number].sha256 for number in numbers),
+        stored=stored,
+        extra=_extra(config, stored),
+    )
+
+
+def _numbers(manifest: Manifest, folder: Path, shards: list[Path], whole: bool) -> list[int]:
+    """The manifest's numbers of the tars that are meant."""
+    found = [(path, manifest.number(path.name)) for path in shards]
+    strange = next((path for path, number in found if number is None), None)
+    if strange is not None:
+        raise UserError(
+            f"data.path: {strange} is not in {folder / MANIFEST}; take it out of the folder, or name the shards to "
+            "train on by a pattern"
+        )
+    return list(range(len(manifest.shards))) if whole else [number for _, number in found if number is not None]
+
+
+def _extra(config: DataConfig, stored: StoredFacts | None) -> tuple[str, ...]:
+    if stored is None:
+        return ()
+    text = config.condition == "text" and stored.text_dim > 0
+    features = config.features is not None and config.features.encoder == "stored" and stored.feature_dim > 0
+    wanted = (("text", text), ("pooled", text and stored.pooled_dim > 0), ("features", features))
+    return tuple(name for name, is_wanted in wanted if is_wanted)
+
+
+def _without_manifest(config: DataConfig, folder: Path, shards: list[Path]) -> TarSet:
+    index = cached_index([ShardFile.of(path) for path in shards]) if shards else None
+    if index is None or not len(index):
+        raise UserError(f"data.path: the tars of {config.path} have no samples; give others")
+    files = tuple(ShardFile.of(path) for path in shards)
+    pictures = [name for name in IMAGES if name in index.members]
+    bare = next((i for i in range(len(index)) if not any(index.place(i, name) for name in pictures)), None)
+    if bare is not None:
+        what = f"; arrays need the {MANIFEST} that says how they were scaled" if LATENT in index.members else ""
+        shard = files[int(index.shard[bare])].path
+        raise UserError(f"data.path: {index.keys[bare]} in {shard} has no image ({', '.join(IMAGES)}){what}")
+    if config.condition == "class" and (index.labels < 0).any():
+        first = int((index.labels < 0).argmax())
+        shard = files[int(index.shard[first])].path
+        raise UserError(
+            f"data.path: {index.keys[first]} in {shard} has no label (a .cls member, or label in its .json); add "
+            "labels, or set data.condition to text or none"
+        )
+    return TarSet(
+        name="webdataset",
+        classes=index.classes,
+        channels=3,
+        image_size=config.image_size or DEFAULT_SIZE,
+        notice="",
+        folder=str(folder),
+        shards=files,
+        index=index,
+    )
