@@ -10,13 +10,15 @@ from megadit.models.layers.linear import MuLinear
 from megadit.models.layers.norm import MuRMSNorm, Precision
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
+from megadit.parallel.tensor import tensor_layout
 
 
 class StreamAttention(nn.Module):
     """One stream's side of a joint attention: its queries, keys and values, and the projection of what comes back.
 
     ``qkv`` puts out q, k, v, each [heads, head_dim]; with ``qk_norm`` q and k pass an RMSNorm over head_dim whose gain
-    all heads share. ``pre_only``: the stream is read and gets nothing back, so that there is no ``proj``.
+    all heads share. ``pre_only``: the stream is read and gets nothing back, so that there is no ``proj``. Tensor
+    parallelism shares out the heads.
     """
 
     def __init__(
@@ -32,14 +34,16 @@ class StreamAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = width.size // heads
-        self.qkv = MuLinear(width, Dim(3 * width.size, 3 * width.base_size), param, bias=qkv_bias)
-        self.ln_q = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
-        self.ln_k = MuRMSNorm(Dim(self.head_dim), param, precision=norm_precision) if qk_norm else None
-        self.proj = None if pre_only else MuLinear(width, width, param)
+        self.local_heads = tensor_layout().share(heads, "attention heads")
+        tripled, gain = Dim(3 * width.size, 3 * width.base_size), Dim(self.head_dim)
+        self.qkv = MuLinear(width, tripled, param, bias=qkv_bias, shard="column", parts=3)
+        self.ln_q = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
+        self.ln_k = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
+        self.proj = None if pre_only else MuLinear(width, width, param, shard="row")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, n) -> q, k, v, each (B, T, heads, head_dim)."""
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, self.head_dim).unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(2)
         if self.ln_q is not None and self.ln_k is not None:
             q, k = self.ln_q(q), self.ln_k(k)
         return q, k, v
