@@ -24,7 +24,7 @@ from megadit.mup.coord_record import Reading, Recorder
 from megadit.mup.example import example_conditioning, example_images
 from megadit.mup.groups import param_groups
 
-_EPS = 1e-16  # small against any gradient that matters, large against the root of float32's smallest square
+_EPS = 1e-20  # small against any gradient that matters, large against the root of float32's smallest square
 _PROBE = 1 << 40  # sample numbers of the probe: far from those that are trained on
 
 
