@@ -23,7 +23,7 @@ class StoredFacts:
     scale: float = 1.0  # what is stored was multiplied by it already
     shift: float = 0.0
     moments: bool = False  # mean and standard deviation of a posterior, (2 channels, h, w), to be drawn from
-    mirrored: bool = False  # whether a copy of the mirrored image is there
+    mirrored: bool = False  # whether latents and features of the mirrored image are there too
     codec: str = ""  # class and hash of the weights, as megadit.data.latents.codec_identity gives them
     text_dim: int = 0
     text_length: int = 0  # tokens of the longest text
@@ -75,7 +75,7 @@ class ImageSet(Protocol):
 
     @property
     def mirrored(self) -> ImageSet | None:
-        """The same set with every image mirrored, where latents of mirrored images are stored; else None."""
+        """The same set with what was made of mirrored images (latents, features), where it is stored; else None."""
         ...
 
     def image(self, i: int) -> Tensor:

@@ -237,7 +237,7 @@ def check_vae(
     if config is None or (config.path is None and stored is not None and stored.channels):
         return
     facts = codec_facts(config)
-    scale, shift = _scale_and_shift(config, facts)
+    _scale_and_shift(config, facts)
     if facts.factor != config.factor:
         raise UserError(
             f"data.vae.factor: {config.factor}, but the codec in {config.path} makes one latent pixel of "
@@ -253,18 +253,7 @@ def check_vae(
             f"data.vae.path: the codec in {config.path} takes images of {facts.image_channels} channel(s), the data "
             f"have {image_channels}; choose another data set or codec"
         )
-    if stored is not None and stored.channels:
-        _check_stored(config, stored, scale, shift)
-
-
-def _check_stored(config: VaeConfig, stored: StoredFacts, scale: float, shift: float) -> None:
-    for key, own, theirs in (("scale", scale, stored.scale), ("shift", shift, stored.shift)):
-        if abs(own - theirs) > 1e-6:
-            raise UserError(
-                f"data.vae.{key}: {own:g}, but the stored latents were made with {theirs:g}; set "
-                f"data.vae.{key}={theirs:g}, or encode the images again"
-            )
-    if codec_identity(config) != stored.codec:
+    if stored is not None and stored.channels and codec_identity(config) != stored.codec:
         logging.getLogger(__name__).warning(
             "data.vae.path: %s has other weights (%s) than the stored latents come from (%s); pictures may be off",
             config.path, codec_identity(config), stored.codec,
@@ -306,7 +295,8 @@ def _facts(folder: Path) -> CodecFacts:
             factor, channels, of_images = values["factor"], values["channels"], values["image_channels"]
         else:
             blocks = len(values.get("block_out_channels", (64,)))  # these three defaults are AutoencoderKL's own
-            factor, channels, of_images = 2 ** (blocks - 1), values.get("latent_channels", 4), values.get("in_channels", 3)
+            factor, channels = 2 ** (blocks - 1), values.get("latent_channels", 4)
+            of_images = values.get("in_channels", 3)
         scale, shift = values.get("scaling_factor", 0.18215), values.get("shift_factor") or 0.0
         name = str(values["_class_name"])
         return CodecFacts(name, int(factor), int(channels), int(of_images), float(scale), float(shift))

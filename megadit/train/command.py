@@ -78,9 +78,9 @@ def check_job(
         UserError: anything in configuration, layout or data that cannot work.
     """
     from megadit.data import build_datasets, check_against_model, describe
+    from megadit.data.checks import check_codec, draws_no_pictures, with_stored_codec
     from megadit.data.conditions import check_text
     from megadit.data.features import check_features
-    from megadit.data.latents import check_vae
     from megadit.diffusion.sampling import check_sampling
 
     merged = merge_ds_config(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
@@ -88,14 +88,18 @@ def check_job(
         if speaks_for_node():
             print(f"warning: {warning}", file=sys.stderr)
     train_set, val_set = (datasets or build_datasets)(merged.config.data)
-    check_against_model(describe(train_set), merged.config)
-    check_vae(merged.config.data.vae)
+    facts = describe(train_set)
+    check_against_model(facts, merged.config)
+    check_codec(facts, merged.config)
     check_features(merged.config, train_set)
     check_text(merged.config, train_set)
     check_sampling(merged.config)
     check_ds_config(merged.ds_config)
     Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))
-    return Job(merged.config, merged.ds_config, folder, resume, train_set, val_set)
+    note = draws_no_pictures(facts, merged.config)
+    if note and speaks_for_node():
+        print(f"note: {note}", file=sys.stderr)
+    return Job(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
 
 
 def dry_run(job: Job) -> int:

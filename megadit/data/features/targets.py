@@ -103,7 +103,7 @@ def _stored_dim(images: ImageSet, flip: bool) -> int:
             f"data.features.encoder: stored features of {images.name} have shape {tuple(features.shape)}, not "
             "(channels, rows, columns); write them again"
         )
-    if flip:
+    if flip and images.mirrored is None:
         raise UserError(
             "data.flip: true, but stored features are those of pictures as they are; set it to false, or choose "
             "another data.features.encoder"

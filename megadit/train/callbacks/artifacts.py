@@ -33,8 +33,11 @@ class Samples(Callback):
     """A grid of pictures from fixed noise, every ``train.sample_every`` steps and at the end."""
 
     def after_log(self, run: TrainingRun) -> None:
-        """Draw when due; the pictures are dealt to the ranks. After the checkpoint, so that no failure costs it."""
-        if due(run.position.step, run.config.train.sample_every, run.total_steps):
+        """Draw when due, unless stored latents came without the codec that makes pictures of them.
+
+        The pictures are dealt to the ranks. After the checkpoint, so that no failure costs it.
+        """
+        if run.codec.decodes and due(run.position.step, run.config.train.sample_every, run.total_steps):
             from megadit.train.pictures import draw_samples
 
             draw_samples(run)
