@@ -1,13 +1,28 @@
 #!/usr/bin/env python
-"""Convert a checkpoint: DeepSpeed's own and plain weights into megadit's, to go on here, or the other way.
+"""Convert a checkpoint: other programs' into megadit's, to sample from or to go on with, or the other way.
 
-IN is a folder or file of the first format, OUT a new one of the second. The formats are megadit (a run directory, or
-one checkpoint of it), safetensors and fp32-state-dict (whole float32 weights: one file, or a folder of shards; the
-latter as zero_to_fp32 writes them), deepspeed (what engine.save_checkpoint writes) and deepspeed-universal (what
-ds_to_universal writes). Optimizer state and step travel wherever both formats hold them. docs/convert.md tells more.
+IN is a folder or file of the first format, OUT a new one of the second:
+
+megadit                a run directory, or one checkpoint of it
+safetensors            whole float32 weights: one file, or a folder of shards
+fp32-state-dict        the same as zero_to_fp32 writes them
+deepspeed              what engine.save_checkpoint writes
+deepspeed-universal    what ds_to_universal writes
+official-dit, …        the authors' own files (.pt, .pth, .safetensors); official-mmdit is Stable Diffusion 3's
+diffusers              a pipeline folder, or in IN the folder of its transformer alone
+
+Optimizer state and step travel wherever both formats hold them. A diffusers class that does not compute what the model
+here does is compared with it on random inputs and refused without --allow-inexact. docs/convert.md tells more.
+
+What official weights cannot tell is said by --hint: heads, input_size, and for weights trained under muP, whose
+readout is multiplied in the forward pass, parametrization=mup, base_width and output_mult (dit, pixart). What no
+weights tell (data, objective, …) is taken from --config, or is a default that key.sub=value changes.
 
 python tools/convert_checkpoint.py --from deepspeed --to megadit ckpts runs/continued --config my.yaml
 python tools/convert_checkpoint.py --from megadit --to safetensors runs/emoji model.safetensors --ema 0.9999
+python tools/convert_checkpoint.py --from official-dit --to megadit DiT-XL-2-256x256.pt runs/dit data.vae.path=vae
+python tools/convert_checkpoint.py --from official-pixart --to megadit PixArt.pth runs/pixart --ema state_dict_ema
+python tools/convert_checkpoint.py --from megadit --to diffusers runs/pixart out
 """
 
 from __future__ import annotations
@@ -17,6 +32,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
@@ -32,8 +48,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. train.steps=1000")
     p.add_argument("--from", dest="source_format", required=True, choices=FORMATS, help="format of IN")
     p.add_argument("--to", dest="target_format", required=True, choices=FORMATS, help="format of OUT")
-    p.add_argument("--config", metavar="FILE", help="run configuration (YAML); needed for --to megadit")
-    p.add_argument("--ema", metavar="NAME", help="write this moving average of a megadit checkpoint as the weights")
+    p.add_argument("--config", metavar="FILE", help="run configuration (YAML), where IN does not tell the model")
+    p.add_argument(
+        "--ema", metavar="NAME", help="take this moving average: a name of megadit's, an official file's key"
+    )
+    p.add_argument("--hint", action="append", default=[], metavar="KEY=VALUE", help="e.g. heads=16, input_size=32")
+    p.add_argument("--allow-inexact", action="store_true", help="convert although diffusers' class computes otherwise")
     p.add_argument("--json", action="store_true", help="print one object instead of the sentences")
     return p
 
@@ -41,13 +61,24 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, and tell what was done."""
     args = parser().parse_intermixed_args(argv)
-    if args.overrides and args.config is None:
+    model_is_told = args.source_format.startswith("official-") or args.source_format == "diffusers"
+    if args.overrides and args.config is None and not model_is_told:
         raise UserError(f"{args.overrides[0]}: changes a config, but there is no --config; give one, or leave it out")
     from megadit.config import load_config
     from megadit.convert.conversion import convert
 
     config = None if args.config is None else load_config(args.config, args.overrides)
-    outcome = convert(args.source_format, args.target_format, args.source, args.target, config, args.ema)
+    outcome = convert(
+        args.source_format,
+        args.target_format,
+        args.source,
+        args.target,
+        config,
+        args.ema,
+        hints=dict(map(_hint, args.hint)),
+        overrides=args.overrides if config is None else (),
+        allow_inexact=args.allow_inexact,
+    )
     if args.json:
         print(json.dumps(outcome.to_json()))
     else:
@@ -56,6 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in outcome.notes:
         print(f"note: {note}", file=sys.stderr)
     return EXIT_OK
+
+
+def _hint(text: str) -> tuple[str, Any]:
+    """``heads=16`` as a name and a value, which is read as YAML reads it."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UserError(f"--hint: {text!r} is not KEY=VALUE; write it like heads=16")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--hint {name}: {value!r} cannot be read; write it like heads=16") from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,21 @@
 """Checkpoints of other formats: in, to go on with megadit, and out, to go on elsewhere. See docs/convert.md.
 
+For programs there are ``from_official``, ``to_official``, ``from_diffusers`` and ``to_diffusers``, from state dicts to
+state dicts; ``conversion.convert`` does files.
+
 ======================  ============================================================
+dispatch                the four functions for programs, by family
+families                names and shapes of each family's checkpoints elsewhere
+folding                 forward multipliers, into the weights
+names                   names and shapes, checked before anything is built
 contents                what a checkpoint of any format holds, named and lazily read
+request                 what a conversion was asked for
 conversion              ``convert``: from one format to another, checked on the way
+defaults                the run configuration of a model that came without one
 run_checkpoints         megadit's own (DESIGN: one logical format for every layout)
+official                torch files and safetensors of the families' own code
+pipeline_folders        pipeline folders of diffusers
+difference              how far a model and its copy in diffusers differ
 deepspeed_native        what ``engine.save_checkpoint`` writes under ZeRO 1 to 3, read
 deepspeed_plain         the same at stage 0, read and written
 deepspeed_universal     DeepSpeed's universal checkpoints, read and written
@@ -14,5 +26,17 @@ safe_load               torch files without running what they hold
 
 from __future__ import annotations
 
+from megadit.convert.dispatch import OFFICIAL_FAMILIES, from_diffusers, from_official, to_diffusers, to_official
+
+__all__ = ["FORMATS", "from_diffusers", "from_official", "to_diffusers", "to_official"]
+
 # What tools/convert_checkpoint.py offers; megadit.convert.conversion has a reader and a writer for each.
-FORMATS = ("megadit", "safetensors", "fp32-state-dict", "deepspeed", "deepspeed-universal")
+FORMATS = (
+    "megadit",
+    "safetensors",
+    "fp32-state-dict",
+    "deepspeed",
+    "deepspeed-universal",
+    *(f"official-{family}" for family in OFFICIAL_FAMILIES),
+    "diffusers",
+)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit.config import RunConfig
+from megadit.config import ModelConfig, RunConfig
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS, Position
 from megadit.train.partitions import MOMENTS
@@ -26,7 +26,9 @@ class Contents:
     """An opened checkpoint. ``read(kind, name)`` gives the parts of a parameter; nothing is read before it is called.
 
     ``what`` describes it to people. ``groups`` is the table of another program's optimizer groups, to be told and
-    never used. ``adam_step`` counts the updates behind the moments. ``config`` is None where the format has none.
+    never used. ``adam_step`` counts the updates behind the moments. ``config`` is None where the format has none;
+    ``model`` is then what the weights themselves say, if they say it, and ``known`` what else the source tells, by
+    section. ``extras`` are buffers of the model by name, such as PixArt's null caption; ``classes`` names by label.
     """
 
     what: str
@@ -39,6 +41,10 @@ class Contents:
     groups: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     config: RunConfig | None = None
+    model: ModelConfig | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     @property
     def has_moments(self) -> bool:

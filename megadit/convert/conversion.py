@@ -7,16 +7,22 @@ one is a reader and a writer here and a name in ``megadit.convert.FORMATS``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megadit.config import RunConfig
+from megadit.convert import official
 from megadit.convert.contents import Contents, fresh
 from megadit.convert.deepspeed_native import read_native
 from megadit.convert.deepspeed_plain import write_plain
 from megadit.convert.deepspeed_universal import read_universal, write_universal
+from megadit.convert.defaults import check_same_model, default_run
+from megadit.convert.difference import Difference
+from megadit.convert.dispatch import OFFICIAL_FAMILIES
+from megadit.convert.pipeline_folders import read_diffusers, write_diffusers
+from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import read_run, write_run
 from megadit.convert.state_dicts import (
     read_fp32_state_dict,
@@ -27,26 +33,52 @@ from megadit.convert.state_dicts import (
 from megadit.errors import UserError
 from megadit.train.checkpoint_read import shape_problem, shapes_of
 
-OWN = "megadit"
-READERS: dict[str, Callable[[Path], Contents]] = {
-    OWN: read_run,
-    "safetensors": read_safetensors,
-    "fp32-state-dict": read_fp32_state_dict,
-    "deepspeed": read_native,
-    "deepspeed-universal": read_universal,
+OWN, DIFFUSERS = "megadit", "diffusers"
+_Read = Callable[[Path, Request], tuple[Contents, Difference | None]]
+_Write = Callable[[Contents, Path, Request], tuple[list[str], Difference | None]]
+
+
+def _reader(read: Callable[[Path], Contents]) -> _Read:
+    return lambda path, request: (read(path), None)
+
+
+def _writer(write: Callable[[Contents, Path, RunConfig | None], list[str]]) -> _Write:
+    return lambda contents, target, request: (write(contents, target, contents.config), None)
+
+
+def _official(name: str) -> tuple[_Read, _Write]:
+    read, write = official.reader(name), official.writer(name)
+    return lambda p, r: (read(p, r), None), lambda c, p, r: (write(c, p, r), None)
+
+
+_OFFICIAL = {f"official-{name}": _official(name) for name in OFFICIAL_FAMILIES}
+READERS: Mapping[str, _Read] = {
+    OWN: lambda path, request: (read_run(path, request.ema), None),
+    "safetensors": _reader(read_safetensors),
+    "fp32-state-dict": _reader(read_fp32_state_dict),
+    "deepspeed": _reader(read_native),
+    "deepspeed-universal": _reader(read_universal),
+    **{name: read for name, (read, _) in _OFFICIAL.items()},
+    DIFFUSERS: read_diffusers,
 }
-WRITERS: dict[str, Callable[[Contents, Path, RunConfig | None], list[str]]] = {
-    OWN: write_run,
-    "safetensors": write_safetensors,
-    "fp32-state-dict": write_fp32_state_dict,
-    "deepspeed": write_plain,
-    "deepspeed-universal": write_universal,
+WRITERS: Mapping[str, _Write] = {
+    OWN: _writer(write_run),
+    "safetensors": _writer(write_safetensors),
+    "fp32-state-dict": _writer(write_fp32_state_dict),
+    "deepspeed": _writer(write_plain),
+    "deepspeed-universal": _writer(write_universal),
+    **{name: write for name, (_, write) in _OFFICIAL.items()},
+    DIFFUSERS: write_diffusers,
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion read and wrote. ``kinds`` are those of the source that were read; ``notes`` are for people."""
+    """What a conversion read and wrote. ``kinds`` are those of the source that were read; ``notes`` are for people.
+
+    ``difference`` is how far diffusers' class and the model here are apart, where one of them was converted to the
+    other and the two were compared.
+    """
 
     source: str
     target: str
@@ -55,6 +87,7 @@ class Outcome:
     kinds: tuple[str, ...]
     step: int
     notes: tuple[str, ...]
+    difference: Difference | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict."""
@@ -68,29 +101,27 @@ def convert(
     target: Path,
     config: RunConfig | None = None,
     ema: str | None = None,
+    *,
+    hints: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    allow_inexact: bool = False,
 ) -> Outcome:
     """Read ``source`` and write ``target``, which must not exist yet; after an error there is no ``target``.
 
     ``config`` is the run's; needed where the source has none and the target or its parameters' shapes ask for one.
-    ``ema`` names an average of a megadit checkpoint that takes the place of its weights.
+    ``ema`` names an average of a megadit checkpoint, or the key of an official file, that takes the place of the
+    weights. ``hints`` say what the weights of an official file cannot. ``overrides`` change the default configuration
+    that a model without one gets. ``allow_inexact`` lets diffusers' class and the model here differ.
 
     Raises:
         UserError: the source is not what it should be, does not fit the config, or the target cannot be written.
     """
-    if source_format == target_format == OWN:
-        raise UserError("--to: megadit is what IN is already; copy it, or start from its weights with train.init_from")
-    if ema is not None and source_format != OWN:
-        raise UserError(f"--ema: {ema} is asked for, but {source_format} holds no averages; leave it out")
-    if not source.exists():
-        raise UserError(f"IN: '{source}' does not exist; give the folder or file to convert")
-    contents = read_run(source, ema) if source_format == OWN else READERS[source_format](source)
-    if config is not None:
-        problem = shape_problem(contents.shapes, shapes_of(config))
-        if problem:
-            raise UserError(f"{contents.what}: {problem}; give the --config of the run that trained these weights")
-        contents = replace(contents, config=config)
+    request = Request(config, ema, hints or {}, tuple(overrides), allow_inexact)
+    _check(source_format, target_format, source, request)
+    contents, read_difference = READERS[source_format](source, request)
+    contents = _with_config(contents, request, target_format)
     with fresh(target) as temporary:
-        notes = WRITERS[target_format](contents, temporary, contents.config)
+        notes, written_difference = WRITERS[target_format](contents, temporary, request)
     return Outcome(
         contents.what,
         str(target),
@@ -99,4 +130,38 @@ def convert(
         contents.kinds,
         contents.position.step,
         (*contents.notes, *notes),
+        written_difference or read_difference,
     )
+
+
+def _check(source_format: str, target_format: str, source: Path, request: Request) -> None:
+    """Refuse, before anything is read, what does not go together."""
+    if source_format == target_format == OWN:
+        raise UserError("--to: megadit is what IN is already; copy it, or start from its weights with train.init_from")
+    if request.ema is not None and source_format not in (OWN, *_OFFICIAL):
+        raise UserError(f"--ema: {request.ema} is asked for, but {source_format} holds no averages; leave it out")
+    if request.hints and source_format not in _OFFICIAL:
+        hint = next(iter(request.hints))
+        raise UserError(f"--hint {hint}: is for official checkpoints, and --from is {source_format}; leave it out")
+    if not source.exists():
+        raise UserError(f"IN: '{source}' does not exist; give the folder or file to convert")
+
+
+def _with_config(contents: Contents, request: Request, target_format: str) -> Contents:
+    """The contents with the run's configuration: the given one, if it is of the same model, or the defaults."""
+    config = request.config
+    if config is None:
+        if contents.model is None or (target_format != OWN and not request.overrides):
+            return contents
+        made = default_run(contents.model, request.overrides, contents.known)
+        check_same_model(made.model, contents.model, contents.what)
+        notes = [*contents.notes]
+        if target_format == OWN:
+            notes.append("the model's configuration is that of the weights, the rest are defaults: see OUT/config.yaml")
+        return replace(contents, config=made, notes=tuple(notes))
+    if contents.model is not None:
+        check_same_model(config.model, contents.model, contents.what)
+    problem = shape_problem(contents.shapes, shapes_of(config))
+    if problem:
+        raise UserError(f"{contents.what}: {problem}; give the --config of the run that trained these weights")
+    return replace(contents, config=config, model=config.model if contents.model is not None else None)

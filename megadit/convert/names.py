@@ -79,6 +79,15 @@ def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
 
 
+def buffer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of everything else in a model's state dict, such as PixArt's null caption."""
+    from megadit.models import build_model
+
+    model = build_model(config, device="meta")
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in parameters}
+
+
 def check_positions(stored: Tensor, wanted: Tensor, name: str) -> None:
     """Refuse a stored table of positions that is not the fixed one this model adds. Raises UserError."""
     tolerance = 1e-5 if stored.dtype in (torch.float32, torch.float64) else 1e-2

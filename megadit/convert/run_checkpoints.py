@@ -12,14 +12,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megadit.conditioning import Conditioning
 from megadit.config import RunConfig, save_config
 from megadit.config.run import ONLINE
 from megadit.convert.contents import Contents, Part, group_facts
+from megadit.data.text.kept import NULL_TEXT_FILE, load_conditions, save_conditions
+from megadit.diffusion.classes import CLASSES_FILE, read_classes
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.train.checkpoint import WEIGHTS, Position, StoredCheckpoint, open_checkpoint, save_checkpoint
 from megadit.train.partitions import MOMENTS, Fragment, Partitions
 
+NULL_CAPTION = "y_embedder.y_embedding"  # PixArt's buffer: the features that stand for no text, (length, dim)
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 
 
@@ -50,6 +54,8 @@ def read_run(path: Path, ema: str | None = None) -> Contents:
         int(stored.state["adam_step"]),
         dict(stored.state["loss_scale"]),
         config=_config(stored),
+        extras=_extras(stored),
+        classes=tuple(read_classes(stored.path.parent.parent)),
     )
     if ema is not None:
         return contents.weights_only(f"these are the average {ema}")
@@ -66,6 +72,15 @@ def _config(stored: StoredCheckpoint) -> RunConfig | None:
         return RunConfig.model_validate_json(json.dumps(stored.config))
     except ValidationError:  # of another version of megadit; --config can say what it was
         return None
+
+
+def _extras(stored: StoredCheckpoint) -> dict[str, Tensor]:
+    """The null caption of a PixArt, which the run's directory holds beside its checkpoints."""
+    file = stored.path.parent.parent / NULL_TEXT_FILE
+    if stored.config["model"]["family"] != "pixart" or not file.is_file():
+        return {}
+    text = load_conditions(file)[0].text
+    return {} if text is None else {NULL_CAPTION: text[0]}
 
 
 class _Imported:
@@ -142,6 +157,10 @@ def write_run(contents: Contents, target: Path, config: RunConfig | None) -> lis
         notes.append(f"the source holds weights as {', '.join(stored)}; they are float32 from here on")
     target.mkdir()
     save_config(config, target / "config.yaml")
+    if NULL_CAPTION in contents.extras:
+        save_conditions(target / NULL_TEXT_FILE, Conditioning(text=contents.extras[NULL_CAPTION][None]))
+    if contents.classes:
+        (target / CLASSES_FILE).write_text(json.dumps(contents.classes), encoding="utf-8")
     alone = ProcessContext(0, 1, 0, torch.device("cpu"))
     save_checkpoint(target, cast(Partitions, _Imported(contents)), config, position, _group_table(config), alone)
     if not contents.has_moments:

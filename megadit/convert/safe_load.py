@@ -1,7 +1,8 @@
 """Reading torch files that other programs wrote, without running anything that they hold.
 
 ``torch.load(weights_only=True)`` builds tensors and plain containers. DeepSpeed's files also hold objects of a few of
-its own classes; each is named here and becomes an inert stand-in, so that neither its code nor DeepSpeed is needed.
+its own classes, and those of DiT's train.py its arguments. Each class is named here and becomes an inert stand-in, so
+that neither its code nor DeepSpeed is needed.
 Whatever else a file names is refused.
 """
 
@@ -34,6 +35,7 @@ _STAND_INS: list[Any] = [
     (StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
     (StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (StandIn, "argparse.Namespace"),  # DiT's train.py keeps its command line in every checkpoint
 ]
 
 

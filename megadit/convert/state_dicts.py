@@ -1,7 +1,8 @@
 """Whole weights by name: safetensors files, and the torch files that ``zero_to_fp32`` writes; one file or shards.
 
 Shards come with an index file (``model.safetensors.index.json``, ``pytorch_model.bin.index.json``) that maps names to
-files, as the Hugging Face hub's loaders know it.
+files, as the Hugging Face hub's loaders know it. Safetensors files that are written here hold the run's configuration
+among their metadata, so that the model can be rebuilt from them alone.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from megadit.config import RunConfig
@@ -24,9 +29,11 @@ from megadit.train.checkpoint import WEIGHTS
 SHARD_BYTES = 5 * 10**9  # as much as is held in memory at once for a torch file; zero_to_fp32's own limit
 _BYTES = 4  # float32
 _Writer = Callable[[Path, Mapping[str, tuple[int, ...]], Callable[[str], Tensor]], None]
+_BUFFERS = ("y_embedder.y_embedding",)  # of a state dict, beside the parameters: PixArt's null caption
 _PREFIXES = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
 _TORCH = ("pytorch_model.bin", ".bin", ".pt", ".pth")  # the usual name, and endings
 _SAFE = ("model.safetensors", ".safetensors")
+_CONFIG_KEY = "megadit_config"  # of a safetensors file's metadata: the run's configuration as JSON
 
 
 def read_safetensors(path: Path) -> Contents:
@@ -35,7 +42,9 @@ def read_safetensors(path: Path) -> Contents:
     Raises:
         UserError: none is there, or it is broken.
     """
-    return _contents(path, "safetensors", _find(path, *_SAFE))
+    files = find_files(path, *_SAFE)
+    contents = _contents(path, "safetensors", files)
+    return replace(contents, config=_config(files[0]))
 
 
 def read_fp32_state_dict(path: Path) -> Contents:
@@ -44,7 +53,7 @@ def read_fp32_state_dict(path: Path) -> Contents:
     Raises:
         UserError: none is there, it is broken, or holds more than tensors by name.
     """
-    return _contents(path, "fp32 state dict", _find(path, *_TORCH) or _find(path, *_SAFE))
+    return _contents(path, "fp32 state dict", find_files(path, *_TORCH) or find_files(path, *_SAFE))
 
 
 def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
@@ -52,7 +61,7 @@ def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
         raise UserError(f"IN: '{path}' is no {kind} file and no folder of one; give the file that holds the weights")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= _load(file)
+        tensors |= load_tensors(file)
     notes = []
     for prefix in _PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -62,15 +71,16 @@ def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
     if others:
         notes.append(f"{len(others)} tensors of whole numbers were left out ({others[0]}, …)")
     kept = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    extras = {name: kept.pop(name).float() for name in _BUFFERS if name in kept}
 
     def read(kind: str, name: str) -> list[Part]:
         return [(0, kept[name].reshape(-1))]
 
     shapes = {name: tuple(value.shape) for name, value in kept.items()}
-    return Contents(f"{kind} '{path}'", shapes, (WEIGHTS,), read, notes=tuple(notes))
+    return Contents(f"{kind} '{path}'", shapes, (WEIGHTS,), read, notes=tuple(notes), extras=extras)
 
 
-def _find(path: Path, main: str, *endings: str) -> list[Path]:
+def find_files(path: Path, main: str, *endings: str) -> list[Path]:
     """The files that hold the weights at ``path``, ``main`` being the usual name; none if it is of another kind."""
     if path.is_file():
         return [path] if path.name.endswith(endings) else []
@@ -95,7 +105,12 @@ def _sharded(index: Path) -> list[Path]:
     return files
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors by name in one file of weights alone.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     if file.name.endswith(".safetensors"):
         from safetensors import SafetensorError, safe_open
 
@@ -113,9 +128,33 @@ def _load(file: Path) -> dict[str, Tensor]:
     return values
 
 
+def _config(file: Path) -> RunConfig | None:
+    """The configuration among a safetensors file's metadata, if it has one that is valid today."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        text = (opened.metadata() or {}).get(_CONFIG_KEY)
+    try:
+        return None if text is None else RunConfig.model_validate_json(text)
+    except ValidationError:  # of another version of megadit; --config can say what it was
+        return None
+
+
 def write_safetensors(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
     """Write float32 weights into one ``….safetensors`` file or, under another name, into a folder of shards."""
-    return _write(contents, target, ".safetensors", "model", _stream)
+    metadata = {} if config is None else {_CONFIG_KEY: config.model_dump_json()}
+    return _write(contents, target, ".safetensors", "model", partial(_stream, metadata=metadata))
+
+
+def write_one(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write float32 tensors into one safetensors file; two names may share one tensor."""
+    _stream(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
+
+
+def write_folder(folder: Path, name: str, tensors: Mapping[str, Tensor], limit: int) -> None:
+    """Write float32 tensors as ``folder/name.safetensors``, or as shards of ``limit`` bytes with an index."""
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    _sharded_files(folder, name, ".safetensors", shapes, tensors.__getitem__, limit, _stream)
 
 
 def write_fp32_state_dict(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
@@ -125,26 +164,41 @@ def write_fp32_state_dict(contents: Contents, target: Path, config: RunConfig | 
 
 def _write(contents: Contents, target: Path, ending: str, name: str, write: _Writer) -> list[str]:
     def get(name: str) -> Tensor:
-        return contents.whole(WEIGHTS, name)
+        return contents.extras[name] if name in contents.extras else contents.whole(WEIGHTS, name)
+
+    shapes = {**contents.shapes, **{name: tuple(value.shape) for name, value in contents.extras.items()}}
 
     notes = ["weights only: this format holds no optimizer state"] if contents.has_moments else []
     if target.name.endswith(ending):
-        write(target, contents.shapes, get)
+        write(target, shapes, get)
         return notes
     target.mkdir()
-    shards = list(_shards(contents.shapes, SHARD_BYTES))
+    _sharded_files(target, name, ending, shapes, get, SHARD_BYTES, write)
+    return notes
+
+
+def _sharded_files(
+    folder: Path,
+    name: str,
+    ending: str,
+    all_shapes: Mapping[str, tuple[int, ...]],
+    get: Callable[[str], Tensor],
+    limit: int,
+    write: _Writer,
+) -> None:
+    """One file, or, above ``limit`` bytes, numbered ones and the index of what stands where."""
+    shards = list(_shards(all_shapes, limit))
     if len(shards) == 1:
-        write(target / f"{name}{ending}", shards[0], get)
-        return notes
+        write(folder / f"{name}{ending}", shards[0], get)
+        return
     files: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
         file = f"{name}-{number:05d}-of-{len(shards):05d}{ending}"
-        write(target / file, shapes, get)
+        write(folder / file, shapes, get)
         files |= dict.fromkeys(shapes, file)
-    total = sum(math.prod(shape) * _BYTES for shape in contents.shapes.values())
+    total = sum(math.prod(shape) * _BYTES for shape in all_shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
-    (target / f"{name}{ending}.index.json").write_text(json.dumps(index, indent=1))
-    return notes
+    (folder / f"{name}{ending}.index.json").write_text(json.dumps(index, indent=1))
 
 
 def _at_once(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:
@@ -152,9 +206,14 @@ def _at_once(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[s
     save_file({name: get(name) for name in shapes}, path)
 
 
-def _stream(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:
+def _stream(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    get: Callable[[str], Tensor],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """A safetensors file of float32 tensors, one of which is in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name, shape in shapes.items():
         end = position + math.prod(shape) * _BYTES

@@ -120,7 +120,9 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     return _to_json(config), out
 
 
-def from_diffusers(config_json: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+def from_diffusers(
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights of a DiTTransformer2DModel, whose blocks must all hold the same embedders.
 
     Raises:
@@ -248,8 +250,10 @@ def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
     activations = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
     activation = get("activation_fn", "gelu-approximate")
     if activation not in activations:
-        raise UserError(f"IN: config.json has activation_fn {activation}, known are {', '.join(activations)}; nothing "
-                        "else can be read")
+        raise UserError(
+            f"IN: config.json has activation_fn {activation}, known are {', '.join(activations)}; nothing "
+            "else can be read"
+        )
     channels = int(get("in_channels", 4))
     heads = int(get("num_attention_heads", 16))
     return ModelConfig.model_validate(
@@ -280,7 +284,7 @@ def _common(state: Mapping[str, Tensor], name: str, depth: int) -> Tensor:
     for index in range(1, depth):
         if not torch.equal(state[f"transformer_blocks.{index}.{name}"], first):
             raise UserError(
-                f"IN: transformer_blocks.{index}.{name} differs from that of block 0, and a DiT has one for all blocks; "
+                f"IN: transformer_blocks.{index}.{name} differs from that of block 0, a DiT has one for all blocks; "
                 "the file was trained as another model, which cannot be read"
             )
     return first

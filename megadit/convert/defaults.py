@@ -1,0 +1,80 @@
+"""The run configuration of a model that came without one, and whether a given one is of the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megadit.config.model import ModelConfig
+from megadit.config.run import RunConfig
+from megadit.errors import UserError
+
+# What a model's weights say nothing of: how it began and how its layers are computed.
+_FREE = {"init", "adaln_init", "attention_precision", "norm_precision", "role_hps", "heads", "head_dim", "repa"}
+_GUIDANCE = {"dit": 4.0, "pixart": 4.5, "uvit": 1.4, "mmdit": 5.0}  # of the originals' scripts, or usual
+_LATENT_CHANNELS = (4, 16)  # of the autoencoders that these models are trained on
+
+
+def default_run(
+    model: ModelConfig, overrides: Sequence[str] = (), known: Mapping[str, Mapping[str, Any]] | None = None
+) -> RunConfig:
+    """A configuration that samples from ``model`` and trains on, with ``overrides`` (``data.path=…``) laid over it.
+
+    ``known`` holds what the checkpoint tells of other sections. What it does not tell is a default: DDPM where the
+    variance is learned or eps is usual, flow matching for mmdit, the originals' guidance, and an autoencoder of
+    factor 8 for 4 and 16 channels, whose folder only the user knows (``data.vae.path``).
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    from megadit.config.loader import load_layers
+    from megadit.config.sources import Layer, override_layer
+
+    known = known or {}
+    condition = "class" if model.num_classes else "none" if model.text is None else "text"
+    data: dict[str, Any] = {"name": "image-folder", "condition": condition}
+    if model.in_channels in _LATENT_CHANNELS:
+        data["vae"] = {"path": None}  # for its user to name; scale and shift are its own
+    sample: dict[str, Any] = {"guidance": 1.0 if condition == "none" else _GUIDANCE[model.family]}
+    if model.family == "dit" and model.in_channels > 3:
+        sample["guidance_channels"] = 3  # as the original's own sampling does
+    sections: dict[str, dict[str, Any]] = {
+        "objective": {"kind": "flow" if model.family == "mmdit" else "ddpm"},
+        "data": data,
+        "train": {"steps": 100_000},
+        "sample": sample,
+    }
+    for section, values in known.items():
+        sections[section] = {**sections.get(section, {}), **values}
+    layers = [Layer({"model": model.model_dump(), **sections}, "the defaults of a converted model")]
+    return load_layers([*layers, override_layer(overrides)])
+
+
+def check_same_model(given: ModelConfig, found: ModelConfig, what: str) -> None:
+    """Refuse a ``--config`` of another model than the one in the file ``what``.
+
+    Raises:
+        UserError: naming the first keys that differ, with both values.
+    """
+    there, here = found.model_dump(mode="json"), given.model_dump(mode="json")
+    if found.family == "mmdit" and there["text"] and here["text"]:
+        there["text"].pop("max_length"), here["text"].pop("max_length")  # its weights take texts of any length
+    keys = [key for key in there if key not in _FREE and there[key] != here[key]]
+    pairs = [(f"model.{key}", there[key], here[key]) for key in keys]
+    if found.num_heads != given.num_heads:
+        pairs.append(("model.heads", found.num_heads, given.num_heads))
+    if given.repa is not None:
+        pairs.append(("model.repa", "none", "a projector"))
+    pairs += [
+        (f"model.role_hps.{role}.mult", 1.0, getattr(given.role_hps, role).mult)
+        for role in type(given.role_hps).model_fields
+        if getattr(given.role_hps, role).mult != 1.0
+    ]
+    if not pairs:
+        return
+    shown = ", ".join(f"{key} is {a} in the file and {b} in --config" for key, a, b in pairs[:4])
+    more = f" and {len(pairs) - 4} more" if len(pairs) > 4 else ""
+    remedy = "make --config agree"
+    if any(key == "model.parametrization" for key, _, _ in pairs):
+        remedy += ", or say with --hint parametrization=mup that the readout's multiplier is not in the weights"
+    raise UserError(f"{what}: is of another model: {shown}{more}; {remedy}")

@@ -1,0 +1,151 @@
+"""How far a model and its copy in diffusers differ, measured on random inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megadit.conditioning import Conditioning
+from megadit.config.model import ModelConfig
+from megadit.errors import UserError
+
+TOLERANCE = 2e-5  # of float32 outputs, relative to the largest where that is above 1
+_TIMES = (1.0, 250.0, 951.0)  # one sample each
+_COPIES = 4  # of the weights that are in memory together: two models, and what they are loaded from
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``maximum`` of |ours - diffusers'|, ``largest`` |ours|, and ``relative``, the one over the other.
+
+    ``reason`` says why the two are different models, None where they are the same.
+    """
+
+    maximum: float
+    relative: float
+    largest: float
+    reason: str | None
+
+    @property
+    def small(self) -> bool:
+        """Whether it is float32's rounding and no more."""
+        return self.maximum <= TOLERANCE * max(1.0, self.largest)
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.maximum:.3g} of outputs up to {self.largest:.3g} (relative {self.relative:.3g})"
+        )
+
+
+def measure(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    config_json: Mapping[str, Any],
+    diffusers_state: Mapping[str, Tensor],
+    reason: str | None,
+) -> Difference:
+    """Build both models in float32, with all weights, and compare their outputs for three samples at three times.
+
+    Raises:
+        UserError: diffusers' class does not take the config or the weights, or gives an output of another shape.
+    """
+    from megadit.mup.example import example_conditioning, example_images
+
+    numbers = range(len(_TIMES))
+    x, cond, t = example_images(config, numbers), example_conditioning(config, numbers), torch.tensor(_TIMES)
+    if config_json["_class_name"] == "SD3Transformer2DModel":  # which takes no mask
+        cond = Conditioning(text=cond.text, pooled=cond.pooled)
+    with torch.no_grad():
+        expected = _ours(config, state)(x, t, cond)
+        found = _CALLS[config_json["_class_name"]](_theirs(config_json, diffusers_state), x, t, cond)
+    if found.shape != expected.shape:
+        raise UserError(
+            f"config.json: diffusers' {config_json['_class_name']} gives outputs of shape {list(found.shape)}, the "
+            f"model here {list(expected.shape)}; the two are not the same model"
+        )
+    maximum, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    if not math.isfinite(maximum):
+        raise UserError("IN: gives outputs that are not finite numbers; give a checkpoint that is sound")
+    return Difference(maximum, maximum / largest if largest else 0.0, largest, reason)
+
+
+def memory_lacking(elements: int) -> str | None:
+    """Why a model of so many parameters cannot be compared in this machine's memory; None where it can."""
+    needed, free = _COPIES * 4 * elements, _free_memory()
+    if free is None or needed <= free:
+        return None
+    return f"two models of it take {needed / 1e9:.0f} GB, this machine has {free / 1e9:.0f} GB of memory free"
+
+
+def _free_memory() -> float | None:
+    """Bytes that can be used without swapping, as Linux tells; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _ours(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
+    from megadit.models import build_model
+
+    model = build_model(config)
+    model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
+    return model.eval()
+
+
+def _theirs(config_json: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    from megadit.optional import import_diffusers
+
+    diffusers = import_diffusers()
+    name = str(config_json["_class_name"])
+    given = {key: value for key, value in config_json.items() if not key.startswith("_")}
+    try:
+        model: nn.Module = getattr(diffusers, name)(**given)
+        model.load_state_dict(dict(state), strict=True)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"config.json: diffusers' {name} does not take it ({reason}); the file is of another version"
+        ) from error
+    return model.float().eval()
+
+
+def _dit(model: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    output: Tensor = model(x, timestep=t.long(), class_labels=cond.labels, return_dict=False)[0]
+    return output
+
+
+def _pixart(model: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    output: Tensor = model(
+        x,
+        encoder_hidden_states=cond.text,
+        encoder_attention_mask=cond.text_mask,
+        timestep=t,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+    )[0]
+    return output
+
+
+def _sd3(model: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    pooled = cond.pooled
+    if pooled is None:  # a model without pooled text is exported as one that is given zeros
+        pooled = torch.zeros(len(x), int(model.config.pooled_projection_dim))  # type: ignore[union-attr, arg-type]
+    output: Tensor = model(
+        x, encoder_hidden_states=cond.text, pooled_projections=pooled, timestep=t, return_dict=False
+    )[0]
+    return output
+
+
+_CALLS: Mapping[str, Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]] = {
+    "DiTTransformer2DModel": _dit,
+    "PixArtTransformer2DModel": _pixart,
+    "SD3Transformer2DModel": _sd3,
+}

@@ -1,0 +1,178 @@
+"""Models of other programs to megadit's and back, by family: the library's side of ``tools/convert_checkpoint.py``.
+
+A model is a config and a state dict of its parameters by name; nothing is written and nothing is shared: tensors may
+be those that were given.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from megadit.config.messages import explain
+from megadit.config.model import ModelConfig
+from megadit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OFFICIAL_FAMILIES = ("dit", "pixart", "uvit", "mmdit")  # whose authors' code has checkpoints of its own form
+# diffusers' classes and their families.
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {"DiTTransformer2DModel": "dit", "PixArtTransformer2DModel": "pixart", "SD3Transformer2DModel": "mmdit"}
+)
+_WHOLE = {"heads", "input_size", "base_width", "text_max_length", "max_length", "pos_embed_max_size"}  # hints
+_REAL = {"output_mult", "pos_scale"}
+_SIZED_BY_TEXT = ("pixart",)  # families with a buffer as long as a text
+_REPA = "repa."  # the projector: of training alone, and no other program's
+
+
+def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of a model in its family's original form (mmdit's is Stable Diffusion 3's).
+
+    ``hints`` say what the weights cannot, such as ``heads=16, input_size=32``; ``hints_of(family)`` lists them.
+
+    Raises:
+        UserError: the family has no such form, names, shapes or types are not its, or a hint is missing or wrong.
+    """
+    from megadit.convert.names import check_types
+
+    function = _function(family, "from_official", "official form")
+    unknown = sorted(set(hints) - set(hints_of(family)))
+    if unknown:
+        raise UserError(
+            f"--hint {unknown[0]}: is not known for {family}; known are {', '.join(hints_of(family)) or 'none'}"
+        )
+    _check_hints(hints)
+    check_types(state_dict)
+    config, state = _called(function, state_dict, **hints)
+    _check_whole(config, state, f"an official {family} checkpoint")
+    return config, state
+
+
+def to_official(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that the family's original code loads; multipliers are folded, REPA's projector is left out.
+
+    Raises:
+        UserError: the original has no place for something of this model, or the weights are not this config's.
+    """
+    function = _function(config.family, "to_official", "official form")
+    official: dict[str, Tensor] = _called(function, *_exported(config, state_dict))
+    return official
+
+
+def from_diffusers(
+    config_json: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, max_length: int | None = None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of a transformer of diffusers, from its config.json and its weights.
+
+    ``max_length``: tokens of a text, which no class tells; default: what the published pipelines use.
+
+    Raises:
+        UserError: its ``_class_name`` is not known, or the weights or options are not those of the family.
+    """
+    from megadit.convert.names import check_types
+
+    family = family_of(config_json)
+    check_types(state_dict)
+    function = _function(family, "from_diffusers", "class in diffusers")
+    options = {} if max_length is None or family not in _SIZED_BY_TEXT else {"max_length": max_length}
+    config, state = _called(function, config_json, state_dict, **options)
+    if max_length is not None and config.text is not None:
+        config = config.model_copy(update={"text": config.text.model_copy(update={"max_length": max_length})})
+    _check_whole(config, state, f"a {config_json['_class_name']} of diffusers")
+    return config, state
+
+
+def to_diffusers(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and weights of diffusers' class; multipliers are folded, REPA's projector is left out.
+
+    Whether that class computes the same is for ``diffusers_gap`` and ``megadit.convert.difference`` to say.
+
+    Raises:
+        UserError: the class has no place for something of this model, or the weights are not this config's.
+    """
+    function = _function(config.family, "to_diffusers", "class in diffusers")
+    config_json, state = _called(function, *_exported(config, state_dict))
+    return dict(config_json), state
+
+
+def family_of(config_json: Mapping[str, Any]) -> str:
+    """The family of a diffusers config.json. Raises UserError for a class that is not known."""
+    name = str(config_json.get("_class_name"))
+    if name not in CLASSES:
+        raise UserError(f"IN: config.json has _class_name {name}; known are {', '.join(CLASSES)}")
+    return CLASSES[name]
+
+
+def diffusers_gap(config_json: Mapping[str, Any]) -> str | None:
+    """Why diffusers' class with this config cannot compute what this model does; None where it is the same."""
+    function = getattr(_module(family_of(config_json)), "diffusers_gap", None)
+    gap: str | None = None if function is None else function(config_json)
+    return gap
+
+
+def hints_of(family: str) -> tuple[str, ...]:
+    """Names of the hints that ``from_official`` of a family takes."""
+    return tuple(getattr(_module(family), "HINTS", ()))
+
+
+def _check_hints(hints: Mapping[str, Any]) -> None:
+    """Refuse values of numbers that are none, or not positive. Raises UserError."""
+    for name, value in hints.items():
+        if name not in _WHOLE and name not in _REAL:
+            continue
+        wanted = "whole number" if name in _WHOLE else "number"
+        kinds = int if name in _WHOLE else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+            raise UserError(f"--hint {name}: {value!r} is not a {wanted} above 0; give one")
+
+
+def _module(family: str) -> Any:
+    return importlib.import_module(f"megadit.convert.families.{family}")
+
+
+def _function(family: str, name: str, what: str) -> Callable[..., Any]:
+    from megadit.models.registry import FAMILIES
+
+    if family not in FAMILIES:
+        raise UserError(f"family: {family!r} is not known; known are {', '.join(FAMILIES)}")
+    function: Callable[..., Any] | None = getattr(_module(family), name, None)
+    if function is None:
+        raise UserError(f"model.family: {family} has no {what}; use --to safetensors")
+    return function
+
+
+def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
+    """The function's result; a config that cannot be, and names that it looked for in vain, are told as UserError."""
+    try:
+        return function(*values, **hints)
+    except ValidationError as error:
+        told = explain(error, ModelConfig, {}).replace("\n", "; ")
+        raise UserError(f"IN: cannot be this family's model: {told}") from error
+    except KeyError as error:
+        raise UserError(
+            f"IN: has no {error.args[0]}; give the whole checkpoint of the model that --from names"
+        ) from error
+
+
+def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse a state dict without all parameters, or with more than these and the model's buffers."""
+    from megadit.convert.names import buffer_shapes, check, model_shapes
+
+    buffers = {name: shape for name, shape in buffer_shapes(config).items() if name in state}
+    check(state, model_shapes(config) | buffers, what)
+
+
+def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model as others know it: without REPA's projector and without multipliers but the readout's."""
+    from megadit.convert.folding import fold_roles
+
+    kept = {name: value for name, value in state.items() if not name.startswith(_REPA)}
+    config = config.model_copy(update={"repa": None})
+    _check_whole(config, kept, f"a {config.family} model of this config")
+    return fold_roles(config, kept)

@@ -1,0 +1,191 @@
+"""Checkpoints of the families' original code: torch files or safetensors, wrapped in the ways that are usual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.config.model import ModelConfig
+from megadit.convert.contents import Contents, Part, save_file
+from megadit.convert.dispatch import from_official, hints_of, to_official
+from megadit.convert.names import listed, model_shapes
+from megadit.convert.request import Request
+from megadit.convert.safe_load import load_file
+from megadit.convert.state_dicts import load_tensors, write_one
+from megadit.errors import UserError
+from megadit.train.checkpoint import WEIGHTS
+
+# Under which key the weights stand, the first that is there: those that are trained before their averages.
+_WRAPPINGS = ("state_dict", "model", "module", "ema", "state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.")
+_ENDINGS = (".pt", ".pth", ".safetensors")
+_WRAPPED_OUT = {"pixart": "state_dict"}  # what the original's loader looks for; the others' are not wrapped
+_OF_CONFIG = ("input_size", "pos_scale")  # hints that a --config answers, beside the heads and the text's length
+
+
+def reader(family: str) -> Callable[[Path, Request], Contents]:
+    """``read(path, request) -> Contents`` of the family's official files.
+
+    It raises UserError for a file that is broken, holds more than data, or is not this family's.
+    """
+
+    def read(path: Path, request: Request) -> Contents:
+        state, notes = _weights(path, request.ema)
+        hints = _with_config(family, request)
+        model, own = from_official(family, state, **hints)
+        return contents_of(f"official {family} checkpoint '{path}'", model, own, notes)
+
+    return read
+
+
+def writer(family: str) -> Callable[[Contents, Path, Request], list[str]]:
+    """``write(contents, target, request) -> notes`` of an official file: ``.pt``, ``.pth`` or ``.safetensors``.
+
+    It raises UserError where the name has another ending, or the model is not of this family or cannot be written.
+    """
+
+    def write(contents: Contents, target: Path, request: Request) -> list[str]:
+        if not target.name.endswith(_ENDINGS):
+            raise UserError(f"OUT: '{target.name}' has none of the endings {', '.join(_ENDINGS)}; give it one")
+        model = model_of(contents)
+        if model.family != family:
+            raise UserError(
+                f"--to: official-{family} is asked for, but the model is of family {model.family}; give the format of "
+                "its own family"
+            )
+        official = to_official(model, whole_state(contents))
+        official = {name: value.float().contiguous() for name, value in official.items()}
+        if target.name.endswith(".safetensors"):
+            write_one(target, official)
+        else:
+            official = {name: value.clone() for name, value in official.items()}  # a view would save all of its base
+            key = _WRAPPED_OUT.get(family)
+            save_file(official if key is None else {key: official}, target)
+        return _left_out(contents, model)
+
+    return write
+
+
+def contents_of(
+    what: str,
+    model: ModelConfig,
+    state: Mapping[str, Tensor],
+    notes: list[str],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    classes: Sequence[str] = (),
+) -> Contents:
+    """Contents of a model that is in memory or mapped: its parameters and buffers by name."""
+
+    def read(kind: str, name: str) -> list[Part]:
+        return [(0, state[name].reshape(-1))]
+
+    shapes = model_shapes(model)
+    extras = {name: value.float() for name, value in state.items() if name not in shapes}
+    return Contents(
+        what,
+        shapes,
+        (WEIGHTS,),
+        read,
+        notes=tuple(notes),
+        model=model,
+        extras=extras,
+        known=known or {},
+        classes=tuple(classes),
+    )
+
+
+def model_of(contents: Contents) -> ModelConfig:
+    """The model that the weights are of. Raises UserError where neither the source nor a config says."""
+    if contents.model is not None:
+        return contents.model
+    if contents.config is not None:
+        return contents.config.model
+    raise UserError(f"--config: is needed, since {contents.what} does not say of which model its weights are")
+
+
+def whole_state(contents: Contents) -> dict[str, Tensor]:
+    """All weights in float32, and the buffers that the source holds, in memory."""
+    return {name: contents.whole(WEIGHTS, name) for name in contents.shapes} | dict(contents.extras)
+
+
+def _left_out(contents: Contents, model: ModelConfig) -> list[str]:
+    notes = ["weights only: this format holds no optimizer state"] if contents.has_moments else []
+    return notes + folded_notes(model)
+
+
+def folded_notes(model: ModelConfig) -> list[str]:
+    """What an export changed, for people."""
+    from megadit.convert.folding import readout_mult
+
+    notes = []
+    if readout_mult(model) != 1.0:
+        notes.append(f"the readout's multiplier {readout_mult(model):g} is in its weight now, which SP's models have")
+    if model.repa is not None:
+        notes.append("the projector of REPA is left out, which this format does not have")
+    return notes
+
+
+def _with_config(family: str, request: Request) -> dict[str, Any]:
+    """The hints, and what the ``--config`` says of those that are not given."""
+    hints, known = dict(request.hints), hints_of(family)
+    if request.config is None:
+        return hints
+    model = request.config.model
+    if model.family != family:
+        raise UserError(f"model.family: {model.family} in --config, but --from is official-{family}; make them agree")
+    answers: dict[str, Any] = {key: getattr(model, key) for key in _OF_CONFIG} | {"heads": model.num_heads}
+    answers["text_max_length"] = None if model.text is None else model.text.max_length
+    if hints.get("parametrization") == "mup":
+        answers |= {"base_width": model.base_width, "output_mult": model.output_mult}
+    for key, value in answers.items():
+        if key in known and key not in hints and value is not None:
+            hints[key] = value
+    return hints
+
+
+def _weights(path: Path, ema: str | None) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by name, out of their wrapping and without prefixes, and what people should know of that."""
+    if not path.is_file():
+        raise UserError(f"IN: '{path}' is a folder; give the file that holds the weights")
+    values: Any = load_tensors(path) if path.name.endswith(".safetensors") else load_file(path)
+    state, notes = _unwrapped(values, path, ema)
+    while state:
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        notes.append(f"'{prefix}' before all names was left out")
+    return state, notes
+
+
+def _unwrapped(values: Any, path: Path, ema: str | None) -> tuple[dict[str, Tensor], list[str]]:
+    plain = _is_state(values)
+    wrapped = [] if plain or not isinstance(values, dict) else [k for k, v in values.items() if _is_state(v)]
+    if ema is not None:
+        if ema not in wrapped:
+            held = f"its weights stand under {listed(wrapped)}" if wrapped else "it holds one set of weights"
+            raise UserError(f"--ema: {ema} is not in '{path}'; {held}, so leave --ema out or name one of these")
+        return dict(values[ema]), []
+    if plain:
+        return dict(values), []
+    key = next((key for key in _WRAPPINGS if key in wrapped), None)
+    if key is None:
+        held = listed([str(name) for name in values]) if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{path}: holds {held} and no weights by name; give the checkpoint of a model")
+    others = [name for name in wrapped if name != key and name in _WRAPPINGS]
+    notes = [f"the weights under '{key}' are taken"]
+    if others:
+        notes[0] += f"; --ema {others[0]} takes those under '{others[0]}'"
+    return dict(values[key]), notes
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(each, torch.Tensor) for name, each in value.items())
+    )
