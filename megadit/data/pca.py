@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megadit.config.data import DataConfig
 from megadit.data.batch import scale_images
+from megadit.data.builtin import build_datasets
 from megadit.data.dataset import ImageSet, stack_images
 from megadit.errors import UserError
 from megadit.files import whole_file
@@ -116,12 +118,12 @@ def _batches(dataset: ImageSet, indices: Sequence[int]) -> Iterator[Tensor]:
 
 def save_pca(codec: PatchPca, folder: Path, facts: dict[str, Any]) -> None:
     """Write the codec's folder; ``facts`` (what it was fitted on, its PSNR) go into ``config.json`` beside it."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"mean": codec.mean.contiguous(), "components": codec.components.contiguous()}
     with whole_file(folder / _WEIGHTS) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # save_file would make it readable for its owner alone
     config = {
         "_class_name": PCA_CLASS,
         "factor": codec.factor,
@@ -154,3 +156,29 @@ def load_pca(folder: Path) -> PatchPca:
             f"data.vae.path: {folder} does not load as a {PCA_CLASS} ({reason}); fit it again with tools/encode.py"
         ) from error
     return codec
+
+
+def fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, most: int) -> dict[str, Any]:
+    """Fit on (an even choice of at most ``most`` images of) the training part, measure on the held-out part, save.
+
+    Returns what the command tells. Raises UserError as ``build_datasets`` and ``fit_pca`` do, or for a folder in use.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out: '{folder}' is not empty; choose another folder")
+    train, held_out = build_datasets(config)
+    if train.stores_latents:
+        raise UserError(f"data.path: {config.path} holds latents; give images to fit on")
+    chosen = _even(len(train), most)
+    codec = fit_pca(train, chosen, factor, channels)
+    measured = _even(len(held_out), most)
+    psnr = round(measure_psnr(codec, held_out, measured), 3) if measured else None
+    facts = {"fitted_on": len(chosen), "data": train.name, "held_out": len(measured), "psnr": psnr}
+    save_pca(codec, folder, facts)
+    use = f"data.vae.path={folder} data.vae.factor={factor} model.in_channels={channels}"
+    return {"out": str(folder), **facts, "scale": codec.scale, "use": use}
+
+
+def _even(size: int, most: int) -> list[int]:
+    """At most ``most`` of so many indices, evenly spaced."""
+    shown = min(size, most)
+    return [number * size // shown for number in range(shown)]

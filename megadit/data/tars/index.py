@@ -190,12 +190,12 @@ def _classes(labels: set[int | str | None]) -> tuple[str, ...]:
 
 def save_index(index: SampleIndex, path: Path) -> None:
     """Write the index as safetensors; it appears whole or not at all."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays = {name: np.frombuffer(_joined(getattr(index, name)), dtype=np.uint8) for name in _TEXTS}
     arrays |= {name: getattr(index, name) for name in _NUMBERS}
     with whole_file(path) as temporary:
-        save_file(arrays, temporary, {"version": _VERSION})
+        temporary.write_bytes(save(arrays, {"version": _VERSION}))  # save_file would make it its owner's alone
 
 
 def load_index(path: Path) -> SampleIndex:

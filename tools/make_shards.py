@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Write images, captions and labels as WebDataset tars: NAME-000000.tar, NAME-000001.tar, ... and a manifest.
+
+Any data set of a configuration is taken whole; nothing is held out, since base names travel along and the split is made
+at training. Train on the folder with data.name=webdataset data.path=OUT. A command that was cut off goes on with the
+finished tars when it is given again.
+
+python tools/make_shards.py --out shards/emoji data.name=emoji data.image_size=64
+python tools/make_shards.py --out shards/birds data.name=image-folder data.path=birds data.image_size=256 --image jpg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
+
+from megadit.errors import EXIT_OK, run_command  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("overrides", nargs="*", metavar="data.key=value", help="what to write, e.g. data.name=digits")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must be empty or unfinished")
+    p.add_argument("--config", metavar="FILE", help="run configuration (YAML) whose data section to start from")
+    p.add_argument("--name", metavar="NAME", help="what the tars' names begin with; default: the folder's name")
+    p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
+    p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
+    p.add_argument("--image", choices=("png", "jpg"), default="png", help="png (exact; default) or jpg")
+    p.add_argument("--quality", type=int, default=95, metavar="1-100", help="of jpg; default 95")
+    p.add_argument("--json", action="store_true", help="print one JSON object: samples, shards, bytes, out")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tars, and say what they hold."""
+    args = parser().parse_intermixed_args(argv)
+    from megadit.config.data_only import load_data
+    from megadit.data.tars import telling
+    from megadit.data.tars.making import make_shards
+
+    sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
+    quality = telling.in_range("--quality", args.quality, 1, 100)
+    config = load_data(args.config, args.overrides)
+    with telling.progress_bar("images") as progress:
+        manifest = make_shards(config, args.out, sharding, args.image, quality, progress)
+    told = telling.summary(manifest, args.out)
+    print(json.dumps(told) if args.json else telling.sentences(manifest, args.out))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    run_command(main)
