@@ -56,10 +56,8 @@ def check_same_model(given: ModelConfig, found: ModelConfig, what: str) -> None:
     Raises:
         UserError: naming the first keys that differ, with both values.
     """
-    there, here = found.model_dump(mode="json"), given.model_dump(mode="json")
-    if found.family == "mmdit" and there["text"] and here["text"]:
-        there["text"].pop("max_length"), here["text"].pop("max_length")  # its weights take texts of any length
-    keys = [key for key in there if key not in _FREE and there[key] != here[key]]
+    there, here = _told(found), _told(given)
+    keys = [key for key in there if there[key] != here[key]]
     pairs = [(f"model.{key}", there[key], here[key]) for key in keys]
     if found.num_heads != given.num_heads:
         pairs.append(("model.heads", found.num_heads, given.num_heads))
@@ -78,3 +76,12 @@ def check_same_model(given: ModelConfig, found: ModelConfig, what: str) -> None:
     if any(key == "model.parametrization" for key, _, _ in pairs):
         remedy += ", or say with --hint parametrization=mup that the readout's multiplier is not in the weights"
     raise UserError(f"{what}: is of another model: {shown}{more}; {remedy}")
+
+
+def _told(model: ModelConfig) -> dict[str, Any]:
+    """The keys of a model that its weights decide."""
+    keys = {key: value for key, value in model.model_dump(mode="json").items() if key not in _FREE}
+    if model.family == "mmdit":
+        keys["text"] = {**keys["text"], "max_length": None}  # texts may have any length
+        keys["pos_embed_max_size"] = model.pos_embed_max_size or model.input_size // model.patch_size
+    return keys

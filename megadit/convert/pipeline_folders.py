@@ -28,6 +28,7 @@ SHARD_BYTES = 10 * 10**9  # above which diffusers' own save_pretrained cuts a mo
 _WEIGHTS = "diffusion_pytorch_model"
 _VERSION = "0.30.0"  # of diffusers: all three classes and schedulers exist since then as they are written here
 _VAE = "AutoencoderKL"
+_DIT_CLASSES = 1000  # DiTPipeline's null label is this number, whatever the model
 _NULL_KEY = "null_caption"  # of a safetensors file beside the pipeline
 _NULL_FILE = f"{_NULL_KEY}.safetensors"
 # Pipeline of each family, and its components that are not written here.
@@ -110,6 +111,11 @@ def write_diffusers(contents: Contents, target: Path, request: Request) -> tuple
     missing = [*others, *([] if _copy_vae(contents.config, target) else ["vae"])]
     if model.family == "dit":
         names = contents.classes or tuple(map(str, range(model.num_classes)))
+        if model.num_classes != _DIT_CLASSES:
+            notes.append(
+                f"{pipeline} takes label {_DIT_CLASSES} as the null one and this model has {model.num_classes} "
+                "classes: draw with guidance_scale=1 there"
+            )
         index["id2label"] = {str(label): name for label, name in enumerate(names)}
     _write_json(target / "model_index.json", index)
     if missing:

@@ -99,6 +99,10 @@ class _Imported:
             for start, values in self._contents.parts(WEIGHTS, name)
         ]
 
+    def to_save(self) -> list[Fragment]:
+        """All of them: there is one rank."""
+        return self.fragments()
+
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
         """Adam's moments of the same elements, which every format cuts as it cuts the weights."""
         if not self._contents.has_moments:

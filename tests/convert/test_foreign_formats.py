@@ -1,0 +1,314 @@
+"""The command on other programs' files: every family there and back, options, what is told and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
+from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
+from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
+from helpers.tiny_uvit import tiny_uvit
+from megadit.config import ModelConfig, save_config
+from megadit.convert import pipeline_folders
+from megadit.convert.conversion import Outcome, convert
+from megadit.convert.defaults import default_run
+from megadit.convert.difference import Difference
+from megadit.convert.run_checkpoints import NULL_CAPTION
+from megadit.errors import UserError
+from megadit.models import build_model
+from megadit.mup.example import example_conditioning, example_images
+from megadit.train.checkpoint import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and what its official checkpoint needs to be told."""
+
+    model: ModelConfig
+    hints: dict[str, Any] = field(default_factory=dict)
+
+
+SP = {
+    "dit": Case(tiny_config(), {"heads": 2}),
+    "pixart": Case(tiny_pixart(), {"heads": 2}),
+    "uvit": Case(tiny_uvit("class"), {"heads": 2}),
+    "mmdit": Case(tiny_mmdit(pooled=12), {"heads": 2, "input_size": 8}),
+}
+MUP = {
+    "dit": Case(tiny_mup_config(64, output_mult=3.0), {"heads": 4}),
+    "pixart": Case(tiny_pixart_mup(64, output_mult=3.0), {"heads": 4}),
+    "mmdit": Case(tiny_mup_mmdit(64, pooled=12, output_mult=3.0), {"heads": 4, "input_size": 8}),
+}
+
+
+def load_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("tool_convert", ROOT / "tools" / "convert_checkpoint.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def make_run(folder: Path, model: ModelConfig, **sections: Any) -> Path:
+    """A run directory whose latest checkpoint holds random weights of ``model``; PixArt's null caption is its own."""
+    built = build_model(model)
+    randomize(built)
+    state = {name: value.detach().clone() for name, value in built.state_dict().items()}
+    if NULL_CAPTION in state:
+        state[NULL_CAPTION] += 1.0
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "made.safetensors")
+    convert("safetensors", "megadit", folder / "made.safetensors", folder / "run", default_run(model, (), sections))
+    return folder / "run"
+
+
+def output(run: Path) -> Tensor:
+    """What the run's model gives for fixed inputs."""
+    config, model = load_model(run)
+    x, cond = example_images(config.model, range(2)), example_conditioning(config.model, range(2))
+    with torch.no_grad():
+        found: Tensor = model(x, torch.tensor([3.0, 700.0]), cond)
+    return found
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in load_model(run)[1].named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: make_run(folder / name, case.model) for name, case in SP.items()}
+
+
+@pytest.mark.parametrize("family", SP)
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_official_there_and_back_is_bit_exact(runs: dict[str, Path], tmp_path: Path, family: str, ending: str) -> None:
+    kind, file = f"official-{family}", tmp_path / f"x.{ending}"
+    convert("megadit", kind, runs[family], file)
+    back = convert(kind, "megadit", file, tmp_path / "back", hints=SP[family].hints, overrides=["data.vae=null"])
+    assert any("the rest are defaults" in note for note in back.notes)
+    before, after = weights(runs[family]), weights(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    given = default_run(SP[family].model)
+    convert(kind, "megadit", file, tmp_path / "again", given)  # whose config stands for the hints
+    assert load_model(tmp_path / "again")[0] == given
+    if ending == "pt":
+        stored = torch.load(file, weights_only=True)
+        assert (list(stored) == ["state_dict"]) == (family == "pixart")
+    if family == "pixart":
+        from megadit.data.text.kept import NULL_TEXT_FILE, load_conditions
+
+        kept = [load_conditions(run / NULL_TEXT_FILE)[0].text for run in (runs[family], tmp_path / "back")]
+        assert kept[0] is not None and kept[1] is not None and torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize("family", MUP)
+def test_a_mup_model_goes_out_with_its_multiplier_folded(tmp_path: Path, family: str) -> None:
+    run = make_run(tmp_path, MUP[family].model)
+    outcome = convert("megadit", f"official-{family}", run, tmp_path / "x.pth")
+    assert any("multiplier 1.5 is in its weight now" in note for note in outcome.notes)
+    length = ["model.text.max_length=5"] if family == "mmdit" else []  # which its weights do not tell
+    kind, hints = f"official-{family}", MUP[family].hints
+    convert(kind, "megadit", tmp_path / "x.pth", tmp_path / "back", hints=hints, overrides=length)
+    torch.testing.assert_close(output(tmp_path / "back"), output(run), rtol=0, atol=2e-6)
+    with pytest.raises(
+        UserError, match=r"model.parametrization is sp in the file and mup in --config.*--hint parametr"
+    ):
+        convert(kind, "megadit", tmp_path / "x.pth", tmp_path / "no", default_run(MUP[family].model))
+
+
+@pytest.mark.parametrize("family", ["dit", "pixart", "mmdit"])
+def test_diffusers_there_and_back(runs: dict[str, Path], tmp_path: Path, family: str, monkeypatch: Any) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(pipeline_folders, "SHARD_BYTES", 100_000)
+    allowed = {"allow_inexact": family == "dit"}
+    out = convert("megadit", "diffusers", runs[family], tmp_path / "out", **allowed)
+    assert (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
+    config = default_run(SP[family].model)
+    back = convert("diffusers", "megadit", tmp_path / "out", tmp_path / "back", config, **allowed)
+    assert out.difference is not None and back.difference == out.difference
+    assert out.difference.small == (family != "dit") and (out.difference.reason is None) == (family != "dit")
+    before, after = weights(runs[family]), weights(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    bare = convert("diffusers", "safetensors", tmp_path / "out/transformer", tmp_path / "x.safetensors", **allowed)
+    assert bare.parameters == len(before)
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert index["scheduler"][1] == scheduler["_class_name"]
+    told = " ".join(out.notes)
+    assert f"{index['_class_name']}.from_pretrained(OUT, " in told and "vae=…" in told
+    if family == "pixart":
+        null = load_file(tmp_path / "out/null_caption.safetensors")["null_caption"]
+        assert null.shape == (7, 20) and null.mean() > 0.9 and "negative_prompt_embeds" in told
+
+
+def test_a_pipeline_loads_and_draws(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)  # factor 1
+    vae.save_pretrained(tmp_path / "vae")
+    run = make_run(tmp_path, tiny_config(), data={"vae": {"path": str(tmp_path / "vae")}})
+    (run / "classes.json").write_text(json.dumps([f"class {label}" for label in range(10)]))
+    out = convert("megadit", "diffusers", run, tmp_path / "out", allow_inexact=True)
+    assert any("label 1000 as the null one and this model has 10 classes" in note for note in out.notes)
+    assert (tmp_path / "out/vae/config.json").is_file()
+    pipe = diffusers.DiTPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels["class 3"] == 3 and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    images = pipe(class_labels=[3], num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+    assert images.shape[0] == 1
+    convert("diffusers", "megadit", tmp_path / "out", tmp_path / "back", allow_inexact=True)
+    config, _ = load_model(tmp_path / "back")
+    assert config.data.vae is not None and config.data.vae.path == str((tmp_path / "out/vae").resolve())
+    assert json.loads((tmp_path / "back/classes.json").read_text())[3] == "class 3"
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"kind": "ddpm", "prediction": "v"}, {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.02}),
+        ({"kind": "flow", "shift": 3.0}, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
+    ],
+    ids=["v", "flow"],
+)
+def test_the_scheduler_is_that_of_the_objective(
+    tmp_path: Path, monkeypatch: Any, objective: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(pipeline_folders, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
+    run = make_run(tmp_path, tiny_pixart(learn_sigma=False), objective=objective)
+    convert("megadit", "diffusers", run, tmp_path / "out")
+    found = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert found.items() >= expected.items()
+    convert("diffusers", "megadit", tmp_path / "out", tmp_path / "back")
+    assert load_model(tmp_path / "back")[0].objective == load_model(run)[0].objective
+
+
+def test_wrappings_prefixes_and_averages(runs: dict[str, Path], tmp_path: Path) -> None:
+    convert("megadit", "official-dit", runs["dit"], tmp_path / "plain.pt")
+    state = torch.load(tmp_path / "plain.pt", weights_only=True)
+    model = {f"_orig_mod.module.{name}": value.bfloat16() for name, value in state.items()}
+    ema = {name: value + 1 for name, value in state.items() if name != "pos_embed"} | {"pos_embed": state["pos_embed"]}
+    stored = {"model": model, "ema": ema, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4), "step": 5}
+    torch.save(stored, tmp_path / "train.pt")
+
+    def back(name: str, **options: Any) -> Outcome:
+        return convert("official-dit", "megadit", tmp_path / "train.pt", tmp_path / name, hints={"heads": 2}, **options)
+
+    told = " ".join(back("online").notes)
+    assert "under 'model' are taken; --ema ema takes those under 'ema'" in told and "bfloat16" in told
+    assert "'_orig_mod.' before all names" in told and "'module.' before all names" in told
+    back("average", ema="ema")
+    before, after = weights(runs["dit"]), weights(tmp_path / "average")
+    assert all(torch.equal(before[name] + 1, after[name]) for name in before)
+    with pytest.raises(UserError, match="--ema: slow is not in .* its weights stand under ema, model"):
+        back("no", ema="slow")
+    torch.save({"opt": {}, "step": 5}, tmp_path / "train.pt")
+    with pytest.raises(UserError, match="holds opt, step and no weights by name"):
+        back("no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_safetensors_rebuild_the_model_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    for family in ("pixart", "uvit"):
+        convert("megadit", "safetensors", runs[family], tmp_path / f"{family}.safetensors")
+        back = tmp_path / f"back-{family}"
+        convert("safetensors", "megadit", tmp_path / f"{family}.safetensors", back)
+        assert load_model(back)[0] == load_model(runs[family])[0]
+        before, after = weights(runs[family]), weights(back)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    config, model = load_model(runs["pixart"])
+    model.load_state_dict(load_file(tmp_path / "pixart.safetensors"))
+    save_file(load_file(tmp_path / "pixart.safetensors"), tmp_path / "bare.safetensors")  # without our metadata
+    with pytest.raises(UserError, match="--config: is needed"):
+        convert("safetensors", "official-pixart", tmp_path / "bare.safetensors", tmp_path / "x.pt")
+    convert("safetensors", "official-pixart", tmp_path / "bare.safetensors", tmp_path / "x.pt", config)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("official-pixart", {}, "is not an official PixArt checkpoint: it has no "),
+        ("official-dit", {}, "--hint heads: is needed"),
+        ("official-dit", {"hints": {"heads": 3}}, "model.heads is 3 in the file and 2 in --config"),
+        ("official-dit", {"width": 64}, "model.width is 48 in the file and 64 in --config"),
+        ("official-dit", {"num_classes": 7}, "model.num_classes is 10 in the file and 7 in --config"),
+        ("official-dit", {"qk_norm": "rms"}, "model.qk_norm is none in the file and rms in --config"),
+        ("diffusers", {}, "model.dit.pt/config.json' cannot be read"),
+        ("safetensors", {"hints": {"heads": 2}}, "--hint heads: is for official checkpoints"),
+    ],
+)
+def test_files_and_configs_of_other_models_are_refused(
+    runs: dict[str, Path], tmp_path: Path, kind: str, options: dict[str, Any], words: str
+) -> None:
+    convert("megadit", "official-dit", runs["dit"], tmp_path / "model.dit.pt")
+    hints = options.pop("hints", {})
+    given = default_run(tiny_config(**options)) if options or hints else None
+    with pytest.raises(UserError, match=words):
+        convert(kind, "megadit", tmp_path / "model.dit.pt", tmp_path / "out", given, hints=hints)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.dit.pt"]
+
+
+def test_broken_files_and_wrong_targets_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    for ending in ("pt", "safetensors"):
+        file = tmp_path / f"x.{ending}"
+        convert("megadit", "official-dit", runs["dit"], file)
+        cut_short(file)
+        with pytest.raises(UserError, match=f"x.{ending}: cannot be read as "):
+            convert("official-dit", "megadit", file, tmp_path / "out")
+    torch.save({"state_dict": {}, "hook": Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match=r"holds an object of 'pathlib.*which is not data"):
+        convert("official-dit", "megadit", tmp_path / "code.pt", tmp_path / "out")
+    with pytest.raises(UserError, match="has none of the endings .pt, .pth, .safetensors"):
+        convert("megadit", "official-dit", runs["dit"], tmp_path / "out")
+    with pytest.raises(UserError, match="official-uvit is asked for, but the model is of family dit"):
+        convert("megadit", "official-uvit", runs["dit"], tmp_path / "out.pt")
+    with pytest.raises(UserError, match="model.family: uvit has no class in diffusers"):
+        convert("megadit", "diffusers", runs["uvit"], tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("out", ".tmp"))]
+
+
+def test_the_command_refuses_a_class_that_differs_and_tells_by_how_much(
+    runs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    pytest.importorskip("diffusers")
+    tool = load_tool()
+    arguments = ["--from", "megadit", "--to", "diffusers", str(runs["dit"]), str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"half - 1 in place of half; largest difference .*--allow-inexact"):
+        tool.main(arguments)
+    assert not list(tmp_path.iterdir())
+    assert tool.main([*arguments, "--allow-inexact", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["difference"]
+    assert printed["maximum"] > 0.01 and printed["relative"] > 0.01 and "half - 1" in printed["reason"]
+
+
+def test_the_command_takes_hints_and_overrides(runs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    tool = load_tool()
+    convert("megadit", "official-dit", runs["dit"], tmp_path / "x.pt")
+    arguments = ["--from", "official-dit", "--to", "megadit", str(tmp_path / "x.pt")]
+    changes = ["data.vae=null", "sample.steps=3", "--hint", "heads=2"]
+    assert tool.main([*arguments, str(tmp_path / "run"), *changes]) == 0
+    assert load_model(tmp_path / "run")[0].sample.steps == 3
+    save_config(default_run(SP["dit"].model), tmp_path / "config.yaml")
+    given = ["--config", str(tmp_path / "config.yaml"), "train.steps=7"]
+    assert tool.main([*arguments, str(tmp_path / "run2"), *given]) == 0
+    assert load_model(tmp_path / "run2")[0].train.steps == 7
+    with pytest.raises(UserError, match="--hint: 'heads' is not KEY=VALUE"):
+        tool.main([*arguments, str(tmp_path / "run3"), "--hint", "heads"])
+    with pytest.raises(UserError, match="model.width is 48 in the file and 64"):
+        tool.main([*arguments, str(tmp_path / "run3"), "model.width=64", "--hint", "heads=2"])
