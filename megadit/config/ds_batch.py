@@ -1,4 +1,4 @@
-"""Batch arithmetic: global batch = micro batch x accumulation steps x processes, with one sentence per misfit."""
+"""Batch arithmetic: global batch = micro batch x accumulation steps x replicas, with one sentence per misfit."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ def plan_batch(
     accumulation: Size | None,
     default_global: Size,
     default_micro: int | None,
+    shared: int = 1,
 ) -> BatchPlan:
     """Complete the sizes that were asked for (None: not asked) from the defaults.
+
+    ``world_size`` data-parallel replicas of the model share the batch, each of ``shared`` processes.
 
     Two given sizes decide the third. A given micro batch or accumulation alone keeps the default global batch.
     With neither, a rank's share goes through in one pass, or in passes of the largest size that divides it
@@ -56,7 +59,7 @@ def plan_batch(
         unit *= size.value
     misfit = total != unit if len(given) == 2 else total % unit != 0
     if misfit:
-        raise UserError(_misfit(total_size, given, unit, world_size))
+        raise UserError(_misfit(total_size, given, unit, world_size, shared))
     if micro_batch is not None:
         return BatchPlan(total, micro_batch.value, total // (micro_batch.value * world_size))
     if accumulation is not None:
@@ -66,8 +69,10 @@ def plan_batch(
     return BatchPlan(total, micro, share // micro)
 
 
-def _misfit(total: Size, given: list[Size], unit: int, world_size: int) -> str:
+def _misfit(total: Size, given: list[Size], unit: int, world_size: int, shared: int) -> str:
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    if shared > 1:
+        processes = f"{world_size} data-parallel replica{'s' if world_size > 1 else ''} of {shared} processes each"
     parts = [str(size) for size in given]
     if len(given) == 2:
         return f"{total} is not {' times '.join(parts)} times {processes}, which is {unit}; change one of them"

@@ -17,6 +17,7 @@ from typing import Any
 from megadit.config.ds_batch import BatchPlan, Size, plan_batch
 from megadit.config.ds_file import DsFile, read_ds_config
 from megadit.config.ds_wishes import Wish, offloads_optimizer, wishes
+from megadit.config.layout import replicas
 from megadit.config.loader import LoadedConfig, replace
 from megadit.config.run import RunConfig
 from megadit.errors import UserError
@@ -100,8 +101,10 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
     total = _asked("train.global_batch", "train_batch_size", file, loaded)
     micro = _asked("train.micro_batch", "train_micro_batch_size_per_gpu", file, loaded)
     accumulation = _ds_size("gradient_accumulation_steps", file)
+    copies = replicas(config, world_size)
     return plan_batch(
-        world_size,
+        copies,
+        shared=world_size // copies,
         global_batch=total,
         micro_batch=micro,
         accumulation=accumulation,

@@ -23,7 +23,8 @@ from megadit.train.ema import KIND as EMA_KIND
 from megadit.train.fragment_io import BrokenCheckpoint, Piece, PieceReader
 from megadit.train.partitions import MOMENTS, Fragment, Partitions
 
-_LAYOUT_KEYS = ("parallel.zero_stage", "train.micro_batch")  # any layout trains the same model
+# Any layout trains the same model.
+_LAYOUT_KEYS = ("parallel.tensor", "parallel.sequence", "parallel.zero_stage", "train.micro_batch")
 _WAYS_TO_COMPUTE = {"attention_precision", "norm_precision"}  # of the model section; the weights' meaning is the same
 
 

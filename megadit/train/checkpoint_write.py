@@ -55,7 +55,7 @@ def save_checkpoint(
     final = step_folder(root, position.step)
     temporary = root / f".{final.name}.tmp"
     context.on_main(lambda: refuse_disk_errors(final, lambda: _prepare(temporary)))
-    owned = [] if partitions.replicated and not context.is_main else partitions.fragments()
+    owned = partitions.to_save()
     file, problem = f"fragments-{context.rank:05d}.safetensors", ""
     records: dict[str, FileRecord] = {}
     pieces: list[Piece] = []
@@ -84,7 +84,11 @@ def save_checkpoint(
             "loss_scale": partitions.loss_scale_state(),
             "groups": groups,
             "config": config.model_dump(mode="json"),
-            "layout": {"ranks": context.world_size, "zero_stage": partitions.stage},
+            "layout": {
+                "ranks": context.world_size,
+                "zero_stage": partitions.stage,
+                "tensor": config.parallel.tensor,
+            },
         }
         refuse_disk_errors(final, lambda: _publish(temporary, final, index, state, config))
 

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.mup.spec import walk_slices
+from megadit.parallel.topology import Topology
 from megadit.slices import Boxes
 from megadit.train.clipping import ClipPlan
 from megadit.train.partitions_norms import RoleNorms, hold_loss_scale
@@ -63,6 +65,13 @@ def avoid_shm_build() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
+def forget_model_parallel() -> None:
+    """Take back what a tensor-parallel engine of this process told DeepSpeed about its groups, for all later ones."""
+    from deepspeed.utils import groups
+
+    groups.mpu = None
+
+
 def restore_linear() -> None:
     """Take back the ``F.linear`` that a ZeRO-3 engine of this process put in the place of torch's, for good.
 
@@ -76,8 +85,9 @@ def restore_linear() -> None:
 class Partitions:
     """This rank's share of master weights and optimizer state of a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, clip: ClipPlan) -> None:
+    def __init__(self, engine: Any, clip: ClipPlan, topology: Topology | None = None) -> None:
         self._engine = engine
+        self._place = topology or Topology(torch.distributed.get_world_size(), torch.distributed.get_rank())
         self.stage = int(engine.zero_optimization_stage())
         if self.stage == 0 and int(engine.dp_world_size) == 1:
             # One rank has nothing to average, yet DeepSpeed would flatten and copy back every gradient.
@@ -85,7 +95,11 @@ class Partitions:
         self.norms = RoleNorms(engine, self.stage, clip)
         if self._dynamic_scaler() is not None:
             hold_loss_scale(engine.optimizer)
-        self._names = {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
+        self._known = {
+            id(p): (name, spec.shape, boxes)
+            for name, p, spec, boxes in walk_slices(engine.module)
+            if p.requires_grad
+        }
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -93,10 +107,11 @@ class Partitions:
         wrapped = self._engine.optimizer
         return wrapped.optimizer if self.stage > 0 else wrapped
 
-    @property
-    def replicated(self) -> bool:
-        """Whether every rank owns all fragments (stage 0), so that one of them is enough to save."""
-        return self.stage == 0
+    def to_save(self) -> list[Fragment]:
+        """Of ``fragments`` those that this rank saves: all ranks together hold each element once."""
+        if self.stage == 0 and self._place.data_rank > 0:
+            return []
+        return [f for f in self.fragments() if f.boxes is not None or self._place.tensor_rank == 0]
 
     def fragments(self) -> list[Fragment]:
         """All fragments that this rank owns, in a fixed order."""
@@ -106,7 +121,8 @@ class Partitions:
     def _whole_parameters(self) -> Iterator[Fragment]:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                yield Fragment(self._names[id(p)], tuple(p.shape), 0, p.numel(), p.data.view(-1), p, 0)
+                name, shape, boxes = self._known[id(p)]
+                yield Fragment(name, shape, 0, p.numel(), p.data.view(-1), p, 0, boxes)
 
     def _group_runs(self) -> Iterator[Fragment]:
         # Not by DeepSpeed's own map, _hp_mapping: with round_robin_gradients it names the wrong parameters, since it
@@ -118,12 +134,12 @@ class Partitions:
                 low, high = max(first, begin), min(first + p.numel(), begin + flat.numel())
                 if low < high:
                     values = flat.data.narrow(0, low - begin, high - low)
-                    shape = tuple(p.shape)
-                    yield Fragment(self._names[id(p)], shape, low - first, high - first, values, flat, low - begin)
+                    name, shape, boxes = self._known[id(p)]
+                    yield Fragment(name, shape, low - first, high - first, values, flat, low - begin, boxes)
 
     def _parameter_shares(self) -> Iterator[Fragment]:
         zero = self._engine.optimizer
-        rank = self._engine.dp_rank if hasattr(self._engine, "dp_rank") else torch.distributed.get_rank()
+        rank = torch.distributed.get_rank(zero.dp_process_group)
         for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
             offset = 0
             for p in params:
@@ -132,7 +148,8 @@ class Partitions:
                 stop = min(start + share, p.ds_numel)  # the last shares are padded beyond the parameter
                 if stop > start:
                     values = flat.data.narrow(0, offset, stop - start)
-                    yield Fragment(self._names[id(p)], tuple(p.ds_shape), start, stop, values, flat, offset)
+                    name, shape, boxes = self._known[id(p)]
+                    yield Fragment(name, shape, start, stop, values, flat, offset, boxes)
                 offset += share
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:

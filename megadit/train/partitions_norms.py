@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megadit.mup.spec import Role
+from megadit.parallel.tensor import is_shard
 from megadit.train.clipping import ClipPlan
 
 
@@ -40,10 +41,25 @@ class RoleNorms:
         grads: dict[Role, list[Tensor]] = {}
         for role, group in zip(self._plan.roles, self._engine.optimizer.param_groups, strict=True):
             grads.setdefault(role, []).extend(p.grad for p in group["params"] if p.grad is not None)
-        self._of_roles = {role: torch.nn.utils.get_total_norm(own) for role, own in grads.items() if own}
+        if self._engine.mpu is None:
+            self._of_roles = {role: torch.nn.utils.get_total_norm(own) for role, own in grads.items() if own}
+        else:
+            self._of_roles = self._over_shares()
         for role, norm in self._of_roles.items():
             if limits and role in limits:
                 torch._foreach_mul_(grads[role], 1.0 / ((norm + 1e-6) / limits[role]).clamp(min=1.0))
+
+    def _over_shares(self) -> dict[Role, Tensor]:
+        """Norms at stage 0 where ranks share layers: shares counted on every rank, what all hold on the first."""
+        roles = sorted(set(self._plan.roles))
+        mpu, device = self._engine.mpu, self._engine.device
+        squares = torch.zeros(len(roles), dtype=torch.float64, device=device)
+        for role, group in zip(self._plan.roles, self._engine.optimizer.param_groups, strict=True):
+            for p in group["params"]:
+                if p.grad is not None and (is_shard(p) or mpu.get_model_parallel_rank() == 0):
+                    squares[roles.index(role)] += p.grad.double().square().sum()
+        torch.distributed.all_reduce(squares, group=mpu.get_model_parallel_group())
+        return dict(zip(roles, squares.sqrt().float().unbind(), strict=True))
 
     def values(self) -> dict[Role, float]:
         """The norms of the last step; infinite where an entry was not finite, and all of an update that was skipped."""

@@ -18,8 +18,8 @@ def draw_samples(run: TrainingRun) -> Path | None:
 
     Returns the path on rank 0 and None elsewhere.
 
-    The pictures are dealt to the data-parallel ranks, each drawing the same number (ZeRO-3 gathers parameters at every forward
-    pass, so no rank may make fewer), and picture i is the same however many ranks there are.
+    The pictures are dealt to the data-parallel ranks, each drawing the same number (ZeRO-3 gathers parameters at every
+    forward pass, so no rank may make fewer), and picture i is the same however many ranks there are.
     """
     context, count = run.context, run.config.sample.count
     copies = run.layout.ranks  # of the model: the ranks that share one draw the same pictures together

@@ -28,6 +28,7 @@ from megadit.models import build_model
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.compilation import compile_blocks
+from megadit.parallel.topology import Groups, Topology
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
 from megadit.train.checkpoint import Position, checkpoint_root, has_checkpoints, open_checkpoint, saved_step
 from megadit.train.checkpoint_format import cannot_write
@@ -189,23 +190,30 @@ def assemble(
     conditions = build_conditions(config, job.train_set, job.val_set, context.device)
     objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
     features = _target_features(config, context)
-    model = build_model(config.model, seed=config.train.seed)
+    place = Topology(context.world_size, context.rank, config.parallel.tensor, sequence=config.parallel.sequence)
+    groups = Groups(place) if place.tensor > 1 else None
+    model = build_model(config.model, None if groups is None else groups.tensor_layout, config.train.seed)
     model.recompute = config.train.activation_checkpointing
     if config.train.compile:
         compile_blocks(stage for stage in model.stages() if stage.is_block)
     if context.is_main:
         facts = describe(job.train_set)
         table = rows(model, config.optim)
-        spread = {"ranks": context.world_size, "zero_stage": config.parallel.zero_stage, "micro_batch": micro}
+        spread = {
+            "ranks": context.world_size,
+            "tensor": place.tensor,
+            "zero_stage": config.parallel.zero_stage,
+            "micro_batch": micro,
+        }
         directory.describe(config, job.ds_config, table, job.train_set.classes, facts.notice, spread)
         conditions.write(directory.path)
-    engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema)
+    engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema, groups)
     position = Position()
     if start.checkpoint is not None:
         position = restore(directory.path, (start.checkpoint, *start.earlier), engine, config, context)
     elif start.weights_from is not None:
         start_from_weights(start.weights_from, engine, config, context)
-    layout = BatchLayout(config.train.global_batch, context.world_size, context.rank, micro)
+    layout = BatchLayout(config.train.global_batch, place.data, place.data_rank, micro)
     return TrainingRun(
         config=config,
         context=context,

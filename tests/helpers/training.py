@@ -11,6 +11,7 @@ import torch
 from megadit.config import LoadedConfig, RunConfig
 from megadit.config.dsconfig import merge_ds_config
 from megadit.data import BatchLayout, BatchStream, build_datasets
+from megadit.slices import runs
 from megadit.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def train_rank(
     checkpoint: str | None = None,
     ds: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run on one rank through the library; returns losses, norms and this rank's fragments of weights and averages.
+    """Run on one rank through the library; returns losses, norms and this rank's fragments of all that is kept.
 
     Training starts from ``checkpoint`` if given, stops after ``steps`` and then saves into ``folder``.
     """
@@ -100,11 +101,11 @@ def train_rank(
     records = train_on(run, steps or run.total_steps)
     saved = run.save()
     fragments = run.engine.partitions.fragments()
-    pieces = [(f.name, f.shape, f.start, f.stop, f.values.detach().clone()) for f in fragments]
+    pieces = [(f.name, f.shape, f.start, f.stop, f.values.detach().clone(), f.boxes) for f in fragments]
     averages: dict[str, list[tuple[Any, ...]]] = {}
     for f in fragments:
-        for kind, values in run.engine.ema.tensors(f).items():
-            averages.setdefault(kind, []).append((f.name, f.shape, f.start, f.stop, values.clone()))
+        for kind, values in {**run.engine.ema.tensors(f), **run.engine.partitions.moments(f)}.items():
+            averages.setdefault(kind, []).append((f.name, f.shape, f.start, f.stop, values.clone(), f.boxes))
     working = {n: p.detach().float().clone() for n, p in run.engine.module.named_parameters() if p.numel()}
     return {
         "losses": [r["loss"] for r in records],
@@ -125,10 +126,10 @@ def merge_weights(results: list[dict[str, Any]], kind: str = "pieces") -> dict[s
     """Whole parameters (or averages, ``ema/NAME``) from all ranks' fragments; every element must be covered."""
     whole: dict[str, torch.Tensor] = {}
     for result in results:
-        for name, shape, start, stop, values in result[kind]:
+        for name, shape, start, stop, values, boxes in result[kind]:
             flat = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
-            flat[start:stop] = values
-            whole[name] = flat
+            for run in runs(shape, boxes, start, stop):
+                flat[run.first : run.first + run.length] = values[run.at : run.at + run.length]
     for name, flat in whole.items():
         assert not flat.isnan().any(), f"{name} is not covered by the ranks' fragments"
     return whole
