@@ -55,11 +55,18 @@ def read_prompts(path: Path) -> list[str]:
 
 def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:
     assert config.model.text is not None
-    null, _ = load_conditions(run_dir / NULL_TEXT_FILE)
+    length, kept = config.model.text.max_length, (run_dir / NULL_TEXT_FILE).is_file()
+    if not texts and not (run_dir / PROMPTS_FILE).exists():
+        raise UserError(
+            f"--prompt: is needed, since '{run_dir}' keeps no prompts of its own; give one, or --prompts FILE"
+        )
     if not texts:
+        null, _ = load_conditions(run_dir / NULL_TEXT_FILE)
         cond, own = load_conditions(run_dir / PROMPTS_FILE)
         return text_subjects(config, own, cond, null)
     encoder = build_encoder(config.data.text, device)
     check_encoder(encoder, config.model.text)
-    check_lengths(encoder, texts, config.model.text.max_length, "--prompt")
-    return text_subjects(config, texts, encoder.encode(texts, config.model.text.max_length), null)
+    check_lengths(encoder, texts, length, "--prompt")
+    # A converted run keeps no null text, where the model has none of its own: it is the empty text, as in training.
+    null = load_conditions(run_dir / NULL_TEXT_FILE)[0] if kept else encoder.encode([""], length)
+    return text_subjects(config, texts, encoder.encode(texts, length), null)
