@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance_channels", type=int, metavar="K", help="guide the first K channels only (DiT: 3)")
     p.add_argument("--scheduler", choices=("auto", "ddpm", "ddim", "dpm", "euler"))
     p.add_argument("--seed", type=int, metavar="N")
+    p.add_argument("--vae", metavar="DIR", help="codec that decodes latents; default: the run's data.vae.path")
     p.add_argument("--batch", type=int, default=64, metavar="N", help="pictures at once (memory); default 64")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: cuda where there is one")
     p.add_argument("--json", action="store_true", help="print one JSON object: grid, npz, count, scheduler, …")
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     grid = args.out or args.run_dir / "samples" / "sample.png"
     _check_outputs(grid, args.npz)
 
-    from megadit.data.latents import build_codec
+    from megadit.data.latents import build_codec, vae_at
     from megadit.diffusion.classes import read_notice
     from megadit.diffusion.grid import save_npz
     from megadit.diffusion.pictures import sample_pictures, save_subject_grid
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subjects = chosen_subjects(
         args.run_dir, config, classes=args.classes, prompts=args.prompt, prompts_file=args.prompts, device=device
     )
-    codec = build_codec(config.data.vae, device)
+    codec = build_codec(vae_at(config.data.vae, args.vae), device)
     drawn = sample_pictures(model.to(device), config, codec, subjects=subjects, device=device, batch_size=args.batch)
     save_subject_grid(drawn, subjects, grid, notice=read_notice(args.run_dir))
     if args.npz:

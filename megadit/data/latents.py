@@ -190,6 +190,22 @@ def build_codec(
     return PcaCodec(config, device) if _facts(_folder(config)).name == PCA_CLASS else VaeCodec(config, device)
 
 
+def vae_at(config: VaeConfig | None, path: str | None) -> VaeConfig | None:
+    """``data.vae`` of a run with the folder ``path`` (--vae) in place of its own, which may be on another machine.
+
+    Raises UserError where the run's model works on pixels, or the folder's codec has another factor.
+    """
+    if path is None:
+        return config
+    if config is None:
+        raise UserError(
+            f"--vae: {path}, but the run's model works on pixels, which nothing has to decode; leave it out"
+        )
+    given = config.model_copy(update={"path": path})
+    check_vae(given)
+    return given
+
+
 @dataclass(frozen=True)
 class CodecFacts:
     """What a codec's ``config.json`` says."""
@@ -273,7 +289,9 @@ def _scale_and_shift(config: VaeConfig, facts: CodecFacts) -> tuple[float, float
 
 def _folder(config: VaeConfig) -> Path:
     if config.path is None:
-        raise UserError(f"data.vae.path: is missing; give the folder of a diffusers {_CLASS} on this machine")
+        raise UserError(
+            f"data.vae.path: is missing; give the folder of a diffusers {_CLASS} on this machine (sample.py: --vae)"
+        )
     folder = Path(config.path)
     _check(folder)
     return folder
