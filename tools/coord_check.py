@@ -48,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     widths = _widths(args.widths)
     from megadit.config import load_config
     from megadit.diffusion import build_objective
+    from megadit.diffusion.repa import alignment_loss
     from megadit.models import build_model
     from megadit.mup.coord_check import CoordPlan, coordinate_readings
     from megadit.mup.coord_report import format_verdict, write_report
     from megadit.mup.coord_verdict import judge
+    from megadit.mup.example import example_conditioning
 
     config = load_config(args.config, args.overrides)
+    weight = config.objective.repa_weight
     plan = CoordPlan(widths, args.steps, args.seeds, args.batch)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -66,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan,
         build=lambda model, seed: build_model(model, seed=seed),
         objective=build_objective(
-            config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
+            config.objective, learn_sigma=config.model.learn_sigma, null=example_conditioning(config.model, [0])
         ),
         parametrization=parametrization,
+        alignment=None if config.model.repa is None else lambda one, other: weight * alignment_loss(one, other),
         progress=lambda line: print(line, file=sys.stderr),
     )
     verdict = judge(readings)

@@ -21,7 +21,7 @@ from megadit.config.model import ModelConfig
 from megadit.config.run import OptimConfig
 from megadit.errors import UserError
 from megadit.mup.coord_record import Reading, Recorder
-from megadit.mup.example import example_conditioning, example_images
+from megadit.mup.example import example_conditioning, example_features, example_images
 from megadit.mup.groups import param_groups
 
 _EPS = 1e-20  # small against any gradient that matters, large against the root of float32's smallest square
@@ -37,6 +37,7 @@ class Objective(Protocol):
 
 
 Build = Callable[[ModelConfig, int], nn.Module]
+Alignment = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,36 +94,75 @@ def coordinate_readings(
     build: Build,
     objective: Objective,
     parametrization: str | None = None,
+    alignment: Alignment | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Reading]:
     """Train one model per width and seed on keyed normal images and read its coordinates after every step.
 
-    ``build(config, seed)`` makes an initialised model; ``parametrization`` overrides the config's.
+    ``build(config, seed)`` makes an initialised model; ``parametrization`` overrides the config's. ``alignment`` maps
+    projected tokens and target features, (B, T, F) each, to the REPA loss (B,), weight included; a model with a
+    projector needs it, and others do without.
     """
+    if (model.repa is None) != (alignment is None):
+        raise ValueError("alignment: belongs to a model with a REPA projector, and to no other")
     readings: list[Reading] = []
     for width in sorted(set(plan.widths)):
         config = at_width(model, width, parametrization or model.parametrization, plan.widths)
         for seed in range(plan.seeds):
             progress(f"width {width}, seed {seed}: {plan.steps} steps")
-            readings += _train_and_read(build(config, seed), config, optim, plan, objective, seed)
+            readings += _Trainer(build(config, seed), config, optim, plan, objective, alignment).readings(seed)
     return readings
 
 
-def _train_and_read(
-    model: nn.Module, config: ModelConfig, optim: OptimConfig, plan: CoordPlan, objective: Objective, seed: int
-) -> list[Reading]:
-    groups = [{**group, "eps": _EPS, "weight_decay": 0.0} for group in param_groups(model, optim)]
-    optimizer = torch.optim.AdamW(groups, betas=optim.betas)
-    probe = _noisy(config, objective, range(_PROBE, _PROBE + plan.batch))
-    recorder = Recorder(model, lambda: model(probe.x, probe.t, probe.cond), config.width, seed)
-    recorder.read(0)
-    for step in range(plan.steps):
-        noisy = _noisy(config, objective, range(step * plan.batch, (step + 1) * plan.batch))
-        optimizer.zero_grad(set_to_none=True)
-        objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.mean().backward()
-        optimizer.step()
-        recorder.read(step + 1)
-    return recorder.readings
+@dataclass(frozen=True)
+class _Trainer:
+    """One model of the check, its data and its losses."""
+
+    model: nn.Module
+    config: ModelConfig
+    optim: OptimConfig
+    plan: CoordPlan
+    objective: Objective
+    alignment: Alignment | None
+
+    def readings(self, seed: int) -> list[Reading]:
+        """Train, and read before the first step and after every one."""
+        groups = [{**group, "eps": _EPS, "weight_decay": 0.0} for group in param_groups(self.model, self.optim)]
+        optimizer = torch.optim.AdamW(groups, betas=self.optim.betas)
+        size = self.plan.batch
+        probe = _noisy(self.config, self.objective, range(_PROBE, _PROBE + size))
+        recorder = Recorder(self.model, lambda: self._run(probe)[0], self.config.width, seed)
+        recorder.read(0)
+        for step in range(self.plan.steps):
+            optimizer.zero_grad(set_to_none=True)
+            self._loss(range(step * size, (step + 1) * size), recorder, step).backward()
+            optimizer.step()
+            recorder.read(step + 1)
+        return recorder.readings
+
+    def _loss(self, numbers: range, recorder: Recorder, step: int) -> Tensor:
+        """The loss of these samples; what REPA's part of it asks of its block is read on the way."""
+        noisy = _noisy(self.config, self.objective, numbers)
+        output, projected, tokens = self._run(noisy)
+        loss: Tensor = self.objective.loss(output, noisy).total.mean()
+        if self.alignment is None:
+            return loss
+        repa = self.alignment(projected, example_features(self.config, numbers)).mean()
+        (pull,) = torch.autograd.grad(repa, tokens, retain_graph=True)
+        recorder.read_pull(step, pull)
+        return loss + repa
+
+    def _run(self, noisy: Any) -> tuple[Tensor, Any, Any]:
+        """(output, projected tokens, the tokens that were projected); the last two None without a projector."""
+        if self.alignment is None:
+            return self.model(noisy.x, noisy.t, noisy.cond), None, None
+        seen: list[Tensor] = []
+        handle = self.model.get_submodule("repa").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            output, projected = self.model(noisy.x, noisy.t, noisy.cond, project=True)
+        finally:
+            handle.remove()
+        return output, projected, seen[0]
 
 
 def _noisy(config: ModelConfig, objective: Objective, numbers: range) -> Any:

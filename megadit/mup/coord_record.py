@@ -13,6 +13,7 @@ from torch.func import functional_call
 from megadit.mup.spec import ParamSpec
 
 OUTPUT = "output"  # the model's own result, as a module of that name
+PROJECTOR = "repa"
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Recorder:
     """Readings of one model as it trains, against its start. Sizes are mean absolute coordinates on the probe.
 
     Of every module, ``activation``: the output; ``change``: the output minus that at step 0. Of a layer, so
-    that it tells of this layer and not of those before it, ``gain``: the output at step 0 over the input; and
-    of each of its parameters p, ``update.p``: how much p's own training moves the output at the present input
-    (the output minus that with p as it was at step 0), for a matrix over the size of the input. A parameter beside
-    layers, in a block say, is a table that is added inside: ``update.p`` is how far it moved itself, so that a fault
-    of those layers does not show there.
+    that it tells of this layer and not of those before it, ``gain``: the output at step 0 over the input (of a norm,
+    the output alone); and of each of its parameters p, ``update.p``: how much p's own training moves the output at
+    the present input (the output minus that with p as it was at step 0), for a matrix over the size of the input. A
+    parameter beside layers, in a block say, is a table that is added inside: ``update.p`` is how far it moved itself,
+    so that a fault of those layers does not show there.
     """
 
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
@@ -95,6 +96,14 @@ class Recorder:
             if self.start[name]:
                 self._read_layer(step, name, inputs[name], out)
 
+    def read_pull(self, step: int, gradient: Tensor) -> None:
+        """Of the projector, ``pull``: the REPA loss's gradient at the tokens that it projects, times the width.
+
+        Entries of size 1 have gradients of size 1/n wherever they decide anything of size 1, so that Adam, which
+        takes every gradient at its share of the sum, weighs REPA against the objective alike at every width.
+        """
+        self._add(step, PROJECTOR, "output", "pull", self.width * _size(gradient))
+
     def _read_layer(self, step: int, name: str, args: tuple[Any, ...], out: Tensor) -> None:
         """Gain or updates of one layer, from its input and output on the probe."""
         module, role = self.watched[name]
@@ -102,7 +111,8 @@ class Recorder:
             for key, start in self.start[name].items() if step else ():
                 self._add(step, name, role, f"update.{key}", _size(module.get_parameter(key) - start))
             return
-        entering = _input_size(args)
+        # A norm's output does not follow its input's size, so that a gain would blame it for the layer before.
+        entering = _input_size(args) if any(start.dim() > 1 for start in self.start[name].values()) else 1.0
         if step == 0:
             self._add(step, name, role, "gain", _size(out) / entering)
             return

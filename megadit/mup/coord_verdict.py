@@ -7,6 +7,7 @@ checks, correct rules drift by up to .2. ``GROWS`` lies between.
 Broken, by the layer's own doing:
 - ``gain`` at the start grows, or shrinks: the init std is wrong. A readout alone may shrink: muP wants it to.
 - an ``update`` grows: learning rate or multiplier are too large; the wide model diverges.
+- the projector's ``pull`` grows: REPA takes over what its block learns as the model gets wider.
 - an ``update`` shrinks: they are too small; the wide model stops learning there. Here a wrong rule costs a whole
   power of width, while a rate that is very large for the narrow models costs up to half a power by itself
   (inputs move away from what was learnt): ``SHRINKS`` lies between.
@@ -160,6 +161,9 @@ def _decide(module: ModuleVerdict) -> None:
             module.reasons.append(f"{parameter} learns too fast: its update {_words(growth)}")
         if first is not None and first < -SHRINKS:
             module.reasons.append(f"{parameter} learns too slowly: its update {_words(first)}")
+    pull = module.growth("pull")
+    if pull is not None and pull > GROWS:
+        module.reasons.append(f"pulls its block too hard: its gradient times the width {_words(pull)}")
     for quantity in ("activation", "change"):
         growth = module.growth(quantity)
         if growth is not None and growth > GROWS:

@@ -18,6 +18,14 @@ def example_images(config: ModelConfig, numbers: Sequence[int]) -> Tensor:
     return rng.batch_normal(rng.sample_keys(0, "coord-image", torch.tensor(list(numbers))), shape)
 
 
+def example_features(config: ModelConfig, numbers: Sequence[int]) -> Tensor:
+    """REPA targets, float32 (B, T, F): normal, around a mean that all tokens share, as those of real encoders are."""
+    assert config.repa is not None
+    shape = ((config.input_size // config.patch_size) ** 2, config.repa.feature_dim)
+    mean = rng.normal(rng.stream_key(0, "example-feature-mean"), shape[1:])
+    return mean + rng.batch_normal(rng.sample_keys(0, "example-features", torch.tensor(list(numbers))), shape)
+
+
 def example_conditioning(config: ModelConfig, numbers: Sequence[int]) -> Conditioning:
     """Labels that go round; texts of normal features and of all lengths from one token to the longest."""
     labels = torch.arange(len(numbers)) % config.num_classes if config.num_classes else None

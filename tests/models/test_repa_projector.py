@@ -60,7 +60,7 @@ def test_its_first_linear_is_a_readout_that_starts_at_random() -> None:
     wide, base = (param_specs(build_model(tiny_mup_config(w, 64, repa=REPA))) for w in (256, 64))
     first = wide["repa.fc1.weight"]
     assert (first.role, first.forward_mult, first.lr_mult, first.wd_mult) == ("output", 0.25, 1.0, 1.0)
-    assert first.init_std == base["repa.fc1.weight"].init_std == pytest.approx(64**-0.5)
+    assert first.init_std == base["repa.fc1.weight"].init_std == pytest.approx(0.1 * 64**-0.5)
     bias = wide["repa.fc1.bias"]
     assert bias.role == "finite" and bias.init_std == base["repa.fc1.bias"].init_std > 0
     for name in ("repa.fc2.weight", "repa.fc2.bias", "repa.fc3.weight", "repa.fc3.bias"):
