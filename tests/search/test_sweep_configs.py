@@ -74,13 +74,13 @@ def test_the_steps_studies_measure_and_keep_every_length():
 
 
 def test_pixart_lr():
-    spec = spec_of("pixart-lr")
-    assert isinstance(spec.base, dict)
-    assert spec.space["optim.lr"].values == RATES and list(spec.space) == ["optim.lr"]
-    model, optim, train = spec.base["model"], spec.base["optim"], spec.base["train"]
-    assert (model["preset"], model["base_width"]) == ("pixart-proxy-mup", 288)
-    assert (train["epochs"], train["global_batch"]) == (5, 176 * 8)
-    assert (optim["weight_decay"], float(optim["eps"]), optim["clip"]["value"]) == (0.03, 1e-10, 0.01)
+    study = load_study("pixart-lr")
+    assert study.spec.space["optim.lr"].values == RATES and list(study.spec.space) == ["optim.lr"]
+    model, optim, train = study.base.model, study.base.optim, study.base.train
+    assert (model.family, model.width, model.parametrization, model.base_width) == ("pixart", 288, "mup", 288)
+    assert (train.epochs, train.global_batch, study.spec.proxy.batch) == (5, 176 * 8, 176 * 8)
+    assert (optim.weight_decay, optim.eps, optim.clip.value) == (0.03, 1e-10, 0.01)
+    assert len(plan(study)) == 5
 
 
 def test_mmdit_80():
