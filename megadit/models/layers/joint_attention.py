@@ -73,4 +73,5 @@ def joint_attention(
     if not answer_context:
         q = q[:, :, :tokens]
     mixed = attend(q, k, v, seen, precision).transpose(1, 2)
-    return mixed[:, :tokens], mixed[:, tokens:]
+    to_image, to_context = mixed.split([tokens, mixed.shape[1] - tokens], dim=1)
+    return to_image, to_context
