@@ -51,6 +51,12 @@ def _official(name: str) -> tuple[_Read, _Write]:
     return lambda p, r: (read(p, r), None), lambda c, p, r: (write(c, p, r), None)
 
 
+_UNTOLD = {  # of a family's originals, where a run here would do otherwise without saying so
+    "uvit": (
+        "the originals of latents were trained with betas of sqrt-linear 0.00085 to 0.012, this run's are DDPM's",
+    ),
+    "mmdit": ("texts are cut or padded to model.text.max_length and their padding is masked, which SD3's is not",),
+}
 _OFFICIAL = {f"official-{name}": _official(name) for name in OFFICIAL_FAMILIES}
 READERS: Mapping[str, _Read] = {
     OWN: lambda path, request: (read_run(path, request.ema), None),
@@ -157,6 +163,7 @@ def _with_config(contents: Contents, request: Request, target_format: str) -> Co
         check_same_model(made.model, contents.model, contents.what)
         notes = [*contents.notes]
         if target_format == OWN:
+            notes += _UNTOLD.get(made.model.family, ())
             notes.append("the model's configuration is that of the weights, the rest are defaults: see OUT/config.yaml")
         return replace(contents, config=made, notes=tuple(notes))
     if contents.model is not None:

@@ -121,6 +121,8 @@ def write_diffusers(contents: Contents, target: Path, request: Request) -> tuple
     if missing:
         given = ", ".join(f"{name}=…" for name in missing)
         notes.append(f"not in the folder are {', '.join(missing)}: {pipeline}.from_pretrained(OUT, {given}) takes them")
+    if model.family == "mmdit":
+        notes.append(f"{pipeline} lets images see the padding of a text, which is masked here")
     if model.family == "pixart":
         notes.append(_write_null_caption(contents, target))
     return notes + folded_notes(model), difference

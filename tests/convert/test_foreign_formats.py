@@ -28,6 +28,7 @@ from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
 from megadit.train.checkpoint import load_model
+from megadit.train.resume import check_weights_start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,12 +54,16 @@ MUP = {
 }
 
 
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("tool_convert", ROOT / "tools" / "convert_checkpoint.py")
+def load_script(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def load_tool() -> Any:
+    return load_script("tools/convert_checkpoint.py")
 
 
 def make_run(folder: Path, model: ModelConfig, **sections: Any) -> Path:
@@ -113,6 +118,19 @@ def test_official_there_and_back_is_bit_exact(runs: dict[str, Path], tmp_path: P
 
         kept = [load_conditions(run / NULL_TEXT_FILE)[0].text for run in (runs[family], tmp_path / "back")]
         assert kept[0] is not None and kept[1] is not None and torch.equal(kept[0], kept[1])
+
+
+def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
+    model = tiny_config(in_channels=1, learn_sigma=False)
+    convert("megadit", "official-dit", make_run(tmp_path / "made", model), tmp_path / "x.pt")
+    changes = ["objective.kind=flow", "data.name=digits", "sample.count=3", "sample.steps=2"]
+    convert("official-dit", "megadit", tmp_path / "x.pt", tmp_path / "run", hints={"heads": 2}, overrides=changes)
+    assert load_script("launch/sample.py").main([str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/samples/sample.png").is_file()
+    config, _ = load_model(tmp_path / "run")
+    train = config.train.model_copy(update={"init_from": str(tmp_path / "run")})
+    found = check_weights_start(config.model_copy(update={"train": train}))
+    assert found is not None and found.parent.parent == tmp_path / "run"
 
 
 @pytest.mark.parametrize("family", MUP)
