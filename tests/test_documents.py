@@ -16,7 +16,7 @@ ANCHORED = [
     ('return spec.fan_in_mult if mode == "independent"',),
     ("lr_mult=hps.lr / ratio if",),
     ("rule.std(base_fan_in, base_fan_out)",),
-    ("self.output_mult / ratio",),
+    ("self.output_mult) / ratio",),
 ]
 
 
