@@ -77,7 +77,7 @@ def test_multipliers_are_folded_on_export() -> None:
         expected = model(*pixart_inputs(config))
     for again, weights in (
         from_official(to_official(config, state), heads=4),
-        from_diffusers(*to_diffusers(config, state), max_length=7),
+        from_diffusers(*to_diffusers(config, state)),
     ):
         assert (again.parametrization, again.output_mult) == ("sp", 1.0)
         torch.testing.assert_close(_output(again, weights), expected, rtol=0, atol=1e-5)
@@ -98,8 +98,10 @@ def test_diffusers_there_and_back(changes: dict[str, Any]) -> None:
     config = tiny_pixart(**changes)
     _, state = _random(config)
     config_json, exported = to_diffusers(config, state)
-    again, weights = from_diffusers(config_json, exported, max_length=7)
+    again, weights = from_diffusers(config_json, exported)
     assert again == config
+    other, _ = from_diffusers(config_json, exported, max_length=9)
+    assert other.text is not None and other.text.max_length == 9
     null = weights.pop(NULL_CAPTION)
     assert torch.equal(null, build_model(config).y_embedder.y_embedding)
     assert _same(weights, {name: value for name, value in state.items() if name != NULL_CAPTION})

@@ -20,13 +20,14 @@ _OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("options", _OPTIONS, ids=str)
-def test_outputs_and_all_gradients_equal_diffusers(options: dict[str, Any], masked: bool) -> None:
+def test_outputs_and_all_gradients_equal_diffusers(options: dict[str, Any], masked: bool, capfd: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
     config = tiny_pixart(width=144, depth=3, **options)
     ours = build_model(config)
     randomize(ours, 0.05)
     config_json, weights = to_diffusers(config, ours.state_dict())
     theirs = diffusers.PixArtTransformer2DModel.from_config(config_json).eval()
+    assert capfd.readouterr().err == ""  # no key of the config is unknown there
     theirs.load_state_dict(weights)  # every name, and none left over
     x, t, cond = pixart_inputs(config, masked=masked)
 

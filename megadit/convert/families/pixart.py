@@ -29,6 +29,7 @@ _DIFFUSERS = f"a {_CLASS} of diffusers"
 _PUBLISHED = {1152: 16}  # heads by width
 _BASE_WIDTH = 288  # the muP repository's proxy
 _MAX_LENGTH = 120  # tokens of the published models' captions
+_LENGTH_KEY = "_text_max_length"  # in our config.json; diffusers passes over keys that begin so
 _READOUT = "final_layer.linear.weight"
 _MICRO = ("csize_embedder.", "ar_embedder.")
 _DIFFUSERS_MICRO = ("adaln_single.emb.resolution_embedder.", "adaln_single.emb.aspect_ratio_embedder.")
@@ -147,11 +148,12 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
 
 
 def from_diffusers(
-    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, max_length: int = _MAX_LENGTH
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, max_length: int | None = None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights of a PixArtTransformer2DModel.
 
-    ``max_length``: tokens of a caption, which the class does not know. The null caption is the one of all models that
+    ``max_length``: tokens of a caption, which the class does not know; default: what ``to_diffusers`` noted in the
+    config, else 120. The null caption is the one of all models that
     have none of their own: pipelines sample with the text encoder's features of an empty text.
 
     Raises:
@@ -271,6 +273,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
     assert config.text is not None
     return {
         "_class_name": _CLASS,
+        _LENGTH_KEY: config.text.max_length,
         "activation_fn": next(there for there, here in _ACTIVATIONS.items() if here == config.mlp),
         "attention_bias": config.qkv_bias,
         "attention_head_dim": config.head_channels,
@@ -294,7 +297,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _from_json(config_json: Mapping[str, Any], max_length: int) -> ModelConfig:
+def _from_json(config_json: Mapping[str, Any], max_length: int | None) -> ModelConfig:
     """The config, where the class's defaults stand for keys that are left out."""
     get = config_json.get
     size, channels, heads = (
@@ -339,7 +342,10 @@ def _from_json(config_json: Mapping[str, Any], max_length: int) -> ModelConfig:
             "mlp": _ACTIVATIONS[activation],
             "qkv_bias": bool(get("attention_bias", True)),
             "num_classes": 0,
-            "text": {"dim": int(config_json["caption_channels"]), "max_length": max_length},
+            "text": {
+                "dim": int(config_json["caption_channels"]),
+                "max_length": max_length or int(get(_LENGTH_KEY, _MAX_LENGTH)),
+            },
             "pos_scale": float(max(size // 64, 1) if scale is None else scale),
         }
     )
