@@ -53,8 +53,7 @@ def find_shards(path: str | None) -> tuple[Path, list[Path], bool]:
     if place.is_dir():
         shards = sorted(place.glob("*.tar"))
         if not shards and not (place / MANIFEST).is_file():
-            unfinished = "; its writing did not end: give the same command again" if (place / RECIPE).is_file() else ""
-            raise UserError(f"data.path: {path} has no .tar files{unfinished or '; give the folder of the shards'}")
+            raise UserError(f"data.path: {path} has no .tar files; give the folder of the shards")
         return place, shards, True
     names = expand(path)
     missing = [name for name in names if not Path(name).is_file()]

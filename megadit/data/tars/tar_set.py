@@ -31,6 +31,7 @@ from megadit.data.tars.layout import (
     MANIFEST,
     NULL_TEXT,
     POOLED,
+    RECIPE,
     TEXT,
     find_shards,
 )  # fmt: skip
@@ -159,6 +160,8 @@ def load_tars(config: DataConfig) -> TarSet:
     """
     folder, shards, whole = find_shards(config.path)
     manifest = load_manifest(folder)
+    if manifest is None and (folder / RECIPE).is_file():
+        raise UserError(f"data.path: the writing of {folder} did not end; give the command that began it again")
     if manifest is None:
         return _without_manifest(config, folder, shards)
     numbers = _numbers(manifest, folder, shards, whole)
