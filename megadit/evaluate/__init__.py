@@ -1,0 +1,1 @@
+"""How good pictures are: scores of sampled pictures, apart from training."""

@@ -1,0 +1,73 @@
+"""A text-conditional run from its configuration to pictures of prompts, with a tiny encoder of the real class."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from helpers.tiny_text import bert_folder
+from helpers.training import assemble_rank, small_config, train_on
+from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE
+from megadit.errors import UserError
+from megadit.train.pictures import draw_samples
+from megadit.train.validation import validation_losses
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "sample.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Four steps of an MMDiT on digits and their captions."""
+    root = tmp_path_factory.mktemp("run")
+    source = {"path": str(bert_folder(root / "bert")), "pooled": "same", "cache": str(root / "cache")}
+    config = small_config(
+        model={"family": "mmdit", "num_classes": 0, "text": {"dim": 16, "max_length": 8, "pooled_dim": 16}},
+        data={"name": "digits", "condition": "text", "text": source},
+        objective={"kind": "flow", "label_dropout": 0.5},
+        train={"steps": 4, "validation_images": 8},
+        sample={"count": 4, "steps": 2, "guidance": 2.0},
+    )
+    run = assemble_rank(config, str(root / "run"))
+    records = train_on(run, 4)
+    run.directory.describe(config, {}, [], (), "", {})
+    run.save()
+    return run, records
+
+
+def test_it_trains_validates_and_draws_held_out_captions(run):
+    run, records = run
+    assert all(0 < record["loss"] < 10 for record in records)
+    assert validation_losses(run) == validation_losses(run) != {}
+    with Image.open(draw_samples(run)) as sheet:
+        assert sheet.width > 64
+    assert run.conditions.prompts.texts[0].startswith("the handwritten digit")
+    assert {NULL_TEXT_FILE, PROMPTS_FILE} <= {path.name for path in run.directory.path.iterdir()}
+
+
+def test_prompts_are_drawn_by_the_command(run, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("sample_command", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder = run[0].directory.path
+
+    def told(*arguments):
+        assert (
+            script.main([str(folder), *arguments, "--json", "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
+        )
+        return json.loads(capsys.readouterr().out)
+
+    assert told()["prompts"] == list(run[0].conditions.prompts.texts)
+    (tmp_path / "texts.txt").write_text("the digit seven\n\n red apple \n")
+    both = told("--prompt", "cat", "--prompts", str(tmp_path / "texts.txt"))
+    assert both["prompts"] == ["cat", "the digit seven", "red apple", "cat"] and both["labels"] is None
+    for arguments, message in [
+        (["--prompt", "cat " * 9], r"--prompt: 'cat cat.*has 11 tokens.*max_length is 8"),
+        (["--classes", "3"], r"--classes: 3 cannot be chosen.*--prompt"),
+        (["--prompts", str(tmp_path / "none.txt")], r"--prompts: .* cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            script.main([str(folder), *arguments])
