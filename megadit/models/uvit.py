@@ -42,8 +42,19 @@ from megadit.models.layers import (
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
+from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.tensor import tensor_layout
 
 _LN_EPS = 1e-5
+
+
+def _extras(config: ModelConfig) -> int:
+    """Tokens beside the patches: time, label, text."""
+    return 1 + (1 if config.num_classes else 0) + (config.text.max_length if config.text is not None else 0)
+
+
+def _tokens(config: ModelConfig) -> int:
+    return _extras(config) + (config.input_size // config.patch_size) ** 2
 
 
 class UViTBlock(Stage):
@@ -58,14 +69,14 @@ class UViTBlock(Stage):
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
-        width, half = param.width_dim(), config.depth // 2
+        width, half, tokens = param.width_dim(), config.depth // 2, _tokens(config)
         self.lends, takes = 0 < index <= half, index > half
         self.skips = config.depth + 1 - index if takes else max(index - 1, 0)
         if takes:
             self.prefix = f"out_blocks.{index - half - 1}."
         else:
             self.prefix = f"in_blocks.{index}." if index < half else "mid_block."
-        self.norm1 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
+        self.norm1 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
         self.attn = SelfAttention(
             width,
             config.num_heads,
@@ -74,10 +85,11 @@ class UViTBlock(Stage):
             qkv_bias=config.qkv_bias,
             precision=config.attention_precision,
             norm_precision=config.norm_precision,
+            tokens=tokens,
         )
-        self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
-        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
-        self.skip_linear = MuLinear(param.width_dim(2), width, param) if takes else None
+        self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
+        self.skip_linear = MuLinear(param.width_dim(2), width, param, tokens=tokens) if takes else None
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Join the skip, then attention and the MLP, each normed and added."""
@@ -101,6 +113,7 @@ class UViTEmbedStage(Stage):
         self.width = model.config.width
         self.patch_embed, self.time_embed, self.pos_embed = model.patch_embed, model.time_embed, model.pos_embed
         self.label_emb, self.context_embed = model.label_emb, model.context_embed
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Make all tokens and add their positions; the key mask, bool (B, E + T), shows time and patches always."""
@@ -117,7 +130,7 @@ class UViTEmbedStage(Stage):
             text = self.context_embed(cond[0].to(patches.dtype))
             tokens.insert(1, text)
             mask = [F.pad(m, (1, patches.shape[1]), value=True) for m in cond[1:]]
-        return (self.pos_embed(torch.cat(tokens, dim=1)), *mask)
+        return (own_tokens(self.pos_embed(torch.cat(tokens, dim=1)), self.layout), *mask)
 
 
 class UViTFinalStage(Stage):
@@ -127,12 +140,17 @@ class UViTFinalStage(Stage):
         super().__init__()
         self.norm, self.decoder_pred, self.final_layer = model.norm, model.decoder_pred, model.final_layer
         self.config, self.extras = model.config, model.extras
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Read out the patches, put the image together, and let the convolution smooth what patches tore apart."""
         config = self.config
         side = config.input_size // config.patch_size
-        patches = self.decoder_pred(self.norm(carrier[0][:, self.extras :]))
+        tokens = carrier[0]
+        if not self.layout.sequence:  # where a rank holds all of them, only what is read out goes on
+            tokens = tokens[:, self.extras :]
+        read = all_tokens(self.decoder_pred(self.norm(tokens)), self.layout, _tokens(config))
+        patches = read[:, -side * side :]
         image = unpatchify(patches, side, side, config.patch_size, config.out_channels)
         return (image if self.final_layer is None else self.final_layer(image),)
 
@@ -146,18 +164,19 @@ class UViT(StagedModel):
         self.config = config
         param = Parametrization(config)
         width, text = param.width_dim(), config.text
-        self.extras = 1 + (1 if config.num_classes else 0) + (text.max_length if text is not None else 0)
+        self.extras, self.stream_tokens = _extras(config), _tokens(config)
         self.patch_embed = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.time_embed = _time_mlp(param) if config.mlp_time_embed else None
         self.label_emb = MuEmbedding(config.num_classes + 1, width, param) if config.num_classes else None
         self.context_embed = MuLinear(Dim(text.dim), width, param, init="text") if text is not None else None
-        self.pos_embed = MuTokens(self.extras + (config.input_size // config.patch_size) ** 2, width, param)
+        self.pos_embed = MuTokens(self.stream_tokens, width, param)
         half = config.depth // 2
         self.in_blocks = nn.ModuleList(UViTBlock(config, param, index) for index in range(half))
         self.mid_block = UViTBlock(config, param, half)
         self.out_blocks = nn.ModuleList(UViTBlock(config, param, half + 1 + index) for index in range(half))
-        self.norm = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
-        self.decoder_pred = MuLinear(width, Dim(config.patch_size**2 * config.out_channels), param, init="readout")
+        self.norm = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=self.stream_tokens)
+        out = Dim(config.patch_size**2 * config.out_channels)
+        self.decoder_pred = MuLinear(width, out, param, init="readout", tokens=self.stream_tokens)
         self.final_layer = MuConv(config.out_channels, 3, param) if config.conv else None
         # In a tuple, so that they are not registered: their parameters are the model's own.
         self._ends = (UViTEmbedStage(self), UViTFinalStage(self))
