@@ -36,7 +36,11 @@ DEEPSPEED_INTERNALS = re.compile(
     r"\b(single_partition_of_fp32_groups|fp32_partitioned_groups_flat|fp32_groups_flat_partition|bit16_groups|"
     r"params_in_partition|averaged_gradients|_hp_mapping|load_hp_checkpoint_state|ds_tensor|ds_id|ds_status)\b"
 )
-PARTITIONS = ("megadit/train/partitions.py", "megadit/train/partitions_norms.py")
+PARTITIONS = (
+    "megadit/train/partitions.py",
+    "megadit/train/partitions_norms.py",
+    "megadit/train/partitions_pipeline.py",
+)
 NAMES_IN_FILES = "megadit/convert/deepspeed_native.py"  # keys of its checkpoints are called like attributes
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error")
 

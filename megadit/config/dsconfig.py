@@ -186,6 +186,10 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},
         "steps_per_print": _QUIET,
     }
+    if config.parallel.pipeline > 1:
+        # Partitioned wires may hold one tensor; megadit recomputes blocks itself.
+        off = {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0}
+        merged["pipeline"] = {**file.block("pipeline"), **off}
     if offloads_optimizer(file):
         merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
     ours = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}

@@ -10,28 +10,63 @@ if TYPE_CHECKING:
     from megadit.config.run import RunConfig
 
 # Families whose own layers were made to be shared out, and those whose token streams can be cut.
-TENSOR_FAMILIES = ("dit",)
-SEQUENCE_FAMILIES = ("dit",)
+TENSOR_FAMILIES = ("dit", "pixart")
+SEQUENCE_FAMILIES = ("dit", "pixart")
+PIPELINE_FAMILIES = ("dit",)
 
 
 def layout_problem(config: RunConfig) -> str | None:
     """Why the model cannot be shared out as ``parallel`` asks, as one sentence; None if it can."""
-    parallel, model = config.parallel, config.model
-    size = parallel.tensor
-    if parallel.sequence and size == 1:
-        return (
-            "parallel.sequence: true cuts tokens between tensor-parallel ranks, and there is one; set parallel.tensor "
-            "above 1, or sequence=false"
-        )
-    if size == 1:
-        return None
-    for key, families in (("tensor", TENSOR_FAMILIES), ("sequence", SEQUENCE_FAMILIES)):
-        value = getattr(parallel, key)
-        if value not in (1, False) and model.family not in families:
+    problems = (_family_problem(config), _pipeline_problem(config), _sequence_problem(config), _tensor_problem(config))
+    return next(filter(None, problems), None)
+
+
+def _family_problem(config: RunConfig) -> str | None:
+    family = config.model.family
+    made_for = {"tensor": TENSOR_FAMILIES, "sequence": SEQUENCE_FAMILIES, "pipeline": PIPELINE_FAMILIES}
+    for key, families in made_for.items():
+        value = getattr(config.parallel, key)
+        if value not in (1, False) and family not in families:
             return (
-                f"parallel.{key}: {value} works for {', '.join(families)}, and model.family is {model.family}; leave "
-                "it out"
+                f"parallel.{key}: {value} works for {', '.join(families)}, and model.family is {family}; leave it out"
             )
+    return None
+
+
+def _pipeline_problem(config: RunConfig) -> str | None:
+    stages, zero, blocks = config.parallel.pipeline, config.parallel.zero_stage, config.model.blocks
+    if stages == 1:
+        return None
+    if stages > blocks + 2:
+        return (
+            f"parallel.pipeline: {stages} is more than the {blocks + 2} stages of a model of {blocks} blocks; lower it"
+        )
+    if zero == 0:
+        return (
+            f"parallel.zero_stage: 0 does not go with parallel.pipeline {stages}, where DeepSpeed would clip by a norm "
+            "without the other stages; set zero_stage=1"
+        )
+    if zero in (2, 3):
+        return (
+            f"parallel.zero_stage: {zero} does not go with parallel.pipeline {stages}, whose micro batches add up "
+            "gradients that it would share out after each; set zero_stage=1, or pipeline=1"
+        )
+    if config.train.compile:
+        return f"train.compile: true does not go with parallel.pipeline {stages}; set it to false"
+    return None
+
+
+def _sequence_problem(config: RunConfig) -> str | None:
+    if not config.parallel.sequence or config.parallel.tensor > 1:
+        return None
+    return (
+        "parallel.sequence: true cuts tokens between tensor-parallel ranks, and there is one; set parallel.tensor to 2 "
+        "or more, or sequence=false"
+    )
+
+
+def _tensor_problem(config: RunConfig) -> str | None:
+    size, model = config.parallel.tensor, config.model
     hidden = int(model.width * model.mlp_ratio)
     for what, count in (("model.heads", model.num_heads), ("the MLP's hidden channels", hidden)):
         if count % size:
@@ -40,7 +75,7 @@ def layout_problem(config: RunConfig) -> str | None:
             above = [n for n in possible if n > size][:1]
             nearest = " or ".join(map(str, [below, *above]))
             return f"parallel.tensor: {size} does not divide {what}, {count}; the nearest possible: {nearest}"
-    if config.train.compile:
+    if size > 1 and config.train.compile:
         return (
             f"train.compile: true does not go with parallel.tensor {size}, whose collectives cut what is compiled into "
             "pieces; set it to false"
@@ -54,12 +89,15 @@ def replicas(config: RunConfig, world_size: int) -> int:
     Raises:
         UserError: the processes cannot be shared out; the nearest possible numbers are named.
     """
-    size = config.parallel.tensor
+    parallel = config.parallel
+    size = parallel.tensor * parallel.pipeline
     if world_size % size:
         below = world_size // size * size
         nearest = f"are {below} and {below + size}" if below else f"is {size}"
+        key = "tensor" if parallel.pipeline == 1 else "pipeline"
+        times = f" times parallel.tensor {parallel.tensor}" if key == "pipeline" and parallel.tensor > 1 else ""
         raise UserError(
-            f"parallel.tensor: {size} does not divide the {world_size} process{'es' if world_size > 1 else ''} of this "
-            f"run; the nearest possible number of processes {nearest}"
+            f"parallel.{key}: {getattr(parallel, key)}{times} does not divide the {world_size} "
+            f"process{'es' if world_size > 1 else ''} of this run; the nearest possible number of processes {nearest}"
         )
     return world_size // size

@@ -169,6 +169,7 @@ class ParallelConfig(Section):
     tensor: int = Field(
         1, ge=1, description="tensor parallelism: neighbouring ranks that share every layer; divides the heads"
     )
+    pipeline: int = Field(1, ge=1, description="pipeline stages, cut for equal FLOPs; needs ZeRO stage 1")
     sequence: bool = Field(
         False, description="sequence parallelism: they share the tokens too, outside of attention and MLP"
     )

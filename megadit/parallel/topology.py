@@ -51,7 +51,7 @@ class Topology:
         return self.rank // (self.tensor * self.data)
 
     def lists(self, axis: str) -> list[list[int]]:
-        """The groups of ranks that differ along ``axis`` alone: tensor, data, pipeline, or model (tensor and pipeline)."""
+        """The groups of ranks that differ along ``axis`` alone: tensor, data, pipeline or model (both others)."""
         keys: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
             place = Topology(self.world, rank, self.tensor, self.pipeline)

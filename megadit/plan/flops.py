@@ -35,6 +35,29 @@ def forward_flops(config: ModelConfig) -> int:
     return int(counter.get_total_flops())
 
 
+def stage_flops(config: ModelConfig) -> list[int]:
+    """FLOPs of one image's forward pass by stage of the model (``StagedModel.stages``), embedding and final layer too.
+
+    The REPA projector counts with the block that it reads.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megadit.models import build_model
+
+    model = build_model(config, device="meta")
+    x = torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta")
+    carrier = model.carrier(x, torch.empty(1, device="meta"), example_conditioning(config, [0]).to("meta"))
+    costs, blocks = [], 0
+    for stage in model.stages():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            carrier = stage(carrier)
+            blocks += stage.is_block
+            if model.repa is not None and stage.is_block and blocks == model.repa_block:
+                model.projected(carrier[0])
+        costs.append(int(counter.get_total_flops()))
+    return costs
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Dense peak in FLOP/s of a device by its name, None where it is not known (CPUs among them)."""
     for name, (half, single) in _PEAKS.items():

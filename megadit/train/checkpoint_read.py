@@ -24,7 +24,10 @@ from megadit.train.fragment_io import BrokenCheckpoint, Piece, PieceReader
 from megadit.train.partitions import MOMENTS, Fragment, Partitions
 
 # Any layout trains the same model.
-_LAYOUT_KEYS = ("parallel.tensor", "parallel.sequence", "parallel.zero_stage", "train.micro_batch")
+_LAYOUT_KEYS = (
+    *(f"parallel.{key}" for key in ("tensor", "pipeline", "sequence", "zero_stage")),
+    "train.micro_batch",
+)
 _WAYS_TO_COMPUTE = {"attention_precision", "norm_precision"}  # of the model section; the weights' meaning is the same
 
 

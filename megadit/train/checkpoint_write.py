@@ -88,6 +88,7 @@ def save_checkpoint(
                 "ranks": context.world_size,
                 "zero_stage": partitions.stage,
                 "tensor": config.parallel.tensor,
+                "pipeline": config.parallel.pipeline,
             },
         }
         refuse_disk_errors(final, lambda: _publish(temporary, final, index, state, config))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning
 from megadit.config import OptimConfig
 from megadit.config.run import ONLINE, EmaConfig
+from megadit.data import Batch
+from megadit.diffusion import NoisyBatch
 from megadit.parallel import ProcessContext
 from megadit.parallel.topology import Groups, ModelParallelUnit
 from megadit.train.ema import Ema
 from megadit.train.optimizer import MuOptimizer
 from megadit.train.partitions import Partitions, avoid_shm_build, forget_model_parallel, restore_linear
 from megadit.train.schedule import Schedule
+
+Sample = tuple[Batch, NoisyBatch]
 
 
 class TrainingEngine:
@@ -45,23 +49,24 @@ class TrainingEngine:
         avoid_shm_build()
         # DeepSpeed 0.19 calls collectives that torch 2.13 is about to rename, which torch says at every one of them.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
-        import deepspeed
-
         restore_linear()
         forget_model_parallel()
         self.context = context
-        self.optimizer = MuOptimizer(model, optim, schedule, context.device)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer.inner,
-            config=dict(ds_config),
-            mpu=None if groups is None else ModelParallelUnit(groups),
-        )
-        self.partitions = Partitions(self._engine, self.optimizer.clip, groups.topology if groups else None)
+        self._engine, self.optimizer, self.partitions = self._wrap(model, optim, schedule, ds_config, groups)
         self.ema = Ema(self.partitions, ema or EmaConfig())
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
         self._checked_step = False
+
+    def _wrap(
+        self, model: nn.Module, optim: OptimConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
+    ) -> tuple[Any, MuOptimizer, Partitions]:
+        import deepspeed
+
+        optimizer = MuOptimizer(model, optim, schedule, self.context.device)
+        mpu = None if groups is None else ModelParallelUnit(groups)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.inner, config=dict(ds_config), mpu=mpu)
+        return engine, optimizer, Partitions(engine, optimizer.clip, groups.topology if groups else None)
 
     @property
     def module(self) -> nn.Module:
@@ -87,6 +92,20 @@ class TrainingEngine:
         """Accumulate gradients of the micro batch's mean loss; DeepSpeed divides by the accumulation steps."""
         self._engine.backward(loss)
 
+    def train_step(
+        self, step: int, micro_batches: Iterable[Sample], loss: Callable[..., Tensor], want_norm: bool
+    ) -> float | None:
+        """One update from the micro batches of optimizer step ``step``.
+
+        ``loss(forward, batch, noisy)`` is the mean loss of a micro batch, ``forward`` the model to be called in it.
+        Returns the global gradient norm before clipping when ``want_norm`` is set.
+        """
+        norm = None
+        for number, (batch, noisy) in enumerate(micro_batches, start=1):
+            self.backward(loss(self.forward, batch, noisy))
+            norm = self.micro_step(step, number == self.accumulation, want_norm)
+        return norm
+
     def micro_step(self, step: int, last: bool, want_norm: bool) -> float | None:
         """End one micro batch; after the ``last`` of an optimizer step, update with that step's learning rates.
 
@@ -95,9 +114,12 @@ class TrainingEngine:
         if not last:
             self._engine.step()
             return None
+        return self._update(step, self._engine.step, want_norm)
+
+    def _update(self, step: int, update: Callable[[], Any], want_norm: bool) -> float | None:
         self.optimizer.apply(step)
         self.partitions.norms.before_step(want_norm)
-        self._engine.step()
+        update()
         if self.update_applied:
             self.ema.update(step + 1 - self.skipped_steps)
         if not self._checked_step:
@@ -112,8 +134,8 @@ class TrainingEngine:
         self._checked_step = False
 
     @contextmanager
-    def evaluation(self, weights: str = ONLINE) -> Iterator[nn.Module]:
-        """``with engine.evaluation() as module:`` the model in eval mode without gradients.
+    def evaluation(self, weights: str = ONLINE) -> Iterator[Any]:
+        """``with engine.evaluation() as module:`` the model in eval mode without gradients, to be called.
 
         weights: online, or the name of an average, which takes their place meanwhile. All ranks must enter.
         """
@@ -121,6 +143,9 @@ class TrainingEngine:
         with nullcontext() if weights == ONLINE else self.ema.swapped(weights), torch.no_grad():
             self._engine.eval()
             try:
-                yield self._engine.module
+                yield self._callable()
             finally:
                 self._engine.train()
+
+    def _callable(self) -> Any:
+        return self._engine.module

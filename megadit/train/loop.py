@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megadit.data import BatchStream
+from torch import Tensor
+
+from megadit.data import Batch, BatchStream
+from megadit.diffusion import NoisyBatch
 from megadit.plan import forward_flops, peak_flops
 from megadit.train.callbacks import Callback, Record
 from megadit.train.callbacks.base import due
 from megadit.train.checkpoint import Position
+from megadit.train.engine import Sample
 from megadit.train.metrics import Clock, LossSums, memory_gb, model_flops_utilization
 from megadit.train.preemption import Interrupt, preemption_signals
 from megadit.train.run import TrainingRun
@@ -93,18 +97,22 @@ def optimizer_step(run: TrainingRun, batches: Iterator[Any], meter: Meter, want_
 
     Returns the global gradient norm before clipping when ``want_norm`` is set.
     """
-    norm = None
     seed = run.config.train.seed
-    for micro in range(run.layout.accumulation):
-        begin = time.perf_counter()
-        batch = next(batches)
-        meter.clock.waited += time.perf_counter() - begin
-        x0, cond = run.inputs(batch, seed)
-        noisy = run.objective.prepare(x0, cond, batch.numbers, seed)
-        terms = run.losses(run.engine.forward, batch, noisy)
-        run.engine.backward(terms.total.mean())
+
+    def prepared() -> Iterator[Sample]:
+        for _ in range(run.layout.accumulation):
+            begin = time.perf_counter()
+            batch = next(batches)
+            meter.clock.waited += time.perf_counter() - begin
+            x0, cond = run.inputs(batch, seed)
+            yield batch, run.objective.prepare(x0, cond, batch.numbers, seed)
+
+    def loss(forward: Callable[..., Any], batch: Batch, noisy: NoisyBatch) -> Tensor:
+        terms = run.losses(forward, batch, noisy)
         meter.sums.add(terms, noisy.time01)
-        norm = run.engine.micro_step(run.position.step, micro == run.layout.accumulation - 1, want_norm)
+        return terms.total.mean()
+
+    norm = run.engine.train_step(run.position.step, prepared(), loss, want_norm)
     meter.clock.steps += 1
     return norm
 

@@ -40,11 +40,13 @@ class LossSums:
 
     def reduce(self, context: ProcessContext) -> dict[str, Any]:
         """Means over all ranks: ``loss``, ``loss_<term>`` and ``loss_bins`` (None where a bin got no sample)."""
-        assert self.bins is not None
-        names = sorted(self.total)
-        head = torch.stack([self.total[name] for name in names])
+        # Of a pipeline only the last stage has losses, and only it knows their names.
+        names = sorted({name for names in context.gather_objects(list(self.total)) for name in names})
+        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
+        head = torch.stack([self.total.get(name, nothing) for name in names])
+        own = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device) if self.bins is None else self.bins
         count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.device)
-        values = context.sum(torch.cat([count, head, self.bins.flatten()])).tolist()
+        values = context.sum(torch.cat([count, head, own.flatten()])).tolist()
         samples, sums, bins = values[0], values[1 : 1 + len(names)], values[1 + len(names) :]
         result: dict[str, Any] = {}
         for name, value in zip(names, sums, strict=True):

@@ -10,6 +10,7 @@ loaders in the wild are known to overwrite all groups with one value.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from megadit.config import OptimConfig
 from megadit.errors import UserError
 from megadit.mup.groups import clip_mults, param_groups
-from megadit.mup.spec import param_specs
+from megadit.mup.spec import ParamSpec, param_specs
 from megadit.train.clipping import clip_plan
 from megadit.train.schedule import Schedule
 
@@ -26,15 +27,31 @@ _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 
 
 class MuOptimizer:
-    """AdamW over μP's parameter groups, with the schedule applied by multiplication only."""
+    """AdamW over μP's parameter groups, with the schedule applied by multiplication only.
 
-    def __init__(self, model: nn.Module, config: OptimConfig, schedule: Schedule, device: torch.device) -> None:
+    Where ``model`` is a part of one, ``specs`` are those of the whole, and ``pad`` makes a parameter for a group that
+    has none here: all parts have the same groups.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        schedule: Schedule,
+        device: torch.device,
+        specs: Mapping[str, ParamSpec] | None = None,
+        pad: Callable[[], nn.Parameter] | None = None,
+    ) -> None:
         self.config = config
         self.schedule = schedule
-        groups = param_groups(model, config)
+        specs = param_specs(model) if specs is None else specs
+        groups = param_groups(model, config, specs)
+        for group in groups:
+            if not group["params"] and pad is not None:
+                group["params"] = [pad()]
         self.table: list[dict[str, Any]] = [{key: group[key] for key in _TABLE_KEYS} for group in groups]
         roles = tuple(group["role"] for group in groups)
-        self.clip = clip_plan(roles, clip_mults(param_specs(model)), config.clip)
+        self.clip = clip_plan(roles, clip_mults(specs), config.clip)
         self.implementation = resolve_implementation(config.implementation, device)
         self.inner = _build(groups, config, self.implementation)
         self.apply(0)

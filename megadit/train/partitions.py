@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megadit.mup.spec import walk_slices
 from megadit.parallel.topology import Topology
@@ -85,7 +85,10 @@ def restore_linear() -> None:
 class Partitions:
     """This rank's share of master weights and optimizer state of a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, clip: ClipPlan, topology: Topology | None = None) -> None:
+    def __init__(
+        self, engine: Any, clip: ClipPlan, topology: Topology | None = None, model: nn.Module | None = None
+    ) -> None:
+        """``model`` owns the parameters under their canonical names (default: the engine's module)."""
         self._engine = engine
         self._place = topology or Topology(torch.distributed.get_world_size(), torch.distributed.get_rank())
         self.stage = int(engine.zero_optimization_stage())
@@ -97,7 +100,7 @@ class Partitions:
             hold_loss_scale(engine.optimizer)
         self._known = {
             id(p): (name, spec.shape, boxes)
-            for name, p, spec, boxes in walk_slices(engine.module)
+            for name, p, spec, boxes in walk_slices(engine.module if model is None else model)
             if p.requires_grad
         }
 
@@ -132,7 +135,7 @@ class Partitions:
             begin = torch.distributed.get_rank(zero.real_dp_process_group[g]) * flat.numel()
             for p, first in zip(zero.round_robin_bit16_groups[g], zero.round_robin_bit16_offsets[g], strict=True):
                 low, high = max(first, begin), min(first + p.numel(), begin + flat.numel())
-                if low < high:
+                if low < high and id(p) in self._known:  # the padding of an empty group is nobody's
                     values = flat.data.narrow(0, low - begin, high - low)
                     name, shape, boxes = self._known[id(p)]
                     yield Fragment(name, shape, low - first, high - first, values, flat, low - begin, boxes)

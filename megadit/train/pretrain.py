@@ -25,15 +25,21 @@ from megadit.data.latents import build_codec
 from megadit.diffusion import build_objective
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.models import build_model
+from megadit.models.segment import Segment, build_segment
+from megadit.models.stages import StagedModel
+from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
+from megadit.parallel.balance import balanced_cuts
 from megadit.parallel.compilation import compile_blocks
 from megadit.parallel.topology import Groups, Topology
+from megadit.plan.flops import stage_flops
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
 from megadit.train.checkpoint import Position, checkpoint_root, has_checkpoints, open_checkpoint, saved_step
 from megadit.train.checkpoint_format import cannot_write
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
+from megadit.train.pipeline import PipelineTrainingEngine
 from megadit.train.resume import check_weights_start, restore, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
@@ -190,24 +196,21 @@ def assemble(
     conditions = build_conditions(config, job.train_set, job.val_set, context.device)
     objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
     features = _target_features(config, context)
-    place = Topology(context.world_size, context.rank, config.parallel.tensor, sequence=config.parallel.sequence)
-    groups = Groups(place) if place.tensor > 1 else None
-    model = build_model(config.model, None if groups is None else groups.tensor_layout, config.train.seed)
-    model.recompute = config.train.activation_checkpointing
-    if config.train.compile:
-        compile_blocks(stage for stage in model.stages() if stage.is_block)
+    place, groups = _places(config, context)
+    model = _local_model(config, groups)
     if context.is_main:
         facts = describe(job.train_set)
-        table = rows(model, config.optim)
+        table = rows(build_model(config.model, device="meta"), config.optim)
         spread = {
             "ranks": context.world_size,
             "tensor": place.tensor,
+            "pipeline": place.pipeline,
             "zero_stage": config.parallel.zero_stage,
             "micro_batch": micro,
         }
         directory.describe(config, job.ds_config, table, job.train_set.classes, facts.notice, spread)
         conditions.write(directory.path)
-    engine = TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema, groups)
+    engine = _engine(job, model, schedule, context, groups)
     position = Position()
     if start.checkpoint is not None:
         position = restore(directory.path, (start.checkpoint, *start.earlier), engine, config, context)
@@ -229,6 +232,40 @@ def assemble(
         position=position,
         features=features,
     )
+
+
+def _places(config: RunConfig, context: ProcessContext) -> tuple[Topology, Groups | None]:
+    """Where this rank stands, and the groups of those that share a model; None where every rank has a whole one."""
+    parallel = config.parallel
+    place = Topology(context.world_size, context.rank, parallel.tensor, parallel.pipeline, parallel.sequence)
+    return place, Groups(place) if place.data < place.world else None
+
+
+def _local_model(config: RunConfig, groups: Groups | None) -> StagedModel | Segment:
+    """What this rank holds of the model, initialised, with its ways of running set."""
+    seed = config.train.seed
+    layout = None if groups is None else groups.tensor_layout
+    if groups is None or groups.topology.pipeline == 1:
+        model = build_model(config.model, layout, seed)
+        model.recompute = config.train.activation_checkpointing
+        if config.train.compile:
+            compile_blocks(stage for stage in model.stages() if stage.is_block)
+        return model
+    cuts = balanced_cuts(stage_flops(config.model), groups.topology.pipeline)
+    segment = build_segment(config.model, cuts, groups.topology.pipeline_rank, layout, seed)
+    segment.model.recompute = config.train.activation_checkpointing
+    return segment
+
+
+def _engine(
+    job: Job, model: StagedModel | Segment, schedule: Schedule, context: ProcessContext, groups: Groups | None
+) -> TrainingEngine:
+    config = job.config
+    if not isinstance(model, Segment):
+        return TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema, groups)
+    assert groups is not None  # a segment is one of a group
+    specs = param_specs(build_model(config.model, device="meta"))
+    return PipelineTrainingEngine(model, specs, config.optim, schedule, job.ds_config, context, groups, config.ema)
 
 
 def _target_features(config: RunConfig, context: ProcessContext) -> TargetFeatures | None:

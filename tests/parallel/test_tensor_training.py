@@ -1,0 +1,152 @@
+"""Runs whose ranks share layers train what one process does, save what any layout reads, count each gradient once."""
+
+import pytest
+import torch
+
+from helpers.ranks import run_ranks
+from helpers.training import assemble_rank, merge_weights, plain_torch_run, small_config, train_on, train_rank
+from megadit.train.checkpoint import StoredCheckpoint
+
+STEPS = 5
+TOLERANCE = 1e-5  # relative, float32; measured: losses 5e-8, norms 2e-7, weights 5e-6, averages 6e-6
+AVERAGE = "ema/0.9"
+SECTIONS = {
+    "model": {"width": 64, "heads": 4, "qk_norm": "rms"},
+    "ema": {"decays": (0.9,)},
+}
+
+
+def config_of(**parallel):
+    return small_config(parallel=parallel, train={"micro_batch": 4, "steps": STEPS}, **SECTIONS)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    torch.set_num_threads(1)
+    return plain_torch_run(small_config(train={"steps": STEPS}, **SECTIONS), STEPS)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run through the library in one process."""
+    return run_ranks(1, train_rank, config_of(), str(tmp_path_factory.mktemp("alone")))
+
+
+LAYOUTS = [
+    (2, {"tensor": 2, "zero_stage": 0}),
+    (4, {"tensor": 4, "zero_stage": 1}),
+    (4, {"tensor": 2, "zero_stage": 2}),
+    (2, {"tensor": 2, "sequence": True, "zero_stage": 1}),
+    (4, {"tensor": 2, "sequence": True, "zero_stage": 3}),
+    *(
+        pytest.param(world, parallel, marks=pytest.mark.slow)
+        for world, parallel in [
+            (2, {"tensor": 2, "zero_stage": 1}),
+            (4, {"tensor": 2, "zero_stage": 0}),
+            (4, {"tensor": 2, "zero_stage": 1}),
+            (4, {"tensor": 2, "zero_stage": 3}),
+            (4, {"tensor": 4, "sequence": True, "zero_stage": 1}),
+        ]
+    ),
+]
+
+
+def distance(values, expected):
+    return float((values - expected).norm() / expected.norm().clamp_min(1e-6))
+
+
+def assert_same_training(results, reference, alone, skip=0):
+    for result in results:
+        for key in ("losses", "norms"):
+            torch.testing.assert_close(
+                torch.tensor(result[key]), torch.tensor(reference[key][skip:]), rtol=TOLERANCE, atol=0
+            )
+        for found, wanted in zip(result["role_norms"], reference["role_norms"][skip:], strict=True):
+            assert found == pytest.approx(wanted, rel=TOLERANCE)
+    # The first moment is a mean of the steps' gradients, clipped.
+    for kind, wanted in [
+        ("pieces", reference["weights"]),
+        *((kind, merge_weights(alone, kind)) for kind in (AVERAGE, "exp_avg", "exp_avg_sq")),
+    ]:
+        found = merge_weights(results, kind)
+        assert found.keys() == wanted.keys()
+        for name, expected in wanted.items():
+            # The gradient of a key's gain and bias is small beside the terms that cancel in it.
+            assert distance(found[name], expected) <= TOLERANCE, f"{kind} of {name}"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=lambda value: str(value).replace(" ", ""))
+def test_ranks_that_share_layers_train_what_one_does(reference, alone, tmp_path, world, parallel):
+    results = run_ranks(world, train_rank, config_of(**parallel), str(tmp_path))
+    assert_same_training(results, reference, alone)
+    size = parallel["tensor"]
+    shares = {piece[0] for result in results for piece in result["pieces"] if piece[-1] is not None}
+    for first in range(0, world, size):
+        for peer in results[first : first + size]:
+            assert peer["losses"] == results[first]["losses"]
+            for name, p in peer["working"].items():
+                if name not in shares and p.shape == results[first]["working"].get(name, p).shape:
+                    assert torch.equal(p, results[first]["working"].get(name, p)), f"{name} drifts apart"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, {"tensor": 2}), (1, {})), ((1, {}), (4, {"tensor": 2, "zero_stage": 3})), ((2, {}), (4, {"tensor": 4}))],
+    ids=["shared-to-alone", "alone-to-shared", "copies-to-shared"],
+)
+def test_a_run_goes_on_in_another_layout(reference, alone, tmp_path, before, after):
+    (first, parallel), (second, other) = before, after
+    half = run_ranks(first, train_rank, config_of(**parallel), str(tmp_path), 3)
+    stored = StoredCheckpoint(tmp_path / "checkpoints" / "step-00000003")
+    assert stored.verify() == []
+    held = sum(piece.stop - piece.start for piece in stored.index.pieces if piece.kind == "weights")
+    assert held == sum(p.numel() for p in reference["weights"].values()), "an element is stored twice or not at all"
+    rest = run_ranks(second, train_rank, config_of(**other), str(tmp_path), None, half[0]["saved"])
+    assert_same_training(rest, reference, alone, skip=3)
+
+
+def norms_without_marks(config, folder):
+    run = assemble_rank(config, folder)
+    for p in run.engine.module.parameters():
+        if hasattr(p, "tensor_model_parallel"):
+            del p.tensor_model_parallel
+    return [record["grad_norms"] for record in train_on(run, 2)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_share_without_its_mark_is_seen_in_the_norm(reference, tmp_path, stage):
+    norms = run_ranks(2, norms_without_marks, config_of(tensor=2, zero_stage=stage), str(tmp_path))[0]
+    # The readout starts at zero, and what lies before it has a gradient from the second step on.
+    assert norms[1]["hidden"] < 0.95 * reference["role_norms"][1]["hidden"]
+
+
+@pytest.mark.distributed
+def test_clipping_by_role_counts_shares_once(tmp_path):
+    clip = {"clip": {"mode": "per_group", "value": 0.05}}
+    plain = small_config(train={"steps": STEPS}, optim=clip, **SECTIONS)
+    expected = plain_torch_run(plain, STEPS)
+    for stage in (0, 1):
+        config = small_config(
+            parallel={"tensor": 2, "zero_stage": stage}, train={"steps": STEPS}, optim=clip, **SECTIONS
+        )
+        results = run_ranks(2, train_rank, config, str(tmp_path / str(stage)))
+        for found, wanted in zip(results[0]["role_norms"], expected["role_norms"], strict=True):
+            assert found == pytest.approx(wanted, rel=TOLERANCE)
+        # Clipped this hard, some entries come near Adam's epsilon, which takes rounding into the weights: 1.3e-5.
+        for name, weights in merge_weights(results).items():
+            assert distance(weights, expected["weights"][name]) <= 3 * TOLERANCE, name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_gives_the_same_numbers(tmp_path, how):
+    losses = []
+    for index, recompute in enumerate(("none", how)):
+        config = config_of(tensor=2, sequence=True)
+        train = config.train.model_copy(update={"activation_checkpointing": recompute})
+        results = run_ranks(2, train_rank, config.model_copy(update={"train": train}), str(tmp_path / str(index)), 3)
+        losses.append([result["losses"] for result in results])
+    assert losses[0] == losses[1]
