@@ -28,9 +28,20 @@ from megadit.models.layers.cross_attention import CaptionEmbedder, CrossAttentio
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
+from megadit.parallel.collectives import all_tokens, copy_to_ranks, own_tokens
+from megadit.parallel.tensor import TensorLayout, tensor_layout
 from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
+
+
+def _tokens(config: ModelConfig) -> int:
+    return (config.input_size // config.patch_size) ** 2
+
+
+def _for_own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
+    """x, the same on all ranks, where each uses it on its own tokens alone: under sequence parallelism."""
+    return copy_to_ranks(x, layout) if layout.sequence else x
 
 
 def _table(rows: int, width: Dim, param: Parametrization) -> tuple[nn.Parameter, dict[str, ParamSpec]]:
@@ -50,9 +61,10 @@ class PixArtBlock(Stage):
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
-        width, heads = param.width_dim(), config.num_heads
+        width, heads, tokens = param.width_dim(), config.num_heads, _tokens(config)
         self.prefix = f"blocks.{index}."
         self.last = index == config.depth - 1
+        self.layout = tensor_layout()
         self.scale_shift_table, self.param_specs = _table(6, width, param)
         self.attn = SelfAttention(
             width,
@@ -62,17 +74,19 @@ class PixArtBlock(Stage):
             qkv_bias=config.qkv_bias,
             precision=config.attention_precision,
             norm_precision=config.norm_precision,
+            tokens=tokens,
         )
         self.cross_attn = CrossAttention(
-            width, heads, param, bias=config.qkv_bias, precision=config.attention_precision
+            width, heads, param, bias=config.qkv_bias, precision=config.attention_precision, tokens=tokens
         )
-        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Self-attention and the MLP, each normed, modulated and gated; between them text, neither normed nor gated."""
         x, t0, t_emb, text, *mask = carrier
-        table = self.scale_shift_table.to(t0.dtype) + t0.unflatten(1, (6, -1))
+        own = _for_own_tokens(self.scale_shift_table, self.layout)
+        table = own.to(t0.dtype) + t0.unflatten(1, (6, -1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
         x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
         x = x + self.cross_attn(x, text, *mask)
@@ -86,13 +100,16 @@ class PixArtFinalLayer(nn.Module):
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         super().__init__()
         width = param.width_dim()
-        self.linear = MuLinear(width, Dim(config.patch_size**2 * config.out_channels), param, init="readout")
+        out = Dim(config.patch_size**2 * config.out_channels)
+        self.layout = tensor_layout()
+        self.linear = MuLinear(width, out, param, init="readout", tokens=_tokens(config))
         self.scale_shift_table, self.param_specs = _table(2, width, param)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         """Modulation is the table plus t_emb itself, in the order shift, scale."""
-        shift, scale = (self.scale_shift_table.to(t_emb.dtype) + t_emb[:, None]).unbind(1)
+        own = _for_own_tokens(self.scale_shift_table, self.layout)
+        shift, scale = (own.to(t_emb.dtype) + t_emb[:, None]).unbind(1)
         return self.linear(self.norm(x, shift, scale))
 
 
@@ -104,13 +121,16 @@ class PixArtEmbedStage(Stage):
         self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
         self.t_embedder, self.t_block = model.t_embedder, model.t_block
         self.y_embedder = model.y_embedder
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """The modulation t0 that all blocks share is computed once, here."""
         x, t, text, *mask = carrier
         tokens = self.pos_embed(self.x_embedder(x))
         t_emb = self.t_embedder(t)
-        return tokens, self.t_block(t_emb), t_emb, self.y_embedder(text), *mask
+        t0 = _for_own_tokens(self.t_block(t_emb), self.layout)
+        text = self.y_embedder(text)
+        return own_tokens(tokens, self.layout), t0, _for_own_tokens(t_emb, self.layout), text, *mask
 
 
 class PixArtFinalStage(Stage):
@@ -120,12 +140,14 @@ class PixArtFinalStage(Stage):
         super().__init__()
         self.final_layer = model.final_layer
         self.config = model.config
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Read out the patches and put the image together."""
         config = self.config
         side = config.input_size // config.patch_size
-        return (unpatchify(self.final_layer(*carrier), side, side, config.patch_size, config.out_channels),)
+        patches = all_tokens(self.final_layer(*carrier), self.layout, side * side)
+        return (unpatchify(patches, side, side, config.patch_size, config.out_channels),)
 
 
 class PixArt(StagedModel):
@@ -135,6 +157,7 @@ class PixArt(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
+        self.stream_tokens = _tokens(config)
         self.text = cast("TextInput", config.text)  # held by the configuration
         param = Parametrization(config)
         width = param.width_dim()

@@ -12,24 +12,35 @@ from megadit.models.layers.linear import MuLinear
 from megadit.models.layers.norm import Precision
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
+from megadit.parallel.tensor import tensor_layout
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention from tokens to text, scale 1 / sqrt(head_dim).
 
     ``kv_linear`` puts out k, v, each [heads, head_dim]; ``proj`` starts at zero, so that text enters with training.
-    ``precision`` as in ``SelfAttention``.
+    ``precision`` as in ``SelfAttention``. Tensor parallelism shares out the heads; ``tokens``, those of x: see
+    ``MuLinear``.
     """
 
     def __init__(
-        self, width: Dim, heads: int, param: Parametrization, *, bias: bool = True, precision: Precision = "auto"
+        self,
+        width: Dim,
+        heads: int,
+        param: Parametrization,
+        *,
+        bias: bool = True,
+        precision: Precision = "auto",
+        tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = width.size // heads
+        self.local_heads = tensor_layout().share(heads, "attention heads")
         self.precision = precision
-        self.q_linear = MuLinear(width, width, param, bias=bias)
-        self.kv_linear = MuLinear(width, Dim(2 * width.size, 2 * width.base_size), param, bias=bias)
-        self.proj = MuLinear(width, width, param, init="zero")
+        doubled = Dim(2 * width.size, 2 * width.base_size)
+        self.q_linear = MuLinear(width, width, param, bias=bias, shard="column", tokens=tokens)
+        self.kv_linear = MuLinear(width, doubled, param, bias=bias, shard="column", parts=2)
+        self.proj = MuLinear(width, width, param, init="zero", shard="row", tokens=tokens)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, T, n), text (B, L, n), mask bool (B, L), True where there is a token -> (B, T, n).
@@ -37,12 +48,12 @@ class CrossAttention(nn.Module):
         What stands in masked places of ``text`` has no weight at all, provided that it is finite. Each sample must
         have at least one token.
         """
-        b, t, _ = x.shape
-        q = self.q_linear(x).view(b, t, -1, self.head_dim).transpose(1, 2)
-        k, v = self.kv_linear(text).view(b, text.shape[1], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.q_linear(x).unflatten(-1, (self.local_heads, self.head_dim)).transpose(1, 2)
+        kv = self.kv_linear(text).unflatten(-1, (2, self.local_heads, self.head_dim))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         seen = None if mask is None else mask[:, None, None, :]
         mixed = attend(q, k, v, seen, self.precision)
-        return self.proj(mixed.transpose(1, 2).reshape(b, t, -1))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class CaptionProjection(nn.Module):
