@@ -12,7 +12,7 @@ from megadit.models.registry import build_model
 from megadit.models.stages import Carrier, StagedModel
 from megadit.mup.init import init_parameters
 from megadit.parallel.recompute import run_block
-from megadit.parallel.tensor import TensorLayout
+from megadit.parallel.tensor import TensorLayout, mark_shards
 
 
 class Segment(nn.Module):
@@ -87,5 +87,7 @@ def build_segment(
     segment = Segment(model, cuts[place], cuts[place + 1])
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
+        for module in model.modules():  # the parameters are new ones
+            mark_shards(module)
         init_parameters(model, seed)
     return segment

@@ -3,33 +3,29 @@
 import pytest
 import torch
 
+from helpers.layout_parity import (
+    SECTIONS,
+    STEPS,
+    TOLERANCE,
+    assert_same_training,
+    config_of,
+    distance,
+    reference_run,
+    run_alone,
+)
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, plain_torch_run, small_config, train_on, train_rank
 from megadit.train.checkpoint import StoredCheckpoint
 
-STEPS = 5
-TOLERANCE = 1e-5  # relative, float32; measured: losses 5e-8, norms 2e-7, weights 5e-6, averages 6e-6
-AVERAGE = "ema/0.9"
-SECTIONS = {
-    "model": {"width": 64, "heads": 4, "qk_norm": "rms"},
-    "ema": {"decays": (0.9,)},
-}
-
-
-def config_of(**parallel):
-    return small_config(parallel=parallel, train={"micro_batch": 4, "steps": STEPS}, **SECTIONS)
-
 
 @pytest.fixture(scope="module")
 def reference():
-    torch.set_num_threads(1)
-    return plain_torch_run(small_config(train={"steps": STEPS}, **SECTIONS), STEPS)
+    return reference_run()
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The same run through the library in one process."""
-    return run_ranks(1, train_rank, config_of(), str(tmp_path_factory.mktemp("alone")))
+    return run_alone(str(tmp_path_factory.mktemp("alone")))
 
 
 LAYOUTS = [
@@ -49,30 +45,6 @@ LAYOUTS = [
         ]
     ),
 ]
-
-
-def distance(values, expected):
-    return float((values - expected).norm() / expected.norm().clamp_min(1e-6))
-
-
-def assert_same_training(results, reference, alone, skip=0):
-    for result in results:
-        for key in ("losses", "norms"):
-            torch.testing.assert_close(
-                torch.tensor(result[key]), torch.tensor(reference[key][skip:]), rtol=TOLERANCE, atol=0
-            )
-        for found, wanted in zip(result["role_norms"], reference["role_norms"][skip:], strict=True):
-            assert found == pytest.approx(wanted, rel=TOLERANCE)
-    # The first moment is a mean of the steps' gradients, clipped.
-    for kind, wanted in [
-        ("pieces", reference["weights"]),
-        *((kind, merge_weights(alone, kind)) for kind in (AVERAGE, "exp_avg", "exp_avg_sq")),
-    ]:
-        found = merge_weights(results, kind)
-        assert found.keys() == wanted.keys()
-        for name, expected in wanted.items():
-            # The gradient of a key's gain and bias is small beside the terms that cancel in it.
-            assert distance(found[name], expected) <= TOLERANCE, f"{kind} of {name}"
 
 
 @pytest.mark.distributed

@@ -1,0 +1,60 @@
+"""One training as every layout should do it, and how its results are held against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.ranks import run_ranks
+from helpers.training import merge_weights, plain_torch_run, small_config, train_rank
+from megadit.config import RunConfig
+
+STEPS = 5
+TOLERANCE = 1e-5  # relative, float32; measured: losses 5e-8, norms 3e-7, weights 5e-6, averages 6e-6
+AVERAGE = "ema/0.9"
+SECTIONS: dict[str, Any] = {
+    "model": {"width": 64, "heads": 4, "qk_norm": "rms"},
+    "ema": {"decays": (0.9,)},
+}
+
+
+def config_of(train: dict[str, Any] | None = None, **parallel: Any) -> RunConfig:
+    return small_config(parallel=parallel, train={"micro_batch": 4, "steps": STEPS, **(train or {})}, **SECTIONS)
+
+
+def reference_run() -> dict[str, Any]:
+    """In plain torch."""
+    torch.set_num_threads(1)
+    return plain_torch_run(small_config(train={"steps": STEPS}, **SECTIONS), STEPS)
+
+
+def run_alone(folder: str) -> list[dict[str, Any]]:
+    """Through the library in one process: what the reference does not keep."""
+    return run_ranks(1, train_rank, config_of(), folder)
+
+
+def distance(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((values - expected).norm() / expected.norm().clamp_min(1e-6))
+
+
+def assert_same_training(
+    results: list[dict[str, Any]], reference: dict[str, Any], alone: list[dict[str, Any]], skip: int = 0
+) -> None:
+    """Losses, norms, weights, averages and moments of all ranks; the results begin after ``skip`` steps."""
+    for result in results:
+        for key in ("losses", "norms"):
+            torch.testing.assert_close(
+                torch.tensor(result[key]), torch.tensor(reference[key][skip:]), rtol=TOLERANCE, atol=0
+            )
+        for found, wanted in zip(result["role_norms"], reference["role_norms"][skip:], strict=True):
+            assert found == pytest.approx(wanted, rel=TOLERANCE)
+    # The first moment is a mean of the steps' gradients, clipped.
+    moments = {kind: merge_weights(alone, kind) for kind in (AVERAGE, "exp_avg", "exp_avg_sq")}
+    for kind, wanted in {"pieces": reference["weights"], **moments}.items():
+        found = merge_weights(results, kind)
+        assert found.keys() == wanted.keys()
+        for name, expected in wanted.items():
+            gap = distance(found[name], expected)
+            assert gap <= TOLERANCE, f"{kind} of {name}: {gap:.1e}"

@@ -1,0 +1,76 @@
+"""Cuts of equal work, and what each segment of a model then holds."""
+
+import itertools
+
+import pytest
+import torch
+
+from helpers.tiny_dit import tiny_config, tiny_inputs
+from megadit.models import build_model
+from megadit.models.segment import build_segment
+from megadit.mup.spec import param_specs
+from megadit.parallel.balance import balanced_cuts, bubble_share
+from megadit.parallel.tensor import TensorLayout, is_shard
+from megadit.parallel.topology import Topology
+from megadit.plan.flops import forward_flops, stage_flops
+
+
+def test_no_other_cut_has_a_cheaper_dearest_run():
+    costs = [3, 1, 4, 1, 5, 9, 2, 6]
+    for parts in range(1, len(costs) + 1):
+        cuts = balanced_cuts(costs, parts)
+        assert cuts[0] == 0 and cuts[-1] == len(costs) and len(set(cuts)) == parts + 1
+        dearest = max(sum(costs[a:b]) for a, b in itertools.pairwise(cuts))
+        others = ([0, *inner, len(costs)] for inner in itertools.combinations(range(1, len(costs)), parts - 1))
+        assert dearest == min(max(sum(costs[a:b]) for a, b in itertools.pairwise(other)) for other in others)
+
+
+def test_more_parts_than_stages_are_refused():
+    with pytest.raises(ValueError, match="2 stages cannot be cut into 3"):
+        balanced_cuts([1, 1], 3)
+
+
+def test_bubble_of_the_schedule():
+    assert bubble_share(1, 4) == 0
+    assert bubble_share(4, 4) == pytest.approx(3 / 7)
+
+
+def test_the_stages_cost_what_the_model_does():
+    config = tiny_config(depth=3)
+    assert sum(stage_flops(config)) == forward_flops(config)
+
+
+def test_segments_hold_each_parameter_once_and_compute_the_model():
+    config = tiny_config(depth=3)
+    whole = build_model(config, seed=2)
+    cuts = [0, 2, 4, 5]
+    segments = [build_segment(config, cuts, place, seed=2) for place in range(3)]
+    held = [dict(segment.model.named_parameters()) for segment in segments]
+    assert sum(len(own) for own in held) == len(param_specs(whole))
+    for own in held:
+        for name, p in own.items():
+            assert torch.equal(p, whole.get_parameter(name))
+    x, t, cond = tiny_inputs(config)
+    wire = whole.carrier(x, t, cond)
+    for segment in segments:
+        wire = segment(wire)
+    assert torch.equal(wire, whole(x, t, cond))
+
+
+def test_shares_of_a_segment_are_marked():
+    """``to_empty`` makes new parameters, which know nothing of the marks of the old ones."""
+    segment = build_segment(tiny_config(depth=3), [0, 2, 5], 0, TensorLayout(2, 0))
+    marked = {name for name, p in segment.model.named_parameters() if is_shard(p)}
+    assert "blocks.0.attn.qkv.weight" in marked and "x_embedder.proj.weight" not in marked
+
+
+def test_places_are_those_of_deepspeed():
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    theirs = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=3)
+    for rank in range(12):
+        ours, place = Topology(12, rank, tensor=2, pipeline=2), theirs.get_coord(rank)
+        assert (ours.pipeline_rank, ours.data_rank, ours.tensor_rank) == (place.pipe, place.data, place.model)
+    first = Topology(12, 0, tensor=2, pipeline=2)
+    for axis, name in (("tensor", "model"), ("data", "data"), ("pipeline", "pipe")):
+        assert sorted(first.lists(axis)) == sorted(theirs.get_axis_comm_lists(name))
