@@ -51,6 +51,7 @@ def _official(name: str) -> tuple[_Read, _Write]:
     return lambda p, r: (read(p, r), None), lambda c, p, r: (write(c, p, r), None)
 
 
+_WITH_CONFIG = (OWN, "safetensors")  # formats that hold a run's configuration
 _UNTOLD = {  # of a family's originals, where a run here would do otherwise without saying so
     "uvit": (
         "the originals of latents were trained with betas of sqrt-linear 0.00085 to 0.012, this run's are DDPM's",
@@ -157,7 +158,7 @@ def _with_config(contents: Contents, request: Request, target_format: str) -> Co
     """The contents with the run's configuration: the given one, if it is of the same model, or the defaults."""
     config = request.config
     if config is None:
-        if contents.model is None or (target_format != OWN and not request.overrides):
+        if contents.model is None or (target_format not in _WITH_CONFIG and not request.overrides):
             return contents
         made = default_run(contents.model, request.overrides, contents.known)
         check_same_model(made.model, contents.model, contents.what)

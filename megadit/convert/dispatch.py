@@ -122,7 +122,14 @@ def hints_of(family: str) -> tuple[str, ...]:
 
 
 def _check_hints(hints: Mapping[str, Any]) -> None:
-    """Refuse values of numbers that are none, or not positive. Raises UserError."""
+    """Refuse values that are not of their kind, or that would have no effect. Raises UserError."""
+    kind = hints.get("parametrization", "sp")
+    if kind not in ("sp", "mup"):
+        raise UserError(f"--hint parametrization: {kind} is not one of sp, mup; give one of the two")
+    if "base_width" in hints and kind != "mup":
+        raise UserError(
+            f"--hint base_width: {hints['base_width']} has no effect without --hint parametrization=mup; give both"
+        )
     for name, value in hints.items():
         if name not in _WHOLE and name not in _REAL:
             continue

@@ -101,6 +101,10 @@ def test_heads_and_size_are_asked_for_where_nothing_tells() -> None:
         from_official("dit", state, heads=2, input_size=16)
     with pytest.raises(UserError, match="--hint depth: is not known for dit; known are heads, input_size"):
         from_official("dit", state, depth=2)
+    with pytest.raises(UserError, match="--hint base_width: 32 has no effect without --hint parametrization=mup"):
+        from_official("dit", state, heads=2, base_width=32)
+    with pytest.raises(UserError, match="--hint parametrization: mUP is not one of sp, mup"):
+        from_official("dit", state, heads=2, parametrization="mUP")
     del state["pos_embed"]
     with pytest.raises(UserError, match="--hint input_size: is needed"):
         from_official("dit", state, heads=2)

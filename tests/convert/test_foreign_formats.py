@@ -19,7 +19,7 @@ from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
 from helpers.tiny_uvit import tiny_uvit
 from megadit.config import ModelConfig, save_config
-from megadit.convert import pipeline_folders
+from megadit.convert import difference, pipeline_folders
 from megadit.convert.conversion import Outcome, convert
 from megadit.convert.defaults import default_run
 from megadit.convert.difference import Difference
@@ -161,8 +161,9 @@ def test_diffusers_there_and_back(runs: dict[str, Path], tmp_path: Path, family:
     assert out.difference.small == (family != "dit") and (out.difference.reason is None) == (family != "dit")
     before, after = weights(runs[family]), weights(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    bare = convert("diffusers", "safetensors", tmp_path / "out/transformer", tmp_path / "x.safetensors", **allowed)
-    assert bare.parameters == len(before)
+    convert("diffusers", "safetensors", tmp_path / "out/transformer", tmp_path / "x.safetensors", **allowed)
+    convert("safetensors", "megadit", tmp_path / "x.safetensors", tmp_path / "bare")  # which tells its model
+    assert torch.equal(next(iter(weights(tmp_path / "bare").values())), next(iter(before.values())))
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
     assert index["scheduler"][1] == scheduler["_class_name"]
@@ -299,6 +300,31 @@ def test_broken_files_and_wrong_targets_are_refused(runs: dict[str, Path], tmp_p
     with pytest.raises(UserError, match="model.family: uvit has no class in diffusers"):
         convert("megadit", "diffusers", runs["uvit"], tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(("out", ".tmp"))]
+
+
+def test_an_untrained_model_shows_no_difference_and_that_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    config = tiny_config()
+    save_file(build_model(config).state_dict(), tmp_path / "x.safetensors")  # whose readout is zero
+    with pytest.raises(UserError, match="half - 1 .* not measurable, since these weights, as of an untrained model"):
+        convert("safetensors", "diffusers", tmp_path / "x.safetensors", tmp_path / "out", default_run(config))
+
+
+def test_models_too_large_to_compare_are_told_so(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(difference, "_free_memory", lambda: 1e5)
+    with pytest.raises(UserError, match="half - 1 in place of half; not measured, since two models of it take"):
+        convert("megadit", "diffusers", runs["dit"], tmp_path / "out")
+    outcome = convert("megadit", "diffusers", runs["pixart"], tmp_path / "out")
+    assert outcome.difference is None and "computes the same: not measured" in " ".join(outcome.notes)
+
+
+def test_a_class_that_should_be_equal_and_is_not_is_refused(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(pipeline_folders, "measure", lambda *values: Difference(1e-3, 1e-3, 1.0, None))
+    with pytest.raises(UserError, match="PixArtTransformer2DModel should compute the same as this model and does not"):
+        convert("megadit", "diffusers", runs["pixart"], tmp_path / "out", allow_inexact=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_refuses_a_class_that_differs_and_tells_by_how_much(
