@@ -15,12 +15,12 @@ NULL_TEXT_FILE, PROMPTS_FILE = "null_text.safetensors", "prompts.safetensors"
 
 def save_conditions(path: Path, cond: Conditioning, texts: Sequence[str] = ("",)) -> None:
     """Write text, text_mask and pooled of ``texts``, as far as they are given."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     given = {name: getattr(cond, name) for name in ("text", "text_mask", "pooled")}
     tensors = {name: value.cpu().contiguous() for name, value in given.items() if value is not None}
     with whole_file(path) as temporary:
-        save_file(tensors, str(temporary), {"texts": json.dumps(list(texts))})
+        temporary.write_bytes(save(tensors, {"texts": json.dumps(list(texts))}))  # save_file would make it private
 
 
 def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:

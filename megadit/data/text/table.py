@@ -153,11 +153,18 @@ def _write(path: Path, encoder: TextEncoder, texts: Sequence[str], max_length: i
         with whole_file(path) as temporary:
             save_file(tensors, str(temporary), {"encoder": encoder.identity})
             with open(temporary, "rb") as file:
+                os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors made it private
                 os.fsync(file.fileno())
     except OSError as error:
         raise _unwritable(path.parent, error) from error
     seconds = time.monotonic() - begin
     print(f"text features: {len(texts)} captions in {seconds:.1f} s, kept in {path}", file=sys.stderr, flush=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
