@@ -86,18 +86,20 @@ class PipelineTrainingEngine(TrainingEngine):
         return self._loss(lambda *_args, **_kwargs: outputs, batch, noisy)
 
     def _callable(self) -> Any:
-        return _Passage(self._segment, self._groups, self.context.device)
+        return _Passage(self._segment, self._groups, self.context.device).eval()
 
 
-class _Passage:
+class _Passage(nn.Module):
     """A segmented model as a function of whole inputs: every stage calls it alike and gets the last one's output."""
 
     def __init__(self, segment: Segment, groups: Groups, device: torch.device) -> None:
+        super().__init__()
         self._segment, self._device = segment, device
         self._group, self._ranks = groups.group("pipeline"), groups.ranks("pipeline")
         self._place = groups.topology.pipeline_rank
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning | None = None, project: bool = False) -> Any:
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning | None = None, project: bool = False) -> Any:
+        """As ``StagedModel.forward``."""
         segment, ranks = self._segment, self._ranks
         segment.project = project
         if segment.is_first:
