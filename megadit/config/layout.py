@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from megadit.config.run import RunConfig
 
 # Families whose own layers were made to be shared out, and those whose token streams can be cut.
-TENSOR_FAMILIES = ("dit", "pixart")
-SEQUENCE_FAMILIES = ("dit", "pixart")
-PIPELINE_FAMILIES = ("dit",)
+TENSOR_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
+SEQUENCE_FAMILIES = ("dit", "pixart", "uvit")
+PIPELINE_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
 
 
 def layout_problem(config: RunConfig) -> str | None:

@@ -76,8 +76,10 @@ class PipelineTrainingEngine(TrainingEngine):
 
     def _feed(self, micro_batches: Iterable[Sample]) -> Iterator[tuple[Carrier, tuple[Tensor, ...]]]:
         for batch, noisy in micro_batches:
-            self._waiting.append((batch, noisy))
-            yield self._segment.model.carrier(noisy.x, noisy.t, noisy.cond), ()
+            if self._segment.is_last:
+                self._waiting.append((batch, noisy))
+            first = self._segment.is_first
+            yield self._segment.model.carrier(noisy.x, noisy.t, noisy.cond) if first else (), ()
 
     def _last_loss(self, outputs: Any, _labels: Any) -> Tensor:
         """The loss of the micro batch whose turn it is: the last stage runs them in the order in which it gets them."""
