@@ -31,19 +31,30 @@ from megadit.models.layers import (
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
+from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
+
+
+def _tokens(config: ModelConfig) -> int:
+    return (config.input_size // config.patch_size) ** 2
+
+
+def _text_tokens(config: ModelConfig) -> int:
+    assert config.text is not None  # held by the configuration
+    return config.text.max_length
 
 
 class MMDiTStream(nn.Module):
     """One stream's half of a block: adaLN-zero around joint attention and an MLP, all with weights of its own.
 
     ``pre_only``: the stream is only read (the context of the last block): two chunks of modulation, shift and scale,
-    and neither a projection nor an MLP.
+    and neither a projection nor an MLP. ``tokens``: how many the stream has; see ``MuLinear``.
     """
 
-    def __init__(self, config: ModelConfig, param: Parametrization, *, pre_only: bool = False) -> None:
+    def __init__(self, config: ModelConfig, param: Parametrization, tokens: int, *, pre_only: bool = False) -> None:
         super().__init__()
         width = param.width_dim()
         self.pre_only = pre_only
@@ -55,9 +66,11 @@ class MMDiTStream(nn.Module):
             qkv_bias=config.qkv_bias,
             pre_only=pre_only,
             norm_precision=config.norm_precision,
+            tokens=tokens,
         )
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
-        self.mlp = None if pre_only else Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp)
+        hidden = param.width_dim(config.mlp_ratio)
+        self.mlp = None if pre_only else Mlp(width, hidden, param, config.mlp, tokens=tokens)
         self.adaLN_modulation = adaln_modulation(width, 2 if pre_only else 6, param)
 
     def ask(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
@@ -86,8 +99,8 @@ class MMDiTBlock(Stage):
         self.prefix = f"joint_blocks.{index}."
         self.last = index == config.depth - 1
         self.precision = config.attention_precision
-        self.context_block = MMDiTStream(config, param, pre_only=self.last)
-        self.x_block = MMDiTStream(config, param)
+        self.context_block = MMDiTStream(config, param, _text_tokens(config), pre_only=self.last)
+        self.x_block = MMDiTStream(config, param, _tokens(config))
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Joint attention, then each stream's own MLP."""
@@ -124,7 +137,8 @@ class MMDiTFinalLayer(nn.Module):
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         super().__init__()
         width = param.width_dim()
-        self.linear = MuLinear(width, Dim(config.patch_size**2 * config.out_channels), param, init="readout")
+        out = Dim(config.patch_size**2 * config.out_channels)
+        self.linear = MuLinear(width, out, param, init="readout", tokens=_tokens(config))
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
         self.adaLN_modulation = adaln_modulation(width, 2, param)
 
@@ -146,6 +160,7 @@ class MMDiTEmbedStage(Stage):
         self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
         self.context_embedder = model.context_embedder
         self.patch_size = model.config.patch_size
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """c = timestep embedding + pooled text's; every user of c takes SiLU(c), so that is what is carried."""
@@ -158,6 +173,7 @@ class MMDiTEmbedStage(Stage):
             pooled, *rest = rest
             c = c + self.y_embedder(pooled)
         grid = torch.zeros(rows, columns, dtype=torch.uint8, device=x.device)
+        tokens, context = own_tokens(tokens, self.layout), own_tokens(context, self.layout)
         if not rest:
             return tokens, context, F.silu(c), grid
         (mask,) = rest
@@ -172,12 +188,14 @@ class MMDiTFinalStage(Stage):
         super().__init__()
         self.final_layer = model.final_layer
         self.config = model.config
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Read out the patches and put the image together."""
         x, c, grid = carrier
         rows, columns = grid.shape
-        return (unpatchify(self.final_layer(x, c), rows, columns, self.config.patch_size, self.config.out_channels),)
+        patches = all_tokens(self.final_layer(x, c), self.layout, rows * columns)
+        return (unpatchify(patches, rows, columns, self.config.patch_size, self.config.out_channels),)
 
 
 class MMDiT(StagedModel):
@@ -187,6 +205,7 @@ class MMDiT(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
+        self.stream_tokens = _tokens(config)
         assert config.text is not None  # held by the configuration
         param = Parametrization(config)
         width = param.width_dim()
@@ -208,13 +227,22 @@ class MMDiT(StagedModel):
         return [first, *cast("Iterable[Stage]", self.joint_blocks), last]
 
     def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """(x, t, text[, pooled][, text_mask]); t in float32. x: any whole number of patches that has positions."""
+        """(x, t, text[, pooled][, text_mask]); t in float32. x: any whole number of patches that has positions.
+
+        Where sequence parallelism cuts the streams, their lengths are fixed: x of ``input_size``, text of
+        ``text.max_length`` tokens.
+        """
         self._check_size(x)
         text = self.config.text
         assert text is not None
         if cond.text is None or cond.text.shape[-1] != text.dim:
             given = "none" if cond.text is None else tuple(cond.text.shape)
             raise ValueError(f"cond.text: {given}, but this model takes text features (B, L, {text.dim})")
+        if self.layout.sequence and cond.text.shape[1] != text.max_length:
+            raise ValueError(
+                f"cond.text: {tuple(cond.text.shape)} has not {text.max_length} tokens (text.max_length), as sequence "
+                "parallelism needs; pad it and mask the padding"
+            )
         carrier = [x, t.float(), cond.text]
         if text.pooled_dim:
             if cond.pooled is None or cond.pooled.shape[-1] != text.pooled_dim:
@@ -228,6 +256,10 @@ class MMDiT(StagedModel):
     def _check_size(self, x: Tensor) -> None:
         patch, limit = self.config.patch_size, self.config.pos_embed_max_size
         height, width = x.shape[-2:]
+        if self.layout.sequence and (height, width) != (self.config.input_size, self.config.input_size):
+            raise ValueError(
+                f"x: {tuple(x.shape)} is not of input_size {self.config.input_size}, as sequence parallelism needs"
+            )
         if height % patch or width % patch:
             raise ValueError(f"x: {tuple(x.shape)} is not made of whole patches of {patch} x {patch}")
         if not self.pos_embed.fits(height // patch, width // patch):

@@ -18,7 +18,7 @@ class StreamAttention(nn.Module):
 
     ``qkv`` puts out q, k, v, each [heads, head_dim]; with ``qk_norm`` q and k pass an RMSNorm over head_dim whose gain
     all heads share. ``pre_only``: the stream is read and gets nothing back, so that there is no ``proj``. Tensor
-    parallelism shares out the heads.
+    parallelism shares out the heads; ``tokens``: see ``MuLinear``.
     """
 
     def __init__(
@@ -31,18 +31,19 @@ class StreamAttention(nn.Module):
         qkv_bias: bool = True,
         pre_only: bool = False,
         norm_precision: Precision = "auto",
+        tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = width.size // heads
         self.local_heads = tensor_layout().share(heads, "attention heads")
         tripled, gain = Dim(3 * width.size, 3 * width.base_size), Dim(self.head_dim)
-        self.qkv = MuLinear(width, tripled, param, bias=qkv_bias, shard="column", parts=3)
+        self.qkv = MuLinear(width, tripled, param, bias=qkv_bias, shard="column", parts=3, tokens=tokens)
         self.ln_q = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
         self.ln_k = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
-        self.proj = None if pre_only else MuLinear(width, width, param, shard="row")
+        self.proj = None if pre_only else MuLinear(width, width, param, shard="row", tokens=tokens)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, n) -> q, k, v, each (B, T, heads, head_dim)."""
+        """(B, T, n) -> q, k, v, each (B, T, heads, head_dim); under sequence parallelism from a rank's own tokens."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(2)
         if self.ln_q is not None and self.ln_k is not None:
             q, k = self.ln_q(q), self.ln_k(k)
