@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from megadit.parallel.rehearsal import Rehearsal
 from megadit.parallel.tensor import TensorLayout
 
 
@@ -80,21 +81,31 @@ def all_tokens(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
 
 def _summed(x: Tensor, layout: TensorLayout) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=layout.group)
+    if isinstance(layout.group, Rehearsal):
+        layout.group.note("all_reduce", out.nbytes)
+    else:
+        dist.all_reduce(out, group=layout.group)
     return out
 
 
 def _gathered(x: Tensor, layout: TensorLayout) -> Tensor:
     """x of every rank, stacked in front: (ranks, *x.shape)."""
     out = x.new_empty((layout.size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=layout.group)
+    if isinstance(layout.group, Rehearsal):
+        layout.group.note("all_gather", out.nbytes)
+    else:
+        dist.all_gather_into_tensor(out, x.contiguous(), group=layout.group)
     return out.view(layout.size, *x.shape)
 
 
 def _scattered_sum(parts: Tensor, layout: TensorLayout) -> Tensor:
     """Of the sum over ranks of (ranks, ...) the part of this rank."""
     out = parts.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(out, parts.contiguous().flatten(0, 1), group=layout.group)
+    whole = parts.contiguous().flatten(0, 1)
+    if isinstance(layout.group, Rehearsal):
+        layout.group.note("reduce_scatter", whole.nbytes)
+    else:
+        dist.reduce_scatter_tensor(out, whole, group=layout.group)
     return out
 
 

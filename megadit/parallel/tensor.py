@@ -26,7 +26,8 @@ class TensorLayout:
     """This rank, ``rank`` of ``size`` that share every layer.
 
     ``sequence``: between the layers that are cut by channels, token streams are cut by tokens. ``group`` is the process
-    group of the ``size`` ranks; None builds shapes without being able to run.
+    group of the ``size`` ranks; None builds shapes without being able to run, and a ``Rehearsal`` runs on the meta
+    device.
     """
 
     size: int = 1
