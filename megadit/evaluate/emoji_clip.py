@@ -2,8 +2,9 @@
 
 It is CLIP in small (Radford et al., arXiv 2103.00020): a linear head on frozen EfficientNet-Lite0 features of the
 picture and one on frozen all-MiniLM-L6-v2 features of the text, trained on the training part of the emoji set to find
-each other. It knows 1,800 emoji and nothing else. Its numbers compare pictures with one another; they are not CLIP
-scores and must not be called so.
+each other, every picture once as it is and once roughened, since samples of small models are blocky and noisy.
+It knows 1,800 emoji and nothing else. Its numbers compare pictures with one another; they are not CLIP scores and must
+not be called so.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from megadit.data.text import build_encoder, cache_folder
 from megadit.errors import UserError
 from megadit.files import whole_file
 
-_SIDE = 128  # pixels to which pictures are enlarged for the image encoder
+_SIDE = 64  # pixels to which pictures are enlarged for the image encoder
 _WIDTH = 256  # channels of the space in which pictures and texts meet
 # More steps fit the training pairs and find fewer of the unseen ones.
 _STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE = 100, 256, 1e-3, 0.1, 0.05
-_VERSION = 1
+_BLOCK, _NOISE = 4, 24.0  # of roughened pictures: side of flattened blocks in pixels, noise in grey levels
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ def image_features(images: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def roughened(images: Tensor) -> Tensor:
+    """Pictures uint8 (B, C, H, W), each faded by a share of its own into flat blocks and noise."""
+    exact = images.float()
+    blocks = F.interpolate(exact, size=max(1, images.shape[-1] // _BLOCK), mode="area")
+    flat = F.interpolate(blocks, size=images.shape[-1], mode="nearest")
+    noise = _NOISE * rng.normal(rng.stream_key(0, "emoji-clip", "noise"), exact.shape)
+    share = rng.uniform(rng.stream_key(0, "emoji-clip", "share"), (len(images), 1, 1, 1))
+    return torch.lerp(exact, flat + noise, share).clamp(0, 255).to(torch.uint8)
+
+
 def text_features(texts: Sequence[str]) -> Tensor:
     """all-MiniLM-L6-v2's mean of the states: float32 (B, 384)."""
     pooled = build_encoder(TextSource(encoder="minilm", pooled="same")).encode(list(texts), 64).pooled
@@ -119,7 +131,7 @@ def load_emoji_clip(image_size: int, cache: str | None = None) -> EmojiClip:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    settings = (_VERSION, _SIDE, _WIDTH, _STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE, image_size)
+    settings = (_VERSION, _SIDE, _BLOCK, _NOISE, _WIDTH, _STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE, image_size)
     encoder = build_encoder(TextSource(encoder="minilm", pooled="same")).identity
     name = hashlib.sha256(repr((settings, encoder)).encode()).hexdigest()[:16]
     path = cache_folder(cache).parent / "emoji-clip" / f"{name}.safetensors"
@@ -187,7 +199,8 @@ def read_pictures(path: Path) -> Tensor:
 
 
 def _features(images: ImageSet) -> tuple[Tensor, Tensor]:
-    return image_features(stack_images(images, range(len(images)))), text_features(_captions(images))
+    pictures, texts = stack_images(images, range(len(images))), text_features(_captions(images))
+    return image_features(torch.cat([pictures, roughened(pictures)])), torch.cat([texts, texts])
 
 
 def _captions(images: ImageSet) -> list[str]:

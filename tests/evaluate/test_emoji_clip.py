@@ -52,6 +52,15 @@ def test_own_texts_score_above_others(heads):
         heads.score(pictures(["red"]), ["red", "red"])
 
 
+def test_roughened_pictures_keep_their_colours():
+    plain = pictures(["red", "blue"] * 4)
+    rough = emoji_clip.roughened(plain)
+    assert rough.dtype == torch.uint8 and rough.shape == plain.shape
+    assert (rough.float() - plain.float()).abs().mean() > 2
+    assert (colour_features(rough) - colour_features(plain)).abs().max() < 0.05
+    assert emoji_clip.roughened(plain).equal(rough)
+
+
 def test_the_heads_are_the_same_twice(heads):
     words = list(COLOURS) * 8
     again = emoji_clip.train_heads(colour_features(pictures(words)), word_features(words))
