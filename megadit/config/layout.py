@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Families whose own layers were made to be shared out, and those whose token streams can be cut.
 TENSOR_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
-SEQUENCE_FAMILIES = ("dit", "pixart", "uvit")
+SEQUENCE_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
 PIPELINE_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
 
 

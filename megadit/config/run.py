@@ -176,6 +176,9 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
         None, description="ZeRO stage; default 0 for one fp32 process, else 1"
     )
+    timeout_s: float = Field(
+        1800.0, gt=0, description="seconds that a rank waits for others before it ends the run with an error"
+    )
 
 
 class TrainConfig(Section):
@@ -185,7 +188,9 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the training set, instead of steps")
     global_batch: int = Field(256, ge=1, description="images per optimizer step over all ranks")
     micro_batch: int | None = Field(
-        None, ge=1, description="images per forward pass and rank; default: global_batch / ranks"
+        None,
+        ge=1,
+        description="images per forward pass and replica; default: global_batch / replicas, in a pipeline cut to 4 a stage",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(

@@ -7,6 +7,7 @@ look at it. Nothing in this module needs DeepSpeed.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import socket
@@ -131,7 +132,8 @@ class ProcessContext:
 def start_processes(timeout_s: float = 1800.0) -> ProcessContext:
     """Join the process group (nccl on CUDA, else gloo) and bind this rank's device.
 
-    ``timeout_s`` bounds every collective in seconds: a rank that died ends the others after it.
+    ``timeout_s`` bounds every collective in seconds, those of groups made later too: a rank that hangs or died ends
+    the others after it.
     """
     import torch
     import torch.distributed as dist
@@ -146,8 +148,28 @@ def start_processes(timeout_s: float = 1800.0) -> ProcessContext:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+        limit = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
+        _bound_new_groups(limit)
     return ProcessContext(rank, world, local, device)
+
+
+def _bound_new_groups(limit: timedelta) -> None:
+    """Give groups made from now on, DeepSpeed's included, the time limit of the first, which torch lets none inherit.
+
+    Without it a rank that waits in one of them for a rank that hangs does so for gloo's own half an hour.
+    """
+    import torch.distributed as dist
+
+    plain = getattr(dist.new_group, "__wrapped__", dist.new_group)
+
+    @functools.wraps(plain)
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2 and kwargs.get("timeout") is None:
+            kwargs["timeout"] = limit
+        return plain(*args, **kwargs)
+
+    dist.new_group = new_group
 
 
 def stop_processes() -> None:

@@ -30,6 +30,7 @@ from megadit.models.stages import StagedModel
 from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext, start_processes, stop_processes
+from megadit.parallel.agreement import check_agreement, flat
 from megadit.parallel.balance import balanced_cuts
 from megadit.parallel.compilation import compile_blocks
 from megadit.parallel.topology import Groups, Topology
@@ -80,9 +81,10 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
         UserError: bad input, found before any step or (a broken image) while reading.
     """
     steps = total_steps(job.config, len(job.train_set))
-    context = start_processes()
+    context = start_processes(job.config.parallel.timeout_s)
     directory = RunDirectory(job.run_dir)
     try:
+        check_agreement(context, _facts(job))
         start = context.on_main(lambda: _prepare_directory(directory, job, steps))
     except UserError as error:
         if context.is_main:
@@ -109,6 +111,12 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
     if not keep_group:
         stop_processes()
     return code
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What all ranks must have in common: the configuration, and how many samples the data hold for each."""
+    found = {**flat(job.config.model_dump(mode="json")), **flat(job.ds_config, "ds_config.")}
+    return {**found, "images to train on": len(job.train_set), "images held out": len(job.val_set)}
 
 
 def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:

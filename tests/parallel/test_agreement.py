@@ -1,0 +1,56 @@
+"""Ranks that differ in configuration or code are told what differs and who holds what, before anything is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from helpers.ranks import run_ranks
+from megadit.errors import UserError
+from megadit.parallel import agreement, start_processes
+from megadit.parallel.agreement import check_agreement, code_facts, differences, flat
+
+
+def agree(changes: dict[int, dict[str, Any]], code: dict[int, dict[str, str]]) -> str:
+    context = start_processes()
+    facts = {**flat({"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}), **changes.get(context.rank, {})}
+    own = {**code_facts(), **code.get(context.rank, {})}
+    agreement.code_facts = lambda: own  # type: ignore[assignment]
+    try:
+        check_agreement(context, facts)
+    except UserError as error:
+        assert error.everywhere
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_ranks_that_agree_go_on() -> None:
+    assert run_ranks(2, agree, {}, {}) == ["", ""]
+
+
+@pytest.mark.distributed
+def test_every_rank_tells_what_differs() -> None:
+    changes = {1: {"optim.lr": 2e-3}, 2: {"parallel.tensor": 2}}
+    code = {3: {"megadit": "0.0.9", "source megadit/rng.py": "00000000"}}
+    told = run_ranks(4, agree, changes, code)
+    assert len(set(told)) == 1
+    assert "optim.lr is 0.001 on ranks 0, 2-3, 0.002 on rank 1" in told[0]
+    assert "megadit is 0.1.0 on ranks 0-2, 0.0.9 on rank 3" in told[0]
+    assert "parallel.tensor is missing on ranks 0-1, 3, 2 on rank 2" in told[0]
+    assert "source megadit/rng.py is " in told[0] and "00000000 on rank 3" in told[0]
+
+
+def test_long_values_are_cut_and_many_differences_counted() -> None:
+    assert differences([{"a": "1"}, {"a": "1"}]) == []
+    assert differences([{"a": "1"}, {}, {"a": "1"}]) == ["a is 1 on ranks 0, 2, missing on rank 1"]
+    assert len(agreement._shown("x" * 500)) < 60
+    assert agreement._shown("x" * 500) != agreement._shown("x" * 499)
+
+
+def test_a_changed_source_file_has_another_digest() -> None:
+    facts = code_facts()
+    assert {"megadit", "torch", "deepspeed", "source megadit/rng.py", "source megadit_kernels/__init__.py"} <= set(
+        facts
+    )
