@@ -8,19 +8,16 @@ from pathlib import Path
 
 from megadit.conditioning import Conditioning
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import save_tensors
 
 NULL_TEXT_FILE, PROMPTS_FILE = "null_text.safetensors", "prompts.safetensors"
 
 
 def save_conditions(path: Path, cond: Conditioning, texts: Sequence[str] = ("",)) -> None:
     """Write text, text_mask and pooled of ``texts``, as far as they are given."""
-    from safetensors.torch import save
-
     given = {name: getattr(cond, name) for name in ("text", "text_mask", "pooled")}
     tensors = {name: value.cpu().contiguous() for name, value in given.items() if value is not None}
-    with whole_file(path) as temporary:
-        temporary.write_bytes(save(tensors, {"texts": json.dumps(list(texts))}))  # save_file would make it private
+    save_tensors(path, tensors, {"texts": json.dumps(list(texts))})
 
 
 def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:

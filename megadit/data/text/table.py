@@ -24,7 +24,7 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.data.text.encoder import TextEncoder, pad
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import save_tensors
 
 _FORMAT = "megadit-text-1"
 _PROGRESS_S = 5.0  # between lines of progress
@@ -129,8 +129,6 @@ def _read(path: Path, count: int, *, tell: bool = False) -> dict[str, Tensor] | 
 
 
 def _write(path: Path, encoder: TextEncoder, texts: Sequence[str], max_length: int) -> None:
-    from safetensors.torch import save_file
-
     begin = told = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -150,21 +148,11 @@ def _write(path: Path, encoder: TextEncoder, texts: Sequence[str], max_length: i
         "cut": torch.tensor(cut),
     }
     try:
-        with whole_file(path) as temporary:
-            save_file(tensors, str(temporary), {"encoder": encoder.identity})
-            with open(temporary, "rb") as file:
-                os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors made it private
-                os.fsync(file.fileno())
+        save_tensors(path, tensors, {"encoder": encoder.identity}, sync=True)
     except OSError as error:
         raise _unwritable(path.parent, error) from error
     seconds = time.monotonic() - begin
     print(f"text features: {len(texts)} captions in {seconds:.1f} s, kept in {path}", file=sys.stderr, flush=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
