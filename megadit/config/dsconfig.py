@@ -23,6 +23,7 @@ from megadit.config.run import RunConfig
 from megadit.errors import UserError
 
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines: megadit prints its own
+_MICRO_BATCHES_PER_STAGE = 4  # by default, so that a pipeline's stages wait at most a fifth of a step
 _FLOAT32_NAMES = ("fp32", "float32", "float", "torch.float32")
 _HALF_NAMES = ("bf16", "bfloat16", "torch.bfloat16", "fp16", "float16", "half", "torch.float16")
 
@@ -101,7 +102,10 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
     total = _asked("train.global_batch", "train_batch_size", file, loaded)
     micro = _asked("train.micro_batch", "train_micro_batch_size_per_gpu", file, loaded)
     accumulation = _ds_size("gradient_accumulation_steps", file)
-    copies = replicas(config, world_size)
+    copies, stages = replicas(config, world_size), config.parallel.pipeline
+    default_micro = config.train.micro_batch
+    if stages > 1 and default_micro is None:
+        default_micro = max(config.train.global_batch // (copies * _MICRO_BATCHES_PER_STAGE * stages), 1)
     return plan_batch(
         copies,
         shared=world_size // copies,
@@ -109,7 +113,7 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
         micro_batch=micro,
         accumulation=accumulation,
         default_global=Size(config.train.global_batch, "train.global_batch", "a default"),
-        default_micro=config.train.micro_batch,
+        default_micro=default_micro,
     )
 
 

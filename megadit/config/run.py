@@ -16,10 +16,15 @@ class ObjectiveConfig(Section):
     """What is predicted and how timesteps are drawn and weighted."""
 
     kind: Literal["ddpm", "flow"] = Field(
-        "ddpm", description="ddpm: linear schedule, predicts noise; flow: matches the velocity noise - x0"
+        "ddpm", description="ddpm: a schedule of noise, predicts it; flow: matches the velocity noise - x0"
     )
     prediction: Literal["eps", "v"] = Field("eps", description="ddpm: noise or v; flow always predicts noise - x0")
-    diffusion_steps: int = Field(1000, ge=2, description="ddpm: length of the linear schedule")
+    diffusion_steps: int = Field(1000, ge=2, description="ddpm: length of the schedule")
+    beta_schedule: Literal["linear", "scaled_linear"] = Field(
+        "linear",
+        description="ddpm: linear: betas 1e-4 to 2e-2; scaled_linear: .00085 to .012, their roots evenly spaced, as the "
+        "latents of Stable Diffusion and U-ViT",
+    )
     time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of times")
     logit_mean: float = Field(0.0, description="logit_normal: mean of logit(t)")
     logit_std: float = Field(1.0, gt=0, description="logit_normal: standard deviation of logit(t)")
@@ -39,6 +44,8 @@ class ObjectiveConfig(Section):
             raise ValueError("prediction: v belongs to kind ddpm; flow always predicts noise - x0, so leave it out")
         if self.kind == "flow" and self.weighting != "none":
             raise ValueError("weighting: min_snr belongs to kind ddpm; set weighting to none for flow")
+        if self.kind == "flow" and self.beta_schedule != "linear":
+            raise ValueError(f"beta_schedule: {self.beta_schedule} belongs to kind ddpm; leave it out")
         if self.kind == "ddpm" and (self.time_sampling != "uniform" or self.shift != 1.0):
             key, value = ("shift", self.shift) if self.shift != 1.0 else ("time_sampling", self.time_sampling)
             raise ValueError(f"{key}: {value} belongs to kind flow; ddpm draws timesteps uniformly, so leave it out")
@@ -190,7 +197,7 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="images per forward pass and replica; default: global_batch / replicas, in a pipeline cut to 4 a stage",
+        description="images per forward pass and replica; default: global_batch / replicas; a pipeline: 4 passes a stage",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
