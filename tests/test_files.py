@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from megadit.files import whole_file
+from megadit.files import save_tensors, whole_file
 
 
 def test_the_file_has_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -30,3 +34,30 @@ def test_after_an_error_the_old_file_stays_alone(tmp_path: Path) -> None:
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "nowhere" / "a.yaml") as temporary:
         temporary.write_text("new")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_tensors_are_as_readable_as_other_new_files(tmp_path: Path, mask: int) -> None:
+    from safetensors import safe_open
+
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").touch()
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.arange(3)}, {"of": "a test"}, sync=True)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:
+        assert file.metadata() == {"of": "a test"} and file.get_tensor("x").tolist() == [0, 1, 2]
+
+
+def test_tensors_that_do_not_fit_on_the_disk_are_an_os_error_and_leave_nothing(tmp_path: Path) -> None:
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []

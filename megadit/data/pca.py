@@ -24,7 +24,7 @@ from megadit.data.batch import scale_images
 from megadit.data.builtin import build_datasets
 from megadit.data.dataset import ImageSet, stack_images
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import save_tensors, whole_file
 
 PCA_CLASS = "PcaPatchCodec"
 _WEIGHTS = "codec.safetensors"
@@ -118,12 +118,9 @@ def _batches(dataset: ImageSet, indices: Sequence[int]) -> Iterator[Tensor]:
 
 def save_pca(codec: PatchPca, folder: Path, facts: dict[str, Any]) -> None:
     """Write the codec's folder; ``facts`` (what it was fitted on, its PSNR) go into ``config.json`` beside it."""
-    from safetensors.torch import save
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"mean": codec.mean.contiguous(), "components": codec.components.contiguous()}
-    with whole_file(folder / _WEIGHTS) as temporary:
-        temporary.write_bytes(save(tensors))  # save_file would make it readable for its owner alone
+    save_tensors(folder / _WEIGHTS, tensors)
     config = {
         "_class_name": PCA_CLASS,
         "factor": codec.factor,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadit.data.features.encoder import FeatureEncoder
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import save_tensors
 
 
 class CachedEncoder(FeatureEncoder):
@@ -51,12 +51,9 @@ class CachedEncoder(FeatureEncoder):
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def _write(self, file: Path, features: Tensor) -> None:
-        from safetensors.torch import save_file
-
         def write() -> None:
             file.parent.mkdir(exist_ok=True)
-            with whole_file(file) as temporary:
-                save_file({"features": features.contiguous()}, temporary)
+            save_tensors(file, {"features": features.contiguous()})
 
         self._refuse_errors(write)
 

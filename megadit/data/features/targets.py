@@ -105,7 +105,7 @@ def _stored_dim(images: ImageSet, flip: bool) -> int:
         )
     if flip and images.mirrored is None:
         raise UserError(
-            "data.flip: true, but stored features are those of pictures as they are; set it to false, or choose "
-            "another data.features.encoder"
+            f"data.flip: true, but {images.name} holds no features of mirrored pictures; set it to false, or write the "
+            "shards with data.flip=true"
         )
     return int(features.shape[0])

@@ -35,7 +35,7 @@ from megadit.data.tars.making import Progress, Sharding, facts_of, key_of, words
 from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import save_tensors
 from megadit.rng import sample_keys
 
 if TYPE_CHECKING:
@@ -198,10 +198,7 @@ def _array(value: Tensor, dtype: str, name: str) -> bytes:
 
 
 def _save_null(encoder: TextEncoder, encoding: Encoding, folder: Path) -> None:
-    from safetensors.torch import save
-
     assert encoding.max_length is not None
     state, pooled = next(iter(encoder.features([""], encoding.max_length)))
     tensors: dict[str, Any] = {"text": state.contiguous(), **({"pooled": pooled} if len(pooled) else {})}
-    with whole_file(folder / NULL_TEXT) as temporary:
-        temporary.write_bytes(save(tensors))  # save_file would make it readable for its owner alone
+    save_tensors(folder / NULL_TEXT, tensors)

@@ -188,7 +188,7 @@ def repa_config(dim: int = 112, flip: bool = False, **features: Any) -> RunConfi
 class Stored:
     """A set that holds latents and, if given, features."""
 
-    name, stores_latents = "shards", True
+    name, stores_latents, mirrored = "shards", True, None
 
     def __init__(self, features: Tensor | None = None) -> None:
         self.features = features
