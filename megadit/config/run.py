@@ -22,8 +22,8 @@ class ObjectiveConfig(Section):
     diffusion_steps: int = Field(1000, ge=2, description="ddpm: length of the schedule")
     beta_schedule: Literal["linear", "scaled_linear"] = Field(
         "linear",
-        description="ddpm: linear: betas 1e-4 to 2e-2; scaled_linear: .00085 to .012, their roots evenly spaced, as the "
-        "latents of Stable Diffusion and U-ViT",
+        description="ddpm: linear: betas 1e-4 to 2e-2; scaled_linear: .00085 to .012, their roots evenly spaced, as "
+        "for the latents of Stable Diffusion and U-ViT",
     )
     time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of times")
     logit_mean: float = Field(0.0, description="logit_normal: mean of logit(t)")
@@ -197,7 +197,7 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="images per forward pass and replica; default: global_batch / replicas; a pipeline: 4 passes a stage",
+        description="images per forward pass and replica; default: global_batch / replicas, or 4 passes a stage",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(

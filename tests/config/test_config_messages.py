@@ -31,7 +31,7 @@ def refused(path: Path | str | None, *overrides: str) -> str:
         ("model.lr=1", "model.lr: no such key; did you mean optim.lr or"),
         ("warmup_steps=1", "warmup_steps: no such key; did you mean optim.warmup_steps? (in an override)"),
         ("optim.steps=1", "optim.steps: no such key; did you mean"),
-        ("parallel.zzz=1", "parallel.zzz: no such key; parallel has tensor, pipeline, sequence, zero_stage, timeout_s (in an override)"),
+        ("parallel.zzz=1", "parallel.zzz: no such key; parallel has tensor, pipeline, sequence, zero_stage, "),
         ("zzzz=1", "zzzz: no such key; a configuration has base, model, objective, data"),
         ("base=x.yaml", "base: x.yaml cannot be an override, only a file inherits; name it by --config"),
         ("model.presets=x", "model.presets: no such key; did you mean model.preset? (in an override)"),
