@@ -54,8 +54,8 @@ def test_the_batch_is_shared_by_replicas_alone():
     assert merged.config.parallel.zero_stage == 1
     assert merged.ds_config["pipeline"]["pipe_partitioned"] is False
     with pytest.raises(UserError, match="2 data-parallel replicas of 4 processes each"):
-        loaded = LoadedConfig(config, {"train.micro_batch": "a test", "train.global_batch": "a test"})
-        merge_ds_config(loaded, {"train_micro_batch_size_per_gpu": 3, "train_batch_size": 16}, 8)
+        loaded = LoadedConfig(config.model_copy(), {"train.global_batch": "a test"})
+        merge_ds_config(loaded, {"train_micro_batch_size_per_gpu": 3}, 8)
 
 
 def test_a_pipeline_is_fed_in_small_pieces():
