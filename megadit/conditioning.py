@@ -92,6 +92,25 @@ class Conditioning:
         return Conditioning(**changed)
 
 
+def seen_text(cond: Conditioning, dim: int, max_length: int | None, masked: bool) -> tuple[Tensor, Tensor | None]:
+    """What a model reads of a text: features (B, L, ``dim``) and the mask, bool (B, L); None where all tokens count.
+
+    ``max_length``: the most tokens that the model takes, None: any number. ``masked`` is ``model.text.mask``: without
+    it the mask is passed over, so that padding counts as any token does.
+
+    Raises ValueError for a text that is missing, too long, of other channels, or whose mask has another shape.
+    """
+    text, mask = cond.text, cond.text_mask
+    if text is None:
+        raise ValueError(f"cond.text: this model is conditioned on text; give features (B, L, {dim})")
+    if text.dim() != 3 or text.shape[2] != dim or (max_length is not None and text.shape[1] > max_length):
+        most = "" if max_length is None else f" with at most {max_length} tokens (model.text.max_length)"
+        raise ValueError(f"cond.text: {tuple(text.shape)} is not (B, L, {dim}){most}; give such features")
+    if mask is not None and mask.shape != text.shape[:2]:
+        raise ValueError(f"cond.text_mask: {tuple(mask.shape)} is not {tuple(text.shape[:2])}, one entry a token")
+    return text, mask.bool() if mask is not None and masked else None
+
+
 def null_label(num_classes: int) -> Conditioning | None:
     """The null label of so many classes, a batch of one; None where there are no classes."""
     return Conditioning(labels=torch.tensor([num_classes])) if num_classes else None

@@ -35,6 +35,10 @@ class TextInput(Section):
     dim: int = Field(4096, ge=1, description="channels of a token's features")
     max_length: int = Field(120, ge=1, description="tokens; longer texts are cut, shorter ones padded and masked")
     pooled_dim: int = Field(0, ge=0, description="mmdit: channels of the pooled feature; 0: none is taken")
+    mask: bool = Field(
+        True,
+        description="false: padding is attended to like any token, as in Stable Diffusion 3 and the original U-ViT",
+    )
 
 
 class RepaProjector(Section):

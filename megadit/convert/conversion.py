@@ -54,9 +54,13 @@ def _official(name: str) -> tuple[_Read, _Write]:
 _WITH_CONFIG = (OWN, "safetensors")  # formats that hold a run's configuration
 _UNTOLD = {  # of a family's originals, where a run here would do otherwise without saying so
     "uvit": (
-        "the originals of latents were trained with betas of sqrt-linear 0.00085 to 0.012, this run's are DDPM's",
+        "the originals number their 1000 steps from 1 (of latents) or train at any time between (of pixels); here "
+        "steps are 0 to 999",
     ),
-    "mmdit": ("texts are cut or padded to model.text.max_length and their padding is masked, which SD3's is not",),
+    "mmdit": (
+        "texts are cut or padded to model.text.max_length; their padding is seen, as in SD3, but holds zeros where a "
+        "text encoder here makes it (model.text.mask=true leaves it out)",
+    ),
 }
 _OFFICIAL = {f"official-{name}": _official(name) for name in OFFICIAL_FAMILIES}
 READERS: Mapping[str, _Read] = {

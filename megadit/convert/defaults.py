@@ -21,8 +21,9 @@ def default_run(
     """A configuration that samples from ``model`` and trains on, with ``overrides`` (``data.path=…``) laid over it.
 
     ``known`` holds what the checkpoint tells of other sections. What it does not tell is a default: DDPM where the
-    variance is learned or eps is usual, flow matching for mmdit, the originals' guidance, and an autoencoder of
-    factor 8 for 4 and 16 channels, whose folder only the user knows (``data.vae.path``).
+    variance is learned or eps is usual (with scaled_linear betas for U-ViT of latents), flow matching for mmdit, the
+    originals' guidance, and an autoencoder of factor 8 for 4 and 16 channels, whose folder only the user knows
+    (``data.vae.path``).
 
     Raises:
         UserError: an override is wrong.
@@ -38,8 +39,11 @@ def default_run(
     sample: dict[str, Any] = {"guidance": 1.0 if condition == "none" else _GUIDANCE[model.family]}
     if model.family == "dit" and model.in_channels > 3:
         sample["guidance_channels"] = 3  # as the original's own sampling does
+    objective = {"kind": "flow" if model.family == "mmdit" else "ddpm"}
+    if model.family == "uvit" and model.in_channels in _LATENT_CHANNELS:
+        objective["beta_schedule"] = "scaled_linear"  # of all its originals of latents
     sections: dict[str, dict[str, Any]] = {
-        "objective": {"kind": "flow" if model.family == "mmdit" else "ddpm"},
+        "objective": objective,
         "data": data,
         "train": {"steps": 100_000},
         "sample": sample,
@@ -81,6 +85,8 @@ def check_same_model(given: ModelConfig, found: ModelConfig, what: str) -> None:
 def _told(model: ModelConfig) -> dict[str, Any]:
     """The keys of a model that its weights decide."""
     keys = {key: value for key, value in model.model_dump(mode="json").items() if key not in _FREE}
+    if keys["text"] is not None:
+        keys["text"] = {**keys["text"], "mask": None}
     if model.family == "mmdit":
         keys["text"] = {**keys["text"], "max_length": None}  # texts may have any length
         keys["pos_embed_max_size"] = model.pos_embed_max_size or model.input_size // model.patch_size

@@ -7,6 +7,7 @@ converted: a pipeline gets them when it is loaded, beside an autoencoder that th
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from megadit.convert.official import contents_of, folded_notes, model_of, whole_
 from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.convert.state_dicts import find_files, load_tensors, write_folder, write_one
+from megadit.diffusion.ddpm import BETA_ENDS, beta_ends
 from megadit.errors import UserError
 
 SHARD_BYTES = 10 * 10**9  # above which diffusers' own save_pretrained cuts a model
@@ -121,7 +123,7 @@ def write_diffusers(contents: Contents, target: Path, request: Request) -> tuple
     if missing:
         given = ", ".join(f"{name}=…" for name in missing)
         notes.append(f"not in the folder are {', '.join(missing)}: {pipeline}.from_pretrained(OUT, {given}) takes them")
-    if model.family == "mmdit":
+    if model.family == "mmdit" and model.text is not None and model.text.mask:
         notes.append(f"{pipeline} lets images see the padding of a text, which is masked here")
     if model.family == "pixart":
         notes.append(_write_null_caption(contents, target))
@@ -164,8 +166,10 @@ def _scheduler(family: str, config: RunConfig | None) -> dict[str, Any]:
         shift = 1.0 if config is None else config.objective.shift
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", **head, "shift": shift}
     v = config is not None and config.objective.prediction == "v"
+    schedule = "linear" if config is None else config.objective.beta_schedule
     head |= {} if config is None else {"num_train_timesteps": config.objective.diffusion_steps}
-    head |= {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+    first, last = beta_ends(schedule, int(str(head["num_train_timesteps"])))
+    head |= {"beta_start": first, "beta_end": last, "beta_schedule": schedule}
     head |= {"prediction_type": "v_prediction" if v else "epsilon"}
     if family == "dit":
         return {"_class_name": "DDIMScheduler", **head, "clip_sample": False, "set_alpha_to_one": True}
@@ -183,7 +187,7 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
             known["objective"] = {"kind": "flow", "shift": float(scheduler.get("shift", 1.0))}
         else:
             v = scheduler.get("prediction_type") == "v_prediction"
-            known["objective"] = {"kind": "ddpm", "prediction": "v" if v else "eps"}
+            known["objective"] = {"kind": "ddpm", "prediction": "v" if v else "eps", **_noise(scheduler)}
     file = path / "vae" / "config.json"
     if file.is_file():
         vae = _json(file)
@@ -194,6 +198,23 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
             }
         }
     return known
+
+
+def _noise(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """``objective.beta_schedule`` and ``diffusion_steps`` of a scheduler. Raises UserError for another schedule."""
+    steps, name = int(scheduler.get("num_train_timesteps", 1000)), str(scheduler.get("beta_schedule", "linear"))
+    ends = tuple(float(scheduler.get(key, value)) for key, value in (("beta_start", 1e-4), ("beta_end", 2e-2)))
+    if (
+        name not in BETA_ENDS
+        or scheduler.get("trained_betas") is not None
+        or any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(ends, beta_ends(name, steps), strict=True))
+    ):
+        known = ", ".join(f"{kind} {first:g} to {last:g}" for kind, (first, last) in BETA_ENDS.items())
+        raise UserError(
+            f"IN: its scheduler has {steps} betas, {name} from {ends[0]:g} to {ends[1]:g}, but the schedules known "
+            f"here are, at 1000 steps, {known}; give the transformer's folder alone, and the objective by --config"
+        )
+    return {"beta_schedule": name, "diffusion_steps": steps}
 
 
 def _classes(path: Path, count: int) -> tuple[str, ...]:

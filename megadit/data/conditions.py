@@ -64,11 +64,14 @@ class Conditions:
 
 
 def stored_text(extras: dict[str, Tensor], text: TextInput) -> Conditioning:
-    """Stored features, (B, l, D) with l up to ``max_length``, as a float32 condition of that length."""
+    """Stored features, (B, l, D) with l up to ``max_length``, as a float32 condition of that length.
+
+    What is masked becomes zeros, unless the model attends to padding (``model.text.mask: false``).
+    """
     states, mask = extras["text"].float(), extras["text_mask"].bool()
     missing = text.max_length - states.shape[1]
     return Conditioning(
-        text=torch.nn.functional.pad(states * mask[..., None], (0, 0, 0, missing)),
+        text=torch.nn.functional.pad(states * mask[..., None] if text.mask else states, (0, 0, 0, missing)),
         text_mask=torch.nn.functional.pad(mask, (0, missing)),
         pooled=extras["pooled"].float() if text.pooled_dim else None,
     )

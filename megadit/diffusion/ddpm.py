@@ -1,4 +1,4 @@
-"""DDPM on the linear schedule, with the learned range variance of improved DDPM (Nichol & Dhariwal 2021).
+"""DDPM on a schedule of betas, with the learned range variance of improved DDPM (Nichol & Dhariwal 2021).
 
 The semantics are those of the DiT code: loss = mse + vb, both means over C, H, W, vb in bits, no weight between
 them. ``prediction: v`` swaps the target of the mse for v (Salimans & Ho 2022); the vb term stays the same.
@@ -7,6 +7,8 @@ them. ``prediction: v`` swaps the target of the mse for v (Salimans & Ho 2022); 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,28 +20,43 @@ from megadit.diffusion.timesteps import MODEL_TIME, discrete_steps, uniform_time
 from megadit.diffusion.weighting import min_snr_weight
 from megadit.errors import UserError
 
-BETA_FIRST, BETA_LAST, BETA_STEPS = 1e-4, 2e-2, 1000
+# The first and the last of 1000 betas: DDPM's and DiT's; those of Stable Diffusion's and U-ViT's latents, whose roots
+# are evenly spaced.
+BETA_ENDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012)}
+)
+BETA_STEPS = 1000
 
 
-def linear_betas(steps: int) -> Tensor:
-    """Linear betas, float64 (steps,): 1e-4 to 2e-2 at 1000 steps, scaled by 1000 / steps so that alpha-bar agrees.
+def beta_ends(schedule: str, steps: int) -> tuple[float, float]:
+    """The first and the last beta of ``objective.beta_schedule`` at so many steps.
 
-    Raises UserError if the scaled schedule leaves (0, 1), which happens at 20 steps and fewer.
+    Those of 1000 steps, scaled by 1000 / steps so that alpha-bar agrees. Raises UserError if the scaled schedule leaves
+    (0, 1), which happens at 20 steps and fewer (linear) or 12 and fewer (scaled_linear).
     """
+    first, last = BETA_ENDS[schedule]
     scale = BETA_STEPS / steps
-    if scale * BETA_LAST >= 1.0:
-        fewest = int(BETA_STEPS * BETA_LAST) + 1
+    if scale * last >= 1.0:
+        fewest = int(BETA_STEPS * last) + 1
         raise UserError(
-            f"objective.diffusion_steps: {steps} is too short for the linear schedule; use {fewest} or more"
+            f"objective.diffusion_steps: {steps} is too short for the {schedule} schedule; use {fewest} or more"
         )
-    return torch.linspace(scale * BETA_FIRST, scale * BETA_LAST, steps, dtype=torch.float64)
+    return scale * first, scale * last
+
+
+def schedule_betas(schedule: str, steps: int) -> Tensor:
+    """Betas of ``objective.beta_schedule``, float64 (steps,). Raises UserError as ``beta_ends`` does."""
+    first, last = beta_ends(schedule, steps)
+    if schedule == "linear":
+        return torch.linspace(first, last, steps, dtype=torch.float64)
+    return torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64).square()
 
 
 class NoiseSchedule:
     """Tables of the forward process, built in float64 and read in float32 (Ho et al. 2020, eqs. 4 to 7)."""
 
-    def __init__(self, steps: int) -> None:
-        betas = linear_betas(steps)
+    def __init__(self, steps: int, schedule: str = "linear") -> None:
+        betas = schedule_betas(schedule, steps)
         alphas = 1.0 - betas
         bar = torch.cumprod(alphas, dim=0)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
@@ -76,7 +93,7 @@ class DDPMObjective(Objective):
         super().__init__(null=null, label_dropout=config.label_dropout)
         self.config = config
         self.learn_sigma = learn_sigma
-        self.schedule = NoiseSchedule(config.diffusion_steps)
+        self.schedule = NoiseSchedule(config.diffusion_steps, config.beta_schedule)
 
     def draw_times(self, keys: Tensor) -> Tensor:
         """Uniform over the schedule: int64 (B,) -> float32 (B,)."""

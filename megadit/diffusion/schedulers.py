@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from megadit.config.run import ObjectiveConfig, SampleConfig
-from megadit.diffusion.ddpm import linear_betas
+from megadit.diffusion.ddpm import schedule_betas
 from megadit.diffusion.timesteps import MODEL_TIME
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
@@ -75,7 +75,7 @@ def _ddpm_sampler(name: str, objective: ObjectiveConfig, config: SampleConfig, l
     total = objective.diffusion_steps
     common = {
         "num_train_timesteps": total,
-        "trained_betas": linear_betas(total).numpy(),
+        "trained_betas": schedule_betas(objective.beta_schedule, total).numpy(),
         "prediction_type": "epsilon" if objective.prediction == "eps" else "v_prediction",
     }
     if name == "ddpm":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.conditioning import Conditioning
+from megadit.conditioning import Conditioning, seen_text
 from megadit.config.model import ModelConfig
 from megadit.models.layers import (
     CroppedPositions,
@@ -235,22 +235,20 @@ class MMDiT(StagedModel):
         self._check_size(x)
         text = self.config.text
         assert text is not None
-        if cond.text is None or cond.text.shape[-1] != text.dim:
-            given = "none" if cond.text is None else tuple(cond.text.shape)
-            raise ValueError(f"cond.text: {given}, but this model takes text features (B, L, {text.dim})")
-        if self.layout.sequence and cond.text.shape[1] != text.max_length:
+        states, mask = seen_text(cond, text.dim, None, text.mask)
+        if self.layout.sequence and states.shape[1] != text.max_length:
             raise ValueError(
-                f"cond.text: {tuple(cond.text.shape)} has not {text.max_length} tokens (text.max_length), as sequence "
+                f"cond.text: {tuple(states.shape)} has not {text.max_length} tokens (text.max_length), as sequence "
                 "parallelism needs; pad it and mask the padding"
             )
-        carrier = [x, t.float(), cond.text]
+        carrier = [x, t.float(), states]
         if text.pooled_dim:
             if cond.pooled is None or cond.pooled.shape[-1] != text.pooled_dim:
                 given = "none" if cond.pooled is None else tuple(cond.pooled.shape)
                 raise ValueError(f"cond.pooled: {given}, but this model takes pooled features (B, {text.pooled_dim})")
             carrier.append(cond.pooled)
-        if cond.text_mask is not None:
-            carrier.append(cond.text_mask)
+        if mask is not None:
+            carrier.append(mask)
         return tuple(carrier)
 
     def _check_size(self, x: Tensor) -> None:

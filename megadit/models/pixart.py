@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megadit.conditioning import Conditioning
+from megadit.conditioning import Conditioning, seen_text
 from megadit.config.model import ModelConfig, TextInput
 from megadit.models.layers import (
     Mlp,
@@ -178,20 +178,12 @@ class PixArt(StagedModel):
         return [first, *cast("Iterable[Stage]", self.blocks), last]
 
     def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """(x, t, text[, mask]); t in float32, mask bool. Without a mask all tokens of the text are seen."""
+        """(x, t, text[, mask]); t in float32, mask bool. Without a mask all tokens of the text are seen.
+
+        A text may have fewer tokens than ``max_length``; padded and masked it gives the same picture.
+        """
         size = self.config.input_size
         if x.shape[-2:] != (size, size):
             raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
-        expected = (x.shape[0], self.text.max_length, self.text.dim)
-        if cond.text is None:
-            raise ValueError(f"cond.text: this model is conditioned on text; give features of shape {expected}")
-        if cond.text.shape != expected:
-            raise ValueError(
-                f"cond.text: {tuple(cond.text.shape)} is not {expected}; cut or pad texts to max_length tokens, and "
-                "mask the padding"
-            )
-        if cond.text_mask is None:
-            return x, t.float(), cond.text
-        if cond.text_mask.shape != expected[:2]:
-            raise ValueError(f"cond.text_mask: {tuple(cond.text_mask.shape)} is not {expected[:2]}, one entry a token")
-        return x, t.float(), cond.text, cond.text_mask.bool()
+        text, mask = seen_text(cond, self.text.dim, self.text.max_length, self.text.mask)
+        return (x, t.float(), text) if mask is None else (x, t.float(), text, mask)

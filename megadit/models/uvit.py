@@ -11,8 +11,8 @@ and finer samples of one function of frequency, which is what muP asks of a toke
 sizes. With the MLP they are the input of a hidden layer of fan-in n, again with entries of size 1.
 
 Beside the originals: both convolutions' biases start at zero, where torch draws them at random. A text shorter than
-``text.max_length`` is padded, and padding is masked as keys, so that it changes nothing; without a mask every text
-token is seen, as in the original.
+``text.max_length`` is padded, and padding is masked as keys, so that it changes nothing; without a mask, or with
+``text.mask: false``, every text token is seen, as in the original.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.conditioning import Conditioning
-from megadit.config.model import ModelConfig
+from megadit.conditioning import Conditioning, seen_text
+from megadit.config.model import ModelConfig, TextInput
 from megadit.models.layers import (
     Mlp,
     MuConv,
@@ -208,7 +208,7 @@ class UViT(StagedModel):
             return x, t.float(), cond.labels
         if self.config.text is None:
             return x, t.float()
-        return x, t.float(), *_full_text(cond, self.config.text.dim, self.config.text.max_length)
+        return x, t.float(), *_full_text(cond, self.config.text)
 
 
 def _time_mlp(param: Parametrization) -> nn.Sequential:
@@ -219,21 +219,11 @@ def _time_mlp(param: Parametrization) -> nn.Sequential:
     )
 
 
-def _full_text(cond: Conditioning, dim: int, length: int) -> tuple[Tensor, ...]:
+def _full_text(cond: Conditioning, given: TextInput) -> tuple[Tensor, ...]:
     """(text (B, length, dim)[, mask (B, length)]). Raises ValueError for a text that is missing or does not fit."""
-    text, mask = cond.text, cond.text_mask
-    if text is None:
-        raise ValueError("cond.text: this model is conditioned on text; give its features")
-    if text.dim() != 3 or text.shape[1] > length or text.shape[2] != dim:
-        raise ValueError(
-            f"cond.text: {tuple(text.shape)} is not (batch, tokens, channels) with at most {length} tokens "
-            f"(model.text.max_length) of {dim} channels (model.text.dim)"
-        )
-    if mask is not None and mask.shape != text.shape[:2]:
-        raise ValueError(f"cond.text_mask: {tuple(mask.shape)} does not fit cond.text {tuple(text.shape)}")
-    missing = length - text.shape[1]
-    if missing and mask is None:
+    text, mask = seen_text(cond, given.dim, given.max_length, given.mask)
+    missing = given.max_length - text.shape[1]
+    if missing and given.mask and mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    if mask is None:
-        return (text,)
-    return F.pad(text, (0, 0, 0, missing)), F.pad(mask.bool(), (0, missing))
+    text = F.pad(text, (0, 0, 0, missing))
+    return (text,) if mask is None else (text, F.pad(mask, (0, missing)))

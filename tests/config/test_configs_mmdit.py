@@ -20,7 +20,8 @@ PAPER: dict[str, tuple[int, int, str, float, float, int, float]] = {
 
 COMMON: dict[str, dict[str, Any]] = {
     "objective": {
-        "kind": "flow", "prediction": "eps", "diffusion_steps": 1000, "time_sampling": "uniform", "weighting": "none",
+        "kind": "flow", "prediction": "eps", "diffusion_steps": 1000, "beta_schedule": "linear",
+            "time_sampling": "uniform", "weighting": "none",
         "label_dropout": 0.1, "logit_mean": 0.0, "logit_std": 1.0, "shift": 1.0, "min_snr_gamma": 5.0,
         "repa_weight": 0.5,
     },
@@ -56,7 +57,7 @@ def test_every_value(name: str):
             "family": "mmdit", "width": width, "depth": 16, "heads": None if mup else heads,
             "head_dim": 64 if mup else None, "patch_size": 2, "in_channels": 16, "input_size": 32, "learn_sigma": False,
             "mlp": "swiglu", "mlp_ratio": 4.0, "qk_norm": "none", "num_classes": 0, "qkv_bias": True,
-            "text": {"dim": 4096, "max_length": 120, "pooled_dim": 0},
+            "text": {"dim": 4096, "max_length": 120, "pooled_dim": 0, "mask": True},
             "repa": {"block": 8, "feature_dim": 768, "hidden": 2048, "norm": "none"},
             "pos_scale": 1.0, "pos_embed_max_size": None, "conv": True, "mlp_time_embed": False,
             "attention_precision": "auto", "norm_precision": "auto",

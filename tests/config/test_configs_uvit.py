@@ -34,6 +34,7 @@ def test_values(name: str) -> None:
     assert config.model.head_channels == 64 and config.model.mlp == "gelu" and not config.model.qkv_bias
     assert (config.objective.kind, config.ema.decays, config.sample.weights) == ("ddpm", (0.9999,), "0.9999")
     latents = name != "cifar-s-2"
+    assert config.objective.beta_schedule == ("scaled_linear" if latents else "linear")
     assert config.objective.label_dropout == (0.15 if latents else 0.1)  # without labels it drops nothing
     assert (config.data.vae is not None, config.sample.guidance) == (latents, 1.4 if latents else 1.0)
 

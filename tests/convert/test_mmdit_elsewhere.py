@@ -72,7 +72,7 @@ def test_there_and_back_through_diffusers(options: dict[str, Any]) -> None:
     _, state = random_state(config)
     back, weights = mmdit.from_diffusers(*mmdit.to_diffusers(config, state))
     assert back == config.model_copy(update={"text": back.text}) and back.text is not None
-    assert (back.text.dim, back.text.pooled_dim, back.text.max_length) == (20, 12, 333)
+    assert (back.text.dim, back.text.pooled_dim, back.text.max_length, back.text.mask) == (20, 12, 333, False)
     assert list(weights) == list(state) and all(torch.equal(weights[name], state[name]) for name in state)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.config.run import ObjectiveConfig
 from megadit.diffusion import build_objective
-from megadit.diffusion.ddpm import NoiseSchedule, discretized_log_likelihood, linear_betas
+from megadit.diffusion.ddpm import NoiseSchedule, discretized_log_likelihood, schedule_betas
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import normal, uniform
@@ -214,7 +214,20 @@ def test_tables_are_float64_and_end_where_they_should():
     assert schedule.table("sqrt_bar").dtype == torch.float64
     assert schedule.table("sqrt_bar")[-1].item() == pytest.approx(math.sqrt(Reference().bar[-1]), rel=1e-12)
     assert schedule.table("posterior_log_variance")[0] == schedule.table("posterior_log_variance")[1]
-    assert linear_betas(1000)[[0, -1]].tolist() == pytest.approx([1e-4, 2e-2], rel=1e-12)
+    assert schedule_betas("linear", 1000)[[0, -1]].tolist() == pytest.approx([1e-4, 2e-2], rel=1e-12)
+
+
+def test_scaled_linear_is_stable_diffusions_schedule():
+    betas = schedule_betas("scaled_linear", 1000)
+    theirs = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # ldm, make_beta_schedule
+    torch.testing.assert_close(betas, theirs, rtol=1e-12, atol=0)
+    target = objective(beta_schedule="scaled_linear")
+    bar = torch.cumprod(1 - theirs, 0)
+    torch.testing.assert_close(target.schedule.table("sqrt_bar"), bar.sqrt(), rtol=1e-12, atol=0)
+    shorter = torch.cumprod(1 - schedule_betas("scaled_linear", 250), 0)
+    assert shorter[-1] == pytest.approx(float(bar[-1]), rel=0.1)
+    with pytest.raises(UserError, match=r"objective\.diffusion_steps: 12 .*scaled_linear.*13 or more"):
+        objective(beta_schedule="scaled_linear", diffusion_steps=12)
 
 
 def test_a_schedule_too_short_is_refused():

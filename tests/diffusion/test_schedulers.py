@@ -27,8 +27,10 @@ def small(learn_sigma: bool = False) -> ModelConfig:
     return ModelConfig(width=16, heads=1, depth=1, in_channels=2, input_size=4, learn_sigma=learn_sigma, num_classes=0)
 
 
-def alpha_bar(steps: int = 1000) -> Tensor:
+def alpha_bar(steps: int = 1000, schedule: str = "linear") -> Tensor:
     scale = 1000 / steps
+    if schedule == "scaled_linear":
+        return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2, 0)
     return torch.cumprod(1 - torch.linspace(1e-4 * scale, 2e-2 * scale, steps, dtype=torch.float64), 0)
 
 
@@ -70,6 +72,17 @@ def test_deterministic_ddpm_samplers_reach_the_exact_solution(prediction, schedu
         count=4,
     )
     bar = alpha_bar()[-1]
+    exact = MEAN + STD * (first - bar.sqrt() * MEAN) / (bar * STD**2 + 1 - bar).sqrt()
+    assert (drawn - exact).abs().max() < tolerance
+
+
+@pytest.mark.parametrize(("scheduler", "steps", "tolerance"), [("ddim", 200, 0.03), ("dpm", 80, 0.03)])
+def test_samplers_know_the_scaled_linear_schedule(scheduler, steps, tolerance):
+    model = GaussianDenoiser("eps", MEAN, STD)
+    model.bar = alpha_bar(schedule="scaled_linear")
+    objective = ObjectiveConfig(beta_schedule="scaled_linear")
+    first, drawn = draw(model, objective, SampleConfig(scheduler=scheduler, steps=steps), count=4)
+    bar = model.bar[-1]
     exact = MEAN + STD * (first - bar.sqrt() * MEAN) / (bar * STD**2 + 1 - bar).sqrt()
     assert (drawn - exact).abs().max() < tolerance
 

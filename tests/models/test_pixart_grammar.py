@@ -106,14 +106,29 @@ def test_text_that_is_missing_or_of_another_shape_is_named() -> None:
     assert cond.text is not None and cond.text_mask is not None
     with pytest.raises(ValueError, match=r"cond\.text: this model is conditioned on text"):
         model(x, t, Conditioning(labels=torch.zeros(3, dtype=torch.int64)))
-    with pytest.raises(ValueError, match=r"cond\.text: \(3, 6, 20\) is not \(3, 7, 20\); cut or pad"):
-        model(x, t, Conditioning(text=cond.text[:, :6]))
+    with pytest.raises(ValueError, match=r"cond\.text: \(3, 14, 20\) is not \(B, L, 20\) with at most 7 tokens"):
+        model(x, t, Conditioning(text=cond.text.repeat(1, 2, 1)))
     with pytest.raises(ValueError, match=r"cond\.text: \(3, 7, 19\)"):
         model(x, t, Conditioning(text=cond.text[..., :19]))
     with pytest.raises(ValueError, match=r"cond\.text_mask: \(3, 6\) is not \(3, 7\)"):
         model(x, t, dataclasses.replace(cond, text_mask=cond.text_mask[:, :6]))
     with pytest.raises(ValueError, match="not an image of 8 x 8"):
         model(x[..., :4], t, cond)
+
+
+def test_a_shorter_text_needs_no_padding_and_padding_may_be_seen() -> None:
+    config = tiny_pixart()
+    model = build_model(config).double()
+    randomize(model, 0.1)
+    x, t, cond = pixart_inputs(config)
+    assert cond.text is not None and cond.text_mask is not None
+    short = Conditioning(text=cond.text[:, :5], text_mask=cond.text_mask[:, :5])
+    hidden = dataclasses.replace(cond, text_mask=cond.text_mask & (torch.arange(7) < 5))
+    torch.testing.assert_close(model(x, t, short), model(x, t, hidden), rtol=0, atol=1e-12)
+    assert config.text is not None
+    seeing = build_model(tiny_pixart(text=config.text.model_copy(update={"mask": False}))).double()
+    seeing.load_state_dict(model.state_dict())
+    assert torch.equal(seeing(x, t, cond), model(x, t, Conditioning(text=cond.text)))
 
 
 def test_null_caption_is_a_buffer_that_is_saved_and_not_trained() -> None:

@@ -109,11 +109,25 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="input_size"):
         build_model(tiny_uvit())(x[..., :4], t, cond)
     model = build_model(tiny_uvit("text"))
-    for text, words in [(None, "give its features"), ((3, 7, 20), "at most 6 tokens"), ((3, 6, 19), "20 channels")]:
+    for text, words in [(None, "give features"), ((3, 7, 20), "at most 6 tokens"), ((3, 6, 19), r"\(B, L, 20\)")]:
         with pytest.raises(ValueError, match=words):
             model(x, t, Conditioning(text=None if text is None else torch.zeros(text)))
     with pytest.raises(ValueError, match=r"cond\.text_mask"):
         model(x, t, Conditioning(text=torch.zeros(3, 6, 20), text_mask=torch.ones(3, 5, dtype=torch.bool)))
+
+
+def test_padding_may_be_seen() -> None:
+    config = tiny_uvit("text")
+    model = build_model(config)
+    randomize(model)
+    x, t, cond = uvit_inputs(config)
+    assert cond.text_mask is not None and cond.text is not None and config.text is not None
+    seeing = build_model(config.model_copy(update={"text": config.text.model_copy(update={"mask": False})}))
+    seeing.load_state_dict(model.state_dict())
+    whole = model(x, t, Conditioning(text=cond.text))
+    assert torch.equal(seeing(x, t, cond), whole) and not torch.equal(model(x, t, cond), whole)
+    padded = torch.nn.functional.pad(cond.text[:, :4], (0, 0, 0, 2))
+    assert torch.equal(seeing(x, t, Conditioning(text=cond.text[:, :4])), seeing(x, t, Conditioning(text=padded)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

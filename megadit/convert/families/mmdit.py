@@ -1,7 +1,8 @@
 """MMDiT elsewhere: Stable Diffusion 3's own checkpoints, and diffusers' SD3Transformer2DModel.
 
 The authors' names are this model's, beside the fixed table ``pos_embed``. diffusers cuts qkv in three and puts scale
-before shift in the final layer and in the context of the last block.
+before shift in the final layer and in the context of the last block. Both attend to the padding of texts, so a model
+that comes from them has ``text.mask: false``.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
             "dim": needed(state, "context_embedder.weight", _OFFICIAL, 2).shape[1],
             "max_length": _TOKENS,
             "pooled_dim": 0 if pooled is None else pooled.shape[-1],
+            "mask": False,
         },
     )
     if table is not None:
@@ -301,6 +303,7 @@ def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
                 "dim": int(get("joint_attention_dim", 4096)),
                 "max_length": _TOKENS,
                 "pooled_dim": int(get("pooled_projection_dim", 2048)),
+                "mask": False,
             },
         }
     )

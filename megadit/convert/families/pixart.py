@@ -26,7 +26,7 @@ NULL_CAPTION = "y_embedder.y_embedding"
 _OFFICIAL = "an official PixArt checkpoint"
 _CLASS = "PixArtTransformer2DModel"
 _DIFFUSERS = f"a {_CLASS} of diffusers"
-_PUBLISHED = {1152: 16}  # heads by width
+_HEAD_DIM = 72  # of the published width 1152, and of the muP repository at every width
 _BASE_WIDTH = 288  # the muP repository's proxy
 _MAX_LENGTH = 120  # tokens of the published models' captions
 _LENGTH_KEY = "_text_max_length"  # in our config.json; diffusers passes over keys that begin so
@@ -59,7 +59,7 @@ _ACTIVATIONS = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights, null caption included, of an official PixArt; sizes and the variance are inferred.
 
-    Hints: ``heads`` (default: 16 of the published width 1152; another width needs it), ``input_size`` and
+    Hints: ``heads`` (default: width / 72, as published and in the muP repository), ``input_size`` and
     ``pos_scale`` (default: what the stored ``pos_embed`` tells; without it the size is needed and the scale is 1),
     ``text_max_length`` (default 120; used where no null caption is stored, whose place a keyed one takes), and
     ``parametrization=mup`` with ``base_width`` (default 288) and ``output_mult`` for checkpoints of the muP
@@ -201,12 +201,12 @@ def _folded(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _heads(width: int, hint: Any) -> int:
-    if hint is None and width not in _PUBLISHED:
+    if hint is None and width % _HEAD_DIM:
         raise UserError(
-            f"--hint heads: is needed, since nothing in the weights tells how many heads a width of {width} has; give "
-            "--hint heads=N (the muP repository has 72 channels in each)"
+            f"--hint heads: is needed, since a width of {width} has no heads of {_HEAD_DIM} channels, as all published "
+            "models do; give --hint heads=N"
         )
-    heads = _PUBLISHED[width] if hint is None else int(hint)
+    heads = width // _HEAD_DIM if hint is None else int(hint)
     if heads < 1 or width % heads:
         raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
     return heads

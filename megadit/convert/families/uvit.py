@@ -49,7 +49,11 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     classes = len(needed(state, _TABLE, _OFFICIAL, 2)) - 1 if _TABLE in state else 0
     side, length = _layout(positions, patch, classes, "context_embed.weight" in state, hints)
     if length:
-        text = {"dim": needed(state, "context_embed.weight", _OFFICIAL, 2).shape[1], "max_length": length}
+        text = {
+            "dim": needed(state, "context_embed.weight", _OFFICIAL, 2).shape[1],
+            "max_length": length,
+            "mask": False,  # the original sees all of CLIP's tokens
+        }
     heads = int(hints["heads"]) if "heads" in hints else _heads(width)
     config = ModelConfig.model_validate(
         {
