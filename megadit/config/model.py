@@ -165,6 +165,7 @@ class ModelConfig(Section):
             raise ValueError("base_width: muP needs the proxy's base width; set it, e.g. to 288 as the paper does")
         if self.role_hps.output.mult != 1.0:
             raise ValueError("role_hps.output.mult: the readout multiplier is set by output_mult; leave this at 1")
+        self._check_roles()
         return self
 
     def _check_family(self) -> None:
@@ -192,10 +193,29 @@ class ModelConfig(Section):
                 )
         if self.repa is not None and self.repa.block > self.blocks:
             raise ValueError(f"repa.block: {self.repa.block} is not one of the model's {self.blocks} blocks; lower it")
+        if self.family == "uvit" and self.adaln_init != "auto":
+            raise ValueError(f"adaln_init: {self.adaln_init}, but uvit has no adaLN; leave it out")
         for key, family in _OF_ONE_FAMILY.items():
             default = type(self).model_fields[key].default
             if self.family != family and getattr(self, key) != default:
                 raise ValueError(f"{key}: {getattr(self, key)} belongs to family {family}; leave it out")
+
+    def _check_roles(self) -> None:
+        """Raise ValueError for a factor of ``role_hps`` that nothing in this model would read."""
+        finite = self.repa is not None or (self.family == "uvit" and self.conv)  # the rest of this role are vectors
+        drawn_readout = self.repa is not None or (self.family == "uvit" and self.init_scheme == "original")
+        read = {
+            ("vector", "mult"): False,
+            ("vector", "init_std"): self.family == "pixart",  # its scale-shift tables
+            ("finite", "mult"): finite,
+            ("finite", "init_std"): finite,
+            ("output", "init_std"): drawn_readout,
+        }
+        for (role, factor), has_effect in read.items():
+            value = getattr(getattr(self.role_hps, role), factor)
+            if value != 1.0 and not has_effect:
+                what = "biases and gains multiply no input" if factor == "mult" else "all of it starts constant"
+                raise ValueError(f"role_hps.{role}.{factor}: {value:g} has no effect here, {what}; leave it at 1")
 
 
 _OF_ONE_FAMILY = {"pos_scale": "pixart", "pos_embed_max_size": "mmdit", "conv": "uvit", "mlp_time_embed": "uvit"}

@@ -53,6 +53,7 @@ class DiTBlock(Stage):
             config.num_heads,
             param,
             qk_norm=config.qk_norm == "rms",
+            qkv_bias=config.qkv_bias,
             precision=config.attention_precision,
             norm_precision=config.norm_precision,
             tokens=_tokens(config),

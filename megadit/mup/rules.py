@@ -27,7 +27,6 @@ from types import MappingProxyType
 from typing import Literal
 
 from megadit.config.model import ModelConfig
-from megadit.errors import UserError
 from megadit.mup.spec import Dim, ParamSpec, Role
 
 WdMode = Literal["independent", "constant", "sqrt"]
@@ -149,16 +148,6 @@ class Parametrization:
     """The resolved rules of one model: what a layer asks for its dims and specs while it is built."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Resolve ``config``.
-
-        Raises:
-            UserError: a multiplier is set for vectors, which have no input to multiply.
-        """
-        if config.role_hps.vector.mult != 1.0:
-            raise UserError(
-                f"model.role_hps.vector.mult: {config.role_hps.vector.mult} has no effect on biases and gains; "
-                "leave it at 1"
-            )
         self.mup = config.parametrization == "mup"
         self.width = config.width
         # Under SP a model is its own base, so that every ratio is 1.

@@ -7,9 +7,8 @@ import pytest
 from helpers.tiny_dit import tiny_config, tiny_mup_config
 from megadit.config import ModelConfig, OptimConfig
 from megadit.config.model import RoleHP, RoleHPs
-from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.mup import Dim, Parametrization, eps_mult, param_specs, plan_groups, wd_mult
+from megadit.mup import Dim, eps_mult, param_specs, plan_groups, wd_mult
 from megadit.mup.table import rows
 
 _BLOCK = "blocks.0."
@@ -143,11 +142,6 @@ def test_role_hyperparameters_are_factors() -> None:
         assert spec.forward_mult == plain[name].forward_mult * mult[spec.role]
         assert spec.init_std == plain[name].init_std * (0.5 if spec.role == "hidden" else 1.0)
         assert spec.wd_mult == plain[name].wd_mult
-
-
-def test_multiplier_on_vectors_is_refused() -> None:
-    with pytest.raises(UserError, match=r"role_hps\.vector\.mult: 2\.0"):
-        Parametrization(tiny_config(role_hps=RoleHPs(vector=RoleHP(mult=2.0))))
 
 
 def test_groups_are_named_ordered_and_complete() -> None:

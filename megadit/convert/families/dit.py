@@ -210,6 +210,7 @@ def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...]) -> None
     """Raise UserError for what ``who`` has no place for."""
     lacking = {
         f"model.qk_norm: {config.qk_norm}": config.qk_norm != "none",
+        "model.qkv_bias: false": not config.qkv_bias,
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.num_classes: 0": not config.num_classes,
     }
