@@ -2,7 +2,8 @@
 """Coordinate check: train the config's model at several widths for a few steps and compare the sizes of everything.
 
 Under a correct muP nothing grows or dies with width. Writes coord_check.png, coords.csv and verdict.json to --out;
-exit code 0 if all modules pass, 3 if one is broken (named), 2 for bad input.
+exit code 0 if all modules pass, 3 if one is broken (named), 2 for bad input. With --tp N the same is read from N
+processes that share every layer: started here, or by torchrun.
 
 python tools/coord_check.py --config configs/dit/xl-2-mup.yaml --widths 144,288,576 --out cc model.depth=2
 """
@@ -11,13 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
+
+if TYPE_CHECKING:
+    from megadit.parallel.tensor import TensorLayout
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, default=2, metavar="N", help="initialisations per width; default 2")
     p.add_argument("--batch", type=int, default=16, metavar="N", help="images per step; default 16")
     p.add_argument("--param", choices=("sp", "mup"), help="default: the config's parametrization")
+    p.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks; default 1")
     p.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the report")
     p.add_argument("--json", action="store_true", help="print verdict.json's object instead of the table")
     return p
@@ -46,40 +53,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, write the report, print it."""
     args = parser().parse_intermixed_args(argv)
     widths = _widths(args.widths)
+    if args.tp < 1:
+        raise UserError(f"--tp {args.tp}: not a number of ranks; give 1 or more")
     from megadit.config import load_config
     from megadit.diffusion import build_objective
     from megadit.diffusion.repa import alignment_loss
     from megadit.models import build_model
-    from megadit.mup.coord_check import CoordPlan, coordinate_readings
+    from megadit.mup.coord_check import CoordPlan, check_shares, coordinate_readings
     from megadit.mup.coord_report import format_verdict, write_report
     from megadit.mup.coord_verdict import judge
     from megadit.mup.example import example_conditioning
+    from megadit.parallel import stop_processes
+    from megadit.parallel.local import run_copies
 
     config = load_config(args.config, args.overrides)
     weight = config.objective.repa_weight
     plan = CoordPlan(widths, args.steps, args.seeds, args.batch)
+    check_shares(config.model, plan, args.tp)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from error
+    if args.tp > 1 and "RANK" not in os.environ:
+        return run_copies(args.tp, [str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)])
+    layout = _join(args.tp)
     parametrization = args.param or config.model.parametrization
     readings = coordinate_readings(
         config.model,
         config.optim,
         plan,
-        build=lambda model, seed: build_model(model, seed=seed),
+        build=lambda model, seed: build_model(model, layout, seed),
         objective=build_objective(
             config.objective, learn_sigma=config.model.learn_sigma, null=example_conditioning(config.model, [0])
         ),
         parametrization=parametrization,
         alignment=None if config.model.repa is None else lambda one, other: weight * alignment_loss(one, other),
-        progress=lambda line: print(line, file=sys.stderr),
+        progress=lambda line: None if layout.rank else print(line, file=sys.stderr),
     )
     verdict = judge(readings)
+    code = EXIT_OK if verdict.passed else EXIT_VERDICT_NO
+    if layout.size > 1:
+        stop_processes()
+    if layout.rank:
+        return code
     title = f"{config.model.family} under {'muP' if parametrization == 'mup' else 'SP'}"
     plain = write_report(args.out, readings, verdict, title)
     print(json.dumps(plain) if args.json else format_verdict(verdict))
-    return EXIT_OK if verdict.passed else EXIT_VERDICT_NO
+    return code
+
+
+def _join(size: int) -> TensorLayout:
+    """This process's place among ``size`` that share every layer."""
+    from megadit.parallel import start_processes
+    from megadit.parallel.tensor import WHOLE, TensorLayout
+
+    if size == 1:
+        return WHOLE
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != str(size):
+        raise UserError(f"--tp {size}: {world} processes were started; start {size}, or none by a launcher")
+    import torch.distributed as dist
+
+    context = start_processes()
+    return TensorLayout(size, context.rank, group=dist.group.WORLD)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,21 @@ def at_width(model: ModelConfig, width: int, parametrization: str, widths: tuple
     return ModelConfig.model_validate({**model.model_dump(), **changes})
 
 
+def check_shares(model: ModelConfig, plan: CoordPlan, ranks: int) -> None:
+    """Whether ``ranks`` tensor-parallel ranks can share the layers of every width.
+
+    Raises:
+        UserError: they do not divide the heads or the hidden channels of the MLP of one.
+    """
+    for width in plan.widths:
+        config = at_width(model, width, model.parametrization, plan.widths)
+        for what, count in (("heads", config.num_heads), ("hidden channels", int(width * config.mlp_ratio))):
+            if count % ranks:
+                raise UserError(
+                    f"--tp {ranks}: does not divide the {count} {what} of width {width}; take another, or other widths"
+                )
+
+
 def coordinate_readings(
     model: ModelConfig,
     optim: OptimConfig,

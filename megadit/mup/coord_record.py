@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from megadit.mup.spec import ParamSpec
+from megadit.parallel.tensor import WHOLE, TensorLayout
 
 OUTPUT = "output"  # the model's own result, as a module of that name
 PROJECTOR = "repa"
@@ -48,16 +50,21 @@ def _first_tensor(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _size(value: Tensor) -> float:
-    """Mean absolute coordinate."""
-    return float(value.detach().float().abs().mean())
+def _size(value: Tensor) -> Tensor:
+    """Mean absolute coordinate, of float64."""
+    return value.detach().abs().mean(dtype=torch.float64)
 
 
-def _input_size(args: tuple[Any, ...]) -> float:
-    """Size of a layer's input; 1 for a table's indices and for an input that is zero everywhere."""
-    if not args[0].is_floating_point():
-        return 1.0
-    return _size(args[0]) or 1.0
+@dataclass(frozen=True)
+class _Waiting:
+    """A reading of this rank's coordinates alone."""
+
+    step: int
+    module: str
+    role: str
+    quantity: str
+    value: Tensor
+    by: Tensor
 
 
 class Recorder:
@@ -69,11 +76,15 @@ class Recorder:
     the present input (the output minus that with p as it was at step 0), for a matrix over the size of the input. A
     parameter beside layers, in a block say, is a table that is added inside: ``update.p`` is how far it moved itself,
     so that a fault of those layers does not show there.
+
+    Of a model whose layers tensor-parallel ranks share, sizes are means over the ranks: of equal shares of the
+    coordinates, or of the same coordinates again. All ranks must read together.
     """
 
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
         """``probe`` runs the model on the fixed probe batch and returns its output."""
         self.model, self.probe, self.width, self.seed = model, probe, width, seed
+        self.layout: TensorLayout = getattr(model, "layout", WHOLE)
         self.watched = watched_modules(model)
         self.start = {
             name: {key: param.detach().clone() for key, param in module.named_parameters(recurse=False)}
@@ -81,6 +92,7 @@ class Recorder:
         }
         self.first: dict[str, Tensor] = {}
         self.readings: list[Reading] = []
+        self._waiting: list[_Waiting] = []
 
     @torch.no_grad()
     def read(self, step: int) -> None:
@@ -88,13 +100,14 @@ class Recorder:
         inputs, outputs = self._run_probe()
         for name, (_, role) in self.watched.items():
             out = outputs[name]
-            self._add(step, name, role, "activation", _size(out))
+            self._add(step, name, role, "activation", out)
             if step == 0:
                 self.first[name] = out
             else:
-                self._add(step, name, role, "change", _size(out - self.first[name]))
+                self._add(step, name, role, "change", out - self.first[name])
             if self.start[name]:
                 self._read_layer(step, name, inputs[name], out)
+        self._settle()
 
     def read_pull(self, step: int, gradient: Tensor) -> None:
         """Of the projector, ``pull``: the REPA loss's gradient at the tokens that it projects, times the width.
@@ -102,27 +115,43 @@ class Recorder:
         Entries of size 1 have gradients of size 1/n wherever they decide anything of size 1, so that Adam, which
         takes every gradient at its share of the sum, weighs REPA against the objective alike at every width.
         """
-        self._add(step, PROJECTOR, "output", "pull", self.width * _size(gradient))
+        self._add(step, PROJECTOR, "output", "pull", self.width * gradient)
+        self._settle()
 
     def _read_layer(self, step: int, name: str, args: tuple[Any, ...], out: Tensor) -> None:
         """Gain or updates of one layer, from its input and output on the probe."""
         module, role = self.watched[name]
         if next(module.children(), None) is not None:
             for key, start in self.start[name].items() if step else ():
-                self._add(step, name, role, f"update.{key}", _size(module.get_parameter(key) - start))
+                self._add(step, name, role, f"update.{key}", module.get_parameter(key) - start)
             return
         # A norm's output does not follow its input's size, so that a gain would blame it for the layer before.
-        entering = _input_size(args) if any(start.dim() > 1 for start in self.start[name].values()) else 1.0
+        entering = args[0] if any(start.dim() > 1 for start in self.start[name].values()) else None
         if step == 0:
-            self._add(step, name, role, "gain", _size(out) / entering)
+            self._add(step, name, role, "gain", out, entering)
             return
         for key, start in self.start[name].items():
             old = _first_tensor(functional_call(module, {key: start}, args))
-            size = _size(out - old) / (entering if start.dim() > 1 else 1.0)
-            self._add(step, name, role, f"update.{key}", size)
+            self._add(step, name, role, f"update.{key}", out - old, entering if start.dim() > 1 else None)
 
-    def _add(self, step: int, name: str, role: str, quantity: str, value: float) -> None:
-        self.readings.append(Reading(self.width, self.seed, step, name, role, quantity, value))
+    def _add(
+        self, step: int, name: str, role: str, quantity: str, value: Tensor, entering: Tensor | None = None
+    ) -> None:
+        """The size of ``value``, over that of the input ``entering``: 1 for a table's indices or for zeros alone."""
+        by = value.new_zeros((), dtype=torch.float64)
+        if entering is not None and entering.is_floating_point():
+            by = _size(entering)
+        self._waiting.append(_Waiting(step, name, role, quantity, _size(value), by))
+
+    def _settle(self) -> None:
+        """Make readings of what waits; over all ranks at once, each of which holds as much of everything."""
+        sizes = torch.stack([size for waiting in self._waiting for size in (waiting.value, waiting.by)])
+        if self.layout.size > 1:
+            dist.all_reduce(sizes, group=self.layout.group)
+        for waiting, (value, by) in zip(self._waiting, (sizes / self.layout.size).view(-1, 2).tolist(), strict=True):
+            place = (self.width, self.seed, waiting.step, waiting.module, waiting.role, waiting.quantity)
+            self.readings.append(Reading(*place, value / (by or 1.0)))
+        self._waiting.clear()
 
     def _run_probe(self) -> tuple[dict[str, tuple[Any, ...]], dict[str, Tensor]]:
         """One forward pass; positional inputs and outputs of every watched module."""

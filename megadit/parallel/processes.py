@@ -33,7 +33,8 @@ def first_slurm_host(node_list: str) -> str:
     return match.group(1) + (match.group(2) or "") + match.group(3)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -60,7 +61,7 @@ def prepare_environment(env: MutableMapping[str, str] | None = None) -> None:
     if "MASTER_PORT" not in env:
         if env["WORLD_SIZE"] != "1":
             raise UserError("MASTER_PORT: not set for several processes; start them by torchrun, deepspeed or srun")
-        env["MASTER_PORT"] = str(_free_port())
+        env["MASTER_PORT"] = str(free_port())
 
 
 @dataclass(frozen=True)

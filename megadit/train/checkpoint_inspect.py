@@ -149,6 +149,14 @@ def _sizes(row: dict[str, Any]) -> str:
     return f"{_size(row['max_abs']):.3g} absolute, {_size(row['max_rel']):.3g} relative"
 
 
+def _spread(layout: dict[str, Any]) -> str:
+    """``8 rank(s) (tensor 2 x pipeline 2 x data 2)``; the second part where ranks share a model."""
+    ranks, tensor, pipeline = layout.get("ranks"), layout.get("tensor", 1), layout.get("pipeline", 1)
+    if ranks is None or tensor * pipeline == 1:
+        return f"{ranks} rank(s)"
+    return f"{ranks} rank(s) (tensor {tensor} x pipeline {pipeline} x data {ranks // (tensor * pipeline)})"
+
+
 def describe_summary(found: dict[str, Any]) -> str:
     """The summary as lines."""
     layout = found["layout"] or {}
@@ -157,7 +165,7 @@ def describe_summary(found: dict[str, Any]) -> str:
         f"step {found['step']}, {found['samples_seen']} samples, Adam step {found['adam_step']}, "
         f"{found['skipped_steps']} updates skipped"
         + (f", loss scale {found['loss_scale']['cur_scale']:g}" if found["loss_scale"] else ""),
-        f"written by {layout.get('ranks')} rank(s) at ZeRO stage {layout.get('zero_stage')}: {found['pieces']} pieces "
+        f"written by {_spread(layout)} at ZeRO stage {layout.get('zero_stage')}: {found['pieces']} pieces "
         f"in {found['files']} file(s)",
         f"{found['parameters']} parameters, {found['elements']:,} elements",
         *(f"  {kind:14s} {size / 1e6:12.3f} MB" for kind, size in found["bytes"].items()),
