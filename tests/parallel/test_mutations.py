@@ -1,0 +1,167 @@
+"""What a fault in the parallel layers does to a run: each of these is seen in what the parity tests compare.
+
+Two ranks that share layers train two steps with one thing left out; the run of one process shows the difference. The
+same comparison passes where nothing is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.layout_matrix import gaps
+from helpers.ranks import run_ranks
+from helpers.training import small_config, train_rank
+from megadit.config import RunConfig
+
+STEPS = 3  # the readout starts at zero: the body has a gradient from the second step on, and shows it in the third
+SEEN = 1e-4  # ten times what parity allows
+
+
+def config_of(**parallel: Any) -> RunConfig:
+    """A DiT whose readout has a multiplier."""
+    model = {"width": 64, "heads": 4, "qk_norm": "rms", "depth": 2, "output_mult": 4.0}
+    return small_config(
+        model=model, ema={"decays": (0.9,)}, parallel=parallel, train={"micro_batch": 8, "steps": STEPS}
+    )
+
+
+def _same(x: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    return x
+
+
+def no_sum_of_rows() -> None:
+    """A row layer's products stay what each rank has."""
+    from megadit.models.layers import linear
+
+    linear.sum_over_ranks = _same
+
+
+def no_sum_of_input_gradients() -> None:
+    """The gradient of a column layer's input stays what each rank's channels say."""
+    from megadit.models.layers import linear
+
+    linear.copy_to_ranks = _same
+
+
+def no_sum_of_head_gains() -> None:
+    """The gain of all heads has the gradient of this rank's."""
+    from megadit.models.layers import norm
+
+    norm.copy_to_ranks = _same
+
+
+def no_sum_of_scattered_tokens() -> None:
+    """Under sequence parallelism a rank takes its tokens of its own products alone."""
+    from megadit.models.layers import linear
+    from megadit.parallel.collectives import scatter_tokens
+
+    linear.sum_and_scatter_tokens = scatter_tokens
+
+
+def no_sum_of_row_bias() -> None:
+    """Under sequence parallelism a row layer's bias has the gradient of this rank's tokens."""
+    from megadit.models.layers import linear
+
+    plain = linear.copy_to_ranks
+    linear.copy_to_ranks = lambda x, layout: x if x.dim() == 1 else plain(x, layout)
+
+
+def one_mark_missing() -> None:
+    """One kind of layer, of those that ranks share, is taken for one that each holds whole."""
+    from megadit.models.layers import linear
+
+    plain = linear.mark_shards
+    linear.mark_shards = lambda module: None if module.shard == "row" else plain(module)
+
+
+def _change_specs(change: Callable[[str, Any], None]) -> None:
+    from megadit.models import registry
+
+    plain = registry.init_parameters
+
+    def init_parameters(model: torch.nn.Module, seed: int) -> None:
+        for name, module in model.named_modules():
+            if hasattr(module, "forward_mult"):
+                change(name, module)
+        plain(model, seed)
+
+    registry.init_parameters = init_parameters
+
+
+def no_multiplier() -> None:
+    """The readout's multiplier is 1."""
+
+    def change(name: str, module: Any) -> None:
+        if name == "final_layer.linear":
+            module.param_specs["weight"] = dataclasses.replace(module.param_specs["weight"], forward_mult=1.0)
+
+    _change_specs(change)
+
+
+def fan_in_of_the_share() -> None:
+    """Row layers go by the fan-in of what a rank holds: a wider start and a larger learning rate."""
+
+    def change(_name: str, module: Any) -> None:
+        if module.shard == "row":
+            spec = module.param_specs["weight"]
+            module.param_specs["weight"] = dataclasses.replace(
+                spec, fan_in=spec.fan_in // 2, init_std=spec.init_std * math.sqrt(2), lr_mult=spec.lr_mult * 2
+            )
+
+    _change_specs(change)
+
+
+def nothing() -> None:
+    """No fault."""
+
+
+SHARED, TOKENS = {"tensor": 2, "zero_stage": 1}, {"tensor": 2, "sequence": True, "zero_stage": 1}
+# What is left out, on which layout, and in which of the comparisons it is seen.
+MUTATIONS: list[tuple[Callable[[], None], dict[str, Any], str]] = [
+    (no_sum_of_rows, SHARED, "loss"),
+    (no_sum_of_input_gradients, SHARED, "gradients"),
+    (no_sum_of_head_gains, SHARED, "gradients"),
+    (no_sum_of_scattered_tokens, TOKENS, "loss"),
+    (no_sum_of_row_bias, TOKENS, "gradients"),
+    (one_mark_missing, SHARED, "norm"),
+    (no_multiplier, SHARED, "norm"),
+    (fan_in_of_the_share, SHARED, "weights"),
+]
+
+
+def mutated(fault: Callable[[], None], config: RunConfig, folder: str) -> dict[str, Any]:
+    fault()
+    found: dict[str, Any] = train_rank(config, folder, STEPS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    [result] = run_ranks(1, train_rank, config_of(), str(tmp_path_factory.mktemp("alone")), STEPS)
+    found: dict[str, Any] = result
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("parallel", [SHARED, TOKENS], ids=["shared", "tokens"])
+def test_without_a_fault_there_is_no_difference(
+    alone: dict[str, Any], tmp_path: Path, parallel: dict[str, Any]
+) -> None:
+    found = gaps(run_ranks(2, mutated, nothing, config_of(**parallel), str(tmp_path)), alone)
+    assert max(found.values()) < SEEN / 10, found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("fault", "parallel", "seen"), MUTATIONS, ids=[fault.__name__ for fault, _, _ in MUTATIONS])
+def test_a_fault_is_seen(
+    alone: dict[str, Any], tmp_path: Path, fault: Callable[[], None], parallel: dict[str, Any], seen: str
+) -> None:
+    found = gaps(run_ranks(2, mutated, fault, config_of(**parallel), str(tmp_path)), alone)
+    assert found[seen] > SEEN, found
