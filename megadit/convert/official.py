@@ -50,7 +50,8 @@ def writer(family: str) -> Callable[[Contents, Path, Request], list[str]]:
 
     def write(contents: Contents, target: Path, request: Request) -> list[str]:
         if not target.name.endswith(_ENDINGS):
-            raise UserError(f"OUT: '{target.name}' has none of the endings {', '.join(_ENDINGS)}; give it one")
+            name = target.name.removeprefix(".tmp-")  # under which it is written first
+            raise UserError(f"OUT: '{name}' has none of the endings {', '.join(_ENDINGS)}; give it one")
         model = model_of(contents)
         if model.family != family:
             raise UserError(

@@ -15,7 +15,7 @@ from megadit.config.run import RunConfig
 from megadit.data.batch import Batch
 from megadit.data.dataset import ImageSet
 from megadit.data.text import TextEncoder, TextTable, build_encoder, build_table, cache_folder, check_lengths
-from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, save_conditions
+from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
 from megadit.errors import UserError
 
 
@@ -78,9 +78,16 @@ def stored_text(extras: dict[str, Tensor], text: TextInput) -> Conditioning:
 
 
 def build_conditions(
-    config: RunConfig, train_set: ImageSet, val_set: ImageSet, device: torch.device | str = "cpu"
+    config: RunConfig,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    device: torch.device | str = "cpu",
+    *,
+    null: Conditioning | None = None,
 ) -> Conditions:
     """The conditions of a run. Captions are encoded, once per host, unless the set stores their features.
+
+    ``null``: the null text, where the model has one already (``kept_null``).
 
     Raises UserError as ``check_text`` does, or where encoder or cache fail.
     """
@@ -95,9 +102,33 @@ def build_conditions(
         assert encoder is not None
         captions = {images.caption(i) for images in (train_set, val_set) for i in range(len(images))}
         table = build_table(encoder, [*captions, ""], text.max_length, folder)
-    null = _null_text(config, train_set, encoder, table)
+    null = _null_text(config, train_set, encoder, table) if null is None else null
     prompts = _prompts(config, val_set if len(val_set) else train_set, table, encoder)
     return Conditions(config.model, null, table, prompts)
+
+
+def kept_null(config: RunConfig, run_dir: Path | None) -> tuple[Conditioning | None, str]:
+    """The null caption that a PixArt of ``run_dir`` was trained with, and what to tell of it; None of other families.
+
+    It is no parameter, so that checkpoints leave it to the run's directory. One of another length cannot be used.
+    """
+    text = config.model.text
+    file = None if run_dir is None else run_dir / NULL_TEXT_FILE
+    if config.model.family != "pixart" or text is None or file is None or not file.is_file():
+        return None, ""
+    null = load_conditions(file)[0]
+    shape = (1, text.max_length, text.dim)
+    if null.text is None or null.text.shape != shape:
+        length = 0 if null.text is None else null.text.shape[1]
+        return None, (
+            f"the null caption of '{file}' has {length} tokens and model.text.max_length is {text.max_length}, so the "
+            "one of a new model takes its place"
+        )
+    if torch.equal(null.text[0].float(), null_caption(text.max_length, text.dim)):
+        return None, ""
+    return Conditioning(
+        text=null.text.float()
+    ), f"the null caption is that of '{file}', with which the model was trained"
 
 
 def check_text(config: RunConfig, train_set: ImageSet) -> None:

@@ -28,6 +28,7 @@ _LAYOUT_KEYS = (
     *(f"parallel.{key}" for key in ("tensor", "pipeline", "sequence", "zero_stage")),
     "train.micro_batch",
 )
+_PROJECTOR = "repa."  # what the model is trained with and not drawn from
 _WAYS_TO_COMPUTE = {"attention_precision", "norm_precision"}  # of the model section; the weights' meaning is the same
 
 
@@ -127,6 +128,22 @@ class StoredCheckpoint:
         if problem:
             raise UserError(f"checkpoint {self.path}: {problem}; give a checkpoint of a model of the same shape")
 
+    def check_start(self, shapes: dict[str, list[int]]) -> str | None:
+        """``check_shapes`` for a new run, which may have REPA's projector where this has none, or the other way.
+
+        Returns what is to be told of the projector. Raises UserError as ``check_shapes`` does.
+        """
+        stored, needed = (any(name.startswith(_PROJECTOR) for name in names) for names in (self.parameters, shapes))
+        if stored == needed:
+            self.check_shapes(shapes)
+            return None
+        problem = shape_problem(_without_projector(self.parameters), _without_projector(shapes))
+        if problem:
+            raise UserError(f"checkpoint {self.path}: {problem}; give a checkpoint of a model of the same shape")
+        if needed:
+            return "the projector of REPA is not in the checkpoint and starts afresh"
+        return "the projector of REPA in the checkpoint is left out, since model.repa is not set"
+
     def _shape_problem(self, shapes: dict[str, list[int]]) -> str | None:
         return shape_problem(self.parameters, shapes)
 
@@ -175,28 +192,39 @@ class StoredCheckpoint:
     ) -> None:
         """Fill the masters alone, with the online weights or an average; ``sources`` begin at them. All ranks call.
 
+        A projector of REPA that is not stored keeps the values that it has.
+
         Raises:
             BrokenCheckpoint: on every rank, if some rank found its part torn, corrupt or incomplete.
         """
         stored = self.kind_of(weights)
 
         def fill(reader: PieceReader, f: Fragment) -> None:
-            reader.read_into(f.values, stored, f.name, f.start, f.boxes)
+            if f.name in self.parameters:
+                reader.read_into(f.values, stored, f.name, f.start, f.boxes)
             for source in sources:
                 for values in source.tensors(f).values():
                     values.copy_(f.values)
 
-        self._fill(partitions, context, fill)
+        self._fill(partitions, context, fill, lacking=_PROJECTOR)
         partitions.publish_masters()
 
     def _fill(
-        self, partitions: Partitions, context: ProcessContext, fill: Callable[[PieceReader, Fragment], None]
+        self,
+        partitions: Partitions,
+        context: ProcessContext,
+        fill: Callable[[PieceReader, Fragment], None],
+        *,
+        lacking: str | None = None,
     ) -> None:
+        """``fill`` every fragment; parameters whose names begin with ``lacking`` need not be stored."""
         problem = ""
         try:
             with self.reader() as reader:
                 for fragment in partitions.fragments():
-                    if self.parameters.get(fragment.name) != list(fragment.shape):
+                    may_lack = lacking is not None and fragment.name.startswith(lacking)
+                    shape = self.parameters.get(fragment.name)
+                    if shape != list(fragment.shape) and not (may_lack and shape is None):
                         self.check_shapes({**self.parameters, fragment.name: list(fragment.shape)})
                     fill(reader, fragment)
         except BrokenCheckpoint as error:
@@ -310,6 +338,10 @@ def shape_problem(stored: Mapping[str, Sequence[int]], needed: Mapping[str, Sequ
         if list(there) != list(here):
             return f"parameter '{name}' has shape {list(there)}, the model needs {list(here)}"
     return None
+
+
+def _without_projector(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    return {name: shape for name, shape in shapes.items() if not name.startswith(_PROJECTOR)}
 
 
 def shapes_of(config: RunConfig) -> dict[str, list[int]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, describe
-from megadit.data.conditions import build_conditions
+from megadit.data.conditions import build_conditions, kept_null
 from megadit.data.features import TargetFeatures
 from megadit.data.latents import build_codec
 from megadit.diffusion import build_objective
@@ -138,6 +138,12 @@ class Start:
     earlier: tuple[Path, ...] = ()
     weights_from: Path | None = None
 
+    @property
+    def source(self) -> Path | None:
+        """The run directory of the checkpoint that the job goes on from or takes its weights of."""
+        checkpoint = self.checkpoint or self.weights_from
+        return None if checkpoint is None else checkpoint.parent.parent
+
 
 def resume_point(job: Job) -> Start:
     """Where the job begins; only reads.
@@ -201,7 +207,10 @@ def assemble(
     micro = int(job.ds_config["train_micro_batch_size_per_gpu"])
     schedule = Schedule.from_config(config.optim, steps)
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
-    conditions = build_conditions(config, job.train_set, job.val_set, context.device)
+    null, told = kept_null(config, start.source)
+    if told and context.is_main:
+        print(f"note: {told}", file=sys.stderr)
+    conditions = build_conditions(config, job.train_set, job.val_set, context.device, null=null)
     objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
     features = _target_features(config, context)
     place, groups = _places(config, context)

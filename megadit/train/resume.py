@@ -66,7 +66,7 @@ def check_weights_start(config: RunConfig) -> Path | None:
     if found is None:
         raise UserError(f"train.init_from: '{path}' has no checkpoint yet; give one that has")
     found.stored.kind_of(config.train.init_from_ema or ONLINE)
-    found.stored.check_shapes(shapes_of(config))
+    found.stored.check_start(shapes_of(config))
     return found.stored.path
 
 
@@ -82,6 +82,8 @@ def start_from_weights(path: Path, engine: TrainingEngine, config: RunConfig, co
     if context.is_main:
         what = "weights" if weights == ONLINE else f"weights (average {weights})"
         print(f"beginning at step 0 with the {what} of {path}, step {stored.position.step}", file=sys.stderr)
+        projector = stored.check_start(shapes_of(config))
+        _tell([projector] if projector is not None else [])
         _tell([f"the model differs: {change}" for change in stored.changes(config) if change.startswith("model.")])
 
 

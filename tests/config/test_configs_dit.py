@@ -22,7 +22,7 @@ PAPER: dict[str, tuple[int, int, str, float, int]] = {
 COMMON: dict[str, dict[str, Any]] = {
     "objective": {
         "kind": "ddpm", "prediction": "eps", "diffusion_steps": 1000, "beta_schedule": "linear",
-            "time_sampling": "uniform", "weighting": "none",
+        "time_sampling": "uniform", "weighting": "none",
         "label_dropout": 0.1, "logit_mean": 0.0, "logit_std": 1.0, "shift": 1.0, "min_snr_gamma": 5.0,
         "repa_weight": 0.0,
     },

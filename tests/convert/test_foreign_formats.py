@@ -19,6 +19,7 @@ from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
 from helpers.tiny_uvit import tiny_uvit
 from megadit.config import ModelConfig, save_config
+from megadit.config.model import RepaProjector
 from megadit.convert import difference, pipeline_folders
 from megadit.convert.conversion import Outcome, convert
 from megadit.convert.defaults import default_run
@@ -27,7 +28,8 @@ from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
-from megadit.train.checkpoint import load_model
+from megadit.train.checkpoint import StoredCheckpoint, load_model
+from megadit.train.checkpoint_read import shapes_of
 from megadit.train.resume import check_weights_start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +133,16 @@ def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
     train = config.train.model_copy(update={"init_from": str(tmp_path / "run")})
     found = check_weights_start(config.model_copy(update={"train": train}))
     assert found is not None and found.parent.parent == tmp_path / "run"
+    projector = RepaProjector(block=1, feature_dim=8, hidden=16)
+    with_projector = config.model_copy(update={"train": train, "model": model.model_copy(update={"repa": projector})})
+    assert check_weights_start(with_projector) == found
+    stored = StoredCheckpoint(found)
+    assert "starts afresh" in str(stored.check_start(shapes_of(with_projector)))
+    assert stored.check_start(shapes_of(config)) is None
+    with pytest.raises(UserError, match=r"repa\.fc1"):
+        stored.check_shapes(shapes_of(with_projector))
+    with pytest.raises(UserError, match="the model needs"):
+        stored.check_start(shapes_of(config.model_copy(update={"model": tiny_config(in_channels=1, depth=3)})))
 
 
 @pytest.mark.parametrize("family", MUP)
@@ -138,7 +150,8 @@ def test_a_mup_model_goes_out_with_its_multiplier_folded(tmp_path: Path, family:
     run = make_run(tmp_path, MUP[family].model)
     outcome = convert("megadit", f"official-{family}", run, tmp_path / "x.pth")
     assert any("multiplier 1.5 is in its weight now" in note for note in outcome.notes)
-    length = ["model.text.max_length=5"] if family == "mmdit" else []  # which its weights do not tell
+    # which its weights do not tell
+    length = ["model.text.max_length=5", "model.text.mask=true"] if family == "mmdit" else []
     kind, hints = f"official-{family}", MUP[family].hints
     convert(kind, "megadit", tmp_path / "x.pth", tmp_path / "back", hints=hints, overrides=length)
     torch.testing.assert_close(output(tmp_path / "back"), output(run), rtol=0, atol=2e-6)

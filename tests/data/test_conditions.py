@@ -14,7 +14,7 @@ from megadit.conditioning import Conditioning, null_caption
 from megadit.config.model import ModelConfig, TextInput
 from megadit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 from megadit.data.batch import Batch
-from megadit.data.conditions import build_conditions, check_text, even_choice
+from megadit.data.conditions import build_conditions, check_text, even_choice, kept_null
 from megadit.data.dataset import ArraySet, StoredFacts, Subset
 from megadit.data.text import build_encoder
 from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
@@ -102,6 +102,20 @@ def test_pixart_has_a_null_caption_of_its_own_and_keeps_the_mask(folders):
     found = conditions.of(batch(CAPTIONS[:2]))
     dropped = found.dropped(torch.tensor([True, False]), conditions.null)
     assert dropped.text[0].equal(conditions.null.text[0]) and dropped.text_mask.equal(found.text_mask)
+
+
+def test_a_null_caption_goes_with_the_weights_that_know_it(folders, tmp_path):
+    run = config(folders, family="pixart", pooled="none")
+    assert kept_null(run, None) == kept_null(run, tmp_path) == (None, "")
+    own = torch.randn(1, LENGTH, 16)
+    save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=own))
+    null, told = kept_null(run, tmp_path)
+    assert null is not None and null.text.equal(own) and "with which the model was trained" in told
+    assert build_conditions(run, *parts(image_set()), null=null).null.text.equal(own)
+    assert kept_null(config(folders), tmp_path) == (None, "")  # whose null text is the empty one
+    save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=own[:, :2]))
+    null, told = kept_null(run, tmp_path)
+    assert null is None and f"has 2 tokens and model.text.max_length is {LENGTH}" in told
 
 
 @dataclass(frozen=True, eq=False)

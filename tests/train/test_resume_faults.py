@@ -12,7 +12,10 @@ import torch
 
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, small_config, train_rank
+from megadit.config.data import FeatureSource
+from megadit.config.model import RepaProjector
 from megadit.errors import UserError
+from megadit.models import build_model
 from megadit.train.checkpoint import StoredCheckpoint, find_checkpoint, load_model
 from megadit.train.checkpoint_format import Index
 from megadit.train.checkpoint_write import write_index
@@ -113,6 +116,27 @@ def test_weights_alone_begin_a_run_and_only_once(trained, tmp_path):
     more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3, "init_from": "nowhere"})})
     code, said = run_ranks(1, start, more, str(target), timeout=120)[0]
     assert code == 0 and "at step 2" in said and "beginning" not in said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_projector_that_the_weights_lack_starts_afresh(trained, tmp_path, stage):
+    source, config = trained
+    train = config.train.model_copy(update={"init_from": str(source), "steps": 1, "checkpoint_every": None})
+    model = config.model.model_copy(update={"repa": RepaProjector(block=1, feature_dim=112, hidden=16)})
+    objective = config.objective.model_copy(update={"repa_weight": 0.5})
+    features = FeatureSource(image_size=32)
+    changes = {"train": train, "model": model, "objective": objective}
+    changes |= {"data": config.data.model_copy(update={"features": features})}
+    changes |= {"parallel": config.parallel.model_copy(update={"zero_stage": stage})}
+    given = config.model_copy(update=changes)
+    code, said = run_ranks(1, start, given, str(tmp_path), "auto", _no_learning, timeout=120)[0]
+    assert code == 0 and "note: the projector of REPA is not in the checkpoint and starts afresh" in said
+    (_, before), (_, after) = load_model(source), load_model(tmp_path)
+    found = dict(after.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in before.named_parameters())
+    fresh = dict(build_model(model, seed=config.train.seed).named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in fresh.items() if name.startswith("repa."))
 
 
 def _no_learning():
