@@ -39,6 +39,17 @@ def distance(values: torch.Tensor, expected: torch.Tensor) -> float:
     return float((values - expected).norm() / expected.norm().clamp_min(1e-6))
 
 
+def gap_of(name: str, values: torch.Tensor, expected: torch.Tensor) -> float:
+    """``distance``; of a bias of keys, whose gradient is rounding alone, that of the others beside it."""
+    if name.endswith(("qkv.bias", "kv_linear.bias")):
+        parts = 3 if name.endswith("qkv.bias") else 2
+        values, expected = (
+            torch.cat([part for number, part in enumerate(whole.chunk(parts)) if number != parts - 2])
+            for whole in (values, expected)
+        )
+    return distance(values, expected)
+
+
 def assert_same_training(
     results: list[dict[str, Any]], reference: dict[str, Any], alone: list[dict[str, Any]], skip: int = 0
 ) -> None:

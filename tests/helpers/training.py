@@ -140,27 +140,26 @@ def plain_torch_run(config: RunConfig, steps: int) -> dict[str, Any]:
 
     Returns losses, norms, the last weights and ``path``, the weights before the first step and after each.
     """
-    from megadit.conditioning import Conditioning
     from megadit.data import SampleOrder, make_batch
+    from megadit.data.conditions import build_conditions
     from megadit.diffusion import build_objective
     from megadit.models import build_model
     from megadit.mup.groups import param_groups
 
-    train_set, _ = build_datasets(config.data)
+    train_set, val_set = build_datasets(config.data)
+    conditions = build_conditions(config, train_set, val_set)
     seed, size = config.train.seed, config.train.global_batch
     layout, order = BatchLayout(size, 1, 0, size), SampleOrder(len(train_set), seed)
     model = build_model(config.model, seed=seed)
     groups = param_groups(model, config.optim)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, foreach=False)
     schedule = Schedule.from_config(config.optim, config.train.steps or steps)
-    objective = build_objective(
-        config.objective, learn_sigma=config.model.learn_sigma, num_classes=config.model.num_classes
-    )
+    objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
     losses, norms, role_norms = [], [], []
     path = [{name: p.detach().flatten().clone() for name, p in model.named_parameters()}]
     for step in range(steps):
         batch = make_batch(train_set, order, layout.numbers(step, 0), seed=seed, flip=False)
-        noisy = objective.prepare(batch.images, Conditioning(labels=batch.labels), batch.numbers, seed)
+        noisy = objective.prepare(batch.images, conditions.of(batch), batch.numbers, seed)
         loss = objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total.mean()
         optimizer.zero_grad()
         loss.backward()

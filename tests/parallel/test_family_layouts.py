@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.layout_parity import AVERAGE, TOLERANCE, distance
+from helpers.layout_parity import AVERAGE, TOLERANCE, gap_of
 from helpers.ranks import run_ranks
 from helpers.tiny_text import bert_folder
 from helpers.training import merge_weights, small_config, train_rank
@@ -90,14 +90,3 @@ def test_a_layout_trains_what_one_rank_does(alone, tmp_path, name, world, parall
     worst = max(gaps, key=gaps.__getitem__)
     # The cosine's gradient nearly cancels in the timestep's biases, and Adam's first steps keep its rounding: 2.3e-5.
     assert gaps[worst] <= (3 if name == "repa" else 1) * TOLERANCE, f"{worst}: {gaps[worst]:.1e}"
-
-
-def gap_of(name, values, expected):
-    """Relative distance; of a bias of keys, whose gradient is rounding alone, that of the others beside it."""
-    if name.endswith(("qkv.bias", "kv_linear.bias")):
-        parts = 3 if name.endswith("qkv.bias") else 2
-        values, expected = (
-            torch.cat([part for number, part in enumerate(whole.chunk(parts)) if number != parts - 2])
-            for whole in (values, expected)
-        )
-    return distance(values, expected)
