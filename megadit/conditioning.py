@@ -46,6 +46,10 @@ class Conditioning:
         """The whole batch ``times`` over: sample b is found at b, B + b, 2B + b, ..."""
         return self._map(lambda value: value.repeat(times, *[1] * (value.dim() - 1)))
 
+    def without_mask(self) -> Conditioning:
+        """The same conditions, all tokens of the text being seen."""
+        return replace(self, text_mask=None)
+
     def with_labels(self, labels: Tensor | None) -> Conditioning:
         """The same conditions with other labels."""
         return replace(self, labels=labels)
@@ -92,11 +96,10 @@ class Conditioning:
         return Conditioning(**changed)
 
 
-def seen_text(cond: Conditioning, dim: int, max_length: int | None, masked: bool) -> tuple[Tensor, Tensor | None]:
+def seen_text(cond: Conditioning, dim: int, max_length: int | None) -> tuple[Tensor, Tensor | None]:
     """What a model reads of a text: features (B, L, ``dim``) and the mask, bool (B, L); None where all tokens count.
 
-    ``max_length``: the most tokens that the model takes, None: any number. ``masked`` is ``model.text.mask``: without
-    it the mask is passed over, so that padding counts as any token does.
+    ``max_length``: the most tokens that the model takes, None: any number.
 
     Raises ValueError for a text that is missing, too long, of other channels, or whose mask has another shape.
     """
@@ -108,7 +111,7 @@ def seen_text(cond: Conditioning, dim: int, max_length: int | None, masked: bool
         raise ValueError(f"cond.text: {tuple(text.shape)} is not (B, L, {dim}){most}; give such features")
     if mask is not None and mask.shape != text.shape[:2]:
         raise ValueError(f"cond.text_mask: {tuple(mask.shape)} is not {tuple(text.shape[:2])}, one entry a token")
-    return text, mask.bool() if mask is not None and masked else None
+    return text, None if mask is None else mask.bool()
 
 
 def null_label(num_classes: int) -> Conditioning | None:

@@ -37,7 +37,7 @@ class TextInput(Section):
     pooled_dim: int = Field(0, ge=0, description="mmdit: channels of the pooled feature; 0: none is taken")
     mask: bool = Field(
         True,
-        description="false: padding is attended to like any token, as in Stable Diffusion 3 and the original U-ViT",
+        description="false: runs give the model no mask, so that padding is seen, as in Stable Diffusion 3 and U-ViT",
     )
 
 

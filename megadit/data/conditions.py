@@ -42,15 +42,15 @@ class Conditions:
     ) -> None:
         """``null`` of a model with classes is its null label; ``table`` serves batches that bring no text features."""
         self._text, self._table = model.text, table
-        self.null = null_label(model.num_classes) if null is None else null
-        self.prompts = prompts
+        self.null = null_label(model.num_classes) if null is None else as_seen(null, model.text)
+        self.prompts = None if prompts is None else Prompts(prompts.texts, as_seen(prompts.cond, model.text))
 
     def of(self, batch: Batch, device: torch.device | str = "cpu") -> Conditioning:
         """The conditions of a batch, on ``device``."""
         if self._text is not None:
-            if self._table is None:
-                return stored_text(batch.extras, self._text).to(device)
-            return self._table.of(batch.captions).to(device)
+            table = self._table
+            cond = stored_text(batch.extras, self._text) if table is None else table.of(batch.captions)
+            return as_seen(cond, self._text).to(device)
         if self.null is None:
             return Conditioning()
         return Conditioning(labels=batch.labels).to(device)
@@ -61,6 +61,11 @@ class Conditions:
             save_conditions(run_dir / NULL_TEXT_FILE, self.null)
         if self.prompts is not None:
             save_conditions(run_dir / PROMPTS_FILE, self.prompts.cond, self.prompts.texts)
+
+
+def as_seen(cond: Conditioning, text: TextInput | None) -> Conditioning:
+    """The conditions as a model is given them: without a mask where it sees padding (``model.text.mask: false``)."""
+    return cond if text is None or text.mask else cond.without_mask()
 
 
 def stored_text(extras: dict[str, Tensor], text: TextInput) -> Conditioning:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megadit.config.run import RunConfig
-from megadit.data.conditions import check_encoder
+from megadit.data.conditions import as_seen, check_encoder
 from megadit.data.text import build_encoder, check_lengths
 from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
 from megadit.diffusion.classes import read_classes, resolve_classes
@@ -63,10 +63,12 @@ def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: tor
     if not texts:
         null, _ = load_conditions(run_dir / NULL_TEXT_FILE)
         cond, own = load_conditions(run_dir / PROMPTS_FILE)
+        cond, null = as_seen(cond, config.model.text), as_seen(null, config.model.text)
         return text_subjects(config, own, cond, null)
     encoder = build_encoder(config.data.text, device)
     check_encoder(encoder, config.model.text)
     check_lengths(encoder, texts, length, "--prompt")
     # A converted run keeps no null text, where the model has none of its own: it is the empty text, as in training.
     null = load_conditions(run_dir / NULL_TEXT_FILE)[0] if kept else encoder.encode([""], length)
-    return text_subjects(config, texts, encoder.encode(texts, length), null)
+    cond = as_seen(encoder.encode(texts, length), config.model.text)
+    return text_subjects(config, texts, cond, as_seen(null, config.model.text))

@@ -235,7 +235,7 @@ class MMDiT(StagedModel):
         self._check_size(x)
         text = self.config.text
         assert text is not None
-        states, mask = seen_text(cond, text.dim, None, text.mask)
+        states, mask = seen_text(cond, text.dim, None)
         if self.layout.sequence and states.shape[1] != text.max_length:
             raise ValueError(
                 f"cond.text: {tuple(states.shape)} has not {text.max_length} tokens (text.max_length), as sequence "

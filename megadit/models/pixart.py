@@ -185,5 +185,5 @@ class PixArt(StagedModel):
         size = self.config.input_size
         if x.shape[-2:] != (size, size):
             raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
-        text, mask = seen_text(cond, self.text.dim, self.text.max_length, self.text.mask)
+        text, mask = seen_text(cond, self.text.dim, self.text.max_length)
         return (x, t.float(), text) if mask is None else (x, t.float(), text, mask)

@@ -11,8 +11,8 @@ and finer samples of one function of frequency, which is what muP asks of a toke
 sizes. With the MLP they are the input of a hidden layer of fan-in n, again with entries of size 1.
 
 Beside the originals: both convolutions' biases start at zero, where torch draws them at random. A text shorter than
-``text.max_length`` is padded, and padding is masked as keys, so that it changes nothing; without a mask, or with
-``text.mask: false``, every text token is seen, as in the original.
+``text.max_length`` is padded, and padding is masked as keys, so that it changes nothing; without a mask every text
+token is seen, as in the original, and so is the padding of a model with ``text.mask: false``.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _time_mlp(param: Parametrization) -> nn.Sequential:
 
 def _full_text(cond: Conditioning, given: TextInput) -> tuple[Tensor, ...]:
     """(text (B, length, dim)[, mask (B, length)]). Raises ValueError for a text that is missing or does not fit."""
-    text, mask = seen_text(cond, given.dim, given.max_length, given.mask)
+    text, mask = seen_text(cond, given.dim, given.max_length)
     missing = given.max_length - text.shape[1]
     if missing and given.mask and mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

@@ -104,6 +104,16 @@ def test_pixart_has_a_null_caption_of_its_own_and_keeps_the_mask(folders):
     assert dropped.text[0].equal(conditions.null.text[0]) and dropped.text_mask.equal(found.text_mask)
 
 
+def test_a_model_that_sees_padding_is_given_no_mask(folders):
+    run = config(folders, count=2)
+    text = run.model.text.model_copy(update={"mask": False})
+    seeing = run.model_copy(update={"model": run.model.model_copy(update={"text": text})})
+    masked, seen = (build_conditions(each, *parts(image_set())) for each in (run, seeing))
+    assert masked.of(batch(CAPTIONS[:2])).text_mask is not None and masked.null.text_mask is not None
+    assert seen.of(batch(CAPTIONS[:2])).text_mask is None and seen.null.text_mask is None
+    assert seen.prompts.cond.text_mask is None and seen.prompts.cond.text.equal(masked.prompts.cond.text)
+
+
 def test_a_null_caption_goes_with_the_weights_that_know_it(folders, tmp_path):
     run = config(folders, family="pixart", pooled="none")
     assert kept_null(run, None) == kept_null(run, tmp_path) == (None, "")
