@@ -93,6 +93,7 @@ def test_coord_check_fails_sp_with_exit_code_3_and_names_modules(tmp_path: Path)
     [
         (["--widths", "64,x"], "--widths 64,x"),
         (["--widths", "64,128"], "three different widths"),
+        (["--lr", "0"], "--lr 0: not a learning rate"),
         (["--widths", "64,72,128"], "multiples of 16"),
         (["--widths", "64,128,256", "model.dpth=1"], r"model\.depth"),
         (["--out", "/proc/none/cc"], "--out /proc/none/cc"),
