@@ -6,6 +6,8 @@ Ranks that differ would wait for each other for ever in some collective, or trai
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -64,15 +66,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 @cache
 def code_facts() -> dict[str, str]:
     """Versions of megadit, torch and DeepSpeed, and a short digest of every source file of megadit, by its name."""
-    import deepspeed
-    import torch
-
-    import megadit
-    import megadit_kernels
-
-    facts = {"megadit": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    for package in (megadit, megadit_kernels):
-        root = Path(str(package.__file__)).parent
+    facts = {"megadit": __version__} | {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+    for package in ("megadit", "megadit_kernels"):
+        root = Path(str(importlib.import_module(package).__file__)).parent
         for path in sorted(root.rglob("*.py")):
             facts[f"source {root.name}/{path.relative_to(root)}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     return facts
