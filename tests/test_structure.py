@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "data": {"config"},
     "diffusion": {"config", "data"},
-    "mup": {"config"},
+    "mup": {"config", "parallel"},
     "parallel": {"config"},
     "models": {"config", "data", "diffusion", "mup", "parallel", "kernels"},
     "plan": {"config", "data", "diffusion", "mup", "parallel", "models"},
