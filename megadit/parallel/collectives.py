@@ -9,7 +9,7 @@ copy_to_ranks            --                              sum over ranks
 sum_over_ranks           sum over ranks                  --
 gather_channels          all-gather the last dimension   this rank's part, or (``partial``) of the sum
 scatter_tokens           this rank's tokens              all-gather tokens
-gather_tokens            all-gather tokens               this rank's part, or (``partial``) of the sum
+gather_tokens            all-gather tokens               this rank's part
 sum_and_scatter_tokens   sum, of which its own tokens    all-gather tokens
 =======================  ==============================  ===========================================
 
@@ -17,11 +17,14 @@ sum_and_scatter_tokens   sum, of which its own tokens    all-gather tokens
 the same and have the same gradient. Token streams are (B, T, n). A rank holds ceil(T / ranks) tokens; where that does
 not divide, the last ones are padding, zero when made, cut off whenever tokens are gathered, and without gradient.
 
-Nothing is summed in place: the operand may be kept for the backward pass, or be kept by selective recomputation.
+The ``begin_`` functions have no gradients, and return at once: what is computed before their result is waited for is
+computed while the ranks exchange. Nothing is summed in place, since the operand may be kept for the backward pass, or
+by selective recomputation; but for ``begin_sum``, which is for what a backward pass has just made.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,9 +60,9 @@ def scatter_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
     return out
 
 
-def gather_tokens(x: Tensor, layout: TensorLayout, tokens: int, *, partial: bool) -> Tensor:
-    """(B, ceil(T / ranks), n) -> (B, T, n) for T ``tokens``."""
-    out: Tensor = _GatherTokens.apply(x, layout, tokens, partial)
+def gather_tokens(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
+    """(B, ceil(T / ranks), n) -> (B, T, n) for T ``tokens``, with which all ranks go on alike."""
+    out: Tensor = _GatherTokens.apply(x, layout, tokens)
     return out
 
 
@@ -76,37 +79,77 @@ def own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
 
 def all_tokens(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
     """Where a stream ends and all ranks go on alike: its (B, T, n) for T ``tokens``."""
-    return gather_tokens(x, layout, tokens, partial=False) if layout.sequence else x
+    return gather_tokens(x, layout, tokens) if layout.sequence else x
 
 
-def _summed(x: Tensor, layout: TensorLayout) -> Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
+@dataclass
+class Pending:
+    """A collective under way. ``value`` may be read after ``wait`` only, ``operand`` not be changed before.
+
+    ``work``: torch's handle; None where nothing is to wait for.
+    """
+
+    value: Tensor
+    work: Any
+    operand: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The result, once it is there."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.operand = None
+        return self.value
+
+
+def begin_sum(x: Tensor, layout: TensorLayout, *, later: bool = True) -> Pending:
+    """Sum of all ranks' x, in place: x, contiguous, must be the caller's alone. Not ``later``: done on return."""
     if isinstance(layout.group, Rehearsal):
-        layout.group.note("all_reduce", out.nbytes)
-    else:
-        dist.all_reduce(out, group=layout.group)
-    return out
+        layout.group.note("all_reduce", x.nbytes)
+        return Pending(x, None)
+    return Pending(x, dist.all_reduce(x, group=layout.group, async_op=later))
 
 
-def _gathered(x: Tensor, layout: TensorLayout) -> Tensor:
+def begin_gather_tokens(x: Tensor, layout: TensorLayout, *, later: bool = True) -> Pending:
+    """The tokens (B, ceil(T / ranks), n) of all ranks, for ``tokens_together``. Not ``later``: there on return."""
+    return _begin_gather(x, layout, later=later)
+
+
+def begin_sum_and_scatter_tokens(x: Tensor, layout: TensorLayout) -> Pending:
+    """As ``sum_and_scatter_tokens``, without a gradient."""
+    return _begin_scattered_sum(_tokens_apart(x, layout), layout, later=True)
+
+
+def _begin_gather(x: Tensor, layout: TensorLayout, *, later: bool) -> Pending:
     """x of every rank, stacked in front: (ranks, *x.shape)."""
+    own = x.contiguous()
     out = x.new_empty((layout.size * x.shape[0], *x.shape[1:]))
+    stacked = out.view(layout.size, *x.shape)
     if isinstance(layout.group, Rehearsal):
         layout.group.note("all_gather", out.nbytes)
-    else:
-        dist.all_gather_into_tensor(out, x.contiguous(), group=layout.group)
-    return out.view(layout.size, *x.shape)
+        return Pending(stacked, None)
+    return Pending(stacked, dist.all_gather_into_tensor(out, own, group=layout.group, async_op=later), own)
 
 
-def _scattered_sum(parts: Tensor, layout: TensorLayout) -> Tensor:
+def _begin_scattered_sum(parts: Tensor, layout: TensorLayout, *, later: bool) -> Pending:
     """Of the sum over ranks of (ranks, ...) the part of this rank."""
     out = parts.new_empty(parts.shape[1:])
     whole = parts.contiguous().flatten(0, 1)
     if isinstance(layout.group, Rehearsal):
         layout.group.note("reduce_scatter", whole.nbytes)
-    else:
-        dist.reduce_scatter_tensor(out, whole, group=layout.group)
-    return out
+        return Pending(out, None)
+    return Pending(out, dist.reduce_scatter_tensor(out, whole, group=layout.group, async_op=later), whole)
+
+
+def _summed(x: Tensor, layout: TensorLayout) -> Tensor:
+    return begin_sum(x.clone(memory_format=torch.contiguous_format), layout, later=False).wait()
+
+
+def _gathered(x: Tensor, layout: TensorLayout) -> Tensor:
+    return _begin_gather(x, layout, later=False).wait()
+
+
+def _scattered_sum(parts: Tensor, layout: TensorLayout) -> Tensor:
+    return _begin_scattered_sum(parts, layout, later=False).wait()
 
 
 def _tokens_apart(x: Tensor, layout: TensorLayout) -> Tensor:
@@ -117,7 +160,7 @@ def _tokens_apart(x: Tensor, layout: TensorLayout) -> Tensor:
     return x.unflatten(1, (layout.size, -1)).transpose(0, 1)
 
 
-def _tokens_together(parts: Tensor, tokens: int) -> Tensor:
+def tokens_together(parts: Tensor, tokens: int) -> Tensor:
     """(ranks, B, ceil(T / ranks), n) -> (B, T, n), without the padding."""
     return parts.transpose(0, 1).flatten(1, 2)[:, :tokens]
 
@@ -164,20 +207,18 @@ class _ScatterTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _tokens_together(_gathered(grad, ctx.layout), ctx.tokens), None
+        return tokens_together(_gathered(grad, ctx.layout), ctx.tokens), None
 
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: TensorLayout, tokens: int, partial: bool) -> Tensor:
-        ctx.layout, ctx.partial = layout, partial
-        return _tokens_together(_gathered(x, layout), tokens)
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
+        ctx.layout = layout
+        return tokens_together(_gathered(x, layout), tokens)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        parts = _tokens_apart(grad, ctx.layout)
-        own = _scattered_sum(parts, ctx.layout) if ctx.partial else parts[ctx.layout.rank].contiguous()
-        return own, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _tokens_apart(grad, ctx.layout)[ctx.layout.rank].contiguous(), None, None
 
 
 class _SumScatterTokens(torch.autograd.Function):
@@ -188,4 +229,4 @@ class _SumScatterTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _tokens_together(_gathered(grad, ctx.layout), ctx.tokens), None
+        return tokens_together(_gathered(grad, ctx.layout), ctx.tokens), None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,12 @@ _VIEWS = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "t", "tr
 
 Recompute = Literal["none", "selective", "full"]
 Tensors = tuple[Tensor, ...]
+_recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
+
+
+def is_recomputed() -> bool:
+    """Whether the block that runs now is recomputed: what it keeps lives as long as its own backward pass only."""
+    return _recomputed.get()
 
 
 def run_block(block: Callable[[Tensors], Tensors], inputs: Tensors, how: Recompute) -> Tensors:
@@ -30,8 +37,16 @@ def run_block(block: Callable[[Tensors], Tensors], inputs: Tensors, how: Recompu
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _KeepProducts())
-    outputs: Tensors = checkpoint(block, inputs, **options)
+    outputs: Tensors = checkpoint(functools.partial(_marked, block), inputs, **options)
     return outputs
+
+
+def _marked(block: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+    token = _recomputed.set(True)  # here, and not around it all: the backward pass runs this again, in its own thread
+    try:
+        return block(inputs)
+    finally:
+        _recomputed.reset(token)
 
 
 @functools.cache

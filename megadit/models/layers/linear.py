@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megadit.models.layers.column_linear import column_linear
 from megadit.mup.rules import Parametrization, Purpose
 from megadit.mup.spec import Dim, ParamSpec, Role
 from megadit.parallel.collectives import (
     copy_to_ranks,
     gather_channels,
-    gather_tokens,
     sum_and_scatter_tokens,
     sum_over_ranks,
 )
@@ -88,11 +88,7 @@ class MuLinear(nn.Module):
         return self._on_own_tokens(x, self.layout)
 
     def _columns(self, x: Tensor, layout: TensorLayout) -> Tensor:
-        if self.tokens is None:
-            x = copy_to_ranks(x, layout)
-        else:
-            x = gather_tokens(x, layout, self.tokens, partial=True)
-        out = scaled_linear(x, self.weight, self.bias, self.forward_mult)
+        out = column_linear(x, self.weight, self.bias, self.forward_mult, layout, self.tokens)
         return gather_channels(out, layout, partial=layout.sequence) if self.gather else out
 
     def _rows(self, x: Tensor, layout: TensorLayout) -> Tensor:
