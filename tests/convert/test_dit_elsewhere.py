@@ -64,14 +64,6 @@ def test_multipliers_are_folded() -> None:
         torch.testing.assert_close(output(found, back), output(config, state), rtol=0, atol=2e-6)
 
 
-def test_the_projector_of_repa_stays_behind() -> None:
-    config = tiny_config(repa={"block": 1, "feature_dim": 8, "hidden": 16})
-    state = random_state(config)
-    assert any(name.startswith("repa.") for name in state)
-    found, back = from_official("dit", to_official(config, state), heads=2)
-    assert found.repa is None and not any(name.startswith("repa.") for name in back)
-
-
 def test_the_mup_repository_keeps_its_multiplier_in_the_forward_pass() -> None:
     config = tiny_config(width=144, heads=None, head_dim=72, parametrization="mup", base_width=288, output_mult=4.0)
     state = random_state(config)

@@ -1,0 +1,47 @@
+"""REPA's projector serves training alone: no family's export carries it into the formats of others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.tiny_dit import randomize, tiny_config
+from helpers.tiny_mmdit import tiny_mmdit
+from helpers.tiny_pixart import tiny_pixart
+from helpers.tiny_uvit import tiny_uvit
+from megadit.config import ModelConfig
+from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
+from megadit.models import build_model
+
+_REPA: dict[str, Any] = {"repa": {"block": 1, "feature_dim": 8, "hidden": 16}}
+_CONFIGS = {
+    "dit": tiny_config(**_REPA),
+    "pixart": tiny_pixart(**_REPA),
+    "uvit": tiny_uvit("class", **_REPA),
+    "mmdit": tiny_mmdit(pooled=12, **_REPA),
+}
+
+
+@pytest.mark.parametrize("family", _CONFIGS)
+@pytest.mark.parametrize("form", ["official", "diffusers"])
+def test_the_projector_of_repa_stays_behind(family: str, form: str) -> None:
+    if (family, form) == ("uvit", "diffusers"):
+        pytest.skip("diffusers has no class for U-ViT")
+    config = _CONFIGS[family]
+    model = build_model(config)
+    randomize(model, 0.1)
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    assert any(name.startswith("repa.") for name in state)
+    if form == "official":
+        exported = to_official(config, state)
+        found, back = from_official(family, exported, heads=2)
+    else:
+        folder_json, exported = to_diffusers(config, state)
+        found, back = from_diffusers(folder_json, exported)
+    assert not any("repa" in name for name in exported)
+    assert found.repa is None
+    kept: ModelConfig = config.model_copy(update={"repa": None})
+    assert back.keys() == build_model(kept).state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in back.items())
