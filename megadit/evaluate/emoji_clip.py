@@ -28,7 +28,7 @@ from megadit.data.features.efficientnet import load_network, preprocessed
 from megadit.data.features.encoder import resized
 from megadit.data.text import build_encoder, cache_folder
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import save_tensors
 
 _SIDE = 64  # pixels to which pictures are enlarged for the image encoder
 _WIDTH = 256  # channels of the space in which pictures and texts meet
@@ -129,7 +129,7 @@ def load_emoji_clip(image_size: int, cache: str | None = None) -> EmojiClip:
     Raises UserError where a package is missing or the cache cannot be written.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     settings = (_VERSION, _SIDE, _BLOCK, _NOISE, _WIDTH, _STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE, image_size)
     encoder = build_encoder(TextSource(encoder="minilm", pooled="same")).identity
@@ -151,8 +151,7 @@ def load_emoji_clip(image_size: int, cache: str | None = None) -> EmojiClip:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            save_file(model.tensors, str(temporary))
+        save_tensors(path, model.tensors)
     except OSError as error:
         raise UserError(f"$XDG_CACHE_HOME: '{path.parent}' cannot be written ({error.strerror or error})") from error
     return model
