@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=6, metavar="N", help="optimizer steps, at least 5; default 6")
     p.add_argument("--seeds", type=int, default=2, metavar="N", help="initialisations per width; default 2")
     p.add_argument("--batch", type=int, default=16, metavar="N", help="images per step; default 16")
-    p.add_argument("--lr", type=float, metavar="RATE", help="base learning rate; default: the config's, at most 2^-10")
+    p.add_argument("--lr", metavar="RATE", help="base learning rate, e.g. 2^-7; default: the config's, at most 2^-10")
     p.add_argument("--param", choices=("sp", "mup"), help="default: the config's parametrization")
     p.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks; default 1")
     p.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the report")
@@ -52,6 +52,15 @@ def _widths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--widths {text}: not whole numbers with commas between; write e.g. 64,128,256") from None
+
+
+def _rate(text: str | None, default: float) -> float:
+    from megadit.config.values import number
+
+    rate = default if text is None else number(text)
+    if rate is None or not 0.0 < rate < float("inf"):
+        raise UserError(f"--lr {text}: not a learning rate; give a number above 0, e.g. 1e-3 or 2^-10")
+    return rate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_config(args.config, args.overrides)
     weight = config.objective.repa_weight
-    rate = min(config.optim.lr, _LINEAR) if args.lr is None else args.lr
-    if not 0.0 < rate < float("inf"):
-        raise UserError(f"--lr {rate:g}: not a learning rate; give a number above 0")
+    rate = _rate(args.lr, min(config.optim.lr, _LINEAR))
     plan = CoordPlan(widths, args.steps, args.seeds, args.batch)
     check_shares(config.model, plan, args.tp)
     try:

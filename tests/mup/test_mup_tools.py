@@ -68,7 +68,7 @@ _CHECK = ["--config", _CONFIG, "--widths", "32,64,128", "--seeds", "1", "--steps
 
 def test_coord_check_passes_mup_and_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cc"
-    assert _main("coord_check", *_CHECK, "--json", "--out", str(out), *_SMALL) == 0
+    assert _main("coord_check", *_CHECK, "--lr", "2^-10", "--json", "--out", str(out), *_SMALL) == 0
     verdict = json.loads(capsys.readouterr().out)
     assert verdict["verdict"] == "passes" and verdict["broken"] == []
     assert verdict == json.loads((out / "verdict.json").read_text())
@@ -94,6 +94,7 @@ def test_coord_check_fails_sp_with_exit_code_3_and_names_modules(tmp_path: Path)
         (["--widths", "64,x"], "--widths 64,x"),
         (["--widths", "64,128"], "three different widths"),
         (["--lr", "0"], "--lr 0: not a learning rate"),
+        (["--lr", "2^x"], r"--lr 2\^x: not a learning rate"),
         (["--widths", "64,72,128"], "multiples of 16"),
         (["--widths", "64,128,256", "model.dpth=1"], r"model\.depth"),
         (["--out", "/proc/none/cc"], "--out /proc/none/cc"),
