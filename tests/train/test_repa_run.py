@@ -37,10 +37,8 @@ def repa_config(**sections: dict[str, Any]) -> RunConfig:
     return small_config(**{name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}})
 
 
-@pytest.fixture(scope="module")
-def plain() -> dict[str, Any]:
+def plain_run(config: RunConfig) -> dict[str, Any]:
     """The same training written out: one process, no DeepSpeed, the loss of REPA in float64."""
-    config = repa_config()
     train_set, _ = build_datasets(config.data)
     seed, size = config.train.seed, config.train.global_batch
     layout, order = BatchLayout(size, 1, 0, size), SampleOrder(len(train_set), seed)
@@ -81,6 +79,11 @@ def assert_same(results: list[dict[str, Any]], plain: dict[str, Any]) -> None:
         assert gap <= 5 * TOLERANCE, f"{name}: {gap:.2e}"
 
 
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    return plain_run(repa_config())
+
+
 LAYOUTS = [(1, 0, 16, "none"), (2, 1, 8, "none"), (2, 2, 4, "selective"), (2, 3, 4, "full")]
 
 
@@ -95,6 +98,16 @@ def test_layouts_equal_plain_torch(
     assert_same(results, plain)
     averages = merge_weights(results, "ema/0.5")
     assert averages["repa.fc1.weight"].isfinite().all()
+
+
+@pytest.mark.distributed
+def test_a_normed_projector_equals_plain_torch_at_zero_3(tmp_path: Path) -> None:
+    repa = {"block": 1, "feature_dim": 112, "hidden": 48, "norm": "rms"}
+    config = repa_config(model={"repa": repa}, parallel={"zero_stage": 3}, train={"micro_batch": 4})
+    results = run_ranks(2, train_rank, config, str(tmp_path), STEPS, timeout=120)
+    plain = plain_run(config)
+    assert_same(results, plain)
+    assert (plain["weights"]["repa.norm.weight"] != 1).any()  # the gain learns
 
 
 @pytest.mark.distributed
