@@ -97,7 +97,8 @@ def test_a_share_without_its_mark_is_seen_in_the_norm(reference, tmp_path, stage
 
 @pytest.mark.distributed
 def test_clipping_by_role_counts_shares_once(tmp_path):
-    clip = {"clip": {"mode": "per_group", "value": 0.05}}
+    # A large epsilon: clipped this hard, Adam would make full steps of entries that are rounding alone.
+    clip = {"clip": {"mode": "per_group", "value": 0.05}, "eps": 1e-4}
     plain = small_config(train={"steps": STEPS}, optim=clip, **SECTIONS)
     expected = plain_torch_run(plain, STEPS)
     for stage in (0, 1):
@@ -107,9 +108,8 @@ def test_clipping_by_role_counts_shares_once(tmp_path):
         results = run_ranks(2, train_rank, config, str(tmp_path / str(stage)))
         for found, wanted in zip(results[0]["role_norms"], expected["role_norms"], strict=True):
             assert found == pytest.approx(wanted, rel=TOLERANCE)
-        # Clipped this hard, some entries come near Adam's epsilon, which takes rounding into the weights: 1.3e-5.
         for name, weights in merge_weights(results).items():
-            assert gap_of(name, weights, expected["weights"][name]) <= 3 * TOLERANCE, name
+            assert gap_of(name, weights, expected["weights"][name]) <= TOLERANCE, name
 
 
 @pytest.mark.distributed
