@@ -33,7 +33,8 @@ def example_conditioning(config: ModelConfig, numbers: Sequence[int]) -> Conditi
         return Conditioning(labels=labels)
     ids = torch.tensor(list(numbers))
     length, pooled_dim = config.text.max_length, config.text.pooled_dim
-    lengths = 1 + torch.arange(len(numbers)) * 7 % length
+    golden = 0.618034 * torch.arange(len(numbers), dtype=torch.float64)  # spreads any number of them evenly
+    lengths = 1 + ((golden - golden.floor()) * length).long()
     return Conditioning(
         labels=labels,
         text=rng.batch_normal(rng.sample_keys(0, "example-text", ids), (length, config.text.dim)),
