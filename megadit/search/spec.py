@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -336,12 +336,31 @@ def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
     values.setdefault("name", file.stem)
     layers = [Layer(values, display(file))]
     if overrides:
-        layers.append(Layer(nested(overrides), "an override"))
+        changes = nested(overrides)
+        if isinstance(changes.get("space"), dict):
+            changes["space"] = _searched(values.get("space"), changes["space"])
+        layers.append(Layer(changes, "an override"))
     merged = merge(layers, StudySpec)
     try:
         return StudySpec.model_validate(nested(merged.values))
     except ValidationError as error:
         raise UserError(explain(error, StudySpec, merged.sources)) from None
+
+
+def _searched(space: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The space after an override: ``space={...}`` is all of it, ``space.optim.lr={...}`` one key of it."""
+    dotted = dict(_dimensions(given, ""))
+    whole = dotted.keys() == given.keys() or not isinstance(space, dict)
+    return dotted if whole else {**space, **dotted}
+
+
+def _dimensions(given: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        section = isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values())
+        if section and "." not in key:
+            yield from _dimensions(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _listed(scores: tuple[ScoreSpec, ...]) -> str:

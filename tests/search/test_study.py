@@ -49,6 +49,21 @@ def test_cells_and_configs(make):
     assert config.optim.eps == 1e-10 and study.spec.name == "small"
 
 
+def test_one_searched_key_or_all_may_be_given_on_the_command_line(make):
+    two = {**LR, "optim.eps": {"grid": [1e-8, 1e-9]}}
+    one_changed = make("space.optim.lr={grid: [2^-3]}", space=two).spec.space
+    assert {key: list(one.values) for key, one in one_changed.items()} == {
+        "optim.lr": [0.125],
+        "optim.eps": [1e-8, 1e-9],
+    }
+    assert list(make("space.optim.lr.grid=[1, 2]").spec.space["optim.lr"].values) == [1, 2]
+    assert list(make("space={optim.lr: {grid: [1]}}", space=two).spec.space) == ["optim.lr"]
+    with pytest.raises(UserError, match=r"optim\.lrr"):
+        make("space.optim.lrr={grid: [1]}")
+    with pytest.raises(UserError, match=r"space\.optim\.lr"):
+        make("space.optim.lr=3")
+
+
 def test_a_study_without_scale_or_variants_is_one_cell(make):
     study = make()
     assert [(cell.variant, cell.scale, cell.label) for cell in study.cells] == [("", None, "base")]
