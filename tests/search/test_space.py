@@ -106,7 +106,7 @@ def test_optuna_distributions_lead_back_to_points():
         ("optim.clip", {"grid": [1]}, "space.optim.clip: is a section; search one of optim.clip.mode, optim.clip.val"),
         ("optim.schedule", {"uniform": [0, 1]}, "space.optim.schedule: uniform is for numbers"),
         ("optim.warmup_steps", {"uniform": [0, 1.5]}, "space.optim.warmup_steps: 1.5 is not a whole number"),
-        ("objective.repa_weight", {"uniform": [0.1, 1]}, "space.objective.repa_weight: no such key"),
+        ("objective.repa_wait", {"uniform": [0.1, 1]}, "space.objective.repa_wait: no such key"),
     ],
 )
 def test_keys_that_the_configuration_has_not(key: str, spec: dict[str, Any], message: str):

@@ -23,7 +23,7 @@ class NoPartitions:
 
     stage, replicated = 0, True
 
-    def fragments(self):
+    def to_save(self):
         return []
 
     def adam_step(self):

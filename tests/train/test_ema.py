@@ -225,7 +225,7 @@ def swap_rank(config, folder, ds):
     again = validation_losses(run)  # settles what the exception left
     intact = intact and same(before, state()) and again == online
     expected = [
-        (f.name, f.shape, f.start, f.stop, engine.ema.tensors(f)[f"ema/{name}"].clone())
+        (f.name, f.shape, f.start, f.stop, engine.ema.tensors(f)[f"ema/{name}"].clone(), f.boxes)
         for f in engine.partitions.fragments()
     ]
     with pytest.raises(ZeroDivisionError), engine.evaluation(name):
@@ -304,7 +304,7 @@ def test_names_and_bad_values():
 
 
 def test_the_plan_counts_averages():
-    from megadit.plan.describe import state_bytes
+    from megadit.plan import state_bytes
 
     none, two = (state_bytes(1000, 4, 2, "bf16", averages) for averages in (0, 2))
     assert two == {**none, "averages": 2 * 4 * 1000 / 4}
