@@ -27,7 +27,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--run_dir", metavar="DIR", help="where to write; default runs/<config name>")
     p.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default auto: go on from the latest")
-    p.add_argument("--dry_run", action="store_true", help="check everything, print the muP table, do not train")
+    p.add_argument(
+        "--dry_run", action="store_true", help="check everything, print layout, memory and muP table, do not train"
+    )
+    p.add_argument("--world_size", type=int, metavar="N", help="--dry_run as if for N ranks, of other machines")
+    p.add_argument("--json", action="store_true", help="--dry_run: print the layout as one JSON object")
     p.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # passed out of habit; has no effect
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from launchers
     return p
@@ -38,7 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     from megadit.train import command
 
-    return command.run(args.config, args.overrides, args.ds_config, args.run_dir, args.resume, args.dry_run)
+    return command.run(
+        args.config,
+        args.overrides,
+        args.ds_config,
+        args.run_dir,
+        args.resume,
+        args.dry_run,
+        world_size=args.world_size,
+        as_json=args.json,
+    )
 
 
 if __name__ == "__main__":

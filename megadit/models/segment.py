@@ -20,8 +20,7 @@ class Segment(nn.Module):
 
     The parameters that are left keep their canonical names in ``model``. The wire is the carrier between two stages
     and, where ``project`` is set and block ``model.repa_block`` lies behind, the projected tokens in front of it. The
-    last segment puts out the model's output, or with ``project`` (output, projected).
-
+    last segment puts out the model's output, or with ``project`` (output, projected). ``blocks``: how many it has.
     """
 
     def __init__(self, model: StagedModel, low: int, high: int) -> None:
@@ -30,6 +29,7 @@ class Segment(nn.Module):
         blocks = [sum(stage.is_block for stage in stages[:place]) for place in range(len(stages) + 1)]
         self.is_first, self.is_last = low == 0, high == len(stages)
         self.project = False
+        self.blocks = blocks[high] - blocks[low]
         self._blocks_before = blocks[low]
         self._stages = tuple(stages[low:high])  # a tuple is not registered: the parameters are the model's
         repa = model.repa if blocks[low] < model.repa_block <= blocks[high] else None

@@ -1,6 +1,8 @@
-"""What a run costs: FLOPs per image, memory of its state, and what a device can do."""
+"""What a run costs: FLOPs per image, memory and messages of its layout, and what a device can do."""
 
-from megadit.plan.describe import describe_plan, state_bytes
+from megadit.plan.describe import describe_plan
 from megadit.plan.flops import forward_flops, peak_flops
+from megadit.plan.layout import LayoutPlan, StagePlan, plan_layout
+from megadit.plan.state import state_bytes
 
-__all__ = ["describe_plan", "forward_flops", "peak_flops", "state_bytes"]
+__all__ = ["LayoutPlan", "StagePlan", "describe_plan", "forward_flops", "peak_flops", "plan_layout", "state_bytes"]

@@ -10,31 +10,47 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import DataConfig, LoadedConfig, load
-from megadit.config.dsconfig import merge_ds_config
+from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.data import ImageSet
-from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from megadit.errors import EXIT_BAD_INPUT, UserError
 from megadit.parallel import prepare_environment
 from megadit.parallel.compilation import check_compiler
 from megadit.train.checkpoint import saved_step
 from megadit.train.ds_check import check_ds_config
 from megadit.train.optimizer import resolve_implementation
-from megadit.train.pretrain import Job, Start, pretrain, resume_point, total_steps
+from megadit.train.pretrain import Job, pretrain, total_steps
 from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
 
 
 def run(
-    config: str | None, overrides: Sequence[str], ds_config: str | None, run_dir: str | None, resume: str, dry: bool
+    config: str | None,
+    overrides: Sequence[str],
+    ds_config: str | None,
+    run_dir: str | None,
+    resume: str,
+    dry: bool,
+    *,
+    world_size: int | None = None,
+    as_json: bool = False,
 ) -> int:
     """What the arguments of ``launch/pretrain.py`` ask for; returns the exit code.
 
     Raises:
         UserError: refused, on the rank that tells it for its host.
     """
+    from megadit.train.dry_run import dry_run, dry_run_elsewhere
+
+    for option, given in (("--world_size", world_size is not None), ("--json", as_json)):
+        if given and not dry:
+            raise UserError(f"{option}: belongs to --dry_run; add that, or leave it out")
+    if world_size is not None:
+        folder = run_folder(config, run_dir)
+        return dry_run_elsewhere(load(config, overrides), ds_config, folder, resume, world_size, as_json=as_json)
     try:
         job = prepare_job(config, overrides, ds_config, run_dir, resume)
         if dry:
-            return dry_run(job)
+            return dry_run(job, as_json=as_json)
         check_machine(job)
     except UserError as error:
         folder = run_folder(config, run_dir)
@@ -77,62 +93,53 @@ def check_job(
     Raises:
         UserError: anything in configuration, layout or data that cannot work.
     """
+    return check_data(resolve(loaded, ds_config, int(os.environ["WORLD_SIZE"])), folder, resume, datasets)
+
+
+def resolve(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> MergedConfig:
+    """The configuration and DeepSpeed's dict for ``world_size`` ranks, checked as far as no data are needed.
+
+    Raises:
+        UserError: anything in configuration or layout that cannot work.
+    """
+    from megadit.diffusion.sampling import check_sampling
+
+    merged = merge_ds_config(loaded, ds_config, world_size)
+    for warning in merged.warnings:
+        if speaks_for_node():
+            print(f"warning: {warning}", file=sys.stderr)
+    check_sampling(merged.config)
+    check_ds_config(merged.ds_config)
+    return merged
+
+
+def check_data(
+    merged: MergedConfig,
+    folder: Path,
+    resume: str,
+    datasets: Callable[[DataConfig], tuple[ImageSet, ImageSet]] | None = None,
+) -> Job:
+    """The job of a resolved configuration, with its data.
+
+    Raises:
+        UserError: data are missing, or are none for this model.
+    """
     from megadit.data import build_datasets, check_against_model, describe
     from megadit.data.checks import check_codec, draws_no_pictures, with_stored_codec
     from megadit.data.conditions import check_text
     from megadit.data.features import check_features
-    from megadit.diffusion.sampling import check_sampling
 
-    merged = merge_ds_config(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
-    for warning in merged.warnings:
-        if speaks_for_node():
-            print(f"warning: {warning}", file=sys.stderr)
     train_set, val_set = (datasets or build_datasets)(merged.config.data)
     facts = describe(train_set)
     check_against_model(facts, merged.config)
     check_codec(facts, merged.config)
     check_features(merged.config, train_set)
     check_text(merged.config, train_set)
-    check_sampling(merged.config)
-    check_ds_config(merged.ds_config)
     Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))
     note = draws_no_pictures(facts, merged.config)
     if note and speaks_for_node():
         print(f"note: {note}", file=sys.stderr)
     return Job(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
-
-
-def dry_run(job: Job) -> int:
-    """Print the layout, the memory of weights and optimizer, and the muP table; train nothing."""
-    if not speaks_for_node():
-        return EXIT_OK
-    start = resume_point(job)
-    try:
-        check_machine(job)
-    except UserError as error:
-        print(f"warning: on this machine the run would end here: {error}", file=sys.stderr)
-    from megadit.data import check_images
-    from megadit.models import build_model
-    from megadit.mup.table import format_rows, rows
-    from megadit.plan import describe_plan
-
-    for images in (job.train_set, job.val_set):
-        check_images(images)
-    config = job.config
-    model = build_model(config.model, device="meta")
-    steps = total_steps(config, len(job.train_set))
-    print(describe_plan(config, model, steps, int(os.environ["WORLD_SIZE"]), job.ds_config))
-    print(f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out")
-    print(f"run_dir      {job.run_dir}{_beginning(start)}")
-    print()
-    print(format_rows(rows(model, config.optim)))
-    return EXIT_OK
-
-
-def _beginning(start: Start) -> str:
-    if start.checkpoint is not None:
-        return f", going on from step {start.step} ({start.checkpoint})"
-    return f", beginning with the weights of {start.weights_from}" if start.weights_from is not None else ""
 
 
 def check_machine(job: Job) -> None:

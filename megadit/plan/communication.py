@@ -1,0 +1,50 @@
+"""Bytes that a rank sends in one optimizer step, by kind, and what they would be at the least.
+
+Counted as rings send them (``ring_bytes``), whatever algorithm a library takes. What DeepSpeed does for data
+parallelism was counted on its collectives, version 0.19: ZeRO 1 and 2 sum whole gradients with all-reduce, stage 2
+after every micro batch, where each rank needs its share of the sum alone. Scalars (norms, overflow flags) are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from megadit.parallel.rehearsal import Kind, ring_bytes
+
+
+def tensor_bytes(calls: Mapping[tuple[Kind, int], int], ranks: int) -> dict[str, float]:
+    """Bytes sent for collectives between ``ranks`` tensor-parallel ranks, by kind."""
+    sent: Counter[str] = Counter()
+    for (kind, size), times in calls.items():
+        sent[f"tensor {kind}"] += times * ring_bytes(kind, size, ranks)  # type: ignore[assignment]
+    return dict(sent)
+
+
+def data_bytes(
+    parameters: int, item: int, replicas: int, zero_stage: int, micro_batches: int, *, recompute: bool
+) -> dict[str, float]:
+    """Bytes sent between the replicas of ``parameters`` held by a rank, ``item`` bytes each, in one step.
+
+    ZeRO 3 gathers weights for every forward and backward pass, and again where the backward pass recomputes; weights
+    that are small enough to stay (stage3_param_persistence_threshold) are counted too.
+    """
+    if replicas == 1:
+        return {}
+    whole = parameters * item
+    summed, half = ring_bytes("all_reduce", whole, replicas), ring_bytes("all_gather", whole, replicas)
+    if zero_stage == 0:
+        return {"data all_reduce of gradients": summed}
+    if zero_stage == 3:
+        return {
+            "data all_gather of weights": (3 if recompute else 2) * half * micro_batches,
+            "data reduce_scatter of gradients": half * micro_batches,
+        }
+    times = micro_batches if zero_stage == 2 else 1
+    return {"data all_reduce of gradients": summed * times, "data all_gather of weights": half}
+
+
+def least_data_bytes(parameters: int, item: int, replicas: int) -> float:
+    """The least between replicas: a sum of which each has a share, and the new weights back (Rajbhandari et al. 2020,
+    section 7)."""
+    return ring_bytes("all_reduce", parameters * item, replicas)

@@ -1,0 +1,183 @@
+"""Who holds what, and what it costs: a run's layout, planned in one process for any number of ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megadit.config import RunConfig
+from megadit.parallel.balance import balanced_cuts, bubble_share
+from megadit.parallel.topology import Topology
+from megadit.plan.activations import Passage, count_passages
+from megadit.plan.bubble import idle_share
+from megadit.plan.communication import data_bytes, tensor_bytes
+from megadit.plan.flops import stage_flops
+from megadit.plan.state import state_bytes
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage. Bytes are those of one rank, sent bytes those of one rank in one step.
+
+    in_flight: micro batches that are between their forward and their backward pass here, at most.
+    """
+
+    stage: int
+    ranks: tuple[int, int]  # the first and the last
+    blocks: tuple[int, int]  # the first and the last, counted from 1; (0, 0) for none
+    ends: tuple[str, ...]  # of embedding, readout
+    flops_share: float
+    parameters: int
+    in_flight: int
+    bytes: dict[str, float]
+    sent: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes of a rank, together."""
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """A layout of ``world`` ranks. ``bubble``: share of a step in which stages wait, were they equally fast;
+    ``idle``: the same from the FLOPs of each."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    data: int
+    sequence: bool
+    zero_stage: int
+    micro_batch: int
+    micro_batches: int
+    parameters: int
+    tensor_groups: tuple[tuple[int, ...], ...]  # of the first replica
+    bubble: float
+    idle: float
+    stages: tuple[StagePlan, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"bytes_per_rank": max(stage.total for stage in self.stages)}
+
+
+def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parameters: int) -> LayoutPlan:
+    """The layout of a resolved configuration for ``world`` ranks; ``parameters`` of the whole model.
+
+    Every stage is built on the meta device as its first tensor-parallel rank holds it (the others hold as much), and
+    one micro batch is run through it there.
+    """
+    parallel, train = config.parallel, config.train
+    flops = stage_flops(config.model)
+    cuts = balanced_cuts(flops, parallel.pipeline)
+    micro, many = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
+    place = Topology(world, 0, parallel.tensor, parallel.pipeline)
+    passages = count_passages(
+        config.model,
+        cuts,
+        micro,
+        _DTYPES[train.precision],
+        train.activation_checkpointing,
+        parallel.tensor,
+        sequence=parallel.sequence,
+    )
+    stages, blocks = [], 0
+    for stage, (segment, passage) in enumerate(passages):
+        held = sum(p.numel() for p in segment.parameters())
+        own = segment.blocks
+        stages.append(
+            StagePlan(
+                stage=stage,
+                ranks=(stage * place.data * place.tensor, (stage + 1) * place.data * place.tensor - 1),
+                blocks=(blocks + 1, blocks + own) if own else (0, 0),
+                ends=tuple(
+                    name for name, has in (("embedding", segment.is_first), ("readout", segment.is_last)) if has
+                ),
+                flops_share=sum(flops[cuts[stage] : cuts[stage + 1]]) / sum(flops),
+                parameters=held,
+                in_flight=min(parallel.pipeline - stage, many),
+                bytes=_bytes(config, held, passage, place.data, min(parallel.pipeline - stage, many)),
+                sent=_sent(config, held, passage, place.data, many),
+            )
+        )
+        blocks += own
+    groups = [tuple(g) for g in place.lists("tensor") if (g[0] // place.tensor) % place.data == 0]
+    return LayoutPlan(
+        world=world,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=place.data,
+        sequence=parallel.sequence,
+        zero_stage=int(ds_config["zero_optimization"]["stage"]),
+        micro_batch=micro,
+        micro_batches=many,
+        parameters=parameters,
+        tensor_groups=tuple(groups),
+        bubble=bubble_share(parallel.pipeline, many),
+        idle=idle_share([stage.flops_share for stage in stages], many, train.activation_checkpointing == "full"),
+        stages=tuple(stages),
+    )
+
+
+def _bytes(config: RunConfig, held: int, passage: Passage, replicas: int, in_flight: int) -> dict[str, float]:
+    assert config.parallel.zero_stage is not None  # resolved
+    state = state_bytes(held, replicas, config.parallel.zero_stage, config.train.precision, len(config.ema.names))
+    return state | {"activations": float((in_flight - 1) * passage.kept + passage.peak)}
+
+
+def _sent(config: RunConfig, held: int, passage: Passage, replicas: int, many: int) -> dict[str, float]:
+    assert config.parallel.zero_stage is not None
+    item = _DTYPES[config.train.precision].itemsize
+    per_batch = tensor_bytes(Counter(passage.forward) + Counter(passage.backward), config.parallel.tensor)
+    sent = {kind: size * many for kind, size in per_batch.items()}
+    if config.parallel.pipeline > 1:
+        sent["pipeline send"] = float((passage.wire_out + passage.wire_back) * many)
+    recompute = config.train.activation_checkpointing != "none"
+    zero = config.parallel.zero_stage
+    return sent | data_bytes(held, item, replicas, zero, many, recompute=recompute)
+
+
+def table(plan: LayoutPlan) -> str:
+    """The plan as lines: who holds what, then a row for each stage."""
+    share = f"tensor {plan.tensor}{' with sequence' if plan.sequence else ''}"
+    lines = [
+        f"{share} x pipeline {plan.pipeline} x data {plan.data}, ZeRO {plan.zero_stage}; each stage waits "
+        f"{100 * plan.bubble:.1f}% of a step, {100 * plan.idle:.1f}% by the FLOPs of the stages"
+    ]
+    if plan.tensor > 1:
+        groups = " ".join(f"{group[0]}-{group[-1]}" for group in plan.tensor_groups[:8])
+        lines.append(f"layers are shared by ranks {groups}{' ...' if len(plan.tensor_groups) > 8 else ''} of replica 0")
+    head = ("stage", "ranks", "holds", "FLOPs", "parameters", *plan.stages[0].bytes, "total GB", "sent GB/step")
+    rows = [head, *(_row(stage) for stage in plan.stages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    kinds = sorted({kind for stage in plan.stages for kind in stage.sent})
+    for kind in kinds:
+        most = max(stage.sent.get(kind, 0.0) for stage in plan.stages)
+        lines.append(f"sent by a rank in a step, at most: {kind} {most / 1e9:.3g} GB")
+    return "\n".join(lines)
+
+
+def _row(stage: StagePlan) -> tuple[str, ...]:
+    first, last = stage.blocks
+    held = [f"blocks {first}-{last}"] if last else []
+    if "embedding" in stage.ends:
+        held.insert(0, "embedding")
+    if "readout" in stage.ends:
+        held.append("readout")
+    return (
+        str(stage.stage),
+        f"{stage.ranks[0]}-{stage.ranks[1]}",
+        ", ".join(held),
+        f"{100 * stage.flops_share:.1f}%",
+        f"{stage.parameters:,}",
+        *(f"{size / 1e9:.3g}" for size in stage.bytes.values()),
+        f"{stage.total / 1e9:.3g}",
+        f"{sum(stage.sent.values()) / 1e9:.3g}",
+    )

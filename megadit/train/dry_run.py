@@ -1,0 +1,92 @@
+"""``launch/pretrain.py --dry_run``: what a run would do, for the ranks that are here or for any number of others."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megadit.config import LoadedConfig, RunConfig
+from megadit.errors import EXIT_OK, UserError
+from megadit.train.command import check_data, check_machine, resolve, speaks_for_node
+from megadit.train.pretrain import Job, Start, resume_point, total_steps
+
+
+def dry_run(job: Job, *, as_json: bool = False) -> int:
+    """Print the layout, its memory and messages, and the muP table; train nothing.
+
+    Raises:
+        UserError: the checkpoint to go on from, or an image, is broken.
+    """
+    if not speaks_for_node():
+        return EXIT_OK
+    start = resume_point(job)
+    _warn_of_machine(job)
+    from megadit.data import check_images
+
+    for images in (job.train_set, job.val_set):
+        check_images(images)
+    steps = total_steps(job.config, len(job.train_set))
+    lines = [
+        f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out",
+        f"run_dir      {job.run_dir}{_beginning(start)}",
+    ]
+    _report(job.config, job.ds_config, int(os.environ["WORLD_SIZE"]), steps, lines, as_json=as_json)
+    return EXIT_OK
+
+
+def dry_run_elsewhere(
+    loaded: LoadedConfig, ds_config: str | None, folder: Path, resume: str, world_size: int, *, as_json: bool = False
+) -> int:
+    """The same for ``world_size`` ranks of other machines: what is missing on this one is a warning.
+
+    Raises:
+        UserError: anything in configuration or layout that cannot work.
+    """
+    if world_size < 1:
+        raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
+    merged = resolve(loaded, ds_config, world_size)
+    lines, steps = [f"run_dir      {folder}"], merged.config.train.steps
+    try:
+        job = check_data(merged, folder, resume)
+        lines = [f"run_dir      {folder}{_beginning(resume_point(job))}"]
+        steps = total_steps(job.config, len(job.train_set))
+        _warn_of_machine(job)
+    except UserError as error:
+        _warn(error)
+    _report(merged.config, merged.ds_config, world_size, steps, lines, as_json=as_json)
+    return EXIT_OK
+
+
+def _report(
+    config: RunConfig, ds_config: dict[str, Any], ranks: int, steps: int | None, lines: list[str], *, as_json: bool
+) -> None:
+    from megadit.models import build_model
+    from megadit.mup.table import format_rows, rows
+    from megadit.plan import describe_plan
+
+    model = build_model(config.model, device="meta")
+    text, facts = describe_plan(config, model, steps, ranks, ds_config)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print("\n".join([text, *lines, "", format_rows(rows(model, config.optim))]))
+
+
+def _warn_of_machine(job: Job) -> None:
+    try:
+        check_machine(job)
+    except UserError as error:
+        _warn(error)
+
+
+def _warn(error: UserError) -> None:
+    print(f"warning: on this machine the run would end here: {error}", file=sys.stderr)
+
+
+def _beginning(start: Start) -> str:
+    if start.checkpoint is not None:
+        return f", going on from step {start.step} ({start.checkpoint})"
+    return f", beginning with the weights of {start.weights_from}" if start.weights_from is not None else ""
