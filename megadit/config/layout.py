@@ -39,7 +39,8 @@ def _pipeline_problem(config: RunConfig) -> str | None:
         return None
     if stages > blocks + 2:
         return (
-            f"parallel.pipeline: {stages} is more than the {blocks + 2} stages of a model of {blocks} blocks; lower it"
+            f"parallel.pipeline: {stages} is more than the {blocks + 2} stages of a model of {blocks} blocks; the "
+            f"nearest possible: {blocks + 2}"
         )
     if zero == 0:
         return (

@@ -35,7 +35,6 @@ COMMON: dict[str, dict[str, Any]] = {
         },
     },
     "ema": {"decays": (0.9999,), "sigma_rels": (), "every": 1},
-    "parallel": ParallelConfig().model_dump(),
     "sample": {
         "scheduler": "euler", "steps": 50, "guidance": 4.0, "guidance_channels": None, "count": 16, "seed": 0,
         "weights": "0.9999", "prompts": (),
@@ -53,6 +52,7 @@ def test_every_value(name: str):
     width, heads, parametrization, lr, clip, steps, _ = PAPER[name]
     mup = parametrization == "mup"
     assert load(configs_dir() / "mmdit" / f"{name}.yaml").config.model_dump() == COMMON | {
+        "parallel": ParallelConfig(**({} if name == "proxy-mup" else {"tensor": 2, "pipeline": 4})).model_dump(),
         "model": {
             "family": "mmdit", "width": width, "depth": 16, "heads": None if mup else heads,
             "head_dim": 64 if mup else None, "patch_size": 2, "in_channels": 16, "input_size": 32, "learn_sigma": False,
@@ -75,7 +75,7 @@ def test_every_value(name: str):
         },
         "train": {
             "steps": steps, "epochs": None, "global_batch": 4096, "micro_batch": None, "precision": "bf16", "seed": 0,
-            "activation_checkpointing": "none" if name == "proxy-mup" else "full", "compile": False,
+            "activation_checkpointing": "none", "compile": False,
             "log_every": 100, "checkpoint_every": 5000, "keep_last": 2, "keep_every": None,
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": 10_000, "validation_images": 4096, "validate_with": ("online",), "tensorboard": True,

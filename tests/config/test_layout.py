@@ -16,7 +16,7 @@ SIX = {"model": {"width": 96, "heads": 6}}
         ({"tensor": 4}, SIX, "parallel.tensor: 4 does not divide model.heads, 6; the nearest possible: 3 or 6"),
         ({"tensor": 8}, SIX, "parallel.tensor: 8 does not divide model.heads, 6; the nearest possible: 6"),
         ({"sequence": True}, {}, "parallel.sequence: true cuts tokens between tensor-parallel ranks, and there is one"),
-        ({"pipeline": 5}, {}, "parallel.pipeline: 5 is more than the 4 stages of a model of 2 blocks; lower it"),
+        ({"pipeline": 5}, {}, "parallel.pipeline: 5 is more than the 4 stages of a model of 2 blocks; the nearest "),
         ({"pipeline": 2, "zero_stage": 0}, {}, "parallel.zero_stage: 0 does not go with parallel.pipeline 2, where"),
         ({"pipeline": 2, "zero_stage": 2}, {}, "parallel.zero_stage: 2 does not go with parallel.pipeline 2, whose"),
         ({"tensor": 2}, {"train": {"compile": True}}, "train.compile: true does not go with parallel.tensor 2"),
