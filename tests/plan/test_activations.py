@@ -1,0 +1,108 @@
+"""What the plan counts on the meta device is what forward and backward hold on the CPU; stages wait as planned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.tiny_dit import tiny_config
+from helpers.tiny_mmdit import tiny_mmdit
+from helpers.tiny_pixart import tiny_pixart
+from helpers.tiny_uvit import tiny_uvit
+from megadit.config import ModelConfig
+from megadit.models import build_model
+from megadit.models.segment import build_segment
+from megadit.mup.example import example_conditioning, example_images
+from megadit.parallel.balance import bubble_share
+from megadit.plan.activations import LiveBytes, count_passages
+from megadit.plan.bubble import idle_share
+
+BATCH = 5
+REPA = {"block": 1, "feature_dim": 24, "hidden": 32}
+FAMILIES = {
+    "dit": tiny_config(qk_norm="rms"),
+    "pixart": tiny_pixart(mlp="swiglu"),
+    "uvit": tiny_uvit("text"),
+    "mmdit": tiny_mmdit(mlp="swiglu", repa=REPA),
+}
+
+
+def passage(config: ModelConfig, recompute: Any = "none", cuts: tuple[int, ...] | None = None) -> list[Any]:
+    whole = cuts or (0, config.blocks + 2)
+    return [found for _, found in count_passages(config, whole, BATCH, torch.float32, recompute)]
+
+
+def inputs(config: ModelConfig) -> tuple[Any, ...]:
+    return example_images(config, range(BATCH)), torch.full((BATCH,), 500.0), example_conditioning(config, range(BATCH))
+
+
+def moving(out: Any) -> list[torch.Tensor]:
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
+    config = FAMILIES[family]
+    segment = build_segment(config, (0, config.blocks + 2), 0)
+    segment.model.recompute, segment.project = recompute, config.repa is not None
+    carrier = segment.model.carrier(*inputs(config))
+    known = [*segment.parameters(), *segment.buffers()]
+    for p in segment.parameters():
+        p.grad = torch.zeros_like(p)
+        known.append(p.grad)
+    with LiveBytes(known) as live:
+        wire = tuple(part.clone() for part in carrier)  # a pipeline holds it until the backward pass
+        out = moving(segment(wire))
+        kept = live.now
+        torch.autograd.backward(out, [torch.ones_like(part) for part in out])
+    [counted] = passage(config, recompute)
+    assert counted.kept == pytest.approx(kept, rel=0.01)
+    assert counted.peak == pytest.approx(live.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_what_autograd_saves(family):
+    config = FAMILIES[family]
+    model = build_model(config)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(*inputs(config), project=config.repa is not None)
+    total = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
+    [counted] = passage(config)
+    assert counted.kept == pytest.approx(total, rel=0.06)  # inputs and outputs are held too
+
+
+def test_recomputation_keeps_less_and_micro_batches_add_up():
+    none, selective, full = (passage(FAMILIES["dit"], how)[0] for how in ("none", "selective", "full"))
+    assert full.kept < selective.kept < none.kept
+    assert full.kept < full.peak < none.peak
+
+
+def test_stages_hold_together_what_the_whole_holds():
+    config = FAMILIES["mmdit"]
+    [whole] = passage(config)
+    first, second = passage(config, cuts=(0, 2, 5))
+    assert first.wire_out == second.wire_in > second.wire_back > 0
+    assert first.wire_in == second.wire_out == first.wire_back == 0
+    assert first.kept + second.kept == pytest.approx(whole.kept + second.wire_in, rel=0.02)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 3), (2, 1), (4, 2), (4, 16), (8, 128)])
+def test_equal_stages_wait_as_long_as_the_formula_says(stages, micro_batches):
+    for recompute in (False, True):
+        found = idle_share([1.0] * stages, micro_batches, recompute)
+        assert found == pytest.approx(bubble_share(stages, micro_batches), abs=1e-12)
+
+
+def test_all_wait_for_the_slowest_stage():
+    assert idle_share([2.0, 1.0], 10_000) == pytest.approx(0.25, abs=1e-3)

@@ -1,0 +1,168 @@
+"""Collectives: what runs of two ranks call is what the plan counts and what docs/parallel.md says, byte for byte."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.ranks import run_ranks
+from helpers.tiny_dit import tiny_config
+from helpers.tiny_mmdit import tiny_mmdit
+from helpers.tiny_pixart import tiny_pixart
+from helpers.tiny_uvit import tiny_uvit
+from helpers.training import assemble_rank, small_config, train_on
+from megadit.config import ModelConfig
+from megadit.models import build_model
+from megadit.mup.example import example_conditioning, example_images
+from megadit.parallel.rehearsal import ring_bytes
+from megadit.parallel.tensor import TensorLayout
+from megadit.plan.activations import count_passages
+from megadit.plan.communication import data_bytes, least_data_bytes, tensor_bytes
+
+BATCH = 3
+MADE = {"dit": tiny_config, "pixart": tiny_pixart, "uvit": tiny_uvit, "mmdit": tiny_mmdit}
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"
+REAL = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+
+
+def note_calls() -> Counter[tuple[str, int]]:
+    """From now on every collective of torch is counted, by its kind and the bytes of its larger side."""
+    import torch.distributed as dist
+
+    calls: Counter[tuple[str, int]] = Counter()
+
+    def noted(kind: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[kind, max(part.nbytes for part in args if isinstance(part, torch.Tensor))] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name, kind in REAL.items():
+        setattr(dist, name, noted(kind, getattr(dist, name)))
+    return calls
+
+
+def run_once(config: ModelConfig, recompute: Any, sequence: bool) -> Counter[tuple[str, int]]:
+    import torch.distributed as dist
+
+    model = build_model(config, TensorLayout(2, dist.get_rank(), sequence, dist.group.WORLD))
+    model.recompute = recompute
+    numbers = range(BATCH)
+    x, t, cond = example_images(config, numbers), torch.full((BATCH,), 3.0), example_conditioning(config, numbers)
+    calls = note_calls()
+    out = model(x, t, cond)
+    out.backward(torch.ones_like(out))
+    return calls
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
+@pytest.mark.parametrize("family", MADE)
+def test_ranks_call_what_the_plan_counts(family, sequence):
+    for recompute in ("none", "full") if family in ("dit", "mmdit") else ("none",):
+        config = MADE[family](width=64, heads=4)
+        [(_, planned)] = count_passages(
+            config, (0, config.blocks + 2), BATCH, torch.float32, recompute, 2, sequence=sequence
+        )
+        for called in run_ranks(2, run_once, config, recompute, sequence):
+            assert called == planned.forward + planned.backward
+
+
+def documented() -> dict[tuple[str, str], list[str]]:
+    """(family, layout) -> forward, backward, sent, least, of the table of docs/parallel.md."""
+    rows = re.findall(r"^\| (dit|pixart|uvit|mmdit) \| (tensor|sequence) \| (.*) \|$", DOCUMENT.read_text(), re.M)
+    return {(family, layout): row.split(" | ") for family, layout, row in rows}
+
+
+def value(term: str, sizes: dict[str, int]) -> int:
+    """``B·6n`` and the like, in elements: numbers and letters multiply."""
+    product = 1
+    for factor in re.findall(r"\d+|[BTLn]", term):
+        product *= int(factor) if factor.isdigit() else sizes[factor]
+    return product
+
+
+def calls_of(cell: str, sizes: dict[str, int]) -> Counter[tuple[str, int]]:
+    calls: Counter[tuple[str, int]] = Counter()
+    for part in filter(None, cell.split("; ")):
+        times, kind, term = part.split(" ")
+        calls[kind, 4 * value(term, sizes)] += int(times)
+    return calls
+
+
+@pytest.mark.parametrize("layout", ["tensor", "sequence"])
+@pytest.mark.parametrize("family", MADE)
+def test_the_document_tells_every_collective_of_a_block(family, layout):
+    per = {"text": {"dim": 20, "max_length": 6}} if family in ("pixart", "mmdit") else {}
+    found: list[Counter[Any]] = []
+    for depth in (2, 4):  # the ends of the model cancel in the difference
+        config = MADE[family](width=64, heads=4, depth=depth, **per)
+        [(segment, counted)] = count_passages(
+            config, (0, config.blocks + 2), BATCH, torch.float32, "none", 2, sequence=layout == "sequence"
+        )
+        found += [counted.forward, counted.backward]
+    blocks = 1 if family == "uvit" else 2  # there the table speaks of two blocks, one of which has a skip
+    tokens = segment.model.stream_tokens or (config.input_size // config.patch_size) ** 2
+    sizes = {"B": BATCH, "T": tokens, "L": 6, "n": 64}
+    forward, backward, sent, least = documented()[family, layout]
+    said = [calls_of(forward, sizes), calls_of(backward, sizes)]
+    for before, after, cell in zip(found[:2], found[2:], said, strict=True):
+        more = after.copy()
+        more.subtract(before)
+        assert {key: times for key, times in more.items() if times} == {k: blocks * v for k, v in cell.items()}
+    rings = sum(tensor_bytes(said[0] + said[1], 2).values())  # type: ignore[arg-type]
+    total, bound = (2 * sum(value(term, sizes) for term in cell.split(" + ")) for cell in (sent, least))
+    assert rings == total >= bound  # e (t - 1) / t is 2 here
+
+
+def test_rings_send_the_least():
+    assert ring_bytes("all_reduce", 100, 4) == 150 and ring_bytes("all_gather", 100, 4) == 75
+    assert data_bytes(50, 2, 1, 1, 3, recompute=False) == {}
+    least = least_data_bytes(50, 2, 4)
+    totals = {stage: sum(data_bytes(50, 2, 4, stage, 3, recompute=False).values()) / least for stage in (0, 1, 2, 3)}
+    assert totals == {0: 1.0, 1: 1.5, 2: 3.5, 3: 4.5}
+
+
+def sent_between_replicas(config: Any, folder: str) -> tuple[dict[str, int], int]:
+    """What DeepSpeed sends between replicas in one step, in bytes of whole tensors by kind; scalars left out."""
+    import sys
+
+    run = assemble_rank(config, folder)
+    train_on(run, 1)
+    backend = sys.modules["deepspeed.comm.torch"].TorchBackend  # type: ignore[attr-defined]
+    sent: Counter[str] = Counter()
+
+    def noted(name: str, function: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            size = max(part.nbytes for part in [*args, *kwargs.values()] if isinstance(part, torch.Tensor))
+            sent[name] += size if size > 64 else 0
+            return function(self, *args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(backend, name, noted(name, getattr(backend, name)))
+    train_on(run, 2)
+    return dict(sent), sum(p.numel() for p in run.engine.module.parameters())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_replicas_send_what_the_plan_says(tmp_path, stage):
+    train = {"micro_batch": 4, "precision": "fp32" if stage == 0 else "bf16"}
+    sent, parameters = run_ranks(
+        2, sent_between_replicas, small_config(parallel={"zero_stage": stage}, train=train), str(tmp_path)
+    )[0]
+    planned = data_bytes(parameters, 4 if stage == 0 else 2, 2, stage, 2, recompute=False)
+    gathered = sent.get("all_gather_into_tensor", 0)
+    assert ring_bytes("all_reduce", sent["all_reduce"], 2) == planned["data all_reduce of gradients"]
+    # Groups are padded to whole shares.
+    assert ring_bytes("all_gather", gathered, 2) == pytest.approx(
+        planned.get("data all_gather of weights", 0), rel=1e-3
+    )
