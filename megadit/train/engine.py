@@ -23,7 +23,7 @@ from megadit.parallel import ProcessContext
 from megadit.parallel.topology import Groups, ModelParallelUnit
 from megadit.train.ema import Ema
 from megadit.train.optimizer import MuOptimizer
-from megadit.train.partitions import Partitions, avoid_shm_build, forget_model_parallel, restore_linear
+from megadit.train.partitions import Partitions, avoid_shm_build, forget_groups, restore_linear
 from megadit.train.schedule import Schedule
 
 Sample = tuple[Batch, NoisyBatch]
@@ -50,7 +50,7 @@ class TrainingEngine:
         # DeepSpeed 0.19 calls collectives that torch 2.13 is about to rename, which torch says at every one of them.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         restore_linear()
-        forget_model_parallel()
+        forget_groups()
         self.context = context
         self._engine, self.optimizer, self.partitions = self._wrap(model, optim, schedule, ds_config, groups)
         self.ema = Ema(self.partitions, ema or EmaConfig())

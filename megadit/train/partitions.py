@@ -65,11 +65,17 @@ def avoid_shm_build() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
-def forget_model_parallel() -> None:
-    """Take back what a tensor-parallel engine of this process told DeepSpeed about its groups, for all later ones."""
+def forget_groups() -> None:
+    """Take back the groups of ranks that DeepSpeed keeps of this process's earlier engines, which may have ended."""
     from deepspeed.utils import groups
 
     groups.mpu = None
+    kept = groups._WORLD_GROUP
+    if kept is not None and torch.distributed.is_initialized():
+        try:
+            torch.distributed.get_process_group_ranks(kept)
+        except (KeyError, ValueError):  # of a process group that was destroyed since
+            groups._release_process_group_references()
 
 
 def restore_linear() -> None:
