@@ -1,0 +1,51 @@
+"""What all tensor-parallel ranks hold whole has the same gradient on all of them, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.ranks import run_ranks
+from helpers.shards import this_rank
+from helpers.tiny_dit import randomize, tiny_inputs, tiny_mup_config
+from helpers.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
+from helpers.tiny_pixart import pixart_inputs, tiny_pixart_mup
+from helpers.tiny_uvit import tiny_mup_uvit, uvit_inputs
+from megadit.models import build_model
+from megadit.mup.spec import walk_slices
+
+REPA = {"block": 1, "feature_dim": 12, "hidden": 24}
+# 9 image tokens, which neither 2 nor 4 ranks divide; every kind of gain and bias.
+MODELS: dict[str, tuple[Any, Any]] = {
+    "dit": (tiny_mup_config(64, input_size=6, qk_norm="rms", mlp="swiglu", repa=REPA), tiny_inputs),
+    "pixart": (tiny_pixart_mup(64, input_size=6, qk_norm="rms", repa=REPA), pixart_inputs),
+    "uvit": (tiny_mup_uvit(64, kind="text", input_size=6, qk_norm="rms", qkv_bias=True, repa=REPA), uvit_inputs),
+    "mmdit": (tiny_mup_mmdit(64, input_size=6, qk_norm="rms", pooled=12, repa=REPA), mmdit_inputs),
+}
+
+
+def gradients(sequence: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """By family: the gradients of the parameters that are no shares."""
+    found = {}
+    for family, (config, inputs) in MODELS.items():
+        model = build_model(config, this_rank(sequence))
+        randomize(model)
+        model.zero_grad(set_to_none=True)
+        out, projected = model(*inputs(config), project=True)
+        (out.square().mean() + projected.sin().mean()).backward()
+        found[family] = {name: p.grad for name, p, _, boxes in walk_slices(model) if boxes is None}
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "sequence"), [(2, False), (2, True), (4, False), (4, True)])
+def test_whole_parameters_have_one_gradient(ranks: int, sequence: bool) -> None:
+    first, *others = run_ranks(ranks, gradients, sequence)
+    for family, expected in first.items():
+        assert expected
+        for found in others:
+            assert found[family].keys() == expected.keys()
+            differ = [name for name, grad in expected.items() if not torch.equal(found[family][name], grad)]
+            assert differ == [], f"{family} of {ranks} ranks"
