@@ -54,14 +54,17 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     _import_once()
     from torch.distributed import TCPStore
 
-    # The parent owns the store: no other process can take its port, and rank 0 may leave before the others.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+    store = None
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _PortPipe() as ports:
         ranks = _Ranks(world, Path(folder))
         try:
             for rank in range(world):
-                place = _Place(rank, world, store.port, Path(folder), timeout)
+                place = _Place(rank, world, ports, Path(folder), timeout)
                 ranks.pids[rank] = _fork(functools.partial(_child, place, fn, args))
+            # The parent owns the store: no other process can take its port, and rank 0 may leave before the others.
+            # It begins when all are forked: a lock that its thread holds during a fork stays locked in the fork.
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            ports.tell(store.port, world)
             ranks.wait(timeout)
         finally:
             ranks.kill()
@@ -145,11 +148,35 @@ def _fork(child: Callable[[], NoReturn]) -> int:
     return pid
 
 
+class _PortPipe:
+    """Tells forked ranks the port of a store that begins after them."""
+
+    def __enter__(self) -> _PortPipe:
+        self._read, self._write = os.pipe()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+    def tell(self, port: int, ranks: int) -> None:
+        """In the parent, once."""
+        os.write(self._write, port.to_bytes(4) * ranks)
+
+    def port(self) -> int:
+        """In a rank, once: waits for it, or for the parent's end."""
+        os.close(self._write)
+        told = os.read(self._read, 4)
+        if not told:
+            raise RankError("the parent ended before its store began")
+        return int.from_bytes(told)
+
+
 @dataclass(frozen=True)
 class _Place:
     rank: int
     world: int
-    port: int
+    ports: _PortPipe
     folder: Path
     timeout: float
 
@@ -158,8 +185,9 @@ def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoRe
     """All that a rank does after the fork; never returns into the test that forked it."""
     code = 1
     try:
-        _settle(place)
-        _join(place)
+        port = place.ports.port()
+        _settle(place, port)
+        _join(place, port)
         outcome: tuple[Any, ...] = ("ok", fn(*args))
         import torch.distributed as dist
 
@@ -178,7 +206,7 @@ def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoRe
     os._exit(code)
 
 
-def _settle(place: _Place) -> None:
+def _settle(place: _Place, port: int) -> None:
     """Give the fork its own process group, output and environment, and tie its life to the parent's."""
     os.setpgid(0, 0)
     with contextlib.suppress(OSError, AttributeError):
@@ -197,13 +225,13 @@ def _settle(place: _Place) -> None:
         LOCAL_SIZE=str(place.world),
         LOCAL_WORLD_SIZE=str(place.world),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(place.port),
+        MASTER_PORT=str(port),
         CUDA_VISIBLE_DEVICES="",
         TORCHELASTIC_USE_AGENT_STORE="True",  # torch must not open a second store on that port
     )
 
 
-def _join(place: _Place) -> None:
+def _join(place: _Place, port: int) -> None:
     import torch
     import torch.distributed as dist
 
@@ -219,7 +247,7 @@ def _join(place: _Place) -> None:
         return make_group(*args, **kwargs)
 
     dist.new_group = new_group
-    store = dist.TCPStore("127.0.0.1", place.port, is_master=False, timeout=limit)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world, timeout=limit)
 
 

@@ -35,7 +35,9 @@ def gradients(sequence: bool) -> dict[str, dict[str, torch.Tensor]]:
         model.zero_grad(set_to_none=True)
         out, projected = model(*inputs(config), project=True)
         (out.square().mean() + projected.sin().mean()).backward()
-        found[family] = {name: p.grad for name, p, _, boxes in walk_slices(model) if boxes is None}
+        found[family] = {
+            name: p.grad for name, p, _, boxes in walk_slices(model) if boxes is None and p.grad is not None
+        }
     return found
 
 
