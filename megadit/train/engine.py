@@ -24,6 +24,7 @@ from megadit.parallel.topology import Groups, ModelParallelUnit
 from megadit.train.ema import Ema
 from megadit.train.optimizer import MuOptimizer
 from megadit.train.partitions import Partitions, avoid_shm_build, forget_groups, restore_linear
+from megadit.train.partitions_sums import float32_sums
 from megadit.train.schedule import Schedule
 
 Sample = tuple[Batch, NoisyBatch]
@@ -65,13 +66,24 @@ class TrainingEngine:
 
         optimizer = MuOptimizer(model, optim, schedule, self.context.device)
         mpu = None if groups is None else ModelParallelUnit(groups)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.inner, config=dict(ds_config), mpu=mpu)
+        with float32_sums():
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.inner, config=dict(ds_config), mpu=mpu)
         return engine, optimizer, Partitions(engine, optimizer.clip, groups.topology if groups else None)
 
     @property
     def module(self) -> nn.Module:
         """The wrapped model (under ZeRO-3 its parameters are gathered by hooks as its layers run)."""
         return self._engine.module
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank needs samples: to run the model on them, or to compute a loss from them."""
+        return True
+
+    @property
+    def computes_loss(self) -> bool:
+        """Whether this rank computes losses."""
+        return True
 
     @property
     def skipped_steps(self) -> int:

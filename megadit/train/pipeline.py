@@ -27,8 +27,8 @@ from megadit.train.schedule import Schedule
 class PipelineTrainingEngine(TrainingEngine):
     """``TrainingEngine`` over the segment of a model that this rank runs; ``specs`` are the whole model's.
 
-    Every rank is given every micro batch: the first stage takes the noisy images from it and the last what the loss
-    needs. The loss, and whatever is called in it, is computed on the last stage only.
+    The first stage takes the noisy images from a micro batch and the last what the loss needs; stages between them
+    never draw one. The loss, and whatever is called in it, is computed on the last stage only.
     """
 
     def __init__(
@@ -61,6 +61,16 @@ class PipelineTrainingEngine(TrainingEngine):
     def module(self) -> nn.Module:
         """The model, with nothing in it but what this rank's stages own."""
         return self._segment.model
+
+    @property
+    def reads_data(self) -> bool:
+        """As ``TrainingEngine.reads_data``: on the first stage and the last."""
+        return self._segment.is_first or self._segment.is_last
+
+    @property
+    def computes_loss(self) -> bool:
+        """As ``TrainingEngine.computes_loss``: on the last stage."""
+        return self._segment.is_last
 
     def train_step(
         self, step: int, micro_batches: Iterable[Sample], loss: Callable[..., Tensor], want_norm: bool
@@ -100,11 +110,18 @@ class _Passage(nn.Module):
         self._group, self._ranks = groups.group("pipeline"), groups.ranks("pipeline")
         self._place = groups.topology.pipeline_rank
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning | None = None, project: bool = False) -> Any:
-        """As ``StagedModel.forward``."""
+    def forward(
+        self,
+        x: Tensor | None = None,
+        t: Tensor | None = None,
+        cond: Conditioning | None = None,
+        project: bool = False,
+    ) -> Any:
+        """As ``StagedModel.forward``; x and t are looked at on the first stage only."""
         segment, ranks = self._segment, self._ranks
         segment.project = project
         if segment.is_first:
+            assert x is not None and t is not None
             wire = segment.model.carrier(x, t, Conditioning() if cond is None else cond)
         else:
             wire = self._receive(ranks[self._place - 1])

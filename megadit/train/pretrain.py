@@ -212,7 +212,6 @@ def assemble(
         print(f"note: {told}", file=sys.stderr)
     conditions = build_conditions(config, job.train_set, job.val_set, context.device, null=null)
     objective = build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null)
-    features = _target_features(config, context)
     place, groups = _places(config, context)
     model = _local_model(config, groups)
     if context.is_main:
@@ -228,6 +227,7 @@ def assemble(
         directory.describe(config, job.ds_config, table, job.train_set.classes, facts.notice, spread)
         conditions.write(directory.path)
     engine = _engine(job, model, schedule, context, groups)
+    features = _target_features(config, context) if engine.computes_loss else None
     position = Position()
     if start.checkpoint is not None:
         position = restore(directory.path, (start.checkpoint, *start.earlier), engine, config, context)
@@ -295,8 +295,9 @@ def _target_features(config: RunConfig, context: ProcessContext) -> TargetFeatur
 
 def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:
     data, train = run.config.data, run.config.train
+    workers = data.workers if run.engine.reads_data else 0  # without them nothing is read before it is asked for
     stream = BatchStream(
-        run.train_set, run.layout, train.seed, flip=data.flip, workers=data.workers, start_step=run.position.step
+        run.train_set, run.layout, train.seed, flip=data.flip, workers=workers, start_step=run.position.step
     )
     try:
         complete = fit(run, stream, callbacks)

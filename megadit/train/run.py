@@ -28,7 +28,7 @@ from megadit.train.run_dir import RunDirectory
 class TrainingRun:
     """One run. ``position`` and ``saved_step`` (of the newest checkpoint made here) advance; everything else stays.
 
-    ``features`` are the targets of the REPA loss; None where there is none.
+    ``features`` are the targets of the REPA loss; None where there is none, or where this rank computes no losses.
     """
 
     config: RunConfig
