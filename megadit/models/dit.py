@@ -13,30 +13,25 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning
 from megadit.config.model import ModelConfig
+from megadit.models.grid import SquareReadoutStage, check_square, labels_of, patches_of, side_of
 from megadit.models.layers import (
+    AdaLNReadout,
     LabelEmbedder,
     Mlp,
     ModulatedNorm,
-    MuLinear,
     PatchEmbedder,
     SelfAttention,
     SinCosPositions,
     TimestepEmbedder,
     adaln_modulation,
-    unpatchify,
 )
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
-from megadit.mup.spec import Dim
-from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.collectives import own_tokens
 from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
-
-
-def _tokens(config: ModelConfig) -> int:
-    return (config.input_size // config.patch_size) ** 2
 
 
 class DiTBlock(Stage):
@@ -56,9 +51,9 @@ class DiTBlock(Stage):
             qkv_bias=config.qkv_bias,
             precision=config.attention_precision,
             norm_precision=config.norm_precision,
-            tokens=_tokens(config),
+            tokens=patches_of(config),
         )
-        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=_tokens(config))
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=patches_of(config))
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
         self.adaLN_modulation = adaln_modulation(width, 6, param)
 
@@ -69,23 +64,6 @@ class DiTBlock(Stage):
         x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
         x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
         return x, c
-
-
-class DiTFinalLayer(nn.Module):
-    """Norm, modulate and read out: (B, T, n), SiLU(c) (B, n) -> (B, T, p * p * out_channels)."""
-
-    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
-        super().__init__()
-        width = param.width_dim()
-        out = Dim(config.patch_size**2 * config.out_channels)
-        self.linear = MuLinear(width, out, param, init="readout", tokens=_tokens(config))
-        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
-        self.adaLN_modulation = adaln_modulation(width, 2, param)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Modulation order: shift, scale."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(self.norm(x, shift, scale))
 
 
 class DiTEmbedStage(Stage):
@@ -107,23 +85,6 @@ class DiTEmbedStage(Stage):
         return own_tokens(tokens, self.layout), F.silu(c)
 
 
-class DiTFinalStage(Stage):
-    """(tokens, SiLU(c)) -> (image,)."""
-
-    def __init__(self, model: DiT) -> None:
-        super().__init__()
-        self.final_layer = model.final_layer
-        self.config = model.config
-        self.layout = tensor_layout()
-
-    def forward(self, carrier: Carrier) -> Carrier:
-        """Read out the patches and put the image together."""
-        config = self.config
-        side = config.input_size // config.patch_size
-        patches = all_tokens(self.final_layer(*carrier), self.layout, side * side)
-        return (unpatchify(patches, side, side, config.patch_size, config.out_channels),)
-
-
 class DiT(StagedModel):
     """The whole model; see the module's docstring."""
 
@@ -133,17 +94,18 @@ class DiT(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
-        self.stream_tokens = _tokens(config)
+        self.stream_tokens = patches_of(config)
         param = Parametrization(config)
         width = param.width_dim()
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)
         self.y_embedder = LabelEmbedder(config.num_classes, width, param) if config.num_classes else None
-        self.pos_embed = SinCosPositions(config.width, config.input_size // config.patch_size)
+        self.pos_embed = SinCosPositions(config.width, side_of(config))
         self.blocks = nn.ModuleList(DiTBlock(config, param, index) for index in range(config.depth))
-        self.final_layer = DiTFinalLayer(config, param)
+        out = config.patch_size**2 * config.out_channels
+        self.final_layer = AdaLNReadout(width, out, param, _LN_EPS, config.norm_precision, self.stream_tokens)
         # In a tuple, so that they are not registered: their parameters are the model's own.
-        self._ends = (DiTEmbedStage(self), DiTFinalStage(self))
+        self._ends = (DiTEmbedStage(self), SquareReadoutStage(config, self.final_layer))
 
     def stages(self) -> list[Stage]:
         """Embedding, the blocks, the final layer."""
@@ -152,13 +114,7 @@ class DiT(StagedModel):
 
     def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
         """(x, t, labels), or (x, t) for an unconditional model; t in float32."""
-        size = self.config.input_size
-        if x.shape[-2:] != (size, size):
-            raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
+        check_square(x, self.config)
         if self.y_embedder is None:
             return x, t.float()
-        if cond.labels is None:
-            raise ValueError(
-                f"cond.labels: this model is class-conditional; give labels ({self.config.num_classes} is the null one)"
-            )
-        return x, t.float(), cond.labels
+        return x, t.float(), labels_of(cond, self.config)

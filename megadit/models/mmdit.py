@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.model import ModelConfig
+from megadit.models.grid import patches_of, side_of
 from megadit.models.layers import (
+    AdaLNReadout,
     CroppedPositions,
     Mlp,
     ModulatedNorm,
@@ -36,10 +38,6 @@ from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
-
-
-def _tokens(config: ModelConfig) -> int:
-    return (config.input_size // config.patch_size) ** 2
 
 
 def _text_tokens(config: ModelConfig) -> int:
@@ -100,7 +98,7 @@ class MMDiTBlock(Stage):
         self.last = index == config.depth - 1
         self.precision = config.attention_precision
         self.context_block = MMDiTStream(config, param, _text_tokens(config), pre_only=self.last)
-        self.x_block = MMDiTStream(config, param, _tokens(config))
+        self.x_block = MMDiTStream(config, param, patches_of(config))
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Joint attention, then each stream's own MLP."""
@@ -129,23 +127,6 @@ class PooledEmbedder(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Embed it in the weights' dtype."""
         return self.mlp(pooled.to(next(self.mlp.parameters()).dtype))
-
-
-class MMDiTFinalLayer(nn.Module):
-    """Norm, modulate and read out: (B, T, n), SiLU(c) (B, n) -> (B, T, p * p * out_channels)."""
-
-    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
-        super().__init__()
-        width = param.width_dim()
-        out = Dim(config.patch_size**2 * config.out_channels)
-        self.linear = MuLinear(width, out, param, init="readout", tokens=_tokens(config))
-        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
-        self.adaLN_modulation = adaln_modulation(width, 2, param)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Modulation order: shift, scale."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(self.norm(x, shift, scale))
 
 
 class MMDiTEmbedStage(Stage):
@@ -205,7 +186,7 @@ class MMDiT(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
-        self.stream_tokens = _tokens(config)
+        self.stream_tokens = patches_of(config)
         assert config.text is not None  # held by the configuration
         param = Parametrization(config)
         width = param.width_dim()
@@ -213,11 +194,10 @@ class MMDiT(StagedModel):
         self.t_embedder = TimestepEmbedder(width, param)
         self.y_embedder = PooledEmbedder(config.text.pooled_dim, width, param) if config.text.pooled_dim else None
         self.context_embedder = MuLinear(Dim(config.text.dim), width, param, init="text")
-        self.pos_embed = CroppedPositions(
-            config.width, config.input_size // config.patch_size, config.pos_embed_max_size
-        )
+        self.pos_embed = CroppedPositions(config.width, side_of(config), config.pos_embed_max_size)
         self.joint_blocks = nn.ModuleList(MMDiTBlock(config, param, index) for index in range(config.depth))
-        self.final_layer = MMDiTFinalLayer(config, param)
+        out = config.patch_size**2 * config.out_channels
+        self.final_layer = AdaLNReadout(width, out, param, _LN_EPS, config.norm_precision, self.stream_tokens)
         # In a tuple, so that they are not registered: their parameters are the model's own.
         self._ends = (MMDiTEmbedStage(self), MMDiTFinalStage(self))
 

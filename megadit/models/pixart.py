@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.model import ModelConfig, TextInput
+from megadit.models.grid import SquareReadoutStage, check_square, patches_of, side_of
 from megadit.models.layers import (
     Mlp,
     ModulatedNorm,
@@ -22,21 +23,16 @@ from megadit.models.layers import (
     SelfAttention,
     SinCosPositions,
     TimestepEmbedder,
-    unpatchify,
 )
 from megadit.models.layers.cross_attention import CaptionEmbedder, CrossAttention
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
-from megadit.parallel.collectives import all_tokens, copy_to_ranks, own_tokens
+from megadit.parallel.collectives import copy_to_ranks, own_tokens
 from megadit.parallel.tensor import TensorLayout, tensor_layout
 from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
-
-
-def _tokens(config: ModelConfig) -> int:
-    return (config.input_size // config.patch_size) ** 2
 
 
 def _for_own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
@@ -61,7 +57,7 @@ class PixArtBlock(Stage):
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
-        width, heads, tokens = param.width_dim(), config.num_heads, _tokens(config)
+        width, heads, tokens = param.width_dim(), config.num_heads, patches_of(config)
         self.prefix = f"blocks.{index}."
         self.last = index == config.depth - 1
         self.layout = tensor_layout()
@@ -102,7 +98,7 @@ class PixArtFinalLayer(nn.Module):
         width = param.width_dim()
         out = Dim(config.patch_size**2 * config.out_channels)
         self.layout = tensor_layout()
-        self.linear = MuLinear(width, out, param, init="readout", tokens=_tokens(config))
+        self.linear = MuLinear(width, out, param, init="readout", tokens=patches_of(config))
         self.scale_shift_table, self.param_specs = _table(2, width, param)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
@@ -133,23 +129,6 @@ class PixArtEmbedStage(Stage):
         return own_tokens(tokens, self.layout), t0, _for_own_tokens(t_emb, self.layout), text, *mask
 
 
-class PixArtFinalStage(Stage):
-    """(tokens, t_emb) -> (image,)."""
-
-    def __init__(self, model: PixArt) -> None:
-        super().__init__()
-        self.final_layer = model.final_layer
-        self.config = model.config
-        self.layout = tensor_layout()
-
-    def forward(self, carrier: Carrier) -> Carrier:
-        """Read out the patches and put the image together."""
-        config = self.config
-        side = config.input_size // config.patch_size
-        patches = all_tokens(self.final_layer(*carrier), self.layout, side * side)
-        return (unpatchify(patches, side, side, config.patch_size, config.out_channels),)
-
-
 class PixArt(StagedModel):
     """The whole model; see the module's docstring."""
 
@@ -157,7 +136,7 @@ class PixArt(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
-        self.stream_tokens = _tokens(config)
+        self.stream_tokens = patches_of(config)
         self.text = cast("TextInput", config.text)  # held by the configuration
         param = Parametrization(config)
         width = param.width_dim()
@@ -166,11 +145,11 @@ class PixArt(StagedModel):
         self.t_embedder = TimestepEmbedder(width, param)
         self.t_block = nn.Sequential(nn.SiLU(), MuLinear(width, sixfold, param, init="adaln"))
         self.y_embedder = CaptionEmbedder(self.text.dim, self.text.max_length, width, param)
-        self.pos_embed = SinCosPositions(config.width, config.input_size // config.patch_size, config.pos_scale)
+        self.pos_embed = SinCosPositions(config.width, side_of(config), config.pos_scale)
         self.blocks = nn.ModuleList(PixArtBlock(config, param, index) for index in range(config.depth))
         self.final_layer = PixArtFinalLayer(config, param)
         # In a tuple, so that they are not registered: their parameters are the model's own.
-        self._ends = (PixArtEmbedStage(self), PixArtFinalStage(self))
+        self._ends = (PixArtEmbedStage(self), SquareReadoutStage(config, self.final_layer))
 
     def stages(self) -> list[Stage]:
         """Embedding, the blocks, the final layer."""
@@ -182,8 +161,6 @@ class PixArt(StagedModel):
 
         A text may have fewer tokens than ``max_length``; padded and masked it gives the same picture.
         """
-        size = self.config.input_size
-        if x.shape[-2:] != (size, size):
-            raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
+        check_square(x, self.config)
         text, mask = seen_text(cond, self.text.dim, self.text.max_length)
         return (x, t.float(), text) if mask is None else (x, t.float(), text, mask)

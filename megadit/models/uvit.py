@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.model import ModelConfig, TextInput
+from megadit.models.grid import check_square, labels_of, patches_of, side_of
 from megadit.models.layers import (
     Mlp,
     MuConv,
@@ -54,7 +55,7 @@ def _extras(config: ModelConfig) -> int:
 
 
 def _tokens(config: ModelConfig) -> int:
-    return _extras(config) + (config.input_size // config.patch_size) ** 2
+    return _extras(config) + patches_of(config)
 
 
 class UViTBlock(Stage):
@@ -145,7 +146,7 @@ class UViTFinalStage(Stage):
     def forward(self, carrier: Carrier) -> Carrier:
         """Read out the patches, put the image together, and let the convolution smooth what patches tore apart."""
         config = self.config
-        side = config.input_size // config.patch_size
+        side = side_of(config)
         tokens = carrier[0]
         if not self.layout.sequence:  # where a rank holds all of them, only what is read out goes on
             tokens = tokens[:, self.extras :]
@@ -196,16 +197,9 @@ class UViT(StagedModel):
 
         A text that needs padding, or comes with a mask, is masked; one of full length without a mask is not.
         """
-        size = self.config.input_size
-        if x.shape[-2:] != (size, size):
-            raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
+        check_square(x, self.config)
         if self.label_emb is not None:
-            if cond.labels is None:
-                raise ValueError(
-                    f"cond.labels: this model is class-conditional; give labels ({self.config.num_classes} is the "
-                    "null one)"
-                )
-            return x, t.float(), cond.labels
+            return x, t.float(), labels_of(cond, self.config)
         if self.config.text is None:
             return x, t.float()
         return x, t.float(), *_full_text(cond, self.config.text)

@@ -10,8 +10,10 @@ from megadit.models.layers.mlp import Mlp
 from megadit.models.layers.modulation import adaln_modulation
 from megadit.models.layers.norm import ModulatedNorm, MuLayerNorm, MuRMSNorm
 from megadit.models.layers.positions import sincos_2d, timestep_features
+from megadit.models.layers.readout import AdaLNReadout
 
 __all__ = [
+    "AdaLNReadout",
     "CroppedPositions",
     "LabelEmbedder",
     "Mlp",

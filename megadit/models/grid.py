@@ -1,0 +1,54 @@
+"""What families whose tokens are patches of a square image share: their grid, what they are given, the readout."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megadit.conditioning import Conditioning
+from megadit.config.model import ModelConfig
+from megadit.models.layers import unpatchify
+from megadit.models.stages import Carrier, Stage
+from megadit.parallel.collectives import all_tokens
+from megadit.parallel.tensor import tensor_layout
+
+
+def side_of(config: ModelConfig) -> int:
+    """Patches along a side of an image of ``input_size``."""
+    return config.input_size // config.patch_size
+
+
+def patches_of(config: ModelConfig) -> int:
+    """Patches, and so image tokens, of an image of ``input_size``."""
+    return side_of(config) ** 2
+
+
+def check_square(x: Tensor, config: ModelConfig) -> None:
+    """Raises ValueError: x (B, C, H, W) is not of ``input_size``."""
+    size = config.input_size
+    if x.shape[-2:] != (size, size):
+        raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
+
+
+def labels_of(cond: Conditioning, config: ModelConfig) -> Tensor:
+    """int64 (B,). Raises ValueError: there are none."""
+    if cond.labels is None:
+        raise ValueError(
+            f"cond.labels: this model is class-conditional; give labels ({config.num_classes} is the null one)"
+        )
+    return cond.labels
+
+
+class SquareReadoutStage(Stage):
+    """(tokens (B, T, n), condition) -> (image,), by the model's ``final_layer``."""
+
+    def __init__(self, config: ModelConfig, final_layer: nn.Module) -> None:
+        super().__init__()
+        self.final_layer = final_layer
+        self.config = config
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Read out the patches and put the image together."""
+        config, side = self.config, side_of(self.config)
+        patches = all_tokens(self.final_layer(*carrier), self.layout, side * side)
+        return (unpatchify(patches, side, side, config.patch_size, config.out_channels),)
