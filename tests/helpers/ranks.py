@@ -249,6 +249,7 @@ def _join(place: _Place, port: int) -> None:
     dist.new_group = new_group
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world, timeout=limit)
+    dist.barrier()  # a rank whose work needs no other would leave while these still connect to it
 
 
 def _write(path: Path, outcome: tuple[Any, ...]) -> None:
