@@ -13,7 +13,7 @@ from megadit.config import ModelConfig, preset
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
 from megadit.convert.difference import measure
 from megadit.convert.dispatch import diffusers_gap
-from megadit.convert.families import dit
+from megadit.convert.families.common import heads_of
 from megadit.convert.names import model_shapes
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -103,7 +103,7 @@ def test_heads_and_size_are_asked_for_where_nothing_tells() -> None:
     assert from_official("dit", state, heads=2, input_size=16)[0].input_size == 16
     with pytest.raises(UserError, match="cannot be this family's model: patch_size: 2 does not divide input_size 7"):
         from_official("dit", state, heads=2, input_size=7)
-    assert dit._heads(144) == 2 and dit._heads(128) == 2
+    assert heads_of(144, None, {}, (72, 64)) == heads_of(128, None, {}, (72, 64)) == 2
 
 
 def damaged(what: str) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def damaged(what: str) -> dict[str, Tensor]:
         ("width", r"blocks.1.attn.proj.weight has shape \[64, 48\], the other tensors ask for \[48, 48\]"),
         ("integers", "blocks.1.attn.proj.weight holds int8 and not floating-point weights"),
         ("positions", "pos_embed of shape .* is not the sin-cos table"),
-        ("channels", "final_layer.linear.weight gives 5 channels, the input has 4"),
+        ("channels", "puts out 5 channels for an input of 4, and a DiT has as many"),
         ("other", "has no x_embedder.proj.weight; it begins with layers.0.bias, layers.0.weight"),
     ],
 )

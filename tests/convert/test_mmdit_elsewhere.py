@@ -128,7 +128,7 @@ def test_what_diffusers_cannot_represent_is_refused(changes: dict[str, Any], wor
         ({"dual_attention_layers": [0, 1]}, r"dual_attention_layers \[0, 1\]"),
         ({"qk_norm": "layer_norm"}, "qk_norm layer_norm"),
         ({"caption_projection_dim": 40}, "caption_projection_dim 40"),
-        ({"out_channels": 5}, "out_channels 5"),
+        ({"out_channels": 5}, "puts out 5 channels"),
         ({"num_layers": 4}, "missing are transformer_blocks.2.attn.to_add_out.bias"),
         ({"sample_size": 16}, "pos_embed.pos_embed of shape"),
     ],

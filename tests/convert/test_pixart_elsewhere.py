@@ -138,7 +138,7 @@ def test_published_width_has_16_heads() -> None:
         ({"blocks.1.mlp.fc2.bias": torch.zeros(49)}, {}, r"blocks\.1\.mlp\.fc2\.bias has shape \[49\]"),
         ({"final_layer.linear.weight": torch.zeros(12, 48)}, {}, "puts out 3 channels for an input of 4"),
         ({}, {"heads": 5}, "heads: 5 does not divide"),
-        ({}, {"heads": None}, "heads: is needed, since a width of 48"),
+        ({}, {"heads": None}, "heads: is needed, .* a width of 48"),
         ({}, {"input_size": 16}, "input_size: 16, but pos_embed of IN is for 8"),
         ({}, {"pos_scale": 3.0}, "at pos_scale 3"),
     ],

@@ -7,7 +7,6 @@ exactly equal to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.config.model import ModelConfig
+from megadit.convert.families.common import heads_of, input_size, learns_sigma, refuse_lacking
 from megadit.convert.folding import fold_readout
 from megadit.convert.names import blocks, check, check_positions, model_shapes, needed
 from megadit.errors import UserError
@@ -65,16 +65,16 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     classes = len(needed(state, "y_embedder.embedding_table.weight", _OFFICIAL, 2)) - 1
     hidden = len(needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
     out = len(needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
-    heads = int(hints["heads"]) if "heads" in hints else _heads(width)
+    heads = heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
     keys: dict[str, Any] = {
         "width": width,
         "depth": blocks(state, "blocks."),
         "patch_size": patch,
         "in_channels": channels,
         "num_classes": classes,
-        "learn_sigma": _learns_sigma(out, channels),
+        "learn_sigma": learns_sigma(out, channels, "a DiT"),
         "mlp_ratio": hidden / width,
-        "input_size": _input_size(state.get("pos_embed"), patch, hints.get("input_size")),
+        "input_size": input_size(state.get("pos_embed"), patch, hints.get("input_size")),
     }
     config = _config(keys, heads, hints)
     state = dict(state)
@@ -153,45 +153,7 @@ def diffusers_gap(config_json: Mapping[str, Any]) -> str | None:
     return gap if eps == 1e-6 else f"{gap}, and its norm_eps is {eps:g} in place of 1e-06"
 
 
-def _heads(width: int) -> int:
-    if width in _HEADS:
-        return _HEADS[width]
-    fitting = [width // dim for dim in _HEAD_DIMS if width % dim == 0]
-    if len(fitting) != 1:
-        raise UserError(
-            f"--hint heads: is needed, since nothing in the weights tells how many heads a width of {width} has; give "
-            "--hint heads=N"
-        )
-    return fitting[0]
-
-
-def _learns_sigma(out: int, channels: int) -> bool:
-    if out not in (channels, 2 * channels):
-        raise UserError(
-            f"IN: is not {_OFFICIAL}: {_READOUT} gives {out} channels, the input has {channels}; the output of a DiT "
-            "has as many or twice as many, so give another file"
-        )
-    return out == 2 * channels
-
-
-def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
-    """Side of the image: of the stored table, which a hint must agree with, or the hint."""
-    if table is None:
-        if hint is None:
-            raise UserError(
-                "--hint input_size: is needed, since the file has no pos_embed that would tell; give --hint "
-                "input_size=N, the side of the (latent) image"
-            )
-        return int(hint)
-    side = math.isqrt(table.shape[1]) * patch if table.dim() == 3 else 0
-    if hint is not None and int(hint) != side:
-        raise UserError(f"--hint input_size: {hint}, but pos_embed of IN is for {side}; leave the hint out")
-    return side
-
-
 def _config(keys: dict[str, Any], heads: int, hints: Mapping[str, Any]) -> ModelConfig:
-    if keys["width"] % heads:
-        raise UserError(f"--hint heads: {heads} does not divide the width {keys['width']} of IN; give another number")
     if hints.get("parametrization", "sp") == "mup":
         keys |= {"head_dim": keys["width"] // heads, "parametrization": "mup"}
         keys |= {"base_width": int(hints.get("base_width", _BASE_WIDTH))}
@@ -214,9 +176,7 @@ def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...]) -> None
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.num_classes: 0": not config.num_classes,
     }
-    for what, found in lacking.items():
-        if found:
-            raise UserError(f"{what}, which {who} cannot represent; this model stays with --to safetensors")
+    refuse_lacking(lacking, who)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -266,7 +226,7 @@ def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
             "patch_size": int(get("patch_size", 2)),
             "in_channels": channels,
             "input_size": int(get("sample_size", 32)),
-            "learn_sigma": _learns_sigma(int(get("out_channels") or channels), channels),
+            "learn_sigma": learns_sigma(int(get("out_channels") or channels), channels, "a DiT"),
             "mlp": activations[activation],
             "num_classes": int(get("num_embeds_ada_norm", 1000)),
         }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megadit.config.model import ModelConfig
+from megadit.convert.families.common import fitting_heads, learns_sigma, size_needed
 from megadit.convert.folding import fold_readout
 from megadit.convert.names import blocks, check, check_positions, listed, model_shapes, needed
 from megadit.errors import UserError
@@ -82,9 +83,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     width, channels, patch, _ = needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
     hidden = len(needed(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
     pooled = state.get("y_embedder.mlp.0.weight")
-    heads = int(hints.get("heads", width // _HEAD_DIM)) or 1
-    if width % heads:
-        raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
+    heads = fitting_heads(width, int(hints.get("heads", width // _HEAD_DIM)) or 1)
     table = state.pop("pos_embed", None)
     config = ModelConfig(
         family="mmdit",
@@ -225,16 +224,10 @@ def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
     if hint is not None:
         return int(hint)
     if table is None:
-        raise UserError(
-            "--hint input_size: is needed, since the file has no pos_embed that would tell; give --hint input_size=N, "
-            "the side of the latent image"
-        )
+        raise size_needed("the file has no pos_embed that would tell")
     side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
     if side < 2:
-        raise UserError(
-            f"--hint input_size: is needed, since pos_embed of shape {list(table.shape)} does not tell; give --hint "
-            "input_size=N, the side of the latent image"
-        )
+        raise size_needed(f"pos_embed of shape {list(table.shape)} does not tell")
     sine = min(1.0, max(0.0, float(table[0, 1, 0])))
     return max(1, round(side * math.asin(sine))) * patch
 
@@ -279,12 +272,6 @@ def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
             f"IN: config.json has caption_projection_dim {caption}, but num_attention_heads x attention_head_dim is "
             f"{width}; in an MMDiT the two are the same"
         )
-    out = int(get("out_channels", 16) or channels)
-    if out not in (channels, 2 * channels):
-        raise UserError(
-            f"IN: config.json has out_channels {out} and in_channels {channels}; this model puts out as many or twice "
-            "as many, so it cannot be read"
-        )
     largest = get("pos_embed_max_size", 96)
     return ModelConfig.model_validate(
         {
@@ -296,7 +283,7 @@ def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
             "in_channels": channels,
             "input_size": int(get("sample_size", 128)),
             "pos_embed_max_size": None if largest is None else int(largest),
-            "learn_sigma": out == 2 * channels,
+            "learn_sigma": learns_sigma(int(get("out_channels", 16) or channels), channels, "an MMDiT"),
             "qk_norm": norms[get("qk_norm")],
             "num_classes": 0,
             "text": {

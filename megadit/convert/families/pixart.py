@@ -7,7 +7,6 @@ exactly equal. The variants for 1024 pixels, which are told the picture's resolu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from megadit.conditioning import null_caption
 from megadit.config.model import ModelConfig
+from megadit.convert.families.common import heads_of, input_size, learns_sigma, refuse_lacking
 from megadit.convert.folding import fold_readout, fold_roles
 from megadit.convert.names import blocks, check, model_shapes, needed
 from megadit.errors import UserError
@@ -26,7 +26,7 @@ NULL_CAPTION = "y_embedder.y_embedding"
 _OFFICIAL = "an official PixArt checkpoint"
 _CLASS = "PixArtTransformer2DModel"
 _DIFFUSERS = f"a {_CLASS} of diffusers"
-_HEAD_DIM = 72  # of the published width 1152, and of the muP repository at every width
+_HEAD_DIMS = (72,)  # of the published width 1152, and of the muP repository at every width
 _BASE_WIDTH = 288  # the muP repository's proxy
 _MAX_LENGTH = 120  # tokens of the published models' captions
 _LENGTH_KEY = "_text_max_length"  # in our config.json; diffusers passes over keys that begin so
@@ -78,7 +78,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     if NULL_CAPTION in state:
         length = len(needed(state, NULL_CAPTION, _OFFICIAL, 2))
     size, scale = _grid(state.get("pos_embed"), patch, hints)
-    heads = _heads(width, hints.get("heads"))
+    heads = heads_of(width, hints.get("heads"), {}, _HEAD_DIMS)
     keys: dict[str, Any] = {
         "family": "pixart",
         "width": width,
@@ -86,7 +86,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         "patch_size": patch,
         "in_channels": channels,
         "input_size": size,
-        "learn_sigma": _learns_sigma(out, channels),
+        "learn_sigma": learns_sigma(out, channels, "a PixArt"),
         "mlp_ratio": hidden / width,
         "num_classes": 0,
         "text": {"dim": text_dim, "max_length": length},
@@ -200,41 +200,12 @@ def _folded(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tenso
     return {**folded, _READOUT: fold_readout(config, folded[_READOUT])}
 
 
-def _heads(width: int, hint: Any) -> int:
-    if hint is None and width % _HEAD_DIM:
-        raise UserError(
-            f"--hint heads: is needed, since a width of {width} has no heads of {_HEAD_DIM} channels, as all published "
-            "models do; give --hint heads=N"
-        )
-    heads = width // _HEAD_DIM if hint is None else int(hint)
-    if heads < 1 or width % heads:
-        raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
-    return heads
-
-
-def _learns_sigma(out: int, channels: int) -> bool:
-    if out not in (channels, 2 * channels):
-        raise UserError(
-            f"IN: is not a PixArt: it puts out {out} channels for an input of {channels}, and a PixArt has as many or "
-            "twice as many; give another file"
-        )
-    return out == 2 * channels
-
-
 def _grid(table: Tensor | None, patch: int, hints: Mapping[str, Any]) -> tuple[int, float]:
     """(side of the image, scale of the positions): of the stored table, which hints must agree with, or the hints."""
-    hinted = hints.get("input_size")
+    size = input_size(table, patch, hints.get("input_size"))
     if table is None:
-        if hinted is None:
-            raise UserError(
-                "--hint input_size: is needed, since the file has no pos_embed that would tell; give --hint "
-                "input_size=N, the side of the (latent) image"
-            )
-        return int(hinted), float(hints.get("pos_scale", 1.0))
-    side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
-    if hinted is not None and int(hinted) != side * patch:
-        raise UserError(f"--hint input_size: {hinted}, but pos_embed of IN is for {side * patch}; leave the hint out")
-    width = table.shape[-1]
+        return size, float(hints.get("pos_scale", 1.0))
+    side, width = size // patch, table.shape[-1]
     # Token 1 is at column 1; the first frequency is 1, so that the first sine and cosine are those of 1 / scale.
     angle = float(torch.atan2(table[0, 1, 0].double(), table[0, 1, width // 4].double())) if side > 1 else 1.0
     scale = float(hints["pos_scale"]) if "pos_scale" in hints else round(1 / angle, 2) if angle > 0 else 1.0
@@ -245,7 +216,7 @@ def _grid(table: Tensor | None, patch: int, hints: Mapping[str, Any]) -> tuple[i
             f"IN: its pos_embed is not the sin-cos table of PixArt at pos_scale {scale:g}, so that the model would see "
             "other positions than it was trained with; give --hint pos_scale=N if it was scaled, or another file"
         )
-    return side * patch, scale
+    return size, scale
 
 
 def _refuse_micro_conditions(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> None:
@@ -264,9 +235,7 @@ def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...], *, bias
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.qkv_bias: false": bias and not config.qkv_bias,
     }
-    for what, found in lacking.items():
-        if found:
-            raise UserError(f"{what}, which {who} cannot represent; this model stays with --to safetensors")
+    refuse_lacking(lacking, who)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -338,7 +307,7 @@ def _from_json(config_json: Mapping[str, Any], max_length: int | None) -> ModelC
             "patch_size": int(get("patch_size", 2)),
             "in_channels": channels,
             "input_size": size,
-            "learn_sigma": _learns_sigma(int(get("out_channels", 8) or channels), channels),
+            "learn_sigma": learns_sigma(int(get("out_channels", 8) or channels), channels, "a PixArt"),
             "mlp": _ACTIVATIONS[activation],
             "qkv_bias": bool(get("attention_bias", True)),
             "num_classes": 0,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadit.config.model import ModelConfig
+from megadit.convert.families.common import heads_of, learns_sigma, refuse_lacking
 from megadit.convert.folding import fold_readout
 from megadit.convert.names import blocks, check, model_shapes, needed
 from megadit.errors import UserError
@@ -54,7 +55,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
             "max_length": length,
             "mask": False,  # the original sees all of CLIP's tokens
         }
-    heads = int(hints["heads"]) if "heads" in hints else _heads(width)
+    heads = heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
     config = ModelConfig.model_validate(
         {
             "family": "uvit",
@@ -64,7 +65,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
             "patch_size": patch,
             "in_channels": channels,
             "input_size": side * patch,
-            "learn_sigma": out == 2 * channels,
+            "learn_sigma": learns_sigma(out, channels, "a U-ViT"),
             "mlp": "gelu",
             "mlp_ratio": hidden / width,
             "qkv_bias": "mid_block.attn.qkv.bias" in state,
@@ -90,23 +91,9 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
         f"model.mlp: {config.mlp}": config.mlp != "gelu",
         "model.learn_sigma: true": config.learn_sigma,
     }
-    for what, found in lacking.items():
-        if found:
-            raise UserError(f"{what}, which the official U-ViT cannot represent; keep it with --to safetensors")
+    refuse_lacking(lacking, "the official U-ViT")
     official = {**state, _READOUT: fold_readout(config, state[_READOUT])}
     return {_POSITIONS[0] if name == _POSITIONS[1] else name: value for name, value in official.items()}
-
-
-def _heads(width: int) -> int:
-    if width in _HEADS:
-        return _HEADS[width]
-    fitting = [width // dim for dim in _HEAD_DIMS if width % dim == 0]
-    if len(fitting) != 1:
-        raise UserError(
-            f"--hint heads: is needed, since nothing in the weights tells how many heads a width of {width} has; give "
-            "--hint heads=N"
-        )
-    return fitting[0]
 
 
 def _layout(positions: int, patch: int, classes: int, text: bool, hints: Mapping[str, Any]) -> tuple[int, int]:
