@@ -54,17 +54,9 @@ def draws_no_pictures(facts: DatasetFacts, config: RunConfig) -> str | None:
 
 
 def _check_pixels(facts: DatasetFacts, config: RunConfig) -> None:
-    model = config.model
-    if model.in_channels != facts.channels:
-        raise UserError(
-            f"model.in_channels: {model.in_channels}, but {facts.name} has images of {facts.channels} channel(s); "
-            f"set model.in_channels={facts.channels}"
-        )
-    if model.input_size != facts.image_size:
-        raise UserError(
-            f"model.input_size: {model.input_size}, but data.image_size of {facts.name} is {facts.image_size}; "
-            "make them equal"
-        )
+    _check_model_key(config, "in_channels", facts.channels, f"{facts.name} has images of {facts.channels} channel(s)")
+    told = f"data.image_size of {facts.name} is {facts.image_size}"
+    _check_model_key(config, "input_size", facts.image_size, told, "make them equal")
 
 
 def _check_latents(facts: DatasetFacts, vae: VaeConfig, config: RunConfig) -> None:
@@ -76,12 +68,10 @@ def _check_latents(facts: DatasetFacts, vae: VaeConfig, config: RunConfig) -> No
             f"data.image_size: {facts.image_size} is not a multiple of {factor}, which data.vae needs; "
             f"set data.image_size={factor * model.input_size}"
         )
-    if model.input_size != facts.image_size // factor:
-        raise UserError(
-            f"model.input_size: {model.input_size}, but data.vae turns images of {facts.image_size} pixels into "
-            f"latents of {facts.image_size // factor}; set model.input_size={facts.image_size // factor} "
-            f"or data.image_size={factor * model.input_size}"
-        )
+    size = facts.image_size // factor
+    told = f"data.vae turns images of {facts.image_size} pixels into latents of {size}"
+    remedy = f"set model.input_size={size} or data.image_size={factor * model.input_size}"
+    _check_model_key(config, "input_size", size, told, remedy)
 
 
 def _takes(vae: VaeConfig, channels: int) -> bool:
@@ -92,21 +82,13 @@ def _takes(vae: VaeConfig, channels: int) -> bool:
 
 
 def _check_stored_latents(facts: DatasetFacts, stored: StoredFacts, config: RunConfig) -> None:
-    model, data = config.model, config.data
-    if model.in_channels != stored.channels:
-        raise UserError(
-            f"model.in_channels: {model.in_channels}, but the stored latents of {facts.name} have {stored.channels} "
-            f"channels; set model.in_channels={stored.channels}"
-        )
-    if model.input_size != stored.size:
-        raise UserError(
-            f"model.input_size: {model.input_size}, but the stored latents of {facts.name} have {stored.size} pixels a "
-            f"side; set model.input_size={stored.size}"
-        )
+    data, whose = config.data, f"the stored latents of {facts.name}"
+    _check_model_key(config, "in_channels", stored.channels, f"{whose} have {stored.channels} channels")
+    _check_model_key(config, "input_size", stored.size, f"{whose} have {stored.size} pixels a side")
     if data.image_size not in (None, facts.image_size):
         raise UserError(
-            f"data.image_size: {data.image_size}, but the stored latents of {facts.name} are of images of "
-            f"{facts.image_size} pixels; leave data.image_size out, or encode the images again"
+            f"data.image_size: {data.image_size}, but {whose} are of images of {facts.image_size} pixels; leave "
+            "data.image_size out, or encode the images again"
         )
     if data.flip and not stored.mirrored:
         raise UserError(
@@ -119,15 +101,19 @@ def _check_stored_latents(facts: DatasetFacts, stored: StoredFacts, config: RunC
         own = getattr(data.vae, key)
         if own is not None and abs(own - theirs) > 1e-6:
             raise UserError(
-                f"data.vae.{key}: {own:g}, but the stored latents of {facts.name} were made with {theirs:g}; set "
-                f"data.vae.{key}={theirs:g}, or encode the images again"
+                f"data.vae.{key}: {own:g}, but {whose} were made with {theirs:g}; set data.vae.{key}={theirs:g}, or "
+                "encode the images again"
             )
 
 
 def _check_classes(facts: DatasetFacts, config: RunConfig) -> None:
     """The configuration has held ``data.condition`` against ``model.num_classes`` already; here the data decide."""
-    if config.model.num_classes != facts.num_classes:
-        raise UserError(
-            f"model.num_classes: {config.model.num_classes}, but {facts.name} has {facts.num_classes} classes; "
-            f"set model.num_classes={facts.num_classes}"
-        )
+    told = f"{facts.name} has {facts.num_classes} classes"
+    _check_model_key(config, "num_classes", facts.num_classes, told)
+
+
+def _check_model_key(config: RunConfig, key: str, wanted: int, told: str, remedy: str | None = None) -> None:
+    """Raise ``UserError`` when ``model.<key>`` is not ``wanted``; ``told`` says what of the data asks for it."""
+    own = getattr(config.model, key)
+    if own != wanted:
+        raise UserError(f"model.{key}: {own}, but {told}; {remedy or f'set model.{key}={wanted}'}")
