@@ -90,7 +90,9 @@ def test_the_command_gives_one_verdict_for_any_number_of_ranks(tmp_path: Path) -
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(done.stdout))
         assert (out / "verdict.json").is_file() and (out / "coords.csv").is_file()
-    assert found[0].keys() == found[1].keys() and found[0]["passed"] == found[1]["passed"]
+    assert found[0].keys() == found[1].keys() and found[0]["verdict"] == found[1]["verdict"] == "passes"
+    one, two = ({row["module"]: row["verdict"] for row in told["modules"]} for told in found)
+    assert one == two
 
 
 def test_a_launcher_of_other_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
