@@ -27,7 +27,7 @@ from megadit.models.layers import (
 )
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
-from megadit.parallel.collectives import own_tokens
+from megadit.parallel.collectives import enter_blocks, own_tokens
 from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
@@ -82,7 +82,7 @@ class DiTEmbedStage(Stage):
         c = self.t_embedder(t)
         if self.y_embedder is not None:
             c = c + self.y_embedder(labels[0])
-        return own_tokens(tokens, self.layout), F.silu(c)
+        return own_tokens(tokens, self.layout), enter_blocks(F.silu(c), self.layout)
 
 
 class DiT(StagedModel):

@@ -33,7 +33,7 @@ from megadit.models.layers import (
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
-from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.collectives import all_tokens, enter_blocks, own_tokens
 from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
@@ -121,7 +121,9 @@ class PooledEmbedder(nn.Module):
     def __init__(self, features: int, width: Dim, param: Parametrization) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            MuLinear(Dim(features), width, param, init="text"), nn.SiLU(), MuLinear(width, width, param, init="text")
+            MuLinear(Dim(features), width, param, init="text", shard="column"),
+            nn.SiLU(),
+            MuLinear(width, width, param, init="text", shard="row"),
         )
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -155,11 +157,12 @@ class MMDiTEmbedStage(Stage):
             c = c + self.y_embedder(pooled)
         grid = torch.zeros(rows, columns, dtype=torch.uint8, device=x.device)
         tokens, context = own_tokens(tokens, self.layout), own_tokens(context, self.layout)
+        c = enter_blocks(F.silu(c), self.layout)
         if not rest:
-            return tokens, context, F.silu(c), grid
+            return tokens, context, c, grid
         (mask,) = rest
         seen = torch.cat([mask.new_ones(x.shape[0], rows * columns), mask], dim=1)[:, None, None]
-        return tokens, context, F.silu(c), seen, grid
+        return tokens, context, c, seen, grid
 
 
 class MMDiTFinalStage(Stage):

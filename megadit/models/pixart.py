@@ -28,7 +28,7 @@ from megadit.models.layers.cross_attention import CaptionEmbedder, CrossAttentio
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
-from megadit.parallel.collectives import copy_to_ranks, own_tokens
+from megadit.parallel.collectives import copy_to_ranks, enter_blocks, own_tokens
 from megadit.parallel.tensor import TensorLayout, tensor_layout
 from megadit_kernels import gated_residual
 
@@ -124,8 +124,8 @@ class PixArtEmbedStage(Stage):
         x, t, text, *mask = carrier
         tokens = self.pos_embed(self.x_embedder(x))
         t_emb = self.t_embedder(t)
-        t0 = _for_own_tokens(self.t_block(t_emb), self.layout)
-        text = self.y_embedder(text)
+        t0 = self.t_block(t_emb)
+        text = enter_blocks(self.y_embedder(text), self.layout)
         return own_tokens(tokens, self.layout), t0, _for_own_tokens(t_emb, self.layout), text, *mask
 
 
@@ -143,7 +143,9 @@ class PixArt(StagedModel):
         sixfold = Dim(6 * width.size, 6 * width.base_size)
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)
-        self.t_block = nn.Sequential(nn.SiLU(), MuLinear(width, sixfold, param, init="adaln"))
+        self.t_block = nn.Sequential(
+            nn.SiLU(), MuLinear(width, sixfold, param, init="adaln", shard="column", gather=True)
+        )
         self.y_embedder = CaptionEmbedder(self.text.dim, self.text.max_length, width, param)
         self.pos_embed = SinCosPositions(config.width, side_of(config), config.pos_scale)
         self.blocks = nn.ModuleList(PixArtBlock(config, param, index) for index in range(config.depth))

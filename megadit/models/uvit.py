@@ -209,7 +209,9 @@ def _time_mlp(param: Parametrization) -> nn.Sequential:
     """n -> 4n -> n with SiLU between, both hidden."""
     width, hidden = param.width_dim(), param.width_dim(4)
     return nn.Sequential(
-        MuLinear(width, hidden, param, init="timestep"), nn.SiLU(), MuLinear(hidden, width, param, init="timestep")
+        MuLinear(width, hidden, param, init="timestep", shard="column"),
+        nn.SiLU(),
+        MuLinear(hidden, width, param, init="timestep", shard="row"),
     )
 
 

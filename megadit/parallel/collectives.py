@@ -72,6 +72,14 @@ def sum_and_scatter_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
     return out
 
 
+def enter_blocks(x: Tensor, layout: TensorLayout) -> Tensor:
+    """x, the same on all ranks, on its way to all blocks' column layers (``MuLinear``'s ``entered``).
+
+    Each rank's gradient of it is partial in all of them, and is summed here, once. A pipeline's wire carries the parts.
+    """
+    return copy_to_ranks(x, layout) if layout.size > 1 else x
+
+
 def own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
     """Where a stream begins: this rank's tokens of (B, T, n) under sequence parallelism, else all."""
     return scatter_tokens(x, layout) if layout.sequence else x

@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
         self.precision = precision
         doubled = Dim(2 * width.size, 2 * width.base_size)
         self.q_linear = MuLinear(width, width, param, bias=bias, shard="column", tokens=tokens)
-        self.kv_linear = MuLinear(width, doubled, param, bias=bias, shard="column", parts=2)
+        self.kv_linear = MuLinear(width, doubled, param, bias=bias, shard="column", parts=2, entered=True)
         self.proj = MuLinear(width, width, param, init="zero", shard="row", tokens=tokens)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -61,8 +61,8 @@ class CaptionProjection(nn.Module):
 
     def __init__(self, text_dim: int, width: Dim, param: Parametrization) -> None:
         super().__init__()
-        self.fc1 = MuLinear(Dim(text_dim), width, param, init="text")
-        self.fc2 = MuLinear(width, width, param, init="text")
+        self.fc1 = MuLinear(Dim(text_dim), width, param, init="text", shard="column")
+        self.fc2 = MuLinear(width, width, param, init="text", shard="row")
 
     def forward(self, text: Tensor) -> Tensor:
         """Cast the features to the weights' dtype and project each token."""

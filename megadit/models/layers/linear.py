@@ -28,7 +28,8 @@ class MuLinear(nn.Module):
     What a tensor-parallel rank holds and does (Megatron-LM, arXiv 1909.08053 section 3 and 2205.05198 section 4.2):
 
     * ``shard`` column: a share of the outputs, from the whole input; ``parts`` matrices side by side are cut each by
-      itself; with ``gather`` every rank gets all outputs, to use on what it holds of the tokens.
+      itself; with ``gather`` every rank gets all outputs, to use on what it holds of the tokens. ``entered``: several
+      layers have this input, and ``enter_blocks`` sums its gradient for all of them.
     * row: a share of the inputs, as a column layer puts it out; the ranks' products are summed, then the bias added.
     * none: everything.
 
@@ -48,13 +49,14 @@ class MuLinear(nn.Module):
         shard: Shard = "none",
         parts: int = 1,
         gather: bool = False,
+        entered: bool = False,
         tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_dim.size, out_dim.size
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((out_dim, in_dim), init, role=role)}
         self.shard: Shard = shard
-        self.gather = gather
+        self.gather, self.entered = gather, entered
         layout = tensor_layout()
         self.layout = layout if layout.size > 1 else None
         self.tokens = tokens if layout.sequence else None
@@ -88,7 +90,10 @@ class MuLinear(nn.Module):
         return self._on_own_tokens(x, self.layout)
 
     def _columns(self, x: Tensor, layout: TensorLayout) -> Tensor:
-        out = column_linear(x, self.weight, self.bias, self.forward_mult, layout, self.tokens)
+        if self.entered:
+            out = scaled_linear(x, self.weight, self.bias, self.forward_mult)
+        else:
+            out = column_linear(x, self.weight, self.bias, self.forward_mult, layout, self.tokens)
         return gather_channels(out, layout, partial=layout.sequence) if self.gather else out
 
     def _rows(self, x: Tensor, layout: TensorLayout) -> Tensor:

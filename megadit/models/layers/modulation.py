@@ -13,6 +13,8 @@ def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequ
     """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``.
 
     Tensor-parallel ranks share out its 6 n^2 elements, a third of a block's, and gather the result, one row a sample.
+    All blocks have one c, so that it comes by ``enter_blocks``.
     """
     out = Dim(chunks * width.size, chunks * width.base_size)
-    return nn.Sequential(nn.Identity(), MuLinear(width, out, param, init="adaln", shard="column", gather=True))
+    linear = MuLinear(width, out, param, init="adaln", shard="column", gather=True, entered=True)
+    return nn.Sequential(nn.Identity(), linear)
