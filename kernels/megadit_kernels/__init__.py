@@ -1,6 +1,6 @@
 """Fused operations, each with a torch reference of the same signature. Imports nothing of megadit."""
 
-from megadit_kernels.linear import scaled_linear, scaled_linear_reference
+from megadit_kernels.linear import for_autocast, scaled_linear, scaled_linear_reference
 from megadit_kernels.modulate import (
     gated_residual,
     gated_residual_reference,
@@ -9,6 +9,7 @@ from megadit_kernels.modulate import (
 )
 
 __all__ = [
+    "for_autocast",
     "gated_residual",
     "gated_residual_reference",
     "layer_norm_modulate",

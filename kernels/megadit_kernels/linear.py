@@ -32,6 +32,15 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: 
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def for_autocast(*operands: Tensor | None) -> list[Tensor | None]:
+    """Operands of an autograd function in the dtype of a surrounding autocast, which reaches torch's own ops only."""
+    device = next(part.device.type for part in operands if part is not None)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(operands)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if part is None else part.to(dtype) for part in operands]
+
+
 def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
     """alpha * (a @ b) + bias in one GEMM call; beta 0 makes addmm ignore the placeholder it is given."""
     if bias is None:

@@ -40,6 +40,7 @@ from megadit.models.layers import (
     timestep_features,
     unpatchify,
 )
+from megadit.models.layers.skip_linear import SkipLinear, lend
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
@@ -60,6 +61,8 @@ def _tokens(config: ModelConfig) -> int:
 
 class UViTBlock(Stage):
     """Pre-norm Transformer block on the carrier (tokens, skips ..., [key mask]), tokens and skips (B, E + T, n).
+
+    Of skips a tensor-parallel rank carries its channels alone (``lend``).
 
     Blocks ``1 .. depth / 2``, counted from 0, lend their *input* to the skips, which is the output of the block before:
     so no tensor is carried twice between two blocks. Those of the second half take the last skip away. How many skips
@@ -90,16 +93,17 @@ class UViTBlock(Stage):
         )
         self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
-        self.skip_linear = MuLinear(param.width_dim(2), width, param, tokens=tokens) if takes else None
+        self.skip_linear = SkipLinear(width, param.width_dim(2), param, tokens=tokens) if takes else None
+        self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
         """Join the skip, then attention and the MLP, each normed and added."""
         x, *rest = carrier
         skips, mask = rest[: self.skips], rest[self.skips :]
         if self.lends:
-            skips.append(x)
+            skips.append(lend(x, self.layout))
         if self.skip_linear is not None:
-            x = self.skip_linear(torch.cat([x, skips.pop()], dim=-1))
+            x = self.skip_linear.join(x, skips.pop())
         seen = mask[0][:, None, None] if mask else None
         x = x + self.attn(self.norm1(x), seen)
         x = x + self.mlp(self.norm2(x))

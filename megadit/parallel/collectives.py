@@ -8,6 +8,7 @@ function                 forward                         backward
 copy_to_ranks            --                              sum over ranks
 sum_over_ranks           sum over ranks                  --
 gather_channels          all-gather the last dimension   this rank's part, or (``partial``) of the sum
+scatter_channels         this rank's channels            all-gather the last dimension
 scatter_tokens           this rank's tokens              all-gather tokens
 gather_tokens            all-gather tokens               this rank's part
 sum_and_scatter_tokens   sum, of which its own tokens    all-gather tokens
@@ -51,6 +52,12 @@ def sum_over_ranks(x: Tensor, layout: TensorLayout) -> Tensor:
 def gather_channels(x: Tensor, layout: TensorLayout, *, partial: bool) -> Tensor:
     """(..., n / ranks) -> (..., n), the ranks' channels one after the other."""
     out: Tensor = _GatherChannels.apply(x, layout, partial)
+    return out
+
+
+def scatter_channels(x: Tensor, layout: TensorLayout) -> Tensor:
+    """(..., n), the same on all ranks -> this rank's (..., n / ranks)."""
+    out: Tensor = _ScatterChannels.apply(x, layout)
     return out
 
 
@@ -122,6 +129,11 @@ def begin_gather_tokens(x: Tensor, layout: TensorLayout, *, later: bool = True) 
     return _begin_gather(x, layout, later=later)
 
 
+def begin_gather_channels(x: Tensor, layout: TensorLayout) -> Pending:
+    """The channels (..., n / ranks) of all ranks, for ``channels_together``."""
+    return _begin_gather(x, layout, later=True)
+
+
 def begin_sum_and_scatter_tokens(x: Tensor, layout: TensorLayout) -> Pending:
     """As ``sum_and_scatter_tokens``, without a gradient."""
     return _begin_scattered_sum(_tokens_apart(x, layout), layout, later=True)
@@ -173,6 +185,16 @@ def tokens_together(parts: Tensor, tokens: int) -> Tensor:
     return parts.transpose(0, 1).flatten(1, 2)[:, :tokens]
 
 
+def own_channels(x: Tensor, layout: TensorLayout) -> Tensor:
+    """(..., n) -> this rank's (..., n / ranks), a view."""
+    return x.unflatten(-1, (layout.size, -1)).select(-2, layout.rank)
+
+
+def channels_together(parts: Tensor) -> Tensor:
+    """(ranks, ..., n / ranks) -> (..., n)."""
+    return parts.movedim(0, -2).flatten(-2)
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
@@ -198,13 +220,24 @@ class _GatherChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout, partial: bool) -> Tensor:
         ctx.layout, ctx.partial = layout, partial
-        return _gathered(x, layout).movedim(0, -2).flatten(-2)
+        return channels_together(_gathered(x, layout))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         parts = grad.unflatten(-1, (ctx.layout.size, -1)).movedim(-2, 0)
         own = _scattered_sum(parts, ctx.layout) if ctx.partial else parts[ctx.layout.rank].contiguous()
         return own, None, None
+
+
+class _ScatterChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
+        ctx.layout = layout
+        return own_channels(x, layout).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return channels_together(_gathered(grad, ctx.layout)), None
 
 
 class _ScatterTokens(torch.autograd.Function):

@@ -72,7 +72,8 @@ def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) ->
     """This rank's share of a parameter of global ``shape``, cut along ``dim``: its local shape and its boxes.
 
     ``parts``: how many matrices stand side by side along ``dim`` (3 for q, k and v, 2 for gate and up), each of which
-    is cut by itself.
+    is cut by itself. Along another dimension than the first a share's pieces lie one after the other, and its shape has
+    them in front: (parts, ...).
 
     Raises:
         ValueError: the ranks do not divide a part.
@@ -81,10 +82,10 @@ def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) ->
     share = layout.share(part, f"channels of a parameter of shape {tuple(shape)}")
     spans = [(p * part + layout.rank * share, p * part + (layout.rank + 1) * share) for p in range(parts)]
     boxes = tuple(tuple(span if d == dim else (0, size) for d, size in enumerate(shape)) for span in spans)
-    if dim and parts > 1:
-        raise ValueError("parts can stand side by side along the first dimension only")
-    local = tuple(parts * share if d == dim else size for d, size in enumerate(shape))
-    return local, boxes
+    piece = tuple(share if d == dim else size for d, size in enumerate(shape))
+    if parts == 1 or dim:
+        return (parts, *piece) if parts > 1 else piece, boxes
+    return (parts * share, *piece[1:]), boxes
 
 
 def mark_shards(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from megadit.parallel.collectives import (
 )
 from megadit.parallel.recompute import is_recomputed
 from megadit.parallel.tensor import TensorLayout
-from megadit_kernels import scaled_linear
+from megadit_kernels import for_autocast, scaled_linear
 
 
 def column_linear(
@@ -31,13 +31,8 @@ def column_linear(
     (Megatron-LM, arXiv 2205.05198 section 4.2.2). With ``tokens`` the own tokens alone are kept for it, and gathered
     once more while the gradient of x is computed; a block that is recomputed has just gathered them, and keeps them.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # it casts operands of torch's own ops only
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     keep = tokens is not None and is_recomputed()
-    out: Tensor = _ColumnLinear.apply(x, weight, bias, alpha, layout, tokens, keep)
+    out: Tensor = _ColumnLinear.apply(*for_autocast(x, weight, bias), alpha, layout, tokens, keep)
     return out
 
 

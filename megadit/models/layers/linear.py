@@ -31,6 +31,7 @@ class MuLinear(nn.Module):
       itself; with ``gather`` every rank gets all outputs, to use on what it holds of the tokens. ``entered``: several
       layers have this input, and ``enter_blocks`` sums its gradient for all of them.
     * row: a share of the inputs, as a column layer puts it out; the ranks' products are summed, then the bias added.
+      With ``parts`` the weight is a stack of pieces (``cut``); see ``SkipLinear``.
     * none: everything.
 
     ``tokens``: the input (B, T, n) is a stream of T tokens, which sequence parallelism cuts between the ranks outside
