@@ -103,7 +103,7 @@ class UViTBlock(Stage):
         if self.lends:
             skips.append(lend(x, self.layout))
         if self.skip_linear is not None:
-            x = self.skip_linear.join(x, skips.pop())
+            x = self.skip_linear(x, skips.pop())
         seen = mask[0][:, None, None] if mask else None
         x = x + self.attn(self.norm1(x), seen)
         x = x + self.mlp(self.norm2(x))

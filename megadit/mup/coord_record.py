@@ -126,21 +126,22 @@ class Recorder:
                 self._add(step, name, role, f"update.{key}", module.get_parameter(key) - start)
             return
         # A norm's output does not follow its input's size, so that a gain would blame it for the layer before.
-        entering = args[0] if any(start.dim() > 1 for start in self.start[name].values()) else None
+        entering = args if any(start.dim() > 1 for start in self.start[name].values()) else ()
         if step == 0:
             self._add(step, name, role, "gain", out, entering)
             return
         for key, start in self.start[name].items():
             old = _first_tensor(functional_call(module, {key: start}, args))
-            self._add(step, name, role, f"update.{key}", out - old, entering if start.dim() > 1 else None)
+            self._add(step, name, role, f"update.{key}", out - old, entering if start.dim() > 1 else ())
 
     def _add(
-        self, step: int, name: str, role: str, quantity: str, value: Tensor, entering: Tensor | None = None
+        self, step: int, name: str, role: str, quantity: str, value: Tensor, entering: tuple[Any, ...] = ()
     ) -> None:
-        """The size of ``value``, over that of the input ``entering``: 1 for a table's indices or for zeros alone."""
+        """The size of ``value``, over that of the inputs ``entering``: 1 for a table's indices or for zeros alone."""
         by = value.new_zeros((), dtype=torch.float64)
-        if entering is not None and entering.is_floating_point():
-            by = _size(entering)
+        sizes = [_size(part) for part in entering if part.is_floating_point()]
+        if sizes:  # of a long skip the mean of both halves
+            by = torch.stack(sizes).mean()
         self._waiting.append(_Waiting(step, name, role, quantity, _size(value), by))
 
     def _settle(self) -> None:

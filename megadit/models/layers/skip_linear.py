@@ -35,10 +35,10 @@ class SkipLinear(MuLinear):
         shard: Any = "none" if tensor_layout().sequence else "row"
         super().__init__(joined, width, param, shard=shard, parts=2, tokens=tokens)
 
-    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]  # of two tensors, not of their join
         """x (B, T, n) and a skip as ``lend`` gave it -> (B, T, n)."""
         if self.layout is None or self.shard == "none":
-            return self(torch.cat([x, skip], dim=-1))
+            return super().forward(torch.cat([x, skip], dim=-1))
         out = sum_over_ranks(_product(x, skip, self.weight, self.forward_mult, self.layout), self.layout)
         return out if self.bias is None else out + self.bias
 
