@@ -16,6 +16,7 @@ from typing import Any
 
 from megadit.config.ds_batch import BatchPlan, Size, plan_batch
 from megadit.config.ds_file import DsFile, read_ds_config
+from megadit.config.ds_sums import sum_keys, sum_warnings
 from megadit.config.ds_wishes import Wish, offloads_optimizer, wishes
 from megadit.config.layout import replicas
 from megadit.config.loader import LoadedConfig, replace
@@ -24,8 +25,6 @@ from megadit.errors import UserError
 
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines: megadit prints its own
 _MICRO_BATCHES_PER_STAGE = 4  # by default, so that a pipeline's stages wait at most a fifth of a step
-_FLOAT32_NAMES = ("fp32", "float32", "float", "torch.float32")
-_HALF_NAMES = ("bf16", "bfloat16", "torch.bfloat16", "fp16", "float16", "half", "torch.float16")
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
         "parallel.zero_stage": stage,
     }
     config = replace(config, resolved | _offload_changes(file, loaded, config), source=file.label)
-    _check_accumulation_type(file, config)
-    warnings = list(file.warnings)
+    warnings = [*file.warnings, *sum_warnings(file, config, plan.accumulation)]
     if stage == 0 and offloads_optimizer(file):
         warnings.append(
             f"zero_optimization.offload_optimizer: has no effect at ZeRO stage 0; set stage 1, 2 or 3 (in {file.label})"
@@ -161,21 +159,6 @@ def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> d
     return {"optim.implementation": "deepspeed-cpu"}
 
 
-def _check_accumulation_type(file: DsFile, config: RunConfig) -> None:
-    kind = file.block("data_types").get("grad_accum_dtype")
-    if kind not in (None, *_FLOAT32_NAMES, *_HALF_NAMES):
-        raise UserError(
-            f"data_types.grad_accum_dtype: {_shown(kind)} is not a type of DeepSpeed's; write fp32, bf16 or fp16 "
-            f"(in {file.label})"
-        )
-    bf16_at_stage_1 = config.train.precision == "bf16" and config.parallel.zero_stage == 1
-    if bf16_at_stage_1 and kind in _FLOAT32_NAMES and not offloads_optimizer(file):
-        raise UserError(
-            f"data_types.grad_accum_dtype: {kind} with bf16 at ZeRO stage 1 makes DeepSpeed take another optimizer "
-            f"wrapper, whose state megadit cannot save; set zero_optimization.stage to 2 (in {file.label})"
-        )
-
-
 def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's complete dict: what megadit decides, explicitly, then the rest of the file as it is."""
     precision, clip = config.train.precision, config.optim.clip
@@ -189,6 +172,7 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         "bf16": {**file.block("bf16"), "enabled": precision == "bf16"},
         "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},
         "steps_per_print": _QUIET,
+        **sum_keys(file, config, plan.accumulation),
     }
     if config.parallel.pipeline > 1:
         # Partitioned wires may hold one tensor; megadit recomputes blocks itself.

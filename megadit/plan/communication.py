@@ -22,29 +22,38 @@ def tensor_bytes(calls: Mapping[tuple[Kind, int], int], ranks: int) -> dict[str,
 
 
 def data_bytes(
-    parameters: int, item: int, replicas: int, zero_stage: int, micro_batches: int, *, recompute: bool
+    parameters: int,
+    item: int,
+    replicas: int,
+    zero_stage: int,
+    micro_batches: int,
+    *,
+    recompute: bool,
+    gradient: int | None = None,
 ) -> dict[str, float]:
-    """Bytes sent between the replicas of ``parameters`` held by a rank, ``item`` bytes each, in one step.
+    """Bytes sent between the replicas of ``parameters`` held by a rank, ``item`` bytes each, in one step; ``gradient``
+    bytes of each in sums of gradients, None for the same.
 
     ZeRO 3 gathers weights for every forward and backward pass, and again where the backward pass recomputes; weights
     that are small enough to stay (stage3_param_persistence_threshold) are counted too.
     """
     if replicas == 1:
         return {}
-    whole = parameters * item
-    summed, half = ring_bytes("all_reduce", whole, replicas), ring_bytes("all_gather", whole, replicas)
+    sums = parameters * (gradient or item)
+    summed, half = ring_bytes("all_reduce", sums, replicas), ring_bytes("all_gather", parameters * item, replicas)
     if zero_stage == 0:
         return {"data all_reduce of gradients": summed}
     if zero_stage == 3:
         return {
             "data all_gather of weights": (3 if recompute else 2) * half * micro_batches,
-            "data reduce_scatter of gradients": half * micro_batches,
+            "data reduce_scatter of gradients": ring_bytes("reduce_scatter", sums, replicas) * micro_batches,
         }
     times = micro_batches if zero_stage == 2 else 1
     return {"data all_reduce of gradients": summed * times, "data all_gather of weights": half}
 
 
-def least_data_bytes(parameters: int, item: int, replicas: int) -> float:
+def least_data_bytes(parameters: int, item: int, replicas: int, gradient: int | None = None) -> float:
     """The least between replicas: a sum of which each has a share, and the new weights back (Rajbhandari et al. 2020,
     section 7)."""
-    return ring_bytes("all_reduce", parameters * item, replicas)
+    sums = ring_bytes("reduce_scatter", parameters * (gradient or item), replicas)
+    return sums + ring_bytes("all_gather", parameters * item, replicas)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megadit.config import RunConfig
+from megadit.config.ds_sums import gradient_bytes
 from megadit.parallel.balance import balanced_cuts, bubble_share
 from megadit.parallel.topology import Topology
 from megadit.plan.activations import Passage, count_passages
@@ -77,6 +78,7 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
     flops = stage_flops(config.model)
     cuts = balanced_cuts(flops, parallel.pipeline)
     micro, many = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
+    added, summed = gradient_bytes(ds_config, train.precision)
     place = Topology(world, 0, parallel.tensor, parallel.pipeline)
     passages = count_passages(
         config.model,
@@ -102,8 +104,8 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
                 flops_share=sum(flops[cuts[stage] : cuts[stage + 1]]) / sum(flops),
                 parameters=held,
                 in_flight=min(parallel.pipeline - stage, many),
-                bytes=_bytes(config, held, passage, place.data, min(parallel.pipeline - stage, many)),
-                sent=_sent(config, held, passage, place.data, many),
+                bytes=_bytes(config, held, passage, place.data, min(parallel.pipeline - stage, many), added),
+                sent=_sent(config, held, passage, place.data, many, summed),
             )
         )
         blocks += own
@@ -125,13 +127,16 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
     )
 
 
-def _bytes(config: RunConfig, held: int, passage: Passage, replicas: int, in_flight: int) -> dict[str, float]:
-    assert config.parallel.zero_stage is not None  # resolved
-    state = state_bytes(held, replicas, config.parallel.zero_stage, config.train.precision, len(config.ema.names))
+def _bytes(
+    config: RunConfig, held: int, passage: Passage, replicas: int, in_flight: int, gradient: int
+) -> dict[str, float]:
+    zero, precision, averages = config.parallel.zero_stage, config.train.precision, len(config.ema.names)
+    assert zero is not None  # resolved
+    state = state_bytes(held, replicas, zero, precision, averages, gradient)
     return state | {"activations": float((in_flight - 1) * passage.kept + passage.peak)}
 
 
-def _sent(config: RunConfig, held: int, passage: Passage, replicas: int, many: int) -> dict[str, float]:
+def _sent(config: RunConfig, held: int, passage: Passage, replicas: int, many: int, summed: int) -> dict[str, float]:
     assert config.parallel.zero_stage is not None
     item = _DTYPES[config.train.precision].itemsize
     per_batch = tensor_bytes(Counter(passage.forward) + Counter(passage.backward), config.parallel.tensor)
@@ -140,7 +145,7 @@ def _sent(config: RunConfig, held: int, passage: Passage, replicas: int, many: i
         sent["pipeline send"] = float((passage.wire_out + passage.wire_back) * many)
     recompute = config.train.activation_checkpointing != "none"
     zero = config.parallel.zero_stage
-    return sent | data_bytes(held, item, replicas, zero, many, recompute=recompute)
+    return sent | data_bytes(held, item, replicas, zero, many, recompute=recompute, gradient=summed)
 
 
 def table(plan: LayoutPlan) -> str:

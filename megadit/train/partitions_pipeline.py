@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megadit.parallel.topology import Topology
+from megadit.train.partitions_sums import float32_sums
 
 
 def pipeline_engine(
@@ -36,7 +37,7 @@ def pipeline_engine(
     axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
     # One layer a stage: the segment is cut already, and what other ranks run has nothing to be built here.
     layers = [segment if place == topology.pipeline_rank else nn.Identity() for place in range(topology.pipeline)]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), float32_sums():
         module = PipelineModule(layers, topology=axes, loss_fn=loss, partition_method="uniform")
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
     engine._allocate_or_extend_buffers = lambda _index, shape, dtype: engine._allocate_zeros(shape, dtype=dtype)

@@ -111,10 +111,6 @@ FLATTENS = "writes one learning rate into all parameter groups, which flattens t
             {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
             "bf16.bf16_master_weights_and_grads: true leaves no float32 master weights",
         ),
-        (
-            {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
-            "data_types.grad_accum_dtype: fp32 with bf16 at ZeRO stage 1 makes DeepSpeed take another",
-        ),
         ({"data_types": {"grad_accum_dtype": "fp99"}}, 'data_types.grad_accum_dtype: "fp99" is not a type of DeepS'),
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: true rounds timesteps to half precision"),
         (
