@@ -134,6 +134,16 @@ def begin_gather_channels(x: Tensor, layout: TensorLayout) -> Pending:
     return _begin_gather(x, layout, later=True)
 
 
+def begin_gather_rows(x: Tensor, layout: TensorLayout, *, later: bool = True) -> Pending:
+    """The rows (n / ranks, ...) of all ranks, (ranks, n / ranks, ...). Not ``later``: there on return."""
+    return _begin_gather(x, layout, later=later)
+
+
+def begin_sum_and_scatter_rows(x: Tensor, layout: TensorLayout) -> Pending:
+    """Sum of all ranks' (n, ...), of which this rank's rows: (n / ranks, ...)."""
+    return _begin_scattered_sum(x.unflatten(0, (layout.size, -1)), layout, later=True)
+
+
 def begin_sum_and_scatter_tokens(x: Tensor, layout: TensorLayout) -> Pending:
     """As ``sum_and_scatter_tokens``, without a gradient."""
     return _begin_scattered_sum(_tokens_apart(x, layout), layout, later=True)

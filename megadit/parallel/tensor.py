@@ -18,7 +18,7 @@ from torch import nn
 
 from megadit.slices import Boxes
 
-Shard = Literal["none", "column", "row"]
+Shard = Literal["none", "column", "row", "gathered"]
 
 
 @dataclass(frozen=True)

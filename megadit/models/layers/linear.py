@@ -31,7 +31,8 @@ class MuLinear(nn.Module):
       itself; with ``gather`` every rank gets all outputs, to use on what it holds of the tokens. ``entered``: several
       layers have this input, and ``enter_blocks`` sums its gradient for all of them.
     * row: a share of the inputs, as a column layer puts it out; the ranks' products are summed, then the bias added.
-      With ``parts`` the weight is a stack of pieces (``cut``); see ``SkipLinear``.
+      With ``parts`` the weight is a stack of pieces (``cut``).
+    * gathered: a share of the outputs' weights, which are gathered where they are used (``SkipLinear``).
     * none: everything.
 
     ``tokens``: the input (B, T, n) is a stream of T tokens, which sequence parallelism cuts between the ranks outside
@@ -65,7 +66,7 @@ class MuLinear(nn.Module):
         shape: tuple[int, ...] = (out_dim.size, in_dim.size)
         bias_shape: tuple[int, ...] = (out_dim.size,)
         if self.layout is not None and shard != "none":
-            shape, self.param_boxes["weight"] = cut(shape, layout, 0 if shard == "column" else 1, parts)
+            shape, self.param_boxes["weight"] = cut(shape, layout, 1 if shard == "row" else 0, parts)
             if bias and shard == "column":
                 bias_shape, self.param_boxes["bias"] = cut(bias_shape, layout, 0, parts)
         self.weight = nn.Parameter(torch.empty(shape))

@@ -13,12 +13,16 @@ from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import (
     begin_gather_channels,
+    begin_gather_rows,
+    begin_sum_and_scatter_rows,
     channels_together,
+    copy_to_ranks,
     own_channels,
     scatter_channels,
     sum_over_ranks,
 )
-from megadit.parallel.tensor import TensorLayout, tensor_layout
+from megadit.parallel.recompute import is_recomputed
+from megadit.parallel.tensor import Shard, TensorLayout, tensor_layout
 from megadit_kernels import for_autocast, scaled_linear
 
 
@@ -26,32 +30,38 @@ class SkipLinear(MuLinear):
     """``mult * W [x, skip] + b``: W (n, 2n), b (n,).
 
     Tensor parallelism cuts the input by channels, a rank's n / ranks of x beside the same of the skip, which is carried
-    so from where it is ``lent``: ranks' products are summed, and of x's gradient the parts gathered. W's two pieces
-    lie one after the other, (2, n, n / ranks). Where sequence parallelism cuts the tokens, a rank joins its own tokens
-    with the whole of W, whose gradient is summed. ``width`` n, ``joined`` 2n.
+    so from where it was lent (``lend``): the ranks' products are summed, and the parts of x's gradient gathered. The two
+    pieces of W that a rank holds lie one after the other, (2, n, n / ranks).
+
+    Sequence parallelism has cut the tokens, and a rank joins its own with the whole of W. It holds n / ranks rows of W,
+    and gathers the others for each pass: this is (n, 2n) whatever the batch, and the tokens would be (B, T, 2n).
+
+    ``width``: n; ``joined``: 2n.
     """
 
     def __init__(self, width: Dim, joined: Dim, param: Parametrization, *, tokens: int) -> None:
-        shard: Any = "none" if tensor_layout().sequence else "row"
-        super().__init__(joined, width, param, shard=shard, parts=2, tokens=tokens)
+        shard: Shard = "gathered" if tensor_layout().sequence else "row"
+        super().__init__(joined, width, param, shard=shard, parts=2 if shard == "row" else 1, tokens=tokens)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]  # of two tensors, not of their join
         """x (B, T, n) and a skip as ``lend`` gave it -> (B, T, n)."""
-        if self.layout is None or self.shard == "none":
+        if self.layout is None:
             return super().forward(torch.cat([x, skip], dim=-1))
-        out = sum_over_ranks(_product(x, skip, self.weight, self.forward_mult, self.layout), self.layout)
-        return out if self.bias is None else out + self.bias
+        if self.tokens is None:
+            operands = for_autocast(x, skip, self.weight)
+            product: Tensor = _OwnChannels.apply(*operands, self.forward_mult, self.layout)
+            out = sum_over_ranks(product, self.layout)
+            return out if self.bias is None else out + self.bias
+        bias = None if self.bias is None else copy_to_ranks(self.bias, self.layout)
+        operands = for_autocast(torch.cat([x, skip], dim=-1), self.weight, bias)
+        joined: Tensor = _OwnTokens.apply(*operands, self.forward_mult, self.layout, is_recomputed())
+        return joined
 
 
 def lend(x: Tensor, layout: TensorLayout) -> Tensor:
     """What is carried of x (B, T, n) to a ``SkipLinear``: this rank's channels; without tensor parallelism, or where
     tokens are cut, x itself."""
     return scatter_channels(x, layout) if layout.size > 1 and not layout.sequence else x
-
-
-def _product(x: Tensor, skip: Tensor, weight: Tensor, alpha: float, layout: TensorLayout) -> Tensor:
-    out: Tensor = _OwnChannels.apply(*for_autocast(x, skip, weight), alpha, layout)
-    return out
 
 
 class _OwnChannels(torch.autograd.Function):
@@ -83,3 +93,33 @@ class _OwnChannels(torch.autograd.Function):
 def _side_by_side(weight: Tensor) -> Tensor:
     """(2, n, k) -> (n, 2k)."""
     return weight.transpose(0, 1).flatten(1)
+
+
+class _OwnTokens(torch.autograd.Function):
+    """alpha * (joined @ W.T) + bias, of whose rows this rank holds ``share``.
+
+    Backward, W is gathered while its gradient is computed, and that is summed while the gradient of the tokens is.
+    ``keep``: W stays from the forward pass, which a recomputed block has just made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, joined: Tensor, share: Tensor, bias: Tensor | None, alpha: float, layout: TensorLayout, keep: bool
+    ) -> Tensor:
+        weight = begin_gather_rows(share, layout, later=False).wait().flatten(0, 1)
+        ctx.save_for_backward(joined, weight if keep else share)
+        ctx.alpha, ctx.layout, ctx.keep = alpha, layout, keep
+        return scaled_linear(joined, weight, bias, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        joined, held = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        gathered = None if ctx.keep else begin_gather_rows(held, ctx.layout)
+        of_weight = scaled_linear(rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
+        summed = begin_sum_and_scatter_rows(of_weight, ctx.layout)
+        weight = held if gathered is None else gathered.wait().flatten(0, 1)
+        of_joined = scaled_linear(rows, weight.t(), None, ctx.alpha).view_as(joined)
+        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return of_joined, summed.wait(), of_bias, None, None, None
