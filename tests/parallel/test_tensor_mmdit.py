@@ -60,7 +60,7 @@ def every_config(sequence: bool) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "sequence"), [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(("ranks", "sequence"), [(2, False), (2, True), (4, False), (4, True)])
 def test_shares_compute_what_the_whole_does(ranks: int, sequence: bool) -> None:
     results: list[Any] = run_ranks(ranks, every_config, sequence)
     for result in results:
