@@ -30,8 +30,8 @@ class SkipLinear(MuLinear):
     """``mult * W [x, skip] + b``: W (n, 2n), b (n,).
 
     Tensor parallelism cuts the input by channels, a rank's n / ranks of x beside the same of the skip, which is carried
-    so from where it was lent (``lend``): the ranks' products are summed, and the parts of x's gradient gathered. The two
-    pieces of W that a rank holds lie one after the other, (2, n, n / ranks).
+    so from where it was lent (``lend``): the ranks' products are summed, and the parts of x's gradient gathered. Of W
+    a rank holds two pieces, one after the other: (2, n, n / ranks).
 
     Sequence parallelism has cut the tokens, and a rank joins its own with the whole of W. It holds n / ranks rows of W,
     and gathers the others for each pass: this is (n, 2n) whatever the batch, and the tokens would be (B, T, 2n).
