@@ -1,10 +1,10 @@
 """Float32 sums of bf16 gradients at ZeRO stage 1. With ``partitions`` the door to DeepSpeed's internals.
 
 DeepSpeed 0.19 takes another wrapper there than for every other run, ``BF16_Optimizer``: it keeps bf16 gradients of all
-parameters beside the float32 ones, and knows no norm of a group. Yet its ZeRO optimizer does such sums too, which it is
-asked for where the optimizer is offloaded: a hook on each parameter adds the gradient of a micro batch to ``grad_accum``,
-float32, and drops it, and at the end of a step it is ``grad_accum`` that is reduced. So the ZeRO optimizer is taken here,
-and whatever is built on its buffers stays true.
+parameters beside the float32 ones, and knows no norm of a group. Yet its ZeRO optimizer does such sums too, and is
+taken for them where the state is offloaded: a hook on each parameter adds a micro batch's gradient to ``grad_accum``,
+float32, and drops it, and at the end of a step it is ``grad_accum`` that is reduced. So the ZeRO optimizer is taken
+here, and whatever is built on its buffers stays true.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from helpers.tiny_dit import tiny_config
 from helpers.tiny_mmdit import tiny_mmdit
 from helpers.tiny_pixart import tiny_pixart
 from helpers.tiny_uvit import tiny_uvit
-from helpers.training import assemble_rank, small_config, train_on
+from helpers.training import assemble_rank, layout_of, small_config, train_on
 from megadit.config import ModelConfig
+from megadit.config.ds_sums import gradient_bytes
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
 from megadit.parallel.rehearsal import ring_bytes
@@ -127,13 +128,15 @@ def test_rings_send_the_least():
     least = least_data_bytes(50, 2, 4)
     totals = {stage: sum(data_bytes(50, 2, 4, stage, 3, recompute=False).values()) / least for stage in (0, 1, 2, 3)}
     assert totals == {0: 1.0, 1: 1.5, 2: 3.5, 3: 4.5}
+    assert least_data_bytes(50, 2, 4, 4) == 1.5 * least
+    assert sum(data_bytes(50, 2, 4, 1, 3, recompute=False, gradient=4).values()) == 2.5 * least
 
 
-def sent_between_replicas(config: Any, folder: str) -> tuple[dict[str, int], int]:
+def sent_between_replicas(config: Any, folder: str, ds: Any) -> tuple[dict[str, int], int]:
     """What DeepSpeed sends between replicas in one step, in bytes of whole tensors by kind; scalars left out."""
     import sys
 
-    run = assemble_rank(config, folder)
+    run = assemble_rank(config, folder, None, ds)
     train_on(run, 1)
     backend = sys.modules["deepspeed.comm.torch"].TorchBackend  # type: ignore[attr-defined]
     sent: Counter[str] = Counter()
@@ -153,13 +156,17 @@ def sent_between_replicas(config: Any, folder: str) -> tuple[dict[str, int], int
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_replicas_send_what_the_plan_says(tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "ds", "summed"),
+    [(0, {}, 4), (1, {}, 4), (1, {"communication_data_type": "bf16"}, 2), (2, {}, 2)],
+    ids=["0", "1", "1-bf16", "2"],
+)
+def test_replicas_send_what_the_plan_says(tmp_path, stage, ds, summed):
     train = {"micro_batch": 4, "precision": "fp32" if stage == 0 else "bf16"}
-    sent, parameters = run_ranks(
-        2, sent_between_replicas, small_config(parallel={"zero_stage": stage}, train=train), str(tmp_path)
-    )[0]
-    planned = data_bytes(parameters, 4 if stage == 0 else 2, 2, stage, 2, recompute=False)
+    config = small_config(parallel={"zero_stage": stage}, train=train)
+    sent, parameters = run_ranks(2, sent_between_replicas, config, str(tmp_path), ds)[0]
+    assert gradient_bytes(layout_of(config, 2, ds)[1], train["precision"])[1] == summed
+    planned = data_bytes(parameters, 4 if stage == 0 else 2, 2, stage, 2, recompute=False, gradient=summed)
     gathered = sent.get("all_gather_into_tensor", 0)
     assert ring_bytes("all_reduce", sent["all_reduce"], 2) == planned["data all_reduce of gradients"]
     # Groups are padded to whole shares.
