@@ -76,7 +76,7 @@ def gaps(sequence: bool, alpha: float, recompute: Recompute, autocast: bool = Fa
         "weight": (made.weight.grad.flatten(), share_of(whole[2], boxes)),
         "bias": (made.bias.grad, whole[3]),
     }
-    return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}  # type: ignore[operator]
+    return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}
 
 
 def every_layer() -> dict[str, float]:

@@ -52,6 +52,13 @@ def no_sum_of_input_gradients() -> None:
     column_linear.begin_sum = lambda x, _layout: Pending(x, None)
 
 
+def no_sum_of_the_condition() -> None:
+    """The gradient of what all blocks are modulated by stays what each rank's rows of their modulations say."""
+    from megadit.models import dit
+
+    dit.enter_blocks = _same
+
+
 def no_sum_of_head_gains() -> None:
     """The gain of all heads has the gradient of this rank's."""
     from megadit.models.layers import norm
@@ -129,6 +136,8 @@ SHARED, TOKENS = {"tensor": 2, "zero_stage": 1}, {"tensor": 2, "sequence": True,
 MUTATIONS: list[tuple[Callable[[], None], dict[str, Any], str]] = [
     (no_sum_of_rows, SHARED, "loss"),
     (no_sum_of_input_gradients, SHARED, "gradients"),
+    (no_sum_of_the_condition, SHARED, "gradients"),
+    (no_sum_of_the_condition, TOKENS, "gradients"),
     (no_sum_of_head_gains, SHARED, "gradients"),
     (no_sum_of_scattered_tokens, TOKENS, "loss"),
     (no_sum_of_row_bias, TOKENS, "gradients"),
@@ -162,7 +171,9 @@ def test_without_a_fault_there_is_no_difference(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("fault", "parallel", "seen"), MUTATIONS, ids=[fault.__name__ for fault, _, _ in MUTATIONS])
+@pytest.mark.parametrize(
+    ("fault", "parallel", "seen"), MUTATIONS, ids=[f"{fault.__name__}-{len(on)}" for fault, on, _ in MUTATIONS]
+)
 def test_a_fault_is_seen(
     alone: dict[str, Any], tmp_path: Path, fault: Callable[[], None], parallel: dict[str, Any], seen: str
 ) -> None:

@@ -11,7 +11,7 @@ from helpers.ranks import run_ranks
 from helpers.shards import share_of, this_rank
 from helpers.tiny_dit import randomize
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
-from megadit.models import build_model
+from megadit.models import build_model, pixart
 from megadit.mup.spec import walk_slices
 
 TOLERANCE = 1e-10  # of float64
@@ -65,3 +65,19 @@ def test_shares_compute_what_the_whole_does(ranks: int, sequence: bool) -> None:
         for name, found in result.items():
             worst = max(found, key=found.__getitem__)
             assert found[worst] < TOLERANCE, f"{name}: {worst} differs by {found[worst]:.1e}"
+
+
+def without_the_sum_of_entry(sequence: bool) -> dict[str, float]:
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(pixart, "enter_blocks", lambda x, _layout: x)
+        return gaps("masked", sequence)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_one_sum_of_what_all_blocks_share_cannot_be_left_out(sequence: bool) -> None:
+    for found in run_ranks(2, without_the_sum_of_entry, sequence):
+        seen = {key for key, gap in found.items() if gap > 1e-2}
+        assert {"y_embedder.y_proj.fc1.weight", "y_embedder.y_proj.fc1.bias"} <= seen
+        assert all(key.startswith("y_embedder.") for key in seen), seen
+        assert max(gap for key, gap in found.items() if key not in seen) < TOLERANCE

@@ -12,7 +12,10 @@ from helpers.shards import share_of, this_rank
 from helpers.tiny_dit import randomize
 from helpers.tiny_uvit import KINDS, tiny_mup_uvit, uvit_inputs
 from megadit.models import build_model
+from megadit.models.layers import skip_linear
 from megadit.mup.spec import walk_slices
+from megadit.parallel.collectives import Pending, own_channels
+from megadit.parallel.tensor import TensorLayout
 
 TOLERANCE = 1e-10  # of float64
 
@@ -59,3 +62,35 @@ def test_shares_compute_what_the_whole_does(ranks: int, sequence: bool) -> None:
         for kind, found in result.items():
             worst = max(found, key=found.__getitem__)
             assert found[worst] < TOLERANCE, f"{kind}: {worst} differs by {found[worst]:.1e}"
+
+
+def same(x: torch.Tensor, *_args: Any) -> torch.Tensor:
+    return x
+
+
+def own_rows(x: torch.Tensor, layout: TensorLayout) -> Pending:
+    return Pending(x.unflatten(0, (layout.size, -1))[layout.rank], None)
+
+
+# What of a long skip is left out, whether under sequence parallelism, and what alone it changes, if that is one thing.
+LEFT_OUT: list[tuple[str, Any, bool, str]] = [
+    ("sum_over_ranks", same, False, ""),
+    ("scatter_channels", lambda x, layout: own_channels(x, layout).contiguous(), False, ""),
+    ("begin_sum_and_scatter_rows", own_rows, True, "skip_linear.weight"),
+    ("copy_to_ranks", same, True, "skip_linear.bias"),
+]
+
+
+def without(name: str, instead: Any, sequence: bool) -> dict[str, float]:
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(skip_linear, name, instead)
+        return gaps("class", sequence)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "instead", "sequence", "only"), LEFT_OUT, ids=[name for name, *_ in LEFT_OUT])
+def test_no_exchange_of_a_long_skip_can_be_left_out(name: str, instead: Any, sequence: bool, only: str) -> None:
+    for found in run_ranks(2, without, name, instead, sequence):
+        seen = {key for key, gap in found.items() if gap > 1e-2}
+        assert seen
+        assert all(key.endswith(only) for key in seen), seen
