@@ -6,8 +6,11 @@ turns into a single sentence and exit code 2: it names the key, the value and th
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -30,13 +33,44 @@ class UserError(Exception):
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's ``main`` and leave the process with its exit code.
 
-    A ``UserError`` becomes one line on stderr and exit code 2; any other exception keeps its traceback
-    (Python's exit code 1), since it is a defect and not the user's input.
+    A ``UserError`` becomes one line on stderr and exit code 2. A reader of the output that goes away, as ``head`` does,
+    ends the command with exit code 1 and without a word. Any other exception keeps its traceback (Python's exit code
+    1), since it is a defect and not the user's input.
     """
     try:
-        code = main(argv)
+        code = _exit_code(main, argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        code = EXIT_FAILURE
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> Any:
+    try:
+        return main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = EXIT_BAD_INPUT
-    sys.stdout.flush()
-    sys.exit(code)
+        return EXIT_BAD_INPUT
+    except (
+        SystemExit
+    ) as end:  # argparse, after --help or an option it does not know: what it printed is not flushed yet
+        return end.code
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout or stderr is gone. What is still written there goes nowhere from now on, since
+    Python flushes both once more at its end.
+    """
+    gone = []
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            gone.append(stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in gone:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+    return bool(gone)

@@ -1,0 +1,73 @@
+"""How commands end: what a person did wrong in one sentence, a reader that goes away in silence, a defect told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.ranks import ROOT
+
+START = "import sys; from megadit.errors import UserError, run_command\n"
+MUCH = START + "run_command(lambda argv: print('x\\n' * 500_000) or 0)"
+LITTLE = START + "run_command(lambda argv: print('x') or 0)"
+
+
+def read_by_nobody(*arguments: str, errors_too: bool = False) -> tuple[int, str]:
+    """(exit code, stderr) of Python with ``arguments``, whose stdout's reader, and stderr's, is gone from the start."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(
+            [sys.executable, *arguments],
+            stdout=write,
+            stderr=write if errors_too else subprocess.PIPE,
+            cwd=ROOT,
+            text=True,
+            timeout=100,
+        )
+    finally:
+        os.close(write)
+    return result.returncode, result.stderr or ""
+
+
+@pytest.mark.parametrize("program", [MUCH, LITTLE], ids=["much", "little"])
+@pytest.mark.parametrize("unbuffered", [True, False], ids=["unbuffered", "buffered"])
+def test_a_reader_that_goes_away_ends_a_command_quietly(program: str, unbuffered: bool) -> None:
+    assert read_by_nobody(*(["-u"] if unbuffered else []), "-c", program) == (1, "")
+
+
+def test_errors_that_nobody_reads() -> None:
+    program = START + "def main(argv): raise UserError('x: is wrong; mend it')\nrun_command(main)"
+    assert read_by_nobody("-c", program, errors_too=True)[0] == 1
+    assert read_by_nobody("-c", program) == (2, "error: x: is wrong; mend it\n")
+
+
+@pytest.mark.parametrize("script", ["launch/pretrain.py", "tools/transfer.py"])
+def test_help_that_nobody_reads(script: str) -> None:
+    """argparse passes over what it cannot write, where nothing was buffered."""
+    assert read_by_nobody(script, "--help") in ((0, ""), (1, ""))
+
+
+def test_the_first_line_of_a_dry_run() -> None:
+    arguments = [sys.executable, "launch/pretrain.py", "--config", "configs/quickstart/digits.yaml", "--dry_run"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    with process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        told = process.stderr.read()
+    assert "BrokenPipe" not in told and "Traceback" not in told
+    assert process.returncode in (0, 1)
+
+
+def test_another_broken_pipe_is_a_defect_and_keeps_its_traceback(tmp_path: Path) -> None:
+    program = START + "def main(argv): raise BrokenPipeError('of a worker')\nrun_command(main)"
+    with (tmp_path / "out").open("w") as out:
+        result = subprocess.run(
+            [sys.executable, "-c", program], stdout=out, stderr=subprocess.PIPE, cwd=ROOT, text=True, check=False
+        )
+    assert result.returncode == 1 and "BrokenPipeError: of a worker" in result.stderr
