@@ -145,6 +145,7 @@ MUTATIONS: list[tuple[Callable[[], None], dict[str, Any], str]] = [
     (no_multiplier, SHARED, "norm"),
     (fan_in_of_the_share, SHARED, "gradients"),
 ]
+NAMES = [f"{fault.__name__}-{'tokens' if on is TOKENS else 'shared'}" for fault, on, _ in MUTATIONS]
 
 
 def mutated(fault: Callable[[], None], config: RunConfig, folder: str) -> dict[str, Any]:
@@ -171,9 +172,7 @@ def test_without_a_fault_there_is_no_difference(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("fault", "parallel", "seen"), MUTATIONS, ids=[f"{fault.__name__}-{len(on)}" for fault, on, _ in MUTATIONS]
-)
+@pytest.mark.parametrize(("fault", "parallel", "seen"), MUTATIONS, ids=NAMES)
 def test_a_fault_is_seen(
     alone: dict[str, Any], tmp_path: Path, fault: Callable[[], None], parallel: dict[str, Any], seen: str
 ) -> None:
