@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare, write both files, print."""
     args = parser().parse_args(argv)
-    from megadit.search.compare import compare, describe, split_runs
-    from megadit.search.compare_plot import plot_comparison
+    from megadit.search.comparison.compare import compare, describe, split_runs
+    from megadit.search.comparison.plot import plot_comparison
 
     result = compare(split_runs(args.a), split_runs(args.b), args.key, args.smooth)
     first, second = (side[0].name.replace(" ", "-") for side in (result.a, result.b))

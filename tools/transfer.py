@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and (args.action != "apply" or any(word.startswith("-") for word in rest)):
         p.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.action == "verify":
-        from megadit.search.verify_command import run_verify
+        from megadit.search.verdict.command import run_verify
 
         return run_verify(args)
-    from megadit.search.apply_text import run_apply
+    from megadit.search.transfer.command import run_apply
 
     args.overrides += rest
     return run_apply(args)

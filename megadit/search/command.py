@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
-from megadit.search.pool import Place, Pool, places, this_machine
-from megadit.search.spec import read_spec
-from megadit.search.states import Counts
-from megadit.search.study import FROZEN, Study, find_study, load_study
+from megadit.search.storage.states import Counts
+from megadit.search.study.spec import read_spec
+from megadit.search.study.study import FROZEN, Study, find_study, load_study
 from megadit.search.wording import point_text
-from megadit.search.worker import AFTER, NOW, STOP, work
+from megadit.search.workers.pool import Place, Pool, places, this_machine
+from megadit.search.workers.worker import AFTER, NOW, STOP, work
 
 _SHOW_S = 1.0  # how often the store is asked while workers run, at most
 _SHARE = 50  # of the time, asking takes at most one part in so many: the cores are the workers'
@@ -35,7 +35,7 @@ def run(
     Raises:
         UserError: the study cannot work, or a worker refused to join it.
     """
-    from megadit.search.store import StudyStore
+    from megadit.search.storage.store import StudyStore
 
     study = load_study(_source(config, study_dir), study_dir, overrides)
     asked = study.spec.workers
@@ -192,8 +192,8 @@ def worker(config: str | None, study_dir: str | None, overrides: Sequence[str]) 
 
 
 def _make_if_new(study: Study) -> None:
-    from megadit.search.locking import FILES
-    from megadit.search.store import StudyStore
+    from megadit.search.storage.locking import FILES
+    from megadit.search.storage.store import StudyStore
 
     if not (study.folder / FILES[study.spec.storage]).is_file():
         StudyStore.create_or_open(study)
@@ -202,7 +202,7 @@ def _make_if_new(study: Study) -> None:
 def status(config: str | None, study_dir: str | None, as_json: bool) -> int:
     """Print how a study stands."""
     from megadit.search.status import format_status, status_of
-    from megadit.search.store import open_readonly
+    from megadit.search.storage.store import open_readonly
 
     found = status_of(open_readonly(_existing(config, study_dir)))
     print(json.dumps(found.to_json()) if as_json else format_status(found))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megadit.search.study import Study
+from megadit.search.study.study import Study
 
 COMPLETE, DIVERGED, PRUNED, FAILED = "complete", "diverged", "pruned", "failed"
 
@@ -100,6 +100,6 @@ def _at_horizon(trial: TrialResult, horizon: int) -> dict[str, Any]:
 
 def load_results(source: str | Path) -> StudyResults:
     """The results in the study directory (or of the study) ``source``; only reads. Raises UserError for none."""
-    from megadit.search.store import load_stored
+    from megadit.search.storage.store import load_stored
 
     return load_stored(source)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megadit.errors import UserError
 from megadit.search.results import COMPLETE, Observation, StudyResults
-from megadit.search.spec import ScoreSpec
+from megadit.search.study.spec import ScoreSpec
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 from megadit.errors import UserError
 from megadit.plan import forward_flops
-from megadit.search.plan import PlannedTrial
 from megadit.search.results import StudyResults, TrialResult
 from megadit.search.selection import Choice, select
-from megadit.search.states import Counts, Running
-from megadit.search.store import StudyStore, trial_folder
-from megadit.search.study import Cell, Study
+from megadit.search.storage.states import Counts, Running
+from megadit.search.storage.store import StudyStore, trial_folder
+from megadit.search.study.plan import PlannedTrial
+from megadit.search.study.study import Cell, Study
 from megadit.search.wording import point_text
 
 _SHOWN_TRIALS = 30

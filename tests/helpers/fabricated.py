@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from megadit.config import ModelConfig
-from megadit.search.plan import PlannedTrial, plan
 from megadit.search.results import COMPLETE, DIVERGED, StudyResults, TrialResult
-from megadit.search.study import Study, load_study
+from megadit.search.study.plan import PlannedTrial, plan
+from megadit.search.study.study import Study, load_study
 
 # (trial, scale: the trial's, or one of its horizons) -> the loss, None for a diverged run
 Loss = Callable[[PlannedTrial, float], float | None]
@@ -116,8 +116,8 @@ def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
 
 def store(results: StudyResults) -> Path:
     """Put the results into the study's own store, as a worker would; returns the study directory."""
-    from megadit.search.identity import this_worker
-    from megadit.search.store import StudyStore
+    from megadit.search.storage.identity import this_worker
+    from megadit.search.storage.store import StudyStore
 
     kept, worker = StudyStore.create_or_open(results.study), this_worker()
     by_number = {trial.number: trial for trial in results.trials}

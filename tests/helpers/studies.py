@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers.fabricated import make_study
 from megadit.search.results import TrialResult
-from megadit.search.study import Study
+from megadit.search.study.study import Study
 
 STUDY: dict[str, Any] = {
     "scale": None,

@@ -9,8 +9,8 @@ import yaml
 
 from helpers.training import BASE
 from megadit.search.results import TrialResult
-from megadit.search.states import Claim
-from megadit.search.study import Study, load_study
+from megadit.search.storage.states import Claim
+from megadit.search.study.study import Study, load_study
 
 TINY: dict[str, Any] = {
     "base": {

@@ -61,7 +61,7 @@ def workers_of(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = process.info["cmdline"] or []
-        if "megadit.search.worker" in line and str(folder) in line and process.info["status"] != "zombie":
+        if "megadit.search.workers.worker" in line and str(folder) in line and process.info["status"] != "zombie":
             found.append(process)
     return found
 

@@ -12,7 +12,7 @@ import pytest
 from helpers.fabricated import fabricate, make_study, valley
 from helpers.ranks import run_command
 from megadit.errors import UserError
-from megadit.search import verify_command
+from megadit.search.verdict import command as verify_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "tests" / "data" / "paper"

@@ -12,7 +12,7 @@ from megadit.search.report.blocks import Figure
 from megadit.search.report.canvas import DIVERGED, Sheet, dress, scale_colours, scale_markers, value_ticks
 from megadit.search.report.points import Gathered, Point, point_tip
 from megadit.search.report.words import counted, number_text
-from megadit.search.verdict import Verdict
+from megadit.search.verdict.verdict import Verdict
 from megadit.search.wording import value_text
 
 

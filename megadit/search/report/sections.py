@@ -34,8 +34,8 @@ from megadit.search.report.words import (
 )
 from megadit.search.results import DIVERGED, StudyResults
 from megadit.search.selection import Choice, select
-from megadit.search.verdict import Verdict
-from megadit.search.verify import proxy_of, verify_study
+from megadit.search.verdict.verdict import Verdict
+from megadit.search.verdict.verify import proxy_of, verify_study
 from megadit.search.wording import value_text
 
 MOODS = {"transfers": "good", "does not transfer": "bad", "inconclusive": "unsure"}

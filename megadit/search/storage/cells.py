@@ -1,0 +1,78 @@
+"""The optuna studies behind a study: one per cell, so that pruners and samplers compare runs of one kind only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadit.rng import stream_key
+from megadit.search.study.spec import PruningSpec
+from megadit.search.study.study import Study
+
+_HALVING_FACTOR = 2
+
+
+def open_cell(study: Study, storage: Any, name: str, create: bool) -> Any:
+    """The optuna study called ``name``; made if there is none and ``create`` is set, else None."""
+    import optuna
+
+    # Points are planned, so no sampler draws from this one; TPE's is made per claim.
+    settings: dict[str, Any] = {
+        "sampler": optuna.samplers.RandomSampler(seed=0),
+        "pruner": _pruner(study.spec.pruning),
+    }
+    try:
+        return optuna.load_study(study_name=name, storage=storage, **settings)
+    except KeyError:
+        if not create:
+            return None
+    minimize = study.spec.scores[0].lower_is_better
+    direction = optuna.study.StudyDirection.MINIMIZE if minimize else optuna.study.StudyDirection.MAXIMIZE
+    return optuna.create_study(study_name=name, storage=storage, direction=direction, **settings)
+
+
+def _pruner(spec: PruningSpec) -> Any:
+    import optuna
+
+    if spec.rule == "median":
+        return optuna.pruners.MedianPruner(n_warmup_steps=spec.after, interval_steps=spec.every)
+    if spec.rule == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, spec.after), reduction_factor=_HALVING_FACTOR)
+    return optuna.pruners.NopPruner()
+
+
+def shown_distributions(study: Study) -> dict[str, Any]:
+    """Ranges of the numeric dimensions, so that optuna's own tools show the planned points."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    found: dict[str, Any] = {}
+    for dimension in study.space.dimensions:
+        if dimension.numeric:
+            kind = IntDistribution if dimension.integer else FloatDistribution
+            low, high = min(dimension.values), max(dimension.values)
+            found[dimension.key] = kind(low, high, log=dimension.kind == "log_uniform")
+    return found
+
+
+def ask_tpe(study: Study, cell: Any, storage: Any, frozen: Any) -> dict[str, Any]:
+    """A point from TPE for the optuna trial ``frozen``, given all that is known now.
+
+    The draw is keyed by the trial, not by the worker that asks.
+    """
+    import optuna
+
+    seed = stream_key(study.spec.sampler_seed, "search", "tpe", frozen.number) % 2**32
+    sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    asking = optuna.load_study(study_name=cell.study_name, storage=storage, sampler=sampler)
+    trial = optuna.trial.Trial(asking, frozen._trial_id)
+    params = {key: _suggest(trial, key, kind) for key, kind in study.space.distributions().items()}
+    return study.space.from_optuna(params)
+
+
+def _suggest(trial: Any, key: str, distribution: Any) -> Any:
+    """One value by the public call for its kind of distribution."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    kind = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    return kind(key, distribution.low, distribution.high, log=distribution.log)

@@ -1,0 +1,140 @@
+"""What a study's storage holds of a trial: a claim on it, the starts it has had, its result, and counts of all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megadit.search.results import TrialResult
+from megadit.search.storage.identity import WorkerId
+from megadit.search.study.plan import PlannedTrial
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that a worker is to run; ``attempt`` counts from 1. ``trial_id`` and ``optuna_number`` are optuna's."""
+
+    number: int
+    attempt: int
+    variant: str
+    scale: int | None
+    hps: dict[str, Any]
+    seed: int
+    trial_id: int
+    optuna_number: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How the trials of a plan stand."""
+
+    planned: int
+    waiting: int
+    running: int
+    complete: int
+    diverged: int
+    pruned: int
+    failed: int
+
+    @property
+    def done(self) -> int:
+        """Trials that have ended, in whatever way."""
+        return self.complete + self.diverged + self.pruned + self.failed
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial that is being run, by whom and since when (seconds)."""
+
+    number: int
+    variant: str
+    scale: int | None
+    worker: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A study's trials at one moment: the results and what runs, each by number."""
+
+    counts: Counts
+    results: tuple[TrialResult, ...]
+    running: tuple[Running, ...]
+
+
+@dataclass
+class History:
+    """All starts of one trial, as optuna's frozen trials, in order."""
+
+    starts: list[Any]
+
+    @property
+    def last(self) -> Any:
+        """The last start, which says how the trial stands."""
+        return self.starts[-1]
+
+    @property
+    def number(self) -> int:
+        """The planned number; kept when the plan grows."""
+        return int(self.last.user_attrs["number"])
+
+    @property
+    def outcome(self) -> str | None:
+        """How the trial ended; None while it has not."""
+        if "result" not in self.last.user_attrs:
+            return None
+        return str(self.last.user_attrs["result"]["outcome"])
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its last start ended without a result."""
+        return self.last.state.is_finished() and self.outcome is None
+
+    @property
+    def lost_attempts(self) -> int:
+        """Starts that were lost and count, since the last result."""
+        count = 0
+        for trial in self.starts:
+            if "result" in trial.user_attrs:
+                count = 0
+            elif "lost" in trial.user_attrs and "uncounted" not in trial.user_attrs:
+                count += 1
+        return count
+
+    def running(self) -> Running:
+        """Who runs it; it must be running."""
+        attrs, start = self.last.user_attrs, self.last.datetime_start
+        label = WorkerId.from_json(attrs["worker"]).label if "worker" in attrs else "?"
+        seconds = 0.0 if start is None else max(0.0, time.time() - start.timestamp())
+        return Running(self.number, attrs["variant"], attrs["scale"], label, seconds)
+
+    def result(self) -> TrialResult:
+        """The result; there must be one."""
+        return restored(self.last.user_attrs["result"])
+
+
+def attributes(planned: PlannedTrial, number: int) -> dict[str, Any]:
+    """What identifies a trial, as stored beside each of its starts."""
+    return {
+        "number": number,
+        "key": planned.key,
+        "variant": planned.cell.variant,
+        "scale": planned.cell.scale,
+        "hps": dict(planned.hps),
+        "seed": planned.seed,
+    }
+
+
+def stored(result: TrialResult) -> dict[str, Any]:
+    """The result as JSON values."""
+    values = asdict(result)
+    values["horizons"] = {str(step): scores for step, scores in result.horizons.items()}
+    return values
+
+
+def restored(values: Mapping[str, Any]) -> TrialResult:
+    """The inverse of ``stored``."""
+    horizons = {int(step): scores for step, scores in values["horizons"].items()}
+    return TrialResult(**{**values, "horizons": horizons})

@@ -1,0 +1,80 @@
+"""Whether a study file still describes the study that a directory holds: it may have grown, not changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megadit.config import RunConfig
+from megadit.errors import UserError
+from megadit.search.study.spec import DimensionSpec, StudySpec
+
+# How runs are made and chosen, not what they are.
+_FREE = {"description", "workers", "select", "keep", "max_attempts", "stale_after_s"}
+# Part of the base configuration once it is resolved; compared there.
+_RESOLVED = {"base", "overrides", "proxy"}
+_GROWING = "only more seeds, trials, grid values and scale values, workers, selection and keep may differ"
+
+
+def check_extends(
+    new: StudySpec, new_base: RunConfig, old: StudySpec, old_base: RunConfig, folder: Path, horizons: bool
+) -> None:
+    """Raises UserError that names what differs between ``new`` and the ``old`` study in ``folder`` beyond growth.
+
+    ``horizons``: one run scores every step count of the scale, so that another count would need other runs.
+    """
+    wrong = [key for key in StudySpec.model_fields if key not in _FREE | _RESOLVED and not _grown(key, new, old)]
+    if horizons and "scale" not in wrong and new.scale != old.scale:
+        wrong.append("scale")
+    wrong += _differences(_without_scale(new, new_base), _without_scale(old, old_base), "")
+    if wrong:
+        raise UserError(
+            f"--study_dir: '{folder}' holds another study (different: {', '.join(wrong)}); {_GROWING}, so choose "
+            "another --study_dir"
+        )
+
+
+def _grown(key: str, new: StudySpec, old: StudySpec) -> bool:
+    """Whether ``key`` is the same, or has grown where it may."""
+    after, before = getattr(new, key), getattr(old, key)
+    if after == before:
+        return True
+    if key == "seeds":
+        return new.sampler != "tpe" and set(after) >= set(before)
+    if key == "trials":
+        return after is not None and before is not None and after >= before
+    if key == "scale":
+        same = after is not None and before is not None and after.key == before.key
+        return same and set(after.values) >= set(before.values)
+    if key == "space":
+        return list(after) == list(before) and all(_wider(after[name], before[name], new.sampler) for name in after)
+    return False
+
+
+def _wider(after: DimensionSpec, before: DimensionSpec, sampler: str) -> bool:
+    """A list may only grow where every point of it is run: elsewhere it would change the points already drawn."""
+    if after == before:
+        return True
+    kept = set(map(repr, after.values)) >= set(map(repr, before.values))
+    return sampler == "grid" and after.kind == before.kind and after.kind in ("grid", "choice") and kept
+
+
+def _without_scale(spec: StudySpec, base: RunConfig) -> dict[str, Any]:
+    """The base without the scaled key, of which it holds the proxy's value, which may move as the scale grows."""
+    values = base.model_dump(mode="json")
+    if spec.scale is not None:
+        section, _, key = spec.scale.key.partition(".")
+        del values[section][key]
+    return values
+
+
+def _differences(new: dict[str, Any], old: dict[str, Any], prefix: str) -> list[str]:
+    """The dotted keys whose values differ."""
+    found: list[str] = []
+    for key in {**old, **new}:
+        after, before = new.get(key), old.get(key)
+        if isinstance(after, dict) and isinstance(before, dict):
+            found += _differences(after, before, f"{prefix}{key}.")
+        elif after != before:
+            found.append(f"{prefix}{key}")
+    return found

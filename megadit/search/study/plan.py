@@ -1,0 +1,71 @@
+"""From a study to its runs: every point, cell and seed, in the order in which they are started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megadit.search.study.space import Point
+from megadit.search.study.study import Cell, Study
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One training run. ``key`` says which, whatever else the study holds; ``number`` is its place in the plan.
+
+    A plan that grows (more seeds, points or values) keeps the keys and moves the numbers.
+    """
+
+    number: int
+    cell: Cell
+    hps: Mapping[str, Any]
+    seed: int
+    key: str
+
+
+def plan(study: Study) -> list[PlannedTrial]:
+    """All runs: a whole seed before the next, in it big runs first, so that no large one is left for the end.
+
+    Under sampler tpe the points are not known before runs have finished: ``hps`` is empty, one run a point, the
+    seeds in turn.
+    """
+    if study.spec.sampler == "tpe":
+        return _slots(study)
+    found = points(study)
+    cells = sorted(study.cells, key=lambda cell: -(cell.scale or 0))  # stable: variants stay in their order
+    order = []
+    for seed in study.spec.seeds:
+        for scale in dict.fromkeys(cell.scale for cell in cells):
+            alike = [cell for cell in cells if cell.scale == scale]
+            order += [(cell, hps, seed) for hps in found for cell in alike]
+    return [
+        PlannedTrial(number, cell, hps, seed, trial_key(cell, hps, seed))
+        for number, (cell, hps, seed) in enumerate(order)
+    ]
+
+
+def points(study: Study) -> list[Point]:
+    """The points of the space that the study runs (grid, random and qmc), in the sampler's order."""
+    spec = study.spec
+    if spec.sampler == "grid":
+        return study.space.grid()
+    assert spec.trials is not None  # held by the spec
+    if spec.sampler == "qmc":
+        return study.space.quasi_random(spec.trials, spec.sampler_seed)
+    return study.space.random(spec.trials, spec.sampler_seed)
+
+
+def trial_key(cell: Cell, hps: Mapping[str, Any], seed: int) -> str:
+    """What makes a run the same run: variant, scale, hyperparameters and seed, as one line of JSON."""
+    identity = {"variant": cell.variant, "scale": cell.scale, "hps": dict(hps), "seed": seed}
+    return json.dumps(identity, sort_keys=True, separators=(",", ":"))
+
+
+def _slots(study: Study) -> list[PlannedTrial]:
+    spec = study.spec
+    assert spec.trials is not None  # held by the spec
+    (cell,) = study.cells
+    seeds = [spec.seeds[number % len(spec.seeds)] for number in range(spec.trials)]
+    return [PlannedTrial(number, cell, {}, seed, f"tpe {number} seed {seed}") for number, seed in enumerate(seeds)]

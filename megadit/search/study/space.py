@@ -1,0 +1,215 @@
+"""The searched space: each dimension as the configuration takes its values, and the points that samplers choose.
+
+Every point is a function of the sampler's seed and the point's number alone, so that it does not depend on the
+workers, on what has finished, or on how many points are asked for: more trials go on with the same sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from megadit.config import RunConfig
+from megadit.config.keys import options, section_of, unknown_key, walk
+from megadit.config.values import coerce
+from megadit.errors import UserError
+from megadit.search.study.spec import DimensionSpec
+
+Point = dict[str, Any]
+
+_DIGITS = 6  # significant digits of drawn values: finer than any search, and readable in tables
+_DRAWS_PER_POINT = 64  # draws after which a listed space is taken to be used up
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One searched key. ``values`` are the listed values, or low and high of a range; ``integer``: whole numbers."""
+
+    key: str
+    kind: str
+    values: tuple[Any, ...]
+    integer: bool
+
+    @property
+    def listed(self) -> bool:
+        """Whether it is a grid or a choice rather than a range."""
+        return self.kind in ("grid", "choice")
+
+    @property
+    def numeric(self) -> bool:
+        """Whether all its values are numbers, so that it has an order and an axis."""
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
+
+    def at(self, u: float) -> Any:
+        """The value at the quantile ``u`` in [0, 1] of the dimension's distribution."""
+        if self.listed:
+            return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+        low, high = self.values
+        # Whole numbers get half a unit at both ends, so that the bounds are as likely as the rest.
+        margin = 0.5 if self.integer else 0.0
+        low, high = low - margin, high + margin
+        if self.kind == "log_uniform":
+            value = math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
+        else:
+            value = low + u * (high - low)
+        value = round(value) if self.integer else float(f"{value:.{_DIGITS}g}")
+        return min(max(value, self.values[0]), self.values[1])
+
+
+@dataclass(frozen=True)
+class Space:
+    """The searched dimensions, in the order of the study file."""
+
+    dimensions: tuple[Dimension, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The searched configuration keys."""
+        return tuple(dimension.key for dimension in self.dimensions)
+
+    @property
+    def size(self) -> int | None:
+        """How many points there are; None when a dimension is a range."""
+        if all(dimension.listed for dimension in self.dimensions):
+            return math.prod(len(dimension.values) for dimension in self.dimensions)
+        return None
+
+    def dimension(self, key: str) -> Dimension:
+        """The dimension of the searched key ``key``."""
+        return next(dimension for dimension in self.dimensions if dimension.key == key)
+
+    def at(self, quantiles: Mapping[str, float]) -> Point:
+        """The point at one quantile per key."""
+        return {dimension.key: dimension.at(quantiles[dimension.key]) for dimension in self.dimensions}
+
+    def grid(self) -> list[Point]:
+        """Every point, the last dimension fastest; all dimensions are listed ones."""
+        lists = [dimension.values for dimension in self.dimensions]
+        return [dict(zip(self.keys, values, strict=True)) for values in itertools.product(*lists)]
+
+    def corners(self) -> Iterator[Point]:
+        """A first point and, one dimension at a time, every other listed value or bound: for checking them."""
+        first = {dimension.key: dimension.values[0] for dimension in self.dimensions}
+        yield first
+        for dimension in self.dimensions:
+            for value in dimension.values[1:]:
+                yield first | {dimension.key: value}
+
+    def random(self, count: int, seed: int) -> list[Point]:
+        """The first ``count`` different points of the random sequence of ``seed``."""
+        from megadit.rng import stream_key, uniform
+
+        def draw(number: int) -> Point:
+            # 1 - u: the generator draws from (0, 1], quantiles of lists are wanted from [0, 1).
+            return self.at({k: 1.0 - float(uniform(stream_key(seed, "search", k, number), ())) for k in self.keys})
+
+        return self._different(map(draw, itertools.count()), count)
+
+    def quasi_random(self, count: int, seed: int) -> list[Point]:
+        """The first ``count`` different points of optuna's scrambled Sobol sequence of ``seed``."""
+        return self._different(map(self.at, _sobol(self.keys, seed)), count)
+
+    def _different(self, points: Iterator[Point], count: int) -> list[Point]:
+        """The first ``count`` different ones. Raises UserError when a listed space has fewer."""
+        size = self.size
+        if size is not None and count > size:
+            raise UserError(
+                f"trials: {count} is more than the {size} points of the space; lower it, or use sampler grid"
+            )
+        found: dict[str, Point] = {}
+        limit = None if size is None else _DRAWS_PER_POINT * size
+        for point in itertools.islice(points, limit):
+            found.setdefault(repr(point), point)
+            if len(found) == count:
+                break
+        if len(found) < count:
+            raise UserError(f"trials: {count} of the {size} points of the space are not found; use sampler grid")
+        return list(found.values())
+
+    def distributions(self) -> dict[str, Any]:
+        """One optuna distribution per key, for TPE; a listed dimension is a choice among positions in its list."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        made: dict[str, Any] = {}
+        for dimension in self.dimensions:
+            if dimension.listed:
+                made[dimension.key] = CategoricalDistribution(list(range(len(dimension.values))))
+            else:
+                low, high = dimension.values
+                kind = IntDistribution if dimension.integer else FloatDistribution
+                made[dimension.key] = kind(low, high, log=dimension.kind == "log_uniform")
+        return made
+
+    def from_optuna(self, params: Mapping[str, Any]) -> Point:
+        """The point that values of ``distributions`` mean."""
+        return {
+            dimension.key: dimension.values[params[dimension.key]] if dimension.listed else params[dimension.key]
+            for dimension in self.dimensions
+        }
+
+
+def build_space(spec: Mapping[str, DimensionSpec]) -> Space:
+    """The space of a study, its values as the configuration takes them. Raises UserError for keys it has not."""
+    fields = dict(walk(RunConfig))
+    return Space(tuple(_dimension(key, dimension, fields) for key, dimension in spec.items()))
+
+
+def _dimension(key: str, spec: DimensionSpec, fields: Mapping[str, FieldInfo]) -> Dimension:
+    if key not in fields:
+        raise UserError(f"space.{unknown_key(key, RunConfig)}")
+    field = fields[key]
+    kinds = options(field.annotation)
+    if section_of(field.annotation) is not None:
+        inner = ", ".join(name for name in fields if name.rpartition(".")[0] == key)
+        raise UserError(f"space.{key}: is a section; search one of {inner}")
+    if spec.kind not in ("grid", "choice"):
+        if int not in kinds and float not in kinds:
+            raise UserError(f"space.{key}: {spec.kind} is for numbers, which {key} is not; use choice")
+        integer = float not in kinds
+        return Dimension(key, spec.kind, tuple(_bound(key, value, integer) for value in spec.values), integer)
+    values = tuple(_as_taken(value, field) for value in spec.values)
+    return Dimension(key, spec.kind, values, int in kinds and float not in kinds)
+
+
+def _as_taken(value: Any, field: FieldInfo) -> Any:
+    """``value`` as the configuration will hold it, so that 1 and 1.0 are one value; a list stays a list for JSON."""
+    taken = coerce(value, field)
+    if isinstance(taken, tuple):
+        return list(taken)
+    wants_float = float in options(field.annotation) and isinstance(taken, int) and not isinstance(taken, bool)
+    return float(taken) if wants_float else taken
+
+
+def _bound(key: str, value: float, integer: bool) -> float | int:
+    if integer and not float(value).is_integer():
+        raise UserError(f"space.{key}: {value} is not a whole number, which {key} takes; round the bound")
+    return int(value) if integer else float(value)
+
+
+def _sobol(names: tuple[str, ...], seed: int) -> Iterator[dict[str, float]]:
+    """Quantiles of the scrambled Sobol sequence that optuna's QMCSampler gives under ``seed``, one set per point."""
+    import optuna
+
+    logger = logging.getLogger("optuna")
+    unit: dict[str, Any] = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        study = optuna.create_study(sampler=sampler)
+        study.tell(study.ask(unit), 0.0)  # the sampler learns the space from a first trial, drawn independently
+        while True:
+            trial = study.ask(unit)
+            study.tell(trial, 0.0)
+            yield {name: trial.params[name] for name in names}
+    finally:
+        logger.setLevel(level)

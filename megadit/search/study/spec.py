@@ -1,0 +1,367 @@
+"""What a study file says: ``StudySpec``, every key of ``configs/sweeps/*.yaml``, and what can be checked in it alone.
+
+What needs the base configuration (do the keys exist, are the values allowed) is checked by ``study.study``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
+
+from megadit.config.base import Section
+from megadit.config.merge import merge
+from megadit.config.messages import explain
+from megadit.config.sources import Layer, display, nested, read_yaml
+from megadit.config.values import number
+from megadit.errors import UserError
+
+KINDS = ("grid", "choice", "uniform", "log_uniform")
+# Keys whose effect shows late: a high rate or a short warm-up leads early and loses in the end.
+_SCHEDULE_KEY = re.compile(
+    r"optim\.(lr|warmup_steps|schedule|decay_steps|min_lr_ratio)|model\.role_hps\.\w+\.lr"
+)  # fmt: skip
+_NAME = re.compile(r"[\w.+-]+")
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML reads it, with ``2^-10`` and ``1e-4`` as numbers and lists as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, str):
+        parsed = number(value)
+        return value if parsed is None else parsed
+    return value
+
+
+Values = Annotated[tuple[Any, ...], BeforeValidator(_plain)]
+Bounds = Annotated[tuple[float, float], BeforeValidator(_plain)]
+Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
+class Entry(Section):
+    """A section inside a list or under a free name, where an unknown key is told with the keys that there are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, Mapping) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(cls.model_fields)}"
+                raise ValueError(f"{key}: no such key; {remedy}")
+        return values
+
+
+class DimensionSpec(Entry):
+    """The values that one searched key may take, in exactly one of four ways."""
+
+    grid: Values | None = Field(None, description="these values, in this order")
+    choice: Values | None = Field(None, description="these values, which have no order")
+    uniform: Bounds | None = Field(None, description="[low, high], every value as likely")
+    log_uniform: Bounds | None = Field(None, description="[low, high], every factor as likely")
+
+    @property
+    def kind(self) -> str:
+        """Which of the four it is."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The listed values, or the two bounds."""
+        return tuple(getattr(self, self.kind))
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DimensionSpec:
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            what = "nothing is given" if not given else f"{' and '.join(given)} are both given"
+            raise ValueError(f"{given[0] if given else 'grid'}: {what}; give exactly one of {', '.join(KINDS)}")
+        kind, values = given[0], getattr(self, given[0])
+        if kind in ("grid", "choice"):
+            if not values:
+                raise ValueError(f"{kind}: is empty; list at least one value")
+            if len(set(map(repr, values))) < len(values):
+                raise ValueError(f"{kind}: {list(values)} has a value twice; list each once")
+            return self
+        low, high = values
+        if low >= high:
+            raise ValueError(f"{kind}: {list(values)} has no room; give [low, high] with low below high")
+        if kind == "log_uniform" and low <= 0:
+            raise ValueError(f"{kind}: {list(values)} needs a low bound above 0; raise it, or use uniform")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {self.kind: list(self.values)}
+
+
+class ScaleSpec(Section):
+    """What grows from the proxy to the target, and the values at which the study looks."""
+
+    key: Literal["model.width", "train.global_batch", "train.steps"] = Field(description="the key that is scaled")
+    values: tuple[int, ...] = Field(min_length=1, description="its values")
+    proxy: int | None = Field(None, description="the value whose optimum is transferred; default: the smallest")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScaleSpec:
+        if min(self.values) < 1:
+            raise ValueError(f"values: {min(self.values)} is not at least 1; take it out")
+        if len(set(self.values)) < len(self.values):
+            raise ValueError(f"values: {list(self.values)} has a value twice; list each once")
+        if self.proxy is not None and self.proxy not in self.values:
+            raise ValueError(f"proxy: {self.proxy} is not among the values {list(self.values)}; choose one of them")
+        return self
+
+    @property
+    def proxy_value(self) -> int:
+        """``proxy``, by default the smallest value."""
+        return min(self.values) if self.proxy is None else self.proxy
+
+
+class ProxySpec(Section):
+    """Length and batch of every trial, unless they are what is scaled."""
+
+    steps: int | None = Field(None, ge=1, description="train.steps of all trials")
+    batch: int | None = Field(None, ge=1, description="train.global_batch of all trials")
+
+
+class ScoreSpec(Entry):
+    """One number by which trials are compared."""
+
+    name: str = Field(description="what it is called in tables")
+    kind: Literal["train_loss", "val_loss", "command"] = Field(
+        description="mean training loss over the last steps, fixed-noise validation loss, or what a command measures"
+    )
+    last: int = Field(100, ge=1, description="train_loss: over how many steps")
+    command: Words | None = Field(
+        None, description="command: its words; {run_dir} is the trial's folder; it prints one JSON object"
+    )
+    key: str | None = Field(None, description="command: the key of its JSON object that is the score")
+    lower_is_better: bool = Field(True, description="false for scores such as IS or recall")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScoreSpec:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name: {self.name!r} is not made of letters, digits, '_', '-', '.'; choose another")
+        if self.kind == "command":
+            if not self.command:
+                raise ValueError("command: is missing; give the words of the command that measures this score")
+            if not self.key:
+                raise ValueError("key: is missing; name the key of the command's JSON object that is the score")
+        elif self.command is not None or self.key is not None:
+            key = "command" if self.command is not None else "key"
+            raise ValueError(f"{key}: belongs to kind command, not {self.kind}; leave it out")
+        elif not self.lower_is_better:
+            raise ValueError(f"lower_is_better: false does not fit kind {self.kind}, a loss; leave it out")
+        if self.kind != "train_loss" and "last" in self.model_fields_set and self.last != 100:
+            raise ValueError(f"last: belongs to kind train_loss, not {self.kind}; leave it out")
+        return self
+
+
+class SelectSpec(Section):
+    """How the winning point is chosen."""
+
+    rule: Literal["best", "mean_rank", "conservative"] = Field(
+        "best",
+        description="best: lowest mean over seeds; mean_rank: lowest mean rank over all scores; conservative: of "
+        "the points within a standard error of the best, the one with the smallest first hyperparameter",
+    )
+    score: str | None = Field(None, description="by which score; default: the first")
+
+
+class PruningSpec(Section):
+    """Whether trials that do badly early are ended."""
+
+    rule: Literal["none", "median", "halving"] = Field("none", description="how a trial is judged against the others")
+    every: int = Field(100, ge=1, description="steps between judgements")
+    after: int = Field(200, ge=0, description="no judgement before this step")
+    judge_learning_rate: bool = Field(
+        False, description="allow early loss to judge learning rates and warm-up, which it misjudges"
+    )
+
+
+class WorkersSpec(Section):
+    """The local workers that ``run`` starts."""
+
+    count: int = Field(1, ge=1, description="how many at once")
+    cores: int = Field(1, ge=1, description="CPU cores of each")
+    gpus: int = Field(0, ge=0, description="GPUs of each; above 1 a trial runs through torchrun")
+
+
+class StudySpec(Section):
+    """A study: which runs are made, how they are scored and how one of them is chosen."""
+
+    # Keys that a study sets itself, run by run.
+    own_keys: ClassVar[Mapping[str, str]] = {"train.seed": "seeds"}
+
+    name: str = Field(description="default: the file's name")
+    description: str = Field("", description="one sentence for the report")
+    base: str | dict[str, Any] = Field(description="a run configuration: a file, or its sections in place")
+    overrides: dict[str, Any] = Field({}, description="dotted configuration keys that are the same in all trials")
+    variants: dict[str, dict[str, Any]] = Field({}, description="name: dotted keys; run side by side, the first judged")
+    scale: ScaleSpec | None = Field(None, description="what grows from proxy to target")
+    space: dict[str, DimensionSpec] = Field(description="dotted configuration key: the values it may take")
+    sampler: Literal["random", "qmc", "tpe", "grid"] = Field("random", description="how points of the space are chosen")
+    trials: int | None = Field(None, ge=1, description="number of points for random, qmc and tpe")
+    seeds: tuple[int, ...] = Field((0,), description="train.seed: every point runs with each (tpe: in turn)")
+    sampler_seed: int = Field(0, ge=0, description="of the points")
+    proxy: ProxySpec = ProxySpec()
+    scores: tuple[ScoreSpec, ...] = Field(
+        (ScoreSpec(name="train_loss", kind="train_loss"),), description="the first is the default everywhere"
+    )
+    select: SelectSpec = SelectSpec()
+    pruning: PruningSpec = PruningSpec()
+    diverged_above: float | None = Field(
+        1.0, gt=0, description="diverged: final training loss above this x the first; null: only when not finite"
+    )
+    storage: Literal["sqlite", "journal"] = Field("sqlite", description="journal: for a file system of several hosts")
+    workers: WorkersSpec = WorkersSpec()
+    keep: tuple[Literal["checkpoint", "samples", "tensorboard", "curves"], ...] = Field(
+        (), description="what trials keep beside their metrics"
+    )
+    max_attempts: int = Field(3, ge=1, description="how often a trial is started whose worker dies")
+    stale_after_s: float = Field(300.0, gt=0, description="a remote worker silent for so long is dead")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudySpec:
+        for check in (self._names, self._space, self._sampler, self._scores, self._fixed_keys, self._pruning):
+            problem = check()
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    @property
+    def selection_score(self) -> ScoreSpec:
+        """The score of ``select``, by default the first."""
+        return self.score(self.select.score)
+
+    def score(self, name: str | None) -> ScoreSpec:
+        """The score called ``name`` (None: the first). Raises UserError for another name."""
+        if name is None:
+            return self.scores[0]
+        for score in self.scores:
+            if score.name == name:
+                return score
+        raise UserError(f"score: {name} is not a score of this study, which has {_listed(self.scores)}")
+
+    def _names(self) -> str | None:
+        for key, names in (("name", [self.name]), ("variants", list(self.variants))):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    return f"{key}: {name!r} is not made of letters, digits, '_', '-', '.'; choose another"
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            return f"seeds: {list(self.seeds)} must be one or more different whole numbers from 0; e.g. [0, 1]"
+        return None
+
+    def _space(self) -> str | None:
+        if not self.space:
+            return "space: is empty; name at least one configuration key and its values"
+        return None
+
+    def _sampler(self) -> str | None:
+        if self.sampler == "grid":
+            for key, dimension in self.space.items():
+                if dimension.kind not in ("grid", "choice"):
+                    return f"sampler: grid needs listed values, but space.{key} is {dimension.kind}; use random or qmc"
+            if self.trials is not None:
+                return f"trials: {self.trials} does not go with sampler grid, which runs every point; leave it out"
+        elif self.trials is None:
+            return f"trials: is missing; say how many points sampler {self.sampler} tries, or use sampler grid"
+        cells = max(1, len(self.variants)) * (1 if self.scale is None else len(self.scale.values))
+        if self.sampler == "tpe" and cells > 1:
+            return (
+                f"sampler: tpe learns from one kind of run, but variants and scale make {cells}; use random, qmc or "
+                "grid, or search the proxy alone"
+            )
+        return None
+
+    def _scores(self) -> str | None:
+        names = [score.name for score in self.scores]
+        if not names:
+            return "scores: is empty; leave it out for the training loss over the last 100 steps"
+        if len(set(names)) < len(names):
+            return f"scores: {', '.join(names)} has a name twice; give each score its own"
+        if self.select.score is not None and self.select.score not in names:
+            near = difflib.get_close_matches(self.select.score, names, n=1, cutoff=0.0)
+            return f"select.score: {self.select.score} is not among the scores; did you mean {near[0]}?"
+        if self.select.rule == "conservative" and (len(self.seeds) < 2 or self.sampler == "tpe"):
+            why = "of which sampler tpe gives each point one" if self.sampler == "tpe" else "so give more seeds"
+            return f"select.rule: conservative needs the spread over two or more seeds, {why}; or use best"
+        return None
+
+    def _fixed_keys(self) -> str | None:
+        """Keys that would be set twice, so that one of the two settings did nothing."""
+        given = [("overrides", key) for key in self.overrides] + [("space", key) for key in self.space]
+        given += [(f"variants.{name}", key) for name, changes in self.variants.items() for key in changes]
+        for place, key in given:
+            taken = self.taken(key)
+            if taken and not (place == "space" and taken == "space"):
+                return f"{place}.{key}: is set by {taken} of the study; leave it out here"
+        if self.scale is not None:
+            for name, key in (("steps", "train.steps"), ("batch", "train.global_batch")):
+                if getattr(self.proxy, name) is not None and self.scale.key == key:
+                    return f"proxy.{name}: is what scale.values gives; leave it out"
+        return None
+
+    def taken(self, key: str) -> str | None:
+        """Which part of the study decides the configuration key ``key`` for each run, if any does."""
+        if key in self.own_keys:
+            return self.own_keys[key]
+        if self.scale is not None and key == self.scale.key:
+            return "scale"
+        return "space" if key in self.space else None
+
+    def _pruning(self) -> str | None:
+        rates = [key for key in self.space if _SCHEDULE_KEY.fullmatch(key)]
+        if self.pruning.rule == "none" or self.pruning.judge_learning_rate or not rates:
+            return None
+        return (
+            f"pruning.rule: {self.pruning.rule} would judge {rates[0]} by early loss, where high rates and short "
+            "warm-ups lead; use none, or set pruning.judge_learning_rate: true"
+        )
+
+
+def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudySpec:
+    """Read and check the study file at ``path``, with ``overrides`` (dotted study keys) laid over it.
+
+    Raises UserError that names every wrong key with its value and the remedy.
+    """
+    file = Path(path)
+    values = read_yaml(file)
+    values.setdefault("name", file.stem)
+    layers = [Layer(values, display(file))]
+    if overrides:
+        changes = nested(overrides)
+        if isinstance(changes.get("space"), dict):
+            changes["space"] = _searched(values.get("space"), changes["space"])
+        layers.append(Layer(changes, "an override"))
+    merged = merge(layers, StudySpec)
+    try:
+        return StudySpec.model_validate(nested(merged.values))
+    except ValidationError as error:
+        raise UserError(explain(error, StudySpec, merged.sources)) from None
+
+
+def _searched(space: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The space after an override: ``space={...}`` is all of it, ``space.optim.lr={...}`` one key of it."""
+    dotted = dict(_dimensions(given, ""))
+    whole = dotted.keys() == given.keys() or not isinstance(space, dict)
+    return dotted if whole else {**space, **dotted}
+
+
+def _dimensions(given: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        section = isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values())
+        if section and "." not in key:
+            yield from _dimensions(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _listed(scores: tuple[ScoreSpec, ...]) -> str:
+    return ", ".join(score.name for score in scores)

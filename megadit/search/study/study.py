@@ -1,0 +1,262 @@
+"""A study with its base configuration: which cells are run, and the checked configuration of every run.
+
+``load_study`` reads a study file, a name inside ``configs/sweeps`` or a study directory, and refuses what cannot
+work before anything runs. ``save_study`` freezes a study in its directory, with the base configuration in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megadit.config import RunConfig, replace
+from megadit.config.loader import load_layers
+from megadit.config.sources import (
+    OVERRIDES,
+    Layer,
+    configs_dir,
+    display,
+    find_config,
+    nested,
+    override_layer,
+    read_layers,
+)
+from megadit.errors import UserError
+from megadit.files import whole_file
+from megadit.search.study.extend import check_extends
+from megadit.search.study.space import Space, build_space
+from megadit.search.study.spec import StudySpec, read_spec
+
+FROZEN = "study.yaml"
+_SHORT = {"model.width": "w", "train.global_batch": "batch", "train.steps": "steps"}
+_VALIDATION_IMAGES = 256  # when the base asks for none and a score needs them
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of run: a variant at a value of the scale. ``variant`` is "" and ``scale`` None where there is none.
+
+    Where one run scores several horizons, ``scale`` is the longest of them.
+    """
+
+    variant: str
+    scale: int | None
+    changes: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """E.g. ``mup w=128``."""
+        scaled = next((f"{_SHORT[key]}={self.scale}" for key in _SHORT if self._scales(key)), "")
+        return " ".join(part for part in (self.variant, scaled) if part) or "base"
+
+    def _scales(self, key: str) -> bool:
+        return self.scale is not None and self.changes.get(key) == self.scale
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study. ``folder``: its directory. ``base``: with the study's overrides, proxy steps and batch.
+
+    ``cells`` are what is run; ``horizons`` the step counts that each run scores, () where it scores its end alone.
+    """
+
+    spec: StudySpec
+    base: RunConfig
+    folder: Path
+    cells: tuple[Cell, ...]
+    horizons: tuple[int, ...]
+    space: Space
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names of the variants, the judged one first; ("",) where there are none."""
+        return tuple(self.spec.variants) or ("",)
+
+    @property
+    def proxy_scale(self) -> int | None:
+        """The value of the scale whose optimum is transferred; None in a study without scale."""
+        return None if self.spec.scale is None else self.spec.scale.proxy_value
+
+    def config(self, cell: Cell, hps: Mapping[str, Any], seed: int) -> RunConfig:
+        """The run of the point ``hps`` in ``cell`` under ``seed``, set so that its metrics hold all scores.
+
+        Raises UserError when the configuration refuses the values.
+        """
+        changes = {**cell.changes, **hps, "train.seed": seed}
+        config = replace(self.base, changes, f"study {self.spec.name}, {cell.label}")
+        return replace(config, self._measured(config), f"study {self.spec.name}")
+
+    def _measured(self, config: RunConfig) -> dict[str, Any]:
+        """What makes metrics.jsonl hold every score: windows that end where scores begin and end."""
+        train, spec = config.train, self.spec
+        points = [*self.horizons, *(score.last for score in spec.scores if score.kind == "train_loss")]
+        if points and not self.horizons and train.steps is not None:
+            points.append(train.steps)
+        if spec.pruning.rule != "none":
+            points += [spec.pruning.every, spec.pruning.after]
+        changes: dict[str, Any] = {
+            "train.log_every": math.gcd(train.log_every, *points),
+            "train.tensorboard": "tensorboard" in spec.keep,
+        }
+        if "checkpoint" not in spec.keep:
+            changes["train.checkpoint_every"] = None
+        if "samples" not in spec.keep:
+            changes["train.sample_every"] = None
+        if not any(score.kind == "val_loss" for score in spec.scores):
+            return changes | {"train.validate_every": None}
+        if train.validation_images == 0:
+            changes["train.validation_images"] = _VALIDATION_IMAGES
+        return changes | {"train.validate_every": math.gcd(*self.horizons[:-1]) or None}
+
+
+def load_study(source: str | Path, study_dir: str | Path | None = None, overrides: Sequence[str] = ()) -> Study:
+    """The study that ``source`` names: a study file, a name inside configs/sweeps, or a study directory.
+
+    ``overrides`` are ``key=value`` of the study (``workers.count=2``) or of its base configuration
+    (``data.path=/data/imagenet``). Only reads. Raises UserError, naming the key and the remedy, for whatever cannot
+    work, and when ``study_dir`` (default ``runs/sweeps/<name>``) holds another study.
+    """
+    file, folder = find_study(source, study_dir)
+    asked = override_layer(overrides).values
+    of_study = {key: value for key, value in asked.items() if key in StudySpec.model_fields}
+    of_base = {key: value for key, value in asked.items() if key not in of_study}
+    spec = read_spec(file, of_study)
+    base = _load_base(spec, file, of_base)
+    horizons = _horizons(spec, base)
+    folder = folder if folder is not None else Path("runs") / "sweeps" / spec.name
+    study = Study(spec, base, folder, _cells(spec, horizons), horizons, build_space(spec.space))
+    _check(study)
+    frozen = folder / FROZEN
+    if frozen.is_file() and (overrides or frozen.resolve() != file.resolve()):
+        earlier = read_spec(frozen)
+        check_extends(study.spec, study.base, earlier, _load_base(earlier, frozen, {}), folder, bool(horizons))
+    return study
+
+
+def save_study(study: Study) -> Path:
+    """Write ``study.yaml`` into the study's directory: the study with its base in place. It appears whole or not."""
+    values = study.spec.model_dump(mode="json")
+    values |= {"base": study.base.model_dump(mode="json"), "overrides": {}, "proxy": {}}
+    text = "# The study with its base configuration in place, written by megadit: what its trials were run with.\n"
+    text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    target = study.folder / FROZEN
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--study_dir: cannot write '{target}' ({error.strerror}); choose another folder") from None
+    return target
+
+
+def find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, Path | None]:
+    """The study file and the study directory, as far as the arguments say it."""
+    given = Path(source).expanduser()
+    folder = None if study_dir is None else Path(study_dir).expanduser()
+    if given.is_dir():
+        if not (given / FROZEN).is_file():
+            raise UserError(f"study: '{source}' has no {FROZEN}; name a study directory, or a file of configs/sweeps")
+        if folder is not None and folder.resolve() != given.resolve():
+            raise UserError(f"--study_dir: '{study_dir}' is not the study directory '{source}' itself; leave it out")
+        return given / FROZEN, given
+    if given.is_file():
+        # A frozen study is known by its place; as a file of its own it would name another default directory.
+        inside = given.name == FROZEN and folder is None
+        return given, given.parent if inside else folder
+    named = configs_dir() / "sweeps" / given
+    for file in (named, named.with_name(f"{named.name}.yaml")):
+        if file.is_file():
+            return file, folder
+    return find_config(source if given.suffix else f"{source}.yaml", "study"), folder
+
+
+def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunConfig:
+    """The base with overrides, proxy and the command line's ``of_base`` laid over it, in this order."""
+    name = display(file)
+    if isinstance(spec.base, str):
+        beside = file.parent / Path(spec.base).expanduser()
+        layers = read_layers(beside if beside.is_file() else find_config(spec.base, "base"))
+    else:
+        layers = [Layer(nested(spec.base), f"{name}, base")]
+    layers.append(Layer(nested(spec.overrides), f"{name}, overrides"))
+    sizes = {"train.steps": spec.proxy.steps, "train.global_batch": spec.proxy.batch}
+    layers.append(Layer(nested({key: size for key, size in sizes.items() if size is not None}), f"{name}, proxy"))
+    if spec.scale is not None:  # a base whose length is what is scaled needs none of its own
+        layers.append(Layer(nested({spec.scale.key: spec.scale.proxy_value}), f"{name}, scale"))
+    for key in _flat(of_base):
+        taken = spec.taken(key)
+        if taken:
+            raise UserError(f"{key}: is set by {taken} of the study {spec.name}; change it there")
+    return load_layers([*layers, Layer(of_base, OVERRIDES)])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def _horizons(spec: StudySpec, base: RunConfig) -> tuple[int, ...]:
+    """The step counts that one run scores: under a constant rate a long run passes through all shorter ones."""
+    if spec.scale is None or spec.scale.key != "train.steps" or len(spec.scale.values) < 2:
+        return ()
+    searched = {*spec.space, *(key for changes in spec.variants.values() for key in changes)}
+    alike = base.optim.schedule == "constant" and "optim.schedule" not in searched and spec.pruning.rule == "none"
+    commands = any(score.kind == "command" for score in spec.scores)  # these look at a finished run
+    return tuple(sorted(spec.scale.values)) if alike and not commands else ()
+
+
+def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:
+    values: Sequence[int | None] = (None,) if spec.scale is None else spec.scale.values
+    if horizons:
+        values = horizons[-1:]
+    cells = []
+    for variant, changes in (spec.variants or {"": {}}).items():
+        for value in values:
+            scaled: dict[str, Any] = {} if spec.scale is None else {spec.scale.key: value}
+            cells.append(Cell(variant, value, {**changes, **scaled}))
+    return tuple(cells)
+
+
+def _check(study: Study) -> None:
+    """What holds over all runs. Raises UserError."""
+    spec = study.spec
+    first = study.space.dimensions[0]
+    if spec.select.rule == "conservative" and not first.numeric:
+        raise UserError(
+            f"select.rule: conservative takes the smallest {first.key}, whose values have no order; name a numeric key "
+            "first in the space, or use best"
+        )
+    widths: dict[int, str] = {}
+    for cell in study.cells:
+        for hps in study.space.corners():
+            config = study.config(cell, hps, spec.seeds[0])
+            if config.model.base_width is not None:
+                widths.setdefault(config.model.base_width, cell.label)
+            _check_scores(study, config)
+    if len(widths) > 1:
+        told = " and ".join(f"{width} ({label})" for width, label in widths.items())
+        raise UserError(
+            f"model.base_width: the runs of study {spec.name} have {told}; hyperparameters in base units mean the same "
+            "only under one base width, so give all runs the same"
+        )
+
+
+def _check_scores(study: Study, config: RunConfig) -> None:
+    shortest = min(study.horizons, default=config.train.steps)
+    for score in study.spec.scores:
+        if score.kind == "train_loss" and shortest is not None and score.last > shortest:
+            raise UserError(
+                f"scores.{score.name}.last: {score.last} is more than the {shortest} steps of a run; lower it"
+            )
+        if score.kind == "val_loss" and config.data.val_fraction == 0:
+            raise UserError(
+                f"scores.{score.name}: needs images that are held out, but data.val_fraction is 0; give a share in "
+                "the study's overrides, e.g. data.val_fraction: 0.01"
+            )

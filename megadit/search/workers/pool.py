@@ -1,0 +1,232 @@
+"""The local workers of ``launch/sweep.py run``: bound to cores or GPUs, watched, restarted, never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.search.study.spec import WorkersSpec
+from megadit.search.study.study import Study
+
+_RESTART_S = 1.0
+# A trial that kills each of its workers is given up after max_attempts and the next worker gets on; but where one death
+# follows another and no trial ends well, something else is wrong.
+_MAX_DEATHS = 10
+_POLL_S = 0.2
+_LOG_TAIL = 2000
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker is bound to: CPU cores and GPUs, by number (the latter as CUDA_VISIBLE_DEVICES names them)."""
+
+    cores: tuple[int, ...]
+    gpus: tuple[str, ...]
+
+
+def places(workers: WorkersSpec, count: int, cores: list[int], gpus: list[str]) -> list[Place]:
+    """One place for each of ``count`` workers, among this machine's cores and GPUs.
+
+    Cores are dealt in turn where there are too few. Raises UserError where there are too few GPUs.
+    """
+    if workers.gpus * count > len(gpus):
+        raise UserError(
+            f"workers.gpus: {count} worker{'s' if count > 1 else ''} with {workers.gpus} each need "
+            f"{workers.gpus * count} GPUs, and there are {len(gpus)} here; lower workers.count (--workers) or "
+            "workers.gpus"
+        )
+    found = []
+    for index in range(count):
+        first = index * workers.cores
+        own = {cores[(first + i) % len(cores)] for i in range(workers.cores)}
+        found.append(Place(tuple(sorted(own)), tuple(gpus[index * workers.gpus : (index + 1) * workers.gpus])))
+    return found
+
+
+def this_machine(want_gpus: bool) -> tuple[list[int], list[str]]:
+    """The cores that this process may use and, when wanted, the GPUs that it sees."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if not want_gpus:
+        return cores, []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return cores, [name for name in visible.split(",") if name]
+    import torch
+
+    return cores, [str(index) for index in range(torch.cuda.device_count())]
+
+
+@dataclass
+class _Slot:
+    place: Place
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+    deaths: int = 0  # in a row, without a trial that ended well meanwhile
+    done_at_start: int = 0
+    restart_at: float = 0.0
+    over: bool = False
+
+
+class Pool:
+    """The workers of one ``run``. Use it in a ``with`` block: leaving it ends them all."""
+
+    def __init__(self, study: Study, slots: list[Place]) -> None:
+        self.study = study
+        self._slots = [_Slot(place) for place in slots]
+        self._logs = study.folder / "workers"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self.bad_input: str | None = None  # what a worker refused
+        self.lost: Path | None = None  # the log of a worker that was given up
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def run(self, done: Callable[[], int], tick: Callable[[], None], *, stopping: Callable[[], bool]) -> None:
+        """Keep the workers running until each has ended.
+
+        ``done`` counts the trials that have ended well, ``tick`` is called all the time, and after ``stopping`` says
+        so no worker is started again.
+        """
+        while True:
+            for slot in self._slots:
+                self._look_after(slot, done, stopping())
+            if all(slot.over for slot in self._slots):
+                return
+            tick()
+            time.sleep(_POLL_S)
+
+    def _look_after(self, slot: _Slot, done: Callable[[], int], stopping: bool) -> None:
+        if slot.over:
+            return
+        if slot.process is None or slot.restart_at:
+            if stopping:
+                slot.over = True
+            elif time.monotonic() >= slot.restart_at:
+                self._start(slot, done())
+            return
+        code = slot.process.poll()
+        if code is None:
+            return
+        kill_tree(slot.process)  # what it may have left
+        if code in (EXIT_OK, EXIT_PREEMPTED) or stopping:
+            slot.over = True
+        elif code == EXIT_BAD_INPUT:
+            self.bad_input = self._tail(slot.log).strip().rpartition("error: ")[2]
+            slot.over = True
+            self.signal(signal.SIGTERM)
+        else:
+            self._restart(slot, code, done())
+
+    def _restart(self, slot: _Slot, code: int, done: int) -> None:
+        slot.deaths = 1 if done > slot.done_at_start else slot.deaths + 1
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        if slot.deaths >= _MAX_DEATHS:
+            print(f"\na worker ended {how}, again; it is not restarted. The end of its log, {slot.log}:\n"
+                  f"{self._tail(slot.log)}", file=sys.stderr)  # fmt: skip
+            slot.over, self.lost = True, slot.log
+            return
+        print(f"\na worker ended {how} and is restarted; its log: {slot.log}", file=sys.stderr)
+        slot.restart_at = time.monotonic() + _RESTART_S
+
+    def _start(self, slot: _Slot, done: int) -> None:
+        slot.restart_at, slot.done_at_start = 0.0, done
+        raw = self._logs / f".starting-{os.getpid()}-{self._slots.index(slot)}"
+        with open(raw, "wb") as log:
+            slot.process = subprocess.Popen(
+                worker_command(self.study.folder, len(slot.place.gpus)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=worker_environment(slot.place),
+                start_new_session=True,  # Ctrl-C at the terminal reaches only `run`, which tells its workers
+                preexec_fn=_bind(slot.place, os.getpid()),
+            )
+        slot.log = self._logs / f"{socket.gethostname()}-{slot.process.pid}.log"
+        raw.rename(slot.log)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every worker that runs."""
+        for slot in self._slots:
+            if slot.process is not None and slot.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    slot.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End every worker and its children at once."""
+        for slot in self._slots:
+            if slot.process is not None:
+                kill_tree(slot.process)
+                slot.process.wait()
+
+    def _tail(self, log: Path | None) -> str:
+        return log.read_text(errors="replace")[-_LOG_TAIL:] if log is not None and log.is_file() else ""
+
+
+def worker_command(folder: Path, gpus: int) -> list[str]:
+    """The command line of a worker; with several GPUs one rank for each, through torchrun."""
+    module = ["-m", "megadit.search.workers.worker", str(folder)]
+    if gpus > 1:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *module]
+    return [sys.executable, *module]
+
+
+def worker_environment(place: Place, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a worker: its threads, its GPUs, and where this megadit is; nothing of a launcher's."""
+    import megadit_kernels
+
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+    made = {key: value for key, value in (os.environ if env is None else env).items() if key not in launcher}
+    # Its own group is a worker's whole world, even where `run` is a task of Slurm's.
+    made = {key: value for key, value in made.items() if key not in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")}
+    parts = [str(Path(__file__).resolve().parents[3]), str(Path(str(megadit_kernels.__file__)).resolve().parents[1])]
+    made["PYTHONPATH"] = os.pathsep.join([*parts, *filter(None, [made.get("PYTHONPATH")])])
+    made["OMP_NUM_THREADS"] = made["MKL_NUM_THREADS"] = str(max(1, len(place.cores) // max(1, len(place.gpus))))
+    made["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
+    return made
+
+
+def _bind(place: Place, parent: int) -> Callable[[], None]:
+    """What the worker's process does before it becomes the worker: take its cores, and tie its life to ``parent``."""
+    libc = ctypes.CDLL(None)  # loaded before the fork
+
+    def bind() -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, place.cores)
+        die_with_parent(libc)
+        if os.getppid() != parent:  # it died before the tie was made
+            os._exit(1)
+
+    return bind
+
+
+def die_with_parent(libc: Any = None) -> None:
+    """Have the kernel send this process SIGTERM when its parent dies, however that ends (Linux)."""
+    if sys.platform == "linux":
+        (libc or ctypes.CDLL(None)).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, its children (torchrun's have groups of their own) and what is left of its group."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

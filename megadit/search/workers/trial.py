@@ -1,0 +1,259 @@
+"""One claimed trial: an ordinary run in its own directory, and the result that is made of it.
+
+Trials of a worker share its process: data sets are read once, the process group stays up, and what a run leaves behind
+is collected before the next one starts.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megadit.config import DataConfig, LoadedConfig, RunConfig
+from megadit.data import ImageSet
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.models import count_parameters
+from megadit.parallel import ProcessContext
+from megadit.plan import forward_flops
+from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
+from megadit.search.storage.states import Claim
+from megadit.search.storage.store import trial_folder
+from megadit.search.study.study import Cell, Study
+from megadit.search.workers import scores
+from megadit.train.callbacks import (
+    Callback,
+    Checkpoints,
+    JsonLines,
+    Record,
+    RunStopped,
+    Samples,
+    Summary,
+    TensorBoard,
+    Validation,
+)
+from megadit.train.checkpoint import checkpoint_root, find_checkpoint
+from megadit.train.command import check_job, check_machine
+from megadit.train.pretrain import Job, pretrain, total_steps
+from megadit.train.run_dir import RunDirectory
+
+if TYPE_CHECKING:
+    from megadit.train.run import TrainingRun
+
+Datasets = Callable[[DataConfig], tuple[ImageSet, ImageSet]]
+_PRUNED, _STOPPED = "pruned", "stopped"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What rank 0 asks at every logged step: is the worker to stop, and (step, loss) is the trial to be pruned."""
+
+    stops: Callable[[], bool]
+    prunes: Callable[[int, float], bool]
+
+
+class TrialWatch(Callback):
+    """Ends a trial early when asked to, and measures what of it is training."""
+
+    def __init__(self, study: Study, judge: Judge) -> None:
+        self._pruning = study.spec.pruning
+        self._judge = judge
+        self._rows: list[Record] = []
+        self._begin: float | None = None
+        self.training_s = 0.0
+        self.step = 0
+        self.ended: str | None = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Begin the clock; a resumed trial has rows already."""
+        self._begin, self.step = time.monotonic(), run.position.step
+        if run.context.is_main:
+            self._rows = [row for row in run.directory.read_metrics() if row["step"] <= self.step]
+
+    def on_log(self, run: TrainingRun, record: Record) -> None:
+        """Decide on rank 0, for all. A trial that keeps checkpoints saves one before it is interrupted."""
+        self._rows.append(record)
+        self.ended = run.context.on_main(lambda: self._decide(record["step"], run.total_steps))
+        if self.ended == _STOPPED:
+            if run.config.train.checkpoint_every is not None:
+                run.save()
+            raise RunStopped(EXIT_PREEMPTED, "stopped with its worker")
+        if self.ended == _PRUNED:
+            raise RunStopped(EXIT_OK, f"pruned at step {record['step']}")
+
+    def after_log(self, run: TrainingRun) -> None:
+        """Count the step."""
+        self.step = run.position.step
+
+    def close(self) -> None:
+        """End the clock."""
+        if self._begin is not None:
+            self.training_s, self._begin = time.monotonic() - self._begin, None
+
+    def _decide(self, step: int, total: int) -> str | None:
+        if step < total and self._judge.stops():
+            return _STOPPED
+        rule = self._pruning
+        due = rule.rule != "none" and rule.after <= step < total and step % rule.every == 0
+        if due:
+            loss = scores.train_loss(self._rows, step, rule.every)
+            if loss is not None and self._judge.prunes(step, loss):
+                return _PRUNED
+        return None
+
+
+def run_trial(
+    study: Study, claim: Claim, context: ProcessContext, datasets: Datasets, judge: Judge, began: float
+) -> TrialResult | None:
+    """Train the claimed trial on all ranks and give its result on rank 0 (its own on the others means nothing).
+
+    None when it was interrupted. ``began`` (``time.monotonic()``) is when work for this trial began. Bad input in a
+    trial is a result, not an error of the study.
+    """
+    folder = trial_folder(study, claim.number)
+    cell = next(cell for cell in study.cells if (cell.variant, cell.scale) == (claim.variant, claim.scale))
+    watch = TrialWatch(study, judge)
+    job, sentence, code = None, "", EXIT_OK
+    try:
+        job = _job(study, cell, claim, folder, datasets)
+        context.on_main(lambda: _make_room(folder))
+        code = pretrain(job, _callbacks(study, watch), keep_group=True)
+    except UserError as error:
+        if job is not None and context.world_size > 1 and not error.everywhere:
+            raise  # the other ranks are in the middle of a step: the launcher ends them all
+        sentence = str(error)
+    finally:
+        _collect()
+    if code == EXIT_PREEMPTED:
+        return None
+    if not context.is_main:
+        return _failed(study, claim, folder, "")
+    if job is None or sentence:
+        result = _failed(study, claim, folder, sentence)
+    else:
+        result = _result(study, claim, job, watch, code)
+    _tidy(study, folder)
+    seconds = time.monotonic() - began
+    return replace(result, seconds=round(seconds, 3), overhead_s=round(seconds - watch.training_s, 3))
+
+
+def _job(study: Study, cell: Cell, claim: Claim, folder: Path, datasets: Datasets) -> Job:
+    config = study.config(cell, claim.hps, claim.seed)
+    job = check_job(LoadedConfig(config, source=f"trial {claim.number}"), None, folder, "auto", datasets)
+    check_machine(job)
+    return job
+
+
+def _make_room(folder: Path) -> None:
+    """A start that left no checkpoint left nothing to go on from."""
+    if folder.exists() and find_checkpoint(folder) is None:
+        shutil.rmtree(folder)
+
+
+def _callbacks(study: Study, watch: TrialWatch) -> list[Callback]:
+    """Metrics always; of the rest what the study keeps, or a command that scores the run needs."""
+    keep = study.spec.keep
+    optional: list[tuple[bool, type[Callback]]] = [
+        ("checkpoint" in keep or _has_command(study), Checkpoints),
+        ("samples" in keep, Samples),
+        ("tensorboard" in keep, TensorBoard),
+        ("curves" in keep, Summary),
+    ]
+    return [Validation(), JsonLines(), watch, *(make() for wanted, make in optional if wanted)]
+
+
+def _has_command(study: Study) -> bool:
+    return any(score.kind == "command" for score in study.spec.scores)
+
+
+def _collect() -> None:
+    """Free what the run held before the next one is built: engines refer to themselves."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _result(study: Study, claim: Claim, job: Job, watch: TrialWatch, code: int) -> TrialResult:
+    """The outcome and scores of a run that ended by itself or was pruned."""
+    config, spec = job.config, study.spec
+    rows = RunDirectory(job.run_dir).read_metrics()
+    total = total_steps(config, len(job.train_set))
+    steps = max(watch.step, rows[-1]["step"] if rows else 0)
+    last = next((score.last for score in spec.scores if score.kind == "train_loss"), 1)
+    nothing: dict[str, float | None] = dict.fromkeys(score.name for score in spec.scores)
+    values, horizons, reason = dict(nothing), {}, ""
+    if watch.ended == _PRUNED:
+        outcome, reason = PRUNED, f"pruned at step {steps} of {total} by rule {spec.pruning.rule}"
+    else:
+        for step in study.horizons:
+            fine = scores.divergence(rows, step, spec.diverged_above, last) is None
+            horizons[step] = scores.measured(rows, step, spec.scores) if fine else dict(nothing)
+        why = scores.divergence(rows, total, spec.diverged_above, last)
+        if code == EXIT_FAILURE:
+            why = json.loads((job.run_dir / "exit.json").read_text())["reason"].removeprefix("diverged: ")
+        outcome, reason = (COMPLETE, "") if why is None else (DIVERGED, why)
+        if why is None:
+            values = scores.measured(rows, total, spec.scores)
+            try:
+                for score in spec.scores:
+                    if score.kind == "command":
+                        values[score.name] = scores.command_score(score, job.run_dir)
+            except UserError as error:
+                outcome, reason = FAILED, str(error)
+    return replace(
+        _failed(study, claim, job.run_dir, reason),
+        outcome=outcome,
+        scores=values,
+        horizons=horizons,
+        **_sizes(config, steps),
+    )
+
+
+def _sizes(config: RunConfig, steps: int) -> dict[str, Any]:
+    batch = config.train.global_batch
+    return {
+        "steps": steps,
+        "global_batch": batch,
+        "parameters": count_parameters(config.model, fixed=False),
+        "flops": 3.0 * forward_flops(config.model) * batch * steps,
+    }
+
+
+def _failed(study: Study, claim: Claim, folder: Path, reason: str) -> TrialResult:
+    """A result without scores; the other outcomes are made from it."""
+    return TrialResult(
+        number=claim.number,
+        variant=claim.variant,
+        scale=claim.scale,
+        hps=claim.hps,
+        seed=claim.seed,
+        outcome=FAILED,
+        scores=dict.fromkeys(score.name for score in study.spec.scores),
+        horizons={},
+        steps=0,
+        global_batch=0,
+        parameters=0,
+        flops=0.0,
+        seconds=0.0,
+        overhead_s=0.0,
+        reason=reason,
+        run_dir=str(folder),
+        attempts=claim.attempt,
+    )
+
+
+def _tidy(study: Study, folder: Path) -> None:
+    """Remove what the study does not keep."""
+    if "checkpoint" not in study.spec.keep:
+        shutil.rmtree(checkpoint_root(folder), ignore_errors=True)
+    samples = folder / "samples"
+    if samples.is_dir() and not any(samples.iterdir()):
+        samples.rmdir()

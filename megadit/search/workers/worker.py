@@ -1,0 +1,232 @@
+"""A worker: one process (or several ranks under torchrun or srun) that runs a study's trials one after another.
+
+``python -m megadit.search.workers.worker STUDY_DIR`` is what ``launch/sweep.py run`` starts. A trial that fails for a
+reason that is not the user's ends the worker: its process may be beyond repair, as a GPU's after an error is, and a new
+one is cheap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command
+from megadit.search.storage.identity import this_worker
+from megadit.search.study.study import Study, load_study
+from megadit.search.wording import point_text
+from megadit.search.workers.pool import die_with_parent
+
+if TYPE_CHECKING:
+    from megadit.parallel import ProcessContext
+    from megadit.search.storage.states import Claim
+
+STOP = "stop"  # the flag file of a study directory; its text says whether running trials end too
+NOW, AFTER = "now", "after the running trial"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_POLL_S = 1.0
+_WAIT_S = 60.0  # ranks are told that they still wait so often, so that their collective does not time out
+_FLAG_S = 1.0  # how old an answer about the flag file may be
+_MAX_BEAT_S = 10.0
+_CACHED_SETS = 2
+
+
+class Interrupt:
+    """Whether the worker is to end: by a signal, the study's flag, or because it lost its trial."""
+
+    def __init__(self, study: Study) -> None:
+        self._flag = study.folder / STOP
+        self._looked = 0.0
+        self._text = ""
+        self.signalled = False
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Note SIGINT, SIGTERM and SIGUSR1 in the block; a second one ends the process at once."""
+
+        def note(number: int, *_: Any) -> None:
+            if self.signalled:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.signalled = True
+
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def before_next(self) -> bool:
+        """Whether to take no further trial."""
+        return self.signalled or bool(self._read())
+
+    @property
+    def now(self) -> bool:
+        """Whether to give the running trial back."""
+        return self.signalled or self._read() == NOW
+
+    def _read(self) -> str:
+        if time.monotonic() - self._looked > _FLAG_S:
+            self._looked = time.monotonic()
+            try:
+                self._text = self._flag.read_text().strip() or AFTER
+            except OSError:
+                self._text = ""
+        return self._text
+
+
+class Worker:
+    """The loop of one worker. Rank 0 speaks with the store; what it decides, all ranks do."""
+
+    def __init__(self, study: Study, context: ProcessContext, interrupt: Interrupt, began: float) -> None:
+        # Imported before a trial is claimed: an installation that is broken costs no trial an attempt.
+        from megadit.data import build_datasets
+        from megadit.search.workers.trial import Judge, run_trial
+
+        self._judge, self._run_trial = Judge, run_trial
+        self.study, self.context, self.interrupt = study, context, interrupt
+        self._began = began  # of the work for the next trial
+        self._me = this_worker()
+        self._store: Any = None  # on rank 0
+        self._asked = 0.0  # when it was last asked whose the running trial is
+        self._datasets = functools.lru_cache(maxsize=_CACHED_SETS)(build_datasets)
+
+    def run(self) -> int:
+        """Run trials until none is left (0) or the worker is to stop (85)."""
+        with contextlib.ExitStack() as stack:
+            self.context.on_main(lambda: self._join(stack))
+            while True:
+                order, claim = self.context.on_main(self._next)
+                if order == "end":
+                    return EXIT_OK
+                if order == "stop":
+                    return EXIT_PREEMPTED
+                if order == "run":
+                    self._run(claim)
+
+    def _join(self, stack: contextlib.ExitStack) -> None:
+        from megadit.search.storage.store import StudyStore
+
+        self._store = StudyStore.join(self.study)
+        self._store.refuse_other_hosts()
+        every = min(_MAX_BEAT_S, self.study.spec.stale_after_s / 4)
+        stack.enter_context(self._store.heartbeats.beating(self._me, every))
+        _say(f"worker {self._me.label} joins study {self.study.spec.name} in {self.study.folder}")
+
+    def _next(self) -> tuple[str, Claim | None]:
+        """On rank 0: ("run", claim), "wait" while others run the last trials, "stop" or "end"."""
+        deadline = time.monotonic() + _WAIT_S
+        while time.monotonic() < deadline:
+            if self.interrupt.before_next:
+                _say(self._why_stopped())
+                return "stop", None
+            claim = self._store.claim(self._me)
+            if claim is not None:
+                return "run", claim
+            counts = self._store.counts()
+            if counts.done >= counts.planned:
+                return "end", None
+            self._began = time.monotonic() + _POLL_S  # waiting for others is no trial's overhead
+            time.sleep(_POLL_S)
+        return "wait", None
+
+    def _why_stopped(self) -> str:
+        if self.interrupt.signalled:
+            return "stopped; the study goes on with the next run or worker"
+        flag = self.study.folder / STOP
+        return f"stopped by launch/sweep.py stop; the next run goes on, as do workers once {flag} is removed"
+
+    def _run(self, claim: Claim) -> None:
+        began = self._began
+        if self.context.is_main:
+            _say(f"trial {claim.number} begins: {describe(claim)}")
+        judge = self._judge(lambda: self._is_over(claim), functools.partial(self._prunes, claim))
+        try:
+            result = self._run_trial(self.study, claim, self.context, self._datasets, judge, began)
+        except Exception as error:
+            traceback.print_exc()
+            if self.context.is_main:
+                self._store.release(claim, self._me, f"{type(error).__name__}: {error}", counts=True)
+            raise
+        self._began = time.monotonic()
+        if not self.context.is_main:
+            return
+        if result is None:
+            if self._store.owns(claim, self._me) and not self.interrupt.now:
+                self.interrupt.signalled = True  # by SIGUSR1, which training takes for itself
+            self._store.release(claim, self._me, "interrupted", counts=False)
+            _say(f"trial {claim.number} is given back")
+        elif self._store.finish(claim, result, self._me):
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in result.scores.items() if value is not None)
+            _say(f"trial {claim.number} {result.outcome}: {shown or result.reason} ({result.seconds:.1f} s)")
+        else:
+            _say(f"trial {claim.number} had been given to another worker; its result is dropped")
+
+    def _prunes(self, claim: Claim, step: int, loss: float) -> bool:
+        return bool(self._store.report(claim, step, loss))
+
+    def _is_over(self, claim: Claim) -> bool:
+        """Asked at every logged step: a flag, a signal, or (looked up now and then) the trial is another's."""
+        if self.interrupt.now:
+            return True
+        if time.monotonic() - self._asked < self.study.spec.stale_after_s / 4:
+            return False
+        self._asked = time.monotonic()
+        return not self._store.owns(claim, self._me)
+
+
+def describe(claim: Claim) -> str:
+    """A claim in words: variant, scale, hyperparameters, seed and, after a lost start, the attempt."""
+    parts = [claim.variant] if claim.variant else []
+    parts += [] if claim.scale is None else [f"scale {claim.scale}"]
+    parts.append(point_text(claim.hps))
+    parts.append(f"seed {claim.seed}")
+    if claim.attempt > 1:
+        parts.append(f"attempt {claim.attempt}")
+    return ", ".join(parts)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def work(study: Study) -> int:
+    """Run trials of the study, which must have been created, in this process (one of WORLD_SIZE).
+
+    Returns 0 when every trial has ended, and 85 when it was stopped, by a signal or the flag, while some are left.
+
+    Raises:
+        UserError: the study cannot be joined.
+    """
+    from megadit.parallel import start_processes, stop_processes
+    from megadit.search.workers.scores import COMMAND_TIMEOUT_S
+
+    began, interrupt = time.monotonic(), Interrupt(study)
+    # Other ranks wait in a collective while rank 0 runs a score's command.
+    commands = any(score.kind == "command" for score in study.spec.scores)
+    with interrupt.signals():
+        context = start_processes(COMMAND_TIMEOUT_S + 600) if commands else start_processes()
+        code = Worker(study, context, interrupt, began).run()
+        stop_processes()
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Work on the study in the folder named; also under torchrun, which takes any code but 0 for a crash."""
+    die_with_parent()
+    (folder,) = sys.argv[1:] if argv is None else argv
+    code = work(load_study(Path(folder)))
+    return EXIT_OK if os.environ["WORLD_SIZE"] != "1" else code
+
+
+if __name__ == "__main__":
+    run_command(main)
