@@ -30,12 +30,17 @@ def data_bytes(
     *,
     recompute: bool,
     gradient: int | None = None,
+    small: int = 0,
+    reuse: int = 10**9,
 ) -> dict[str, float]:
     """Bytes sent between the replicas of ``parameters`` held by a rank, ``item`` bytes each, in one step; ``gradient``
     bytes of each in sums of gradients, None for the same.
 
-    ZeRO 3 gathers weights for every forward and backward pass, and again where the backward pass recomputes; weights
-    that are small enough to stay (stage3_param_persistence_threshold) are counted too.
+    ZeRO 3 gathers weights for every forward pass, and for the backward pass those that it let go between: a layer stays
+    when fewer than ``reuse`` elements (stage3_max_reuse_distance) are used before it is needed again. So it also stays
+    from its recomputation to its backward pass. ``small`` elements are of tensors that stay all the time
+    (stage3_param_persistence_threshold), and are gathered once, after the update. This is the most: what DeepSpeed
+    fetches ahead (stage3_prefetch_bucket_size) it does not let go, which spares gathers.
     """
     if replicas == 1:
         return {}
@@ -44,8 +49,11 @@ def data_bytes(
     if zero_stage == 0:
         return {"data all_reduce of gradients": summed}
     if zero_stage == 3:
+        rest = parameters - small
+        stays = min(1.0, reuse / max(1, (3 if recompute else 2) * rest))  # as a share of the rest: the last layers
+        gathered = rest * (2 - stays) * micro_batches + small
         return {
-            "data all_gather of weights": (3 if recompute else 2) * half * micro_batches,
+            "data all_gather of weights": gathered / parameters * half,
             "data reduce_scatter of gradients": ring_bytes("reduce_scatter", sums, replicas) * micro_batches,
         }
     times = micro_batches if zero_stage == 2 else 1

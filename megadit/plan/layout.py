@@ -18,6 +18,7 @@ from megadit.plan.communication import data_bytes, tensor_bytes
 from megadit.plan.flops import stage_flops
 from megadit.plan.state import state_bytes
 
+_SMALL, _REUSE = 10**5, 10**9  # DeepSpeed's own stage3_param_persistence_threshold and stage3_max_reuse_distance
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,7 +79,7 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
     flops = stage_flops(config.model)
     cuts = balanced_cuts(flops, parallel.pipeline)
     micro, many = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
-    added, summed = gradient_bytes(ds_config, train.precision)
+    added, _ = gradient_bytes(ds_config, train.precision)
     place = Topology(world, 0, parallel.tensor, parallel.pipeline)
     passages = count_passages(
         config.model,
@@ -105,7 +106,7 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
                 parameters=held,
                 in_flight=min(parallel.pipeline - stage, many),
                 bytes=_bytes(config, held, passage, place.data, min(parallel.pipeline - stage, many), added),
-                sent=_sent(config, held, passage, place.data, many, summed),
+                sent=_sent(config, [p.numel() for p in segment.parameters()], passage, place.data, ds_config),
             )
         )
         blocks += own
@@ -136,16 +137,28 @@ def _bytes(
     return state | {"activations": float((in_flight - 1) * passage.kept + passage.peak)}
 
 
-def _sent(config: RunConfig, held: int, passage: Passage, replicas: int, many: int, summed: int) -> dict[str, float]:
-    assert config.parallel.zero_stage is not None
-    item = _DTYPES[config.train.precision].itemsize
+def _sent(
+    config: RunConfig, sizes: list[int], passage: Passage, replicas: int, ds_config: dict[str, Any]
+) -> dict[str, float]:
+    """``sizes``: elements of each parameter that a rank holds."""
+    precision, zero = config.train.precision, ds_config["zero_optimization"]
+    many = int(ds_config["gradient_accumulation_steps"])
     per_batch = tensor_bytes(Counter(passage.forward) + Counter(passage.backward), config.parallel.tensor)
     sent = {kind: size * many for kind, size in per_batch.items()}
     if config.parallel.pipeline > 1:
         sent["pipeline send"] = float((passage.wire_out + passage.wire_back) * many)
-    recompute = config.train.activation_checkpointing != "none"
-    zero = config.parallel.zero_stage
-    return sent | data_bytes(held, item, replicas, zero, many, recompute=recompute, gradient=summed)
+    stays = zero.get("stage3_param_persistence_threshold", _SMALL)
+    return sent | data_bytes(
+        sum(sizes),
+        _DTYPES[precision].itemsize,
+        replicas,
+        int(zero["stage"]),
+        many,
+        recompute=config.train.activation_checkpointing != "none",
+        gradient=gradient_bytes(ds_config, precision)[1],
+        small=sum(size for size in sizes if size <= stays),
+        reuse=zero.get("stage3_max_reuse_distance", _REUSE),
+    )
 
 
 def table(plan: LayoutPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,16 +17,18 @@ from helpers.tiny_mmdit import tiny_mmdit
 from helpers.tiny_pixart import tiny_pixart
 from helpers.tiny_uvit import tiny_uvit
 from helpers.training import assemble_rank, layout_of, small_config, train_on
-from megadit.config import ModelConfig
+from megadit.config import ModelConfig, load_config
 from megadit.config.ds_sums import gradient_bytes
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
+from megadit.mup.spec import walk_slices
 from megadit.parallel.rehearsal import ring_bytes
 from megadit.parallel.tensor import TensorLayout
+from megadit.plan import plan_layout
 from megadit.plan.activations import count_passages
 from megadit.plan.communication import data_bytes, least_data_bytes, tensor_bytes
 
-BATCH = 3
+BATCH, TEXT = 5, 10  # of which no two sizes in the tables are equal
 MADE = {"dit": tiny_config, "pixart": tiny_pixart, "uvit": tiny_uvit, "mmdit": tiny_mmdit}
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"
 REAL = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
@@ -84,7 +87,7 @@ def documented() -> dict[tuple[str, str], list[str]]:
 def value(term: str, sizes: dict[str, int]) -> int:
     """``B·6n`` and the like, in elements: numbers and letters multiply."""
     product = 1
-    for factor in re.findall(r"\d+|[BTLn]", term):
+    for factor in re.findall(r"\d+|[BTLPn]", term):
         product *= int(factor) if factor.isdigit() else sizes[factor]
     return product
 
@@ -97,20 +100,31 @@ def calls_of(cell: str, sizes: dict[str, int]) -> Counter[tuple[str, int]]:
     return calls
 
 
+@functools.cache
+def counted(family: str, layout: str) -> tuple[list[Counter[tuple[str, int]]], dict[str, int]]:
+    """Forward and backward collectives of depth 2, and of depth 4; and what the letters of the tables stand for."""
+    per: dict[str, dict[str, Any]] = {
+        "pixart": {"text": {"dim": 20, "max_length": TEXT}},
+        "mmdit": {"text": {"dim": 20, "max_length": TEXT, "pooled_dim": 12}},
+        "uvit": {"mlp_time_embed": True},
+    }
+    found: list[Counter[Any]] = []
+    for depth in (2, 4):
+        config = MADE[family](width=64, heads=4, depth=depth, **per.get(family, {}))
+        [(segment, passage)] = count_passages(
+            config, (0, config.blocks + 2), BATCH, torch.float32, "none", 2, sequence=layout == "sequence"
+        )
+        found += [passage.forward, passage.backward]
+    tokens = segment.model.stream_tokens
+    assert tokens is not None
+    return found, {"B": BATCH, "T": tokens, "L": TEXT, "n": 64, "P": config.patch_size**2 * config.out_channels}
+
+
 @pytest.mark.parametrize("layout", ["tensor", "sequence"])
 @pytest.mark.parametrize("family", MADE)
 def test_the_document_tells_every_collective_of_a_block(family, layout):
-    per = {"text": {"dim": 20, "max_length": 6}} if family in ("pixart", "mmdit") else {}
-    found: list[Counter[Any]] = []
-    for depth in (2, 4):  # the ends of the model cancel in the difference
-        config = MADE[family](width=64, heads=4, depth=depth, **per)
-        [(segment, counted)] = count_passages(
-            config, (0, config.blocks + 2), BATCH, torch.float32, "none", 2, sequence=layout == "sequence"
-        )
-        found += [counted.forward, counted.backward]
+    found, sizes = counted(family, layout)  # the ends of the model cancel in the difference of two depths
     blocks = 1 if family == "uvit" else 2  # there the table speaks of two blocks, one of which has a skip
-    tokens = segment.model.stream_tokens or (config.input_size // config.patch_size) ** 2
-    sizes = {"B": BATCH, "T": tokens, "L": 6, "n": 64}
     forward, backward, sent, least = documented()[family, layout]
     said = [calls_of(forward, sizes), calls_of(backward, sizes)]
     for before, after, cell in zip(found[:2], found[2:], said, strict=True):
@@ -122,12 +136,41 @@ def test_the_document_tells_every_collective_of_a_block(family, layout):
     assert rings == total >= bound  # e (t - 1) / t is 2 here
 
 
+@pytest.mark.parametrize("layout", ["tensor", "sequence"])
+@pytest.mark.parametrize("family", MADE)
+def test_the_document_tells_every_collective_beside_the_blocks(family, layout):
+    found, sizes = counted(family, layout)
+    rows = re.findall(rf"^\| {family}, once \| {layout} \| (.*) \| (.*) \|$", DOCUMENT.read_text(), re.M)
+    others = 2 if family in ("dit", "pixart") else 1  # blocks, or pairs of them, that the table of blocks tells of
+    for all_of_two, once, per_block in zip(found[:2], rows[0], documented()[family, layout][:2], strict=True):
+        said = calls_of(once, sizes)
+        for key, times in calls_of(per_block, sizes).items():
+            said[key] += others * times
+        assert said == all_of_two
+
+
+WHOLE = {"mmdit/18b-mup": 0.21, "pixart/target-mup": 0.06, "dit/xl-2-mup": 0.19, "uvit/l-2-mup": 0.51}
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_document_tells_how_much_stays_whole(name, sequence):
+    config = load_config(str(DOCUMENT.parents[1] / f"configs/{name}.yaml")).model
+    total = sum(p.numel() for p in build_model(config, device="meta").parameters())
+    share = build_model(config, TensorLayout(2, 0, sequence), device="meta")
+    whole = sum(p.numel() for _, p, _, boxes in walk_slices(share) if boxes is None)
+    assert round(100 * whole / total, 2) == WHOLE[name]
+    assert f"{WHOLE[name]}%" in DOCUMENT.read_text()
+
+
 def test_rings_send_the_least():
     assert ring_bytes("all_reduce", 100, 4) == 150 and ring_bytes("all_gather", 100, 4) == 75
     assert data_bytes(50, 2, 1, 1, 3, recompute=False) == {}
     least = least_data_bytes(50, 2, 4)
     totals = {stage: sum(data_bytes(50, 2, 4, stage, 3, recompute=False).values()) / least for stage in (0, 1, 2, 3)}
-    assert totals == {0: 1.0, 1: 1.5, 2: 3.5, 3: 4.5}
+    assert totals == {0: 1.0, 1: 1.5, 2: 3.5, 3: 3.0}
+    far = [data_bytes(50, 2, 4, 3, 3, recompute=False, reuse=n)["data all_gather of weights"] for n in (0, 50, 100)]
+    assert [size / least for size in far] == [3.0, 2.25, 1.5]
     assert least_data_bytes(50, 2, 4, 4) == 1.5 * least
     assert sum(data_bytes(50, 2, 4, 1, 3, recompute=False, gradient=4).values()) == 2.5 * least
 
@@ -152,7 +195,7 @@ def sent_between_replicas(config: Any, folder: str, ds: Any) -> tuple[dict[str, 
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
         setattr(backend, name, noted(name, getattr(backend, name)))
     train_on(run, 2)
-    return dict(sent), sum(p.numel() for p in run.engine.module.parameters())
+    return dict(sent), sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
 
 
 @pytest.mark.distributed
@@ -173,3 +216,40 @@ def test_replicas_send_what_the_plan_says(tmp_path, stage, ds, summed):
     assert ring_bytes("all_gather", gathered, 2) == pytest.approx(
         planned.get("data all_gather of weights", 0), rel=1e-3
     )
+
+
+WHOLE = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+NEAR = {**WHOLE, "stage3_max_reuse_distance": 60000}
+# DeepSpeed's own settings: every tensor of this model is small enough to stay.
+FETCHES: list[Any] = [
+    pytest.param({}, "none", id="own"),
+    pytest.param(NEAR, "full", id="recomputed"),
+    *(
+        pytest.param(keys, "none", id=name, marks=pytest.mark.slow)
+        for name, keys in {
+            "far": {**WHOLE, "stage3_max_reuse_distance": 0},
+            "near": NEAR,
+            "small": {**NEAR, "stage3_param_persistence_threshold": 1100},
+            "ahead": {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 60000},
+        }.items()
+    ),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("keys", "recompute"), FETCHES)
+def test_what_zero_3_gathers_is_what_it_let_go(tmp_path, keys, recompute):
+    train = {"micro_batch": 4, "precision": "bf16", "activation_checkpointing": recompute}
+    config, ds = small_config(parallel={"zero_stage": 3}, train=train, model={"depth": 4}), {"zero_optimization": keys}
+    sent, parameters = run_ranks(2, sent_between_replicas, config, str(tmp_path), ds)[0]
+    resolved, merged = layout_of(config, 2, ds)
+    [stage] = plan_layout(resolved, 2, merged, parameters).stages
+    assert stage.parameters == parameters
+    scattered = ring_bytes("reduce_scatter", sent["reduce_scatter_tensor"], 2)
+    gathered = ring_bytes("all_gather", sent["all_gather_into_tensor"], 2)
+    assert scattered == pytest.approx(stage.sent["data reduce_scatter of gradients"], rel=1e-2)
+    planned = stage.sent["data all_gather of weights"]
+    if "stage3_prefetch_bucket_size" in keys or not keys:
+        assert gathered == pytest.approx(planned, rel=0.04)  # whole layers go or stay
+    else:
+        assert ring_bytes("all_gather", 2 * 2 * parameters, 2) <= gathered <= 1.01 * planned
