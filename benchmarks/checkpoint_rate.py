@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,18 +89,14 @@ def rise_mb(action: Callable[[], Any]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     args = parser().parse_args(argv)
+    from benchmarks.arms import median_seconds
+
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         made, size = arms(Path(folder), args.parameters, args.tensor)
         for action in made.values():  # once uncounted, which also leaves files to load
             action()
         peaks = {name: round(rise_mb(action), 1) for name, action in made.items()}
-        times: dict[str, list[float]] = {name: [] for name in made}
-        for turn in range(args.rounds):
-            for name in list(made) if turn % 2 else list(reversed(made)):
-                begin = time.perf_counter()
-                made[name]()
-                times[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+        medians = median_seconds(made, 0, args.rounds)
     result = {
         "megabytes": round(size / 1e6, 1),
         "seconds": {name: round(value, 4) for name, value in medians.items()},

@@ -40,15 +40,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def assemble_run(args: argparse.Namespace, folder: str) -> Any:
-    """The run, as ``launch/pretrain.py`` assembles it."""
-    from megadit.parallel import start_processes
-    from megadit.train.command import prepare_job
-    from megadit.train.pretrain import assemble
-    from megadit.train.run_dir import RunDirectory
-
+def overrides(args: argparse.Namespace) -> list[str]:
+    """The run, as keys of the configuration."""
     decays = ",".join(repr(1 - 10.0**-power) for power in range(2, 2 + args.averages))
-    overrides = [
+    return [
         f"model.width={args.width}",
         f"model.depth={args.depth}",
         f"train.global_batch={args.batch}",
@@ -57,10 +52,6 @@ def assemble_run(args: argparse.Namespace, folder: str) -> Any:
         f"parallel.zero_stage={args.stage}",
         f"ema.decays=[{decays}]",
     ]
-    job = prepare_job("configs/quickstart/emoji.yaml", overrides, None, folder, "never")
-    directory = RunDirectory(Path(folder))
-    directory.create()
-    return assemble(job, start_processes(), directory, 10**6, None)
 
 
 def timed(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
@@ -107,8 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     import torch
 
+    from benchmarks.arms import assemble_run
+
     with tempfile.TemporaryDirectory() as folder:
-        run = assemble_run(args, folder)
+        run, _ = assemble_run(overrides(args), folder)
         medians = measure(run, args.warmup, args.steps)
         fragments = run.engine.partitions.fragments()
         share = 4 * sum(f.stop - f.start for f in fragments)

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,14 +264,9 @@ def arms_of(family: str, size: str, device: str, precision: str) -> tuple[dict[s
 
 def compare(arms: dict[str, Pass], warmup: int, steps: int, device: str) -> dict[str, Any]:
     """Medians of interleaved passes and peaks of memory, and their ratios."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(warmup + steps):
-        for name in list(arms) if turn % 2 else list(reversed(arms)):
-            begin = time.perf_counter()
-            arms[name]()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    from benchmarks.arms import median_seconds
+
+    medians = median_seconds(arms, warmup, steps)
     peaks = {name: live_bytes_peak(work, device) for name, work in arms.items()}
     return {
         "ms": {name: round(1000 * value, 2) for name, value in medians.items()},

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,20 +38,14 @@ def parser() -> argparse.ArgumentParser:
 
 def megadit_arm(overrides: list[str], folder: str) -> tuple[Callable[[], Any], Any]:
     """One step of the real loop, and the model config that it uses."""
+    from benchmarks.arms import assemble_run
     from megadit.data import BatchStream
-    from megadit.parallel import start_processes
     from megadit.train import loop
-    from megadit.train.command import prepare_job
-    from megadit.train.pretrain import Start, assemble
-    from megadit.train.run_dir import RunDirectory
 
-    job = prepare_job("configs/quickstart/emoji.yaml", overrides, None, folder, "never")
-    directory = RunDirectory(Path(folder))
-    directory.create()
-    run = assemble(job, start_processes(), directory, 10**6, Start())
+    run, config = assemble_run(overrides, folder)
     meter = loop.Meter(run)
     batches = iter(BatchStream(run.train_set, run.layout, 0, flip=False, workers=0))
-    return lambda: loop.optimizer_step(run, batches, meter, False), job.config
+    return lambda: loop.optimizer_step(run, batches, meter, False), config
 
 
 def bare_arm(model: Any, groups: Any, config: Any, forward: Callable[[Any, Any, Any], Any]) -> Callable[[], Any]:
@@ -96,23 +88,12 @@ def diffusers_model(m: Any) -> Any:
     )
 
 
-def measure(arms: dict[str, Callable[[], Any]], warmup: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of every counted step; the arms take turns and the order flips each round."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(warmup + steps):
-        for name in list(arms) if turn % 2 else list(reversed(arms)):
-            begin = time.perf_counter()
-            arms[name]()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - begin)
-    return times
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     args = parser().parse_args(argv)
     import torch
 
+    from benchmarks.arms import median_seconds
     from megadit.conditioning import Conditioning
     from megadit.models import build_model
     from megadit.mup.groups import param_groups
@@ -140,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 other, other.parameters(), config, lambda x, t, y: other(x, timestep=t, class_labels=y).sample
             ),
         }
-        times = measure(arms, args.warmup, args.steps)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+        medians = median_seconds(arms, args.warmup, args.steps)
     result = {
         "step_ms": {name: round(1000 * value, 1) for name, value in medians.items()},
         "megadit_over_bare": round(medians["megadit"] / medians["bare"], 3),
