@@ -52,7 +52,7 @@ def test_every_value(name: str):
     width, heads, parametrization, lr, clip, steps, _ = PAPER[name]
     mup = parametrization == "mup"
     assert load(configs_dir() / "mmdit" / f"{name}.yaml").config.model_dump() == COMMON | {
-        "parallel": ParallelConfig(**({} if name == "proxy-mup" else {"tensor": 2, "pipeline": 4})).model_dump(),
+        "parallel": ParallelConfig(**({} if name == "proxy-mup" else {"tensor": 2, "pipeline": 8})).model_dump(),
         "model": {
             "family": "mmdit", "width": width, "depth": 16, "heads": None if mup else heads,
             "head_dim": 64 if mup else None, "patch_size": 2, "in_channels": 16, "input_size": 32, "learn_sigma": False,
