@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helpers.layout_parity import distance
+from helpers.layout_parity import gap_of
 from helpers.ranks import run_ranks
 from helpers.tiny_text import bert_folder
 from helpers.training import merge_weights, small_config, train_rank
@@ -128,17 +128,6 @@ def gaps(results: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str, f
 def _relative(values: list[float], expected: list[float]) -> float:
     # Behind a readout that starts at zero the first norms are zero.
     return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(values, expected, strict=True))
-
-
-def gap_of(name: str, values: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative distance; of a bias of keys, whose gradient is rounding alone, that of the others beside it."""
-    if name.endswith(("qkv.bias", "kv_linear.bias")):
-        parts = 3 if name.endswith("qkv.bias") else 2
-        values, expected = (
-            torch.cat([part for number, part in enumerate(whole.chunk(parts)) if number != parts - 2])
-            for whole in (values, expected)
-        )
-    return distance(values, expected)
 
 
 def drifts(results: list[dict[str, Any]], layout: str) -> list[str]:

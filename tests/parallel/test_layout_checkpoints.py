@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers.layout_matrix import gap_of, matrix_config
-from helpers.layout_parity import TOLERANCE
+from helpers.layout_matrix import matrix_config
+from helpers.layout_parity import TOLERANCE, gap_of
 from helpers.ranks import ROOT, run_ranks
 from helpers.training import merge_weights, train_rank
 from megadit.train.checkpoint import StoredCheckpoint, load_model
