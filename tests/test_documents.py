@@ -99,7 +99,9 @@ def unknown_files(text: str) -> list[str]:
     code = "\n".join(code_of(text))
     named = re.findall(r"(?<![\w/.{}*-])(?:[\w*-]+/)*[\w*-]+\.py\b", code)
     missing = [n for n in named if not any(fnmatch.fnmatch(f"/{path}", f"*/{n}") for path in SOURCES)]
-    named = re.findall(r"(?<![\w/.])(?:configs|quickstart|docs|launch|tools|benchmarks)/[\w/.-]+\.(?:yaml|json|md|py)", text)
+    named = re.findall(
+        r"(?<![\w/.])(?:configs|quickstart|docs|launch|tools|benchmarks)/[\w/.-]+\.(?:yaml|json|md|py)", text
+    )
     missing += [n for n in named if not (ROOT / n).exists() and not (ROOT / "configs" / n).exists()]
     return [name for name in missing if name not in _NOT_OURS]
 
