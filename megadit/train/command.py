@@ -12,9 +12,10 @@ from typing import Any
 from megadit.config import DataConfig, LoadedConfig, load
 from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.data import ImageSet
-from megadit.errors import EXIT_BAD_INPUT, UserError
+from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
 from megadit.parallel import prepare_environment
 from megadit.parallel.compilation import check_compiler
+from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
 from megadit.train.checkpoint import saved_step
 from megadit.train.ds_check import check_ds_config
 from megadit.train.optimizer import resolve_implementation
@@ -56,6 +57,7 @@ def run(
         folder = run_folder(config, run_dir)
         if not dry and os.environ.get("RANK", "0") == "0":
             RunDirectory(folder).write_refusal(str(error), saved_step(folder))
+        tell_launcher(f"error: {error}")
         if speaks_for_node():
             raise
         return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
@@ -175,15 +177,24 @@ def _offloads(ds_config: dict[str, Any]) -> bool:
 
 
 def train(job: Job) -> int:
-    """Train; an error that only this rank met is told with its rank."""
+    """Train; an error that only this rank met is told with its rank, and that of another rank in one line."""
+    rank = os.environ["RANK"]
     try:
         return pretrain(job)
     except UserError as error:
-        rank = os.environ["RANK"]
+        tell_launcher(f"error: {error}")
         where = "" if os.environ["WORLD_SIZE"] == "1" or error.everywhere else f"[rank {rank}] "
         if not error.everywhere or rank == "0":
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+    except Exception as error:
+        told = of_another_rank(error)
+        if told is None:
+            explain_timeout(error, job.config.parallel.timeout_s)
+            tell_launcher(summary(error))
+            raise
+        print(f"[rank {rank}] {told}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
 
 
 def speaks_for_node() -> bool:

@@ -1,11 +1,10 @@
-"""``launch/pretrain.py`` in which one rank comes to grief: FAULT=RANK:STEP:raise|kill|hang|config."""
+"""``launch/pretrain.py`` in which one rank comes to grief: FAULT=RANK:STEP:raise|kill|stop|config."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def plant(rank: int, step: int, kind: str) -> None:
                 raise PlantedError(f"planted on rank {rank}")
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(600)
+            os.kill(os.getpid(), signal.SIGSTOP)
         return plain(*args)
 
     from megadit.models import segment

@@ -120,7 +120,7 @@ def test_groups_made_later_have_the_time_limit_too(tmp_path: Path) -> None:
 COMMAND = ["tests/helpers/faulty_pretrain.py", "--config", "configs/quickstart/digits.yaml"]
 COMMAND += ["model.width=32", "model.heads=2", "model.depth=2", "train.steps=50", "train.global_batch=16"]
 COMMAND += ["train.validation_images=0", "sample.count=4", "sample.steps=2", "train.tensorboard=false"]
-COMMAND += ["parallel.tensor=2", "parallel.timeout_s=60"]
+COMMAND += ["parallel.tensor=2"]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT"],
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "PORT"],
@@ -133,16 +133,24 @@ LAUNCHERS = {
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("fault", ["1:20:raise", "1:20:kill", "1:0:config"])
+@pytest.mark.parametrize("fault", ["1:20:raise", "1:20:kill", "1:20:stop", "1:0:config"])
 def test_a_command_ends_and_says_why(tmp_path: Path, launcher: str, fault: str) -> None:
     start = [str(free_port()) if part == "PORT" else part for part in LAUNCHERS[launcher]]
     folder = tmp_path / "run"
     env = {"FAULT": fault, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = run_command([*start, *COMMAND, "--run_dir", str(folder)], env=env, timeout=300)
+    limit = 15 if fault.endswith("stop") else 120
+    begin = time.monotonic()
+    command = [*start, *COMMAND, f"parallel.timeout_s={limit}", "--run_dir", str(folder)]
+    done = run_command(command, env=env, timeout=400)
     assert done.returncode != 0
     told = done.stdout + done.stderr
     if fault.endswith("raise"):
         ended = json.loads((folder / "exit.json").read_text())
         assert "PlantedError: planted on rank 1" in told and "planted on rank 1" in ended["reason"]
+        assert "rank0]: Traceback" not in told, "what followed buries the error"
+        assert "planted on rank 1" in "\n".join(told.strip().splitlines()[-12:]) or launcher != "torchrun"
+    elif fault.endswith("stop"):
+        assert "longer than parallel.timeout_s, 15 s" in told and time.monotonic() - begin < 200
+        assert "Timed out" in json.loads((folder / "exit.json").read_text())["reason"]
     elif fault.endswith("config"):
         assert "optim.lr is 0.0078125 on rank 0, 0.123 on rank 1" in told

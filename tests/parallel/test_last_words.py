@@ -1,0 +1,42 @@
+"""What ranks tell of an error: the first one whole, what follows from it in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
+
+GONE = "[../third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:26117"
+LATE = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation"
+
+
+def test_what_follows_from_another_rank_is_one_line() -> None:
+    told = of_another_rank(RuntimeError(GONE))
+    assert told is not None and "another rank has ended (Connection closed by peer)" in told and "\n" not in told
+    assert of_another_rank(ValueError(GONE)) is None and of_another_rank(RuntimeError("shapes differ")) is None
+    assert of_another_rank(RuntimeError(LATE)) is None  # the first error where a rank hangs
+
+
+def test_a_timeout_names_its_key() -> None:
+    late, other = RuntimeError(LATE), RuntimeError("shapes differ")
+    explain_timeout(late, 15.0)
+    explain_timeout(other, 15.0)
+    assert "parallel.timeout_s, 15 s" in late.__notes__[0] and not hasattr(other, "__notes__")
+
+
+def test_the_launcher_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    try:
+        raise ValueError("planted")
+    except ValueError as error:
+        tell_launcher(summary(error))
+    assert json.loads(file.read_text())["message"].startswith("ValueError: planted (file ")
+    assert "ValueError: planted" in ProcessFailure(0, 1, 1, str(file)).message
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    tell_launcher("nobody reads this")
