@@ -50,10 +50,6 @@ class Conditioning:
         """The same conditions, all tokens of the text being seen."""
         return replace(self, text_mask=None)
 
-    def with_labels(self, labels: Tensor | None) -> Conditioning:
-        """The same conditions with other labels."""
-        return replace(self, labels=labels)
-
     def dropped(self, drop: Tensor, null: Conditioning) -> Conditioning:
         """The same conditions with those of the samples where ``drop``, bool (B,), is true replaced by ``null``.
 

@@ -28,8 +28,3 @@ def shift_times(times: Tensor, shift: float) -> Tensor:
 def discrete_steps(times: Tensor, count: int) -> Tensor:
     """Indices of a schedule of ``count`` equal bins: (B,) in [0, 1] -> int64 (B,) in [0, count - 1]."""
     return (times.double() * count).floor().long().clamp_(0, count - 1)
-
-
-def even_times(count: int) -> Tensor:
-    """Midpoints of ``count`` equal bins, float32 (count,): the fixed times of a validation loss."""
-    return ((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()

@@ -9,7 +9,6 @@ import torch
 
 from megadit.diffusion.timesteps import (
     discrete_steps,
-    even_times,
     logit_normal_times,
     shift_times,
     uniform_times,
@@ -60,11 +59,7 @@ def test_shift_adds_log_shift_to_the_logit():
 
 def test_discrete_steps_are_equal_bins():
     assert discrete_steps(torch.tensor([0.0, 0.0999, 0.1, 0.95, 1.0]), 10).tolist() == [0, 0, 1, 9, 9]
-    assert discrete_steps(even_times(1000), 1000).tolist() == list(range(1000))
-
-
-def test_even_times_are_midpoints():
-    assert even_times(4).tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert discrete_steps((torch.arange(1000) + 0.5) / 1000, 1000).tolist() == list(range(1000))
 
 
 def test_min_snr_weights_have_their_closed_form():

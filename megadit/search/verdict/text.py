@@ -18,7 +18,7 @@ def format_verdict(verdict: Verdict) -> str:
     rows: list[tuple[str, ...]] = [
         (scale, "runs", "best", "score", "optimum (95 %)", "beyond best", "at proxy's best", "regret", "says")
     ]
-    rows += [_row(entry, verdict) for entry in verdict.scales]
+    rows += [_row(entry) for entry in verdict.scales]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [_title(verdict)]
     for row in rows:
@@ -50,7 +50,7 @@ def _title(verdict: Verdict) -> str:
     return f"{labels.get('study') or labels.get('table') or 'samples'}{of}: {what}, {better} is better"
 
 
-def _row(entry: ScaleVerdict, verdict: Verdict) -> tuple[str, ...]:
+def _row(entry: ScaleVerdict) -> tuple[str, ...]:
     says = {"proxy": "proxy"}.get(entry.status, "exception" if entry.exception else entry.status)
     name = f"{entry.scale:.12g}"
     if entry.optimum is None or entry.best_hp is None or entry.best_score is None:
