@@ -11,27 +11,19 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.mup_checks import coordinate_verdict
 from helpers.tiny_dit import tiny_config, tiny_mup_config
-from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
-from megadit.diffusion import build_objective
+from megadit.config import ModelConfig, OptimConfig
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup import ParamSpec, init_parameters
-from megadit.mup.coord_check import CoordPlan, at_width, coordinate_readings
+from megadit.mup.coord_check import CoordPlan, at_width
 from megadit.mup.coord_record import Reading, Recorder
 from megadit.mup.coord_verdict import CoordVerdict, fit_slope, judge
 
 _BASE = 64
 _WIDE = (32, 64, 128, 256)
 Fault = Callable[[ParamSpec, float], ParamSpec]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _check(
@@ -42,12 +34,8 @@ def _check(
     build: Callable[[ModelConfig, int], nn.Module] = lambda config, seed: build_model(config, seed=seed),
     parametrization: str | None = None,
 ) -> CoordVerdict:
-    objective = build_objective(ObjectiveConfig(), learn_sigma=True, num_classes=10)
-    plan = CoordPlan(widths, steps=5, seeds=seeds, batch=16)
     optim = OptimConfig(lr=lr, weight_decay=0.1)
-    return judge(
-        coordinate_readings(model, optim, plan, build=build, objective=objective, parametrization=parametrization)
-    )
+    return coordinate_verdict(model, parametrization, widths, seeds=seeds, optim=optim, build=build)
 
 
 @pytest.mark.parametrize("init", ["fan_in", "original"])

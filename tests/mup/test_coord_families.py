@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
+from helpers.mup_checks import coordinate_verdict
 from helpers.tiny_dit import tiny_mup_config
 from helpers.tiny_mmdit import tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart_mup
@@ -24,8 +24,7 @@ from megadit.diffusion.repa import alignment_loss
 from megadit.models import StagedModel, build_model
 from megadit.mup import ParamSpec, init_parameters
 from megadit.mup.coord_check import Build, CoordPlan, coordinate_readings
-from megadit.mup.coord_verdict import CoordVerdict, ModuleVerdict, judge
-from megadit.mup.example import example_conditioning
+from megadit.mup.coord_verdict import CoordVerdict, ModuleVerdict
 
 _BASE = 64
 _WIDTHS = (32, 64, 128)
@@ -52,14 +51,6 @@ def _family(name: str, **changes: Any) -> ModelConfig:
 FAMILIES = ("dit", "pixart", "uvit", "mmdit")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _built(config: ModelConfig, seed: int) -> StagedModel:
     return build_model(config, seed=seed)
 
@@ -69,18 +60,8 @@ def _aligned(projected: Tensor, target: Tensor) -> Tensor:
 
 
 def _check(model: ModelConfig, build: Build = _built, parametrization: str = "mup") -> CoordVerdict:
-    kind = "ddpm" if model.learn_sigma else "flow"
-    null = example_conditioning(model, [0])
-    readings = coordinate_readings(
-        model,
-        OptimConfig(lr=2.0**-9),
-        CoordPlan(_WIDTHS, steps=5, seeds=1, batch=12),
-        build=build,
-        objective=build_objective(ObjectiveConfig(kind=kind), learn_sigma=model.learn_sigma, null=null),
-        parametrization=parametrization,
-        alignment=None if model.repa is None else _aligned,
-    )
-    return judge(readings)
+    alignment = None if model.repa is None else _aligned
+    return coordinate_verdict(model, parametrization, _WIDTHS, batch=12, build=build, alignment=alignment)
 
 
 def _wrong(verdict: CoordVerdict) -> dict[str, list[str]]:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from helpers.mup_checks import (
+    BASE,
+    assert_equals_the_package,
+    assert_mup_at_the_base_is_sp,
+    assert_trained_as_by_mu_adamw,
+    coordinate_verdict,
+    infshapes,
+    package_model,
+)
 from helpers.tiny_dit import randomize
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
-from megadit.config import ObjectiveConfig, OptimConfig, preset
-from megadit.diffusion import build_objective
+from megadit.config import preset
 from megadit.models import StagedModel, build_model
-from megadit.mup import attach_infshapes, param_groups, param_specs, save_base_shapes
-from megadit.mup.coord_check import CoordPlan, coordinate_readings
-from megadit.mup.coord_verdict import CoordVerdict, judge
-from megadit.mup.example import example_conditioning
+from megadit.mup import param_specs, save_base_shapes
 
-_BASE = 32
-_OPTIM = OptimConfig(lr=0.01, weight_decay=0.3, wd_vectors=True)
 _TEXT = {"dim": 64, "max_length": 5}  # as wide as one of the widths, as 4096 may be
 _OPTIONS: list[dict[str, Any]] = [{}, {"mlp": "swiglu", "qk_norm": "rms"}]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_roles_and_factors(width: int) -> None:
-    m = width / _BASE
+    m = width / BASE
     specs = param_specs(build_model(tiny_pixart_mup(width, text=_TEXT, output_mult=2.0), device="meta"))
     table = {  # role, LR, weight decay, forward multiplier, init std, and that of one block for all
         "x_embedder.proj": ("input", 1.0, 1.0, 1.0, 0.25),
@@ -75,100 +70,49 @@ def test_text_projection_of_the_proxy_and_of_a_width_of_4096() -> None:
         assert spec.init_std == 1 / 64
 
 
-def _theirs(mup: Any, width: int, **options: Any) -> StagedModel:
-    """An SP model whose infshapes the mup package finds by comparing a base and a delta model."""
-
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("options", _OPTIONS, ids=str)
+def test_lr_wd_and_shapes_equal_the_package(width: int, options: dict[str, Any], tmp_path: Path) -> None:
     def sp(size: int) -> StagedModel:
         return build_model(tiny_pixart(width=size, heads=None, head_dim=16, init="fan_in", text=_TEXT, **options))
 
-    model: StagedModel = mup.set_base_shapes(sp(width), sp(_BASE), delta=sp(3 * _BASE))
-    return model
-
-
-@pytest.mark.parametrize("width", [16, 32, 64, 128])
-@pytest.mark.parametrize("options", _OPTIONS, ids=str)
-def test_lr_wd_and_shapes_equal_the_package(width: int, options: dict[str, Any], tmp_path: Any) -> None:
-    mup = pytest.importorskip("mup")
-    theirs = _theirs(mup, width, **options)
-    ours = build_model(tiny_pixart_mup(width, _BASE, text=_TEXT, **options))
-    optimizer = mup.MuAdamW(theirs.parameters(), lr=_OPTIM.lr, weight_decay=_OPTIM.weight_decay)
-
-    def values(groups: Any, model: torch.nn.Module) -> dict[str, tuple[float, float]]:
-        names = {p: name for name, p in model.named_parameters()}
-        return {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-
-    expected, got = values(optimizer.param_groups, theirs), values(param_groups(ours, _OPTIM), ours)
-    assert got.keys() == expected.keys()
-    for name, pair in got.items():
-        assert pair == pytest.approx(expected[name], rel=1e-12), name
-    shapes = {name: param.infshape for name, param in theirs.named_parameters()}
-    attach_infshapes(ours)
-    assert {name: param.infshape for name, param in ours.named_parameters()} == shapes
+    theirs = package_model(sp, width)
+    shapes = infshapes(theirs)
+    ours = build_model(tiny_pixart_mup(width, BASE, text=_TEXT, **options))
+    assert_equals_the_package(ours, theirs)
     save_base_shapes(ours, tmp_path / "pixart.bsh")
-    mup.set_base_shapes(ours, str(tmp_path / "pixart.bsh"))
-    assert {name: param.infshape for name, param in ours.named_parameters()} == shapes
+    pytest.importorskip("mup").set_base_shapes(ours, str(tmp_path / "pixart.bsh"))
+    assert infshapes(ours) == shapes
 
 
 def test_mu_adamw_trains_our_model_as_our_groups_do() -> None:
-    mup = pytest.importorskip("mup")
-    results = []
-    for package in (True, False):
-        config = tiny_pixart_mup(64, _BASE)
+    config = tiny_pixart_mup(64, BASE)
+
+    def drawn() -> StagedModel:
         model = build_model(config)
         randomize(model)
-        attach_infshapes(model)
-        optimizer = (
-            mup.MuAdamW(model.parameters(), lr=_OPTIM.lr, weight_decay=_OPTIM.weight_decay)
-            if package
-            else torch.optim.AdamW(param_groups(model, _OPTIM))
-        )
+        return model
+
+    def backward(model: StagedModel) -> None:
         model(*pixart_inputs(config)).square().mean().backward()
-        optimizer.step()
-        results.append(model.state_dict())
-    for name, value in results[0].items():
-        torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6)
+
+    assert_trained_as_by_mu_adamw(drawn, backward, rtol=1e-5, atol=1e-6)
 
 
-def test_mup_at_the_base_width_is_sp_bit_for_bit() -> None:
-    for init in ("original", "fan_in"):
-        results = []
-        for changes in ({"parametrization": "mup", "base_width": 48}, {"parametrization": "sp"}):
-            config = tiny_pixart(init=init, output_mult=2.0, **changes)
-            model = build_model(config, seed=4)
-            x, t, cond = pixart_inputs(config)
-            optimizer = torch.optim.AdamW(param_groups(model, _OPTIM))
-            for _ in range(3):
-                optimizer.zero_grad()
-                (model(x, t, cond) - 1).square().mean().backward()
-                optimizer.step()
-            results.append([param.detach() for param in model.parameters()])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def _check(parametrization: str, init: str) -> CoordVerdict:
-    model = tiny_pixart_mup(64, 64, init=init)
-    objective = build_objective(
-        ObjectiveConfig(), learn_sigma=True, num_classes=0, null=example_conditioning(model, [0])
-    )
-    readings = coordinate_readings(
-        model,
-        OptimConfig(lr=2.0**-9),
-        CoordPlan((32, 64, 128), steps=5, seeds=1, batch=16),
-        build=lambda config, seed: build_model(config, seed=seed),
-        objective=objective,
-        parametrization=parametrization,
-    )
-    return judge(readings)
+@pytest.mark.parametrize("init", ["original", "fan_in"])
+def test_mup_at_the_base_width_is_sp_bit_for_bit(init: str) -> None:
+    assert_mup_at_the_base_is_sp(partial(tiny_pixart, init=init, output_mult=2.0), pixart_inputs)
 
 
 @pytest.mark.parametrize("init", ["fan_in", "original"])
 def test_coordinate_check_passes_mup_and_fails_sp(init: str) -> None:
-    mup = _check("mup", init)
+    model = tiny_pixart_mup(64, 64, init=init)
+    mup = coordinate_verdict(model)
     assert mup.passed, [(m.module, m.reasons, m.effects) for m in mup.modules if m.verdict != "ok"]
     tables = [m for m in mup.modules if "update.scale_shift_table" in m.slopes]
     assert [m.module for m in tables] == ["blocks.0", "blocks.1", "final_layer"]
     assert all(abs(m.growth("update.scale_shift_table") or 0) < 0.15 for m in tables)
 
-    sp = _check("sp", init)
+    sp = coordinate_verdict(model, "sp")
     hidden = {m.module for m in sp.modules if m.role in ("hidden", "output") and m.module != "output"}
     assert not sp.passed and len(hidden & set(sp.broken)) >= 0.9 * len(hidden), hidden - set(sp.broken)

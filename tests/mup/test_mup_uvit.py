@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
+from helpers.mup_checks import (
+    BASE,
+    assert_equals_the_package,
+    assert_mup_at_the_base_is_sp,
+    assert_readout_is_mu_readout,
+    coordinate_verdict,
+    package_model,
+)
 from helpers.tiny_dit import randomize
 from helpers.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
-from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
+from megadit.config import ModelConfig, ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
-from megadit.mup import attach_infshapes, param_groups, param_specs, wd_mult
-from megadit.mup.coord_check import CoordPlan, coordinate_readings
-from megadit.mup.coord_verdict import judge
+from megadit.mup import param_specs, wd_mult
+from megadit.mup.coord_verdict import CoordVerdict
 
-_BASE = 32
-_OPTIM = OptimConfig(lr=0.01, weight_decay=0.3, wd_vectors=True)
 _OPTIONS = {"mlp_time_embed": True, "mlp": "swiglu", "qk_norm": "rms", "qkv_bias": True}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _meta_specs(config: ModelConfig) -> dict[str, Any]:
@@ -84,78 +81,30 @@ def test_original_init_is_the_official_one() -> None:
                 assert (spec.init_std, spec.init_value) == (0.0, 1.0 if gain else 0.0), name
 
 
-def _theirs(width: int, kind: str, **options: Any) -> StagedModel:
-    """An SP model whose infshapes the mup package finds by comparing a base and a delta model."""
-    mup = pytest.importorskip("mup")
-
-    def sp(size: int) -> StagedModel:
-        return build_model(tiny_uvit(kind, width=size, heads=None, head_dim=16, init="fan_in", **options))
-
-    model: StagedModel = mup.set_base_shapes(sp(width), sp(_BASE), delta=sp(3 * _BASE))
-    return model
-
-
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lr_wd_and_shapes_equal_the_package(width: int, kind: str) -> None:
-    mup = pytest.importorskip("mup")
-    theirs = _theirs(width, kind, **_OPTIONS)
-    ours = build_model(tiny_mup_uvit(width, _BASE, kind, **_OPTIONS))
-    optimizer = mup.MuAdamW(theirs.parameters(), lr=_OPTIM.lr, weight_decay=_OPTIM.weight_decay)
-    values = []
-    for model, groups in ((theirs, optimizer.param_groups), (ours, param_groups(ours, _OPTIM))):
-        names = {param: name for name, param in model.named_parameters()}
-        values.append({names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]})
-    assert values[0].keys() == values[1].keys()
-    for name, got in values[1].items():
-        assert got == pytest.approx(values[0][name], rel=1e-12), name
-    attach_infshapes(ours)
-    for (name, param), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert param.infshape == other.infshape and param.infshape.width_mult() == other.infshape.width_mult(), name
+    def sp(size: int) -> StagedModel:
+        return build_model(tiny_uvit(kind, width=size, heads=None, head_dim=16, init="fan_in", **_OPTIONS))
+
+    assert_equals_the_package(build_model(tiny_mup_uvit(width, BASE, kind, **_OPTIONS)), package_model(sp, width))
 
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_readout_equals_mu_readout(width: int) -> None:
-    mup = pytest.importorskip("mup")
-    ours = build_model(tiny_mup_uvit(width, _BASE, output_mult=2.5))
+    ours = build_model(tiny_mup_uvit(width, BASE, output_mult=2.5))
     randomize(ours)
-    attach_infshapes(ours)
-    layer = ours.decoder_pred
-    readout = mup.MuReadout(width, layer.out_features, output_mult=2.5)
-    readout.weight, readout.bias = layer.weight, layer.bias
-    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer(x), readout(x), rtol=1e-5, atol=1e-6)
+    assert_readout_is_mu_readout(ours, ours.decoder_pred, 2.5)
 
 
 def test_mup_at_the_base_width_is_sp_bit_for_bit() -> None:
-    outputs = []
-    for changes in ({"parametrization": "mup", "base_width": 48}, {"parametrization": "sp"}):
-        config = tiny_uvit("text", init="original", output_mult=2.0, **changes)
-        model = build_model(config, seed=4)
-        x, t, cond = uvit_inputs(config)
-        optimizer = torch.optim.AdamW(param_groups(model, _OPTIM))
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = (model(x, t, cond) - x).square().mean()
-            loss.backward()
-            optimizer.step()
-        outputs.append((loss, *model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    assert_mup_at_the_base_is_sp(partial(tiny_uvit, "text", init="original", output_mult=2.0), uvit_inputs)
 
 
-def _check(model: ModelConfig, parametrization: str, seeds: int) -> Any:
+def _check(model: ModelConfig, parametrization: str, seeds: int) -> CoordVerdict:
     objective = build_objective(ObjectiveConfig(label_dropout=0.0), learn_sigma=False, num_classes=model.num_classes)
     widths = (32, 64, 128, 256) if parametrization == "mup" else (32, 64, 128)
-    plan = CoordPlan(widths, steps=5, seeds=seeds, batch=16)
-    readings = coordinate_readings(
-        model,
-        OptimConfig(lr=2.0**-9),
-        plan,
-        build=lambda config, seed: build_model(config, seed=seed),
-        objective=objective,
-        parametrization=parametrization,
-    )
-    return judge(readings)
+    return coordinate_verdict(model, parametrization, widths, seeds=seeds, objective=objective)
 
 
 @pytest.mark.parametrize(
