@@ -1,12 +1,20 @@
-"""Shares of parameters in tests: what of a whole tensor a tensor-parallel rank holds, and layouts of test ranks."""
+"""Shares of parameters in tests: what a tensor-parallel rank holds of a whole tensor, and models in shares held
+against whole ones.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from helpers.tiny_dit import randomize
+from megadit.config import ModelConfig
+from megadit.models import build_model
+from megadit.mup.spec import walk_slices
 from megadit.parallel.tensor import TensorLayout
 from megadit.slices import Boxes, runs
 
@@ -24,3 +32,43 @@ def this_rank(sequence: bool = False) -> TensorLayout:
     import torch.distributed as dist
 
     return TensorLayout(dist.get_world_size(), dist.get_rank(), sequence, dist.group.WORLD)
+
+
+def gaps_of_shares(
+    config: ModelConfig, sequence: bool, inputs: Callable[[], tuple[Tensor, Tensor, Any]], tap: int
+) -> dict[str, float]:
+    """Relative difference, in float64, of output, tokens after block ``tap``, input gradient and every parameter's
+    gradient of the model that the ranks share from the whole model's; ``inputs`` gives x, t and cond.
+    """
+    whole = build_model(config)
+    randomize(whole)
+    whole.double()
+    wanted = dict(whole.named_parameters())
+    sharded = build_model(config, this_rank(sequence)).double()
+    with torch.no_grad():
+        for key, p, _, boxes in walk_slices(sharded):
+            p.copy_(share_of(wanted[key], boxes).view(p.shape))
+    results: list[dict[str, Tensor]] = []
+    for model in (whole, sharded):
+        x, t, cond = inputs()
+        x = x.double().requires_grad_()
+        out, [tokens] = model(x, t, cond, taps=(tap,))
+        (out.square().sum() + model.image_tokens(tokens).sin().sum()).backward()
+        assert x.grad is not None
+        results.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
+    found = {key: _relative(results[1][key], results[0][key]) for key in results[0]}
+    for key, p, _, boxes in walk_slices(sharded):
+        found[key] = _relative(p.grad.flatten(), share_of(wanted[key].grad, boxes))
+    return found
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm() / expected.norm().clamp_min(1e-3))
+
+
+def assert_shares_compute_the_whole(results: list[dict[str, dict[str, float]]], tolerance: float) -> None:
+    """``results``: of every rank, what ``gaps_of_shares`` found, by the name of the model."""
+    for result in results:
+        for name, found in result.items():
+            worst = max(found, key=found.__getitem__)
+            assert found[worst] < tolerance, f"{name}: {worst} differs by {found[worst]:.1e}"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
-import torch
 
 from helpers.ranks import run_ranks
-from helpers.shards import share_of, this_rank
-from helpers.tiny_dit import randomize
+from helpers.shards import assert_shares_compute_the_whole, gaps_of_shares
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
-from megadit.models import build_model, pixart
-from megadit.mup.spec import walk_slices
+from megadit.models import pixart
 
 TOLERANCE = 1e-10  # of float64
 
@@ -27,30 +24,7 @@ CONFIGS = {
 def gaps(name: str, sequence: bool) -> dict[str, float]:
     """Relative difference of output, tokens, input gradient and every parameter's gradient from the whole model's."""
     config, masked = CONFIGS[name]
-    whole = build_model(config)
-    randomize(whole)
-    whole.double()
-    wanted = dict(whole.named_parameters())
-    sharded = build_model(config, this_rank(sequence)).double()
-    with torch.no_grad():
-        for key, p, _, boxes in walk_slices(sharded):
-            p.copy_(share_of(wanted[key], boxes).view(p.shape))
-    results: list[dict[str, torch.Tensor]] = []
-    for model in (whole, sharded):
-        x, t, cond = pixart_inputs(config, masked=masked)
-        x = x.double().requires_grad_()
-        out, [tokens] = model(x, t, cond, taps=(1,))
-        (out.square().sum() + model.image_tokens(tokens).sin().sum()).backward()
-        assert x.grad is not None
-        results.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
-    found = {key: _relative(results[1][key], results[0][key]) for key in results[0]}
-    for key, p, _, boxes in walk_slices(sharded):
-        found[key] = _relative(p.grad.flatten(), share_of(wanted[key].grad, boxes))
-    return found
-
-
-def _relative(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value - expected).norm() / expected.norm().clamp_min(1e-3))
+    return gaps_of_shares(config, sequence, partial(pixart_inputs, config, masked=masked), tap=1)
 
 
 def every_config(sequence: bool) -> dict[str, dict[str, float]]:
@@ -60,11 +34,7 @@ def every_config(sequence: bool) -> dict[str, dict[str, float]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "sequence"), [(2, False), (2, True), (4, False), (4, True)])
 def test_shares_compute_what_the_whole_does(ranks: int, sequence: bool) -> None:
-    results: list[Any] = run_ranks(ranks, every_config, sequence)
-    for result in results:
-        for name, found in result.items():
-            worst = max(found, key=found.__getitem__)
-            assert found[worst] < TOLERANCE, f"{name}: {worst} differs by {found[worst]:.1e}"
+    assert_shares_compute_the_whole(run_ranks(ranks, every_config, sequence), TOLERANCE)
 
 
 def without_the_sum_of_entry(sequence: bool) -> dict[str, float]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from helpers.ranks import run_ranks
-from helpers.shards import share_of, this_rank
-from helpers.tiny_dit import randomize
+from helpers.shards import assert_shares_compute_the_whole, gaps_of_shares
 from helpers.tiny_uvit import KINDS, tiny_mup_uvit, uvit_inputs
-from megadit.models import build_model
 from megadit.models.layers import skip_linear
-from megadit.mup.spec import walk_slices
 from megadit.parallel.collectives import Pending, own_channels
 from megadit.parallel.tensor import TensorLayout
 
@@ -23,30 +21,7 @@ TOLERANCE = 1e-10  # of float64
 def gaps(kind: str, sequence: bool) -> dict[str, float]:
     """Relative difference of output, tokens, input gradient and every parameter's gradient from the whole model's."""
     config = tiny_mup_uvit(64, kind=kind, output_mult=3.0, mlp_time_embed=True, qk_norm="rms", qkv_bias=True)
-    whole = build_model(config)
-    randomize(whole)
-    whole.double()
-    wanted = dict(whole.named_parameters())
-    sharded = build_model(config, this_rank(sequence)).double()
-    with torch.no_grad():
-        for key, p, _, boxes in walk_slices(sharded):
-            p.copy_(share_of(wanted[key], boxes).view(p.shape))
-    results: list[dict[str, torch.Tensor]] = []
-    for model in (whole, sharded):
-        x, t, cond = uvit_inputs(config)
-        x = x.double().requires_grad_()
-        out, [tokens] = model(x, t, cond, taps=(3,))
-        (out.square().sum() + model.image_tokens(tokens).sin().sum()).backward()
-        assert x.grad is not None
-        results.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
-    found = {key: _relative(results[1][key], results[0][key]) for key in results[0]}
-    for key, p, _, boxes in walk_slices(sharded):
-        found[key] = _relative(p.grad.flatten(), share_of(wanted[key].grad, boxes))
-    return found
-
-
-def _relative(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value - expected).norm() / expected.norm().clamp_min(1e-3))
+    return gaps_of_shares(config, sequence, partial(uvit_inputs, config), tap=3)
 
 
 def every_kind(sequence: bool) -> dict[str, dict[str, float]]:
@@ -57,11 +32,7 @@ def every_kind(sequence: bool) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize(("ranks", "sequence"), [(2, False), (2, True), (4, False), (4, True)])
 def test_shares_compute_what_the_whole_does(ranks: int, sequence: bool) -> None:
     """Of 18, 17 and 23 tokens, two ranks divide the first alone, four none."""
-    results: list[Any] = run_ranks(ranks, every_kind, sequence)
-    for result in results:
-        for kind, found in result.items():
-            worst = max(found, key=found.__getitem__)
-            assert found[worst] < TOLERANCE, f"{kind}: {worst} differs by {found[worst]:.1e}"
+    assert_shares_compute_the_whole(run_ranks(ranks, every_kind, sequence), TOLERANCE)
 
 
 def same(x: torch.Tensor, *_args: Any) -> torch.Tensor:
