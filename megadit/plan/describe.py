@@ -33,7 +33,9 @@ def describe_plan(
             f"{'rank(s)' if plan.data == ranks else 'replica(s) of the model'}",
             f"memory       {_memory_line(plan)}",
             f"length       {length}",
-            *(f"             {line}" for line in table(plan).splitlines()),
+            "",
+            table(plan),
+            "",
         ]
     )
     facts = {"model_flops_per_step": step_flops, "steps": steps, "precision": config.train.precision}

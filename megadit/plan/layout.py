@@ -162,40 +162,66 @@ def _sent(
 
 
 def table(plan: LayoutPlan) -> str:
-    """The plan as lines: who holds what, then a row for each stage."""
+    """The plan as lines: where ranks stand, how long stages wait, then two tables with a row for each stage: what one
+    of its ranks holds, and what it sends."""
     share = f"tensor {plan.tensor}{' with sequence' if plan.sequence else ''}"
-    lines = [
-        f"{share} x pipeline {plan.pipeline} x data {plan.data}, ZeRO {plan.zero_stage}; each stage waits "
-        f"{100 * plan.bubble:.1f}% of a step, {100 * plan.idle:.1f}% by the FLOPs of the stages"
+    lines = [f"{share} x pipeline {plan.pipeline} x data {plan.data}, ZeRO {plan.zero_stage}"]
+    if plan.tensor * plan.pipeline > 1:
+        groups = ", ".join(_span(group[0], group[-1]) for group in plan.tensor_groups[:8])
+        more = ", ..." if len(plan.tensor_groups) > 8 else ""
+        lines.append(f"rank = (stage x {plan.data} + replica) x {plan.tensor} + share; replica 0 is {groups}{more}")
+    if plan.pipeline > 1:
+        waits, idles = (f"{100 * part:.1f}%" for part in (plan.bubble, plan.idle))
+        lines.append(f"waiting: {waits} of a step were all stages equally fast, {idles} by their FLOPs")
+    name, unit = ("MB", 1e6) if max(stage.total for stage in plan.stages) < 1e9 else ("GB", 1e9)
+    head = ("stage", "ranks", "holds", "FLOPs", "parameters", *plan.stages[0].bytes, "total")
+    lines += [
+        "",
+        f"a rank of each stage holds, in {name}:",
+        *_aligned([head, *(_held(stage, unit) for stage in plan.stages)]),
     ]
-    if plan.tensor > 1:
-        groups = " ".join(f"{group[0]}-{group[-1]}" for group in plan.tensor_groups[:8])
-        lines.append(f"layers are shared by ranks {groups}{' ...' if len(plan.tensor_groups) > 8 else ''} of replica 0")
-    head = ("stage", "ranks", "holds", "FLOPs", "parameters", *plan.stages[0].bytes, "total GB", "sent GB/step")
-    rows = [head, *(_row(stage) for stage in plan.stages)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    kinds = sorted({kind for stage in plan.stages for kind in stage.sent})
-    for kind in kinds:
-        most = max(stage.sent.get(kind, 0.0) for stage in plan.stages)
-        lines.append(f"sent by a rank in a step, at most: {kind} {most / 1e9:.3g} GB")
+    kinds = list(dict.fromkeys(kind for stage in plan.stages for kind in stage.sent))
+    if kinds:
+        sent = [
+            (
+                str(stage.stage),
+                *(_amount(stage.sent.get(kind, 0.0), unit) for kind in kinds),
+                _amount(sum(stage.sent.values()), unit),
+            )
+            for stage in plan.stages
+        ]
+        lines += ["", f"and sends in a step, in {name}:", *_aligned([("stage", *kinds, "total"), *sent])]
     return "\n".join(lines)
 
 
-def _row(stage: StagePlan) -> tuple[str, ...]:
+def _held(stage: StagePlan, unit: float) -> tuple[str, ...]:
     first, last = stage.blocks
-    held = [f"blocks {first}-{last}"] if last else []
+    held = [f"block{'s' if first < last else ''} {_span(first, last)}"] if last else []
     if "embedding" in stage.ends:
         held.insert(0, "embedding")
     if "readout" in stage.ends:
         held.append("readout")
     return (
         str(stage.stage),
-        f"{stage.ranks[0]}-{stage.ranks[1]}",
+        _span(*stage.ranks),
         ", ".join(held),
         f"{100 * stage.flops_share:.1f}%",
         f"{stage.parameters:,}",
-        *(f"{size / 1e9:.3g}" for size in stage.bytes.values()),
-        f"{stage.total / 1e9:.3g}",
-        f"{sum(stage.sent.values()) / 1e9:.3g}",
+        *(_amount(size, unit) for size in stage.bytes.values()),
+        _amount(stage.total, unit),
     )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _amount(size: float, unit: float) -> str:
+    """To three decimals, one of large numbers."""
+    value = size / unit
+    return "0" if size == 0 else "<0.001" if value < 1e-3 else f"{value:.3f}" if value < 10 else f"{value:.1f}"

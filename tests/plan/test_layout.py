@@ -67,8 +67,14 @@ def test_the_table_and_its_json_say_the_same():
     plan = planned(4, tensor=2, pipeline=2, sequence=True)
     text, facts = table(plan), json.loads(json.dumps(plan.as_json()))
     assert "tensor 2 with sequence x pipeline 2 x data 1" in text
-    assert "embedding, blocks 1-1" in text and f"{facts['stages'][1]['parameters']:,}" in text
+    assert (
+        "replica 0 is 0-1, 2-3" in text
+        and "embedding, block 1" in text
+        and f"{facts['stages'][1]['parameters']:,}" in text
+    )
     assert facts["bytes_per_rank"] == max(stage.total for stage in plan.stages)
+    rows = [line.split() for line in text.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["0", "1"] and {len(row) for row in rows} == {2 + len(plan.stages[0].sent)}
 
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
