@@ -44,6 +44,7 @@ LAYOUTS: dict[str, Layout] = {
     "tp2": (2, {"tensor": 2, "zero_stage": 0}, False, "none"),
     "tp4": (4, {"tensor": 4}, False, "full"),
     "pp2": (2, {"pipeline": 2}, True, "none"),
+    "pp4": (4, {"pipeline": 4}, True, "none"),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, True, "selective"),
     "tp2 dp2 zero1": (4, {"tensor": 2, "zero_stage": 1}, True, "none"),
     "tp2 dp2 zero2": (4, {"tensor": 2, "zero_stage": 2}, False, "selective"),
