@@ -9,6 +9,7 @@ import pytest
 from helpers.training import small_config
 from megadit.config import LoadedConfig, merge_ds_config
 from megadit.config.ds_sums import gradient_bytes
+from megadit.errors import UserError
 
 FP32 = {"grad_accum_dtype": "fp32"}
 BF16 = {"grad_accum_dtype": "bf16"}
@@ -63,6 +64,14 @@ def test_sums_in_sixteen_bits_are_a_choice_that_is_told():
     [warning] = merged({"data_types": BF16}).warnings
     assert warning.startswith("data_types.grad_accum_dtype: bf16 adds up the gradients of 2 micro batches in 16 bits")
     assert merged({"data_types": BF16}, micro=8).warnings == ()  # nothing is added up
+
+
+@pytest.mark.parametrize(("precision", "told"), [("bf16", "half"), ("fp16", "bf16"), ("fp32", "bf16")])
+def test_sums_do_not_round_to_another_type_than_the_gradients(precision, told):
+    with pytest.raises(UserError) as caught:
+        merged({"data_types": {"grad_accum_dtype": told}}, precision=precision)
+    assert f"grad_accum_dtype: {told} would round the gradients of train.precision: {precision}" in str(caught.value)
+    assert merged({"data_types": FP32}, precision=precision).warnings == ()
 
 
 @pytest.mark.parametrize(
