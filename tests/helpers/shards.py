@@ -5,7 +5,7 @@ against whole ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,15 @@ def this_rank(sequence: bool = False) -> TensorLayout:
     return TensorLayout(dist.get_world_size(), dist.get_rank(), sequence, dist.group.WORLD)
 
 
+def share_model(config: ModelConfig, wanted: Mapping[str, Tensor], sequence: bool) -> Any:
+    """This rank's share, in float64, of the model whose parameters are ``wanted``."""
+    model = build_model(config, this_rank(sequence)).double()
+    with torch.no_grad():
+        for key, p, _, boxes in walk_slices(model):
+            p.copy_(share_of(wanted[key], boxes).view(p.shape))
+    return model
+
+
 def gaps_of_shares(
     config: ModelConfig, sequence: bool, inputs: Callable[[], tuple[Tensor, Tensor, Any]], tap: int
 ) -> dict[str, float]:
@@ -44,10 +53,7 @@ def gaps_of_shares(
     randomize(whole)
     whole.double()
     wanted = dict(whole.named_parameters())
-    sharded = build_model(config, this_rank(sequence)).double()
-    with torch.no_grad():
-        for key, p, _, boxes in walk_slices(sharded):
-            p.copy_(share_of(wanted[key], boxes).view(p.shape))
+    sharded = share_model(config, wanted, sequence)
     results: list[dict[str, Tensor]] = []
     for model in (whole, sharded):
         x, t, cond = inputs()
@@ -56,13 +62,14 @@ def gaps_of_shares(
         (out.square().sum() + model.image_tokens(tokens).sin().sum()).backward()
         assert x.grad is not None
         results.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
-    found = {key: _relative(results[1][key], results[0][key]) for key in results[0]}
+    found = {key: relative_gap(results[1][key], results[0][key]) for key in results[0]}
     for key, p, _, boxes in walk_slices(sharded):
-        found[key] = _relative(p.grad.flatten(), share_of(wanted[key].grad, boxes))
+        found[key] = relative_gap(p.grad.flatten(), share_of(wanted[key].grad, boxes))
     return found
 
 
-def _relative(value: Tensor, expected: Tensor) -> float:
+def relative_gap(value: Tensor, expected: Tensor) -> float:
+    """Distance over the size of what is expected."""
     return float((value - expected).norm() / expected.norm().clamp_min(1e-3))
 
 

@@ -1,0 +1,93 @@
+"""A pipeline of four stages whose layers ranks share has the whole model's gradients, in float64, in every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.ranks import run_ranks
+from helpers.shards import relative_gap, share_model, share_of
+from helpers.tiny_dit import randomize, tiny_inputs, tiny_mup_config
+from helpers.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
+from helpers.tiny_pixart import pixart_inputs, tiny_pixart_mup
+from helpers.tiny_uvit import tiny_mup_uvit, uvit_inputs
+from megadit.models import build_model
+from megadit.models.segment import Segment
+from megadit.models.stages import Carrier
+from megadit.mup.spec import walk_slices
+
+# REPA's block is the first of the second stage, so that its projection crosses two wires; 9 image tokens.
+SIZES: dict[str, Any] = {
+    "width": 64,
+    "depth": 4,
+    "input_size": 6,
+    "qk_norm": "rms",
+    "repa": {"block": 2, "feature_dim": 12, "hidden": 24},
+}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "dit": (tiny_mup_config(**SIZES, mlp="swiglu"), tiny_inputs),
+    "pixart": (tiny_pixart_mup(**SIZES), pixart_inputs),
+    "uvit": (tiny_mup_uvit(**SIZES, kind="text", qkv_bias=True, mlp_time_embed=True), uvit_inputs),
+    "mmdit": (tiny_mup_mmdit(**SIZES, pooled=12), mmdit_inputs),
+}
+
+
+def loss_of(output: Tensor, projected: Tensor) -> Tensor:
+    return output.square().mean() + projected.sin().mean()
+
+
+def floats(wire: Carrier) -> list[Tensor]:
+    return [tensor for tensor in wire if tensor.is_floating_point()]
+
+
+def run_segments(segments: list[Any], wire: Carrier) -> None:
+    """Forward and backward, with nothing between two segments but the wire and the gradients of its floats."""
+    tape = []
+    for segment in segments:
+        taken = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in wire)
+        wire = segment(taken)
+        tape.append((taken, wire))
+    gradients: list[Any] = [None]
+    for taken, given in reversed(tape):
+        last = gradients == [None]
+        torch.autograd.backward([loss_of(*given)] if last else floats(given), gradients)
+        gradients = [x.grad for x in floats(taken)]
+        assert taken is tape[0][0] or all(gradient is not None for gradient in gradients)
+
+
+def gaps(sequence: bool, recompute: str) -> dict[str, dict[str, float]]:
+    """By family: relative difference of every parameter's gradient from the whole model's."""
+    found: dict[str, dict[str, float]] = {}
+    for family, (config, inputs) in MODELS.items():
+        whole = build_model(config)
+        randomize(whole)
+        whole.double()
+        wanted = dict(whole.named_parameters())
+        x, t, cond = inputs(config)
+        loss_of(*whole(x.double(), t, cond, project=True)).backward()
+        segments = []
+        for low, high in ((0, 2), (2, 3), (3, 4), (4, len(whole.stages()))):
+            model = share_model(config, wanted, sequence)
+            model.recompute = recompute
+            segments.append(Segment(model, low, high))
+            segments[-1].project = True
+        run_segments(segments, segments[0].model.carrier(x.double(), t, cond))
+        found[family] = {
+            key: relative_gap(p.grad.flatten(), share_of(wanted[key].grad, boxes))
+            for segment in segments
+            for key, p, _, boxes in walk_slices(segment.model)
+        }
+        assert found[family].keys() == wanted.keys()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("sequence", "recompute"), [(False, "none"), (True, "selective"), (False, "full")])
+def test_segments_have_the_gradients_of_the_whole(sequence: bool, recompute: str) -> None:
+    for result in run_ranks(2, gaps, sequence, recompute):
+        for family, found in result.items():
+            worst = max(found, key=found.__getitem__)
+            assert found[worst] < 1e-10, f"{family}: {worst} differs by {found[worst]:.1e}"
