@@ -2,9 +2,10 @@
 
     python benchmarks/compare_layouts.py --config configs/mmdit/18b-mup.yaml --world 64 128 256
 
-Every tensor-parallel size and number of stages up to 8, each with micro batches of 2 to 16, ZeRO 1, nothing recomputed:
-(arithmetic + tensor bytes + pipeline bytes) / (1 - waiting) + data bytes, with nothing overlapped. Ranks that share a
-layer are within a host, and so are the replicas of a stage that fits into one; stages are not. Prints the fastest.
+Tensor-parallel sizes of 1, 2, 4 and 8, each of more than 1 with and without sequence parallelism (s), up to 16 stages,
+micro batches of 2 to 16, ZeRO 1, nothing recomputed: (arithmetic + tensor bytes + pipeline bytes) / (1 - waiting) +
+data bytes, with nothing overlapped. Ranks that share a layer are within a host, and so are the replicas of a stage that
+fits into one; stages are not. Prints the fastest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-SIZES = (1, 2, 4, 8)
+SHARES = (("1", False), ("2", False), ("2s", True), ("4", False), ("4s", True), ("8", False), ("8s", True))
+STAGES = (1, 2, 4, 8, 16)
 MICRO = (2, 4, 8, 16)
 HOST = 8  # GPUs
 
@@ -36,7 +38,7 @@ def main() -> None:
         print(f"{world} GPUs: seconds, tensor x pipeline x data, micro batch, of them in a step, GB, waiting")
         rows = [row for stages in counted for micro in MICRO for row in _step(stages, world, micro, args)]
         for seconds, layout, micro, many, memory, idle in sorted(rows)[: args.rows]:
-            print(f"{seconds:.3f}  {layout:>9}  {micro:>2}  {many:>4}  {memory:5.1f}  {100 * idle:.1f}%")
+            print(f"{seconds:.3f}  {layout:>11}  {micro:>2}  {many:>4}  {memory:5.1f}  {100 * idle:.1f}%")
 
 
 def _count(path: str) -> Iterator[dict[str, Any]]:
@@ -49,13 +51,14 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
 
     config = load_config(path)
     flops = stage_flops(config.model)
-    for tensor in SIZES:
-        for pipeline in SIZES:
-            cuts = balanced_cuts(flops, pipeline)
-            passages = count_passages(config.model, cuts, MICRO[0], torch.bfloat16, "none", tensor)
+    for name, sequence in SHARES:
+        for pipeline in STAGES:
+            tensor, cuts = int(name[0]), balanced_cuts(flops, pipeline)
+            passages = count_passages(config.model, cuts, MICRO[0], torch.bfloat16, "none", tensor, sequence=sequence)
             yield {
                 "config": config,
                 "tensor": tensor,
+                "name": name,
                 "work": [sum(flops[a:b]) for a, b in pairwise(cuts)],
                 "stages": [(sum(p.numel() for p in segment.parameters()), passage) for segment, passage in passages],
             }
@@ -93,7 +96,7 @@ def _step(counted: dict[str, Any], world: int, micro: int, args: argparse.Namesp
     arithmetic = 3 * sum(work) * batch / world / args.tflops / 1e12
     inside = arithmetic + sent["tensor"] / args.inside + sent["pipeline"] / args.between
     speed = args.inside if tensor * replicas <= HOST else args.between
-    layout = f"{tensor} x {len(stages)} x {replicas}"
+    layout = f"{counted['name']} x {len(stages)} x {replicas}"
     yield inside / (1 - idle) + sent["data"] / speed, layout, micro, many, max(memory), idle
 
 

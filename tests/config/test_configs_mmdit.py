@@ -12,6 +12,7 @@ from megadit.config.sources import configs_dir
 from megadit.models import count_parameters
 
 # file: width, heads, parametrization, lr, clip, steps, billions of parameters without REPA's projector
+LAYOUT_18B: dict[str, Any] = {"tensor": 2, "pipeline": 8, "sequence": True}
 PAPER: dict[str, tuple[int, int, str, float, float, int, float]] = {
     "18b-mup": (5120, 80, "mup", 2.5e-4, 1.0, 200_000, 18.11),
     "18b-sp": (5120, 80, "sp", 2e-4, 0.1, 200_000, 18.11),
@@ -52,7 +53,7 @@ def test_every_value(name: str):
     width, heads, parametrization, lr, clip, steps, _ = PAPER[name]
     mup = parametrization == "mup"
     assert load(configs_dir() / "mmdit" / f"{name}.yaml").config.model_dump() == COMMON | {
-        "parallel": ParallelConfig(**({} if name == "proxy-mup" else {"tensor": 2, "pipeline": 8})).model_dump(),
+        "parallel": ParallelConfig(**({} if name == "proxy-mup" else LAYOUT_18B)).model_dump(),
         "model": {
             "family": "mmdit", "width": width, "depth": 16, "heads": None if mup else heads,
             "head_dim": 64 if mup else None, "patch_size": 2, "in_channels": 16, "input_size": 32, "learn_sigma": False,

@@ -78,7 +78,11 @@ def test_the_table_and_its_json_say_the_same():
 
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
-LAYOUTS_18B = {64: ((), 4, 18e9), 128: (("parallel.tensor=4",), 4, 11e9), 256: (("parallel.tensor=4",), 8, 9e9)}
+LAYOUTS_18B: dict[int, tuple[tuple[str, ...], int, int, float]] = {
+    64: ((), 8, 4, 17e9),
+    128: (("parallel.pipeline=16",), 16, 4, 11e9),
+    256: (("parallel.tensor=4",), 8, 8, 7e9),
+}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ LAYOUTS_18B = {64: ((), 4, 18e9), 128: (("parallel.tensor=4",), 4, 11e9), 256: (
     ],
 )
 def test_18b_is_planned_in_a_minute_and_four_gigabytes(name, world, tmp_path):
-    overrides, replicas, most = LAYOUTS_18B[world]
+    overrides, stages, replicas, most = LAYOUTS_18B[world]
     files = ["--config", f"configs/mmdit/{name}.yaml", "--ds_config", f"configs/deepspeed/mmdit-18b-{world}.json"]
     command = [sys.executable, str(PRETRAIN), *files, "--dry_run", "--json", "--world_size", str(world), *overrides]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -106,10 +110,10 @@ def test_18b_is_planned_in_a_minute_and_four_gigabytes(name, world, tmp_path):
     assert "warning: on this machine the run would end here: data.path" in said
     plan = json.loads((tmp_path / "out").read_text())
     assert plan["parameters"] == pytest.approx(18.13e9, rel=1e-3)  # with REPA's projector
-    assert (plan["data"], plan["micro_batches"], len(plan["stages"])) == (replicas, 1024 // replicas, 8)
+    assert (plan["data"], plan["micro_batches"], len(plan["stages"])) == (replicas, 1024 // replicas, stages)
     fullest = plan["stages"][0]
     assert fullest["bytes"]["gradients"] == 4 * fullest["parameters"] == 2 * fullest["bytes"]["weights"]
-    assert plan["idle"] < 0.08 and plan["bytes_per_rank"] < most
+    assert plan["idle"] < 0.09 and plan["bytes_per_rank"] < most
     # Seconds of the processor, which other work does not stretch; measured: 11 s and 0.45 GB.
     assert usage.ru_utime + usage.ru_stime < 60
     assert usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) < 4e9
