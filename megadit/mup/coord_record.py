@@ -78,13 +78,16 @@ class Recorder:
     so that a fault of those layers does not show there.
 
     Of a model whose layers tensor-parallel ranks share, sizes are means over the ranks: of equal shares of the
-    coordinates, or of the same coordinates again. All ranks must read together.
+    coordinates, or of the same coordinates again. All ranks must read together. Sequence parallelism is refused: a rank's
+    tokens may be padding.
     """
 
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
         """``probe`` runs the model on the fixed probe batch and returns its output."""
         self.model, self.probe, self.width, self.seed = model, probe, width, seed
         self.layout: TensorLayout = getattr(model, "layout", WHOLE)
+        if self.layout.sequence:
+            raise ValueError("coordinates are not read under sequence parallelism, whose padding would be among them")
         self.watched = watched_modules(model)
         self.start = {
             name: {key: param.detach().clone() for key, param in module.named_parameters(recurse=False)}

@@ -20,6 +20,7 @@ from megadit.mup import ParamSpec, init_parameters
 from megadit.mup.coord_check import CoordPlan, at_width
 from megadit.mup.coord_record import Reading, Recorder
 from megadit.mup.coord_verdict import CoordVerdict, fit_slope, judge
+from megadit.parallel.tensor import TensorLayout
 
 _BASE = 64
 _WIDE = (32, 64, 128, 256)
@@ -136,6 +137,12 @@ def test_readings_measure_what_they_say() -> None:
     assert got[1, "update.weight"] == pytest.approx(2 * float(tokens.abs().mean()) / size, rel=1e-4)
     assert got[1, "change"] == pytest.approx(float((2 * tokens + 0.25).abs().mean()), rel=1e-4)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_padded_tokens_are_not_read() -> None:
+    model = build_model(tiny_mup_config(64), TensorLayout(2, 0, sequence=True), device="meta")
+    with pytest.raises(ValueError, match="sequence parallelism"):
+        Recorder(model, lambda: torch.zeros(1), 64, 0)
 
 
 def test_slopes() -> None:

@@ -8,6 +8,9 @@ import torch
 from helpers.ranks import run_ranks
 from helpers.shards import share_of, this_rank
 from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
+from helpers.tiny_mmdit import tiny_mup_mmdit
+from helpers.tiny_pixart import tiny_pixart_mup
+from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.models import build_model
 from megadit.mup.init import init_parameters
 from megadit.mup.spec import param_specs, walk_slices
@@ -97,10 +100,19 @@ def test_a_sum_or_multiplier_left_out_is_seen(kind, name, sequence):
     assert max(found.values()) > 1e-2
 
 
+DRAWN = (
+    tiny_mup_config(64),
+    tiny_config(width=64, heads=4, mlp="swiglu", init="original"),
+    tiny_pixart_mup(64, adaln_init="fan_in"),
+    tiny_mup_uvit(64, mlp_time_embed=True),
+    tiny_mup_mmdit(64, pooled=12, mlp="swiglu", adaln_init="fan_in"),
+)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_share_is_drawn_as_the_same_elements_of_the_whole(ranks):
     for rank in range(ranks):
-        for config in (tiny_mup_config(64), tiny_config(width=64, heads=4, mlp="swiglu", init="original")):
+        for config in DRAWN:
             whole = dict(build_model(config, seed=3).named_parameters())
             for name, p, _, boxes in walk_slices(build_model(config, TensorLayout(ranks, rank), seed=3)):
                 assert torch.equal(p.flatten(), share_of(whole[name], boxes)), name
