@@ -78,8 +78,8 @@ class Recorder:
     so that a fault of those layers does not show there.
 
     Of a model whose layers tensor-parallel ranks share, sizes are means over the ranks: of equal shares of the
-    coordinates, or of the same coordinates again. All ranks must read together. Sequence parallelism is refused: a rank's
-    tokens may be padding.
+    coordinates, or of the same coordinates again. All ranks must read together. Sequence parallelism is refused: its
+    padding would be read too.
     """
 
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
