@@ -111,6 +111,7 @@ WAYS: list[tuple[dict[str, Any], float]] = [
     ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, FLOAT32),
     ({"zero_optimization": {"stage": 1, "round_robin_gradients": True, "reduce_bucket_size": 500}}, FLOAT32),
     ({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, FLOAT32),
+    ({"zero_optimization": {"stage": 1, "reduce_scatter": False}}, FLOAT32),
     ({"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": False}}, FLOAT32),
     *(({"zero_optimization": {"stage": n}, "communication_data_type": "fp32"}, FLOAT32) for n in (2, 3)),
     *(
