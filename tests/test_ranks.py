@@ -170,3 +170,16 @@ def test_a_command_that_leaves_a_child_behind_does_not_keep_us(tmp_path):
     result = run_command(["sh", "-c", f"sleep 60 & echo $! > {note}"], timeout=30)
     assert result.returncode == 0 and time.monotonic() - start < 5
     assert gone(int(note.read_text()))
+
+
+def start_forkserver():
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()
+    return forkserver._forkserver._forkserver_pid
+
+
+def test_a_rank_starts_its_own_forkserver_where_the_parent_has_one():
+    own = start_forkserver()
+    ranks = run_ranks(2, start_forkserver)
+    assert len({own, *ranks}) == 3

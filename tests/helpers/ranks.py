@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -216,6 +217,7 @@ def _settle(place: _Place, port: int) -> None:
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as the process
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    forkserver._forkserver._forkserver_pid = None  # type: ignore[attr-defined]  # the parent's is no child of the fork
     faulthandler.enable(file=2)  # a crash prints its stack
     faulthandler.register(signal.SIGQUIT, file=2)  # and so does a rank that the parent finds out of time
     os.environ.update(
