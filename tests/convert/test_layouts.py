@@ -24,8 +24,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2 sequence": {"tensor": 2, "sequence": True, "world": 2},
     "pp2": {"pipeline": 2, "world": 2},
 }
+QUICK = {("dit", "tp2 pp2"), ("uvit", "tp2 pp2")}
 CASES = [
-    pytest.param(family, layout, marks=[] if layout == "tp2 pp2" else pytest.mark.slow)
+    pytest.param(family, layout, marks=[] if (family, layout) in QUICK else pytest.mark.slow)
     for layout in LAYOUTS
     for family in FAMILIES
 ]

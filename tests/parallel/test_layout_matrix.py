@@ -1,7 +1,7 @@
 """Every family on every kind of layout trains what one process does; ``benchmarks/layout_differences.py`` says how far.
 
-All have four micro batches a step; some recompute, some have REPA and clip per group. What is quick here covers every
-layout and every family; DiT has more in ``test_tensor_training.py`` and ``test_pipeline_training.py``.
+All have four micro batches a step; some recompute, some have REPA and clip per group. What is quick here has shared
+layers, shared tokens or stages of every family; DiT has more in ``test_tensor_training.py`` and ``test_pipeline_training.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 QUICK = {
     "dit": ("tp2 sequence pp2 dp2",),
-    "pixart": ("tp2", "tp2 pp2", "tp2 sequence"),
-    "uvit": ("pp4", "tp2 pp2", "pp2 dp2 zero1", "tp2 sequence"),
-    "mmdit": ("tp4", "pp2", "tp2 dp2 zero1", "tp2 dp2 zero2", "tp2 dp2 zero3", "tp2 pp2 dp2"),
+    "pixart": ("tp2 pp2", "tp2 sequence"),
+    "uvit": ("pp4", "tp2 sequence", "tp2 dp2 zero3"),
+    "mmdit": ("tp2 pp2", "tp2 dp2 zero2"),
 }
 CELLS = [
     pytest.param(family, layout, marks=() if layout in QUICK[family] else pytest.mark.slow, id=f"{layout}-{family}")
@@ -37,8 +37,3 @@ def test_a_layout_trains_what_one_process_does(matrix: Matrix, family: str, layo
     found = gaps(results, expected)
     assert {what: gap for what, gap in found.items() if gap > TOLERANCE} == {}
     assert drifts(results, layout) == []
-
-
-def test_every_layout_and_family_is_among_the_quick_ones() -> None:
-    assert set(QUICK) == set(FAMILIES)
-    assert {layout for layouts in QUICK.values() for layout in layouts} == set(LAYOUTS)
