@@ -1,7 +1,7 @@
 """Every family on every kind of layout trains what one process does; ``benchmarks/layout_differences.py`` says how far.
 
 All have four micro batches a step; some recompute, some have REPA and clip per group. What is quick here has shared
-layers, shared tokens or stages of every family; DiT has more in ``test_tensor_training.py`` and ``test_pipeline_training.py``.
+layers, tokens or stages of every family; DiT has more in ``test_tensor_training.py`` and ``test_pipeline_training.py``.
 """
 
 from __future__ import annotations
