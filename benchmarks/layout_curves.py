@@ -3,8 +3,8 @@
 
 OMP_NUM_THREADS=1 python benchmarks/layout_curves.py --out layouts
 
-One of the runs only adds up in another order, in one process: as far as that are layouts from each other. The last
-changes its layout at every resume. Writes layouts.png and layouts.json; run again, it goes on from the runs in --out.
+One of the runs only adds up in another order, in one process, as pipeline 4 does: as far as that are layouts from each
+other. The last changes its layout at every resume. Writes layouts.png and layouts.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "pipeline 4": (4, ("parallel.pipeline=4",)),
     "tensor 2 × pipeline 2 × data 2": (8, ("parallel.tensor=2", "parallel.pipeline=2")),
-    "one process, four micro batches": (1, ("train.micro_batch=8",)),
+    "one process, micro batches of 2": (1, ("train.micro_batch=2",)),
 }
 STATIONS = ("tensor 2", "pipeline 4", ALONE, "tensor 2 × data 2, sequence, ZeRO 3")
 
@@ -94,7 +94,7 @@ def _draw(losses: dict[str, list[float]], path: Path) -> None:
         axes[0].plot(steps, losses[name], **style)
         if name != ALONE:
             floor = [max(gap, 1e-9) for gap in _gaps(losses, name)]
-            axes[1].semilogy(steps, floor, color=f"C{number}", linewidth=1.0)
+            axes[1].semilogy(steps, floor, color=f"C{number}", linewidth=0.8 + 0.6 * (len(losses) - 1 - number))
     axes[0].set_ylabel("loss")
     axes[0].legend(fontsize=8, frameon=False)
     axes[1].set_ylabel("relative difference from one process")
