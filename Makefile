@@ -50,7 +50,7 @@ train: setup
 	$(BIN)/python launch/pretrain.py --config $(CONFIG) --run_dir $(RUN_DIR)
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile -m "not slow and not gpu" --durations=15 $(PYTEST_ARGS)
 
 test-all: setup
 	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)

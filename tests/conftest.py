@@ -25,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
         MPLBACKEND="Agg",
         WANDB_MODE="disabled",
     )
+    # Torch's store asks name servers who 127.0.0.1 is, at every connection: a silent one would cost 10 s and more each.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # importing it costs each process more than a second
     if not _wants_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -156,7 +156,7 @@ def test_quiet_drops_what_c_code_prints_too(capfd):
 
 
 def test_the_command_end_to_end(root):
-    result = run_command([sys.executable, "tools/doctor.py", "--json"], timeout=110)
+    result = run_command([sys.executable, "tools/doctor.py", "--json"])
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout)
     assert report["ready"] is True

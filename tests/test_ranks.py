@@ -135,6 +135,28 @@ def test_a_hang_shows_where_and_leaves_no_process(tmp_path):
     assert gone(int((tmp_path / "worker").read_text()))
 
 
+def test_a_test_out_of_its_own_time_shows_where_too():
+    """What pytest's time limit raises in the middle of the waiting carries the stacks of the ranks."""
+
+    class OutOfTime(BaseException):
+        pass
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    def stuck_here(parent: int) -> None:
+        os.kill(parent, signal.SIGUSR2)
+        time.sleep(60)
+
+    before = signal.signal(signal.SIGUSR2, ring)
+    try:
+        with pytest.raises(OutOfTime) as caught:
+            run_ranks(1, stuck_here, os.getpid(), timeout=30)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert "stuck_here" in "".join(caught.value.__notes__)
+
+
 def test_later_groups_inherit_the_time_limit():
     def wait_alone() -> None:
         group = dist.new_group([0, 1])

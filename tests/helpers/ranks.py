@@ -44,7 +44,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 200.0) -> list[Any]:
     """Call ``fn(*args)`` on ``world`` forked ranks of one gloo group and return the results in rank order.
 
     The group is up when ``fn`` starts (``torch.distributed.get_rank()`` tells which rank it is) and RANK, WORLD_SIZE,
@@ -53,28 +53,21 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     its traceback and output as a note; the other ranks are killed.
     """
     _import_once()
-    from torch.distributed import TCPStore
-
-    store = None
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _PortPipe() as ports:
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = _Ranks(world, Path(folder))
+        port = free_port()
         try:
             for rank in range(world):
-                place = _Place(rank, world, ports, Path(folder), timeout)
+                place = _Place(rank, world, port, Path(folder), timeout)
                 ranks.pids[rank] = _fork(functools.partial(_child, place, fn, args))
-            # The parent owns the store: no other process can take its port, and rank 0 may leave before the others.
-            # It begins when all are forked: a lock that its thread holds during a fork stays locked in the fork.
-            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            ports.tell(store.port, world)
             ranks.wait(timeout)
         finally:
             ranks.kill()
-            del store  # now, and not when the garbage of a failed test is collected: it has a thread to stop
         return ranks.results()
 
 
 def run_command(
-    argv: Sequence[str], env: Mapping[str, str | None] | None = None, timeout: float = 120.0, cwd: Path | None = None
+    argv: Sequence[str], env: Mapping[str, str | None] | None = None, timeout: float = 200.0, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in its own process group, and kill what is left of the group when it ends or after ``timeout`` s.
 
@@ -149,35 +142,11 @@ def _fork(child: Callable[[], NoReturn]) -> int:
     return pid
 
 
-class _PortPipe:
-    """Tells forked ranks the port of a store that begins after them."""
-
-    def __enter__(self) -> _PortPipe:
-        self._read, self._write = os.pipe()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._read)
-        os.close(self._write)
-
-    def tell(self, port: int, ranks: int) -> None:
-        """In the parent, once."""
-        os.write(self._write, port.to_bytes(4) * ranks)
-
-    def port(self) -> int:
-        """In a rank, once: waits for it, or for the parent's end."""
-        os.close(self._write)
-        told = os.read(self._read, 4)
-        if not told:
-            raise RankError("the parent ended before its store began")
-        return int.from_bytes(told)
-
-
 @dataclass(frozen=True)
 class _Place:
     rank: int
     world: int
-    ports: _PortPipe
+    port: int
     folder: Path
     timeout: float
 
@@ -186,9 +155,8 @@ def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoRe
     """All that a rank does after the fork; never returns into the test that forked it."""
     code = 1
     try:
-        port = place.ports.port()
-        _settle(place, port)
-        _join(place, port)
+        _settle(place)
+        _join(place)
         outcome: tuple[Any, ...] = ("ok", fn(*args))
         import torch.distributed as dist
 
@@ -207,7 +175,7 @@ def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoRe
     os._exit(code)
 
 
-def _settle(place: _Place, port: int) -> None:
+def _settle(place: _Place) -> None:
     """Give the fork its own process group, output and environment, and tie its life to the parent's."""
     os.setpgid(0, 0)
     with contextlib.suppress(OSError, AttributeError):
@@ -227,13 +195,14 @@ def _settle(place: _Place, port: int) -> None:
         LOCAL_SIZE=str(place.world),
         LOCAL_WORLD_SIZE=str(place.world),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(place.port),
         CUDA_VISIBLE_DEVICES="",
-        TORCHELASTIC_USE_AGENT_STORE="True",  # torch must not open a second store on that port
     )
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks for the address of the host's name
 
 
-def _join(place: _Place, port: int) -> None:
+def _join(place: _Place) -> None:
     import torch
     import torch.distributed as dist
 
@@ -249,7 +218,10 @@ def _join(place: _Place, port: int) -> None:
         return make_group(*args, **kwargs)
 
     dist.new_group = new_group
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+    # A store of TCP asks name servers who 127.0.0.1 is. A silent one costs each rank some 20 s, and the store's thread
+    # asks, too: a process forked at that moment would wait for ever for the C library's lock.
+    store = dist.FileStore(str(place.folder / "store"), place.world)
+    store.set_timeout(limit)
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world, timeout=limit)
     dist.barrier()  # a rank whose work needs no other would leave while these still connect to it
 
@@ -280,7 +252,23 @@ class _Ranks:
         self.stacks: dict[int, int] = {}  # rank -> where in its output (characters) the stack of a hang begins
 
     def wait(self, timeout: float) -> None:
-        """Until all ended, the first one failed (and a grace period passed), or ``timeout`` s passed."""
+        """Until all ended, the first one failed (and a grace period passed), or ``timeout`` s passed.
+
+        An exception that ends the waiting, as of a test out of its own time, carries the stacks of the ranks alive.
+        """
+        try:
+            failed = self._wait(timeout)
+        except BaseException as error:
+            self._ask_for_stacks()
+            for rank in self._alive():
+                error.add_note(self._log(rank))
+            raise
+        if not failed and len(self.exits) < self.world:
+            self.limit = timeout
+            self._ask_for_stacks()
+
+    def _wait(self, timeout: float) -> bool:
+        """Whether a rank failed."""
         end = time.monotonic() + timeout
         failed = False
         while len(self.exits) < self.world:
@@ -291,13 +279,14 @@ class _Ranks:
             if time.monotonic() > end:
                 break
             time.sleep(0.01)
-        if not failed and len(self.exits) < self.world:
-            self.limit = timeout
-            for rank in self._alive():
-                log = self.folder / f"log-{rank}"
-                self.stacks[rank] = len(log.read_text(errors="replace")) if log.exists() else 0
-                os.kill(self.pids[rank], signal.SIGQUIT)
-            time.sleep(0.5)  # for the stacks to be written
+        return failed
+
+    def _ask_for_stacks(self) -> None:
+        for rank in self._alive():
+            log = self.folder / f"log-{rank}"
+            self.stacks[rank] = len(log.read_text(errors="replace")) if log.exists() else 0
+            os.kill(self.pids[rank], signal.SIGQUIT)
+        time.sleep(0.5)  # for the stacks to be written
 
     def kill(self) -> None:
         """Kill what lives, the ranks' own children included, and collect every exit status."""

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     """Step 2 of two ranks under ZeRO-3."""
     config = small_config(parallel={"zero_stage": 3}, ema={"decays": (0.5,)})
     path = tmp_path_factory.mktemp("run")
-    run_ranks(2, train_rank, config, str(path), 2, timeout=120)
+    run_ranks(2, train_rank, config, str(path), 2)
     return path
 
 
@@ -60,7 +60,7 @@ def test_damage_and_difference_are_exit_code_3(main, folder, capsys, tmp_path):
     assert code == 3 and len(found["problems"]) == 1 and "wrong checksum" in found["problems"][0]
     longer = tmp_path / "longer"
     config = small_config(optim={"lr": 1e-3}, ema={"decays": (0.5,)})
-    run_ranks(1, train_rank, config, str(longer), 3, str(folder / "checkpoints/step-00000002"), timeout=120)
+    run_ranks(1, train_rank, config, str(longer), 3, str(folder / "checkpoints/step-00000002"))
     code, found = told(main, capsys, folder, "--diff", longer)
     assert code == 3 and not found["diff"]["same"]
     assert found["diff"]["counters"]["step"] == [2, 3]

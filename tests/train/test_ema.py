@@ -69,7 +69,7 @@ def relative_gap(found, expected):
 @pytest.mark.parametrize(("world", "stage", "micro"), LAYOUTS)
 def test_averages_of_every_layout_equal_a_plain_float64_average(plain, tmp_path, world, stage, micro):
     config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": micro}, ema=EMA)
-    results = run_ranks(world, train_rank, config, str(tmp_path), STEPS, timeout=120)
+    results = run_ranks(world, train_rank, config, str(tmp_path), STEPS)
     for name, expected in references(plain).items():
         assert relative_gap(merge_weights(results, f"ema/{name}"), expected) <= 1e-5, name
     if stage > 0:  # no rank holds more than its share
@@ -336,7 +336,7 @@ def chain(tmp_path_factory):
     folder, saved = tmp_path_factory.mktemp("chain"), None
     for world, stage, until in CHAIN:
         config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": 8}, ema=EMA)
-        results = run_ranks(world, train_rank, config, str(folder), until, saved, timeout=120)
+        results = run_ranks(world, train_rank, config, str(folder), until, saved)
         saved = results[0]["saved"]
     save_config(config, folder / "config.yaml")
     return folder, config, results
@@ -381,9 +381,9 @@ def resumed_rank(config, folder, checkpoint):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_resume_continues_averages_bit_for_bit(tmp_path, stage):
     config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": 8}, ema={**EMA, "every": 2})
-    straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"), 6, timeout=120)
-    half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 3, timeout=120)  # between two updates
-    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 6, half[0]["saved"], timeout=120)
+    straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"), 6)
+    half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 3)  # between two updates
+    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 6, half[0]["saved"])
     for name in NAMES:
         whole, again = merge_weights(straight, f"ema/{name}"), merge_weights(rest, f"ema/{name}")
         assert all(torch.equal(whole[key], again[key]) for key in whole), name

@@ -30,7 +30,7 @@ def test_overflow_is_skipped_and_resumed_through(tmp_path, stage):
     ds = {"fp16": {"enabled": True, "initial_scale_power": SCALE_POWER, "hysteresis": 1}}
 
     def ranks(folder, *rest):
-        return run_ranks(2, train_fp16_rank, config, str(tmp_path / folder), *rest, ds, timeout=120)
+        return run_ranks(2, train_fp16_rank, config, str(tmp_path / folder), *rest, ds)
 
     straight = ranks("straight", None, None)
     norms = straight[0]["norms"]
@@ -55,8 +55,8 @@ def test_overflow_is_skipped_and_resumed_through(tmp_path, stage):
 def test_another_precision_does_not_take_the_loss_scale(tmp_path):
     ds = {"fp16": {"enabled": True, "initial_scale_power": SCALE_POWER}}
     half = small_config(train={"precision": "fp16"}, parallel={"zero_stage": 1})
-    saved = run_ranks(1, train_fp16_rank, half, str(tmp_path), 2, None, ds, timeout=120)[0]["saved"]
+    saved = run_ranks(1, train_fp16_rank, half, str(tmp_path), 2, None, ds)[0]["saved"]
     assert json.loads(Path(saved, "state.json").read_text())["loss_scale"]["cur_scale"] > 1
     other = small_config(train={"precision": "bf16"}, parallel={"zero_stage": 1})
-    rest = run_ranks(1, train_rank, other, str(tmp_path), 4, saved, timeout=120)[0]
+    rest = run_ranks(1, train_rank, other, str(tmp_path), 4, saved)[0]
     assert rest["loss_scale"] == {} and all(map(math.isfinite, rest["norms"]))

@@ -27,7 +27,7 @@ def assert_close(values, expected, tolerance):
 @pytest.mark.parametrize(("world", "stage", "micro"), LAYOUTS)
 def test_layout_equals_plain_torch(reference, tmp_path, world, stage, micro):
     config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": micro})
-    results = run_ranks(world, train_rank, config, str(tmp_path), timeout=120)
+    results = run_ranks(world, train_rank, config, str(tmp_path))
     assert_same_training(results, reference)
 
 
@@ -44,8 +44,8 @@ OPTIONS = [
 @pytest.mark.parametrize("zero", OPTIONS, ids=lambda zero: "-".join(map(str, zero)) + f"-{zero['stage']}")
 def test_deepspeed_options_equal_plain_torch_through_a_resume(reference, tmp_path, zero):
     ds, config = {"zero_optimization": zero}, small_config(train={"micro_batch": 4})
-    half = run_ranks(2, train_rank, config, str(tmp_path), 5, None, ds, timeout=120)
-    rest = run_ranks(2, train_rank, config, str(tmp_path), None, half[0]["saved"], ds, timeout=120)
+    half = run_ranks(2, train_rank, config, str(tmp_path), 5, None, ds)
+    rest = run_ranks(2, train_rank, config, str(tmp_path), None, half[0]["saved"], ds)
     for first, second in zip(half, rest, strict=True):
         second |= {key: first[key] + second[key] for key in ("losses", "norms")}
     assert_same_training(rest, reference)
@@ -73,7 +73,7 @@ def test_norm_is_reported_without_clipping_too(tmp_path):
     expected = plain_torch_run(config, 3)
     for stage in (0, 1, 2, 3):
         staged = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": stage})})
-        result = run_ranks(2, train_rank, staged, str(tmp_path / str(stage)), 3, timeout=120)[0]
+        result = run_ranks(2, train_rank, staged, str(tmp_path / str(stage)), 3)[0]
         assert_close(result["norms"], expected["norms"], TOLERANCE)
         assert_close(result["losses"], expected["losses"], TOLERANCE)
 
@@ -83,7 +83,7 @@ def test_norm_is_reported_without_clipping_too(tmp_path):
 def test_bf16_follows_fp32_within_its_rounding(reference, tmp_path, stage):
     """bf16 keeps 8 bits: losses within 2% of float32's over ten steps, masters stay float32."""
     config = small_config(parallel={"zero_stage": stage}, train={"precision": "bf16"})
-    results = run_ranks(2, train_rank, config, str(tmp_path), timeout=120)
+    results = run_ranks(2, train_rank, config, str(tmp_path))
     assert_close(results[0]["losses"], reference["losses"], 2e-2)
     weights = merge_weights(results)
     assert all(values.dtype == torch.float32 for values in weights.values())

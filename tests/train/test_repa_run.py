@@ -94,7 +94,7 @@ def test_layouts_equal_plain_torch(
 ) -> None:
     train = {"micro_batch": micro, "activation_checkpointing": recompute}
     config = repa_config(parallel={"zero_stage": stage}, train=train, ema={"decays": (0.5,)})
-    results = run_ranks(world, train_rank, config, str(tmp_path), STEPS, timeout=120)
+    results = run_ranks(world, train_rank, config, str(tmp_path), STEPS)
     assert_same(results, plain)
     averages = merge_weights(results, "ema/0.5")
     assert averages["repa.fc1.weight"].isfinite().all()
@@ -104,7 +104,7 @@ def test_layouts_equal_plain_torch(
 def test_a_normed_projector_equals_plain_torch_at_zero_3(tmp_path: Path) -> None:
     repa = {"block": 1, "feature_dim": 112, "hidden": 48, "norm": "rms"}
     config = repa_config(model={"repa": repa}, parallel={"zero_stage": 3}, train={"micro_batch": 4})
-    results = run_ranks(2, train_rank, config, str(tmp_path), STEPS, timeout=120)
+    results = run_ranks(2, train_rank, config, str(tmp_path), STEPS)
     plain = plain_run(config)
     assert_same(results, plain)
     assert (plain["weights"]["repa.norm.weight"] != 1).any()  # the gain learns
@@ -113,8 +113,8 @@ def test_a_normed_projector_equals_plain_torch_at_zero_3(tmp_path: Path) -> None
 @pytest.mark.distributed
 def test_a_checkpoint_holds_the_projector(plain: dict[str, Any], tmp_path: Path) -> None:
     config = repa_config()
-    half = run_ranks(1, train_rank, config, str(tmp_path), 2, timeout=120)
-    rest = run_ranks(2, train_rank, config, str(tmp_path), STEPS, half[0]["saved"], timeout=120)
+    half = run_ranks(1, train_rank, config, str(tmp_path), 2)
+    rest = run_ranks(2, train_rank, config, str(tmp_path), STEPS, half[0]["saved"])
     for result in rest:
         result["losses"] = half[0]["losses"] + result["losses"]
     assert_same(rest, plain)

@@ -18,9 +18,9 @@ from megadit.train.checkpoint_inspect import compare
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_resume_is_bit_exact_on_the_same_layout(tmp_path, world, stage):
     config = small_config(parallel={"zero_stage": stage}, train={"micro_batch": 4})
-    straight = run_ranks(world, train_rank, config, str(tmp_path / "straight"), timeout=120)
-    half = run_ranks(world, train_rank, config, str(tmp_path / "halves"), 5, timeout=120)
-    resumed = run_ranks(world, train_rank, config, str(tmp_path / "halves"), 10, half[0]["saved"], timeout=120)
+    straight = run_ranks(world, train_rank, config, str(tmp_path / "straight"))
+    half = run_ranks(world, train_rank, config, str(tmp_path / "halves"), 5)
+    resumed = run_ranks(world, train_rank, config, str(tmp_path / "halves"), 10, half[0]["saved"])
     assert half[0]["losses"] + resumed[0]["losses"] == straight[0]["losses"]
     assert half[0]["norms"] + resumed[0]["norms"] == straight[0]["norms"]
     assert half[0]["lrs"] + resumed[0]["lrs"] == straight[0]["lrs"]
@@ -45,7 +45,7 @@ def on_layout(stage):
 def straight(tmp_path_factory):
     """The run that was never stopped, on one rank: its losses, and its checkpoint at the end."""
     folder = tmp_path_factory.mktemp("straight")
-    result = run_ranks(1, train_rank, on_layout(0), str(folder), timeout=120)[0]
+    result = run_ranks(1, train_rank, on_layout(0), str(folder))[0]
     return result["losses"], StoredCheckpoint(find_checkpoint(folder))
 
 
@@ -53,12 +53,12 @@ def straight(tmp_path_factory):
 def canonical(tmp_path_factory):
     """The first half, by two ranks under ZeRO-2."""
     folder = tmp_path_factory.mktemp("canonical")
-    return run_ranks(2, train_rank, on_layout(2), str(folder), HALF, timeout=120)[0]
+    return run_ranks(2, train_rank, on_layout(2), str(folder), HALF)[0]
 
 
 def assert_continues(first, folder, world, stage, straight):
     """Going on from ``first`` on a layout gives the losses, weights, moments and averages of the run never stopped."""
-    rest = run_ranks(world, train_rank, on_layout(stage), str(folder), FULL, first["saved"], timeout=120)[0]
+    rest = run_ranks(world, train_rank, on_layout(stage), str(folder), FULL, first["saved"])[0]
     losses, end = straight
     found = first["losses"] + rest["losses"]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=TOLERANCE, atol=0)
@@ -90,7 +90,7 @@ def test_any_layout_goes_on_from_the_canonical_one(tmp_path, canonical, straight
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("world", "stage"), LAYOUTS)
 def test_any_layout_goes_on_from_any_other(tmp_path, straight, world, stage):
-    first = run_ranks(world, train_rank, on_layout(stage), str(tmp_path / "first"), HALF, timeout=120)[0]
+    first = run_ranks(world, train_rank, on_layout(stage), str(tmp_path / "first"), HALF)[0]
     for number, (other, target) in enumerate(LAYOUTS):
         assert_continues(first, tmp_path / str(number), other, target, straight)
 
@@ -102,7 +102,7 @@ def saved_run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("run")
     config = small_config(parallel={"zero_stage": 2})
-    results = run_ranks(2, train_rank, config, str(folder), 3, timeout=120)
+    results = run_ranks(2, train_rank, config, str(folder), 3)
     save_config(config, folder / "config.yaml")
     return folder, config, merge_weights(results)
 

@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
     """A run of two ranks under ZeRO-1 with checkpoints at 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("trained")
     config = small_config(parallel={"zero_stage": 1}, train=STEPS, ema={"decays": (0.5,)})
-    assert run_ranks(2, start, config, str(folder), timeout=120)[0][0] == 0
+    assert run_ranks(2, start, config, str(folder))[0][0] == 0
     return folder, config
 
 
@@ -80,7 +80,7 @@ def damage(checkpoint, rank):
 def test_a_bit_that_one_rank_finds_changed_sends_all_to_the_one_before(trained, copy, rank):
     folder, config = copy
     damage(folder / "checkpoints/step-00000004", rank)
-    (code, said), (other, silent) = run_ranks(2, start, config, str(folder), timeout=120)
+    (code, said), (other, silent) = run_ranks(2, start, config, str(folder))
     assert (code, other) == (0, 0)
     assert re.search(r"warning: .*step-00000004.*wrong checksum; going on from step-00000002", said)
     assert "at step 2" in said and silent == ""
@@ -94,10 +94,10 @@ def test_a_named_or_only_broken_one_is_an_error(copy):
     four, two = (folder / f"checkpoints/step-0000000{n}" for n in (4, 2))
     before = rows(folder)
     damage(four, 1)
-    outcomes = run_ranks(2, start, config, str(folder), str(four), timeout=120)
+    outcomes = run_ranks(2, start, config, str(folder), str(four))
     assert all("step-00000004: exp" not in out and "wrong checksum" in out for out, _ in outcomes)
     damage(two, 0)
-    outcomes = run_ranks(2, start, config, str(folder), timeout=120)
+    outcomes = run_ranks(2, start, config, str(folder))
     assert all("no earlier checkpoint of the run is sound" in out for out, _ in outcomes)
     assert json.loads((folder / "exit.json").read_text())["code"] == 2
     assert rows(folder) == before and four.is_dir() and two.is_dir()  # nothing was touched
@@ -109,12 +109,12 @@ def test_weights_alone_begin_a_run_and_only_once(trained, tmp_path):
     target = tmp_path / "new"
     given = {"init_from": str(source), "init_from_ema": "0.5", "steps": 2, "checkpoint_every": 1, "seed": 5}
     config = config.model_copy(update={"train": config.train.model_copy(update=given)})
-    code, said = run_ranks(1, start, config, str(target), timeout=120)[0]
+    code, said = run_ranks(1, start, config, str(target))[0]
     assert code == 0 and "beginning at step 0 with the weights (average 0.5) of" in said
     first = StoredCheckpoint(target / "checkpoints/step-00000001")
     assert (first.position.step, first.state["adam_step"], first.position.samples_seen) == (1, 1, 16)
     more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3, "init_from": "nowhere"})})
-    code, said = run_ranks(1, start, more, str(target), timeout=120)[0]
+    code, said = run_ranks(1, start, more, str(target))[0]
     assert code == 0 and "at step 2" in said and "beginning" not in said
 
 
@@ -130,7 +130,7 @@ def test_a_projector_that_the_weights_lack_starts_afresh(trained, tmp_path, stag
     changes |= {"data": config.data.model_copy(update={"features": features})}
     changes |= {"parallel": config.parallel.model_copy(update={"zero_stage": stage})}
     given = config.model_copy(update=changes)
-    code, said = run_ranks(1, start, given, str(tmp_path), "auto", _no_learning, timeout=120)[0]
+    code, said = run_ranks(1, start, given, str(tmp_path), "auto", _no_learning)[0]
     assert code == 0 and "note: the projector of REPA is not in the checkpoint and starts afresh" in said
     (_, before), (_, after) = load_model(source), load_model(tmp_path)
     found = dict(after.named_parameters())
@@ -152,7 +152,7 @@ def test_weights_alone_are_those_of_the_checkpoint(trained, tmp_path, stage):
     train = config.train.model_copy(update={"init_from": str(source), "steps": 1, "checkpoint_every": None})
     parallel = config.parallel.model_copy(update={"zero_stage": stage})
     config = config.model_copy(update={"train": train, "parallel": parallel})
-    run_ranks(2, start, config, str(tmp_path), "auto", _no_learning, timeout=120)
+    run_ranks(2, start, config, str(tmp_path), "auto", _no_learning)
     expected, *found = (
         load_model(f, weights=w)[1] for f, w in ((source, "online"), (tmp_path, "online"), (tmp_path, "0.5"))
     )
@@ -204,10 +204,10 @@ def test_averages_that_come_and_go_are_told(copy):
     folder, config = copy
     _rewrite(folder / "checkpoints/step-00000004", _without("ema/"))
     changed = config.model_copy(update={"ema": config.ema.model_copy(update={"decays": (0.5, 0.25)})})
-    said = run_ranks(2, start, changed, str(folder), timeout=120)[0][1]
+    said = run_ranks(2, start, changed, str(folder))[0][1]
     assert "note: ema/0.25 is not in the checkpoint and starts from its weights" in said
     longer = {"train": config.train.model_copy(update={"steps": 7})}
-    said = run_ranks(1, start, config.model_copy(update=longer), str(folder), timeout=120)[0][1]
+    said = run_ranks(1, start, config.model_copy(update=longer), str(folder))[0][1]
     assert "note: ema/0.25 of the checkpoint is no longer configured and is dropped" in said
 
 
@@ -219,7 +219,7 @@ def test_missing_pieces_and_weights_alone_are_no_state_to_go_on_from(copy):
     _rewrite(four, lambda index: Index(index.parameters, index.pieces[:-1], index.files, index.block))
     assert any("are missing" in problem for problem in StoredCheckpoint(four).verify())
     _rewrite(four, lambda _: _without("exp_avg")(whole))
-    out = run_ranks(1, start, config, str(folder), timeout=120)[0][0]
+    out = run_ranks(1, start, config, str(folder))[0][0]
     assert "holds weights without optimizer state" in out and "train.init_from=" in out
 
 
@@ -233,7 +233,7 @@ def test_format_1_is_still_read(trained, copy):
     pieces = [{name: getattr(piece, name) for name in names} for piece in index.pieces]
     old = {"format": "megadit-checkpoint", "version": 1, "parameters": index.parameters, "pieces": pieces}
     (four / "index.json").write_text(json.dumps(old))
-    code, said = run_ranks(2, start, config, str(folder), timeout=120)[0]
+    code, said = run_ranks(2, start, config, str(folder))[0]
     assert code == 0 and "at step 4" in said
     assert rows(folder) == rows(trained[0])
 
@@ -255,7 +255,7 @@ def _terminated_at_3():
 @pytest.mark.distributed
 def test_sigterm_is_answered_with_a_checkpoint(tmp_path):
     config = small_config(train={"steps": 6, "log_every": 6})
-    code, said = run_ranks(1, start, config, str(tmp_path), "auto", _terminated_at_3, timeout=120)[0]
+    code, said = run_ranks(1, start, config, str(tmp_path), "auto", _terminated_at_3)[0]
     assert code == 85 and "preempted: saved step 3" in said
     assert find_checkpoint(tmp_path).name == "step-00000003"
 
@@ -266,5 +266,5 @@ def test_a_run_that_was_taken_back_goes_on_from_there_again(copy):
     folder, config = copy
     two = folder / "checkpoints/step-00000002"
 
-    assert run_ranks(2, train_rank, config, str(folder), 2, str(two), timeout=120)  # begins there, makes no step
+    assert run_ranks(2, train_rank, config, str(folder), 2, str(two))  # begins there, makes no step
     assert (folder / "checkpoints/latest").read_text() == "step-00000002\n"

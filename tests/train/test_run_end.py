@@ -28,7 +28,7 @@ def pretrain_rank(config, folder, patch=None):
 
 
 def ends(config, folder, patch=None):
-    code = run_ranks(1, pretrain_rank, config, str(folder), patch, timeout=120)[0]
+    code = run_ranks(1, pretrain_rank, config, str(folder), patch)[0]
     rows = [
         json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
@@ -153,7 +153,7 @@ def _signal_one_rank_at_5():
 @pytest.mark.distributed
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     config = small_config(train={"steps": 30, "log_every": 30})
-    assert run_ranks(2, pretrain_rank, config, str(tmp_path), _signal_one_rank_at_5, timeout=120) == [85, 85]
+    assert run_ranks(2, pretrain_rank, config, str(tmp_path), _signal_one_rank_at_5) == [85, 85]
     assert latest(tmp_path) == "step-00000010"
 
 

@@ -63,9 +63,7 @@ def test_two_ranks_equal_plain_torch(
     expected: dict[tuple[str, str], Any], tmp_path: Path, family: str, kind: str, stage: int, how: str
 ) -> None:
     config, reference = expected[family, kind]
-    results = run_ranks(
-        2, train_rank, on_layout(config, stage, activation_checkpointing=how), str(tmp_path), timeout=120
-    )
+    results = run_ranks(2, train_rank, on_layout(config, stage, activation_checkpointing=how), str(tmp_path))
     for key in ("losses", "norms"):
         torch.testing.assert_close(
             torch.tensor(results[0][key]), torch.tensor(reference[key]), rtol=TOLERANCE, atol=0, msg=key
@@ -81,9 +79,9 @@ def test_two_ranks_equal_plain_torch(
 @pytest.mark.parametrize("family", MODELS)
 def test_a_resume_leaves_no_trace(expected: dict[tuple[str, str], Any], tmp_path: Path, family: str) -> None:
     config = on_layout(expected[family, "flow"][0], 2)
-    straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"), timeout=120)
-    half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 2, timeout=120)
-    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), STEPS, half[0]["saved"], timeout=120)
+    straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"))
+    half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 2)
+    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), STEPS, half[0]["saved"])
     assert half[0]["losses"] + rest[0]["losses"] == straight[0]["losses"]
     weights, resumed = merge_weights(straight), merge_weights(rest)
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)

@@ -74,15 +74,15 @@ def test_two_ranks_equal_plain_torch(
     expected: dict[str, dict[str, Any]], tmp_path: Path, kind: str, stage: int, how: str
 ) -> None:
     config = on_layout(kind, stage, activation_checkpointing=how)
-    assert_same(run_ranks(2, train_rank, config, str(tmp_path), timeout=120), expected[kind])
+    assert_same(run_ranks(2, train_rank, config, str(tmp_path)), expected[kind])
 
 
 @pytest.mark.distributed
 def test_a_resume_leaves_no_trace(tmp_path: Path) -> None:
     config = on_layout("flow", 2)
-    straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"), timeout=120)
-    half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 2, timeout=120)
-    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), STEPS, half[0]["saved"], timeout=120)
+    straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"))
+    half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 2)
+    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), STEPS, half[0]["saved"])
     assert half[0]["losses"] + rest[0]["losses"] == straight[0]["losses"]
     weights, resumed = merge_weights(straight), merge_weights(rest)
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
@@ -90,7 +90,7 @@ def test_a_resume_leaves_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_bf16_follows_float32(expected: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    results = run_ranks(2, train_rank, on_layout("flow", 1, precision="bf16"), str(tmp_path), timeout=120)
+    results = run_ranks(2, train_rank, on_layout("flow", 1, precision="bf16"), str(tmp_path))
     losses = torch.tensor(results[0]["losses"])
     torch.testing.assert_close(losses, torch.tensor(expected["flow"]["losses"]), rtol=2e-2, atol=0)
 
@@ -115,7 +115,7 @@ def test_from_digits_to_pictures_of_an_average(tmp_path: Path, capsys: pytest.Ca
         sample={"weights": "0.9", "guidance": 2.0},
         optim={"lr": 2.0**-6},
     )
-    assert run_ranks(1, _whole_run, config, str(tmp_path), timeout=120) == [0]
+    assert run_ranks(1, _whole_run, config, str(tmp_path)) == [0]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 30 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert (tmp_path / "samples/step-00000030.png").stat().st_size > 0
