@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -115,6 +117,20 @@ def test_a_training_step_that_hangs_is_only_reported():
     found = training_checks.check_step(process, timeout_s=0.05)
     assert found.state == "broken" and found.needed and "no end after 0.05 s" in found.detail
     assert process.poll() is not None
+
+
+def test_a_silent_name_server_is_told(monkeypatch):
+    def name_service() -> Check:
+        return next(check for check in training_checks.check_distributed() if check.name == "name service")
+
+    asked = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(training_checks, "NAMES_TIMEOUT_S", 0.05)
+        patch.setattr(socket, "getnameinfo", lambda *_: asked.wait(30))
+        found = name_service()
+    asked.set()
+    assert found.state == "broken" and "no answer" in found.detail and "RES_OPTIONS" in found.remedy
+    assert name_service().detail.endswith("for 127.0.0.1")
 
 
 def test_a_training_step_that_fails_tells_its_last_line(monkeypatch, tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from megadit.doctor.report import Check, State
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_TIMEOUT_S = 120.0
+NAMES_TIMEOUT_S = 3.0
 LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -26,6 +31,7 @@ def check_distributed() -> Iterator[Check]:
         yield Check("distributed", "torch.distributed", "broken", one_line(error), "make setup", needed=True)
         return
     yield _gloo(dist)
+    yield _names()
     if dist.is_nccl_available():
         yield Check("distributed", "nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
@@ -49,6 +55,24 @@ def _gloo(dist: Any) -> Check:
     except Exception as error:
         return Check("distributed", "gloo", "broken", one_line(error), remedy)
     return Check("distributed", "gloo", "ok", "one collective on one rank")
+
+
+def _names() -> Check:
+    """Torch asks for the name behind every address that connects, in this form; a silent server costs 10 s each."""
+    begin = time.monotonic()
+    asking = threading.Thread(target=_own_name, daemon=True)
+    asking.start()
+    asking.join(NAMES_TIMEOUT_S)
+    if asking.is_alive():
+        detail = f"no answer for 127.0.0.1 within {NAMES_TIMEOUT_S:g} s: ranks wait at every connection"
+        remedy = "name a server that answers in /etc/resolv.conf, or export RES_OPTIONS='timeout:1 attempts:1'"
+        return Check("distributed", "name service", "broken", detail, remedy)
+    return Check("distributed", "name service", "ok", f"{1000 * (time.monotonic() - begin):.0f} ms for 127.0.0.1")
+
+
+def _own_name() -> None:
+    with contextlib.suppress(OSError):
+        socket.getnameinfo(("::ffff:127.0.0.1", 1), socket.NI_NUMERICSERV)
 
 
 def _accelerator(has_cuda: bool) -> Check:

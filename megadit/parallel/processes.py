@@ -150,7 +150,9 @@ def start_processes(timeout_s: float = 1800.0) -> ProcessContext:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
+        # One process needs no connection, and one of torch's waits for name servers, who tell it its own address.
+        store = dist.HashStore() if world == 1 else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         _bound_new_groups(limit)
     return ProcessContext(rank, world, local, device)
 
