@@ -24,13 +24,22 @@ def train_fp16_rank(*args):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_overflow_is_skipped_and_resumed_through(tmp_path, stage):
-    config = small_config(parallel={"zero_stage": stage}, train={"precision": "fp16", "micro_batch": 4})
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        *((2, {"zero_stage": stage}) for stage in (1, 2, 3)),
+        (2, {"tensor": 2, "zero_stage": 1}),
+        (2, {"pipeline": 2}),
+        pytest.param(4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_overflow_is_skipped_and_resumed_through(tmp_path, world, parallel):
+    config = small_config(parallel=parallel, train={"precision": "fp16", "micro_batch": 4})
     ds = {"fp16": {"enabled": True, "initial_scale_power": SCALE_POWER, "hysteresis": 1}}
 
     def ranks(folder, *rest):
-        return run_ranks(2, train_fp16_rank, config, str(tmp_path / folder), *rest, ds)
+        return run_ranks(world, train_fp16_rank, config, str(tmp_path / folder), *rest, ds)
 
     straight = ranks("straight", None, None)
     norms = straight[0]["norms"]
@@ -49,6 +58,32 @@ def test_overflow_is_skipped_and_resumed_through(tmp_path, stage):
     assert rest[0]["skipped"] == skipped
     whole, again = merge_weights(straight), merge_weights(rest)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "parallel", "within"),
+    [
+        (2, {"pipeline": 2}, 0.0),
+        pytest.param(2, {"tensor": 2, "zero_stage": 1}, 1e-3, marks=pytest.mark.slow),
+        pytest.param(4, {"tensor": 2, "pipeline": 2}, 1e-3, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ranks_that_share_a_model_skip_what_one_process_skips(tmp_path, world, parallel, within):
+    """An overflow on one rank is all ranks', and gradients of other stages and shares carry the same scale."""
+    ds = {"fp16": {"enabled": True, "initial_scale_power": SCALE_POWER, "hysteresis": 1}}
+
+    def trained(world, **parallel):
+        config = small_config(parallel=parallel, train={"precision": "fp16", "micro_batch": 4})
+        return run_ranks(world, train_fp16_rank, config, str(tmp_path / str(world)), None, None, ds)
+
+    [wanted] = trained(1, zero_stage=1)
+    assert math.isinf(wanted["norms"][0]) and math.isfinite(wanted["norms"][-1])
+    for found in trained(world, **parallel):
+        assert found["skipped"] == wanted["skipped"] and found["loss_scale"] == wanted["loss_scale"]
+        for key in ("losses", "norms"):
+            assert found[key] == pytest.approx(wanted[key], rel=within, abs=0)
 
 
 @pytest.mark.distributed
