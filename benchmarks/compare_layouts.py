@@ -20,6 +20,11 @@ SHARES = (("1", False), ("2", False), ("2s", True), ("4", False), ("4s", True), 
 STAGES = (1, 2, 4, 8, 16)
 MICRO = (2, 4, 8, 16)
 HOST = 8  # GPUs
+DEEPSPEED = {  # as of configs/deepspeed/mmdit-18b-*.json: float32 sums, sent as they are
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 2 * 10**8},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+}
 
 
 def main() -> None:
@@ -66,6 +71,7 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
 
 def _step(counted: dict[str, Any], world: int, micro: int, args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
     """What this layout takes of ``world`` GPUs, if it goes."""
+    from megadit.config.ds_buckets import bucket_bytes
     from megadit.plan.bubble import idle_share
     from megadit.plan.communication import data_bytes, tensor_bytes
     from megadit.plan.state import state_bytes
@@ -80,7 +86,8 @@ def _step(counted: dict[str, Any], world: int, micro: int, args: argparse.Namesp
     for place, (held, passage) in enumerate(stages):
         flying = min(len(stages) - place, many)
         state = state_bytes(held, replicas, 1, "bf16", averages, 4)
-        memory.append((sum(state.values()) + ((flying - 1) * passage.kept + passage.peak) * times) / 1e9)
+        buckets = bucket_bytes(DEEPSPEED, held, "bf16", len(stages) > 1)
+        memory.append((sum(state.values()) + buckets + ((flying - 1) * passage.kept + passage.peak) * times) / 1e9)
         calls = tensor_bytes(passage.forward + passage.backward, tensor)
         wire = passage.wire_out + passage.wire_back if len(stages) > 1 else 0
         data = data_bytes(held, 2, replicas, 1, many, recompute=False, gradient=4)

@@ -50,14 +50,18 @@ def data_bytes(
         return {"data all_reduce of gradients": summed}
     if zero_stage == 3:
         rest = parameters - small
-        stays = min(1.0, reuse / max(1, (3 if recompute else 2) * rest))  # as a share of the rest: the last layers
-        gathered = rest * (2 - stays) * micro_batches + small
+        gathered = rest * (2 - share_that_stays(rest, recompute, reuse)) * micro_batches + small
         return {
             "data all_gather of weights": gathered / parameters * half,
             "data reduce_scatter of gradients": ring_bytes("reduce_scatter", sums, replicas) * micro_batches,
         }
     times = micro_batches if zero_stage == 2 else 1
     return {"data all_reduce of gradients": summed * times, "data all_gather of weights": half}
+
+
+def share_that_stays(elements: int, recompute: bool, reuse: int) -> float:
+    """Of ``elements`` that ZeRO 3 gathers for the forward pass, the share that stays for the backward pass."""
+    return min(1.0, reuse / max(1, (3 if recompute else 2) * elements))
 
 
 def least_data_bytes(parameters: int, item: int, replicas: int, gradient: int | None = None) -> float:

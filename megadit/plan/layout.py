@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from megadit.config import RunConfig
+from megadit.config.ds_buckets import bucket_bytes
 from megadit.config.ds_sums import gradient_bytes
 from megadit.parallel.balance import balanced_cuts, bubble_share
 from megadit.parallel.topology import Topology
 from megadit.plan.activations import Passage, count_passages
 from megadit.plan.bubble import idle_share
-from megadit.plan.communication import data_bytes, tensor_bytes
+from megadit.plan.communication import data_bytes, share_that_stays, tensor_bytes
 from megadit.plan.flops import stage_flops
 from megadit.plan.state import state_bytes
 
-_SMALL, _REUSE = 10**5, 10**9  # DeepSpeed's own stage3_param_persistence_threshold and stage3_max_reuse_distance
+# DeepSpeed's own stage3_param_persistence_threshold, stage3_max_reuse_distance and stage3_prefetch_bucket_size.
+_SMALL, _REUSE, _AHEAD = 10**5, 10**9, 5 * 10**7
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,7 +81,6 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
     flops = stage_flops(config.model)
     cuts = balanced_cuts(flops, parallel.pipeline)
     micro, many = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
-    added, _ = gradient_bytes(ds_config, train.precision)
     place = Topology(world, 0, parallel.tensor, parallel.pipeline)
     passages = count_passages(
         config.model,
@@ -92,8 +93,8 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
     )
     stages, blocks = [], 0
     for stage, (segment, passage) in enumerate(passages):
-        held = sum(p.numel() for p in segment.parameters())
-        own = segment.blocks
+        sizes = [p.numel() for p in segment.parameters()]
+        own, in_flight = segment.blocks, min(parallel.pipeline - stage, many)
         stages.append(
             StagePlan(
                 stage=stage,
@@ -103,10 +104,10 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
                     name for name, has in (("embedding", segment.is_first), ("readout", segment.is_last)) if has
                 ),
                 flops_share=sum(flops[cuts[stage] : cuts[stage + 1]]) / sum(flops),
-                parameters=held,
-                in_flight=min(parallel.pipeline - stage, many),
-                bytes=_bytes(config, held, passage, place.data, min(parallel.pipeline - stage, many), added),
-                sent=_sent(config, [p.numel() for p in segment.parameters()], passage, place.data, ds_config),
+                parameters=sum(sizes),
+                in_flight=in_flight,
+                bytes=_bytes(config, sizes, passage, place.data, in_flight, ds_config),
+                sent=_sent(config, sizes, passage, place.data, ds_config),
             )
         )
         blocks += own
@@ -129,35 +130,53 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
 
 
 def _bytes(
-    config: RunConfig, held: int, passage: Passage, replicas: int, in_flight: int, gradient: int
+    config: RunConfig, sizes: list[int], passage: Passage, replicas: int, in_flight: int, ds_config: dict[str, Any]
 ) -> dict[str, float]:
-    zero, precision, averages = config.parallel.zero_stage, config.train.precision, len(config.ema.names)
-    assert zero is not None  # resolved
-    state = state_bytes(held, replicas, zero, precision, averages, gradient)
-    return state | {"activations": float((in_flight - 1) * passage.kept + passage.peak)}
+    """``sizes``: elements of each parameter that a rank holds."""
+    precision, zero = config.train.precision, ds_config["zero_optimization"]
+    held, stage = sum(sizes), int(zero["stage"])
+    added, _ = gradient_bytes(ds_config, precision)
+    counted = state_bytes(held, replicas, stage, precision, len(config.ema.names), added)
+    buckets = bucket_bytes(ds_config, held, precision, config.parallel.pipeline > 1)
+    if buckets:
+        counted["buckets"] = buckets
+    if stage == 3 and replicas > 1:
+        small, recompute, reuse = _kept(config, sizes, ds_config)
+        ahead = zero.get("stage3_prefetch_bucket_size", _AHEAD)
+        stay = (held - small) * share_that_stays(held - small, recompute, reuse) + ahead
+        counted["gathered weights"] = (small + min(held - small, stay)) * _DTYPES[precision].itemsize
+    return counted | {"activations": float((in_flight - 1) * passage.kept + passage.peak)}
+
+
+def _kept(config: RunConfig, sizes: list[int], ds_config: dict[str, Any]) -> tuple[int, bool, int]:
+    """What decides which weights ZeRO 3 keeps gathered: elements that are so all the time, recomputation, and
+    the distance between two uses."""
+    zero = ds_config["zero_optimization"]
+    stays = zero.get("stage3_param_persistence_threshold", _SMALL)
+    small = sum(size for size in sizes if size <= stays)
+    return small, config.train.activation_checkpointing != "none", zero.get("stage3_max_reuse_distance", _REUSE)
 
 
 def _sent(
     config: RunConfig, sizes: list[int], passage: Passage, replicas: int, ds_config: dict[str, Any]
 ) -> dict[str, float]:
-    """``sizes``: elements of each parameter that a rank holds."""
     precision, zero = config.train.precision, ds_config["zero_optimization"]
     many = int(ds_config["gradient_accumulation_steps"])
     per_batch = tensor_bytes(Counter(passage.forward) + Counter(passage.backward), config.parallel.tensor)
     sent = {kind: size * many for kind, size in per_batch.items()}
     if config.parallel.pipeline > 1:
         sent["pipeline send"] = float((passage.wire_out + passage.wire_back) * many)
-    stays = zero.get("stage3_param_persistence_threshold", _SMALL)
+    small, recompute, reuse = _kept(config, sizes, ds_config)
     return sent | data_bytes(
         sum(sizes),
         _DTYPES[precision].itemsize,
         replicas,
         int(zero["stage"]),
         many,
-        recompute=config.train.activation_checkpointing != "none",
+        recompute=recompute,
         gradient=gradient_bytes(ds_config, precision)[1],
-        small=sum(size for size in sizes if size <= stays),
-        reuse=zero.get("stage3_max_reuse_distance", _REUSE),
+        small=small,
+        reuse=reuse,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config import OptimConfig
+from megadit.config.ds_buckets import with_bucket
 from megadit.config.run import ONLINE, EmaConfig
 from megadit.data import Batch
 from megadit.diffusion import NoisyBatch
@@ -53,6 +54,7 @@ class TrainingEngine:
         restore_linear()
         forget_groups()
         self.context = context
+        ds_config = with_bucket(ds_config, sum(p.numel() for p in model.parameters()))
         self._engine, self.optimizer, self.partitions = self._wrap(model, optim, schedule, ds_config, groups)
         self.ema = Ema(self.partitions, ema or EmaConfig())
         self.optimizer.check_table(0, "after deepspeed.initialize")
