@@ -64,6 +64,16 @@ def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_parts_in_float32_of_a_half_precision_model_are_counted(family):
+    # As the paper's PixArt and U-ViT ask for: the meta device knows no autocast that could be switched off.
+    found = {}
+    for precision in ("auto", "fp32"):
+        config = FAMILIES[family].model_copy(update={"attention_precision": precision, "norm_precision": precision})
+        [(_, found[precision])] = count_passages(config, (0, config.blocks + 2), BATCH, torch.bfloat16, "none")
+    assert found["fp32"].kept > found["auto"].kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_autograd_saves(family):
     config = FAMILIES[family]
     model = build_model(config)

@@ -22,7 +22,11 @@ Precision = Literal["auto", "fp32"]
 @contextmanager
 def without_autocast(x: Tensor) -> Iterator[None]:
     """Keep a surrounding autocast from taking float32 operands back to half precision."""
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device, where layouts are planned
+        yield
+        return
+    with torch.autocast(device, enabled=False):
         yield
 
 
