@@ -18,7 +18,7 @@ from megadit.config.ds_batch import BatchPlan, Size, plan_batch
 from megadit.config.ds_file import DsFile, read_ds_config
 from megadit.config.ds_sums import sum_keys, sum_warnings
 from megadit.config.ds_wishes import Wish, offloads_optimizer, wishes
-from megadit.config.layout import replicas
+from megadit.config.layout import nearest_layout, replicas
 from megadit.config.loader import LoadedConfig, replace
 from megadit.config.run import RunConfig
 from megadit.errors import UserError
@@ -100,19 +100,35 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
     total = _asked("train.global_batch", "train_batch_size", file, loaded)
     micro = _asked("train.micro_batch", "train_micro_batch_size_per_gpu", file, loaded)
     accumulation = _ds_size("gradient_accumulation_steps", file)
-    copies, stages = replicas(config, world_size), config.parallel.pipeline
-    default_micro = config.train.micro_batch
-    if stages > 1 and default_micro is None:
-        default_micro = max(config.train.global_batch // (copies * _MICRO_BATCHES_PER_STAGE * stages), 1)
-    return plan_batch(
-        copies,
-        shared=world_size // copies,
-        global_batch=total,
-        micro_batch=micro,
-        accumulation=accumulation,
-        default_global=Size(config.train.global_batch, "train.global_batch", "a default"),
-        default_micro=default_micro,
-    )
+    stages = config.parallel.pipeline
+
+    def planned(copies: int) -> BatchPlan:
+        default_micro = config.train.micro_batch
+        if stages > 1 and default_micro is None:
+            default_micro = max(config.train.global_batch // (copies * _MICRO_BATCHES_PER_STAGE * stages), 1)
+        return plan_batch(
+            copies,
+            shared=world_size // copies,
+            global_batch=total,
+            micro_batch=micro,
+            accumulation=accumulation,
+            default_global=Size(config.train.global_batch, "train.global_batch", "a default"),
+            default_micro=default_micro,
+        )
+
+    def fits(copies: int) -> bool:
+        try:
+            planned(copies)
+        except UserError:
+            return False
+        return True
+
+    copies = replicas(config, world_size, fits)
+    try:
+        return planned(copies)
+    except UserError as error:
+        layout = nearest_layout(config, world_size, fits)
+        raise UserError(f"{error}, or the layout {layout}" if layout else str(error)) from None
 
 
 def _asked(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> Size | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import log2
 from typing import TYPE_CHECKING
 
 from megadit.errors import UserError
@@ -45,12 +47,12 @@ def _pipeline_problem(config: RunConfig) -> str | None:
     if zero == 0:
         return (
             f"parallel.zero_stage: 0 does not go with parallel.pipeline {stages}, where DeepSpeed would clip by a norm "
-            "without the other stages; set zero_stage=1"
+            "without the other stages; set parallel.zero_stage=1"
         )
     if zero in (2, 3):
         return (
             f"parallel.zero_stage: {zero} does not go with parallel.pipeline {stages}, whose micro batches add up "
-            "gradients that it would share out after each; set zero_stage=1, or pipeline=1"
+            "gradients that it would share out after each; set parallel.zero_stage=1, or parallel.pipeline=1"
         )
     if config.train.compile:
         return f"train.compile: true does not go with parallel.pipeline {stages}; set it to false"
@@ -62,7 +64,7 @@ def _sequence_problem(config: RunConfig) -> str | None:
         return None
     return (
         "parallel.sequence: true cuts tokens between tensor-parallel ranks, and there is one; set parallel.tensor to 2 "
-        "or more, or sequence=false"
+        "or more, or parallel.sequence=false"
     )
 
 
@@ -74,7 +76,8 @@ def _tensor_problem(config: RunConfig) -> str | None:
             possible = [n for n in range(1, count + 1) if model.num_heads % n == 0 and hidden % n == 0]
             below = max(n for n in possible if n < size)
             above = [n for n in possible if n > size][:1]
-            nearest = " or ".join(map(str, [below, *above]))
+            alone = " with parallel.sequence=false" if below == 1 and config.parallel.sequence else ""
+            nearest = " or ".join(map(str, [f"{below}{alone}", *above]))
             return f"parallel.tensor: {size} does not divide {what}, {count}; the nearest possible: {nearest}"
     if size > 1 and config.train.compile:
         return (
@@ -84,21 +87,47 @@ def _tensor_problem(config: RunConfig) -> str | None:
     return None
 
 
-def replicas(config: RunConfig, world_size: int) -> int:
-    """Data-parallel replicas of ``world_size`` processes.
+def replicas(config: RunConfig, world_size: int, fits: Callable[[int], bool] = lambda copies: True) -> int:
+    """Data-parallel replicas of ``world_size`` processes; ``fits``: whether that many could share the batch.
 
     Raises:
-        UserError: the processes cannot be shared out; the nearest possible numbers are named.
+        UserError: the processes cannot be shared out; the nearest possible numbers of them are named, and the nearest
+            layout of as many as there are.
     """
     parallel = config.parallel
     size = parallel.tensor * parallel.pipeline
-    if world_size % size:
-        below = world_size // size * size
-        nearest = f"are {below} and {below + size}" if below else f"is {size}"
-        key = "tensor" if parallel.pipeline == 1 else "pipeline"
-        times = f" times parallel.tensor {parallel.tensor}" if key == "pipeline" and parallel.tensor > 1 else ""
-        raise UserError(
-            f"parallel.{key}: {getattr(parallel, key)}{times} does not divide the {world_size} "
-            f"process{'es' if world_size > 1 else ''} of this run; the nearest possible number of processes {nearest}"
-        )
-    return world_size // size
+    copies, rest = divmod(world_size, size)
+    if not rest:
+        return copies
+    below = next(filter(fits, range(copies, 0, -1)), None)
+    above = next(filter(fits, range(copies + 1, copies + 1 + config.train.global_batch)), None)
+    # Where the batch fits none, it is what is refused next.
+    numbers = [n * size for n in (below, above) if n] or [(copies + 1) * size]
+    nearest = f"numbers of processes are {numbers[0]} and {numbers[1]}" if numbers[1:] else f"is {numbers[0]}"
+    key = "tensor" if parallel.pipeline == 1 else "pipeline"
+    times = f" times parallel.tensor {parallel.tensor}" if key == "pipeline" and parallel.tensor > 1 else ""
+    layout = nearest_layout(config, world_size, fits)
+    raise UserError(
+        f"parallel.{key}: {getattr(parallel, key)}{times} does not divide the {world_size} "
+        f"process{'es' if world_size > 1 else ''} of this run; the nearest possible {nearest}"
+        + (f", or for {world_size}: {layout}" if layout else "")
+    )
+
+
+def nearest_layout(config: RunConfig, world_size: int, fits: Callable[[int], bool]) -> str | None:
+    """The possible layout of ``world_size`` processes that is nearest to what ``parallel`` asks, as the overrides that
+    make it; None if there is no other."""
+    asked = config.parallel
+    found = []
+    for size in (n for n in range(1, world_size + 1) if world_size % n == 0):
+        for tensor in (n for n in range(1, size + 1) if size % n == 0):
+            changes = {"tensor": tensor, "pipeline": size // tensor, "sequence": asked.sequence and tensor > 1}
+            other = config.model_copy(update={"parallel": asked.model_copy(update=changes)})
+            if other.parallel != asked and layout_problem(other) is None and fits(world_size // size):
+                far = abs(log2(tensor / asked.tensor)) + abs(log2(changes["pipeline"] / asked.pipeline))
+                found.append((far, -size, changes))  # of two as near the one that holds less per rank
+    if not found:
+        return None
+    _, _, changes = min(found, key=lambda entry: entry[:2])
+    new = {key: value for key, value in changes.items() if value != getattr(asked, key)}
+    return " ".join(f"parallel.{key}={str(value).lower()}" for key, value in new.items())

@@ -1,5 +1,9 @@
 """Layouts that cannot work are refused in one sentence that names the nearest ones that can."""
 
+import itertools
+import json
+import re
+
 import pytest
 
 from helpers.training import small_config
@@ -33,17 +37,52 @@ def test_what_the_model_does_not_allow(parallel, sections, sentence):
     ("parallel", "world", "sentence"),
     [
         ({"tensor": 2}, 5, "parallel.tensor: 2 does not divide the 5 processes of this run; the nearest possible "
-         "number of processes are 4 and 6"),
-        ({"tensor": 2}, 1, "parallel.tensor: 2 does not divide the 1 process of this run; the nearest possible "
-         "number of processes is 2"),
+         "numbers of processes are 4 and 8"),
+        ({"tensor": 2}, 1, "parallel.tensor: 2 does not divide the 1 process of this run; the nearest possible is 2, "
+         "or for 1: parallel.tensor=1"),
         ({"tensor": 2, "pipeline": 2}, 6, "parallel.pipeline: 2 times parallel.tensor 2 does not divide the 6 "
-         "processes of this run; the nearest possible number of processes are 4 and 8"),
+         "processes of this run; the nearest possible numbers of processes are 4 and 8, or for 6: parallel.pipeline=3"),
+        ({"tensor": 2, "sequence": True}, 3, "parallel.tensor: 2 does not divide the 3 processes of this run; the "
+         "nearest possible numbers of processes are 2 and 4, or for 3: parallel.tensor=1 parallel.pipeline=3 "
+         "parallel.sequence=false"),
+        ({}, 6, "train.global_batch: 16 (a default) is not a multiple of 6 processes; the nearest possible are 12 and "
+         "18, or the layout parallel.pipeline=3"),
     ],
 )  # fmt: skip
 def test_what_the_processes_do_not_allow(parallel, world, sentence):
     with pytest.raises(UserError) as caught:
         merge_ds_config(LoadedConfig(small_config(parallel=parallel)), None, world)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("more", [{}, {"sequence": True}, {"zero_stage": 2}], ids=str)
+def test_what_is_offered_instead_is_possible(more):
+    offers = set()
+    for tensor, pipeline, world in itertools.product((1, 2), (1, 2, 3, 4), range(1, 14)):
+        parallel = {"tensor": tensor, "pipeline": pipeline, **more}
+        try:
+            merge_ds_config(LoadedConfig(config := small_config(parallel=parallel)), None, world)
+        except ValueError:  # by the model, whatever the number of processes
+            continue
+        except UserError as error:
+            refused = str(error)
+        else:
+            continue
+        if "number" in refused:
+            for number in re.findall(r"\d+", refused.partition("processes are")[2].partition(",")[0]):
+                merge_ds_config(LoadedConfig(config), None, int(number))
+                offers.add("processes")
+        if overrides := dict(re.findall(r"parallel\.(\w+)=(\w+)", refused)):
+            changed = {**parallel, **{key: json.loads(value) for key, value in overrides.items()}}
+            merge_ds_config(LoadedConfig(small_config(parallel=changed)), None, world)
+            offers.add("layout")
+    assert offers == {"processes", "layout"}
+
+
+def test_one_rank_to_a_layer_is_offered_without_cut_tokens():
+    parallel = {"tensor": 2, "sequence": True}
+    with pytest.raises(ValueError, match=r"the nearest possible: 1 with parallel.sequence=false or 3"):
+        small_config(parallel=parallel, model={"width": 96, "heads": 3})
 
 
 def test_the_batch_is_shared_by_replicas_alone():
