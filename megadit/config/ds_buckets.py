@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megadit.config.ds_file import DsFile
 from megadit.config.ds_sums import gradient_bytes
+from megadit.config.ds_wishes import offloads_optimizer
 
 _MOST = 5 * 10**8  # DeepSpeed's own
 
@@ -23,11 +25,15 @@ def with_bucket(ds_config: Mapping[str, Any], held: int) -> dict[str, Any]:
 def bucket_bytes(ds_config: Mapping[str, Any], held: int, precision: str, pipeline: bool) -> float:
     """Bytes of all such buffers of a rank that holds ``held`` parameters, as DeepSpeed 0.19 allocates them.
 
-    One at stages 1 to 3, a second to fill while the first is sent (``overlap_comm``), and another in pipelines.
+    One at stages 1 to 3, and at 1 and 2 a second to fill while the first is sent (``overlap_comm``), or to send from in
+    pipelines, which overlap nothing.
     """
     zero = with_bucket(ds_config, held)["zero_optimization"]
     stage = int(zero["stage"])
-    if stage == 0 or not zero.get("contiguous_gradients", True):
+    contiguous = zero.get("contiguous_gradients", True)
+    if stage < 3 and offloads_optimizer(DsFile({"zero_optimization": zero}, "ds_config")):
+        contiguous = True  # whatever the file says
+    if stage == 0 or not contiguous:
         return 0.0
     added, sent = gradient_bytes(ds_config, precision)
     working = gradient_bytes({}, precision)[0]
@@ -35,4 +41,4 @@ def bucket_bytes(ds_config: Mapping[str, Any], held: int, precision: str, pipeli
     if stage == 3:
         return float(size * sent)
     first = added if stage == 1 else working
-    return float(size * (first * (2 if zero.get("overlap_comm") else 1) + (sent if pipeline else 0)))
+    return float(size * (first + (sent if pipeline else first if zero.get("overlap_comm") else 0)))

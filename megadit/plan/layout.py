@@ -19,8 +19,8 @@ from megadit.plan.communication import data_bytes, share_that_stays, tensor_byte
 from megadit.plan.flops import stage_flops
 from megadit.plan.state import state_bytes
 
-# DeepSpeed's own stage3_param_persistence_threshold, stage3_max_reuse_distance and stage3_prefetch_bucket_size.
-_SMALL, _REUSE, _AHEAD = 10**5, 10**9, 5 * 10**7
+# DeepSpeed's own stage3_param_persistence_threshold, stage3_max_reuse_distance and stage3_max_live_parameters.
+_SMALL, _REUSE, _LIVE = 10**5, 10**9, 10**9
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -142,8 +142,9 @@ def _bytes(
         counted["buckets"] = buckets
     if stage == 3 and replicas > 1:
         small, recompute, reuse = _kept(config, sizes, ds_config)
-        ahead = zero.get("stage3_prefetch_bucket_size", _AHEAD)
-        stay = (held - small) * share_that_stays(held - small, recompute, reuse) + ahead
+        stay = (held - small) * share_that_stays(held - small, recompute, reuse)
+        if zero.get("stage3_prefetch_bucket_size") != 0:  # every layer fetches more, faster than they are let go
+            stay = max(stay, zero.get("stage3_max_live_parameters", _LIVE))
         counted["gathered weights"] = (small + min(held - small, stay)) * _DTYPES[precision].itemsize
     return counted | {"activations": float((in_flight - 1) * passage.kept + passage.peak)}
 

@@ -66,6 +66,12 @@ def planned(config: RunConfig, world: int, ds: dict[str, Any] | None) -> tuple[S
         ({"zero_stage": 3}, "bf16", {}),
         ({"pipeline": 2}, "bf16", {}),
         ({"pipeline": 2}, "fp32", {}),
+        ({"pipeline": 2}, "bf16", {"zero_optimization": {"stage": 1, "overlap_comm": True}}),
+        (
+            {"zero_stage": 1},
+            "bf16",
+            {"zero_optimization": {"contiguous_gradients": False, "offload_optimizer": {"device": "cpu"}}},
+        ),
     ],
     ids=str,
 )
@@ -76,6 +82,21 @@ def test_a_rank_holds_the_buckets_and_weights_that_are_planned(tmp_path, paralle
         stage = stages[rank if len(stages) > 1 else 0]
         assert buckets == stage.bytes["buckets"]
         assert gathered == stage.bytes.get("gathered weights", 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ahead", "live", "reuse"),
+    [(1000, 40000, 0), (1000, 10000, 60000), (0, 40000, 0)],
+    ids=["fetched ahead", "used again soon", "neither"],
+)
+def test_zero_3_keeps_what_is_planned_of_weights_that_it_may_let_go(tmp_path, ahead, live, reuse):
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": ahead}
+    zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse}
+    config = config_of(zero_stage=3)
+    [stage] = planned(config, 2, {"zero_optimization": zero})
+    for _, gathered in run_ranks(2, held_beside, config, str(tmp_path), {"zero_optimization": zero}):
+        assert gathered == pytest.approx(stage.bytes["gathered weights"], rel=0.05)  # whole tensors come and go
 
 
 def test_a_bucket_is_no_larger_than_what_fills_it():
