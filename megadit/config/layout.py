@@ -42,7 +42,7 @@ def _pipeline_problem(config: RunConfig) -> str | None:
     if stages > blocks + 2:
         return (
             f"parallel.pipeline: {stages} is more than the {blocks + 2} stages of a model of {blocks} blocks; the "
-            f"nearest possible: {blocks + 2}"
+            f"nearest for this model: {blocks + 2}"
         )
     if zero == 0:
         return (
@@ -78,7 +78,7 @@ def _tensor_problem(config: RunConfig) -> str | None:
             above = [n for n in possible if n > size][:1]
             alone = " with parallel.sequence=false" if below == 1 and config.parallel.sequence else ""
             nearest = " or ".join(map(str, [f"{below}{alone}", *above]))
-            return f"parallel.tensor: {size} does not divide {what}, {count}; the nearest possible: {nearest}"
+            return f"parallel.tensor: {size} does not divide {what}, {count}; the nearest for this model: {nearest}"
     if size > 1 and config.train.compile:
         return (
             f"train.compile: true does not go with parallel.tensor {size}, whose collectives cut what is compiled into "

@@ -17,8 +17,8 @@ SIX = {"model": {"width": 96, "heads": 6}}
 @pytest.mark.parametrize(
     ("parallel", "sections", "sentence"),
     [
-        ({"tensor": 4}, SIX, "parallel.tensor: 4 does not divide model.heads, 6; the nearest possible: 3 or 6"),
-        ({"tensor": 8}, SIX, "parallel.tensor: 8 does not divide model.heads, 6; the nearest possible: 6"),
+        ({"tensor": 4}, SIX, "parallel.tensor: 4 does not divide model.heads, 6; the nearest for this model: 3 or 6"),
+        ({"tensor": 8}, SIX, "parallel.tensor: 8 does not divide model.heads, 6; the nearest for this model: 6"),
         ({"sequence": True}, {}, "parallel.sequence: true cuts tokens between tensor-parallel ranks, and there is one"),
         ({"pipeline": 5}, {}, "parallel.pipeline: 5 is more than the 4 stages of a model of 2 blocks; the nearest "),
         ({"pipeline": 2, "zero_stage": 0}, {}, "parallel.zero_stage: 0 does not go with parallel.pipeline 2, where"),
@@ -81,7 +81,7 @@ def test_what_is_offered_instead_is_possible(more):
 
 def test_one_rank_to_a_layer_is_offered_without_cut_tokens():
     parallel = {"tensor": 2, "sequence": True}
-    with pytest.raises(ValueError, match=r"the nearest possible: 1 with parallel.sequence=false or 3"):
+    with pytest.raises(ValueError, match=r"the nearest for this model: 1 with parallel.sequence=false or 3"):
         small_config(parallel=parallel, model={"width": 96, "heads": 3})
 
 
