@@ -28,8 +28,8 @@ def of_another_rank(error: BaseException) -> str | None:
 
 
 def explain_timeout(error: BaseException, limit_s: float) -> None:
-    """Add to an error of a collective that waited too long what that means."""
-    if isinstance(error, RuntimeError) and _LATE.search(str(error)):
+    """Add to an error of a collective that waited too long what that means, once."""
+    if isinstance(error, RuntimeError) and _LATE.search(str(error)) and not hasattr(error, "__notes__"):
         error.add_note(
             f"This rank waited in a collective for longer than parallel.timeout_s, {limit_s:g} s: another rank hangs, "
             "is far behind or cannot be reached. Raise the limit if it only needs longer."

@@ -33,7 +33,7 @@ from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.agreement import check_agreement, flat
 from megadit.parallel.balance import balanced_cuts
 from megadit.parallel.compilation import compile_blocks
-from megadit.parallel.last_words import of_another_rank
+from megadit.parallel.last_words import explain_timeout, of_another_rank
 from megadit.parallel.topology import Groups, Topology
 from megadit.plan.flops import stage_flops
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
@@ -105,7 +105,9 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
         told = _full_disk(error, job.run_dir) or error
         code = EXIT_BAD_INPUT if isinstance(told, UserError) else EXIT_FAILURE
         step = start.step if run is None else run.position.step
-        reason = of_another_rank(told) or f"{type(told).__name__}: {told}"
+        explain_timeout(told, job.config.parallel.timeout_s)
+        said = [f"{type(told).__name__}: {told}", *getattr(told, "__notes__", ())]
+        reason = of_another_rank(told) or " ".join(said)
         directory.write_failure(code, reason, step)
         if told is error:
             raise

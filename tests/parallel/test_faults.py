@@ -151,6 +151,7 @@ def test_a_command_ends_and_says_why(tmp_path: Path, launcher: str, fault: str) 
         assert "planted on rank 1" in "\n".join(told.strip().splitlines()[-12:]) or launcher != "torchrun"
     elif fault.endswith("stop"):
         assert "longer than parallel.timeout_s, 15 s" in told and time.monotonic() - begin < 200
-        assert "Timed out" in json.loads((folder / "exit.json").read_text())["reason"]
+        reason = json.loads((folder / "exit.json").read_text())["reason"]
+        assert "Timed out" in reason and "longer than parallel.timeout_s, 15 s" in reason
     elif fault.endswith("config"):
         assert "optim.lr is 0.0078125 on rank 0, 0.123 on rank 1" in told

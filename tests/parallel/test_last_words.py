@@ -22,8 +22,9 @@ def test_what_follows_from_another_rank_is_one_line() -> None:
 
 def test_a_timeout_names_its_key() -> None:
     late, other = RuntimeError(LATE), RuntimeError("shapes differ")
-    explain_timeout(late, 15.0)
-    explain_timeout(other, 15.0)
+    for error in (late, late, other):
+        explain_timeout(error, 15.0)
+    assert len(late.__notes__) == 1
     assert "parallel.timeout_s, 15 s" in late.__notes__[0] and not hasattr(other, "__notes__")
 
 
