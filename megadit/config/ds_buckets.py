@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megadit.config.ds_file import DsFile
+from megadit.config.ds_offload import offloads_optimizer
 from megadit.config.ds_sums import gradient_bytes
-from megadit.config.ds_wishes import offloads_optimizer
 
 _MOST = 5 * 10**8  # DeepSpeed's own
 
@@ -30,9 +29,8 @@ def bucket_bytes(ds_config: Mapping[str, Any], held: int, precision: str, pipeli
     """
     zero = with_bucket(ds_config, held)["zero_optimization"]
     stage = int(zero["stage"])
-    contiguous = zero.get("contiguous_gradients", True)
-    if stage < 3 and offloads_optimizer(DsFile({"zero_optimization": zero}, "ds_config")):
-        contiguous = True  # whatever the file says
+    # Offload at stages 1 and 2 has them whatever the file says.
+    contiguous = zero.get("contiguous_gradients", True) or (stage < 3 and offloads_optimizer(zero))
     if stage == 0 or not contiguous:
         return 0.0
     added, sent = gradient_bytes(ds_config, precision)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadit.config.ds_file import DsFile
+from megadit.config.ds_offload import offloads_optimizer
 from megadit.config.run import RunConfig
 from megadit.errors import UserError
 
@@ -166,7 +167,7 @@ def _implementation(name: str, params: dict[str, Any], file: DsFile, config: Run
     if params.get("torch_adam") is True and config.optim.implementation.startswith("deepspeed"):
         return Wish(key, "torch-fused", "optimizer.params.torch_adam", True)
     if params.get("torch_adam") is False:
-        own = "deepspeed-cpu" if offloads_optimizer(file) else "deepspeed-fused"
+        own = "deepspeed-cpu" if offloads_optimizer(file.block("zero_optimization")) else "deepspeed-fused"
         return Wish(key, own, "optimizer.params.torch_adam", False)
     return None
 
@@ -182,15 +183,6 @@ def _mup_package(kind: str, params: dict[str, Any], file: DsFile, config: RunCon
         mode = "constant" if params.get("decoupled_wd") else "independent"
         yield Wish("optim.wd_vectors", True, "optimizer.type", kind)
         yield Wish("optim.wd_mode", mode, "optimizer.params.decoupled_wd", bool(params.get("decoupled_wd")))
-
-
-def offloads_optimizer(file: DsFile) -> bool:
-    """Whether the file keeps master weights and moments on the CPU."""
-    zero = file.block("zero_optimization")
-    offload = zero.get("offload_optimizer")
-    if isinstance(offload, dict):
-        return offload.get("device", "none") not in (None, "none")
-    return bool(zero.get("cpu_offload"))
 
 
 _FLATTENS = {

@@ -16,8 +16,9 @@ from typing import Any
 
 from megadit.config.ds_batch import BatchPlan, Size, plan_batch
 from megadit.config.ds_file import DsFile, read_ds_config
+from megadit.config.ds_offload import offloads_optimizer, offloads_parameters
 from megadit.config.ds_sums import sum_keys, sum_warnings
-from megadit.config.ds_wishes import Wish, offloads_optimizer, wishes
+from megadit.config.ds_wishes import Wish, wishes
 from megadit.config.layout import nearest_layout, replicas
 from megadit.config.loader import LoadedConfig, replace
 from megadit.config.run import RunConfig
@@ -57,11 +58,11 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
     }
     config = replace(config, resolved | _offload_changes(file, loaded, config), source=file.label)
     warnings = [*file.warnings, *sum_warnings(file, config, plan.accumulation)]
-    if stage == 0 and offloads_optimizer(file):
+    if stage == 0 and offloads_optimizer(file.block("zero_optimization")):
         warnings.append(
             f"zero_optimization.offload_optimizer: has no effect at ZeRO stage 0; set stage 1, 2 or 3 (in {file.label})"
         )
-    if stage < 3 and _offloads_parameters(file):
+    if stage < 3 and offloads_parameters(file.block("zero_optimization")):
         warnings.append(
             f"zero_optimization.offload_param: has no effect at ZeRO stage {stage}; set stage 3 (in {file.label})"
         )
@@ -160,7 +161,7 @@ def _zero_stage(config: RunConfig, world_size: int) -> int:
 
 def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> dict[str, Any]:
     """What optimizer offload asks of ``optim.implementation``."""
-    if not offloads_optimizer(file):
+    if not offloads_optimizer(file.block("zero_optimization")):
         return {}
     present = config.optim.implementation
     if present == "deepspeed-fused":
@@ -194,15 +195,10 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         # Partitioned wires may hold one tensor; megadit recomputes blocks itself.
         off = {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0}
         merged["pipeline"] = {**file.block("pipeline"), **off}
-    if offloads_optimizer(file):
+    if offloads_optimizer(file.block("zero_optimization")):
         merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
     ours = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
     return merged | {key: value for key, value in file.values.items() if key not in ours}
-
-
-def _offloads_parameters(file: DsFile) -> bool:
-    block = file.block("zero_optimization").get("offload_param")
-    return isinstance(block, dict) and block.get("device", "none") not in (None, "none")
 
 
 def _zero_block(file: DsFile, config: RunConfig) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from megadit.config import DataConfig, LoadedConfig, load
+from megadit.config.ds_offload import offloads_optimizer
 from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.data import ImageSet
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
@@ -159,7 +159,8 @@ def check_machine(job: Job) -> None:
     resolve_implementation(config.optim.implementation, device)
     if config.train.compile:
         check_compiler(device)
-    if config.optim.implementation == "deepspeed-cpu" and device.type == "cuda" and not _offloads(job.ds_config):
+    offloads = offloads_optimizer(job.ds_config["zero_optimization"])
+    if config.optim.implementation == "deepspeed-cpu" and device.type == "cuda" and not offloads:
         raise UserError(
             "optim.implementation: deepspeed-cpu steps on the CPU, but the weights are on the GPU; set "
             "zero_optimization.offload_optimizer in a --ds_config, or use auto"
@@ -168,12 +169,6 @@ def check_machine(job: Job) -> None:
         raise UserError(
             "train.wandb: true, but wandb is not installed; pip install 'megadit[tracking]' or set it to false"
         )
-
-
-def _offloads(ds_config: dict[str, Any]) -> bool:
-    zero = ds_config["zero_optimization"]
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    return device not in (None, "none") or bool(zero.get("cpu_offload"))
 
 
 def train(job: Job) -> int:
