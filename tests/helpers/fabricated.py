@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from megadit.config import ModelConfig
+from megadit.models import count_parameters
+from megadit.plan import forward_flops
 from megadit.search.results import COMPLETE, DIVERGED, StudyResults, TrialResult
 from megadit.search.study.plan import PlannedTrial, plan
 from megadit.search.study.study import Study, load_study
@@ -74,10 +76,10 @@ def fabricate(study: Study, loss: Loss, keep: Callable[[PlannedTrial], bool] = l
 
 @cache
 def _size(model: str) -> tuple[int, int]:
-    """(parameters, forward FLOPs) of a model given as JSON; the same few models come again and again."""
-    from megadit.models import count_parameters
-    from megadit.plan import forward_flops
+    """(parameters, forward FLOPs) of a model given as JSON; the same few models come again and again.
 
+    Counted by the functions as they were imported: what a test puts in their place would stay in the cache after it.
+    """
     config = ModelConfig.model_validate_json(model)
     return count_parameters(config, fixed=False), forward_flops(config)
 

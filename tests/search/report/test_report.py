@@ -26,13 +26,6 @@ THREE = {
 VOID = {"meta", "br", "path", "use", "rect", "image", "stop"}
 
 
-@pytest.fixture(autouse=True)
-def _quick_sizes(monkeypatch):
-    """Parameters and FLOPs of fabricated trials without building a model for each."""
-    monkeypatch.setattr("megadit.plan.forward_flops", lambda model: 1000 * model.width)
-    monkeypatch.setattr("megadit.models.count_parameters", lambda model, fixed: 12 * model.depth * model.width**2)
-
-
 def drifting(trial, scale):
     """muP stays, SP's optimum falls by an octave per octave and diverges soon above it."""
     loss = valley(-1.0 if trial.cell.variant == "sp" else 0.0)(trial, scale)
