@@ -8,6 +8,8 @@ from pydantic import Field
 
 from megadit.config.base import Section
 
+Crop = Literal["adm", "center"]
+
 
 class VaeConfig(Section):
     """An autoencoder folder that turns images into latents as they are read, or that the stored latents came from."""
@@ -63,6 +65,11 @@ class DataConfig(Section):
     condition: Literal["class", "text", "none"] = Field("class", description="what the model is told of an image")
     classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order; null: all")
     flip: bool = Field(False, description="mirror half of the images")
+    crop: Crop = Field(
+        "adm",
+        description="image-folder, and tars whose images have another size: how a square is cut. adm: as ADM and DiT, "
+        "box-filtered halvings, then bicubic; center: as PixArt-alpha, bilinear in one step. Both cut the centre",
+    )
     val_fraction: float = Field(0.05, ge=0, lt=1, description="share held out, split by base name")
     skin_tones: bool = Field(False, description="emoji: keep the skin-tone variants")
     workers: int = Field(0, ge=0, description="decoding processes per rank")

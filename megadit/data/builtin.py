@@ -32,7 +32,7 @@ def whole_set(config: DataConfig, *, labelled: bool) -> tuple[Subset, list[str]]
 
 def _whole(config: DataConfig, labelled: bool) -> ArraySet | FolderSet | TarSet:
     if config.name == "image-folder":
-        return load_folder(config.path, config.image_size, labelled=labelled)
+        return load_folder(config.path, config.image_size, labelled=labelled, crop=config.crop)
     if config.name == "webdataset":
         return load_tars(config)
     return _in_memory(config)

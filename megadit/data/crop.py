@@ -1,4 +1,4 @@
-"""Reading one image file: decode to RGB and ADM's centre crop."""
+"""Reading one image file: decode to RGB and cut the square in its centre."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megadit.config.data import Crop
 from megadit.errors import UserError
 
 _REMEDY = "replace the file or take it out of the set"
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """A size x size crop as ADM makes it (Dhariwal & Nichol 2021), which DiT and PixArt follow.
+def centre_crop(image: Image.Image, size: int, crop: Crop = "adm") -> Image.Image:
+    """A size x size crop.
 
-    Halve with a box filter while the shorter side is at least twice ``size``, scale bicubically until
-    the shorter side is ``size``, then cut the centre.
+    ``adm``: as ADM makes it (Dhariwal & Nichol 2021), and DiT after it. Halve with a box filter while the shorter side
+    is at least twice ``size``, scale bicubically until the shorter side is ``size``, then cut the centre.
+
+    ``center``: as PixArt-alpha's ``T.Resize(size), T.CenterCrop(size)`` of torchvision. Scale bilinearly (antialiased,
+    torchvision's default) until the shorter side is ``size``, the longer side rounded down, then cut the centre.
     """
+    return _adm(image, size) if crop == "adm" else _center(image, size)
+
+
+def _adm(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -28,12 +36,22 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """A file as uint8 (3, size, size): RGB (transparency on white), centre-cropped. EXIF rotation is not applied.
+def _center(image: Image.Image, size: int) -> Image.Image:
+    short = min(image.size)
+    if short != size:
+        width, height = (size * side // short for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)  # half to even, as torchvision's
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path: Path, size: int, crop: Crop = "adm") -> Tensor:
+    """A file as uint8 (3, size, size): RGB (transparency on white), cut as ``centre_crop`` does. EXIF rotation is not
+    applied.
 
     Raises ``UserError`` that names the file when it is empty, corrupt or not an image.
     """
-    image = centre_crop(read_rgb(path), size)
+    image = centre_crop(read_rgb(path), size, crop)
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
+from megadit.config.data import Crop
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.errors import UserError
@@ -31,6 +32,7 @@ class FolderSet:
     labels: tuple[int, ...]
     captions: tuple[str, ...]
     bases: tuple[str, ...]
+    crop: Crop = "adm"
     name: str = "image-folder"
     channels: int = 3
     notice: str = ""
@@ -46,7 +48,7 @@ class FolderSet:
         return Path(self.root, self.files[i])
 
     def image(self, i: int) -> Tensor:
-        return read_image(self.path(i), self.image_size)
+        return read_image(self.path(i), self.image_size, self.crop)
 
     def label(self, i: int) -> int:
         return self.labels[i]
@@ -61,7 +63,7 @@ class FolderSet:
         return {}
 
 
-def load_folder(path: str | None, image_size: int | None, *, labelled: bool) -> FolderSet:
+def load_folder(path: str | None, image_size: int | None, *, labelled: bool, crop: Crop = "adm") -> FolderSet:
     """List the images under ``path``; no file is opened but ``metadata.jsonl``, which decides alone if it is there.
 
     ``labelled``: whether classes are wanted. Without them all images below ``path`` are taken.
@@ -74,8 +76,10 @@ def load_folder(path: str | None, image_size: int | None, *, labelled: bool) -> 
         raise UserError(f"data.path: {path} is not a folder; give the folder that holds the images")
     size = image_size or DEFAULT_SIZE
     if (root / METADATA).is_file():
-        return _from_metadata(root, size, labelled)
-    return _from_classes(root, size) if labelled else _from_files(root, size)
+        found = _from_metadata(root, size, labelled)
+    else:
+        found = _from_classes(root, size) if labelled else _from_files(root, size)
+    return replace(found, crop=crop)
 
 
 def _from_classes(root: Path, size: int) -> FolderSet:

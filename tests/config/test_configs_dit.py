@@ -27,7 +27,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "repa_weight": 0.0,
     },
     "data": {
-        "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True,
+        "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True, "crop": "adm",
         "val_fraction": 0.0, "skin_tones": False, "classes": None,
         "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": None, "factor": 8}, "features": None,
         "text": {"encoder": "minilm", "path": None, "pooled": "none", "pooled_path": None, "precision": "fp32",

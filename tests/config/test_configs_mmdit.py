@@ -27,7 +27,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "repa_weight": 0.5,
     },
     "data": {
-        "name": "webdataset", "path": None, "image_size": 256, "condition": "text", "flip": False,
+        "name": "webdataset", "path": None, "image_size": 256, "condition": "text", "flip": False, "crop": "adm",
         "val_fraction": 0.001, "skin_tones": False, "classes": None,
         "workers": 4, "vae": {"path": None, "scale": None, "shift": None, "factor": 8},
         "features": {"encoder": "stored", "path": None, "image_size": 128, "cache": None},

@@ -34,8 +34,8 @@ def test_every_value_that_is_no_default(name: str) -> None:
             "text": {}, **shape,
         },
         "data": {
-            "name": "webdataset", "image_size": 256, "condition": "text", "val_fraction": 0.001, "workers": 10,
-            "vae": {"scale": 0.18215}, "text": {"encoder": "t5"},
+            "name": "webdataset", "image_size": 256, "condition": "text", "crop": "center", "val_fraction": 0.001,
+            "workers": 10, "vae": {"scale": 0.18215}, "text": {"encoder": "t5"},
         },
         "optim": {
             "lr": lr, "eps": 1e-10, "weight_decay": 0.03, "wd_vectors": True, "warmup_steps": 1000,

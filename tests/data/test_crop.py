@@ -1,14 +1,21 @@
-"""Decoding and the ADM centre crop, against references in numpy."""
+"""Decoding, and the crops of ADM and of PixArt-alpha, against references in numpy."""
 
 from __future__ import annotations
 
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from megadit.config import DataConfig
+from megadit.config.data import Crop
+from megadit.data import build_datasets
 from megadit.data.crop import centre_crop, check_header, read_image
+from megadit.data.tars.making import Sharding, make_shards, settings
 from megadit.errors import UserError
 
 
@@ -16,18 +23,29 @@ def noise(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def bicubic(array: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """Antialiased Catmull-Rom-like resampling (a = -1/2) along one axis, from the kernel's definition; float64."""
+def cubic(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel, a = -1/2."""
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+
+
+def triangle(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - x, 0)
+
+
+def resampled(
+    array: np.ndarray, size: int, axis: int, kernel: Callable[[np.ndarray], np.ndarray] = cubic, reach: int = 2
+) -> np.ndarray:
+    """Antialiased resampling along one axis, from the kernel's definition; float64."""
     array = np.moveaxis(array.astype(np.float64), axis, 0)
     scale = array.shape[0] / size
     support = max(scale, 1.0)
     rows = []
     for i in range(size):
         centre = (i + 0.5) * scale
-        # Pillow's window: [round-down(centre - 2 support + 1/2), round-down(centre + 2 support + 1/2))
-        low, high = max(0, int(centre - 2 * support + 0.5)), min(array.shape[0], int(centre + 2 * support + 0.5))
-        x = np.abs((np.arange(low, high) + 0.5 - centre) / support)
-        weight = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+        # Pillow's window: [round-down(centre - reach + 1/2), round-down(centre + reach + 1/2)), reach in support
+        low = max(0, int(centre - reach * support + 0.5))
+        high = min(array.shape[0], int(centre + reach * support + 0.5))
+        weight = kernel(np.abs((np.arange(low, high) + 0.5 - centre) / support))
         rows.append(np.tensordot(weight / weight.sum(), array[low:high], axes=1))
     return np.moveaxis(np.stack(rows), 0, axis)
 
@@ -40,8 +58,8 @@ def reference_crop(image: Image.Image, size: int) -> np.ndarray:
         array = np.floor((array[0::2] + array[1::2]) / 2 + 0.5)
     scale = size / min(array.shape[:2])
     height, width = (round(side * scale) for side in array.shape[:2])
-    array = np.clip(np.rint(bicubic(array, width, 1)), 0, 255)
-    array = np.clip(np.rint(bicubic(array, height, 0)), 0, 255)
+    array = np.clip(np.rint(resampled(array, width, 1)), 0, 255)
+    array = np.clip(np.rint(resampled(array, height, 0)), 0, 255)
     top, left = (height - size) // 2, (width - size) // 2
     return array[top : top + size, left : left + size]
 
@@ -59,10 +77,83 @@ def test_centre_crop_is_adms(height: int, width: int, size: int) -> None:
     assert difference.max() <= 1
 
 
-def test_a_crop_takes_the_centre() -> None:
+def reference_center(image: Image.Image, size: int) -> np.ndarray:
+    """``T.Resize(size), T.CenterCrop(size)`` on arrays: bilinear to the shorter side, the longer rounded down; cut."""
+    array = np.asarray(image).astype(np.float64)
+    short = min(array.shape[:2])
+    height, width = (int(size * side / short) for side in array.shape[:2])
+    array = np.clip(np.rint(resampled(array, width, 1, triangle, 1)), 0, 255)
+    array = np.clip(np.rint(resampled(array, height, 0, triangle, 1)), 0, 255)
+    top, left = round((height - size) / 2.0), round((width - size) / 2.0)
+    return array[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(64, 64, 16), (81, 47, 16), (48, 91, 10), (40, 29, 20), (17, 31, 16), (6, 9, 12)]
+)
+def test_center_is_pixarts(height: int, width: int, size: int) -> None:
+    image = noise(height, width)
+    cropped = np.asarray(centre_crop(image, size, "center")).astype(int)
+    assert cropped.shape == (size, size, 3)
+    assert np.abs(cropped - reference_center(image, size).astype(int)).max() <= 1
+    assert np.abs(cropped - np.asarray(centre_crop(image, size)).astype(int)).max() > 20  # ADM's is another picture
+
+
+@pytest.mark.parametrize(("width", "left"), [(9, 0), (11, 2), (13, 2), (15, 4)])
+def test_center_halves_an_odd_margin_as_torchvision_does(width: int, left: int) -> None:
+    """Of 1, 3, 5 and 7 spare columns the half rounds to even."""
+    columns = np.broadcast_to(np.arange(width, dtype=np.uint8)[None, :, None], (8, width, 3))
+    assert np.asarray(centre_crop(Image.fromarray(columns.copy()), 8, "center"))[0, 0, 0] == left
+
+
+@pytest.mark.parametrize("crop", ["adm", "center"])
+def test_a_crop_takes_the_centre(crop: Crop) -> None:
     strip = np.zeros((8, 24, 3), np.uint8)
     strip[:, 8:16] = 200
-    assert np.unique(np.asarray(centre_crop(Image.fromarray(strip), 8))).tolist() == [200]
+    assert np.unique(np.asarray(centre_crop(Image.fromarray(strip), 8, crop))).tolist() == [200]
+
+
+def test_folders_and_tars_are_cut_as_data_crop_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a").mkdir()
+    noise(64, 96).save(tmp_path / "a" / "0.png")
+    noise(64, 96).save(tmp_path / "a" / "1.png")
+    crops: dict[Crop, np.ndarray] = {
+        crop: np.asarray(centre_crop(noise(64, 96), 16, crop)).transpose(2, 0, 1) for crop in ("adm", "center")
+    }
+    common = {"image_size": 16, "val_fraction": 0.0, "condition": "none"}
+    folder = DataConfig(name="image-folder", path=str(tmp_path / "a"), **common)
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:  # other people's tars hold images as they are
+        tar.add(tmp_path / "a" / "0.png", "0.png")
+    tars = DataConfig(name="webdataset", path=str(tmp_path / "x-0.tar"), **common)
+    for crop, expected in crops.items():
+        for config in (folder, tars):
+            found = build_datasets(config.model_copy(update={"crop": crop}))[0]
+            np.testing.assert_array_equal(found.image(0).numpy(), expected)
+    assert folder.crop == "adm"
+
+
+def test_tars_remember_how_their_images_were_cut(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        noise(24, 40 + number).save(tmp_path / "a" / f"{number}.png")
+    common = {"image_size": 8, "condition": "none", "val_fraction": 0.0}
+    for crop in ("adm", "center"):
+        images = DataConfig(name="image-folder", path=str(tmp_path / "a"), crop=crop, **common)
+        make_shards(images, tmp_path / crop, Sharding("x", 10))
+    cut = DataConfig(name="webdataset", path=str(tmp_path / "center"), crop="center", **common)
+    assert torch.equal(build_datasets(cut)[0].image(0), build_datasets(images)[0].image(0))
+    with pytest.raises(UserError, match=r"^data\.crop: adm, but .* were cut by center when it was written; set"):
+        build_datasets(cut.model_copy(update={"crop": "adm"}))
+    with pytest.raises(UserError, match=r"^data\.crop: center, but .* were cut by adm .*; set data\.crop=adm, or"):
+        build_datasets(cut.model_copy(update={"path": str(tmp_path / "adm")}))
+    # What has another size is cut again, and how is free.
+    assert build_datasets(cut.model_copy(update={"crop": "adm", "image_size": 4}))[0].image(0).shape == (3, 4, 4)
+
+
+def test_tars_begun_before_the_key_are_gone_on_with(tmp_path: Path) -> None:
+    """Their recipe holds no ``crop``; the default one is what they were cut by."""
+    assert "crop" not in settings(DataConfig()) and settings(DataConfig(crop="center"))["crop"] == "center"
 
 
 def test_an_image_of_the_right_size_is_untouched(tmp_path: Path) -> None:

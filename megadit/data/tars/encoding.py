@@ -31,7 +31,7 @@ from megadit.data.tars.layout import (
     POOLED,
     TEXT,
 )  # fmt: skip
-from megadit.data.tars.making import Progress, Sharding, facts_of, key_of, words
+from megadit.data.tars.making import Progress, Sharding, facts_of, key_of, settings, words
 from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError
@@ -83,7 +83,7 @@ def encode_set(
     images, bases = whole_set(config, labelled=config.condition == "class")
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
-    made = {"command": "encode", "data": config.model_dump(mode="json"), **asdict(encoding), "stored": asdict(stored)}
+    made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}
     writer = SetWriter(folder, sharding.prefix, per_shard=sharding.per_shard, max_bytes=sharding.max_bytes, recipe=made)
     try:
         done = writer.done

@@ -43,7 +43,7 @@ def make_shards(
     images, bases = whole_set(config, labelled=config.condition == "class")
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
-    made = {"command": "make_shards", "data": config.model_dump(mode="json"), "image": image, "quality": quality}
+    made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}
     writer = SetWriter(folder, sharding.prefix, per_shard=sharding.per_shard, max_bytes=sharding.max_bytes, recipe=made)
     try:
         for i in range(writer.done, len(images)):
@@ -55,6 +55,16 @@ def make_shards(
         writer.abandon()
         raise
     return writer.finish(facts_of(images, made))
+
+
+def settings(config: DataConfig) -> dict[str, Any]:
+    """The data section as recipe and manifest keep it: ``crop`` where it is not the default, which sets that were
+    begun before it was a key go on with.
+    """
+    values = config.model_dump(mode="json")
+    if values["crop"] == DataConfig.model_fields["crop"].default:
+        del values["crop"]
+    return values
 
 
 def key_of(i: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megadit.config.data import Crop
 from megadit.data.crop import centre_crop, to_rgb
 from megadit.errors import UserError
 
@@ -36,7 +37,7 @@ def write_array(value: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def read_picture(data: bytes, channels: int, size: int, where: str) -> Tensor:
+def read_picture(data: bytes, channels: int, size: int, where: str, crop: Crop = "adm") -> Tensor:
     """An image member as uint8 (channels, size, size), centre-cropped if it has another size.
 
     Raises UserError that names ``where`` when it cannot be decoded.
@@ -50,7 +51,7 @@ def read_picture(data: bytes, channels: int, size: int, where: str) -> Tensor:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"data.path: cannot decode the image {where} ({reason}); {_REMEDY}") from None
     if image.size != (size, size):
-        image = centre_crop(image, size)
+        image = centre_crop(image, size, crop)
     pixels = np.array(image)
     return torch.from_numpy(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1).copy())
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.config import DataConfig
+from megadit.config.data import Crop
 from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.data.folder import DEFAULT_SIZE
 from megadit.data.tars import members
@@ -55,6 +56,7 @@ class TarSet:
     stored: StoredFacts | None = None
     extra: tuple[str, ...] = ()
     turned: bool = False
+    crop: Crop = "adm"  # of images of another size than image_size
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -75,7 +77,8 @@ class TarSet:
     def image(self, i: int) -> Tensor:
         if self.stored is None or not self.stored.channels:
             name = next((name for name in IMAGES if self.index.place(i, name)), IMAGES[0])
-            return members.read_picture(self.member(i, name), self.channels, self.image_size, self.where(i, name))
+            where = self.where(i, name)
+            return members.read_picture(self.member(i, name), self.channels, self.image_size, where, self.crop)
         stored = self.stored
         shape = ((2 if stored.moments else 1) * stored.channels, stored.size, stored.size)
         return self._array(i, LATENT_MIRRORED if self.turned else LATENT, shape)
@@ -177,6 +180,8 @@ def load_tars(config: DataConfig) -> TarSet:
         index = index.of_shards(numbers)
     stored = manifest.stored
     size = manifest.image_size if stored is not None and stored.channels else config.image_size or manifest.image_size
+    if size == manifest.image_size:
+        _check_crop(config, manifest, folder)
     return TarSet(
         name=manifest.name,
         classes=manifest.classes,
@@ -189,6 +194,7 @@ def load_tars(config: DataConfig) -> TarSet:
         sums=tuple(manifest.shards[number].sha256 for number in numbers),
         stored=stored,
         extra=_extra(config, stored),
+        crop=config.crop,
     )
 
 
@@ -202,6 +208,17 @@ def _numbers(manifest: Manifest, folder: Path, shards: list[Path], whole: bool) 
             "train on by a pattern"
         )
     return list(range(len(manifest.shards))) if whole else [number for _, number in found if number is not None]
+
+
+def _check_crop(config: DataConfig, manifest: Manifest, folder: Path) -> None:
+    """Hold ``data.crop`` against that of images which were cut when the set was written, and are not cut again."""
+    made = manifest.made.get("data", {})
+    was = made.get("crop", "adm" if made.get("name") == "image-folder" else config.crop)
+    if was != config.crop:
+        raise UserError(
+            f"data.crop: {config.crop}, but the images of {folder} were cut by {was} when it was written; set "
+            f"data.crop={was}, or write the set again"
+        )
 
 
 def _extra(config: DataConfig, stored: StoredFacts | None) -> tuple[str, ...]:
@@ -240,4 +257,5 @@ def _without_manifest(config: DataConfig, folder: Path, shards: list[Path]) -> T
         folder=str(folder),
         shards=files,
         index=index,
+        crop=config.crop,
     )
