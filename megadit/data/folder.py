@@ -14,6 +14,7 @@ from torch import Tensor
 from megadit.config.data import Crop
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
+from megadit.data.places import image_root
 from megadit.errors import UserError
 
 DEFAULT_SIZE = 256
@@ -69,11 +70,7 @@ def load_folder(path: str | None, image_size: int | None, *, labelled: bool, cro
     ``labelled``: whether classes are wanted. Without them all images below ``path`` are taken.
     Raises ``UserError`` for a missing folder, no images, or a metadata line that cannot be used.
     """
-    if path is None:
-        raise UserError("data.path: not given; image-folder needs the folder that holds the images")
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"data.path: {path} is not a folder; give the folder that holds the images")
+    root = image_root(path)
     size = image_size or DEFAULT_SIZE
     if (root / METADATA).is_file():
         found = _from_metadata(root, size, labelled)

@@ -43,18 +43,6 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()
 
 
-def find_idx(folder: Path, name: str) -> Path:
-    """The file ``name`` in ``folder``, plain, gzipped, or with a dot for the dash before "idx".
-
-    Raises ``UserError`` that names the file wanted.
-    """
-    dotted = name.replace("-idx", ".idx")
-    for candidate in (name, f"{name}.gz", dotted, f"{dotted}.gz"):
-        if (folder / candidate).is_file():
-            return folder / candidate
-    raise UserError(f"data.path: {folder} has no {name} or {name}.gz; give the folder that holds the idx files")
-
-
 def _content(path: Path) -> bytes:
     try:
         if path.suffix != ".gz":

@@ -7,10 +7,8 @@ Which codec a folder holds is told by ``_class_name`` of its ``config.json``.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ import torch
 from torch import Tensor
 
 from megadit.config.data import VaeConfig
+from megadit.data.codec_folder import PCA_CLASS, VAE_CLASS, CodecFacts, codec_facts, codec_folder, read_facts
 from megadit.data.dataset import StoredFacts
-from megadit.data.pca import PCA_CLASS, load_pca
+from megadit.data.pca import load_pca
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import batch_normal
 
-_CLASS = "AutoencoderKL"
 _PER_PASS = 16  # images through the autoencoder at once: its activations are far larger than its latents
 
 
@@ -73,8 +71,8 @@ class VaeCodec(Codec):
     def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
-        folder = _folder(config)
-        facts = _facts(folder)
+        folder = codec_folder(config)
+        facts = read_facts(folder)
         self.scale, self.shift = _scale_and_shift(config, facts)
         self.vae = _load(folder).to(self.device, torch.float32).eval().requires_grad_(False)
         self.factor = facts.factor
@@ -124,8 +122,8 @@ class PcaCodec(Codec):
     """
 
     def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
-        folder = _folder(config)
-        self.scale, _ = _scale_and_shift(config, _facts(folder))
+        folder = codec_folder(config)
+        self.scale, _ = _scale_and_shift(config, read_facts(folder))
         self.device = torch.device(device)
         self.pca = load_pca(folder).to(self.device)
         self.factor, self.channels = self.pca.factor, self.pca.channels
@@ -187,7 +185,7 @@ def build_codec(
         return StoredCodec(stored, config, device)
     if config is None:
         return PixelCodec()
-    return PcaCodec(config, device) if _facts(_folder(config)).name == PCA_CLASS else VaeCodec(config, device)
+    return PcaCodec(config, device) if codec_facts(config).name == PCA_CLASS else VaeCodec(config, device)
 
 
 def vae_at(config: VaeConfig | None, path: str | None) -> VaeConfig | None:
@@ -206,23 +204,6 @@ def vae_at(config: VaeConfig | None, path: str | None) -> VaeConfig | None:
     return given
 
 
-@dataclass(frozen=True)
-class CodecFacts:
-    """What a codec's ``config.json`` says."""
-
-    name: str
-    factor: int
-    channels: int
-    image_channels: int
-    scale: float
-    shift: float
-
-
-def codec_facts(config: VaeConfig) -> CodecFacts:
-    """What is known of the codec at ``data.vae.path`` without its weights. Raises UserError if it is no codec's."""
-    return _facts(_folder(config))
-
-
 def codec_scale(config: VaeConfig) -> tuple[float, float]:
     """(scale, shift) that ``data.vae`` comes to. Raises UserError if the folder is no codec's, or it contradicts."""
     return _scale_and_shift(config, codec_facts(config))
@@ -230,12 +211,12 @@ def codec_scale(config: VaeConfig) -> tuple[float, float]:
 
 def codec_identity(config: VaeConfig) -> str:
     """Class and SHA-256 (16 digits) of the weights at ``data.vae.path``."""
-    folder = _folder(config)
+    folder = codec_folder(config)
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"{_facts(folder).name}:{digest.hexdigest()[:16]}"
+    return f"{read_facts(folder).name}:{digest.hexdigest()[:16]}"
 
 
 def check_vae(
@@ -287,57 +268,12 @@ def _scale_and_shift(config: VaeConfig, facts: CodecFacts) -> tuple[float, float
     return scale, facts.shift if config.shift is None else config.shift
 
 
-def _folder(config: VaeConfig) -> Path:
-    if config.path is None:
-        raise UserError(
-            f"data.vae.path: is missing; give the folder of a diffusers {_CLASS} on this machine (sample.py: --vae)"
-        )
-    folder = Path(config.path)
-    _check(folder)
-    return folder
-
-
 def _load(folder: Path) -> Any:
     vae_class = import_diffusers().AutoencoderKL
     try:
         return vae_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever diffusers, safetensors or torch say about a damaged folder
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data.vae.path: {folder} does not load as an {_CLASS} ({reason}); fetch it again") from error
-
-
-def _facts(folder: Path) -> CodecFacts:
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    try:
-        if values["_class_name"] == PCA_CLASS:
-            factor, channels, of_images = values["factor"], values["channels"], values["image_channels"]
-        else:
-            blocks = len(values.get("block_out_channels", (64,)))  # these three defaults are AutoencoderKL's own
-            factor, channels = 2 ** (blocks - 1), values.get("latent_channels", 4)
-            of_images = values.get("in_channels", 3)
-        scale, shift = values.get("scaling_factor", 0.18215), values.get("shift_factor") or 0.0
-        name = str(values["_class_name"])
-        return CodecFacts(name, int(factor), int(channels), int(of_images), float(scale), float(shift))
-    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"data.vae.path: {folder / 'config.json'} does not describe a codec ({error!r}); fetch it again"
+            f"data.vae.path: {folder} does not load as an {VAE_CLASS} ({reason}); fetch it again"
         ) from error
-
-
-def _check(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(
-            f"data.vae.path: {folder} is not a folder; give the folder of a diffusers {_CLASS} on this machine"
-        )
-    config = folder / "config.json"
-    if not config.is_file():
-        inner = " (a pipeline: give its folder vae)" if (folder / "vae" / "config.json").is_file() else ""
-        raise UserError(f"data.vae.path: {folder} has no config.json{inner}; give the folder of a diffusers {_CLASS}")
-    try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"data.vae.path: {config} is not a JSON object; fetch the autoencoder again") from error
-    if name not in (_CLASS, PCA_CLASS):
-        raise UserError(f"data.vae.path: {folder} holds a {name}, not an {_CLASS}; give an {_CLASS} folder")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"data.vae.path: {folder} has no .safetensors weights; convert or fetch them in that format")

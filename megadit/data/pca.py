@@ -22,11 +22,11 @@ from torch.nn import functional
 from megadit.config.data import DataConfig
 from megadit.data.batch import scale_images
 from megadit.data.builtin import build_datasets
+from megadit.data.codec_folder import PCA_CLASS
 from megadit.data.dataset import ImageSet, stack_images
 from megadit.errors import UserError
 from megadit.files import save_tensors, whole_file
 
-PCA_CLASS = "PcaPatchCodec"
 _WEIGHTS = "codec.safetensors"
 _PER_PASS = 64
 

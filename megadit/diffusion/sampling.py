@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config.model import ModelConfig
-from megadit.config.run import ObjectiveConfig, RunConfig, SampleConfig
+from megadit.config.run import ObjectiveConfig, SampleConfig
+from megadit.config.samplers import needs_null
 from megadit.diffusion.schedulers import build_sampler
 from megadit.errors import UserError
 from megadit.rng import batch_normal, sample_keys, stream_key
@@ -72,7 +73,7 @@ def guided(
     if config.guidance == 1.0:
         return lambda x, time: _call(model, x, time, cond)
     if null_cond is None:
-        raise UserError(_needs_null(config.guidance))
+        raise UserError(needs_null(config.guidance))
     guided_channels = config.guidance_channels or model_config.in_channels
     if guided_channels > model_config.in_channels:
         raise UserError(
@@ -87,21 +88,6 @@ def guided(
         return torch.cat([start + config.guidance * (end - start), conditional[:, guided_channels:]], dim=1)
 
     return denoise
-
-
-def _needs_null(guidance: float) -> str:
-    return (
-        f"sample.guidance: {guidance:g} needs a model trained with and without conditions "
-        "(classes or texts, and objective.label_dropout above 0); set sample.guidance=1"
-    )
-
-
-def check_sampling(config: RunConfig) -> None:
-    """Raise UserError where ``sample.*`` does not suit the model, as drawing would after the training."""
-    build_sampler(config.objective, config.sample, learn_sigma=config.model.learn_sigma)
-    conditional = config.model.num_classes > 0 or config.model.text is not None
-    if config.sample.guidance != 1.0 and not (conditional and config.objective.label_dropout > 0):
-        raise UserError(_needs_null(config.sample.guidance))
 
 
 def _call(model: nn.Module, x: Tensor, time: float, cond: Conditioning) -> Tensor:

@@ -13,12 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from megadit.config.run import ObjectiveConfig, SampleConfig
+from megadit.config.samplers import check_steps, ends_at_zero, scheduler_name
 from megadit.diffusion.ddpm import schedule_betas
 from megadit.diffusion.timesteps import MODEL_TIME
-from megadit.errors import UserError
 from megadit.optional import import_diffusers
-
-_KINDS = {"ddpm": ("dpm", "ddpm", "ddim"), "flow": ("euler",)}  # objective.kind: its samplers, the default first
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,6 @@ class Sampler:
     uses_variance: bool
 
 
-def scheduler_name(objective: ObjectiveConfig, config: SampleConfig) -> str:
-    """``sample.scheduler`` with ``auto`` resolved. Raises UserError if the sampler is not one of this objective's."""
-    known = _KINDS[objective.kind]
-    if config.scheduler == "auto":
-        return known[0]
-    if config.scheduler not in known:
-        raise UserError(
-            f"sample.scheduler: {config.scheduler} does not sample models of objective.kind {objective.kind}; "
-            f"use {' or '.join(known)}"
-        )
-    return config.scheduler
-
-
 def build_sampler(objective: ObjectiveConfig, config: SampleConfig, *, learn_sigma: bool) -> Sampler:
     """The sampler for a model trained with ``objective``. Raises UserError if the two do not go together."""
     name = scheduler_name(objective, config)
@@ -62,10 +47,8 @@ def spaced_steps(total: int, count: int, *, down_to_zero: bool = True) -> list[i
     They end at step 0, as DiT respaces its schedule, or one interval before it. A single step is total - 1.
     Raises UserError if there are not that many.
     """
+    check_steps(total, count, down_to_zero=down_to_zero)
     intervals = count - 1 if down_to_zero else count
-    if intervals >= total:
-        most = total if down_to_zero else total - 1
-        raise UserError(f"sample.steps: {count} is more than this sampler and the model's schedule have; use {most}")
     points = np.linspace(total - 1, 0, max(intervals, 1) + 1).round()
     return [int(step) for step in points[:count]]
 
@@ -85,8 +68,7 @@ def _ddpm_sampler(name: str, objective: ObjectiveConfig, config: SampleConfig, l
         # DPM-Solver++ of order 1 is DDIM (Lu et al. 2022, section 4), and right at any number of steps.
         order = 1 if name == "ddim" else 2
         scheduler = diffusers.DPMSolverMultistepScheduler(**common, solver_order=order, algorithm_type="dpmsolver++")
-    # The multistep solver extrapolates: it stops short of step 0, whose log SNR lies far from that of the others.
-    steps = spaced_steps(total, config.steps, down_to_zero=name != "dpm")
+    steps = spaced_steps(total, config.steps, down_to_zero=ends_at_zero(name))
     scheduler.set_timesteps(timesteps=steps)
     return Sampler(
         scheduler=scheduler,

@@ -1,7 +1,8 @@
 """Checkpoints: named fragments of master weights and optimizer state that any layout reads. See docs/checkpoints.md.
 
 ======================  ============================================================
-checkpoint_format       names, the index, checksums
+checkpoint_names        where they lie, told by names alone
+checkpoint_format       the index, checksums
 checkpoint_write        ``save_checkpoint``: all ranks write, nothing torn is ever final
 checkpoint_read         ``StoredCheckpoint``: checks, restoring, plain models
 checkpoint_find         the newest sound one of a run
@@ -19,15 +20,15 @@ from torch import nn
 from megadit.config import RunConfig, load_config
 from megadit.config.run import ONLINE
 from megadit.errors import UserError
-from megadit.train.checkpoint_find import find_checkpoint, has_checkpoints, open_checkpoint, saved_step
+from megadit.train.checkpoint_find import find_checkpoint, open_checkpoint
 from megadit.train.checkpoint_format import (
     FORMAT,
     VERSION,
     WEIGHTS,
     Position,
     StateSource,
-    checkpoint_root,
 )
+from megadit.train.checkpoint_names import checkpoint_root, has_checkpoints, saved_step
 from megadit.train.checkpoint_read import StoredCheckpoint
 from megadit.train.checkpoint_write import save_checkpoint
 from megadit.train.fragment_io import BrokenCheckpoint

@@ -6,8 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadit.errors import UserError
-from megadit.train.checkpoint_format import INDEX, LATEST, checkpoint_root, step_folders, step_of
+from megadit.train.checkpoint_names import INDEX, LATEST, check_named, checkpoint_root, step_folders, step_of
 from megadit.train.checkpoint_read import StoredCheckpoint
 from megadit.train.fragment_io import BrokenCheckpoint
 
@@ -45,8 +44,7 @@ def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") 
     path = Path(wanted)
     if checkpoint_root(path).is_dir():
         return _open_newest(path)
-    if not (path / INDEX).is_file():
-        raise UserError(f"{key}: '{wanted}' is no checkpoint; give a folder such as RUN/checkpoints/step-00001000")
+    check_named(wanted, key)
     return Found(StoredCheckpoint(path))
 
 
@@ -79,20 +77,6 @@ def _candidates(root: Path) -> tuple[list[Path], str]:
     upto = [path for path in complete if step_of(path) <= step_of(target)] if step_of(target) >= 0 else complete
     problem = "" if upto and upto[0].name == name else f"{pointer}: points to '{name}', which is not complete"
     return upto, problem
-
-
-def has_checkpoints(run_dir: Path) -> bool:
-    """Whether the run has saved any, be it broken or without a ``latest``."""
-    root = checkpoint_root(run_dir)
-    return (root / LATEST).is_file() or any((path / INDEX).is_file() for path in step_folders(root))
-
-
-def saved_step(run_dir: Path) -> int:
-    """The step that ``latest`` names, 0 if none: where a start without a word about resuming goes on."""
-    try:
-        return max(0, step_of(Path((checkpoint_root(run_dir) / LATEST).read_text().strip())))
-    except (OSError, UnicodeDecodeError):
-        return 0
 
 
 def tell_fallback(problem: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: names, positions, the index and its checksums. See docs/checkpoints.md.
+"""What a checkpoint is made of: positions, the index and its checksums. See docs/checkpoints.md.
 
 ``checkpoints/step-XXXXXXXX/`` holds one safetensors file per writing rank, ``state.json`` (step, counters, loss
 scale, group table, config) and ``index.json``: which file holds which index range of which parameter, its checksums,
@@ -18,13 +18,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megadit.errors import UserError
+from megadit.train.checkpoint_names import INDEX
 from megadit.train.fragment_io import BLOCK, BrokenCheckpoint, FileRecord, Piece
 from megadit.train.partitions import Fragment
 
 FORMAT = "megadit-checkpoint"
 VERSION = 2  # 1 had neither checksums nor sizes
 WEIGHTS = "weights"
-INDEX, STATE, LATEST = "index.json", "state.json", "latest"
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,6 @@ class StateSource(Protocol):
     def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
         """Writable 1-D float32 views of the fragment's values by kind (``ema/0.9999``)."""
         ...
-
-
-def checkpoint_root(run_dir: Path) -> Path:
-    """The folder that holds a run's checkpoints and the ``latest`` file."""
-    return run_dir / "checkpoints"
-
-
-def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
-
-
-def step_folders(root: Path) -> list[Path]:
-    """All checkpoints, the oldest first."""
-    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step in a folder's name; -1 where the name is another."""
-    digits = folder.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
 
 
 @dataclass(frozen=True)

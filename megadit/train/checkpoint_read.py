@@ -18,7 +18,8 @@ from megadit.config.run import ONLINE
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.slices import Wanted, runs
-from megadit.train.checkpoint_format import STATE, WEIGHTS, Index, Position, StateSource
+from megadit.train.checkpoint_format import WEIGHTS, Index, Position, StateSource
+from megadit.train.checkpoint_names import STATE
 from megadit.train.ema import KIND as EMA_KIND
 from megadit.train.fragment_io import BrokenCheckpoint, Piece, PieceReader
 from megadit.train.partitions import MOMENTS, Fragment, Partitions

@@ -13,22 +13,16 @@ from torch import Tensor
 from megadit.config import RunConfig
 from megadit.parallel import ProcessContext
 from megadit.train.checkpoint_format import (
-    INDEX,
-    LATEST,
-    STATE,
     WEIGHTS,
     Index,
     Position,
     StateSource,
     cannot_write,
-    checkpoint_root,
     flush_folder,
     refuse_disk_errors,
-    step_folder,
-    step_folders,
-    step_of,
     write_text,
 )
+from megadit.train.checkpoint_names import INDEX, LATEST, STATE, checkpoint_root, step_folder, step_folders, step_of
 from megadit.train.fragment_io import FileRecord, Piece, write_pieces
 from megadit.train.partitions import Fragment, Partitions
 

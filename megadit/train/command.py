@@ -1,4 +1,8 @@
-"""What ``launch/pretrain.py`` does between its arguments and the training: check everything, report, or train."""
+"""What ``launch/pretrain.py`` does between its arguments and the training: check everything, report, or train.
+
+What can be refused without torch is refused before it is imported, and DeepSpeed is imported to train alone; so this
+module's own imports are light, and the functions import what is heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megadit.config import DataConfig, LoadedConfig, load
+from megadit.config import DataConfig, LoadedConfig, RunConfig, load
 from megadit.config.ds_offload import offloads_optimizer
 from megadit.config.dsconfig import MergedConfig, merge_ds_config
-from megadit.data import ImageSet
+from megadit.config.samplers import check_sampling
+from megadit.data.places import check_places
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
 from megadit.parallel import prepare_environment
-from megadit.parallel.compilation import check_compiler
 from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
-from megadit.train.checkpoint import saved_step
-from megadit.train.ds_check import check_ds_config
-from megadit.train.optimizer import resolve_implementation
-from megadit.train.pretrain import Job, pretrain, total_steps
+from megadit.train.checkpoint_names import check_named, has_checkpoints, saved_step
 from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megadit.data import ImageSet
+    from megadit.train.pretrain import Job
 
 
 def run(
@@ -40,17 +46,22 @@ def run(
     Raises:
         UserError: refused, on the rank that tells it for its host.
     """
-    from megadit.train.dry_run import dry_run, dry_run_elsewhere
-
     for option, given in (("--world_size", world_size is not None), ("--json", as_json)):
         if given and not dry:
             raise UserError(f"{option}: belongs to --dry_run; add that, or leave it out")
     if world_size is not None:
+        if world_size < 1:
+            raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
+        from megadit.train.dry_run import dry_run_elsewhere
+
         folder = run_folder(config, run_dir)
         return dry_run_elsewhere(load(config, overrides), ds_config, folder, resume, world_size, as_json=as_json)
     try:
-        job = prepare_job(config, overrides, ds_config, run_dir, resume)
+        # DeepSpeed's opinion of its own file is asked in any case; of the dict that megadit makes, when it is used.
+        job = prepare_job(config, overrides, ds_config, run_dir, resume, ask_deepspeed=not dry or ds_config is not None)
         if dry:
+            from megadit.train.dry_run import dry_run
+
             return dry_run(job, as_json=as_json)
         check_machine(job)
     except UserError as error:
@@ -70,7 +81,13 @@ def run_folder(config: str | None, run_dir: str | None) -> Path:
 
 
 def prepare_job(
-    config: str | None, overrides: Sequence[str], ds_config: str | None, run_dir: str | None, resume: str
+    config: str | None,
+    overrides: Sequence[str],
+    ds_config: str | None,
+    run_dir: str | None,
+    resume: str,
+    *,
+    ask_deepspeed: bool = True,
 ) -> Job:
     """Resolve and check the configuration, the layout and the data.
 
@@ -78,7 +95,8 @@ def prepare_job(
         UserError: anything in them that cannot work.
     """
     prepare_environment()
-    return check_job(load(config, overrides), ds_config, run_folder(config, run_dir), resume)
+    loaded, folder = load(config, overrides), run_folder(config, run_dir)
+    return check_job(loaded, ds_config, folder, resume, ask_deepspeed=ask_deepspeed)
 
 
 def check_job(
@@ -87,15 +105,24 @@ def check_job(
     folder: Path,
     resume: str,
     datasets: Callable[[DataConfig], tuple[ImageSet, ImageSet]] | None = None,
+    *,
+    ask_deepspeed: bool = True,
 ) -> Job:
     """The job of a loaded configuration, checked, in the environment that ``prepare_environment`` completed.
 
     ``datasets`` takes the place of ``build_datasets`` (a process that trains many jobs keeps their data).
+    ``ask_deepspeed``: whether DeepSpeed, which takes a second to import, is to parse its dict.
 
     Raises:
         UserError: anything in configuration, layout or data that cannot work.
     """
-    return check_data(resolve(loaded, ds_config, int(os.environ["WORLD_SIZE"])), folder, resume, datasets)
+    merged = resolve(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
+    check_here(merged.config, folder, resume)
+    if ask_deepspeed:
+        from megadit.train.ds_check import check_ds_config
+
+        check_ds_config(merged.ds_config)
+    return check_data(merged, folder, resume, datasets)
 
 
 def resolve(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> MergedConfig:
@@ -104,15 +131,25 @@ def resolve(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> Mer
     Raises:
         UserError: anything in configuration or layout that cannot work.
     """
-    from megadit.diffusion.sampling import check_sampling
-
     merged = merge_ds_config(loaded, ds_config, world_size)
     for warning in merged.warnings:
         if speaks_for_node():
             print(f"warning: {warning}", file=sys.stderr)
     check_sampling(merged.config)
-    check_ds_config(merged.ds_config)
     return merged
+
+
+def check_here(config: RunConfig, folder: Path, resume: str) -> None:
+    """Whether what configuration and ``--resume`` name is on this machine, as far as names tell it.
+
+    Raises:
+        UserError: data, a network or a checkpoint is missing.
+    """
+    check_places(config)
+    if resume not in ("auto", "never"):
+        check_named(resume, "--resume")
+    elif config.train.init_from is not None and not has_checkpoints(folder):
+        check_named(config.train.init_from, "train.init_from")
 
 
 def check_data(
@@ -130,6 +167,7 @@ def check_data(
     from megadit.data.checks import check_codec, draws_no_pictures, with_stored_codec
     from megadit.data.conditions import check_text
     from megadit.data.features import check_features
+    from megadit.train.pretrain import Job, total_steps
 
     train_set, val_set = (datasets or build_datasets)(merged.config.data)
     facts = describe(train_set)
@@ -152,6 +190,9 @@ def check_machine(job: Job) -> None:
     """
     import torch
 
+    from megadit.parallel.compilation import check_compiler
+    from megadit.train.optimizer import resolve_implementation
+
     config = job.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.train.precision == "fp16" and device.type != "cuda":
@@ -173,6 +214,8 @@ def check_machine(job: Job) -> None:
 
 def train(job: Job) -> int:
     """Train; an error that only this rank met is told with its rank, and that of another rank in one line."""
+    from megadit.train.pretrain import pretrain
+
     rank = os.environ["RANK"]
     try:
         return pretrain(job)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig
 from megadit.errors import EXIT_OK, UserError
-from megadit.train.command import check_data, check_machine, resolve, speaks_for_node
+from megadit.train.command import check_data, check_here, check_machine, resolve, speaks_for_node
 from megadit.train.pretrain import Job, Start, resume_point, total_steps
 
 
@@ -45,11 +45,14 @@ def dry_run_elsewhere(
     Raises:
         UserError: anything in configuration or layout that cannot work.
     """
-    if world_size < 1:
-        raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
     merged = resolve(loaded, ds_config, world_size)
+    if ds_config is not None:
+        from megadit.train.ds_check import check_ds_config
+
+        check_ds_config(merged.ds_config)
     lines, steps = [f"run_dir      {folder}"], merged.config.train.steps
     try:
+        check_here(merged.config, folder, resume)
         job = check_data(merged, folder, resume)
         lines = [f"run_dir      {folder}{_beginning(resume_point(job))}"]
         steps = total_steps(job.config, len(job.train_set))

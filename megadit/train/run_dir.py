@@ -135,7 +135,8 @@ class RunDirectory:
 
 
 def _environment() -> dict[str, Any]:
-    import deepspeed
+    from importlib.metadata import version
+
     import torch
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -144,7 +145,7 @@ def _environment() -> dict[str, Any]:
         "megadit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
         "device": cuda or platform.processor() or platform.machine(),
         "started": time.strftime("%FT%T%z"),
     }

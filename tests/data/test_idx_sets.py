@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from megadit.config import DataConfig
-from megadit.data import build_datasets, describe, fashion_set
+from megadit.data import build_datasets, describe, fashion_set, places
 from megadit.data.digits_set import load as load_digits
 from megadit.data.idx import read_idx
 from megadit.errors import UserError
@@ -107,7 +107,7 @@ def test_an_idx_file_with_a_dot_in_its_name_is_found(tmp_path: Path) -> None:
 def test_missing_folder_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"data\.path: .*nowhere is not a folder; .*apt install dataset-fashion-mnist"):
         fashion_set.load(str(tmp_path / "nowhere"), None)
-    monkeypatch.setattr(fashion_set, "SYSTEM_FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr(places, "FASHION_FOLDER", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"data\.path: not given; .*train-images-idx3-ubyte\.gz"):
         fashion_set.load(None, None)
     with pytest.raises(UserError, match=r"has no train-images-idx3-ubyte or train-images-idx3-ubyte\.gz"):

