@@ -7,16 +7,9 @@ from megadit.config.data import DataConfig, FeatureSource, TextSource, VaeConfig
 from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.config.loader import LoadedConfig, load, load_config, replace, save_config, to_yaml
 from megadit.config.model import ModelConfig, RepaProjector, Role, RoleHP, RoleHPs, TextInput
+from megadit.config.optim import ClipConfig, OptimConfig
 from megadit.config.presets import preset, preset_names
-from megadit.config.run import (
-    ClipConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from megadit.config.run import ObjectiveConfig, ParallelConfig, RunConfig, SampleConfig, TrainConfig
 
 __all__ = [
     "ClipConfig",

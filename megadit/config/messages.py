@@ -46,9 +46,11 @@ def _sentence(finding: Any, schema: type[Section], sources: Mapping[str, str]) -
     key = ".".join(str(part) for part in finding["loc"])
     kind, value, context = finding["type"], finding["input"], finding.get("ctx", {})
     if kind == "value_error":
-        # Our validators write "key: what is wrong; remedy" with the key relative to their section.
+        # Our validators write "key: what is wrong; remedy" with the key relative to their section, or their own key.
         own = str(context["error"])
-        key = f"{key}.{own.partition(':')[0]}" if key else own.partition(":")[0]
+        name = own.partition(":")[0]
+        if finding["loc"][-1:] != (name,):
+            key = f"{key}.{name}" if key else name
         return f"{key}:{own.partition(':')[2]}{_where(key, sources)}"
     if kind == "extra_forbidden":
         return unknown_key(key, schema) + _where(key, sources)

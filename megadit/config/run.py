@@ -10,6 +10,7 @@ from megadit.config.base import Section
 from megadit.config.data import DataConfig
 from megadit.config.layout import layout_problem
 from megadit.config.model import ModelConfig
+from megadit.config.optim import OptimConfig
 
 
 class ObjectiveConfig(Section):
@@ -49,78 +50,6 @@ class ObjectiveConfig(Section):
         if self.kind == "ddpm" and (self.time_sampling != "uniform" or self.shift != 1.0):
             key, value = ("shift", self.shift) if self.shift != 1.0 else ("time_sampling", self.time_sampling)
             raise ValueError(f"{key}: {value} belongs to kind flow; ddpm draws timesteps uniformly, so leave it out")
-        return self
-
-
-class ClipGroups(Section):
-    """Base thresholds of single roles for ``optim.clip.mode: per_group``; null: ``optim.clip.value``."""
-
-    input: float | None = Field(None, gt=0, description="input weights and tables")
-    hidden: float | None = Field(None, gt=0, description="weights between layers of the model's width")
-    vector: float | None = Field(None, gt=0, description="biases and gains")
-    output: float | None = Field(None, gt=0, description="the readout")
-    finite: float | None = Field(None, gt=0, description="parameters without a dimension that grows")
-
-
-class ClipConfig(Section):
-    """Gradient clipping by norms before the update; ``value: null`` turns it off."""
-
-    mode: Literal["global", "per_group"] = Field(
-        "global",
-        description="one threshold for the norm over all parameters, or one for each role's own norm: the base "
-        "threshold, by 1/sqrt(m) for input, vector and output",
-    )
-    value: float | None = Field(None, gt=0, description="the (base) threshold; null: no clipping")
-    groups: ClipGroups = ClipGroups()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ClipConfig:
-        given = {role: value for role, value in self.groups if value is not None}
-        if given and self.mode == "global":
-            role, value = next(iter(given.items()))
-            raise ValueError(
-                f"groups.{role}: {value} belongs to mode per_group; set mode to per_group, or leave it out"
-            )
-        if self.mode == "per_group" and self.value is None and not given:
-            raise ValueError(
-                "mode: per_group has no threshold and would clip nothing; set value, or groups of single roles"
-            )
-        return self
-
-
-class OptimConfig(Section):
-    """AdamW in base units: what a group really gets is schedule(step) x lr x its lr_mult."""
-
-    lr: float = Field(1e-4, gt=0, description="base learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates of the two moments")
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    eps_mode: Literal["constant", "scaled"] = Field(
-        "constant", description="scaled: eps / m except for finite parameters"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the base width")
-    wd_mode: Literal["independent", "constant", "sqrt"] = Field(
-        "independent", description="hidden decay over width: x m (lr x decay constant), x 1, x sqrt(m)"
-    )
-    wd_vectors: bool = Field(False, description="decay biases, gains and tables too, as mup.MuAdamW does")
-    implementation: Literal["auto", "torch-fused", "torch-foreach", "deepspeed-fused", "deepspeed-cpu"] = Field(
-        "auto", description="auto: torch-fused; deepspeed-* compile their kernel at the first start"
-    )
-    schedule: Literal["constant", "cosine", "wsd"] = Field(
-        "constant", description="after the warm-up; wsd: constant, then a linear decay at the end"
-    )
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
-    decay_steps: int | None = Field(None, ge=1, description="wsd: length of the final linear decay; default a tenth")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="floor of cosine and wsd as a share of the peak")
-    clip: ClipConfig = ClipConfig()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> OptimConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: {list(self.betas)} must both lie in [0, 1); the usual are [0.9, 0.999]")
-        if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(
-                f"decay_steps: {self.decay_steps} belongs to schedule wsd, not {self.schedule}; set it to null"
-            )
         return self
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from megadit.config.base import Section
 from megadit.config.keys import section_of
+from megadit.config.lengths import Share
 from megadit.config.presets import preset_names
 from megadit.config.run import RunConfig
 from megadit.config.values import NUMBER, POWER_OF_TWO
@@ -105,6 +106,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(option) for option in get_args(annotation))
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in get_args(annotation))
+    if annotation == Share:
+        return "share"
     names = {int: "integer", float: "number", str: "text", bool: "true / false", type(None): "null"}
     if origin is tuple:
         kinds = get_args(annotation)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config.model import ModelConfig
-from megadit.config.run import OptimConfig
+from megadit.config.optim import OptimConfig
 from megadit.errors import UserError
 from megadit.mup.coord_record import Reading, Recorder
 from megadit.mup.example import example_conditioning, example_features, example_images

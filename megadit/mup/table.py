@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from megadit.config.run import OptimConfig
+from megadit.config.optim import OptimConfig
 from megadit.mup.rules import clip_mult, eps_mult, wd_mult
 from megadit.mup.spec import ParamSpec, param_specs
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megadit.config.run import ClipConfig
+from megadit.config.optim import ClipConfig
 from megadit.mup.spec import Role
 
 

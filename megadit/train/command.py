@@ -136,7 +136,15 @@ def resolve(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> Mer
         if speaks_for_node():
             print(f"warning: {warning}", file=sys.stderr)
     check_sampling(merged.config)
+    if merged.config.train.steps is not None:
+        _check_schedule(merged.config, merged.config.train.steps)
     return merged
+
+
+def _check_schedule(config: RunConfig, steps: int) -> None:
+    warning = Schedule.from_config(config.optim, steps).warning
+    if warning and speaks_for_node():
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def check_here(config: RunConfig, folder: Path, resume: str) -> None:
@@ -175,7 +183,8 @@ def check_data(
     check_codec(facts, merged.config)
     check_features(merged.config, train_set)
     check_text(merged.config, train_set)
-    Schedule.from_config(merged.config.optim, total_steps(merged.config, len(train_set)))
+    if merged.config.train.steps is None:
+        _check_schedule(merged.config, total_steps(merged.config, len(train_set)))
     note = draws_no_pictures(facts, merged.config)
     if note and speaks_for_node():
         print(f"note: {note}", file=sys.stderr)

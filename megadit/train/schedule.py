@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from megadit.config import OptimConfig
+from megadit.config.lengths import steps_of
 from megadit.errors import UserError
 
 
@@ -26,23 +27,36 @@ class Schedule:
 
     @classmethod
     def from_config(cls, optim: OptimConfig, total_steps: int) -> Schedule:
-        """Resolve lengths against the run's ``total_steps``; the wsd decay is a tenth of it by default.
+        """Resolve lengths and shares against the run's ``total_steps``; the wsd decay is a tenth of it by default.
 
         Raises:
             UserError: warm-up and decay together are longer than the run.
         """
-        decay = optim.decay_steps or max(1, total_steps // 10)
-        if optim.schedule == "wsd" and optim.warmup_steps + decay > total_steps:
+        warmup = steps_of(optim.warmup_steps, total_steps)
+        decay = max(1, steps_of("10%" if optim.decay_steps is None else optim.decay_steps, total_steps))
+        shares = "give them as shares of the run, such as optim.warmup_steps=5%"
+        if optim.schedule == "wsd" and warmup + decay > total_steps:
             raise UserError(
-                f"optim.warmup_steps: {optim.warmup_steps} plus {decay} decay steps exceed the run's {total_steps} "
-                "steps; shorten optim.warmup_steps or optim.decay_steps"
+                f"optim.warmup_steps: {_length(optim.warmup_steps, warmup)} plus {decay:,} decay steps exceed the "
+                f"run's {total_steps:,} steps; shorten optim.warmup_steps or optim.decay_steps, or {shares}"
             )
-        if optim.schedule == "cosine" and optim.warmup_steps >= total_steps:
+        if optim.schedule == "cosine" and warmup >= total_steps:
             raise UserError(
-                f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of the run's {total_steps} steps for the "
-                "cosine; shorten it"
+                f"optim.warmup_steps: {_length(optim.warmup_steps, warmup)} leaves nothing of the run's "
+                f"{total_steps:,} steps for the cosine; shorten it, or give it as a share such as 5%"
             )
-        return cls(optim.schedule, optim.warmup_steps, total_steps, decay, optim.min_lr_ratio)
+        return cls(optim.schedule, warmup, total_steps, decay, optim.min_lr_ratio)
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell of a warm-up that a run without a decay does not get beyond; else None."""
+        if self.kind != "constant" or self.warmup < max(2, self.total):
+            return None
+        peak = self.factor(self.total - 1)
+        return (
+            f"optim.warmup_steps: {self.warmup:,} are no fewer than the run's {self.total:,} steps, so that its "
+            f"learning rate ends at {100 * peak:.3g}% of optim.lr; shorten it, or give it as a share such as 5%"
+        )
 
     def factor(self, step: int) -> float:
         """The factor of the update that follows ``step`` completed ones (0-based).
@@ -58,3 +72,8 @@ class Schedule:
             left = max(0, self.total - step) / self.decay
             return self.floor + (1 - self.floor) * min(1.0, left)
         return 1.0
+
+
+def _length(written: int | str, steps: int) -> str:
+    """Steps as a person wrote them: ``50``, or ``5% (50 steps)``."""
+    return f"{written:,}" if isinstance(written, int) else f"{written} ({steps:,} steps)"

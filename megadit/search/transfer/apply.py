@@ -8,7 +8,7 @@ what the search cost go with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megadit.search.results import StudyResults, load_results
 from megadit.search.selection import Choice, select
 from megadit.search.transfer.backing import TRANSFERS, Backing, backed_by, backings
 from megadit.search.transfer.budget import Cost, cost, run_steps
+from megadit.search.transfer.lengths import fit_lengths
 from megadit.search.transfer.target_file import apply_changes, base_changes, write_target
 from megadit.search.transfer.untransferred import Note, flat, untransferred
 from megadit.search.verdict.verify import proxy_of
@@ -50,6 +51,7 @@ class Applied:
     """A target that was written to ``path``.
 
     ``scale``: where the point was chosen. ``replaced``: what the target said of keys that now have the study's.
+    ``scaled``: of lengths that were written as shares of the target's run, why.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class Applied:
     groups: tuple[GroupRow, ...]
     notes: tuple[Note, ...]
     bill: Cost
+    scaled: dict[str, str] = field(default_factory=dict)
 
 
 def apply(
@@ -127,6 +130,8 @@ def apply_results(
     changes = base_changes(proxy, loaded.config, choice.hps)
     target = apply_changes(loaded, changes, study.spec.name)
     lengths = run_steps(proxy), run_steps(target)
+    fitted = fit_lengths(loaded, target, changes, study.spec.name, lengths)
+    target, changes = fitted.config, fitted.changes
     bill = cost(results, others, target, lengths[1], variant, manual_multiple, scale)
     refusal = _refusal(results, found, choice)
     if refusal and not force:
@@ -146,8 +151,9 @@ def apply_results(
         changes=changes,
         replaced={key: said.get(key) for key, value in changes.items() if said.get(key) != value},
         groups=tuple(group_rows(proxy, target)),
-        notes=tuple(untransferred(proxy, target, lengths, [b.span for b in found if b.span is not None])),
+        notes=(*untransferred(proxy, target, lengths, [b.span for b in found if b.span is not None]), *fitted.notes),
         bill=bill,
+        scaled=fitted.scaled,
     )
     write_target(applied.path, base, override_layer(overrides).values, changes, _header(applied, overrides), target)
     return applied
@@ -238,6 +244,7 @@ def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
     ]
     lines += [f"Verdict of {backing.name} on {backing.hp}: {backing.answer}." for backing in applied.backings]
     lines += [f"{key}: {backing_words(applied, key)}." for key in choice.hps]
+    lines += [f"{key}: written as {words}." for key, words in applied.scaled.items()]
     if applied.forced:
         lines.append(f"Written with --force: {applied.forced}.")
     if overrides:

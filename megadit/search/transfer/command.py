@@ -66,6 +66,7 @@ def to_json(applied: Applied) -> dict[str, Any]:
         "verdicts": [_backing_json(backing) for backing in applied.backings],
         "forced": applied.forced,
         "changes": applied.changes,
+        "scaled": applied.scaled,
         "replaced": applied.replaced,
         "m": {"proxy": applied.proxy.model.width_mult, "target": model.width_mult},
         "width": {"proxy": applied.proxy.model.width, "target": model.width},
@@ -91,6 +92,7 @@ def describe(applied: Applied) -> str:
         lines.append(f"forced: {applied.forced}")
     lines += ["", "base hyperparameters"]
     lines += [f"  {key} = {value_words(value)}: {backing_words(applied, key)}" for key, value in choice.hps.items()]
+    lines += [f"  {key} is written as {words}" for key, words in applied.scaled.items()]
     lines += [f"  {line}" for line in _other_best(applied)]
     for key, old in applied.replaced.items():
         if key not in choice.hps:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadit.config import RunConfig
+from megadit.config.lengths import steps_of
 from megadit.search.wording import value_text
 
 # Keys that change neither the optimum nor the loss, and those that a sentence of their own speaks of.
@@ -137,18 +138,25 @@ def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None
 
 
 def _shares(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Note]:
-    """Warm-up and the final decay are given in steps; what they are of the run changes with its length."""
-    if lengths[0] is None or lengths[1] is None:
+    """What warm-up and the final decay are of the run changes with its length, where they are given in steps."""
+    ours, theirs = lengths
+    if ours is None or theirs is None:
         return
     for key, topic in (("warmup_steps", "warm-up"), ("decay_steps", "final decay")):
-        one, other = (getattr(config.optim, key) or 0 for config in (proxy, target))
-        share, share_target = one / lengths[0], other / lengths[1]
+        given = [getattr(config.optim, key) or 0 for config in (proxy, target)]
+        one, other = steps_of(given[0], ours), steps_of(given[1], theirs)
+        share, share_target = one / ours, other / theirs
+        if given[0] == given[1] and isinstance(given[0], str):
+            continue  # one share of both, whatever rounding makes of it
         if abs(share - share_target) <= 0.05 * max(share, share_target):
             continue
+        if share > 1:
+            remedy = f"the proxy's rate ended before it, at {100 / share:.3g}% of optim.lr: choose a warm-up anew"
+        else:
+            remedy = f"optim.{key}={round(share * theirs)} keeps the share"
         text = (
-            f"{topic}: {one:,} of {lengths[0]:,} steps ({100 * share:.3g}%) at the proxy, {other:,} of "
-            f"{lengths[1]:,} ({100 * share_target:.3g}%) at the target; "
-            f"optim.{key}={round(share * lengths[1])} keeps the share"
+            f"{topic}: {one:,} of {ours:,} steps ({100 * share:.3g}%) at the proxy, {other:,} of "
+            f"{theirs:,} ({100 * share_target:.3g}%) at the target; {remedy}"
         )
         yield Note(topic.replace(" ", "_").replace("-", ""), text, one, other)
 

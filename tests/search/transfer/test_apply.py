@@ -131,6 +131,34 @@ def test_search_without_scale_needs_a_study_that_verified(tmp_path, target):
         transfer(search, target, others=[widths, moving])
 
 
+WARMUPS = {**RANDOM, "space": {**RANDOM["space"], "optim.warmup_steps": {"grid": [60]}}}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_warm_up_that_does_not_fit_the_targets_run_becomes_its_share(tmp_path, target, schedule):
+    loss = valley()
+    search = fabricate(make_study(tmp_path, "search", **WARMUPS), lambda trial, scale: loss(trial, 64.0))
+    short = [f"optim.schedule={schedule}", "train.steps=50"]
+    applied = transfer(search, target, force=True, overrides=short)
+    assert applied.changes["optim.warmup_steps"] == "30%" == load_config(applied.path).optim.warmup_steps
+    told = "optim.warmup_steps is written as 30% of the run: the study's 60 of 200 steps do not fit the target's 50"
+    assert told in describe(applied) and to_json(applied)["scaled"] == applied.scaled
+    assert "# optim.warmup_steps: written as 30% of the run" in applied.path.read_text()
+    assert "warmup" not in {note.topic for note in applied.notes}
+    fits = transfer(search, target, force=True, overrides=[short[0], "train.steps=100"])
+    assert fits.changes["optim.warmup_steps"] == 60 and fits.scaled == {}
+
+
+def test_schedule_that_fits_by_no_share_is_told(tmp_path, target):
+    loss = valley()
+    grid = {**WARMUPS, "space": {**RANDOM["space"], "optim.warmup_steps": {"grid": [500]}}}
+    search = fabricate(make_study(tmp_path, "search", **grid), lambda trial, scale: loss(trial, 64.0))
+    applied = transfer(search, target, force=True, overrides=["train.steps=100"])
+    notes = {note.topic: note.text for note in applied.notes}
+    assert applied.changes["optim.warmup_steps"] == 500 and applied.scaled == {}
+    assert "ends at 20% of optim.lr" in notes["schedule"] and "choose a warm-up anew" in notes["warmup"]
+
+
 def test_studies_of_another_base_or_another_value_do_not_verify(tmp_path, target):
     loss = valley()
     search = fabricate(make_study(tmp_path, "search", **RANDOM), lambda trial, scale: loss(trial, 64.0))

@@ -61,6 +61,22 @@ def test_longer_training(proxy):
     assert "verified from 100 to 4000 (steps), and beyond" in beyond.text
 
 
+def test_shares_keep_themselves(proxy):
+    share = replace(proxy, {"optim.warmup_steps": "10%"})
+    assert set(notes(share, {"train.steps": 2003, "optim.weight_decay": 0.01})) == {"horizon", "optim.weight_decay"}
+    found = notes(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": "5%"})
+    assert "20 of 200 steps (10%) at the proxy, 100 of 2,000 (5%) at the target" in found["warmup"].text
+
+
+def test_a_warm_up_beyond_the_proxys_run_is_not_suggested_to_the_target(proxy):
+    longer = replace(proxy, {"optim.warmup_steps": 500})
+    text = notes(longer, {"train.steps": 100, "optim.weight_decay": 0.2})["warmup"].text
+    assert text == (
+        "warm-up: 500 of 200 steps (250%) at the proxy, 500 of 100 (500%) at the target; the proxy's rate ended before "
+        "it, at 40% of optim.lr: choose a warm-up anew"
+    )
+
+
 def test_batch_beyond_what_was_verified(proxy):
     assert "no study given verified transfer over batch sizes" in notes(proxy, {"train.global_batch": 64})["batch"].text
     span = Range("train.global_batch", 32, 64, "batches")
