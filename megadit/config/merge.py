@@ -23,15 +23,20 @@ class Merged:
         self.schema = schema
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
+        self._preset_init = False  # whether model.init is what the preset said, and no file since
 
     def add(self, layer: Layer) -> None:
         """Lay ``layer`` over what is there. Raises UserError for keys that the schema does not have."""
         new, name = _flatten(layer, self.schema)
         if name is not None:
-            for key in PRESET_KEYS:
+            for key in (*PRESET_KEYS, *(["init"] if self._preset_init else [])):
                 self._drop(f"model.{key}")
             given = {f"model.{key}": value for key, value in preset_values(name).items()}
-            new = given | _without_overruled(given, new)
+            self._preset_init = "model.init" in given
+            said, new = new, given | _without_overruled(given, new)
+        else:
+            said = new
+        self._preset_init = self._preset_init and "model.init" not in said
         for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
             if new.get(one) is not None and other not in new:
                 self._drop(other)

@@ -87,8 +87,10 @@ class ModelConfig(Section):
     parametrization: Literal["sp", "mup"] = Field("sp", description="standard, or maximal update")
     base_width: int | None = Field(None, ge=1, description="n_base of muP; width / base_width is m")
     output_mult: float = Field(1.0, gt=0, description="readout multiplier phi_out in base units")
-    init: Literal["auto", "original", "fan_in"] = Field(
-        "auto", description="original: the family's own init; fan_in: sigma/sqrt(fan_in); auto: by parametrization"
+    init: Literal["auto", "original", "fan_in", "authors"] = Field(
+        "auto",
+        description="original: the family's own init; fan_in: 1/sqrt(fan_in); authors: pixart: that of the paper's "
+        "PixArt-muP; auto: original under sp, fan_in under mup",
     )
     adaln_init: Literal["auto", "zero", "fan_in"] = Field("auto", description="auto: zero under original init")
     role_hps: RoleHPs = RoleHPs()
@@ -120,7 +122,7 @@ class ModelConfig(Section):
 
     @property
     def init_scheme(self) -> str:
-        """``original`` or ``fan_in``, with ``auto`` resolved (SP: original, muP: fan_in as the paper's code)."""
+        """``init`` with ``auto`` resolved: original under SP, fan_in under muP, as the paper's DiT-muP."""
         if self.init != "auto":
             return self.init
         return "fan_in" if self.parametrization == "mup" else "original"
@@ -193,6 +195,9 @@ class ModelConfig(Section):
                 )
         if self.repa is not None and self.repa.block > self.blocks:
             raise ValueError(f"repa.block: {self.repa.block} is not one of the model's {self.blocks} blocks; lower it")
+        if self.init == "authors" and self.family != "pixart":
+            theirs = "fan_in is what the paper's DiT-muP starts with" if self.family == "dit" else "choose another"
+            raise ValueError(f"init: authors is the start of the paper's PixArt-muP, not of {self.family}; {theirs}")
         if self.family == "uvit" and self.adaln_init != "auto":
             raise ValueError(f"adaln_init: {self.adaln_init}, but uvit has no adaLN; leave it out")
         for key, family in _OF_ONE_FAMILY.items():
@@ -206,7 +211,8 @@ class ModelConfig(Section):
         drawn_readout = self.repa is not None or (self.family == "uvit" and self.init_scheme == "original")
         read = {
             ("vector", "mult"): False,
-            ("vector", "init_std"): self.family == "pixart",  # its scale-shift tables
+            # pixart's scale-shift tables; the bias of the original uvit's patch embedding
+            ("vector", "init_std"): self.family == "pixart" or (self.family == "uvit" and self.init_scheme == "original"),
             ("finite", "mult"): finite,
             ("finite", "init_std"): finite,
             ("output", "init_std"): drawn_readout,

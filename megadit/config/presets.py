@@ -9,7 +9,8 @@ from megadit.config.model import ModelConfig
 from megadit.errors import UserError
 
 # The keys that a preset decides. What the data decide (in_channels, input_size, num_classes, learn_sigma) and the
-# base hyperparameters (output_mult, role_hps, init) are not among them, so they outlive a change of preset.
+# base hyperparameters (output_mult, role_hps, init) are not among them: what a file says of them outlives a change of
+# preset, and what a preset itself says of them goes with it.
 PRESET_KEYS = (
     "family",
     "width",
@@ -86,7 +87,8 @@ def _pixart() -> dict[str, dict[str, Any]]:
     """PixArt-alpha (arXiv 2310.00426) and its proxy of width 288; T5 captions of 120 tokens."""
     shape = {"family": "pixart", "depth": 28, "patch_size": 2, "num_classes": 0, "text": {"dim": 4096}}
     table = _pair("pixart-xl-2", shape | {"width": 1152}, 16, MUP_BASE_WIDTH)
-    return table | _pair("pixart-proxy", shape | {"width": 288}, 4, MUP_BASE_WIDTH)
+    table |= _pair("pixart-proxy", shape | {"width": 288}, 4, MUP_BASE_WIDTH)
+    return {name: keys | ({"init": "authors"} if name.endswith("-mup") else {}) for name, keys in table.items()}
 
 
 def _uvit() -> dict[str, dict[str, Any]]:

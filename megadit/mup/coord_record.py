@@ -71,8 +71,8 @@ class Recorder:
     """Readings of one model as it trains, against its start. Sizes are mean absolute coordinates on the probe.
 
     Of every module, ``activation``: the output; ``change``: the output minus that at step 0. Of a layer, so
-    that it tells of this layer and not of those before it, ``gain``: the output at step 0 over the input (of a norm,
-    the output alone); and of each of its parameters p, ``update.p``: how much p's own training moves the output at
+    that it tells of this layer and not of those before it, ``gain``: the output at step 0, without a bias that was
+    drawn, over the input (of a norm, the output alone); and of each of its parameters p, ``update.p``: how much p's own training moves the output at
     the present input (the output minus that with p as it was at step 0), for a matrix over the size of the input. A
     parameter beside layers, in a block say, is a table that is added inside: ``update.p`` is how far it moved itself,
     so that a fault of those layers does not show there.
@@ -131,6 +131,9 @@ class Recorder:
         # A norm's output does not follow its input's size, so that a gain would blame it for the layer before.
         entering = args if any(start.dim() > 1 for start in self.start[name].values()) else ()
         if step == 0:
+            drawn = {key: torch.zeros_like(p) for key, p in self.start[name].items() if p.dim() == 1 and p.any()}
+            if entering and drawn:  # of fixed size beside an input that may shrink, as a random readout's output does
+                out = _first_tensor(functional_call(module, drawn, args))
             self._add(step, name, role, "gain", out, entering)
             return
         for key, start in self.start[name].items():

@@ -34,6 +34,7 @@ EpsMode = Literal["constant", "scaled"]
 Purpose = Literal[
     "linear",
     "patch",
+    "patch_bias",
     "timestep",
     "text",
     "table",
@@ -50,10 +51,15 @@ Purpose = Literal[
 
 @dataclass(frozen=True)
 class InitRule:
-    """How a start is drawn: ``value`` is sigma for fan_in, the std for normal, the constant for constant."""
+    """How a start is drawn: ``value`` is sigma for fan_in, the std for normal, the constant for constant.
+
+    ``per_tap``: of a convolution's weight the fan-out is counted once per tap of its window, as torch counts 4-D
+    tensors.
+    """
 
     kind: Literal["fan_in", "xavier_uniform", "kaiming_uniform", "inverse_sqrt_fan_out", "normal", "constant"]
     value: float = 1.0
+    per_tap: bool = False
 
     @property
     def uniform(self) -> bool:
@@ -87,7 +93,8 @@ _ORIGINALS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
         # embedding, N(0, .02) on the label table and the timestep MLP. MMDiT here starts as DiT does.
         "dit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
         "mmdit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
-        # Official PixArt.py: as DiT; N(0, .02) on t_block and the caption MLP too, tables N(0, 1/n).
+        # Official PixArt.py: as DiT; N(0, .02) on t_block and the caption MLP too, tables N(0, 1/n). The patch embedding's
+        # bias, which it leaves to torch, is zero as in DiT and in the baseline of arXiv 2505.15270's authors.
         "pixart": {
             "linear": _XAVIER,
             "patch": _XAVIER,
@@ -97,15 +104,29 @@ _ORIGINALS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
             "adaln": _SMALL,
             "modulation_table": InitRule("inverse_sqrt_fan_out"),
         },
-        # Official uvit.py: N(0, .02) on all linears and positions; torch's own start of convolution and label table.
+        # Official uvit.py: N(0, .02) on all linears and positions; torch's own start of convolutions and label table.
         "uvit": {
             "linear": _SMALL,
             "patch": InitRule("kaiming_uniform"),
+            "patch_bias": InitRule("kaiming_uniform"),
             "timestep": _SMALL,
             "text": _SMALL,
             "table": InitRule("normal", 1.0),
             "readout": _SMALL,
         },
+    }
+)
+# The paper's PixArt-muP: mup.init's xavier_uniform_ and normal_(std=.02), anchored at the base width. Its xavier_uniform_
+# takes the patch embedding as it is, 4-D, not flattened; the scale-shift tables are .02 too.
+_AUTHORS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
+    {
+        "pixart": {
+            "linear": _XAVIER,
+            "patch": InitRule("xavier_uniform", per_tap=True),
+            "timestep": _SMALL,
+            "text": _SMALL,
+            "adaln": _SMALL,
+        }
     }
 )
 # The paper's DiT-muP: 1/sqrt(fan_in) throughout, labels N(0, 1).
@@ -154,10 +175,12 @@ class Parametrization:
         self.base_width = config.base_width if self.mup and config.base_width else config.width
         self.output_mult = config.output_mult
         self.role_hps = config.role_hps
-        scheme = _ORIGINALS[config.family] if config.init_scheme == "original" else _FAN_IN_SCHEME
+        starts = {"original": _ORIGINALS, "authors": _AUTHORS}.get(config.init_scheme, {})
+        scheme = starts.get(config.family, _FAN_IN_SCHEME)
         self._init: Mapping[str, InitRule] = MappingProxyType(
             {
                 "tokens": _SMALL,
+                "patch_bias": _ZERO,
                 "modulation_table": _SMALL,
                 "readout": _ZERO,
                 "adaln": _ZERO if config.adaln_zero else _FAN_IN,
@@ -174,13 +197,20 @@ class Parametrization:
         return Dim(int(self.width * multiple), int(self.base_width * multiple))
 
     def spec(
-        self, dims: Sequence[Dim], purpose: Purpose, *, role: Role | None = None, table: bool = False
+        self,
+        dims: Sequence[Dim],
+        purpose: Purpose,
+        *,
+        role: Role | None = None,
+        table: bool = False,
+        drawn_fan_in: int | None = None,
     ) -> ParamSpec:
         """Spec of a parameter of global ``dims``.
 
         A vector has one dim; a matrix is (out, in, *window) with fan_in = in x window; a ``table`` is
         (..., entries, channels), whose rows are looked up or added: an input layer of one-hot fan-in, never decayed
-        by default. ``role`` overrides the one that the dims imply.
+        by default. ``role`` overrides the one that the dims imply. ``drawn_fan_in``: of a bias, the (finite) fan-in of its
+        weight, which torch draws it by.
         """
         dims = tuple(dims)
         role = role or _role_of(dims, table)
@@ -188,7 +218,8 @@ class Parametrization:
         base_fan_in, base_fan_out = _fans(dims, table, base=True)
         rule = self._init[purpose]
         hps = getattr(self.role_hps, role)
-        std = rule.std(base_fan_in, base_fan_out)
+        taps = math.prod(dim.size for dim in dims[2:]) if rule.per_tap else 1
+        std = rule.std(drawn_fan_in or base_fan_in, base_fan_out * taps)
         ratio = fan_in / base_fan_in
         if role == "hidden":
             std *= math.sqrt(base_fan_in / fan_in)

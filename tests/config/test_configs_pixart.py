@@ -26,7 +26,9 @@ def test_these_are_all_the_files() -> None:
 def test_every_value_that_is_no_default(name: str) -> None:
     width, heads, parametrization, lr, batch, epochs, every, _ = PAPER[name]
     shape = (
-        {"parametrization": "mup", "base_width": 288, "head_dim": 72} if parametrization == "mup" else {"heads": heads}
+        {"parametrization": "mup", "base_width": 288, "head_dim": 72, "init": "authors"}
+        if parametrization == "mup"
+        else {"heads": heads}
     )
     assert load_config(configs_dir() / "pixart" / f"{name}.yaml").model_dump(exclude_defaults=True) == {
         "model": {

@@ -63,7 +63,7 @@ def test_roles_and_factors(width: int) -> None:
 def test_text_projection_of_the_proxy_and_of_a_width_of_4096() -> None:
     """4096 text channels stay a finite dimension, also where the width is 4096 or grows past it."""
     for width in (288, 4096, 8192):
-        changes = {"width": width, "head_dim": 32, "depth": 1}
+        changes = {"width": width, "head_dim": 32, "depth": 1, "init": "fan_in"}
         config = preset("pixart-proxy-mup").model_copy(update=changes)
         spec = param_specs(build_model(config, device="meta"))["y_embedder.y_proj.fc1.weight"]
         assert (spec.role, spec.shape, spec.base_shape, spec.lr_mult) == ("input", (width, 4096), (288, None), 1.0)
@@ -99,12 +99,12 @@ def test_mu_adamw_trains_our_model_as_our_groups_do() -> None:
     assert_trained_as_by_mu_adamw(drawn, backward, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("init", ["original", "fan_in"])
+@pytest.mark.parametrize("init", ["original", "fan_in", "authors"])
 def test_mup_at_the_base_width_is_sp_bit_for_bit(init: str) -> None:
     assert_mup_at_the_base_is_sp(partial(tiny_pixart, init=init, output_mult=2.0), pixart_inputs)
 
 
-@pytest.mark.parametrize("init", ["fan_in", "original"])
+@pytest.mark.parametrize("init", ["fan_in", "original", "authors"])
 def test_coordinate_check_passes_mup_and_fails_sp(init: str) -> None:
     model = tiny_pixart_mup(64, 64, init=init)
     mup = coordinate_verdict(model)

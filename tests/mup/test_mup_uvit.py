@@ -66,11 +66,11 @@ def test_roles_follow_declared_dims() -> None:
 
 
 def test_original_init_is_the_official_one() -> None:
-    """N(0, .02) on linears and positions, torch's own start of the convolutions and of the label table."""
+    """N(0, .02) on linears and positions, torch's own start of the label table and the convolutions with their biases."""
     for kind in KINDS:
         for name, spec in _meta_specs(tiny_uvit(kind, width=1024, heads=16, depth=2, mlp_time_embed=True)).items():
-            if name in ("patch_embed.proj.weight", "final_layer.weight"):
-                bound = (spec.shape[1] * spec.shape[2] * spec.shape[3]) ** -0.5
+            if name.startswith(("patch_embed.", "final_layer.")):
+                bound = {"patch_embed": 4 * 2 * 2, "final_layer": 4 * 3 * 3}[name.split(".")[0]] ** -0.5
                 assert spec.init_dist == "uniform" and spec.init_std == pytest.approx(bound / 3**0.5)
             elif name == "label_emb.weight":
                 assert (spec.init_dist, spec.init_std) == ("normal", 1.0)

@@ -15,8 +15,8 @@ from megadit.mup.spec import Dim, ParamSpec
 class MuConv(nn.Module):
     """k x k convolution (B, C, H, W) -> (B, C, H, W) with zero padding: weight (C, C, k, k), bias (C,), k odd.
 
-    Finite under muP: nothing of it changes with width. It starts as the patch embedding does, the bias at zero, and is
-    not decayed by default: it acts on the prediction itself (arXiv 2209.12152, section 3.1).
+    Finite under muP: nothing of it changes with width. It starts as the patch embedding does, and is not decayed by
+    default: it acts on the prediction itself (arXiv 2209.12152, section 3.1).
     """
 
     def __init__(self, channels: int, kernel: int, param: Parametrization) -> None:
@@ -24,7 +24,7 @@ class MuConv(nn.Module):
         dims = (Dim(channels), Dim(channels), Dim(kernel), Dim(kernel))
         self.param_specs: dict[str, ParamSpec] = {
             "weight": dataclasses.replace(param.spec(dims, "patch"), decay=False, wd_mult=0.0),
-            "bias": param.spec((Dim(channels),), "zero"),
+            "bias": param.spec((Dim(channels),), "patch_bias", drawn_fan_in=channels * kernel * kernel),
         }
         self.weight = nn.Parameter(torch.empty(channels, channels, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(channels))

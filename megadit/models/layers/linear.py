@@ -133,7 +133,7 @@ class MuPatchProjection(nn.Module):
         dims = (out_dim, Dim(channels), Dim(patch), Dim(patch))
         self.param_specs: dict[str, ParamSpec] = {
             "weight": param.spec(dims, "patch"),
-            "bias": param.spec((out_dim,), "zero"),
+            "bias": param.spec((out_dim,), "patch_bias", drawn_fan_in=channels * patch * patch),
         }
         self.weight = nn.Parameter(torch.empty(out_dim.size, channels, patch, patch))
         self.bias = nn.Parameter(torch.empty(out_dim.size))
