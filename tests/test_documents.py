@@ -20,7 +20,7 @@ ANCHORED = [
     ("lr_mult=hps.lr / ratio if",),
     ('return spec.fan_in_mult if mode == "independent"',),
     ("lr_mult=hps.lr / ratio if",),
-    ("rule.std(base_fan_in, base_fan_out)",),
+    ("std = rule.std(",),
     ("self.output_mult) / ratio",),
 ]
 
@@ -46,7 +46,7 @@ def test_line_anchors_of_the_readme_point_at_their_code():
 # What the lines that the table of docs/mup.md links to must begin with, in the order of the links.
 RULES = [
     ("input", "def _role_of"),
-    ("constant in width", "std = rule.std(base_fan_in, base_fan_out)"),
+    ("constant in width", "std = rule.std("),
     ("input, undecayed", "def _role_of"),
     ("hidden", 'if role == "hidden":'),
     ("σ/√fan_in", 'if role == "hidden":'),
@@ -59,6 +59,7 @@ RULES = [
     ("finite", "def _role_of"),
     ("`original`", "_ORIGINALS: "),
     ("`fan_in`", "_FAN_IN_SCHEME: "),
+    ("`authors`", "_AUTHORS: "),
 ]
 
 

@@ -208,11 +208,12 @@ class ModelConfig(Section):
     def _check_roles(self) -> None:
         """Raise ValueError for a factor of ``role_hps`` that nothing in this model would read."""
         finite = self.repa is not None or (self.family == "uvit" and self.conv)  # the rest of this role are vectors
-        drawn_readout = self.repa is not None or (self.family == "uvit" and self.init_scheme == "original")
+        original_uvit = self.family == "uvit" and self.init_scheme == "original"
+        drawn_readout = self.repa is not None or original_uvit
         read = {
             ("vector", "mult"): False,
             # pixart's scale-shift tables; the bias of the original uvit's patch embedding
-            ("vector", "init_std"): self.family == "pixart" or (self.family == "uvit" and self.init_scheme == "original"),
+            ("vector", "init_std"): self.family == "pixart" or original_uvit,
             ("finite", "mult"): finite,
             ("finite", "init_std"): finite,
             ("output", "init_std"): drawn_readout,

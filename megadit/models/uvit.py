@@ -10,8 +10,9 @@ own: without ``mlp_time_embed`` it is the n sinusoidal features of t. These are 
 and finer samples of one function of frequency, which is what muP asks of a token; a learned input layer makes the same
 sizes. With the MLP they are the input of a hidden layer of fan-in n, again with entries of size 1.
 
-Beside the originals: a text shorter than ``text.max_length`` is padded, and padding is masked as keys, so that it changes nothing; without a mask every text
-token is seen, as in the original, and so is the padding of a model with ``text.mask: false``.
+Beside the originals: a text shorter than ``text.max_length`` is padded, and padding is masked as keys, so that it
+changes nothing; without a mask every text token is seen, as in the original, and so is the padding of a model with
+``text.mask: false``.
 """
 
 from __future__ import annotations

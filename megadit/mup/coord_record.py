@@ -72,10 +72,10 @@ class Recorder:
 
     Of every module, ``activation``: the output; ``change``: the output minus that at step 0. Of a layer, so
     that it tells of this layer and not of those before it, ``gain``: the output at step 0, without a bias that was
-    drawn, over the input (of a norm, the output alone); and of each of its parameters p, ``update.p``: how much p's own training moves the output at
-    the present input (the output minus that with p as it was at step 0), for a matrix over the size of the input. A
-    parameter beside layers, in a block say, is a table that is added inside: ``update.p`` is how far it moved itself,
-    so that a fault of those layers does not show there.
+    drawn, over the input (of a norm, the output alone); and of each of its parameters p, ``update.p``: how much p's own
+    training moves the output at the present input (the output minus that with p as it was at step 0), for a matrix over
+    the size of the input. A parameter beside layers, in a block say, is a table that is added inside: ``update.p`` is
+    how far it moved itself, so that a fault of those layers does not show there.
 
     Of a model whose layers tensor-parallel ranks share, sizes are means over the ranks: of equal shares of the
     coordinates, or of the same coordinates again. All ranks must read together. Sequence parallelism is refused: its

@@ -93,8 +93,8 @@ _ORIGINALS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
         # embedding, N(0, .02) on the label table and the timestep MLP. MMDiT here starts as DiT does.
         "dit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
         "mmdit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
-        # Official PixArt.py: as DiT; N(0, .02) on t_block and the caption MLP too, tables N(0, 1/n). The patch embedding's
-        # bias, which it leaves to torch, is zero as in DiT and in the baseline of arXiv 2505.15270's authors.
+        # Official PixArt.py: as DiT; N(0, .02) on t_block and the caption MLP too, tables N(0, 1/n). The patch
+        # embedding's bias, which it leaves to torch, is zero as in DiT and in arXiv 2505.15270's baseline.
         "pixart": {
             "linear": _XAVIER,
             "patch": _XAVIER,
@@ -116,8 +116,8 @@ _ORIGINALS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
         },
     }
 )
-# The paper's PixArt-muP: mup.init's xavier_uniform_ and normal_(std=.02), anchored at the base width. Its xavier_uniform_
-# takes the patch embedding as it is, 4-D, not flattened; the scale-shift tables are .02 too.
+# The paper's PixArt-muP: mup.init's xavier_uniform_ and normal_(std=.02), anchored at the base width. Its
+# xavier_uniform_ takes the patch embedding as it is, 4-D, not flattened; the scale-shift tables are .02 too.
 _AUTHORS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
     {
         "pixart": {
@@ -209,8 +209,8 @@ class Parametrization:
 
         A vector has one dim; a matrix is (out, in, *window) with fan_in = in x window; a ``table`` is
         (..., entries, channels), whose rows are looked up or added: an input layer of one-hot fan-in, never decayed
-        by default. ``role`` overrides the one that the dims imply. ``drawn_fan_in``: of a bias, the (finite) fan-in of its
-        weight, which torch draws it by.
+        by default. ``role`` overrides the one that the dims imply. ``drawn_fan_in``: of a bias, the finite fan-in
+        of its weight, by which torch draws it.
         """
         dims = tuple(dims)
         role = role or _role_of(dims, table)

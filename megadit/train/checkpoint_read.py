@@ -30,7 +30,8 @@ _LAYOUT_KEYS = (
     "train.micro_batch",
 )
 _PROJECTOR = "repa."  # what the model is trained with and not drawn from
-_WAYS_TO_COMPUTE = {"attention_precision", "norm_precision"}  # of the model section; the weights' meaning is the same
+# Of the model section, what leaves the weights' meaning the same: how they are computed with, and how they began.
+_NOT_THE_MODEL = {"attention_precision", "norm_precision", "init", "adaln_init"}
 
 
 class StoredCheckpoint:
@@ -93,7 +94,7 @@ class StoredCheckpoint:
             UserError: naming the differing model keys, or train.seed or train.global_batch.
         """
         here, there = config.model_dump(mode="json"), self.config
-        keys = sorted((set(here["model"]) | set(there["model"])) - _WAYS_TO_COMPUTE)
+        keys = sorted((set(here["model"]) | set(there["model"])) - _NOT_THE_MODEL)
         different = [k for k in keys if here["model"].get(k) != there["model"].get(k)]
         if different:
             shown = ", ".join(f"model.{k} {there['model'].get(k)} → {here['model'].get(k)}" for k in different[:4])

@@ -1,7 +1,7 @@
 """The initialisers of the originals and of the paper's authors, written a second time on torch's own modules.
 
-``starts`` runs one without drawing: it records what each parameter would be drawn from. Modules hold the parameters of a
-model under megadit's names and compute nothing.
+``starts`` runs one without drawing: it records what each parameter would be drawn from. Modules hold the parameters of
+a model under megadit's names and compute nothing.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def official_dit(model: Any) -> None:
 
 
 def authors_dit(model: Any) -> None:
-    """The muP DiT of arXiv 2505.15270: kaiming_normal (a=1, fan_in) on every weight, the label table as torch has it."""
+    """The muP DiT of arXiv 2505.15270: kaiming_normal (a=1, fan_in) on every weight, the label table as torch does."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=1, mode="fan_in")

@@ -66,7 +66,7 @@ def test_roles_follow_declared_dims() -> None:
 
 
 def test_original_init_is_the_official_one() -> None:
-    """N(0, .02) on linears and positions, torch's own start of the label table and the convolutions with their biases."""
+    """N(0, .02) on linears and positions, torch's own start of the label table and of all of the convolutions."""
     for kind in KINDS:
         for name, spec in _meta_specs(tiny_uvit(kind, width=1024, heads=16, depth=2, mlp_time_embed=True)).items():
             if name.startswith(("patch_embed.", "final_layer.")):

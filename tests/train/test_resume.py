@@ -128,6 +128,18 @@ def test_a_checkpoint_of_another_model_is_refused(saved_run):
 
 
 @pytest.mark.distributed
+def test_how_the_weights_began_is_no_part_of_the_model(saved_run):
+    """A file whose default start has changed, as configs/pixart has, goes on with the runs that it began."""
+    folder, config = saved_run[0], saved_run[1]
+    stored = StoredCheckpoint(next((folder / "checkpoints").glob("step-*")))
+    changed = config.model_copy(
+        update={"model": config.model.model_copy(update={"init": "original", "adaln_init": "zero"})}
+    )
+    stored.check_same_model(changed)
+    assert "model.init auto → original" in stored.changes(changed)
+
+
+@pytest.mark.distributed
 def test_a_newer_format_and_a_broken_index_are_told(saved_run, tmp_path):
     import shutil
 
