@@ -66,7 +66,8 @@ class ModelConfig(Section):
     mlp_ratio: float = Field(4.0, gt=0, description="hidden size of the MLP over width")
     qk_norm: Literal["none", "rms"] = Field("none", description="RMSNorm of queries and keys")
     attention_precision: Literal["auto", "fp32"] = Field(
-        "auto", description="fp32: attention's scores and softmax in float32 under bf16 and fp16"
+        "auto",
+        description="fp32: attention's scores and softmax in float32 under bf16 and fp16 (pixart: self-attention's)",
     )
     norm_precision: Literal["auto", "fp32"] = Field(
         "auto", description="fp32: norms and their modulation in float32 under bf16 and fp16, rounded once"

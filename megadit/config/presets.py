@@ -31,7 +31,7 @@ PRESET_KEYS = (
 )
 
 MUP_BASE_WIDTH = 288  # the proxy of arXiv 2505.15270, section 5.1; all runs of one study share it
-MMDIT_BASE_WIDTH = 1920  # of its section 5.3, between the widths of proxy and target
+MMDIT_BASE_WIDTH = 1920  # of its section 5.2, between the widths of proxy and target
 
 # Table 1 of the DiT paper (arXiv 2212.09748): width, depth, heads.
 _DIT_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
@@ -102,8 +102,8 @@ def _uvit() -> dict[str, dict[str, Any]]:
 
 
 def _mmdit() -> dict[str, dict[str, Any]]:
-    """MMDiT (arXiv 2403.03206) at the two sizes of arXiv 2505.15270, section 5.3: 0.18B and 18B parameters."""
+    """MMDiT (arXiv 2403.03206) at the two sizes of arXiv 2505.15270, section 5.2: 0.18B and 18B parameters."""
     shape = {"family": "mmdit", "depth": 16, "patch_size": 2, "mlp": "swiglu", "num_classes": 0, "learn_sigma": False}
-    shape |= {"text": {"dim": 4096}}
+    shape |= {"text": {"dim": 4096}, "qk_norm": "rms"}  # QK norm: its appendix C.4
     table = _pair("mmdit-proxy", shape | {"width": 512}, 8, MMDIT_BASE_WIDTH)
     return table | _pair("mmdit-18b", shape | {"width": 5120}, 80, MMDIT_BASE_WIDTH)

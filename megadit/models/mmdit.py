@@ -1,7 +1,7 @@
 """MMDiT (Esser et al., arXiv 2403.03206): text to image with two streams of tokens and joint attention, SP or muP.
 
 Shapes: B batch, C channels, H x W latent, T image tokens, L text tokens, n width. Parameter names are those of the
-authors' own checkpoints (Stable Diffusion 3). Its sizes of arXiv 2505.15270, section 5.3, have a SwiGLU MLP of hidden
+authors' own checkpoints (Stable Diffusion 3). Its sizes of arXiv 2505.15270, section 5.2, have a SwiGLU MLP of hidden
 size 4n and no pooled text.
 """
 

@@ -1,7 +1,8 @@
 """PixArt-alpha (Chen et al., arXiv 2310.00426): text to image, under SP or muP (arXiv 2505.15270).
 
 Shapes: B batch, C channels, H x W latent, T image tokens, L text tokens, n width. Parameter names are the official
-ones. With ``qk_norm`` the queries and keys of self-attention are normed, those of cross-attention are not.
+ones. With ``qk_norm`` the queries and keys of self-attention are normed, those of cross-attention are not; with
+``attention_precision`` fp32 self-attention is computed in float32, cross-attention is not, as in the original.
 """
 
 from __future__ import annotations
@@ -72,9 +73,7 @@ class PixArtBlock(Stage):
             norm_precision=config.norm_precision,
             tokens=tokens,
         )
-        self.cross_attn = CrossAttention(
-            width, heads, param, bias=config.qkv_bias, precision=config.attention_precision, tokens=tokens
-        )
+        self.cross_attn = CrossAttention(width, heads, param, bias=config.qkv_bias, tokens=tokens)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 

@@ -1,4 +1,4 @@
-"""Every value of configs/mmdit against the paper (arXiv 2505.15270, section 5.3), and what the paper does not say."""
+"""Every value of configs/mmdit against the paper (arXiv 2505.15270, section 5.2), and what the paper does not say."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_value(name: str):
         "model": {
             "family": "mmdit", "width": width, "depth": 16, "heads": None if mup else heads,
             "head_dim": 64 if mup else None, "patch_size": 2, "in_channels": 16, "input_size": 32, "learn_sigma": False,
-            "mlp": "swiglu", "mlp_ratio": 4.0, "qk_norm": "none", "num_classes": 0, "qkv_bias": True,
+            "mlp": "swiglu", "mlp_ratio": 4.0, "qk_norm": "rms", "num_classes": 0, "qkv_bias": True,
             "text": {"dim": 4096, "max_length": 120, "pooled_dim": 0, "mask": True},
             "repa": {"block": 8, "feature_dim": 768, "hidden": 2048, "norm": "none"},
             "pos_scale": 1.0, "pos_embed_max_size": None, "conv": True, "mlp_time_embed": False,

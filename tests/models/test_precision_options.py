@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
+from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.models import build_model
 from megadit.models.layers import ModulatedNorm, SelfAttention, attend
 from megadit.models.layers.norm import MuRMSNorm
@@ -75,6 +79,41 @@ def test_whole_model_keeps_its_dtype_and_float32_its_bits(autocast):
         else:
             output = exact.bfloat16()(x, t, cond)
         assert output.dtype == torch.bfloat16 and gap(output, expected) < 0.02
+
+
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+PIXART_TEXT = {"dim": 20, "max_length": 7}  # 16 patches attend to themselves, and to 7 tokens of text
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("config", "inputs", "expected"),
+    [
+        (tiny_config(attention_precision="fp32"), tiny_inputs, {FLOAT32}),
+        (tiny_uvit("text", attention_precision="fp32"), uvit_inputs, {FLOAT32}),
+        (tiny_mmdit(attention_precision="fp32"), mmdit_inputs, {FLOAT32}),
+        (tiny_pixart(attention_precision="fp32", text=PIXART_TEXT), pixart_inputs, {(16, FLOAT32), (7, BF16)}),
+        (tiny_pixart(text=PIXART_TEXT), pixart_inputs, {(16, BF16), (7, BF16)}),
+    ],
+    ids=["dit", "uvit", "mmdit", "pixart", "pixart-auto"],
+)
+def test_what_attention_is_computed_in(config, inputs, expected, autocast, monkeypatch):
+    """PixArt's authors cast the operands of self-attention and leave cross-attention in the working dtype."""
+    seen, original = set(), F.scaled_dot_product_attention
+
+    def attention(q, k, v, *rest):
+        assert q.dtype == k.dtype == v.dtype
+        casts = torch.is_autocast_enabled("cpu")  # in float32 nothing may cast the operands back
+        assert not (casts and q.dtype == FLOAT32)
+        seen.add((k.shape[2], q.dtype) if config.family == "pixart" else q.dtype)
+        return original(q, k, v, *rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    model = build_model(config)
+    randomize(model)
+    with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
+        (model if autocast else model.bfloat16())(*inputs(config))
+    assert seen == expected
 
 
 def test_gradients_flow_in_the_weights_dtype():

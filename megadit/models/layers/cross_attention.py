@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from megadit.conditioning import null_caption
 from megadit.models.layers.attention import attend
 from megadit.models.layers.linear import MuLinear
-from megadit.models.layers.norm import Precision
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.tensor import tensor_layout
@@ -19,8 +18,7 @@ class CrossAttention(nn.Module):
     """Multi-head attention from tokens to text, scale 1 / sqrt(head_dim).
 
     ``kv_linear`` puts out k, v, each [heads, head_dim]; ``proj`` starts at zero, so that text enters with training.
-    ``precision`` as in ``SelfAttention``. Tensor parallelism shares out the heads; ``tokens``, those of x: see
-    ``MuLinear``.
+    Tensor parallelism shares out the heads; ``tokens``, those of x: see ``MuLinear``.
     """
 
     def __init__(
@@ -30,13 +28,11 @@ class CrossAttention(nn.Module):
         param: Parametrization,
         *,
         bias: bool = True,
-        precision: Precision = "auto",
         tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = width.size // heads
         self.local_heads = tensor_layout().share(heads, "attention heads")
-        self.precision = precision
         doubled = Dim(2 * width.size, 2 * width.base_size)
         self.q_linear = MuLinear(width, width, param, bias=bias, shard="column", tokens=tokens)
         self.kv_linear = MuLinear(width, doubled, param, bias=bias, shard="column", parts=2, entered=True)
@@ -52,7 +48,7 @@ class CrossAttention(nn.Module):
         kv = self.kv_linear(text).unflatten(-1, (2, self.local_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         seen = None if mask is None else mask[:, None, None, :]
-        mixed = attend(q, k, v, seen, self.precision)
+        mixed = attend(q, k, v, seen)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
