@@ -6,11 +6,12 @@ turns into a single sentence and exit code 2: it names the key, the value and th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -23,7 +24,10 @@ class UserError(Exception):
     """Bad input from a person: one sentence that names the key, the value and the remedy (exit code 2).
 
     ``everywhere`` says that every rank of the run raises it alike, so that one of them is enough to tell it.
+    ``code`` is what the command exits with.
     """
+
+    code = EXIT_BAD_INPUT
 
     def __init__(self, message: str, *, everywhere: bool = False) -> None:
         super().__init__(message)
@@ -33,13 +37,14 @@ class UserError(Exception):
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's ``main`` and leave the process with its exit code.
 
-    A ``UserError`` becomes one line on stderr and exit code 2. A reader of the output that goes away, as ``head`` does,
-    ends the command with exit code 1 and without a word. Any other exception keeps its traceback (Python's exit code
-    1), since it is a defect and not the user's input.
+    A ``UserError`` becomes one line on stderr and its exit code, 2 as a rule. A reader of the output that goes away,
+    as ``head`` does, ends the command with exit code 1 and without a word. Any other exception keeps its traceback
+    (Python's exit code 1), since it is a defect and not the user's input.
     """
     try:
         code = _exit_code(main, argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where the command was started without one
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -52,7 +57,7 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
         return main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return error.code
     except (
         SystemExit
     ) as end:  # argparse, after --help or an option it does not know: what it printed is not flushed yet
@@ -64,13 +69,49 @@ def _nobody_reads() -> bool:
     Python flushes both once more at its end.
     """
     gone = []
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            gone.append(stream.fileno())
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in gone:
-        os.dup2(nowhere, number)
-    os.close(nowhere)
+            gone.append(stream)
+    for stream in gone:
+        _mute(stream)
     return bool(gone)
+
+
+def say(text: str, stream: IO[str] | None = None) -> None:
+    """Print a line for people, by default to stderr, where it may go wrong without consequences.
+
+    For what is told beside the work that a command does: a terminal that is gone, a full disk behind the stream or an
+    encoding without the letter must not end a run. What is still written there later goes nowhere.
+    """
+    stream = sys.stderr if stream is None else stream
+    if stream is None:  # the command was started without one
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except (OSError, ValueError):
+        _mute(stream)
+
+
+@contextlib.contextmanager
+def harmless(what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """In the block a failure of ``what`` is a warning: for what follows when the work is done and saved.
+
+    Exceptions of the types ``passing`` are raised.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        say(f"warning: {what} failed ({told}); what was saved before is whole")
+
+
+def _mute(stream: IO[str]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

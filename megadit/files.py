@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadit.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+_NAME_BYTES = 255  # of a name in a folder, on every file system in use
 
 
 @contextlib.contextmanager
@@ -53,3 +59,38 @@ def save_tensors(
             os.fchmod(file.fileno(), rights)
             if sync:
                 os.fsync(file.fileno())
+
+
+def check_folder(path: Path, key: str) -> None:
+    """Whether ``path`` is a folder or could be made one; only looks. ``key`` is the option that names it.
+
+    Raises:
+        UserError: it or a folder above it is a file, a link that leads nowhere or in a circle, may not be entered, or
+            has a name that is too long.
+    """
+    for part in (*reversed(path.parents), path):
+        try:
+            mode = os.stat(part).st_mode
+        except OSError as error:
+            if error.errno == errno.ENOENT and not part.is_symlink():
+                break  # it can be made, with all below it
+            problem = _folder_problem(part, error)
+        else:
+            if stat.S_ISDIR(mode):
+                continue
+            problem = "is a file, not a folder"
+        what = f"'{path}'" if part == path else f"'{path}' cannot be a folder, since '{part}'"
+        raise UserError(f"{key}: {what} {problem}; choose another")
+    for name in path.parts:
+        if len(os.fsencode(name)) > _NAME_BYTES:
+            raise UserError(f"{key}: '{name[:40]}…' is longer than a name's {_NAME_BYTES} bytes; shorten it")
+
+
+def _folder_problem(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return f"is a link to '{os.readlink(path)}', which is not there"
+    if error.errno == errno.ELOOP:
+        return "is a link that leads in a circle"
+    if error.errno == errno.ENAMETOOLONG:
+        return "has too long a name"
+    return f"cannot be looked at ({error.strerror or error})"

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megadit.errors import UserError
+from megadit.ownership import OwnershipLost
 
 if TYPE_CHECKING:
     import torch
@@ -113,12 +114,14 @@ class ProcessContext:
 
     def on_main(self, action: Any) -> Any:
         """Run ``action()`` on rank 0 only and give its result to all; its ``UserError`` is raised on all."""
-        outcome: tuple[str | None, Any] = (None, None)
+        outcome: tuple[UserError | None, Any] = (None, None)
         if self.is_main:
             try:
                 outcome = (None, action())
             except UserError as error:
-                outcome = (str(error), None)
+                # A lost folder stays one on every rank: none of them writes there any more.
+                kind = OwnershipLost if isinstance(error, OwnershipLost) else UserError
+                outcome = (kind(str(error), everywhere=True), None)
         if self.world_size > 1:
             import torch.distributed as dist
 
@@ -126,7 +129,7 @@ class ProcessContext:
             dist.broadcast_object_list(box, src=0)
             outcome = box[0]
         if outcome[0] is not None:
-            raise UserError(outcome[0], everywhere=True)
+            raise outcome[0]
         return outcome[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megadit.config import RunConfig
+from megadit.ownership import Ownership, OwnershipLost
 from megadit.parallel import ProcessContext
 from megadit.train.checkpoint_format import (
     WEIGHTS,
@@ -35,20 +37,22 @@ def save_checkpoint(
     groups: list[dict[str, Any]],
     context: ProcessContext,
     sources: Sequence[StateSource] = (),
+    ownership: Ownership | None = None,
 ) -> Path:
     """Write ``step-XXXXXXXX`` from all ranks, point ``latest`` to it, and drop what is not to be kept.
 
     Kept are the ``train.keep_last`` newest up to it and the multiples of ``train.keep_every``. ``groups`` is the plain
     table of optimizer groups (name, lr_mult, wd_mult, …) stored for comparison at resume; ``sources`` is the state
-    beside weights and moments. Every rank must call this. Returns the checkpoint's folder.
+    beside weights and moments. ``ownership`` of the run directory, on rank 0: asked before anything is written or
+    removed. Every rank must call this. Returns the checkpoint's folder.
 
     Raises:
+        OwnershipLost: the run directory is another process's by now; nothing is published.
         UserError: the disk is full or not writable; the checkpoint before stays in place.
     """
     root = checkpoint_root(run_dir)
     final = step_folder(root, position.step)
-    temporary = root / f".{final.name}.tmp"
-    context.on_main(lambda: refuse_disk_errors(final, lambda: _prepare(temporary)))
+    temporary: Path = context.on_main(lambda: refuse_disk_errors(final, lambda: _prepare(final, ownership)))
     owned = partitions.to_save()
     file, problem = f"fragments-{context.rank:05d}.safetensors", ""
     records: dict[str, FileRecord] = {}
@@ -85,17 +89,27 @@ def save_checkpoint(
                 "pipeline": config.parallel.pipeline,
             },
         }
-        refuse_disk_errors(final, lambda: _publish(temporary, final, index, state, config))
+        refuse_disk_errors(final, lambda: _publish(temporary, final, index, state, config, ownership))
 
     context.on_main(publish)
     return final
 
 
-def _prepare(temporary: Path) -> None:
-    for torn in temporary.parent.glob(".step-*.tmp"):  # left by a run that was killed while it saved
-        shutil.rmtree(torn, ignore_errors=True)
+def _prepare(final: Path, ownership: Ownership | None) -> Path:
+    """Make the folder to write into, whose name no other process uses, and drop what a killed run left of its own."""
+    token = secrets.token_hex(8)
+    if ownership is not None:
+        ownership.check()
+        token = ownership.token
+    root = final.parent
+    for torn in root.glob(".step-*.tmp"):
+        # Of an owner that was only silent, some rank may still be writing.
+        if ownership is None or ownership.sure or f".{token}." in torn.name:
+            shutil.rmtree(torn, ignore_errors=True)
+    temporary = root / f".{final.name}.{token}.tmp"
     temporary.mkdir(parents=True)
-    flush_folder(temporary.parent.parent)
+    flush_folder(root.parent)
+    return temporary
 
 
 def _tensors(
@@ -109,11 +123,15 @@ def _tensors(
             yield Piece(kind, f.name, f.start, f.stop, file, f.boxes), values
 
 
-def _publish(temporary: Path, final: Path, index: Index, state: dict[str, Any], config: RunConfig) -> None:
+def _publish(
+    temporary: Path, final: Path, index: Index, state: dict[str, Any], config: RunConfig, ownership: Ownership | None
+) -> None:
     try:
         write_index(temporary, index, state)
+        if ownership is not None:
+            ownership.check()
         _rename(temporary, final)
-    except OSError:
+    except (OSError, OwnershipLost):
         shutil.rmtree(temporary, ignore_errors=True)  # gives its space back
         raise
     _drop_old(final, config.train.keep_last, config.train.keep_every)
@@ -130,7 +148,7 @@ def write_index(folder: Path, index: Index, state: dict[str, Any]) -> None:
 
 def _rename(temporary: Path, final: Path) -> None:
     """Give a complete folder its name, then let ``latest`` say so."""
-    replaced = temporary.with_name(f".{final.name}.old.tmp")
+    replaced = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}.old.tmp")
     if final.exists():  # of a course that was left by going on from an earlier step, or a broken one
         os.replace(final, replaced)
     os.replace(temporary, final)

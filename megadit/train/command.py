@@ -19,6 +19,8 @@ from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.config.samplers import check_sampling
 from megadit.data.places import check_places
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
+from megadit.files import check_folder
+from megadit.ownership import refuse_occupied
 from megadit.parallel import prepare_environment
 from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
 from megadit.train.checkpoint_names import check_named, has_checkpoints, saved_step
@@ -57,6 +59,11 @@ def run(
         folder = run_folder(config, run_dir)
         return dry_run_elsewhere(load(config, overrides), ds_config, folder, resume, world_size, as_json=as_json)
     try:
+        folder = run_folder(config, run_dir)
+        check_folder(folder, "--run_dir")
+        prepare_environment()
+        if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
+            refuse_occupied(folder, "--run_dir")
         # DeepSpeed's opinion of its own file is asked in any case; of the dict that megadit makes, when it is used.
         job = prepare_job(config, overrides, ds_config, run_dir, resume, ask_deepspeed=not dry or ds_config is not None)
         if dry:
@@ -233,7 +240,7 @@ def train(job: Job) -> int:
         where = "" if os.environ["WORLD_SIZE"] == "1" or error.everywhere else f"[rank {rank}] "
         if not error.everywhere or rank == "0":
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return error.code
     except Exception as error:
         told = of_another_rank(error)
         if told is None:

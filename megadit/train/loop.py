@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from megadit.data import Batch, BatchStream
 from megadit.diffusion import NoisyBatch
+from megadit.errors import harmless
+from megadit.ownership import OwnershipLost
 from megadit.plan import forward_flops, peak_flops
-from megadit.train.callbacks import Callback, Record
+from megadit.train.callbacks import Callback, Record, RunStopped
 from megadit.train.callbacks.base import due
 from megadit.train.checkpoint import Position
 from megadit.train.engine import Sample
@@ -21,6 +24,7 @@ from megadit.train.preemption import Interrupt, preemption_signals
 from megadit.train.run import TrainingRun
 
 _PREEMPTION_CHECK_STEPS = 10
+_PASSING = (RunStopped, OwnershipLost)  # these are no failures of a callback
 
 
 class TrainingDiverged(RuntimeError):
@@ -38,15 +42,18 @@ def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) ->
     batches = iter(stream)
     try:
         with preemption_signals() as interrupt:
+            run.context.on_main(run.directory.check_ownership)
             for callback in callbacks:
                 callback.on_start(run)
             complete = _steps(run, batches, callbacks, interrupt)
             for callback in callbacks:
-                callback.on_end(run)
+                with harmless(_name(callback), _PASSING):
+                    callback.on_end(run)
         return complete
     finally:
         for callback in callbacks:
-            callback.close()
+            with harmless(f"closing {_name(callback)}"):  # nor may it take the place of the error that ended the run
+                callback.close()
 
 
 def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callback], interrupt: Interrupt) -> bool:
@@ -61,7 +68,7 @@ def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callbac
         record = meter.record(norm) if log or preempted else None
         if record is not None:
             _refuse_divergence(run, record)
-        _after_step(run, callbacks, record)
+        _after_step(run, callbacks, record, preempted)
         if preempted:
             if run.saved_step != run.position.step:
                 run.save()
@@ -127,17 +134,27 @@ def _is_logged(run: TrainingRun, step: int) -> bool:
     return step == 1 or any(due(step, every, run.total_steps) for every in (train.log_every, *others))
 
 
-def _after_step(run: TrainingRun, callbacks: Sequence[Callback], record: Record | None) -> None:
-    """``on_step`` of all callbacks, then the log with what they added, then what must come after the log."""
+def _after_step(run: TrainingRun, callbacks: Sequence[Callback], record: Record | None, preempted: bool) -> None:
+    """``on_step`` of all callbacks, then the log with what they added, then what must come after the log.
+
+    Of the last of these a failure ends the run, unless it ends anyway and is saved (a preempted one is, in a moment).
+    """
     for callback in callbacks:
         addition = callback.on_step(run)
         if addition and record is not None:
             record |= addition
     if record is not None:
+        run.context.on_main(run.directory.check_ownership)
         for callback in callbacks:
             callback.on_log(run, record)
     for callback in callbacks:
-        callback.after_log(run)
+        over = preempted or run.saved_step == run.position.step == run.total_steps
+        with harmless(_name(callback), _PASSING) if over else contextlib.nullcontext():
+            callback.after_log(run)
+
+
+def _name(callback: Callback) -> str:
+    return type(callback).__name__
 
 
 class Meter:

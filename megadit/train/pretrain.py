@@ -12,7 +12,7 @@ import math
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from megadit.data.conditions import build_conditions, kept_null
 from megadit.data.features import TargetFeatures
 from megadit.data.latents import build_codec
 from megadit.diffusion import build_objective
-from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
+from megadit.files import check_folder
 from megadit.models import build_model
 from megadit.models.segment import Segment, build_segment
 from megadit.models.stages import StagedModel
 from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
+from megadit.ownership import Claim, Occupied, OwnershipLost
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.agreement import check_agreement, flat
 from megadit.parallel.balance import balanced_cuts
@@ -47,6 +49,7 @@ from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
 
+_PATIENCE_S = 10.0  # of one look at the owner of the run directory
 _IMAGE_CHECK_S = 5.0  # for a look at the files before anything is written; what it misses is told when it is read
 _checked: weakref.WeakSet[ImageSet] = weakref.WeakSet()  # sets that an earlier job of this process has looked at
 
@@ -78,42 +81,54 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
     ``callbacks`` takes the place of the default ones. With ``keep_group`` the process group stays up for the next
     job of this process.
 
+    The run directory is owned from before the first look at its checkpoints to the end.
+
     Raises:
+        Occupied: a run that lives owns the run directory.
+        OwnershipLost: another took it over, since this one was silent for too long.
         UserError: bad input, found before any step or (a broken image) while reading.
     """
+    with RunDirectory(job.run_dir) as directory:
+        return _pretrain(job, directory, callbacks, keep_group)
+
+
+def _pretrain(job: Job, directory: RunDirectory, callbacks: Sequence[Callback] | None, keep_group: bool) -> int:
     steps = total_steps(job.config, len(job.train_set))
     context = start_processes(job.config.parallel.timeout_s)
-    directory = RunDirectory(job.run_dir)
     try:
         check_agreement(context, _facts(job))
-        start = context.on_main(lambda: _prepare_directory(directory, job, steps))
+        start = _begin(context, directory, job, steps)
     except UserError as error:
         if context.is_main:
             directory.write_refusal(str(error), saved_step(job.run_dir))
         raise
     if start.step >= steps:
         if not keep_group:
-            stop_processes()
+            with harmless("leaving the process group"):
+                stop_processes()
         return EXIT_OK
     run = None
     try:
         run = assemble(job, context, directory, steps, start)
         code, reason = _train(run, default_callbacks() if callbacks is None else callbacks)
         if context.is_main:
-            directory.write_exit(code, reason, run.position.step)
+            with harmless("exit.json"):
+                directory.write_exit(code, reason, run.position.step)
     except BaseException as error:
         told = _full_disk(error, job.run_dir) or error
-        code = EXIT_BAD_INPUT if isinstance(told, UserError) else EXIT_FAILURE
+        code = told.code if isinstance(told, UserError) else EXIT_FAILURE
         step = start.step if run is None else run.position.step
         explain_timeout(told, job.config.parallel.timeout_s)
         said = [f"{type(told).__name__}: {told}", *getattr(told, "__notes__", ())]
         reason = of_another_rank(told) or " ".join(said)
-        directory.write_failure(code, reason, step)
+        if not isinstance(told, OwnershipLost):
+            directory.write_failure(code, reason, step)
         if told is error:
             raise
         raise told from error
     if not keep_group:
-        stop_processes()
+        with harmless("leaving the process group"):
+            stop_processes()
     return code
 
 
@@ -134,13 +149,15 @@ def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:
 class Start:
     """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
 
-    ``weights_from`` is the checkpoint whose weights alone a new run takes.
+    ``weights_from`` is the checkpoint whose weights alone a new run takes. ``token`` names the ownership of the run
+    directory.
     """
 
     checkpoint: Path | None = None
     step: int = 0
     earlier: tuple[Path, ...] = ()
     weights_from: Path | None = None
+    token: str | None = None
 
     @property
     def source(self) -> Path | None:
@@ -179,24 +196,56 @@ def resume_point(job: Job) -> Start:
     return Start(found.stored.path, found.stored.position.step, found.earlier)
 
 
-def _prepare_directory(directory: RunDirectory, job: Job, steps: int) -> Start:
-    """On rank 0: where to begin; a writable run directory, unless nothing is left to do."""
+def _begin(context: ProcessContext, directory: RunDirectory, job: Job, steps: int) -> Start:
+    """Own the run directory and find where to begin (all ranks must call).
+
+    Raises:
+        UserError: the directory is another run's or cannot be written, or as ``resume_point`` does.
+    """
+    check_folder(job.run_dir, "--run_dir")
+    claim = Claim(job.run_dir, "training")
+    # The other ranks wait in a collective, which has a time limit, while rank 0 watches a silent owner.
+    patience_s = min(_PATIENCE_S, job.config.parallel.timeout_s / 4)
+    start: Start | None = None
+    while start is None:
+        start = context.on_main(lambda: _prepare_directory(claim, directory, job, steps, patience_s))
+    directory.token = start.token
+    return start
+
+
+def _prepare_directory(claim: Claim, directory: RunDirectory, job: Job, steps: int, patience_s: float) -> Start | None:
+    """On rank 0: where to begin; an owned, writable run directory, unless nothing is left to do.
+
+    None when the owner before must be watched for longer.
+    """
+    unwritable: UserError | None = None
+    try:
+        directory.ownership = claim.attempt(patience_s)
+        if directory.ownership is None:
+            return None
+        directory.token = directory.ownership.token
+    except Occupied:
+        raise
+    except UserError as error:  # no obstacle to a run that is complete
+        unwritable = error
     start = resume_point(job)
     if start.step >= steps:
-        print(
+        say(
             f"{job.run_dir}: already trained to step {start.step} of {steps}; raise train.steps, "
-            "or choose another --run_dir",
-            file=sys.stderr,
+            "or choose another --run_dir"
         )
         with contextlib.suppress(OSError):  # nothing else is written, so a read-only run directory is no obstacle
             directory.write_exit(EXIT_OK, "complete", start.step)
         return start
+    if directory.ownership is None:
+        assert unwritable is not None
+        raise unwritable
     for images in (job.train_set, job.val_set):
         if images not in _checked:
             check_images(images, seconds=_IMAGE_CHECK_S)
             _checked.add(images)
     directory.create()
-    return start
+    return replace(start, token=directory.token)
 
 
 def assemble(
@@ -307,17 +356,15 @@ def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:
         complete = fit(run, stream, callbacks)
     except TrainingDiverged as error:
         if run.context.is_main:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         return EXIT_FAILURE, f"diverged: {error}"
     except RunStopped as stop:
         return stop.code, stop.reason
     finally:
-        stream.close()
+        with harmless("closing the data"):
+            stream.close()
     if complete:
         return EXIT_OK, "complete"
     if run.context.is_main:
-        print(
-            f"preempted: saved step {run.position.step}; to go on, start the same command with --resume auto",
-            file=sys.stderr,
-        )
+        say(f"preempted: saved step {run.position.step}; to go on, start the same command with --resume auto")
     return EXIT_PREEMPTED, "preempted"

@@ -79,7 +79,12 @@ class TrainingRun:
         return {"loss": self.objective.loss(output, noisy).total, "repa": repa}
 
     def save(self) -> Path:
-        """Write a checkpoint of the present position (all ranks must call)."""
+        """Write a checkpoint of the present position (all ranks must call).
+
+        Raises:
+            OwnershipLost: another process has taken the run directory over.
+            UserError: the disk does not take it.
+        """
         if self.context.is_main:
             self.directory.flush_metrics()  # after a crash there is a row for every step that the checkpoint holds
         path = save_checkpoint(
@@ -90,6 +95,7 @@ class TrainingRun:
             self.engine.optimizer.table,
             self.context,
             [self.engine.ema],
+            self.directory.ownership,
         )
         self.saved_step = self.position.step
         return path

@@ -3,7 +3,7 @@
 ``config.yaml`` (resolved), ``ds_config.json``, ``mup.json`` (one row per parameter), ``environment.json``
 (versions, command, layout), ``classes.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
 ``curves.png``, ``summary.json``, ``checkpoints/`` and ``exit.json`` (how the run ended: scripts read this,
-since torchrun hides exit codes).
+since torchrun hides exit codes). ``owner.json`` lies there as long as a run writes into it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from megadit import __version__
 from megadit.config import RunConfig, save_config
 from megadit.errors import EXIT_BAD_INPUT, UserError
 from megadit.files import whole_file
+from megadit.ownership import Ownership, is_another_s
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,14 +32,36 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunDirectory:
-    """Paths and small files of one run; only rank 0 writes."""
+    """Paths and small files of one run; only rank 0 writes. Leaving its ``with`` block gives the directory back.
+
+    ``ownership`` is rank 0's, None before it owns the directory; ``token`` is every rank's, by which it knows whether
+    the run still owns it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.ownership: Ownership | None = None
+        self.token: str | None = None
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples"
         self.tensorboard = path / "tensorboard"
         self.curves = path / "curves.png"
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ownership is not None:
+            self.ownership.release()
+
+    def check_ownership(self) -> None:
+        """On rank 0, before files change that a run after this one may be writing.
+
+        Raises:
+            OwnershipLost: another process has taken the directory over.
+        """
+        if self.ownership is not None:
+            self.ownership.check()
 
     def grid(self, step: int) -> Path:
         """The sample grid drawn after ``step``."""
@@ -79,6 +103,23 @@ class RunDirectory:
             (self.path / "DATA-NOTICE.txt").write_text(notice + "\n")
         write_json(self.path / "environment.json", {**_environment(), **layout})
 
+    def wandb_id(self) -> str:
+        """The run's id at Weights & Biases, kept in ``wandb.json``, so that a resumed run goes on in the same one.
+
+        At first WANDB_RUN_ID, or the id of a run that began before the file was kept, or a new one.
+        """
+        file = self.path / "wandb.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            stored = json.loads(file.read_text())["id"]
+            if isinstance(stored, str) and stored:
+                return stored
+        latest = self.path / "wandb" / "latest-run"  # a link to run-DATE_TIME-ID
+        earlier = latest.resolve().name.split("-", 2) if latest.is_symlink() else []
+        own = earlier[2] if len(earlier) == 3 else secrets.token_hex(4)
+        name = os.environ.get("WANDB_RUN_ID") or own
+        write_json(file, {"id": name})
+        return name
+
     def truncate_metrics(self, step: int) -> None:
         """Drop metric lines beyond ``step``: a resumed run writes them again, without a seam."""
         if not self.metrics.is_file():
@@ -111,17 +152,20 @@ class RunDirectory:
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
-        """Record how the run ended (rank 0, or the rank that failed)."""
+        """Record how the run ended (rank 0, or the rank that failed); a directory that is another's is left alone."""
+        if is_another_s(self.path, self.token):
+            return
         ended = {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")}
         write_json(self.path / "exit.json", ended)
 
     def write_refusal(self, reason: str, step: int) -> None:
         """Record that a start was refused, where an earlier one left a record or a run: that record is of the past.
 
-        ``step`` is where the next start goes on. Never raises OSError: the refusal itself is what the caller tells.
+        ``step`` is where the next start goes on. A directory that a living process owns keeps its record.
+        Never raises OSError: the refusal itself is what the caller tells.
         """
-        if (self.path / "config.yaml").is_file() or (self.path / "exit.json").is_file():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if (self.path / "config.yaml").is_file() or (self.path / "exit.json").is_file():
                 self.write_exit(EXIT_BAD_INPUT, reason, step)
 
     def write_failure(self, code: int, reason: str, step: int) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ def pretrain_rank(config, folder, patch=None):
     from megadit.data import build_datasets
     from megadit.train.pretrain import Job, pretrain
 
+    sys.stderr = open(Path(folder).parent / "told.txt", "a", buffering=1)  # noqa: SIM115
     if patch is not None:
         patch()
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
@@ -35,6 +37,11 @@ def ends(config, folder, patch=None):
     return code, json.loads((folder / "exit.json").read_text()), rows
 
 
+def told_by(folder):
+    """What the run in ``folder`` printed on stderr."""
+    return (folder.parent / "told.txt").read_text()
+
+
 def latest(folder):
     path = folder / "checkpoints/latest"
     return path.read_text().strip() if path.exists() else None
@@ -50,11 +57,85 @@ def _no_pictures():
 
 
 @pytest.mark.distributed
-def test_pictures_that_fail_do_not_cost_the_checkpoint(tmp_path):
-    code, ended, rows = ends(small_config(train={"steps": 3}), tmp_path, _no_pictures)
+def test_pictures_that_fail_on_the_way_do_not_cost_the_checkpoint(tmp_path):
+    config = small_config(train={"steps": 3, "checkpoint_every": 2, "sample_every": 2})
+    code, ended, rows = ends(config, tmp_path, _no_pictures)
     assert code == "RuntimeError: no memory for pictures"
-    assert (ended["code"], ended["step"]) == (1, 3)
-    assert latest(tmp_path) == "step-00000003" and rows[-1]["step"] == 3
+    assert (ended["code"], ended["step"]) == (1, 2)
+    assert latest(tmp_path) == "step-00000002" and rows[-1]["step"] == 2
+
+
+def _nothing_works_after_the_save():
+    """Pictures, curves, summary, TensorBoard, the workers' end and stdout all fail."""
+    from megadit.data import BatchStream
+    from megadit.train import pictures, pretrain
+    from megadit.train.callbacks import TensorBoard, artifacts
+
+    def fail(what):
+        def failing(*args, **kwargs):
+            raise OSError(28, f"no space for {what}")
+
+        return failing
+
+    _no_pictures()
+    pictures.draw_curves = fail("curves")
+    artifacts.write_json = fail("the summary")
+    TensorBoard.close = fail("events")
+    BatchStream.close = fail("workers")
+    pretrain.stop_processes = fail("groups")
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.distributed
+def test_a_run_that_is_saved_ends_well_whatever_fails_after_it(tmp_path):
+    run, config = tmp_path / "run", small_config(train={"steps": 3, "tensorboard": True})
+    code, ended, rows = ends(config, run, _nothing_works_after_the_save)
+    assert (code, ended["code"], ended["reason"], ended["step"]) == (0, 0, "complete", 3)
+    assert latest(run) == "step-00000003" and rows[-1]["step"] == 3
+    told = told_by(run)
+    for what in ("Samples", "drawing curves.png", "summary.json", "closing TensorBoard", "closing the data"):
+        assert f"warning: {what} failed (" in told
+    assert "Traceback" not in told
+
+
+def _no_terminal_and_preempted():
+    """Whoever read stdout and stderr is gone, and a signal comes; what else follows the save fails too."""
+    from megadit.train.callbacks import Samples, Summary
+
+    def fail(self, run):
+        if run.position.step == 5:
+            raise RuntimeError("nothing works")
+
+    _signal_at_5()
+    Samples.after_log = Summary.on_end = fail
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, sys.stderr.fileno())
+
+
+@pytest.mark.distributed
+def test_a_preempted_run_is_saved_whatever_fails_beside_it(tmp_path):
+    code, ended, _ = ends(small_config(train={"steps": 8}), tmp_path, _no_terminal_and_preempted)
+    assert (code, ended["code"], ended["step"], latest(tmp_path)) == (85, 85, 5, "step-00000005")
+
+
+def _no_exit_record():
+    from megadit.train.callbacks import Summary
+    from megadit.train.run_dir import RunDirectory
+
+    def fail(self, *args):
+        raise OSError(28, "No space left on device")
+
+    RunDirectory.write_exit = fail
+    Summary.on_end = lambda self, run: None  # what draws is dear
+
+
+@pytest.mark.distributed
+def test_an_exit_record_without_space_is_a_warning(tmp_path):
+    run = tmp_path / "run"
+    assert run_ranks(1, pretrain_rank, small_config(train={"steps": 1}), str(run), _no_exit_record) == [0]
+    assert "warning: exit.json failed" in told_by(run)
 
 
 def _no_space_at_3():

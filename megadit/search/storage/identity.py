@@ -1,13 +1,8 @@
-"""Who runs a trial, and whether it still lives: processes of this host are asked, others must be heard from.
-
-A worker is named by host, kernel start, process-id namespace, process id and the process's start time, so that a
-number that the system has given to another process is not taken for the worker.
-"""
+"""Who runs a trial, and whether it still lives: processes of this host are asked, others must be heard from."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import socket
@@ -18,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megadit.process_id import start_of, view_of_processes
 from megadit.train.run_dir import write_json
 
 
@@ -47,44 +43,17 @@ class WorkerId:
     @property
     def is_here(self) -> bool:
         """Whether its process id means something in this process's view of the machine."""
-        return self.place == _place()
+        return self.place == view_of_processes()
 
     @property
     def is_running(self) -> bool:
         """Of a worker that ``is_here``: whether the process lives."""
-        return _start_of(self.pid) == self.started
+        return start_of(self.pid) == self.started
 
 
 def this_worker() -> WorkerId:
     """The calling process."""
-    return WorkerId(socket.gethostname(), _place(), os.getpid(), _start_of(os.getpid()) or "")
-
-
-@functools.cache
-def _place() -> str:
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def _start_of(pid: int) -> str | None:
-    """A mark of when the process started; None when there is none, or only its exit status waits to be read."""
-    if Path("/proc/self/stat").is_file():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
-    except psutil.Error:
-        return None
+    return WorkerId(socket.gethostname(), view_of_processes(), os.getpid(), start_of(os.getpid()) or "")
 
 
 class Heartbeats:

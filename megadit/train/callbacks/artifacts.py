@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
 from megadit.config.run import ONLINE
+from megadit.errors import harmless, say
 from megadit.models import count_parameters
 from megadit.train.callbacks.base import Callback, Record, due
 from megadit.train.run_dir import write_json
@@ -82,15 +84,20 @@ class Summary(Callback):
             "seconds": round(seconds, 1),
             "parameters": count_parameters(run.config.model, fixed=False),
         }
-        write_json(run.directory.path / "summary.json", summary)
-        from megadit.train.pictures import draw_curves
+        with harmless("summary.json"):
+            write_json(run.directory.path / "summary.json", summary)
+        with harmless("drawing curves.png"):
+            from megadit.train.pictures import draw_curves
 
-        draw_curves(rows, run.directory.curves)
+            draw_curves(rows, run.directory.curves)
         grids = sorted(run.directory.samples.glob("step-*.png"))
         val = f", validation {summary['val_loss']:.4f}" if vals else ""
-        print(f"\ntrained to step {run.position.step} of {run.total_steps} in {seconds:.0f} s")
-        print(f"  loss       {summary['first_loss']:.4f} → {summary['final_loss']:.4f}{val}")
-        if grids:
-            print(f"  samples    {grids[-1]}")
-        print(f"  curves     {run.directory.curves}   (tensorboard --logdir {run.directory.path})")
-        print(f"  checkpoint {run.directory.path / 'checkpoints'}")
+        lines = [
+            "",
+            f"trained to step {run.position.step} of {run.total_steps} in {seconds:.0f} s",
+            f"  loss       {summary['first_loss']:.4f} → {summary['final_loss']:.4f}{val}",
+            *([f"  samples    {grids[-1]}"] if grids else []),
+            f"  curves     {run.directory.curves}   (tensorboard --logdir {run.directory.path})",
+            f"  checkpoint {run.directory.path / 'checkpoints'}",
+        ]
+        say("\n".join(lines), sys.stdout)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
-from megadit.errors import UserError
+from megadit.errors import UserError, say
 from megadit.train.callbacks.base import Callback, Record, due
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Progress(Callback):
         if not run.context.is_main:
             return
         self._begin, self._first = time.monotonic(), run.position.step
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=run.total_steps, initial=run.position.step, unit="step", dynamic_ncols=True)
@@ -36,7 +37,8 @@ class Progress(Callback):
     def on_step(self, run: TrainingRun) -> Record | None:
         """Advance the bar."""
         if self._bar is not None:
-            self._bar.update(1)
+            with _gone_terminal():
+                self._bar.update(1)
         return None
 
     def on_log(self, run: TrainingRun, record: Record) -> None:
@@ -47,17 +49,24 @@ class Progress(Callback):
         if "val_loss" in record:
             shown += f"  val {record['val_loss']:.4f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(shown)
+            with _gone_terminal():
+                self._bar.set_postfix_str(shown)
             return
         done = max(1, record["step"] - self._first)
         left = (time.monotonic() - self._begin) / done * (run.total_steps - record["step"])
         minutes, seconds = divmod(int(left), 60)
-        print(f"step {record['step']}/{run.total_steps}  {shown}  ETA {minutes}:{seconds:02d}", file=sys.stderr)
+        say(f"step {record['step']}/{run.total_steps}  {shown}  ETA {minutes}:{seconds:02d}")
 
     def close(self) -> None:
         """Close the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with _gone_terminal():
+                self._bar.close()
+
+
+def _gone_terminal() -> contextlib.AbstractContextManager[None]:
+    """A bar that can no longer be shown is none of the run's failures."""
+    return contextlib.suppress(OSError, ValueError)
 
 
 class JsonLines(Callback):
@@ -148,7 +157,7 @@ class TensorBoard(Callback):
 
 
 class Wandb(Callback):
-    """The same scalars to Weights & Biases, when ``train.wandb`` asks for it."""
+    """The same scalars to Weights & Biases, when ``train.wandb`` asks for it; a resumed run goes on in its own."""
 
     def __init__(self) -> None:
         self._run: Any = None
@@ -165,6 +174,7 @@ class Wandb(Callback):
             ) from error
         self._run = wandb.init(
             project="megadit",
+            id=run.directory.wandb_id(),
             name=run.directory.path.name,
             dir=str(run.directory.path),
             config=run.config.model_dump(mode="json"),
