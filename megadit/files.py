@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME_BYTES = 255  # of a name in a folder, on every file system in use
+_PATH_BYTES = 4000  # of a whole path; Linux takes 4095, and files will lie in the folder
 
 
 @contextlib.contextmanager
@@ -68,6 +69,11 @@ def check_folder(path: Path, key: str) -> None:
         UserError: it or a folder above it is a file, a link that leads nowhere or in a circle, may not be entered, or
             has a name that is too long.
     """
+    if len(os.fsencode(path.absolute())) > _PATH_BYTES:
+        raise UserError(f"{key}: '{str(path)[:40]}…' has more than {_PATH_BYTES} bytes; shorten it")
+    for name in path.parts:
+        if len(os.fsencode(name)) > _NAME_BYTES:
+            raise UserError(f"{key}: '{name[:40]}…' is longer than a name's {_NAME_BYTES} bytes; shorten it")
     for part in (*reversed(path.parents), path):
         try:
             mode = os.stat(part).st_mode
@@ -79,11 +85,8 @@ def check_folder(path: Path, key: str) -> None:
             if stat.S_ISDIR(mode):
                 continue
             problem = "is a file, not a folder"
-        what = f"'{path}'" if part == path else f"'{path}' cannot be a folder, since '{part}'"
-        raise UserError(f"{key}: {what} {problem}; choose another")
-    for name in path.parts:
-        if len(os.fsencode(name)) > _NAME_BYTES:
-            raise UserError(f"{key}: '{name[:40]}…' is longer than a name's {_NAME_BYTES} bytes; shorten it")
+        which = "it" if part == path else f"'{part}'"
+        raise UserError(f"{key}: '{path}' cannot be written ({which} {problem}); choose another")
 
 
 def _folder_problem(path: Path, error: OSError) -> str:
@@ -91,6 +94,4 @@ def _folder_problem(path: Path, error: OSError) -> str:
         return f"is a link to '{os.readlink(path)}', which is not there"
     if error.errno == errno.ELOOP:
         return "is a link that leads in a circle"
-    if error.errno == errno.ENAMETOOLONG:
-        return "has too long a name"
     return f"cannot be looked at ({error.strerror or error})"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadit.files import save_tensors, whole_file
+from megadit.errors import UserError
+from megadit.files import check_folder, save_tensors, whole_file
 
 
 def test_the_file_has_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -61,3 +62,35 @@ def test_tensors_that_do_not_fit_on_the_disk_are_an_os_error_and_leave_nothing(t
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("dangling", "'{0}/dangling' cannot be written (it is a link to '{0}/gone', which is not there)"),
+        ("dangling/run", "'{0}/dangling/run' cannot be written ('{0}/dangling' is a link to '{0}/gone', which is not"),
+        ("circle", "'{0}/circle' cannot be written (it is a link that leads in a circle)"),
+        ("file", "'{0}/file' cannot be written (it is a file, not a folder)"),
+        ("file/a/b", "'{0}/file/a/b' cannot be written ('{0}/file' is a file, not a folder)"),
+        ("new/" + 300 * "n", "is longer than a name's 255 bytes; shorten it"),
+        ("new/" + 200 * "ñ", "is longer than a name's 255 bytes; shorten it"),
+        (2500 * "n/", "has more than 4000 bytes; shorten it"),
+    ],
+)
+def test_paths_that_cannot_be_a_folder(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as refused:
+        check_folder(tmp_path / name, "--run_dir")
+    assert str(refused.value).startswith("--run_dir: ") and said.format(tmp_path) in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_paths_that_can_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "there", "link", "link/new/run", str(tmp_path / "new" / ("n" * 255)), "../x"):
+        check_folder(Path(name), "--run_dir")

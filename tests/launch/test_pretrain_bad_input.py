@@ -144,6 +144,19 @@ def test_files_that_are_not_there_or_not_json(refused, tmp_path):
     assert "nowhere.yaml" in refused("--config", "nowhere.yaml", "--dry_run")
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_run_directories_that_are_none(refused, tmp_path, dry):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "scratch").symlink_to(tmp_path / "cleaned")
+    for folder, said in {
+        "scratch": f"(it is a link to '{tmp_path}/cleaned', which is not there)",
+        "file": "(it is a file, not a folder)",
+        "file/run": "('file' is a file, not a folder)",
+        "n" * 256: "is longer than a name's 255 bytes",
+    }.items():
+        assert said in refused("--run_dir", folder, *dry)
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(600)  # several whole commands, one after the other
 def test_run_directories_that_cannot_be_used(tmp_path):

@@ -56,12 +56,21 @@ def test_a_second_run_is_refused_and_touches_nothing(tmp_path):
 def test_a_refused_command_leaves_the_record_of_a_living_run(tmp_path):
     from megadit.errors import UserError
     from megadit.train.command import run
+    from megadit.train.run_dir import RunDirectory
 
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "exit.json").write_text("{}")
-    with living_owner(tmp_path), pytest.raises(UserError, match="optim.lr"):
-        run("quickstart/digits.yaml", ["optim.lr=much"], None, str(tmp_path), "auto", False)
+    with living_owner(tmp_path) as first:
+        with pytest.raises(UserError, match=f"is in use by process {first.pid} on"):  # before anything is loaded
+            run("quickstart/digits.yaml", [], None, str(tmp_path), "auto", False)
+        RunDirectory(tmp_path).write_refusal("of some other reason", 3)
     assert (tmp_path / "exit.json").read_text() == "{}"
+    (tmp_path / FILE).unlink()
+    leave_owner(tmp_path, **elsewhere())
+    with pytest.raises(UserError, match="optim.lr"):
+        run("quickstart/digits.yaml", ["optim.lr=much"], None, str(tmp_path), "auto", False)
+    assert (tmp_path / "exit.json").read_text() == "{}"  # whether that one lives is not known
+    (tmp_path / FILE).unlink()
     with pytest.raises(UserError, match="optim.lr"):
         run("quickstart/digits.yaml", ["optim.lr=much"], None, str(tmp_path), "auto", False)
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 2
