@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config.ds_keys import IDLE_BLOCKS, KNOWN_KEYS, REFUSED_BLOCKS, ZERO_KEYS
+from megadit.config.json_text import JsonError, parse_json
 from megadit.config.sources import display, find_config
 from megadit.errors import UserError
 
@@ -59,30 +60,14 @@ def read_ds_config(ds: Mapping[str, Any] | str | Path | None) -> DsFile:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        values = parse_json(path.read_bytes(), finite=True)
     except OSError as error:
         raise UserError(f"--ds_config: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--ds_config: {path} is not a text file; give a DeepSpeed JSON file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"--ds_config: {display(path)} is not valid JSON: {error.msg} (line {error.lineno})") from None
-    except _DuplicateKey as error:
-        raise UserError(f"--ds_config: {display(path)} has the key {error} twice; keep one") from None
+    except JsonError as error:
+        hint = "; give a DeepSpeed JSON file" if str(error) == "is not a text file" else ""
+        raise UserError(f"--ds_config: {display(path)} {error}{hint}") from None
     if not isinstance(values, dict):
         raise UserError(f"--ds_config: {display(path)} is not a JSON object; DeepSpeed files begin with {{")
-    return values
-
-
-class _DuplicateKey(Exception):
-    pass
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise _DuplicateKey(key)
-        values[key] = value
     return values
 
 

@@ -57,8 +57,8 @@ def unknown_key(key: str, schema: type[Section]) -> str:
     beside = [name for name in known if name.rpartition(".")[0] == parent]
     namesakes = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
     leaves = {name.rpartition(".")[2]: name for name in beside}
-    near_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    near_key = difflib.get_close_matches(key, [name for name in known if name != parent], n=1, cutoff=0.7)
+    near_leaf = difflib.get_close_matches(_plainly(leaf), leaves, n=1, cutoff=0.6)
+    near_key = difflib.get_close_matches(_plainly(key), [name for name in known if name != parent], n=1, cutoff=0.7)
     if near_leaf:
         remedy = f"did you mean {leaves[near_leaf[0]]}?"
     elif namesakes:
@@ -69,4 +69,9 @@ def unknown_key(key: str, schema: type[Section]) -> str:
         remedy = f"{parent or 'a configuration'} has {', '.join(leaves)}"
     else:
         remedy = f"a configuration has {', '.join(name for name in known if '.' not in name)}"
-    return f"{key}: no such key; {remedy}"
+    return f"{key if key.isprintable() else repr(key)}: no such key; {remedy}"
+
+
+def _plainly(key: str) -> str:
+    """``key`` for a comparison: no capitals, and no spaces that look like none."""
+    return "".join(key.lower().split())

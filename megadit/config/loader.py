@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from megadit.config.merge import Merged, merge
 from megadit.config.messages import explain
 from megadit.config.run import RunConfig
 from megadit.config.sources import Layer, configs_dir, find_config, nested, override_layer, read_layers
+from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
 from megadit.files import whole_file
 
@@ -95,4 +95,4 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 def to_yaml(config: RunConfig) -> str:
     """``config`` as YAML text, every key, in the order of the schema."""
     # JSON mode turns tuples into lists and nothing else; floats keep their shortest exact form.
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))

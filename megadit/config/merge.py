@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megadit.config.base import Section
-from megadit.config.keys import options, section_of, unknown_key
+from megadit.config.keys import all_keys, options, section_of, unknown_key
 from megadit.config.presets import PRESET_KEYS, preset_values
 from megadit.config.sources import Layer
-from megadit.config.values import coerce
+from megadit.config.values import coerce, meaning, too_large
 from megadit.errors import UserError
 
 # Two ways to say one thing: a later layer that uses one drops what an earlier layer said by the other.
@@ -97,15 +97,19 @@ def _leaves(
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key == "model.preset":
-            yield key, value
+            yield key, meaning(value)
             continue
         field = schema.model_fields.get(str(name))
         if field is None:
-            problems.append(f"{unknown_key(key, root)} (in {source})")
+            problem = _one_word(key, prefix) if key in all_keys(root) else unknown_key(key, root)
+            problems.append(f"{problem} (in {source})")
             continue
         section = section_of(field.annotation)
         if section is None:
-            yield key, coerce(value, field)
+            taken = coerce(value, field)
+            if too_large(taken):
+                problems.append(f"{key}: {str(value)[:40]} has more than 63 bits; lower it (in {source})")
+            yield key, taken
         elif isinstance(value, Mapping) and value:
             yield from _leaves(value, section, root, f"{key}.", source, problems)
         elif value is None and type(None) in options(field.annotation):
@@ -113,4 +117,10 @@ def _leaves(
         elif value is None or value == {}:
             yield key, {}
         else:
-            problems.append(f"{key}: {value!r} is not a section; give {key}.KEY: value pairs (in {source})")
+            problems.append(f"{key}: {meaning(value)!r} is not a section; give {key}.KEY: value pairs (in {source})")
+
+
+def _one_word(key: str, prefix: str) -> str:
+    sections = key.removeprefix(prefix).split(".")
+    nested = ": {".join(sections) + ": …" + "}" * (len(sections) - 1)
+    return f"{key}: only an override is written as one word; write {nested} in a file"

@@ -11,6 +11,7 @@ from megadit.config.data import DataConfig
 from megadit.config.layout import layout_problem
 from megadit.config.model import ModelConfig
 from megadit.config.optim import OptimConfig
+from megadit.config.values import number
 
 
 class ObjectiveConfig(Section):
@@ -57,8 +58,9 @@ ONLINE = "online"  # the name of the weights that are trained, beside those of t
 
 
 def _weights_name(value: Any) -> Any:
-    """An average's name where YAML read it as a number: 0.9999 is "0.9999"."""
-    return repr(value) if isinstance(value, float) else value
+    """An average's name where it is a number, however that is written: 0.99990 is "0.9999"."""
+    found = number(value) if isinstance(value, str) else value
+    return repr(found) if isinstance(found, float) else value
 
 
 class EmaConfig(Section):

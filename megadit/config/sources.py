@@ -7,13 +7,13 @@ lays them over one another. Values are kept flat (``{"optim.lr": 1e-4}``) so tha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megadit.config.values import meaning
+from megadit.config.yaml_text import YamlError, decode, parse_yaml
 from megadit.errors import UserError
 
 OVERRIDES = "an override"
@@ -73,6 +73,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
 
 
 def _bases(value: Any, path: Path) -> list[Path]:
+    value = meaning(value)
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"base: {value!r} is not a file name or a list of them (in {display(path)})")
@@ -88,17 +89,18 @@ def _bases(value: Any, path: Path) -> list[Path]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in the YAML file at ``path``; a key written twice is refused. Raises UserError."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = parse_yaml(decode(path.read_bytes()))
     except OSError as error:
         raise UserError(f"config: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"config: {path} is not a text file; give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {display(path)} is not valid YAML: {_yaml_problem(error)}") from None
+    except YamlError as error:
+        raise UserError(f"config: {display(path)} is not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"config: {display(path)} holds {type(values).__name__}, not sections of key: value pairs")
+        kind = "list" if isinstance(values, list) else "str"
+        raise UserError(f"config: {display(path)} holds {kind}, not sections of key: value pairs")
     return values
 
 
@@ -113,9 +115,9 @@ def override_layer(overrides: Sequence[str]) -> Layer:
         if key == "base":
             raise UserError(f"base: {text} cannot be an override, only a file inherits; name it by --config")
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: {text!r} is not a YAML value: {_yaml_problem(error)}") from None
+            value = parse_yaml(text, comments=False)
+        except YamlError as error:
+            raise UserError(f"{key}: {text!r} is not a YAML value: {error}") from None
         _place(values, key, value)
     return Layer(values, OVERRIDES)
 
@@ -148,23 +150,3 @@ def display(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem or error.context} (line {error.problem_mark.line + 1})"
-    return " ".join(str(error).split())
-
-
-class _Loader(yaml.SafeLoader):
-    """``yaml.SafeLoader`` that refuses a key written twice in one mapping instead of keeping the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value} is there twice", key_node.start_mark
-                )
-            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
-        return super().construct_mapping(node, deep=deep)

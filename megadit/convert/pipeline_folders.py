@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megadit.config.json_text import JsonError, parse_json
 from megadit.config.run import RunConfig
 from megadit.convert.contents import Contents
 from megadit.convert.difference import Difference, measure, memory_lacking
@@ -264,13 +265,13 @@ def _max_length(caption: Tensor | None, config: RunConfig | None) -> int | None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_bytes())
     except OSError as error:
         raise UserError(
             f"IN: '{file}' cannot be read ({error.strerror}); give a pipeline folder, or a transformer's folder"
         ) from error
-    except ValueError as error:
-        raise UserError(f"IN: '{file}' is no JSON ({error}); copy it again") from error
+    except JsonError as error:
+        raise UserError(f"IN: '{file}' {error}; or copy it again") from error
     if not isinstance(values, dict):
         raise UserError(f"IN: '{file}' holds no keys and values; copy it again")
     return values

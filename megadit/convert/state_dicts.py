@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megadit.config import RunConfig
+from megadit.config.json_text import parse_json
 from megadit.convert.contents import Contents, Part, save_file
 from megadit.convert.safe_load import load_file
 from megadit.errors import UserError
@@ -95,7 +96,7 @@ def find_files(path: Path, main: str, *endings: str) -> list[Path]:
 
 def _sharded(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: is no index of shards ({error!r}); copy it again") from error
     files = [index.parent / str(name) for name in names]

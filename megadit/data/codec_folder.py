@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megadit.config.data import VaeConfig
+from megadit.config.json_text import JsonError, parse_json
 from megadit.errors import UserError
 
 VAE_CLASS = "AutoencoderKL"
@@ -43,7 +43,7 @@ def codec_folder(config: VaeConfig) -> Path:
 
 def read_facts(folder: Path) -> CodecFacts:
     """What the ``config.json`` of a codec's folder says. Raises UserError if that is not enough."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = parse_json((folder / "config.json").read_bytes())
     try:
         if values["_class_name"] == PCA_CLASS:
             factor, channels, of_images = values["factor"], values["channels"], values["image_channels"]
@@ -72,9 +72,9 @@ def _check(folder: Path) -> None:
             f"data.vae.path: {folder} has no config.json{inner}; give the folder of a diffusers {VAE_CLASS}"
         )
     try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"data.vae.path: {config} is not a JSON object; fetch the autoencoder again") from error
+        name = parse_json(config.read_bytes()).get("_class_name")
+    except (JsonError, AttributeError) as error:
+        raise UserError(f"data.vae.path: {config} is not a JSON object ({error}); fetch it again") from error
     if name not in (VAE_CLASS, PCA_CLASS):
         raise UserError(f"data.vae.path: {folder} holds a {name}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
     if not any(folder.glob("*.safetensors")):

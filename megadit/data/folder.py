@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from megadit.config.data import Crop
+from megadit.config.json_text import JsonError, parse_json
+from megadit.config.yaml_text import decode
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.data.places import image_root
@@ -150,15 +151,15 @@ def _metadata_lines(root: Path) -> Iterator[dict[str, Any]]:
     """The checked objects of ``metadata.jsonl``: file_name, and optionally caption and label."""
     where = root / METADATA
     try:
-        text = where.read_text(encoding="utf-8")
+        text = decode(where.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.path: cannot read {where} ({error}); it must be UTF-8 text") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except ValueError as error:
+            entry = parse_json(line)
+        except JsonError as error:
             raise UserError(f"data.path: line {number} of {where} is not JSON ({error}); mend the line") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
             raise UserError(f"data.path: line {number} of {where} has no file_name; name the image, relative to {root}")

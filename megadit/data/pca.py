@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megadit.config.data import DataConfig
+from megadit.config.json_text import parse_json
 from megadit.data.batch import scale_images
 from megadit.data.builtin import build_datasets
 from megadit.data.codec_folder import PCA_CLASS
@@ -139,7 +140,7 @@ def load_pca(folder: Path) -> PatchPca:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
         tensors = load_file(folder / _WEIGHTS)
         codec = PatchPca(
             tensors["mean"], tensors["components"], config["image_channels"], config["factor"], config["scaling_factor"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megadit.config.json_text import parse_json
 from megadit.errors import UserError
 
 CLASSES_FILE, NOTICE_FILE = "classes.json", "DATA-NOTICE.txt"
@@ -18,7 +18,7 @@ def read_classes(run_dir: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = parse_json(path.read_bytes())
     except ValueError:
         names = None
     if not isinstance(names, list):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megadit.config.json_text import parse_json
 from megadit.data.dataset import StoredFacts
 from megadit.data.tars.handles import ShardFile
 from megadit.data.tars.layout import INDEX, MANIFEST
@@ -61,7 +62,7 @@ def load_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder; None where there is none. Raises UserError if it cannot be read."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
         if values.pop("format") != _FORMAT:
             raise ValueError("it is none of megadit's tars")
         version = values.pop("version")

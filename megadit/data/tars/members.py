@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from megadit.config.data import Crop
+from megadit.config.json_text import JsonError, parse_json
 from megadit.data.crop import centre_crop, to_rgb
 from megadit.errors import UserError
 
@@ -71,9 +72,9 @@ def write_picture(image: Tensor, kind: str, quality: int) -> bytes:
 def read_json(data: bytes, where: str) -> dict[str, Any]:
     """A ``.json`` member, an object. Raises UserError that names ``where`` if it is none."""
     try:
-        value = json.loads(data.decode("utf-8"))
-    except ValueError as error:
-        raise UserError(f"data.path: {where} is not JSON in UTF-8 ({error}); {_REMEDY}") from None
+        value = parse_json(data)
+    except JsonError as error:
+        raise UserError(f"data.path: {where} {error}; {_REMEDY}") from None
     if not isinstance(value, dict):
         raise UserError(f"data.path: {where} is not a JSON object; {_REMEDY}")
     return value

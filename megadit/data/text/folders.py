@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from megadit.config.data import TextSource
+from megadit.config.json_text import JsonError, parse_json
 from megadit.errors import UserError
 from megadit.optional import import_transformers
 
@@ -74,11 +74,13 @@ def read_config(folder: Path, key: str, types: tuple[str, ...]) -> dict[str, Any
         raise UserError(f"{key}: '{folder}' is not a folder; give that of a transformers model on this machine")
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
         kind = config.get("model_type")
     except FileNotFoundError:
         raise UserError(f"{key}: '{folder}' has no config.json; give the folder of a transformers model") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except JsonError as error:
+        raise UserError(f"{key}: '{path}' {error}, or fetch the model again") from error
+    except (OSError, AttributeError) as error:
         raise UserError(f"{key}: '{path}' is not a JSON object that can be read; fetch the model again") from error
     if kind not in types:
         raise UserError(f"{key}: '{folder}' holds a model of type {kind}, not {' or '.join(types)}; give another one")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from megadit.config.sources import display
+from megadit.config.yaml_text import dump_yaml
 from megadit.search.report.blocks import Block, Code, Folded, Inline, Number, Section, Table, Text
 from megadit.search.report.importance import ranks
 from megadit.search.report.points import Gathered, Point
@@ -162,7 +162,7 @@ def study_section(gathered: Gathered) -> Section:
                 " beside this report.",
             )
         ),
-        Folded("The study's keys", Code(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))),
+        Folded("The study's keys", Code(dump_yaml(values))),
     ]
     folder = shlex.quote(display(study.folder))
     steps: list[Inline] = ["Next: "]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,15 +99,21 @@ def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
         if kind == "journal":
             lock = JournalFileOpenLock(str(file), grace_period=_BROKEN_AFTER_S)
             return get_storage(JournalStorage(JournalFileBackend(str(file), lock_obj=lock)))
-        path = quote(str(file.resolve()))
-        url = f"sqlite:///file:{path}?mode={'ro' if read_only else 'rwc'}&uri=true"
-        return get_storage(RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_S}}))
+        # By a function and not by SQLAlchemy's URL, which would read the ?, # and % of a folder's name as its own.
+        connect = functools.partial(_connect, file.resolve(), "ro" if read_only else "rwc")
+        return get_storage(RDBStorage(f"sqlite:///{FILES['sqlite']}", engine_kwargs={"creator": connect}))
     except OSError as error:
         raise UserError(f"--study_dir: '{file}' cannot be opened ({error.strerror or error})") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3", "optuna", "json", "builtins"):
             raise UserError(f"--study_dir: '{file}' is not a study's storage ({_first_line(error)})") from error
         raise
+
+
+def _connect(file: Path, mode: str) -> sqlite3.Connection:
+    """A connection to the SQLite database ``file``, whatever characters its name has; ``mode``: ro or rwc."""
+    path = quote(os.fsencode(file))
+    return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, timeout=_BUSY_S, check_same_thread=False)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,8 +17,8 @@ from megadit.config.base import Section
 from megadit.config.merge import merge
 from megadit.config.messages import explain
 from megadit.config.sources import Layer, display, nested, read_yaml
-from megadit.config.values import number
 from megadit.errors import UserError
+from megadit.search.study.written import as_keys_take, listed_as_keys_take, plain, plain_numbers
 
 KINDS = ("grid", "choice", "uniform", "log_uniform")
 # Keys whose effect shows late: a high rate or a short warm-up leads early and loses in the end.
@@ -28,18 +28,9 @@ _SCHEDULE_KEY = re.compile(
 _NAME = re.compile(r"[\w.+-]+")
 
 
-def _plain(value: Any) -> Any:
-    """A value as YAML reads it, with ``2^-10`` and ``1e-4`` as numbers and lists as tuples."""
-    if isinstance(value, list | tuple):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, str):
-        parsed = number(value)
-        return value if parsed is None else parsed
-    return value
-
-
-Values = Annotated[tuple[Any, ...], BeforeValidator(_plain)]
-Bounds = Annotated[tuple[float, float], BeforeValidator(_plain)]
+Values = Annotated[tuple[Any, ...], BeforeValidator(plain)]
+Bounds = Annotated[tuple[float, float], BeforeValidator(plain_numbers)]
+Changes = Annotated[dict[str, Any], BeforeValidator(as_keys_take)]
 Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
@@ -202,10 +193,12 @@ class StudySpec(Section):
     name: str = Field(description="default: the file's name")
     description: str = Field("", description="one sentence for the report")
     base: str | dict[str, Any] = Field(description="a run configuration: a file, or its sections in place")
-    overrides: dict[str, Any] = Field({}, description="dotted configuration keys that are the same in all trials")
-    variants: dict[str, dict[str, Any]] = Field({}, description="name: dotted keys; run side by side, the first judged")
+    overrides: Changes = Field({}, description="dotted configuration keys that are the same in all trials")
+    variants: dict[str, Changes] = Field({}, description="name: dotted keys; run side by side, the first judged")
     scale: ScaleSpec | None = Field(None, description="what grows from proxy to target")
-    space: dict[str, DimensionSpec] = Field(description="dotted configuration key: the values it may take")
+    space: Annotated[dict[str, DimensionSpec], BeforeValidator(listed_as_keys_take)] = Field(
+        description="dotted configuration key: the values it may take"
+    )
     sampler: Literal["random", "qmc", "tpe", "grid"] = Field("random", description="how points of the space are chosen")
     trials: int | None = Field(None, ge=1, description="number of points for random, qmc and tpe")
     seeds: tuple[int, ...] = Field((0,), description="train.seed: every point runs with each (tpe: in turn)")

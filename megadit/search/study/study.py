@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megadit.config import RunConfig, replace
 from megadit.config.loader import load_layers
 from megadit.config.sources import (
@@ -26,6 +24,7 @@ from megadit.config.sources import (
     override_layer,
     read_layers,
 )
+from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
 from megadit.files import whole_file
 from megadit.search.study.extend import check_extends
@@ -143,7 +142,7 @@ def save_study(study: Study) -> Path:
     values = study.spec.model_dump(mode="json")
     values |= {"base": study.base.model_dump(mode="json"), "overrides": {}, "proxy": {}}
     text = "# The study with its base configuration in place, written by megadit: what its trials were run with.\n"
-    text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text += dump_yaml(values)
     target = study.folder / FROZEN
     try:
         study.folder.mkdir(parents=True, exist_ok=True)

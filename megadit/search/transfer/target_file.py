@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megadit.config import LoadedConfig, RunConfig, load_config, replace
 from megadit.config.sources import OVERRIDES, nested
+from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
 from megadit.files import whole_file
 from megadit.search.transfer.untransferred import flat
@@ -72,7 +71,7 @@ def write_target(
     link = os.path.relpath(base.resolve(), path.parent.resolve())
     values = nested({**flat(overrides), **changes})
     comment = "".join(f"# {' '.join(line.split())}\n" for line in header)
-    text = f"{_mark()}\n{comment}" + yaml.safe_dump({"base": link, **values}, sort_keys=False, allow_unicode=True)
+    text = f"{_mark()}\n{comment}" + dump_yaml({"base": link, **values})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:

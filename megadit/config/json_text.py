@@ -1,0 +1,80 @@
+"""JSON files of users: what is wrong in one, in words that say what to take out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+_COMMENT = ("//", "/*", "#")
+_SPACE = re.compile(r"\s*")
+
+
+class JsonError(ValueError):
+    """The text is not JSON: one phrase, with the line."""
+
+
+def parse_json(data: bytes | str, *, finite: bool = False) -> Any:
+    """The value of a JSON file's bytes (UTF-8, UTF-16 or UTF-32, with or without a byte order mark), or of its text.
+
+    ``finite`` refuses ``NaN``, ``Infinity`` and numbers such as 1e400, which Python would read as infinite.
+
+    Raises:
+        JsonError: it is none, naming comments, trailing commas, single quotes and keys that are there twice.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError:
+        raise JsonError("is not a text file") from None
+    if data and not text.removeprefix("\ufeff"):  # nothing but a mark
+        raise JsonError("is not a text file")
+    constant, number = (_no_constant, _finite) if finite else (None, None)
+    try:
+        return json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=_no_duplicates, parse_constant=constant, parse_float=number
+        )
+    except json.JSONDecodeError as error:
+        raise JsonError(_phrase(error)) from None
+    except RecursionError:
+        raise JsonError("is nested too deeply") from None
+
+
+def _phrase(error: json.JSONDecodeError) -> str:
+    text, place = error.doc, error.pos
+    rest = text[place:]
+    where = f"(line {error.lineno})"
+    before = text[:place].rstrip()
+    # Python 3.13 points at the comma, earlier ones at what follows it.
+    closing = rest[_SPACE.match(rest, 1).end() :][:1] if rest[:1] == "," else rest[:1]  # type: ignore[union-attr]
+    if closing in ("}", "]") and (rest[:1] == "," or before.endswith(",")):
+        return f"has a comma before the closing {closing}; take the comma out {where}"
+    if rest.lstrip().startswith(_COMMENT):
+        return f"has a comment, which JSON does not know; take it out {where}"
+    if rest[:1] == "'":
+        return f'has a text in single quotes; write "…" {where}'
+    word = re.match(r"[^\W\d]\w*", rest)
+    if word:
+        near = {"True": "true", "False": "false", "None": "null"}.get(word[0])
+        return f"has the word {word[0]} without quotes; write {near or json.dumps(word[0])} {where}"
+    return f"is not valid JSON: {error.msg} {where}"
+
+
+def _no_constant(name: str) -> float:
+    raise JsonError(f"has {name}, which is no number of JSON; write a finite one")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise JsonError(f"has {text}, which is larger than any number here; write a finite one")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise JsonError(f"has the key {key} twice; keep one")
+        values[key] = value
+    return values
