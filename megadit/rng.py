@@ -42,7 +42,7 @@ def sample_keys(seed: int, stream: str, numbers: Iterable[int] | Tensor) -> Tens
 def _philox(keys: Tensor, blocks: Tensor) -> Tensor:
     """Ten Philox rounds: keys (K, 1) int64, counters (N,) int64 -> (K, N, 4) uint32 values held in int64."""
     k0, k1 = keys & _MASK, (keys >> 32) & _MASK
-    shape = torch.broadcast_shapes(keys.shape, blocks.shape)
+    shape = (keys.shape[0], blocks.shape[0])  # torch.broadcast_shapes would import sympy: two seconds of CPU
     c0, c1 = (blocks & _MASK).expand(shape), ((blocks >> 32) & _MASK).expand(shape)
     c2 = c3 = torch.zeros((), dtype=torch.int64, device=blocks.device).expand(shape)
     for _ in range(_ROUNDS):

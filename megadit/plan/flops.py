@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megadit.config import ModelConfig
 from megadit.mup.example import example_conditioning
@@ -22,8 +23,6 @@ def forward_flops(config: ModelConfig) -> int:
 
     The REPA projector counts where the model has one; the encoder of its targets does not.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     from megadit.models import build_model
 
     model = build_model(config, device="meta")
@@ -40,8 +39,6 @@ def stage_flops(config: ModelConfig) -> list[int]:
 
     The REPA projector counts with the block that it reads.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     from megadit.models import build_model
 
     model = build_model(config, device="meta")

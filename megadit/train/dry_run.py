@@ -10,6 +10,7 @@ from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig
 from megadit.errors import EXIT_OK, UserError
+from megadit.optional import defer_compiler
 from megadit.train.command import check_data, check_here, check_machine, resolve, speaks_for_node
 from megadit.train.pretrain import Job, Start, resume_point, total_steps
 
@@ -70,6 +71,8 @@ def _report(
     from megadit.mup.table import format_rows, rows
     from megadit.plan import describe_plan
 
+    if not config.train.compile:
+        defer_compiler()
     model = build_model(config.model, device="meta")
     text, facts = describe_plan(config, model, steps, ranks, ds_config)
     if as_json:

@@ -162,13 +162,14 @@ class Meter:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._flops = forward_flops(run.config.model)
         name = ""
         if run.context.device.type == "cuda":
             import torch
 
             name = torch.cuda.get_device_name(run.context.device)
         self._peak = peak_flops(name, run.config.train.precision)
+        # Counting imports sympy: where there is no peak to compare with, it would cost seconds for nothing.
+        self._flops = 0 if self._peak is None else forward_flops(run.config.model)
         self.restart()
 
     def restart(self) -> None:

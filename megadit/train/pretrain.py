@@ -30,6 +30,7 @@ from megadit.models.segment import Segment, build_segment
 from megadit.models.stages import StagedModel
 from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
+from megadit.optional import defer_compiler
 from megadit.ownership import Claim, Occupied, OwnershipLost
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.agreement import check_agreement, flat
@@ -88,6 +89,8 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
         OwnershipLost: another took it over, since this one was silent for too long.
         UserError: bad input, found before any step or (a broken image) while reading.
     """
+    if not job.config.train.compile:
+        defer_compiler()
     with RunDirectory(job.run_dir) as directory:
         return _pretrain(job, directory, callbacks, keep_group)
 
