@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     grid = args.out or args.run_dir / "samples" / "sample.png"
     _check_outputs(grid, args.npz)
+    from megadit.train.checkpoint_names import run_config
+
+    _with_settings(run_config(args.run_dir), args)  # refused before torch is imported
 
     from megadit.config.samplers import scheduler_name
     from megadit.data.latents import build_codec, vae_at

@@ -4,9 +4,9 @@ PyPI's torchvision wheel beside a CPU build of torch fails at import (``operator
 diffusers and transformers only look whether it is installed, import it, and fail in turn, though nothing that
 megadit uses needs it. So a torchvision that does not import is hidden from this process before they are loaded.
 
-torch's compiler (``torch._dynamo`` and sympy: three seconds of CPU) is imported by the first optimizer, by many functions
-on the meta device and by diffusers, whether anything is compiled or not. What is done here leaves it out until
-something is.
+torch's compiler (``torch._dynamo`` and sympy: three seconds of CPU) is imported by the first optimizer, by many
+functions on the meta device and by diffusers, whether anything is compiled or not. What is done here leaves it out
+until something is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from megadit.errors import UserError
-
 
 _COMPILER = "torch._dynamo"
 _DISABLED = "__dynamo_disable"  # where torch's decorator keeps what the compiler gave it
@@ -62,12 +61,12 @@ def hide_broken_torchvision() -> bool:
 
 
 def defer_compiler() -> None:
-    """Let the functions that torch keeps out of compiled code run without importing the compiler, until it is imported.
+    """Let functions that torch keeps out of compiled code run without importing the compiler, until it is imported.
 
-    torch marks some hundred functions (of optimizers, of the meta device, checkpointing) by a decorator whose first call
-    imports the compiler to ask it for a version that it does not look into. Where nothing is compiled that version is
-    the function itself, and so it is called. As soon as the compiler is there, torch's own way is taken again. Functions
-    of modules that are imported later are not covered, and none with a torch that does this in another way.
+    torch marks some hundred functions (of optimizers, of the meta device, checkpointing) by a decorator whose first
+    call imports the compiler to ask it for a version that it does not look into. Where nothing is compiled that version
+    is the function itself, and so it is called. As soon as the compiler is there, torch's own way is taken again.
+    Functions of modules that are imported later are not covered, and none with a torch that does this in another way.
     """
     import torch
 

@@ -12,25 +12,19 @@ torch's own generators do not give this: a CPU generator keeps only the low 32 b
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from megadit.keys import stream_key
+
 _MASK = 0xFFFFFFFF
 _MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57  # Philox round multipliers
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # key increments: golden ratio, sqrt(3) - 1
 _ROUNDS = 10
 _TO_UNIT = 2.0**-32
-
-
-def stream_key(seed: int, *parts: str | int) -> int:
-    """A 64-bit key for the stream named by ``parts`` under ``seed`` (signed, fits an int64 tensor)."""
-    text = "\x1f".join([str(int(seed)), *(str(part) for part in parts)])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def sample_keys(seed: int, stream: str, numbers: Iterable[int] | Tensor) -> Tensor:

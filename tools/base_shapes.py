@@ -26,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object: path, base_width, parameters (a count)")
     args = parser.parse_intermixed_args(argv)
     from megadit.config import load_config
+
+    config = load_config(args.config, args.overrides).model  # refused before torch is imported
     from megadit.models import build_model
     from megadit.mup import Parametrization, param_specs, save_base_shapes
 
-    config = load_config(args.config, args.overrides).model
     model = build_model(config, device="meta")
     try:
         save_base_shapes(model, args.out)

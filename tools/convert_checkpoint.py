@@ -65,9 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.overrides and args.config is None and not model_is_told:
         raise UserError(f"{args.overrides[0]}: changes a config, but there is no --config; give one, or leave it out")
     from megadit.config import load_config
-    from megadit.convert.conversion import convert
+    from megadit.convert.request import Request, check_request
 
     config = None if args.config is None else load_config(args.config, args.overrides)
+    hints = dict(map(_hint, args.hint))
+    # Refused before torch is imported.
+    check_request(args.source_format, args.target_format, args.source, args.target, Request(config, args.ema, hints))
+    from megadit.convert.conversion import convert
+
     outcome = convert(
         args.source_format,
         args.target_format,
@@ -75,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.target,
         config,
         args.ema,
-        hints=dict(map(_hint, args.hint)),
+        hints=hints,
         overrides=args.overrides if config is None else (),
         allow_inexact=args.allow_inexact,
     )

@@ -70,15 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.tp < 1:
         raise UserError(f"--tp {args.tp}: not a number of ranks; give 1 or more")
     from megadit.config import load_config
-    from megadit.diffusion import build_objective
-    from megadit.diffusion.repa import alignment_loss
-    from megadit.models import build_model
-    from megadit.mup.coord_check import CoordPlan, check_shares, coordinate_readings
-    from megadit.mup.coord_report import format_verdict, write_report
-    from megadit.mup.coord_verdict import judge
-    from megadit.mup.example import example_conditioning
-    from megadit.parallel import stop_processes
-    from megadit.parallel.local import run_copies
+    from megadit.mup.coord_plan import CoordPlan, check_shares
 
     config = load_config(args.config, args.overrides)
     weight = config.objective.repa_weight
@@ -89,9 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from error
+    from megadit.diffusion import build_objective
+    from megadit.diffusion.repa import alignment_loss
+    from megadit.models import build_model
+    from megadit.mup.coord_check import coordinate_readings
+    from megadit.mup.coord_report import format_verdict, write_report
+    from megadit.mup.coord_verdict import judge
+    from megadit.mup.example import example_conditioning
+    from megadit.optional import defer_compiler
+    from megadit.parallel import stop_processes
+    from megadit.parallel.local import run_copies
+
     if args.tp > 1 and "RANK" not in os.environ:
         return run_copies(args.tp, [str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)])
     layout = _join(args.tp)
+    defer_compiler()
     parametrization = args.param or config.model.parametrization
     readings = coordinate_readings(
         config.model,

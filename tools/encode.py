@@ -78,11 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from megadit.config.data_only import load_data, text_length
+    from megadit.data.places import check_data_places
     from megadit.data.tars import telling
-    from megadit.data.tars.encoding import Encoding, encode_set
 
     sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
     config = load_data(args.config, args.overrides)
+    check_data_places(config)
+    from megadit.data.tars.encoding import Encoding, encode_set
+
     length = args.max_length or (text_length(args.config) if config.condition == "text" else None)
     encoding = Encoding(args.dtype, args.posterior, length, args.seed)
     with telling.progress_bar("samples") as progress:
@@ -93,11 +96,15 @@ def _encode(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from megadit.config.data_only import load_data
-    from megadit.data.pca import fit_and_save
+    from megadit.data.places import check_images_are_there
 
     if args.images < 1:
         raise UserError(f"--images: {args.images} is not at least 1; give how many images to fit on")
-    told = fit_and_save(load_data(args.config, args.overrides), args.out, args.factor, args.channels, args.images)
+    config = load_data(args.config, args.overrides)
+    check_images_are_there(config)
+    from megadit.data.pca import fit_and_save
+
+    told = fit_and_save(config, args.out, args.factor, args.channels, args.images)
     psnr = (
         "no images held out" if told["psnr"] is None else f"PSNR {told['psnr']:.2f} dB on {told['held_out']} held out"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_OK, run_command  # noqa: E402
+from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,10 +35,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, score, print."""
     args = parser().parse_args(argv)
-    from megadit.diffusion.prompts import read_prompts
+    from megadit.diffusion.prompt_files import read_prompts
+
+    texts = read_prompts(args.prompts)
+    if not args.pictures.is_file():
+        raise UserError(f"{args.pictures}: there is no such file; give what launch/sample.py --npz wrote")
     from megadit.evaluate.emoji_clip import load_emoji_clip, read_pictures
 
-    texts, pictures = read_prompts(args.prompts), read_pictures(args.pictures)
+    pictures = read_pictures(args.pictures)
     score = load_emoji_clip(pictures.shape[-1]).score(pictures, texts)
     if args.json:
         print(json.dumps(dataclasses.asdict(score)))

@@ -38,6 +38,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect and print."""
     args = parser().parse_args(argv)
+    from megadit.train.checkpoint_names import check_named
+
+    for path in filter(None, (args.checkpoint, args.diff)):
+        check_named(path, "checkpoint")  # refused before torch is imported
     from megadit.train import checkpoint_inspect as inspect
 
     try:

@@ -41,12 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the tars, and say what they hold."""
     args = parser().parse_intermixed_args(argv)
     from megadit.config.data_only import load_data
+    from megadit.data.places import check_images_are_there
     from megadit.data.tars import telling
-    from megadit.data.tars.making import make_shards
 
     sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
     quality = telling.in_range("--quality", args.quality, 1, 100)
     config = load_data(args.config, args.overrides)
+    check_images_are_there(config)
+    from megadit.data.tars.making import make_shards
+
     with telling.progress_bar("images") as progress:
         manifest = make_shards(config, args.out, sharding, args.image, quality, progress)
     told = telling.summary(manifest, args.out)

@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object: parameters, a list of rows")
     args = parser.parse_intermixed_args(argv)
     from megadit.config import load_config
+
+    config = load_config(args.config, args.overrides)  # refused before torch is imported
     from megadit.models import build_model
     from megadit.mup.table import format_rows, rows
 
-    config = load_config(args.config, args.overrides)
     table = rows(build_model(config.model, device="meta"), config.optim)
     print(json.dumps({"parameters": table}) if args.json else format_rows(table))
     return EXIT_OK

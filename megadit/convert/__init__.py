@@ -9,6 +9,7 @@ families                names and shapes of each family's checkpoints elsewhere
 folding                 forward multipliers, into the weights
 names                   names and shapes, checked before anything is built
 contents                what a checkpoint of any format holds, named and lazily read
+formats                 their names
 request                 what a conversion was asked for
 conversion              ``convert``: from one format to another, checked on the way
 defaults                the run configuration of a model that came without one
@@ -26,17 +27,16 @@ safe_load               torch files without running what they hold
 
 from __future__ import annotations
 
-from megadit.convert.dispatch import OFFICIAL_FAMILIES, from_diffusers, from_official, to_diffusers, to_official
+from typing import TYPE_CHECKING
+
+from megadit.convert.formats import FORMATS
+from megadit.lazy import exports
+
+if TYPE_CHECKING:
+    from megadit.convert.dispatch import from_diffusers, from_official, to_diffusers, to_official
 
 __all__ = ["FORMATS", "from_diffusers", "from_official", "to_diffusers", "to_official"]
 
-# What tools/convert_checkpoint.py offers; megadit.convert.conversion has a reader and a writer for each.
-FORMATS = (
-    "megadit",
-    "safetensors",
-    "fp32-state-dict",
-    "deepspeed",
-    "deepspeed-universal",
-    *(f"official-{family}" for family in OFFICIAL_FAMILIES),
-    "diffusers",
+__getattr__ = exports(
+    __name__, dict.fromkeys(("from_diffusers", "from_official", "to_diffusers", "to_official"), "dispatch")
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.config import ModelConfig, RunConfig
+from megadit.convert.request import check_free
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS, Position
 from megadit.train.partitions import MOMENTS
@@ -107,8 +108,7 @@ def fresh(target: Path) -> Iterator[Path]:
     Raises:
         UserError: ``target`` holds something already, or cannot be written.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"OUT: '{target}' exists already; choose another name, or take it away first")
+    check_free(target)
     temporary = target.with_name(f".tmp-{target.name}")  # a writer goes by the ending
     try:
         _remove(temporary)

@@ -20,9 +20,9 @@ from megadit.convert.deepspeed_plain import write_plain
 from megadit.convert.deepspeed_universal import read_universal, write_universal
 from megadit.convert.defaults import check_same_model, default_run
 from megadit.convert.difference import Difference
-from megadit.convert.dispatch import OFFICIAL_FAMILIES
+from megadit.convert.formats import OFFICIAL_FAMILIES
 from megadit.convert.pipeline_folders import read_diffusers, write_diffusers
-from megadit.convert.request import Request
+from megadit.convert.request import OWN, Request, check_request
 from megadit.convert.run_checkpoints import read_run, write_run
 from megadit.convert.state_dicts import (
     read_fp32_state_dict,
@@ -33,7 +33,7 @@ from megadit.convert.state_dicts import (
 from megadit.errors import UserError
 from megadit.train.checkpoint_read import shape_problem, shapes_of
 
-OWN, DIFFUSERS = "megadit", "diffusers"
+DIFFUSERS = "diffusers"
 _Read = Callable[[Path, Request], tuple[Contents, Difference | None]]
 _Write = Callable[[Contents, Path, Request], tuple[list[str], Difference | None]]
 
@@ -128,7 +128,7 @@ def convert(
         UserError: the source is not what it should be, does not fit the config, or the target cannot be written.
     """
     request = Request(config, ema, hints or {}, tuple(overrides), allow_inexact)
-    _check(source_format, target_format, source, request)
+    check_request(source_format, target_format, source, target, request)
     contents, read_difference = READERS[source_format](source, request)
     contents = _with_config(contents, request, target_format)
     with fresh(target) as temporary:
@@ -143,19 +143,6 @@ def convert(
         (*contents.notes, *notes),
         written_difference or read_difference,
     )
-
-
-def _check(source_format: str, target_format: str, source: Path, request: Request) -> None:
-    """Refuse, before anything is read, what does not go together."""
-    if source_format == target_format == OWN:
-        raise UserError("--to: megadit is what IN is already; copy it, or start from its weights with train.init_from")
-    if request.ema is not None and source_format not in (OWN, *_OFFICIAL):
-        raise UserError(f"--ema: {request.ema} is asked for, but {source_format} holds no averages; leave it out")
-    if request.hints and source_format not in _OFFICIAL:
-        hint = next(iter(request.hints))
-        raise UserError(f"--hint {hint}: is for official checkpoints, and --from is {source_format}; leave it out")
-    if not source.exists():
-        raise UserError(f"IN: '{source}' does not exist; give the folder or file to convert")
 
 
 def _with_config(contents: Contents, request: Request, target_format: str) -> Contents:

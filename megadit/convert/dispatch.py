@@ -20,7 +20,6 @@ from megadit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-OFFICIAL_FAMILIES = ("dit", "pixart", "uvit", "mmdit")  # whose authors' code has checkpoints of its own form
 # diffusers' classes and their families.
 CLASSES: Mapping[str, str] = MappingProxyType(
     {"DiTTransformer2DModel": "dit", "PixArtTransformer2DModel": "pixart", "SD3Transformer2DModel": "mmdit"}

@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 
 from megadit.config import RunConfig
-from megadit.config.data import DataConfig
+from megadit.config.data import DataConfig, FeatureSource
 from megadit.data.codec_folder import codec_folder
 from megadit.data.features.folders import check_folder, check_packages
 from megadit.data.tars.layout import find_shards
@@ -34,10 +34,25 @@ def check_places(config: RunConfig) -> None:
     if config.model.text is not None and not stored:
         check_source(data.text)
     if config.model.repa is not None and data.features is not None:
-        if data.features.encoder == "dinov2":
-            check_folder(data.features.path, data.features.image_size)
-        elif data.features.encoder == "efficientnet-lite0":
-            check_packages()
+        _check_features(data.features)
+
+
+def check_data_places(data: DataConfig) -> None:
+    """The same for a ``data`` section alone, all of which is wanted. Raises UserError likewise."""
+    check_images_are_there(data)
+    if data.vae is not None:
+        codec_folder(data.vae)
+    if data.condition == "text":
+        check_source(data.text)
+    if data.features is not None:
+        _check_features(data.features)
+
+
+def _check_features(source: FeatureSource) -> None:
+    if source.encoder == "dinov2":
+        check_folder(source.path, source.image_size)
+    elif source.encoder == "efficientnet-lite0":
+        check_packages()
 
 
 def check_images_are_there(data: DataConfig) -> None:

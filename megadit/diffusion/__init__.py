@@ -1,6 +1,16 @@
 """What the network predicts while training, and how pictures are drawn from it."""
 
-from megadit.diffusion.build import build_objective
-from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective
+from typing import TYPE_CHECKING
+
+from megadit.lazy import exports
+
+if TYPE_CHECKING:
+    from megadit.diffusion.build import build_objective
+    from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective
 
 __all__ = ["LossTerms", "NoisyBatch", "Objective", "build_objective"]
+
+__getattr__ = exports(
+    __name__,
+    {"build_objective": "build", **dict.fromkeys(("LossTerms", "NoisyBatch", "Objective"), "objective")},
+)

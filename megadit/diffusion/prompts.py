@@ -13,6 +13,7 @@ from megadit.data.text import build_encoder, check_lengths
 from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
 from megadit.diffusion.classes import read_classes, resolve_classes
 from megadit.diffusion.pictures import Subjects, class_subjects, text_subjects
+from megadit.diffusion.prompt_files import read_prompts
 from megadit.errors import UserError
 
 
@@ -39,18 +40,6 @@ def chosen_subjects(
         raise UserError(f"--prompt: '{texts[0] if texts else prompts_file}' cannot be drawn, the model takes {takes}")
     names = read_classes(run_dir)
     return class_subjects(config, names, resolve_classes(classes, names, config.model.num_classes))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises UserError if there are none, or the file is not text."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts: '{path}' cannot be read ({error}); give a text file of a prompt a line") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise UserError(f"--prompts: '{path}' holds no prompt; write one a line")
-    return texts
 
 
 def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:

@@ -211,9 +211,10 @@ def status(config: str | None, study_dir: str | None, as_json: bool) -> int:
 
 def report(config: str | None, study_dir: str | None, as_json: bool) -> int:
     """Write the report of a study, finished or not, and print where it is."""
+    folder = _existing(config, study_dir).folder
     from megadit.search.report import write_report
 
-    html, markdown = write_report(_existing(config, study_dir).folder)
+    html, markdown = write_report(folder)
     if as_json:
         print(json.dumps({"html": str(html), "markdown": str(markdown)}))
     else:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.plan import forward_flops
 from megadit.search.results import StudyResults, TrialResult
 from megadit.search.selection import Choice, select
 from megadit.search.storage.states import Counts, Running
@@ -87,6 +86,8 @@ def seconds_left(
 def _work(study: Study, cell: Cell) -> float:
     """What a run of the cell costs, in FLOPs up to a factor."""
     config = study.config(cell, next(study.space.corners()), study.spec.seeds[0])
+    from megadit.plan import forward_flops
+
     return float(forward_flops(config.model) * config.train.global_batch * (config.train.steps or 1))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
-from megadit.config import RunConfig, load_config
+from megadit.config import RunConfig
 from megadit.config.run import ONLINE
 from megadit.errors import UserError
 from megadit.train.checkpoint_find import find_checkpoint, open_checkpoint
@@ -28,7 +28,7 @@ from megadit.train.checkpoint_format import (
     Position,
     StateSource,
 )
-from megadit.train.checkpoint_names import checkpoint_root, has_checkpoints, saved_step
+from megadit.train.checkpoint_names import checkpoint_root, has_checkpoints, run_config, saved_step
 from megadit.train.checkpoint_read import StoredCheckpoint
 from megadit.train.checkpoint_write import save_checkpoint
 from megadit.train.fragment_io import BrokenCheckpoint
@@ -64,11 +64,7 @@ def load_model(
     from megadit.models import build_model
 
     run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(
-            f"'{run_dir}' is no run directory (it has no config.yaml); give the --run_dir of a training run"
-        )
-    config = load_config(run_dir / "config.yaml")
+    config = run_config(run_dir)
     found = open_checkpoint(run_dir, checkpoint, "--checkpoint")
     if found is None:
         raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")

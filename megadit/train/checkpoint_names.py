@@ -1,9 +1,10 @@
-"""Where a run's checkpoints lie and which there are, told by names alone. Needs no torch."""
+"""Where a run's checkpoints lie and which there are, told by names alone, and of what run. Needs no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from megadit.config import RunConfig, load_config
 from megadit.errors import UserError
 
 INDEX, STATE, LATEST = "index.json", "state.json", "latest"
@@ -50,3 +51,12 @@ def check_named(wanted: str, key: str) -> None:
     path = Path(wanted)
     if not (checkpoint_root(path).is_dir() or (path / INDEX).is_file()):
         raise UserError(f"{key}: '{wanted}' is no checkpoint; give a folder such as RUN/checkpoints/step-00001000")
+
+
+def run_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run directory. Raises UserError if the folder is none, or its configuration is broken."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"'{run_dir}' is no run directory (it has no config.yaml); give the --run_dir of a training run"
+        )
+    return load_config(run_dir / "config.yaml")

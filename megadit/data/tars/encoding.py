@@ -30,8 +30,10 @@ from megadit.data.tars.layout import (
     NULL_TEXT,
     POOLED,
     TEXT,
+    Progress,
+    Sharding,
 )  # fmt: skip
-from megadit.data.tars.making import Progress, Sharding, facts_of, key_of, settings, words
+from megadit.data.tars.making import facts_of, key_of, settings, words
 from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError

@@ -6,6 +6,8 @@ A sample is the members of one tar that share everything before the first dot of
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from megadit.errors import UserError
@@ -25,6 +27,18 @@ KNOWN = (*IMAGES, *ARRAYS, JSON, LABEL, CAPTION)
 PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "bin", "joblib"})  # what loaders would unpickle
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+Progress = Callable[[int, int], None]  # samples done, samples in all
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How tars are cut. prefix: of their names.  max_bytes: None for no limit."""
+
+    prefix: str
+    per_shard: int
+    max_bytes: int | None = None
 
 
 def split_member(name: str) -> tuple[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,21 +9,10 @@ from megadit.config import DataConfig
 from megadit.data.builtin import whole_set
 from megadit.data.dataset import ImageSet
 from megadit.data.tars import members
-from megadit.data.tars.layout import CAPTION, JSON, LABEL
+from megadit.data.tars.layout import CAPTION, JSON, LABEL, Progress, Sharding
 from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError
-
-Progress = Callable[[int, int], None]  # samples done, samples in all
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How tars are cut. prefix: of their names.  max_bytes: None for no limit."""
-
-    prefix: str
-    per_shard: int
-    max_bytes: int | None = None
 
 
 def make_shards(

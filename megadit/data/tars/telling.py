@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megadit.data.tars.making import Progress, Sharding
-from megadit.data.tars.manifest import Manifest
+from megadit.data.tars.layout import Progress, Sharding
 from megadit.errors import UserError
+
+if TYPE_CHECKING:
+    from megadit.data.tars.manifest import Manifest
 
 
 def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None) -> Sharding:

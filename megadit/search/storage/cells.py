@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megadit.rng import stream_key
+from megadit.keys import stream_key
 from megadit.search.study.spec import PruningSpec
 from megadit.search.study.study import Study
 
