@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 if TYPE_CHECKING:
     from megadit.config import RunConfig
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     told: dict[str, Any] = {"grid": str(grid), "npz": str(args.npz) if args.npz else None}
     told |= {"labels": subjects.labels_of(len(drawn)), "prompts": subjects.prompts_of(len(drawn))}
     told = config.sample.model_dump() | told | {"scheduler": scheduler_name(config.objective, config.sample)}
+    result_is_saved(as_json=args.json)
     print(json.dumps(told) if args.json else f"{len(drawn)} pictures: {grid}")
     return EXIT_OK
 

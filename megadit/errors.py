@@ -7,11 +7,13 @@ turns into a single sentence and exit code 2: it names the key, the value and th
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
+
+from megadit.streams import lost_output, steady_streams
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -37,18 +39,18 @@ class UserError(Exception):
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's ``main`` and leave the process with its exit code.
 
-    A ``UserError`` becomes one line on stderr and its exit code, 2 as a rule. A reader of the output that goes away,
-    as ``head`` does, ends the command with exit code 1 and without a word. Any other exception keeps its traceback
-    (Python's exit code 1), since it is a defect and not the user's input.
+    A ``UserError`` becomes one line on stderr and its exit code, 2 as a rule. Nothing that is printed raises. Where a
+    result was printed and did not get there, the exit code is 1 in place of 0: without a word if the reader went away,
+    as ``head`` does. Any other exception keeps its traceback (Python's exit code 1), since it is a defect and not the
+    user's input.
     """
-    try:
-        code = _exit_code(main, argv)
-        if sys.stdout is not None:  # None where the command was started without one
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _nobody_reads():
-            raise
+    steady_streams()
+    code = _exit_code(main, argv)
+    lost = lost_output()
+    if lost is not None and not code:
         code = EXIT_FAILURE
+        if lost.errno != errno.EPIPE:
+            print(f"error: stdout: the result cannot be written ({lost.strerror})", file=sys.stderr)
     sys.exit(code)
 
 
@@ -58,25 +60,8 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except (
-        SystemExit
-    ) as end:  # argparse, after --help or an option it does not know: what it printed is not flushed yet
+    except SystemExit as end:  # of argparse, after --help or an option that it does not know
         return end.code
-
-
-def _nobody_reads() -> bool:
-    """Whether the reader of stdout or stderr is gone. What is still written there goes nowhere from now on, since
-    Python flushes both once more at its end.
-    """
-    gone = []
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            gone.append(stream)
-    for stream in gone:
-        _mute(stream)
-    return bool(gone)
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:

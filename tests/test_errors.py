@@ -42,7 +42,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(program: str, unbuffered
 
 def test_errors_that_nobody_reads() -> None:
     program = START + "def main(argv): raise UserError('x: is wrong; mend it')\nrun_command(main)"
-    assert read_by_nobody("-c", program, errors_too=True)[0] == 1
+    assert read_by_nobody("-c", program, errors_too=True)[0] == 2
     assert read_by_nobody("-c", program) == (2, "error: x: is wrong; mend it\n")
 
 

@@ -15,7 +15,7 @@ MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 90
 
 FOUNDATIONS = {
-    "errors", "files", "keys", "lazy", "rng", "optional", "conditioning", "slices", "process_id", "owner_file",
+    "errors", "files", "keys", "lazy", "rng", "optional", "conditioning", "slices", "streams", "process_id", "owner_file",
     "ownership", "__version__",
 }  # fmt: skip
 # What each part of megadit may import, its own modules and the foundations aside. Nothing here points upwards:

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another path") from error
     count, base = len(param_specs(model)), Parametrization(config).base_width
+    result_is_saved(as_json=args.json)
     if args.json:
         print(json.dumps({"path": str(args.out), "base_width": base, "parameters": count}))
     else:

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot_comparison(result, out / "compare.png")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another folder") from error
+    result_is_saved(as_json=args.json)
     print(json.dumps(plain, allow_nan=False) if args.json else f"{describe(result)}\nwritten to {out}")
     return EXIT_OK
 

@@ -38,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 
 from megadit.convert import FORMATS  # noqa: E402
 from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides=args.overrides if config is None else (),
         allow_inexact=args.allow_inexact,
     )
+    result_is_saved(as_json=args.json)
     if args.json:
         print(json.dumps(outcome.to_json()))
     else:

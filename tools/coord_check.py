@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 if TYPE_CHECKING:
     from megadit.parallel.tensor import TensorLayout
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     title = f"{config.model.family} under {'muP' if parametrization == 'mup' else 'SP'}"
     plain = write_report(args.out, readings, verdict, title)
+    result_is_saved(as_json=args.json)
     print(json.dumps(plain) if args.json else format_verdict(verdict))
     return code
 

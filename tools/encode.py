@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 FIT = "fit-pca"
 FIT_HELP = """Fit a PCA patch codec in closed form on the training part of a data set; measure it on the held-out part.
@@ -90,6 +91,7 @@ def _encode(args: argparse.Namespace) -> int:
     encoding = Encoding(args.dtype, args.posterior, length, args.seed)
     with telling.progress_bar("samples") as progress:
         manifest = encode_set(config, args.out, sharding, encoding, telling.device_of(args.device), progress)
+    result_is_saved(as_json=args.json)
     print(json.dumps(telling.summary(manifest, args.out)) if args.json else telling.sentences(manifest, args.out))
     return EXIT_OK
 
@@ -108,6 +110,7 @@ def _fit(args: argparse.Namespace) -> int:
     psnr = (
         "no images held out" if told["psnr"] is None else f"PSNR {told['psnr']:.2f} dB on {told['held_out']} held out"
     )
+    result_is_saved(as_json=args.json)
     print(
         json.dumps(told) if args.json else f"{args.out}: fitted on {told['fitted_on']} images, {psnr}\n  {told['use']}"
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with telling.progress_bar("images") as progress:
         manifest = make_shards(config, args.out, sharding, args.image, quality, progress)
     told = telling.summary(manifest, args.out)
+    result_is_saved(as_json=args.json)
     print(json.dumps(told) if args.json else telling.sentences(manifest, args.out))
     return EXIT_OK
 

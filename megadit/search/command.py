@@ -18,6 +18,7 @@ from megadit.search.study.study import FROZEN, Study, find_study, load_study
 from megadit.search.wording import point_text
 from megadit.search.workers.pool import Place, Pool, places, this_machine
 from megadit.search.workers.worker import AFTER, NOW, STOP, work
+from megadit.streams import result_is_saved
 
 _SHOW_S = 1.0  # how often the store is asked while workers run, at most
 _SHARE = 50  # of the time, asking takes at most one part in so many: the cores are the workers'
@@ -103,6 +104,7 @@ def _conclude(study: Study, store: Any, pool: Pool) -> int:
     from megadit.search.report import write_report
     from megadit.search.status import best_text, counts_text, status_of
 
+    result_is_saved()
     store.reclaim_stale()
     status = status_of(store)
     counts = status.counts
@@ -215,6 +217,7 @@ def report(config: str | None, study_dir: str | None, as_json: bool) -> int:
     from megadit.search.report import write_report
 
     html, markdown = write_report(folder)
+    result_is_saved(as_json=as_json)
     if as_json:
         print(json.dumps({"html": str(html), "markdown": str(markdown)}))
     else:
@@ -226,6 +229,7 @@ def stop(config: str | None, study_dir: str | None, now: bool) -> int:
     """Leave word for all workers of a study, wherever they are, to end: after their running trial, or with it."""
     study = _existing(config, study_dir)
     (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n")
+    result_is_saved()
     when = "at their next logged step; their trials go back to the queue" if now else "after their running trials"
     print(f"workers of study {study.spec.name} end {when}; the next run goes on")
     return EXIT_OK

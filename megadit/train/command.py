@@ -23,6 +23,7 @@ from megadit.files import check_folder
 from megadit.ownership import refuse_occupied
 from megadit.parallel import prepare_environment
 from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
+from megadit.streams import result_is_saved
 from megadit.train.checkpoint_names import check_named, has_checkpoints, saved_step
 from megadit.train.run_dir import RunDirectory
 from megadit.train.schedule import Schedule
@@ -232,6 +233,7 @@ def train(job: Job) -> int:
     """Train; an error that only this rank met is told with its rank, and that of another rank in one line."""
     from megadit.train.pretrain import pretrain
 
+    result_is_saved()
     rank = os.environ["RANK"]
     try:
         return pretrain(job)

@@ -16,6 +16,7 @@ from megadit.search.transfer.apply import Applied, GroupRow, NotVerifiedError, a
 from megadit.search.transfer.backing import Backing, backed_by
 from megadit.search.transfer.budget import describe_cost
 from megadit.search.wording import value_text
+from megadit.streams import result_is_saved
 
 
 def run_apply(args: Namespace) -> int:
@@ -43,6 +44,7 @@ def run_apply(args: Namespace) -> int:
             plain = {"written": None, "refused": str(refusal), "verdicts": [_backing_json(b) for b in refusal.found]}
             print(json.dumps(plain, allow_nan=False))
         return EXIT_VERDICT_NO
+    result_is_saved(as_json=args.json)
     print(json.dumps(to_json(applied), allow_nan=False) if args.json else describe(applied))
     return EXIT_OK
 
