@@ -74,13 +74,15 @@ def arms(folder: Path, elements: int, size: int) -> tuple[dict[str, Callable[[],
 
 def memory_mb(key: str) -> float:
     """A line of this process's status: VmRSS now, VmHWM the peak since the last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) / 1024
 
 
 def rise_mb(action: Callable[[], Any]) -> float:
     """How far the resident memory rises while ``action`` runs."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = memory_mb("VmRSS")
     action()
     return memory_mb("VmHWM") - before

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         until = station * options.steps // len(STATIONS)
         losses[RELAY] = _train(options, options.out / "relay", ranks, keys, until)
     print(f"{RELAY}: {_gap_text(losses, RELAY)}")
-    (options.out / "layouts.json").write_text(json.dumps(losses, indent=1, ensure_ascii=False) + "\n")
+    (options.out / "layouts.json").write_text(json.dumps(losses, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _draw(losses, options.out / "layouts.png")
     print(f"wrote {options.out / 'layouts.png'}")
     return 0
@@ -64,10 +64,10 @@ def _train(options: argparse.Namespace, folder: Path, ranks: int, keys: tuple[st
     command += ["launch/pretrain.py", "--config", options.config, "--run_dir", str(folder.resolve())]
     command += [f"train.steps={until}", "train.log_every=1", "train.tensorboard=false", *keys]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row["loss"] for row in rows if "loss" in row][:until]
 
 

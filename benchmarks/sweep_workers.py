@@ -50,10 +50,12 @@ def run_study(folder: Path, args: argparse.Namespace, workers: int) -> tuple[lis
     }
     folder.mkdir()
     file = folder / "study.json"  # JSON is YAML
-    file.write_text(json.dumps(study))
+    file.write_text(json.dumps(study), encoding="utf-8")
     words = ["run", "--config", str(file), "--study_dir", str(folder / "out"), "--workers", str(workers)]
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, str(ROOT / "launch" / "sweep.py"), *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "sweep.py"), *words], capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode != 0:
         raise SystemExit(f"the study ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return list(load_results(folder / "out").trials), time.monotonic() - begin

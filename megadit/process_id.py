@@ -19,7 +19,7 @@ def view_of_processes() -> str:
     """What process ids of the calling process mean: host, kernel start and namespace. Equal: the same processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
     with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
@@ -29,7 +29,7 @@ def start_of(pid: int) -> str | None:
     """A mark of when the process started; None when there is none, or only its exit status waits to be read."""
     if Path("/proc/self/stat").is_file():
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             return None
         return None if fields[0] in "ZX" else fields[19]

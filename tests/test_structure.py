@@ -15,8 +15,8 @@ MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 90
 
 FOUNDATIONS = {
-    "errors", "files", "keys", "lazy", "rng", "optional", "conditioning", "slices", "streams", "process_id", "owner_file",
-    "ownership", "__version__",
+    "errors", "files", "keys", "lazy", "rng", "optional", "conditioning", "slices", "streams", "process_id",
+    "owner_file", "ownership", "__version__",
 }  # fmt: skip
 # What each part of megadit may import, its own modules and the foundations aside. Nothing here points upwards:
 # config -> data -> diffusion -> models -> train; mup and parallel serve models and train.
@@ -155,6 +155,31 @@ def unsafe(path: str, tree: ast.Module) -> Iterator[str]:
                 yield f"calls {called}: use yaml.safe_load, or a loader derived from SafeLoader"
 
 
+def encodings(path: str, tree: ast.Module) -> Iterator[str]:
+    """Text is UTF-8 whatever the locale, so every file and pipe that is read or written as text says so."""
+    if path.startswith("tests/"):
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = ast.unparse(node.func).rpartition(".")[2]
+        owner = ast.unparse(node.func).rpartition(".")[0]
+        if name in ("read_text", "write_text") and len(node.args) <= (name == "write_text"):
+            yield f"line {node.lineno}: {name} without encoding='utf-8'"
+        elif name == "open" and owner not in ("os", "Image", "tarfile", "zipfile"):
+            place = 0 if method and owner != "gzip" else 1
+            modes = [ast.unparse(m) for m in [*node.args[place : place + 1], *_given(node, "mode")]] or ["'r'"]
+            if not any("b" in mode for mode in modes) and (owner != "gzip" or any("t" in mode for mode in modes)):
+                yield f"line {node.lineno}: open without encoding='utf-8'"
+        elif name in ("run", "Popen", "check_output") and _given(node, "text"):
+            yield f"line {node.lineno}: text=True without encoding='utf-8'"
+
+
+def _given(call: ast.Call, name: str) -> list[ast.expr]:
+    return [k.value for k in call.keywords if k.arg == name]
+
+
 def sizes(path: str, tree: ast.Module, text: str) -> Iterator[str]:
     lines = len(text.splitlines())
     if lines > MAX_FILE_LINES:
@@ -170,7 +195,7 @@ def violations(path: str, text: str) -> list[str]:
     """Everything wrong with one file, as sentences."""
     tree = ast.parse(text)
     found = [*direction(path, tree), *deepspeed_use(path, tree), *lazy_imports(path, tree), *unsafe(path, tree)]
-    found += sizes(path, tree, text)
+    found += [*encodings(path, tree), *sizes(path, tree, text)]
     found += [f"unfinished: {match.group(0)}" for match in UNFINISHED.finditer(text)]
     return found
 
@@ -207,6 +232,12 @@ def test_rules_hold(folder):
         ("megadit/train/x.py", "import torch\ntorch.load('x', weights_only=False)", "weights_only"),
         ("megadit/config/x.py", "import yaml\nyaml.load('x')", "safe_load"),
         ("megadit/config/x.py", "import yaml\nyaml.load('x', Loader=yaml.FullLoader)", "safe_load"),
+        ("megadit/train/x.py", "def f(path):\n    return path.read_text()", "read_text without encoding"),
+        ("tools/x.py", "def f(path):\n    path.write_text('x')", "write_text without encoding"),
+        ("megadit/data/x.py", "def f(path):\n    return open(path, 'w')", "open without encoding"),
+        ("megadit/data/x.py", "import gzip\ngzip.open('x', 'rt')", "open without encoding"),
+        ("megadit/data/x.py", "def f(path):\n    return path.open()", "open without encoding"),
+        ("megadit/doctor/x.py", "import subprocess\nsubprocess.run(['x'], text=True)", "text=True without encoding"),
         ("launch/x.py", "x = 1\n" * 451, "451 lines"),
         ("tests/x.py", "def f():\n" + "    x = 1\n" * 90, "f has 91 lines"),
         ("tools/x.py", "# TO" + "DO later", "unfinished"),
@@ -225,6 +256,10 @@ def test_each_rule_can_fail(path, text, complaint):
         ("megadit/models/dit.py", "from megadit_kernels import scaled_linear\nfrom megadit.mup import ParamSpec"),
         ("megadit/data/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers"),
         ("tests/x.py", "import pickle, deepspeed.runtime"),
+        (
+            "megadit/data/x.py",
+            "def f(path):\n    return open(path, 'rb'), path.open(mode='wb'), path.read_text('utf-8')",
+        ),
     ],
 )
 def test_what_is_allowed_passes(path, text):

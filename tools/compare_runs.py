@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain = result.to_json()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.json").write_text(json.dumps(plain, allow_nan=False) + "\n")
+        (out / "compare.json").write_text(json.dumps(plain, allow_nan=False) + "\n", encoding="utf-8")
         plot_comparison(result, out / "compare.png")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another folder") from error

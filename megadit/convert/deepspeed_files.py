@@ -40,7 +40,7 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
 
 def _pointed(path: Path, pointer: str) -> Path | None:
     try:
-        return path / (path / pointer).read_text().strip()
+        return path / (path / pointer).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
 

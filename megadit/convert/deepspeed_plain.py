@@ -92,7 +92,7 @@ def write_plain(contents: Contents, target: Path, config: RunConfig | None) -> l
         "param_shapes": None,
     }
     save_file(state, target / tag / "mp_rank_00_model_states.pt")
-    (target / "latest").write_text(tag)
+    (target / "latest").write_text(tag, encoding="utf-8")
     if optimizer is None:
         return ["weights only: load it with engine.load_checkpoint(OUT, load_module_only=True)"]
     count = len(optimizer["param_groups"])

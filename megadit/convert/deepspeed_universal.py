@@ -122,6 +122,6 @@ def write_universal(contents: Contents, target: Path, config: RunConfig | None) 
     for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         save_file(state, target / tag / file)
     for pointer in ("latest_universal", "latest"):
-        (target / pointer).write_text(tag)
+        (target / pointer).write_text(tag, encoding="utf-8")
     how = 'load it with engine.load_checkpoint(OUT), "checkpoint": {"load_universal": true} and ZeRO stage 1, 2 or 3'
     return [how] if contents.has_moments else [how, "the optimizer begins anew: its moments are zeros at step 0"]

@@ -199,7 +199,7 @@ def _sharded_files(
         files |= dict.fromkeys(shapes, file)
     total = sum(math.prod(shape) * _BYTES for shape in all_shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / f"{name}{ending}.index.json").write_text(json.dumps(index, indent=1))
+    (folder / f"{name}{ending}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _at_once(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:

@@ -22,7 +22,7 @@ def load(image_size: int | None) -> ArraySet:
 
     Raises ``UserError`` when scikit-learn is not installed.
     """
-    with gzip.open(digits_table(), "rt") as file:
+    with gzip.open(digits_table(), "rt", encoding="utf-8") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.int64)
     pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, NATIVE_SIZE, NATIVE_SIZE)
     labels = torch.from_numpy(table[:, -1].copy())

@@ -33,7 +33,15 @@ def _nvidia() -> Iterator[Check]:
         return
     query = ["--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run([program, *query], check=True, capture_output=True, text=True, timeout=30)
+        answer = subprocess.run(
+            [program, *query],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            encoding="utf-8",
+            errors="replace",
+        )
     except (OSError, subprocess.SubprocessError) as error:
         yield Check(
             "backends", "NVIDIA driver", "broken", f"nvidia-smi: {one_line(error)}", "reload or update the driver"

@@ -58,13 +58,13 @@ def _free_memory() -> tuple[float | None, float | None]:
     """(free, total) bytes: of the machine, or of the control group where that is less."""
     facts: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             facts[name] = float(value.split()[0]) * 1024
     free, total = facts.get("MemAvailable"), facts.get("MemTotal")
     with contextlib.suppress(OSError, ValueError):
-        limit = float(Path("/sys/fs/cgroup/memory.max").read_text())  # "max" means none: ValueError
-        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))  # "max" means none: ValueError
+        used = float(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
         if total is None or limit < total:
             free, total = min(free or limit, limit - used), limit
     return free, total
@@ -87,7 +87,9 @@ def _compiler() -> Check:
         return Check("machine", "C++ compiler", "missing", needed_by, remedy)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "try.cpp"
-        source.write_text("#include <vector>\nint main() { return int(std::vector<int>(0).size()); }\n")
+        source.write_text(
+            "#include <vector>\nint main() { return int(std::vector<int>(0).size()); }\n", encoding="utf-8"
+        )
         try:
             command = [compiler, str(source), "-o", str(source.with_suffix(""))]
             subprocess.run(command, check=True, capture_output=True, timeout=60)

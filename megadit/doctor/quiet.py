@@ -23,7 +23,7 @@ def quiet() -> Iterator[None]:
     sys.stderr.flush()
     saved = [(stream, os.dup(stream)) for stream in (1, 2)]
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
             for stream, _ in saved:
                 os.dup2(nowhere.fileno(), stream)
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

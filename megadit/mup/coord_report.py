@@ -24,12 +24,12 @@ def write_report(folder: Path, readings: Sequence[Reading], verdict: CoordVerdic
     """
     folder.mkdir(parents=True, exist_ok=True)
     fields = [field.name for field in dataclasses.fields(Reading)]
-    with open(folder / "coords.csv", "w", newline="") as file:
+    with open(folder / "coords.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(fields)
         writer.writerows([getattr(reading, name) for name in fields] for reading in readings)
     plain = verdict.as_json()
-    (folder / "verdict.json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
+    (folder / "verdict.json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     plot_coordinates(readings, verdict, folder / "coord_check.png", title)
     return plain
 

@@ -30,4 +30,6 @@ def save_base_shapes(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the base shapes of ``model`` as a ``.bsh`` file that mup.set_base_shapes(model, path) accepts."""
     shapes = {name: list(spec.base_shape) for name, spec in param_specs(model).items()}
     with whole_file(Path(path)) as temporary:
-        temporary.write_text(_HEADER + yaml.safe_dump(shapes, sort_keys=False, default_flow_style=None))
+        temporary.write_text(
+            _HEADER + yaml.safe_dump(shapes, sort_keys=False, default_flow_style=None), encoding="utf-8"
+        )

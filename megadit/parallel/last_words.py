@@ -41,7 +41,7 @@ def tell_launcher(text: str) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+            Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def summary(error: BaseException) -> str:

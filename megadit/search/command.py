@@ -228,7 +228,7 @@ def report(config: str | None, study_dir: str | None, as_json: bool) -> int:
 def stop(config: str | None, study_dir: str | None, now: bool) -> int:
     """Leave word for all workers of a study, wherever they are, to end: after their running trial, or with it."""
     study = _existing(config, study_dir)
-    (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n")
+    (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n", encoding="utf-8")
     result_is_saved()
     when = "at their next logged step; their trials go back to the queue" if now else "after their running trials"
     print(f"workers of study {study.spec.name} end {when}; the next run goes on")

@@ -94,7 +94,7 @@ def _work(study: Study, cell: Cell) -> float:
 def step_of(study: Study, number: int) -> int | None:
     """The last logged step of a running trial; None before its first."""
     try:
-        lines = (trial_folder(study, number) / "metrics.jsonl").read_text().splitlines()
+        lines = (trial_folder(study, number) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     for line in reversed(lines):

@@ -70,7 +70,7 @@ def _candidates(root: Path) -> tuple[list[Path], str]:
     complete = [path for path in reversed(step_folders(root)) if (path / INDEX).is_file()]
     pointer = root / LATEST
     try:
-        name = pointer.read_text().strip()
+        name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):  # of a run that was copied without it or killed as it first saved, or damaged
         return complete, f"{pointer}: cannot be read" if complete else ""
     target = root / name

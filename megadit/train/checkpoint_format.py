@@ -75,7 +75,7 @@ class Index:
             UserError: it is of a newer megadit, or of another program.
         """
         try:
-            body = json.loads((folder / INDEX).read_text())
+            body = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             name, version = body.get("format"), body.get("version")
             if name == FORMAT and version == 1:
                 return cls(body["parameters"], [Piece.from_json(piece) for piece in body["pieces"]], {}, version=1)

@@ -41,7 +41,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 def saved_step(run_dir: Path) -> int:
     """The step that ``latest`` names, 0 if none: where a start without a word about resuming goes on."""
     try:
-        return max(0, step_of(Path((checkpoint_root(run_dir) / LATEST).read_text().strip())))
+        return max(0, step_of(Path((checkpoint_root(run_dir) / LATEST).read_text(encoding="utf-8").strip())))
     except (OSError, UnicodeDecodeError):
         return 0
 

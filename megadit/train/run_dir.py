@@ -28,7 +28,7 @@ from megadit.ownership import Ownership, is_another_s
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, whoever else writes it."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 class RunDirectory:
@@ -76,7 +76,7 @@ class RunDirectory:
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"
-            probe.write_text("")
+            probe.write_text("", encoding="utf-8")
             probe.unlink()
             (self.path / "exit.json").unlink(missing_ok=True)
         except OSError as error:
@@ -100,7 +100,7 @@ class RunDirectory:
         if classes:
             write_json(self.path / "classes.json", list(classes))
         if notice:
-            (self.path / "DATA-NOTICE.txt").write_text(notice + "\n")
+            (self.path / "DATA-NOTICE.txt").write_text(notice + "\n", encoding="utf-8")
         write_json(self.path / "environment.json", {**_environment(), **layout})
 
     def wandb_id(self) -> str:
@@ -110,7 +110,7 @@ class RunDirectory:
         """
         file = self.path / "wandb.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stored = json.loads(file.read_text())["id"]
+            stored = json.loads(file.read_text(encoding="utf-8"))["id"]
             if isinstance(stored, str) and stored:
                 return stored
         latest = self.path / "wandb" / "latest-run"  # a link to run-DATE_TIME-ID
@@ -125,7 +125,7 @@ class RunDirectory:
         if not self.metrics.is_file():
             return
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:  # the torn last line of a killed run
@@ -133,7 +133,7 @@ class RunDirectory:
             if row["step"] <= step:
                 kept.append(line)
         temporary = self.metrics.with_name("metrics.jsonl.tmp")
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write("".join(line + "\n" for line in kept))
             file.flush()
             os.fsync(file.fileno())
@@ -149,7 +149,7 @@ class RunDirectory:
         """All metric rows so far."""
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
         """Record how the run ended (rank 0, or the rank that failed); a directory that is another's is left alone."""

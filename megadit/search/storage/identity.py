@@ -108,7 +108,7 @@ class Heartbeats:
         found = []
         for file in sorted(self.folder.glob("*.alive")):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                worker = WorkerId.from_json(json.loads(file.read_text()))
+                worker = WorkerId.from_json(json.loads(file.read_text(encoding="utf-8")))
                 if not self.is_dead(worker, stale_after_s):
                     found.append(worker)
         return found
@@ -117,7 +117,7 @@ class Heartbeats:
         """Remove what killed workers of this host left."""
         for file in self.folder.glob("*.alive"):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                worker = WorkerId.from_json(json.loads(file.read_text()))
+                worker = WorkerId.from_json(json.loads(file.read_text(encoding="utf-8")))
                 if worker.is_here and not worker.is_running:
                     file.unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ class Heartbeats:
         """The file system's clock; read-only folders fall back to this host's."""
         probe = self.folder / f".now-{socket.gethostname()}-{os.getpid()}"
         try:
-            probe.write_text("")
+            probe.write_text("", encoding="utf-8")
             return probe.stat().st_mtime
         except OSError:
             return time.time()

@@ -49,7 +49,7 @@ class StudyLock:
 
     @contextlib.contextmanager
     def _host_lock(self) -> Iterator[None]:
-        with open(self._file, "a") as file:
+        with open(self._file, "a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -174,7 +174,9 @@ class Pool:
                 slot.process.wait()
 
     def _tail(self, log: Path | None) -> str:
-        return log.read_text(errors="replace")[-_LOG_TAIL:] if log is not None and log.is_file() else ""
+        return (
+            log.read_text(errors="replace", encoding="utf-8")[-_LOG_TAIL:] if log is not None and log.is_file() else ""
+        )
 
 
 def worker_command(folder: Path, gpus: int) -> list[str]:

@@ -107,8 +107,7 @@ def command_score(spec: ScoreSpec, run_dir: Path, timeout_s: float = COMMAND_TIM
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-            start_new_session=True,
-        )  # fmt: skip
+            start_new_session=True, encoding="utf-8", errors="replace")  # fmt: skip
     except OSError as error:
         raise UserError(f"{label} cannot be started ({error.strerror or error}); correct the command") from error
     try:

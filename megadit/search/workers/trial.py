@@ -198,7 +198,9 @@ def _result(study: Study, claim: Claim, job: Job, watch: TrialWatch, code: int) 
             horizons[step] = scores.measured(rows, step, spec.scores) if fine else dict(nothing)
         why = scores.divergence(rows, total, spec.diverged_above, last)
         if code == EXIT_FAILURE:
-            why = json.loads((job.run_dir / "exit.json").read_text())["reason"].removeprefix("diverged: ")
+            why = json.loads((job.run_dir / "exit.json").read_text(encoding="utf-8"))["reason"].removeprefix(
+                "diverged: "
+            )
         outcome, reason = (COMPLETE, "") if why is None else (DIVERGED, why)
         if why is None:
             values = scores.measured(rows, total, spec.scores)

@@ -78,7 +78,7 @@ class Interrupt:
         if time.monotonic() - self._looked > _FLAG_S:
             self._looked = time.monotonic()
             try:
-                self._text = self._flag.read_text().strip() or AFTER
+                self._text = self._flag.read_text(encoding="utf-8").strip() or AFTER
             except OSError:
                 self._text = ""
         return self._text

@@ -79,7 +79,7 @@ class JsonLines(Callback):
         """Drop rows beyond the resumed step and append from there."""
         if run.context.is_main:
             run.directory.truncate_metrics(run.position.step)
-            self._file = open(run.directory.metrics, "a", buffering=1)  # noqa: SIM115  (lives as long as the run)
+            self._file = open(run.directory.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
 
     def on_log(self, run: TrainingRun, record: Record) -> None:
         """Append the record."""
