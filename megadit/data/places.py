@@ -28,10 +28,11 @@ def check_places(config: RunConfig) -> None:
     """
     data = config.data
     check_images_are_there(data)
-    stored = data.name == "webdataset"  # tars may hold latents and text features, which need neither
-    if data.vae is not None and not (stored and data.vae.path is None):
+    if data.name == "webdataset":  # tars may hold latents and features, which need neither codec nor encoder
+        return
+    if data.vae is not None:
         codec_folder(data.vae)
-    if config.model.text is not None and not stored:
+    if config.model.text is not None:
         check_source(data.text)
     if config.model.repa is not None and data.features is not None:
         _check_features(data.features)
@@ -40,6 +41,8 @@ def check_places(config: RunConfig) -> None:
 def check_data_places(data: DataConfig) -> None:
     """The same for a ``data`` section alone, all of which is wanted. Raises UserError likewise."""
     check_images_are_there(data)
+    if data.name == "webdataset":
+        return
     if data.vae is not None:
         codec_folder(data.vae)
     if data.condition == "text":
