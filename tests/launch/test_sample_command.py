@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megadit.config import save_config
 from megadit.config.model import ModelConfig
 from megadit.config.run import ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
 from megadit.errors import UserError
@@ -39,6 +40,7 @@ def run_dir(tmp_path, monkeypatch):
     for name, parameter in model.named_parameters():
         parameter.data = 0.3 * normal(stream_key(0, name), parameter.shape)
     monkeypatch.setattr("megadit.train.checkpoint.load_model", lambda *_, **__: (config, model))
+    save_config(config, tmp_path / "config.yaml")
     (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
     return tmp_path
 
