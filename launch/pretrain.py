@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="check everything, print layout, memory and muP table, do not train"
     )
     p.add_argument("--world_size", type=int, metavar="N", help="--dry_run as if for N ranks, of other machines")
+    p.add_argument("--full", action="store_true", help="--dry_run: the muP table with one row per parameter")
     p.add_argument("--json", action="store_true", help="--dry_run: print the layout as one JSON object")
     p.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # passed out of habit; has no effect
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from launchers
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.dry_run,
         world_size=args.world_size,
         as_json=args.json,
+        full=args.full,
     )
 
 

@@ -1,16 +1,20 @@
-"""The parametrization as a table that people and scripts read: one row per parameter."""
+"""The parametrization as a table that people and scripts read: one row per parameter, or per kind of parameter."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from megadit.config.model import Role
 from megadit.config.optim import OptimConfig
 from megadit.mup.rules import clip_mult, eps_mult, wd_mult
 from megadit.mup.spec import ParamSpec, param_specs
 
+_BLOCK = re.compile(r"(?<![^.])(\w*blocks)\.\d+\.")  # blocks.7., in_blocks.3., joint_blocks.0.
+_ROLES: tuple[Role, ...] = get_args(Role)
 COLUMNS = ("name", "role", "shape", "init_std", "forward_mult", "lr", "lr_mult", "wd", "eps", "clip_mult")
 
 
@@ -34,8 +38,24 @@ def rows(model: nn.Module | Mapping[str, ParamSpec], optim: OptimConfig) -> list
     ]
 
 
+def by_role(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``rows``' result ordered by role; rows that differ only in the number of their block are one.
+
+    Its name then holds ``*`` for the number and how many parameters it stands for: ``blocks.*.mlp.fc1.weight ×28``.
+    """
+    kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in table:
+        values = (tuple(value) if isinstance(value, list) else value for key, value in row.items() if key != "name")
+        kinds.setdefault((_BLOCK.sub(r"\1.*.", row["name"]), *values), []).append(row)
+    merged = [
+        {**members[0], "name": f"{kind[0]} ×{len(members)}"} if len(members) > 1 else dict(members[0])
+        for kind, members in kinds.items()
+    ]
+    return sorted(merged, key=lambda row: _ROLES.index(row["role"]))
+
+
 def format_rows(table: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned text of ``rows``' result: a header, a rule and one line per parameter."""
+    """Aligned text of the result of ``rows`` or ``by_role``: a header, a rule and one line per row."""
     lines = [list(COLUMNS), *([_cell(row[column]) for column in COLUMNS] for row in table)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     text = ["  ".join(_align(cell, i, widths[i]) for i, cell in enumerate(line)) for line in lines]

@@ -43,22 +43,28 @@ def run(
     *,
     world_size: int | None = None,
     as_json: bool = False,
+    full: bool = False,
 ) -> int:
     """What the arguments of ``launch/pretrain.py`` ask for; returns the exit code.
 
     Raises:
         UserError: refused, on the rank that tells it for its host.
     """
-    for option, given in (("--world_size", world_size is not None), ("--json", as_json)):
+    for option, given in (("--world_size", world_size is not None), ("--json", as_json), ("--full", full)):
         if given and not dry:
             raise UserError(f"{option}: belongs to --dry_run; add that, or leave it out")
+    if full and as_json:
+        raise UserError(
+            "--full: is for the printed table, and --json prints the layout alone; leave one of the two out"
+        )
     if world_size is not None:
         if world_size < 1:
             raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
         from megadit.train.dry_run import dry_run_elsewhere
 
         folder = run_folder(config, run_dir)
-        return dry_run_elsewhere(load(config, overrides), ds_config, folder, resume, world_size, as_json=as_json)
+        loaded = load(config, overrides)
+        return dry_run_elsewhere(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
     try:
         folder = run_folder(config, run_dir)
         check_folder(folder, "--run_dir")
@@ -70,7 +76,7 @@ def run(
         if dry:
             from megadit.train.dry_run import dry_run
 
-            return dry_run(job, as_json=as_json)
+            return dry_run(job, as_json=as_json, full=full)
         check_machine(job)
     except UserError as error:
         folder = run_folder(config, run_dir)

@@ -15,8 +15,8 @@ from megadit.train.command import check_data, check_here, check_machine, resolve
 from megadit.train.pretrain import Job, Start, resume_point, total_steps
 
 
-def dry_run(job: Job, *, as_json: bool = False) -> int:
-    """Print the layout, its memory and messages, and the muP table; train nothing.
+def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:
+    """Print the layout, its memory and messages, and the muP table (``full``: of every parameter); train nothing.
 
     Raises:
         UserError: the checkpoint to go on from, or an image, is broken.
@@ -34,12 +34,19 @@ def dry_run(job: Job, *, as_json: bool = False) -> int:
         f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out",
         f"run_dir      {job.run_dir}{_beginning(start)}",
     ]
-    _report(job.config, job.ds_config, int(os.environ["WORLD_SIZE"]), steps, lines, as_json=as_json)
+    _report(job.config, job.ds_config, int(os.environ["WORLD_SIZE"]), steps, lines, as_json, full)
     return EXIT_OK
 
 
 def dry_run_elsewhere(
-    loaded: LoadedConfig, ds_config: str | None, folder: Path, resume: str, world_size: int, *, as_json: bool = False
+    loaded: LoadedConfig,
+    ds_config: str | None,
+    folder: Path,
+    resume: str,
+    world_size: int,
+    *,
+    as_json: bool = False,
+    full: bool = False,
 ) -> int:
     """The same for ``world_size`` ranks of other machines: what is missing on this one is a warning.
 
@@ -60,15 +67,21 @@ def dry_run_elsewhere(
         _warn_of_machine(job)
     except UserError as error:
         _warn(error)
-    _report(merged.config, merged.ds_config, world_size, steps, lines, as_json=as_json)
+    _report(merged.config, merged.ds_config, world_size, steps, lines, as_json, full)
     return EXIT_OK
 
 
 def _report(
-    config: RunConfig, ds_config: dict[str, Any], ranks: int, steps: int | None, lines: list[str], *, as_json: bool
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    ranks: int,
+    steps: int | None,
+    lines: list[str],
+    as_json: bool,
+    full: bool,
 ) -> None:
     from megadit.models import build_model
-    from megadit.mup.table import format_rows, rows
+    from megadit.mup.table import by_role, format_rows, rows
     from megadit.plan import describe_plan
 
     if not config.train.compile:
@@ -78,7 +91,8 @@ def _report(
     if as_json:
         print(json.dumps(facts))
         return
-    print("\n".join([text, *lines, "", format_rows(rows(model, config.optim))]))
+    table = rows(model, config.optim)
+    print("\n".join([text, *lines, "", format_rows(table if full else by_role(table))]))
 
 
 def _warn_of_machine(job: Job) -> None:

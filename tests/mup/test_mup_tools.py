@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megadit.config import load_config
+from megadit.config import ModelConfig, OptimConfig, load_config
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.mup.table import rows
+from megadit.mup.table import by_role, rows
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONFIG = "configs/quickstart/digits.yaml"
@@ -49,6 +49,37 @@ def test_mup_table_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> No
     assert len(lines) == len(expected) + 2
     qkv = next(line.split() for line in lines if line.startswith("blocks.0.attn.qkv.weight"))
     assert qkv == ["blocks.0.attn.qkv.weight", "hidden", "192x64", "0.125", "1", "0.125", "0.5", "0", "1e-08", "1"]
+
+
+def test_the_table_by_role_counts_blocks_that_are_alike() -> None:
+    """Every parameter is in one row; a row of another shape or another number stays one of its own."""
+    values = {"family": "mmdit", "width": 64, "head_dim": 16, "depth": 3, "num_classes": 0, "text": {"dim": 8}}
+    config = ModelConfig.model_validate({**values, "parametrization": "mup", "base_width": 32})
+    table = rows(build_model(config, device="meta"), OptimConfig())
+    found = {row["name"]: row for row in by_role(table)}
+    assert [row["role"] for row in found.values()] == sorted(
+        (row["role"] for row in found.values()), key=["input", "hidden", "vector", "output", "finite"].index
+    )
+    block = "joint_blocks.*.context_block"
+    assert f"{block}.attn.qkv.weight ×3" in found and f"{block}.mlp.fc1.weight ×2" in found
+    assert found[f"{block}.adaLN_modulation.1.weight ×2"]["shape"] == [384, 64]
+    assert found["joint_blocks.2.context_block.adaLN_modulation.1.weight"]["shape"] == [128, 64]
+    assert {"t_embedder.mlp.0.bias", "t_embedder.mlp.2.bias"} <= set(found)  # alike, but of no block
+    assert sum(int(name.partition(" ×")[2] or 1) for name in found) == len(table)
+    changed = [{**row, "lr": 2 * row["lr"]} if row["name"].startswith("joint_blocks.1.x_block.attn.qkv") else row
+               for row in table]  # fmt: skip
+    names = {row["name"] for row in by_role(changed)}
+    assert {"joint_blocks.*.x_block.attn.qkv.weight ×2", "joint_blocks.1.x_block.attn.qkv.weight"} <= names
+
+
+def test_the_table_in_full_has_a_row_per_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--config", _CONFIG, "model.depth=2")
+    assert _main("mup_table", "--full", *args) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    config = load_config(_ROOT / _CONFIG, ["model.depth=2"])
+    assert names == [row["name"] for row in rows(build_model(config.model, device="meta"), config.optim)]
+    assert _main("mup_table", *args) == 0
+    assert "blocks.*.attn.qkv.weight ×2" in capsys.readouterr().out
 
 
 def test_base_shapes_file_is_read_by_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

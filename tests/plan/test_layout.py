@@ -12,7 +12,7 @@ import pytest
 from helpers.layout_parity import config_of
 from helpers.ranks import ROOT
 from helpers.training import layout_of
-from megadit.config import RunConfig
+from megadit.config import RunConfig, load_config
 from megadit.errors import UserError
 from megadit.models import build_model, count_parameters
 from megadit.plan import LayoutPlan, plan_layout, state_bytes
@@ -131,3 +131,25 @@ def test_only_dry_runs_are_for_other_machines(capsys, tmp_path):
         run(arguments[0], ["parallel.tensor=2"], *arguments[2:], True, world_size=9)
     assert run(*arguments, True, world_size=8, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["world"] == 8
+
+
+def test_a_dry_run_shows_kinds_of_parameters_and_in_full_all(capsys, tmp_path):
+    from megadit.mup import param_specs
+    from megadit.train.command import run
+
+    arguments = ("configs/quickstart/digits.yaml", ["model.depth=3"], None, str(tmp_path), "auto")
+    with pytest.raises(UserError, match="--full: belongs to --dry_run; add that, or leave it out"):
+        run(*arguments, False, full=True)
+    with pytest.raises(UserError, match="--full: is for the printed table, and --json prints the layout alone"):
+        run(*arguments, True, world_size=8, as_json=True, full=True)
+    tables = []
+    for full in (False, True):
+        assert run(*arguments, True, world_size=8, full=full) == 0
+        lines = capsys.readouterr().out.splitlines()
+        tables.append(lines[next(i for i, line in enumerate(lines) if line.startswith("name ")) + 2 :])
+    kinds, every = ([line.split()[0] for line in table] for table in tables)
+    config = load_config(arguments[0], arguments[1])
+    names = list(param_specs(build_model(config.model, device="meta")))
+    assert every == names
+    assert kinds.count("blocks.*.attn.qkv.weight") == 1 and "×3" in tables[0][kinds.index("blocks.*.attn.qkv.weight")]
+    assert sum(int(line.split("×")[1].split()[0]) if "×" in line else 1 for line in tables[0]) == len(names)
