@@ -1,4 +1,4 @@
-"""The paper's own tables give the paper's own verdicts (arXiv 2505.15270, tables 7 to 11), and our files their values."""
+"""The paper's own tables give its verdicts (arXiv 2505.15270, tables 7 to 11), and others the values of our files."""
 
 from __future__ import annotations
 
