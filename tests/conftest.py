@@ -14,9 +14,11 @@ LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
+from helpers import rounding  # noqa: E402
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread, no network, no compiler; the GPU only where ``-m gpu`` asks for it, so that runs are alike."""
+    """One thread (unless other rounding is asked for), no network, no compiler; the GPU only where ``-m gpu`` asks for it, so that runs are alike."""
     os.environ.update(
         OMP_NUM_THREADS="1",
         MKL_NUM_THREADS="1",
@@ -25,12 +27,17 @@ def pytest_configure(config: pytest.Config) -> None:
         MPLBACKEND="Agg",
         WANDB_MODE="disabled",
     )
+    os.environ.update(rounding.ENVIRONMENTS[rounding.variant()])
     # Torch's store asks name servers who 127.0.0.1 is, at every connection: a silent one would cost 10 s and more each.
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # importing it costs each process more than a second
     if not _wants_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def pytest_report_header() -> str:
+    return f"rounding: {rounding.variant()} ({rounding.VARIABLE})"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,7 +57,13 @@ def _one_thread() -> None:
     """Sums in one fixed order, and no idle OpenMP threads that a forked rank could inherit half-alive."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(rounding.threads())
+
+
+@pytest.fixture(autouse=True)
+def _order_of_sums() -> Iterator[None]:
+    with rounding.sums():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,9 @@
 """Coordinate check: train the config's model at several widths for a few steps and compare the sizes of everything.
 
 Under a correct muP nothing grows or dies with width. Writes coord_check.png, coords.csv and verdict.json to --out;
-exit code 0 if all modules pass, 3 if one is broken (named), 2 for bad input. With --tp N the same is read from N
-processes that share every layer: started here, or by torchrun.
+exit code 0 if all modules pass, 3 if one is broken (named), 1 if training reached none, 2 for bad input. A module that
+training does not reach within the steps is named, and neither right nor wrong. Everything is computed in float64. With
+--tp N the same is read from N processes that share every layer: started here, or by torchrun.
 
 python tools/coord_check.py --config configs/dit/xl-2-mup.yaml --widths 144,288,576 --out cc model.depth=2
 """
@@ -20,8 +21,12 @@ from typing import TYPE_CHECKING
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
+<<<<<<< HEAD
 from megadit.errors import EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
 from megadit.streams import result_is_saved  # noqa: E402
+=======
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
+>>>>>>> 420fe40 (A size that is rounding is not reached yet: the coordinate check runs in float64 and judges what training reached)
 
 if TYPE_CHECKING:
     from megadit.parallel.tensor import TensorLayout
@@ -111,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress=lambda line: None if layout.rank else print(line, file=sys.stderr),
     )
     verdict = judge(readings)
-    code = EXIT_OK if verdict.passed else EXIT_VERDICT_NO
+    code = {"passes": EXIT_OK, "broken": EXIT_VERDICT_NO, "not judged": EXIT_FAILURE}[verdict.outcome]
     if layout.size > 1:
         stop_processes()
     if layout.rank:

@@ -5,6 +5,10 @@ a wrong multiplier, init or learning rate shows within a few steps as a slope of
 All widths see the same keyed batches, noise and times. Learning rates are those of the config's peak, without
 warm-up, clipping or weight decay, which would hide what is looked for, and Adam's epsilon is next to nothing:
 behind zero gates and a zero readout the first gradients lie below any usual one, which is not the rules' fault.
+
+Everything is computed in float64, and gradients that are rounding beside others of their tensor are zero: Adam at that
+epsilon makes a key bias's, whose gradient is rounding alone, as large as any other. So the last bits of a machine's
+matrix products decide nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from megadit.mup.example import example_conditioning, example_features, example_
 from megadit.mup.groups import param_groups
 
 _EPS = 1e-20  # small against any gradient that matters, large against the root of float32's smallest square
+_ROUNDING = 2.0**-40  # of a tensor's largest gradient: far above float64's rounding, far below what moves anything
 _PROBE = 1 << 40  # sample numbers of the probe: far from those that are trained on
 
 
@@ -53,7 +58,7 @@ def coordinate_readings(
 ) -> list[Reading]:
     """Train one model per width and seed on keyed normal images and read its coordinates after every step.
 
-    ``build(config, seed)`` makes an initialised model; ``parametrization`` overrides the config's. ``alignment`` maps
+    ``build(config, seed)`` makes an initialised model, which is trained in float64; ``parametrization`` overrides the config's. ``alignment`` maps
     projected tokens and target features, (B, T, F) each, to the REPA loss (B,), weight included; a model with a
     projector needs it, and others do without.
     """
@@ -64,7 +69,7 @@ def coordinate_readings(
         config = at_width(model, width, parametrization or model.parametrization, plan.widths)
         for seed in range(plan.seeds):
             progress(f"width {width}, seed {seed}: {plan.steps} steps")
-            readings += _Trainer(build(config, seed), config, optim, plan, objective, alignment).readings(seed)
+            readings += _Trainer(build(config, seed).double(), config, optim, plan, objective, alignment).readings(seed)
     return readings
 
 
@@ -90,6 +95,7 @@ class _Trainer:
         for step in range(self.plan.steps):
             optimizer.zero_grad(set_to_none=True)
             self._loss(range(step * size, (step + 1) * size), recorder, step).backward()
+            _drop_rounding(self.model)
             optimizer.step()
             recorder.read(step + 1)
         return recorder.readings
@@ -117,6 +123,14 @@ class _Trainer:
         finally:
             handle.remove()
         return output, projected, seen[0]
+
+
+def _drop_rounding(model: nn.Module) -> None:
+    """Zero the gradients that are rounding beside the largest of their tensor."""
+    for param in model.parameters():
+        if param.grad is not None:
+            size = param.grad.abs()
+            param.grad.masked_fill_(size <= _ROUNDING * size.max(), 0.0)
 
 
 def _noisy(config: ModelConfig, objective: Objective, numbers: range) -> Any:

@@ -57,7 +57,8 @@ def plot_coordinates(
                 axis.set_title(_LABELS[quantity], fontsize=8.5)
         axes[row][0].set_ylabel(_wrapped(kind), fontsize=8, color=_colour(kind, verdict))
     _legend(figure, steps, colours)
-    outcome = "passes" if verdict.passed else "broken: " + (", ".join(verdict.broken[:4]) or "the output")
+    named = ": " + (", ".join(verdict.broken[:4]) or "the output") if verdict.outcome == "broken" else ""
+    outcome = verdict.outcome + named
     more = f" and {len(verdict.broken) - 4} more" if len(verdict.broken) > 4 else ""
     figure.suptitle(f"{title}: {outcome}{more}" if title else outcome + more, fontsize=11)
     figure.supxlabel("width", fontsize=9)

@@ -52,8 +52,17 @@ def format_verdict(verdict: CoordVerdict) -> str:
             lines.append(f"{module.module} is broken: {'; '.join(module.reasons)}")
         elif module.effects and not verdict.broken:
             lines.append(f"{module.module}: {'; '.join(module.effects)}")
-    lines.append("verdict: passes" if verdict.passed else "verdict: broken")
+    lines += [_not_judged(module) for module in verdict.modules if module.unreached]
+    lines.append(f"verdict: {verdict.outcome}")
     return "\n".join(lines)
+
+
+def _not_judged(module: ModuleVerdict) -> str:
+    names = ", ".join(quantity.replace("update.", "update of ") for quantity in module.unreached)
+    return (
+        f"{module.module} is not judged: training does not reach it within the steps ({names}); take more --steps, "
+        "unless nothing that it computes is used"
+    )
 
 
 def _cell(module: ModuleVerdict, quantity: str) -> str:

@@ -29,7 +29,6 @@ from megadit.mup.example import example_conditioning
 
 REPA = {"block": 1, "feature_dim": 24, "hidden": 64}
 PLAN = CoordPlan((32, 64, 96), steps=5, seeds=1, batch=4)
-# No key bias without qk-norm: its gradient is rounding alone, which Adam at this epsilon makes as large as any other.
 TEXT = {"dim": 20, "max_length": 6}  # of 7 all example texts would have one token, and queries no gradient
 FAMILIES: dict[str, ModelConfig] = {
     "dit": tiny_mup_config(64, 32, repa=REPA, qk_norm="rms"),
@@ -50,7 +49,7 @@ def readings(shared: bool) -> dict[str, list[Reading]]:
             model,
             OptimConfig(lr=2.0**-9),
             PLAN,
-            build=lambda config, seed: build_model(config, layout, seed).double(),
+            build=lambda config, seed: build_model(config, layout, seed),
             objective=build_objective(ObjectiveConfig(kind=kind), learn_sigma=model.learn_sigma, null=null),
             alignment=alignment_loss,
         )
