@@ -3,6 +3,7 @@
 #   make setup      .venv with the pinned dependencies (skipped when nothing changed)
 #   make train      train the quickstart on built-in pictures
 #   make test       the quick tests; `make test PYTEST_ARGS="tests/mup -x"` narrows them
+#   make test-rounding  the numeric tests under other rounding; `ROUNDING=baseline` picks one variant
 #   make test-all   all tests, the slow ones too (GPU tests skip themselves where there is no GPU)
 #   make lint       ruff and mypy
 #   make doctor     what this machine can do, and why not
@@ -15,12 +16,15 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # Test files run beside each other; JOBS=0 keeps them in one process, for a debugger.
 JOBS ?= auto
 PYTEST_ARGS ?=
+# Other CPUs, thread counts and orders of summation (tests/helpers/rounding.py), and the tests whose verdicts they could change.
+ROUNDING ?= baseline avx2 threads reversed
+NUMERIC := $(addprefix tests/,convert diffusion kernels models mup parallel search train)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megadit-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup train test test-all lint format doctor clean
+.PHONY: setup train test test-rounding test-all lint format doctor clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -51,6 +55,12 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile -m "not slow and not gpu" --durations=15 $(PYTEST_ARGS)
+
+test-rounding: setup
+	@code=0; for variant in $(ROUNDING); do \
+	  MEGADIT_TEST_ROUNDING=$$variant $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile \
+	    -m "not slow and not gpu" $(NUMERIC) $(PYTEST_ARGS) || { echo "failed under rounding: $$variant"; code=1; }; \
+	done; exit $$code
 
 test-all: setup
 	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)

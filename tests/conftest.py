@@ -18,7 +18,10 @@ from helpers import rounding  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread (unless other rounding is asked for), no network, no compiler; the GPU only where ``-m gpu`` asks for it, so that runs are alike."""
+    """No network, no compiler; one thread, and the GPU only where ``-m gpu`` asks for it, so that runs are alike.
+
+    Where other rounding is asked for, what changes it comes last.
+    """
     os.environ.update(
         OMP_NUM_THREADS="1",
         MKL_NUM_THREADS="1",

@@ -58,9 +58,9 @@ def coordinate_readings(
 ) -> list[Reading]:
     """Train one model per width and seed on keyed normal images and read its coordinates after every step.
 
-    ``build(config, seed)`` makes an initialised model, which is trained in float64; ``parametrization`` overrides the config's. ``alignment`` maps
-    projected tokens and target features, (B, T, F) each, to the REPA loss (B,), weight included; a model with a
-    projector needs it, and others do without.
+    ``build(config, seed)`` makes an initialised model, which is trained in float64; ``parametrization`` overrides the
+    config's. ``alignment`` maps projected tokens and target features, (B, T, F) each, to the REPA loss (B,), weight
+    included; a model with a projector needs it, and others do without.
     """
     if (model.repa is None) != (alignment is None):
         raise ValueError("alignment: belongs to a model with a REPA projector, and to no other")

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megadit.errors import UserError
 from megadit.search.results import COMPLETE, Observation, StudyResults
 from megadit.search.study.spec import ScoreSpec
+from megadit.search.ties import at_most, lowest, ranks
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,17 @@ def _candidates(observations: Sequence[Observation], scores: Sequence[ScoreSpec]
 
 
 def _best(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
-    return min(candidates, key=lambda candidate: candidate.mean(score.name))
+    return lowest(candidates, lambda candidate: candidate.mean(score.name))
 
 
 def _mean_rank(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
     """Lowest mean rank over all scores; equals share their mean rank, and the rule's own score breaks ties."""
 
-    def rank(candidate: _Candidate, name: str) -> float:
-        mean = candidate.mean(name)
-        others = [other.mean(name) for other in candidates]
-        return sum(other < mean for other in others) + (sum(other == mean for other in others) + 1) / 2
-
-    def order(candidate: _Candidate) -> tuple[float, float]:
-        ranks = [rank(candidate, each.name) for each in scores]
-        return statistics.fmean(ranks), candidate.mean(score.name)
-
-    return min(candidates, key=order)
+    total = np.sum([ranks([candidate.mean(each.name) for candidate in candidates]) for each in scores], axis=0)
+    first = [
+        candidate for candidate, rank in zip(candidates, total, strict=True) if rank == min(total)
+    ]  # halves: exact
+    return _best(first, score, scores)
 
 
 def _conservative(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
@@ -113,9 +111,11 @@ def _conservative(candidates: list[_Candidate], score: ScoreSpec, scores: Sequen
     best = _best(candidates, score, scores)
     losses = best.losses[score.name]
     error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    near = [candidate for candidate in candidates if candidate.mean(score.name) <= best.mean(score.name) + error]
+    least = best.mean(score.name)
+    near = [candidate for candidate in candidates if at_most(candidate.mean(score.name), least + error, least)]
     first = next(iter(best.hps))
-    return min(near, key=lambda candidate: (_number(candidate.hps[first]), candidate.mean(score.name)))
+    smallest = min(_number(candidate.hps[first]) for candidate in near)
+    return _best([candidate for candidate in near if _number(candidate.hps[first]) <= smallest], score, scores)
 
 
 _RULES = {"best": _best, "mean_rank": _mean_rank, "conservative": _conservative}

@@ -63,7 +63,7 @@ def test_seeds_and_widths_that_rounding_lets_go_first_wait_for_the_others() -> N
 
 
 def test_steps_that_grow_are_all_judged() -> None:
-    """What moves by the product of three rates has grown by 5^3 at the fifth step, and by a million at the hundredth."""
+    """What moves by the product of three rates has grown by 5^3 at the fifth step, by a million at the hundredth."""
     steps = [tuple(1e-7 * step**3 for _ in _WIDTHS) for step in range(1, 101)]
     slopes = _verdict(*steps).modules[0].slopes["update.weight"]
     assert len(slopes) == 100 and None not in slopes

@@ -18,6 +18,7 @@ import numpy as np
 from megadit.config.sources import display
 from megadit.errors import UserError
 from megadit.search.comparison.curves import Axis, Curve, common_grid, extended_grid, read_curve, smoothed
+from megadit.search.ties import SAME
 
 _SMOOTHING_SHARE = 20  # by default an average spans a twentieth of the common positions
 
@@ -183,7 +184,11 @@ def _variance(raw: np.ndarray, points: int) -> np.ndarray:
 
 
 def _crossings(at: np.ndarray, gap: np.ndarray, level: np.ndarray) -> tuple[Crossing, ...]:
-    """Changes of sign between neighbours that are finite and not zero; a stretch of zeros counts once, at its start."""
+    """Changes of sign between neighbours that are finite and not zero; a stretch of zeros counts once, at its start.
+
+    A gap that is rounding beside the level is zero.
+    """
+    gap = np.where(np.abs(gap) <= SAME * np.abs(level), 0.0, gap)
     found: list[Crossing] = []
     seen = [i for i in range(len(gap)) if np.isfinite(gap[i]) and gap[i] != 0.0]
     for i, j in itertools.pairwise(seen):
@@ -199,14 +204,14 @@ def _crossings(at: np.ndarray, gap: np.ndarray, level: np.ndarray) -> tuple[Cros
 def _reach(who: Side, other: Side) -> Reach:
     """When ``who`` comes down to the final value of ``other``."""
     target, of = other.final, float(other.at[-1])
-    below = np.flatnonzero(who.mean <= target)
+    below = np.flatnonzero(who.mean <= target + SAME * abs(target))
     if not len(below):
         return Reach(target, of, None)
     first = int(below[0])
     high = float(who.mean[first - 1]) if first else math.nan
     if not math.isfinite(high):
         return Reach(target, of, float(who.at[first]))
-    share = (high - target) / (high - float(who.mean[first]))
+    share = min((high - target) / (high - float(who.mean[first])), 1.0)
     return Reach(target, of, float(who.at[first - 1] + share * (who.at[first] - who.at[first - 1])))
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from megadit.search.ties import at_most, ranks
+
 _PER_HP = 6  # fewer points than this for each HP (and 12 in all) say nothing: the control is then among the first
 _CONTROL = "a HP that cannot matter (control)"
 
@@ -51,23 +53,16 @@ def measure_importance(points: Sequence[tuple[Mapping[str, Any], float]], lower_
     scores = np.array([score if math.isfinite(score) else math.inf for _, score in points])
     if not lower_is_better:
         scores = np.where(np.isfinite(scores), -scores, math.inf)
-    if len(set(scores.tolist())) == 1:
+    places = ranks(scores)
+    if len(set(places.tolist())) == 1:
         return "Importance is not estimated: all finished points have the same score."
-    shares = _fanova([dict(hps) for hps, _ in points], names, ranks(scores))
+    shares = _fanova([dict(hps) for hps, _ in points], names, places)
     return Importance(
         shares=tuple((name, shares[name]) for name in sorted(names, key=lambda n: -shares[n])),
         control=shares[_CONTROL],
         points=len(points),
         diverged=int(np.isinf(scores).sum()),
     )
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0 up; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    found: np.ndarray = ((ends - counts + ends - 1) / 2)[inverse]
-    return found
 
 
 def _fanova(points: Sequence[dict[str, Any]], names: Sequence[str], places: np.ndarray) -> dict[str, float]:
@@ -109,4 +104,4 @@ def _distribution(values: Sequence[Any]) -> Any:
 
 def spans_decades(low: float, high: float) -> bool:
     """Whether values between these are best seen on a logarithmic axis."""
-    return low > 0 and high / low > 10
+    return low > 0 and not at_most(high, 10 * low, high)

@@ -10,6 +10,7 @@ from typing import Any
 
 from megadit.search.report.words import hps_text, number_text, scale_word
 from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
+from megadit.search.ties import ranks
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Gathered:
         name = score or self.score
         sign = 1.0 if self.lower_is_better(name) else -1.0
         known = [(mean, point) for point in points if (mean := point.mean(name)) is not None]
-        return [point for _, point in sorted(known, key=lambda pair: sign * pair[0])]
+        places = ranks([sign * mean for mean, _ in known])
+        return [point for _, (_, point) in sorted(zip(places, known, strict=True), key=lambda pair: pair[0])]
 
 
 def point_tip(gathered: Gathered, point: Point) -> str:

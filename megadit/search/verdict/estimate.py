@@ -24,6 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megadit.search.ties import SAME, SAME_HP, difference, lowest, same_hps
+
 # A parabola's error as a part of the distance above the best score. Of surfaces whose upper side is up to twice as
 # steep as the lower an octave away, .5 covers the optimum in 95 of 100 intervals; .3 does not.
 MISFIT = 0.5
@@ -138,7 +140,11 @@ class Basin:
 
     def point(self, hp: float) -> Point | None:
         """The measured point at ``hp``."""
-        return next((point for point in self.points if math.isclose(point.hp, hp, abs_tol=1e-6)), None)
+        return next((point for point in self.points if math.isclose(point.hp, hp, abs_tol=SAME_HP)), None)
+
+    def excess(self, point: Point) -> float:
+        """By how much a point is worse than the best; 0 where the two are the same score."""
+        return difference(point.mean, self.best.mean)
 
 
 @dataclass(frozen=True)
@@ -179,12 +185,13 @@ class Optimum:
 def basins(samples: Sequence[Sample], lower_is_better: bool) -> dict[float, Basin | None]:
     """Points by scale, ascending; None for a scale at which every run diverged."""
     sign = 1.0 if lower_is_better else -1.0
+    hps = same_hps(sample.hp for sample in samples)
     found: dict[float, Basin | None] = {}
     for scale in sorted({sample.scale for sample in samples}):
         by_hp: dict[float, list[Sample]] = {}
         for sample in samples:
             if sample.scale == scale:
-                by_hp.setdefault(sample.hp, []).append(sample)
+                by_hp.setdefault(hps[sample.hp], []).append(sample)
         points = tuple(
             Point(
                 hp,
@@ -201,7 +208,7 @@ def _basin(scale: float, points: tuple[Point, ...]) -> Basin | None:
     stable = [i for i, point in enumerate(points) if point.stable]
     if not stable:
         return None
-    best = min(stable, key=lambda i: points[i].mean)
+    best = lowest(stable, lambda i: points[i].mean)
     first = last = best
     while first and points[first - 1].stable:
         first -= 1
@@ -296,7 +303,7 @@ def _pooled_residuals(found: Sequence[Basin], noise: Noise) -> Array:
 def _locate(basin: Basin, noise: Noise, allowance: float, residuals: Array, rng: np.random.Generator) -> Optimum:
     below, above = basin.steps
     design, y, variance = _design(basin, noise.sd)
-    near = [p for p in basin.stable if p.mean - basin.best.mean <= allowance * noise.of_difference(p, basin.best)]
+    near = [p for p in basin.stable if basin.excess(p) <= allowance * noise.of_difference(p, basin.best)]
     low = max(near[0].hp - below / 2, basin.stable[0].hp)
     high = min(near[-1].hp + above / 2, basin.stable[-1].hp)
     if len(basin.stable) < MIN_POINTS:
@@ -305,19 +312,27 @@ def _locate(basin: Basin, noise: Noise, allowance: float, residuals: Array, rng:
     else:
         operator = _operator(design, variance)
         a, b, c = (float(value) for value in operator @ y)
-        curve = Curve(basin.best.hp, a, b, c) if c > 0 else None
+        flat = _flat(basin)
+        curve = Curve(basin.best.hp, a, b, c) if c > flat else None
         at = basin.best.hp if curve is None else min(max(curve.vertex, low), high)
         drawn = _resampled(basin, design @ (operator @ y), y, curve is None, variance, noise, residuals, rng)
         coefficients = drawn @ operator.T
         with np.errstate(divide="ignore", invalid="ignore"):
             vertices = basin.best.hp - coefficients[:, 1] / (2 * coefficients[:, 2])
-        lowest = design[np.argmin(drawn, axis=1), 1] + basin.best.hp
-        draws = np.clip(np.where(coefficients[:, 2] > 0, vertices, lowest), low, high)
+        same = drawn <= drawn.min(axis=1, keepdims=True) + SAME * abs(basin.best.mean)
+        deepest = design[np.argmax(same, axis=1), 1] + basin.best.hp
+        draws = np.clip(np.where(coefficients[:, 2] > flat, vertices, deepest), low, high)
         jitter = rng.uniform(-0.5, 0.5, DRAWS) if curve is None else rng.uniform(-0.25, 0.25, DRAWS)
         draws = draws + jitter * np.where(jitter < 0, below, above)
     tail = 50 * (1 - LEVEL)
     ends = np.percentile(draws, [tail, 100 - tail])
     return Optimum(basin, at, (min(float(ends[0]), at), max(float(ends[1]), at)), curve, draws)
+
+
+def _flat(basin: Basin) -> float:
+    """The curvature that lifts the ends of the stable range by no more than rounding: none at all."""
+    half = (basin.stable[-1].hp - basin.stable[0].hp) / 2
+    return SAME * abs(basin.best.mean) / (half * half) if half else 0.0
 
 
 def _resampled(

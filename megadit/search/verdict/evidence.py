@@ -13,9 +13,13 @@ from typing import Literal
 
 import numpy as np
 
+from megadit.search.ties import SAME_HP, at_most, difference
 from megadit.search.verdict.estimate import LEVEL, MIN_POINTS, Basin, Optimum, locate, measure_noise
 
 Status = Literal["proxy", "agrees", "disagrees", "undecided"]
+
+
+_SAME_DRIFT = 1e-3  # octaves per octave: a curve so flat that rounding moves its lowest point further is no curve
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class ScaleVerdict:
 
     def small(self, limits: Limits) -> bool:
         """Whether the regret is known to be within ``max_regret``, noise or not; no regret at all always is."""
-        return self.regret is None or self.regret <= limits.max_regret * abs(self.best_score or 0.0)
+        best = abs(self.best_score or 0.0)
+        return self.regret is None or at_most(self.regret, limits.max_regret * best, best)
 
 
 @dataclass
@@ -121,12 +126,12 @@ class Evidence:
         if point is not None and not point.stable:
             return None, math.inf, None
         if point is not None:
-            return point.mean, point.mean - basin.best.mean, self.noise.of_difference(point, basin.best)
+            return point.mean, basin.excess(point), self.noise.of_difference(point, basin.best)
         if optimum.curve is not None and basin.stable[0].hp <= hp <= basin.stable[-1].hp:
             # Between measured points: the parabola near the optimum, the straight line where the parabola is off.
             line = float(np.interp(hp, [p.hp for p in basin.stable], [p.mean for p in basin.stable]))
             at = min(line, max(optimum.curve(hp), basin.best.mean))
-            return at, at - basin.best.mean, self.noise.sd * math.sqrt(2 / len(basin.best.scores))
+            return at, difference(at, basin.best.mean), self.noise.sd * math.sqrt(2 / len(basin.best.scores))
         unstable = [p.hp for p in basin.points if not p.stable]
         beyond = any(basin.best.hp < u <= hp or hp <= u < basin.best.hp for u in unstable)
         return None, math.inf if beyond else None, None
@@ -142,7 +147,8 @@ class Evidence:
             return "undecided", f"the proxy's best {carried} was not measured; add it to the values tried here"
         cost = f"the proxy's best {carried} costs {_amount(entry)} more than {best}"
         noise = entry.regret_noise or 0.0
-        clear, small = entry.regret > self.allowance * noise, entry.small(self.limits)
+        clear = not at_most(entry.regret, self.allowance * noise, basin.best.mean)
+        small = entry.small(self.limits)
         gap = np.percentile(optimum.draws - home.draws, [50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL)])
         apart = not gap[0] <= 0 <= gap[1]
         hidden = self._hidden(basin)
@@ -163,7 +169,7 @@ class Evidence:
             return "agrees", cost if entry.regret else f"the proxy's best {carried} is the best here too"
         if clear:
             return "undecided", f"{cost}, its neighbour, though the optima coincide; try values between"
-        if apart and home.basin.best.hp not in good:
+        if apart and not any(math.isclose(home.basin.best.hp, hp, abs_tol=SAME_HP) for hp in good):
             return (
                 "undecided",
                 f"{cost}, not clearly above the noise (standard error {noise:.2g}), but the optima lie apart",
@@ -176,7 +182,7 @@ class Evidence:
         # Residuals hold misfit beside noise, so theirs is not made larger still for the few of them.
         errors = self.allowance if self.noise.source == "seeds" else self.limits.allowance
         noise = errors * self.noise.sd * math.sqrt(2 / len(basin.best.scores))
-        return noise > (max(seen) - min(seen)) / 2
+        return not at_most(noise, (max(seen) - min(seen)) / 2, basin.best.mean)
 
     def drift(self, scales: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
         """Weighted slope of log2 optimum against log2 scale, with its bootstrap interval."""
@@ -206,7 +212,7 @@ class Evidence:
         optima = [self.optima[scale] for scale in scales if scale in self.optima]
         said = f"the optimum drifts by {drift:+.2f} octaves per octave (95 % interval {interval[0]:+.2f} to "
         said += f"{interval[1]:+.2f}; limit {limit:.2g})"
-        if interval[0] > limit or interval[1] < -limit:
+        if beyond(interval[0], limit) or beyond(-interval[1], limit):
             if _bound(optima, drift):
                 return [], [f"{said}, but the open optimum may change that"], []
             if any(self._hidden(optimum.basin) for optimum in optima):
@@ -217,7 +223,7 @@ class Evidence:
         doubt = ""
         if (interval[1] - interval[0]) / 2 * span > self.limits.max_blur * tried:
             doubt = "too uncertain; run more seeds, or more values near the optimum"
-        elif abs(drift) > limit and not interval[0] <= 0 <= interval[1]:
+        elif beyond(abs(drift), limit) and not interval[0] <= 0 <= interval[1]:
             doubt = "not clearly within the limit; run more seeds, scales or values"
         if doubt and good:
             flat = f"{power(good[0])} to {power(good[-1])} cannot be told from the best at any scale"
@@ -240,7 +246,7 @@ class Evidence:
             if all(
                 (other := basin.point(point.hp)) is not None
                 and other.stable
-                and other.mean - basin.best.mean <= self.allowance * self.noise.of_difference(other, basin.best)
+                and basin.excess(other) <= self.allowance * self.noise.of_difference(other, basin.best)
                 for basin in basins_here
             )
         ]
@@ -255,10 +261,12 @@ class Evidence:
             stable = [point for point in points if point is not None and point.stable]
             if len(stable) == len(basins_here):
                 costs[candidate.hp] = sum(
-                    (point.mean - basin.best.mean) / (abs(basin.best.mean) or 1.0)
+                    basin.excess(point) / (abs(basin.best.mean) or 1.0)
                     for point, basin in zip(stable, basins_here, strict=True)
                 )
-        return min(costs, key=lambda hp: costs[hp]) if costs else None
+        # Costs are parts of scores, so they are the same where they differ by rounding of the scores.
+        least = min(costs.values(), default=0.0)
+        return next((hp for hp, cost in costs.items() if at_most(cost, least, len(basins_here))), None)
 
     def wider(self, scales: Sequence[float]) -> tuple[bool | None, tuple[tuple[float, float, float], ...]]:
         """Whether at each value every larger scale is at least as good, noise aside; and where it is not."""
@@ -271,15 +279,20 @@ class Evidence:
                     continue
                 compared += 1
                 allowed = self.allowance * (self.noise.of_difference(point, other) if other.stable else 0.0)
-                if not other.stable or other.mean - point.mean > allowed:
+                if not other.stable or difference(other.mean, point.mean) > allowed:
                     worse.append((point.hp, small.basin.scale, large.basin.scale))
         return (not worse if compared else None), tuple(worse)
+
+
+def beyond(drift: float, limit: float) -> bool:
+    """Whether a drift is above its limit by more than rounding of scores moves it."""
+    return drift > limit + _SAME_DRIFT
 
 
 def _neighbours(basin: Basin, hp: float) -> bool:
     """Whether nothing was measured between the basin's best point and ``hp``."""
     low, high = sorted((basin.best.hp, hp))
-    return not any(low < point.hp < high for point in basin.points)
+    return not any(low + SAME_HP < point.hp < high - SAME_HP for point in basin.points)
 
 
 def _amount(entry: ScaleVerdict) -> str:

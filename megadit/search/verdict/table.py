@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megadit.config.values import number
 from megadit.errors import UserError
+from megadit.search.ties import same_hps
 from megadit.search.verdict.verdict import Limits, Sample, Verdict, judge
 from megadit.search.verdict.verify import nearest
 
@@ -57,14 +58,14 @@ def verify_table(
         UserError: the file is missing or no table, a column is missing, a cell is no number, or nothing is measured.
     """
     rows = _read(Path(path).expanduser(), columns)
+    hps = same_hps(_log2(row, columns.hp, line) for line, row in rows if _clean(row[columns.score]))
     samples: list[Sample] = []
     seen: dict[tuple[float, float], int] = {}
     for line, row in rows:
         text = _clean(row[columns.score])
         if not text:
             continue
-        scale, hp = (_log2_or_value(row, column, line) for column in (columns.scale, columns.hp))
-        hp = hp if _exponents(columns.hp) else math.log2(hp)
+        scale, hp = _log2_or_value(row, columns.scale, line), hps[_log2(row, columns.hp, line)]
         place = (scale, hp)
         seen[place] = seen.get(place, -1) + 1
         seed = seen[place] if columns.seed is None else int(_number(row, columns.seed, line))
@@ -136,6 +137,12 @@ def _log2_or_value(row: Mapping[str, str], column: str, line: int) -> float:
             f"exponents, call it log2_{column}"
         )
     return value
+
+
+def _log2(row: Mapping[str, str], column: str, line: int) -> float:
+    """The cell's log2."""
+    value = _log2_or_value(row, column, line)
+    return value if _exponents(column) else math.log2(value)
 
 
 def _proxy(proxy: float, columns: Columns, samples: list[Sample]) -> float:

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megadit.search.verdict.estimate import Noise, Sample, basins
-from megadit.search.verdict.evidence import Evidence, Limits, ScaleVerdict
+from megadit.search.verdict.evidence import Evidence, Limits, ScaleVerdict, beyond
 
 __all__ = ["Limits", "Sample", "ScaleVerdict", "Verdict", "judge", "worst"]
 
@@ -166,7 +166,8 @@ def judge(
         if proxy in left_out:
             break
         part = _verdict(bench, scales[count:], proxy)
-        if part.verdict != "transfers" or part.drift is None or abs(part.drift) > bench.drift_limit(scales[count:]):
+        limit = bench.drift_limit(scales[count:])
+        if part.verdict != "transfers" or part.drift is None or beyond(abs(part.drift), limit):
             continue
         assert part.proxy is not None
         exceptions = [bench.compare(scale, part.proxy) for scale in left_out]

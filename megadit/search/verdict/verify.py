@@ -11,6 +11,7 @@ from pathlib import Path
 from megadit.errors import UserError
 from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults, load_results
 from megadit.search.study.spec import ScoreSpec
+from megadit.search.ties import lowest
 from megadit.search.verdict.verdict import Limits, Sample, Verdict, judge
 
 
@@ -130,7 +131,7 @@ def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, na
         mean = sign * sum(run.score for run in runs) / len(runs)
         return mean if math.isfinite(mean) else math.inf
 
-    return [sample for place in groups.values() for sample in min(place.values(), key=cost)]
+    return [sample for place in groups.values() for sample in lowest(place.values(), cost)]
 
 
 def _notes(observations: Sequence[Observation], keys: Sequence[str], key: str) -> list[str]:
