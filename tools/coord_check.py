@@ -21,12 +21,8 @@ from typing import TYPE_CHECKING
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-<<<<<<< HEAD
-from megadit.errors import EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
-from megadit.streams import result_is_saved  # noqa: E402
-=======
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
->>>>>>> 420fe40 (A size that is rounding is not reached yet: the coordinate check runs in float64 and judges what training reached)
+from megadit.streams import result_is_saved  # noqa: E402
 
 if TYPE_CHECKING:
     from megadit.parallel.tensor import TensorLayout

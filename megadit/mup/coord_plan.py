@@ -34,6 +34,8 @@ class CoordPlan:
 def at_width(model: ModelConfig, width: int, parametrization: str, widths: tuple[int, ...]) -> ModelConfig:
     """``model`` at another width: same head_dim (heads scale), same base width (the smallest of ``widths`` if none).
 
+    Attention and norms stay in the model's own precision: fp32 would round the check's float64.
+
     Raises:
         UserError: head_dim does not divide the width, or positions do not fit it.
     """
@@ -50,6 +52,8 @@ def at_width(model: ModelConfig, width: int, parametrization: str, widths: tuple
         "head_dim": head_dim,
         "parametrization": parametrization,
         "base_width": base_width if parametrization == "mup" else None,
+        "attention_precision": "auto",
+        "norm_precision": "auto",
     }
     return ModelConfig.model_validate({**model.model_dump(), **changes})
 

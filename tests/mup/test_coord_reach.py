@@ -15,7 +15,8 @@ from helpers.tiny_mmdit import tiny_mup_mmdit
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import build_model
-from megadit.mup.coord_check import CoordPlan, at_width, coordinate_readings
+from megadit.mup.coord_check import coordinate_readings
+from megadit.mup.coord_plan import CoordPlan, at_width
 from megadit.mup.coord_reach import reached_sizes
 from megadit.mup.coord_record import Reading
 from megadit.mup.coord_report import format_verdict
