@@ -185,13 +185,22 @@ def train_heads(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
 
 def read_pictures(path: Path) -> Tensor:
     """``arr_0`` of an npz that ``launch/sample.py --npz`` wrote, as uint8 (N, 3, H, W). Raises UserError otherwise."""
+    import zipfile
+
     import numpy as np
 
+    remedy = "give what launch/sample.py --npz wrote"
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; {remedy}")
+    if not zipfile.is_zipfile(path):  # numpy would take anything else for a pickle
+        raise UserError(f"{path}: is no npz file, or was cut short; {remedy}")
     try:
         with np.load(path, allow_pickle=False) as file:
             pictures = torch.from_numpy(file["arr_0"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: has no pictures arr_0 ({error}); give what launch/sample.py --npz wrote") from error
+    except KeyError:
+        raise UserError(f"{path}: holds no arr_0; {remedy}") from None
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: arr_0 cannot be read ({error}); {remedy}") from error
     if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[3] != 3:
         raise UserError(f"{path}: arr_0 is not uint8 (N, H, W, 3); give what launch/sample.py --npz wrote")
     return pictures.permute(0, 3, 1, 2).contiguous()

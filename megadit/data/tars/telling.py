@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None)
     if not prefix or prefix.startswith(".") or any(sign in prefix for sign in "/\\{}"):
         raise UserError(f"--name: '{prefix}' cannot begin the names of tars; give a plain word")
     in_range("--samples", samples, 1, None)
-    if max_mb is not None and max_mb <= 0:
-        raise UserError(f"--max_mb: {max_mb:g} is not above 0; give the most megabytes of a tar, or leave it out")
+    if max_mb is not None and not 0 < max_mb < math.inf:
+        raise UserError(f"--max_mb: {max_mb:g} is no size above 0; give the most megabytes of a tar, or leave it out")
     return Sharding(prefix, samples, None if max_mb is None else int(max_mb * 1e6))
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megadit.config.values import number
 from megadit.errors import UserError
@@ -24,6 +25,7 @@ _LOWER = {"loss", "fid", "sfid", "kid", "fdd", "cmmd", "mse", "mae", "rmse", "er
 _HIGHER = {"inception", "is", "precision", "recall", "geneval", "clip", "clipscore", "accuracy", "acc", "psnr", "ssim"}
 _HIGHER |= {"reward", "preference", "win", "density", "coverage", "alignment", "aesthetic", "mfu", "throughput"}
 _MARKUP = re.compile(r"</?\w+>|\*\*|__|\$")
+_EXTRA = "beyond the header"  # key under which csv keeps cells that no column names
 _DIVERGED = {"nan", "inf", "+inf", "-inf", "infinity", "diverged", "diverge", "div"}
 
 
@@ -88,27 +90,42 @@ def verify_table(
     return replace(verdict, best=nearest(values, verdict.best_log2))
 
 
-def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, str]]]:
+def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", skipinitialspace=True)
-            names = [name for name in (reader.fieldnames or []) if name]
-            reader.fieldnames = [(name or "").strip() for name in (reader.fieldnames or [])]
-            rows: list[tuple[int, Mapping[str, str]]] = [(reader.line_num, row) for row in reader]
+            reader = csv.DictReader(file, restkey=_EXTRA, restval=None, skipinitialspace=True)
+            reader.fieldnames = names = [(name or "").strip() for name in (reader.fieldnames or [])]
+            rows: list[tuple[int, Mapping[str, Any]]] = [(reader.line_num, row) for row in reader]
     except FileNotFoundError:
         raise UserError(f"--table: no file {path}; name a CSV file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"--table: {path} cannot be read as CSV (it is not text in UTF-8); save it as UTF-8, or name another file") from None
+    except (OSError, csv.Error) as error:
         raise UserError(f"--table: {path} cannot be read as CSV ({error}); name another file") from error
-    names = [name.strip() for name in names]
+    _check_columns(path, columns, names)
+    if not rows:
+        raise UserError(f"--table: {path} has no rows below its header; name another file")
+    for line, row in rows:
+        if _EXTRA in row or None in row.values():
+            cells = len(names) + len(row.get(_EXTRA) or ()) - list(row.values()).count(None)
+            raise UserError(f"--table: line {line} of {path} has {cells} cells under {len(names)} columns; complete it")
+    return rows
+
+
+def _check_columns(path: Path, columns: Columns, names: list[str]) -> None:
+    """Each asked column once in the header ``names``, and no column for two things. Raises UserError."""
     asked = {"--scale": columns.scale, "--hp": columns.hp, "--score": columns.score, "--seed": columns.seed}
     for option, column in asked.items():
         if column is not None and column not in names:
             near = difflib.get_close_matches(column, names, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}"
             raise UserError(f"{option}: {path} has no column {column}; {remedy}")
-    if not rows:
-        raise UserError(f"--table: {path} has no rows below its header; name another file")
-    return rows
+        if column is not None and names.count(column) > 1:
+            raise UserError(f"{option}: {path} has {names.count(column)} columns {column}; rename all but one")
+    given = [column for column in asked.values() if column is not None]
+    for option, column in asked.items():
+        if column is not None and given.count(column) > 1:
+            raise UserError(f"{option}: {column} is asked for twice; scale, hp, score and seed are different columns")
 
 
 def _exponents(column: str) -> bool:

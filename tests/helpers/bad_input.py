@@ -1,0 +1,114 @@
+"""Bad input to a command: tables of cases, each of which must end in one sentence and leave every file as it was."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from helpers.ranks import ROOT
+from megadit.errors import run_command
+
+Content = str | bytes | None  # of a file; None: a folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of bad input.
+
+    ``arguments`` are what a person types, words separated by spaces; ``says`` are parts of the sentence that must come;
+    ``files`` are made before, by path in the folder where the command starts; ``env`` is set before.
+    """
+
+    kind: str
+    arguments: str
+    says: tuple[str, ...]
+    files: Mapping[str, Content] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def case(kind: str, arguments: str, *says: str, files: Mapping[str, Content] | None = None, **env: str) -> Case:
+    """A row of a table."""
+    return Case(kind, arguments, says, files or {}, env)
+
+
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    """Parametrize a test over ``cases``, named by their kinds."""
+    return pytest.mark.parametrize("bad", cases, ids=[bad.kind for bad in cases])
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below ``folder`` with a digest of its content, every folder and link by what it is."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
+        else:
+            found[name] = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@functools.cache
+def script(path: str) -> ModuleType:
+    """A script of launch/ or tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"bad_input_{Path(path).stem}", ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+Refused = Callable[[str, Case], str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """``refused("tools/x.py", bad)``: run the command in a new folder and return its sentence.
+
+    Asserts exit code 2, nothing on stdout, one error line on stderr (argparse's usage may precede it, notes may too),
+    no traceback, and that no file was made, changed or removed.
+    """
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(command: str, bad: Case) -> str:
+        for name, content in bad.files.items():
+            path = folder / name
+            if content is None:
+                path.mkdir(parents=True, exist_ok=True)
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        for name, value in bad.env.items():
+            monkeypatch.setenv(name, value)
+        before = tree(folder)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_command(script(command).main, bad.arguments.split())
+        out, err = capfd.readouterr()
+        assert ended.value.code == 2, f"exit code {ended.value.code}\n{out}\n{err}"
+        assert not out, f"stdout: {out}"
+        assert "Traceback" not in err, err
+        sentences = [line for line in err.splitlines() if "error: " in line]
+        others = [line for line in err.splitlines() if "error: " not in line and not _may_precede(line)]
+        assert len(sentences) == 1 and not others, err
+        for part in bad.says:
+            assert part in sentences[0], f"{part!r} is not in: {sentences[0]}"
+        after = tree(folder)
+        assert after == before, f"changed on disk: {sorted(after.items() ^ before.items())}"
+        return sentences[0]
+
+    return run
+
+
+def _may_precede(line: str) -> bool:
+    return not line.strip() or line.startswith(("usage: ", "note: ", "warning: ", " "))
