@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.errors import EXIT_OK, run_command  # noqa: E402
 from megadit.streams import result_is_saved  # noqa: E402
 
 FIT = "fit-pca"
@@ -85,9 +85,13 @@ def _encode(args: argparse.Namespace) -> int:
     sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
     config = load_data(args.config, args.overrides)
     check_data_places(config)
+    length = args.max_length
+    if length is not None:
+        telling.in_range("--max_length", length, 1, None)
+    elif config.condition == "text":
+        length = text_length(args.config)
     from megadit.data.tars.encoding import Encoding, encode_set
 
-    length = args.max_length or (text_length(args.config) if config.condition == "text" else None)
     encoding = Encoding(args.dtype, args.posterior, length, args.seed)
     with telling.progress_bar("samples") as progress:
         manifest = encode_set(config, args.out, sharding, encoding, telling.device_of(args.device), progress)
@@ -99,9 +103,10 @@ def _encode(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace) -> int:
     from megadit.config.data_only import load_data
     from megadit.data.places import check_images_are_there
+    from megadit.data.tars import telling
 
-    if args.images < 1:
-        raise UserError(f"--images: {args.images} is not at least 1; give how many images to fit on")
+    for option in ("factor", "channels", "images"):
+        telling.in_range(f"--{option}", getattr(args, option), 1, None)
     config = load_data(args.config, args.overrides)
     check_images_are_there(config)
     from megadit.data.pca import fit_and_save

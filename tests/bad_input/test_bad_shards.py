@@ -21,7 +21,9 @@ SHARDS = [
     case("a file as folder", DIGITS, "--out: 'shards'", files={"shards": "dear"}),
     case("pictures from nowhere", "--out shards data.name=image-folder", "data.path: not given"),
     case(
-        "a path that is not there", "--out shards data.name=image-folder data.path=no", "data.path: no is not a folder"
+        "a path that is not there",
+        "--out shards data.name=image-folder data.path=nowhere",
+        "data.path: nowhere is not a folder",
     ),
     case("tars that are not there", "--out shards data.name=webdataset data.path=.", "has no .tar files"),
     case("a class that is not there", "--out shards data.name=emoji data.classes=[cat]", "'cat' is not a class"),
@@ -30,7 +32,7 @@ SHARDS = [
 ENCODE = [
     case("no folder", "", "--out"),
     case("nothing to encode", "--out e data.name=emoji", "nothing to encode"),
-    case("no such codec", "--out e data.name=emoji data.vae.path=no", "data.vae.path: no is not a folder"),
+    case("no such codec", "--out e data.name=emoji data.vae.path=nowhere", "data.vae.path: nowhere is not a folder"),
     case("a codec without config", "--out e data.name=emoji data.vae.path=v", "has no config.json", files={"v": None}),
     case("a text encoder from nowhere", f"{TEXT} data.text.encoder=t5", "data.text.path: is missing"),
     case("no such text encoder", f"{TEXT} data.text.encoder=foo", "data.text.encoder: 'foo'"),
@@ -42,6 +44,7 @@ FIT = [
     case("pixels of no side", "fit-pca --out e data.name=emoji --factor 0", "--factor: 0"),
     case("no channels", "fit-pca --out e data.name=emoji --channels 0", "--channels: 0"),
     case("no images to fit on", "fit-pca --out e data.name=emoji --images 0", "--images: 0"),
+    case("a file as folder", "fit-pca --out e data.name=emoji", "'e' is a file", files={"e": "dear"}),
     case("a folder with files", "fit-pca --out e data.name=emoji", "'e' is not empty", files={"e/letter.txt": "dear"}),
 ]
 

@@ -99,7 +99,8 @@ def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
     except FileNotFoundError:
         raise UserError(f"--table: no file {path}; name a CSV file") from None
     except UnicodeDecodeError:
-        raise UserError(f"--table: {path} cannot be read as CSV (it is not text in UTF-8); save it as UTF-8, or name another file") from None
+        problem = "cannot be read as CSV (it is not text in UTF-8); save it as UTF-8"
+        raise UserError(f"--table: {path} {problem}, or name another file") from None
     except (OSError, csv.Error) as error:
         raise UserError(f"--table: {path} cannot be read as CSV ({error}); name another file") from error
     _check_columns(path, columns, names)

@@ -1,0 +1,45 @@
+"""mup_table, base_shapes, config_schema, doctor and coord_check refuse bad input in one sentence."""
+
+from helpers.bad_input import Case, case, each
+
+DIGITS = "--config quickstart/digits.yaml"
+COORD = f"--out c {DIGITS}"
+
+CASES = {
+    "tools/mup_table.py": [
+        case("table of no config", "--config nowhere.yaml", "no file nowhere.yaml"),
+        case("table of a wrong value", f"{DIGITS} model.width=x", "model.width: 'x' is not a whole number"),
+        case("table of what is no config", "--config x.yaml", "x.yaml", files={"x.yaml": "hello"}),
+    ],
+    "tools/base_shapes.py": [
+        case("shapes into nothing", DIGITS, "--out"),
+        case("shapes into a folder", f"{DIGITS} --out x", "--out x", files={"x": None}),
+        case("shapes into no folder", f"{DIGITS} --out no/x.bsh", "--out no/x.bsh"),
+    ],
+    "tools/config_schema.py": [
+        case("schema into no folder", "--out no/x.json", "--out: no/x.json"),
+        case("reference of no file", "--docs nowhere.md", "--docs: nowhere.md"),
+        case("reference of another file", "--docs x.md", "has no reference marks", files={"x.md": "# A page\n"}),
+    ],
+    "tools/doctor.py": [case("an option of none", "--fix", "--fix"), case("a word too much", "please", "please")],
+    "tools/coord_check.py": [
+        case("check into nothing", DIGITS, "--out"),
+        case("one width", f"{COORD} --widths 64", "three different widths"),
+        case("one width three times", f"{COORD} --widths 64,64,64", "three different widths"),
+        case("words for widths", f"{COORD} --widths a,b,c", "not whole numbers"),
+        case("no width", f"{COORD} --widths 0,64,128", "--widths 0"),
+        case("widths that no head divides", f"{COORD} --widths 63,64,65", "--widths 63: not a multiple"),
+        case("too few steps", f"{COORD} --steps 2", "take at least 5"),
+        case("no seed", f"{COORD} --seeds 0", "--seeds 0"),
+        case("no batch", f"{COORD} --batch 0", "--batch 0"),
+        case("a word for a rate", f"{COORD} --lr fast", "--lr fast: not a learning rate"),
+        case("ranks that heads do not share", f"{COORD} --widths 32,64,128 --tp 3", "--tp 3: does not divide"),
+        case("no rank", f"{COORD} --tp 0", "--tp 0"),
+        case("a file as folder", COORD, "--out c", files={"c": "dear"}),
+    ],
+}
+
+
+@each([bad for table in CASES.values() for bad in table])
+def test_refused(refused, bad: Case) -> None:
+    refused(next(command for command, table in CASES.items() if bad in table), bad)
