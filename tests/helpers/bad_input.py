@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,19 +25,26 @@ class Case:
     """One kind of bad input.
 
     ``arguments`` are what a person types, words separated by spaces; ``says`` are parts of the sentence that must come;
-    ``files`` are made before, by path in the folder where the command starts; ``env`` is set before.
+    ``files`` are made before, by path in the folder where the command starts; ``breaks`` is called with that folder
+    after them.
     """
 
     kind: str
     arguments: str
     says: tuple[str, ...]
     files: Mapping[str, Content] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
+    breaks: Callable[[Path], object] = lambda folder: None
 
 
-def case(kind: str, arguments: str, *says: str, files: Mapping[str, Content] | None = None, **env: str) -> Case:
+def case(
+    kind: str,
+    arguments: str,
+    *says: str,
+    files: Mapping[str, Content] | None = None,
+    breaks: Callable[[Path], object] = lambda folder: None,
+) -> Case:
     """A row of a table."""
-    return Case(kind, arguments, says, files or {}, env)
+    return Case(kind, arguments, says, files or {}, breaks)
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:
@@ -54,6 +62,17 @@ def tree(folder: Path) -> dict[str, str]:
         else:
             found[name] = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def make_run(folder: Path) -> None:
+    """A run directory of two steps of a tiny DiT on digits, as a rank of it writes it."""
+    from helpers.ranks import run_ranks
+    from helpers.training import small_config, train_rank
+
+    config = small_config(train={"steps": 2}, model={"depth": 1}, ema={"decays": (0.9,)}, optim={"warmup_steps": 0})
+    run_ranks(1, train_rank, config, str(folder))
+    rows = [{"step": step, "loss": 1.0 / step, "samples_seen": 16 * step} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @functools.cache
@@ -77,7 +96,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     no traceback, and that no file was made, changed or removed.
     """
     folder = tmp_path / "here"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
 
     def run(command: str, bad: Case) -> str:
@@ -88,8 +107,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        for name, value in bad.env.items():
-            monkeypatch.setenv(name, value)
+        bad.breaks(folder)
         before = tree(folder)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
