@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from megadit.config.base import Section
 
+LARGEST = 2**20  # far above any model, and far below sizes whose bytes no 64-bit number holds
+
 Role = Literal["input", "hidden", "vector", "output", "finite"]
 
 
@@ -32,9 +34,11 @@ class RoleHPs(Section):
 class TextInput(Section):
     """The text features that a text-conditional model takes. ``data.text`` says who makes them."""
 
-    dim: int = Field(4096, ge=1, description="channels of a token's features")
-    max_length: int = Field(120, ge=1, description="tokens; longer texts are cut, shorter ones padded and masked")
-    pooled_dim: int = Field(0, ge=0, description="mmdit: channels of the pooled feature; 0: none is taken")
+    dim: int = Field(4096, ge=1, le=LARGEST, description="channels of a token's features")
+    max_length: int = Field(
+        120, ge=1, le=LARGEST, description="tokens; longer texts are cut, shorter ones padded and masked"
+    )
+    pooled_dim: int = Field(0, ge=0, le=LARGEST, description="mmdit: channels of the pooled feature; 0: none is taken")
     mask: bool = Field(
         True,
         description="false: runs give the model no mask, so that padding is seen, as in Stable Diffusion 3 and U-ViT",
@@ -44,9 +48,9 @@ class TextInput(Section):
 class RepaProjector(Section):
     """REPA's projector (arXiv 2410.06940): from a block's image tokens to the features of a pretrained encoder."""
 
-    block: int = Field(8, ge=1, description="the block whose tokens are projected, counted from 1")
-    feature_dim: int = Field(768, ge=1, description="channels of the target features")
-    hidden: int = Field(2048, ge=1, description="width of the projector, fixed whatever the model's")
+    block: int = Field(8, ge=1, le=LARGEST, description="the block whose tokens are projected, counted from 1")
+    feature_dim: int = Field(768, ge=1, le=LARGEST, description="channels of the target features")
+    hidden: int = Field(2048, ge=1, le=LARGEST, description="width of the projector, fixed whatever the model's")
     norm: Literal["none", "rms"] = Field("none", description="RMSNorm after the first linear")
 
 
@@ -54,16 +58,16 @@ class ModelConfig(Section):
     """One architecture at one size. Lengths are in tokens or latent pixels; ``width`` is n of the paper."""
 
     family: Literal["dit", "pixart", "uvit", "mmdit"] = Field("dit", description="which architecture")
-    width: int = Field(384, ge=1, description="hidden size n")
-    depth: int = Field(12, ge=1, description="number of Transformer blocks")
-    heads: int | None = Field(None, ge=1, description="attention heads; or give head_dim")
-    head_dim: int | None = Field(None, ge=1, description="channels per head; constant in width under muP")
-    patch_size: int = Field(2, ge=1, description="side of a token in (latent) pixels")
-    in_channels: int = Field(4, ge=1, description="channels of the (latent) image")
-    input_size: int = Field(32, ge=1, description="side of the (latent) image in pixels")
+    width: int = Field(384, ge=1, le=LARGEST, description="hidden size n")
+    depth: int = Field(12, ge=1, le=LARGEST, description="number of Transformer blocks")
+    heads: int | None = Field(None, ge=1, le=LARGEST, description="attention heads; or give head_dim")
+    head_dim: int | None = Field(None, ge=1, le=LARGEST, description="channels per head; constant in width under muP")
+    patch_size: int = Field(2, ge=1, le=LARGEST, description="side of a token in (latent) pixels")
+    in_channels: int = Field(4, ge=1, le=LARGEST, description="channels of the (latent) image")
+    input_size: int = Field(32, ge=1, le=2**16, description="side of the (latent) image in pixels")
     learn_sigma: bool = Field(True, description="predict the variance too: 2C output channels")
     mlp: Literal["gelu_tanh", "gelu", "swiglu"] = Field("gelu_tanh", description="activation of the MLP")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden size of the MLP over width")
+    mlp_ratio: float = Field(4.0, gt=0, le=64, description="hidden size of the MLP over width")
     qk_norm: Literal["none", "rms"] = Field("none", description="RMSNorm of queries and keys")
     attention_precision: Literal["auto", "fp32"] = Field(
         "auto",
@@ -73,20 +77,21 @@ class ModelConfig(Section):
         "auto", description="fp32: norms and their modulation in float32 under bf16 and fp16, rounded once"
     )
     qkv_bias: bool = Field(True, description="bias of the queries, keys and values (uvit's originals have none)")
-    num_classes: int = Field(1000, ge=0, description="0: no classes; the null label is num_classes")
+    num_classes: int = Field(1000, ge=0, le=2**31, description="0: no classes; the null label is num_classes")
     text: TextInput | None = Field(None, description="pixart, uvit, mmdit: text conditioning; null: none")
     repa: RepaProjector | None = Field(None, description="projector of the REPA loss; null: none")
     pos_scale: float = Field(1.0, gt=0, description="pixart: coordinates of positions are divided by this")
     pos_embed_max_size: int | None = Field(
         None,
         ge=1,
+        le=LARGEST,
         description="mmdit: side, in tokens, of the grid of positions whose centre is used; null: the input's",
     )
     conv: bool = Field(True, description="uvit: a 3x3 convolution at the end")
     mlp_time_embed: bool = Field(False, description="uvit: an MLP on the timestep's features")
 
     parametrization: Literal["sp", "mup"] = Field("sp", description="standard, or maximal update")
-    base_width: int | None = Field(None, ge=1, description="n_base of muP; width / base_width is m")
+    base_width: int | None = Field(None, ge=1, le=LARGEST, description="n_base of muP; width / base_width is m")
     output_mult: float = Field(1.0, gt=0, description="readout multiplier phi_out in base units")
     init: Literal["auto", "original", "fan_in", "authors"] = Field(
         "auto",
