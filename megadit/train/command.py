@@ -209,7 +209,8 @@ def check_machine(job: Job) -> None:
     """Whether this machine can do what the configuration asks.
 
     Raises:
-        UserError: fp16 or a GPU optimizer without a GPU, a CPU optimizer on a GPU's weights, wandb not installed.
+        UserError: fp16 or a GPU optimizer without a GPU, a CPU optimizer on a GPU's weights, wandb not installed, a
+            micro batch beyond the memory.
     """
     import torch
 
@@ -232,6 +233,21 @@ def check_machine(job: Job) -> None:
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "train.wandb: true, but wandb is not installed; pip install 'megadit[tracking]' or set it to false"
+        )
+    _check_micro_batch(job)
+
+
+def _check_micro_batch(job: Job) -> None:
+    """Refuse a micro batch whose images alone, in float32, are more than this machine's memory."""
+    config, micro = job.config, int(job.ds_config["train_micro_batch_size_per_gpu"])
+    needed = 4 * micro * config.model.in_channels * config.model.input_size**2
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        accumulated = config.train.global_batch > micro
+        key = f"train.micro_batch: {micro}" if accumulated else f"train.global_batch: {config.train.global_batch}"
+        raise UserError(
+            f"{key} makes micro batches of {micro} images, {needed / 1e9:,.0f} GB, more than the {there / 1e9:,.0f} GB "
+            "of this machine; set a smaller train.micro_batch"
         )
 
 
