@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megadit.config.base import Section
 
@@ -76,3 +76,10 @@ class DataConfig(Section):
     vae: VaeConfig | None = Field(None, description="train on latents of this autoencoder; null: on pixels")
     text: TextSource = TextSource()
     features: FeatureSource | None = Field(None, description="target features of the REPA loss; null: none")
+
+    @field_validator("classes")
+    @classmethod
+    def _some_class(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value == ():
+            raise ValueError("classes: [] keeps no class; name those to keep, or set null for all")
+        return value

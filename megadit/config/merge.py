@@ -7,6 +7,7 @@ from typing import Any
 
 from megadit.config.base import Section
 from megadit.config.keys import all_keys, options, section_of, unknown_key
+from megadit.config.messages import few_lines
 from megadit.config.presets import PRESET_KEYS, preset_values
 from megadit.config.sources import Layer
 from megadit.config.values import coerce, meaning, too_large
@@ -87,7 +88,7 @@ def _flatten(layer: Layer, schema: type[Section]) -> tuple[dict[str, Any], str |
         else:
             flat[key] = value
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(few_lines(problems))
     return flat, name
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,12 +34,22 @@ _RELATIONS = {
 }
 
 
+_MOST_LINES = 4
+
+
+def few_lines(sentences: Sequence[str]) -> str:
+    """The first sentences, one a line, and how many more there are: a wrong file would fill the screen."""
+    more = len(sentences) - _MOST_LINES
+    shown = [*sentences[:_MOST_LINES], f"and {more} more of the kind"] if more > 1 else sentences
+    return "\n".join(shown)
+
+
 def explain(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
     """All findings of ``error``, one sentence a line; ``sources`` maps dotted keys to where they were written."""
     seen: dict[str, None] = {}
     for finding in error.errors(include_url=False):
         seen.setdefault(_sentence(finding, schema, sources))
-    return "\n".join(seen)
+    return few_lines(list(seen))
 
 
 def _sentence(finding: Any, schema: type[Section], sources: Mapping[str, str]) -> str:

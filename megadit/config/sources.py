@@ -36,7 +36,7 @@ def configs_dir() -> Path:
 
 
 def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml") -> Path:
-    """The file at ``path``, or at ``path`` inside the configs folder (``dit/xl-2.yaml``).
+    """The file at ``path``, or at ``path`` inside the configs folder (``dit/xl-2.yaml``), also with its name before.
 
     Raises UserError that names ``option`` and the nearest file of ours that ends in ``suffix``.
     """
@@ -46,8 +46,9 @@ def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml
     if given.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a {suffix} file in it")
     folder = configs_dir()
-    if (folder / given).is_file():
-        return folder / given
+    for shipped_as in (folder, folder.parent):  # dit/xl-2.yaml, configs/dit/xl-2.yaml
+        if (shipped_as / given).is_file():
+            return shipped_as / given
     shipped = [str(file.relative_to(folder.parent)) for file in sorted(folder.rglob(f"*{suffix}"))]
     by_name = {Path(name).name: name for name in reversed(shipped)}
     near = difflib.get_close_matches(given.name, by_name, n=1)
@@ -112,6 +113,8 @@ def override_layer(overrides: Sequence[str]) -> Layer:
         key = key.strip()
         if not equals or not key or key.startswith("-"):
             raise UserError(f"override: {override!r} is not of the form section.key=value, e.g. optim.lr=2^-10")
+        if not text.strip():
+            raise UserError(f"{key}: the override gives no value; write one, or {key}=null for none")
         if key == "base":
             raise UserError(f"base: {text} cannot be an override, only a file inherits; name it by --config")
         try:

@@ -271,7 +271,7 @@ def _json(file: Path) -> dict[str, Any]:
             f"IN: '{file}' cannot be read ({error.strerror}); give a pipeline folder, or a transformer's folder"
         ) from error
     except JsonError as error:
-        raise UserError(f"IN: '{file}' {error}; or copy it again") from error
+        raise UserError(f"IN: '{file}' {error}; correct the file, or copy it again") from error
     if not isinstance(values, dict):
         raise UserError(f"IN: '{file}' holds no keys and values; copy it again")
     return values

@@ -36,7 +36,7 @@ CONVERT = [
     case("a pointer of git-lfs", f"x.pt y {DIT}", "x.pt", files={"x.pt": LFS}),
     case("a diffusers folder without weights", "x y --from diffusers --to megadit", "IN: 'x' holds no weights",
          files={"x/config.json": "{}"}),
-    case("a diffusers config that was cut", "x y --from diffusers --to megadit", "x/config.json' is no JSON",
+    case("a diffusers config that was cut", "x y --from diffusers --to megadit", "x/config.json' is not valid JSON",
          files={"x/config.json": "{"}),
 ]  # fmt: skip
 

@@ -9,14 +9,12 @@ CASES = [
     case("no such action", "go", "'go'"),
     case("no study", "run", "--config: is missing"),
     case("no such study", "run --config nowhere.yaml", "no file nowhere.yaml"),
-    case("a run's configuration", "run --config quickstart/digits.yaml", "no such key"),
+    case("a run's configuration", "run --config quickstart/digits.yaml", "is a run's configuration, not a study"),
     case("a file of no study", "run --config x.yaml", "x.yaml", files={"x.yaml": "hello"}),
     case("no workers", f"{MINI} --study_dir s --workers 0", "--workers: 0 is not at least 1"),
     case("a key of neither", f"{MINI} --study_dir s foo.bar=3", "foo: no such key"),
     case("a study in a file", f"{MINI} --study_dir s", "--study_dir", files={"s": "dear"}),
-    case(
-        "a study in a run", f"{MINI} --study_dir s", "--study_dir", files={"s/metrics.jsonl": "", "s/config.yaml": ""}
-    ),
+    case(),
     case("status of nothing", "status", "--config"),
     case("status of nowhere", "status --study_dir nowhere", "nowhere"),
     case("report of no study", "report --study_dir s", "s", files={"s": None}),

@@ -326,6 +326,10 @@ def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
     """
     file = Path(path)
     values = read_yaml(file)
+    if "model" in values and not values.keys() & {"space", "scale", "variants"}:
+        raise UserError(
+            f"--config: {display(file)} is a run's configuration, not a study; name a study, whose base it may be"
+        )
     values.setdefault("name", file.stem)
     layers = [Layer(values, display(file))]
     if overrides:
