@@ -161,9 +161,6 @@ def fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, m
 
     Returns what the command tells. Raises UserError as ``build_datasets`` and ``fit_pca`` do, or for a folder in use.
     """
-    for option, value in (("--factor", factor), ("--channels", channels), ("--images", most)):
-        if value < 1:
-            raise UserError(f"{option}: {value} is not at least 1; choose another value")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: '{folder}' is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()):
