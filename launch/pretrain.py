@@ -41,6 +41,20 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then train (or report, with --dry_run)."""
     args = parser().parse_intermixed_args(argv)
+    from megadit.train.preemption import Preempted, end_before_training, preemption_signals
+
+    if args.dry_run:  # has nothing to save, and a signal ends it as any command
+        return _run(args)
+    with preemption_signals("starting"):
+        try:
+            return _run(args)
+        except Preempted as asked:
+            from megadit.train.command import run_folder
+
+            return end_before_training(run_folder(args.config, args.run_dir), asked)
+
+
+def _run(args: argparse.Namespace) -> int:
     from megadit.train import command
 
     return command.run(

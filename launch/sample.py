@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Sample, write the grid (and the npz), say where they are."""
     args = parser().parse_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("launch/sample.py")
     if args.batch < 1:
         raise UserError(f"--batch: {args.batch} is not at least 1; give the number of pictures to draw at once")
     if not args.run_dir.is_dir():

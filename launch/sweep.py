@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import run_command  # noqa: E402
+from megadit.errors import EXIT_PREEMPTED, run_command  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,12 +63,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do one of the commands."""
     args = parse(argv)
+    from megadit.train.preemption import Preempted, preemption_signals
+
+    if args.command == "worker":
+        with preemption_signals("starting"):  # until it takes trials, and answers signals in its own way
+            try:
+                from megadit.search import command
+
+                return command.worker(args.config, args.study_dir, args.overrides)
+            except Preempted:
+                print("\nstopped before a trial was taken; start the same command again", file=sys.stderr)
+                return EXIT_PREEMPTED
+    from megadit.parallel.environment import refuse_ranks
     from megadit.search import command
 
+    refuse_ranks(f"launch/sweep.py {args.command}")
     if args.command == "run":
         return command.run(args.config, args.study_dir, args.overrides, args.workers, args.retry_failed)
-    if args.command == "worker":
-        return command.worker(args.config, args.study_dir, args.overrides)
     if args.command == "status":
         return command.status(args.config, args.study_dir, args.json)
     if args.command == "report":

@@ -20,6 +20,7 @@ EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_VERDICT_NO = 3
 EXIT_PREEMPTED = 85
+EXIT_INTERRUPTED = 130  # by Ctrl-C, where a command has nothing to save; as shells say it
 
 
 class UserError(Exception):
@@ -60,6 +61,9 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except SystemExit as end:  # of argparse, after --help or an option that it does not know
         return end.code
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
@@ -76,8 +75,10 @@ def _environment() -> Iterator[None]:
     The library completes RANK, MASTER_PORT and the rest in the process that calls it; left there, they would make
     every command started later believe that it is a rank of one group.
     """
-    for name in LAUNCHER_NAMES:
-        os.environ.pop(name, None)
+    from megadit.parallel.environment import is_rank_variable
+
+    for name in filter(is_rank_variable, list(os.environ)):
+        del os.environ[name]
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="X.bsh", type=Path, required=True, help="file to write")
     parser.add_argument("--json", action="store_true", help="one JSON object: path, base_width, parameters (a count)")
     args = parser.parse_intermixed_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/base_shapes.py")
     from megadit.config import load_config
 
     config = load_config(args.config, args.overrides).model  # refused before torch is imported

@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare, write both files, print."""
     args = parser().parse_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/compare_runs.py")
     from megadit.search.comparison.compare import compare, describe, split_runs
     from megadit.search.comparison.plot import plot_comparison
 

@@ -44,6 +44,9 @@ def with_reference(text: str, source: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the schema, or the reference."""
     args = parser().parse_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/config_schema.py")
     from megadit.config.schema import file_schema
 
     if args.docs:

@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, and tell what was done."""
     args = parser().parse_intermixed_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/convert_checkpoint.py")
     model_is_told = args.source_format.startswith("official-") or args.source_format == "diffusers"
     if args.overrides and args.config is None and not model_is_told:
         raise UserError(f"{args.overrides[0]}: changes a config, but there is no --config; give one, or leave it out")

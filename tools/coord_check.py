@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     widths = _widths(args.widths)
     if args.tp < 1:
         raise UserError(f"--tp {args.tp}: not a number of ranks; give 1 or more")
+    from megadit.parallel.local import ranks_started
+
+    ranks = ranks_started(args.tp, "--tp")
     from megadit.config import load_config
     from megadit.mup.coord_plan import CoordPlan, check_shares
 
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel import stop_processes
     from megadit.parallel.local import run_copies
 
-    if args.tp > 1 and "RANK" not in os.environ:
+    if args.tp > 1 and ranks == 1:
         return run_copies(args.tp, [str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)])
     layout = _join(args.tp)
     defer_compiler()
@@ -131,9 +133,6 @@ def _join(size: int) -> TensorLayout:
 
     if size == 1:
         return WHOLE
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != str(size):
-        raise UserError(f"--tp {size}: {world} processes were started; start {size}, or none by a launcher")
     import torch.distributed as dist
 
     context = start_processes()

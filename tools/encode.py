@@ -73,8 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Encode, or fit a codec."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == [FIT]:
-        return _fit(fit_parser().parse_intermixed_args(arguments[1:]))
-    return _encode(parser().parse_intermixed_args(arguments))
+        args = fit_parser().parse_intermixed_args(arguments[1:])
+    else:
+        args = parser().parse_intermixed_args(arguments)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/encode.py")
+    return _fit(args) if arguments[:1] == [FIT] else _encode(args)
 
 
 def _encode(args: argparse.Namespace) -> int:

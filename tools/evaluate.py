@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, score, print."""
     args = parser().parse_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/evaluate.py")
     from megadit.diffusion.prompt_files import read_prompts
 
     texts = read_prompts(args.prompts)

@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect and print."""
     args = parser().parse_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/inspect_checkpoint.py")
     from megadit.train.checkpoint_names import check_named
 
     for path in filter(None, (args.checkpoint, args.diff)):

@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tars, and say what they hold."""
     args = parser().parse_intermixed_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/make_shards.py")
     from megadit.config.data_only import load_data
     from megadit.data.places import check_images_are_there
     from megadit.data.tars import telling

@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="one row per parameter, in the model's order")
     parser.add_argument("--json", action="store_true", help="one JSON object: parameters, a list of one row each")
     args = parser.parse_intermixed_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/mup_table.py")
     from megadit.config import load_config
 
     config = load_config(args.config, args.overrides)  # refused before torch is imported

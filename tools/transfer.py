@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = p.parse_known_args(argv)  # argparse leaves key.sub=value behind options to us
     if rest and (args.action != "apply" or any(word.startswith("-") for word in rest)):
         p.error(f"unrecognized arguments: {' '.join(rest)}")
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks(f"tools/transfer.py {args.action}")
     if args.action == "verify":
         from megadit.search.verdict.command import run_verify
 

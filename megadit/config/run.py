@@ -117,6 +117,9 @@ class ParallelConfig(Section):
     timeout_s: float = Field(
         1800.0, gt=0, description="seconds that a rank waits for others before it ends the run with an error"
     )
+    rendezvous_timeout_s: float | None = Field(
+        None, gt=0, description="seconds that ranks wait for all to come; default 600, or timeout_s if that is less"
+    )
 
 
 class TrainConfig(Section):

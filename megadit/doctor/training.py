@@ -15,15 +15,17 @@ from typing import Any
 
 from megadit.doctor.quiet import one_line, quiet
 from megadit.doctor.report import Check, State
+from megadit.errors import UserError
+from megadit.parallel.environment import read_ranks, without_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_TIMEOUT_S = 120.0
 NAMES_TIMEOUT_S = 3.0
-LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def check_distributed() -> Iterator[Check]:
     """gloo by a real collective; nccl and DeepSpeed's accelerator by what they say."""
+    yield _launcher()
     try:
         import torch
         import torch.distributed as dist
@@ -38,6 +40,17 @@ def check_distributed() -> Iterator[Check]:
         yield Check("distributed", "nccl", "missing", "this torch is built without it; several GPUs need it")
     with quiet():
         yield _accelerator(torch.cuda.is_available())
+
+
+def _launcher() -> Check:
+    """What the environment says of a launcher; a command would refuse what contradicts itself."""
+    try:
+        ranks = read_ranks()
+    except UserError as error:
+        said, _, remedy = str(error).partition("; ")
+        return Check("distributed", "launcher", "broken", said, remedy)
+    where = "none: plain python is one process" if ranks.launcher == "python" else ""
+    return Check("distributed", "launcher", "ok", where or f"{ranks.launcher}: rank {ranks.rank} of {ranks.world_size}")
 
 
 def _gloo(dist: Any) -> Check:
@@ -90,7 +103,7 @@ def _accelerator(has_cuda: bool) -> Check:
 
 def start_step() -> subprocess.Popen[str]:
     """Start one optimizer step in a process of its own, so that a hang or a crash is only reported."""
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_NAMES}
+    environment = without_ranks(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", "from megadit.doctor.training import training_step; training_step()"]
     return subprocess.Popen(

@@ -44,6 +44,15 @@ def tell_launcher(text: str) -> None:
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
 
 
+def peer_told_launcher() -> bool:
+    """Whether another rank of this host has told torchrun why it ended."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    own = Path(file)  # of attempt/LOCAL_RANK/error.json
+    return any(other.parent != own.parent for other in own.parent.parent.glob(f"*/{own.name}"))
+
+
 def summary(error: BaseException) -> str:
     """The error and where it was raised, in a line or two."""
     frames = traceback.extract_tb(error.__traceback__)

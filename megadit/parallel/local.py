@@ -9,10 +9,27 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megadit.parallel.processes import free_port
+from megadit.errors import UserError
+from megadit.parallel.environment import free_port, read_ranks, without_ranks
+from megadit.parallel.lifetime import die_with_launcher
 
 _POLL_S = 0.1
 _GRACE_S = 5.0  # for the others to end by themselves, and tell why
+
+
+def ranks_started(size: int, option: str) -> int:
+    """How many ranks a launcher started, where ``option`` asks for ``size``; their lives are tied to it.
+
+    Raises:
+        UserError: they are neither one nor ``size``.
+    """
+    ranks = read_ranks()
+    if ranks.world_size not in (1, size):
+        raise UserError(
+            f"{option} {size}: {ranks.world_size} processes were started; start {size}, or none by a launcher"
+        )
+    die_with_launcher(ranks)
+    return ranks.world_size
 
 
 def run_copies(count: int, argv: Sequence[str]) -> int:
@@ -25,7 +42,8 @@ def run_copies(count: int, argv: Sequence[str]) -> int:
     try:
         for rank in range(count):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-            env = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+            env = without_ranks(os.environ) | {"MEGADIT_COPIES": str(count), "MASTER_ADDR": "127.0.0.1"}
+            env |= {name: str(value) for name, value in place.items()}
             out = None if rank == 0 else subprocess.DEVNULL
             copies.append(subprocess.Popen([sys.executable, *argv], env=env, stdout=out))
         return _first_code(copies)

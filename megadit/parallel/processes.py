@@ -1,68 +1,31 @@
-"""Who am I among the processes of this run, and on which device.
-
-One program runs under plain ``python``, ``torchrun``, the ``deepspeed`` launcher and ``srun``. The last sets
-no RANK and the first sets nothing at all, so the environment is completed here before torch or DeepSpeed
-look at it. Nothing in this module needs DeepSpeed.
-"""
+"""The process group of this run, and which device a rank computes on. Nothing in this module needs DeepSpeed."""
 
 from __future__ import annotations
 
 import functools
 import os
-import re
-import socket
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megadit.errors import UserError
 from megadit.ownership import OwnershipLost
+from megadit.parallel.environment import first_slurm_host, prepare_environment
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+__all__ = [
+    "RENDEZVOUS_S",
+    "ProcessContext",
+    "first_slurm_host",
+    "prepare_environment",
+    "start_processes",
+    "stop_processes",
+]
 
-
-def first_slurm_host(node_list: str) -> str:
-    """The first host of a Slurm node list: ``gpu[03-06,9],x1`` -> ``gpu03``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", node_list)
-    if match is None:
-        raise UserError(f"SLURM_JOB_NODELIST: '{node_list}' names no host; set MASTER_ADDR to the first host yourself")
-    return match.group(1) + (match.group(2) or "") + match.group(3)
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def prepare_environment(env: MutableMapping[str, str] | None = None) -> None:
-    """Complete RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every way of starting.
-
-    Under ``srun`` they come from the SLURM_* variables (the port from the numbers of job and step, so that
-    those that share a node do not meet); under plain ``python`` they describe a single process.
-    """
-    env = os.environ if env is None else env
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        for name, slurm_name in _SLURM_NAMES.items():
-            env[name] = env[slurm_name]
-        # A step may run on some of its job's nodes only, and beside other steps of the job.
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-        number = int(env.get("SLURM_JOB_ID", "0")) + 31 * int(env.get("SLURM_STEP_ID", "0"))
-        env.setdefault("MASTER_ADDR", first_slurm_host(nodes))
-        env.setdefault("MASTER_PORT", str(20000 + number % 20000))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        env.setdefault(name, value)
-    env.setdefault("LOCAL_RANK", env["RANK"] if env["WORLD_SIZE"] == "1" else "0")
-    if "MASTER_PORT" not in env:
-        if env["WORLD_SIZE"] != "1":
-            raise UserError("MASTER_PORT: not set for several processes; start them by torchrun, deepspeed or srun")
-        env["MASTER_PORT"] = str(free_port())
+RENDEZVOUS_S = 600.0  # for hosts that load libraries and data at different speeds; not for ranks that never come
 
 
 @dataclass(frozen=True)
@@ -133,17 +96,21 @@ class ProcessContext:
         return outcome[1]
 
 
-def start_processes(timeout_s: float = 1800.0) -> ProcessContext:
+def start_processes(timeout_s: float = 1800.0, rendezvous_s: float | None = None) -> ProcessContext:
     """Join the process group (nccl on CUDA, else gloo) and bind this rank's device.
 
     ``timeout_s`` bounds every collective in seconds, those of groups made later too: a rank that hangs or died ends
-    the others after it.
+    the others after it. ``rendezvous_s`` bounds the wait for all ranks to come; default 600 s, or the former if less.
+
+    Raises:
+        UserError: the address of rank 0 cannot be used.
+        RendezvousFailed: not all ranks came in time.
     """
     import torch
     import torch.distributed as dist
 
-    prepare_environment()
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    ranks = prepare_environment()
+    rank, world, local = ranks.rank, ranks.world_size, ranks.local_rank or 0
     if torch.cuda.is_available():
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -151,10 +118,13 @@ def start_processes(timeout_s: float = 1800.0) -> ProcessContext:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
+        from megadit.parallel.rendezvous import meet
+
         backend = "nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
         # One process needs no connection, and one of torch's waits for name servers, who tell it its own address.
-        store = dist.HashStore() if world == 1 else None
+        store = dist.HashStore() if world == 1 else meet(ranks, rendezvous_s or min(timeout_s, RENDEZVOUS_S))
+        store.set_timeout(limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         _bound_new_groups(limit)
     return ProcessContext(rank, world, local, device)

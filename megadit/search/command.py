@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -180,13 +179,17 @@ class Progress:
 def worker(config: str | None, study_dir: str | None, overrides: Sequence[str]) -> int:
     """Join a study, made first where there is none; also as one of several ranks. Returns as ``worker.work``."""
     from megadit.parallel import prepare_environment, start_processes
+    from megadit.parallel.lifetime import die_with_launcher
 
-    prepare_environment()
+    ranks = prepare_environment()
+    die_with_launcher(ranks)
+    if ranks.note:
+        print(f"note: {ranks.note}", file=sys.stderr)
     source = _source(config, study_dir)
     folder = _folder_of(source, study_dir)
     exists = (folder / FROZEN).is_file()
     study = load_study(folder) if exists and not overrides else load_study(source, study_dir, overrides)
-    if os.environ["WORLD_SIZE"] == "1":
+    if ranks.world_size == 1:
         _make_if_new(study)
     else:
         start_processes().on_main(lambda: _make_if_new(study))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,10 @@ from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
 from megadit.files import check_folder
 from megadit.ownership import refuse_occupied
 from megadit.parallel import prepare_environment
+from megadit.parallel.environment import is_local_main
 from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
+from megadit.parallel.lifetime import die_with_launcher
+from megadit.parallel.rendezvous import RendezvousFailed
 from megadit.streams import result_is_saved
 from megadit.train.checkpoint_names import check_named, has_checkpoints, saved_step
 from megadit.train.run_dir import RunDirectory
@@ -31,6 +35,8 @@ from megadit.train.schedule import Schedule
 if TYPE_CHECKING:
     from megadit.data import ImageSet
     from megadit.train.pretrain import Job
+
+_ONE_START_S = 60.0  # within which ranks that meet the same error are those of one start
 
 
 def run(
@@ -57,18 +63,17 @@ def run(
         raise UserError(
             "--full: is for the printed table, and --json prints the layout alone; leave one of the two out"
         )
+    folder = run_folder(config, run_dir)
+    _enter(folder, dry)
     if world_size is not None:
         if world_size < 1:
             raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
         from megadit.train.dry_run import dry_run_elsewhere
 
-        folder = run_folder(config, run_dir)
         loaded = load(config, overrides)
         return dry_run_elsewhere(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
     try:
-        folder = run_folder(config, run_dir)
         check_folder(folder, "--run_dir")
-        prepare_environment()
         if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
             refuse_occupied(folder, "--run_dir")
         # DeepSpeed's opinion of its own file is asked in any case; of the dict that megadit makes, when it is used.
@@ -79,14 +84,33 @@ def run(
             return dry_run(job, as_json=as_json, full=full)
         check_machine(job)
     except UserError as error:
-        folder = run_folder(config, run_dir)
-        if not dry and os.environ.get("RANK", "0") == "0":
-            RunDirectory(folder).write_refusal(str(error), saved_step(folder))
+        directory = RunDirectory(folder)
+        # One of the ranks alone may meet it; thousands that do write it once or a few times.
+        if not dry and (os.environ["RANK"] == "0" or not directory.recorded_since(time.time() - _ONE_START_S)):
+            directory.write_refusal(str(error), saved_step(directory.path))
         tell_launcher(f"error: {error}")
-        if speaks_for_node():
+        if is_local_main():
             raise
         return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
     return train(job)
+
+
+def _enter(folder: Path, dry: bool) -> None:
+    """Find this process's place among the launcher's, tie its life to it, and say what one process leaves unused.
+
+    Raises:
+        UserError: the launcher's variables are none; told on every rank, since which is the first one is not known.
+    """
+    try:
+        ranks = prepare_environment()
+    except UserError as error:
+        if not dry:
+            RunDirectory(folder).write_refusal(str(error), saved_step(folder))
+        tell_launcher(f"error: {error}")
+        raise
+    die_with_launcher(ranks)
+    if ranks.note:
+        print(f"note: {ranks.note}", file=sys.stderr)
 
 
 def run_folder(config: str | None, run_dir: str | None) -> Path:
@@ -147,7 +171,7 @@ def resolve(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> Mer
     """
     merged = merge_ds_config(loaded, ds_config, world_size)
     for warning in merged.warnings:
-        if speaks_for_node():
+        if is_local_main():
             print(f"warning: {warning}", file=sys.stderr)
     check_sampling(merged.config)
     if merged.config.train.steps is not None:
@@ -157,7 +181,7 @@ def resolve(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> Mer
 
 def _check_schedule(config: RunConfig, steps: int) -> None:
     warning = Schedule.from_config(config.optim, steps).warning
-    if warning and speaks_for_node():
+    if warning and is_local_main():
         print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -200,7 +224,7 @@ def check_data(
     if merged.config.train.steps is None:
         _check_schedule(merged.config, total_steps(merged.config, len(train_set)))
     note = draws_no_pictures(facts, merged.config)
-    if note and speaks_for_node():
+    if note and is_local_main():
         print(f"note: {note}", file=sys.stderr)
     return Job(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
 
@@ -265,6 +289,11 @@ def train(job: Job) -> int:
         if not error.everywhere or rank == "0":
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
         return error.code
+    except RendezvousFailed as error:
+        tell_launcher(f"error: {error}")
+        if is_local_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
     except Exception as error:
         told = of_another_rank(error)
         if told is None:
@@ -273,8 +302,3 @@ def train(job: Job) -> int:
             raise
         print(f"[rank {rank}] {told}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
-
-
-def speaks_for_node() -> bool:
-    """Whether this process prints what all processes of its host meet alike."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"

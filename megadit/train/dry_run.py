@@ -11,7 +11,8 @@ from typing import Any
 from megadit.config import LoadedConfig, RunConfig
 from megadit.errors import EXIT_OK, UserError
 from megadit.optional import defer_compiler
-from megadit.train.command import check_data, check_here, check_machine, resolve, speaks_for_node
+from megadit.parallel.environment import is_local_main
+from megadit.train.command import check_data, check_here, check_machine, resolve
 from megadit.train.pretrain import Job, Start, resume_point, total_steps
 
 
@@ -21,7 +22,7 @@ def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:
     Raises:
         UserError: the checkpoint to go on from, or an image, is broken.
     """
-    if not speaks_for_node():
+    if not is_local_main():
         return EXIT_OK
     start = resume_point(job)
     _warn_of_machine(job)

@@ -34,7 +34,7 @@ class TrainingDiverged(RuntimeError):
 def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) -> bool:
     """Train from ``run.position`` to ``run.total_steps``.
 
-    Returns True when the run is complete and False when it was preempted (after a good checkpoint).
+    Returns True when the run is complete and False when it was preempted (after a good checkpoint, or before a step).
 
     Raises:
         TrainingDiverged: loss or gradients of a logged step were not finite; nothing is saved after it.
@@ -57,6 +57,8 @@ def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) ->
 
 
 def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callback], interrupt: Interrupt) -> bool:
+    if run.position.step < run.total_steps and run.context.any(interrupt.raised):
+        return False  # nothing was trained since the start, and so nothing is to be saved
     meter = Meter(run)
     while run.position.step < run.total_steps:
         step, batch_size = run.position.step, run.config.train.global_batch

@@ -37,6 +37,7 @@ from megadit.parallel.agreement import check_agreement, flat
 from megadit.parallel.balance import balanced_cuts
 from megadit.parallel.compilation import compile_blocks
 from megadit.parallel.last_words import explain_timeout, of_another_rank
+from megadit.parallel.rendezvous import RendezvousFailed
 from megadit.parallel.topology import Groups, Topology
 from megadit.plan.flops import stage_flops
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
@@ -45,6 +46,7 @@ from megadit.train.checkpoint_format import cannot_write
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
 from megadit.train.pipeline import PipelineTrainingEngine
+from megadit.train.preemption import Preempted
 from megadit.train.resume import check_weights_start, restore, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
@@ -97,7 +99,7 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
 
 def _pretrain(job: Job, directory: RunDirectory, callbacks: Sequence[Callback] | None, keep_group: bool) -> int:
     steps = total_steps(job.config, len(job.train_set))
-    context = start_processes(job.config.parallel.timeout_s)
+    context = _join(job, directory)
     try:
         check_agreement(context, _facts(job))
         start = _begin(context, directory, job, steps)
@@ -117,6 +119,8 @@ def _pretrain(job: Job, directory: RunDirectory, callbacks: Sequence[Callback] |
         if context.is_main:
             with harmless("exit.json"):
                 directory.write_exit(code, reason, run.position.step)
+    except Preempted:
+        raise
     except BaseException as error:
         told = _full_disk(error, job.run_dir) or error
         code = told.code if isinstance(told, UserError) else EXIT_FAILURE
@@ -133,6 +137,19 @@ def _pretrain(job: Job, directory: RunDirectory, callbacks: Sequence[Callback] |
         with harmless("leaving the process group"):
             stop_processes()
     return code
+
+
+def _join(job: Job, directory: RunDirectory) -> ProcessContext:
+    """The process group, once all ranks are there; where they do not meet, a record of why."""
+    limits = job.config.parallel
+    try:
+        return start_processes(limits.timeout_s, limits.rendezvous_timeout_s)
+    except UserError as error:
+        directory.write_refusal(str(error), saved_step(job.run_dir))
+        raise
+    except RendezvousFailed as error:  # by every rank that came: the first may be the one that did not
+        directory.write_no_rendezvous(str(error), saved_step(job.run_dir))
+        raise
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -369,5 +386,8 @@ def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:
     if complete:
         return EXIT_OK, "complete"
     if run.context.is_main:
-        say(f"preempted: saved step {run.position.step}; to go on, start the same command with --resume auto")
+        saved = f"saved step {run.position.step}"
+        if run.saved_step is None:
+            saved = "before the first step: nothing to save"
+        say(f"preempted: {saved}; to go on, start the same command with --resume auto")
     return EXIT_PREEMPTED, "preempted"

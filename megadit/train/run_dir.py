@@ -20,7 +20,7 @@ from typing import Any
 
 from megadit import __version__
 from megadit.config import RunConfig, save_config
-from megadit.errors import EXIT_BAD_INPUT, UserError
+from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_PREEMPTED, UserError
 from megadit.files import whole_file
 from megadit.ownership import Ownership, is_another_s
 
@@ -165,8 +165,34 @@ class RunDirectory:
         Never raises OSError: the refusal itself is what the caller tells.
         """
         with contextlib.suppress(OSError):
-            if (self.path / "config.yaml").is_file() or (self.path / "exit.json").is_file():
+            if self._has_record():
                 self.write_exit(EXIT_BAD_INPUT, reason, step)
+
+    def write_no_rendezvous(self, reason: str, step: int) -> None:
+        """Record that not all ranks came, over the record of an earlier start. Never raises OSError."""
+        with contextlib.suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_exit(EXIT_FAILURE, reason, step)
+
+    def write_preempted(self, step: int, *, make: bool) -> None:
+        """Record that a signal ended the run before its first step; ``make``: in a new folder, too.
+
+        Never raises OSError: a script that reads the record sees its absence.
+        """
+        with contextlib.suppress(OSError):
+            if make:
+                self.path.mkdir(parents=True, exist_ok=True)
+            if make or self._has_record():
+                self.write_exit(EXIT_PREEMPTED, "preempted", step)
+
+    def recorded_since(self, when: float) -> bool:
+        """Whether the record of an end is newer than ``when`` (``time.time()``)."""
+        with contextlib.suppress(OSError):
+            return (self.path / "exit.json").stat().st_mtime > when
+        return False
+
+    def _has_record(self) -> bool:
+        return (self.path / "config.yaml").is_file() or (self.path / "exit.json").is_file()
 
     def write_failure(self, code: int, reason: str, step: int) -> None:
         """Record a failure, unless the rank that failed first has; a folder that takes no file keeps the old record.

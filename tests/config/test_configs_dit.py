@@ -34,7 +34,8 @@ COMMON: dict[str, dict[str, Any]] = {
                  "cache": None},
     },
     "ema": {"decays": (0.9999,), "sigma_rels": (), "every": 1},
-    "parallel": {"tensor": 1, "pipeline": 1, "sequence": False, "zero_stage": None, "timeout_s": 1800.0},
+    "parallel": {"tensor": 1, "pipeline": 1, "sequence": False, "zero_stage": None, "timeout_s": 1800.0,
+                 "rendezvous_timeout_s": None},
     "sample": {
         "scheduler": "ddpm", "steps": 250, "guidance": 1.0, "guidance_channels": 3, "count": 64, "seed": 0,
         "weights": "0.9999", "prompts": (),

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.parallel.environment import without_ranks
+from megadit.parallel.lifetime import die_with_parent
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study
 
@@ -25,7 +26,6 @@ _RESTART_S = 1.0
 _MAX_DEATHS = 10
 _POLL_S = 0.2
 _LOG_TAIL = 2000
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,8 @@ def worker_environment(place: Place, env: Mapping[str, str] | None = None) -> di
     """The environment of a worker: its threads, its GPUs, and where this megadit is; nothing of a launcher's."""
     import megadit_kernels
 
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
-    made = {key: value for key, value in (os.environ if env is None else env).items() if key not in launcher}
     # Its own group is a worker's whole world, even where `run` is a task of Slurm's.
-    made = {key: value for key, value in made.items() if key not in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")}
+    made = without_ranks(os.environ if env is None else env)
     parts = [str(Path(__file__).resolve().parents[3]), str(Path(str(megadit_kernels.__file__)).resolve().parents[1])]
     made["PYTHONPATH"] = os.pathsep.join([*parts, *filter(None, [made.get("PYTHONPATH")])])
     made["OMP_NUM_THREADS"] = made["MKL_NUM_THREADS"] = str(max(1, len(place.cores) // max(1, len(place.gpus))))
@@ -209,17 +207,11 @@ def _bind(place: Place, parent: int) -> Callable[[], None]:
     def bind() -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, place.cores)
-        die_with_parent(libc)
+        die_with_parent(libc=libc)
         if os.getppid() != parent:  # it died before the tie was made
             os._exit(1)
 
     return bind
-
-
-def die_with_parent(libc: Any = None) -> None:
-    """Have the kernel send this process SIGTERM when its parent dies, however that ends (Linux)."""
-    if sys.platform == "linux":
-        (libc or ctypes.CDLL(None)).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadit.errors import UserError
+from megadit.parallel.environment import without_ranks
 
 if TYPE_CHECKING:
     from megadit.search.study.spec import ScoreSpec
@@ -103,7 +104,7 @@ def command_score(spec: ScoreSpec, run_dir: Path, timeout_s: float = COMMAND_TIM
     words = [word.replace("{run_dir}", str(run_dir)) for word in spec.command or ()]
     label = f"scores.{spec.name}: '{' '.join(words)}'"
     # The command is one process: it must not take itself for a rank of the worker's group.
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = without_ranks(os.environ)
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,

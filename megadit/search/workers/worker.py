@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command
+from megadit.parallel.environment import prepare_environment
+from megadit.parallel.lifetime import die_with_launcher, die_with_parent
 from megadit.search.storage.identity import this_worker
 from megadit.search.study.study import Study, load_study
 from megadit.search.wording import point_text
-from megadit.search.workers.pool import die_with_parent
+from megadit.train.preemption import hand_over
 
 if TYPE_CHECKING:
     from megadit.parallel import ProcessContext
@@ -57,6 +59,7 @@ class Interrupt:
                 os.kill(os.getpid(), number)
             self.signalled = True
 
+        hand_over()
         before = {number: signal.signal(number, note) for number in SIGNALS}
         try:
             yield
@@ -222,10 +225,12 @@ def work(study: Study) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Work on the study in the folder named; also under torchrun, which takes any code but 0 for a crash."""
-    die_with_parent()
+    ranks = prepare_environment()
+    if not die_with_launcher(ranks):  # this is no rank of torchrun's, and `run` itself is the parent
+        die_with_parent()
     (folder,) = sys.argv[1:] if argv is None else argv
     code = work(load_study(Path(folder)))
-    return EXIT_OK if os.environ["WORLD_SIZE"] != "1" else code
+    return EXIT_OK if ranks.world_size != 1 else code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""Ranks end with the launcher that started them: an orphan would train on, beside its successor."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megadit.parallel.environment import RankVariables
+
+_PR_SET_PDEATHSIG = 1
+# Launchers that may be the first process of a container, which orphans would have for a parent, too.
+_LAUNCHER_PROGRAM = re.compile(r"python|torchrun|deepspeed|accelerate|mpi|orte|prte|hydra|slurmstepd|pmi")
+
+
+def die_with_parent(number: int = signal.SIGTERM, libc: Any = None) -> None:
+    """Have the kernel send this process the signal when the thread that started it ends, however that is (Linux)."""
+    if sys.platform == "linux":
+        (libc or ctypes.CDLL(None)).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def die_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = None) -> bool:
+    """End with the launcher, by SIGKILL: before the process group is up, too, and in the middle of a step.
+
+    Never under plain ``python`` or from a shell inside a task of Slurm's: what ``nohup`` and ``tmux`` protect lives on.
+    Returns whether the lives are tied. A launcher that is gone already ends the process here.
+    """
+    env = os.environ if env is None else env
+    if sys.platform != "linux" or ranks.launcher in ("python", "variables"):
+        return False
+    if ranks.launcher == "srun" and env.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
+        return False
+    parent = os.getppid()
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent or (parent == 1 and not _LAUNCHER_PROGRAM.search(_program(1))):
+        told = "error: the launcher of this rank ended before the rank began, and so it ends, too"
+        os.write(2, f"{told}\n".encode())
+        os._exit(1)
+    return True
+
+
+def _program(pid: int) -> str:
+    """The first two words of a process's command line, without their folders."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:2]
+    except OSError:
+        return ""
+    return " ".join(Path(word).name for word in words)
