@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     told |= {"labels": subjects.labels_of(len(drawn)), "prompts": subjects.prompts_of(len(drawn))}
     told = config.sample.model_dump() | told | {"scheduler": scheduler_name(config.objective, config.sample)}
     result_is_saved(as_json=args.json)
-    print(json.dumps(told) if args.json else f"{len(drawn)} pictures: {grid}")
+    also = f"\nas arrays: {args.npz}" if args.npz else ""
+    print(json.dumps(told) if args.json else f"{len(drawn)} pictures: {grid}{also}")
     return EXIT_OK
 
 

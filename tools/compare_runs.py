@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.errors import EXIT_OK, UserError, run_command, say  # noqa: E402
 from megadit.streams import result_is_saved  # noqa: E402
 
 
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another folder") from error
     result_is_saved(as_json=args.json)
     print(json.dumps(plain, allow_nan=False) if args.json else f"{describe(result)}\nwritten to {out}")
+    if args.json:
+        say(f"written to {out}")
     return EXIT_OK
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
+from megadit.streams import result_is_saved  # noqa: E402
 
 BEGIN, END = "<!-- reference: made by tools/config_schema.py --docs -->", "<!-- end of reference -->"
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/config_schema.py")
+    if args.docs and args.out:
+        raise UserError(f"--out: {args.out} beside --docs, which renews {args.docs} in place; give one of the two")
     from megadit.config.schema import file_schema
 
     if args.docs:
@@ -61,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out: {target} cannot be written ({error.strerror}); choose another place") from None
+    result_is_saved()
+    print(f"{target}: {'reference tables renewed' if args.docs else 'JSON schema of configuration files'}")
     return EXIT_OK
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, run_command  # noqa: E402
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, run_command, say  # noqa: E402
 from megadit.streams import result_is_saved  # noqa: E402
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain = write_report(args.out, readings, verdict, title)
     result_is_saved(as_json=args.json)
     print(json.dumps(plain) if args.json else format_verdict(verdict))
+    say(f"written to {args.out}: coords.csv, verdict.json, coord_check.png")
     return code
 
 

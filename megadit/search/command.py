@@ -114,6 +114,7 @@ def _conclude(study: Study, store: Any, pool: Pool) -> int:
     if status.best is not None:
         print(f"  best       {best_text(status.best)}")
         print(f"  runs       {study.folder / 'trials'}")
+    print(f"  study      {study.folder}")
     if counts.done < counts.planned:
         if pool.lost is not None:
             print(f"error: no worker could be kept alive; see {pool.lost}", file=sys.stderr)
@@ -234,7 +235,7 @@ def stop(config: str | None, study_dir: str | None, now: bool) -> int:
     (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n", encoding="utf-8")
     result_is_saved()
     when = "at their next logged step; their trials go back to the queue" if now else "after their running trials"
-    print(f"workers of study {study.spec.name} end {when}; the next run goes on")
+    print(f"workers of study {study.spec.name} in {study.folder} end {when}; the next run goes on")
     return EXIT_OK
 
 

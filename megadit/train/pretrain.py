@@ -386,7 +386,7 @@ def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:
     if complete:
         return EXIT_OK, "complete"
     if run.context.is_main:
-        saved = f"saved step {run.position.step}"
+        saved = f"saved step {run.position.step} in {run.directory.path / 'checkpoints'}"
         if run.saved_step is None:
             saved = "before the first step: nothing to save"
         say(f"preempted: {saved}; to go on, start the same command with --resume auto")

@@ -77,7 +77,8 @@ def run_tool(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_tool(tmp_path: Path):
     assert json.loads(run_tool().stdout) == json.loads(json.dumps(file_schema()))
-    assert run_tool("--out", str(tmp_path / "s.json")).returncode == 0
+    written = run_tool("--out", str(tmp_path / "s.json"))
+    assert written.returncode == 0 and written.stdout == f"{tmp_path / 's.json'}: JSON schema of configuration files\n"
     assert json.loads((tmp_path / "s.json").read_text()) == json.loads(run_tool().stdout)
     bad = run_tool("--out", str(tmp_path / "none" / "s.json"))
     assert bad.returncode == 2 and bad.stderr.startswith("error: --out: ") and bad.stderr.count("\n") == 1
@@ -90,7 +91,9 @@ def test_the_tool(tmp_path: Path):
 def test_the_docs_are_up_to_date(tmp_path: Path):
     copy = tmp_path / "config.md"
     copy.write_text((ROOT / "docs" / "config.md").read_text())
-    assert run_tool("--docs", str(copy)).returncode == 0
+    renewed = run_tool("--docs", str(copy))
+    assert renewed.returncode == 0 and renewed.stdout == f"{copy}: reference tables renewed\n"
+    assert "beside --docs" in run_tool("--docs", str(copy), "--out", str(tmp_path / "s.json")).stderr
     message = "run: python tools/config_schema.py --docs docs/config.md"
     assert copy.read_text() == (ROOT / "docs" / "config.md").read_text(), message
 

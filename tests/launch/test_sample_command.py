@@ -61,6 +61,14 @@ def test_the_same_command_gives_the_same_pixels(run_dir, capsys):
     assert Path(other["grid"]).read_bytes() != before
 
 
+def test_the_last_lines_say_where_the_pictures_are(run_dir, capsys):
+    words = [str(run_dir), "--steps", "2", "--count", "2", "--device", "cpu"]
+    assert load_script().main(words) == 0
+    assert capsys.readouterr().out == f"2 pictures: {run_dir / 'samples' / 'sample.png'}\n"
+    assert load_script().main([*words, "--npz", str(run_dir / "a.npz")]) == 0
+    assert capsys.readouterr().out.endswith(f"sample.png\nas arrays: {run_dir / 'a.npz'}\n")
+
+
 def test_settings_and_classes_reach_the_samples(run_dir, capsys):
     told = command(
         run_dir, capsys, "--classes", "blue,0", "--count", "5", "--steps", "2", "--scheduler", "ddim",

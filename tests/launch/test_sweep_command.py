@@ -114,6 +114,7 @@ def test_killing_anything_loses_at_most_the_running_trials(tmp_path):
     assert after["complete"] and Counter(t["outcome"] for t in after["trials"]) == {"complete": 4}
     kept = [trial for trial in after["trials"] if trial["number"] in {t["number"] for t in before["trials"]}]
     assert kept == before["trials"], "what had ended was not run again"
+    assert done.stdout.endswith(f"  study      {study}\n")
     assert str(study / "report.html") in done.stdout and (study / "report.html").is_file()
     assert "best       optim.lr=" in done.stdout
 
@@ -126,7 +127,7 @@ def test_ctrl_c_gives_trials_back_and_the_same_command_goes_on(tmp_path):
         wait_for(run.trains, "a trial")
         run.process.send_signal(signal.SIGINT)
         assert run.process.wait(120) == 85, run.log.read_text()[-3000:]
-        assert "the same command goes on" in run.log.read_text()
+        assert "the same command goes on" in run.log.read_text() and f"  study      {study}" in run.log.read_text()
     assert not workers_of(study)
     assert status(*options)["counts"] | {"done": 0} == {
         "planned": 2, "waiting": 2, "running": 0, "complete": 0, "diverged": 0, "pruned": 0, "failed": 0, "done": 0,
@@ -134,7 +135,8 @@ def test_ctrl_c_gives_trials_back_and_the_same_command_goes_on(tmp_path):
     shutil.rmtree(study / "trials")
     with Run(tmp_path, *options) as run:
         wait_for(run.trains, "a trial")
-        assert sweep("stop", *options, "--now").returncode == 0
+        stopped = sweep("stop", *options, "--now")
+        assert stopped.returncode == 0 and f" in {study} end at their next logged step" in stopped.stdout
         assert run.process.wait(120) == 85, run.log.read_text()[-3000:]
     assert (study / "stop").is_file() and status(*options)["counts"]["waiting"] == 2
     assert sweep("worker", *options).returncode == 85, "a worker heeds the flag; only run takes it away"
@@ -153,7 +155,8 @@ def test_two_ranks_of_torchrun_join_a_new_study_and_run_each_trial_together(tmp_
     alone = tmp_path / "alone"
     alone.mkdir()
     again = write(alone, space={"optim.lr": {"grid": [0.002, 1e30]}})
-    assert sweep("worker", *again).returncode == 0
+    joined = sweep("worker", *again)
+    assert joined.returncode == 0 and str(alone / "study") in joined.stderr.splitlines()[-1]
     assert status(*again)["trials"][0]["scores"] == pytest.approx(trials[0]["scores"], rel=1e-5)
 
 

@@ -100,7 +100,9 @@ _CHECK = ["--config", _CONFIG, "--widths", "32,64,128", "--seeds", "1", "--steps
 def test_coord_check_passes_mup_and_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cc"
     assert _main("coord_check", *_CHECK, "--lr", "2^-10", "--json", "--out", str(out), *_SMALL) == 0
-    verdict = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == f"written to {out}: coords.csv, verdict.json, coord_check.png"
+    verdict = json.loads(captured.out)
     assert verdict["verdict"] == "passes" and verdict["broken"] == []
     assert verdict == json.loads((out / "verdict.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == ["coord_check.png", "coords.csv", "verdict.json"]

@@ -30,8 +30,10 @@ def test_writes_picture_and_json_and_prints_either(main, tmp_path, monkeypatch, 
     slow, fast = run(tmp_path / "slow", 2.0, 1e-3), run(tmp_path / "fast", 2.1, 2e-3)
     seeds = f"{fast},{run(tmp_path / 'fast-1', 2.1, 2e-3)}"
     assert main([slow, seeds, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
     out = Path("runs/compare/slow-against-fast")
+    assert captured.err == f"written to {out}\n"
     assert json.loads((out / "compare.json").read_text()) == printed
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     steps = printed["over"]["steps"]
@@ -40,6 +42,7 @@ def test_writes_picture_and_json_and_prints_either(main, tmp_path, monkeypatch, 
     assert main([slow, fast, "--smooth", "1", "--out", str(tmp_path / "else")]) == 0
     text = capsys.readouterr().out
     assert "crossing: B falls below A at step 100" in text and (tmp_path / "else" / "compare.png").is_file()
+    assert text.endswith(f"written to {tmp_path / 'else'}\n")
 
 
 def test_bad_input_is_one_sentence(main, tmp_path):

@@ -53,6 +53,7 @@ def test_the_command_as_people_run_it(tmp_path):
     result = run_command([*words, "--plot", str(picture)], timeout=60)
     assert result.returncode == 0, result.stderr
     plain = json.loads(result.stdout)
+    assert result.stderr.splitlines()[-1] == f"picture: {picture}"
     assert plain["verdict"] == "transfers" and plain["best"] == -10.0
     assert plain["regret"] == 0.0 and abs(plain["drift"]) < 0.25
     assert [entry["scale"] for entry in plain["per_scale"]] == [144, 288, 576]

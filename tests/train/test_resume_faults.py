@@ -256,7 +256,7 @@ def _terminated_at_3():
 def test_sigterm_is_answered_with_a_checkpoint(tmp_path):
     config = small_config(train={"steps": 6, "log_every": 6})
     code, said = run_ranks(1, start, config, str(tmp_path), "auto", _terminated_at_3)[0]
-    assert code == 85 and "preempted: saved step 3" in said
+    assert code == 85 and f"preempted: saved step 3 in {tmp_path / 'checkpoints'}; to go on" in said
     assert find_checkpoint(tmp_path).name == "step-00000003"
 
 

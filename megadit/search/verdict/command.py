@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, say
 from megadit.search.results import load_results
 from megadit.search.verdict.plot import plot_verdict
 from megadit.search.verdict.table import Columns, lower_is_better, verify_table
@@ -39,6 +39,8 @@ def run_verify(args: Namespace) -> int:
         print("\n\n".join(format_verdict(verdict) for verdict in verdicts))
         if len(verdicts) > 1:
             print(f"\nall together: {answer}")
+    if args.plot is not None:
+        say(f"picture: {args.plot}")
     return EXITS[answer]
 
 

@@ -137,6 +137,7 @@ class Worker:
                 return "run", claim
             counts = self._store.counts()
             if counts.done >= counts.planned:
+                _say(f"no trial is left; the study, for launch/sweep.py report: {self.study.folder}")
                 return "end", None
             self._began = time.monotonic() + _POLL_S  # waiting for others is no trial's overhead
             time.sleep(_POLL_S)
@@ -144,7 +145,7 @@ class Worker:
 
     def _why_stopped(self) -> str:
         if self.interrupt.signalled:
-            return "stopped; the study goes on with the next run or worker"
+            return f"stopped; the study in {self.study.folder} goes on with the next run or worker"
         flag = self.study.folder / STOP
         return f"stopped by launch/sweep.py stop; the next run goes on, as do workers once {flag} is removed"
 
