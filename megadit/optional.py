@@ -63,7 +63,7 @@ def hide_broken_torchvision() -> bool:
 def defer_compiler() -> None:
     """Let functions that torch keeps out of compiled code run without importing the compiler, until it is imported.
 
-    torch marks some hundred functions (of optimizers, of the meta device, checkpointing) by a decorator whose first
+    torch marks some hundred functions (of optimizers, of the meta device, of dispatch modes) by a decorator whose first
     call imports the compiler to ask it for a version that it does not look into. Where nothing is compiled that version
     is the function itself, and so it is called. As soon as the compiler is there, torch's own way is taken again.
     Functions of modules that are imported later are not covered, and none with a torch that does this in another way.
