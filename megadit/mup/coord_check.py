@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning
 from megadit.config.model import ModelConfig
 from megadit.config.optim import OptimConfig
-from megadit.mup.coord_plan import CoordPlan, at_width
+from megadit.mup.coord_plan import CoordPlan, at_width, check_shares
 from megadit.mup.coord_record import Reading, Recorder
 from megadit.mup.example import example_conditioning, example_features, example_images
 from megadit.mup.groups import param_groups
+
+__all__ = ["Alignment", "Build", "CoordPlan", "Objective", "at_width", "check_shares", "coordinate_readings"]
 
 _EPS = 1e-20  # small against any gradient that matters, large against the root of float32's smallest square
 _ROUNDING = 2.0**-40  # of a tensor's largest gradient: far above float64's rounding, far below what moves anything
