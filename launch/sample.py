@@ -142,4 +142,4 @@ def _device(name: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, may_be_empty=("--prompt",))  # the empty text is one, too

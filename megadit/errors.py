@@ -37,16 +37,20 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
-def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
+def run_command(
+    main: Callable[[Sequence[str] | None], int],
+    argv: Sequence[str] | None = None,
+    may_be_empty: Sequence[str] = (),
+) -> None:
     """Run a command's ``main`` and leave the process with its exit code.
 
     A ``UserError`` becomes one line on stderr and its exit code, 2 as a rule. Nothing that is printed raises. Where a
     result was printed and did not get there, the exit code is 1 in place of 0: without a word if the reader went away,
     as ``head`` does. Any other exception keeps its traceback (Python's exit code 1), since it is a defect and not the
-    user's input.
+    user's input. An argument without a letter is refused but for the options ``may_be_empty``.
     """
     steady_streams()
-    code = _exit_code(main, argv)
+    code = _exit_code(main, argv, may_be_empty)
     lost = lost_output()
     if lost is not None and not code:
         code = EXIT_FAILURE
@@ -55,8 +59,11 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     sys.exit(code)
 
 
-def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> Any:
+def _exit_code(
+    main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, may_be_empty: Sequence[str]
+) -> Any:
     try:
+        _refuse_empty(sys.argv[1:] if argv is None else argv, may_be_empty)
         return main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,6 +73,26 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
         return EXIT_INTERRUPTED
     except SystemExit as end:  # of argparse, after --help or an option that it does not know
         return end.code
+
+
+def _refuse_empty(words: Sequence[str], may_be_empty: Sequence[str]) -> None:
+    """What a shell makes of ``--run_dir "$DIR"`` where DIR is not set would silently mean the default, or this folder.
+
+    Raises:
+        UserError: a word is empty, naming the option before it.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=")
+        if word.startswith("--") and equals and not value.strip():
+            name = option
+        elif not word.strip():
+            name = before if before.startswith("--") else f"the argument after {before!r}" if before else "the argument"
+        else:
+            continue
+        if name not in may_be_empty:
+            raise UserError(
+                f"{name}: is empty (a variable of the shell that is not set?); give a value, or leave it out"
+            )
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.ranks import ROOT
+from megadit.errors import run_command
 
 START = "import sys; from megadit.errors import UserError, run_command\n"
 MUCH = START + "run_command(lambda argv: print('x\\n' * 500_000) or 0)"
@@ -71,3 +72,26 @@ def test_another_broken_pipe_is_a_defect_and_keeps_its_traceback(tmp_path: Path)
             [sys.executable, "-c", program], stdout=out, stderr=subprocess.PIPE, cwd=ROOT, text=True, check=False
         )
     assert result.returncode == 1 and "BrokenPipeError: of a worker" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--run_dir", ""], "--run_dir"),
+        (["--run_dir="], "--run_dir"),
+        (["--json", " "], "--json"),
+        ([""], "the argument"),
+        (["run", ""], "the argument after 'run'"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_told(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda argv: pytest.fail("the command ran"), words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {named}: is empty")
+
+
+def test_an_empty_text_is_one_where_the_command_says_so() -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda argv: 0, ["--prompt", "", "key=value"], may_be_empty=("--prompt",))
+    assert ended.value.code == 0

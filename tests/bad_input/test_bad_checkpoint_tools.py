@@ -31,7 +31,7 @@ CONVERT = [
     case("another model's config", f"run x {SAFE} --config quickstart/digits.yaml", "the model needs"),
     case("an empty file", "x.safetensors y --from safetensors --to megadit --config quickstart/digits.yaml",
          "cannot be read as safetensors", files={"x.safetensors": ""}),
-    case("code in a pickle", f"x.pt y {DIT}", "x.pt", files={"x.pt": pickle.dumps({"a": print})}),
+    case("code in a pickle", f"x.pt y {DIT}", "x.pt", files={"x.pt": pickle.dumps({"a": print}, protocol=2)}),
     case("a web page", f"x.pt y {DIT}", "x.pt", files={"x.pt": "<html>"}),
     case("a pointer of git-lfs", f"x.pt y {DIT}", "x.pt", files={"x.pt": LFS}),
     case("a diffusers folder without weights", "x y --from diffusers --to megadit", "IN: 'x' holds no weights",

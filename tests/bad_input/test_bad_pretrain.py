@@ -58,6 +58,7 @@ VALUES = [
     case("a batch beyond the memory", f"{DIGITS} train.global_batch=9999999999", "train.global_batch: 9999999999"),
     case("a width beyond numbers", f"{DRY} model.width=1000000000 model.head_dim=16", "model.width: 1000000000"),
     case("a seed beyond numbers", f"{DRY} train.seed=1e40", "train.seed"),
+    case("no run directory", f"{DIGITS} --run_dir=", "--run_dir: is empty"),
     case("an unset variable", f"{DRY} train.init_from=", "train.init_from"),
 ]
 

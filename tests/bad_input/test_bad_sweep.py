@@ -14,7 +14,6 @@ CASES = [
     case("no workers", f"{MINI} --study_dir s --workers 0", "--workers: 0 is not at least 1"),
     case("a key of neither", f"{MINI} --study_dir s foo.bar=3", "foo: no such key"),
     case("a study in a file", f"{MINI} --study_dir s", "--study_dir", files={"s": "dear"}),
-    case(),
     case("status of nothing", "status", "--config"),
     case("status of nowhere", "status --study_dir nowhere", "nowhere"),
     case("report of no study", "report --study_dir s", "s", files={"s": None}),
