@@ -22,8 +22,9 @@ def rows() -> list[list[str]]:
 
 
 def messages() -> list[str]:
-    """What stands between backticks in the first column."""
-    return [message for row in rows() for message in re.findall(r"`([^`]+)`", row[0])]
+    """What stands between backticks in the first column, escaped single characters left out."""
+    quoted = [message for row in rows() for message in re.findall(r"`([^`]+)`", row[0])]
+    return [message for message in quoted if not message.startswith("\\")]
 
 
 @functools.cache
