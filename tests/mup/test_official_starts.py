@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from helpers import official_starts as official
 from helpers.official_starts import Start, starts
 from helpers.tiny_pixart import tiny_pixart_mup
-from megadit.config import ModelConfig, load, load_config
+from megadit.config import ModelConfig, load, load_config, preset
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup import param_specs
@@ -111,6 +112,19 @@ def test_the_papers_files_have_the_authors_numbers() -> None:
         specs = param_specs(build_model(load_config(f"pixart/{name}.yaml").model, device="meta"))
         for parameter, stds in numbers.items():
             assert round(specs[parameter].init_std, 4) == stds[position], (name, parameter)
+
+
+def test_the_gates_start_small() -> None:
+    """Their rms over timesteps; by fan-in it is ten times as large, at every width."""
+    rms = {}
+    for init in ("authors", "fan_in"):
+        changes = {"depth": 1, "init": init, "text": {"dim": 8}}
+        model = build_model(ModelConfig(**{**preset("pixart-proxy-mup").model_dump(), **changes}))
+        with torch.no_grad():
+            t0 = model.t_block(model.t_embedder(torch.linspace(0, 999, 100))).unflatten(1, (6, -1))
+            gates = (t0 + model.blocks[0].scale_shift_table)[:, [2, 5]]
+        rms[init] = gates.square().mean().sqrt().item()
+    assert rms == {"authors": pytest.approx(0.021, rel=0.05), "fan_in": pytest.approx(0.21, rel=0.1)}
 
 
 def test_the_start_is_the_presets_until_something_else_is_said() -> None:
