@@ -83,3 +83,9 @@ class DataConfig(Section):
         if value == ():
             raise ValueError("classes: [] keeps no class; name those to keep, or set null for all")
         return value
+
+    on_change: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="a run that resumes with other images, classes or encoders than its checkpoint's: refuse it, or "
+        "accept, go on and record it",
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megadit.data.listing import Listing
 
 # text (L, D), text_mask bool (L,) and pooled (P,): features of the caption. features (F, h, w): of the image, for REPA.
 EXTRAS = ("text", "text_mask", "pooled", "features")
@@ -98,6 +101,10 @@ class ImageSet(Protocol):
         """text, text_mask and pooled of the empty caption, shaped as in ``extras``, where they are stored; else {}."""
         ...
 
+    def listing(self) -> Listing:
+        """What the whole set is read from, in its order; asks the file system, and opens nothing."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class ArraySet:
@@ -114,6 +121,7 @@ class ArraySet:
     stores_latents: bool = False
     stored: StoredFacts | None = None
     mirrored: ImageSet | None = None
+    files: tuple[tuple[str, int], ...] = ()  # names and bytes of what it was read from; empty: one file of the pixels
 
     @property
     def channels(self) -> int:
@@ -137,6 +145,11 @@ class ArraySet:
 
     def null_extras(self) -> dict[str, Tensor]:
         return {}
+
+    def listing(self) -> Listing:
+        files = self.files or ((self.name, self.images.nbytes),)
+        names, sizes = zip(*files, strict=True)
+        return Listing("file", tuple(map(os.fsencode, names)), sizes, self.labels.numpy(), self.captions)
 
 
 def _resize(image: Tensor, size: int) -> Tensor:
@@ -215,6 +228,9 @@ class Subset:
 
     def null_extras(self) -> dict[str, Tensor]:
         return self.source.null_extras()
+
+    def listing(self) -> Listing:
+        return self.source.listing()
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ def load(image_size: int | None, skin_tones: bool) -> ArraySet:
         labels=torch.tensor([classes.index(entry.category) for entry in entries], dtype=torch.int64),
         captions=tuple(caption(entry.name, entry.category) for entry in entries),
         bases=tuple("-".join(f"{code:x}" for code in base_codes(entry.codes)) for entry in entries),
+        files=tuple((entry.path.name, entry.path.stat().st_size) for entry in entries),
     )
 
 

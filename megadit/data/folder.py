@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from megadit.config.data import Crop
@@ -15,6 +16,7 @@ from megadit.config.json_text import JsonError, parse_json
 from megadit.config.yaml_text import decode
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
+from megadit.data.listing import Listing, sizes_of
 from megadit.data.places import image_root
 from megadit.errors import UserError
 
@@ -63,6 +65,10 @@ class FolderSet:
 
     def null_extras(self) -> dict[str, Tensor]:
         return {}
+
+    def listing(self) -> Listing:
+        names, sizes = tuple(map(os.fsencode, self.files)), sizes_of(self.root, self.files)
+        return Listing("image", names, sizes, np.array(self.labels, dtype=np.int64), self.captions)
 
 
 def load_folder(path: str | None, image_size: int | None, *, labelled: bool, crop: Crop = "adm") -> FolderSet:

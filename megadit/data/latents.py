@@ -6,6 +6,7 @@ Which codec a folder holds is told by ``_class_name`` of its ``config.json``.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from abc import ABC, abstractmethod
@@ -212,11 +213,18 @@ def codec_scale(config: VaeConfig) -> tuple[float, float]:
 def codec_identity(config: VaeConfig) -> str:
     """Class and SHA-256 (16 digits) of the weights at ``data.vae.path``."""
     folder = codec_folder(config)
+    facts = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    digest = _weights_digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+    return f"{read_facts(folder).name}:{digest}"
+
+
+@functools.lru_cache(maxsize=16)
+def _weights_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path, _, _ in files:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"{read_facts(folder).name}:{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def check_vae(

@@ -324,9 +324,14 @@ def agree(context: ProcessContext, problem: str) -> None:
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Keys of two run configs whose values differ, as ``key old → new``; layout keys left out."""
+    return [f"{key} {old} → {new}" for key, (old, new) in changed_values(before, after).items()]
+
+
+def changed_values(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The (old, new) values of keys of two run configs that differ; layout keys left out."""
     old, new = _flat(before), _flat(after)
     keys = [key for key in new if key in old and key not in _LAYOUT_KEYS]
-    return [f"{key} {old[key]} → {new[key]}" for key in keys if old[key] != new[key]]
+    return {key: (old[key], new[key]) for key in keys if old[key] != new[key]}
 
 
 def shape_problem(stored: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> str | None:

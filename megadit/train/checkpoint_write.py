@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ def save_checkpoint(
     context: ProcessContext,
     sources: Sequence[StateSource] = (),
     ownership: Ownership | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``step-XXXXXXXX`` from all ranks, point ``latest`` to it, and drop what is not to be kept.
 
     Kept are the ``train.keep_last`` newest up to it and the multiples of ``train.keep_every``. ``groups`` is the plain
     table of optimizer groups (name, lr_mult, wd_mult, …) stored for comparison at resume; ``sources`` is the state
-    beside weights and moments. ``ownership`` of the run directory, on rank 0: asked before anything is written or
-    removed. Every rank must call this. Returns the checkpoint's folder.
+    beside weights and moments, ``kept`` what else ``state.json`` is to hold. ``ownership`` of the run directory, on
+    rank 0: asked before anything is written or removed. Every rank must call this. Returns the checkpoint's folder.
 
     Raises:
         OwnershipLost: the run directory is another process's by now; nothing is published.
@@ -82,6 +83,7 @@ def save_checkpoint(
             "loss_scale": partitions.loss_scale_state(),
             "groups": groups,
             "config": config.model_dump(mode="json"),
+            **(kept or {}),
             "layout": {
                 "ranks": context.world_size,
                 "zero_stage": partitions.stage,

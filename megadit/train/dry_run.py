@@ -13,24 +13,24 @@ from megadit.errors import EXIT_OK, UserError
 from megadit.optional import defer_compiler
 from megadit.parallel.environment import is_local_main
 from megadit.train.command import check_data, check_here, check_machine, resolve
-from megadit.train.pretrain import Job, Start, resume_point, total_steps
+from megadit.train.pretrain import Job, Start, checked_start, total_steps
 
 
 def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:
     """Print the layout, its memory and messages, and the muP table (``full``: of every parameter); train nothing.
 
     Raises:
-        UserError: the checkpoint to go on from, or an image, is broken.
+        UserError: the checkpoint to go on from, or an image, is broken, or the data are not the checkpoint's.
     """
     if not is_local_main():
         return EXIT_OK
-    start = resume_point(job)
+    steps = total_steps(job.config, len(job.train_set))
+    start = checked_start(job, steps)
     _warn_of_machine(job)
     from megadit.data import check_images
 
     for images in (job.train_set, job.val_set):
         check_images(images)
-    steps = total_steps(job.config, len(job.train_set))
     lines = [
         f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out",
         f"run_dir      {job.run_dir}{_beginning(start)}",
@@ -63,8 +63,8 @@ def dry_run_elsewhere(
     try:
         check_here(merged.config, folder, resume)
         job = check_data(merged, folder, resume)
-        lines = [f"run_dir      {folder}{_beginning(resume_point(job))}"]
         steps = total_steps(job.config, len(job.train_set))
+        lines = [f"run_dir      {folder}{_beginning(checked_start(job, steps))}"]
         _warn_of_machine(job)
     except UserError as error:
         _warn(error)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,14 @@ from megadit.parallel.rendezvous import RendezvousFailed
 from megadit.parallel.topology import Groups, Topology
 from megadit.plan.flops import stage_flops
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
-from megadit.train.checkpoint import Position, checkpoint_root, has_checkpoints, open_checkpoint, saved_step
+from megadit.train.checkpoint import (
+    Position,
+    StoredCheckpoint,
+    checkpoint_root,
+    has_checkpoints,
+    open_checkpoint,
+    saved_step,
+)
 from megadit.train.checkpoint_format import cannot_write
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import TrainingDiverged, fit
@@ -50,7 +55,8 @@ from megadit.train.preemption import Preempted
 from megadit.train.resume import check_weights_start, restore, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
-from megadit.train.schedule import Schedule
+from megadit.train.same_data import DataRecord, data_record
+from megadit.train.schedule import Schedule, steps_of_epochs
 
 _PATIENCE_S = 10.0  # of one look at the owner of the run directory
 _IMAGE_CHECK_S = 5.0  # for a look at the files before anything is written; what it misses is told when it is read
@@ -74,8 +80,7 @@ def total_steps(config: RunConfig, train_images: int) -> int:
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None  # the config holds exactly one of the two
-    epochs = Fraction(str(config.train.epochs))  # 1.1 as it was written: in floats 1.1 * 100 / 10 is above 11
-    return math.ceil(epochs * train_images / config.train.global_batch)
+    return steps_of_epochs(config.train.epochs, train_images, config.train.global_batch)
 
 
 def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_group: bool = False) -> int:
@@ -169,8 +174,8 @@ def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:
 class Start:
     """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
 
-    ``weights_from`` is the checkpoint whose weights alone a new run takes. ``token`` names the ownership of the run
-    directory.
+    ``weights_from`` is the checkpoint whose weights alone a new run takes. ``data`` is what the job's checkpoints are
+    to keep of what it is trained on, ``token`` names the ownership of the run directory.
     """
 
     checkpoint: Path | None = None
@@ -178,6 +183,7 @@ class Start:
     earlier: tuple[Path, ...] = ()
     weights_from: Path | None = None
     token: str | None = None
+    data: DataRecord | None = None
 
     @property
     def source(self) -> Path | None:
@@ -193,6 +199,22 @@ def resume_point(job: Job) -> Start:
         UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
             train.init_from does, at a first start.
     """
+    return _resume_point(job)[0]
+
+
+def checked_start(job: Job, steps: int) -> Start:
+    """``resume_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
+
+    Raises:
+        UserError: as ``resume_point`` does, or the data are others than those of the checkpoint.
+    """
+    start, stored = _resume_point(job)
+    if start.step >= steps:
+        return start
+    return replace(start, data=data_record(stored, job.config, job.train_set, job.val_set))
+
+
+def _resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
     if job.resume in ("auto", "never"):
         found = open_checkpoint(job.run_dir)
         if job.resume == "never" and found is not None:
@@ -211,9 +233,9 @@ def resume_point(job: Job) -> Start:
                 "another --run_dir, or --resume auto to go on with these"
             )
     if found is None:
-        return Start(weights_from=check_weights_start(job.config))
+        return Start(weights_from=check_weights_start(job.config)), None
     found.stored.check_same_model(job.config)
-    return Start(found.stored.path, found.stored.position.step, found.earlier)
+    return Start(found.stored.path, found.stored.position.step, found.earlier), found.stored
 
 
 def _begin(context: ProcessContext, directory: RunDirectory, job: Job, steps: int) -> Start:
@@ -248,7 +270,7 @@ def _prepare_directory(claim: Claim, directory: RunDirectory, job: Job, steps: i
         raise
     except UserError as error:  # no obstacle to a run that is complete
         unwritable = error
-    start = resume_point(job)
+    start = checked_start(job, steps)
     if start.step >= steps:
         say(
             f"{job.run_dir}: already trained to step {start.step} of {steps}; raise train.steps, "
@@ -301,9 +323,10 @@ def assemble(
         conditions.write(directory.path)
     engine = _engine(job, model, schedule, context, groups)
     features = _target_features(config, context) if engine.computes_loss else None
-    position = Position()
+    position, data = Position(), start.data
     if start.checkpoint is not None:
-        position = restore(directory.path, (start.checkpoint, *start.earlier), engine, config, context)
+        paths = (start.checkpoint, *start.earlier)
+        position, data = restore(directory, paths, engine, config, context, data, job.train_set, steps)
     elif start.weights_from is not None:
         start_from_weights(start.weights_from, engine, config, context)
     layout = BatchLayout(config.train.global_batch, place.data, place.data_rank, micro)
@@ -321,6 +344,7 @@ def assemble(
         total_steps=steps,
         position=position,
         features=features,
+        data=data,
     )
 
 

@@ -10,25 +10,38 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.config.run import ONLINE
+from megadit.data import ImageSet
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
+from megadit.train.changes import config_notes
 from megadit.train.checkpoint_find import none_sound, open_checkpoint, tell_fallback
 from megadit.train.checkpoint_format import Position
 from megadit.train.checkpoint_read import StoredCheckpoint, open_everywhere, shapes_of
 from megadit.train.checkpoint_write import take_up
 from megadit.train.engine import TrainingEngine
 from megadit.train.fragment_io import BrokenCheckpoint
+from megadit.train.run_dir import RunDirectory
+from megadit.train.same_data import DataRecord, held_against
 
 
 def restore(
-    run_dir: Path, paths: Sequence[Path], engine: TrainingEngine, config: RunConfig, context: ProcessContext
-) -> Position:
+    directory: RunDirectory,
+    paths: Sequence[Path],
+    engine: TrainingEngine,
+    config: RunConfig,
+    context: ProcessContext,
+    data: DataRecord | None,
+    train_set: ImageSet,
+    total: int,
+) -> tuple[Position, DataRecord | None]:
     """Go on from the first of ``paths`` that is sound on every rank; what is passed over is told.
 
-    A single path is what a person named, or the only one there is: then nothing is tried after it.
+    A single path is what a person named, or the only one there is: then nothing is tried after it. ``data`` is the
+    record of the present data, held against the first of them; the one returned is held against the one taken.
+    ``total`` is the run's length in steps.
 
     Raises:
-        UserError: none is sound, or one is of another model.
+        UserError: none is sound, or one is of another model or of other data.
     """
     first_problem = ""
     for number, path in enumerate(paths):
@@ -36,6 +49,8 @@ def restore(
             stored = open_everywhere(path, context)
             stored.check_same_model(config)
             stored.check_shapes(shapes_of(config))  # on every rank alike, where each will see its own parameters only
+            if number and data is not None:
+                data = context.on_main(functools.partial(held_against, stored, data, config, train_set))
             notes = stored.restore(engine.partitions, [engine.ema], context)
         except BrokenCheckpoint as error:
             if len(paths) == 1:
@@ -45,11 +60,13 @@ def restore(
                 tell_fallback(str(error), paths[number + 1])
             continue
         engine.restored(stored.position.step)
-        context.on_main(functools.partial(take_up, run_dir, path))
+        context.on_main(functools.partial(take_up, directory.path, path))
         if context.is_main:
             print(f"resuming from {path} at step {stored.position.step}", file=sys.stderr)
-            _tell(notes + _changes(stored, config, engine.optimizer.table))
-        return stored.position
+            notes += _changes(stored, config, total, engine.optimizer.table)
+            _tell(notes)
+            directory.record_changes(stored.position.step, path, () if data is None else data.new, notes)
+        return stored.position, data
     raise none_sound(first_problem)
 
 
@@ -92,10 +109,9 @@ def _tell(notes: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _changes(stored: StoredCheckpoint, config: RunConfig, groups: list[dict[str, Any]]) -> list[str]:
-    """A resumed run follows the config; what of it is not as the checkpoint had it."""
-    changes = stored.changes(config)
-    notes = [f"the config has changed since the checkpoint: {', '.join(changes)}"] if changes else []
+def _changes(stored: StoredCheckpoint, config: RunConfig, total: int, groups: list[dict[str, Any]]) -> list[str]:
+    """A resumed run of ``total`` steps follows the config; what of it is not as the checkpoint had it."""
+    notes = config_notes(stored, config, total)
     before = {row["name"]: row for row in stored.state["groups"]}
     for row in groups:
         old = before.get(row["name"], {})

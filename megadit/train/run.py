@@ -22,6 +22,7 @@ from megadit.rng import sample_keys
 from megadit.train.checkpoint import Position, save_checkpoint
 from megadit.train.engine import TrainingEngine
 from megadit.train.run_dir import RunDirectory
+from megadit.train.same_data import DataRecord
 
 
 @dataclass
@@ -29,6 +30,7 @@ class TrainingRun:
     """One run. ``position`` and ``saved_step`` (of the newest checkpoint made here) advance; everything else stays.
 
     ``features`` are the targets of the REPA loss; None where there is none, or where this rank computes no losses.
+    ``data`` is what checkpoints keep of what the run is trained on; None: nothing.
     """
 
     config: RunConfig
@@ -44,6 +46,7 @@ class TrainingRun:
     total_steps: int
     position: Position
     features: TargetFeatures | None = None
+    data: DataRecord | None = None
     saved_step: int | None = None
 
     def inputs(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
@@ -96,6 +99,7 @@ class TrainingRun:
             self.context,
             [self.engine.ema],
             self.directory.ownership,
+            None if self.data is None else self.data.state(),
         )
         self.saved_step = self.position.step
         return path

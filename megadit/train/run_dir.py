@@ -2,8 +2,9 @@
 
 ``config.yaml`` (resolved), ``ds_config.json``, ``mup.json`` (one row per parameter), ``environment.json``
 (versions, command, layout), ``classes.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
-``curves.png``, ``summary.json``, ``checkpoints/`` and ``exit.json`` (how the run ended: scripts read this,
-since torchrun hides exit codes). ``owner.json`` lies there as long as a run writes into it.
+``curves.png``, ``summary.json``, ``changes.jsonl`` (what was not as before where the run went on),
+``checkpoints/`` and ``exit.json`` (how the run ended: scripts read this, since torchrun hides exit codes).
+``owner.json`` lies there as long as a run writes into it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class RunDirectory:
         self.samples = path / "samples"
         self.tensorboard = path / "tensorboard"
         self.curves = path / "curves.png"
+        self.changes = path / "changes.jsonl"
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -119,6 +122,17 @@ class RunDirectory:
         name = os.environ.get("WANDB_RUN_ID") or own
         write_json(file, {"id": name})
         return name
+
+    def record_changes(self, step: int, checkpoint: Path, data: Sequence[str], notes: Sequence[str]) -> None:
+        """Add a line to ``changes.jsonl``: what is not as the checkpoint had it that the run goes on from, if anything.
+
+        data: changes of the data that ``data.on_change`` accepted.  notes: what else people were told.
+        """
+        if not data and not notes:
+            return
+        line = {"step": step, "time": time.strftime("%FT%T%z"), "checkpoint": str(checkpoint)}
+        with open(self.changes, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "data": list(data), "notes": list(notes)}) + "\n")
 
     def truncate_metrics(self, step: int) -> None:
         """Drop metric lines beyond ``step``: a resumed run writes them again, without a seam."""

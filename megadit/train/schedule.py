@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megadit.config import OptimConfig
 from megadit.config.lengths import steps_of
 from megadit.errors import UserError
+
+
+def steps_of_epochs(epochs: float, images: int, batch: int) -> int:
+    """Optimizer steps of so many passes over ``images``, the last batch of them counted whole."""
+    exact = Fraction(str(epochs))  # 1.1 as it was written: in floats 1.1 * 100 / 10 is above 11
+    return math.ceil(exact * images / batch)
 
 
 @dataclass(frozen=True)

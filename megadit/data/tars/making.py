@@ -46,9 +46,9 @@ def make_shards(
 
 def settings(config: DataConfig) -> dict[str, Any]:
     """The data section as recipe and manifest keep it: ``crop`` where it is not the default, which sets that were
-    begun before it was a key go on with.
+    begun before it was a key go on with; without ``on_change``, which is about runs.
     """
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude={"on_change"})
     if values["crop"] == DataConfig.model_fields["crop"].default:
         del values["crop"]
     return values

@@ -7,9 +7,11 @@ and workers, and resumes from its step alone.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from megadit.config import DataConfig
 from megadit.config.data import Crop
 from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.data.folder import DEFAULT_SIZE
+from megadit.data.listing import Listing, digest
 from megadit.data.tars import members
 from megadit.data.tars.handles import ShardFile
 from megadit.data.tars.index import SampleIndex, cached_index, load_index
@@ -126,6 +129,13 @@ class TarSet:
     def null_extras(self) -> dict[str, Tensor]:
         """text (n, D), text_mask (n,) and, where it is stored, pooled (P,) of the empty caption."""
         return dict(_null_text(self.folder)) if self.stored is not None and self.stored.text_dim else {}
+
+    def listing(self) -> Listing:
+        names = tuple(os.fsencode(os.path.relpath(shard.path, self.folder)) for shard in self.shards)
+        index = self.index
+        texts = ("\0".join(part).encode("utf-8", "surrogatepass") for part in (index.members, index.keys, index.bases))
+        detail = digest([*texts, *(np.ascontiguousarray(part).tobytes() for part in (index.shard, index.sizes))])
+        return Listing("shard", names, [shard.size for shard in self.shards], index.labels, detail=detail)
 
     def _array(self, i: int, member: str, shape: tuple[int | None, ...]) -> Tensor:
         array = members.read_array(self.member(i, member), self.where(i, member))

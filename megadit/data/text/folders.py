@@ -102,7 +102,6 @@ def tokenizer_folder(folder: Path) -> Path:
     return beside if beside.is_dir() else folder
 
 
-@functools.lru_cache(maxsize=16)
 def fingerprint(folder: Path) -> str:
     """16 hex digits of configuration, weights and tokenizer.
 
@@ -111,11 +110,16 @@ def fingerprint(folder: Path) -> str:
     """
     tokenizer = tokenizer_folder(folder)
     files = [folder / "config.json", *weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)]
+    facts = [(path, path.stat()) for path in files if path.is_file()]
+    return _fingerprint(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
+
+
+@functools.lru_cache(maxsize=16)
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-            _digest_file(path, digest)
+    for path, size, _ in files:
+        digest.update(f"{path.name}:{size}:".encode())
+        _digest_file(path, digest)
     return digest.hexdigest()[:16]
 
 

@@ -1,0 +1,192 @@
+"""What a run is trained on, as its checkpoints keep it: classes, images, order, encoders. Compared when it resumes.
+
+Names, sizes and numbers, never pixels. Nothing of it depends on where the files lie, when they were written or how a
+file system orders them, so that data which were moved are the same data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadit.config import RunConfig
+from megadit.data.codec_folder import codec_facts
+from megadit.data.dataset import ImageSet, Subset
+from megadit.data.latents import codec_identity, codec_scale
+from megadit.data.listing import digest, first_difference, record, same_files
+from megadit.data.text.encoders import build_encoder
+from megadit.data.text.folders import fingerprint
+
+Identity = dict[str, Any]
+
+_VERSION = 1
+# Keys of a config that say what is trained on, for checkpoints that keep nothing else of it.
+_OLD_KEYS = ("name", "condition", "flip", "crop", "val_fraction", "skin_tones")
+
+
+def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Identity:
+    """The identity of a run's data, of bounded size but for the names of its classes; asks the size of every file.
+
+    Raises:
+        UserError: an encoder's or a codec's folder cannot be read.
+    """
+    listing = train_set.listing()
+    parts = _indices(train_set), _indices(val_set)
+    data = config.data
+    texts = data.condition == "text" and listing.captions is not None
+    return {
+        "version": _VERSION,
+        "set": train_set.name,
+        "condition": data.condition,
+        "classes": list(train_set.classes),
+        "training_images": len(train_set),
+        "validation_images": len(val_set),
+        "val_fraction": data.val_fraction,
+        "files": record(listing),
+        "split": digest(part.tobytes() for part in parts),
+        "labels": digest(listing.labels[part].tobytes() for part in parts) if train_set.classes else "",
+        "captions": digest(text.encode("utf-8", "surrogatepass") + b"\0" for text in listing.captions or ())
+        if texts
+        else "",
+        "image_size": train_set.image_size,
+        "flip": data.flip,
+        "crop": getattr(_source(train_set), "crop", None),
+        "stored": None if train_set.stored is None else asdict(train_set.stored),
+        "text_encoder": _text_encoder(config, train_set),
+        "autoencoder": _autoencoder(config, train_set),
+        "feature_encoder": _feature_encoder(config),
+    }
+
+
+def _source(images: ImageSet) -> ImageSet:
+    return images.source if isinstance(images, Subset) else images
+
+
+def _indices(images: ImageSet) -> np.ndarray:
+    return np.array(images.indices if isinstance(images, Subset) else range(len(images)), dtype="<i8")
+
+
+def _text_encoder(config: RunConfig, images: ImageSet) -> str | None:
+    if config.data.condition != "text" or (images.stored is not None and images.stored.text_dim):
+        return None  # what is stored names its encoder itself
+    return build_encoder(config.data.text).identity
+
+
+def _autoencoder(config: RunConfig, images: ImageSet) -> dict[str, Any] | None:
+    vae = config.data.vae
+    if vae is None or images.stores_latents:
+        return None
+    facts, (scale, shift) = codec_facts(vae), codec_scale(vae)
+    return {"codec": codec_identity(vae), "factor": facts.factor, "scale": scale, "shift": shift}
+
+
+def _feature_encoder(config: RunConfig) -> str | None:
+    source = config.data.features
+    if not config.objective.repa_weight or source is None or source.encoder == "stored":
+        return None
+    weights = f":{fingerprint(Path(source.path))}" if source.path is not None else ""
+    return f"{source.encoder}{weights}:{source.image_size}"
+
+
+def differences(before: Mapping[str, Any], after: Identity, images: ImageSet) -> list[str]:
+    """What of the identity ``before`` of a checkpoint is not that of ``images``, ``after``; each as words with both.
+
+    Keys that only one of the two has are not compared.
+    """
+    before = {**after, **before}
+    return [*_set_changes(before, after), *_image_changes(before, after, images), *_encoder_changes(before, after)]
+
+
+def _set_changes(before: Mapping[str, Any], after: Identity) -> Iterator[str]:
+    for key, words in (("set", "the data set was {0} and is {1}"), ("condition", "data.condition was {0} and is {1}")):
+        if before[key] != after[key]:
+            yield words.format(before[key], after[key])
+    yield from _class_changes(before["classes"], after["classes"])
+
+
+def _class_changes(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
+    if len(old) != len(new):
+        other = next((name for name in (*old, *new) if (name in old) != (name in new)), "")
+        yield f"there were {len(old)} classes and are {len(new)} ('{other}' is {'new' if other in new else 'gone'})"
+        return
+    changed = [number for number, names in enumerate(zip(old, new, strict=True)) if names[0] != names[1]]
+    if changed:
+        first, rest = changed[0], len(changed) - 1
+        more = f", and {rest} more differ" if rest else ""
+        yield f"class {first} was '{old[first]}' and is '{new[first]}'{more}"
+
+
+def _image_changes(before: Mapping[str, Any], after: Identity, images: ImageSet) -> Iterator[str]:
+    """Other files, or other images, labels or captions of the same files."""
+    counts = [
+        f"{word} images {before[key]:,} → {after[key]:,}"
+        for key, word in (("training_images", "training"), ("validation_images", "validation"))
+        if before[key] != after[key]
+    ]
+    old, new = before["files"], after["files"]
+    if old["unit"] != new["unit"]:
+        counts.append(f"images were read from {old['unit']} files and are read from {new['unit']} files")
+    elif not same_files(old, new):
+        many = "" if old["count"] == new["count"] else f" ({old['count']:,} → {new['count']:,})"
+        where = first_difference(old, images.listing())
+        head = ", ".join(counts) or f"other {new['unit']}s{many}"
+        yield f"{head} (first difference: {where})"
+        return
+    if before["val_fraction"] != after["val_fraction"]:
+        counts.insert(0, f"data.val_fraction {before['val_fraction']:g} → {after['val_fraction']:g}")
+    if counts:
+        yield ", ".join(counts)
+    elif before["split"] != after["split"]:
+        yield "other images of the same files are held out"
+    elif before["labels"] != after["labels"]:
+        yield "images of the same files have other labels"
+    if before["captions"] and after["captions"] and before["captions"] != after["captions"]:
+        yield "images of the same files have other captions"
+
+
+def _encoder_changes(before: Mapping[str, Any], after: Identity) -> Iterator[str]:
+    for key in ("image_size", "flip", "crop"):
+        if before[key] != after[key]:
+            yield f"data.{key} was {_plain(before[key])} and is {_plain(after[key])}"
+    for key, words in (("text_encoder", "text encoder"), ("feature_encoder", "feature encoder of REPA")):
+        if before[key] != after[key]:
+            yield f"the {words} was {_plain(before[key])} and is {_plain(after[key])}"
+    for key, words in (("autoencoder", "autoencoder"), ("stored", "array stored in shards")):
+        old, new = before[key], after[key]
+        if old is None or new is None:
+            if old != new:
+                yield f"there was {'no' if old is None else 'an'} {words} and now there is {'one' if new else 'none'}"
+            continue
+        changed = [name for name in new if name in old and old[name] != new[name]]
+        if changed:
+            both = ", ".join(f"{name} {_plain(old[name])} → {_plain(new[name])}" for name in changed)
+            yield f"the {words} differs: {both}"
+
+
+def config_differences(
+    before: Mapping[str, Any], classes: Sequence[str] | None, config: RunConfig, images: ImageSet
+) -> list[str]:
+    """The same of a checkpoint without an identity, as far as its ``data`` section ``before`` and the names of its
+    ``classes``, if they are known, tell.
+    """
+    after = config.data.model_dump(mode="json")
+    found = []
+    for key in _OLD_KEYS:
+        if key in before and before[key] != after[key]:
+            found.append(f"data.{key} was {_plain(before[key])} and is {_plain(after[key])}")
+    if config.data.condition == "text":
+        for key in ("encoder", "pooled"):
+            old, new = before.get("text", {}).get(key), after["text"][key]
+            if old not in (None, new):
+                found.append(f"data.text.{key} was {_plain(old)} and is {_plain(new)}")
+    return found if classes is None else [*found, *_class_changes(classes, images.classes)]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,237 @@
+"""What a run is trained on: everything that changes it is a difference told with both values, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from helpers.training import small_config
+from megadit.config import DataConfig, RunConfig
+from megadit.data import build_datasets
+from megadit.data.identity import differences, identify
+from megadit.data.tars.making import Sharding, make_shards
+
+CLASSES = ("ant", "cat", "dog")
+
+
+def identity(config):
+    train, held_out = build_datasets(config.data)
+    return json.loads(json.dumps(identify(config, train, held_out)))
+
+
+def told(before, config):
+    train, held_out = build_datasets(config.data)
+    return differences(before, identify(config, train, held_out), train)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (8, 8), (label, number, 0)).save(folder / name / f"{number:02d}.png")
+    return folder
+
+
+def of_folder(path, **data):
+    classes = len([entry for entry in path.iterdir() if entry.is_dir()]) if data.get("condition") != "none" else 0
+    more = {} if classes else {"sample": {"guidance": 1.0}}
+    return small_config(
+        model={"in_channels": 3, "num_classes": classes},
+        data={"name": "image-folder", "path": str(path), "image_size": 8, "val_fraction": 0.2, **data},
+        **more,
+    )
+
+
+def test_moved_copied_and_touched_data_are_the_same(pictures, tmp_path):
+    before = identity(of_folder(pictures))
+    assert before["training_images"] + before["validation_images"] == 60
+    other = shutil.copytree(pictures, tmp_path / "elsewhere" / "deeper")  # another path, other times, other inodes
+    for file in sorted(other.rglob("*.png"), reverse=True):
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(data)
+        os.utime(file, (1, 1))
+    assert told(before, of_folder(other)) == []
+    assert identity(of_folder(other)) == before
+    assert told(before, of_folder(other, workers=3, on_change="accept")) == []
+
+
+def test_a_renamed_class_is_named_with_its_number(pictures):
+    before = identity(of_folder(pictures))
+    (pictures / "cat").rename(pictures / "zebra")
+    first, second = told(before, of_folder(pictures))
+    assert first == "class 1 was 'cat' and is 'dog', and 1 more differ"
+    assert second.endswith("(first difference: cat/00.png is gone)")
+
+
+def test_a_class_more_or_less_is_named(pictures):
+    before = identity(of_folder(pictures))
+    shutil.copytree(pictures / "cat", pictures / "bee")
+    assert told(before, of_folder(pictures))[0] == "there were 3 classes and are 4 ('bee' is new)"
+    shutil.rmtree(pictures / "bee")
+    shutil.rmtree(pictures / "ant")
+    assert told(before, of_folder(pictures))[0] == "there were 3 classes and are 2 ('ant' is gone)"
+
+
+def test_images_that_come_go_or_are_written_again(pictures):
+    before = identity(of_folder(pictures))
+    train, held_out = before["training_images"], before["validation_images"]
+    for number in range(20, 60):
+        shutil.copy(pictures / "dog/00.png", pictures / f"dog/{number}.png")
+    (found,) = told(before, of_folder(pictures))
+    now = identity(of_folder(pictures))
+    counts = f"training images {train} → {now['training_images']}, validation images {held_out} → "
+    assert found == counts + f"{now['validation_images']} (first difference: dog/20.png is new)"
+    for number in range(20, 60):
+        (pictures / f"dog/{number}.png").unlink()
+    assert told(before, of_folder(pictures)) == []
+    Image.new("RGB", (80, 80), "red").save(pictures / "cat/03.png")
+    size = (pictures / "cat/03.png").stat().st_size
+    (found,) = told(before, of_folder(pictures))
+    assert found.startswith(f"other images (first difference: cat/03.png has {size:,} bytes and had ")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"flip": True}, "data.flip was false and is true"),
+        ({"crop": "center"}, "data.crop was adm and is center"),
+        ({"val_fraction": 0.5}, "data.val_fraction 0.2 → 0.5, training images "),
+        ({"classes": ("dog", "cat", "ant")}, "class 0 was 'ant' and is 'dog', and 1 more differ"),
+        ({"condition": "none"}, "data.condition was class and is none"),
+    ],
+)
+def test_keys_that_change_what_is_trained_on(pictures, data, said):
+    found = told(identity(of_folder(pictures)), of_folder(pictures, **data))
+    assert found[0].startswith(said)
+
+
+def of_lines(path, **data):
+    config = {"name": "image-folder", "path": str(path), "image_size": 8, "val_fraction": 0.2, **data}
+    return RunConfig.model_construct(**{**dict(small_config()), "data": DataConfig.model_validate(config)})
+
+
+def write_lines(folder, change):
+    lines = [
+        {"file_name": f"{name}/{n:02d}.png", "label": name, "caption": f"{name} {n}"}
+        for name in CLASSES
+        for n in range(20)
+    ]
+    lines = change(lines)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_labels_and_order_of_metadata(pictures):
+    write_lines(pictures, lambda lines: lines)
+    before = identity(of_lines(pictures))
+    write_lines(pictures, lambda lines: [{**line, "caption": "new"} for line in lines])
+    assert told(before, of_lines(pictures)) == []  # captions are not what this run reads
+    write_lines(pictures, lambda lines: [*lines[:5], {**lines[5], "label": "dog"}, *lines[6:]])
+    assert told(before, of_lines(pictures)) == ["images of the same files have other labels"]
+    write_lines(pictures, lambda lines: [lines[1], lines[0], *lines[2:]])
+    (found,) = told(before, of_lines(pictures))
+    assert found == "other images (first difference: ant/01.png is in the place of ant/00.png)"
+
+
+def test_shards_that_are_added_renamed_or_written_again(tmp_path):
+    make_shards(DataConfig(name="digits"), tmp_path / "tars", Sharding("digits", 200))
+    (tmp_path / "tars/manifest.json").unlink()
+    files = sorted((tmp_path / "tars").glob("*.tar"))
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for file in files[6:]:
+        file.rename(aside / file.name)
+    config = small_config(
+        model={"in_channels": 3}, data={"name": "webdataset", "path": str(tmp_path / "tars"), "image_size": 8}
+    )
+    before = identity(config)
+    assert before["files"]["count"] == 6 and before["training_images"] + before["validation_images"] == 1200
+    shutil.copytree(tmp_path / "tars", tmp_path / "moved")
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "moved")})})
+    assert told(before, moved) == []
+    for file in sorted(aside.iterdir()):
+        file.rename(tmp_path / "tars" / file.name)
+    (found,) = told(before, config)
+    assert found.startswith(f"training images {before['training_images']:,} → ")
+    assert found.endswith("(first difference: digits-000006.tar is new)")
+    for file in files[6:]:
+        file.unlink()
+    files[2].rename(files[2].with_name("digits-a.tar"))
+    (found,) = told(before, config)
+    assert "first difference: digits-000002.tar is gone" in found
+
+
+def test_built_in_sets():
+    digits = small_config()
+    assert told(identity(digits), digits) == []
+    assert told(identity(digits), small_config(data={"classes": tuple("1023456789")})) == [
+        "class 0 was '0' and is '1', and 1 more differ"
+    ]
+    emoji = {"model": {"in_channels": 3, "input_size": 8, "num_classes": 9}, "data": {"name": "emoji", "image_size": 8}}
+    before = identity(small_config(**emoji))
+    more = {**emoji, "data": {**emoji["data"], "skin_tones": True}}
+    (found,) = told(before, small_config(**more))
+    assert found.startswith(f"training images {before['training_images']:,} → ") and "first difference: " in found
+
+
+def of_text(pictures, **text):
+    model = {"in_channels": 3, "num_classes": 0, "text": {"dim": 16, "max_length": 8}, "family": "mmdit"}
+    data = {"name": "image-folder", "path": str(pictures), "image_size": 8, "condition": "text", "text": text}
+    return small_config(model=model, data=data)
+
+
+def test_captions_and_their_encoder(pictures, tmp_path):
+    write_lines(pictures, lambda lines: lines)
+    folder = tmp_path / "t5"  # what an encoder's identity is made of, no network
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 16}))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    config = of_text(pictures, encoder="t5", path=str(folder))
+    before = identity(config)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert told(before, of_text(pictures, encoder="t5", path=str(moved), cache=str(tmp_path))) == []
+    write_lines(pictures, lambda lines: [{**lines[0], "caption": "new"}, *lines[1:]])
+    assert told(before, config) == ["images of the same files have other captions"]
+    write_lines(pictures, lambda lines: lines)
+    (folder / "model.safetensors").write_bytes(b"others!")
+    (found,) = told(before, config)
+    assert found.startswith(f"the text encoder was {before['text_encoder']} and is t5:")
+    (found,) = told(before, of_text(pictures, encoder="t5", path=str(moved), precision="bf16"))
+    assert found.endswith(":bf16 pooled none")
+
+
+def test_the_autoencoder_with_scale_and_shift(pictures, tmp_path):
+    def vae(folder, **facts):
+        folder.mkdir(exist_ok=True)
+        shown = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "latent_channels": 4, **facts}
+        (folder / "config.json").write_text(json.dumps(shown))
+        (folder / "weights.safetensors").write_bytes(b"weights")
+        return folder
+
+    def of_vae(folder, **more):
+        data = {"name": "image-folder", "path": str(pictures), "image_size": 8}
+        model = {"in_channels": 4, "input_size": 4, "num_classes": 3}
+        return small_config(model=model, data={**data, "vae": {"path": str(folder), "factor": 2, **more}})
+
+    before = identity(of_vae(vae(tmp_path / "vae", scaling_factor=0.5)))
+    assert told(before, of_vae(shutil.copytree(tmp_path / "vae", tmp_path / "moved"), scale=0.5)) == []
+    (found,) = told(before, of_vae(tmp_path / "vae", scale=0.25, shift=0.125))
+    assert found == "the autoencoder differs: scale 0.5 → 0.25, shift 0 → 0.125"
+    (tmp_path / "vae/weights.safetensors").write_bytes(b"others!")
+    (found,) = told(before, of_vae(tmp_path / "vae"))
+    assert found.startswith("the autoencoder differs: codec AutoencoderKL:")
+    config = small_config(model={"in_channels": 3, "num_classes": 3}, data=of_folder(pictures).data.model_dump())
+    assert told(before, config)[-1] == "there was an autoencoder and now there is none"
+
+
+def test_keys_that_only_one_of_two_identities_has_are_not_compared():
+    config = small_config()
+    before = identity(config)
+    del before["crop"], before["files"], before["captions"]
+    assert told({**before, "younger": 3}, config) == []

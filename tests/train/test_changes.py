@@ -1,0 +1,108 @@
+"""What a resumed run is told of its changed config: rates with numbers, averages, and the rest in one sentence."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from helpers.training import small_config
+from megadit.train.changes import config_notes, rate_text
+from megadit.train.checkpoint import Position
+from megadit.train.schedule import Schedule
+
+COSINE = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 0}
+WSD = {"lr": 2e-3, "schedule": "wsd", "warmup_steps": 0, "decay_steps": "20%"}
+
+
+def notes(old, new, step=500, images=None, total=None):
+    """Of a run that stored the sections ``old`` at ``step`` and goes on with ``new``."""
+    before, after = small_config(**old), small_config(**new)
+    state = {} if images is None else {"data": {"training_images": images}}
+    config = json.loads(json.dumps(before.model_dump(mode="json")))
+    stored = SimpleNamespace(config=config, state=state, position=Position(step, 16 * step))
+    return config_notes(stored, after, total or after.train.steps)
+
+
+def run(optim, steps, **train):
+    return {"optim": optim, "train": {"steps": steps, **train}}
+
+
+def test_nothing_changed_nothing_said():
+    assert notes(run(COSINE, 1000), run(COSINE, 1000)) == []
+    assert notes(run(WSD, 1000), run({**WSD, "decay_steps": 200}, 1000)) == [
+        "the config has changed since the checkpoint: optim.decay_steps 20% → 200"
+    ]  # the same 200 steps
+
+
+def test_a_lengthened_cosine_says_from_which_rate_to_which():
+    (told,) = notes(run(COSINE, 1000), run(COSINE, 2000))
+    before, after = (
+        2e-3 * Schedule.from_config(small_config(**run(COSINE, n)).optim, n).factor(500) for n in (1000, 2000)
+    )
+    assert (rate_text(before), rate_text(after)) == ("1.00e-3", "1.71e-3")
+    assert told == (
+        "the learning rate goes from 1.00e-3 to 1.71e-3 at step 500 (train.steps 1000 → 2000 lengthens the cosine)"
+    )
+    (told,) = notes(run(COSINE, 1000), run(COSINE, 800))
+    assert told.endswith("(train.steps 1000 → 800 shortens the cosine)") and "from 1.00e-3 to 6.17e-4" in told
+
+
+def test_a_finished_run_that_goes_on_begins_at_its_last_rate():
+    (told,) = notes(run(COSINE, 1000), run(COSINE, 2000), step=1000)
+    assert told.startswith("the learning rate goes from 4.93e-9 to 1.00e-3 at step 1000 (train.steps")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cause", "rates"),
+    [
+        (COSINE, {**COSINE, "lr": 1e-3}, "optim.lr 0.002 → 0.001", "1.00e-3 to 5.00e-4"),
+        (COSINE, WSD, "optim.schedule cosine → wsd, optim.decay_steps null → 20%", "1.00e-3 to 2.00e-3"),
+        (COSINE, {**COSINE, "min_lr_ratio": 0.5}, "optim.min_lr_ratio 0 → 0.5", "1.00e-3 to 1.50e-3"),
+        ({"lr": 2e-3}, {"lr": 2e-3, "warmup_steps": 1000}, "optim.warmup_steps 4 → 1000", "2.00e-3 to 1.00e-3"),
+    ],
+)
+def test_every_cause_is_named_with_both_values(old, new, cause, rates):
+    (told,) = notes(run(old, 1000), run(new, 1000))
+    assert told == f"the learning rate goes from {rates} at step 500 ({cause})"
+
+
+def test_a_course_that_parts_later_says_where():
+    (told,) = notes(run(WSD, 1000), run(WSD, 2000))
+    assert told == (
+        "the learning rate stays at 2.00e-3 at step 500 and leaves its former course at step 801 (train.steps 1000 → "
+        "2000 lengthens the schedule)"
+    )
+    (told,) = notes(run({"lr": 2e-3}, 1000), run({"lr": 2e-3}, 2000))
+    assert told == "the config has changed since the checkpoint: train.steps 1000 → 2000"  # a constant rate goes on
+
+
+def test_a_length_in_epochs_follows_the_images_of_before():
+    epochs = {"steps": None, "epochs": 10.0, "global_batch": 16}
+    old = {"optim": COSINE, "train": epochs}
+    (told,) = notes(old, old, images=1600, total=1500)  # 1000 steps then; an accepted change of the data made it 1500
+    assert told.endswith("at step 500 (the run's steps 1000 → 1500 lengthens the cosine)")
+    assert notes(old, old, images=1600, total=1000) == []
+    assert notes(old, old, total=1500) == []  # how long it was to be is not known
+
+
+def test_averages_and_the_rest():
+    old = {"ema": {"decays": (0.9,), "every": 1}, "optim": {"weight_decay": 0.05}}
+    new = {"ema": {"decays": (0.9,), "every": 4}, "optim": {"weight_decay": 0.1, "betas": (0.9, 0.95)}}
+    assert notes(old, new, step=7) == [
+        "ema.every 1 → 4 from step 7 on: averages follow the weights every 4 updates",
+        "the config has changed since the checkpoint: optim.betas [0.9, 0.99] → [0.9, 0.95], "
+        "optim.weight_decay 0.05 → 0.1",
+    ]
+    moved = {"data": {"workers": 3, "on_change": "accept"}}
+    assert notes({}, moved) == []
+
+
+def test_a_config_that_is_no_longer_valid_is_told_without_rates():
+    before = small_config().model_dump(mode="json")
+    before["optim"]["schedule"] = "staircase"
+    stored = SimpleNamespace(config=before, state={}, position=Position(5, 80))
+    assert config_notes(stored, small_config(), 10) == [
+        "the config has changed since the checkpoint: optim.schedule staircase → constant"
+    ]
