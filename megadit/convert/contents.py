@@ -16,6 +16,7 @@ from torch import Tensor
 from megadit.config import ModelConfig, RunConfig
 from megadit.convert.request import check_free
 from megadit.errors import UserError
+from megadit.ownership import own
 from megadit.train.checkpoint import WEIGHTS, Position
 from megadit.train.partitions import MOMENTS
 
@@ -106,23 +107,26 @@ def fresh(target: Path) -> Iterator[Path]:
     """A name beside ``target`` to write to, which becomes ``target`` when all went well and vanishes otherwise.
 
     Raises:
-        UserError: ``target`` holds something already, or cannot be written.
+        UserError: ``target`` holds something already, cannot be written, or another process is writing it.
     """
     check_free(target)
     temporary = target.with_name(f".tmp-{target.name}")  # a writer goes by the ending
-    try:
-        _remove(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if target.is_dir():
-            target.rmdir()
-        temporary.rename(target)
-    except OSError as error:
-        raise UserError(
-            f"OUT: '{target}' cannot be written ({error.strerror or error}); free space, or choose another place"
-        ) from error
-    finally:
-        _remove(temporary)
+    with own(target.parent, "converting", "OUT", name=target.name) as ownership:
+        check_free(target)  # which another process may just have written
+        try:
+            _remove(temporary)
+            yield temporary
+            ownership.check()
+            if target.is_dir():
+                target.rmdir()
+            temporary.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"OUT: '{target}' cannot be written ({error.strerror or error}); free space, or choose another place"
+            ) from error
+        finally:
+            if ownership.holds():
+                _remove(temporary)
 
 
 def _remove(path: Path) -> None:

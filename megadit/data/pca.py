@@ -27,6 +27,7 @@ from megadit.data.codec_folder import PCA_CLASS
 from megadit.data.dataset import ImageSet, stack_images
 from megadit.errors import UserError
 from megadit.files import save_tensors, whole_file
+from megadit.ownership import is_lock, own
 
 _WEIGHTS = "codec.safetensors"
 _PER_PASS = 64
@@ -163,7 +164,12 @@ def fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, m
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: '{folder}' is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    with own(folder, "fitting a codec"):
+        return _fit_and_save(config, folder, factor, channels, most)
+
+
+def _fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, most: int) -> dict[str, Any]:
+    if any(not is_lock(path.name) for path in folder.iterdir()):
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     train, held_out = build_datasets(config)
     if train.stores_latents:

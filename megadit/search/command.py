@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
+from megadit.ownership import Ownership, own
 from megadit.search.storage.states import Counts
 from megadit.search.study.spec import read_spec
 from megadit.search.study.study import FROZEN, Study, find_study, load_study
@@ -33,11 +35,17 @@ def run(
     command goes on.
 
     Raises:
-        UserError: the study cannot work, or a worker refused to join it.
+        UserError: the study cannot work, another ``run`` works on it (Occupied), or a worker refused to join it.
     """
+    study = load_study(_source(config, study_dir), study_dir, overrides)
+    remedy = "add workers to it with launch/sweep.py worker, wait for it, or choose another --study_dir"
+    with own(study.folder, "running a study", "--study_dir", remedy) as ownership:
+        return _run(study, workers, retry_failed, ownership)
+
+
+def _run(study: Study, workers: int | None, retry_failed: bool, ownership: Ownership) -> int:
     from megadit.search.storage.store import StudyStore
 
-    study = load_study(_source(config, study_dir), study_dir, overrides)
     asked = study.spec.workers
     count = workers if workers is not None else asked.count
     if count < 1:
@@ -51,6 +59,7 @@ def run(
     pool = _run_pool(study, store, slots)
     if pool.bad_input is not None:
         raise UserError(pool.bad_input)
+    ownership.check()
     return _conclude(study, store, pool)
 
 
@@ -74,7 +83,7 @@ def _run_pool(study: Study, store: Any, slots: list[Place]) -> Pool:
     def note(number: int, *_: Any) -> None:
         asked.append(number)
         if len(asked) == 1:
-            print("\nstopping: running trials go back to the queue (again: at once)", file=sys.stderr)
+            say("\nstopping: running trials go back to the queue (again: at once)")
             pool.signal(signal.SIGTERM)
         else:
             pool.kill()
@@ -107,26 +116,26 @@ def _conclude(study: Study, store: Any, pool: Pool) -> int:
     store.reclaim_stale()
     status = status_of(store)
     counts = status.counts
-    print(f"study {study.spec.name}: {counts_text(counts)}")
+    say(f"study {study.spec.name}: {counts_text(counts)}", sys.stdout)
     if counts.done:
-        html, markdown = write_report(study.folder)
-        print(f"  report     {html}\n             {markdown}")
+        with harmless("the report"):
+            html, markdown = write_report(study.folder)
+            say(f"  report     {html}\n             {markdown}", sys.stdout)
     if status.best is not None:
-        print(f"  best       {best_text(status.best)}")
-        print(f"  runs       {study.folder / 'trials'}")
-    print(f"  study      {study.folder}")
+        say(f"  best       {best_text(status.best)}", sys.stdout)
+        say(f"  runs       {study.folder / 'trials'}", sys.stdout)
+    say(f"  study      {study.folder}", sys.stdout)
     if counts.done < counts.planned:
         if pool.lost is not None:
-            print(f"error: no worker could be kept alive; see {pool.lost}", file=sys.stderr)
+            say(f"error: no worker could be kept alive; see {pool.lost}")
             return EXIT_FAILURE
-        print("stopped with trials left; the same command goes on", file=sys.stderr)
+        say("stopped with trials left; the same command goes on")
         return EXIT_PREEMPTED
     if counts.failed:
         first = next(trial for trial in status.trials if trial.outcome == "failed")
-        print(
+        say(
             f"error: {counts.failed} trial(s) failed, e.g. trial {first.number}: {first.reason}; when the cause is "
-            "gone, run again with --retry_failed",
-            file=sys.stderr,
+            "gone, run again with --retry_failed"
         )
         return EXIT_FAILURE
     return EXIT_OK
@@ -156,11 +165,11 @@ class Progress:
         if status.best is not None:
             parts.append(f"best {status.best.score} {status.best.value:.4f} at {point_text(status.best.hps)}")
         eta = "?" if status.eta_s is None else duration(status.eta_s)
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._show_bar(counts.done, counts.planned, "  ".join([*parts, f"ETA {eta}"]))
         elif counts.done != self._done or now - self._printed > _LINE_S:
             self._done, self._printed = counts.done, now
-            print(f"{counts.done}/{counts.planned} trials  {'  '.join(parts)}  ETA {eta}", file=sys.stderr, flush=True)
+            say(f"{counts.done}/{counts.planned} trials  {'  '.join(parts)}  ETA {eta}")
 
     def _show_bar(self, done: int, planned: int, text: str) -> None:
         if self._bar is None:
@@ -169,12 +178,14 @@ class Progress:
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials [{elapsed}] {postfix}"
             self._bar = tqdm(total=planned, initial=done, dynamic_ncols=True, bar_format=layout)
         self._bar.n = done
-        self._bar.set_postfix_str(text)
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+            self._bar.set_postfix_str(text)
 
     def close(self) -> None:
         """Close the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
 
 
 def worker(config: str | None, study_dir: str | None, overrides: Sequence[str]) -> int:

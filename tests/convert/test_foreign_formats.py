@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.owners import leave_owner, parent
 from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
 from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
@@ -369,3 +370,14 @@ def test_the_command_takes_hints_and_overrides(runs: dict[str, Path], tmp_path: 
         tool.main([*arguments, str(tmp_path / "run3"), "--hint", "heads"])
     with pytest.raises(UserError, match="model.width is 48 in the file and 64"):
         tool.main([*arguments, str(tmp_path / "run3"), "model.width=64", "--hint", "heads=2"])
+
+
+def test_a_target_that_another_process_writes_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    owner = leave_owner(tmp_path, ".out.pt.owner.json", **parent())
+    half = tmp_path / ".tmp-out.pt"
+    half.write_bytes(b"of the other")
+    with pytest.raises(UserError, match=f"OUT: '{tmp_path}/out.pt' is in use by process {owner.pid} on"):
+        convert("megadit", "official-dit", runs["dit"], tmp_path / "out.pt")
+    assert half.read_bytes() == b"of the other"
+    convert("megadit", "official-dit", runs["dit"], tmp_path / "beside.pt")  # is another's business
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.pt.owner.json", ".tmp-out.pt", "beside.pt"]

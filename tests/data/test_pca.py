@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.owners import leave_owner, parent
 from megadit.config import DataConfig
 from megadit.config.data import VaeConfig
 from megadit.data import build_datasets
@@ -96,6 +97,9 @@ def test_bad_requests_and_damaged_folders_are_refused(folder: Path, tmp_path: Pa
         fit_pca(train, [0], 2, 5)
     with pytest.raises(UserError, match="is not empty"):
         fit_and_save(DIGITS, folder, 2, 3, 10)
+    leave_owner(tmp_path / "new", **parent())
+    with pytest.raises(UserError, match=f"'{tmp_path}/new' is in use by process"):
+        fit_and_save(DIGITS, tmp_path / "new", 2, 3, 10)
     with pytest.raises(UserError, match="takes images of 1 channel"):
         build_codec(VaeConfig(path=str(folder))).encode(torch.zeros(4, 3, 8, 8), KEYS)
     values = json.loads((folder / "config.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.owner_file import FILE, Owner, OwnerFile
+from megadit.process_id import start_of
 
 ROOT = Path(__file__).resolve().parents[2]
 _OWN = """
@@ -50,12 +52,17 @@ def killed_owner(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def leave_owner(folder: Path, **facts: Any) -> Owner:
+def leave_owner(folder: Path, file: str = FILE, **facts: Any) -> Owner:
     """Leave in ``folder`` the file of an owner that is this process but for ``facts``."""
     folder.mkdir(parents=True, exist_ok=True)
     owner = dataclasses.replace(Owner.here(folder, "training", 0.05), **facts)
-    assert OwnerFile(folder / FILE).create(owner)
+    assert OwnerFile(folder / file).create(owner)
     return owner
+
+
+def parent() -> dict[str, Any]:
+    """The facts of an owner that lives on this host without being started for it: this process's parent."""
+    return {"pid": os.getppid(), "process_start": start_of(os.getppid())}
 
 
 def elsewhere(**facts: Any) -> dict[str, Any]:

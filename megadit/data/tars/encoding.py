@@ -38,6 +38,7 @@ from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError
 from megadit.files import save_tensors
+from megadit.ownership import refuse_occupied
 from megadit.rng import sample_keys
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def encode_set(
 
     A start that was cut off is gone on with. Raises UserError as ``build_datasets``, the encoders and ``SetWriter`` do.
     """
+    refuse_occupied(folder)
     images, bases = whole_set(config, labelled=config.condition == "class")
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)

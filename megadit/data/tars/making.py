@@ -13,6 +13,7 @@ from megadit.data.tars.layout import CAPTION, JSON, LABEL, Progress, Sharding
 from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError
+from megadit.ownership import refuse_occupied
 
 
 def make_shards(
@@ -27,6 +28,7 @@ def make_shards(
 
     A start that was cut off is gone on with. Raises UserError as ``build_datasets`` and ``SetWriter`` do.
     """
+    refuse_occupied(folder)
     images, bases = whole_set(config, labelled=config.condition == "class")
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")

@@ -22,6 +22,7 @@ from megadit.data.tars.layout import INDEX, MANIFEST, RECIPE, shard_name
 from megadit.data.tars.manifest import Manifest, ShardFacts, save_manifest, sha256_of
 from megadit.errors import UserError
 from megadit.files import whole_file
+from megadit.ownership import is_lock, own
 
 _HEADER = 512  # of a member in a tar
 
@@ -29,10 +30,12 @@ _HEADER = 512  # of a member in a tar
 class SetWriter:
     """Writes a set of tars into ``folder``; ``done`` samples are there already, of an earlier start that was cut off.
 
+    The folder is this writer's, and no other process's, until ``finish`` or ``abandon``.
+
     prefix: of the tars' names.  per_shard: the most samples of a tar.  max_bytes: a tar that would grow beyond it ends
     before.  recipe: all that decides what is written; an unfinished set of another recipe is not gone on with.
 
-    Raises UserError if the folder holds anything else, or cannot be written.
+    Raises UserError if the folder holds anything else, cannot be written, or is another writer's (Occupied).
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class SetWriter:
         self._entries: list[list[Entry]] = []
         self._facts: list[ShardFacts] = []
         self._shard: _Shard | None = None
+        self._ownership = own(folder, "writing tars")
         with self._writing():
             _begin(folder, {**recipe, "prefix": prefix, "per_shard": per_shard, "max_bytes": max_bytes})
             self._take_over()
@@ -61,7 +65,7 @@ class SetWriter:
             self._finish_shard()
         with self._writing():
             if self._shard is None:
-                self._shard = _Shard(self.folder / shard_name(self.prefix, len(self._facts)))
+                self._shard = _Shard(self.folder / shard_name(self.prefix, len(self._facts)), self._ownership.token)
             self._shard.add(key, members)
 
     def finish(self, manifest: Manifest) -> Manifest:
@@ -69,27 +73,32 @@ class SetWriter:
         if self._shard is not None:
             self._finish_shard()
         with self._writing():
+            self._ownership.check()
             save_index(build_index(self._entries, manifest.classes), self.folder / INDEX)
             whole = replace(manifest, shards=tuple(self._facts), samples=self.done)
             save_manifest(whole, self.folder)
             (self.folder / RECIPE).unlink()
+        self._ownership.release()
         return whole
 
     def abandon(self) -> None:
-        """Drop the tar that is being written; finished ones stay for the next start."""
+        """Drop the tar that is being written; finished ones stay for the next start, which may begin now."""
         if self._shard is not None:
             self._shard.drop()
             self._shard = None
+        self._ownership.release()
 
     def _take_over(self) -> None:
         for path in self.folder.glob(".*.part"):
-            path.unlink()
+            if self._ownership.sure:  # else a writer that was silent may still be at it
+                path.unlink()
         while (path := self.folder / shard_name(self.prefix, len(self._facts))).is_file():
             self._note(path, sha256_of(path))
 
     def _finish_shard(self) -> None:
         assert self._shard is not None
         with self._writing():
+            self._ownership.check()
             path, digest = self._shard.finish()
         self._shard = None
         self._note(path, digest)
@@ -104,6 +113,9 @@ class SetWriter:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            self.abandon()
+            raise
         except OSError as error:
             self.abandon()
             raise UserError(
@@ -124,7 +136,7 @@ def _begin(folder: Path, recipe: Mapping[str, Any]) -> None:
                 f"--out: '{folder}' holds a set that another command began; give the same command to go on with it, "
                 "choose another folder, or remove it"
             )
-    elif any(folder.iterdir()):
+    elif any(not is_lock(path.name) for path in folder.iterdir()):
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     else:
         with whole_file(own) as temporary:
@@ -132,11 +144,11 @@ def _begin(folder: Path, recipe: Mapping[str, Any]) -> None:
 
 
 class _Shard:
-    """One tar under a temporary name."""
+    """One tar under a temporary name, which no other writer uses."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, token: str) -> None:
         self.path, self.samples = path, 0
-        self._part = path.with_name(f".{path.name}.part")
+        self._part = path.with_name(f".{path.name}.{token}.part")
         self._file = _Hashed(open(self._part, "wb"))  # noqa: SIM115 - closed by finish or drop
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[arg-type]
 

@@ -97,14 +97,18 @@ def _key(encoder: TextEncoder, texts: Sequence[str], max_length: int) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Mutual exclusion of those who would write ``path``; the kernel releases it when its holder dies."""
+    """Mutual exclusion of those who would write ``path``; the kernel releases it when its holder dies.
+
+    Where the file system knows no such locks each computes for itself, and the file still appears whole.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise _unwritable(path.parent, error) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)

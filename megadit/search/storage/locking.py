@@ -50,7 +50,13 @@ class StudyLock:
     @contextlib.contextmanager
     def _host_lock(self) -> Iterator[None]:
         with open(self._file, "a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"storage: sqlite needs a file system that locks files, and '{self._file}' cannot be locked "
+                    f"({error.strerror or error}); set storage: journal, or choose a --study_dir on a local disk"
+                ) from error
             yield
 
     @contextlib.contextmanager

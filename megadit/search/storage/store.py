@@ -20,7 +20,7 @@ from megadit.search.storage.identity import Heartbeats, WorkerId
 from megadit.search.storage.locking import FILES, StudyLock, open_storage
 from megadit.search.storage.states import Claim, Counts, History, Overview, attributes, restored, stored
 from megadit.search.study.plan import PlannedTrial, plan
-from megadit.search.study.study import Study, load_study, save_study
+from megadit.search.study.study import Study, check_against_frozen, load_study, make_folder, save_study
 
 _UNOWNED_S = 60.0  # a running trial without an owner for so long was claimed by a process that died at once
 
@@ -50,9 +50,11 @@ class StudyStore:
         Raises:
             UserError: the directory cannot be written, or holds something else.
         """
-        save_study(study)
+        make_folder(study.folder)
         lock = StudyLock(study.folder, study.spec.storage)
         with lock():
+            check_against_frozen(study)  # which another process may have written since this one read it
+            save_study(study)
             store = cls(study, open_storage(study.folder, study.spec.storage), lock, create=True)
             store.heartbeats.clear_dead()
             store._reclaim()

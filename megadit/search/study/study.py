@@ -26,7 +26,7 @@ from megadit.config.sources import (
 )
 from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import check_folder, whole_file
 from megadit.search.study.extend import check_extends
 from megadit.search.study.space import Space, build_space
 from megadit.search.study.spec import StudySpec, read_spec
@@ -132,9 +132,25 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     _check(study)
     frozen = folder / FROZEN
     if frozen.is_file() and (overrides or frozen.resolve() != file.resolve()):
-        earlier = read_spec(frozen)
-        check_extends(study.spec, study.base, earlier, _load_base(earlier, frozen, {}), folder, bool(horizons))
+        check_against_frozen(study)
     return study
+
+
+def check_against_frozen(study: Study) -> None:
+    """Whether the study may go on in its directory. Raises UserError when that holds another one."""
+    frozen = study.folder / FROZEN
+    if frozen.is_file():
+        earlier, folder = read_spec(frozen), study.folder
+        check_extends(study.spec, study.base, earlier, _load_base(earlier, frozen, {}), folder, bool(study.horizons))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a study's directory. Raises UserError when it cannot be made."""
+    check_folder(folder, "--study_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--study_dir: cannot make '{folder}' ({error.strerror}); choose another folder") from None
 
 
 def save_study(study: Study) -> Path:
@@ -144,8 +160,8 @@ def save_study(study: Study) -> Path:
     text = "# The study with its base configuration in place, written by megadit: what its trials were run with.\n"
     text += dump_yaml(values)
     target = study.folder / FROZEN
+    make_folder(study.folder)
     try:
-        study.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError, say
 from megadit.parallel.environment import without_ranks
 from megadit.parallel.lifetime import die_with_parent
 from megadit.search.study.spec import WorkersSpec
@@ -136,16 +136,16 @@ class Pool:
         slot.deaths = 1 if done > slot.done_at_start else slot.deaths + 1
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         if slot.deaths >= _MAX_DEATHS:
-            print(f"\na worker ended {how}, again; it is not restarted. The end of its log, {slot.log}:\n"
-                  f"{self._tail(slot.log)}", file=sys.stderr)  # fmt: skip
+            say(f"\na worker ended {how}, again; it is not restarted. The end of its log, {slot.log}:\n"
+                f"{self._tail(slot.log)}")  # fmt: skip
             slot.over, self.lost = True, slot.log
             return
-        print(f"\na worker ended {how} and is restarted; its log: {slot.log}", file=sys.stderr)
+        say(f"\na worker ended {how} and is restarted; its log: {slot.log}")
         slot.restart_at = time.monotonic() + _RESTART_S
 
     def _start(self, slot: _Slot, done: int) -> None:
         slot.restart_at, slot.done_at_start = 0.0, done
-        raw = self._logs / f".starting-{os.getpid()}-{self._slots.index(slot)}"
+        raw = self._logs / f".starting-{socket.gethostname()}-{os.getpid()}-{self._slots.index(slot)}"
         with open(raw, "wb") as log:
             slot.process = subprocess.Popen(
                 worker_command(self.study.folder, len(slot.place.gpus)),

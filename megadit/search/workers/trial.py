@@ -6,6 +6,7 @@ is collected before the next one starts.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
@@ -19,6 +20,7 @@ from megadit.config import DataConfig, LoadedConfig, RunConfig
 from megadit.data import ImageSet
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.models import count_parameters
+from megadit.ownership import Occupied, OwnershipLost
 from megadit.parallel import ProcessContext
 from megadit.plan import forward_flops
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
@@ -123,6 +125,8 @@ def run_trial(
         job = _job(study, cell, claim, folder, datasets)
         context.on_main(lambda: _make_room(folder))
         code = pretrain(job, _callbacks(study, watch), keep_group=True)
+    except (Occupied, OwnershipLost):
+        raise  # no result of this trial: its folder is another process's
     except UserError as error:
         if job is not None and context.world_size > 1 and not error.everywhere:
             raise  # the other ranks are in the middle of a step: the launcher ends them all
@@ -257,5 +261,5 @@ def _tidy(study: Study, folder: Path) -> None:
     if "checkpoint" not in study.spec.keep:
         shutil.rmtree(checkpoint_root(folder), ignore_errors=True)
     samples = folder / "samples"
-    if samples.is_dir() and not any(samples.iterdir()):
-        samples.rmdir()
+    with contextlib.suppress(OSError):
+        samples.rmdir()  # if it is empty

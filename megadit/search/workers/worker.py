@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command
+from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command, say
 from megadit.parallel.environment import prepare_environment
 from megadit.parallel.lifetime import die_with_launcher, die_with_parent
 from megadit.search.storage.identity import this_worker
@@ -200,7 +200,7 @@ def describe(claim: Claim) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    say(f"{time.strftime('%H:%M:%S')} {text}")
 
 
 def work(study: Study) -> int:

@@ -273,3 +273,22 @@ def test_a_claim_without_owner_is_lost_after_a_while(tmp_path, monkeypatch):
     assert store.reclaim_stale() == []
     monkeypatch.setattr(store_module, "_UNOWNED_S", -1.0)
     assert store.reclaim_stale() == [0]
+
+
+def test_a_study_that_was_made_meanwhile_is_not_written_over(tmp_path):
+    late = tiny_study(tmp_path, seeds=[0])  # it had looked for a study, and found none
+    made = tiny_study(tmp_path, seeds=[0], diverged_above=3.0)
+    StudyStore.create_or_open(made)
+    text = (made.folder / "study.yaml").read_text()
+    with pytest.raises(UserError, match="diverged_above"):
+        StudyStore.create_or_open(late)
+    assert (made.folder / "study.yaml").read_text() == text
+
+
+def test_a_file_system_that_locks_no_files_is_named(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("megadit.search.storage.locking.fcntl.flock", no_locks)
+    with pytest.raises(UserError, match=r"cannot be locked \(No locks available\); set storage: journal"):
+        StudyStore.create_or_open(tiny_study(tmp_path))
