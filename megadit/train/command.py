@@ -213,6 +213,7 @@ def check_data(
     from megadit.data.checks import check_codec, draws_no_pictures, with_stored_codec
     from megadit.data.conditions import check_text
     from megadit.data.features import check_features
+    from megadit.data.tars.tar_set import cut_before_crop
     from megadit.train.pretrain import Job, total_steps
 
     train_set, val_set = (datasets or build_datasets)(merged.config.data)
@@ -223,9 +224,9 @@ def check_data(
     check_text(merged.config, train_set)
     if merged.config.train.steps is None:
         _check_schedule(merged.config, total_steps(merged.config, len(train_set)))
-    note = draws_no_pictures(facts, merged.config)
-    if note and is_local_main():
-        print(f"note: {note}", file=sys.stderr)
+    for note in (draws_no_pictures(facts, merged.config), cut_before_crop(merged.config.data)):
+        if note and is_local_main():
+            print(f"note: {note}", file=sys.stderr)
     return Job(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
 
 

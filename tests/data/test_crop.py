@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from megadit.config import DataConfig
 from megadit.config.data import Crop
 from megadit.data import build_datasets
 from megadit.data.crop import centre_crop, check_header, read_image
-from megadit.data.tars.making import Sharding, make_shards, settings
+from megadit.data.tars.making import Sharding, make_shards, recipe_of
+from megadit.data.tars.tar_set import cut_before_crop
 from megadit.errors import UserError
 
 
@@ -147,13 +149,31 @@ def test_tars_remember_how_their_images_were_cut(tmp_path: Path) -> None:
         build_datasets(cut.model_copy(update={"crop": "adm"}))
     with pytest.raises(UserError, match=r"^data\.crop: center, but .* were cut by adm .*; set data\.crop=adm, or"):
         build_datasets(cut.model_copy(update={"path": str(tmp_path / "adm")}))
-    # What has another size is cut again, and how is free.
+    # Built-in sets are not cut, and what has another size is cut again, and how is free.
+    make_shards(DataConfig(name="digits"), tmp_path / "digits", Sharding("x", 2000))
+    assert (
+        build_datasets(cut.model_copy(update={"path": str(tmp_path / "digits"), "image_size": None}))[0].channels == 1
+    )
     assert build_datasets(cut.model_copy(update={"crop": "adm", "image_size": 4}))[0].image(0).shape == (3, 4, 4)
 
 
-def test_tars_begun_before_the_key_are_gone_on_with(tmp_path: Path) -> None:
-    """Their recipe holds no ``crop``; the default one is what they were cut by."""
-    assert "crop" not in settings(DataConfig()) and settings(DataConfig(crop="center"))["crop"] == "center"
+def test_tars_of_before_the_key_are_used_and_gone_on_with(tmp_path: Path) -> None:
+    """Their manifests and recipes hold no ``crop``; they were cut by the default one, which a note tells."""
+    (tmp_path / "a").mkdir()
+    noise(24, 40).save(tmp_path / "a" / "0.png")
+    common = {"image_size": 8, "condition": "none", "val_fraction": 0.0}
+    make_shards(DataConfig(name="image-folder", path=str(tmp_path / "a"), **common), tmp_path / "x", Sharding("x", 10))
+    tars = DataConfig(name="webdataset", path=str(tmp_path / "x"), crop="center", **common)
+    assert cut_before_crop(tars) is None  # a manifest that tells its crop is refused or right
+    manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
+    assert manifest["made"]["data"].pop("crop") == "adm"
+    (tmp_path / "x" / "manifest.json").write_text(json.dumps(manifest))
+    assert len(build_datasets(tars)[0]) == 1
+    assert "were cut by adm, before there was data.crop: center has no effect" in (cut_before_crop(tars) or "")
+    assert cut_before_crop(tars.model_copy(update={"crop": "adm"})) is None
+    for crop, told in (("adm", {}), ("center", {"crop": "center"})):
+        recipe = recipe_of({"data": DataConfig(crop=crop).model_dump(mode="json")})["data"]
+        assert {key: recipe[key] for key in recipe if key == "crop"} == told
 
 
 def test_an_image_of_the_right_size_is_untouched(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from megadit.data.tars.layout import (
     Progress,
     Sharding,
 )  # fmt: skip
-from megadit.data.tars.making import facts_of, key_of, settings, words
+from megadit.data.tars.making import facts_of, key_of, recipe_of, settings, words
 from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError
@@ -88,7 +88,8 @@ def encode_set(
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
     made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}
-    writer = SetWriter(folder, sharding.prefix, per_shard=sharding.per_shard, max_bytes=sharding.max_bytes, recipe=made)
+    recipe, per_shard, most = recipe_of(made), sharding.per_shard, sharding.max_bytes
+    writer = SetWriter(folder, sharding.prefix, per_shard=per_shard, max_bytes=most, recipe=recipe)
     try:
         done = writer.done
         start = done // _CHUNK * _CHUNK  # the same chunks as in one go, so that rounding is the same

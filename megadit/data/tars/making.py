@@ -33,7 +33,8 @@ def make_shards(
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
     made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}
-    writer = SetWriter(folder, sharding.prefix, per_shard=sharding.per_shard, max_bytes=sharding.max_bytes, recipe=made)
+    recipe, per_shard, most = recipe_of(made), sharding.per_shard, sharding.max_bytes
+    writer = SetWriter(folder, sharding.prefix, per_shard=per_shard, max_bytes=most, recipe=recipe)
     try:
         for i in range(writer.done, len(images)):
             picture: dict[str, bytes] = {image: members.write_picture(images.image(i), image, quality)}
@@ -47,13 +48,19 @@ def make_shards(
 
 
 def settings(config: DataConfig) -> dict[str, Any]:
-    """The data section as recipe and manifest keep it: ``crop`` where it is not the default, which sets that were
-    begun before it was a key go on with; without ``on_change``, which is about runs.
+    """The data section as the manifest keeps it: without ``on_change``, which is about runs."""
+    return config.model_dump(mode="json", exclude={"on_change"})
+
+
+def recipe_of(made: dict[str, Any]) -> dict[str, Any]:
+    """What decides the contents, of the settings ``made``: all, but for a default ``data.crop``.
+
+    So sets that were begun before that was a key are gone on with.
     """
-    values = config.model_dump(mode="json", exclude={"on_change"})
-    if values["crop"] == DataConfig.model_fields["crop"].default:
-        del values["crop"]
-    return values
+    data = dict(made["data"])
+    if data["crop"] == DataConfig.model_fields["crop"].default:
+        del data["crop"]
+    return {**made, "data": data}
 
 
 def key_of(i: int) -> str:

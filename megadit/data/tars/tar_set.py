@@ -221,14 +221,30 @@ def _numbers(manifest: Manifest, folder: Path, shards: list[Path], whole: bool) 
 
 
 def _check_crop(config: DataConfig, manifest: Manifest, folder: Path) -> None:
-    """Hold ``data.crop`` against that of images which were cut when the set was written, and are not cut again."""
+    """Hold ``data.crop`` against that of images which were cut when the set was written, and are not cut again.
+
+    Built-in sets are not cut; of tars that were made of tars the default may stand for images of either.
+    """
     made = manifest.made.get("data", {})
-    was = made.get("crop", "adm" if made.get("name") == "image-folder" else config.crop)
-    if was != config.crop:
+    was = made.get("crop", config.crop)
+    cut = made.get("name") == "image-folder" or (made.get("name") == "webdataset" and was != "adm")
+    if cut and was != config.crop:
         raise UserError(
             f"data.crop: {config.crop}, but the images of {folder} were cut by {was} when it was written; set "
             f"data.crop={was}, or write the set again"
         )
+
+
+def cut_before_crop(config: DataConfig) -> str | None:
+    """What people should know of a set that was cut from a folder of images before ``data.crop`` was a key."""
+    if config.name != "webdataset" or config.crop == "adm":
+        return None
+    folder = find_shards(config.path)[0]
+    manifest = load_manifest(folder)
+    made = {} if manifest is None else manifest.made.get("data", {})
+    if "crop" in made or made.get("name") != "image-folder":
+        return None
+    return f"the images of {folder} were cut by adm, before there was data.crop: {config.crop} has no effect on them"
 
 
 def _extra(config: DataConfig, stored: StoredFacts | None) -> tuple[str, ...]:
