@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -152,6 +153,9 @@ class TrainConfig(Section):
         None, description="checkpoint or run directory whose weights alone begin a new run; all else starts afresh"
     )
     init_from_ema: str | None = Field(None, description="init_from: take this average's weights; null: the online ones")
+    skip_samples: tuple[tuple[int, int], ...] = Field(
+        (), description="windows [first, stop) of global sample numbers to leave out; all others keep image and noise"
+    )
     sample_every: int | None = Field(None, ge=1, description="default: at the end only")
     validate_every: int | None = Field(None, ge=1, description="default: at the end only")
     validation_images: int = Field(256, ge=0, description="0: no validation loss")
@@ -189,6 +193,18 @@ class TrainConfig(Section):
                 f"keep_every: {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}, so that "
                 "nothing would be kept; make it one"
             )
+        for first, stop in self.skip_samples:
+            if not 0 <= first < stop:
+                raise ValueError(
+                    f"skip_samples: [{first}, {stop}] is no window: it leaves out the sample numbers from the first up "
+                    "to, but without, the second; write e.g. [[9216, 9472]]"
+                )
+        windows = sorted(self.skip_samples)
+        for (first, stop), (other, end) in itertools.pairwise(windows):
+            if other < stop:
+                raise ValueError(
+                    f"skip_samples: [{first}, {stop}] and [{other}, {end}] overlap; write [{first}, {max(stop, end)}]"
+                )
         if self.init_from_ema is not None and self.init_from is None:
             raise ValueError(
                 f"init_from_ema: {self.init_from_ema} is an average of the checkpoint init_from, which is not given; "

@@ -1,7 +1,8 @@
 """Which images a step sees: global sample numbers, and how ranks and micro batches share them.
 
 Sample numbers 0, 1, 2, ... run over the whole training run. Number s lies in epoch s // N and is the
-image permutation_epoch[s mod N]; optimizer step k of batch size B takes the numbers kB ... kB + B - 1.
+image permutation_epoch[s mod N]; optimizer step k of batch size B takes the numbers kB ... kB + B - 1,
+or, where windows of them are left out (``windows``), those of that rank among the others.
 Nothing here depends on how many ranks there are, so a step sees the same images under every layout, and
 a run resumes exactly from its step number alone: no state of the order has to be saved.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megadit.data.windows import Window, kept
 from megadit.errors import UserError
 from megadit.rng import permutation, stream_key
 
@@ -59,12 +61,16 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the ``global_batch`` of a step is spread: ``ranks`` data-parallel ranks, ``micro_batch`` images at a time."""
+    """How the ``global_batch`` of a step is spread: ``ranks`` data-parallel ranks, ``micro_batch`` images at a time.
+
+    ``left_out``: windows [first, stop) of sample numbers that no step takes, sorted and disjoint.
+    """
 
     global_batch: int
     ranks: int
     rank: int
     micro_batch: int
+    left_out: tuple[Window, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.global_batch, self.ranks, self.micro_batch) < 1 or not 0 <= self.rank < self.ranks:
@@ -86,4 +92,17 @@ class BatchLayout:
         if not 0 <= micro < self.accumulation:
             raise ValueError(f"micro batch {micro} is not one of the {self.accumulation} of a step")
         start = step * self.global_batch + (micro * self.ranks + self.rank) * self.micro_batch
-        return list(range(start, start + self.micro_batch))
+        return [n for window in kept(start, self.micro_batch, self.left_out) for n in range(*window)]
+
+    def windows(self, step: int) -> list[Window]:
+        """The sample numbers of all ranks in optimizer step ``step``, as windows."""
+        return kept(step * self.global_batch, self.global_batch, self.left_out)
+
+    def next_number(self, step: int) -> int:
+        """The number after the last one that the first ``step`` steps take."""
+        return self.windows(step - 1)[-1][1] if step else 0
+
+    def jumped(self, step: int) -> list[Window]:
+        """The windows that step ``step`` is the first to leave behind."""
+        begin, end = self.next_number(step), self.next_number(step + 1)
+        return [window for window in self.left_out if begin <= window[0] < end]

@@ -70,13 +70,21 @@ class Ema:
         return tuple(self._kept)
 
     @torch.no_grad()
-    def update(self, count: int) -> None:
-        """Follow the masters after the ``count``-th update that changed them (counted from 1 over the whole run)."""
+    def update(self, count: int, made: Tensor | None = None) -> None:
+        """Follow the masters after the ``count``-th update that changed them (counted from 1 over the whole run).
+
+        made: () float32 on the device, 0 where that update was left out after all; None where it is known to be made.
+        """
         self._refuse_while_shown("updated")
         masters = self._masters() if count % self._every == 0 else []
         for name, kept in self._kept.items():
-            if masters:  # a rank may own nothing
-                torch._foreach_lerp_(self._averages[name], masters, 1 - kept(count))
+            if not masters:  # a rank may own nothing
+                continue
+            weight = 1 - kept(count)
+            if made is None:
+                torch._foreach_lerp_(self._averages[name], masters, weight)
+            else:
+                torch._foreach_lerp_(self._averages[name], masters, [made * weight] * len(masters))
 
     def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
         """``{"ema/NAME": values}`` of a fragment, as writable 1-D float32 views."""

@@ -25,6 +25,7 @@ from megadit.parallel.topology import Groups, ModelParallelUnit
 from megadit.train.ema import Ema
 from megadit.train.optimizer import MuOptimizer
 from megadit.train.partitions import Partitions, avoid_shm_build, forget_groups, restore_linear
+from megadit.train.partitions_guard import Reading
 from megadit.train.partitions_sums import float32_sums
 from megadit.train.schedule import Schedule
 
@@ -34,7 +35,7 @@ Sample = tuple[Batch, NoisyBatch]
 class TrainingEngine:
     """DeepSpeed's engine over ``model``: ZeRO stage, precision, accumulation and clipping as in ``ds_config``.
 
-    ``groups``: of the ranks that share layers; None where every rank has all of them.
+    ``groups``: of the ranks that share layers; None where every rank has all of them. ``reading`` is of the last step.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class TrainingEngine:
         self.ema = Ema(self.partitions, ema or EmaConfig())
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
+        self.reading = Reading()
+        self._loss_scaled = bool(self._engine.fp16_enabled())
+        self._losses_finite = torch.ones((), dtype=torch.bool, device=context.device)
         self._checked_step = False
 
     def _wrap(
@@ -89,7 +93,7 @@ class TrainingEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Updates left out because fp16 gradients overflowed."""
+        """Updates left out because gradients overflowed."""
         return int(self._engine.skipped_steps)
 
     @property
@@ -106,6 +110,16 @@ class TrainingEngine:
         """Accumulate gradients of the micro batch's mean loss; DeepSpeed divides by the accumulation steps."""
         self._engine.backward(loss)
 
+    def watched(self, loss: Tensor) -> Tensor:
+        """The loss of a micro batch, whose gradient is NaN throughout where the loss is not finite.
+
+        So that the norm of the reduced gradients tells all ranks of it; otherwise the values are what they were.
+        """
+        finite = loss.detach().isfinite()
+        if self._loss_scaled:
+            self._losses_finite &= finite
+        return loss * torch.where(finite, 1.0, torch.nan)
+
     def train_step(
         self, step: int, micro_batches: Iterable[Sample], loss: Callable[..., Tensor], want_norm: bool
     ) -> float | None:
@@ -116,7 +130,7 @@ class TrainingEngine:
         """
         norm = None
         for number, (batch, noisy) in enumerate(micro_batches, start=1):
-            self.backward(loss(self.forward, batch, noisy))
+            self.backward(self.watched(loss(self.forward, batch, noisy)))
             norm = self.micro_step(step, number == self.accumulation, want_norm)
         return norm
 
@@ -135,11 +149,19 @@ class TrainingEngine:
         self.partitions.norms.before_step(want_norm)
         update()
         if self.update_applied:
-            self.ema.update(step + 1 - self.skipped_steps)
+            self.ema.update(step + 1 - self.skipped_steps, self.partitions.guard.made)
+        self.reading = self._read()
         if not self._checked_step:
             self.optimizer.check_table(step, "after the first step")
             self._checked_step = True
         return self.partitions.gradient_norm() if want_norm else None
+
+    def _read(self) -> Reading:
+        """What the last step was like. fp16's skipped updates are normal, unless a loss was not finite (collective)."""
+        if not self._loss_scaled:
+            return self.partitions.guard.reading()
+        finite, self._losses_finite = self._losses_finite, torch.ones_like(self._losses_finite)
+        return Reading(masked=not self.update_applied and self.context.any(not bool(finite)))
 
     def restored(self, step: int) -> None:
         """Say that a checkpoint was loaded: learning rates come from the config, never from the checkpoint."""

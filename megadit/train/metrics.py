@@ -38,6 +38,14 @@ class LossSums:
         self.bins[1].index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
         self.count += terms.total.shape[0]
 
+    def merge(self, other: LossSums) -> None:
+        """Add what another has summed."""
+        for name, part in other.total.items():
+            self.total[name] = self.total[name] + part if name in self.total else part
+        if other.bins is not None:
+            self.bins = other.bins if self.bins is None else self.bins + other.bins
+        self.count += other.count
+
     def reduce(self, context: ProcessContext) -> dict[str, Any]:
         """Means over all ranks: ``loss``, ``loss_<term>`` and ``loss_bins`` (None where a bin got no sample)."""
         # Of a pipeline only the last stage has losses, and only it knows their names.

@@ -2,7 +2,8 @@
 
 DeepSpeed keeps master weights and Adam moments in flat buffers that differ by ZeRO stage. Checkpoints (and
 whatever else must follow the master weights) speak of *fragments* instead: a canonical parameter name and an
-index range of the flattened parameter. Gradient norms are in ``partitions_norms``. Written against DeepSpeed 0.19.
+index range of the flattened parameter. Gradient norms are in ``partitions_norms``, and what keeps an update from being
+made in ``partitions_guard``. Written against DeepSpeed 0.19.
 
 =====  =========================================================  ==========================
 stage  where the float32 values live                              fragments of a rank
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from megadit.mup.spec import walk_slices
 from megadit.parallel.topology import Topology
 from megadit.slices import Boxes
 from megadit.train.clipping import ClipPlan
+from megadit.train.partitions_guard import UpdateGuard
 from megadit.train.partitions_norms import RoleNorms, hold_loss_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,7 +103,8 @@ class Partitions:
         if self.stage == 0 and int(engine.dp_world_size) == 1:
             # One rank has nothing to average, yet DeepSpeed would flatten and copy back every gradient.
             engine.enable_backward_allreduce = False
-        self.norms = RoleNorms(engine, self.stage, clip)
+        self.guard = UpdateGuard(engine, self.stage)
+        self.norms = RoleNorms(engine, self.stage, clip, self.guard)
         if self._dynamic_scaler() is not None:
             hold_loss_scale(engine.optimizer)
         self._known = {
@@ -168,6 +171,19 @@ class Partitions:
             state.update(self._fresh_state(fragment.flat))
         count = fragment.stop - fragment.start
         return {key: state[key].view(-1).narrow(0, fragment.offset, count) for key in MOMENTS}
+
+    def not_finite(self, sources: Sequence[Callable[[Fragment], dict[str, Tensor]]]) -> list[str]:
+        """Names of this rank's parameters of which a weight, a moment or a value of ``sources`` is not finite."""
+        names, extremes = [], []
+        for f in self.fragments():
+            kept = [f.values, *self.moments(f).values(), *(value for source in sources for value in source(f).values())]
+            for values in kept:
+                names.append(f.name)
+                extremes.append(torch.stack(torch.aminmax(values)))
+        if not extremes:
+            return []
+        finite = torch.stack([pair.to(extremes[0].device) for pair in extremes]).isfinite().all(1).tolist()
+        return list(dict.fromkeys(name for name, good in zip(names, finite, strict=True) if not good))
 
     def _fresh_state(self, flat: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}

@@ -18,16 +18,19 @@ from torch import Tensor
 from megadit.mup.spec import Role
 from megadit.parallel.tensor import is_shard
 from megadit.train.clipping import ClipPlan
+from megadit.train.partitions_guard import LossScaleExhausted, UpdateGuard, watch_clipping
 
 
 class RoleNorms:
     """Norms of the last step's gradients by role: reduced, without the loss scale, before clipping."""
 
-    def __init__(self, engine: Any, stage: int, plan: ClipPlan) -> None:
-        self._engine, self._stage, self._plan = engine, stage, plan
+    def __init__(self, engine: Any, stage: int, plan: ClipPlan, guard: UpdateGuard) -> None:
+        self._engine, self._stage, self._plan, self._guard = engine, stage, plan, guard
         self._of_roles: dict[Role, Tensor] = {}
         self._scale = 1.0
-        if stage in (1, 2):
+        if stage == 0 and engine.gradient_clipping() > 0:
+            watch_clipping(engine, guard.see_total)
+        elif stage in (1, 2):
             self._watch_groups(engine.optimizer)
         elif stage == 3:
             self._watch_sub_groups(engine.optimizer)
@@ -35,8 +38,9 @@ class RoleNorms:
     def before_step(self, wanted: bool) -> None:
         """Between backward and step: at stage 0 take the norms if ``wanted`` or needed, and clip by them."""
         self._of_roles = {}
+        self._guard.begin()
         limits = self._plan.limits
-        if self._stage > 0 or not (wanted or limits):
+        if self._stage > 0 or (self._engine.gradient_clipping() > 0 and not (wanted or limits)):
             return
         grads: dict[Role, list[Tensor]] = {}
         for role, group in zip(self._plan.roles, self._engine.optimizer.param_groups, strict=True):
@@ -45,6 +49,7 @@ class RoleNorms:
             self._of_roles = {role: torch.nn.utils.get_total_norm(own) for role, own in grads.items() if own}
         else:
             self._of_roles = self._over_shares()
+        self._guard.see(self._of_roles)
         for role, norm in self._of_roles.items():
             if limits and role in limits:
                 torch._foreach_mul_(grads[role], 1.0 / ((norm + 1e-6) / limits[role]).clamp(min=1.0))
@@ -79,6 +84,7 @@ class RoleNorms:
         for role, norm in zip(roles, norms, strict=True):
             whole.setdefault(role, []).append(norm)
         self._of_roles = {role: _combined(parts) for role, parts in whole.items()}
+        self._guard.see(self._of_roles)
 
     def _watch_groups(self, zero: Any) -> None:
         seen: list[Tensor] = []
@@ -134,14 +140,18 @@ def hold_loss_scale(zero: Any) -> None:
     """Let a dynamic loss scale grow after the update instead of within it.
 
     DeepSpeed 0.19 doubles the scale between the norm and the unscaling, so that once every ``loss_scale_window``
-    steps the gradients are divided by twice what they were multiplied by.
+    steps the gradients are divided by twice what they were multiplied by. A step then raises LossScaleExhausted where
+    gradients overflow at the smallest scale.
     """
     step, update = zero.step, zero._update_scale
     postponed: list[bool] = []
 
     def _update_scale(has_overflow: bool = False) -> None:
         if has_overflow:
-            update(True)
+            try:
+                update(True)
+            except Exception as error:  # DeepSpeed has no type of its own for it
+                raise LossScaleExhausted(float(zero.loss_scale)) from error
         else:
             postponed.append(False)
 

@@ -95,7 +95,7 @@ class PipelineTrainingEngine(TrainingEngine):
         """The loss of the micro batch whose turn it is: the last stage runs them in the order in which it gets them."""
         assert self._loss is not None
         batch, noisy = self._waiting.popleft()
-        return self._loss(lambda *_args, **_kwargs: outputs, batch, noisy)
+        return self.watched(self._loss(lambda *_args, **_kwargs: outputs, batch, noisy))
 
     def _callable(self) -> Any:
         return _Passage(self._segment, self._groups, self.context.device).eval()

@@ -20,6 +20,7 @@ from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, descr
 from megadit.data.conditions import build_conditions, kept_null
 from megadit.data.features import TargetFeatures
 from megadit.data.latents import build_codec
+from megadit.data.windows import joined
 from megadit.diffusion import build_objective
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
 from megadit.files import check_folder
@@ -48,8 +49,9 @@ from megadit.train.checkpoint import (
     saved_step,
 )
 from megadit.train.checkpoint_format import cannot_write
+from megadit.train.divergence import TrainingDiverged, remember
 from megadit.train.engine import TrainingEngine
-from megadit.train.loop import TrainingDiverged, fit
+from megadit.train.loop import fit
 from megadit.train.pipeline import PipelineTrainingEngine
 from megadit.train.preemption import Preempted
 from megadit.train.resume import check_weights_start, restore, start_from_weights
@@ -329,7 +331,8 @@ def assemble(
         position, data = restore(directory, paths, engine, config, context, data, job.train_set, steps)
     elif start.weights_from is not None:
         start_from_weights(start.weights_from, engine, config, context)
-    layout = BatchLayout(config.train.global_batch, place.data, place.data_rank, micro)
+    left_out = joined(config.train.skip_samples)
+    layout = BatchLayout(config.train.global_batch, place.data, place.data_rank, micro, left_out)
     return TrainingRun(
         config=config,
         context=context,
@@ -401,6 +404,8 @@ def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:
     except TrainingDiverged as error:
         if run.context.is_main:
             say(f"error: {error}")
+            if error.event is not None:
+                remember(run.directory.path, error.event)
         return EXIT_FAILURE, f"diverged: {error}"
     except RunStopped as stop:
         return stop.code, stop.reason

@@ -20,6 +20,7 @@ from megadit.diffusion.repa import alignment_loss, with_alignment
 from megadit.parallel import ProcessContext
 from megadit.rng import sample_keys
 from megadit.train.checkpoint import Position, save_checkpoint
+from megadit.train.divergence import TrainingDiverged
 from megadit.train.engine import TrainingEngine
 from megadit.train.run_dir import RunDirectory
 from megadit.train.same_data import DataRecord
@@ -86,8 +87,17 @@ class TrainingRun:
 
         Raises:
             OwnershipLost: another process has taken the run directory over.
+            TrainingDiverged: a weight, moment or average is not finite, which a finite update of a huge learning rate
+                can make of it.
             UserError: the disk does not take it.
         """
+        found = self.engine.partitions.not_finite([self.engine.ema.tensors])
+        names = sorted({name for names in self.context.gather_objects(found) for name in names})
+        if names:
+            raise TrainingDiverged(
+                f"step {self.position.step} cannot be saved: values of {len(names)} parameters are not finite, of "
+                f"{names[0]} among them; earlier checkpoints stay"
+            )
         if self.context.is_main:
             self.directory.flush_metrics()  # after a crash there is a row for every step that the checkpoint holds
         path = save_checkpoint(

@@ -1,7 +1,6 @@
 """How a run ends: what is saved, logged and recorded when something fails or a signal comes."""
 
 import json
-import math
 import os
 import signal
 import sys
@@ -157,45 +156,6 @@ def test_metrics_without_space_are_told_in_a_sentence(tmp_path):
     assert code == f"UserError: {tmp_path}: cannot be written (No space left on device); free space or change --run_dir"
     assert (ended["code"], ended["step"]) == (2, 3)
     assert latest(tmp_path) == "step-00000002"
-
-
-def _infinite_gradients(at):
-    from megadit.train import loop
-
-    step = loop.optimizer_step
-
-    def broken(run, *rest):
-        norm = step(run, *rest)
-        return math.inf if run.position.step + 1 == at else norm
-
-    loop.optimizer_step = broken
-
-
-def _infinite_at_4():
-    _infinite_gradients(4)
-
-
-@pytest.mark.distributed
-def test_weights_updated_from_infinite_gradients_are_not_saved(tmp_path):
-    config = small_config(train={"steps": 6, "checkpoint_every": 2})
-    code, ended, rows = ends(config, tmp_path, _infinite_at_4)
-    assert (code, ended["code"], ended["step"]) == (1, 1, 4)
-    assert "gradients at step 4 are not finite" in ended["reason"]
-    assert latest(tmp_path) == "step-00000002" and rows[-1]["step"] == 3
-
-
-def _skipped_at_4():
-    from megadit.train.engine import TrainingEngine
-
-    TrainingEngine.update_applied = property(lambda self: False)
-    _infinite_gradients(4)
-
-
-@pytest.mark.distributed
-def test_a_skipped_update_is_no_divergence_and_its_norm_is_null(tmp_path):
-    code, _, rows = ends(small_config(train={"steps": 6}), tmp_path, _skipped_at_4)
-    assert code == 0
-    assert [row["step"] for row in rows if row["grad_norm"] is None] == [4]
 
 
 def _signal_at_5():

@@ -37,6 +37,9 @@ class Callback:
     def after_log(self, run: TrainingRun) -> None:
         """After every step and its log: for what must not precede the metrics, such as a checkpoint."""
 
+    def on_divergence(self, run: TrainingRun, record: Record) -> None:
+        """After a step whose loss or gradients were not finite, with its record; the run ends, and nothing is saved."""
+
     def on_end(self, run: TrainingRun) -> None:
         """After the last step, whatever ended the loop short of an exception."""
 

@@ -61,6 +61,10 @@ class Progress(Callback):
         minutes, seconds = divmod(int(left), 60)
         say(f"step {record['step']}/{run.total_steps}  {shown}  ETA {minutes}:{seconds:02d}")
 
+    def on_divergence(self, run: TrainingRun, record: Record) -> None:
+        """As any other record."""
+        self.on_log(run, record)
+
     def close(self) -> None:
         """Close the bar."""
         if self._bar is not None:
@@ -96,6 +100,10 @@ class JsonLines(Callback):
         if self._file is not None:
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
+    def on_divergence(self, run: TrainingRun, record: Record) -> None:
+        """As any other record."""
+        self.on_log(run, record)
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
@@ -123,7 +131,7 @@ def scalars(record: Record) -> dict[str, float]:
             flat |= {f"loss_bin/{i}": loss for i, loss in enumerate(value) if loss is not None}
         elif key.startswith("val_"):
             flat[key.replace("_", "/", 1)] = value
-        elif key != "step" and value is not None:
+        elif key not in ("step", "events") and value is not None:
             flat[f"train/{key}"] = value
     return flat
 
@@ -160,6 +168,10 @@ class TensorBoard(Callback):
         picture = np.asarray(Image.open(run.directory.grid(step)).convert("RGB"))
         self._writer.add_image("samples", picture, step, dataformats="HWC")
 
+    def on_divergence(self, run: TrainingRun, record: Record) -> None:
+        """As any other record."""
+        self.on_log(run, record)
+
     def close(self) -> None:
         """Flush and close the event file."""
         if self._writer is not None:
@@ -195,6 +207,10 @@ class Wandb(Callback):
         """Send the record."""
         if self._run is not None:
             self._run.log(scalars(record), step=record["step"])
+
+    def on_divergence(self, run: TrainingRun, record: Record) -> None:
+        """As any other record."""
+        self.on_log(run, record)
 
     def close(self) -> None:
         """Finish the wandb run."""

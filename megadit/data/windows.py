@@ -1,0 +1,71 @@
+"""Windows [first, stop) of global sample numbers that a run leaves out, and the numbers that remain.
+
+A run takes the numbers 0, 1, 2, ... in order, without those in a window. Everything that is drawn for a sample is
+keyed by its number, so the others keep their image, noise and dropout; they come earlier by as many samples as were
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+Window = tuple[int, int]
+
+
+def joined(windows: Iterable[Window]) -> tuple[Window, ...]:
+    """The same numbers as sorted windows that neither overlap nor touch."""
+    found: list[Window] = []
+    for first, stop in sorted(windows):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((first, stop))
+    return tuple(found)
+
+
+def kept(start: int, count: int, left_out: Sequence[Window]) -> list[Window]:
+    """The ``count`` numbers that follow the first ``start`` of those outside ``left_out`` (joined), as windows."""
+    windows = iter(left_out)
+    number, window = start, next(windows, None)
+    while window is not None and window[0] <= number:
+        number += window[1] - window[0]
+        window = next(windows, None)
+    found: list[Window] = []
+    while count > 0:
+        stop = number + count if window is None else min(number + count, window[0])
+        if stop > number:
+            found.append((number, stop))
+        count -= stop - number
+        if window is not None and count > 0:
+            number, window = window[1], next(windows, None)
+    return found
+
+
+def without(windows: Iterable[Window], others: Iterable[Window]) -> tuple[Window, ...]:
+    """The numbers of ``windows`` that are in none of ``others``."""
+    rest = list(joined(windows))
+    for first, stop in joined(others):
+        rest = [
+            part
+            for low, high in rest
+            for part in ((low, min(high, first)), (max(low, stop), high))
+            if part[0] < part[1]
+        ]
+    return tuple(rest)
+
+
+def before(windows: Iterable[Window], number: int) -> tuple[Window, ...]:
+    """The part of the windows that lies before ``number``."""
+    return tuple((first, min(stop, number)) for first, stop in joined(windows) if first < number)
+
+
+def shown(windows: Iterable[Window]) -> str:
+    """E.g. ``sample 7``, ``samples 9216 to 9471`` or ``samples 0 to 3, 8``; both ends are meant."""
+    parts = [str(first) if stop == first + 1 else f"{first} to {stop - 1}" for first, stop in windows]
+    single = len(parts) == 1 and "to" not in parts[0]
+    return f"sample{'' if single else 's'} {', '.join(parts)}"
+
+
+def as_value(windows: Iterable[Window]) -> str:
+    """As ``train.skip_samples`` takes them: ``[[9216, 9472]]``, here without spaces for a command line."""
+    return "[" + ",".join(f"[{first},{stop}]" for first, stop in windows) + "]"

@@ -1,0 +1,118 @@
+"""Runs into which a number that is none was planted, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.training import layout_of
+from megadit.config import RunConfig
+
+Plant = Callable[[], None]
+
+
+def nan_sample(number: int, value: float = float("nan")) -> None:
+    """Data with ``value`` in the sample of this number, on whatever rank it is read."""
+    from megadit.train.run import TrainingRun
+
+    plain = TrainingRun.inputs
+
+    def inputs(self: TrainingRun, batch: Any, seed: int) -> Any:
+        x0, cond = plain(self, batch, seed)
+        x0[(batch.numbers == number).to(x0.device)] = value
+        return x0, cond
+
+    TrainingRun.inputs = inputs  # type: ignore[method-assign]
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: torch.Tensor) -> torch.Tensor:
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.inf
+
+
+def infinite_gradient(number: int) -> None:
+    """A finite loss with infinite gradients in the micro batch that holds the sample of this number."""
+    from megadit.train.run import TrainingRun
+
+    plain = TrainingRun.losses
+
+    def losses(self: TrainingRun, forward: Any, batch: Any, noisy: Any) -> Any:
+        terms = plain(self, forward, batch, noisy)
+        if number in batch.numbers.tolist():
+            terms = replace(terms, total=_InfiniteGradient.apply(terms.total))
+        return terms
+
+    TrainingRun.losses = losses  # type: ignore[method-assign]
+
+
+def state_of(run: Any) -> dict[Any, Any]:
+    """Copies of this rank's weights, moments and averages, and Adam's count of updates."""
+    partitions, state = run.engine.partitions, {}
+    for f in partitions.fragments():
+        kinds = {"weights": f.values, **partitions.moments(f), **run.engine.ema.tensors(f)}
+        state.update({(kind, f.name, f.start): values.detach().clone() for kind, values in kinds.items()})
+    return {**state, "adam_step": partitions.adam_step()}
+
+
+def whole_run(
+    config: RunConfig,
+    folder: str,
+    plant: Plant | None = None,
+    ds: dict[str, Any] | None = None,
+    watched: int = 3,
+) -> dict[str, Any]:
+    """``pretrain`` on one rank: its exit code, what it printed, the step at its end, its state there and at ``watched``.
+
+    fp16 is let through on a CPU.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    from megadit.data import build_datasets
+    from megadit.train.callbacks import Callback, Checkpoints, JsonLines, Progress
+    from megadit.train.pretrain import Job, pretrain
+
+    class Watch(Callback):
+        def on_start(self, run: Any) -> None:
+            self.run = run
+
+        def after_log(self, run: Any) -> None:
+            if run.position.step == watched:
+                self.state = state_of(run)
+
+    get_accelerator().is_fp16_supported = lambda: True
+    if plant is not None:
+        plant()
+    config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]), ds)
+    job, watch = Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)), Watch()
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = pretrain(job, [Progress(), JsonLines(), Checkpoints(), watch], keep_group=True)
+    return {
+        "code": code,
+        "told": told.getvalue(),
+        "step": watch.run.position.step,
+        "state": state_of(watch.run),
+        "before": getattr(watch, "state", None),
+    }
+
+
+def files(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """``exit.json`` and the rows of ``metrics.jsonl``, which must be plain JSON."""
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "exit.json").read_text()), [json.loads(line, parse_constant=refuse) for line in lines]
