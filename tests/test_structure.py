@@ -41,6 +41,7 @@ DEEPSPEED_INTERNALS = re.compile(
 )
 PARTITIONS = (
     "megadit/train/partitions.py",
+    "megadit/train/partitions_guard.py",
     "megadit/train/partitions_norms.py",
     "megadit/train/partitions_pipeline.py",
     "megadit/train/partitions_sums.py",

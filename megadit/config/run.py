@@ -165,6 +165,16 @@ class TrainConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
     wandb: bool = Field(False, description="log to Weights & Biases too, if installed")
 
+    @field_validator("skip_samples", mode="before")
+    @classmethod
+    def _windows(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) == 2 and all(type(entry) is int for entry in value):
+            shown = f"[{value[0]}, {value[1]}]"
+            raise ValueError(f"skip_samples: {shown} is one window and not a list of them; write [{shown}]")
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(tuple(window) if isinstance(window, list) else window for window in value)
+
     @field_validator("init_from_ema", mode="before")
     @classmethod
     def _name(cls, value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 
 from megadit.config import RunConfig
 from megadit.config.run import ONLINE
+from megadit.data.windows import joined
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.slices import Wanted, runs
@@ -54,6 +55,10 @@ class StoredCheckpoint:
             self.state: dict[str, Any] = json.loads(text)
             self.config = _completed(self.state["config"])
             self.position = Position(*(int(self.state[key]) for key in ("step", "samples_seen", "skipped_steps")))
+            # Before samples could be left out the numbers were those of the samples seen.
+            samples = self.state.get("samples") or {"next": self.position.samples_seen, "left_out": []}
+            self.next_sample = int(samples["next"])
+            self.left_out = joined((int(first), int(stop)) for first, stop in samples["left_out"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BrokenCheckpoint(
                 f"checkpoint {path}: {STATE} cannot be read ({error}); use an earlier one"

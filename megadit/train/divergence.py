@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
 
 FILE = "diverged.json"
-EVENT = "non-finite"
+EVENT, LEFT_OUT = "non-finite", "samples left out"  # kinds of events in metrics
 _IMAGES_TOLD = 16
 
 
@@ -60,7 +60,7 @@ def describe(
         what = (
             f"the gradients at step {step} are not finite{scale}{where}, though its loss is; it took {shown(samples)}"
         )
-    value = as_value(joined((*run.config.train.skip_samples, *samples)))
+    value = as_value(joined((*run.layout.left_out, *samples)))
     return TrainingDiverged(
         f"{what}. That update was not made, and nothing is saved after it. Look at these samples; "
         f"train.skip_samples={value} leaves them out after a resume",

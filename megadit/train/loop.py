@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from megadit.data import Batch, BatchStream
+from megadit.data.windows import shown
 from megadit.diffusion import NoisyBatch
-from megadit.errors import harmless
+from megadit.errors import harmless, say
 from megadit.ownership import OwnershipLost
 from megadit.train.callbacks import Callback, Record, RunStopped
 from megadit.train.callbacks.base import due
 from megadit.train.checkpoint import Position
-from megadit.train.divergence import describe
+from megadit.train.divergence import LEFT_OUT, describe
 from megadit.train.engine import Sample
 from megadit.train.meter import Meter
 from megadit.train.partitions_guard import LossScaleExhausted, Reading
@@ -59,6 +60,7 @@ def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callbac
         return False  # nothing was trained since the start, and so nothing is to be saved
     meter = Meter(run)
     reading = Reading()
+    events: list[dict[str, Any]] = []
     while run.position.step < run.total_steps:
         step, batch_size = run.position.step, run.config.train.global_batch
         log = _is_logged(run, step + 1)
@@ -71,12 +73,15 @@ def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callbac
             meter.drop_step()
             _diverge(run, callbacks, meter, reading)
         reading = run.engine.reading
+        events += _left_out(run)
         run.position = Position(step + 1, run.position.samples_seen + batch_size, run.engine.skipped_steps)
         preempted = _is_preempted(run, interrupt)
         # The step before a checkpoint is always logged: a window is never cut in two, and what is saved is finite.
         if (log or preempted) and reading.bad():
             _diverge(run, callbacks, meter, reading)
         record = meter.record(norm) if log or preempted else None
+        if record is not None and events:
+            record["events"], events = events, []
         _after_step(run, callbacks, record, preempted)
         if preempted:
             if run.saved_step != run.position.step:
@@ -85,6 +90,15 @@ def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callbac
         if log:
             meter.restart()
     return True
+
+
+def _left_out(run: TrainingRun) -> list[dict[str, Any]]:
+    """Events of the windows of samples that the step just made is the first to leave behind."""
+    step = run.position.step + 1
+    windows = run.layout.jumped(step - 1) if run.layout.left_out else []
+    if windows and run.context.is_main:
+        say(f"note: step {step} leaves out {shown(windows)} (train.skip_samples)")
+    return [{"kind": LEFT_OUT, "step": step, "samples": [list(window)]} for window in windows]
 
 
 def _diverge(

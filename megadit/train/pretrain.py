@@ -20,7 +20,7 @@ from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, descr
 from megadit.data.conditions import build_conditions, kept_null
 from megadit.data.features import TargetFeatures
 from megadit.data.latents import build_codec
-from megadit.data.windows import joined
+from megadit.data.windows import Window, joined
 from megadit.diffusion import build_objective
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
 from megadit.files import check_folder
@@ -49,12 +49,12 @@ from megadit.train.checkpoint import (
     saved_step,
 )
 from megadit.train.checkpoint_format import cannot_write
-from megadit.train.divergence import TrainingDiverged, remember
+from megadit.train.divergence import TrainingDiverged, notes_of_earlier_ends, remember
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import fit
 from megadit.train.pipeline import PipelineTrainingEngine
 from megadit.train.preemption import Preempted
-from megadit.train.resume import check_weights_start, restore, start_from_weights
+from megadit.train.resume import check_weights_start, restore, samples_left_out, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
 from megadit.train.same_data import DataRecord, data_record
@@ -176,8 +176,9 @@ def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:
 class Start:
     """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
 
-    ``weights_from`` is the checkpoint whose weights alone a new run takes. ``data`` is what the job's checkpoints are
-    to keep of what it is trained on, ``token`` names the ownership of the run directory.
+    ``weights_from`` is the checkpoint whose weights alone a new run takes. Of the sample numbers those from
+    ``next_sample`` on come next, but for ``left_out``. ``data`` is what the job's checkpoints are to keep of what it is
+    trained on, ``token`` names the ownership of the run directory.
     """
 
     checkpoint: Path | None = None
@@ -186,6 +187,8 @@ class Start:
     weights_from: Path | None = None
     token: str | None = None
     data: DataRecord | None = None
+    next_sample: int = 0
+    left_out: tuple[Window, ...] = ()
 
     @property
     def source(self) -> Path | None:
@@ -235,9 +238,13 @@ def _resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
                 "another --run_dir, or --resume auto to go on with these"
             )
     if found is None:
-        return Start(weights_from=check_weights_start(job.config)), None
-    found.stored.check_same_model(job.config)
-    return Start(found.stored.path, found.stored.position.step, found.earlier), found.stored
+        left_out = joined(job.config.train.skip_samples)
+        return Start(weights_from=check_weights_start(job.config), left_out=left_out), None
+    stored = found.stored
+    stored.check_same_model(job.config)
+    left_out = samples_left_out(stored, job.config)
+    step, upto = stored.position.step, stored.next_sample
+    return Start(stored.path, step, found.earlier, next_sample=upto, left_out=left_out), stored
 
 
 def _begin(context: ProcessContext, directory: RunDirectory, job: Job, steps: int) -> Start:
@@ -284,6 +291,9 @@ def _prepare_directory(claim: Claim, directory: RunDirectory, job: Job, steps: i
     if directory.ownership is None:
         assert unwritable is not None
         raise unwritable
+    of_checkpoint = {start.checkpoint.parent.parent} if start.checkpoint is not None else set()
+    for note in notes_of_earlier_ends({job.run_dir, *of_checkpoint}, start.next_sample, start.left_out):
+        say(f"warning: {note}")
     for images in (job.train_set, job.val_set):
         if images not in _checked:
             check_images(images, seconds=_IMAGE_CHECK_S)
@@ -325,13 +335,13 @@ def assemble(
         conditions.write(directory.path)
     engine = _engine(job, model, schedule, context, groups)
     features = _target_features(config, context) if engine.computes_loss else None
-    position, data = Position(), start.data
+    position, data, left_out = Position(), start.data, joined(config.train.skip_samples)
     if start.checkpoint is not None:
         paths = (start.checkpoint, *start.earlier)
-        position, data = restore(directory, paths, engine, config, context, data, job.train_set, steps)
+        stored, data = restore(directory, paths, engine, config, context, data, job.train_set, steps)
+        position, left_out = stored.position, samples_left_out(stored, config)
     elif start.weights_from is not None:
         start_from_weights(start.weights_from, engine, config, context)
-    left_out = joined(config.train.skip_samples)
     layout = BatchLayout(config.train.global_batch, place.data, place.data_rank, micro, left_out)
     return TrainingRun(
         config=config,

@@ -11,11 +11,11 @@ from typing import Any
 from megadit.config import RunConfig
 from megadit.config.run import ONLINE
 from megadit.data import ImageSet
+from megadit.data.windows import Window, before, joined, shown, without
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.train.changes import config_notes
 from megadit.train.checkpoint_find import none_sound, open_checkpoint, tell_fallback
-from megadit.train.checkpoint_format import Position
 from megadit.train.checkpoint_read import StoredCheckpoint, open_everywhere, shapes_of
 from megadit.train.checkpoint_write import take_up
 from megadit.train.engine import TrainingEngine
@@ -33,8 +33,8 @@ def restore(
     data: DataRecord | None,
     train_set: ImageSet,
     total: int,
-) -> tuple[Position, DataRecord | None]:
-    """Go on from the first of ``paths`` that is sound on every rank; what is passed over is told.
+) -> tuple[StoredCheckpoint, DataRecord | None]:
+    """Go on from the first of ``paths`` that is sound on every rank, and return it; what is passed over is told.
 
     A single path is what a person named, or the only one there is: then nothing is tried after it. ``data`` is the
     record of the present data, held against the first of them; the one returned is held against the one taken.
@@ -66,8 +66,24 @@ def restore(
             notes += _changes(stored, config, total, engine.optimizer.table)
             _tell(notes)
             directory.record_changes(stored.position.step, path, () if data is None else data.new, notes)
-        return stored.position, data
+        return stored, data
     raise none_sound(first_problem)
+
+
+def samples_left_out(stored: StoredCheckpoint, config: RunConfig) -> tuple[Window, ...]:
+    """Sample numbers that a run leaves out which goes on from ``stored``: of its past, then those of the config.
+
+    Raises:
+        UserError: train.skip_samples names samples that were trained on.
+    """
+    asked, upto = joined(config.train.skip_samples), stored.next_sample
+    late = without(before(asked, upto), stored.left_out)
+    if late:
+        raise UserError(
+            f"train.skip_samples: {shown(late)} come before sample {upto}, where checkpoint {stored.path} goes on, and "
+            "have been trained on; name samples from there on, or --resume an earlier checkpoint"
+        )
+    return joined((*stored.left_out, *without(asked, [(0, upto)])))
 
 
 def check_weights_start(config: RunConfig) -> Path | None:

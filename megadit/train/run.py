@@ -15,6 +15,7 @@ from megadit.data import Batch, BatchLayout, ImageSet
 from megadit.data.conditions import Conditions
 from megadit.data.features import TargetFeatures
 from megadit.data.latents import Codec
+from megadit.data.windows import before
 from megadit.diffusion import LossTerms, NoisyBatch, Objective
 from megadit.diffusion.repa import alignment_loss, with_alignment
 from megadit.parallel import ProcessContext
@@ -100,6 +101,8 @@ class TrainingRun:
             )
         if self.context.is_main:
             self.directory.flush_metrics()  # after a crash there is a row for every step that the checkpoint holds
+        upto = self.layout.next_number(self.position.step)
+        samples = {"next": upto, "left_out": [list(window) for window in before(self.layout.left_out, upto)]}
         path = save_checkpoint(
             self.directory.path,
             self.engine.partitions,
@@ -109,7 +112,7 @@ class TrainingRun:
             self.context,
             [self.engine.ema],
             self.directory.ownership,
-            None if self.data is None else self.data.state(),
+            {**({} if self.data is None else self.data.state()), "samples": samples},
         )
         self.saved_step = self.position.step
         return path

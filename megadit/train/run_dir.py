@@ -3,8 +3,8 @@
 ``config.yaml`` (resolved), ``ds_config.json``, ``mup.json`` (one row per parameter), ``environment.json``
 (versions, command, layout), ``classes.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
 ``curves.png``, ``summary.json``, ``changes.jsonl`` (what was not as before where the run went on),
-``checkpoints/`` and ``exit.json`` (how the run ended: scripts read this, since torchrun hides exit codes).
-``owner.json`` lies there as long as a run writes into it.
+``diverged.json`` (losses and gradients that were not finite), ``checkpoints/`` and ``exit.json`` (how the run ended:
+scripts read this, since torchrun hides exit codes). ``owner.json`` lies there as long as a run writes into it.
 """
 
 from __future__ import annotations

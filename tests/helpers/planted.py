@@ -74,7 +74,7 @@ def whole_run(
     ds: dict[str, Any] | None = None,
     watched: int = 3,
 ) -> dict[str, Any]:
-    """``pretrain`` on one rank: its exit code, what it printed, the step at its end, its state there and at ``watched``.
+    """``pretrain`` on one rank: exit code, what it printed, the step at its end, its state there and at ``watched``.
 
     fp16 is let through on a CPU.
     """

@@ -1,7 +1,6 @@
 """A loss or gradients that are not finite: seen at their step on all ranks, masked on the device, told, not saved."""
 
 import functools
-import json
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def assert_same_state(result):
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world", "parallel", "precision"), LAYOUTS, ids=str)
 def test_a_broken_sample_is_named_and_changes_nothing(tmp_path, world, parallel, precision):
-    """One sample, on one rank, in one of several micro batches: all ranks stop at that step with the state before it."""
+    """One sample, on one rank, in one of several micro batches: all ranks stop there with the state before it."""
     plant = functools.partial(nan_sample, 53)
     found = run_ranks(world, whole_run, config_of(precision=precision, **parallel), str(tmp_path), plant)
     assert {(result["code"], result["step"]) for result in found} == {(1, 4)}

@@ -1,0 +1,65 @@
+"""Windows of sample numbers that are left out: the others come in order, the same on every layout."""
+
+import random
+
+import pytest
+import torch
+
+from megadit.data import BatchLayout, BatchStream
+from megadit.data.windows import as_value, before, joined, kept, shown, without
+
+WINDOWS = ((3, 5), (8, 24), (40, 41))
+
+
+def numbers_of(windows):
+    return [number for window in windows for number in range(*window)]
+
+
+def test_what_is_kept_are_the_numbers_outside_all_windows():
+    draw = random.Random(0)
+    for _ in range(200):
+        windows = joined((first, first + draw.randint(1, 9)) for first in draw.choices(range(60), k=draw.randint(0, 4)))
+        rest = [number for number in range(200) if number not in numbers_of(windows)]
+        start, count = draw.randint(0, 60), draw.randint(1, 40)
+        assert numbers_of(kept(start, count, windows)) == rest[start : start + count]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 2), (4, 1)])
+def test_every_layout_takes_the_same_numbers(ranks, micro_batch):
+    layouts = [BatchLayout(8, ranks, rank, micro_batch, WINDOWS) for rank in range(ranks)]
+    rest = [number for number in range(100) if number not in numbers_of(WINDOWS)]
+    for step in range(6):
+        taken = [layout.numbers(step, micro) for micro in range(layouts[0].accumulation) for layout in layouts]
+        assert [number for part in taken for number in part] == rest[8 * step : 8 * (step + 1)]
+        assert numbers_of(layouts[0].windows(step)) == rest[8 * step : 8 * (step + 1)]
+
+
+def test_each_window_is_left_behind_by_one_step():
+    layout = BatchLayout(8, 1, 0, 8, WINDOWS)
+    assert [layout.jumped(step) for step in range(5)] == [[(3, 5), (8, 24)], [], [(40, 41)], [], []]
+    assert [layout.next_number(step) for step in range(4)] == [0, 26, 34, 43]
+
+
+def test_samples_that_stay_keep_their_image():
+    from megadit.config import DataConfig
+    from megadit.data import build_datasets
+
+    train_set, _ = build_datasets(DataConfig(name="digits"))
+
+    def images(layout, workers, steps):
+        with BatchStream(train_set, layout, seed=3, flip=True, workers=workers) as stream:
+            batches = [next(stream) for _ in range(steps)]
+        return {int(n): image for batch in batches for n, image in zip(batch.numbers, batch.images, strict=True)}
+
+    plain, left = images(BatchLayout(8, 1, 0, 8), 0, 8), images(BatchLayout(8, 1, 0, 4, WINDOWS), 1, 8)
+    assert sorted(left) == [n for n in range(64) if n not in numbers_of(WINDOWS)][:32]
+    assert all(torch.equal(image, plain[number]) for number, image in left.items())
+
+
+def test_windows_as_sets_and_as_text():
+    assert joined([(5, 7), (0, 2), (2, 3), (6, 9)]) == ((0, 3), (5, 9))
+    assert without([(0, 10)], [(2, 4), (8, 12)]) == ((0, 2), (4, 8))
+    assert without([(0, 2)], [(0, 9)]) == ()
+    assert before([(0, 4), (6, 9)], 7) == ((0, 4), (6, 7))
+    assert shown([(7, 8)]) == "sample 7" and shown([(0, 4), (8, 9)]) == "samples 0 to 3, 8"
+    assert as_value([(0, 4), (8, 9)]) == "[[0,4],[8,9]]"
