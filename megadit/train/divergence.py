@@ -49,7 +49,8 @@ def describe(
         images = order.indices(list(broken)[:_IMAGES_TOLD])
         value = "nan" if any(map(math.isnan, broken.values())) else str(next(iter(broken.values())))
         event |= {"what": "loss", "value": value, "broken_samples": [list(w) for w in samples], "images": images}
-        which = f"image {images[0]} of the training set" if len(broken) == 1 else f"{len(broken)} of the step's"
+        total = run.config.train.global_batch
+        which = f"image {images[0]} of the training set" if len(broken) == 1 else f"{len(broken)} of the step's {total}"
         what = f"the loss at step {step} is {value} for {shown(samples)} ({which})"
     else:
         samples = joined(windows)
