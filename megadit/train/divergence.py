@@ -78,7 +78,7 @@ def remember(run_dir: Path, event: Mapping[str, Any]) -> None:
 def recorded(run_dir: Path) -> list[dict[str, Any]]:
     """The events that ended earlier starts in this run directory; what is not such a file tells nothing."""
     try:
-        found = json.loads((run_dir / FILE).read_text())
+        found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return [event for event in found if isinstance(event, dict)] if isinstance(found, list) else []
