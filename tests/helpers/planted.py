@@ -115,4 +115,6 @@ def files(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise AssertionError(f"{text} is no JSON")
 
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads((folder / "exit.json").read_text(encoding="utf-8")), [json.loads(line, parse_constant=refuse) for line in lines]
+    return json.loads((folder / "exit.json").read_text(encoding="utf-8")), [
+        json.loads(line, parse_constant=refuse) for line in lines
+    ]
