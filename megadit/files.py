@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     the old one stays and nothing else is left. The folder must exist. Not fsynced: for what a crash of the machine
     may lose, not for checkpoints.
     """
-    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}-{os.getpid()}{path.suffix}")
+    # Containers may share both their host's name and the numbers of processes.
+    own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.stem}.{own}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

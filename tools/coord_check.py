@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, run_command, say  # noqa: E402
+from megadit.files import check_folder  # noqa: E402
 from megadit.streams import result_is_saved  # noqa: E402
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rate = _rate(args.lr, min(config.optim.lr, _LINEAR))
     plan = CoordPlan(widths, args.steps, args.seeds, args.batch)
     check_shares(config.model, plan, args.tp)
+    check_folder(args.out, "--out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

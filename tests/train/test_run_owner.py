@@ -10,7 +10,7 @@ import pytest
 from helpers.owners import elsewhere, killed_owner, leave_owner, living_owner
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, small_config
-from megadit.owner_file import FILE
+from megadit.owner_file import FILE, OwnerFile
 from megadit.ownership import TIMEOUT
 
 
@@ -86,6 +86,23 @@ def test_a_killed_run_is_taken_over_and_cleaned_up(tmp_path):
     assert f"is taken over from process {dead.pid} on" in (tmp_path / "told.txt").read_text()
     assert not torn.exists()
     assert not (run / FILE).exists()
+
+
+def _read_only(folder):
+    def fail(*_):
+        raise OSError(30, "Read-only file system")
+
+    OwnerFile.create = fail
+
+
+@pytest.mark.distributed
+def test_a_complete_run_needs_no_owner_and_a_longer_one_does(tmp_path):
+    run = tmp_path / "run"
+    assert run_ranks(1, pretrain_rank, small_config(train={"steps": 1}), str(run)) == [0]
+    assert run_ranks(1, pretrain_rank, small_config(train={"steps": 1}), str(run), _read_only) == [0]
+    assert "already trained to step 1 of 1" in (tmp_path / "told.txt").read_text(encoding="utf-8")
+    told = run_ranks(1, pretrain_rank, small_config(train={"steps": 2}), str(run), _read_only)[0]
+    assert told == f"UserError: --run_dir: '{run}' cannot be written (Read-only file system); choose a writable one"
 
 
 @pytest.mark.distributed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadit.data.features.encoder import FeatureEncoder
 from megadit.errors import UserError
-from megadit.files import save_tensors
+from megadit.files import check_folder, save_tensors
 
 
 class CachedEncoder(FeatureEncoder):
@@ -27,6 +27,7 @@ class CachedEncoder(FeatureEncoder):
     def __init__(self, encoder: FeatureEncoder, folder: Path) -> None:
         self.encoder, self.identity, self.dim = encoder, encoder.identity, encoder.dim
         self.folder = folder / encoder.identity
+        check_folder(self.folder, "data.features.cache")
         self._refuse_errors(lambda: self.folder.mkdir(parents=True, exist_ok=True))
 
     @torch.no_grad()

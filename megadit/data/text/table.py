@@ -24,7 +24,7 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.data.text.encoder import TextEncoder, pad
 from megadit.errors import UserError
-from megadit.files import save_tensors
+from megadit.files import check_folder, save_tensors
 
 _FORMAT = "megadit-text-1"
 _PROGRESS_S = 5.0  # between lines of progress
@@ -101,6 +101,7 @@ def _locked(path: Path) -> Iterator[None]:
 
     Where the file system knows no such locks each computes for itself, and the file still appears whole.
     """
+    check_folder(path.parent, "data.text.cache")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)

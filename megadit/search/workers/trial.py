@@ -202,9 +202,7 @@ def _result(study: Study, claim: Claim, job: Job, watch: TrialWatch, code: int) 
             horizons[step] = scores.measured(rows, step, spec.scores) if fine else dict(nothing)
         why = scores.divergence(rows, total, spec.diverged_above, last)
         if code == EXIT_FAILURE:
-            why = json.loads((job.run_dir / "exit.json").read_text(encoding="utf-8"))["reason"].removeprefix(
-                "diverged: "
-            )
+            why = _why_diverged(job.run_dir)
         outcome, reason = (COMPLETE, "") if why is None else (DIVERGED, why)
         if why is None:
             values = scores.measured(rows, total, spec.scores)
@@ -221,6 +219,14 @@ def _result(study: Study, claim: Claim, job: Job, watch: TrialWatch, code: int) 
         horizons=horizons,
         **_sizes(config, steps),
     )
+
+
+def _why_diverged(run_dir: Path) -> str:
+    """What ``exit.json`` says, if there was space for it."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        reason: str = json.loads((run_dir / "exit.json").read_text(encoding="utf-8"))["reason"]
+        return reason.removeprefix("diverged: ")
+    return "its loss is no finite number"
 
 
 def _sizes(config: RunConfig, steps: int) -> dict[str, Any]:
