@@ -25,7 +25,7 @@ def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:
     if not is_local_main():
         return EXIT_OK
     steps = total_steps(job.config, len(job.train_set))
-    start = checked_start(job, steps)
+    start = checked_start(job, steps, dry=True)
     _warn_of_machine(job)
     from megadit.data import check_images
 
@@ -64,7 +64,7 @@ def dry_run_elsewhere(
         check_here(merged.config, folder, resume)
         job = check_data(merged, folder, resume)
         steps = total_steps(job.config, len(job.train_set))
-        lines = [f"run_dir      {folder}{_beginning(checked_start(job, steps))}"]
+        lines = [f"run_dir      {folder}{_beginning(checked_start(job, steps, dry=True))}"]
         _warn_of_machine(job)
     except UserError as error:
         _warn(error)

@@ -207,14 +207,16 @@ def resume_point(job: Job) -> Start:
     return _resume_point(job)[0]
 
 
-def checked_start(job: Job, steps: int) -> Start:
+def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
     """``resume_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
+
+    dry: no checkpoint will be written, so that the data of a new run need no record.
 
     Raises:
         UserError: as ``resume_point`` does, or the data are others than those of the checkpoint.
     """
     start, stored = _resume_point(job)
-    if start.step >= steps:
+    if start.step >= steps or (dry and stored is None):
         return start
     return replace(start, data=data_record(stored, job.config, job.train_set, job.val_set))
 
