@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -37,6 +37,20 @@ def config_notes(stored: StoredCheckpoint, config: RunConfig, total: int) -> lis
     return notes
 
 
+def group_notes(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Multipliers of optimizer groups that are not as they were; two groups of one name are told apart by order."""
+    notes, earlier = [], list(before)
+    for row in after:
+        old = next((other for other in earlier if other["name"] == row["name"]), None)
+        if old is not None:
+            earlier.remove(old)
+        for key in ("lr_mult", "wd_mult", "eps_mult"):
+            if old is None or old.get(key) != row[key]:
+                was = None if old is None else old.get(key)
+                notes.append(f"group {row['name']} has {key} {row[key]:g} from the config (checkpoint: {was})")
+    return notes
+
+
 def _rate_note(
     stored: StoredCheckpoint, config: RunConfig, total: int, changed: Mapping[str, tuple[Any, Any]]
 ) -> str | None:
@@ -56,7 +70,7 @@ def _rate_note(
     cause = _cause(changed, before, after)
     last = min(step, old_total - 1)  # of a finished run: the rate of its last update
     here = lr_before * before.factor(last), lr_after * after.factor(step)
-    if not _same(lr_before * before.factor(step), here[1]):
+    if not _same(lr_before * before.factor(step), here[1]) and rate_text(here[0]) != rate_text(here[1]):
         return f"the learning rate goes from {rate_text(here[0])} to {rate_text(here[1])} at step {step}{cause}"
     for later in range(step, min(old_total, total)):
         rates = lr_before * before.factor(later), lr_after * after.factor(later)

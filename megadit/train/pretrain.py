@@ -11,7 +11,7 @@ import errno
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, descr
 from megadit.data.conditions import build_conditions, kept_null
 from megadit.data.features import TargetFeatures
 from megadit.data.latents import build_codec
-from megadit.data.windows import Window, joined
+from megadit.data.windows import joined
 from megadit.diffusion import build_objective
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
 from megadit.files import check_folder
@@ -40,49 +40,24 @@ from megadit.parallel.rendezvous import RendezvousFailed
 from megadit.parallel.topology import Groups, Topology
 from megadit.plan.flops import stage_flops
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
-from megadit.train.checkpoint import (
-    Position,
-    StoredCheckpoint,
-    checkpoint_root,
-    has_checkpoints,
-    open_checkpoint,
-    saved_step,
-)
+from megadit.train.checkpoint import Position, saved_step
 from megadit.train.checkpoint_format import cannot_write
 from megadit.train.divergence import TrainingDiverged, notes_of_earlier_ends, remember
 from megadit.train.engine import TrainingEngine
 from megadit.train.loop import fit
 from megadit.train.pipeline import PipelineTrainingEngine
 from megadit.train.preemption import Preempted
-from megadit.train.resume import check_weights_start, restore, samples_left_out, start_from_weights
+from megadit.train.resume import restore, samples_left_out, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
-from megadit.train.same_data import DataRecord, data_record
-from megadit.train.schedule import Schedule, steps_of_epochs
+from megadit.train.schedule import Schedule
+from megadit.train.start import Job, Start, checked_start, resume_point, total_steps
+
+__all__ = ["Job", "Start", "assemble", "checked_start", "pretrain", "resume_point", "total_steps"]
 
 _PATIENCE_S = 10.0  # of one look at the owner of the run directory
 _IMAGE_CHECK_S = 5.0  # for a look at the files before anything is written; what it misses is told when it is read
 _checked: weakref.WeakSet[ImageSet] = weakref.WeakSet()  # sets that an earlier job of this process has looked at
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the command line asked for: a resolved config, DeepSpeed's dict, where to write, how to resume."""
-
-    config: RunConfig
-    ds_config: dict[str, Any]
-    run_dir: Path
-    resume: str
-    train_set: ImageSet
-    val_set: ImageSet
-
-
-def total_steps(config: RunConfig, train_images: int) -> int:
-    """Optimizer steps of the run, from ``train.steps`` or ``train.epochs``."""
-    if config.train.steps is not None:
-        return config.train.steps
-    assert config.train.epochs is not None  # the config holds exactly one of the two
-    return steps_of_epochs(config.train.epochs, train_images, config.train.global_batch)
 
 
 def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_group: bool = False) -> int:
@@ -170,83 +145,6 @@ def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return cannot_write(run_dir, error.strerror or str(error))
     return None
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
-
-    ``weights_from`` is the checkpoint whose weights alone a new run takes. Of the sample numbers those from
-    ``next_sample`` on come next, but for ``left_out``. ``data`` is what the job's checkpoints are to keep of what it is
-    trained on, ``token`` names the ownership of the run directory.
-    """
-
-    checkpoint: Path | None = None
-    step: int = 0
-    earlier: tuple[Path, ...] = ()
-    weights_from: Path | None = None
-    token: str | None = None
-    data: DataRecord | None = None
-    next_sample: int = 0
-    left_out: tuple[Window, ...] = ()
-
-    @property
-    def source(self) -> Path | None:
-        """The run directory of the checkpoint that the job goes on from or takes its weights of."""
-        checkpoint = self.checkpoint or self.weights_from
-        return None if checkpoint is None else checkpoint.parent.parent
-
-
-def resume_point(job: Job) -> Start:
-    """Where the job begins; only reads.
-
-    Raises:
-        UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
-            train.init_from does, at a first start.
-    """
-    return _resume_point(job)[0]
-
-
-def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
-    """``resume_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
-
-    dry: no checkpoint will be written, so that the data of a new run need no record.
-
-    Raises:
-        UserError: as ``resume_point`` does, or the data are others than those of the checkpoint.
-    """
-    start, stored = _resume_point(job)
-    if start.step >= steps or (dry and stored is None):
-        return start
-    return replace(start, data=data_record(stored, job.config, job.train_set, job.val_set))
-
-
-def _resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
-    if job.resume in ("auto", "never"):
-        found = open_checkpoint(job.run_dir)
-        if job.resume == "never" and found is not None:
-            raise UserError(
-                f"--resume: never, but '{job.run_dir}' holds {found.stored.path.name}; choose another --run_dir, or "
-                "--resume auto"
-            )
-    else:
-        found = open_checkpoint(job.run_dir, job.resume)
-        if found is None:
-            raise UserError(f"--resume: '{job.resume}' has no checkpoint; give one, or --resume auto")
-        own = checkpoint_root(job.run_dir)
-        if found.stored.path.resolve().parent != own.resolve() and has_checkpoints(job.run_dir):
-            raise UserError(
-                f"--resume: '{job.resume}' is of another run, but '{job.run_dir}' has checkpoints of its own; choose "
-                "another --run_dir, or --resume auto to go on with these"
-            )
-    if found is None:
-        left_out = joined(job.config.train.skip_samples)
-        return Start(weights_from=check_weights_start(job.config), left_out=left_out), None
-    stored = found.stored
-    stored.check_same_model(job.config)
-    left_out = samples_left_out(stored, job.config)
-    step, upto = stored.position.step, stored.next_sample
-    return Start(stored.path, step, found.earlier, next_sample=upto, left_out=left_out), stored
 
 
 def _begin(context: ProcessContext, directory: RunDirectory, job: Job, steps: int) -> Start:

@@ -14,7 +14,7 @@ from megadit.data import ImageSet
 from megadit.data.windows import Window, before, joined, shown, without
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
-from megadit.train.changes import config_notes
+from megadit.train.changes import config_notes, group_notes
 from megadit.train.checkpoint_find import none_sound, open_checkpoint, tell_fallback
 from megadit.train.checkpoint_read import StoredCheckpoint, open_everywhere, shapes_of
 from megadit.train.checkpoint_write import take_up
@@ -127,11 +127,4 @@ def _tell(notes: Sequence[str]) -> None:
 
 def _changes(stored: StoredCheckpoint, config: RunConfig, total: int, groups: list[dict[str, Any]]) -> list[str]:
     """A resumed run of ``total`` steps follows the config; what of it is not as the checkpoint had it."""
-    notes = config_notes(stored, config, total)
-    before = {row["name"]: row for row in stored.state["groups"]}
-    for row in groups:
-        old = before.get(row["name"], {})
-        for key in ("lr_mult", "wd_mult", "eps_mult"):
-            if old.get(key) != row[key]:
-                notes.append(f"group {row['name']} has {key} {row[key]:g} from the config (checkpoint: {old.get(key)})")
-    return notes
+    return config_notes(stored, config, total) + group_notes(stored.state["groups"], groups)

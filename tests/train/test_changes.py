@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.training import small_config
-from megadit.train.changes import config_notes, rate_text
+from megadit.train.changes import config_notes, group_notes, rate_text
 from megadit.train.checkpoint import Position
 from megadit.train.schedule import Schedule
 
@@ -53,6 +53,27 @@ def test_a_lengthened_cosine_says_from_which_rate_to_which():
 def test_a_finished_run_that_goes_on_begins_at_its_last_rate():
     (told,) = notes(run(COSINE, 1000), run(COSINE, 2000), step=1000)
     assert told.startswith("the learning rate goes from 4.93e-9 to 1.00e-3 at step 1000 (train.steps")
+
+
+def test_a_finished_run_whose_rate_does_not_jump_is_told_its_length_alone():
+    assert notes(run(WSD, 3), run(WSD, 4), step=3) == [
+        "the config has changed since the checkpoint: train.steps 3 → 4"
+    ]  # the rate of its last update is that of the next one
+
+
+def test_groups_of_one_name_are_told_apart_by_their_order():
+    def rows(*decays):
+        names = ("hidden", "finite", "finite")
+        return [
+            {"name": n, "lr_mult": 1.0, "wd_mult": wd, "eps_mult": 1.0} for n, wd in zip(names, decays, strict=True)
+        ]
+
+    assert group_notes(rows(2.0, 1.0, 0.0), rows(2.0, 1.0, 0.0)) == []
+    assert group_notes(rows(2.0, 1.0, 0.0), rows(4.0, 1.0, 1.0)) == [
+        "group hidden has wd_mult 4 from the config (checkpoint: 2.0)",
+        "group finite has wd_mult 1 from the config (checkpoint: 0.0)",
+    ]
+    assert len(group_notes(rows(2.0, 1.0, 0.0)[:2], rows(2.0, 1.0, 0.0))) == 3
 
 
 @pytest.mark.parametrize(
