@@ -62,8 +62,9 @@ def _one_thread() -> None:
     torch.set_num_threads(rounding.threads())
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _order_of_sums() -> Iterator[None]:
+    """Around everything, so that what a module's fixture trains and what its tests do round alike."""
     with rounding.sums():
         yield
 

@@ -13,6 +13,10 @@ from megadit.config import RunConfig
 
 STEPS = 5
 TOLERANCE = 1e-5  # relative, float32; measured: losses 5e-8, norms 3e-7, weights 5e-6, averages 6e-6
+# Of weights and their averages: Adam divides every entry's gradient by its own size, so that a sum's rounding, 6e-8 of
+# its larger terms, is a part of the step of an entry whose terms cancel, and biases are still made of few steps.
+# Measured with sums in another order: 2e-5. What a fault does to gradients is seen in the moments, at TOLERANCE.
+MOVED = 1e-4
 AVERAGE = "ema/0.9"
 SECTIONS: dict[str, Any] = {
     "model": {"width": 64, "heads": 4, "qk_norm": "rms"},
@@ -64,8 +68,9 @@ def assert_same_training(
     # The first moment is a mean of the steps' gradients, clipped.
     moments = {kind: merge_weights(alone, kind) for kind in (AVERAGE, "exp_avg", "exp_avg_sq")}
     for kind, wanted in {"pieces": reference["weights"], **moments}.items():
+        within = MOVED if kind in ("pieces", AVERAGE) else TOLERANCE
         found = merge_weights(results, kind)
         assert found.keys() == wanted.keys()
         for name, expected in wanted.items():
             gap = distance(found[name], expected)
-            assert gap <= TOLERANCE, f"{kind} of {name}: {gap:.1e}"
+            assert gap <= within, f"{kind} of {name}: {gap:.1e}"

@@ -48,7 +48,7 @@ def threads() -> int:
 
 
 def sums() -> AbstractContextManager[Any]:
-    """Around every test: the order in which matrix products add."""
+    """Around all tests: the order in which matrix products add."""
     return reversed_sums() if variant() == "reversed" else nullcontext()
 
 

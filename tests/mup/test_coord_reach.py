@@ -51,7 +51,7 @@ def test_rounding_at_the_first_steps_is_not_reached_yet(quantity: str, order: tu
 
 
 def test_rounding_may_last_and_need_not_be_zero_anywhere() -> None:
-    noise = (3e-7, 2e-8, 1.9e-7)
+    noise = (3e-7, 2e-8, 1e-8)  # a slope of -2.5
     assert _verdict(noise, ROUNDING, noise, REAL, REAL).passed
     assert _verdict(*[ROUNDING] * 8, REAL, REAL).passed  # longer than the steps that are looked ahead
     assert _verdict((2e-11, 0.0, 3e-12), (8e-4, 8e-4, 8e-4), (9e-4, 9e-4, 9e-4)).passed  # at a small rate

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.layout_matrix import FAMILIES, LAYOUTS, Matrix, drifts, gaps
-from helpers.layout_parity import TOLERANCE
+from helpers.layout_parity import MOVED, TOLERANCE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -35,5 +35,6 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 def test_a_layout_trains_what_one_process_does(matrix: Matrix, family: str, layout: str) -> None:
     results, expected = matrix.spread(family, layout)
     found = gaps(results, expected)
-    assert {what: gap for what, gap in found.items() if gap > TOLERANCE} == {}
+    allowed = {"weights": MOVED, "average": MOVED}
+    assert {what: gap for what, gap in found.items() if gap > allowed.get(what, TOLERANCE)} == {}
     assert drifts(results, layout) == []

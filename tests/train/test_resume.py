@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.layout_parity import MOVED
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, small_config, train_rank
 from megadit.errors import UserError
@@ -75,7 +76,8 @@ def assert_continues(first, folder, world, stage, straight):
             if row["name"].endswith("qkv.bias"):
                 pair = torch.cat([pair.chunk(3, 1)[0], pair.chunk(3, 1)[2]], dim=1)
             gap = (pair[1] - pair[0]).norm() / pair[0].norm()
-            assert gap <= TOLERANCE, f"{row['kind']} of {row['name']}: {gap:.2e}"
+            within = TOLERANCE if row["kind"].startswith("exp_avg") else MOVED
+            assert gap <= within, f"{row['kind']} of {row['name']}: {gap:.2e}"
 
 
 @pytest.mark.distributed
