@@ -47,6 +47,12 @@ def test_errors_that_nobody_reads() -> None:
     assert read_by_nobody("-c", program) == (2, "error: x: is wrong; mend it\n")
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback() -> None:
+    program = START + "def main(argv): raise KeyboardInterrupt\nrun_command(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+
+
 @pytest.mark.parametrize("script", ["launch/pretrain.py", "tools/transfer.py"])
 def test_help_that_nobody_reads(script: str) -> None:
     """argparse passes over what it cannot write, where nothing was buffered."""

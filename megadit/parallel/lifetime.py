@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from megadit.parallel.environment import RankVariables
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_S = 1.0
 # Launchers that may be the first process of a container, which orphans would have for a parent, too.
 _LAUNCHER_PROGRAM = re.compile(r"python|torchrun|deepspeed|accelerate|mpi|orte|prte|hydra|slurmstepd|pmi")
 
@@ -41,7 +44,32 @@ def die_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = None
         told = "error: the launcher of this rank ended before the rank began, and so it ends, too"
         os.write(2, f"{told}\n".encode())
         os._exit(1)
+    if ranks.launcher == "deepspeed":
+        _die_with_runner(parent)
     return True
+
+
+def _die_with_runner(launcher: int) -> None:
+    """On the host where ``deepspeed`` was typed its launcher has that for a parent, and does not end with it."""
+    runner = _parent_of(launcher)
+    if runner is None or "deepspeed" not in _program(runner):
+        return
+
+    def watch() -> None:
+        while _parent_of(launcher) == runner:
+            time.sleep(_LOOK_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+        )
+    except OSError:
+        return None
 
 
 def _program(pid: int) -> str:

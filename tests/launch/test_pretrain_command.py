@@ -121,7 +121,8 @@ def test_the_deepspeed_launcher_trains_the_same_model_with_a_ds_config(plain, tm
 def test_the_environment_of_srun_is_enough(plain, tmp_path):
     """Two tasks with nothing but Slurm's variables, as ``srun python`` starts them."""
     command = [sys.executable, *RUN, *SMALL, "--run_dir", str(tmp_path / "run")]
-    common = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(free_port())}
+    common = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(free_port())}
+    common["SLURM_JOB_NODELIST"] = "localhost"
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     tasks = []
     for rank in ("0", "1"):
