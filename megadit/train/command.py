@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megadit.config import DataConfig, LoadedConfig, RunConfig, load
 from megadit.config.ds_offload import offloads_optimizer
+from megadit.config.ds_plain import is_plain
 from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.config.samplers import check_sampling
 from megadit.data.places import check_places
@@ -76,8 +77,7 @@ def run(
         check_folder(folder, "--run_dir")
         if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
             refuse_occupied(folder, "--run_dir")
-        # DeepSpeed's opinion of its own file is asked in any case; of the dict that megadit makes, when it is used.
-        job = prepare_job(config, overrides, ds_config, run_dir, resume, ask_deepspeed=not dry or ds_config is not None)
+        job = prepare_job(config, overrides, ds_config, run_dir, resume, dry=dry)
         if dry:
             from megadit.train.dry_run import dry_run
 
@@ -125,7 +125,7 @@ def prepare_job(
     run_dir: str | None,
     resume: str,
     *,
-    ask_deepspeed: bool = True,
+    dry: bool = False,
 ) -> Job:
     """Resolve and check the configuration, the layout and the data.
 
@@ -134,7 +134,7 @@ def prepare_job(
     """
     prepare_environment()
     loaded, folder = load(config, overrides), run_folder(config, run_dir)
-    return check_job(loaded, ds_config, folder, resume, ask_deepspeed=ask_deepspeed)
+    return check_job(loaded, ds_config, folder, resume, dry=dry)
 
 
 def check_job(
@@ -144,19 +144,19 @@ def check_job(
     resume: str,
     datasets: Callable[[DataConfig], tuple[ImageSet, ImageSet]] | None = None,
     *,
-    ask_deepspeed: bool = True,
+    dry: bool = False,
 ) -> Job:
     """The job of a loaded configuration, checked, in the environment that ``prepare_environment`` completed.
 
     ``datasets`` takes the place of ``build_datasets`` (a process that trains many jobs keeps their data).
-    ``ask_deepspeed``: whether DeepSpeed, which takes a second to import, is to parse its dict.
+    ``dry``: it will not train, so that DeepSpeed is imported only if there is something that it alone can judge.
 
     Raises:
         UserError: anything in configuration, layout or data that cannot work.
     """
     merged = resolve(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
     check_here(merged.config, folder, resume)
-    if ask_deepspeed:
+    if not (dry and is_plain(merged.ds_config)):
         from megadit.train.ds_check import check_ds_config
 
         check_ds_config(merged.ds_config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig
+from megadit.config.ds_plain import is_plain
 from megadit.errors import EXIT_OK, UserError
 from megadit.optional import defer_compiler
 from megadit.parallel.environment import is_local_main
@@ -55,7 +56,7 @@ def dry_run_elsewhere(
         UserError: anything in configuration or layout that cannot work.
     """
     merged = resolve(loaded, ds_config, world_size)
-    if ds_config is not None:
+    if not is_plain(merged.ds_config):
         from megadit.train.ds_check import check_ds_config
 
         check_ds_config(merged.ds_config)

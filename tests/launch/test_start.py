@@ -33,6 +33,10 @@ REFUSED = [
     ["launch/pretrain.py", "data.name=webdataset", "data.path=EMPTY"],
     ["launch/pretrain.py", "data.name=fashion-mnist", "data.path=NOWHERE"],
     ["launch/pretrain.py", "--config", DIGITS, "data.vae.path=NOWHERE", "data.vae.factor=1"],
+    ["RANK=x", "WORLD_SIZE=2", "launch/pretrain.py"],
+    ["RANK=0", "WORLD_SIZE=2", "launch/pretrain.py"],
+    ["OMPI_COMM_WORLD_RANK=3", "OMPI_COMM_WORLD_SIZE=2", "launch/pretrain.py"],
+    ["RANK=", "launch/sweep.py", "worker", "--config", "dit-width-mini"],
     ["launch/sample.py", "NOWHERE"],
     ["launch/sample.py", "EMPTY"],
     ["launch/sweep.py", "run", "--config", "NOWHERE"],
@@ -60,7 +64,7 @@ REFUSED = [
 
 # Refuses to import torch, and asks every command; prints the exit code (or what was raised) and last words of each.
 REFUSALS = """
-import contextlib, importlib.abc, io, json, runpy, sys
+import contextlib, importlib.abc, io, json, os, runpy, sys
 
 class NoTorch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -69,7 +73,13 @@ class NoTorch(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, NoTorch())
 answers = []
+environment = dict(os.environ)
 for words in json.loads(sys.argv[1]):
+    os.environ.clear()
+    os.environ.update(environment)
+    while not words[0].endswith(".py"):
+        name, _, value = words.pop(0).partition("=")
+        os.environ[name] = value
     sys.argv = words
     with contextlib.redirect_stderr(io.StringIO()) as told:
         try:
