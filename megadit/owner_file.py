@@ -22,6 +22,7 @@ from megadit.process_id import start_of, view_of_processes
 
 FILE = "owner.json"
 BEAT_S = 5.0  # between two advances of an owner's counter
+_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}  # of an owner's facts
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
@@ -68,11 +69,9 @@ class Owner:
         """The owner that the file's text names; None for text that this program did not write whole."""
         try:
             values = json.loads(text)
-            known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
-            owner = cls(**known)
-            numbers = (owner.pid, owner.folder, owner.slurm_restarts, owner.beat_s)
-            whole = all(isinstance(number, int | float) for number in numbers)
-            return owner if whole and isinstance(owner.token, str) else None
+            fields = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(cls) if field.name in values}
+            whole = all(isinstance(values[name], kind) for name, kind in fields.items())
+            return cls(**{name: values[name] for name in fields}) if whole else None
         except (ValueError, TypeError):
             return None
 

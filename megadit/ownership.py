@@ -30,6 +30,7 @@ from megadit.process_id import start_of, state_of, view_of_processes
 TIMEOUT = "MEGADIT_OWNER_TIMEOUT_S"  # environment variable: how long a silent owner of another host is watched
 _TIMEOUT_S = 60.0
 _MISSED_BEATS = 3  # at least so many, however short the time-out
+_LONGEST_S = 600.0  # that an owner's own interval can ask for
 _LOOK_S = 0.1
 _MOST_VANISHED = 50  # a file that one cannot make and cannot read so often is a dangling link, or another such thing
 
@@ -149,7 +150,9 @@ class Claim:
 
     def _watched(self, text: str, owner: Owner | None) -> str | None:
         now = time.monotonic()
-        limit = self._timeout_s if owner is None else max(self._timeout_s, _MISSED_BEATS * owner.beat_s)
+        limit = (
+            self._timeout_s if owner is None else max(self._timeout_s, min(_MISSED_BEATS * owner.beat_s, _LONGEST_S))
+        )
         if text != self._seen:
             before = Owner.parse(self._seen)
             if owner is not None and before is not None and owner.token == before.token:

@@ -190,7 +190,7 @@ class TestTakeover:
             own(tmp_path / "b", "training").release()
         assert "silent for 0.3 s" in told(capsys)
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"token": 3}', "\udcff"])
+    @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"token": 3}', '{"token": "a", "pid": 1.5}', "\udcff"])
     def test_file_that_nobody_can_read(self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
         own(tmp_path, "training").release()
