@@ -7,10 +7,10 @@ the size and the digest up to there. With these a later listing is compared, and
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def sizes_of(folder: str, names: Sequence[str]) -> list[int]:
 
 def _size(folder: str, name: str) -> int:
     try:
-        return Path(folder, name).stat().st_size
+        return os.stat(f"{folder}/{name}").st_size  # a Path costs ten times as much
     except OSError:
         return MISSING
 
