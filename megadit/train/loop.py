@@ -24,6 +24,8 @@ from megadit.train.meter import Meter
 from megadit.train.partitions_guard import LossScaleExhausted, Reading
 from megadit.train.preemption import Interrupt, preemption_signals
 from megadit.train.run import TrainingRun
+from megadit.train.spikes import KIND as SPIKE
+from megadit.train.spikes import Spike
 
 _PREEMPTION_CHECK_STEPS = 10
 _PASSING = (RunStopped, OwnershipLost)  # these are no failures of a callback
@@ -58,7 +60,7 @@ def fit(run: TrainingRun, stream: BatchStream, callbacks: Sequence[Callback]) ->
 def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callback], interrupt: Interrupt) -> bool:
     if run.position.step < run.total_steps and run.context.any(interrupt.raised):
         return False  # nothing was trained since the start, and so nothing is to be saved
-    meter = Meter(run)
+    meter = Meter(run, run.context.on_main(lambda: _logged_losses(run)))
     reading = Reading()
     events: list[dict[str, Any]] = []
     while run.position.step < run.total_steps:
@@ -68,20 +70,22 @@ def _steps(run: TrainingRun, batches: Iterator[Any], callbacks: Sequence[Callbac
             norm = optimizer_step(run, batches, meter, log)
         except LossScaleExhausted as error:
             run.position = Position(step + 1, run.position.samples_seen + batch_size, run.engine.skipped_steps)
-            _diverge(run, callbacks, meter, Reading(), error.scale)
+            _diverge(run, callbacks, meter, events, Reading(), error.scale)
         if reading.bad():  # of the step before: the device had this one to do while the host waited for the answer
             meter.drop_step()
-            _diverge(run, callbacks, meter, reading)
+            _diverge(run, callbacks, meter, events, reading)
         reading = run.engine.reading
         events += _left_out(run)
         run.position = Position(step + 1, run.position.samples_seen + batch_size, run.engine.skipped_steps)
         preempted = _is_preempted(run, interrupt)
         # The step before a checkpoint is always logged: a window is never cut in two, and what is saved is finite.
         if (log or preempted) and reading.bad():
-            _diverge(run, callbacks, meter, reading)
+            _diverge(run, callbacks, meter, events, reading)
         record = meter.record(norm) if log or preempted else None
-        if record is not None and events:
-            record["events"], events = events, []
+        if record is not None:
+            events += _spikes(run, meter.spikes)
+            record |= {"events": events} if events else {}
+            events = []
         _after_step(run, callbacks, record, preempted)
         if preempted:
             if run.saved_step != run.position.step:
@@ -101,16 +105,48 @@ def _left_out(run: TrainingRun) -> list[dict[str, Any]]:
     return [{"kind": LEFT_OUT, "step": step, "samples": [list(window)]} for window in windows]
 
 
+def _spikes(run: TrainingRun, spikes: Sequence[Spike]) -> list[dict[str, Any]]:
+    """Events of the steps whose loss was far above those before."""
+    events = []
+    for spike in spikes:
+        windows = run.layout.windows(spike.step - 1)
+        if run.context.is_main:
+            say(
+                f"warning: the loss at step {spike.step} is {spike.loss:.4g} after {spike.median:.4g} (median of "
+                f"{spike.count} before); the step took {shown(windows)}"
+            )
+        samples = [list(window) for window in windows]
+        events.append(
+            {"kind": SPIKE, "step": spike.step, "loss": spike.loss, "median": spike.median, "samples": samples}
+        )
+    return events
+
+
+def _logged_losses(run: TrainingRun) -> list[float]:
+    """Losses that the run logged before it was resumed, as far as they are finite."""
+    try:
+        rows = run.directory.read_metrics() if run.position.step else []
+    except (OSError, ValueError):  # torn by a kill
+        return []
+    return [row["loss"] for row in rows if row.get("loss") is not None and row["step"] <= run.position.step]
+
+
 def _diverge(
-    run: TrainingRun, callbacks: Sequence[Callback], meter: Meter, reading: Reading, at_scale: float | None = None
+    run: TrainingRun,
+    callbacks: Sequence[Callback],
+    meter: Meter,
+    events: list[dict[str, Any]],
+    reading: Reading,
+    at_scale: float | None = None,
 ) -> NoReturn:
     """Log the step where the run stands, which was not finite, and raise (all ranks alike)."""
     broken = meter.broken_samples()
     run.engine.optimizer.apply(run.position.step - 1)  # a later step may have been prepared since
     record = meter.record(math.inf) | {"grad_norms": None}
+    events = [*events, *_spikes(run, meter.spikes)]
     error = describe(run, broken, reading.bad_roles(), at_scale)
     for callback in callbacks:
-        callback.on_divergence(run, record | {"events": [error.event]})
+        callback.on_divergence(run, record | {"events": [*events, error.event]})
     raise error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from megadit.plan import forward_flops, peak_flops
 from megadit.train.callbacks import Record
 from megadit.train.metrics import Clock, LossSums, memory_gb, model_flops_utilization
 from megadit.train.run import TrainingRun
+from megadit.train.spikes import Spike, SpikeDetector
 
 
 @dataclass
@@ -31,8 +32,10 @@ class Meter:
     The last two steps are kept apart: what is wrong with a step is known when the next one is under way.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun, earlier: Sequence[float] = ()) -> None:
+        """``earlier``: losses that the run logged before it was resumed."""
         self._run = run
+        self._spikes = SpikeDetector(earlier)
         name = ""
         if run.context.device.type == "cuda":
             name = torch.cuda.get_device_name(run.context.device)
@@ -43,15 +46,23 @@ class Meter:
 
     def restart(self) -> None:
         """Begin a new window."""
+        self.spikes: list[Spike] = []  # in the window of the last record
         self._sums, self.clock = LossSums(self._run.context.device), Clock()
         self._steps: deque[_Step] = deque()
+        self._step_sums: list[Tensor] = []
 
     def begin_step(self) -> None:
         """Before the first micro batch of an optimizer step."""
         if len(self._steps) == 2:
-            self._sums.merge(self._steps.popleft().sums)
+            self._close_step()
         self.clock.steps += 1
         self._steps.append(_Step(LossSums(self._run.context.device)))
+
+    def _close_step(self) -> None:
+        sums = self._steps.popleft().sums
+        self._sums.merge(sums)
+        nothing = torch.zeros((), dtype=torch.float64, device=self._run.context.device)
+        self._step_sums.append(sums.total.get("", nothing))  # of a pipeline only the last stage has losses
 
     def add(self, batch: Batch, terms: LossTerms, time01: Tensor) -> None:
         """Add a micro batch of the step; nothing waits for the device. ``time01``: (B,) position in [0, 1]."""
@@ -82,13 +93,15 @@ class Meter:
         run = self._run
         step = run.position.step
         while self._steps:
-            self._sums.merge(self._steps.popleft().sums)
-        losses = self._sums.reduce(run.context)
+            self._close_step()
+        losses, of_steps = self._sums.reduce(run.context, self._step_sums)
+        self.spikes = self._spikes.look(step - len(of_steps) + 1, of_steps)
         rates = self.clock.rates(run.config.train.global_batch)
         mfu = model_flops_utilization(self._flops, rates["images_per_s"], self._peak, run.context.world_size)
         return {
             "step": step,
             **losses,
+            "max_step_loss": max(of_steps),
             "grad_norm": norm,
             "grad_norms": None if norm is None else run.engine.partitions.norms.values(),
             "lr": run.engine.optimizer.base_lr(step - 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,23 +47,29 @@ class LossSums:
             self.bins = other.bins if self.bins is None else self.bins + other.bins
         self.count += other.count
 
-    def reduce(self, context: ProcessContext) -> dict[str, Any]:
-        """Means over all ranks: ``loss``, ``loss_<term>`` and ``loss_bins`` (None where a bin got no sample)."""
+    def reduce(self, context: ProcessContext, steps: Sequence[Tensor] = ()) -> tuple[dict[str, Any], list[float]]:
+        """Means over all ranks: ``loss``, ``loss_<term>`` and ``loss_bins`` (None where a bin got no sample).
+
+        steps: of each optimizer step in the window this rank's sum of losses, () float64; their means come second.
+        """
         # Of a pipeline only the last stage has losses, and only it knows their names.
         names = sorted({name for names in context.gather_objects(list(self.total)) for name in names})
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         head = torch.stack([self.total.get(name, nothing) for name in names])
         own = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device) if self.bins is None else self.bins
         count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.device)
-        values = context.sum(torch.cat([count, head, own.flatten()])).tolist()
+        per_step = torch.stack(list(steps)) if steps else head[:0]
+        values = context.sum(torch.cat([count, head, own.flatten(), per_step])).tolist()
         samples, sums, bins = values[0], values[1 : 1 + len(names)], values[1 + len(names) :]
+        means = [total * len(steps) / samples for total in bins[2 * TIME_BINS :]]
         result: dict[str, Any] = {}
         for name, value in zip(names, sums, strict=True):
             result[f"loss_{name}" if name else "loss"] = value / samples
         result["loss_bins"] = [
-            loss / number if number else None for loss, number in zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)
+            loss / number if number else None
+            for loss, number in zip(bins[:TIME_BINS], bins[TIME_BINS : 2 * TIME_BINS], strict=True)
         ]
-        return result
+        return result, means
 
 
 @dataclass

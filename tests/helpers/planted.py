@@ -67,6 +67,19 @@ def state_of(run: Any) -> dict[Any, Any]:
     return {**state, "adam_step": partitions.adam_step()}
 
 
+def loud_sample(number: int, factor: float) -> None:
+    """A loss ``factor`` times what it is in the micro batch that holds the sample of this number."""
+    from megadit.train.run import TrainingRun
+
+    plain = TrainingRun.losses
+
+    def losses(self: TrainingRun, forward: Any, batch: Any, noisy: Any) -> Any:
+        terms = plain(self, forward, batch, noisy)
+        return replace(terms, total=terms.total * factor) if number in batch.numbers.tolist() else terms
+
+    TrainingRun.losses = losses  # type: ignore[method-assign]
+
+
 def whole_run(
     config: RunConfig,
     folder: str,
