@@ -264,7 +264,8 @@ def _slurm_meeting(env: Mapping[str, str]) -> tuple[str, int]:
     # A step may run on some of its job's nodes only, and beside other steps of the job.
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     number = (_number(env, "SLURM_JOB_ID") or 0) + 31 * (_number(env, "SLURM_STEP_ID") or 0)
-    return first_slurm_host(nodes), 20000 + number % 20000
+    one_host = re.fullmatch(r"[^\[\],]+", nodes) is not None  # whose name need not be known to it
+    return "127.0.0.1" if one_host else first_slurm_host(nodes), 20000 + number % 20000
 
 
 def _mpi_meeting(env: Mapping[str, str], ranks: RankVariables) -> tuple[str, int]:

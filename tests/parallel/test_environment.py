@@ -138,6 +138,12 @@ def test_ranks_of_mpirun_agree_on_where_to_meet_and_jobs_do_not_share_it():
     assert prepare_environment(dict(HYDRA)).master_port == 29500  # nothing names the job
 
 
+def test_tasks_of_one_host_need_no_name_for_it():
+    alone = prepare_environment(TASK_3 | {"SLURM_STEP_NODELIST": "n1"})
+    spread = prepare_environment(dict(TASK_3))
+    assert (alone.master_addr, spread.master_addr) == ("127.0.0.1", "n1")
+
+
 def test_mpirun_on_several_hosts_is_told_the_first_or_refused(tmp_path):
     spread = OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     with pytest.raises(UserError, match="MASTER_ADDR: not set, and mpirun started 2 ranks on several hosts"):
