@@ -38,23 +38,24 @@ def build_model(
     parallel: TensorLayout | None = None,
     seed: int = 0,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> StagedModel:
     """Build one model in float32, initialised: whole, or a tensor-parallel rank's share of it (``parallel``).
 
-    ``device="meta"`` gives a model without memory or values: for counting, for specs, and for
-    ``to_empty`` followed by ``megadit.mup.init_parameters``.
+    ``device``: by default torch's, so that ``with torch.device(…)`` holds here too. ``"meta"`` gives a model without
+    memory or values: for counting, for specs, and for ``to_empty`` followed by ``megadit.mup.init_parameters``.
 
     Raises:
         ValueError: the layout's ranks do not divide the model's heads or channels.
     """
-    with torch.device(device), building(parallel):
+    device = torch.get_default_device() if device is None else torch.device(device)
+    with device, building(parallel):
         model = family(config.family)(config)
         model.repa = build_projector(config)
-    model.repa_block = config.repa.block if config.repa is not None else 0
-    model.layout = parallel or WHOLE
-    if torch.device(device).type != "meta":
-        init_parameters(model, seed)
+        model.repa_block = config.repa.block if config.repa is not None else 0
+        model.layout = parallel or WHOLE
+        if device.type != "meta":
+            init_parameters(model, seed)
     return model
 
 
