@@ -11,6 +11,7 @@ from megadit.config.data import DataConfig
 from megadit.config.loader import load_config
 from megadit.config.merge import merge
 from megadit.config.messages import explain
+from megadit.config.reads import settle
 from megadit.config.run import RunConfig
 from megadit.config.sources import find_config, nested, override_layer, read_layers
 from megadit.errors import UserError
@@ -31,6 +32,7 @@ def load_data(path: str | None, overrides: Sequence[str]) -> DataConfig:
         raise UserError(f"override: {other!r} changes nothing here; only data.* keys are read")
     layers = read_layers(find_config(path)) if path is not None else []
     merged = merge([*layers, override_layer(overrides)], RunConfig)
+    settle(merged.values, merged.sources, merged.order, merged.resolved, only="data.")
     values = {key: value for key, value in merged.values.items() if key.split(".")[0] == "data"}
     try:
         return _DataOnly.model_validate(nested(values)).data

@@ -21,6 +21,7 @@ from megadit.config.ds_sums import sum_keys, sum_warnings
 from megadit.config.ds_wishes import Wish, wishes
 from megadit.config.layout import nearest_layout, replicas
 from megadit.config.loader import LoadedConfig, replace
+from megadit.config.reads import check_late
 from megadit.config.run import RunConfig
 from megadit.errors import UserError
 
@@ -57,6 +58,10 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
         "parallel.zero_stage": stage,
     }
     config = replace(config, resolved | _offload_changes(file, loaded, config), source=file.label)
+    check_late(
+        {"optim.schedule": config.optim.schedule, "optim.min_lr_ratio": config.optim.min_lr_ratio},
+        {key: source for key, source in loaded.user_set.items() if key not in loaded.resolved},
+    )
     warnings = [*file.warnings, *sum_warnings(file, config, plan.accumulation)]
     if stage == 0 and offloads_optimizer(file.block("zero_optimization")):
         warnings.append(

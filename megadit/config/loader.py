@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from megadit.config.merge import Merged, merge
 from megadit.config.messages import explain
+from megadit.config.reads import settle
 from megadit.config.run import RunConfig
-from megadit.config.sources import Layer, configs_dir, find_config, nested, override_layer, read_layers
+from megadit.config.sources import RESOLVED, Layer, configs_dir, find_config, nested, override_layer, read_layers
 from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
 from megadit.files import whole_file
@@ -26,12 +27,14 @@ class LoadedConfig:
 
     ``user_set`` maps each dotted key that the user set, in a file they named or by an override, to where
     (``configs/dit/xl-2.yaml``, ``an override``). The quickstart that runs without ``--config`` sets nothing in
-    this sense: its values are defaults, which a ds_config may overrule.
+    this sense: its values are defaults, which a ds_config may overrule. ``resolved``: those of them that a file says
+    which megadit wrote with every key, so that nobody asked for each.
     """
 
     config: RunConfig
     user_set: Mapping[str, str] = field(default_factory=dict)
     source: str = "defaults"
+    resolved: frozenset[str] = frozenset()
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -48,7 +51,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Loade
     name = layers[-1].source + (" (the quickstart)" if path is None else "")
     if overrides:
         name += f" with {len(overrides)} override{'s' if len(overrides) > 1 else ''}"
-    return LoadedConfig(config, user_set, name)
+    return LoadedConfig(config, user_set, name, merged.resolved)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -61,16 +64,20 @@ def load_layers(layers: Sequence[Layer]) -> RunConfig:
     return _validated(merge(layers, RunConfig))
 
 
-def replace(config: RunConfig, changes: Mapping[str, Any], source: str = "a change") -> RunConfig:
+def replace(
+    config: RunConfig, changes: Mapping[str, Any], source: str = "a change", *, resolved: bool = False
+) -> RunConfig:
     """``config`` with dotted ``changes`` (``{"model.width": 256, "optim.lr": 2e-4}``), checked again.
 
-    ``source`` is what error messages call the origin of the changes. Raises UserError.
+    ``source`` is what error messages call the origin of the changes; ``resolved``: they come from another whole
+    configuration, so that a key among them that nothing reads is no mistake. Raises UserError.
     """
-    merged = merge([Layer(config.model_dump(), "the configuration"), Layer(nested(changes), source)], RunConfig)
-    return _validated(merged)
+    whole = Layer(config.model_dump(), "the configuration", resolved=True)
+    return _validated(merge([whole, Layer(nested(changes), source, resolved)], RunConfig))
 
 
 def _validated(merged: Merged) -> RunConfig:
+    settle(merged.values, merged.sources, merged.order, merged.resolved)
     values = nested(merged.values)
     for section in ("model", "train"):  # so that an empty file names the keys that are missing in these
         values.setdefault(section, {})
@@ -87,7 +94,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     """
     from megadit import __version__
 
-    text = f"# Resolved run configuration, every key, written by megadit {__version__}.\n" + to_yaml(config)
+    text = f"{RESOLVED}, written by megadit {__version__}.\n" + to_yaml(config)
     with whole_file(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -13,6 +13,9 @@ from megadit.config.sources import Layer
 from megadit.config.values import coerce, meaning, too_large
 from megadit.errors import UserError
 
+# Sets whose classes have names of their own; those of folders and tars are the user's.
+BUILT_IN = ("emoji", "digits", "fashion-mnist")
+
 # Two ways to say one thing: a later layer that uses one drops what an earlier layer said by the other.
 ALTERNATIVES = (("model.heads", "model.head_dim"), ("train.steps", "train.epochs"))
 
@@ -24,6 +27,9 @@ class Merged:
         self.schema = schema
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
+        self.order: dict[str, int] = {}  # by key, also of sections: the layer that said it, counted from the lowest
+        self.resolved: frozenset[str] = frozenset()  # keys last said by a layer that says all of them
+        self._layers = 0
         self._preset_init = False  # whether model.init is what the preset said, and no file since
 
     def add(self, layer: Layer) -> None:
@@ -41,8 +47,14 @@ class Merged:
         for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
             if new.get(one) is not None and other not in new:
                 self._drop(other)
+        before = self.values.get("data.name")
+        if before in BUILT_IN and new.get("data.name", before) != before and "data.classes" not in new:
+            self._drop("data.classes")  # its names mean nothing in another set
         for key, value in new.items():
             self._set(key, value, layer.source)
+        self.order |= dict.fromkeys(new, self._layers)
+        self.resolved = (self.resolved - new.keys()) | (frozenset(new) if layer.resolved else frozenset())
+        self._layers += 1
 
     def _set(self, key: str, value: Any, source: str) -> None:
         if value == {} and any(name.startswith(key + ".") for name in self.values):

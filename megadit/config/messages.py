@@ -40,8 +40,8 @@ _MOST_LINES = 4
 def few_lines(sentences: Sequence[str]) -> str:
     """The first sentences, one a line, and how many more there are: a wrong file would fill the screen."""
     more = len(sentences) - _MOST_LINES
-    shown = [*sentences[:_MOST_LINES], f"and {more} more of the kind"] if more > 1 else sentences
-    return "\n".join(shown)
+    told = [*sentences[:_MOST_LINES], f"and {more} more of the kind"] if more > 1 else sentences
+    return "\n".join(told)
 
 
 def explain(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
@@ -66,10 +66,10 @@ def _sentence(finding: Any, schema: type[Section], sources: Mapping[str, str]) -
         return unknown_key(key, schema) + _where(key, sources)
     if kind == "missing" and isinstance(finding["loc"][-1], int):
         key = key.rpartition(".")[0]
-        return f"{key}: {_shown(value)} has too few items{_where(key, sources)}"
+        return f"{key}: {shown(value)} has too few items{_where(key, sources)}"
     if kind == "missing":
         return f"{key}: is missing; give it a value"
-    return f"{key}: {_shown(value)} {_problem(kind, context, finding['msg'])}{_where(key, sources)}"
+    return f"{key}: {shown(value)} {_problem(kind, context, finding['msg'])}{_where(key, sources)}"
 
 
 def _problem(kind: str, context: Mapping[str, Any], message: str) -> str:
@@ -99,7 +99,7 @@ def _plain(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as a person would write it in YAML; long ones are cut."""
     if value is None:
         return "null"

@@ -17,14 +17,20 @@ from megadit.config.yaml_text import YamlError, decode, parse_yaml
 from megadit.errors import UserError
 
 OVERRIDES = "an override"
+RESOLVED = "# Resolved run configuration, every key"  # how such a file begins
+_WRITTEN = (RESOLVED.encode(), b"# Written by megadit")  # the second: targets of tools/transfer.py apply
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The values of one file, or of all overrides together, as nested mappings, and what to call it in messages."""
+    """The values of one file, or of all overrides together, as nested mappings, and what to call it in messages.
+
+    ``resolved``: they are a whole configuration, written by megadit with every key, of which nobody asked for each.
+    """
 
     values: Mapping[str, Any]
     source: str
+    resolved: bool = False
 
 
 def configs_dir() -> Path:
@@ -70,7 +76,16 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
     layers: list[Layer] = []
     for base in _bases(values.pop("base", None), path):
         layers += _read_layers(base, (*chain, resolved))
-    return [*layers, Layer(values, display(path))]
+    return [*layers, Layer(values, display(path), is_resolved(path))]
+
+
+def is_resolved(path: Path) -> bool:
+    """Whether the file at ``path`` is a configuration that megadit wrote, with keys for which nobody asked."""
+    try:
+        with open(path, "rb") as file:
+            return file.readline().startswith(_WRITTEN)
+    except OSError:
+        return False
 
 
 def _bases(value: Any, path: Path) -> list[Path]:

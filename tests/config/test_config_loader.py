@@ -106,16 +106,16 @@ def test_whole_numbers_may_be_written_as_floats_and_powers():
 
 
 def test_numbers_in_texts_stay_texts():
-    assert load_config(None, ["data.path='2^3'"]).data.path == "2^3"
-    assert load_config(None, ["data.path=1e-4"]).data.path == "1e-4"
+    assert load_config(None, ["train.init_from='2^3'"]).train.init_from == "2^3"
+    assert load_config(None, ["train.init_from=1e-4"]).train.init_from == "1e-4"
 
 
 def test_overrides_are_read_as_yaml_and_the_last_wins():
     config = load_config(
-        None, ["optim.betas=[0.8, 0.9]", "data.flip=true", "data.path=a=b", "optim.lr=1e-3", "optim.lr=1e-2"]
+        None, ["optim.betas=[0.8, 0.9]", "data.flip=true", "train.init_from=a=b", "optim.lr=1e-3", "optim.lr=1e-2"]
     )
     assert config.optim.betas == (0.8, 0.9)
-    assert config.data.flip is True and config.data.path == "a=b" and config.optim.lr == 1e-2
+    assert config.data.flip is True and config.train.init_from == "a=b" and config.optim.lr == 1e-2
 
 
 def test_optional_sections_open_and_close(tmp_path: Path):
@@ -168,7 +168,7 @@ class TestSaving:
         [
             [],
             ["optim.lr=0.1", "optim.eps=1e-15", "optim.betas=[0.3333333333333333, 0.9]"],
-            ["data.vae.path='/a b/é: #c'", "data.path='123'", "data.image_size=256"],
+            ["data.vae.path='/a b/é: #c'", "data.name=image-folder", "data.path='123'", "data.image_size=256"],
             ["train.epochs=0.30000000000000004", "data.path=null"],
             ["optim.clip.value=null", "model.role_hps.hidden.lr=2^-3", "optim.lr=1e22"],
         ],

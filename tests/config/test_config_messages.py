@@ -48,7 +48,7 @@ def refused(path: Path | str | None, *overrides: str) -> str:
         ("train.seed=[1]", "train.seed: [1] is not a whole number (in an override)"),
         ("data.flip=yep", "data.flip: 'yep' is not true or false (in an override)"),
         ("data.flip=1", "data.flip: 1 is not true or false (in an override)"),
-        ("data.path=[3]", "data.path: [3] is not a text; put it in quotes (in an override)"),
+        ("train.init_from=[3]", "train.init_from: [3] is not a text; put it in quotes (in an override)"),
         ("optim.betas=0.9", "optim.betas: 0.9 is not a list (in an override)"),
         ("optim.betas=[0.9]", "optim.betas: [0.9] has too few items (in an override)"),
         ("optim.betas=[0.9,0.9,0.9]", "optim.betas: [0.9, 0.9, 0.9] has 3 items, not 2 (in an override)"),

@@ -20,6 +20,7 @@ from megadit.search.study.spec import read_spec
 
 MODEL = "model: {width: 64, heads: 4, input_size: 8}\n"
 MINIMAL = MODEL + "train: {steps: 10}\n"
+FOLDER = "data.name=image-folder"
 
 
 def loaded(tmp_path: Path, text: str, overrides: tuple[str, ...] = ()) -> Any:
@@ -48,9 +49,9 @@ QUOTED = ("null", "~", "", " a", "a ", "a #b", "a: b", "- a", "'", '"', "a\nb", 
 class TestTexts:
     @pytest.mark.parametrize("text", TEXTS)
     def test_a_class_keeps_the_name_that_was_written(self, tmp_path: Path, text: str) -> None:
-        data = f"data: {{classes: [{text}, other], path: {text}}}\n".replace("1,5", "'1,5'")
+        data = f"data: {{classes: [{text}, other], name: image-folder, path: {text}}}\n".replace("1,5", "'1,5'")
         assert loaded(tmp_path, MINIMAL + data).data.classes == (text, "other")
-        assert loaded(tmp_path, MINIMAL, (f"data.path={text}",)).data.path == text
+        assert loaded(tmp_path, MINIMAL, (FOLDER, f"data.path={text}")).data.path == text
 
     @pytest.mark.parametrize(
         "text", [*TEXTS, "null", "~", "", " a", "a ", "a #b", "a: b", "- a", "'", '"', "a\nb", "\t", "*", "&a"]
@@ -68,9 +69,9 @@ class TestTexts:
     def test_a_comment_in_an_override_is_not_lost(self, tmp_path: Path) -> None:
         message = refusal(tmp_path, MINIMAL, ("data.path=/data/a #b",))
         assert message.startswith("data.path: '/data/a #b' is not a YAML value: drops '#b' as a comment")
-        assert loaded(tmp_path, MINIMAL, ("data.path='/data/a #b'",)).data.path == "/data/a #b"
-        assert loaded(tmp_path, MINIMAL, ("data.path=/data/a#b",)).data.path == "/data/a#b"
-        assert loaded(tmp_path, MINIMAL + "data: {path: a}  # where\n").data.path == "a"
+        assert loaded(tmp_path, MINIMAL, (FOLDER, "data.path='/data/a #b'")).data.path == "/data/a #b"
+        assert loaded(tmp_path, MINIMAL, (FOLDER, "data.path=/data/a#b")).data.path == "/data/a#b"
+        assert loaded(tmp_path, MINIMAL + "data: {name: image-folder, path: a}  # where\n").data.path == "a"
 
     def test_names_of_averages_are_numbers_however_written(self, tmp_path: Path) -> None:
         config = loaded(tmp_path, MINIMAL + "ema: {decays: [0.9990]}\nsample: {weights: 0.9990}\n")
@@ -135,7 +136,7 @@ class TestNumbers:
 class TestFiles:
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
     def test_encodings_with_their_mark(self, tmp_path: Path, encoding: str) -> None:
-        (tmp_path / "c.yaml").write_bytes((MINIMAL + "data: {path: ä}\n").encode(encoding))
+        (tmp_path / "c.yaml").write_bytes((MINIMAL + "data: {name: image-folder, path: ä}\n").encode(encoding))
         assert load_config(tmp_path / "c.yaml").data.path == "ä"
 
     @pytest.mark.parametrize("data", [MINIMAL.encode("utf-16-le"), "data: {path: ä}".encode("latin-1"), b"\x00\x01"])

@@ -27,11 +27,15 @@ from megadit.config.sources import (
 from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
 from megadit.files import check_folder, whole_file
+from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
 from megadit.search.study.space import Space, build_space
 from megadit.search.study.spec import StudySpec, read_spec
 
 FROZEN = "study.yaml"
+_HEADER = "# The study with its base configuration in place, written by megadit"
+# What a study writes into its directory beside study.yaml.
+_OWN = (*FILES.values(), "trials", "workers", "report.html", "report.md", "target.yaml")
 _SHORT = {"model.width": "w", "train.global_batch": "batch", "train.steps": "steps"}
 _VALIDATION_IMAGES = 256  # when the base asks for none and a score needs them
 
@@ -130,6 +134,7 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     folder = folder if folder is not None else Path("runs") / "sweeps" / spec.name
     study = Study(spec, base, folder, _cells(spec, horizons), horizons, build_space(spec.space))
     _check(study)
+    _refuse_foreign(folder)
     frozen = folder / FROZEN
     if frozen.is_file() and (overrides or frozen.resolve() != file.resolve()):
         check_against_frozen(study)
@@ -157,7 +162,7 @@ def save_study(study: Study) -> Path:
     """Write ``study.yaml`` into the study's directory: the study with its base in place. It appears whole or not."""
     values = study.spec.model_dump(mode="json")
     values |= {"base": study.base.model_dump(mode="json"), "overrides": {}, "proxy": {}}
-    text = "# The study with its base configuration in place, written by megadit: what its trials were run with.\n"
+    text = f"{_HEADER}: what its trials were run with.\n"
     text += dump_yaml(values)
     target = study.folder / FROZEN
     make_folder(study.folder)
@@ -169,6 +174,29 @@ def save_study(study: Study) -> Path:
     return target
 
 
+def is_frozen(file: Path) -> bool:
+    """Whether ``file`` is a study that megadit wrote into a study directory."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.readline().startswith(_HEADER.encode())
+    except OSError:
+        return False
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Whether a study may write into ``folder``. Raises UserError where that would replace files of others."""
+    if (folder / FROZEN).exists():
+        if is_frozen(folder / FROZEN):
+            return
+        found = FROZEN
+    else:
+        found = next((name for name in _OWN if (folder / name).exists()), "")
+    if found:
+        raise UserError(
+            f"--study_dir: '{folder / found}' was not written by a study and would be replaced; choose another folder"
+        )
+
+
 def find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, Path | None]:
     """The study file and the study directory, as far as the arguments say it."""
     given = Path(source).expanduser()
@@ -178,11 +206,17 @@ def find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, 
             raise UserError(f"study: '{source}' has no {FROZEN}; name a study directory, or a file of configs/sweeps")
         if folder is not None and folder.resolve() != given.resolve():
             raise UserError(f"--study_dir: '{study_dir}' is not the study directory '{source}' itself; leave it out")
+        if not is_frozen(given / FROZEN):
+            raise UserError(
+                f"study: '{given / FROZEN}' was not written by megadit, so that '{source}' is no study directory; name "
+                "the file itself, and what it writes goes to runs/sweeps or --study_dir"
+            )
         return given / FROZEN, given
     if given.is_file():
-        # A frozen study is known by its place; as a file of its own it would name another default directory.
-        inside = given.name == FROZEN and folder is None
-        return given, given.parent if inside else folder
+        # A frozen study is known by its header and its database; any other file of the name is a study to make.
+        database = any((given.parent / name).is_file() for name in FILES.values())
+        inside = given.name == FROZEN and database and is_frozen(given)
+        return given, given.parent if inside and folder is None else folder
     named = configs_dir() / "sweeps" / given
     for file in (named, named.with_name(f"{named.name}.yaml")):
         if file.is_file():
@@ -197,7 +231,7 @@ def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunCo
         beside = file.parent / Path(spec.base).expanduser()
         layers = read_layers(beside if beside.is_file() else find_config(spec.base, "base"))
     else:
-        layers = [Layer(nested(spec.base), f"{name}, base")]
+        layers = [Layer(nested(spec.base), f"{name}, base", is_frozen(file))]
     layers.append(Layer(nested(spec.overrides), f"{name}, overrides"))
     sizes = {"train.steps": spec.proxy.steps, "train.global_batch": spec.proxy.batch}
     layers.append(Layer(nested({key: size for key, size in sizes.items() if size is not None}), f"{name}, proxy"))

@@ -24,6 +24,8 @@ from megadit.search.transfer.target_file import apply_changes, base_changes, wri
 from megadit.search.transfer.untransferred import Note, flat, untransferred
 from megadit.search.verdict.verify import proxy_of
 
+_BY_NONE = "transfer verified by no study given"
+
 
 class NotVerifiedError(Exception):
     """No verdict "transfers" for what is to be applied: one sentence with the remedy (exit code 3)."""
@@ -232,7 +234,14 @@ def backing_words(applied: Applied, key: str) -> str:
         for backing in backed_by(key, applied.backings)
         if backing.span is not None
     ]
-    return "transfer verified by " + " and ".join(spans) if spans else "transfer verified by no study given"
+    return (
+        "transfer verified by " + " and ".join(spans) if spans else "NOT verified: transfer verified by no study given"
+    )
+
+
+def not_verified(applied: Applied) -> list[str]:
+    """The base hyperparameters that were applied though no study's verdict stands behind them."""
+    return [key for key in applied.choice.hps if not backed_by(key, applied.backings)]
 
 
 def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
@@ -245,6 +254,9 @@ def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
     lines += [f"Verdict of {backing.name} on {backing.hp}: {backing.answer}." for backing in applied.backings]
     lines += [f"{key}: {backing_words(applied, key)}." for key in choice.hps]
     lines += [f"{key}: written as {words}." for key, words in applied.scaled.items()]
+    missing = not_verified(applied)
+    if missing:
+        lines.append(f"NOT verified: {', '.join(missing)}.")
     if applied.forced:
         lines.append(f"Written with --force: {applied.forced}.")
     if overrides:

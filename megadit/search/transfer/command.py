@@ -12,7 +12,7 @@ from typing import Any
 
 from megadit.config.sources import display
 from megadit.errors import EXIT_OK, EXIT_VERDICT_NO
-from megadit.search.transfer.apply import Applied, GroupRow, NotVerifiedError, apply, backing_words
+from megadit.search.transfer.apply import Applied, GroupRow, NotVerifiedError, apply, backing_words, not_verified
 from megadit.search.transfer.backing import Backing, backed_by
 from megadit.search.transfer.budget import describe_cost
 from megadit.search.wording import value_text
@@ -44,6 +44,13 @@ def run_apply(args: Namespace) -> int:
             plain = {"written": None, "refused": str(refusal), "verdicts": [_backing_json(b) for b in refusal.found]}
             print(json.dumps(plain, allow_nan=False))
         return EXIT_VERDICT_NO
+    missing = not_verified(applied)
+    if missing:
+        print(
+            f"warning: NOT verified: no study given judged the transfer of {', '.join(missing)}; name one that did by "
+            "--verified-by",
+            file=sys.stderr,
+        )
     result_is_saved(as_json=args.json)
     print(json.dumps(to_json(applied), allow_nan=False) if args.json else describe(applied))
     return EXIT_OK
@@ -65,6 +72,7 @@ def to_json(applied: Applied) -> dict[str, Any]:
         "trials": list(choice.trials),
         "hps": dict(choice.hps),
         "backed_by": {key: [b.name for b in backed_by(key, applied.backings)] for key in choice.hps},
+        "not_verified": not_verified(applied),
         "verdicts": [_backing_json(backing) for backing in applied.backings],
         "forced": applied.forced,
         "changes": applied.changes,

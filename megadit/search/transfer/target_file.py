@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig, load_config, replace
+from megadit.config.reads import is_read
 from megadit.config.sources import OVERRIDES, nested
 from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
@@ -31,12 +32,14 @@ _PARAMETRIZATION = (
 def base_changes(proxy: RunConfig, target: RunConfig, hps: Mapping[str, Any]) -> dict[str, Any]:
     """What the target takes from the study's run ``proxy``, by dotted key: ``hps``, and what gives them their meaning.
 
-    Of the latter (base width, readout and role multipliers, init, rules of decay and epsilon) only what differs.
+    Of the latter (base width, readout and role multipliers, init, rules of decay and epsilon) only what differs and
+    what the target reads.
     """
     ours, theirs = flat(proxy.model_dump()), flat(target.model_dump())
     shared = [key for key in ours if key.startswith(tuple(f"{name}." for name in _PARAMETRIZATION))]
     carried = {key: ours[key] for key in (*_PARAMETRIZATION, *shared) if key in ours and ours[key] != theirs.get(key)}
-    return {**hps, **{key: value for key, value in carried.items() if key not in hps}}
+    carried = {**carried, **hps}
+    return {**hps, **{key: carried[key] for key in carried if key not in hps and is_read(key, {**theirs, **carried})}}
 
 
 def apply_changes(target: LoadedConfig, changes: Mapping[str, Any], study: str) -> RunConfig:

@@ -124,7 +124,9 @@ def test_search_without_scale_needs_a_study_that_verified(tmp_path, target):
     assert plain["backed_by"] == {"optim.lr": ["widths"], "optim.clip.value": [], "optim.warmup_steps": []}
     text = describe(applied)
     assert "transfer verified by widths over model.width 32 to 128" in text
-    assert text.count("transfer verified by no study given") == 2
+    assert text.count("NOT verified: transfer verified by no study given") == 2
+    assert plain["not_verified"] == ["optim.clip.value", "optim.warmup_steps"]
+    assert "# NOT verified: optim.clip.value, optim.warmup_steps." in applied.path.read_text()
     assert "over all its scales widths finds 0.0078125 (2^-7) best" in text
     moving = fabricate(make_study(tmp_path / "moving"), valley(drift=-1.0))
     with pytest.raises(NotVerifiedError, match="does not transfer"):
