@@ -35,7 +35,7 @@ from megadit.search.study.spec import StudySpec, read_spec
 FROZEN = "study.yaml"
 _HEADER = "# The study with its base configuration in place, written by megadit"
 # What a study writes into its directory beside study.yaml.
-_OWN = (*FILES.values(), "trials", "workers", "report.html", "report.md", "target.yaml")
+_OWN = (*FILES.values(), "trials", "workers", "report.html", "report.md")
 _SHORT = {"model.width": "w", "train.global_batch": "batch", "train.steps": "steps"}
 _VALIDATION_IMAGES = 256  # when the base asks for none and a score needs them
 
