@@ -34,9 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.overrides).model  # refused before torch is imported
     from megadit.models import build_model
     from megadit.mup import Parametrization, param_specs, save_base_shapes
+    from megadit.mup.interop import is_base_shapes
 
     model = build_model(config, device="meta")
     try:
+        if args.out.is_file() and not is_base_shapes(args.out):
+            raise UserError(f"--out: '{args.out}' holds no base shapes and would be replaced; choose another path")
         save_base_shapes(model, args.out)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another path") from error

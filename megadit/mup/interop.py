@@ -26,6 +26,12 @@ def attach_infshapes(model: nn.Module) -> None:
         param.infshape = InfShape(dims)  # type: ignore[attr-defined]
 
 
+def is_base_shapes(path: Path) -> bool:
+    """Whether ``path`` is a file that ``save_base_shapes`` wrote."""
+    with open(path, "rb") as file:
+        return file.read(len(_HEADER)) == _HEADER.encode()
+
+
 def save_base_shapes(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the base shapes of ``model`` as a ``.bsh`` file that mup.set_base_shapes(model, path) accepts."""
     shapes = {name: list(spec.base_shape) for name, spec in param_specs(model).items()}

@@ -30,7 +30,7 @@ from megadit.parallel.lifetime import die_with_launcher
 from megadit.parallel.rendezvous import RendezvousFailed
 from megadit.streams import result_is_saved
 from megadit.train.checkpoint_names import check_named, has_checkpoints, saved_step
-from megadit.train.run_dir import RunDirectory
+from megadit.train.run_dir import RunDirectory, refuse_foreign
 from megadit.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def run(
         return dry_run_elsewhere(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
     try:
         check_folder(folder, "--run_dir")
+        refuse_foreign(folder)
         if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
             refuse_occupied(folder, "--run_dir")
         job = prepare_job(config, overrides, ds_config, run_dir, resume, dry=dry)

@@ -22,6 +22,7 @@ from typing import Any
 
 from megadit import __version__
 from megadit.config import RunConfig, save_config
+from megadit.config.sources import is_resolved
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_PREEMPTED, UserError
 from megadit.files import whole_file
 from megadit.ownership import Ownership, is_another_s
@@ -31,6 +32,29 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, whoever else writes it."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+# What a run writes into its folder, and what people keep under the same names.
+_OWN = (
+    *("config.yaml", "ds_config.json", "mup.json", "environment.json", "classes.json", "metrics.jsonl"),
+    *("summary.json", "curves.png", "DATA-NOTICE.txt"),
+)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Whether a run may write into ``folder``, which is known for a run's by its resolved ``config.yaml``.
+
+    Raises:
+        UserError: it is no run's, and holds a file that a run would replace: a configuration that somebody wrote, or
+            the DeepSpeed file beside it.
+    """
+    if is_resolved(folder / "config.yaml") or (folder / "checkpoints").is_dir():
+        return
+    found = next((name for name in _OWN if (folder / name).exists()), None)
+    if found is not None:
+        raise UserError(
+            f"--run_dir: '{folder / found}' was not written by a run and would be replaced; choose another folder"
+        )
 
 
 class RunDirectory:
@@ -206,7 +230,7 @@ class RunDirectory:
         return False
 
     def _has_record(self) -> bool:
-        return (self.path / "config.yaml").is_file() or (self.path / "exit.json").is_file()
+        return is_resolved(self.path / "config.yaml") or (self.path / "exit.json").is_file()
 
     def write_failure(self, code: int, reason: str, step: int) -> None:
         """Record a failure, unless the rank that failed first has; a folder that takes no file keeps the old record.
