@@ -23,7 +23,7 @@ def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None)
         raise UserError(f"--name: '{prefix}' cannot begin the names of tars; give a plain word")
     in_range("--samples", samples, 1, None)
     if max_mb is not None and not 0 < max_mb < math.inf:
-        raise UserError(f"--max_mb: {max_mb:g} is no size above 0; give the most megabytes of a tar, or leave it out")
+        raise UserError(f"--max_mb: {max_mb:g} is not above 0, or has no end; give the megabytes of a tar")
     return Sharding(prefix, samples, None if max_mb is None else int(max_mb * 1e6))
 
 
