@@ -94,7 +94,7 @@ def test_what_does_not_fit_or_is_not_whole_is_refused(latents: Path, tmp_path: P
     for script, arguments, sentence in (
         ("make_shards", ["optim.lr=1"], "only data.* keys are read"),
         ("make_shards", ["--samples", 0], "--samples: 0 is not at least 1"),
-        ("make_shards", ["--max_mb", 0], "--max_mb: 0 is no size above 0"),
+        ("make_shards", ["--max_mb", 0], "--max_mb: 0 is not above 0"),
         ("make_shards", ["--quality", 101], "--quality: 101 is not from 1 to 100"),
         ("make_shards", ["--name", "a/b"], "--name: 'a/b' cannot begin"),
         ("make_shards", ["data.nam=digits"], "did you mean data.name?"),
