@@ -35,7 +35,7 @@ CASES = {
         case("a word for a rate", f"{COORD} --lr fast", "--lr fast: not a learning rate"),
         case("ranks that heads do not share", f"{COORD} --widths 32,64,128 --tp 3", "--tp 3: does not divide"),
         case("no rank", f"{COORD} --tp 0", "--tp 0"),
-        case("a file as folder", COORD, "--out c", files={"c": "dear"}),
+        case("a file as folder", COORD, "--out: 'c'", files={"c": "dear"}),
     ],
 }
 
