@@ -25,6 +25,12 @@ class Choice:
     values: tuple[Any, ...] = ()
     holds: Callable[[Any], bool] | None = None
     remedy: str = ""
+    instead: tuple[str, ...] = ()  # keys that may hold in the place of ``key``
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that decide; one that holds is enough."""
+        return (self.key, *self.instead)
 
     def reads(self, value: Any) -> bool:
         """Whether a key that hangs on this choice is read."""
@@ -51,6 +57,7 @@ _FLOW, _DDPM = Choice("objective.kind", ("flow",)), Choice("objective.kind", ("d
 _NORMAL = Choice("objective.time_sampling", ("logit_normal",))
 _MUP = Choice("model.parametrization", ("mup",))
 _VALIDATED = Choice("train.validation_images", holds=_positive, remedy="train.validation_images above 0")
+_AVERAGED = Choice("ema.decays", holds=_some, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
 _HELD_OUT = Choice("data.val_fraction", holds=_positive, remedy="data.val_fraction above 0")
 
 # Key, or section with all in it: the choices under which it is read, each of which must hold.
@@ -84,6 +91,7 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
     "optim.decay_steps": (Choice("optim.schedule", ("wsd",)),),
     "optim.min_lr_ratio": (Choice("optim.schedule", ("cosine", "wsd")),),
     "optim.clip.groups": (Choice("optim.clip.mode", ("per_group",)),),
+    "ema.every": (_AVERAGED,),
     "train.validate_every": (_VALIDATED, _HELD_OUT),
     "train.validate_with": (_VALIDATED, _HELD_OUT),
     "train.init_from_ema": (Choice("train.init_from", holds=_some, remedy="train.init_from"),),
@@ -129,7 +137,7 @@ def choices_of(key: str) -> tuple[Choice, ...]:
 def is_read(key: str, values: Mapping[str, Any]) -> bool:
     """Whether a run of the flat ``values`` reads ``key``; what they leave out is at its default."""
     fields = dict(walk(RunConfig))
-    return all(choice.reads(_value(choice.key, values, fields)) for choice in choices_of(key))
+    return all(_holds(choice, values, fields) for choice in choices_of(key))
 
 
 def settle(
@@ -155,9 +163,9 @@ def settle(
             continue
         for choice in choices_of(key):
             later = choice.key == _LATE and key not in JUDGED_THERE
-            if later or not choice.key.startswith(only) or choice.reads(_value(choice.key, values, fields)):
+            if later or not choice.key.startswith(only) or _holds(choice, values, fields):
                 continue
-            if order.get(choice.key, -1) > order[key]:
+            if max(order.get(name, -1) for name in choice.keys) > order[key]:
                 del values[key], sources[key]
             elif key not in JUDGED_THERE:
                 problems.append(_refusal(key, values[key], choice, _value(choice.key, values, fields), sources[key]))
@@ -179,6 +187,10 @@ def check_late(values: Mapping[str, Any], asked: Mapping[str, str]) -> None:
                 continue
             if not _is_default(key, values[key], fields):
                 raise UserError(_refusal(key, values[key], choice, chosen, asked[key]))
+
+
+def _holds(choice: Choice, values: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+    return any(choice.reads(_value(key, values, fields)) for key in choice.keys)
 
 
 def _value(key: str, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:

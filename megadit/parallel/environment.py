@@ -84,6 +84,7 @@ def read_ranks(env: Mapping[str, str] | None = None) -> RankVariables:
         note = _unused_tasks(env) if found.launcher == "python" else None
         return replace(found, master_addr=host, master_port=port, note=note)
     names, found = native
+    _check_pmix(env, found, names["RANK"])
     for name, value in given.items():
         own = getattr(found, name.lower())
         if value is not None and own is not None and value != own:
@@ -99,8 +100,8 @@ def _from_group(given: Mapping[str, int | None]) -> RankVariables:
     rank, world = given["RANK"], given["WORLD_SIZE"]
     local, local_world = given["LOCAL_RANK"], given["LOCAL_WORLD_SIZE"]
     if rank is None:
-        for name, value in (("WORLD_SIZE", world), ("LOCAL_RANK", local)):
-            if value is not None and not (name == "WORLD_SIZE" and value == 1):
+        for name, value in (("WORLD_SIZE", world), ("LOCAL_RANK", local), ("LOCAL_WORLD_SIZE", local_world)):
+            if value is not None and (name == "LOCAL_RANK" or value != 1):
                 raise UserError(
                     f"{name}: {value} is set but RANK is not, so no launcher set it for this process; unset {name} for "
                     f"a single process, or start the ranks by {LAUNCHERS}"
@@ -141,6 +142,16 @@ def _from_mpi(env: Mapping[str, str]) -> tuple[dict[str, str], RankVariables] | 
     return None
 
 
+def _check_pmix(env: Mapping[str, str], found: RankVariables, name: str) -> None:
+    """PMIx numbers ranks as Open MPI and Slurm do; Hydra knows nothing of it and hands on what it was given."""
+    rank = _number(env, "PMIX_RANK") if not name.startswith("PMI_") else None
+    if rank is not None and rank != found.rank:
+        raise UserError(
+            f"PMIX_RANK: {rank}, but {name} says {found.rank}: one of them is of another job; unset PMIX_RANK, which "
+            f"{found.launcher} does not need here"
+        )
+
+
 def _from_slurm(env: Mapping[str, str]) -> tuple[dict[str, str], RankVariables] | None:
     """The place of a task that ``srun`` started; None in a batch script or a shell, whose variables look alike."""
     rank, local = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
@@ -175,7 +186,10 @@ def _is_task(env: Mapping[str, str], rank: int) -> bool:
 
 def _unused_tasks(env: Mapping[str, str]) -> str | None:
     size = _number(env, _size_name(env))
-    if "SLURM_JOB_ID" not in env or size is None or size < 2:
+    if size is None:  # a job that was asked for by tasks of each node
+        per_node, nodes = (_number(env, name) for name in ("SLURM_NTASKS_PER_NODE", "SLURM_JOB_NUM_NODES"))
+        size = (per_node or 1) * (nodes or 1)
+    if "SLURM_JOB_ID" not in env or size < 2:
         return None
     return f"this is one process in a Slurm allocation of {size} tasks; start the command by srun to use them all"
 

@@ -46,10 +46,17 @@ def refuse_foreign(folder: Path) -> None:
 
     Raises:
         UserError: it is no run's, and holds a file that a run would replace: a configuration that somebody wrote, or
-            the DeepSpeed file beside it.
+            the DeepSpeed file beside it; or it is where another run keeps its checkpoints, or one of these.
     """
     if is_resolved(folder / "config.yaml") or (folder / "checkpoints").is_dir():
         return
+    place = Path(os.path.abspath(folder))
+    root = next((path for path in (place, place.parent) if path.name == "checkpoints"), None)
+    if root is not None and is_resolved(root.parent / "config.yaml"):
+        raise UserError(
+            f"--run_dir: '{folder}' is among the checkpoints of run '{root.parent}'; name that run's folder to go on "
+            "with it, or choose another folder"
+        )
     found = next((name for name in _OWN if (folder / name).exists()), None)
     if found is not None:
         raise UserError(

@@ -33,6 +33,7 @@ REFUSED = [
     (["objective.kind=ddpm", "objective.min_snr_gamma=4"], "objective.min_snr_gamma: 4 is not read where objecti"),
     (["model.parametrization=sp", "optim.eps_mode=scaled"], "optim.eps_mode: 'scaled' is not read where model.pa"),
     (["model.parametrization=sp", "optim.wd_mode=sqrt"], "optim.wd_mode: 'sqrt' is not read where model.parametr"),
+    (["ema.every=4"], "ema.every: 4 is not read where ema.decays is [];"),
     (["train.validation_images=0", "train.validate_every=5"], "train.validate_every: 5 is not read where train.v"),
     (["data.val_fraction=0", "train.validate_every=5"], "train.validate_every: 5 is not read where data.val_frac"),
     (["data.condition=none", "model.num_classes=0", "sample.guidance=1", "objective.label_dropout=0.2"],
@@ -91,6 +92,10 @@ class TestOverruled:
         assert (config.objective.kind, config.objective.beta_schedule) == ("flow", "linear")
         config = load_config(None, ["objective.kind=ddpm"])
         assert config.objective.time_sampling == "uniform"
+
+    def test_averages(self) -> None:
+        assert load_config(DIGITS, ["ema.every=4", "ema.sigma_rels=[0.1]"]).ema.every == 4
+        assert load_config(DIGITS, ["ema.every=4", "ema.decays=[0.99]"]).ema.every == 4
 
     def test_a_schedule(self) -> None:
         assert load_config(None, ["optim.schedule=cosine"]).optim.decay_steps is None

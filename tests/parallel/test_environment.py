@@ -39,6 +39,7 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         (DEEPSPEED, "deepspeed", (3, 4, 1)),
         (OPENMPI, "mpirun", (1, 2, 1)),
         (HYDRA, "mpirun", (1, 2, 1)),
+        (HYDRA | {"PMIX_RANK": "0"}, "mpirun", (1, 2, 1)),  # typed in a shell that srun --mpi=pmix started
         ({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"}, "mpirun", (1, 2, None)),
         (TASK_3, "srun", (3, 4, 1)),
         (TASK_3 | {"PMIX_RANK": "3"}, "srun", (3, 4, 1)),  # srun --mpi=pmix
@@ -77,6 +78,9 @@ def test_each_launcher_tells_a_rank_its_place(env, launcher, place):
         ({"RANK": "0"}, "RANK: 0 is set but WORLD_SIZE is not"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 is set but RANK is not"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK: 0 is set but RANK is not"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE: 4 is set but RANK is not"),
+        (TASK_3 | {"PMIX_RANK": "2"}, "PMIX_RANK: 2, but SLURM_PROCID says 3"),
+        (OPENMPI | {"PMIX_RANK": "0"}, "PMIX_RANK: 0, but OMPI_COMM_WORLD_RANK says 1"),
         (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK: 2 is not below LOCAL_WORLD_SIZE, 2"),
         (DEEPSPEED | {"LOCAL_RANK": "2"}, "LOCAL_RANK: 2 is not below LOCAL_WORLD_SIZE, 2"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE: 5 is not from 1 to WORLD_SIZE, 4"),
@@ -114,6 +118,7 @@ def test_what_cannot_be_a_place_is_refused_by_name(env, said):
         BATCH,
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # the shell of salloc
         BATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "4"},  # salloc's interactive step
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "2"},
         STEP | {"SLURM_PTY_PORT": "40000"},  # typed in the shell of srun --pty
     ],
 )
@@ -130,7 +135,8 @@ def test_a_task_with_a_terminal_is_a_rank_and_an_allocation_of_one_task_says_not
 
 
 def test_ranks_of_mpirun_agree_on_where_to_meet_and_jobs_do_not_share_it():
-    ranks = [dict(OPENMPI, OMPI_COMM_WORLD_RANK=rank, OMPI_COMM_WORLD_LOCAL_RANK=rank) for rank in "01"]
+    names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_RANK")
+    ranks = [OPENMPI | dict.fromkeys(names, rank) for rank in "01"]
     places = [prepare_environment(env) for env in ranks]
     assert {(place.master_addr, place.master_port) for place in places} == {("127.0.0.1", places[0].master_port)}
     assert [env["RANK"] for env in ranks] == ["0", "1"] and ranks[1]["LOCAL_WORLD_SIZE"] == "2"

@@ -46,3 +46,14 @@ def test_a_refusal_is_recorded_in_a_run_and_in_no_other_folder(tmp_path: Path) -
     save_config(load_config("quickstart/digits.yaml"), tmp_path / "config.yaml")
     RunDirectory(tmp_path).write_refusal("no", 0)
     assert (tmp_path / "exit.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/", "checkpoints/step-00000004", "checkpoints/new"])
+def test_the_checkpoints_of_a_run_are_no_place_for_another(tmp_path: Path, name: str) -> None:
+    """A slip for the run's own folder, as for one of its checkpoints, which --resume names."""
+    (tmp_path / "run/checkpoints/step-00000004").mkdir(parents=True)
+    refuse_foreign(tmp_path / "run" / name)  # of nobody's run
+    save_config(load_config("quickstart/digits.yaml"), tmp_path / "run/config.yaml")
+    with pytest.raises(UserError, match=r"^--run_dir: '.*' is among the checkpoints of run '.*/run'; name that run's"):
+        refuse_foreign(tmp_path / "run" / name)
+    refuse_foreign(tmp_path / "run" / "inner")

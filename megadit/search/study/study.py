@@ -29,6 +29,7 @@ from megadit.errors import UserError
 from megadit.files import check_folder, whole_file
 from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
+from megadit.search.study.reads import check_reads
 from megadit.search.study.space import Space, build_space
 from megadit.search.study.spec import StudySpec, read_spec
 
@@ -136,6 +137,8 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     _check(study)
     _refuse_foreign(folder)
     frozen = folder / FROZEN
+    if not (is_frozen(file) or frozen.is_file()):  # one that has begun goes on, whatever it says
+        check_reads(study.spec, _runs(study), _flat(of_base))
     if frozen.is_file() and (overrides or frozen.resolve() != file.resolve()):
         check_against_frozen(study)
     return study
@@ -271,6 +274,13 @@ def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:
             scaled: dict[str, Any] = {} if spec.scale is None else {spec.scale.key: value}
             cells.append(Cell(variant, value, {**changes, **scaled}))
     return tuple(cells)
+
+
+def _runs(study: Study) -> Iterator[RunConfig]:
+    """A run of every kind."""
+    for cell in study.cells:
+        for hps in study.space.corners():
+            yield study.config(cell, hps, study.spec.seeds[0])
 
 
 def _check(study: Study) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,33 @@ def test_overrides_of_a_study_directory_may_extend_it_and_no_more(make):
     for override, named in {"optim.eps=1e-9": "optim.eps", "proxy.steps=100": "train.steps"}.items():
         with pytest.raises(UserError, match=f"different: {named}"):
             load_study(folder, overrides=[override])
+
+
+UNREAD: list[tuple[dict[str, Any], str]] = [
+    ({"pruning": {"every": 5}}, "pruning.every: 5 is not read where pruning.rule is none"),
+    ({"pruning": {"judge_learning_rate": True}}, "pruning.judge_learning_rate: true is not read where pruning.rule"),
+    ({"sampler_seed": 3}, "sampler_seed: 3 is not read where sampler is grid"),
+    (
+        {"overrides": {"optim.min_lr_ratio": 0.1}},
+        r"optim.min_lr_ratio: 0\.1 is not read where optim.schedule is constant",
+    ),
+    ({"space": {"optim.min_lr_ratio": {"grid": [0.1, 0.2]}}}, r"optim.min_lr_ratio: 0\.\d is not read where optim.sch"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), UNREAD, ids=[message[:20] for _, message in UNREAD])
+def test_a_key_that_no_run_reads_is_refused(make, keys: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=rf"^{message}.*; leave it out, or set \w+"):
+        make(**keys)
+
+
+def test_a_key_that_one_variant_reads_is_taken_and_a_study_that_has_begun_goes_on(make):
+    keys = {"overrides": {"optim.min_lr_ratio": 0.1}, "variants": {"a": {"optim.schedule": "cosine"}, "b": {}}}
+    study = make(**keys)
+    keys["variants"] = {"a": {}, "b": {}}
+    with pytest.raises(UserError, match=r"^optim\.min_lr_ratio"):
+        make(**keys)
+    with pytest.raises(UserError, match=r"^sampler_seed"):
+        make("sampler_seed=3")
+    save_study(dataclasses.replace(study, spec=study.spec.model_copy(update={"sampler_seed": 3})))
+    assert make("sampler_seed=3", overrides=keys["overrides"], variants=study.spec.variants).folder == study.folder
