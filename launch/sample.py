@@ -65,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.run_dir / 'checkpoints' / 'step-00001000'}"
         )
     grid = args.out or args.run_dir / "samples" / "sample.png"
-    _check_outputs(grid, args.npz)
+    from megadit.diffusion.outputs import check_outputs
     from megadit.train.checkpoint_names import run_config
+
+    check_outputs(grid, args.npz)
 
     _with_settings(run_config(args.run_dir), args)  # refused before torch is imported
 
@@ -113,20 +115,6 @@ def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     except ValidationError as error:
         raise UserError("--" + explain(error, SampleConfig, {}).replace("\n", "; --")) from error
     return config.model_copy(update={"sample": settings})
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    """Refuse, before the work, what could not be written after it."""
-    import os
-
-    for path in paths:
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give the name of a file")
-        existing = next(parent for parent in path.absolute().parents if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"{path}: {existing} is not a folder that can be written; choose another place")
 
 
 def _device(name: str) -> str:

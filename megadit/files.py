@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME_BYTES = 255  # of a name in a folder, on every file system in use
+_BEGIN_BYTES = 128  # of a file, which tell its kind
+PNG, ARRAYS = (b"\x89PNG",), (b"PK", b"arr_0.npy")
 _PATH_BYTES = 4000  # of a whole path; Linux takes 4095, and files will lie in the folder
 
 
@@ -63,6 +65,23 @@ def save_tensors(
             os.fchmod(file.fileno(), rights)
             if sync:
                 os.fsync(file.fileno())
+
+
+def check_output(path: Path, key: str, what: str, marks: tuple[bytes, ...]) -> None:
+    """Whether ``path`` may be written: a file that is there must be ``what`` will be, with ``marks`` at its beginning.
+
+    Raises:
+        UserError: it is a file of another kind, which would be lost.
+    """
+    try:
+        if not path.is_file():
+            return
+        with open(path, "rb") as file:
+            begin = file.read(_BEGIN_BYTES)
+    except OSError:
+        return  # told when it is written
+    if begin and not all(mark in begin for mark in marks):
+        raise UserError(f"{key}: '{path}' is no {what} and would be replaced; choose another name")
 
 
 def check_folder(path: Path, key: str) -> None:

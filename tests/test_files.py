@@ -7,11 +7,12 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megadit.errors import UserError
-from megadit.files import check_folder, save_tensors, whole_file
+from megadit.files import ARRAYS, PNG, check_folder, check_output, save_tensors, whole_file
 
 
 def test_the_file_has_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -94,3 +95,23 @@ def test_paths_that_can_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for name in (".", "there", "link", "link/new/run", str(tmp_path / "new" / ("n" * 255)), "../x"):
         check_folder(Path(name), "--run_dir")
+
+
+def test_an_output_may_replace_its_own_kind_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros(3))
+    arrays = (tmp_path / "x.npz").read_bytes()
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "x.pt")  # a zip, too
+    weights = (tmp_path / "x.pt").read_bytes()
+    for content, marks, kept in (
+        (None, PNG, True), (b"", PNG, True), (b"\x89PNG\r\n", PNG, True), (b"a: 1", PNG, False),
+        (arrays, ARRAYS, True), (weights, ARRAYS, False), (arrays, PNG, False),
+    ):  # fmt: skip
+        if content is not None:
+            path.write_bytes(content)
+        if kept:
+            check_output(path, "--out", "picture", marks)
+        else:
+            with pytest.raises(UserError, match=r"^--out: '.*a\.bin' is no picture and would be replaced; choose"):
+                check_output(path, "--out", "picture", marks)
+    check_output(Path("/dev/null"), "--out", "picture", PNG)

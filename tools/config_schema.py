@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.docs and args.out:
         raise UserError(f"--out: {args.out} beside --docs, which renews {args.docs} in place; give one of the two")
     from megadit.config.schema import file_schema
+    from megadit.files import check_output
 
     if args.docs:
         target, text = Path(args.docs), with_reference(_read(Path(args.docs)), args.docs)
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text, end="")
             return EXIT_OK
         target = Path(args.out)
+        check_output(target, "--out", "JSON schema", (b'"$schema"',))
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -123,3 +123,14 @@ def test_bad_places_are_refused(run_dir):
         script.main([str(run_dir), "--out", str(run_dir)])
     with pytest.raises(UserError, match="not a folder that can be written"):
         script.main([str(run_dir), "--out", str(run_dir / "classes.json" / "a.png")])
+
+
+def test_files_of_the_run_are_not_replaced_by_pictures(run_dir):
+    script, config = load_script(), run_dir / "config.yaml"
+    before = config.read_bytes()
+    for option, what in (("--out", "PNG picture"), ("--npz", "file of pictures")):
+        with pytest.raises(UserError, match=rf"^{option}: '.*config\.yaml' is no {what} and would be replaced; choose"):
+            script.main([str(run_dir), option, str(config)])
+    with pytest.raises(UserError, match=r"^--npz: '.*a\.png' is where --out writes the grid"):
+        script.main([str(run_dir), "--out", str(run_dir / "a.png"), "--npz", str(run_dir / "a.png")])
+    assert config.read_bytes() == before

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, say
+from megadit.files import PNG, check_output
 from megadit.search.results import load_results
 from megadit.search.verdict.plot import plot_verdict
 from megadit.search.verdict.table import Columns, lower_is_better, verify_table
@@ -23,6 +24,8 @@ def run_verify(args: Namespace) -> int:
     """Judge what the command line names, print it, and return the exit code. Raises UserError for bad input."""
     if args.plot is not None and len(args.studies) > 1:
         raise UserError(f"--plot: {len(args.studies)} studies do not fit one picture; verify them one at a time")
+    if args.plot is not None:
+        check_output(args.plot, "--plot", "PNG picture", PNG)
     limits = _limits(args)
     if args.table is not None:
         verdicts = [_of_table(args, limits)]
