@@ -49,6 +49,8 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
     """
     file = read_ds_config(ds)
     changes = _granted(list(wishes(file, loaded.config)), loaded, file)
+    if changes.get("optim.schedule", "wsd") != "wsd" and "optim.decay_steps" not in loaded.user_set:
+        changes["optim.decay_steps"] = None  # of the quickstart's schedule, which the file's takes the place of
     config = replace(loaded.config, changes, source=file.label)
     plan = _plan(file, loaded, config, world_size)
     stage = _zero_stage(config, world_size)

@@ -127,6 +127,13 @@ class TestDeepSpeed:
         with pytest.raises(UserError, match=r"^optim\.min_lr_ratio: 0\.2 is not read where optim\.schedule"):
             self.merged(["optim.min_lr_ratio=0.2"], {})
 
+    def test_its_schedule_takes_the_place_of_the_quickstart_s_which_nobody_asked_for(self) -> None:
+        block = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}
+        optim = merge_ds_config(load(None), block, 1).config.optim
+        assert (optim.schedule, optim.warmup_steps, optim.decay_steps) == ("constant", 5, None)
+        with pytest.raises(UserError, match=r"^optim\.decay_steps: 10% belongs to schedule wsd"):
+            merge_ds_config(load(None, ["optim.decay_steps=10%"]), block, 1)
+
 
 class TestDataCommands:
     def test_a_key_of_another_source_is_refused_and_one_of_a_model_is_not_looked_at(self) -> None:
