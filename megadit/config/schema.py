@@ -111,6 +111,8 @@ def _type_name(annotation: Any) -> str:
     names = {int: "integer", float: "number", str: "text", bool: "true / false", type(None): "null"}
     if origin is tuple:
         kinds = get_args(annotation)
+        if get_origin(kinds[0]) is tuple:
+            return f"list of [{', '.join(names[kind] for kind in get_args(kinds[0]))}]"
         return f"list of {names[kinds[0]]}" if Ellipsis in kinds else f"list of {len(kinds)} numbers"
     return names.get(annotation, str(annotation))
 

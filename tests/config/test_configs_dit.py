@@ -28,7 +28,7 @@ COMMON: dict[str, dict[str, Any]] = {
     },
     "data": {
         "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True, "crop": "adm",
-        "val_fraction": 0.0, "skin_tones": False, "classes": None,
+        "val_fraction": 0.0, "skin_tones": False, "classes": None, "on_change": "refuse",
         "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": None, "factor": 8}, "features": None,
         "text": {"encoder": "minilm", "path": None, "pooled": "none", "pooled_path": None, "precision": "fp32",
                  "cache": None},
@@ -75,7 +75,7 @@ def test_every_value(name: str):
         "train": {
             "steps": steps, "epochs": None, "global_batch": 256, "micro_batch": None, "precision": "fp32", "seed": 0,
             "activation_checkpointing": "none", "compile": False,
-            "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "keep_every": None,
+            "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "keep_every": None, "skip_samples": (),
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": None, "validation_images": 0, "validate_with": ("online",), "tensorboard": True,
             "wandb": False,

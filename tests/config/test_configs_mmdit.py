@@ -28,7 +28,7 @@ COMMON: dict[str, dict[str, Any]] = {
     },
     "data": {
         "name": "webdataset", "path": None, "image_size": 256, "condition": "text", "flip": False, "crop": "adm",
-        "val_fraction": 0.001, "skin_tones": False, "classes": None,
+        "val_fraction": 0.001, "skin_tones": False, "classes": None, "on_change": "refuse",
         "workers": 4, "vae": {"path": None, "scale": None, "shift": None, "factor": 8},
         "features": {"encoder": "stored", "path": None, "image_size": 128, "cache": None},
         "text": {
@@ -77,7 +77,7 @@ def test_every_value(name: str):
         "train": {
             "steps": steps, "epochs": None, "global_batch": 4096, "micro_batch": None, "precision": "bf16", "seed": 0,
             "activation_checkpointing": "none", "compile": False,
-            "log_every": 100, "checkpoint_every": 5000, "keep_last": 2, "keep_every": None,
+            "log_every": 100, "checkpoint_every": 5000, "keep_last": 2, "keep_every": None, "skip_samples": (),
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": 10_000, "validation_images": 4096, "validate_with": ("online",), "tensorboard": True,
             "wandb": False,

@@ -10,6 +10,7 @@ import pytest
 from helpers.owners import elsewhere, killed_owner, leave_owner, living_owner
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, small_config
+from megadit.config import save_config
 from megadit.owner_file import FILE, OwnerFile
 from megadit.ownership import TIMEOUT
 
@@ -58,7 +59,7 @@ def test_a_refused_command_leaves_the_record_of_a_living_run(tmp_path):
     from megadit.train.command import run
     from megadit.train.run_dir import RunDirectory
 
-    (tmp_path / "config.yaml").write_text("")
+    save_config(small_config(), tmp_path / "config.yaml")
     (tmp_path / "exit.json").write_text("{}")
     with living_owner(tmp_path) as first:
         with pytest.raises(UserError, match=f"is in use by process {first.pid} on"):  # before anything is loaded
