@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.config import load_config
     from megadit.mup.coord_plan import CoordPlan, check_shares
 
-    config = load_config(args.config, args.overrides)
+    # A base width that is given with --param mup is read, whatever the config's own parametrization.
+    of_mup = args.param == "mup" and any(text.strip().startswith("model.base_width=") for text in args.overrides)
+    config = load_config(args.config, [*args.overrides, *(["model.parametrization=mup"] if of_mup else [])])
     weight = config.objective.repa_weight
     rate = _rate(args.lr, min(config.optim.lr, _LINEAR))
     plan = CoordPlan(widths, args.steps, args.seeds, args.batch)

@@ -1,8 +1,11 @@
 """Which keys are read only under some choice: a key that nothing would read is refused, not ignored.
 
 ``READ_WHERE`` says of a key by which other key it is decided and under which of its values it is read; every other key
-of the schema is read in every run (``tests/config/test_reads.py`` walks all of them). What a key's own section can
-judge alone, such as keys of one family, stays in that section's validator.
+of the schema is read in every run (``tests/config/test_every_key_is_read.py`` walks all of them, and asks that a new
+key be entered). What a key's own section can judge alone, such as keys of one family, stays in that section's
+validator.
+
+The table stands here and not beside each reader: readers import torch, and a refusal comes before that.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ class Choice:
     holds: Callable[[Any], bool] | None = None
     remedy: str = ""
     instead: tuple[str, ...] = ()  # keys that may hold in the place of ``key``
+    where_said: bool = False  # its default decides nothing: what follows, such as a study's variants, may still choose
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -56,6 +60,7 @@ _SEEN = Choice("data.features.encoder", ("efficientnet-lite0", "dinov2"))
 _FLOW, _DDPM = Choice("objective.kind", ("flow",)), Choice("objective.kind", ("ddpm",))
 _NORMAL = Choice("objective.time_sampling", ("logit_normal",))
 _MUP = Choice("model.parametrization", ("mup",))
+_BASE = Choice("model.parametrization", ("mup",), where_said=True)
 _VALIDATED = Choice("train.validation_images", holds=_positive, remedy="train.validation_images above 0")
 _AVERAGED = Choice("ema.decays", holds=_some, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
 _HELD_OUT = Choice("data.val_fraction", holds=_positive, remedy="data.val_fraction above 0")
@@ -76,6 +81,7 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
     "model.conv": (Choice("model.family", ("uvit",)),),
     "model.mlp_time_embed": (Choice("model.family", ("uvit",)),),
     "model.adaln_init": (Choice("model.family", ("dit", "pixart", "mmdit")),),
+    "model.base_width": (_BASE,),
     "objective.prediction": (_DDPM,),
     "objective.diffusion_steps": (_DDPM,),
     "objective.beta_schedule": (_DDPM,),
@@ -163,9 +169,11 @@ def settle(
             continue
         for choice in choices_of(key):
             later = choice.key == _LATE and key not in JUDGED_THERE
-            if later or not choice.key.startswith(only) or _holds(choice, values, fields):
+            said = max(order.get(name, -1) for name in choice.keys)
+            undecided = later or not choice.key.startswith(only) or (choice.where_said and said < 0)
+            if undecided or _holds(choice, values, fields):
                 continue
-            if max(order.get(name, -1) for name in choice.keys) > order[key]:
+            if said > order[key]:
                 del values[key], sources[key]
             elif key not in JUDGED_THERE:
                 problems.append(_refusal(key, values[key], choice, _value(choice.key, values, fields), sources[key]))
