@@ -18,6 +18,7 @@ from megadit.data.codec_folder import codec_facts
 from megadit.data.dataset import ImageSet, Subset
 from megadit.data.latents import codec_identity, codec_scale
 from megadit.data.listing import digest, first_difference, record, same_files
+from megadit.data.tars.tar_set import cut_before_crop
 from megadit.data.text.encoders import build_encoder
 from megadit.data.text.folders import fingerprint
 
@@ -26,6 +27,8 @@ Identity = dict[str, Any]
 _VERSION = 1
 # Keys of a config that say what is trained on, for checkpoints that keep nothing else of it.
 _OLD_KEYS = ("name", "condition", "flip", "crop", "val_fraction", "skin_tones")
+
+_FIRST_CROP = "adm"  # how all images were cut before there was a key for it
 
 
 def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Identity:
@@ -54,7 +57,7 @@ def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Ident
         else "",
         "image_size": train_set.image_size,
         "flip": data.flip,
-        "crop": getattr(_source(train_set), "crop", None),
+        "crop": None if train_set.stores_latents else getattr(_source(train_set), "crop", None),
         "stored": None if train_set.stored is None else asdict(train_set.stored),
         "text_encoder": _text_encoder(config, train_set),
         "autoencoder": _autoencoder(config, train_set),
@@ -80,6 +83,8 @@ def _autoencoder(config: RunConfig, images: ImageSet) -> dict[str, Any] | None:
     vae = config.data.vae
     if vae is None or images.stores_latents:
         return None
+    if cut_before_crop(config.data) is not None:
+        return None  # cut when they were written, as is told
     facts, (scale, shift) = codec_facts(vae), codec_scale(vae)
     return {"codec": codec_identity(vae), "factor": facts.factor, "scale": scale, "shift": shift}
 
@@ -150,7 +155,7 @@ def _image_changes(before: Mapping[str, Any], after: Identity, images: ImageSet)
 
 def _encoder_changes(before: Mapping[str, Any], after: Identity) -> Iterator[str]:
     for key in ("image_size", "flip", "crop"):
-        if before[key] != after[key]:
+        if before[key] != after[key] and not (key == "crop" and after[key] is None):  # latents are not cut
             yield f"data.{key} was {_plain(before[key])} and is {_plain(after[key])}"
     for key, words in (("text_encoder", "text encoder"), ("feature_encoder", "feature encoder of REPA")):
         if before[key] != after[key]:
@@ -174,6 +179,10 @@ def config_differences(
     ``classes``, if they are known, tell.
     """
     after = config.data.model_dump(mode="json")
+    if config.data.name == "image-folder":
+        before = {"crop": _FIRST_CROP, **before}
+    elif images.stores_latents:  # of pictures that were cut when the latents were computed
+        before = {**before, "crop": after["crop"]}
     found = []
     for key in _OLD_KEYS:
         if key in before and before[key] != after[key]:
@@ -184,6 +193,21 @@ def config_differences(
             if old not in (None, new):
                 found.append(f"data.text.{key} was {_plain(old)} and is {_plain(new)}")
     return found if classes is None else [*found, *_class_changes(classes, images.classes)]
+
+
+def crop_note(before: Mapping[str, Any], config: RunConfig, images: ImageSet) -> str | None:
+    """What to tell where images in tars may now be cut otherwise than under the ``data`` section ``before`` of a
+    checkpoint from before ``data.crop``; those of the model's size are not cut, and only reading them would tell.
+    """
+    crop = config.data.crop
+    if "crop" in before or crop == _FIRST_CROP or config.data.name != "webdataset" or images.stores_latents:
+        return None
+    if cut_before_crop(config.data) is not None:
+        return None  # cut when they were written, as is told
+    return (
+        f"data.crop: {crop} cuts images of another size than the model's, which the run so far cut by {_FIRST_CROP}; "
+        f"data.crop={_FIRST_CROP} goes on with that"
+    )
 
 
 def _plain(value: Any) -> str:

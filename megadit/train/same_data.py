@@ -12,7 +12,7 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.data import ImageSet
-from megadit.data.identity import Identity, config_differences, differences, identify
+from megadit.data.identity import Identity, config_differences, crop_note, differences, identify
 from megadit.errors import UserError
 from megadit.train.checkpoint_read import StoredCheckpoint
 
@@ -57,7 +57,11 @@ def held_against(stored: StoredCheckpoint, record: DataRecord, config: RunConfig
             "that images are not compared; the next checkpoint keeps it",
             file=sys.stderr,
         )
-        found = config_differences(stored.config["data"], _classes_of(stored), config, train_set)
+        told = _data_section(stored)
+        found = config_differences(told, _classes_of(stored), config, train_set)
+        cut = crop_note(told, config, train_set)
+        if cut is not None:
+            print(f"note: {cut}", file=sys.stderr)
     else:
         found = differences(before, record.identity, train_set)
     if not found:
@@ -70,6 +74,14 @@ def held_against(stored: StoredCheckpoint, record: DataRecord, config: RunConfig
     print(f"note: data.on_change accept: going on with other data: {'; '.join(found)}", file=sys.stderr)
     change = {"step": stored.position.step, "time": time.strftime("%FT%T%z"), "changes": found}
     return replace(record, changes=(*history, change), new=tuple(found))
+
+
+def _data_section(stored: StoredCheckpoint) -> dict[str, Any]:
+    """``data`` of the checkpoint's config, but for a crop that it does not tell itself."""
+    section = dict(stored.config["data"])
+    if "crop" not in stored.state["config"]["data"]:
+        section.pop("crop", None)
+    return section
 
 
 def _classes_of(stored: StoredCheckpoint) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
 
 import pytest
 from PIL import Image
@@ -12,8 +13,9 @@ from PIL import Image
 from helpers.training import small_config
 from megadit.config import DataConfig, RunConfig
 from megadit.data import build_datasets
-from megadit.data.identity import differences, identify
+from megadit.data.identity import config_differences, crop_note, differences, identify
 from megadit.data.tars.making import Sharding, make_shards
+from megadit.data.tars.tar_set import TarSet
 
 CLASSES = ("ant", "cat", "dog")
 
@@ -235,3 +237,21 @@ def test_keys_that_only_one_of_two_identities_has_are_not_compared():
     before = identity(config)
     del before["crop"], before["files"], before["captions"]
     assert told({**before, "younger": 3}, config) == []
+
+
+def test_the_crop_of_pictures_says_nothing_of_latents(pictures, tmp_path, monkeypatch):
+    """They were cut when they were computed; an old run on latents goes on where a file of ours has another crop."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, file in enumerate(sorted(pictures.rglob("*.png"))):
+            tar.add(file, f"{number}.png")
+    data = {"name": "webdataset", "path": str(tmp_path / "x.tar"), "condition": "none", "image_size": 8}
+    one, other = (
+        small_config(model={"in_channels": 3, "num_classes": 0}, data={**data, "crop": crop}, sample={"guidance": 1.0})
+        for crop in ("adm", "center")
+    )
+    assert told(identity(one), other) == ["data.crop was adm and is center"]
+    monkeypatch.setattr(TarSet, "stores_latents", True)
+    assert told(identity(one), other) == [] and told({**identity(one), "crop": "adm"}, other) == []
+    train, _ = build_datasets(other.data)
+    before = one.data.model_dump(mode="json")
+    assert config_differences(before, None, other, train) == [] and crop_note(before, other, train) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from helpers.ranks import run_ranks
 from helpers.training import small_config
 from megadit.config import LoadedConfig
+from megadit.config import replace as change
 from megadit.data import build_datasets
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
@@ -137,7 +139,7 @@ def test_append_is_no_value_yet(pictures):
 def as_before(path, config=None):
     """Take out of a checkpoint what older ones do not have."""
     state = json.loads((path / "state.json").read_text())
-    del state["data"], state["data_changes"], state["config"]["data"]["on_change"]
+    del state["data"], state["data_changes"], state["config"]["data"]["on_change"], state["config"]["data"]["crop"]
     write_index(path, Index.read(path), state)
 
 
@@ -162,6 +164,27 @@ def test_an_older_checkpoint_is_held_against_what_its_run_tells(pictures, tmp_pa
     with pytest.raises(UserError, match="class 1 was 'cat' and is 'dog'"):
         checked_start(job_of(tmp_path / "run", of_folder(pictures)), 4)
     assert capsys.readouterr().err.count("note: ") == 2
+
+
+def test_images_of_before_data_crop_were_cut_by_adm(pictures, tmp_path):
+    as_before(begun(tmp_path / "run", of_folder(pictures)))
+    assert checked_start(job_of(tmp_path / "run", of_folder(pictures)), 4).step == 2
+    with pytest.raises(UserError, match=r"data\.crop was adm and is center; give it"):
+        checked_start(job_of(tmp_path / "run", of_folder(pictures, crop="center")), 4)
+
+
+def test_of_tars_only_reading_would_tell_and_so_it_is_a_note(pictures, tmp_path, capsys):
+    """A new default of a file of ours must not end an old run whose tars hold images of the model's size."""
+    with tarfile.open(tmp_path / "mine.tar", "w") as tar:
+        for number, file in enumerate(sorted(pictures.rglob("*.png"))):
+            tar.add(file, f"{number}.png")
+    keys = {"name": "webdataset", "path": str(tmp_path / "mine.tar"), "condition": "none"}
+    config = change(of_folder(pictures), {"model.num_classes": 0, **{f"data.{key}": keys[key] for key in keys}})
+    as_before(begun(tmp_path / "run", config))
+    for crop, told in (("adm", False), ("center", True)):
+        capsys.readouterr()
+        assert checked_start(job_of(tmp_path / "run", change(config, {"data.crop": crop})), 4).step == 2
+        assert ("note: data.crop: center cuts images of another size" in capsys.readouterr().err) is told
 
 
 def _pretrain(config, folder, damaged=None):
