@@ -9,6 +9,7 @@ from typing import Any
 
 _COMMENT = ("//", "/*", "#")
 _SPACE = re.compile(r"\s*")
+_MOST_DIGITS = 1000  # of a whole number; int() itself refuses 4300
 
 
 class JsonError(ValueError):
@@ -32,7 +33,11 @@ def parse_json(data: bytes | str, *, finite: bool = False) -> Any:
     constant, number = (_no_constant, _finite) if finite else (None, None)
     try:
         return json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_no_duplicates, parse_constant=constant, parse_float=number
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=_no_duplicates,
+            parse_int=_whole,
+            parse_constant=constant,
+            parse_float=number,
         )
     except json.JSONDecodeError as error:
         raise JsonError(_phrase(error)) from None
@@ -62,6 +67,12 @@ def _phrase(error: json.JSONDecodeError) -> str:
 
 def _no_constant(name: str) -> float:
     raise JsonError(f"has {name}, which is no number of JSON; write a finite one")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise JsonError(f"has a number of {len(text)} digits; write one that fits 64 bits")
+    return int(text)
 
 
 def _finite(text: str) -> float:

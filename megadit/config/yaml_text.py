@@ -101,8 +101,10 @@ class _Loader(yaml.SafeLoader):
             _count(node, {})
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
         """A dict whose keys are the texts that were written. Raises ConstructorError for one that is there twice."""
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "what is tagged as a section is none", node.start_mark)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -137,7 +139,8 @@ def _count(node: Any, sizes: dict[int, int]) -> int:
 
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
-    return Plain(node.value) if node.style is None else str(node.value)
+    text = str(loader.construct_scalar(node))  # which refuses a list or section that a tag calls text
+    return Plain(text) if node.style is None else text
 
 
 def _refused(loader: _Loader, node: yaml.Node) -> Any:

@@ -155,6 +155,8 @@ class TestFiles:
             ("? [a]\n: b\n", "a key is a list or a section"),
             ("a: !!python/object:os.system x\n", "the tag tag:yaml.org,2002:python/object:os.system is not read here"),
             ("a: !x y\n", "the tag !x is not read here"),
+            ("a: !!str [1]\n", "expected a scalar node, but found sequence (line 1)"),
+            ("a: !!map 3\n", "what is tagged as a section is none (line 1)"),
             ("a: 1\n---\nb: 2\n", "but found another document"),
             ("a: " + "[" * 3000, "is nested too deeply"),
         ],
@@ -233,6 +235,7 @@ BAD_JSON = {
     '{"a": 1e999}': "has 1e999, which is larger than any number here",
     '{"a" 1}': "is not valid JSON: Expecting ':' delimiter (line 1)",
     "[" * 100_000: "is nested too deeply",
+    "9" * 5000: "has a number of 5000 digits; write one that fits 64 bits",
     "": "is not valid JSON: Expecting value (line 1)",
 }
 
