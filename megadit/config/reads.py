@@ -29,7 +29,9 @@ class Choice:
     holds: Callable[[Any], bool] | None = None
     remedy: str = ""
     instead: tuple[str, ...] = ()  # keys that may hold in the place of ``key``
-    where_said: bool = False  # its default decides nothing: what follows, such as a study's variants, may still choose
+    # Its default decides nothing, since what follows, such as a study's variants, may still choose; and what was
+    # inherited stays, since checkpoints and studies of before have it.
+    where_said: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -174,7 +176,8 @@ def settle(
             if undecided or _holds(choice, values, fields):
                 continue
             if said > order[key]:
-                del values[key], sources[key]
+                if not choice.where_said:
+                    del values[key], sources[key]
             elif key not in JUDGED_THERE:
                 problems.append(_refusal(key, values[key], choice, _value(choice.key, values, fields), sources[key]))
             break

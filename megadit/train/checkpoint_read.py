@@ -100,6 +100,8 @@ class StoredCheckpoint:
         """
         here, there = config.model_dump(mode="json"), self.config
         keys = sorted((set(here["model"]) | set(there["model"])) - _NOT_THE_MODEL)
+        if here["model"]["parametrization"] == there["model"].get("parametrization") == "sp":
+            keys.remove("base_width")  # which nothing reads there
         different = [k for k in keys if here["model"].get(k) != there["model"].get(k)]
         if different:
             shown = ", ".join(f"model.{k} {there['model'].get(k)} → {here['model'].get(k)}" for k in different[:4])

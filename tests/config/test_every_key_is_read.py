@@ -197,8 +197,8 @@ def test_averages_of_either_kind_read_how_often_they_follow() -> None:
 class TestBaseWidth:
     """It hangs on a choice that a later layer may still make: variants of a study are of both parametrizations."""
 
-    def test_one_that_a_later_choice_overrules_goes_in_silence(self) -> None:
-        assert load(DIGITS, ["model.parametrization=sp"]).config.model.base_width is None
+    def test_one_that_a_later_choice_overrules_stays_as_runs_and_studies_of_before_have_it(self) -> None:
+        assert load(DIGITS, ["model.parametrization=sp"]).config.model.base_width == 64
 
     def test_one_asked_for_beside_sp_is_refused(self) -> None:
         with pytest.raises(UserError, match=r"^model\.base_width: 32 is not read where model\.parametrization is sp;"):

@@ -211,6 +211,18 @@ def test_a_checkpoint_older_than_a_key_is_of_the_same_model(tmp_path):
         StoredCheckpoint(path)
 
 
+def test_the_base_width_of_sp_is_read_by_nothing(tmp_path):
+    """A run of before it was refused there goes on without it; under muP it is part of the model."""
+    path = save(tmp_path, 10)
+    sp, mup = (small_config(model={"parametrization": kind}).model for kind in ("sp", "mup"))
+    without = small_config().model_copy(update={"model": sp.model_copy(update={"base_width": None})})
+    with pytest.raises(UserError, match=r"model\.base_width \d+ → None"):
+        StoredCheckpoint(path).check_same_model(without)
+    change_state(path, lambda state: state["config"]["model"].update(sp.model_dump(mode="json")))
+    assert mup.base_width is not None and StoredCheckpoint(path).config["model"]["base_width"] == mup.base_width
+    StoredCheckpoint(path).check_same_model(without)
+
+
 def test_another_width_is_refused_with_the_reason(tmp_path):
     path = save(tmp_path, 10)
     with pytest.raises(UserError, match=r"model\.width 32 → 64.*muP transfers hyperparameters, not weights"):
