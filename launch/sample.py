@@ -108,6 +108,13 @@ def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     from megadit.config.run import SampleConfig
 
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.guidance is not None and args.guidance != 1 and config.data.condition == "none":
+        raise UserError(f"--guidance: {args.guidance:g} needs classes or texts, and this run has none; leave it out")
+    if args.guidance_channels is not None and given.get("guidance", config.sample.guidance) == 1:
+        raise UserError(
+            f"--guidance_channels: {args.guidance_channels} is not read where guidance is 1, which is off; give "
+            "--guidance too, or leave it out"
+        )
     if args.ema is not None:
         given["weights"] = args.ema
     try:

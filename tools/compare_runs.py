@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/compare_runs.py")
+    from megadit.files import PNG, check_output
     from megadit.search.comparison.compare import compare, describe, split_runs
     from megadit.search.comparison.plot import plot_comparison
 
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     first, second = (side[0].name.replace(" ", "-") for side in (result.a, result.b))
     out: Path = args.out or Path("runs") / "compare" / f"{first}-against-{second}"
     plain = result.to_json()
+    check_output(out / "compare.json", "--out", "comparison", (b'{"key"',))
+    check_output(out / "compare.png", "--out", "PNG picture", PNG)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "compare.json").write_text(json.dumps(plain, allow_nan=False) + "\n", encoding="utf-8")

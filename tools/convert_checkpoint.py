@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_is_told = args.source_format.startswith("official-") or args.source_format == "diffusers"
     if args.overrides and args.config is None and not model_is_told:
         raise UserError(f"{args.overrides[0]}: changes a config, but there is no --config; give one, or leave it out")
+    if args.allow_inexact and "diffusers" not in (args.source_format, args.target_format):
+        raise UserError("--allow-inexact: is about classes of diffusers, and neither format is that; leave it out")
     from megadit.config import load_config
     from megadit.convert.request import Request, check_request
 

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ranks = ranks_started(args.tp, "--tp")
     from megadit.config import load_config
-    from megadit.mup.coord_plan import CoordPlan, check_shares
+    from megadit.mup.coord_plan import CoordPlan, check_report_place, check_shares
 
     # A base width that is given with --param mup is read, whatever the config's own parametrization.
     of_mup = args.param == "mup" and any(text.strip().startswith("model.base_width=") for text in args.overrides)
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = CoordPlan(widths, args.steps, args.seeds, args.batch)
     check_shares(config.model, plan, args.tp)
     check_folder(args.out, "--out")
+    check_report_place(args.out)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -41,10 +41,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
     p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
     p.add_argument(
-        "--posterior", choices=("moments", "sample"), default="moments",
-        help="of an AutoencoderKL: mean and deviation, drawn from anew in every epoch, or one draw, half as large",
+        "--posterior", choices=("moments", "sample"),
+        help="of an AutoencoderKL; moments (default): drawn from anew in every epoch; sample: one draw, half as large",
     )  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of --posterior sample")
+    p.add_argument("--seed", type=int, metavar="N", help="of --posterior sample; default 0")
     p.add_argument("--max_length", type=int, metavar="N", help="tokens of a text; default: --config's model.text")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: cuda where there is one")
     return p
@@ -90,6 +90,7 @@ def _encode(args: argparse.Namespace) -> int:
     sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
     config = load_data(args.config, args.overrides)
     check_data_places(config)
+    telling.check_encode_options(config, args.posterior, args.seed, args.max_length)
     length = args.max_length
     if length is not None:
         telling.in_range("--max_length", length, 1, None)
@@ -97,7 +98,7 @@ def _encode(args: argparse.Namespace) -> int:
         length = text_length(args.config)
     from megadit.data.tars.encoding import Encoding, encode_set
 
-    encoding = Encoding(args.dtype, args.posterior, length, args.seed)
+    encoding = Encoding(args.dtype, args.posterior or "moments", length, args.seed or 0)
     with telling.progress_bar("samples") as progress:
         manifest = encode_set(config, args.out, sharding, encoding, telling.device_of(args.device), progress)
     result_is_saved(as_json=args.json)

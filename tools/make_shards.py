@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_OK, run_command  # noqa: E402
+from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
 from megadit.streams import result_is_saved  # noqa: E402
 
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
     p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
     p.add_argument("--image", choices=("png", "jpg"), default="png", help="png (exact; default) or jpg")
-    p.add_argument("--quality", type=int, default=95, metavar="1-100", help="of jpg; default 95")
+    p.add_argument("--quality", type=int, metavar="1-100", help="of --image jpg; default 95")
     p.add_argument("--json", action="store_true", help="print one JSON object: samples, shards, bytes, out")
     return p
 
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.data.tars import telling
 
     sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
-    quality = telling.in_range("--quality", args.quality, 1, 100)
+    quality = telling.in_range("--quality", 95 if args.quality is None else args.quality, 1, 100)
+    if args.quality is not None and args.image != "jpg":
+        raise UserError(f"--quality: {args.quality} is not read where --image is {args.image}; add --image jpg")
     config = load_data(args.config, args.overrides)
     check_images_are_there(config)
     from megadit.data.tars.making import make_shards

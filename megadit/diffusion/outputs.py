@@ -20,6 +20,9 @@ def check_outputs(grid: Path, npz: Path | None) -> None:
         check_output(npz, "--npz", "file of pictures", ARRAYS)
         if npz.absolute() == grid.absolute():
             raise UserError(f"--npz: '{npz}' is where --out writes the grid; give it a name of its own")
+    for path, key, suffix in ((grid, "--out", ".png"), (npz, "--npz", ".npz")):
+        if path is not None and path.suffix.lower() != suffix and not path.is_dir():
+            raise UserError(f"{key}: '{path}' does not end in {suffix}, the one format that is written; rename it")
     for path in (grid, npz):
         if path is None:
             continue

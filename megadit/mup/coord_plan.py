@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megadit.config.model import ModelConfig
 from megadit.errors import UserError
+from megadit.files import PNG, check_output
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,10 @@ def check_shares(model: ModelConfig, plan: CoordPlan, ranks: int) -> None:
                 raise UserError(
                     f"--tp {ranks}: does not divide the {count} {what} of width {width}; take another, or other widths"
                 )
+
+
+def check_report_place(folder: Path) -> None:
+    """Raise UserError for a file in ``folder`` that a report would replace and that is of no earlier one."""
+    check_output(folder / "coords.csv", "--out", "table of a coordinate check", (b"width,seed,step",))
+    check_output(folder / "verdict.json", "--out", "verdict of a coordinate check", (b'"verdict"',))
+    check_output(folder / "coord_check.png", "--out", "PNG picture", PNG)

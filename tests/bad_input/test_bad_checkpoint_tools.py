@@ -25,6 +25,7 @@ CONVERT = [
     case("no such average", f"run x.safetensors {SAFE} --ema 0.5", "weights '0.5'"),
     case("another family's format", "run x.pt --from megadit --to official-uvit", "--to: official-uvit"),
     case("from the same to the same", "run x --from megadit --to megadit", "is what IN is already"),
+    case("a class of no diffusers", f"run x {SAFE} --allow-inexact", "--allow-inexact: is about classes of diffusers"),
     case("half a hint", f"run x {SAFE} --hint heads", "--hint: 'heads' is not KEY=VALUE"),
     case("a hint for what needs none", f"run x {SAFE} --hint heads=3", "--hint heads"),
     case("a change of no config", f"run x {SAFE} train.steps=5", "there is no --config"),
@@ -54,8 +55,12 @@ COMPARE = [
     case("no smoothing", "run run --smooth 0", "--smooth: 0"),
     case("metrics without a row", "run x", "holds no row", files={"x/metrics.jsonl": ""}),
     case("metrics of no rows", "run x", "line 1 of x/metrics.jsonl", files={"x/metrics.jsonl": '[1]\n{"loss": 1}\n'}),
+    case("a comparison over a letter", "run run --out x", "--out: 'x/compare.json' is no comparison",
+         files={"x/compare.json": '{"dear": 1}'}),
+    case("a plot over a letter", "run run --out x", "--out: 'x/compare.png' is no PNG picture",
+         files={"x/compare.png": "dear"}),
     case("pictures over a file", "run run --out run/config.yaml", "--out run/config.yaml"),
-]
+]  # fmt: skip
 
 
 @each(CONVERT)

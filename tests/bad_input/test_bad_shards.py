@@ -13,6 +13,7 @@ SHARDS = [
     case("tars of nan", f"{DIGITS} --max_mb nan", "--max_mb: nan"),
     case("tars without end", f"{DIGITS} --max_mb inf", "--max_mb: inf"),
     case("no quality", f"{DIGITS} --image jpg --quality 0", "--quality: 0"),
+    case("quality of exact pictures", f"{DIGITS} --quality 90", "--quality: 90 is not read where --image is png"),
     case("a path as name", f"{DIGITS} --name a/b", "--name: 'a/b'"),
     case("a name that leads upwards", f"{DIGITS} --name ..", "--name: '..'"),
     case("another section's key", f"{DIGITS} optim.lr=3", "optim.lr=3", "only data.* keys"),
@@ -37,6 +38,11 @@ ENCODE = [
     case("a text encoder from nowhere", f"{TEXT} data.text.encoder=t5", "data.text.path: is missing"),
     case("no such text encoder", f"{TEXT} data.text.encoder=foo", "data.text.encoder: 'foo'"),
     case("texts of no token", f"{TEXT} --max_length 0", "--max_length: 0"),
+    case(
+        "a seed that nothing draws by", f"{TEXT} --max_length 9 --seed 3", "--seed: 3 is not read without --posterior"
+    ),
+    case("a posterior of no codec", f"{TEXT} --max_length 9 --posterior moments", "--posterior: moments is of an"),
+    case("tokens of no text", "--out e data.name=emoji --max_length 9", "--max_length: 9 is of texts"),
     case("no such device", f"{TEXT} --device tpu", "--device: tpu"),
 ]
 

@@ -14,10 +14,12 @@ CASES = {
     "tools/base_shapes.py": [
         case("shapes into nothing", DIGITS, "--out"),
         case("shapes into a folder", f"{DIGITS} --out x", "--out x", files={"x": None}),
+        case("shapes over a letter", f"{DIGITS} --out x", "'x' holds no base shapes", files={"x": "dear"}),
         case("shapes into no folder", f"{DIGITS} --out no/x.bsh", "--out no/x.bsh"),
     ],
     "tools/config_schema.py": [
         case("schema into no folder", "--out no/x.json", "--out: no/x.json"),
+        case("schema over a letter", "--out x.json", "'x.json' is no JSON schema", files={"x.json": "{}"}),
         case("reference of no file", "--docs nowhere.md", "--docs: nowhere.md"),
         case("reference of another file", "--docs x.md", "has no reference marks", files={"x.md": "# A page\n"}),
     ],
@@ -35,6 +37,9 @@ CASES = {
         case("a word for a rate", f"{COORD} --lr fast", "--lr fast: not a learning rate"),
         case("ranks that heads do not share", f"{COORD} --widths 32,64,128 --tp 3", "--tp 3: does not divide"),
         case("no rank", f"{COORD} --tp 0", "--tp 0"),
+        case("check over a table", COORD, "'c/coords.csv' is no table", files={"c/coords.csv": "a,b\n1,2\n"}),
+        case("check over a verdict", COORD, "'c/verdict.json' is no verdict", files={"c/verdict.json": "{}"}),
+        case("check over a picture", COORD, "'c/coord_check.png' is no PNG", files={"c/coord_check.png": "dear"}),
         case("a file as folder", COORD, "--out: 'c'", files={"c": "dear"}),
     ],
 }

@@ -13,6 +13,7 @@ from megadit.data.tars.layout import Progress, Sharding
 from megadit.errors import UserError
 
 if TYPE_CHECKING:
+    from megadit.config.data import DataConfig
     from megadit.data.tars.manifest import Manifest
 
 
@@ -97,3 +98,18 @@ def sentences(manifest: Manifest, out: Path) -> str:
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     first = f"{out}: {manifest.samples} samples of {manifest.name} in {len(manifest.shards)} tars, {size:.1f} MB"
     return "\n  ".join([first, *holds(manifest), f"train on them with data.name=webdataset data.path={out}"])
+
+
+def check_encode_options(config: DataConfig, posterior: str | None, seed: int | None, max_length: int | None) -> None:
+    """Raise UserError for an option of ``tools/encode.py`` (None: not given) that nothing reads for ``config``."""
+    from megadit.data.codec_folder import VAE_CLASS, codec_facts
+
+    if seed is not None and posterior != "sample":
+        raise UserError(f"--seed: {seed} is not read without --posterior sample, the one that draws; leave it out")
+    if posterior is not None and (config.vae is None or codec_facts(config.vae).name != VAE_CLASS):
+        raise UserError(f"--posterior: {posterior} is of an AutoencoderKL, and data.vae gives none; leave it out")
+    if max_length is not None and config.condition != "text":
+        raise UserError(
+            f"--max_length: {max_length} is of texts, and data.condition is {config.condition}; leave it out, or set "
+            "data.condition=text"
+        )
