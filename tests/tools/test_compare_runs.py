@@ -43,6 +43,7 @@ def test_writes_picture_and_json_and_prints_either(main, tmp_path, monkeypatch, 
     text = capsys.readouterr().out
     assert "crossing: B falls below A at step 100" in text and (tmp_path / "else" / "compare.png").is_file()
     assert text.endswith(f"written to {tmp_path / 'else'}\n")
+    assert main([slow, seeds, "--out", str(tmp_path / "else")]) == 0  # over its own files
 
 
 def test_bad_input_is_one_sentence(main, tmp_path):
