@@ -1,7 +1,6 @@
-"""convert_checkpoint, inspect_checkpoint and compare_runs refuse bad input in one sentence."""
+"""tools/convert_checkpoint.py refuses bad input in one sentence."""
 
 import pickle
-from pathlib import Path
 
 from helpers.bad_input import Case, case, each
 
@@ -9,14 +8,7 @@ SAFE = "--from megadit --to safetensors"
 DIT = "--from official-dit --to megadit"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n"
 
-
-def no_index(folder: Path) -> None:
-    """Take the index of the run's checkpoint away."""
-    for path in (folder / "run").glob("checkpoints/*/index.json"):
-        path.unlink()
-
-
-CONVERT = [
+CASES = [
     case("no formats", "run out", "--from"),
     case("no such format", "run out --from onnx --to megadit", "'onnx'"),
     case("nothing to convert", f"nowhere out {SAFE}", "IN: 'nowhere' does not exist"),
@@ -41,38 +33,7 @@ CONVERT = [
          files={"x/config.json": "{"}),
 ]  # fmt: skip
 
-INSPECT = [
-    case("nothing to inspect", "nowhere", "'nowhere' is no checkpoint"),
-    case("a file", "run/config.yaml", "'run/config.yaml' is no checkpoint"),
-    case("a checkpoint without index", "run", "is not complete", breaks=no_index),
-    case("nothing to compare with", "run --diff nowhere", "'nowhere' is no checkpoint"),
-]
 
-COMPARE = [
-    case("one run", "run", "B[,B2"),
-    case("a run that is not there", "nowhere run", "no folder nowhere"),
-    case("no such number", "run run --key colour", "--key colour", "it has loss"),
-    case("no smoothing", "run run --smooth 0", "--smooth: 0"),
-    case("metrics without a row", "run x", "holds no row", files={"x/metrics.jsonl": ""}),
-    case("metrics of no rows", "run x", "line 1 of x/metrics.jsonl", files={"x/metrics.jsonl": '[1]\n{"loss": 1}\n'}),
-    case("a comparison over a letter", "run run --out x", "--out: 'x/compare.json' is no comparison",
-         files={"x/compare.json": '{"dear": 1}'}),
-    case("a plot over a letter", "run run --out x", "--out: 'x/compare.png' is no PNG picture",
-         files={"x/compare.png": "dear"}),
-    case("pictures over a file", "run run --out run/config.yaml", "--out run/config.yaml"),
-]  # fmt: skip
-
-
-@each(CONVERT)
-def test_convert_refuses(refused, run_folder, bad: Case) -> None:
+@each(CASES)
+def test_refused(refused, run_folder, bad: Case) -> None:
     refused("tools/convert_checkpoint.py", bad)
-
-
-@each(INSPECT)
-def test_inspect_refuses(refused, run_folder, bad: Case) -> None:
-    refused("tools/inspect_checkpoint.py", bad)
-
-
-@each(COMPARE)
-def test_compare_refuses(refused, run_folder, bad: Case) -> None:
-    refused("tools/compare_runs.py", bad)
