@@ -30,7 +30,7 @@ class Choice:
     remedy: str = ""
     instead: tuple[str, ...] = ()  # keys that may hold in the place of ``key``
     # Its default decides nothing, since what follows, such as a study's variants, may still choose; and what was
-    # inherited stays, since checkpoints and studies of before have it.
+    # inherited, or stands in the same file, stays, since checkpoints and studies of before have it.
     where_said: bool = False
 
     @property
@@ -175,7 +175,7 @@ def settle(
             undecided = later or not choice.key.startswith(only) or (choice.where_said and said < 0)
             if undecided or _holds(choice, values, fields):
                 continue
-            if said > order[key]:
+            if said > order[key] or (choice.where_said and said == order[key]):
                 if not choice.where_said:
                     del values[key], sources[key]
             elif key not in JUDGED_THERE:

@@ -151,9 +151,24 @@ class _Place:
     timeout: float
 
 
+def _inherited_groups() -> list[Any]:
+    """What this fork has of its parent's process groups, to be held: their destructors would wait for threads that the
+    fork has not, as soon as a new engine takes DeepSpeed's or torch's last reference away.
+    """
+    held: list[Any] = []
+    for name in ("deepspeed.utils.groups", "deepspeed.comm.comm", "torch.distributed.distributed_c10d"):
+        module = sys.modules.get(name)
+        for value in list(vars(module).values()) if module is not None else []:
+            held.append(dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value)
+    world = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "_world", None)
+    held += [dict(value) for value in (getattr(world, "pg_map", {}), getattr(world, "pg_names", {}))]
+    return held
+
+
 def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
     """All that a rank does after the fork; never returns into the test that forked it."""
     code = 1
+    inherited = _inherited_groups()  # noqa: F841  (held until os._exit)
     try:
         _settle(place)
         _join(place)

@@ -17,7 +17,7 @@ WIDTHS = {"key": "model.width", "values": [16, 32]}
 
 
 def opened(tmp_path, rule, **keys):
-    pruning = {"rule": rule, "every": 2, "after": 4, **keys.pop("pruning", {})}
+    pruning = {} if rule == "none" else {"rule": rule, "every": 2, "after": 4, **keys.pop("pruning", {})}
     return StudyStore.create_or_open(tiny_study(tmp_path, space=SPACE, pruning=pruning, **keys))
 
 
