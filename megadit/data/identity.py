@@ -83,8 +83,6 @@ def _autoencoder(config: RunConfig, images: ImageSet) -> dict[str, Any] | None:
     vae = config.data.vae
     if vae is None or images.stores_latents:
         return None
-    if cut_before_crop(config.data) is not None:
-        return None  # cut when they were written, as is told
     facts, (scale, shift) = codec_facts(vae), codec_scale(vae)
     return {"codec": codec_identity(vae), "factor": facts.factor, "scale": scale, "shift": shift}
 

@@ -208,14 +208,15 @@ def test_captions_and_their_encoder(pictures, tmp_path):
     assert found.endswith(":bf16 pooled none")
 
 
-def test_the_autoencoder_with_scale_and_shift(pictures, tmp_path):
-    def vae(folder, **facts):
-        folder.mkdir(exist_ok=True)
-        shown = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "latent_channels": 4, **facts}
-        (folder / "config.json").write_text(json.dumps(shown))
-        (folder / "weights.safetensors").write_bytes(b"weights")
-        return folder
+def vae(folder, **facts):
+    folder.mkdir(exist_ok=True)
+    shown = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "latent_channels": 4, **facts}
+    (folder / "config.json").write_text(json.dumps(shown))
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    return folder
 
+
+def test_the_autoencoder_with_scale_and_shift(pictures, tmp_path):
     def of_vae(folder, **more):
         data = {"name": "image-folder", "path": str(pictures), "image_size": 8}
         model = {"in_channels": 4, "input_size": 4, "num_classes": 3}
@@ -230,6 +231,22 @@ def test_the_autoencoder_with_scale_and_shift(pictures, tmp_path):
     assert found.startswith("the autoencoder differs: codec AutoencoderKL:")
     config = small_config(model={"in_channels": 3, "num_classes": 3}, data=of_folder(pictures).data.model_dump())
     assert told(before, config)[-1] == "there was an autoencoder and now there is none"
+
+
+def test_the_autoencoder_of_tars_from_before_their_crop_was_kept(pictures, tmp_path):
+    """That ``data.crop`` has no effect on them says nothing of the codec that reads them."""
+    data = of_folder(pictures).data
+    make_shards(data, tmp_path / "tars", Sharding("x", 100))
+    manifest = json.loads((tmp_path / "tars/manifest.json").read_text())
+    del manifest["made"]["data"]["crop"]
+    (tmp_path / "tars/manifest.json").write_text(json.dumps(manifest))
+
+    def of_tars(scale):
+        codec = {"path": str(vae(tmp_path / "vae")), "factor": 2, "scale": scale}
+        where = {"name": "webdataset", "path": str(tmp_path / "tars"), "image_size": 8, "crop": "center"}
+        return small_config(model={"in_channels": 4, "input_size": 4, "num_classes": 3}, data={**where, "vae": codec})
+
+    assert told(identity(of_tars(0.5)), of_tars(0.25)) == ["the autoencoder differs: scale 0.5 → 0.25"]
 
 
 def test_keys_that_only_one_of_two_identities_has_are_not_compared():
