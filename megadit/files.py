@@ -67,6 +67,15 @@ def save_tensors(
                 os.fsync(file.fileno())
 
 
+def begins_with(path: Path, marks: tuple[bytes, ...]) -> bool:
+    """Whether the first line of the file at ``path`` begins with one of ``marks``; not if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.readline().startswith(marks)
+    except OSError:
+        return False
+
+
 def check_output(path: Path, key: str, what: str, marks: tuple[bytes, ...]) -> None:
     """Whether ``path`` may be written: a file that is there must be ``what`` will be, with ``marks`` at its beginning.
 

@@ -17,8 +17,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from megadit.process_id import start_of, view_of_processes
+from megadit.process_id import start_of, state_of, view_of_processes
 
 FILE = "owner.json"
 BEAT_S = 5.0  # between two advances of an owner's counter
@@ -85,9 +86,14 @@ class Owner:
         job = f"Slurm job {self.slurm_job}, " if self.slurm_job else ""
         return f"process {self.pid} on {self.host} ({job}since {self.since})"
 
-    def is_process_of(self, other: Owner) -> bool:
-        """Whether both are one process."""
-        return (self.view, self.pid, self.process_start) == (other.view, other.pid, other.process_start)
+    def state(self) -> Literal["running", "gone", "unknown"]:
+        """Whether the process lives, as far as the calling one can see it."""
+        return state_of(self.pid, self.process_start) if self.view == view_of_processes() else "unknown"
+
+    def is_here(self) -> bool:
+        """Whether it is the calling process."""
+        own = (view_of_processes(), os.getpid(), start_of(os.getpid()) or "")
+        return (self.view, self.pid, self.process_start) == own
 
     def was_requeued_as(self, later: Owner) -> bool:
         """Whether ``later`` is a later start of the same Slurm job."""
@@ -165,19 +171,20 @@ class OwnerFile:
 
     def _written(self, owner: Owner) -> Path:
         temporary = self._beside(owner)
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(owner.text())
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(temporary, owner)
         return temporary
 
     def _create_exclusively(self, owner: Owner) -> bool:
         """As ``create`` where the file system has no hard links: a reader may see the file before its text."""
         try:
-            with open(self.path, "x", encoding="utf-8") as file:
-                file.write(owner.text())
-                file.flush()
-                os.fsync(file.fileno())
+            _write_new(self.path, owner)
         except FileExistsError:
             return False
         return True
+
+
+def _write_new(path: Path, owner: Owner) -> None:
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(owner.text())
+        file.flush()
+        os.fsync(file.fileno())

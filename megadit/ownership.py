@@ -25,7 +25,6 @@ from types import TracebackType
 from megadit.errors import EXIT_FAILURE, UserError, say
 from megadit.files import check_folder
 from megadit.owner_file import BEAT_S, FILE, Owner, OwnerFile
-from megadit.process_id import start_of, state_of, view_of_processes
 
 TIMEOUT = "MEGADIT_OWNER_TIMEOUT_S"  # environment variable: how long a silent owner of another host is watched
 _TIMEOUT_S = 60.0
@@ -136,16 +135,15 @@ class Claim:
         """Why the owner that ``text`` names has ended; None while that is not known. Raises Occupied if it lives."""
         owner = Owner.parse(text)
         if owner is not None:
-            if owner.is_process_of(me):
+            if owner.is_here():
                 return ""  # of an earlier use in this process
             if owner.was_requeued_as(me):
                 return f"whose Slurm job {owner.slurm_job} was started again"
-            if owner.view == me.view:
-                state = state_of(owner.pid, owner.process_start)
-                if state == "gone":
-                    return "which has ended"
-                if state == "running" and owner.folder == me.folder:
-                    raise self._occupied(owner)
+            state = owner.state()
+            if state == "gone":
+                return "which has ended"
+            if state == "running" and owner.folder == me.folder:
+                raise self._occupied(owner)
         return self._watched(text, owner)
 
     def _watched(self, text: str, owner: Owner | None) -> str | None:
@@ -290,12 +288,7 @@ def is_another_s(folder: Path, token: str | None = None) -> bool:
     owner = Owner.parse(text)
     if owner is None:
         return True
-    if owner.token == token:
-        return False
-    if owner.view != view_of_processes():
-        return True
-    here = (owner.pid, owner.process_start) == (os.getpid(), start_of(os.getpid()))
-    return not here and state_of(owner.pid, owner.process_start) != "gone"
+    return owner.token != token and not owner.is_here() and owner.state() != "gone"
 
 
 def is_lock(name: str) -> bool:

@@ -14,7 +14,7 @@ from megadit.config.keys import section_of
 from megadit.config.lengths import Share
 from megadit.config.presets import preset_names
 from megadit.config.run import RunConfig
-from megadit.config.values import NUMBER, POWER_OF_TWO
+from megadit.config.values import NUMBER, POWER_OF_TWO, plain_text
 
 
 def file_schema() -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _row(name: str, field: FieldInfo) -> str:
     kind = _type_name(field.annotation)
     limits = "".join(f" {sign} {limit}" for sign, limit in _limits(field))
     meaning = (field.description or "").replace("|", "\\|")
-    default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
+    default = "required" if field.default is PydanticUndefined else f"`{plain_text(field.default)}`"
     kind, null, _ = kind.partition(" or null")
     return f"| `{name}` | {kind}{limits}{null} | {default} | {meaning} |"
 
@@ -97,7 +97,7 @@ def _limits(field: FieldInfo) -> Iterator[tuple[str, Any]]:
     for item in field.metadata:
         for attribute, sign in signs.items():
             if hasattr(item, attribute):
-                yield sign, f"{getattr(item, attribute):g}"
+                yield sign, plain_text(getattr(item, attribute))
 
 
 def _type_name(annotation: Any) -> str:
@@ -115,11 +115,3 @@ def _type_name(annotation: Any) -> str:
             return f"list of [{', '.join(names[kind] for kind in get_args(kinds[0]))}]"
         return f"list of {names[kinds[0]]}" if Ellipsis in kinds else f"list of {len(kinds)} numbers"
     return names.get(annotation, str(annotation))
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)

@@ -15,6 +15,7 @@ from typing import Any
 from megadit.config.values import meaning
 from megadit.config.yaml_text import YamlError, decode, parse_yaml
 from megadit.errors import UserError
+from megadit.files import begins_with
 
 OVERRIDES = "an override"
 RESOLVED = "# Resolved run configuration, every key"  # how such a file begins
@@ -81,11 +82,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
 
 def is_resolved(path: Path) -> bool:
     """Whether the file at ``path`` is a configuration that megadit wrote, with keys for which nobody asked."""
-    try:
-        with open(path, "rb") as file:
-            return file.readline().startswith(_WRITTEN)
-    except OSError:
-        return False
+    return begins_with(path, _WRITTEN)
 
 
 def _bases(value: Any, path: Path) -> list[Path]:

@@ -65,6 +65,15 @@ def meaning(value: Any) -> Any:
     return value
 
 
+def plain_text(value: Any) -> str:
+    """A resolved value in a sentence or a table, as a file has it: null, true, .5 as 0.5, lists in brackets."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
+
+
 def coerce(value: Any, field: FieldInfo) -> Any:
     """``value`` as ``field`` may take it; what cannot be read is returned as it is, for validation to refuse."""
     return _coerce(value, field.annotation)

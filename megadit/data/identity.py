@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megadit.config import RunConfig
+from megadit.config.values import plain_text
 from megadit.data.codec_folder import codec_facts
 from megadit.data.dataset import ImageSet, Subset
 from megadit.data.latents import codec_identity, codec_scale
@@ -154,10 +155,10 @@ def _image_changes(before: Mapping[str, Any], after: Identity, images: ImageSet)
 def _encoder_changes(before: Mapping[str, Any], after: Identity) -> Iterator[str]:
     for key in ("image_size", "flip", "crop"):
         if before[key] != after[key] and not (key == "crop" and after[key] is None):  # latents are not cut
-            yield f"data.{key} was {_plain(before[key])} and is {_plain(after[key])}"
+            yield f"data.{key} was {plain_text(before[key])} and is {plain_text(after[key])}"
     for key, words in (("text_encoder", "text encoder"), ("feature_encoder", "feature encoder of REPA")):
         if before[key] != after[key]:
-            yield f"the {words} was {_plain(before[key])} and is {_plain(after[key])}"
+            yield f"the {words} was {plain_text(before[key])} and is {plain_text(after[key])}"
     for key, words in (("autoencoder", "autoencoder"), ("stored", "array stored in shards")):
         old, new = before[key], after[key]
         if old is None or new is None:
@@ -166,7 +167,7 @@ def _encoder_changes(before: Mapping[str, Any], after: Identity) -> Iterator[str
             continue
         changed = [name for name in new if name in old and old[name] != new[name]]
         if changed:
-            both = ", ".join(f"{name} {_plain(old[name])} → {_plain(new[name])}" for name in changed)
+            both = ", ".join(f"{name} {plain_text(old[name])} → {plain_text(new[name])}" for name in changed)
             yield f"the {words} differs: {both}"
 
 
@@ -184,12 +185,12 @@ def config_differences(
     found = []
     for key in _OLD_KEYS:
         if key in before and before[key] != after[key]:
-            found.append(f"data.{key} was {_plain(before[key])} and is {_plain(after[key])}")
+            found.append(f"data.{key} was {plain_text(before[key])} and is {plain_text(after[key])}")
     if config.data.condition == "text":
         for key in ("encoder", "pooled"):
             old, new = before.get("text", {}).get(key), after["text"][key]
             if old not in (None, new):
-                found.append(f"data.text.{key} was {_plain(old)} and is {_plain(new)}")
+                found.append(f"data.text.{key} was {plain_text(old)} and is {plain_text(new)}")
     return found if classes is None else [*found, *_class_changes(classes, images.classes)]
 
 
@@ -206,9 +207,3 @@ def crop_note(before: Mapping[str, Any], config: RunConfig, images: ImageSet) ->
         f"data.crop: {crop} cuts images of another size than the model's, which the run so far cut by {_FIRST_CROP}; "
         f"data.crop={_FIRST_CROP} goes on with that"
     )
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -26,28 +26,23 @@ def check_places(config: RunConfig) -> None:
     Raises:
         UserError: a folder, file or package is missing, naming the key.
     """
-    data = config.data
+    _check(config.data, text=config.model.text is not None, features=config.model.repa is not None)
+
+
+def check_data_places(data: DataConfig) -> None:
+    """The same for a ``data`` section alone, all of which is wanted. Raises UserError likewise."""
+    _check(data, text=data.condition == "text", features=True)
+
+
+def _check(data: DataConfig, *, text: bool, features: bool) -> None:
     check_images_are_there(data)
     if data.name == "webdataset":  # tars may hold latents and features, which need neither codec nor encoder
         return
     if data.vae is not None:
         codec_folder(data.vae)
-    if config.model.text is not None:
+    if text:
         check_source(data.text)
-    if config.model.repa is not None and data.features is not None:
-        _check_features(data.features)
-
-
-def check_data_places(data: DataConfig) -> None:
-    """The same for a ``data`` section alone, all of which is wanted. Raises UserError likewise."""
-    check_images_are_there(data)
-    if data.name == "webdataset":
-        return
-    if data.vae is not None:
-        codec_folder(data.vae)
-    if data.condition == "text":
-        check_source(data.text)
-    if data.features is not None:
+    if features and data.features is not None:
         _check_features(data.features)
 
 

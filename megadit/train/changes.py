@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megadit.config import OptimConfig, RunConfig
+from megadit.config.values import plain_text
 from megadit.errors import UserError
 from megadit.train.checkpoint_read import StoredCheckpoint, changed_values
 from megadit.train.schedule import Schedule, steps_of_epochs
@@ -31,7 +32,7 @@ def config_notes(stored: StoredCheckpoint, config: RunConfig, total: int) -> lis
     if "ema.every" in changed and config.ema.names:
         old, new = changed.pop("ema.every")
         notes.append(f"ema.every {old} → {new} from step {step} on: averages follow the weights every {new} updates")
-    rest = [f"{key} {_value(old)} → {_value(new)}" for key, (old, new) in changed.items() if key not in _ELSEWHERE]
+    rest = [_change(key, changed) for key in changed if key not in _ELSEWHERE]
     if rest:
         notes.append(f"the config has changed since the checkpoint: {', '.join(rest)}")
     return notes
@@ -103,7 +104,7 @@ def _old_schedule(stored: StoredCheckpoint, total: int | None) -> tuple[Schedule
 
 def _cause(changed: Mapping[str, tuple[Any, Any]], before: Schedule, after: Schedule) -> str:
     keys = [key for key in (*_SCHEDULE, *_LENGTH) if key in changed]
-    words = [f"{key} {_value(changed[key][0])} → {_value(changed[key][1])}" for key in keys]
+    words = [_change(key, changed) for key in keys]
     if before.total != after.total:
         if not any(key in changed for key in _LENGTH):
             words.append(f"the run's steps {before.total} → {after.total}")
@@ -111,6 +112,11 @@ def _cause(changed: Mapping[str, tuple[Any, Any]], before: Schedule, after: Sche
             verb = "lengthens" if after.total > before.total else "shortens"
             words[-1] += f" {verb} the {'cosine' if after.kind == 'cosine' else 'schedule'}"
     return f" ({', '.join(words)})" if words else ""
+
+
+def _change(key: str, changed: Mapping[str, tuple[Any, Any]]) -> str:
+    old, new = changed[key]
+    return f"{key} {plain_text(old)} → {plain_text(new)}"
 
 
 def _same(one: float, other: float) -> bool:
@@ -121,11 +127,3 @@ def rate_text(rate: float) -> str:
     """A learning rate for people: 1.14e-3."""
     mantissa, exponent = f"{rate:.2e}".split("e")
     return f"{mantissa}e{int(exponent)}" if rate else "0"
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -78,7 +78,7 @@ def run(
         refuse_foreign(folder)
         if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
             refuse_occupied(folder, "--run_dir")
-        job = prepare_job(config, overrides, ds_config, run_dir, resume, dry=dry)
+        job = check_job(load(config, overrides), ds_config, folder, resume, dry=dry)
         if dry:
             from megadit.train.dry_run import dry_run
 
@@ -117,25 +117,6 @@ def _enter(folder: Path, dry: bool) -> None:
 def run_folder(config: str | None, run_dir: str | None) -> Path:
     """``--run_dir``, or ``runs/`` and the config's name."""
     return Path(run_dir) if run_dir else Path("runs") / (Path(config).stem if config else "quickstart")
-
-
-def prepare_job(
-    config: str | None,
-    overrides: Sequence[str],
-    ds_config: str | None,
-    run_dir: str | None,
-    resume: str,
-    *,
-    dry: bool = False,
-) -> Job:
-    """Resolve and check the configuration, the layout and the data.
-
-    Raises:
-        UserError: anything in them that cannot work.
-    """
-    prepare_environment()
-    loaded, folder = load(config, overrides), run_folder(config, run_dir)
-    return check_job(loaded, ds_config, folder, resume, dry=dry)
 
 
 def check_job(

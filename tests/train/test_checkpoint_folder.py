@@ -4,33 +4,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
+from helpers.no_model import ALONE, NoPartitions
 from helpers.training import small_config
 from megadit.errors import UserError
-from megadit.parallel import ProcessContext
 from megadit.train import checkpoint_write as module
 from megadit.train.checkpoint import Position, StoredCheckpoint, find_checkpoint, save_checkpoint, saved_step
 from megadit.train.checkpoint_format import Index
 from megadit.train.checkpoint_write import take_up, write_index
 from megadit.train.pretrain import resume_point, total_steps
-
-ALONE = ProcessContext(0, 1, 0, torch.device("cpu"))
-
-
-class NoPartitions:
-    """A model of no parameters."""
-
-    stage, replicated = 0, True
-
-    def to_save(self):
-        return []
-
-    def adam_step(self):
-        return 0
-
-    def loss_scale_state(self):
-        return {}
 
 
 def save(run_dir, step, **train):

@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.no_model import ALONE
 from helpers.ranks import RankError, run_ranks
 from helpers.training import layout_of, small_config
-from megadit.parallel import ProcessContext
 from megadit.train import checkpoint_write, fragment_io
 from megadit.train.checkpoint import Position, open_checkpoint, save_checkpoint
 from megadit.train.partitions import Fragment
-
-ALONE = ProcessContext(0, 1, 0, torch.device("cpu"))
 
 
 class OneWeight:

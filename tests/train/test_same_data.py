@@ -8,37 +8,19 @@ import tarfile
 from dataclasses import replace
 
 import pytest
-import torch
 from PIL import Image
 
+from helpers.no_model import ALONE, NoPartitions
 from helpers.ranks import run_ranks
 from helpers.training import small_config
 from megadit.config import LoadedConfig
 from megadit.config import replace as change
 from megadit.data import build_datasets
 from megadit.errors import UserError
-from megadit.parallel import ProcessContext
 from megadit.train.checkpoint import Position, StoredCheckpoint, save_checkpoint
 from megadit.train.checkpoint_format import Index
 from megadit.train.checkpoint_write import write_index
 from megadit.train.pretrain import Job, checked_start
-
-ALONE = ProcessContext(0, 1, 0, torch.device("cpu"))
-
-
-class NoPartitions:
-    """A model of no parameters."""
-
-    stage, replicated = 0, True
-
-    def to_save(self):
-        return []
-
-    def adam_step(self):
-        return 0
-
-    def loss_scale_state(self):
-        return {}
 
 
 @pytest.fixture

@@ -33,9 +33,8 @@ from megadit.data.tars.layout import (
     Progress,
     Sharding,
 )  # fmt: skip
-from megadit.data.tars.making import facts_of, key_of, recipe_of, settings, words
+from megadit.data.tars.making import facts_of, key_of, set_writer, settings, words
 from megadit.data.tars.manifest import Manifest
-from megadit.data.tars.writing import SetWriter
 from megadit.errors import UserError
 from megadit.files import save_tensors
 from megadit.ownership import refuse_occupied
@@ -88,8 +87,7 @@ def encode_set(
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
     made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}
-    recipe, per_shard, most = recipe_of(made), sharding.per_shard, sharding.max_bytes
-    writer = SetWriter(folder, sharding.prefix, per_shard=per_shard, max_bytes=most, recipe=recipe)
+    writer = set_writer(folder, sharding, made)
     try:
         done = writer.done
         start = done // _CHUNK * _CHUNK  # the same chunks as in one go, so that rounding is the same

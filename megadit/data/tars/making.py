@@ -33,8 +33,7 @@ def make_shards(
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
     made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}
-    recipe, per_shard, most = recipe_of(made), sharding.per_shard, sharding.max_bytes
-    writer = SetWriter(folder, sharding.prefix, per_shard=per_shard, max_bytes=most, recipe=recipe)
+    writer = set_writer(folder, sharding, made)
     try:
         for i in range(writer.done, len(images)):
             picture: dict[str, bytes] = {image: members.write_picture(images.image(i), image, quality)}
@@ -50,6 +49,12 @@ def make_shards(
 def settings(config: DataConfig) -> dict[str, Any]:
     """The data section as the manifest keeps it: without ``on_change``, which is about runs."""
     return config.model_dump(mode="json", exclude={"on_change"})
+
+
+def set_writer(folder: Path, sharding: Sharding, made: dict[str, Any]) -> SetWriter:
+    """The writer of a set that is cut as ``sharding`` says and made with the settings ``made``. Raises UserError."""
+    per_shard, most = sharding.per_shard, sharding.max_bytes
+    return SetWriter(folder, sharding.prefix, per_shard=per_shard, max_bytes=most, recipe=recipe_of(made))
 
 
 def recipe_of(made: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from megadit.config.sources import (
 )
 from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
-from megadit.files import check_folder, whole_file
+from megadit.files import begins_with, check_folder, whole_file
 from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
 from megadit.search.study.reads import check_reads
@@ -179,11 +179,7 @@ def save_study(study: Study) -> Path:
 
 def is_frozen(file: Path) -> bool:
     """Whether ``file`` is a study that megadit wrote into a study directory."""
-    try:
-        with open(file, "rb") as opened:
-            return opened.readline().startswith(_HEADER.encode())
-    except OSError:
-        return False
+    return begins_with(file, (_HEADER.encode(),))
 
 
 def _refuse_foreign(folder: Path) -> None:

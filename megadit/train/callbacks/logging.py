@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 _SLOW_DATA = 0.01  # of a step's time: waiting for data beyond it is shown
 
 
-class Progress(Callback):
+class RecordCallback(Callback):
+    """Takes the record of the step at which a run diverged as any other."""
+
+    def on_divergence(self, run: TrainingRun, record: Record) -> None:
+        """``on_log``."""
+        self.on_log(run, record)
+
+
+class Progress(RecordCallback):
     """A bar with loss, learning rate, images/s, ETA and waiting for data; plain lines where stderr is no terminal."""
 
     def __init__(self) -> None:
@@ -61,10 +69,6 @@ class Progress(Callback):
         minutes, seconds = divmod(int(left), 60)
         say(f"step {record['step']}/{run.total_steps}  {shown}  ETA {minutes}:{seconds:02d}")
 
-    def on_divergence(self, run: TrainingRun, record: Record) -> None:
-        """As any other record."""
-        self.on_log(run, record)
-
     def close(self) -> None:
         """Close the bar."""
         if self._bar is not None:
@@ -83,7 +87,7 @@ def waiting(record: Record) -> str:
     return f"  data wait {share:.1%}  step {record['step_s']:.3f} s" if share > _SLOW_DATA else ""
 
 
-class JsonLines(Callback):
+class JsonLines(RecordCallback):
     """``metrics.jsonl``: one object per logged step, flushed as it is written."""
 
     def __init__(self) -> None:
@@ -99,10 +103,6 @@ class JsonLines(Callback):
         """Append the record."""
         if self._file is not None:
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-
-    def on_divergence(self, run: TrainingRun, record: Record) -> None:
-        """As any other record."""
-        self.on_log(run, record)
 
     def close(self) -> None:
         """Close the file."""
@@ -136,7 +136,7 @@ def scalars(record: Record) -> dict[str, float]:
     return flat
 
 
-class TensorBoard(Callback):
+class TensorBoard(RecordCallback):
     """Scalars and sample grids under ``tensorboard/``."""
 
     def __init__(self) -> None:
@@ -168,17 +168,13 @@ class TensorBoard(Callback):
         picture = np.asarray(Image.open(run.directory.grid(step)).convert("RGB"))
         self._writer.add_image("samples", picture, step, dataformats="HWC")
 
-    def on_divergence(self, run: TrainingRun, record: Record) -> None:
-        """As any other record."""
-        self.on_log(run, record)
-
     def close(self) -> None:
         """Flush and close the event file."""
         if self._writer is not None:
             self._writer.close()
 
 
-class Wandb(Callback):
+class Wandb(RecordCallback):
     """The same scalars to Weights & Biases, when ``train.wandb`` asks for it; a resumed run goes on in its own."""
 
     def __init__(self) -> None:
@@ -207,10 +203,6 @@ class Wandb(Callback):
         """Send the record."""
         if self._run is not None:
             self._run.log(scalars(record), step=record["step"])
-
-    def on_divergence(self, run: TrainingRun, record: Record) -> None:
-        """As any other record."""
-        self.on_log(run, record)
 
     def close(self) -> None:
         """Finish the wandb run."""
