@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from megadit.files import whole_file
+from megadit.files import begins_with, whole_file
 from megadit.mup.spec import param_specs, walk_specs
 
 _HEADER = "# Base shapes for the mup package: null marks a finite dimension, a number the size in the base model.\n"
@@ -28,8 +28,7 @@ def attach_infshapes(model: nn.Module) -> None:
 
 def is_base_shapes(path: Path) -> bool:
     """Whether ``path`` is a file that ``save_base_shapes`` wrote."""
-    with open(path, "rb") as file:
-        return file.read(len(_HEADER)) == _HEADER.encode()
+    return begins_with(path, (_HEADER.encode(),))
 
 
 def save_base_shapes(model: nn.Module, path: str | os.PathLike[str]) -> None:

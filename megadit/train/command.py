@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from megadit.config import DataConfig, LoadedConfig, RunConfig, load
 from megadit.config.ds_offload import offloads_optimizer
-from megadit.config.ds_plain import is_plain
 from megadit.config.dsconfig import MergedConfig, merge_ds_config
 from megadit.config.samplers import check_sampling
 from megadit.data.places import check_places
@@ -30,6 +29,7 @@ from megadit.parallel.lifetime import die_with_launcher
 from megadit.parallel.rendezvous import RendezvousFailed
 from megadit.streams import result_is_saved
 from megadit.train.checkpoint_names import check_named, has_checkpoints, saved_step
+from megadit.train.ds_check import check_ds_config
 from megadit.train.run_dir import RunDirectory, refuse_foreign
 from megadit.train.schedule import Schedule
 
@@ -131,17 +131,14 @@ def check_job(
     """The job of a loaded configuration, checked, in the environment that ``prepare_environment`` completed.
 
     ``datasets`` takes the place of ``build_datasets`` (a process that trains many jobs keeps their data).
-    ``dry``: it will not train, so that DeepSpeed is imported only if there is something that it alone can judge.
+    ``dry``: it will not train.
 
     Raises:
         UserError: anything in configuration, layout or data that cannot work.
     """
     merged = resolve(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
     check_here(merged.config, folder, resume)
-    if not (dry and is_plain(merged.ds_config)):
-        from megadit.train.ds_check import check_ds_config
-
-        check_ds_config(merged.ds_config)
+    check_ds_config(merged.ds_config, dry=dry)
     return check_data(merged, folder, resume, datasets)
 
 

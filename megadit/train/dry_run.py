@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig
-from megadit.config.ds_plain import is_plain
 from megadit.errors import EXIT_OK, UserError
 from megadit.optional import defer_compiler
 from megadit.parallel.environment import is_local_main
 from megadit.train.command import check_data, check_here, check_machine, resolve
+from megadit.train.ds_check import check_ds_config
 from megadit.train.pretrain import Job, Start, checked_start, total_steps
 
 
@@ -56,10 +56,7 @@ def dry_run_elsewhere(
         UserError: anything in configuration or layout that cannot work.
     """
     merged = resolve(loaded, ds_config, world_size)
-    if not is_plain(merged.ds_config):
-        from megadit.train.ds_check import check_ds_config
-
-        check_ds_config(merged.ds_config)
+    check_ds_config(merged.ds_config, dry=True)
     lines, steps = [f"run_dir      {folder}"], merged.config.train.steps
     try:
         check_here(merged.config, folder, resume)

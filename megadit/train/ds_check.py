@@ -7,15 +7,20 @@ import json
 import os
 from typing import Any
 
+from megadit.config.ds_plain import is_plain
 from megadit.errors import UserError
 
 
-def check_ds_config(ds_config: dict[str, Any]) -> None:
+def check_ds_config(ds_config: dict[str, Any], *, dry: bool = False) -> None:
     """Let DeepSpeed parse the configuration, as ``deepspeed.initialize`` will.
+
+    ``dry``: nothing will be trained, so that DeepSpeed is imported only if there is something that it alone can judge.
 
     Raises:
         UserError: an unknown key of a block, or a value that DeepSpeed cannot take.
     """
+    if dry and is_plain(ds_config):
+        return
     import torch
     from pydantic import ValidationError
 
