@@ -64,6 +64,7 @@ EXTRAS = {
     "features": FEATURES,
     "dev": [
         *FEATURES,
+        "hypothesis>=6.100",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
