@@ -1,0 +1,143 @@
+"""What a file is, told by its first bytes: files that real libraries wrote, and what downloads leave behind."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import pickle
+import sqlite3
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from megadit.file_kind import file_instead, instead, kind_of, kind_of_file
+
+
+def _torch(legacy: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.zeros(2)}, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def _picture(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def _zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a/picture.txt", "x")
+    return buffer.getvalue()
+
+
+def _npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(2))
+    return buffer.getvalue()
+
+
+def _npy() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(2))
+    return buffer.getvalue()
+
+
+def _tar(form: int) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    return buffer.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2700000000\n"
+FILES: list[tuple[str, Callable[[], bytes]]] = [
+    ("git-lfs", lambda: LFS),
+    ("git-annex", lambda: b"/annex/objects/SHA256E-s3--ba78.safetensors\n"),
+    ("empty", lambda: b""),
+    ("zeros", lambda: bytes(2000)),
+    ("html", lambda: b"\n<!DOCTYPE html>\n<html><head>"),
+    ("html", lambda: b"\xef\xbb\xbf<HTML lang=en>"),
+    ("xml", lambda: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
+    ("json", lambda: json.dumps({"error": "Repository not found"}).encode()),
+    ("text", lambda: "Not Found: größer".encode()),
+    ("text", lambda: "a".encode("utf-16")),
+    ("gzip", lambda: gzip.compress(b"x")),
+    ("xz", lambda: lzma.compress(b"x")),
+    ("bzip2", lambda: bz2.compress(b"x")),
+    ("torch", lambda: _torch(legacy=False)),
+    ("old-torch", lambda: _torch(legacy=True)),
+    ("pickle", lambda: pickle.dumps({"model": [1]})),
+    ("safetensors", lambda: save({"weight": torch.zeros(2)})),
+    ("npz", _npz),
+    ("npy", _npy),
+    ("zip", _zip),
+    ("tar", lambda: _tar(tarfile.PAX_FORMAT)),
+    ("tar", lambda: _tar(tarfile.GNU_FORMAT)),
+    *[(kind, lambda kind=kind: _picture(kind.upper())) for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "make"), FILES, ids=[f"{n}-{kind}" for n, (kind, _) in enumerate(FILES)])
+def test_the_kind_of_a_file(kind: str, make: Callable[[], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(make())
+    found = kind_of_file(path)
+    assert found is not None and found.id == kind
+    assert file_instead(path, kind) is None
+    told = file_instead(path, "another")
+    assert told is not None and told.startswith(f"it is {found.name}; ")
+
+
+def test_a_database(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "study.db")
+    connection.execute("create table t (x)")
+    connection.commit()
+    connection.close()
+    found = kind_of_file(tmp_path / "study.db")
+    assert found is not None and found.id == "sqlite"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x00\x01\x02\x03" * 400, b"\x01\xfe\x00\x80", b"\x00" * 10 + b"\x01"], ids=["counting", "noise", "one"]
+)
+def test_what_is_not_known_is_not_guessed(data: bytes) -> None:
+    assert kind_of(data) is None
+    assert instead(kind_of(data), "tar") is None
+
+
+def test_a_letter_that_the_end_of_the_look_cuts_is_still_text() -> None:
+    found = kind_of(("a" * 4095 + "é").encode()[:4096], 5000)
+    assert found is not None and found.id == "text"
+
+
+@pytest.mark.parametrize("kind", ["torch", "npz", "png", "jpeg", "safetensors"])
+def test_a_file_that_is_cut_off(kind: str, tmp_path: Path) -> None:
+    data = next(make for name, make in FILES if name == kind)()
+    path = tmp_path / "file"
+    path.write_bytes(data[: 40 if kind == "safetensors" else len(data) - 30])
+    told = file_instead(path, kind)
+    assert told is not None and told.startswith("it is cut off: ")
+
+
+def test_folders_pipes_and_what_is_not_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    folder, pipe = (
+        kind_of_file(tmp_path),
+        kind_of_file(tmp_path / "pipe"),
+    )
+    assert folder is not None and folder.id == "folder"
+    assert pipe is not None and pipe.id == "special"
+    assert kind_of_file(tmp_path / "gone") is None
