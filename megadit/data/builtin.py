@@ -10,13 +10,15 @@ from megadit.data.split import split
 from megadit.data.tars.tar_set import TarSet, load_tars
 
 
-def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+def build_datasets(config: DataConfig, num_classes: int | None = None) -> tuple[ImageSet, ImageSet]:
     """(train, validation); the second may be empty. Without ``condition: class`` the sets have no classes.
+
+    ``num_classes``: the model's, against which labels that are numbers are held; None: not known.
 
     Raises ``UserError`` when files or packages are missing or damaged, or nothing would be left to train on.
     """
     labelled = config.condition == "class"
-    whole = _whole(config, labelled)
+    whole = _whole(config, labelled, num_classes)
     return split(whole, whole.bases, config.val_fraction, labelled=labelled, classes=config.classes)
 
 
@@ -30,9 +32,10 @@ def whole_set(config: DataConfig, *, labelled: bool) -> tuple[Subset, list[str]]
     return part, [whole.bases[i] for i in part.indices]
 
 
-def _whole(config: DataConfig, labelled: bool) -> ArraySet | FolderSet | TarSet:
+def _whole(config: DataConfig, labelled: bool, num_classes: int | None = None) -> ArraySet | FolderSet | TarSet:
     if config.name == "image-folder":
-        return load_folder(config.path, config.image_size, labelled=labelled, crop=config.crop)
+        known = None if config.classes is not None else num_classes  # data.classes chooses some of the set's
+        return load_folder(config.path, config.image_size, labelled=labelled, crop=config.crop, num_classes=known)
     if config.name == "webdataset":
         return load_tars(config)
     return _in_memory(config)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megadit.data.listing import Listing
+from megadit.errors import say
 
 # text (L, D), text_mask bool (L,) and pooled (P,): features of the caption. features (F, h, w): of the image, for REPA.
 EXTRAS = ("text", "text_mask", "pooled", "features")
@@ -62,6 +63,14 @@ class ImageSet(Protocol):
     @property
     def notice(self) -> str:
         """Licence and attribution to show beside pictures; empty if there is none."""
+        ...
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What people should know of how the set was read: files left out, captions that are missing.
+
+        A sentence each, which names the place; told once as ``note:`` where a command begins (``tell_remarks``).
+        """
         ...
 
     def __len__(self) -> int: ...
@@ -122,6 +131,7 @@ class ArraySet:
     stored: StoredFacts | None = None
     mirrored: ImageSet | None = None
     files: tuple[tuple[str, int], ...] = ()  # names and bytes of what it was read from; empty: one file of the pixels
+    remarks: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -196,6 +206,10 @@ class Subset:
         return self.source.notice
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        return self.source.remarks
+
+    @property
     def stores_latents(self) -> bool:
         return self.source.stores_latents
 
@@ -257,6 +271,13 @@ def describe(dataset: ImageSet) -> DatasetFacts:
         notice=dataset.notice,
         stored=dataset.stored,
     )
+
+
+def tell_remarks(images: ImageSet) -> None:
+    """Print the remarks of a set to stderr, each as a ``note:``, unless another process of this host does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for remark in images.remarks:
+            say(f"note: {remark}")
 
 
 def stack_images(dataset: ImageSet, indices: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from megadit.config.json_text import JsonError, parse_json
 from megadit.config.yaml_text import decode
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
+from megadit.data.labels import label_of, number_labels
 from megadit.data.listing import Listing, sizes_of
 from megadit.data.places import image_root
 from megadit.errors import UserError
@@ -43,6 +44,7 @@ class FolderSet:
     stores_latents: bool = False
     stored: StoredFacts | None = None
     mirrored: ImageSet | None = None
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -71,16 +73,20 @@ class FolderSet:
         return Listing("image", names, sizes, np.array(self.labels, dtype=np.int64), self.captions)
 
 
-def load_folder(path: str | None, image_size: int | None, *, labelled: bool, crop: Crop = "adm") -> FolderSet:
+def load_folder(
+    path: str | None, image_size: int | None, *, labelled: bool, crop: Crop = "adm", num_classes: int | None = None
+) -> FolderSet:
     """List the images under ``path``; no file is opened but ``metadata.jsonl``, which decides alone if it is there.
 
     ``labelled``: whether classes are wanted. Without them all images below ``path`` are taken.
+    ``num_classes``: the model's, where it is known and all classes are meant.
+
     Raises ``UserError`` for a missing folder, no images, or a metadata line that cannot be used.
     """
     root = image_root(path)
     size = image_size or DEFAULT_SIZE
     if (root / METADATA).is_file():
-        found = _from_metadata(root, size, labelled)
+        found = _from_metadata(root, size, labelled, num_classes)
     else:
         found = _from_classes(root, size) if labelled else _from_files(root, size)
     return replace(found, crop=crop)
@@ -130,17 +136,15 @@ def _from_files(root: Path, size: int) -> FolderSet:
     )
 
 
-def _from_metadata(root: Path, size: int, labelled: bool) -> FolderSet:
-    lines = list(_metadata_lines(root))
+def _from_metadata(root: Path, size: int, labelled: bool, num_classes: int | None) -> FolderSet:
+    numbered = list(_metadata_lines(root))
+    lines = [entry for _, entry in numbered]
     if not lines:
         raise UserError(f"data.path: {root / METADATA} has no lines; give one JSON object per image")
-    with_label = [entry["label"] for entry in lines if "label" in entry]
-    if labelled and len(with_label) < len(lines):
-        raise UserError(
-            f"data.path: {len(lines) - len(with_label)} of {len(lines)} lines of {root / METADATA} have no label; "
-            "add them, or set data.condition=none"
-        )
-    classes, labels = _number_labels(root, with_label) if labelled else ((), [0] * len(lines))
+    classes: tuple[str, ...] = ()
+    labels = [0] * len(lines)
+    if labelled:
+        classes, labels = _number_labels(root, numbered, num_classes)
     files = tuple(entry["file_name"] for entry in lines)
     return FolderSet(
         root=str(root),
@@ -153,8 +157,24 @@ def _from_metadata(root: Path, size: int, labelled: bool) -> FolderSet:
     )
 
 
-def _metadata_lines(root: Path) -> Iterator[dict[str, Any]]:
-    """The checked objects of ``metadata.jsonl``: file_name, and optionally caption and label."""
+def _number_labels(
+    root: Path, lines: list[tuple[int, dict[str, Any]]], num_classes: int | None
+) -> tuple[tuple[str, ...], list[int]]:
+    def where(i: int) -> str:
+        return f"line {lines[i][0]} of {root / METADATA}"
+
+    without = [number for number, entry in lines if "label" not in entry]
+    if without:
+        raise UserError(
+            f"data.path: {len(without)} of {len(lines)} lines of {root / METADATA} have no label, line {without[0]} "
+            "first; add them, or set data.condition=none"
+        )
+    given = [label_of(entry["label"], where(i)) for i, (_, entry) in enumerate(lines)]
+    return number_labels(given, where, num_classes)
+
+
+def _metadata_lines(root: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The checked objects of ``metadata.jsonl`` by line: file_name, and optionally caption and label."""
     where = root / METADATA
     try:
         text = decode(where.read_bytes())
@@ -171,25 +191,7 @@ def _metadata_lines(root: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"data.path: line {number} of {where} has no file_name; name the image, relative to {root}")
         if not isinstance(entry.get("caption", ""), str):
             raise UserError(f"data.path: line {number} of {where}: caption must be a string, not {entry['caption']!r}")
-        if "label" in entry and (isinstance(entry["label"], bool) or not isinstance(entry["label"], int | str)):
-            raise UserError(
-                f"data.path: line {number} of {where}: label must be a name or a number, not {entry['label']!r}"
-            )
-        yield entry
-
-
-def _number_labels(root: Path, given: list[int | str]) -> tuple[tuple[str, ...], list[int]]:
-    """(classes, labels): names are numbered in sorted order; numbers are kept, so classes are 0...max."""
-    if all(isinstance(label, int) for label in given):
-        numbers = [int(label) for label in given]
-        if min(numbers) < 0:
-            raise UserError(f"data.path: {root / METADATA} has the label {min(numbers)}; number classes from 0")
-        return tuple(str(label) for label in range(max(numbers) + 1)), numbers
-    if not all(isinstance(label, str) for label in given):
-        raise UserError(f"data.path: {root / METADATA} has names and numbers as labels; use one of the two")
-    classes = tuple(sorted({str(label) for label in given}))
-    place = {name: label for label, name in enumerate(classes)}
-    return classes, [place[str(label)] for label in given]
+        yield number, entry
 
 
 def _images_below(folder: Path) -> list[str]:

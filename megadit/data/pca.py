@@ -24,7 +24,7 @@ from megadit.config.json_text import parse_json
 from megadit.data.batch import scale_images
 from megadit.data.builtin import build_datasets
 from megadit.data.codec_folder import PCA_CLASS
-from megadit.data.dataset import ImageSet, stack_images
+from megadit.data.dataset import ImageSet, stack_images, tell_remarks
 from megadit.errors import UserError
 from megadit.files import save_tensors, whole_file
 from megadit.ownership import is_lock, own
@@ -172,6 +172,7 @@ def _fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, 
     if any(not is_lock(path.name) for path in folder.iterdir()):
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     train, held_out = build_datasets(config)
+    tell_remarks(train)
     if train.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents; give images to fit on")
     chosen = _even(len(train), most)

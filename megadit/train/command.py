@@ -124,7 +124,7 @@ def check_job(
     ds_config: str | None,
     folder: Path,
     resume: str,
-    datasets: Callable[[DataConfig], tuple[ImageSet, ImageSet]] | None = None,
+    datasets: Callable[[DataConfig, int], tuple[ImageSet, ImageSet]] | None = None,
     *,
     dry: bool = False,
 ) -> Job:
@@ -181,7 +181,7 @@ def check_data(
     merged: MergedConfig,
     folder: Path,
     resume: str,
-    datasets: Callable[[DataConfig], tuple[ImageSet, ImageSet]] | None = None,
+    datasets: Callable[[DataConfig, int], tuple[ImageSet, ImageSet]] | None = None,
 ) -> Job:
     """The job of a resolved configuration, with its data.
 
@@ -191,11 +191,13 @@ def check_data(
     from megadit.data import build_datasets, check_against_model, describe
     from megadit.data.checks import check_codec, draws_no_pictures, with_stored_codec
     from megadit.data.conditions import check_text
+    from megadit.data.dataset import tell_remarks
     from megadit.data.features import check_features
     from megadit.data.tars.tar_set import cut_before_crop
     from megadit.train.pretrain import Job, total_steps
 
-    train_set, val_set = (datasets or build_datasets)(merged.config.data)
+    train_set, val_set = (datasets or build_datasets)(merged.config.data, merged.config.model.num_classes)
+    tell_remarks(train_set)
     facts = describe(train_set)
     check_against_model(facts, merged.config)
     check_codec(facts, merged.config)

@@ -106,11 +106,23 @@ def test_the_split_goes_by_file_stem(tmp_path: Path) -> None:
         (["a.png"], [{"file_name": "a.png", "label": 0}, {"caption": "x"}], {}, r"line 2 of .* has no file_name"),
         (["a.png"], ["[1]"], {}, r"line 1 of .* has no file_name"),
         (["a.png"], [{"file_name": "a.png", "caption": 3}], {}, r"line 1 .*caption must be a string, not 3"),
-        (["a.png"], [{"file_name": "a.png", "label": 1.5}], {}, r"label must be a name or a number, not 1\.5"),
-        (["a.png"], [{"file_name": "a.png", "label": True}], {}, r"label must be a name or a number, not True"),
-        (["a.png"], [{"file_name": "a.png"}], {}, r"1 of 1 lines of .* have no label; .*data\.condition=none"),
-        (["a.png"], [{"file_name": "a", "label": "x"}, {"file_name": "b", "label": 1}], {}, "names and numbers"),
-        (["a.png"], [{"file_name": "a.png", "label": -1}], {}, r"has the label -1; number classes from 0"),
+        (["a.png"], [{"file_name": "a.png", "label": 1.5}], {}, r"label must be a name or a whole number, not 1\.5"),
+        (["a.png"], [{"file_name": "a.png", "label": True}], {}, r"label must be a name or a whole number, not true"),
+        (
+            ["a.png"],
+            [{"file_name": "a.png"}],
+            {},
+            r"1 of 1 lines of .* have no label, line 1 first; .*data\.condition=none",
+        ),
+        (
+            ["a.png"],
+            [{"file_name": "a", "label": "x"}, {"file_name": "b", "label": 1}],
+            {},
+            r"line 1 of .* the name 'x' as label, and line 2 of .* the number 1",
+        ),
+        (["a.png"], [{"file_name": "a.png", "label": -1}], {}, r"line 1 of .* has the label -1; number classes from 0"),
+        (["a.png"], [{"file_name": "a.png", "label": 2**32 - 1}], {}, r"line 1 of .* has the label 4294967295"),
+        (["a.png"], [{"file_name": "a.png", "label": None}], {}, r"line 1 of .*label must be .*, not null"),
     ],
 )
 def test_folders_that_cannot_be_used(

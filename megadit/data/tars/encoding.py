@@ -19,7 +19,7 @@ from torch import Tensor
 from megadit.config import DataConfig
 from megadit.data.batch import scale_images
 from megadit.data.builtin import whole_set
-from megadit.data.dataset import ImageSet, StoredFacts, stack_images
+from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
 from megadit.data.latents import Codec, VaeCodec, build_codec, check_vae, codec_identity, codec_scale
 from megadit.data.tars import members
 from megadit.data.tars.layout import (
@@ -84,6 +84,7 @@ def encode_set(
     """
     refuse_occupied(folder)
     images, bases = whole_set(config, labelled=config.condition == "class")
+    tell_remarks(images)
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
     made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megadit.config import DataConfig
 from megadit.data.builtin import whole_set
-from megadit.data.dataset import ImageSet
+from megadit.data.dataset import ImageSet, tell_remarks
 from megadit.data.tars import members
 from megadit.data.tars.layout import CAPTION, JSON, LABEL, Progress, Sharding
 from megadit.data.tars.manifest import Manifest
@@ -30,6 +30,7 @@ def make_shards(
     """
     refuse_occupied(folder)
     images, bases = whole_set(config, labelled=config.condition == "class")
+    tell_remarks(images)
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
     made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}

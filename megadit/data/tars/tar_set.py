@@ -60,6 +60,7 @@ class TarSet:
     extra: tuple[str, ...] = ()
     turned: bool = False
     crop: Crop = "adm"  # of images of another size than image_size
+    remarks: tuple[str, ...] = ()
 
     @property
     def bases(self) -> tuple[str, ...]:

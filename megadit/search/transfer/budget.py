@@ -65,7 +65,7 @@ def run_steps(config: RunConfig) -> int | None:
     from megadit.train.pretrain import total_steps
 
     try:
-        train_set, _ = build_datasets(config.data)
+        train_set, _ = build_datasets(config.data, config.model.num_classes)
     except UserError:
         return None
     return total_steps(config, len(train_set))

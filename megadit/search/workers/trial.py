@@ -47,7 +47,7 @@ from megadit.train.run_dir import RunDirectory
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
 
-Datasets = Callable[[DataConfig], tuple[ImageSet, ImageSet]]
+Datasets = Callable[[DataConfig, int], tuple[ImageSet, ImageSet]]
 _PRUNED, _STOPPED = "pruned", "stopped"
 
 

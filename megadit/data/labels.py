@@ -1,0 +1,99 @@
+"""Labels that other people wrote: a name or a whole number from 0, checked before a class is made of any.
+
+The largest number says how many classes there are, so that one wrong number would make billions of names. It is held
+against ``model.num_classes`` or, where no model is known, against the number of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megadit.errors import UserError
+
+# A part of a large set, such as eight images of ImageNet-21k, names classes that it has no image of.
+_PLAUSIBLE = 100_000
+_MOST = 10_000_000  # names in memory, whatever a model asks for
+
+Where = Callable[[int], str]
+
+
+def label_of(value: Any, where: str) -> int | str:
+    """``value`` of a JSON file as a label. Raises UserError that names ``where``, such as "line 3 of FILE", if it is
+    none: true, null, a fraction, a list, a text without a letter.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    whole = isinstance(value, float) and value.is_integer()
+    remedy = f"write {value:.0f}" if whole and abs(value) < 2**53 else "give a text, or a number from 0"
+    raise UserError(f"data.path: {where}: label must be a name or a whole number, not {_shown(value)}; {remedy}")
+
+
+def number_labels(
+    labels: Sequence[int | str], where: Where, num_classes: int | None = None
+) -> tuple[tuple[str, ...], list[int]]:
+    """(classes, a number per label): names are numbered in sorted order; numbers are kept, so classes are 0...max.
+
+    ``where(i)`` tells the place of label i. Raises UserError as ``class_names_of_numbers`` does, and where some labels
+    are names and some are numbers.
+    """
+    numbers = [label for label in labels if isinstance(label, int)]
+    if len(numbers) == len(labels):
+        return class_names_of_numbers(numbers, where, num_classes), numbers
+    if numbers:
+        name = next(i for i, label in enumerate(labels) if isinstance(label, str))
+        number = next(i for i, label in enumerate(labels) if isinstance(label, int))
+        raise UserError(
+            f"data.path: {where(name)} has the name {_shown(labels[name])} as label, and {where(number)} the number "
+            f"{_shown(labels[number])}; use one of the two"
+        )
+    classes = tuple(sorted({str(label) for label in labels}))
+    place = {name: number for number, name in enumerate(classes)}
+    return classes, [place[str(label)] for label in labels]
+
+
+def class_names_of_numbers(numbers: Sequence[int], where: Where, num_classes: int | None = None) -> tuple[str, ...]:
+    """The names "0", "1", ... of classes that are numbered, up to the largest number; none without numbers.
+
+    ``where(i)`` tells the place of number i, such as "line 3 of FILE". ``num_classes``: the model's; None: not known,
+    and the largest may be as large as 100,000 or the number of labels allow.
+
+    Raises UserError, naming the place, for a number below 0 or beyond what is plausible.
+    """
+    if not numbers:
+        return ()
+    lowest, highest = min(numbers), max(numbers)
+    if lowest < 0:
+        raise UserError(
+            f"data.path: {where(_first(numbers, lowest))} has the label {_shown(lowest)}; number classes from 0"
+        )
+    plausible = min(max(len(numbers), _PLAUSIBLE), _MOST)
+    allowed = plausible if num_classes is None else min(num_classes, _MOST)
+    if highest < allowed:
+        return tuple(map(str, range(highest + 1)))
+    place = where(_first(numbers, highest))
+    if num_classes is not None and highest >= num_classes:
+        more = f", or set model.num_classes={highest + 1}" if highest < plausible else ""
+        raise UserError(
+            f"data.path: {place} has the label {_shown(highest)}, but model.num_classes is {num_classes}; correct the "
+            f"label{more}"
+        )
+    raise UserError(
+        f"data.path: {place} has the label {_shown(highest)}, which would make more than {allowed} classes of "
+        f"{len(numbers)} labels; correct the label, or write names in place of numbers"
+    )
+
+
+def _first(numbers: Sequence[int], wanted: int) -> int:
+    return next(i for i, number in enumerate(numbers) if number == wanted)
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) >= 10**24:
+        return "a number of more than 64 bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
