@@ -6,11 +6,12 @@ format. Readers ask here once they cannot read a file, and so give the remedy th
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 HEAD_BYTES = 4096  # of a file, which tell its kind; a tar's mark stands at 257
 _AGAIN = "fetch or copy it again"
@@ -62,14 +63,12 @@ _MARKS: tuple[tuple[bytes, FileKind], ...] = (
     (b"\x1f\x8b", FileKind("gzip", "compressed by gzip", _UNPACK)),
     (b"\x28\xb5\x2f\xfd", FileKind("zstd", "compressed by zstd", _UNPACK)),
     (b"\xfd7zXZ\0", FileKind("xz", "compressed by xz", _UNPACK)),
-    (b"BZh", FileKind("bzip2", "compressed by bzip2", _UNPACK)),
     (b"\x04\x22\x4d\x18", FileKind("lz4", "compressed by lz4", _UNPACK)),
     (b"7z\xbc\xaf\x27\x1c", FileKind("7z", "a 7-Zip archive", _UNPACK)),
     (b"Rar!\x1a\x07", FileKind("rar", "a RAR archive", _UNPACK)),
     (b"\x89PNG\r\n\x1a\n", FileKind("png", "a PNG picture", "name it .png")),
     (b"\xff\xd8\xff", FileKind("jpeg", "a JPEG picture", "name it .jpg")),
     (b"GIF8", FileKind("gif", "a GIF picture", "name it .gif")),
-    (b"BM", FileKind("bmp", "a BMP picture", "name it .bmp")),
     (b"II*\0", FileKind("tiff", "a TIFF picture", "name it .tif")),
     (b"MM\0*", FileKind("tiff", "a TIFF picture", "name it .tif")),
     (b"\xff\x0a", FileKind("jxl", "a JPEG XL picture", "convert it to PNG or JPEG")),
@@ -84,14 +83,20 @@ _MARKS: tuple[tuple[bytes, FileKind], ...] = (
     (b"ARROW1", FileKind("arrow", "an Arrow table", "write its pictures as files or as tars")),
     (b"\0\x05\x16\x07", FileKind("apple-double", "a macOS side file of another file", "take it out")),
     (b"\x7fELF", FileKind("program", "a program", "give the file that is meant")),
-    (b"MZ", FileKind("program", "a program of Windows", "give the file that is meant")),
+    (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", _OLD_TORCH),  # a pickled number, of protocol 2
 )  # fmt: skip
-# What torch.save wrote before it wrote zip archives: a pickled number, of protocol 2.
-_OLD_TORCH_MARK = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+# Marks so short that a text may begin with their letters, with what follows in such a file.
+_PATTERNS: tuple[tuple[re.Pattern[bytes], FileKind], ...] = (
+    (re.compile(rb"BM.{4}\0{4}.{4}[\x0c-\x7c]\0\0\0", re.DOTALL), FileKind("bmp", "a BMP picture", "name it .bmp")),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), FileKind("bzip2", "compressed by bzip2", _UNPACK)),
+    (re.compile(rb"MZ.{3}\0", re.DOTALL), FileKind("program", "a program of Windows", "give the file that is meant")),
+)
 _PICKLE_MARK = re.compile(rb"\x80[\x02-\x05]")
 _HTML_MARK = re.compile(rb"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 _ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")
 _ZIP_END, _ZIP_END_BYTES = b"PK\x05\x06", 22 + 65535  # of the record that ends an archive, with its comment
+PICTURES = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "heif")  # ids of what Pillow may read
+_NO_TEXT = ("git-lfs", "git-annex", "html")  # ids of texts that stand in place of another file
 _HEADER_BYTES = 2**27  # of a safetensors file at most; the library takes 100 MB
 _PNG_END, _JPEG_END = b"IEND\xaeB`\x82", b"\xff\xd9"
 
@@ -107,6 +112,9 @@ def kind_of(head: bytes, size: int | None = None) -> FileKind | None:
     for mark, kind in _MARKS:
         if head.startswith(mark):
             return kind
+    for pattern, kind in _PATTERNS:
+        if pattern.match(head):
+            return kind
     if head.startswith(_ZIP_MARKS):
         return _zip_kind(head)
     if head[4:8] == b"ftyp":
@@ -115,8 +123,6 @@ def kind_of(head: bytes, size: int | None = None) -> FileKind | None:
         return _WEBP
     if head[257:262] == b"ustar":
         return _TAR
-    if head.startswith(_OLD_TORCH_MARK):
-        return _OLD_TORCH
     if _PICKLE_MARK.match(head):
         return _PICKLE
     if len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _HEADER_BYTES:
@@ -153,8 +159,24 @@ def file_instead(path: str | os.PathLike[str], *wanted: str) -> str | None:
     other = instead(kind, *wanted)
     if other is not None or kind is None:
         return other
-    missing = _cut_off(Path(path), kind)
-    return None if missing is None else f"it is cut off: {missing}; {_AGAIN}"
+    try:
+        with open(path, "rb") as file:
+            return _cut_off(file, kind)
+    except OSError:
+        return None
+
+
+def bytes_instead(data: bytes, *wanted: str) -> str | None:
+    """``file_instead`` of a file whose bytes are ``data``."""
+    kind = kind_of(data[:HEAD_BYTES], len(data))
+    other = instead(kind, *wanted)
+    return other if other is not None or kind is None else _cut_off(io.BytesIO(data), kind)
+
+
+def text_instead(data: bytes) -> str | None:
+    """What stands in place of a text that was meant: a pointer or a web page, which read as text; None otherwise."""
+    kind = kind_of(data[:HEAD_BYTES], len(data))
+    return None if kind is None or kind.id not in _NO_TEXT else instead(kind)
 
 
 def _zip_kind(head: bytes) -> FileKind:
@@ -185,25 +207,20 @@ def _text_kind(head: bytes) -> FileKind | None:
     return _JSON if body[:1] in (b"{", b"[") else _TEXT
 
 
-def _cut_off(path: Path, kind: FileKind) -> str | None:
-    """What a file of a known kind lacks at its end; None if nothing, or if its kind does not tell."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _ZIP_END_BYTES))
-            end = file.read(_ZIP_END_BYTES)
-            if kind.id == "safetensors":
-                file.seek(0)
-                return _short_safetensors(file.read(8), size)
-    except OSError:
-        return None
-    if kind.id in ("torch", "npz", "zip") and _ZIP_END not in end:
-        return "the table at its end is missing"
-    if kind.id == "png" and _PNG_END not in end:
-        return "the mark of a picture's end is missing"
-    if kind.id == "jpeg" and _JPEG_END not in end:
-        return "the mark of a picture's end is missing"
-    return None
+def _cut_off(file: BinaryIO, kind: FileKind) -> str | None:
+    """That a file of a known kind lacks its end; None if it does not, or if its kind does not tell."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _ZIP_END_BYTES))
+    end = file.read(_ZIP_END_BYTES)
+    missing = None
+    if kind.id == "safetensors":
+        file.seek(0)
+        missing = _short_safetensors(file.read(8), size)
+    elif kind.id in ("torch", "npz", "zip") and _ZIP_END not in end:
+        missing = "the table at its end is missing"
+    elif (kind.id == "png" and _PNG_END not in end) or (kind.id == "jpeg" and _JPEG_END not in end):
+        missing = "the mark of a picture's end is missing"
+    return None if missing is None else f"it is cut off: {missing}; {_AGAIN}"
 
 
 def _short_safetensors(begin: bytes, size: int) -> str | None:

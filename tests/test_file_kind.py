@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from megadit.file_kind import file_instead, instead, kind_of, kind_of_file
+from megadit.file_kind import bytes_instead, file_instead, instead, kind_of, kind_of_file, text_instead
 
 
 def _torch(legacy: bool) -> bytes:
@@ -130,6 +130,21 @@ def test_a_file_that_is_cut_off(kind: str, tmp_path: Path) -> None:
     path.write_bytes(data[: 40 if kind == "safetensors" else len(data) - 30])
     told = file_instead(path, kind)
     assert told is not None and told.startswith("it is cut off: ")
+    assert bytes_instead(path.read_bytes(), kind) == told
+
+
+@pytest.mark.parametrize(
+    "text", ["BMW on a road", "BZh1 is a mark", "MZ and more than enough words", "<b>bold</b> words"]
+)
+def test_a_text_that_begins_like_another_file_is_a_text(text: str) -> None:
+    found = kind_of(text.encode())
+    assert found is not None and found.id == "text"
+    assert text_instead(text.encode()) is None
+
+
+def test_pointers_and_pages_are_no_texts() -> None:
+    assert "git lfs pull" in str(text_instead(LFS))
+    assert "web page" in str(text_instead(b"<!DOCTYPE html>"))
 
 
 def test_folders_pipes_and_what_is_not_there(tmp_path: Path) -> None:

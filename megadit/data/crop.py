@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megadit.config.data import Crop
 from megadit.errors import UserError
+from megadit.file_kind import PICTURES, file_instead
 
 _REMEDY = "replace the file or take it out of the set"
 
@@ -104,4 +105,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _unreadable(path: Path, error: Exception) -> str:
     reason = "its format is not known" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip()
     reason = " ".join(reason.split()) or type(error).__name__
-    return f"data.path: cannot decode the image {path} ({reason}); {_REMEDY}"
+    other = file_instead(path, *PICTURES)
+    remedy = f"; {_REMEDY}" if other is None else f": {other}, else {_REMEDY}"
+    return f"data.path: cannot decode the image {path} ({reason}){remedy}"

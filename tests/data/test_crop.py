@@ -207,6 +207,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
         "cut.png": png[: len(png) // 2],
         "cut.jpg": jpg[: len(jpg) // 2],
         "head.png": png[:20],
+        "pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 27\n",
         "flipped.png": png[:200] + bytes(byte ^ 0xFF for byte in png[200:260]) + png[260:],
     }
     for name, content in contents.items():
@@ -219,8 +220,9 @@ def broken_files(folder: Path) -> dict[str, Path]:
     ("name", "sentence"),
     [
         ("empty.png", "is an empty file"),
-        ("text.png", r"cannot decode the image .*text\.png \(its format is not known\)"),
-        ("cut.png", "cannot decode the image"),
+        ("text.png", r"cannot decode the image .*text\.png \(its format is not known\): it is a text file; look "),
+        ("pointer.png", r"it is a git-LFS pointer; run `git lfs pull`"),
+        ("cut.png", "cannot decode the image .* it is cut off: the mark of a picture's end is missing"),
         ("cut.jpg", r"cannot decode the image .*cut\.jpg \(.*[Tt]runcated"),
         ("head.png", "cannot decode the image"),
         ("flipped.png", "cannot decode the image"),

@@ -15,6 +15,7 @@ from megadit.config.data import Crop
 from megadit.config.json_text import JsonError, parse_json
 from megadit.data.crop import centre_crop, to_rgb
 from megadit.errors import UserError
+from megadit.file_kind import PICTURES, bytes_instead, text_instead
 
 _REMEDY = "write the shard again"
 
@@ -28,7 +29,8 @@ def read_array(data: bytes, where: str) -> Tensor:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         if "allow_pickle" in reason:
             reason = "it holds pickled objects, which could run anything when loaded"
-        raise UserError(f"data.path: {where} is no array that can be read ({reason}); {_REMEDY}") from None
+        remedy = _remedy(bytes_instead(data, "npy"))
+        raise UserError(f"data.path: {where} is no array that can be read ({reason}){remedy}") from None
 
 
 def write_array(value: Tensor) -> bytes:
@@ -50,7 +52,8 @@ def read_picture(data: bytes, channels: int, size: int, where: str, crop: Crop =
         raise  # this machine's fault, not the member's
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"data.path: cannot decode the image {where} ({reason}); {_REMEDY}") from None
+        remedy = _remedy(bytes_instead(data, *PICTURES))
+        raise UserError(f"data.path: cannot decode the image {where} ({reason}){remedy}") from None
     if image.size != (size, size):
         image = centre_crop(image, size, crop)
     pixels = np.array(image)
@@ -74,18 +77,26 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = parse_json(data)
     except JsonError as error:
-        raise UserError(f"data.path: {where} {error}; {_REMEDY}") from None
+        raise UserError(f"data.path: {where} {error}{_remedy(bytes_instead(data, 'json', 'text'))}") from None
     if not isinstance(value, dict):
         raise UserError(f"data.path: {where} is not a JSON object; {_REMEDY}")
     return value
 
 
 def read_text(data: bytes, where: str) -> str:
-    """A ``.txt`` member. Raises UserError that names ``where`` if it is not UTF-8."""
+    """A ``.txt`` member. Raises UserError that names ``where`` if it is not UTF-8, or a pointer or a web page."""
+    other = text_instead(data)
+    if other is not None:
+        raise UserError(f"data.path: {where} is not the text that is meant{_remedy(other)}")
     try:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"data.path: {where} is not UTF-8 text ({error.reason}); {_REMEDY}") from None
+
+
+def _remedy(other: str | None) -> str:
+    """The end of a sentence on a member, ``other`` being what it is in place of what was wanted."""
+    return f"; {_REMEDY}" if other is None else f": {other}, and {_REMEDY}"
 
 
 def write_json(value: dict[str, Any]) -> bytes:
