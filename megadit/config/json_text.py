@@ -10,6 +10,9 @@ from typing import Any
 _COMMENT = ("//", "/*", "#")
 _SPACE = re.compile(r"\s*")
 _MOST_DIGITS = 1000  # of a whole number; int() itself refuses 4300
+_DEEPEST = 100  # lists and objects inside one another; what walks over values later calls itself for each
+# A text whole, so that brackets inside it do not count; an open one goes to the end. Nothing is tried twice.
+_BRACKETS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class JsonError(ValueError):
@@ -22,7 +25,8 @@ def parse_json(data: bytes | str, *, finite: bool = False) -> Any:
     ``finite`` refuses ``NaN``, ``Infinity`` and numbers such as 1e400, which Python would read as infinite.
 
     Raises:
-        JsonError: it is none, naming comments, trailing commas, single quotes and keys that are there twice.
+        JsonError: it is none, naming comments, trailing commas, single quotes and keys that are there twice, or is
+            nested more than 100 levels deep.
     """
     try:
         text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
@@ -30,6 +34,7 @@ def parse_json(data: bytes | str, *, finite: bool = False) -> Any:
         raise JsonError("is not a text file") from None
     if data and not text.removeprefix("\ufeff"):  # nothing but a mark
         raise JsonError("is not a text file")
+    _refuse_deep(text)
     constant, number = (_no_constant, _finite) if finite else (None, None)
     try:
         return json.loads(
@@ -41,8 +46,21 @@ def parse_json(data: bytes | str, *, finite: bool = False) -> Any:
         )
     except json.JSONDecodeError as error:
         raise JsonError(_phrase(error)) from None
-    except RecursionError:
-        raise JsonError("is nested too deeply") from None
+
+
+def _refuse_deep(text: str) -> None:
+    if text.count("[") + text.count("{") <= _DEEPEST:
+        return
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        sign = found[0]
+        if sign in "[{":
+            depth += 1
+            if depth > _DEEPEST:
+                line = text.count("\n", 0, found.start()) + 1
+                raise JsonError(f"is nested too deeply: more than {_DEEPEST} levels (line {line})")
+        elif sign in "]}":
+            depth -= 1
 
 
 def _phrase(error: json.JSONDecodeError) -> str:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config.values import meaning
-from megadit.config.yaml_text import YamlError, decode, parse_yaml
+from megadit.config.yaml_text import YamlError, parse_yaml, shortened
 from megadit.errors import UserError
 from megadit.files import begins_with
+from megadit.text_files import decode, has_half_pair, why_no_text
 
 OVERRIDES = "an override"
 RESOLVED = "# Resolved run configuration, every key"  # how such a file begins
+_LONGEST_KEY = 200  # characters
 _WRITTEN = (RESOLVED.encode(), b"# Written by megadit")  # the second: targets of tools/transfer.py apply
 
 
@@ -105,8 +107,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = parse_yaml(decode(path.read_bytes()))
     except OSError as error:
         raise UserError(f"config: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"config: {path} is not a text file; give a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"config: {display(path)} is not a text file ({why_no_text(error)}); give a YAML file in UTF-8"
+        ) from None
     except YamlError as error:
         raise UserError(f"config: {display(path)} is not valid YAML: {error}") from None
     if values is None:
@@ -125,6 +129,13 @@ def override_layer(overrides: Sequence[str]) -> Layer:
         key = key.strip()
         if not equals or not key or key.startswith("-"):
             raise UserError(f"override: {override!r} is not of the form section.key=value, e.g. optim.lr=2^-10")
+        if len(key) > _LONGEST_KEY:
+            raise UserError(f"override: {shortened(key)!r} is no key of a configuration; write section.key=value")
+        if has_half_pair(override):  # what Python makes of bytes of another encoding
+            raise UserError(
+                f"{shortened(key)}: {shortened(text)!r} is not UTF-8; where it names a file or folder, rename that or "
+                "give a link to it"
+            )
         if not text.strip():
             raise UserError(f"{key}: the override gives no value; write one, or {key}=null for none")
         if key == "base":
@@ -132,7 +143,7 @@ def override_layer(overrides: Sequence[str]) -> Layer:
         try:
             value = parse_yaml(text, comments=False)
         except YamlError as error:
-            raise UserError(f"{key}: {text!r} is not a YAML value: {error}") from None
+            raise UserError(f"{key}: {shortened(text)!r} is not a YAML value: {error}") from None
         _place(values, key, value)
     return Layer(values, OVERRIDES)
 

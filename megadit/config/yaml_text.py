@@ -7,25 +7,21 @@ it belongs to says what is wanted (``config.values``), so that a class called ``
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import yaml
 
+from megadit.text_files import has_half_pair
+
 _MOST_NODES = 100_000  # after aliases are followed; the largest study of ours has hundreds
+_DEEPEST = 100  # lists and sections inside one another; what walks over values later calls itself for each
+_INSIDE = (0, 0)  # nodes and levels of what is being counted
+_SHOWN = 60  # characters of a text in a message
 _TAG = "tag:yaml.org,2002:"
 # Texts that YAML 1.1, YAML 1.2 or megadit may take for a number or a truth value.
 _AMBIGUOUS = re.compile(r"[-+.0-9].*|y|n|yes|no|on|off|true|false|null|~", re.IGNORECASE)
-# UTF-32 first: its mark begins with that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-)
 
 
 class Plain(str):
@@ -36,12 +32,6 @@ class Plain(str):
 
 class YamlError(ValueError):
     """The text is not YAML as megadit takes it: one phrase, with the line where it can be told."""
-
-
-def decode(data: bytes) -> str:
-    """A file's bytes as text: UTF-8, or UTF-16 and UTF-32 with their mark. Raises UnicodeDecodeError."""
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
-    return data.decode(encoding)
 
 
 def parse_yaml(text: str, *, comments: bool = True) -> Any:
@@ -56,13 +46,16 @@ def parse_yaml(text: str, *, comments: bool = True) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise YamlError(_phrase(error)) from None
-    except RecursionError:
-        raise YamlError("is nested too deeply") from None
 
 
 def dump_yaml(values: Any) -> str:
     """``values`` as YAML text that this reader and those of YAML 1.1 read alike; keys keep their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def shortened(text: str) -> str:
+    """``text`` as a message of one line may show it."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _refuse_rest(text: str) -> None:
@@ -73,7 +66,7 @@ def _refuse_rest(text: str) -> None:
         loader.dispose()
     rest = text[node.end_mark.index :].strip() if node is not None else text.strip()
     if rest:
-        raise YamlError(f"drops {rest!r} as a comment: put the value in quotes")
+        raise YamlError(f"drops {shortened(rest)!r} as a comment: put the value in quotes")
 
 
 def _phrase(error: yaml.YAMLError) -> str:
@@ -93,6 +86,24 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node with all in it. Raises ConstructorError where it lies too deep, or there are too many."""
+        self._depth, self._nodes = self._depth + 1, self._nodes + 1
+        if self._depth > _DEEPEST:
+            what = f"is nested too deeply: more than {_DEEPEST} levels"
+            raise yaml.constructor.ConstructorError(None, None, what, self.peek_event().start_mark)
+        if self._nodes > _MOST_NODES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"holds more than {_MOST_NODES} values", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def get_single_node(self) -> Any:
         """The document, bounded. Raises yaml.MarkedYAMLError."""
@@ -120,26 +131,37 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _count(node: Any, sizes: dict[int, int]) -> int:
-    """Number of nodes under ``node`` with every alias followed. Raises ConstructorError for cycles and too many."""
-    size = sizes.get(id(node))
-    if size is not None and size > 0:
-        return size
-    if size == 0:
+def _count(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(nodes, levels) of ``node`` with every alias followed. Raises ConstructorError for cycles and too many of each.
+
+    An alias stands behind what it repeats, so that this calls itself for the levels of the text alone.
+    """
+    found = known.get(id(node))
+    if found == _INSIDE:
         raise yaml.constructor.ConstructorError(None, None, "an alias stands inside what it repeats", node.start_mark)
-    sizes[id(node)] = 0
+    if found is not None:
+        return found
+    known[id(node)] = _INSIDE
+    total, levels = 1, 0
     inside = node.value if not isinstance(node, yaml.ScalarNode) else ()
-    parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
-    total = 1 + sum(_count(part, sizes) for part in parts)
-    if total > _MOST_NODES:
-        what = f"more than {_MOST_NODES} values once its aliases are followed"
+    for item in inside:
+        for part in item if isinstance(item, tuple) else (item,):
+            nodes, depth = _count(part, known)
+            total, levels = total + nodes, max(levels, depth)
+    limit = (_MOST_NODES, "values") if total > _MOST_NODES else (_DEEPEST, "levels") if levels >= _DEEPEST else None
+    if limit is not None:
+        what = f"more than {limit[0]} {limit[1]} once its aliases are followed"
         raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
-    sizes[id(node)] = total
-    return total
+    known[id(node)] = total, levels + 1
+    return known[id(node)]
 
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     text = str(loader.construct_scalar(node))  # which refuses a list or section that a tag calls text
+    if has_half_pair(text):  # by an escape, "\ud83d"
+        raise yaml.constructor.ConstructorError(
+            None, None, "a text holds half a surrogate pair, which is no character", node.start_mark
+        )
     return Plain(text) if node.style is None else text
 
 

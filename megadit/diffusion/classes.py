@@ -19,9 +19,10 @@ def read_classes(run_dir: Path) -> list[str]:
         return []
     try:
         names = parse_json(path.read_bytes())
-    except ValueError:
-        names = None
-    if not isinstance(names, list):
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as class names ({reason}); remove it to use numbers") from None
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
         raise UserError(f"{path}: is not a list of class names; remove it to use numbers")
     return [str(name) for name in names]
 
@@ -29,7 +30,7 @@ def read_classes(run_dir: Path) -> list[str]:
 def read_notice(run_dir: Path) -> str:
     """Attribution of the data that the run was trained on; empty if none is asked for."""
     path = run_dir / NOTICE_FILE
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
 
 def resolve_classes(text: str | None, names: Sequence[str], count: int) -> list[int] | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megadit.errors import UserError
 from megadit.files import whole_file
+from megadit.text_files import whole_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 GAP = 4  # pixels between tiles
 SMALLEST_TILE = 64  # smaller pictures are enlarged by a whole factor, so that they can be seen
 FONT_SIZE, LINE = 11, 14
+_NARROWEST = 2  # pixels of a letter
 INK, PAPER = (60, 60, 60), (255, 255, 255)
 
 
@@ -155,7 +157,8 @@ class _Text:
     def wrap(self, text: str, *, width: int | None = None, lines: int = 2) -> list[str]:
         """At most ``lines`` lines; what does not fit is cut off with dots."""
         limit = width or self.width
-        rest = " ".join(text.split())
+        most = lines * int(limit) // _NARROWEST + 1  # all that is left is measured for every line, word by word
+        rest = " ".join(whole_text(text[: 8 * most]).split())[:most]
         result: list[str] = []
         while rest and len(result) < lines:
             taken = self._longest(rest, limit)

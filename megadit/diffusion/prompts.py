@@ -13,7 +13,7 @@ from megadit.data.text import build_encoder, check_lengths
 from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
 from megadit.diffusion.classes import read_classes, resolve_classes
 from megadit.diffusion.pictures import Subjects, class_subjects, text_subjects
-from megadit.diffusion.prompt_files import read_prompts
+from megadit.diffusion.prompt_files import check_prompts, read_prompts
 from megadit.errors import UserError
 
 
@@ -30,6 +30,7 @@ def chosen_subjects(
 
     Raises UserError for a choice that the model does not have, or a text longer than it takes.
     """
+    check_prompts(prompts)
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file is not None else ())]
     if config.model.text is not None:
         if classes is not None:

@@ -16,6 +16,7 @@ from megadit.search.storage.store import StudyStore, trial_folder
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
 from megadit.search.wording import point_text
+from megadit.text_files import split_lines
 
 _SHOWN_TRIALS = 30
 
@@ -94,13 +95,13 @@ def _work(study: Study, cell: Cell) -> float:
 def step_of(study: Study, number: int) -> int | None:
     """The last logged step of a running trial; None before its first."""
     try:
-        lines = (trial_folder(study, number) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        text = (trial_folder(study, number) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    for line in reversed(lines):
+    for line in reversed(split_lines(text)):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError):  # being written
+        except (ValueError, KeyError, TypeError):  # being written
             continue
     return None
 

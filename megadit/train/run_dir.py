@@ -26,6 +26,7 @@ from megadit.config.sources import is_resolved
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_PREEMPTED, UserError
 from megadit.files import whole_file
 from megadit.ownership import Ownership, is_another_s
+from megadit.text_files import split_lines, whole_text
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -134,7 +135,7 @@ class RunDirectory:
         if classes:
             write_json(self.path / "classes.json", list(classes))
         if notice:
-            (self.path / "DATA-NOTICE.txt").write_text(notice + "\n", encoding="utf-8")
+            (self.path / "DATA-NOTICE.txt").write_text(whole_text(notice) + "\n", encoding="utf-8")
         write_json(self.path / "environment.json", {**_environment(), **layout})
 
     def wandb_id(self) -> str:
@@ -170,7 +171,7 @@ class RunDirectory:
         if not self.metrics.is_file():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in split_lines(self.metrics.read_text(encoding="utf-8")):
             try:
                 row = json.loads(line)
             except ValueError:  # the torn last line of a killed run
@@ -194,7 +195,7 @@ class RunDirectory:
         """All metric rows so far."""
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in split_lines(self.metrics.read_text(encoding="utf-8"))]
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
         """Record how the run ended (rank 0, or the rank that failed); a directory that is another's is left alone."""

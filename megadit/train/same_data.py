@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import RunConfig
+from megadit.config.json_text import parse_json
 from megadit.data import ImageSet
 from megadit.data.identity import Identity, config_differences, crop_note, differences, identify
 from megadit.errors import UserError
@@ -88,7 +88,7 @@ def _classes_of(stored: StoredCheckpoint) -> list[str] | None:
     """The names of its classes that the run of a checkpoint wrote; None where it wrote none."""
     file = stored.path.parent.parent / "classes.json"
     try:
-        names = json.loads(Path(file).read_text(encoding="utf-8"))
+        names = parse_json(Path(file).read_bytes())
     except (OSError, ValueError):
         return None
     return names if isinstance(names, list) else None

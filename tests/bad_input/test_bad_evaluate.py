@@ -24,7 +24,7 @@ CASES = [
     case("a score that is not there", "fid10k", "fid10k"),
     case("no prompts", "emoji-clip pictures.npz", "--prompts"),
     case("prompts that are not there", SCORE, "'texts.txt' cannot be read", files={"pictures.npz": GOOD}),
-    case("prompts that are not text", SCORE, "'texts.txt' cannot be read", files={"texts.txt": b"\xff\xfe"}),
+    case("prompts that are not text", SCORE, "'texts.txt' is not a text file", files={"texts.txt": b"caf\xe9"}),
     case("no prompt in the file", SCORE, "holds no prompt", files={"texts.txt": "\n \n"}),
     case("no pictures", SCORE, "pictures.npz: there is no such file", files=TEXTS),
     case("a folder as pictures", SCORE, "pictures.npz: there is no such file", files={**TEXTS, "pictures.npz": None}),

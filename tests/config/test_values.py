@@ -14,9 +14,10 @@ import yaml
 from megadit.config import load, load_config, merge_ds_config, replace, save_config
 from megadit.config.json_text import JsonError, parse_json
 from megadit.config.values import meaning
-from megadit.config.yaml_text import YamlError, decode, dump_yaml, parse_yaml
+from megadit.config.yaml_text import YamlError, dump_yaml, parse_yaml
 from megadit.errors import UserError
 from megadit.search.study.spec import read_spec
+from megadit.text_files import decode
 
 MODEL = "model: {width: 64, heads: 4, input_size: 8}\n"
 MINIMAL = MODEL + "train: {steps: 10}\n"
@@ -142,7 +143,7 @@ class TestFiles:
     @pytest.mark.parametrize("data", [MINIMAL.encode("utf-16-le"), "data: {path: ä}".encode("latin-1"), b"\x00\x01"])
     def test_other_files_are_refused(self, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "c.yaml").write_bytes(data)
-        with pytest.raises(UserError, match=r"is not a text file; give a YAML file|is not valid YAML: the character"):
+        with pytest.raises(UserError, match=r"is not a text file \(line 1 has|is not valid YAML: the character"):
             load(tmp_path / "c.yaml")
 
     @pytest.mark.parametrize(
@@ -158,7 +159,17 @@ class TestFiles:
             ("a: !!str [1]\n", "expected a scalar node, but found sequence (line 1)"),
             ("a: !!map 3\n", "what is tagged as a section is none (line 1)"),
             ("a: 1\n---\nb: 2\n", "but found another document"),
-            ("a: " + "[" * 3000, "is nested too deeply"),
+            ("a: " + "[" * 100_000, "is nested too deeply: more than 100 levels (line 1)"),
+            ("- " * 100_000, "is nested too deeply: more than 100 levels (line 1)"),
+            ("\n".join(" " * n + "a:" for n in range(300)), "is nested too deeply: more than 100 levels (line 100)"),
+            ("{a: " * 300 + "1" + "}" * 300, "is nested too deeply"),
+            ("? " * 100_000, "is nested too deeply"),
+            (
+                "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 300))]),
+                "more than 100 levels once its aliases are followed",
+            ),
+            ("[" + "1," * 100_001 + "]", "holds more than 100000 values"),
+            ('a: "\\ud83d"\n', "a text holds half a surrogate pair, which is no character (line 1)"),
         ],
     )
     def test_what_is_not_read_is_said(self, tmp_path: Path, text: str, why: str) -> None:
@@ -190,6 +201,22 @@ class TestFiles:
         assert yaml.safe_load(text) == values
         back = meaning(parse_yaml(text))
         assert back == values and all(type(value) is str for value in back["010"][:1])
+
+
+class TestOverrides:
+    @pytest.mark.parametrize(
+        ("override", "why"),
+        [
+            ("data.classes=" + "[" * 100_000, "is nested too deeply: more than 100 levels (line 1)"),
+            ("a." * 100_000 + "a=1", "is no key of a configuration; write section.key=value"),
+            ("data.path=caf\udce9", "'caf\\udce9' is not UTF-8; where it names a file or folder, rename that or give"),
+            ("data.path=a #" + "b" * 100_000, "as a comment: put the value in quotes"),
+        ],
+    )
+    def test_what_nobody_means_is_one_short_sentence(self, override: str, why: str) -> None:
+        with pytest.raises(UserError) as raised:
+            load("quickstart/digits.yaml", [override])
+        assert why in str(raised.value) and len(str(raised.value)) < 400
 
 
 class TestStudies:
@@ -234,13 +261,21 @@ BAD_JSON = {
     '{"a": NaN}': "has NaN, which is no number of JSON",
     '{"a": 1e999}': "has 1e999, which is larger than any number here",
     '{"a" 1}': "is not valid JSON: Expecting ':' delimiter (line 1)",
-    "[" * 100_000: "is nested too deeply",
+    "[" * 100_000: "is nested too deeply: more than 100 levels (line 1)",
+    '{"a":\n' * 100_000: "is nested too deeply: more than 100 levels (line 101)",
+    "[" * 101 + "]" * 101: "is nested too deeply",
+    '["' + '\\"[' * 100_000: "is not valid JSON: Unterminated string",
     "9" * 5000: "has a number of 5000 digits; write one that fits 64 bits",
     "": "is not valid JSON: Expecting value (line 1)",
 }
 
 
 class TestJson:
+    def test_what_stands_in_texts_or_side_by_side_is_not_deep(self) -> None:
+        assert parse_json("[" * 100 + "]" * 100) is not None
+        assert parse_json('["' + '[{\\"' * 1000 + '", "\\\\", []]')[1:] == ["\\", []]
+        assert len(parse_json(json.dumps([[0]] * 500))) == 500
+
     @pytest.mark.parametrize("text", BAD_JSON)
     def test_what_is_wrong_is_said(self, text: str) -> None:
         with pytest.raises(JsonError) as raised:

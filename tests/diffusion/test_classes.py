@@ -8,6 +8,7 @@ import pytest
 
 from megadit.diffusion.classes import read_classes, read_notice, resolve_classes
 from megadit.errors import UserError
+from megadit.train.run_dir import write_json
 
 NAMES = ["Food & Drink", "Flags", "7"]
 
@@ -19,11 +20,18 @@ def test_names_and_notice_are_read_from_the_run(tmp_path):
     assert read_notice(tmp_path) == "CC-BY: someone"
 
 
+def test_names_of_folders_that_are_not_utf_8_come_back(tmp_path):
+    write_json(tmp_path / "classes.json", ["caf\udce9", "größte"])
+    assert read_classes(tmp_path) == ["caf\udce9", "größte"]
+    (tmp_path / "classes.json").write_bytes(json.dumps(NAMES).encode("utf-16"))
+    assert read_classes(tmp_path) == NAMES
+
+
 def test_a_run_needs_neither(tmp_path):
     assert read_classes(tmp_path) == [] and read_notice(tmp_path) == ""
 
 
-@pytest.mark.parametrize("text", ["{", '"word', "3", "{}", "null"])
+@pytest.mark.parametrize("text", ["{", '"word', "3", "{}", "null", "[null]", '[["a"]]', "[" * 100_000])
 def test_another_content_is_refused(tmp_path, text):
     (tmp_path / "classes.json").write_text(text)
     with pytest.raises(UserError, match=r"classes\.json"):

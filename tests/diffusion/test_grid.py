@@ -79,6 +79,14 @@ def test_files_are_the_same_twice_and_leave_nothing_else(tmp_path):
     assert sorted(os.listdir(tmp_path / "new")) == ["a.png", "b.png"]
 
 
+def test_names_of_other_encodings_and_texts_of_any_length_are_drawn():
+    images = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    texts = ["caf\udce9 $\\frac$", "a " * 600_000, "x" * 2_000_000]  # the last two took minutes
+    for text in texts:
+        sheet = np.asarray(draw_grid(images, titles=[text], captions=[text], footer=text[:100], columns=1))
+        assert (sheet[:14] < 128).any()
+
+
 def test_npz_is_what_the_adm_evaluator_reads(tmp_path):
     path = save_npz(pictures(3, channels=1), tmp_path / "samples.npz")
     with np.load(path, allow_pickle=False) as found:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadit.conditioning import Conditioning
+from megadit.config.json_text import parse_json
 from megadit.errors import UserError
 from megadit.files import save_tensors
 
@@ -27,7 +28,7 @@ def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
     try:
         with safe_open(str(path), "pt") as file:
             names = set(file.keys()) & {"text", "text_mask", "pooled"}
-            texts = json.loads((file.metadata() or {})["texts"])
+            texts = parse_json((file.metadata() or {})["texts"])
             cond = Conditioning(**{name: file.get_tensor(name) for name in names})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(

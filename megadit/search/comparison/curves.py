@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megadit.config.json_text import parse_json
 from megadit.config.sources import display
 from megadit.errors import EXIT_OK, UserError
+from megadit.text_files import split_lines
 
 Axis = Literal["steps", "samples"]
 _COLUMN = {"steps": "step", "samples": "samples_seen"}
@@ -135,11 +137,11 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         more = ", but trials; name one of them, e.g. trials/0000" if (folder / "trials").is_dir() else ""
         raise UserError(f"run directory: {display(folder)} holds no metrics.jsonl{more or '; has the run started?'}")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = split_lines(file.read_text(encoding="utf-8-sig", errors="replace"))
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             int(row["step"])
         except (ValueError, TypeError, KeyError):
             if number == len(lines):  # the torn last line of a run that was killed, or still writes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from megadit.errors import UserError
 from megadit.search.ties import same_hps
 from megadit.search.verdict.verdict import Limits, Sample, Verdict, judge
 from megadit.search.verdict.verify import nearest
+from megadit.text_files import decode, why_no_text
 
 _LOWER = {"loss", "fid", "sfid", "kid", "fdd", "cmmd", "mse", "mae", "rmse", "error", "nll", "perplexity", "ppl", "bpd"}
 _HIGHER = {"inception", "is", "precision", "recall", "geneval", "clip", "clipscore", "accuracy", "acc", "psnr", "ssim"}
@@ -92,14 +94,14 @@ def verify_table(
 
 def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with io.StringIO(decode(path.read_bytes()), newline="") as file:
             reader = csv.DictReader(file, restkey=_EXTRA, restval=None, skipinitialspace=True)
             reader.fieldnames = names = [(name or "").strip() for name in (reader.fieldnames or [])]
             rows: list[tuple[int, Mapping[str, Any]]] = [(reader.line_num, row) for row in reader]
     except FileNotFoundError:
         raise UserError(f"--table: no file {path}; name a CSV file") from None
-    except UnicodeDecodeError:
-        problem = "cannot be read as CSV (it is not text in UTF-8); save it as UTF-8"
+    except UnicodeDecodeError as error:
+        problem = f"cannot be read as CSV (it is not text in UTF-8: {why_no_text(error)}); save it as UTF-8"
         raise UserError(f"--table: {path} {problem}, or name another file") from None
     except (OSError, csv.Error) as error:
         raise UserError(f"--table: {path} cannot be read as CSV ({error}); name another file") from error

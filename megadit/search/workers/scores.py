@@ -7,7 +7,6 @@ alone: with REPA's part, trials of different ``objective.repa_weight`` could not
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadit.config.json_text import parse_json
 from megadit.errors import UserError
 from megadit.parallel.environment import without_ranks
 
@@ -131,7 +131,7 @@ def _value(text: str, key: str) -> float | None:
     """The number under ``key`` of the JSON object that is the whole of ``text`` or its last line."""
     for part in (text, text.strip().rpartition("\n")[2]):
         try:
-            found = json.loads(part)
+            found = parse_json(part)
         except ValueError:
             continue
         if isinstance(found, dict) and isinstance(found.get(key), (int, float)) and not isinstance(found[key], bool):

@@ -133,6 +133,17 @@ def test_a_diverged_run_has_no_gap_from_there(tmp_path):
     plot_comparison(result, tmp_path / "x.png")
 
 
+def test_a_line_of_metrics_ends_at_a_line_feed_alone(tmp_path):
+    run = write_run(tmp_path / "a", lambda s: 1.0, steps=20)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    more = [line.replace("{", '{"note": "a\u2028b\u0085c", ', 1) for line in lines]
+    (run / "metrics.jsonl").write_bytes("\r\n".join([*more, ""]).encode("utf-8-sig"))
+    assert read_curve(run).values.tolist() == [1.0, 1.0]
+    (run / "metrics.jsonl").write_text("[" * 100_000 + "\n" + "\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="line 1 of .* is not a row of metrics"):
+        read_curve(run)
+
+
 def test_a_run_that_stopped_short_is_named(tmp_path):
     a = write_run(tmp_path / "a", lambda s: 1.0)
     b = write_run(tmp_path / "b", lambda s: 2.0, steps=500)

@@ -29,6 +29,13 @@ def test_best_is_in_the_columns_own_units(tmp_path):
     assert [entry.scale for entry in verdict.scales] == [32.0, 64.0, 128.0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_table_with_a_mark_as_spreadsheets_write_it(tmp_path, encoding):
+    path = write(tmp_path)
+    path.write_bytes(path.read_text().encode(encoding))
+    assert verify_table(path, GOOD, lower=True).best == 2.0**-8
+
+
 def test_odd_values_are_given_back_as_they_were_written(tmp_path):
     rows = [f"{w},{lr},{y}" for w in (32, 64) for lr, y in zip((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), CURVE, strict=True)]
     assert verify_table(write(tmp_path, rows=rows), GOOD, lower=True).best == 1e-3
