@@ -6,22 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megadit.config.model import ModelConfig
 from megadit.convert.contents import Contents, Part, save_file
 from megadit.convert.dispatch import from_official, hints_of, to_official
-from megadit.convert.names import listed, model_shapes
+from megadit.convert.names import model_shapes
 from megadit.convert.request import Request
 from megadit.convert.safe_load import load_file
 from megadit.convert.state_dicts import load_tensors, write_one
+from megadit.convert.wrappings import weights_of
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS
 
-# Under which key the weights stand, the first that is there: those that are trained before their averages.
-_WRAPPINGS = ("state_dict", "model", "module", "ema", "state_dict_ema", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.")
 _ENDINGS = (".pt", ".pth", ".safetensors")
 _WRAPPED_OUT = {"pixart": "state_dict"}  # what the original's loader looks for; the others' are not wrapped
 _OF_CONFIG = ("input_size", "pos_scale")  # hints that a --config answers, beside the heads and the text's length
@@ -34,7 +31,7 @@ def reader(family: str) -> Callable[[Path, Request], Contents]:
     """
 
     def read(path: Path, request: Request) -> Contents:
-        state, notes = _weights(path, request.ema)
+        state, notes = _weights(path, request, family)
         hints = _with_config(family, request)
         model, own = from_official(family, state, **hints)
         return contents_of(f"official {family} checkpoint '{path}'", model, own, notes)
@@ -148,45 +145,9 @@ def _with_config(family: str, request: Request) -> dict[str, Any]:
     return hints
 
 
-def _weights(path: Path, ema: str | None) -> tuple[dict[str, Tensor], list[str]]:
+def _weights(path: Path, request: Request, family: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by name, out of their wrapping and without prefixes, and what people should know of that."""
     if not path.is_file():
         raise UserError(f"IN: '{path}' is a folder; give the file that holds the weights")
     values: Any = load_tensors(path) if path.name.endswith(".safetensors") else load_file(path)
-    state, notes = _unwrapped(values, path, ema)
-    while state:
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
-        if prefix is None:
-            break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-        notes.append(f"'{prefix}' before all names was left out")
-    return state, notes
-
-
-def _unwrapped(values: Any, path: Path, ema: str | None) -> tuple[dict[str, Tensor], list[str]]:
-    plain = _is_state(values)
-    wrapped = [] if plain or not isinstance(values, dict) else [k for k, v in values.items() if _is_state(v)]
-    if ema is not None:
-        if ema not in wrapped:
-            held = f"its weights stand under {listed(wrapped)}" if wrapped else "it holds one set of weights"
-            raise UserError(f"--ema: {ema} is not in '{path}'; {held}, so leave --ema out or name one of these")
-        return dict(values[ema]), []
-    if plain:
-        return dict(values), []
-    key = next((key for key in _WRAPPINGS if key in wrapped), None)
-    if key is None:
-        held = listed([str(name) for name in values]) if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: holds {held} and no weights by name; give the checkpoint of a model")
-    others = [name for name in wrapped if name != key and name in _WRAPPINGS]
-    notes = [f"the weights under '{key}' are taken"]
-    if others:
-        notes[0] += f"; --ema {others[0]} takes those under '{others[0]}'"
-    return dict(values[key]), notes
-
-
-def _is_state(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(name, str) and isinstance(each, torch.Tensor) for name, each in value.items())
-    )
+    return weights_of(values, f"'{path}'", request.ema, family)

@@ -24,6 +24,7 @@ from megadit.config import RunConfig
 from megadit.config.json_text import parse_json
 from megadit.convert.contents import Contents, Part, save_file
 from megadit.convert.safe_load import load_file
+from megadit.convert.wrappings import plain_weights
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS
 
@@ -31,7 +32,6 @@ SHARD_BYTES = 5 * 10**9  # as much as is held in memory at once for a torch file
 _BYTES = 4  # float32
 _Writer = Callable[[Path, Mapping[str, tuple[int, ...]], Callable[[str], Tensor]], None]
 _BUFFERS = ("y_embedder.y_embedding",)  # of a state dict, beside the parameters: PixArt's null caption
-_PREFIXES = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
 _TORCH = ("pytorch_model.bin", ".bin", ".pt", ".pth")  # the usual name, and endings
 _SAFE = ("model.safetensors", ".safetensors")
 _CONFIG_KEY = "megadit_config"  # of a safetensors file's metadata: the run's configuration as JSON
@@ -63,11 +63,7 @@ def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= load_tensors(file)
-    notes = []
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-            notes.append(f"'{prefix}' before all names was left out")
+    tensors, notes = plain_weights(tensors, f"{kind} '{path}'")
     others = [name for name, value in tensors.items() if not value.is_floating_point()]
     if others:
         notes.append(f"{len(others)} tensors of whole numbers were left out ({others[0]}, …)")
