@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megadit.config.json_fields import shown
 from megadit.convert.safe_load import load_file
 from megadit.errors import UserError
 from megadit.train.checkpoint import Position
@@ -78,9 +79,16 @@ def version_of(state: Mapping[str, Any]) -> str:
 
 
 def position_of(state: Mapping[str, Any]) -> Position:
-    """Where the run of a model file stood."""
-    numbers = [int(state.get(key) or 0) for key in ("global_steps", "global_samples", "skipped_steps")]
-    return Position(*numbers)
+    """Where the run of a model file stood. Raises UserError for what is no number of steps."""
+    return Position(*(_count(state, key) for key in ("global_steps", "global_samples", "skipped_steps")))
+
+
+def _count(state: Mapping[str, Any], key: str) -> int:
+    value = state.get(key)
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if value is not None and (not isinstance(value, int | float) or not 0 <= value < 2**63):
+        raise UserError(f"IN: its {key} is {shown(value)} and not a number of steps; use an earlier checkpoint")
+    return int(value or 0)
 
 
 def adam_step(
@@ -94,7 +102,10 @@ def adam_step(
         return 0, f"the optimizer is not Adam (its state: {', '.join(map(str, lacking)) or 'none'})"
     known = [state["step"] for state in states if "step" in state]
     known = known or [group["step"] for group in groups if "step" in group] or ([] if outer is None else [outer])
-    steps = {int(step.item() if isinstance(step, Tensor) else step) for step in known}
+    known = [step.item() if isinstance(step, Tensor) and step.numel() == 1 else step for step in known]
+    if not all(isinstance(step, int | float) and 0 <= step < 2**63 for step in known):
+        return 0, "Adam's step counters are no numbers"
+    steps = {int(step) for step in known}
     if len(steps) != 1:
         return 0, f"Adam's step counters are {sorted(steps) or 'missing'}, and not one number"
     return steps.pop(), ""

@@ -27,7 +27,8 @@ from torch import Tensor
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deepspeed_files import adam_step, find_folder, model_files, model_state, position_of, version_of
 from megadit.convert.deepspeed_plain import read_plain
-from megadit.convert.safe_load import StandIn, load_file
+from megadit.convert.safe_load import load_file
+from megadit.convert.stand_ins import StandIn
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS
 from megadit.train.partitions import LOSS_SCALE, MOMENTS

@@ -1,11 +1,18 @@
 """Files of other programs are data: whatever would run when loaded is refused, and broken ones are told."""
 
+import argparse
+import datetime
 import importlib.util
 import json
 import os
-from collections import OrderedDict
+import pickle
+import sys
+import types
+import zipfile
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +22,7 @@ from megadit.convert import FORMATS
 from megadit.convert.contents import Contents, fresh
 from megadit.convert.conversion import READERS, WRITERS, convert
 from megadit.convert.safe_load import load_file
+from megadit.convert.stand_ins import StandIn
 from megadit.errors import UserError
 from megadit.models import build_model
 
@@ -68,6 +76,117 @@ def test_deepspeeds_own_objects_become_plain_ones(tmp_path):
     assert stage == 3 and not isinstance(stage, ZeroStageEnum)
     assert vars(address) == {"numel": 4, "start": 2} and type(address) is type(loaded)
     assert loaded.cur_scale == 1024.0 and not isinstance(loaded, DynamicLossScaler)
+
+
+def foreign_class(name, base=object):
+    """A class that a file names as ``name`` and that is there while the file is written alone."""
+    module, _, last = name.rpartition(".")
+    parts = module.split(".")
+    for place in (".".join(parts[: count + 1]) for count in range(len(parts))):
+        sys.modules.setdefault(place, types.ModuleType(place))
+    made = type(last, (base,), {"__module__": module})
+    setattr(sys.modules[module], last, made)
+    return made
+
+
+def saved(path, value, **options):
+    """``torch.save``, after which nothing that it made up can be imported any more."""
+    before = {name for name in sys.modules if name.partition(".")[0] in INVENTED}
+    torch.save(value, path, **options)
+    assert before
+    for name in before:
+        del sys.modules[name]
+
+
+INVENTED = ("omegaconf", "ml_collections", "pytorch_lightning", "easydict", "models")
+SETTINGS = {
+    "omegaconf.dictconfig.DictConfig": (object, {"_content": {"lr": 1e-4}, "_metadata": dict}),
+    "ml_collections.config_dict.config_dict.ConfigDict": (object, {"_fields": {"lr": 1e-4}}),
+    "pytorch_lightning.utilities.parsing.AttributeDict": (dict, {"lr": 1e-4}),
+    "easydict.EasyDict": (dict, {"lr": 1e-4}),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_trainers_do_not_stand_in_the_way(tmp_path, name, legacy):
+    base, content = SETTINGS[name]
+    made = foreign_class(name, base)()
+    made.update(content) if base is dict else made.__dict__.update(content)
+    value = {"state_dict": {"w": torch.ones(2)}, "hyper_parameters": made}
+    saved(tmp_path / "x.ckpt", value, _use_new_zipfile_serialization=not legacy)
+    loaded = load_file(tmp_path / "x.ckpt")
+    assert torch.equal(loaded["state_dict"]["w"], torch.ones(2))
+    read = loaded["hyper_parameters"]
+    assert (dict(read) if base is dict else vars(read)).keys() == content.keys()
+    assert name.rpartition(".")[0] not in sys.modules
+
+
+def test_plain_objects_of_python_and_numpy_are_read(tmp_path):
+    moment = datetime.datetime(2026, 11, 30, 7, 30)
+    counts = defaultdict(int)
+    counts["a"] = 3
+    plain = {
+        "args": argparse.Namespace(lr=1e-4, out=Path("a") / "b", since=moment),
+        "step": np.int64(7),
+        "loss": np.float32(0.5),
+        "mean": np.zeros(3),
+        "counts": counts,
+        "recent": deque([1, 2], maxlen=5),
+        "random": np.random.get_state(),
+        "scheduler": torch.optim.lr_scheduler.LambdaLR.__new__(torch.optim.lr_scheduler.LambdaLR),
+        "device": torch.device("cpu"),
+        "size": torch.Size([2]),
+    }
+    torch.save(plain, tmp_path / "x.pt")
+    loaded = load_file(tmp_path / "x.pt")
+    assert (loaded["step"], loaded["loss"]) == (7, 0.5) and type(loaded["step"]) is int
+    assert dict(loaded["counts"]) == {"a": 3} and loaded["recent"] == [1, 2]
+    assert loaded["args"].lr == 1e-4 and type(loaded["args"]) is StandIn and type(loaded["args"].out) is StandIn
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2, 2)
+
+
+def scripted(path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+
+def packed(path):
+    """The torch file that a browser's download made a zip of."""
+    torch.save({"w": torch.ones(2)}, path.with_name("w.pt"))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(path.with_name("w.pt"), "DiT/w.pt")
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (lambda path: torch.save(Net(), path), "holds an object of '.*Net', .* whole model and .*model.state_dict"),
+        (lambda path: torch.save({"model": Net(), "epoch": 3}, path), "Net', .*: the file holds a whole model"),
+        (lambda path: torch.save(Net(), path, _use_new_zipfile_serialization=False), "Net', .* a whole model"),
+        (
+            lambda path: torch.save({"x": Foreign()}, path),
+            "Foreign', which is not data .* save the weights alone: torch",
+        ),
+        (scripted, "is a program of TorchScript and not weights; .* save its state_dict"),
+        (packed, "it is a zip archive; unpack it first"),
+        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "run `git lfs pull`"),
+        (lambda path: path.write_bytes(b"<html><body>Sign in"), r"it is a web page \(HTML\)"),
+        (lambda path: path.write_bytes(b""), "it is an empty file"),
+        (lambda path: path.write_bytes(bytes(5000)), "it is a file of zeros"),
+        (lambda path: path.write_bytes(pickle.dumps([1, 2], protocol=4)), "it is a pickle, which could run anything"),
+        (lambda path: save_file({"w": torch.ones(2)}, path), "it is a safetensors file; name it .safetensors"),
+        (lambda path: path.write_bytes(b"GGUF" + bytes(20)), "it is a GGUF file of llama.cpp"),
+    ],
+)
+def test_what_a_file_is_that_holds_no_tensors(tmp_path, write, told):
+    write(tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"x.pt: .*{told}"):
+        load_file(tmp_path / "x.pt")
 
 
 def test_the_dynamic_loss_scale_of_fp16_travels(tmp_path):
