@@ -76,6 +76,7 @@ def test_line_anchors_of_the_mup_table_point_at_their_rules():
 _NOT_OURS = {"cifar10_uvit.py", "imagenet256_uvit.py", "fid.py"}
 _OPTIONS_OF_OTHERS = {"--no-build-isolation", "--nproc_per_node", "--num_gpus", "--ntasks", "--shm-size", "--logdir"}
 _OPTIONS_OF_OTHERS |= {"--signal", "--help"}
+_OPTIONS_OF_OTHERS |= {"--sort", "--concatenate", "--file", "--dereference", "--hard-dereference"}  # of tar
 PROGRAMS = ("launch", "tools", "benchmarks", "megadit")
 
 

@@ -37,7 +37,7 @@ def _whole(config: DataConfig, labelled: bool, num_classes: int | None = None) -
         known = None if config.classes is not None else num_classes  # data.classes chooses some of the set's
         return load_folder(config.path, config.image_size, labelled=labelled, crop=config.crop, num_classes=known)
     if config.name == "webdataset":
-        return load_tars(config)
+        return load_tars(config, num_classes)
     return _in_memory(config)
 
 

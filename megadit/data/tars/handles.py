@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import stat
 from dataclasses import dataclass
 
 from megadit.errors import UserError
 
 _OPEN_FILES = 64  # per process; opening one again costs microseconds
+_SHOWN = 120  # characters of a name in a sentence
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,16 @@ class ShardFile:
 
     @staticmethod
     def of(path: str | os.PathLike[str]) -> ShardFile:
-        """The file at ``path`` now. Raises OSError."""
+        """The file at ``path`` now. Raises OSError, also where it is no regular file, from which a read may wait."""
         facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
         return ShardFile(os.fspath(path), facts.st_size, facts.st_mtime_ns)
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return os.path.basename(self.path)
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``. Raises UserError that names the tar where it has become unreadable."""
@@ -55,3 +65,18 @@ class _Open:
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _opened(file: ShardFile) -> _Open:
     return _Open(file.path)
+
+
+def shown_name(name: str) -> str:
+    """The name of a member in a sentence: one line, what is not printable as an escape, cut where it is long."""
+    if len(name) > _SHOWN:
+        name = f"{name[: _SHOWN // 2]}…{name[-_SHOWN // 2 :]}"
+    return name if name.isprintable() else "".join(map(_escaped, name))
+
+
+def _escaped(sign: str) -> str:
+    if sign.isprintable():
+        return sign
+    if "\udc80" <= sign <= "\udcff":  # a byte that is no UTF-8
+        return f"\\x{ord(sign) - 0xDC00:02x}"
+    return sign.encode("unicode_escape").decode()

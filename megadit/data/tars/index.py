@@ -4,106 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megadit.data.tars.handles import ShardFile
-from megadit.data.tars.layout import JSON, KNOWN, LABEL, PICKLED, split_member
-from megadit.data.tars.members import read_json
+from megadit.data.tars.handles import ShardFile, shown_name
+from megadit.data.tars.layout import JSON, KNOWN, LABEL
+from megadit.data.tars.scanning import Entry, scan
+from megadit.data.tars.survey import Survey
 from megadit.errors import UserError
 from megadit.files import whole_file
 
-_BLOCK = 512
-_VERSION = "1"
+_VERSION = "1"  # of the file
+_SCAN = "2"  # of what a scan finds and refuses: what an older one kept in the cache is not taken
+_SURVEY = "survey"  # only where it tells something
 _TEXTS, _NUMBERS = ("members", "keys", "bases", "classes"), ("shard", "offsets", "sizes", "labels")
-_COPY = "copy the tar again, or write it again"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample of a tar. places: extension -> (offset, size).  label: number or name; None without.
-
-    base: what the train/validation split goes by.
-    """
-
-    key: str
-    base: str
-    label: int | str | None
-    places: dict[str, tuple[int, int]]
-
-
-def scan(shard: ShardFile) -> list[Entry]:
-    """The samples of a tar, from one pass over its headers, its labels and its JSON members.
-
-    Raises UserError where the tar is torn (also between two members), or holds what would have to be unpickled.
-    """
-    entries = []
-    for key, places in _groups(shard):
-        label: int | str | None = None
-        base = key
-        if JSON in places:
-            facts = read_json(shard.read(*places[JSON]), f"{key}.json in {shard.path}")
-            base = str(facts.get("base", key))
-            given = facts.get("label")
-            label = given if isinstance(given, int | str) and not isinstance(given, bool) else None
-        if LABEL in places:
-            text = shard.read(*places[LABEL]).decode("utf-8", "replace").strip()
-            label = int(text) if text.isascii() and text.isdigit() else text
-        entries.append(Entry(key, base, label, places))
-    return entries
-
-
-def _groups(shard: ShardFile) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Neighbouring members of one key; hidden files and members of no use are passed over."""
-    current: str | None = None
-    places: dict[str, tuple[int, int]] = {}
-    for name, offset, size in _members(shard):
-        key, extension = split_member(name)
-        if Path(name).name.startswith((".", "__")):
-            continue
-        if extension.rpartition(".")[2] in PICKLED:
-            raise UserError(
-                f"data.path: {shard.path} holds {name}, which would have to be unpickled and could run anything; "
-                "write arrays as .npy instead, and take it out"
-            )
-        if key != current:
-            if current is not None and places:
-                yield current, places
-            current, places = key, {}
-        if extension in KNOWN:
-            places[extension] = (offset, size)
-    if current is not None and places:
-        yield current, places
-
-
-def _members(shard: ShardFile) -> Iterator[tuple[str, int, int]]:
-    end = 0
-    try:
-        with tarfile.open(shard.path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                vars(tar)["members"] = []  # tarfile keeps every member that it has seen
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
-                end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"data.path: {shard.path} is not a whole, uncompressed tar ({error}); {_COPY}") from None
-    except OSError as error:
-        raise UserError(f"data.path: cannot read {shard.path} ({error.strerror or error}); {_COPY}") from None
-    # A tar cut between two members looks complete to tarfile and WebDataset; only the zero block at its end is missing.
-    if shard.size < end + _BLOCK or any(shard.read(end, _BLOCK)):
-        raise UserError(f"data.path: {shard.path} is torn: it ends without the mark of a tar's end; {_COPY}")
 
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
     """Samples of several tars, in order. members: the columns of offsets and sizes, int64 (N, M); -1: not there.
 
-    shard, labels: int64 (N,); label -1: none.  counts: samples of each shard.
+    shard, labels: int64 (N,); label -1: none.  classes: names by label; empty where the labels are numbers that nobody
+    has named yet.  survey: what else the scan has seen; empty for tars of megadit.
     """
 
     members: tuple[str, ...]
@@ -114,6 +40,7 @@ class SampleIndex:
     keys: tuple[str, ...]
     bases: tuple[str, ...]
     classes: tuple[str, ...]
+    survey: Survey = field(default_factory=Survey)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -137,6 +64,10 @@ class SampleIndex:
         missing = np.flatnonzero(self.sizes[:, self.members.index(member)] < 0)
         return int(missing[0]) if len(missing) else None
 
+    def label_member(self, sample: int) -> str:
+        """The member that a sample's label is from."""
+        return f"{shown_name(self.keys[sample])}.{LABEL if self.place(sample, LABEL) else JSON}"
+
     def of_shards(self, numbers: Sequence[int]) -> SampleIndex:
         """The samples of these shards, in their order, which are then 0, 1, 2, ..."""
         chosen = np.concatenate([np.flatnonzero(self.shard == number) for number in numbers])
@@ -150,42 +81,47 @@ class SampleIndex:
         )  # fmt: skip
 
 
-def build_index(shards: Sequence[Sequence[Entry]], classes: Sequence[str] | None = None) -> SampleIndex:
+def build_index(
+    shards: Sequence[Sequence[Entry]], classes: Sequence[str] | None = None, survey: Survey | None = None
+) -> SampleIndex:
     """The index of scanned tars. classes: names of the labels; None: found in them, as image folders number theirs.
 
-    Raises UserError where labels are names in some samples and numbers in others.
+    Labels that are names in some samples and numbers in others are none; ``survey`` then tells it.
     """
     entries = [entry for shard in shards for entry in shard]
+    survey = Survey() if survey is None else survey
     members = tuple(name for name in KNOWN if any(name in entry.places for entry in entries))
     places = np.full((len(entries), len(members), 2), -1, dtype=np.int64)
     for row, entry in enumerate(entries):
         for column, name in enumerate(members):
             if name in entry.places:
                 places[row, column] = entry.places[name]
-    found = _classes({entry.label for entry in entries} - {None}) if classes is None else tuple(classes)
-    numbers = {name: number for number, name in enumerate(found)}
-    given = [-1 if entry.label is None else entry.label for entry in entries]
-    labels = [numbers.get(label, -1) if isinstance(label, str) else label for label in given]
+    names = _names(entries, survey) if classes is None else tuple(classes)
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = [numbers.get(entry.label, -1) if isinstance(entry.label, str) else entry.label for entry in entries]
     return SampleIndex(
         members=members,
         shard=np.repeat(np.arange(len(shards), dtype=np.int64), [len(shard) for shard in shards]),
         offsets=places[..., 0].copy(),
         sizes=places[..., 1].copy(),
-        labels=np.array(labels, dtype=np.int64).reshape(-1),
+        labels=np.array([-1 if label is None else label for label in labels], dtype=np.int64).reshape(-1),
         keys=tuple(entry.key for entry in entries),
         bases=tuple(entry.base for entry in entries),
-        classes=found,
+        classes=names,
+        survey=survey,
     )
 
 
-def _classes(labels: set[int | str | None]) -> tuple[str, ...]:
-    names = sorted(label for label in labels if isinstance(label, str))
-    numbers = [label for label in labels if isinstance(label, int)]
-    if names and numbers:
-        raise UserError(
-            f"data.path: labels of the tars are names ({names[0]}) and numbers ({numbers[0]}); use one of the two"
+def _names(entries: Sequence[Entry], survey: Survey) -> tuple[str, ...]:
+    """Labels that are names, sorted; none where they are numbers."""
+    name = next((entry for entry in entries if isinstance(entry.label, str)), None)
+    number = next((entry for entry in entries if isinstance(entry.label, int)), None)
+    if name is not None and number is not None:
+        survey.note_label(
+            f"data.path: labels of the tars are names ({name.label} of {name.key}) and numbers ({number.label} of "
+            f"{number.key}); use one of the two"
         )
-    return tuple(names) if names else tuple(str(label) for label in range(max(numbers, default=-1) + 1))
+    return tuple(sorted({entry.label for entry in entries if isinstance(entry.label, str)}))
 
 
 def save_index(index: SampleIndex, path: Path) -> None:
@@ -194,6 +130,8 @@ def save_index(index: SampleIndex, path: Path) -> None:
 
     arrays = {name: np.frombuffer(_joined(getattr(index, name)), dtype=np.uint8) for name in _TEXTS}
     arrays |= {name: getattr(index, name) for name in _NUMBERS}
+    if index.survey != Survey():
+        arrays[_SURVEY] = np.frombuffer(index.survey.to_json().encode(), dtype=np.uint8)
     with whole_file(path) as temporary:
         temporary.write_bytes(save(arrays, {"version": _VERSION}))  # save_file would make it its owner's alone
 
@@ -207,11 +145,10 @@ def load_index(path: Path) -> SampleIndex:
             if (file.metadata() or {}).get("version") != _VERSION:
                 raise ValueError("it is of another version of megadit")
             a = {name: file.get_tensor(name) for name in (*_TEXTS, *_NUMBERS)}
+            survey = Survey.from_json(file.get_tensor(_SURVEY).tobytes()) if _SURVEY in set(file.keys()) else Survey()
         texts: dict[str, Any] = {name: _parted(a[name].tobytes()) for name in _TEXTS}
-        index = SampleIndex(**texts, **{name: a[name] for name in _NUMBERS})
-        rows = {len(index.bases), len(index.shard), len(index.labels), len(index.offsets), len(index.sizes)}
-        if rows != {len(index)} or index.offsets.shape != index.sizes.shape:
-            raise ValueError("its parts have different lengths")
+        index = SampleIndex(**texts, **{name: a[name] for name in _NUMBERS}, survey=survey)
+        _check(index)
     except FileNotFoundError:
         raise UserError(f"data.path: {path} is missing; copy the whole folder of the tars") from None
     except Exception as error:  # whatever safetensors and numpy say about damaged files
@@ -220,6 +157,22 @@ def load_index(path: Path) -> SampleIndex:
             f"data.path: {path} cannot be read ({reason}); copy it again, or write the set again"
         ) from error
     return index
+
+
+def _check(index: SampleIndex) -> None:
+    """Raise ValueError where the parts of an index do not fit together."""
+    rows, columns = len(index), len(index.members)
+    shapes = {(rows,): (index.shard, index.labels), (rows, columns): (index.offsets, index.sizes)}
+    if len(index.bases) != rows or any(part.shape != shape for shape, parts in shapes.items() for part in parts):
+        raise ValueError("its parts have different lengths")
+    if any(getattr(index, name).dtype != np.int64 for name in _NUMBERS):
+        raise ValueError("its numbers are no whole numbers of 64 bits")
+    if len(set(index.members) & set(KNOWN)) != columns:
+        raise ValueError("it names members that no sample has")
+    if rows and (index.shard.min() < 0 or min(index.labels.min(), index.offsets.min(), index.sizes.min()) < -1):
+        raise ValueError("it has a number below 0")
+    if rows and index.classes and index.labels.max() >= len(index.classes):
+        raise ValueError("a label is beyond its classes")
 
 
 def _joined(texts: Sequence[str]) -> bytes:
@@ -235,7 +188,7 @@ def cached_index(shards: Sequence[ShardFile]) -> SampleIndex:
 
     Raises UserError as ``scan`` does.
     """
-    digest = hashlib.sha256(_VERSION.encode())
+    digest = hashlib.sha256(f"{_VERSION}.{_SCAN}".encode())
     for shard in shards:
         digest.update(f"{os.path.realpath(shard.path)}\0{shard.size}\0{shard.changed_ns}\0".encode("utf-8", "replace"))
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -245,7 +198,8 @@ def cached_index(shards: Sequence[ShardFile]) -> SampleIndex:
             return load_index(path)
         except UserError:
             pass  # a damaged cache is made again
-    index = build_index([scan(shard) for shard in shards])
+    survey = Survey()
+    index = build_index([scan(shard, survey) for shard in shards], survey=survey)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_index(index, path)

@@ -5,11 +5,15 @@ A sample is the members of one tar that share everything before the first dot of
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from megadit.data.tars.handles import shown_name
 from megadit.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -26,8 +30,10 @@ ARRAYS = (LATENT, LATENT_MIRRORED, TEXT, POOLED, FEATURES, FEATURES_MIRRORED)
 KNOWN = (*IMAGES, *ARRAYS, JSON, LABEL, CAPTION)
 PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "bin", "joblib"})  # what loaders would unpickle
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}", re.ASCII)
+_MOST_SHARDS = 1_000_000  # of a pattern
+_MOST_FOLDERS = 100  # that are looked into for tars
+_PACKED = (".tgz", ".tzst", ".txz", *(f".tar.{kind}" for kind in ("gz", "zst", "xz", "bz2", "lz4", "lzma", "zip")))
 
 Progress = Callable[[int, int], None]  # samples done, samples in all
 
@@ -67,10 +73,11 @@ def find_shards(path: str | None) -> tuple[Path, list[Path], bool]:
     if place.is_dir():
         shards = sorted(place.glob("*.tar"))
         if not shards and not (place / MANIFEST).is_file():
-            raise UserError(f"data.path: {path} has no .tar files; give the folder of the shards")
+            there = "".join(f". {remark}" for remark in overlooked(place))
+            raise UserError(f"data.path: {path} has no .tar files; give the folder of the shards{there}")
         return place, shards, True
     names = expand(path)
-    missing = [name for name in names if not Path(name).is_file()]
+    missing = [name for name in names if not _is_file(name)]
     if missing:
         remedy = "give a folder, a tar, or a pattern like x-{000000..000009}.tar"
         of = f" ({len(missing)} of {len(names)} are missing)" if len(names) > 1 else ""
@@ -78,13 +85,57 @@ def find_shards(path: str | None) -> tuple[Path, list[Path], bool]:
     return Path(names[0]).parent, [Path(name) for name in names], False
 
 
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name too long for any file
+        return False
+
+
+def overlooked(folder: Path) -> list[str]:
+    """Sentences about tars in a folder that nobody reads: packed ones, and those of its first sub-folders.
+
+    Raises UserError if the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            present = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(
+            f"data.path: {folder} cannot be listed ({error.strerror or error}); give one that can"
+        ) from None
+    packed = [
+        entry.name
+        for entry in present
+        if entry.name.lower().endswith(_PACKED) or (entry.name.lower().endswith(".tar") and entry.name[-4:] != ".tar")
+    ]
+    folders = (entry for entry in present if entry.is_dir() and not entry.name.endswith(".tar"))
+    looked = itertools.islice(folders, _MOST_FOLDERS)
+    below = [entry.name for entry in looked if next(Path(entry.path).glob("*.tar"), None) is not None]
+    found = []
+    if packed:
+        found.append(f"{_count(packed)} in {folder} not read: tars are read unpacked (gunzip, unzstd), named .tar")
+    if below:
+        found.append(f"tars in {_count(below)} below {folder} not read: give them as data.path, or move them up")
+    return found
+
+
+def _count(names: list[str]) -> str:
+    first = shown_name(names[0])
+    return f"{first} is" if len(names) == 1 else f"{first} and {len(names) - 1:,} more are"
+
+
 def expand(pattern: str) -> list[str]:
-    """A pattern with {000000..000009} written out, as WebDataset does. Raises UserError for a range that is empty."""
+    """A pattern with {000000..000009} written out, as WebDataset does. Raises UserError for a range that is empty, or
+    names more tars than any set has.
+    """
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]
     first, last = int(found[1]), int(found[2])
     if last < first:
         raise UserError(f"data.path: {found[0]} in {pattern} counts down; write the lower number first")
+    if math.prod(1 + int(b) - int(a) for a, b in _RANGE.findall(pattern)) > _MOST_SHARDS:
+        raise UserError(f"data.path: {pattern} names more than {_MOST_SHARDS:,} tars; end it at the last one")
     head, tail = pattern[: found.start()], pattern[found.end() :]
     return [name for n in range(first, last + 1) for name in expand(f"{head}{n:0{len(found[1])}d}{tail}")]

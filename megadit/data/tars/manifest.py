@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from megadit.config.json_fields import shown
 from megadit.config.json_text import parse_json
 from megadit.data.dataset import StoredFacts
 from megadit.data.tars.handles import ShardFile
@@ -17,6 +18,8 @@ from megadit.errors import UserError
 from megadit.files import whole_file
 
 _FORMAT, _VERSION = "megadit tars", 1
+_TYPES: dict[str, Any] = {"int": int, "float": int | float, "bool": bool, "str": str, "dict[str, Any]": dict}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Manifest:
     stored: StoredFacts | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data section that the set was written by, as far as ``made`` has it."""
+        data = self.made.get("data")
+        return data if isinstance(data, dict) else {}
+
     def number(self, file: str) -> int | None:
         """The place of a tar among the shards; None if it is not one of them."""
         return next((n for n, shard in enumerate(self.shards) if shard.file == file), None)
@@ -69,11 +78,12 @@ def load_manifest(folder: Path) -> Manifest | None:
         if version != _VERSION:
             raise ValueError(f"its version is {version}, this megadit reads {_VERSION}")
         del values["index"]
-        shards = tuple(ShardFacts(**shard) for shard in values.pop("shards"))
+        shards = tuple(_typed(ShardFacts, shard) for shard in _listed(values, "shards", dict))
         stored = values.pop("stored")
-        classes = tuple(values.pop("classes"))
-        return Manifest(
-            **values, shards=shards, classes=classes, stored=None if stored is None else StoredFacts(**stored)
+        classes = tuple(_listed(values, "classes", str))
+        return replace(
+            _typed(Manifest, {**values, "shards": shards, "classes": classes, "stored": None}),
+            stored=None if stored is None else _typed(StoredFacts, stored),
         )
     except FileNotFoundError:
         return None
@@ -82,6 +92,29 @@ def load_manifest(folder: Path) -> Manifest | None:
             f"data.path: {path} cannot be read ({' '.join(str(error).split())}); copy it again, or remove it if these "
             "are other people's tars"
         ) from error
+
+
+def _listed(values: dict[str, Any], key: str, kind: type) -> list[Any]:
+    items = values.pop(key)
+    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+        raise ValueError(f"{key} is not what it lists")
+    return items
+
+
+def _typed(kind: type[_T], values: dict[str, Any]) -> _T:
+    """A dataclass from JSON. Raises ValueError or TypeError for a value that is not of its field's type."""
+    for own in fields(kind):  # type: ignore[arg-type]
+        wanted, value = _TYPES.get(str(own.type)), values.get(own.name)
+        if wanted is None or own.name not in values:
+            continue
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{own.name} is {shown(value)}")
+        if isinstance(value, int | float) and not 0 <= abs(value) < 2**63:
+            raise ValueError(f"{own.name} is {shown(value)}")
+    found = kind(**values)
+    if isinstance(found, ShardFacts) and ("/" in found.file or found.file in ("", ".", "..") or found.bytes < 0):
+        raise ValueError(f"it names {shown(found.file)}, which is no tar beside it")
+    return found
 
 
 def check_sizes(manifest: Manifest, folder: Path, numbers: Sequence[int]) -> list[ShardFile]:

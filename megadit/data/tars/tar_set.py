@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from megadit.config import DataConfig
 from megadit.config.data import Crop
+from megadit.config.json_fields import shown
 from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.data.folder import DEFAULT_SIZE
+from megadit.data.labels import class_names_of_numbers
 from megadit.data.listing import Listing, digest
 from megadit.data.tars import members
-from megadit.data.tars.handles import ShardFile
+from megadit.data.tars.handles import ShardFile, shown_name
 from megadit.data.tars.index import SampleIndex, cached_index, load_index
 from megadit.data.tars.layout import (
     CAPTION,
@@ -38,9 +41,11 @@ from megadit.data.tars.layout import (
     RECIPE,
     TEXT,
     find_shards,
+    overlooked,
 )  # fmt: skip
 from megadit.data.tars.manifest import Manifest, check_sizes, load_manifest
 from megadit.errors import UserError
+from megadit.file_kind import file_instead
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +98,14 @@ class TarSet:
     def caption(self, i: int) -> str:
         if self.index.place(i, JSON):
             facts = members.read_json(self.member(i, JSON), self.where(i, JSON))
-            if isinstance(facts.get("caption"), str):
-                return str(facts["caption"])
+            caption = facts.get("caption")
+            if isinstance(caption, str):
+                return caption
+            if caption is not None:  # null, as img2dataset writes it: there is none
+                raise UserError(
+                    f"data.path: {self.where(i, JSON)} has caption {shown_name(shown(caption))}, which must be a text; "
+                    "correct it, or leave it out to take the .txt"
+                )
         return (
             members.read_text(self.member(i, CAPTION), self.where(i, CAPTION)) if self.index.place(i, CAPTION) else ""
         )
@@ -118,7 +129,7 @@ class TarSet:
 
     def where(self, i: int, member: str) -> str:
         """What to call a member in a message."""
-        return f"{self.index.keys[i]}.{member} in {self.shards[int(self.index.shard[i])].path}"
+        return f"{shown_name(self.index.keys[i])}.{member} in {self.shards[int(self.index.shard[i])].path}"
 
     def member(self, i: int, name: str) -> bytes:
         """The bytes of a member. Raises UserError if the sample has none, or its tar has become unreadable."""
@@ -166,27 +177,23 @@ def _null_text(folder: str) -> dict[str, Tensor]:
         ) from error
 
 
-def load_tars(config: DataConfig) -> TarSet:
+def load_tars(config: DataConfig, num_classes: int | None = None) -> TarSet:
     """The set at ``data.path``, checked against its manifest: every tar there, and as long as it was written.
 
     Without a manifest, which other people's tars lack, the tars are scanned once, and images, captions and labels are
-    what they hold. Raises UserError that names the tar and what to do.
+    what they hold. ``num_classes``: the model's, against which labels that are numbers are held; None: not known.
+    Raises UserError that names the tar and what to do.
     """
     folder, shards, whole = find_shards(config.path)
     manifest = load_manifest(folder)
     if manifest is None and (folder / RECIPE).is_file():
         raise UserError(f"data.path: the writing of {folder} did not end; give the command that began it again")
     if manifest is None:
-        return _without_manifest(config, folder, shards)
+        return _without_manifest(config, folder, shards, num_classes, overlooked(folder) if whole else ())
     numbers = _numbers(manifest, folder, shards, whole)
     files = check_sizes(manifest, folder, numbers)
     index = load_index(folder / INDEX)
-    counts, said = index.counts(len(manifest.shards)), [shard.samples for shard in manifest.shards]
-    if counts != said or sum(said) != manifest.samples:
-        raise UserError(
-            f"data.path: {folder / INDEX} has {sum(counts)} samples, but {MANIFEST} says {manifest.samples}; copy both "
-            "again, or write the set again"
-        )
+    _check_index(index, manifest, folder)
     if numbers != list(range(len(manifest.shards))):
         index = index.of_shards(numbers)
     stored = manifest.stored
@@ -226,7 +233,7 @@ def _check_crop(config: DataConfig, manifest: Manifest, folder: Path) -> None:
 
     Built-in sets are not cut; of tars that were made of tars the default may stand for images of either.
     """
-    made = manifest.made.get("data", {})
+    made = manifest.data
     was = made.get("crop", config.crop)
     cut = made.get("name") == "image-folder" or (made.get("name") == "webdataset" and was != "adm")
     if cut and was != config.crop:
@@ -242,7 +249,7 @@ def cut_before_crop(config: DataConfig) -> str | None:
         return None
     folder = find_shards(config.path)[0]
     manifest = load_manifest(folder)
-    made = {} if manifest is None else manifest.made.get("data", {})
+    made = {} if manifest is None else manifest.data
     if "crop" in made or made.get("name") != "image-folder":
         return None
     return f"the images of {folder} were cut by adm, before there was data.crop: {config.crop} has no effect on them"
@@ -257,27 +264,38 @@ def _extra(config: DataConfig, stored: StoredFacts | None) -> tuple[str, ...]:
     return tuple(name for name, is_wanted in wanted if is_wanted)
 
 
-def _without_manifest(config: DataConfig, folder: Path, shards: list[Path]) -> TarSet:
-    index = cached_index([ShardFile.of(path) for path in shards]) if shards else None
+def _check_index(index: SampleIndex, manifest: Manifest, folder: Path) -> None:
+    """Hold the index against the counts and sizes of the manifest."""
+    said = [shard.samples for shard in manifest.shards]
+    sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
+    again = "copy both again, or write the set again"
+    if len(index) != manifest.samples or sum(said) != manifest.samples:
+        raise UserError(
+            f"data.path: {folder / INDEX} has {len(index)} samples, but {MANIFEST} says {manifest.samples}; {again}"
+        )
+    if len(index) and (index.shard.max() >= len(said) or index.counts(len(said)) != said):
+        raise UserError(f"data.path: {folder / INDEX} has its samples in other tars than {MANIFEST} says; {again}")
+    if len(index) and (index.offsets > sizes[index.shard][:, None] - index.sizes).any():
+        raise UserError(f"data.path: {folder / INDEX} tells of bytes beyond the end of a tar; {again}")
+
+
+def _without_manifest(
+    config: DataConfig, folder: Path, shards: list[Path], num_classes: int | None, remarks: Sequence[str]
+) -> TarSet:
+    files = _files(shards)
+    index = cached_index(files) if files else None
     if index is None or not len(index):
         raise UserError(f"data.path: the tars of {config.path} have no samples; give others")
-    files = tuple(ShardFile.of(path) for path in shards)
     pictures = [name for name in IMAGES if name in index.members]
     bare = next((i for i in range(len(index)) if not any(index.place(i, name) for name in pictures)), None)
     if bare is not None:
-        what = f"; arrays need the {MANIFEST} that says how they were scaled" if LATENT in index.members else ""
-        shard = files[int(index.shard[bare])].path
-        raise UserError(f"data.path: {index.keys[bare]} in {shard} has no image ({', '.join(IMAGES)}){what}")
-    if config.condition == "class" and (index.labels < 0).any():
-        first = int((index.labels < 0).argmax())
-        shard = files[int(index.shard[first])].path
-        raise UserError(
-            f"data.path: {index.keys[first]} in {shard} has no label (a .cls member, or label in its .json); add "
-            "labels, or set data.condition to text or none"
-        )
+        arrays = LATENT in index.members
+        what = f"arrays need the {MANIFEST} that says how they were scaled" if arrays else "take it out of the tar"
+        place = f"{shown_name(index.keys[bare])} in {files[int(index.shard[bare])].path}"
+        raise UserError(f"data.path: {place} has no image ({', '.join(IMAGES)}); {what}")
     return TarSet(
         name="webdataset",
-        classes=index.classes,
+        classes=_classes(index, files, config, num_classes) if config.condition == "class" else (),
         channels=3,
         image_size=config.image_size or DEFAULT_SIZE,
         notice="",
@@ -285,4 +303,42 @@ def _without_manifest(config: DataConfig, folder: Path, shards: list[Path]) -> T
         shards=files,
         index=index,
         crop=config.crop,
+        remarks=(*index.survey.remarks(), *remarks),
     )
+
+
+def _files(shards: list[Path]) -> tuple[ShardFile, ...]:
+    """The tars as they are now. Raises UserError for one that cannot be read."""
+    found = []
+    for path in shards:
+        try:
+            found.append(ShardFile.of(path))
+        except OSError as error:
+            why = file_instead(path, "tar") or f"{error.strerror or error}; copy it there, or take it out"
+            raise UserError(f"data.path: cannot read {path}: {why}") from None
+    return tuple(found)
+
+
+def _classes(
+    index: SampleIndex, files: tuple[ShardFile, ...], config: DataConfig, num_classes: int | None
+) -> tuple[str, ...]:
+    """Names by label. Raises UserError where samples have no label, or one that cannot be meant."""
+
+    def where(i: int) -> str:
+        return f"{index.label_member(i)} in {files[int(index.shard[i])].path}"
+
+    if index.survey.bad_label:
+        raise UserError(index.survey.bad_label)
+    without = np.flatnonzero(index.labels < 0)
+    if len(without):
+        first = int(without[0])
+        place = f"{shown_name(index.keys[first])} in {files[int(index.shard[first])].path}"
+        others = f", nor have {len(without) - 1:,} others" if len(without) > 1 else ""
+        raise UserError(
+            f"data.path: {place} has no label (a .cls member, or label in its .json){others}; add labels, or set "
+            "data.condition to text or none"
+        )
+    if index.classes:
+        return index.classes
+    known = None if config.classes is not None else num_classes  # data.classes chooses some of the set's
+    return class_names_of_numbers(index.labels.tolist(), where, known)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
 
+from helpers.tars import png, write_tar
 from megadit.config import DataConfig
 from megadit.data import BatchLayout, BatchStream, build_datasets, check_images, describe
 from megadit.data.tars import handles
@@ -52,21 +52,6 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(path: Path | str, **more: object) -> DataConfig:
     return DataConfig.model_validate({"name": "webdataset", "path": str(path), **more})
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def png(value: int = 0, size: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def npy(array: np.ndarray) -> bytes:
