@@ -77,6 +77,7 @@ _NOT_OURS = {"cifar10_uvit.py", "imagenet256_uvit.py", "fid.py"}
 _OPTIONS_OF_OTHERS = {"--no-build-isolation", "--nproc_per_node", "--num_gpus", "--ntasks", "--shm-size", "--logdir"}
 _OPTIONS_OF_OTHERS |= {"--signal", "--help"}
 _OPTIONS_OF_OTHERS |= {"--sort", "--concatenate", "--file", "--dereference", "--hard-dereference"}  # of tar
+_NOT_KEYS = {"model.preset", "model.safetensors", "model.diffusion_model"}  # files and names of others
 PROGRAMS = ("launch", "tools", "benchmarks", "megadit")
 
 
@@ -123,7 +124,7 @@ def unknown_keys(text: str) -> list[str]:
     pattern = rf"(?<![\w./-])((?:{sections})(?:\.[a-z_0-9]+)+)(?![\w(/])"
     text = re.sub(r"^```python$.*?^```", "", text, flags=re.S | re.M)  # where model is a variable
     named = {key for code in code_of(text) for key in re.findall(pattern, code)}
-    return sorted(key for key in named - {"model.preset"} if not has_key(key.split("."), RunConfig))
+    return sorted(key for key in named - _NOT_KEYS if not has_key(key.split("."), RunConfig))
 
 
 def unknown_options(text: str) -> list[str]:

@@ -15,6 +15,7 @@ from megadit.convert.names import model_shapes
 from megadit.convert.request import Request
 from megadit.convert.safe_load import load_file
 from megadit.convert.state_dicts import load_tensors, write_one
+from megadit.convert.weight_folders import weights_file
 from megadit.convert.wrappings import weights_of
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS
@@ -147,7 +148,7 @@ def _with_config(family: str, request: Request) -> dict[str, Any]:
 
 def _weights(path: Path, request: Request, family: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by name, out of their wrapping and without prefixes, and what people should know of that."""
-    if not path.is_file():
-        raise UserError(f"IN: '{path}' is a folder; give the file that holds the weights")
+    path, told, choice = weights_file(path, request.ema) if path.is_dir() else (path, [], request.ema)
     values: Any = load_tensors(path) if path.name.endswith(".safetensors") else load_file(path)
-    return weights_of(values, f"'{path}'", request.ema, family)
+    state, notes = weights_of(values, f"'{path}'", choice, family)
+    return state, told + notes
