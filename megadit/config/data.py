@@ -7,8 +7,10 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from megadit.config.base import Section
+from megadit.config.messages import shown
 
 Crop = Literal["adm", "center"]
+OnCorrupt = Literal["stop"]
 
 
 class VaeConfig(Section):
@@ -89,3 +91,18 @@ class DataConfig(Section):
         description="a run that resumes with other images, classes or encoders than its checkpoint's: refuse it, or "
         "accept, go on and record it",
     )
+    on_corrupt: OnCorrupt = Field(
+        "stop",
+        description="an image that cannot be read: stop, naming file, sample and step. Nothing else yet, since to pass "
+        "over an image gives all later samples other numbers, and so other noise",
+    )
+
+    @field_validator("on_corrupt", mode="before")
+    @classmethod
+    def _stop(cls, value: object) -> object:
+        if value != "stop":
+            raise ValueError(
+                f"on_corrupt: {shown(value)} is not possible: to pass over an image gives all later samples other "
+                "numbers, and so other noise; set data.on_corrupt=stop, and replace the image or take it out of the set"
+            )
+        return value

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megadit.data.dataset import ImageSet
 from megadit.data.order import SampleOrder
+from megadit.errors import UserError
 from megadit.rng import batch_uniform, sample_keys
 
 
@@ -41,28 +42,44 @@ class RawBatch:
     extras: dict[str, Tensor]
 
 
+class UnreadableSample(UserError):
+    """What the set cannot give for the sample ``number``."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def read_samples(
     dataset: ImageSet, numbers: Sequence[int], indices: Sequence[int], *, seed: int, flip: bool
 ) -> RawBatch:
     """Read the images at ``indices``; the one with sample number s is mirrored if s's "flip" draw says so.
 
     Latents, and what else was made of the mirrored images, are read from ``dataset.mirrored`` instead.
+    Raises ``UnreadableSample``.
     """
     views = [dataset] * len(indices)
     mirrored = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5 if flip else None
     if mirrored is not None and (copies := dataset.mirrored) is not None:
         views = [copies if turned else dataset for turned in mirrored.tolist()]
-    images = torch.stack([view.image(i) for view, i in zip(views, indices, strict=True)])
+    read = [_read(view, i, number) for view, i, number in zip(views, indices, numbers, strict=True)]
+    images = torch.stack([image for image, _, _ in read])
     if mirrored is not None and not dataset.stores_latents:
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    extras = [view.extras(i) for view, i in zip(views, indices, strict=True)]
     return RawBatch(
         images=images,
         labels=[dataset.label(i) for i in indices],
-        captions=[dataset.caption(i) for i in indices],
+        captions=[caption for _, caption, _ in read],
         numbers=list(numbers),
-        extras={name: torch.stack([extra[name] for extra in extras]) for name in extras[0]},
+        extras={name: torch.stack([extra[name] for _, _, extra in read]) for name in read[0][2]},
     )
+
+
+def _read(view: ImageSet, i: int, number: int) -> tuple[Tensor, str, dict[str, Tensor]]:
+    try:
+        return view.image(i), view.caption(i), view.extras(i)
+    except UserError as error:
+        raise UnreadableSample(str(error), number) from error
 
 
 def scale_images(images: Tensor) -> Tensor:

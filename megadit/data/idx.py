@@ -17,38 +17,49 @@ import numpy as np
 from megadit.errors import UserError
 
 _UNSIGNED_BYTE = 0x08
+_MOST_BYTES = 2**31  # of the elements; Fashion-MNIST has 47 million
+_DEFLATED = 1032  # bytes that one byte of a gzip file can stand for, at most
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an idx file with this many dimensions.
 
-    Raises ``UserError`` that names the file when it is not such a file, is cut short or goes on too long.
+    No more is unpacked than the header promises, and nothing of what the file cannot hold. Raises ``UserError`` that
+    names the file when it is not such a file, is cut short or goes on too long.
     """
-    content = _content(path)
     header = 4 + 4 * dimensions
+    head = _read(path, 0, header)
     expected = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
-    if content[:4] != expected:
+    if head[:4] != expected:
         raise UserError(
             f"data.path: {path} is not an idx file of unsigned bytes in {dimensions} dimensions: it begins with "
-            f"{content[:4].hex() or 'nothing'} instead of {expected.hex()}; give the original file"
+            f"{head[:4].hex() or 'nothing'} instead of {expected.hex()}; give the original file"
         )
-    if len(content) < header:
+    if len(head) < header:
         raise UserError(f"data.path: {path} is cut short in its header; fetch the file again")
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != math.prod(shape):
+    shape = struct.unpack(f">{dimensions}I", head[4:])
+    promised = math.prod(shape)
+    if promised > min(_MOST_BYTES, _DEFLATED * path.stat().st_size):
         raise UserError(
-            f"data.path: {path} holds {len(content) - header} bytes where its header {list(shape)} "
-            f"promises {math.prod(shape)}; fetch the file again"
+            f"data.path: {path} has a header {list(shape)} that promises {promised:,} bytes, which is more than it can "
+            f"hold, or than the {_MOST_BYTES:,} that are read; fetch the file again"
         )
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()
+    content = _read(path, header, promised + 1)
+    if len(content) != promised:
+        there = len(content) if len(content) < promised else f"more than {promised}"
+        raise UserError(
+            f"data.path: {path} holds {there} bytes where its header {list(shape)} promises {promised}; fetch the file "
+            "again"
+        )
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()
 
 
-def _content(path: Path) -> bytes:
+def _read(path: Path, start: int, count: int) -> bytes:
+    """At most ``count`` bytes from ``start`` on, unpacked where the file is gzipped."""
     try:
-        if path.suffix != ".gz":
-            return path.read_bytes()
-        with gzip.open(path, "rb") as file:
-            return file.read()
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            file.seek(start)
+            return file.read(count)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data.path: {path} is a damaged gzip file ({error}); fetch the file again") from None
     except OSError as error:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megadit.data.batch import Batch, RawBatch, finish, read_samples
+from megadit.config.data import OnCorrupt
+from megadit.data.batch import Batch, RawBatch, UnreadableSample, finish, read_samples
 from megadit.data.dataset import ImageSet
 from megadit.data.order import BatchLayout, SampleOrder
 from megadit.data.workers import prepare_worker, worker_context
@@ -25,9 +26,10 @@ from megadit.errors import UserError
 
 @dataclass(frozen=True)
 class _Failure:
-    """A ``UserError`` on its way out of a worker: DataLoader would bury its sentence in a traceback."""
+    """An ``UnreadableSample`` on its way out of a worker: DataLoader would bury its sentence in a traceback."""
 
     message: str
+    sample: int
 
 
 class _Reader(Dataset):
@@ -43,8 +45,8 @@ class _Reader(Dataset):
         numbers, indices = zip(*pairs, strict=True)
         try:
             return read_samples(self.dataset, numbers, indices, seed=self.seed, flip=self.flip)
-        except UserError as error:
-            return _Failure(str(error))
+        except UnreadableSample as error:
+            return _Failure(str(error), error.number)
 
 
 class _Schedule:
@@ -70,15 +72,23 @@ class BatchStream(Iterator[Batch]):
     """Micro batches of one rank in order, forever: step ``start_step`` micro 0, micro 1, ..., next step.
 
     ``workers`` processes read ahead (0: images are read when asked for); the batches do not depend on it.
-    ``step`` and ``micro`` say which batch comes next. Close it, or use it in ``with``. ``next`` raises
-    ``UserError``, and closes the stream, when an image cannot be read, wherever it was read.
+    ``step`` and ``micro`` say which batch comes next. Close it, or use it in ``with``. When an image cannot be read,
+    wherever that is, ``next`` raises ``UserError`` with the sample and the step, and closes the stream; ``on_corrupt``
+    knows no other answer.
     """
 
     def __init__(
-        self, dataset: ImageSet, layout: BatchLayout, seed: int, flip: bool, workers: int, start_step: int = 0
+        self,
+        dataset: ImageSet,
+        layout: BatchLayout,
+        seed: int,
+        flip: bool,
+        workers: int,
+        start_step: int = 0,
+        on_corrupt: OnCorrupt = "stop",
     ) -> None:
         self.layout, self.order = layout, SampleOrder(len(dataset), seed)
-        self.step, self.micro = start_step, 0
+        self.step, self.micro, self.on_corrupt = start_step, 0, on_corrupt
         self._closed = False
         self._reader = _Reader(dataset, seed, flip)
         self._prefetcher: Any = None
@@ -117,7 +127,9 @@ class BatchStream(Iterator[Batch]):
         raw = self._read() if self._prefetcher is None else next(self._prefetcher)
         if isinstance(raw, _Failure):
             self.close()
-            raise UserError(raw.message)
+            raise UserError(
+                f"{raw.message} (sample {raw.sample}, for step {self.step + 1}; data.on_corrupt is {self.on_corrupt})"
+            )
         self.micro += 1
         if self.micro == self.layout.accumulation:
             self.step, self.micro = self.step + 1, 0

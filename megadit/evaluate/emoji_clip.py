@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +29,7 @@ from megadit.data.batch import scale_images
 from megadit.data.dataset import ImageSet, stack_images
 from megadit.data.features.efficientnet import load_network, preprocessed
 from megadit.data.features.encoder import resized
+from megadit.data.npy import read_header
 from megadit.data.text import build_encoder, cache_folder
 from megadit.errors import UserError
 from megadit.files import save_tensors
@@ -36,6 +40,8 @@ _WIDTH = 256  # channels of the space in which pictures and texts meet
 _STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE = 100, 256, 1e-3, 0.1, 0.05
 _BLOCK, _NOISE = 4, 24.0  # of roughened pictures: side of flattened blocks in pixels, noise in grey levels
 _VERSION = 2
+# An npz of real pictures unpacks to a few times its size; flat colours to a thousand times, which is harmless if small.
+_PACKED, _LARGE = 100, 2**30
 
 
 @dataclass(frozen=True)
@@ -185,25 +191,37 @@ def train_heads(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
 
 def read_pictures(path: Path) -> Tensor:
     """``arr_0`` of an npz that ``launch/sample.py --npz`` wrote, as uint8 (N, 3, H, W). Raises UserError otherwise."""
-    import zipfile
-
-    import numpy as np
-
     remedy = "give what launch/sample.py --npz wrote"
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; {remedy}")
     if not zipfile.is_zipfile(path):  # numpy would take anything else for a pickle
         raise UserError(f"{path}: is no npz file, or was cut short; {remedy}")
     try:
+        _check_header(path, remedy)
         with np.load(path, allow_pickle=False) as file:
             pictures = torch.from_numpy(file["arr_0"])
     except KeyError:
         raise UserError(f"{path}: holds no arr_0; {remedy}") from None
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: arr_0 cannot be read ({error}); {remedy}") from error
-    if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[3] != 3:
-        raise UserError(f"{path}: arr_0 is not uint8 (N, H, W, 3); give what launch/sample.py --npz wrote")
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: arr_0 cannot be read ({' '.join(str(error).split())[:200]}); {remedy}") from error
     return pictures.permute(0, 3, 1, 2).contiguous()
+
+
+def _check_header(path: Path, remedy: str) -> None:
+    """Refuse what is no pictures, or of which a small file would make a large array, before it is unpacked.
+
+    Raises KeyError without arr_0, UserError for other arrays, and what zipfile and numpy say about damage.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("arr_0.npy")
+        with zipfile.Path(archive, entry.filename).open("rb") as stream:
+            shape, _, dtype = read_header(stream, entry.file_size)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        raise UserError(f"{path}: arr_0 is not uint8 (N, H, W, 3); {remedy}")
+    if entry.file_size > _LARGE and entry.file_size > _PACKED * path.stat().st_size:
+        raise UserError(
+            f"{path}: its {path.stat().st_size:,} bytes unpack to {entry.file_size:,}, as no real pictures do; {remedy}"
+        )
 
 
 def _features(images: ImageSet) -> tuple[Tensor, Tensor]:

@@ -307,7 +307,13 @@ def _train(run: TrainingRun, callbacks: Sequence[Callback]) -> tuple[int, str]:
     data, train = run.config.data, run.config.train
     workers = data.workers if run.engine.reads_data else 0  # without them nothing is read before it is asked for
     stream = BatchStream(
-        run.train_set, run.layout, train.seed, flip=data.flip, workers=workers, start_step=run.position.step
+        run.train_set,
+        run.layout,
+        train.seed,
+        flip=data.flip,
+        workers=workers,
+        start_step=run.position.step,
+        on_corrupt=data.on_corrupt,
     )
     try:
         complete = fit(run, stream, callbacks)

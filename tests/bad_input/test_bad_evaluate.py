@@ -1,6 +1,7 @@
 """tools/evaluate.py refuses bad input in one sentence."""
 
 import io
+import zipfile
 
 import numpy as np
 
@@ -13,6 +14,16 @@ def npz(**arrays: np.ndarray) -> bytes:
     """The bytes of an npz file."""
     file = io.BytesIO()
     np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def huge() -> bytes:
+    """An npz whose array says that it has a billion pictures."""
+    array, file = io.BytesIO(), io.BytesIO()
+    facts = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 64, 64, 3)}
+    np.lib.format.write_array_header_1_0(array, facts)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("arr_0.npy", array.getvalue() + b"abcd")
     return file.getvalue()
 
 
@@ -33,6 +44,7 @@ CASES = [
     case("a file that was cut", SCORE, "is no npz file", files={**TEXTS, "pictures.npz": GOOD[:100]}),
     case("no arr_0", SCORE, "holds no arr_0", files={**TEXTS, "pictures.npz": npz(x=np.zeros(3))}),
     case("pickled objects", SCORE, "arr_0 cannot be read", files={**TEXTS, "pictures.npz": npz(arr_0=np.array([{}]))}),
+    case("a huge shape", SCORE, "holds 4 bytes where its header", files={**TEXTS, "pictures.npz": huge()}),
     case("floats", SCORE, "not uint8", files={**TEXTS, "pictures.npz": npz(arr_0=np.zeros((1, 4, 4, 3)))}),
 ]
 

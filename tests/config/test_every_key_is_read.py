@@ -40,7 +40,8 @@ ALWAYS = {
     ),
     "the objective": "objective.kind objective.repa_weight",
     "every source of images": (
-        "data.name data.image_size data.condition data.classes data.flip data.val_fraction data.workers data.on_change"
+        "data.name data.image_size data.condition data.classes data.flip data.val_fraction data.workers data.on_change "
+        "data.on_corrupt"
     ),
     "the codec; for stored latents without a path they are compared with what the tars say": (
         "data.vae.path data.vae.scale data.vae.shift data.vae.factor"

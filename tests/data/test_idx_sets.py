@@ -126,6 +126,10 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         fashion_set.load(str(tmp_path), None)
 
 
+def idx_header(*shape: int) -> bytes:
+    return bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
+
+
 GOOD = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
 PACKED = gzip.compress(GOOD, mtime=0)
 
@@ -144,7 +148,11 @@ def test_a_good_idx_file(tmp_path: Path) -> None:
         ("floats", b"\0\0\x0d\x03" + GOOD[4:], "begins with 00000d03"),
         ("header", GOOD[:10], "cut short in its header"),
         ("short", GOOD[:-1], r"holds 23 bytes where its header \[2, 3, 4\] promises 24"),
-        ("long", GOOD + b"x", r"holds 25 bytes where its header \[2, 3, 4\] promises 24"),
+        ("long", GOOD + b"x", r"holds more than 24 bytes where its header \[2, 3, 4\] promises 24"),
+        ("huge", idx_header(10**9, 28, 28), "promises 784,000,000,000 bytes, which is more than it can hold"),
+        ("overflow.gz", gzip.compress(idx_header(*[2**32 - 1] * 3)), "more than it can hold"),
+        ("bomb.gz", gzip.compress(idx_header(10**6, 100, 100) + bytes(2**23)), "more than it can hold, or than the"),
+        ("longer.gz", gzip.compress(GOOD + bytes(2**23)), "holds more than 24 bytes where"),
         ("cut.gz", PACKED[:-9], "damaged gzip file"),
         ("plain.gz", GOOD, "damaged gzip file"),
         ("flipped.gz", PACKED[:12] + b"\xff\xff" + PACKED[14:], "damaged gzip file"),

@@ -100,7 +100,10 @@ def test_a_corrupt_image_is_one_sentence_wherever_it_is_read(folder: FolderSet, 
             next(stream)
         message = str(caught.value)
         assert message.startswith(f"data.path: cannot decode the image {broken} (")
-        assert message.endswith("); replace the file or take it out of the set")
+        number = stream.order.indices(range(6)).index(3)
+        assert message.endswith(
+            f" replace the file or take it out of the set (sample {number}, for step 1; data.on_corrupt is stop)"
+        )
         assert "\n" not in message and "Traceback" not in message
         with pytest.raises(ValueError, match="closed"):
             next(stream)

@@ -34,7 +34,7 @@ class CachedEncoder(FeatureEncoder):
     def encode(self, images: Tensor) -> Tensor:
         """As ``FeatureEncoder.encode``; only pictures that are not in the folder go through the network."""
         files = [self._file(image) for image in images.detach().float().cpu()]
-        found = {index: features for index, file in enumerate(files) if (features := _read(file)) is not None}
+        found = {index: features for index, file in enumerate(files) if (features := self._read(file)) is not None}
         missing = [index for index in range(len(files)) if index not in found]
         if missing:
             computed = self.encoder.encode(images[missing]).half().cpu()
@@ -51,6 +51,17 @@ class CachedEncoder(FeatureEncoder):
         name = hashlib.blake2b(image.contiguous().numpy().tobytes(), key=shape, digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
+    def _read(self, file: Path) -> Tensor | None:
+        """The features in a file; None where there is none or it is damaged, so that they are computed again."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            features = load_file(file)["features"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return features if features.dim() == 3 and features.shape[0] == self.dim else None
+
     def _write(self, file: Path, features: Tensor) -> None:
         def write() -> None:
             file.parent.mkdir(exist_ok=True)
@@ -66,14 +77,3 @@ class CachedEncoder(FeatureEncoder):
                 f"data.features.cache: '{self.folder}' cannot be written ({error.strerror or error}); choose another "
                 "folder, or null"
             ) from error
-
-
-def _read(file: Path) -> Tensor | None:
-    """The features in a file; None where there is none or it is damaged, so that they are computed again."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)["features"]
-    except (OSError, SafetensorError, KeyError):
-        return None

@@ -48,8 +48,8 @@ def make_shards(
 
 
 def settings(config: DataConfig) -> dict[str, Any]:
-    """The data section as the manifest keeps it: without ``on_change``, which is about runs."""
-    return config.model_dump(mode="json", exclude={"on_change"})
+    """The data section as the manifest keeps it: without ``on_change`` and ``on_corrupt``, which are about runs."""
+    return config.model_dump(mode="json", exclude={"on_change", "on_corrupt"})
 
 
 def set_writer(folder: Path, sharding: Sharding, made: dict[str, Any]) -> SetWriter:

@@ -13,22 +13,24 @@ from torch import Tensor
 
 from megadit.config.data import Crop
 from megadit.config.json_text import JsonError, parse_json
-from megadit.data.crop import centre_crop, to_rgb
+from megadit.data.crop import centre_crop
+from megadit.data.image_files import decode
+from megadit.data.npy import array_of
 from megadit.errors import UserError
-from megadit.file_kind import PICTURES, bytes_instead, text_instead
+from megadit.file_kind import bytes_instead, text_instead
 
 _REMEDY = "write the shard again"
 
 
 def read_array(data: bytes, where: str) -> Tensor:
-    """A ``.npy`` member as a tensor. Raises UserError that names ``where`` if it is damaged or holds objects."""
+    """A ``.npy`` member as a tensor.
+
+    Raises UserError that names ``where`` if it is damaged, holds objects, or other bytes than its header promises.
+    """
     try:
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(array_of(data))
     except Exception as error:  # numpy raises nearly anything on damaged headers
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        if "allow_pickle" in reason:
-            reason = "it holds pickled objects, which could run anything when loaded"
         remedy = _remedy(bytes_instead(data, "npy"))
         raise UserError(f"data.path: {where} is no array that can be read ({reason}){remedy}") from None
 
@@ -45,15 +47,7 @@ def read_picture(data: bytes, channels: int, size: int, where: str, crop: Crop =
 
     Raises UserError that names ``where`` when it cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            image = file.convert("L") if channels == 1 else to_rgb(file)
-    except MemoryError:
-        raise  # this machine's fault, not the member's
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        remedy = _remedy(bytes_instead(data, *PICTURES))
-        raise UserError(f"data.path: cannot decode the image {where} ({reason}){remedy}") from None
+    image = decode(data, where, channels=channels, remedy=_REMEDY)
     if image.size != (size, size):
         image = centre_crop(image, size, crop)
     pixels = np.array(image)

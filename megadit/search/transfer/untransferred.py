@@ -17,7 +17,7 @@ from megadit.search.wording import value_text
 
 # Keys that change neither the optimum nor the loss, and those that a sentence of their own speaks of.
 _SILENT = re.compile(
-    r"(sample|parallel)\..*|data\.(workers|path|on_change|val_fraction|vae\.path|(text|features)\.cache)|optim\.implementation|"
+    r"(sample|parallel)\..*|data\.(workers|path|on_change|on_corrupt|val_fraction|vae\.path|(text|features)\.cache)|optim\.implementation|"
     r"train\.(seed|micro_batch|keep_last|validation_images|tensorboard|wandb|\w+_every|steps|epochs|global_batch)|"
     r"model\.(width|heads|head_dim|depth|input_size)|optim\.(warmup_steps|decay_steps)"
 )

@@ -163,9 +163,15 @@ class TensorBoard(RecordCallback):
         if not run.directory.grid(step).is_file():  # a run may go without pictures
             return
         import numpy as np
-        from PIL import Image
 
-        picture = np.asarray(Image.open(run.directory.grid(step)).convert("RGB"))
+        from megadit.data.image_files import decode
+
+        sheet = run.directory.grid(step)
+        try:
+            picture = np.asarray(decode(sheet, str(sheet), key="train.tensorboard", longest=None))
+        except UserError as error:  # a sheet of very many pictures, or one that was changed since
+            say(f"warning: {error}")
+            return
         self._writer.add_image("samples", picture, step, dataformats="HWC")
 
     def close(self) -> None:

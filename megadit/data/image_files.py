@@ -1,0 +1,171 @@
+"""Opening image files of anybody: which formats, how large, how long; everything that reads images reads them here.
+
+What a header tells is judged before a pixel is decoded. No decoder here runs another program: Pillow hands an EPS file
+to Ghostscript whatever the file is called, so no formats but those of ``FORMATS`` are looked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from megadit.errors import UserError
+from megadit.file_kind import PICTURES, bytes_instead, file_instead
+
+# What image files may be called, and Pillow's name of the format. The content decides which of them a file is of.
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+}
+# Where Pillow itself refuses, too: 0.7 GB when decoded. A file of a few KB may promise any number.
+MOST_PIXELS = 178_956_970
+# A square shows less than 1/32 of what is longer: rules, spacers, damaged headers. So the scaled picture that a square
+# is cut of has at most 32 times its pixels, whatever the file's own sides are; photographs and panoramas have 1 to 12.
+LONGEST = 32
+REMEDY = "replace the file or take it out of the set"
+
+_READ = tuple(kind for kind in PICTURES if kind != "heif")  # AVIF aside, Pillow reads none of its kinds
+_STRIP_PIXELS = 1 << 22  # transparency is laid on white in strips of about so many
+_FROM_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_LONG_TEXT = "PngImagePlugin.MAX_TEXT"  # in Pillow's message, 1 MB a text
+_COUNT = re.compile(r"\((\d+) pixels\)")  # in Pillow's message
+
+
+class _Unfit(ValueError):
+    """A picture that is not taken although it may be whole, with what to do about it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+def decode(
+    source: Path | bytes,
+    where: str,
+    *,
+    channels: int = 3,
+    key: str = "data.path",
+    remedy: str = REMEDY,
+    longest: int | None = LONGEST,
+) -> Image.Image:
+    """The (first) picture in mode RGB, or L for one channel; transparency on white, EXIF rotation not applied.
+
+    where: what to call the file in a message that begins with ``key`` and ends with ``remedy``.
+    longest: how many times its shorter side a picture may be long; None: any.
+    Raises ``UserError`` when it is damaged, of another format, of more than 8 bits per channel, too large or too long.
+    """
+    with _opened(source, where, key, remedy, longest) as file:
+        file.load()
+        return to_rgb(file) if channels == 3 else _to_grey(file)
+
+
+def check(source: Path | bytes, where: str, *, key: str = "data.path", remedy: str = REMEDY) -> None:
+    """Verify what the format lets one verify without decoding (for PNG: every checksum). Raises as ``decode`` does."""
+    with _opened(source, where, key, remedy, LONGEST) as file:
+        file.verify()
+
+
+@contextmanager
+def _opened(source: Path | bytes, where: str, key: str, remedy: str, longest: int | None) -> Iterator[Image.Image]:
+    """A file whose header is fit; what goes wrong until the block ends is a ``UserError``."""
+    _silence_pillow()
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as file:
+            _judge(file, longest)
+            yield file
+    except MemoryError:
+        raise  # this machine's fault, not the file's
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        message = f"{key}: cannot decode the image {where} ({_reason(error)})"
+        known = _known_remedy(error)
+        if known is not None:
+            raise UserError(f"{message}; {known}") from None
+        wanted = _READ if isinstance(error, Image.UnidentifiedImageError) else PICTURES
+        other = bytes_instead(source, *wanted) if isinstance(source, bytes) else file_instead(source, *wanted)
+        raise UserError(f"{message}; {remedy}" if other is None else f"{message}: {other}, else {remedy}") from None
+
+
+def _judge(file: Image.Image, longest: int | None) -> None:
+    """Raise ``_Unfit`` for what the header says of a picture."""
+    width, height = file.size
+    if width * height > MOST_PIXELS:  # where somebody has turned Pillow's own check off
+        raise Image.DecompressionBombError(f"({width * height} pixels)")
+    if longest is not None and max(width, height) > longest * min(width, height):
+        raise _Unfit(
+            f"it is {width} x {height} pixels, more than {longest} times as long as wide, and a square would show next "
+            "to nothing of it",
+            "cut it, or take it out of the set",
+        )
+    if file.mode == "F" or file.mode.startswith("I"):
+        raise _Unfit(f"its pixels are of Pillow's mode {file.mode}, but 8 bits per channel are needed", REMEDY)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """In mode RGB, transparency on white; an image that is so already is given back itself."""
+    if not _is_clear(image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    result = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    return (to_rgb(image) if _is_clear(image) else image).convert("L")
+
+
+def _is_clear(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``FORMATS``, and AVIF, which servers send under any name, where this Pillow knows it."""
+    avif = ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()
+    return (*dict.fromkeys(FORMATS.values()), *avif)
+
+
+def _silence_pillow() -> None:
+    """Pillow warns of sizes, which are judged here, and of damaged metadata, of which nothing is read."""
+    if _FROM_PILLOW not in warnings.filters:  # looked for each time, since others may have reset them
+        warnings.filterwarnings("ignore", module=_FROM_PILLOW[3].pattern)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "its format is not known"
+    if isinstance(error, Image.DecompressionBombError):
+        count = _COUNT.search(str(error))
+        many = f"{int(count[1]):,}" if count else "too many"
+        return f"it has {many} pixels, and pictures of more than {MOST_PIXELS:,} are not decoded"
+    if _LONG_TEXT in str(error):
+        return "a text or a colour profile in it is too large when unpacked"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _known_remedy(error: Exception) -> str | None:
+    """What helps against what Pillow refuses although it may be whole; None for damage."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "scale it down, or take it out of the set"
+    if _LONG_TEXT in str(error):
+        return "save it again without texts and profile, or take it out of the set"
+    return error.remedy if isinstance(error, _Unfit) else None
