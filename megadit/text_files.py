@@ -20,6 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
+REPLACED = "\ufffd"  # U+FFFD, which stands for what is no character
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -56,7 +57,7 @@ def has_half_pair(text: str) -> bool:
 
 def whole_text(text: str) -> str:
     """``text`` with U+FFFD in the place of each half of a surrogate pair."""
-    return _SURROGATE.sub("\ufffd", text)
+    return _SURROGATE.sub(REPLACED, text)
 
 
 def name_bytes(name: str) -> bytes:

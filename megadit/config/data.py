@@ -77,6 +77,9 @@ class DataConfig(Section):
     workers: int = Field(0, ge=0, description="decoding processes per rank")
     vae: VaeConfig | None = Field(None, description="train on latents of this autoencoder; null: on pixels")
     text: TextSource = TextSource()
+    max_missing_captions: float = Field(
+        0.5, ge=0, le=1, description="share of images without a caption up to which a run is warned and not refused"
+    )
     features: FeatureSource | None = Field(None, description="target features of the REPA loss; null: none")
 
     @field_validator("classes")

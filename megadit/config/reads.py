@@ -73,6 +73,7 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
     "data.skin_tones": (Choice("data.name", ("emoji",)),),
     "data.crop": (_OF_FILES,),
     "data.text": (_TEXT,),
+    "data.max_missing_captions": (_TEXT,),
     "data.text.pooled_path": (_TEXT, Choice("data.text.pooled", ("clip",))),
     "data.features": (Choice("objective.repa_weight", holds=_positive, remedy="objective.repa_weight above 0"),),
     "data.features.path": (Choice("data.features.encoder", ("dinov2",)),),

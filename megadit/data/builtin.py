@@ -33,11 +33,14 @@ def whole_set(config: DataConfig, *, labelled: bool) -> tuple[Subset, list[str]]
 
 
 def _whole(config: DataConfig, labelled: bool, num_classes: int | None = None) -> ArraySet | FolderSet | TarSet:
+    known = None if config.classes is not None else num_classes  # data.classes chooses some of the set's
     if config.name == "image-folder":
-        known = None if config.classes is not None else num_classes  # data.classes chooses some of the set's
-        return load_folder(config.path, config.image_size, labelled=labelled, crop=config.crop, num_classes=known)
+        captioned = config.condition == "text"
+        return load_folder(
+            config.path, config.image_size, labelled=labelled, captioned=captioned, crop=config.crop, num_classes=known
+        )
     if config.name == "webdataset":
-        return load_tars(config, num_classes)
+        return load_tars(config, known)
     return _in_memory(config)
 
 

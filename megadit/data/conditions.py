@@ -13,6 +13,7 @@ from megadit.conditioning import Conditioning, null_caption, null_label
 from megadit.config.model import ModelConfig, TextInput
 from megadit.config.run import RunConfig
 from megadit.data.batch import Batch
+from megadit.data.captions import check_captions
 from megadit.data.dataset import ImageSet
 from megadit.data.text import TextEncoder, TextTable, build_encoder, build_table, cache_folder, check_lengths
 from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
@@ -144,8 +145,8 @@ def check_text(config: RunConfig, train_set: ImageSet) -> None:
     """
     if config.model.text is None:
         return
-    if not _stores_text(train_set) and not any(train_set.caption(i) for i in range(len(train_set))):
-        raise UserError(f"data.condition: text, but no image of {train_set.name} has a caption; choose class or none")
+    if not _stores_text(train_set):
+        check_captions(train_set, config.data.max_missing_captions)
     encoder = _checked_encoder(config, train_set, "cpu")
     if encoder is not None and config.sample.prompts:
         check_lengths(encoder, config.sample.prompts, config.model.text.max_length, "sample.prompts")

@@ -102,6 +102,10 @@ class ImageSet(Protocol):
         """A description in words; may be empty."""
         ...
 
+    def source_of(self, i: int) -> str:
+        """Where image i comes from, for people: its file, or its place in one."""
+        ...
+
     def extras(self, i: int) -> dict[str, Tensor]:
         """What is stored beside the image: any of ``EXTRAS``; the same ones for every image of a set."""
         ...
@@ -149,6 +153,9 @@ class ArraySet:
 
     def caption(self, i: int) -> str:
         return self.captions[i]
+
+    def source_of(self, i: int) -> str:
+        return f"image {i} of {self.name}"
 
     def extras(self, i: int) -> dict[str, Tensor]:
         return {}
@@ -236,6 +243,9 @@ class Subset:
 
     def caption(self, i: int) -> str:
         return self.source.caption(self.indices[i])
+
+    def source_of(self, i: int) -> str:
+        return self.source.source_of(self.indices[i])
 
     def extras(self, i: int) -> dict[str, Tensor]:
         return self.source.extras(self.indices[i])

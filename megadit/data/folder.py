@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from megadit.config.data import Crop
-from megadit.config.json_text import JsonError, parse_json
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
-from megadit.data.image_files import FORMATS
-from megadit.data.labels import label_of, number_labels
 from megadit.data.listing import Listing, sizes_of
+from megadit.data.metadata import METADATA, check_listed, read_metadata
 from megadit.data.places import image_root
+from megadit.data.side_files import read_side_files
+from megadit.data.tree import EXTENSIONS, Findings, entries, images_below, same_folders
 from megadit.errors import UserError
-from megadit.text_files import decode
+from megadit.text_files import name_bytes, whole_text
 
 DEFAULT_SIZE = 256
-EXTENSIONS = frozenset(FORMATS)
-METADATA = "metadata.jsonl"
+# How the parts of a set are called where each has a folder of its own.
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
+_SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class FolderSet:
     stored: StoredFacts | None = None
     mirrored: ImageSet | None = None
     remarks: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()  # of metadata.jsonl, where images come from it
+    unread: tuple[str, ...] = ()  # keys of metadata.jsonl that nothing reads, or files in its place
 
     def __len__(self) -> int:
         return len(self.files)
@@ -53,6 +55,15 @@ class FolderSet:
     def path(self, i: int) -> Path:
         """The file of image i."""
         return Path(self.root, self.files[i])
+
+    def source_of(self, i: int) -> str:
+        told = f"line {self.lines[i]} of {Path(self.root, METADATA)}, {self.files[i]}" if self.lines else None
+        return told or str(self.path(i))
+
+    def check_files(self) -> None:
+        """Whether the files that ``metadata.jsonl`` names are there. Raises UserError that names the first."""
+        if self.lines:
+            check_listed(Path(self.root), self.files, self.lines)
 
     def image(self, i: int) -> Tensor:
         return read_image(self.path(i), self.image_size, self.crop)
@@ -70,148 +81,129 @@ class FolderSet:
         return {}
 
     def listing(self) -> Listing:
-        names, sizes = tuple(map(os.fsencode, self.files)), sizes_of(self.root, self.files)
+        names, sizes = tuple(map(name_bytes, self.files)), sizes_of(self.root, self.files)
         return Listing("image", names, sizes, np.array(self.labels, dtype=np.int64), self.captions)
 
 
 def load_folder(
-    path: str | None, image_size: int | None, *, labelled: bool, crop: Crop = "adm", num_classes: int | None = None
+    path: str | None,
+    image_size: int | None,
+    *,
+    labelled: bool,
+    captioned: bool = False,
+    crop: Crop = "adm",
+    num_classes: int | None = None,
 ) -> FolderSet:
-    """List the images under ``path``; no file is opened but ``metadata.jsonl``, which decides alone if it is there.
+    """List the images under ``path``. Of its files ``metadata.jsonl`` is opened, which decides alone if it is there,
+    and files of captions.
 
-    ``labelled``: whether classes are wanted. Without them all images below ``path`` are taken.
-    ``num_classes``: the model's, where it is known and all classes are meant.
+    ``labelled``: whether classes are wanted; ``captioned``: whether captions are. Without both all images below
+    ``path`` are taken. ``num_classes``: the model's, where it is known and all classes are meant.
 
-    Raises ``UserError`` for a missing folder, no images, or a metadata line that cannot be used.
+    Raises ``UserError`` for a missing folder, no images, folders that cannot be read, links that lead nowhere, or a
+    metadata line that cannot be used.
     """
     root = image_root(path)
     size = image_size or DEFAULT_SIZE
-    if (root / METADATA).is_file():
-        found = _from_metadata(root, size, labelled, num_classes)
+    if os.path.lexists(root / METADATA):
+        found = _from_metadata(root, size, labelled, captioned, num_classes)
     else:
-        found = _from_classes(root, size) if labelled else _from_files(root, size)
+        found = _from_classes(root, size) if labelled else _from_files(root, size, captioned)
     return replace(found, crop=crop)
 
 
 def _from_classes(root: Path, size: int) -> FolderSet:
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _skipped(entry.name)))
-    stray = next((e.name for e in sorted(os.scandir(root), key=lambda e: e.name) if _is_image(e.name)), None)
-    if stray is not None:
+    found = Findings(root)
+    classes, stray = entries(root, found)
+    if stray:
         raise UserError(
-            f"data.path: {root} has an image, {stray}, outside of any class; move images into one sub-folder per "
+            f"data.path: {root} has an image, {stray[0]}, outside of any class; move images into one sub-folder per "
             f"class, add a {METADATA}, or set data.condition=none"
         )
     files: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(classes):
-        found = [f"{folder}/{name}" for name in _images_below(root / folder)]
-        if not found:
-            raise UserError(f"data.path: the class folder {root / folder} has no images; fill or remove it")
-        files += found
-        labels += [label] * len(found)
+        images = [f"{folder}/{name}" for name in images_below(root / folder, found, outside=(root,))]
+        if not images:
+            images_below(root / folder, lying := Findings(root / folder))
+            raise UserError(
+                f"data.path: the class folder {root / folder} has no images{lying.held()}; fill or remove it"
+            )
+        files += images
+        labels += [label] * len(images)
     if not files:
-        raise UserError(f"data.path: {root} has no images; put them into one sub-folder per class, or add a {METADATA}")
+        raise UserError(
+            f"data.path: {root} has no images{found.held()}; put them into one sub-folder per class, or add a "
+            f"{METADATA}"
+        )
     return FolderSet(
         root=str(root),
         image_size=size,
-        classes=classes,
+        classes=tuple(classes),
         files=tuple(files),
         labels=tuple(labels),
-        captions=tuple(classes[label].replace("_", " ") for label in labels),
+        captions=tuple(whole_text(classes[label]).replace("_", " ") for label in labels),
         bases=tuple(f"{classes[label]}/{_stem(name)}" for name, label in zip(files, labels, strict=True)),
+        remarks=(*found.remarks(), *_class_remarks(root, classes)),
     )
 
 
-def _from_files(root: Path, size: int) -> FolderSet:
-    files = tuple(_images_below(root))
+def _class_remarks(root: Path, classes: Sequence[str]) -> Iterator[str]:
+    """What looks as if folders meant something else than classes."""
+    for first, again in same_folders(root, classes):
+        yield f"data.path: the classes {first} and {again} of {root} are one folder, whose images have both labels"
+    yield from _split_remark(root, classes)
+
+
+def _split_remark(root: Path, folders: Sequence[str]) -> Iterator[str]:
+    splits = [name for name in folders if name.lower() in _SPLITS]
+    if splits and len(splits) == len(folders):
+        first = next((name for name in splits if name.lower().startswith("train")), splits[0])
+        yield (
+            f"data.path: the folders of {root} are called {' and '.join(splits)}, as parts of a set are, and all of "
+            f"them are read; for one alone give data.path={root / first}"
+        )
+
+
+def _from_files(root: Path, size: int, captioned: bool) -> FolderSet:
+    found = Findings(root, texts=captioned)
+    files = tuple(images_below(root, found))
     if not files:
-        raise UserError(f"data.path: {root} has no images ({', '.join(sorted(EXTENSIONS))}); give another folder")
+        raise UserError(
+            f"data.path: {root} has no images ({', '.join(sorted(EXTENSIONS))}){found.held()}; give another folder"
+        )
+    captions, told = read_side_files(root, files, found.captions) if captioned else (("",) * len(files), ())
     return FolderSet(
         root=str(root),
         image_size=size,
         classes=(),
         files=files,
         labels=(0,) * len(files),
-        captions=("",) * len(files),
+        captions=captions,
         bases=tuple(_stem(name) for name in files),
+        remarks=(*told, *found.remarks(), *_split_remark(root, sorted({name.partition("/")[0] for name in files}))),
+        unread=found.tables(),
     )
 
 
-def _from_metadata(root: Path, size: int, labelled: bool, num_classes: int | None) -> FolderSet:
-    numbered = list(_metadata_lines(root))
-    lines = [entry for _, entry in numbered]
-    if not lines:
-        raise UserError(f"data.path: {root / METADATA} has no lines; give one JSON object per image")
+def _from_metadata(root: Path, size: int, labelled: bool, captioned: bool, num_classes: int | None) -> FolderSet:
+    lines = read_metadata(root, captioned=captioned)
     classes: tuple[str, ...] = ()
-    labels = [0] * len(lines)
+    labels = [0] * len(lines.files)
     if labelled:
-        classes, labels = _number_labels(root, numbered, num_classes)
-    files = tuple(entry["file_name"] for entry in lines)
+        classes, labels = lines.number_labels(num_classes)
     return FolderSet(
         root=str(root),
         image_size=size,
         classes=classes,
-        files=files,
+        files=lines.files,
         labels=tuple(labels),
-        captions=tuple(entry.get("caption", "") for entry in lines),
-        bases=tuple(_stem(name) for name in files),
+        captions=lines.captions,
+        bases=tuple(_stem(name) for name in lines.files),
+        remarks=lines.remarks,
+        lines=lines.numbers,
+        unread=lines.keys[:_SHOWN_KEYS],
     )
-
-
-def _number_labels(
-    root: Path, lines: list[tuple[int, dict[str, Any]]], num_classes: int | None
-) -> tuple[tuple[str, ...], list[int]]:
-    def where(i: int) -> str:
-        return f"line {lines[i][0]} of {root / METADATA}"
-
-    without = [number for number, entry in lines if "label" not in entry]
-    if without:
-        raise UserError(
-            f"data.path: {len(without)} of {len(lines)} lines of {root / METADATA} have no label, line {without[0]} "
-            "first; add them, or set data.condition=none"
-        )
-    given = [label_of(entry["label"], where(i)) for i, (_, entry) in enumerate(lines)]
-    return number_labels(given, where, num_classes)
-
-
-def _metadata_lines(root: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The checked objects of ``metadata.jsonl`` by line: file_name, and optionally caption and label."""
-    where = root / METADATA
-    try:
-        text = decode(where.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path: cannot read {where} ({error}); it must be UTF-8 text") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = parse_json(line)
-        except JsonError as error:
-            raise UserError(f"data.path: line {number} of {where} is not JSON ({error}); mend the line") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
-            raise UserError(f"data.path: line {number} of {where} has no file_name; name the image, relative to {root}")
-        if not isinstance(entry.get("caption", ""), str):
-            raise UserError(f"data.path: line {number} of {where}: caption must be a string, not {entry['caption']!r}")
-        yield number, entry
-
-
-def _images_below(folder: Path) -> list[str]:
-    """Image files under ``folder``, relative to it, sorted; hidden folders and files are passed over."""
-    found: list[str] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _skipped(name)]
-        relative = os.path.relpath(parent, folder)
-        prefix = "" if relative == "." else PurePosixPath(Path(relative)).as_posix() + "/"
-        found += [prefix + name for name in names if _is_image(name)]
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return not _skipped(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _skipped(name: str) -> bool:
-    return name.startswith((".", "__"))
 
 
 def _stem(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def sizes_of(folder: str, names: Sequence[str]) -> list[int]:
-    """The size of every file below ``folder`` in bytes; ``MISSING`` where there is none."""
+    """The size of every file below ``folder`` in bytes; ``MISSING`` where there is none, or a folder."""
     if len(names) <= _PER_THREAD:
         return [_size(folder, name) for name in names]
     parts = [names[first : first + _PER_THREAD] for first in range(0, len(names), _PER_THREAD)]
@@ -57,9 +58,10 @@ def sizes_of(folder: str, names: Sequence[str]) -> list[int]:
 
 def _size(folder: str, name: str) -> int:
     try:
-        return os.stat(f"{folder}/{name}").st_size  # a Path costs ten times as much
+        facts = os.stat(f"{folder}/{name}")  # a Path costs ten times as much
     except OSError:
         return MISSING
+    return MISSING if stat.S_ISDIR(facts.st_mode) else facts.st_size
 
 
 def record(listing: Listing) -> dict[str, Any]:

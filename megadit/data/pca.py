@@ -28,6 +28,7 @@ from megadit.data.dataset import ImageSet, stack_images, tell_remarks
 from megadit.errors import UserError
 from megadit.files import save_tensors, whole_file
 from megadit.ownership import is_lock, own
+from megadit.text_files import json_bytes
 
 _WEIGHTS = "codec.safetensors"
 _PER_PASS = 64
@@ -133,7 +134,7 @@ def save_pca(codec: PatchPca, folder: Path, facts: dict[str, Any]) -> None:
         **facts,
     }
     with whole_file(folder / "config.json") as temporary:  # last: a folder without it is no codec
-        temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(json.dumps(config, indent=1, ensure_ascii=False) + "\n"))
 
 
 def load_pca(folder: Path) -> PatchPca:

@@ -29,15 +29,16 @@ class ImageCheck:
 def check_images(dataset: ImageSet, *, seconds: float = 10.0, files: int = 100_000, decode: int = 16) -> ImageCheck:
     """Open up to ``files`` files of an image folder for at most ``seconds``, and decode ``decode`` of them.
 
-    Both are spread evenly over the set. Of tars, ``decode`` samples are read whole and as many checksums compared as
-    the time allows. Sets that are held in memory have nothing left to check.
-    Raises ``UserError`` that names the first empty, corrupt or missing file.
+    Both are spread evenly over the set; all files that a metadata.jsonl names are looked for. Of tars, ``decode``
+    samples are read whole and as many checksums compared as the time allows. Sets that are held in memory have nothing
+    left to check. Raises ``UserError`` that names the first empty, corrupt or missing file.
     """
     source, indices = (dataset.source, dataset.indices) if isinstance(dataset, Subset) else (dataset, None)
     if isinstance(source, TarSet):
         return _check_tars(source, list(range(len(source)) if indices is None else indices), seconds, decode)
     if not isinstance(source, FolderSet):
         return ImageCheck(files=0, opened=0, decoded=0)
+    source.check_files()
     chosen: Iterable[int] = range(len(source)) if indices is None else indices
     total = len(dataset)
     positions = list(chosen)
@@ -55,6 +56,13 @@ def check_images(dataset: ImageSet, *, seconds: float = 10.0, files: int = 100_0
         check_header(source.path(index))
         opened += 1
     return ImageCheck(files=total, opened=opened, decoded=decoded)
+
+
+def check_files(dataset: ImageSet) -> None:
+    """Whether the files that a metadata.jsonl names are there. Raises UserError that names the first that is not."""
+    source = dataset.source if isinstance(dataset, Subset) else dataset
+    if isinstance(source, FolderSet):
+        source.check_files()
 
 
 def _check_tars(source: TarSet, positions: list[int], seconds: float, decode: int) -> ImageCheck:

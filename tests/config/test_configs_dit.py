@@ -29,6 +29,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "data": {
         "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True, "crop": "adm",
         "val_fraction": 0.0, "skin_tones": False, "classes": None, "on_change": "refuse", "on_corrupt": "stop",
+        "max_missing_captions": 0.5,
         "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": None, "factor": 8}, "features": None,
         "text": {"encoder": "minilm", "path": None, "pooled": "none", "pooled_path": None, "precision": "fp32",
                  "cache": None},

@@ -29,6 +29,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "data": {
         "name": "webdataset", "path": None, "image_size": 256, "condition": "text", "flip": False, "crop": "adm",
         "val_fraction": 0.001, "skin_tones": False, "classes": None, "on_change": "refuse", "on_corrupt": "stop",
+        "max_missing_captions": 0.5,
         "workers": 4, "vae": {"path": None, "scale": None, "shift": None, "factor": 8},
         "features": {"encoder": "stored", "path": None, "image_size": 128, "cache": None},
         "text": {

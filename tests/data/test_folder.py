@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from helpers.folders import config, metadata, picture
 from megadit.config import DataConfig
 from megadit.data import build_datasets, check_images, describe
 from megadit.data.dataset import Subset
 from megadit.data.folder import FolderSet, load_folder
 from megadit.data.split import held_out
 from megadit.errors import UserError
-
-
-def picture(path: Path, value: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((6, 8, 3), value, np.uint8)).save(path)
-
-
-def config(path: Path, **more: object) -> DataConfig:
-    return DataConfig.model_validate({"name": "image-folder", "path": str(path), "image_size": 4, **more})
-
-
-def metadata(folder: Path, *lines: object) -> None:
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (folder / "metadata.jsonl").write_text(text + "\n", encoding="utf-8")
 
 
 def test_one_sub_folder_per_class(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megadit.config import DataConfig
 from megadit.data.batch import scale_images
 from megadit.data.builtin import whole_set
+from megadit.data.captions import check_captions
 from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
 from megadit.data.latents import Codec, VaeCodec, build_codec, check_vae, codec_identity, codec_scale
 from megadit.data.tars import members
@@ -35,6 +36,7 @@ from megadit.data.tars.layout import (
 )  # fmt: skip
 from megadit.data.tars.making import facts_of, key_of, set_writer, settings, words
 from megadit.data.tars.manifest import Manifest
+from megadit.data.verify import check_files
 from megadit.errors import UserError
 from megadit.files import save_tensors
 from megadit.ownership import refuse_occupied
@@ -85,6 +87,9 @@ def encode_set(
     refuse_occupied(folder)
     images, bases = whole_set(config, labelled=config.condition == "class")
     tell_remarks(images)
+    check_files(images)
+    if config.condition == "text":
+        check_captions(images, config.max_missing_captions)
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
     made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}

@@ -17,6 +17,7 @@ from megadit.data.tars.scanning import Entry, scan
 from megadit.data.tars.survey import Survey
 from megadit.errors import UserError
 from megadit.files import whole_file
+from megadit.text_files import name_bytes
 
 _VERSION = "1"  # of the file
 _SCAN = "2"  # of what a scan finds and refuses: what an older one kept in the cache is not taken
@@ -176,7 +177,7 @@ def _check(index: SampleIndex) -> None:
 
 
 def _joined(texts: Sequence[str]) -> bytes:
-    return "".join(text + "\0" for text in texts).encode("utf-8", "surrogateescape")
+    return b"".join(name_bytes(text) + b"\0" for text in texts)
 
 
 def _parted(data: bytes) -> tuple[str, ...]:
@@ -190,7 +191,7 @@ def cached_index(shards: Sequence[ShardFile]) -> SampleIndex:
     """
     digest = hashlib.sha256(f"{_VERSION}.{_SCAN}".encode())
     for shard in shards:
-        digest.update(f"{os.path.realpath(shard.path)}\0{shard.size}\0{shard.changed_ns}\0".encode("utf-8", "replace"))
+        digest.update(name_bytes(f"{os.path.realpath(shard.path)}\0{shard.size}\0{shard.changed_ns}\0"))
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(root).expanduser() / "megadit" / "tars" / f"{digest.hexdigest()[:32]}.safetensors"
     if path.is_file():

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from megadit.config import DataConfig
 from megadit.data.builtin import whole_set
+from megadit.data.captions import check_captions
 from megadit.data.dataset import ImageSet, tell_remarks
 from megadit.data.tars import members
 from megadit.data.tars.layout import CAPTION, JSON, LABEL, Progress, Sharding
 from megadit.data.tars.manifest import Manifest
 from megadit.data.tars.writing import SetWriter
+from megadit.data.verify import check_files
 from megadit.errors import UserError
 from megadit.ownership import refuse_occupied
 
@@ -31,6 +33,9 @@ def make_shards(
     refuse_occupied(folder)
     images, bases = whole_set(config, labelled=config.condition == "class")
     tell_remarks(images)
+    check_files(images)
+    if config.condition == "text":
+        check_captions(images, config.max_missing_captions)
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
     made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}
@@ -48,8 +53,8 @@ def make_shards(
 
 
 def settings(config: DataConfig) -> dict[str, Any]:
-    """The data section as the manifest keeps it: without ``on_change`` and ``on_corrupt``, which are about runs."""
-    return config.model_dump(mode="json", exclude={"on_change", "on_corrupt"})
+    """The data section as the manifest keeps it: without what is about runs, or only refuses."""
+    return config.model_dump(mode="json", exclude={"on_change", "on_corrupt", "max_missing_captions"})
 
 
 def set_writer(folder: Path, sharding: Sharding, made: dict[str, Any]) -> SetWriter:
@@ -80,7 +85,7 @@ def words(images: ImageSet, bases: list[str], i: int) -> dict[str, bytes]:
     facts: dict[str, Any] = {"caption": caption, "base": bases[i]}
     if images.classes:
         facts |= {"label": images.label(i), "class": images.classes[images.label(i)]}
-    found = {JSON: members.write_json(facts), CAPTION: caption.encode("utf-8")}
+    found = {JSON: members.write_json(facts), CAPTION: caption.encode()}
     return {**found, LABEL: str(images.label(i)).encode()} if images.classes else found
 
 

@@ -16,6 +16,7 @@ from megadit.data.tars.handles import ShardFile
 from megadit.data.tars.layout import INDEX, MANIFEST
 from megadit.errors import UserError
 from megadit.files import whole_file
+from megadit.text_files import json_bytes
 
 _FORMAT, _VERSION = "megadit tars", 1
 _TYPES: dict[str, Any] = {"int": int, "float": int | float, "bool": bool, "str": str, "dict[str, Any]": dict}
@@ -64,7 +65,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write ``manifest.json``; with it the set is complete."""
     values = {"format": _FORMAT, "version": _VERSION, "index": INDEX, **asdict(manifest)}
     with whole_file(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(json.dumps(values, indent=1, ensure_ascii=False) + "\n"))
 
 
 def load_manifest(folder: Path) -> Manifest | None:

@@ -18,6 +18,8 @@ from megadit.data.image_files import decode
 from megadit.data.npy import array_of
 from megadit.errors import UserError
 from megadit.file_kind import bytes_instead, text_instead
+from megadit.text_files import decode as decode_text
+from megadit.text_files import json_bytes, why_no_text
 
 _REMEDY = "write the shard again"
 
@@ -78,14 +80,16 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_text(data: bytes, where: str) -> str:
-    """A ``.txt`` member. Raises UserError that names ``where`` if it is not UTF-8, or a pointer or a web page."""
+    """A ``.txt`` member. Raises UserError that names ``where`` if it is not UTF-8 (or UTF-16 with its mark), or a
+    pointer or a web page.
+    """
     other = text_instead(data)
     if other is not None:
         raise UserError(f"data.path: {where} is not the text that is meant{_remedy(other)}")
     try:
-        return data.decode("utf-8").strip()
+        return decode_text(data).strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"data.path: {where} is not UTF-8 text ({error.reason}); {_REMEDY}") from None
+        raise UserError(f"data.path: {where} is not UTF-8 text ({why_no_text(error)}); {_REMEDY}") from None
 
 
 def _remedy(other: str | None) -> str:
@@ -94,5 +98,5 @@ def _remedy(other: str | None) -> str:
 
 
 def write_json(value: dict[str, Any]) -> bytes:
-    """A JSON object as UTF-8 bytes, keys in the order given."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8")
+    """A JSON object as UTF-8 bytes, keys in the order given; names that are not UTF-8 by escapes."""
+    return json_bytes(json.dumps(value, ensure_ascii=False))

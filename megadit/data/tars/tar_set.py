@@ -46,6 +46,7 @@ from megadit.data.tars.layout import (
 from megadit.data.tars.manifest import Manifest, check_sizes, load_manifest
 from megadit.errors import UserError
 from megadit.file_kind import file_instead
+from megadit.text_files import whole_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +97,24 @@ class TarSet:
         return max(int(self.index.labels[i]), 0)
 
     def caption(self, i: int) -> str:
+        facts = {}
         if self.index.place(i, JSON):
             facts = members.read_json(self.member(i, JSON), self.where(i, JSON))
             caption = facts.get("caption")
             if isinstance(caption, str):
-                return caption
+                return whole_text(caption)
             if caption is not None:  # null, as img2dataset writes it: there is none
                 raise UserError(
                     f"data.path: {self.where(i, JSON)} has caption {shown_name(shown(caption))}, which must be a text; "
                     "correct it, or leave it out to take the .txt"
                 )
-        return (
-            members.read_text(self.member(i, CAPTION), self.where(i, CAPTION)) if self.index.place(i, CAPTION) else ""
-        )
+        if self.index.place(i, CAPTION):
+            return members.read_text(self.member(i, CAPTION), self.where(i, CAPTION))
+        text = facts.get("text")  # as Hugging Face's data sets call it
+        return whole_text(text) if isinstance(text, str) else ""
+
+    def source_of(self, i: int) -> str:
+        return f"{self.index.keys[i]} in {self.shards[int(self.index.shard[i])].path}"
 
     def extras(self, i: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

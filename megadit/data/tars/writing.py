@@ -23,6 +23,7 @@ from megadit.data.tars.manifest import Manifest, ShardFacts, save_manifest, sha2
 from megadit.errors import UserError
 from megadit.files import whole_file
 from megadit.ownership import is_lock, own
+from megadit.text_files import json_bytes
 
 _HEADER = 512  # of a member in a tar
 
@@ -128,10 +129,10 @@ def _begin(folder: Path, recipe: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
         raise UserError(f"--out: '{folder}' holds a finished set; choose another folder, or remove it")
-    text = json.dumps(recipe, sort_keys=True, indent=1, ensure_ascii=False)
+    text = json_bytes(json.dumps(recipe, sort_keys=True, indent=1, ensure_ascii=False))
     own = folder / RECIPE
     if own.is_file():
-        if own.read_text(encoding="utf-8") != text:
+        if own.read_bytes() != text:
             raise UserError(
                 f"--out: '{folder}' holds a set that another command began; give the same command to go on with it, "
                 "choose another folder, or remove it"
@@ -140,7 +141,7 @@ def _begin(folder: Path, recipe: Mapping[str, Any]) -> None:
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     else:
         with whole_file(own) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(text)
 
 
 class _Shard:

@@ -1,0 +1,78 @@
+"""Whether the images of a text-conditional run have captions, counted before training."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path, PurePosixPath
+
+from megadit.data.dataset import ImageSet, Subset
+from megadit.data.folder import FolderSet
+from megadit.data.tree import CAPTIONS
+from megadit.errors import UserError, say
+from megadit.text_files import REPLACED
+
+
+def check_captions(images: ImageSet, most_missing: float) -> None:
+    """Count captions that are empty, or hold U+FFFD for what was no character, and warn of both.
+
+    Raises UserError where more than the share ``most_missing`` of the captions is empty, or all are.
+    """
+    missing: list[int] = []
+    replaced: list[int] = []
+    for i in range(len(images)):
+        caption = images.caption(i)
+        if not caption.strip():
+            missing.append(i)
+        elif REPLACED in caption:
+            replaced.append(i)
+    if missing:
+        _judge(images, missing, most_missing)
+    if replaced:
+        _warn(
+            f"{len(replaced)} of {len(images)} captions hold U+FFFD in the place of what is no character "
+            f"({images.source_of(replaced[0])} first)"
+        )
+
+
+def _judge(images: ImageSet, missing: list[int], most_missing: float) -> None:
+    count, first = len(images), images.source_of(missing[0])
+    hint = _hint(images, missing[0])
+    if len(missing) == count:
+        raise UserError(
+            f"data.condition: text, but no image of {images.name} has a caption; choose class or none, or give "
+            f"captions{hint}"
+        )
+    told = f"{len(missing)} of {count} images have no caption ({first} first)"
+    share = len(missing) / count
+    if share > most_missing:
+        raise UserError(
+            f"data.condition: text, but {told}; give captions{hint}, or allow it by data.max_missing_captions="
+            f"{math.ceil(share * 1000) / 1000:g}"
+        )
+    _warn(f"{told}; they are trained on as pictures of the empty text")
+
+
+def _hint(images: ImageSet, i: int) -> str:
+    """Where captions are read from, and what lies there that is not read."""
+    source, i = (images.source, images.indices[i]) if isinstance(images, Subset) else (images, i)
+    if not isinstance(source, FolderSet):
+        return ""
+    if not source.lines:
+        table = f"; {source.unread[0]} is not read" if source.unread else ""
+        stem = PurePosixPath(source.files[i]).stem
+        return f" in a metadata.jsonl, or in text files beside the images ({stem}.txt){table}"
+    beside = next((name for name in _side_files(source.files[i]) if Path(source.root, name).is_file()), None)
+    if beside is not None:
+        return f" (metadata.jsonl alone is read, and not {beside}: write its text into the line, or remove the first)"
+    keys = f"; there is also {', '.join(source.unread)}" if source.unread else ""
+    return f" under the key caption or text of metadata.jsonl{keys}"
+
+
+def _side_files(name: str) -> list[str]:
+    return [os.path.splitext(name)[0] + ending for ending in CAPTIONS]
+
+
+def _warn(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"warning: {text}")

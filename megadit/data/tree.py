@@ -1,0 +1,237 @@
+"""The image files below a folder, and what else lies there: links are followed, and nothing is left out silently."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megadit.data.image_files import FORMATS
+from megadit.errors import UserError
+
+EXTENSIONS = frozenset(FORMATS)
+CAPTIONS = (".txt", ".caption")  # of files beside images that hold their captions
+# What other programs put beside images to describe them, and is not read here.
+_TABLES = frozenset(
+    {"metadata.csv", "metadata.parquet", "metadata.json", "captions.txt", "captions.json", "captions.csv", "labels.csv"}
+)
+_TABLE_KINDS = frozenset({".parquet", ".arrow", ".tar", ".zip"})
+_SHOWN = 5  # kinds of files in a sentence
+
+_SENTENCES = {  # for one and for more of what was counted
+    "other": (
+        "file BELOW is no image that is read here and is left out",
+        "files BELOW are no images that are read here and are left out",
+    ),
+    "hidden": (
+        "image or folder BELOW is left out, since its name begins with . or __",
+        "images and folders BELOW are left out, since their names begin with . or __",
+    ),
+    "again": (
+        "link BELOW leads to a folder that is listed by another path and is not followed",
+        "links BELOW lead to folders that are listed by another path and are not followed",
+    ),
+    "dangling": ("link BELOW leads nowhere and is left out", "links BELOW lead nowhere and are left out"),
+}
+
+_Key = tuple[int, int]  # st_dev, st_ino: what a folder is, by whatever path
+
+
+@dataclass
+class Findings:
+    """What lies below ``root`` beside images, counted, with the first of each by name as its sentence shows it.
+
+    texts: whether files of captions are wanted, whose paths ``captions`` then holds.
+    """
+
+    root: Path
+    texts: bool = False
+    captions: set[str] = field(default_factory=set)
+    kinds: Counter[str] = field(default_factory=Counter)  # extensions of what is no image
+    _first: dict[str, str] = field(default_factory=dict)
+    _counts: Counter[str] = field(default_factory=Counter)
+
+    def below(self, path: str) -> str:
+        """``path`` without the root's own."""
+        return path.removeprefix(str(self.root)).lstrip("/")
+
+    def note(self, what: str, path: str) -> None:
+        """Count a path, relative to ``root``, under ``what``."""
+        self._counts[what] += 1
+        self._first[what] = min(path, self._first.get(what, path))
+
+    def other(self, path: str) -> None:
+        """Count a file that is no image."""
+        name = os.path.basename(path)
+        extension = os.path.splitext(name)[1].lower()
+        if self.texts and extension in CAPTIONS and name.lower() not in _TABLES:
+            self.captions.add(path)
+        elif name.lower() in _TABLES or name == "metadata.jsonl":  # the one of root itself is read, and not walked by
+            self.note("table", path)
+        else:
+            self.kinds[extension] += 1
+            self.note("other", path)
+
+    def held(self) -> str:
+        """What lies there, for the end of a sentence that says that there are no images; empty for an empty folder."""
+        kinds = _kinds(self.kinds + Counter({"metadata files": self._counts["table"]}))
+        if not kinds:
+            return ""
+        packed = " (tars are read by data.name=webdataset; unpack other archives and tables into image files)"
+        return f"; it holds {kinds}{packed if _TABLE_KINDS & set(self.kinds) else ''}"
+
+    def tables(self) -> tuple[str, ...]:
+        """The first of the files that describe images and are not read; empty without."""
+        return (self._first["table"],) if self._counts["table"] else ()
+
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence for each kind of what is left out."""
+        found = []
+        for what, (one, many) in _SENTENCES.items():
+            count = self._counts[what]
+            if count:
+                told = (one if count == 1 else many).replace("BELOW", f"below {self.root}")
+                kinds = f"{_kinds(self.kinds)}; " if what == "other" else ""
+                found.append(f"data.path: {count} {told} ({kinds}first: {self._first[what]})")
+        if self._counts["table"]:
+            first = self._first["table"]
+            where = f", or give data.path={self.root / Path(first).parent}" if first.endswith("/metadata.jsonl") else ""
+            found.append(
+                f"data.path: {self.root / first} is not read; labels and captions come from a metadata.jsonl in "
+                f"{self.root}, one JSON object per image{where}"
+            )
+        return tuple(found)
+
+
+def images_below(folder: Path, found: Findings, outside: Iterable[Path] = ()) -> list[str]:
+    """Image files under ``folder``, relative to it, sorted. Links to folders are followed after all that lies there
+    itself, and each folder is listed once; what is passed over goes into ``found``.
+
+    ``outside``: folders around it, to which no link leads in. Raises UserError for a folder that cannot be read, and
+    for a link or device in the place of an image.
+    """
+    visited = {_key(path) for path in outside}
+    if _key(folder) in visited:
+        raise UserError(f"data.path: {folder} is a link to a folder in which it lies; remove it")
+    images: list[str] = []
+    links: list[str] = []
+    _walk(folder, "", found, images, links, visited)
+    while links:
+        batch, links = sorted(links), []
+        for link in batch:
+            _walk(folder, link, found, images, links, visited)
+    return sorted(images)
+
+
+def entries(folder: Path, found: Findings) -> tuple[list[str], list[str]]:
+    """(folders and links to folders, images) in ``folder`` alone, sorted. Raises UserError as ``images_below``."""
+    folders: list[str] = []
+    images: list[str] = []
+    for name, kind in _scan(str(folder), found):
+        if kind != "other":
+            (images if kind == "image" else folders).append(name)
+    return sorted(folders), sorted(images)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return not _skipped(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def same_folders(folder: Path, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names in ``folder`` that are one and the same folder."""
+    first: dict[_Key, str] = {}
+    return [(first[key], name) for name in names if first.setdefault(key := _key(folder / name), name) != name]
+
+
+def _walk(folder: Path, start: str, found: Findings, images: list[str], links: list[str], visited: set[_Key]) -> None:
+    """All below ``folder/start``, a link where it is not empty; the links to folders in it go into ``links``."""
+    pending = [f"{start}/" if start else ""]
+    while pending:
+        prefix = pending.pop()
+        path = f"{folder}/{prefix}".rstrip("/")
+        key = _key(path)
+        if start and key in visited:
+            found.note("again", found.below(path))
+            continue
+        visited.add(key)
+        for name, kind in _scan(path, found):
+            if kind == "image":
+                images.append(prefix + name)
+            elif kind == "link":
+                links.append(prefix + name)
+            elif kind == "folder":
+                pending.append(f"{prefix}{name}/")
+
+
+def _scan(folder: str, found: Findings) -> Iterator[tuple[str, str]]:
+    """(name, "folder" | "link" | "image" | "other") of what lies in ``folder``; hidden names are counted only."""
+    try:
+        with os.scandir(folder) as scanned:
+            listed = list(scanned)
+    except OSError as error:
+        raise UserError(
+            f"data.path: the folder {folder} cannot be read ({error.strerror or error}); give yourself the right to "
+            "read it, or take it away"
+        ) from None
+    for entry in listed:
+        kind = _kind(entry)
+        if _skipped(entry.name):
+            hidden = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+            if kind in ("folder", "link") or hidden:
+                found.note("hidden", found.below(entry.path))
+            continue
+        if kind in ("dangling", "special"):
+            _refuse_or_count(entry, kind, found)
+            continue
+        if kind == "other":
+            found.other(found.below(entry.path))
+        yield entry.name, kind
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir():
+            return "link" if entry.is_symlink() else "folder"
+        if entry.is_file():
+            return "image" if is_image(entry.name) else "other"
+    except OSError:  # links in a circle
+        return "dangling"
+    return "dangling" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
+
+
+def _refuse_or_count(entry: os.DirEntry[str], kind: str, found: Findings) -> None:
+    """A link that leads nowhere is refused where an image or a folder may be missing; others are counted."""
+    extension = os.path.splitext(entry.name)[1].lower()
+    if kind == "special":
+        if extension in EXTENSIONS:
+            raise UserError(f"data.path: {entry.path} is no regular file (a pipe, a socket or a device); take it away")
+        found.other(found.below(entry.path))
+        return
+    if extension in EXTENSIONS or not extension:
+        raise UserError(
+            f"data.path: {entry.path} is a link to {os.readlink(entry.path)!r}, which is not there; restore what it "
+            "leads to (a disk that is not mounted?), or remove the link"
+        )
+    found.note("dangling", found.below(entry.path))
+
+
+def _key(path: str | Path) -> _Key:
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise UserError(f"data.path: the folder {path} cannot be read ({error.strerror or error})") from None
+    return facts.st_dev, facts.st_ino
+
+
+def _skipped(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _kinds(kinds: Counter[str]) -> str:
+    """ "10 .avif, 2 without an extension" """
+    order = sorted(((kind, count) for kind, count in kinds.items() if count), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {kind or 'without an extension'}" for kind, count in order[:_SHOWN]]
+    return ", ".join([*parts, *([f"{len(order) - _SHOWN} kinds more"] if len(order) > _SHOWN else [])])

@@ -1,0 +1,97 @@
+"""Captions beside images and captions that are missing, counted before a run begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers.folders import config, metadata, picture
+from megadit.data import ImageSet, build_datasets
+from megadit.data.captions import check_captions
+from megadit.errors import UserError
+
+
+def folder(tmp_path: Path, texts: dict[str, str | bytes], count: int = 8) -> Path:
+    """So many images 0.png, 1.png, ..., in sub-folders of two, and files of captions."""
+    for i in range(count):
+        picture(tmp_path / f"{i % 2}" / f"{i}.png")
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return tmp_path
+
+
+def read(path: Path) -> ImageSet:
+    return build_datasets(config(path, condition="text", val_fraction=0.0))[0]
+
+
+def captions(path: Path) -> list[str]:
+    images = read(path)
+    return [images.caption(i) for i in range(len(images))]
+
+
+def test_files_of_captions_beside_the_images_are_read_and_told(tmp_path: Path) -> None:
+    mark = "\ufeffone cat\r\n".encode("utf-8")
+    texts = {"0/0.txt": mark, "0/2.caption": "two", "1/1.png.txt": "größte", "1/3.txt": "3".encode("utf-16")}
+    path = folder(tmp_path, {**texts, "0/notes.txt": "of no image", "0/2.txt": " two\n"})
+    assert captions(path) == ["one cat", "two", "", "", "größte", "3", "", ""]
+    told = "\n".join(read(path).remarks)
+    assert "read from text files beside the images, 5 in all" in told
+    assert "no image beside them are left out, 1 in all (first: 0/notes.txt)" in told
+    other = build_datasets(config(path, condition="none", val_fraction=0.0))[0]
+    assert "6 files below" not in str(other.caption(0)) and "5 .txt, 1 .caption" in other.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        ({"0/0.txt": b"a\ncaf\xe9"}, r"0/0\.txt is not text \(line 2 has the byte 0xe9, which is not UTF-8\)"),
+        ({"0/0.txt": "a", "0/0.caption": "b"}, r"0\.txt and .*0\.caption hold different captions of one image"),
+        ({"0/0.txt": "version https://git-lfs.github.com/spec/v1\n"}, "it is a git-LFS pointer"),
+    ],
+)
+def test_files_of_captions_that_cannot_be_used(tmp_path: Path, texts: dict[str, str | bytes], sentence: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.path: .*{sentence}"):
+        read(folder(tmp_path, texts))
+
+
+def test_captions_missing_for_seven_of_eight_are_refused_and_the_remedy_works(tmp_path: Path) -> None:
+    images = read(folder(tmp_path, {"0/0.txt": "a", "0/2.txt": " \n\t"}))
+    with pytest.raises(
+        UserError, match=r"^data\.condition: text, but 7 of 8 images have no caption \(.*0/2\.png first"
+    ) as caught:
+        check_captions(images, 0.5)
+    share = str(caught.value).rpartition("data.max_missing_captions=")[2]
+    assert share == "0.875" and "(2.txt)" in str(caught.value)
+    check_captions(images, float(share))
+
+
+def test_some_missing_captions_are_a_warning_once_on_a_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = read(folder(tmp_path, {f"{i % 2}/{i}.txt": f"a {i}" for i in range(6)} | {"0/0.txt": "cut \ufffd"}))
+    check_captions(images, 0.5)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: 2 of 8 images have no caption") and "6.png first)" in err
+    assert "warning: 1 of 8 captions hold U+FFFD" in err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_captions(images, 0.5)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_caption_at_all_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"metadata.csv": "file_name,text\n"})
+    with pytest.raises(
+        UserError, match=r"no image of image-folder has a caption; .*\(0\.txt\); metadata\.csv is not re"
+    ):
+        check_captions(read(path), 1.0)
+
+
+def test_metadata_without_captions_says_what_it_has(tmp_path: Path) -> None:
+    folder(tmp_path, {})
+    metadata(tmp_path, *({"file_name": f"0/{i}.png", "prompt": "x", "caption": "a" * (i == 0)} for i in (0, 2, 4, 6)))
+    with pytest.raises(UserError, match=r"3 of 4 images .*\(line 2 of .*0/2\.png first\).*caption or text of .*prompt"):
+        check_captions(read(tmp_path), 0.5)
+    (tmp_path / "0" / "2.txt").write_text("x")
+    with pytest.raises(UserError, match=r"metadata\.jsonl alone is read, and not 0/2\.txt"):
+        check_captions(read(tmp_path), 0.5)
