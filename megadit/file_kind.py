@@ -7,11 +7,16 @@ format. Readers ask here once they cannot read a file, and so give the remedy th
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
+
+from megadit.errors import UserError
 
 HEAD_BYTES = 4096  # of a file, which tell its kind; a tar's mark stands at 257
 _AGAIN = "fetch or copy it again"
@@ -97,7 +102,19 @@ _ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")
 _ZIP_END, _ZIP_END_BYTES = b"PK\x05\x06", 22 + 65535  # of the record that ends an archive, with its comment
 PICTURES = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "heif")  # ids of what Pillow may read
 _NO_TEXT = ("git-lfs", "git-annex", "html")  # ids of texts that stand in place of another file
+_BY_ENDING = {  # ids that a file of such a name may have
+    ".safetensors": ("safetensors",),
+    ".bin": ("torch", "old-torch"),
+    ".pt": ("torch", "old-torch"),
+    ".pth": ("torch", "old-torch"),
+    ".json": ("json", "text"),
+    ".txt": ("text", "json", "xml"),
+    ".model": ("text",),
+    ".npz": ("npz", "zip"),
+    ".npy": ("npy",),
+}
 _HEADER_BYTES = 2**27  # of a safetensors file at most; the library takes 100 MB
+_PARSED_BYTES = 2**24  # of a header that is looked into
 _PNG_END, _JPEG_END = b"IEND\xaeB`\x82", b"\xff\xd9"
 
 
@@ -173,6 +190,18 @@ def bytes_instead(data: bytes, *wanted: str) -> str | None:
     return other if other is not None or kind is None else _cut_off(io.BytesIO(data), kind)
 
 
+def refuse_others(key: str, paths: Iterable[Path]) -> None:
+    """Raise UserError that names ``key`` for the first of ``paths`` that is something else than its ending says.
+
+    Files that are not there, and those of other endings, are passed over.
+    """
+    for path in paths:
+        wanted = _BY_ENDING.get(path.suffix)
+        told = file_instead(path, *wanted) if wanted else None
+        if told is not None:
+            raise UserError(f"{key}: '{path}' is not what its name says: {told}")
+
+
 def text_instead(data: bytes) -> str | None:
     """What stands in place of a text that was meant: a pointer or a web page, which read as text; None otherwise."""
     kind = kind_of(data[:HEAD_BYTES], len(data))
@@ -214,8 +243,7 @@ def _cut_off(file: BinaryIO, kind: FileKind) -> str | None:
     end = file.read(_ZIP_END_BYTES)
     missing = None
     if kind.id == "safetensors":
-        file.seek(0)
-        missing = _short_safetensors(file.read(8), size)
+        missing = _short_safetensors(file, size)
     elif kind.id in ("torch", "npz", "zip") and _ZIP_END not in end:
         missing = "the table at its end is missing"
     elif (kind.id == "png" and _PNG_END not in end) or (kind.id == "jpeg" and _JPEG_END not in end):
@@ -223,6 +251,18 @@ def _cut_off(file: BinaryIO, kind: FileKind) -> str | None:
     return None if missing is None else f"it is cut off: {missing}; {_AGAIN}"
 
 
-def _short_safetensors(begin: bytes, size: int) -> str | None:
-    header = int.from_bytes(begin, "little")
-    return f"its header alone has {header:,} bytes, the file {size:,}" if header + 8 > size else None
+def _short_safetensors(file: BinaryIO, size: int) -> str | None:
+    """What a safetensors file lacks: of its header, or of the tensors that this lists."""
+    file.seek(0)
+    header = int.from_bytes(file.read(8), "little")
+    if header + 8 > size:
+        return f"its header alone has {header:,} bytes, the file {size:,}"
+    if header > _PARSED_BYTES:
+        return None
+    try:
+        entries = json.loads(file.read(header)).values()
+        ends = [entry["data_offsets"][1] for entry in entries if "data_offsets" in entry]
+        needed = 8 + header + max(ends, default=0)
+        return f"its tensors need {needed:,} bytes, the file has {size:,}" if needed > size else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no header of tensors
+        return None

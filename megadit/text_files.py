@@ -11,6 +11,8 @@ from __future__ import annotations
 import codecs
 import re
 
+from megadit.file_kind import bytes_instead
+
 _MARK = "\ufeff"  # U+FEFF at the beginning: the byte order mark
 # UTF-32 first: its mark begins with that of UTF-16.
 _MARKS = (
@@ -31,7 +33,10 @@ def decode(data: bytes) -> str:
 
 
 def why_no_text(error: UnicodeDecodeError) -> str:
-    """What ``decode`` met, for people: the line and the byte."""
+    """What ``decode`` met, for people: what the file is, or the line and the byte."""
+    other = bytes_instead(error.object, "text", "json", "xml", "html")
+    if other is not None:
+        return other
     if error.encoding != "utf-8":
         return f"it begins as {error.encoding.upper()} and is none ({error.reason} at byte {error.start})"
     line = error.object.count(b"\n", 0, error.start) + 1

@@ -21,7 +21,22 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from megadit.file_kind import bytes_instead, file_instead, instead, kind_of, kind_of_file, text_instead
+from megadit.config.ds_file import read_ds_config
+from megadit.config.json_fields import Fields
+from megadit.config.sources import read_yaml
+from megadit.diffusion.classes import read_classes
+from megadit.diffusion.prompt_files import read_prompts
+from megadit.errors import UserError
+from megadit.file_kind import (
+    bytes_instead,
+    file_instead,
+    instead,
+    kind_of,
+    kind_of_file,
+    refuse_others,
+    text_instead,
+)
+from megadit.search.verdict.table import Columns, verify_table
 
 
 def _torch(legacy: bool) -> bytes:
@@ -145,6 +160,68 @@ def test_a_text_that_begins_like_another_file_is_a_text(text: str) -> None:
 def test_pointers_and_pages_are_no_texts() -> None:
     assert "git lfs pull" in str(text_instead(LFS))
     assert "web page" in str(text_instead(b"<!DOCTYPE html>"))
+
+
+def test_tensors_that_are_cut_off(tmp_path: Path) -> None:
+    data = save({"weight": torch.zeros(100)})
+    assert bytes_instead(data, "safetensors") is None
+    assert "its tensors need" in str(bytes_instead(data[:-8], "safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        ("model.safetensors", LFS, "run `git lfs pull`"),
+        ("model.safetensors", _torch(legacy=False), "it is a torch file"),
+        ("pytorch_model.bin", b"<html>", "web page"),
+        ("config.json", b"", "it is an empty file"),
+        ("vocab.txt", LFS, "run `git lfs pull`"),
+        ("spiece.model", b"<!doctype html>", "web page"),
+    ],
+)
+def test_files_are_held_to_their_endings(tmp_path: Path, name: str, data: bytes, told: str) -> None:
+    good = {
+        "model.safetensors": save({}),
+        "config.json": b"{}",
+        "vocab.txt": b"[PAD]\nhtml\n",
+        "spiece.model": b"\x0a\x0e",
+    }
+    good["pytorch_model.bin"] = _torch(legacy=True)
+    (tmp_path / name).write_bytes(good[name])
+    refuse_others("data.text.path", [tmp_path / name, tmp_path / "gone.json", tmp_path / "README.md"])
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"^data.text.path: '.*{name}' is not what its name says: .*{told}"):
+        refuse_others("data.text.path", [tmp_path / name])
+
+
+# What reads a text or JSON file that a user names, and the option in its message.
+TEXT_READERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "configuration": (read_yaml, "config: "),
+    "ds_config": (read_ds_config, "--ds_config: "),
+    "prompts": (read_prompts, "--prompts: "),
+    "json": (lambda path: Fields.of_file(path, "IN"), "IN: "),
+    "table": (lambda path: verify_table(path, Columns("scale", "hp", "score"), lower=True), "--table: "),
+    "classes": (lambda path: read_classes(path.parent), ""),
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (LFS, "it is a git-LFS pointer; run `git lfs pull`"),
+        (b"<!DOCTYPE html>\n<html>\n<body>\nSign in\n</body>\n", r"it is a web page \(HTML\); fetch the file itself"),
+        (_torch(legacy=False), "it is a torch file"),
+        (gzip.compress(b"a: 1"), "it is compressed by gzip; unpack it first"),
+    ],
+    ids=["pointer", "page", "torch", "gzip"],
+)
+@pytest.mark.parametrize("reader", TEXT_READERS)
+def test_a_text_that_is_something_else_is_never_read(reader: str, data: bytes, told: str, tmp_path: Path) -> None:
+    read, option = TEXT_READERS[reader]
+    path = tmp_path / ("classes.json" if reader == "classes" else "x.json" if reader == "ds_config" else "x.yaml")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"^{option}.*{path.name}.*{told}"):
+        read(path)
 
 
 def test_folders_pipes_and_what_is_not_there(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any
 
+from megadit.file_kind import bytes_instead
+
 _COMMENT = ("//", "/*", "#")
 _SPACE = re.compile(r"\s*")
 _MOST_DIGITS = 1000  # of a whole number; int() itself refuses 4300
@@ -26,8 +28,18 @@ def parse_json(data: bytes | str, *, finite: bool = False) -> Any:
 
     Raises:
         JsonError: it is none, naming comments, trailing commas, single quotes and keys that are there twice, or is
-            nested more than 100 levels deep.
+            nested more than 100 levels deep; or the bytes are those of another file, such as a web page.
     """
+    try:
+        return _parsed(data, finite)
+    except JsonError:
+        other = None if isinstance(data, str) else bytes_instead(data, "json", "text")
+        if other is None:
+            raise
+    raise JsonError(f"is no JSON: {other}")
+
+
+def _parsed(data: bytes | str, finite: bool) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
     except UnicodeDecodeError:

@@ -15,6 +15,7 @@ from typing import Any
 from megadit.config.values import meaning
 from megadit.config.yaml_text import YamlError, parse_yaml, shortened
 from megadit.errors import UserError
+from megadit.file_kind import text_instead
 from megadit.files import begins_with
 from megadit.text_files import decode, has_half_pair, why_no_text
 
@@ -104,9 +105,14 @@ def _bases(value: Any, path: Path) -> list[Path]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in the YAML file at ``path``; a key written twice is refused. Raises UserError."""
     try:
-        values = parse_yaml(decode(path.read_bytes()))
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"config: cannot read {path}: {error.strerror}") from None
+    other = text_instead(data)
+    if other is not None:
+        raise UserError(f"config: {display(path)} is not a YAML file: {other}")
+    try:
+        values = parse_yaml(decode(data))
     except UnicodeDecodeError as error:
         raise UserError(
             f"config: {display(path)} is not a text file ({why_no_text(error)}); give a YAML file in UTF-8"

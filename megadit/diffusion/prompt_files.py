@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadit.errors import UserError
+from megadit.file_kind import text_instead
 from megadit.text_files import decode, has_half_pair, split_lines, why_no_text
 
 
@@ -16,11 +17,16 @@ def read_prompts(path: Path) -> list[str]:
     """
     remedy = "give a text file of a prompt a line"
     try:
-        text = decode(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts: '{path}' is not a text file ({why_no_text(error)}); save it as UTF-8") from error
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"--prompts: '{path}' cannot be read ({error.strerror or error}); {remedy}") from error
+    other = text_instead(data)
+    if other is not None:
+        raise UserError(f"--prompts: '{path}' holds no prompts: {other}")
+    try:
+        text = decode(data)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts: '{path}' is not a text file ({why_no_text(error)}); save it as UTF-8") from error
     lines = split_lines(text.replace("\r\n", "\n").replace("\r", "\n"))
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:

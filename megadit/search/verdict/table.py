@@ -18,6 +18,7 @@ from typing import Any
 
 from megadit.config.values import number
 from megadit.errors import UserError
+from megadit.file_kind import text_instead
 from megadit.search.ties import same_hps
 from megadit.search.verdict.verdict import Limits, Sample, Verdict, judge
 from megadit.search.verdict.verify import nearest
@@ -94,7 +95,11 @@ def verify_table(
 
 def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
     try:
-        with io.StringIO(decode(path.read_bytes()), newline="") as file:
+        data = path.read_bytes()
+        other = text_instead(data)
+        if other is not None:
+            raise UserError(f"--table: {path} is no CSV: {other}")
+        with io.StringIO(decode(data), newline="") as file:
             reader = csv.DictReader(file, restkey=_EXTRA, restval=None, skipinitialspace=True)
             reader.fieldnames = names = [(name or "").strip() for name in (reader.fieldnames or [])]
             rows: list[tuple[int, Mapping[str, Any]]] = [(reader.line_num, row) for row in reader]
