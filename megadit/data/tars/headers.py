@@ -140,6 +140,7 @@ class TarHeaders:
             what = "its name holds a zero byte" if "\0" in name else f"it cannot have {size} bytes"
             raise self._damaged(at - BLOCK, f"the header of {shown} is none: {what}")
         if info.type == tarfile.GNUTYPE_SPARSE or any(map(_sparse, extended)):
+            shown = shown_name(extended.get("GNU.sparse.name", name))
             raise UserError(
                 f"data.path: {shown} in {self.shard.path} is stored as a sparse file, whose bytes do not lie together; "
                 "write the tar again without --sparse"

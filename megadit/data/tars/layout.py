@@ -114,15 +114,16 @@ def overlooked(folder: Path) -> list[str]:
     below = [entry.name for entry in looked if next(Path(entry.path).glob("*.tar"), None) is not None]
     found = []
     if packed:
-        found.append(f"{_count(packed)} in {folder} not read: tars are read unpacked (gunzip, unzstd), named .tar")
+        found.append(f"packed tars are not read ({_count(packed)} in {folder}): unpack them to names that end in .tar")
     if below:
-        found.append(f"tars in {_count(below)} below {folder} not read: give them as data.path, or move them up")
+        found.append(
+            f"tars in sub-folders are not read ({_count(below)} in {folder}): move them up, or give the folder"
+        )
     return found
 
 
 def _count(names: list[str]) -> str:
-    first = shown_name(names[0])
-    return f"{first} is" if len(names) == 1 else f"{first} and {len(names) - 1:,} more are"
+    return shown_name(names[0]) + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
 def expand(pattern: str) -> list[str]:

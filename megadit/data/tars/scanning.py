@@ -114,7 +114,7 @@ def _groups(shard: ShardFile, survey: Survey) -> Iterator[_Group]:
 
 def _no_part(member: Member, extension: str) -> str | None:
     """Why a member is part of no sample; None if it is."""
-    if PurePosixPath(member.name).name.startswith((".", "__")):
+    if member.name.rpartition("/")[2].startswith((".", "__")):
         return "hidden"
     if not extension:
         return "bare"
@@ -169,7 +169,7 @@ def _place_taken(shard: ShardFile, key: str, first: str, second: str, extension:
 def _apart(shard: ShardFile, member: Member, extension: str, earlier: dict[str, tuple[int, int]]) -> UserError:
     """The sentence for a key that comes again."""
     name, (key, _) = shown_name(member.name), split_member(member.name)
-    other = min(earlier, key=lambda kind: earlier[kind][0])
+    other = extension if extension in earlier else min(earlier, key=lambda kind: earlier[kind][0])
     first = f"{shown_name(key)}.{other} at byte {earlier[other][0]}"
     if extension in earlier:
         return UserError(

@@ -9,12 +9,13 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 
 from megadit.data.tars.handles import shown_name
-from megadit.data.tars.layout import KNOWN
+from megadit.data.tars.layout import CAPTION, IMAGES, JSON, LABEL
 
 _EXAMPLES = 3  # names that a sentence gives of each kind
+_READ = ", ".join((*IMAGES, JSON, LABEL, CAPTION))
 # Why members are left out, after their number.
 _REASONS = {
-    "extension": f"whose extension, all after the first dot of the name, is none of {', '.join(KNOWN)}",
+    "extension": f"whose extension, all after the first dot of the name, is none of {_READ}",
     "bare": "without an extension",
     "hidden": "whose name begins with . or __",
     "special": "which are links or devices",
