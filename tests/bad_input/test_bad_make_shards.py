@@ -1,6 +1,7 @@
 """tools/make_shards.py refuses bad input in one sentence."""
 
 from helpers.bad_input import Case, case, each
+from helpers.tars import samples, tar_bytes
 
 DIGITS = "--out shards data.name=digits"
 
@@ -26,6 +27,12 @@ CASES = [
         "data.path: nowhere is not a folder",
     ),
     case("tars that are not there", "--out shards data.name=webdataset data.path=.", "has no .tar files"),
+    case(
+        "a tar that is not sorted",
+        "--out shards data.name=webdataset data.path=t data.condition=none",
+        "data.path: t/x.tar is not sorted",
+        files={"t/x.tar": tar_bytes(sorted(samples(0, 4).items(), key=lambda item: item[0][-3:]))},
+    ),
     case("a class that is not there", "--out shards data.name=emoji data.classes=[cat]", "'cat' is not a class"),
 ]
 

@@ -4,6 +4,7 @@ Launchers' variables are in tests/parallel/, run directories in use in tests/tra
 """
 
 from helpers.bad_input import Case, case, each
+from helpers.tars import samples, tar_bytes
 
 DIGITS = "--config quickstart/digits.yaml"
 DRY = f"{DIGITS} --dry_run"
@@ -68,6 +69,16 @@ DATA = [
     case("no class at all", f"{DRY} data.classes=[]", "data.classes"),
     case("nothing left to train on", f"{DRY} data.val_fraction=0.9999", "holds out all 1797 images"),
     case("a path that is not there", f"{DRY} data.name=webdataset data.path=nowhere", "there is no file nowhere"),
+    case(
+        "tars joined by cat",
+        f"{DRY} data.name=webdataset data.path=t",
+        "data.path: t/x.tar",
+        "begin at byte 20480",
+        files={"t/x.tar": tar_bytes(samples(0, 4)) + tar_bytes(samples(4, 8))},
+    ),
+    case(
+        "a packed tar", f"{DRY} data.name=webdataset data.path=t", "no .tar files", "x.tgz", files={"t/x.tgz": b"\x1f"}
+    ),
     case("a folder without images", f"{DRY} data.name=fashion-mnist data.path=.", "has no train-images-idx3-ubyte"),
 ]
 
