@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
+import webdataset
 
 from helpers.tars import png, samples, write_tar
 from megadit.config import DataConfig
 from megadit.data.tars.handles import ShardFile
 from megadit.data.tars.index import load_index, save_index, scan
+from megadit.data.tars.layout import KNOWN
 from megadit.data.tars.survey import Survey
 from megadit.data.tars.tar_set import TarSet, load_tars
 from megadit.errors import UserError
@@ -54,6 +56,33 @@ A, B = ("a.png", png(1)), ("b.png", png(2))
 )
 def test_a_name_that_comes_twice_is_refused(tmp_path: Path, members: object, sentence: str) -> None:
     assert sentence in refused(tmp_path, members)
+
+
+def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
+    names = [
+        "./a/b.c/1.PNG",
+        "./a/b.c/1.Txt",
+        "2.png",
+        "2.seg.png",
+        "d.e/3.png",
+        "plain",
+        "._3.png",
+        "3.jpeg",
+        "4 .png",
+    ]
+    path = write_tar(tmp_path / "x.tar", [(name, png()) for name in names])
+    theirs = {
+        str(PurePosixPath(sample["__key__"])): {name for name in sample if name in KNOWN}
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
+    }
+    assert {entry.key: set(entry.places) for entry in scan(ShardFile.of(path))} == theirs
+    assert set(theirs) == {"a/b.c/1", "2", "d.e/3", "3", "4 "}
+
+
+def test_webdataset_refuses_a_name_that_comes_twice_as_well(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [A, ("a.PNG", png())])
+    with pytest.raises(ValueError, match="duplicate file name"):
+        list(webdataset.WebDataset(str(path), shardshuffle=False))
 
 
 def test_an_unsorted_tar_is_read_once_it_is_sorted(tmp_path: Path) -> None:
