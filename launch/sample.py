@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.batch < 1:
         raise UserError(f"--batch: {args.batch} is not at least 1; give the number of pictures to draw at once")
     if not args.run_dir.is_dir():
-        raise UserError(f"{args.run_dir}: there is no such run directory; give the folder that pretrain.py wrote")
+        from megadit.folder_kind import run_instead
+
+        other = run_instead(args.run_dir) or "give the folder that pretrain.py wrote"
+        raise UserError(f"{args.run_dir}: there is no such run directory; {other}")
     if args.checkpoint != "latest" and not Path(args.checkpoint).is_dir():
         raise UserError(
             f"--checkpoint: {args.checkpoint} is not a folder; give latest or one such as "

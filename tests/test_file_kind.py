@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,14 @@ from safetensors.torch import save
 from megadit.config.ds_file import read_ds_config
 from megadit.config.json_fields import Fields
 from megadit.config.sources import read_yaml
+from megadit.convert.safe_load import load_file as load_torch
+from megadit.data import digits_set
+from megadit.data.idx import read_idx
+from megadit.data.text.kept import load_conditions
 from megadit.diffusion.classes import read_classes
 from megadit.diffusion.prompt_files import read_prompts
 from megadit.errors import UserError
+from megadit.evaluate.emoji_clip import read_pictures
 from megadit.file_kind import (
     bytes_instead,
     file_instead,
@@ -36,7 +42,9 @@ from megadit.file_kind import (
     refuse_others,
     text_instead,
 )
+from megadit.search.storage.locking import open_storage
 from megadit.search.verdict.table import Columns, verify_table
+from megadit.train.checkpoint_names import check_named, run_config
 
 
 def _torch(legacy: bool) -> bytes:
@@ -222,6 +230,80 @@ def test_a_text_that_is_something_else_is_never_read(reader: str, data: bytes, t
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"^{option}.*{path.name}.*{told}"):
         read(path)
+
+
+def _as(name: str, read: Callable[[Path], object]) -> Callable[[Path, bytes], object]:
+    """``read`` on a file of that name that holds the given bytes."""
+
+    def run(folder: Path, data: bytes) -> object:
+        (folder / name).write_bytes(data)
+        return read(folder / name)
+
+    return run
+
+
+# What reads a file of bytes: by the name it looks for, and the words before what the file is.
+BINARY_READERS: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
+    "idx": (_as("images-idx3-ubyte", lambda path: read_idx(path, 3)), "data.path: .* is not an idx file: "),
+    "idx.gz": (_as("images.gz", lambda path: read_idx(path, 3)), "data.path: .* is no gzip file: "),
+    "npz": (_as("x.npz", read_pictures), "x.npz: is no npz file: "),
+    "null text": (_as("null_text.safetensors", load_conditions), "null_text.safetensors' cannot be read: "),
+    "study": (_as("study.db", lambda path: open_storage(path.parent, "sqlite")), "is not a study's storage: "),
+    "init_from": (_as("x.pt", lambda path: check_named(str(path), "train.init_from")), "init_from: .*: "),
+    "run": (_as("run", run_config), "run' is no run directory .*: "),
+    "torch": (_as("x.pt", load_torch), "x.pt: cannot be read as a torch file: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (LFS, "it is a git-LFS pointer; run `git lfs pull`"),
+        (b"<!DOCTYPE html>\n<html>", r"it is a web page \(HTML\); fetch the file itself"),
+        (_npy(), r"it is a NumPy array \(.npy\)"),
+    ],
+    ids=["pointer", "page", "npy"],
+)
+@pytest.mark.parametrize("reader", BINARY_READERS)
+def test_a_file_that_is_something_else_is_named(reader: str, data: bytes, told: str, tmp_path: Path) -> None:
+    read, words = BINARY_READERS[reader]
+    with pytest.raises(UserError, match=words + told):
+        read(tmp_path, data)
+
+
+def test_packages_whose_files_are_damaged_are_to_be_installed_again(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "digits.csv.gz").write_bytes(LFS)
+    monkeypatch.setattr(digits_set, "digits_table", lambda: tmp_path / "digits.csv.gz")
+    with pytest.raises(UserError, match="data.name: digits: .*it is a git-LFS pointer; .*install scikit-learn again"):
+        digits_set.load(None)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            ["model_index.json"],
+            "it is a folder of diffusers; .* --from diffusers",
+        ),
+        (
+            ["global_step5"],
+            "it is a checkpoint of DeepSpeed; .* --from deepspeed",
+        ),
+        ([".metadata", "__0_0.distcp"], "dcp_to_torch"),
+        (["notes.txt"], "give the --run_dir of a training run"),
+    ],
+)
+def test_a_folder_of_another_program_in_place_of_a_run(names: list[str], told: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"is no run directory .*{told}"):
+        run_config(tmp_path)
+
+
+def test_weights_in_place_of_a_run_are_to_be_converted(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(_torch(legacy=False))
+    with pytest.raises(UserError, match="it is a torch file; tools/convert_checkpoint.py makes a run"):
+        check_named(str(tmp_path / "x.pt"), "--resume")
 
 
 def test_folders_pipes_and_what_is_not_there(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megadit.config.json_fields import shown
 from megadit.convert.safe_load import load_file
 from megadit.errors import UserError
+from megadit.folder_kind import run_instead
 from megadit.train.checkpoint import Position
 from megadit.train.partitions import MOMENTS
 
@@ -33,6 +34,9 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
             return folder
         if folder is not None and folder.is_dir() and any(folder.glob("layer_*_model_states.pt")):
             break
+    told = run_instead(path)
+    if told is not None and "--from deepspeed" not in told:
+        raise UserError(f"IN: '{path}' is no {kind} checkpoint: {told}")
     raise UserError(
         f"IN: '{path}' is no {kind} checkpoint: neither it nor the folder that its file '{pointer}' names holds "
         "mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt; give the folder that was saved to"

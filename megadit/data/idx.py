@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megadit.errors import UserError
+from megadit.file_kind import file_instead
 
 _UNSIGNED_BYTE = 0x08
 _MOST_BYTES = 2**31  # of the elements; Fashion-MNIST has 47 million
@@ -31,6 +32,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     head = _read(path, 0, header)
     expected = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
     if head[:4] != expected:
+        other = file_instead(path) if path.suffix != ".gz" else None
+        if other is not None:
+            raise UserError(f"data.path: {path} is not an idx file: {other}")
         raise UserError(
             f"data.path: {path} is not an idx file of unsigned bytes in {dimensions} dimensions: it begins with "
             f"{head[:4].hex() or 'nothing'} instead of {expected.hex()}; give the original file"
@@ -61,6 +65,8 @@ def _read(path: Path, start: int, count: int) -> bytes:
             file.seek(start)
             return file.read(count)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data.path: {path} is a damaged gzip file ({error}); fetch the file again") from None
+        other = file_instead(path, "gzip")
+        told = f"is no gzip file: {other}" if other else f"is a damaged gzip file ({error}); fetch the file again"
+        raise UserError(f"data.path: {path} {told}") from None
     except OSError as error:
         raise UserError(f"data.path: cannot read {path} ({error.strerror or error}); check the file") from None

@@ -32,6 +32,7 @@ from megadit.data.features.encoder import resized
 from megadit.data.npy import read_header
 from megadit.data.text import build_encoder, cache_folder
 from megadit.errors import UserError
+from megadit.file_kind import file_instead
 from megadit.files import save_tensors
 
 _SIDE = 64  # pixels to which pictures are enlarged for the image encoder
@@ -195,13 +196,15 @@ def read_pictures(path: Path) -> Tensor:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; {remedy}")
     if not zipfile.is_zipfile(path):  # numpy would take anything else for a pickle
-        raise UserError(f"{path}: is no npz file, or was cut short; {remedy}")
+        other = file_instead(path, "npz")
+        raise UserError(f"{path}: is no npz file{f': {other}' if other else f', or was cut short; {remedy}'}")
     try:
         _check_header(path, remedy)
         with np.load(path, allow_pickle=False) as file:
             pictures = torch.from_numpy(file["arr_0"])
     except KeyError:
-        raise UserError(f"{path}: holds no arr_0; {remedy}") from None
+        other = file_instead(path, "npz", "zip")
+        raise UserError(f"{path}: holds no arr_0{f': {other}' if other else f'; {remedy}'}") from None
     except (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: arr_0 cannot be read ({' '.join(str(error).split())[:200]}); {remedy}") from error
     return pictures.permute(0, 3, 1, 2).contiguous()

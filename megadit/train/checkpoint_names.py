@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megadit.config import RunConfig, load_config
 from megadit.errors import UserError
+from megadit.folder_kind import run_instead
 
 INDEX, STATE, LATEST = "index.json", "state.json", "latest"
 
@@ -50,13 +51,15 @@ def check_named(wanted: str, key: str) -> None:
     """Raise UserError unless the path ``wanted`` looks like a checkpoint or a run directory; ``key`` is its origin."""
     path = Path(wanted)
     if not (checkpoint_root(path).is_dir() or (path / INDEX).is_file()):
-        raise UserError(f"{key}: '{wanted}' is no checkpoint; give a folder such as RUN/checkpoints/step-00001000")
+        other = run_instead(path)
+        remedy = "; give a folder such as RUN/checkpoints/step-00001000" if other is None else f": {other}"
+        raise UserError(f"{key}: '{wanted}' is no checkpoint{remedy}")
 
 
 def run_config(run_dir: Path) -> RunConfig:
     """The configuration of a run directory. Raises UserError if the folder is none, or its configuration is broken."""
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(
-            f"'{run_dir}' is no run directory (it has no config.yaml); give the --run_dir of a training run"
-        )
+        other = run_instead(run_dir)
+        remedy = "; give the --run_dir of a training run" if other is None else f": {other}"
+        raise UserError(f"'{run_dir}' is no run directory (it has no config.yaml){remedy}")
     return load_config(run_dir / "config.yaml")

