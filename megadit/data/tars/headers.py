@@ -6,6 +6,8 @@ that were joined with ``cat`` go on. Here the end is a zero block behind which n
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -236,11 +238,19 @@ def _is_header(block: bytes) -> bool:
 
 def _first_other(file: BinaryIO, begin: int, end: int) -> int | None:
     """The first byte from ``begin`` to ``end`` that is not zero."""
-    file.seek(begin)
-    at = begin
-    while at < end and (chunk := file.read(min(_CHUNK, end - at))):
+    descriptor, at = file.fileno(), begin
+    while (at := _past_holes(descriptor, at, end)) < end:
+        chunk = os.pread(descriptor, min(_CHUNK, end - at), at)
         rest = chunk.lstrip(b"\0")
         if rest:
             return at + len(chunk) - len(rest)
-        at += len(chunk)
+        at += len(chunk) or end  # shorter than it was
     return None
+
+
+def _past_holes(descriptor: int, at: int, end: int) -> int:
+    """Where the file system has bytes again: a preallocated file may be zeros for terabytes, which none are read of."""
+    try:
+        return os.lseek(descriptor, at, os.SEEK_DATA) if at < end else end
+    except OSError as error:  # ENXIO: no more; EINVAL: a file system that cannot tell
+        return end if error.errno == errno.ENXIO else at

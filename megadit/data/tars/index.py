@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -49,6 +50,15 @@ class SampleIndex:
     def counts(self, shards: int) -> list[int]:
         """Samples of each of so many shards."""
         return np.bincount(self.shard, minlength=shards).tolist()
+
+    def fits(self, sizes: Sequence[int]) -> bool:
+        """Whether every member lies in one of tars of so many bytes."""
+        if not len(self):
+            return True
+        if self.shard.max() >= len(sizes):
+            return False
+        ends = np.array(sizes, dtype=np.int64)[self.shard][:, None]
+        return not bool((self.offsets > ends - self.sizes).any())
 
     def place(self, sample: int, member: str) -> tuple[int, int] | None:
         """(offset, size) of a member; None if the sample has none."""
@@ -195,10 +205,10 @@ def cached_index(shards: Sequence[ShardFile]) -> SampleIndex:
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(root).expanduser() / "megadit" / "tars" / f"{digest.hexdigest()[:32]}.safetensors"
     if path.is_file():
-        try:
-            return load_index(path)
-        except UserError:
-            pass  # a damaged cache is made again
+        with contextlib.suppress(UserError):  # a damaged cache is made again
+            index = load_index(path)
+            if index.fits([shard.size for shard in shards]):
+                return index
     survey = Survey()
     index = build_index([scan(shard, survey) for shard in shards], survey=survey)
     try:

@@ -62,7 +62,7 @@ def scan(shard: ShardFile, survey: Survey | None = None) -> list[Entry]:
 
 
 def _all_skipped(shard: ShardFile, survey: Survey) -> UserError:
-    remedy = "give tars of images"
+    remedy = "give tars of images, and take this one out"
     if dotted := survey.examples.get("extension"):
         name = PurePosixPath(dotted[0].removesuffix(f" in {shard.name}")).name
         if name.count(".") > 1:

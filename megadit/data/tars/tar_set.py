@@ -146,7 +146,19 @@ class TarSet:
 
     def null_extras(self) -> dict[str, Tensor]:
         """text (n, D), text_mask (n,) and, where it is stored, pooled (P,) of the empty caption."""
-        return dict(_null_text(self.folder)) if self.stored is not None and self.stored.text_dim else {}
+        stored = self.stored
+        if stored is None or not stored.text_dim:
+            return {}
+        found = dict(_null_text(self.folder))
+        wanted = {"text": (len(found["text"]), stored.text_dim), "pooled": (stored.pooled_dim,)}
+        for name, shape in wanted.items():
+            own = tuple(found[name].shape) if name in found else (0,)
+            if own != shape:
+                raise UserError(
+                    f"data.path: {name} in {Path(self.folder) / NULL_TEXT} has the shape {own}, but {MANIFEST} says "
+                    f"{shape}; copy both again, or encode the set again"
+                )
+        return found
 
     def listing(self) -> Listing:
         names = tuple(os.fsencode(os.path.relpath(shard.path, self.folder)) for shard in self.shards)
@@ -272,16 +284,16 @@ def _extra(config: DataConfig, stored: StoredFacts | None) -> tuple[str, ...]:
 def _check_index(index: SampleIndex, manifest: Manifest, folder: Path) -> None:
     """Hold the index against the counts and sizes of the manifest."""
     said = [shard.samples for shard in manifest.shards]
-    sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
     again = "copy both again, or write the set again"
     if len(index) != manifest.samples or sum(said) != manifest.samples:
         raise UserError(
             f"data.path: {folder / INDEX} has {len(index)} samples, but {MANIFEST} says {manifest.samples}; {again}"
         )
-    if len(index) and (index.shard.max() >= len(said) or index.counts(len(said)) != said):
-        raise UserError(f"data.path: {folder / INDEX} has its samples in other tars than {MANIFEST} says; {again}")
-    if len(index) and (index.offsets > sizes[index.shard][:, None] - index.sizes).any():
-        raise UserError(f"data.path: {folder / INDEX} tells of bytes beyond the end of a tar; {again}")
+    if not index.fits([shard.bytes for shard in manifest.shards]) or index.counts(len(said)) != said:
+        raise UserError(
+            f"data.path: {folder / INDEX} has samples in other tars, or in other places of them, than {MANIFEST} says; "
+            f"{again}"
+        )
 
 
 def _without_manifest(

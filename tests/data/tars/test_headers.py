@@ -125,6 +125,19 @@ def test_more_zeros_than_tar_pads_with_are_told(tmp_path: Path, zeros: int) -> N
     assert not zeros or f"x.tar ends with {8192 + zeros:,} zero bytes" in told[0]
 
 
+def test_zeros_that_the_file_system_does_not_hold_cost_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(WHOLE)
+    os.truncate(path, 2**33)
+    survey = Survey()
+    assert len(scan(ShardFile.of(path), survey)) == 4 and survey.zeros == {"x.tar": 2**33 - LAST_END}
+    with open(path, "r+b") as file:
+        file.seek(2**33 - 5)
+        file.write(b"x")
+    with pytest.raises(UserError, match=f"byte {2**33 - 5} is not zero"):
+        scan(ShardFile.of(path))
+
+
 def test_a_tar_that_ends_early_is_told(tmp_path: Path) -> None:
     """The second half of a larger tar overwritten by zeros: what is left is a tar, and shorter than it was."""
     data = tar_bytes(samples(0, 40))

@@ -131,7 +131,7 @@ def test_a_tar_all_of_whose_members_are_left_out_is_refused(tmp_path: Path) -> N
     sentence = refused(tmp_path, members)
     assert "none of the 8 members of x.tar can be read: 8 whose extension, all after the first dot" in sentence
     assert "rename members so that one dot is left, before the extension (0_0_cat.jpg)" in sentence
-    assert "give tars of images" in refused(tmp_path, {"a.bmp": b"BM", "README": b""})
+    assert "give tars of images, and take this one out" in refused(tmp_path, {"a.bmp": b"BM", "README": b""})
 
 
 def test_packed_tars_and_those_in_sub_folders_are_told(tmp_path: Path) -> None:

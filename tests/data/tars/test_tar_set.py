@@ -171,9 +171,19 @@ def test_sets_travel_to_processes_and_files_stay_few(made: Path, monkeypatch: py
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json cannot be read"),
         (lambda f: _edit(f, samples=1800), r"has 1797 samples, but manifest\.json says 1800"),
         (lambda f: _edit(f, version=9), r"its version is 9, this megadit reads 1"),
+        (lambda f: _edit(f, samples="many"), r"manifest\.json cannot be read \(samples is 'many'\)"),
+        (lambda f: _edit(f, shards=[]), r"digits-000000\.tar is not in .*manifest\.json"),
+        (
+            lambda f: _edit(f, shards=[{"file": "../x.tar", "samples": 1, "bytes": 1, "sha256": ""}]),
+            r"is no tar beside",
+        ),
+        (lambda f: _edit(f, made=[]), r"manifest\.json cannot be read \(made is \[\]\)"),
+        (lambda f: _edit(f, classes="0123456789"), r"manifest\.json cannot be read \(classes is not"),
+        (lambda f: _edit(f, stored={"channels": 4.5}), r"manifest\.json cannot be read \(channels is 4\.5\)"),
     ],
-    ids=["missing", "truncated", "strange", "no-index", "torn-index", "torn-manifest", "fewer", "version"],
-)
+    ids=["missing", "truncated", "strange", "no-index", "torn-index", "torn-manifest", "fewer", "version", "samples",
+         "no-shards", "outside", "made", "classes", "stored"],
+)  # fmt: skip
 def test_what_is_not_whole_is_refused_before_training(folder: Path, damage, sentence: str) -> None:
     damage(folder)
     with pytest.raises(UserError, match=rf"^data\.path: .*{sentence}"):
