@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megadit.config.json_fields import shown
+from megadit.convert.contents import Contents, Part
 from megadit.convert.safe_load import load_file
+from megadit.convert.wrappings import plain_names
 from megadit.errors import UserError
 from megadit.folder_kind import run_instead
 from megadit.train.checkpoint import Position
@@ -75,6 +78,23 @@ def model_state(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "module" not in state or "global_steps" not in state:
         raise UserError(f"{file}: is no model file of DeepSpeed; give a folder written by engine.save_checkpoint")
     return state
+
+
+def with_plain_names(contents: Contents) -> Contents:
+    """The same under the names of the model's own, out of what a trainer's wrappers and attributes put before them.
+
+    Raises:
+        UserError: two names become one, or it is not clear which of several models is meant.
+    """
+    names, notes = plain_names(contents.shapes, contents.what)
+    if all(new == old for new, old in names.items()) and len(names) == len(contents.shapes):
+        return contents
+
+    def read(kind: str, name: str) -> Sequence[Part]:
+        return contents.read(kind, names[name])
+
+    shapes = {new: contents.shapes[old] for new, old in names.items()}
+    return replace(contents, shapes=shapes, read=read, notes=(*contents.notes, *notes))
 
 
 def version_of(state: Mapping[str, Any]) -> str:

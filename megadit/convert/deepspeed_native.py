@@ -25,7 +25,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megadit.convert.contents import Contents, Part
-from megadit.convert.deepspeed_files import adam_step, find_folder, model_files, model_state, position_of, version_of
+from megadit.convert.deepspeed_files import (
+    adam_step,
+    find_folder,
+    model_files,
+    model_state,
+    position_of,
+    version_of,
+    with_plain_names,
+)
 from megadit.convert.deepspeed_plain import read_plain
 from megadit.convert.safe_load import load_file
 from megadit.convert.stand_ins import StandIn
@@ -79,6 +87,10 @@ def read_native(path: Path) -> Contents:
     Raises:
         UserError: none is there, a rank's file is missing or broken, or it is of tensor or pipeline parallelism.
     """
+    return with_plain_names(_read(path))
+
+
+def _read(path: Path) -> Contents:
     folder = find_folder(path, "latest", "DeepSpeed")
     files = model_files(folder)
     state = model_state(files[0])

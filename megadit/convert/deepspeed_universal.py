@@ -20,7 +20,15 @@ from torch import Tensor
 
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part, save_file
-from megadit.convert.deepspeed_files import adam_step, find_folder, model_files, model_state, position_of, version_of
+from megadit.convert.deepspeed_files import (
+    adam_step,
+    find_folder,
+    model_files,
+    model_state,
+    position_of,
+    version_of,
+    with_plain_names,
+)
 from megadit.convert.deepspeed_plain import TAG, model_header
 from megadit.convert.safe_load import load_file
 from megadit.errors import UserError
@@ -36,6 +44,10 @@ def read_universal(path: Path) -> Contents:
     Raises:
         UserError: none is there, or a file is missing or broken.
     """
+    return with_plain_names(_read(path))
+
+
+def _read(path: Path) -> Contents:
     folder = find_folder(path, "latest_universal", "universal DeepSpeed")
     state = model_state(model_files(folder)[0])
     what = f"universal DeepSpeed checkpoint '{folder}' ({version_of(state)})"

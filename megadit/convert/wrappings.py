@@ -100,30 +100,42 @@ def plain_weights(
     Raises:
         UserError: as ``weights_of`` does.
     """
-    groups = _groups(_plain(state), _anchors(family))
+    names, notes = plain_names(state.keys(), where, choice, family)
+    kept = {new: state[old] for new, old in names.items()}
+    _refuse_empty(kept, where)
+    return kept, notes
+
+
+def plain_names(
+    stored: Collection[str], where: str, choice: str | None = None, family: str | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """The plain names of one model and the ``stored`` ones behind them, and what people should know of that.
+
+    Raises:
+        UserError: as ``weights_of`` does.
+    """
+    groups = _groups(_plain(stored), _anchors(family))
     if not groups:
         if choice is not None:
             raise _not_there(choice, where, set())
-        refuse_other_models(state.keys(), f"IN: {where}")
-        names = _unwrapped_all(state)
-        return {new: state[old] for new, old in names.items()}, _wrapper_notes(names.values())
+        refuse_other_models(stored, f"IN: {where}")
+        names = _unwrapped_all(stored)
+        return names, _wrapper_notes(names.values())
     prefix = _chosen_group(groups, where, choice)
     names, notes = groups[prefix], []
     refuse_kinds(names, f"IN: {where}")
     if prefix or len(groups) > 1:
         others = {each.rstrip("."): f"under '{each}'" for each in groups if each not in (prefix, "")}
-        everything = len(names) == len(state)
+        everything = len(names) == len(stored)
         which = f"under '{prefix}'" if prefix else "without a prefix"
         notes.append(f"'{prefix}' before all names was left out" if everything else _taken(which, others))
     notes += _wrapper_notes(names.values())
     taken = {old for group in groups.values() for old in group.values()}
-    beside = sorted({old.partition(".")[0] for old in state if old not in taken})
+    beside = sorted({old.partition(".")[0] for old in stored if old not in taken})
     if beside:
-        notes.append(f"{len(state) - len(taken)} tensors of something else are left out (under {listed(beside)})")
+        notes.append(f"{len(stored) - len(taken)} tensors of something else are left out (under {listed(beside)})")
     names, more = _without_extras(names)
-    kept = {new: state[old] for new, old in names.items()}
-    _refuse_empty(kept, where)
-    return kept, notes + more
+    return names, notes + more
 
 
 def _sets(values: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, _Set]]:
@@ -222,10 +234,10 @@ def _groups(plain: Mapping[str, list[str]], anchors: Collection[str]) -> dict[st
     return groups
 
 
-def _unwrapped_all(state: Mapping[str, Tensor]) -> dict[str, str]:
+def _unwrapped_all(all_stored: Iterable[str]) -> dict[str, str]:
     """Plain names and the stored ones of a model that is not known: 'module.' goes where all names begin so."""
     names: dict[str, str] = {}
-    for stored in state:
+    for stored in all_stored:
         name = _stripped(stored, _HIDDEN)
         if name in names:
             raise _collision([names[name], stored])

@@ -189,11 +189,12 @@ def test_what_a_file_is_that_holds_no_tensors(tmp_path, write, told):
         load_file(tmp_path / "x.pt")
 
 
-def test_the_dynamic_loss_scale_of_fp16_travels(tmp_path):
-    """A file as fp16 training on a GPU writes it: one rank, one group, ZeRO-2."""
+@pytest.mark.parametrize("prefix", ["", "_forward_module.model._orig_mod."])
+def test_the_dynamic_loss_scale_of_fp16_travels(tmp_path, prefix):
+    """A file as fp16 training on a GPU writes it: one rank, one group, ZeRO-2; or as Lightning with DeepSpeed does."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    values = weights()
+    values = OrderedDict((f"{prefix}{name}", value) for name, value in weights().items())
     flat = torch.cat([value.flatten() for value in values.values()])
     scaler = DynamicLossScaler(4096.0, 2.0, 1000, 1.0, 2, False)
     scaler.cur_iter = 77
@@ -214,7 +215,8 @@ def test_the_dynamic_loss_scale_of_fp16_travels(tmp_path):
     (tmp_path / "ds" / "latest").write_text("global_step7")
     torch.save(model, folder / "mp_rank_00_model_states.pt")
     torch.save({"optimizer_state_dict": zero}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    convert("deepspeed", "megadit", tmp_path / "ds", tmp_path / "run", CONFIG)
+    outcome = convert("deepspeed", "megadit", tmp_path / "ds", tmp_path / "run", CONFIG)
+    assert ("'model.' before all names was left out" in outcome.notes) == bool(prefix)
     stored = json.loads((tmp_path / "run/checkpoints/step-00000007/state.json").read_text())
     assert stored["loss_scale"]["cur_scale"] == 4096.0 and stored["loss_scale"]["cur_iter"] == 77
     assert (stored["step"], stored["skipped_steps"], stored["adam_step"]) == (7, 2, 5)
