@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megadit.errors import UserError
+from megadit.text_files import has_half_pair
 
 # A part of a large set, such as eight images of ImageNet-21k, names classes that it has no image of.
 _PLAUSIBLE = 100_000
@@ -20,9 +21,11 @@ Where = Callable[[int], str]
 
 def label_of(value: Any, where: str) -> int | str:
     """``value`` of a JSON file as a label. Raises UserError that names ``where``, such as "line 3 of FILE", if it is
-    none: true, null, a fraction, a list, a text without a letter.
+    none: true, null, a fraction, a list, a text of white space or with half a surrogate pair.
     """
     if isinstance(value, str) and value.strip():
+        if has_half_pair(value):  # two such names could not be told apart
+            raise UserError(f"data.path: {where}: the label {_shown(value)} holds half a surrogate pair; correct it")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return value

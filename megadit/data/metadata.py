@@ -21,17 +21,18 @@ from megadit.text_files import decode, split_lines, whole_text, why_no_text
 
 METADATA = "metadata.jsonl"
 _SHOWN_KEYS = 8
+_READ = {"file_name", "caption", "text", "label"}
 
 
 @dataclass(frozen=True)
 class Lines:
     """The lines of a ``metadata.jsonl`` in their order: a tuple of each thing, as long as there are lines.
 
-    numbers: of the lines in the file.  given: the labels as they were written; None where a line has none.
-    keys: those that are not read, the most frequent first.
+    path: of the file.  numbers: of the lines in it.  given: the labels as they were written, ``_ABSENT`` where a line
+    has none.  keys: those that are not read, the most frequent first.
     """
 
-    root: Path
+    path: str
     numbers: tuple[int, ...]
     files: tuple[str, ...]
     captions: tuple[str, ...]
@@ -41,7 +42,7 @@ class Lines:
 
     def where(self, i: int) -> str:
         """The place of line i, for people."""
-        return f"line {self.numbers[i]} of {self.root / METADATA}"
+        return f"line {self.numbers[i]} of {self.path}"
 
     def number_labels(self, num_classes: int | None) -> tuple[tuple[str, ...], list[int]]:
         """(classes, a label per line). Raises UserError that names the first line without a label, or with none that
@@ -50,7 +51,7 @@ class Lines:
         without = [i for i, label in enumerate(self.given) if label is _ABSENT]
         if without:
             raise UserError(
-                f"data.path: {len(without)} of {len(self.files)} lines of {self.root / METADATA} have no label, line "
+                f"data.path: {len(without)} of {len(self.files)} lines of {self.path} have no label, line "
                 f"{self.numbers[without[0]]} first{_among(self.keys)}; add them, or set data.condition=none"
             )
         return number_labels(
@@ -69,23 +70,26 @@ def read_metadata(root: Path, *, captioned: bool) -> Lines:
     Raises UserError that names the first line that cannot be used.
     """
     where = root / METADATA
+    shown = str(where)  # millions of lines are read
     numbers, files, captions, given = [], [], [], []
     keys: Counter[str] = Counter()
     by_text: list[int] = []
     for number, entry in _objects(where):
-        name = _file_name(entry, root, f"line {number} of {where}")
-        caption, key = _caption(entry, f"line {number} of {where}", captioned)
+        place = f"line {number} of {shown}"
+        name = _file_name(entry, root, place)
+        caption, key = _caption(entry, place, captioned)
         if key == "text":
             by_text.append(number)
         numbers.append(number)
         files.append(name)
         captions.append(whole_text(caption))
         given.append(entry.get("label", _ABSENT))
-        keys.update(name for name in entry if name not in ("file_name", "caption", "text", "label"))
+        if not entry.keys() <= _READ:
+            keys.update(key for key in entry if key not in _READ)
     if not files:
         raise UserError(f"data.path: {where} has no lines; give one JSON object per image")
     return Lines(
-        root, tuple(numbers), tuple(files), tuple(captions), tuple(given), tuple(key for key, _ in keys.most_common()),
+        shown, tuple(numbers), tuple(files), tuple(captions), tuple(given), tuple(key for key, _ in keys.most_common()),
         _remarks(where, numbers, files, by_text if captioned else []),
     )  # fmt: skip
 

@@ -65,3 +65,9 @@ def test_names_beside_numbers_are_refused_with_both_lines() -> None:
 def test_what_is_no_label(value: object, told: str) -> None:
     with pytest.raises(UserError, match=rf"^data\.path: {where(6)}: label must be .*{told}"):
         label_of(value, where(6))
+
+
+def test_a_name_with_half_a_surrogate_pair_is_refused() -> None:
+    assert label_of("größte 😀", where(6)) == "größte 😀"
+    with pytest.raises(UserError, match=r"line 7 of x\.jsonl: the label 'a\\ud83d' holds half a surrogate pair"):
+        label_of("a\ud83d", where(6))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -156,7 +155,7 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
 def _stopped(folder: Path) -> str:
     """The reason in ``exit.json`` of a run that did not complete; empty where it did, or has not ended."""
     try:
-        ended = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+        ended = parse_json((folder / "exit.json").read_bytes())
         return "" if int(ended["code"]) == EXIT_OK else str(ended["reason"])
     except (OSError, ValueError, TypeError, KeyError):
         return ""
