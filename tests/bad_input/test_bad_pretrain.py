@@ -3,11 +3,14 @@
 Launchers' variables are in tests/parallel/, run directories in use in tests/train/.
 """
 
+import json
+
 from helpers.bad_input import Case, case, each
 from helpers.tars import samples, tar_bytes
 
 DIGITS = "--config quickstart/digits.yaml"
 DRY = f"{DIGITS} --dry_run"
+FOLDER = f"{DRY} data.name=image-folder data.path=x data.image_size=8 data.val_fraction=0 model.in_channels=3"
 
 
 def yaml(text: str | bytes) -> dict[str, str | bytes]:
@@ -18,6 +21,11 @@ def yaml(text: str | bytes) -> dict[str, str | bytes]:
 def ds(text: str | bytes) -> dict[str, str | bytes]:
     """A DeepSpeed file x.json."""
     return {"x.json": text}
+
+
+def metadata(*lines: object) -> dict[str, str | bytes]:
+    """A folder x of a metadata.jsonl alone."""
+    return {"x/metadata.jsonl": "\n".join(map(json.dumps, lines))}
 
 
 FILES = [
@@ -31,6 +39,10 @@ FILES = [
     case("a key twice", "--config x.yaml", "key width is there twice", files=yaml("model: {width: 3, width: 4}")),
     case("code in a file", "--config x.yaml", "tag", files=yaml('x: !!python/object/apply:os.system ["touch y"]')),
     case("a base that is not there", "--config x.yaml", "no file y.yaml beside", files=yaml("base: y.yaml")),
+    case("a file of brackets", "--config x.yaml", "is nested too deeply", "line 1", files=yaml("[" * 100_000)),
+    case("a file of Latin-1", "--config x.yaml", "line 2 has the byte 0xe9", files=yaml(b"a: 1\nb: caf\xe9")),
+    case("an override of brackets", f"{DRY} data.classes={'[' * 100_000}", "data.classes", "is nested too deeply"),
+    case("DeepSpeed's file of brackets", f"{DRY} --ds_config x.json", "is nested too deeply", files=ds("[" * 100_000)),
     case("a file that is its own base", "--config x.yaml", "is a circle", files=yaml("base: x.yaml")),
     case("a base that is a number", "--config x.yaml", "base: 5 is not a file name", files=yaml("base: 5")),
     case("a section that is a number", "--config x.yaml", "model: 5 is not a section", files=yaml("model: 5")),
@@ -78,6 +90,34 @@ DATA = [
     ),
     case(
         "a packed tar", f"{DRY} data.name=webdataset data.path=t", "no .tar files", "x.tgz", files={"t/x.tgz": b"\x1f"}
+    ),
+    case(
+        "a label of billions",
+        FOLDER,
+        "line 2 of x/metadata.jsonl has the label 4294967295",
+        "model.num_classes is 10",
+        files=metadata({"file_name": "a", "label": 0}, {"file_name": "a", "label": 2**32 - 1}),
+    ),
+    case(
+        "a label of null",
+        FOLDER,
+        "line 1 of x/metadata.jsonl: label",
+        files=metadata({"file_name": "a", "label": None}),
+    ),
+    case("an image elsewhere", FOLDER, "leads out of x", files=metadata({"file_name": "/etc/hosts", "label": 0})),
+    case(
+        "an image that is gone",
+        FOLDER + " model.num_classes=1",
+        "line 1 of x/metadata.jsonl names a, which is not there",
+        files=metadata({"file_name": "a", "label": 0}),
+    ),
+    case("a line of brackets", FOLDER, "line 1 of x/metadata.jsonl", files={"x/metadata.jsonl": "[" * 100_000}),
+    case(
+        "a link to nowhere",
+        FOLDER,
+        "a.png is a link to 'gone', which is not there",
+        files={"x/c": None},
+        breaks=lambda folder: (folder / "x/c/a.png").symlink_to("gone"),
     ),
     case("a folder without images", f"{DRY} data.name=fashion-mnist data.path=.", "has no train-images-idx3-ubyte"),
 ]

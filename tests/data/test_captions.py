@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from helpers.folders import config, metadata, picture
+from helpers.training import small_config
 from megadit.data import ImageSet, build_datasets
 from megadit.data.captions import check_captions
+from megadit.data.conditions import check_text
+from megadit.data.tars.encoding import Encoding, encode_set
+from megadit.data.tars.layout import Sharding
+from megadit.data.tars.making import make_shards
 from megadit.errors import UserError
 
 
@@ -95,3 +100,28 @@ def test_metadata_without_captions_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "0" / "2.txt").write_text("x")
     with pytest.raises(UserError, match=r"metadata\.jsonl alone is read, and not 0/2\.txt"):
         check_captions(read(tmp_path), 0.5)
+
+
+@pytest.mark.parametrize("command", ["make_shards", "encode"])
+def test_tars_are_not_written_of_captions_that_are_missing(tmp_path: Path, command: str) -> None:
+    path = folder(tmp_path / "set", {"0/0.txt": "a"})
+    data, out = config(path, condition="text", val_fraction=0.0), tmp_path / "out"
+    with pytest.raises(UserError, match="7 of 8 images have no caption"):
+        if command == "make_shards":
+            make_shards(data, out, Sharding("x", 4))
+        else:
+            encode_set(data, out, Sharding("x", 4), Encoding(max_length=8))
+    assert not out.exists()
+
+
+def test_a_run_that_goes_on_is_warned_and_not_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_config(
+        model={"family": "mmdit", "num_classes": 0, "text": {"dim": 384, "max_length": 8}, "input_size": 4},
+        objective={"kind": "flow"},
+        data={**config(folder(tmp_path, {"0/0.txt": "a"}), condition="text").model_dump(), "text": {"pooled": "none"}},
+    )
+    images = read(tmp_path)
+    with pytest.raises(UserError, match="7 of 8 images have no caption"):
+        check_text(run, images)
+    check_text(run, images, begun=True)
+    assert "warning: 7 of 8 images have no caption" in capsys.readouterr().err
