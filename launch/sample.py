@@ -2,6 +2,7 @@
 """Draw pictures from a run. The same command gives the same pixels.
 
 python launch/sample.py runs/emoji --classes "Food & Drink,Activities" --guidance 3 --out food.png
+python launch/sample.py runs/imagenet --classes "tabby, tabby cat" --classes 207 --classes '["maillot, tank suit", 8]'
 python launch/sample.py runs/emoji-mmdit --prompt "flag of France" --prompt "red apple" --count 16
 """
 
@@ -33,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ema", metavar="NAME", help="an average's name such as 0.9999, or online; default sample.weights")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="default RUN_DIR/samples/sample.png")
     p.add_argument("--npz", type=Path, metavar="FILE.npz", help="also write all pictures: arr_0, uint8 (N, H, W, 3)")
-    p.add_argument("--classes", metavar="A,B,…", help="labels or names, taken in turn; default: all in turn")
+    names = "names or labels, taken in turn, or a JSON list; may be repeated; default: all in turn"
+    p.add_argument("--classes", action="append", metavar="A,B,…", help=names)
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; may be repeated")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="texts to draw, one a line; default: the run's own")
     p.add_argument("--count", type=int, metavar="N", help="pictures; this and the next default to the run's sample.*")
@@ -73,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check_outputs(grid, args.npz)
 
-    _with_settings(run_config(args.run_dir), args)  # refused before torch is imported
+    of_run = _with_settings(run_config(args.run_dir), args).model  # refused before torch is imported
+    if of_run.text is None and args.checkpoint == "latest":
+        from megadit.diffusion.classes import chosen_classes
+
+        chosen_classes(args.run_dir, args.classes, of_run.num_classes, tell=False)
 
     from megadit.config.samplers import scheduler_name
     from megadit.data.latents import build_codec, vae_at

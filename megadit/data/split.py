@@ -8,9 +8,9 @@ parts. A smaller fraction holds out a subset of what a larger one does.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
+from megadit.data.class_names import ClassNames, quoted
 from megadit.data.dataset import ImageSet, Subset
 from megadit.errors import UserError
 from megadit.rng import stream_key
@@ -34,9 +34,9 @@ def split(
 ) -> tuple[Subset, Subset]:
     """(train, validation) of a set whose image i has base name ``bases[i]``, of ``classes`` only if given.
 
-    Raises ``UserError`` when a class is not one of the set's, or the training part would be empty.
+    Raises ``UserError`` when a class is not one of the set's or is given twice, or the training part would be empty.
     """
-    kept = None if classes is None else tuple(_label(dataset, name) for name in classes)
+    kept = None if classes is None else _labels(dataset, classes)
     parts: tuple[list[int], list[int]] = ([], [])
     for index, base in enumerate(bases):
         if kept is None or dataset.label(index) in kept:
@@ -50,9 +50,31 @@ def split(
     return train, validation
 
 
-def _label(dataset: ImageSet, name: str) -> int:
-    if name in dataset.classes:
-        return dataset.classes.index(name)
-    near = difflib.get_close_matches(name, dataset.classes, n=1, cutoff=0.0)
-    hint = f"did you mean {near[0]!r}?" if near else "the images have no classes; leave data.classes out"
-    raise UserError(f"data.classes: {name!r} is not a class of {dataset.name}; {hint}")
+def _labels(dataset: ImageSet, chosen: Sequence[str]) -> tuple[int, ...]:
+    """The label of each name of ``data.classes``, letter for letter."""
+    names = ClassNames(dataset.classes)
+    labels = []
+    for name in chosen:
+        found = names.same_letters(name)
+        if not found:
+            raise UserError(f"data.classes: {name!r} is not a class of {dataset.name}; {_hint(names, name)}")
+        if len(found) > 1:
+            raise UserError(
+                f"data.classes: {name!r} names {len(found)} classes of {dataset.name}, {names.listed(found)}; rename "
+                "one of them"
+            )
+        if found[0] in labels:
+            raise UserError(f"data.classes: {name!r} stands there twice, and is one class of {dataset.name}; keep one")
+        labels += found
+    return tuple(labels)
+
+
+def _hint(names: ClassNames, name: str) -> str:
+    if not names.names:
+        return "the images have no classes; leave data.classes out"
+    in_another_case = names.any_case(name)
+    near = names.names[in_another_case[0]] if in_another_case else names.nearest(name, cutoff=0.0)
+    parts = [part for part in name.split(",") if part.strip()]
+    if len(parts) > 1 and all(names.same_letters(part) for part in parts):
+        return f"write a list, data.classes=[{', '.join(quoted(part.strip()) for part in parts)}]"
+    return f"did you mean {near!r}?"

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from megadit.config.run import RunConfig
+from megadit.data.class_names import quoted
 from megadit.data.conditions import as_seen, check_encoder
 from megadit.data.text import build_encoder, check_lengths
 from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
-from megadit.diffusion.classes import read_classes, resolve_classes
+from megadit.diffusion.classes import chosen_classes
 from megadit.diffusion.pictures import Subjects, class_subjects, text_subjects
 from megadit.diffusion.prompt_files import check_prompts, read_prompts
 from megadit.errors import UserError
@@ -21,7 +22,7 @@ def chosen_subjects(
     run_dir: Path,
     config: RunConfig,
     *,
-    classes: str | None = None,
+    classes: str | Sequence[str] | None = None,
     prompts: Sequence[str] = (),
     prompts_file: Path | None = None,
     device: torch.device | str = "cpu",
@@ -34,13 +35,13 @@ def chosen_subjects(
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file is not None else ())]
     if config.model.text is not None:
         if classes is not None:
-            raise UserError(f"--classes: {classes} cannot be chosen, the model takes texts; give --prompt")
+            shown = quoted(classes if isinstance(classes, str) else ", ".join(classes))
+            raise UserError(f"--classes: {shown} cannot be chosen, the model takes texts; give --prompt")
         return _text_choice(run_dir, config, texts, device)
     if texts or prompts_file is not None:
         takes = "classes; give --classes" if config.model.num_classes else "no condition; leave it out"
         raise UserError(f"--prompt: '{texts[0] if texts else prompts_file}' cannot be drawn, the model takes {takes}")
-    names = read_classes(run_dir)
-    return class_subjects(config, names, resolve_classes(classes, names, config.model.num_classes))
+    return class_subjects(config, *chosen_classes(run_dir, classes, config.model.num_classes))
 
 
 def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:

@@ -48,7 +48,7 @@ def _nvidia() -> Iterator[Check]:
         )
         return
     for number, line in enumerate(answer.stdout.strip().splitlines()):
-        model, total, free, driver = (part.strip() for part in line.split(","))
+        model, total, free, driver = (part.strip() for part in line.rsplit(",", 3))
         yield Check("backends", f"GPU {number}", "ok", f"{model}, {free} free of {total}, driver {driver}")
     with contextlib.suppress(Exception):
         import torch

@@ -112,10 +112,22 @@ class Comparison:
 
 
 def split_runs(text: str) -> list[Path]:
-    """``"runs/a,runs/b"`` as two folders; a text that names an existing folder is that one, commas and all."""
+    """``"runs/a,runs/b"`` as two folders; a text that names an existing folder is that one, commas and all.
+
+    Raises UserError where a folder with a comma in its name stands among others: which are meant is not guessed.
+    """
     if Path(text).is_dir():
         return [Path(text)]
-    return [Path(part.strip()) for part in text.split(",") if part.strip()]
+    parts = text.split(",")
+    for start in range(len(parts)):
+        for end in range(start + 2, len(parts) + 1):
+            joined = ",".join(parts[start:end]).strip()
+            if Path(joined).is_dir():
+                raise UserError(
+                    f"'{joined}' is a folder with a comma in its name, which parts the folders of a list; give a link "
+                    "to it that has none"
+                )
+    return [Path(part.strip()) for part in parts if part.strip()]
 
 
 def compare(a: Sequence[Path], b: Sequence[Path], key: str = "loss", smooth: int | None = None) -> Comparison:

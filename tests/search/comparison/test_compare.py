@@ -203,6 +203,8 @@ def test_runs_are_split_and_named(tmp_path):
     odd = write_run(tmp_path / "lr=1,wd=0", lambda s: 1.0, steps=30)
     assert split_runs(str(odd)) == [odd]
     assert split_runs("runs/a, runs/b,") == [Path("runs/a"), Path("runs/b")]
+    with pytest.raises(UserError, match=f"^'{odd}' is a folder with a comma in its name.*give a link"):
+        split_runs(f"runs/a,{odd}, runs/b")
     trial = write_run(tmp_path / "dit-width" / "trials" / "0007", lambda s: 1.0, steps=30)
     assert read_curve(trial).name == "dit-width 0007"
 
