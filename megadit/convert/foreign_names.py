@@ -101,6 +101,20 @@ def refuse_files(values: Any, where: str) -> None:
         raise UserError(f"{where} {no_names(UNNAMED)}")
 
 
+def argument_notes(values: Any) -> list[str]:
+    """What the arguments beside the weights tell that a run here would do otherwise."""
+    args = values.get("args") if isinstance(values, Mapping) else None
+    given = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+    path = given.get("path_type")
+    if not isinstance(path, str):
+        return []
+    return [
+        f"its arguments say path_type {path[:20]}, as those of SiT and REPA do: it was trained by flow matching on "
+        "times from 0 to 1, where the model here is given 0 to 1000; the weights are the file's, but no objective here "
+        "draws from them as they were trained"
+    ]
+
+
 def no_names(key: str) -> str:
     """Why averages that are a list are not taken."""
     return (

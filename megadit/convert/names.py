@@ -10,6 +10,13 @@ from torch import Tensor
 from megadit.config.model import ModelConfig
 from megadit.errors import UserError
 
+# How names of each family begin that no other has.
+_SIGNS = (
+    ("joint_blocks.", "mmdit"),
+    ("y_embedder.y_proj.", "pixart"),
+    ("y_embedder.embedding_table.", "dit"),
+    ("in_blocks.", "uvit"),
+)
 _SHOWN = 5  # names that a sentence lists before it counts the rest
 
 
@@ -27,7 +34,9 @@ def needed(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tens
     value = state.get(name)
     if value is None:
         first = f"; it begins with {listed(list(state)[:3])}" if state else ""
-        raise UserError(f"IN: is not {what}: it has no {name}{first}; name the format that it has with --from")
+        found = next((family for sign, family in _SIGNS if any(each.startswith(sign) for each in state)), None)
+        remedy = "name the format that it has with --from" if found is None else f"read it with --from official-{found}"
+        raise UserError(f"IN: is not {what}: it has no {name}{first}; {remedy}")
     if value.dim() != dims:
         raise UserError(
             f"IN: is not {what}: {name} has shape {list(value.shape)}, {dims} dimensions are known; give another file"

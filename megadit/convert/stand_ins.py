@@ -122,7 +122,7 @@ def unreadable(path: Path, error: Exception) -> str:
         what = ""
         if _holds_modules(path):
             what = ": the file holds a whole model and not its weights alone"
-            remedy = "in the program that made it, save torch.save(model.state_dict(), FILE) and give that"
+            remedy = "in the program that made it, torch.save(model.state_dict(), FILE), and give that file"
         elif "mp_rank" not in path.name:
             remedy = "in the program that made it, save the weights alone: torch.save(model.state_dict(), FILE)"
         return (

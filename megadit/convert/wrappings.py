@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megadit.convert.foreign_names import UNNAMED, no_names, refuse_files, refuse_kinds, refuse_other_models
+from megadit.convert.foreign_names import (
+    UNNAMED,
+    argument_notes,
+    no_names,
+    refuse_files,
+    refuse_kinds,
+    refuse_other_models,
+)
 from megadit.convert.names import listed
 from megadit.errors import UserError
 
@@ -68,9 +75,9 @@ def weights_of(
     """
     refuse_files(values, f"IN: {where}")
     unnamed = _unnamed(values)
-    if choice in unnamed:
-        raise UserError(f"IN: {where} {no_names(f'{choice}.{UNNAMED}')}")
     found = dict(_sets(values))
+    if unnamed and (choice in unnamed or not found):
+        raise UserError(f"IN: {where} {no_names(f'{choice or unnamed[0]}.{UNNAMED}')}")
     known = {key: each for key, each in found.items() if _prefixes(_plain(each.weights), _anchors(family))}
     sets = known or {key: each for key, each in found.items() if key in (*_TRAINED, *_AVERAGES)}
     if not sets:
@@ -88,6 +95,7 @@ def weights_of(
     notes += [f"the averages under '{name}' are left out, since they carry no names" for name in unnamed]
     if chosen.others:
         notes.append(f"{listed(chosen.others)} beside the weights: left out")
+    notes += argument_notes(values)
     state, more = plain_weights(chosen.weights, where, inner, family)
     return state, notes + more
 

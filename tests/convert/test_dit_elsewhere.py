@@ -106,6 +106,19 @@ def test_heads_and_size_are_asked_for_where_nothing_tells() -> None:
     assert heads_of(144, None, {}, (72, 64)) == heads_of(128, None, {}, (72, 64)) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("joint_blocks.0.x_block.attn.qkv.weight", "mmdit"),
+        ("y_embedder.y_proj.fc1.weight", "pixart"),
+        ("in_blocks.0.attn.qkv.weight", "uvit"),
+    ],
+)
+def test_a_file_of_another_family_is_named(name: str, family: str) -> None:
+    with pytest.raises(UserError, match=f"is not an official DiT .*; read it with --from official-{family}"):
+        from_official("dit", {name: torch.ones(2, 2)})
+
+
 def damaged(what: str) -> dict[str, Tensor]:
     state = to_official(tiny_config(), random_state(tiny_config()))
     if what == "missing":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from typing import Any
 
@@ -157,6 +158,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "nothing": ({"opt": {}, "step": 5}, "holds opt, step and no weights by name"),
     "a list": ([torch.ones(1)], "holds list and no weights by name"),
     "unnamed": ({"decay": 0.9, "shadow_params": [torch.ones(1)]}, "holds averages without names .'shadow_params'"),
+    "unnamed below a key": ({"ema": {"shadow_params": [torch.ones(1)]}}, "without names .'ema.shadow_params'"),
     "lora": ({"base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.ones(1)}, "is an adapter .*merge it into"),
     "unmerged": (
         {**model(1, "base_model.model."), "base_model.model.blocks.0.attn.qkv.lora_B.default.weight": torch.ones(1)},
@@ -188,6 +190,12 @@ def test_what_is_no_whole_model_is_refused_by_what_it_is(kind: str) -> None:
     values, told = REFUSED[kind]
     with pytest.raises(UserError, match=f"^IN: {told}" if kind == "collision" else f"^IN: 'x.pt' .*{told}"):
         weights_of(values, WHERE, None, "dit")
+
+
+def test_what_the_arguments_tell_is_said() -> None:
+    for args in (argparse.Namespace(path_type="Linear"), {"path_type": "Linear"}):
+        _, notes = weights_of({"model": model(1), "args": args}, WHERE, None, "dit")
+        assert any("path_type Linear, as those of SiT and REPA" in note for note in notes)
 
 
 def test_averages_without_names_cannot_be_asked_for() -> None:
