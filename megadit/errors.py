@@ -22,19 +22,31 @@ EXIT_VERDICT_NO = 3
 EXIT_PREEMPTED = 85
 EXIT_INTERRUPTED = 130  # by Ctrl-C, where a command has nothing to save; as shells say it
 
+_MOST_LETTERS = 4000  # of a message: a screen
+
 
 class UserError(Exception):
     """Bad input from a person: one sentence that names the key, the value and the remedy (exit code 2).
 
     ``everywhere`` says that every rank of the run raises it alike, so that one of them is enough to tell it.
-    ``code`` is what the command exits with.
+    ``code`` is what the command exits with. What a message quotes of a file may be anything, so control characters
+    are shown by their escapes, and of a very long message the middle is left out.
     """
 
     code = EXIT_BAD_INPUT
 
     def __init__(self, message: str, *, everywhere: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(_fit_to_print(message))
         self.everywhere = everywhere
+
+
+def _fit_to_print(message: str) -> str:
+    if not message.isprintable():
+        message = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    left_out = len(message) - _MOST_LETTERS
+    if left_out <= 0:
+        return message
+    return f"{message[: _MOST_LETTERS * 3 // 4]} … [{left_out:,} characters] … {message[-_MOST_LETTERS // 4 :]}"
 
 
 def run_command(

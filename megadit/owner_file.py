@@ -73,7 +73,7 @@ class Owner:
             fields = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(cls) if field.name in values}
             whole = all(isinstance(values[name], kind) for name, kind in fields.items())
             return cls(**{name: values[name] for name in fields}) if whole else None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None
 
     def text(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.ranks import ROOT
-from megadit.errors import run_command
+from megadit.errors import UserError, run_command
 
 START = "import sys; from megadit.errors import UserError, run_command\n"
 MUCH = START + "run_command(lambda argv: print('x\\n' * 500_000) or 0)"
@@ -101,3 +101,23 @@ def test_an_empty_text_is_one_where_the_command_says_so() -> None:
     with pytest.raises(SystemExit) as ended:
         run_command(lambda argv: 0, ["--prompt", "", "key=value"], may_be_empty=("--prompt",))
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("quoted", "shown"),
+    [
+        ("caf\u00e9 μP", "caf\u00e9 μP"),
+        ("two\nlines", "two\nlines"),
+        ("\x1b[31mred\r\0\x07", r"\x1b[31mred\r\x00\x07"),
+        ("\u202etxt.exe", r"\u202etxt.exe"),
+        ("caf\udce9", r"caf\udce9"),
+    ],
+)
+def test_what_a_message_quotes_cannot_drive_the_terminal(quoted: str, shown: str) -> None:
+    assert str(UserError(f"data.path: '{quoted}' is wrong; mend it")) == f"data.path: '{shown}' is wrong; mend it"
+
+
+def test_of_a_very_long_message_the_middle_is_left_out() -> None:
+    said = str(UserError(f"--config: {'x' * 100_000} is wrong; mend it"))
+    assert len(said) < 4100 and said.startswith("--config: xxx") and said.endswith("xxx is wrong; mend it")
+    assert "characters] …" in said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from megadit.search.storage.store import StudyStore, trial_folder
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
 from megadit.search.wording import point_text
-from megadit.text_files import split_lines
+from megadit.train.metric_rows import read_rows
 
 _SHOWN_TRIALS = 30
 
@@ -95,15 +94,10 @@ def _work(study: Study, cell: Cell) -> float:
 def step_of(study: Study, number: int) -> int | None:
     """The last logged step of a running trial; None before its first."""
     try:
-        text = (trial_folder(study, number) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        rows = read_rows(trial_folder(study, number) / "metrics.jsonl").rows
     except OSError:
         return None
-    for line in reversed(split_lines(text)):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # being written
-            continue
-    return None
+    return int(rows[-1]["step"]) if rows else None
 
 
 def counts_text(counts: Counts) -> str:

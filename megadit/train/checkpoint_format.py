@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megadit.errors import UserError
+from megadit.train.checkpoint_fields import check_index, told
 from megadit.train.checkpoint_names import INDEX
 from megadit.train.fragment_io import BLOCK, BrokenCheckpoint, FileRecord, Piece
 from megadit.train.partitions import Fragment
@@ -78,17 +79,19 @@ class Index:
             body = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             name, version = body.get("format"), body.get("version")
             if name == FORMAT and version == 1:
+                check_index(body)
                 return cls(body["parameters"], [Piece.from_json(piece) for piece in body["pieces"]], {}, version=1)
             if name == FORMAT and version == VERSION:
                 expected = body.pop("crc32")
                 if expected != _sum_of(body):
                     raise ValueError("its checksum is wrong")
+                check_index(body)
                 files = {key: FileRecord(**record) for key, record in body["files"].items()}
                 pieces = [Piece.from_json(piece) for piece in body["pieces"]]
                 return cls(body["parameters"], pieces, files, body["block"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BrokenCheckpoint(
-                f"checkpoint {folder}: its index cannot be read ({error}); use an earlier one"
+                f"checkpoint {folder}: its index cannot be read ({told(error)}); use an earlier one"
             ) from error
         raise UserError(
             f"checkpoint {folder}: format {name} version {version} is not {FORMAT} version 1 to {VERSION}; "

@@ -19,6 +19,7 @@ from megadit.data.windows import joined
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.slices import Wanted, runs
+from megadit.train.checkpoint_fields import FLOAT_BYTES, check_state, told
 from megadit.train.checkpoint_format import WEIGHTS, Index, Position, StateSource
 from megadit.train.checkpoint_names import STATE
 from megadit.train.ema import KIND as EMA_KIND
@@ -53,24 +54,33 @@ class StoredCheckpoint:
             if record is not None and zlib.crc32(text) != record.crc32:
                 raise ValueError("its checksum is wrong")
             self.state: dict[str, Any] = json.loads(text)
+            check_state(self.state)
             self.config = _completed(self.state["config"])
             self.position = Position(*(int(self.state[key]) for key in ("step", "samples_seen", "skipped_steps")))
             # Before samples could be left out the numbers were those of the samples seen.
             samples = self.state.get("samples") or {"next": self.position.samples_seen, "left_out": []}
             self.next_sample = int(samples["next"])
             self.left_out = joined((int(first), int(stop)) for first, stop in samples["left_out"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BrokenCheckpoint(
-                f"checkpoint {path}: {STATE} cannot be read ({error}); use an earlier one"
+                f"checkpoint {path}: {STATE} cannot be read ({told(error)}); use an earlier one"
             ) from error
 
     def _check_sizes(self) -> None:
+        """The sizes that the index says; version 1 says none, but its files hold at least all of its weights."""
         for name, record in self.index.files.items():
             file = self.path / name
             size = file.stat().st_size if file.is_file() else None
             if size != record.bytes:
                 what = "is missing" if size is None else f"has {size} bytes of {record.bytes}"
                 raise BrokenCheckpoint(f"checkpoint {self.path}: {name} {what}; use an earlier one")
+        needed = sum(math.prod(shape) for shape in self.parameters.values()) * FLOAT_BYTES
+        files = [self.path / name for name in dict.fromkeys(piece.file for piece in self.index.pieces)]
+        stored = sum(file.stat().st_size for file in files if file.is_file())
+        if stored < needed:
+            raise BrokenCheckpoint(
+                f"checkpoint {self.path}: its files have {stored} bytes, its weights {needed}; use an earlier one"
+            )
 
     @property
     def parameters(self) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadit.config.json_text import JsonError, parse_json
 from megadit.data.order import SampleOrder
 from megadit.data.windows import Window, as_value, joined, shown, without
 from megadit.mup.spec import Role
@@ -78,10 +79,21 @@ def remember(run_dir: Path, event: Mapping[str, Any]) -> None:
 def recorded(run_dir: Path) -> list[dict[str, Any]]:
     """The events that ended earlier starts in this run directory; what is not such a file tells nothing."""
     try:
-        found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = parse_json((run_dir / FILE).read_bytes())
+    except (OSError, JsonError):
         return []
-    return [event for event in found if isinstance(event, dict)] if isinstance(found, list) else []
+    return [event for event in found if _is_event(event)] if isinstance(found, list) else []
+
+
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict) or type(event.get("step")) is not int or not isinstance(event.get("what"), str):
+        return False
+    windows = [event.get("samples"), event.get("broken_samples") or []]
+    return all(isinstance(part, list) and all(map(_is_window, part)) for part in windows)
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
 
 
 def notes_of_earlier_ends(run_dirs: Iterable[Path], next_number: int, left_out: Sequence[Window]) -> list[str]:

@@ -240,6 +240,13 @@ def _scatter(
         sink[to + first - at : to + end - at] = source[first - low : end - low]
 
 
+def _end_of(entry: Any) -> int:
+    first, end = entry["data_offsets"]
+    if type(first) is not int or type(end) is not int or not 0 <= first <= end:
+        raise ValueError("offsets that are none")
+    return end
+
+
 class _PieceFile:
     """An open safetensors file of one-dimensional float32 tensors."""
 
@@ -257,10 +264,10 @@ class _PieceFile:
             if record is not None and zlib.crc32(head) != record.crc32:
                 raise self._broken("its header has a wrong checksum")
             self._tensors: dict[str, Any] = json.loads(head[8:])
-            ends = [entry["data_offsets"][1] for key, entry in self._tensors.items() if key != "__metadata__"]
+            ends = [_end_of(entry) for key, entry in self._tensors.items() if key != "__metadata__"]
             if size != len(head) + max(ends, default=0):
                 raise self._broken(f"it has {size} bytes of {len(head) + max(ends, default=0)}")
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             self.close()
             raise self._broken("its header is no safetensors header") from error
         except BrokenCheckpoint:

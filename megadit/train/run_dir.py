@@ -22,11 +22,13 @@ from typing import Any
 
 from megadit import __version__
 from megadit.config import RunConfig, save_config
+from megadit.config.json_text import parse_json
 from megadit.config.sources import is_resolved
-from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_PREEMPTED, UserError
+from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_PREEMPTED, UserError, say
 from megadit.files import whole_file
 from megadit.ownership import Ownership, is_another_s
-from megadit.text_files import split_lines, whole_text
+from megadit.text_files import whole_text
+from megadit.train.metric_rows import read_rows
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -145,7 +147,7 @@ class RunDirectory:
         """
         file = self.path / "wandb.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stored = json.loads(file.read_text(encoding="utf-8"))["id"]
+            stored = parse_json(file.read_bytes())["id"]
             if isinstance(stored, str) and stored:
                 return stored
         latest = self.path / "wandb" / "latest-run"  # a link to run-DATE_TIME-ID
@@ -170,17 +172,16 @@ class RunDirectory:
         """Drop metric lines beyond ``step``: a resumed run writes them again, without a seam."""
         if not self.metrics.is_file():
             return
-        kept = []
-        for line in split_lines(self.metrics.read_text(encoding="utf-8")):
-            try:
-                row = json.loads(line)
-            except ValueError:  # the torn last line of a killed run
-                continue
-            if row["step"] <= step:
-                kept.append(line)
+        found = read_rows(self.metrics)
+        kept = [line for row, line in zip(found.rows, found.lines, strict=True) if row["step"] <= step]
+        if found.broken:
+            say(
+                f"warning: '{self.metrics}' has {len(found.broken)} lines that are no rows of metrics, first line "
+                f"{found.broken[0]}; they are left out"
+            )
         temporary = self.metrics.with_name("metrics.jsonl.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in kept))
+        with open(temporary, "wb") as file:
+            file.write(b"".join(line + b"\n" for line in kept))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.metrics)
@@ -192,10 +193,8 @@ class RunDirectory:
                 os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All metric rows so far."""
-        if not self.metrics.is_file():
-            return []
-        return [json.loads(line) for line in split_lines(self.metrics.read_text(encoding="utf-8"))]
+        """All metric rows so far; lines that are none are passed over."""
+        return read_rows(self.metrics).rows
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
         """Record how the run ended (rank 0, or the rank that failed); a directory that is another's is left alone."""

@@ -6,11 +6,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megadit.config import RunConfig
-from megadit.config.json_text import parse_json
+from megadit.config.json_text import JsonError, parse_json
 from megadit.data import ImageSet
 from megadit.data.identity import Identity, config_differences, crop_note, differences, identify
 from megadit.errors import UserError
@@ -88,7 +87,7 @@ def _classes_of(stored: StoredCheckpoint) -> list[str] | None:
     """The names of its classes that the run of a checkpoint wrote; None where it wrote none."""
     file = stored.path.parent.parent / "classes.json"
     try:
-        names = parse_json(Path(file).read_bytes())
-    except (OSError, ValueError):
+        names = parse_json(file.read_bytes())
+    except (OSError, JsonError):
         return None
-    return names if isinstance(names, list) else None
+    return list(map(str, names)) if isinstance(names, list) else None

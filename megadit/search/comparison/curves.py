@@ -14,7 +14,7 @@ import numpy as np
 from megadit.config.json_text import parse_json
 from megadit.config.sources import display
 from megadit.errors import EXIT_OK, UserError
-from megadit.text_files import split_lines
+from megadit.train.metric_rows import is_number, read_rows
 
 Axis = Literal["steps", "samples"]
 _COLUMN = {"steps": "step", "samples": "samples_seen"}
@@ -73,7 +73,7 @@ def read_curve(folder: str | Path, key: str = "loss") -> Curve:
     rows = _read_rows(folder)
     found = {int(row["step"]): row for row in rows if key in row and _is_measured(row[key])}
     if not found:
-        known = sorted({name for row in rows for name, value in row.items() if _is_number(value)} - {*_COLUMN.values()})
+        known = sorted({name for row in rows for name, value in row.items() if is_number(value)} - {*_COLUMN.values()})
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'no numbers at all'}"
         raise UserError(f"--key {key}: {display(folder / 'metrics.jsonl')} has no such number; {hint}")
@@ -136,17 +136,15 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         more = ", but trials; name one of them, e.g. trials/0000" if (folder / "trials").is_dir() else ""
         raise UserError(f"run directory: {display(folder)} holds no metrics.jsonl{more or '; has the run started?'}")
-    lines = split_lines(file.read_text(encoding="utf-8-sig", errors="replace"))
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line)
-            int(row["step"])
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):  # the torn last line of a run that was killed, or still writes
-                break
-            raise UserError(f"run directory: line {number} of {display(file)} is not a row of metrics") from None
-        rows.append(row)
+    try:
+        found = read_rows(file)
+    except OSError as error:
+        raise UserError(f"run directory: cannot read {display(file)} ({error.strerror or error}); check it") from None
+    if found.broken:
+        raise UserError(
+            f"run directory: line {found.broken[0]} of {display(file)} is not a row of metrics; take the line out"
+        )
+    rows = found.rows
     if not rows:
         raise UserError(f"run directory: {display(file)} holds no row; has the run logged a step?")
     return rows
@@ -157,14 +155,10 @@ def _stopped(folder: Path) -> str:
     try:
         ended = parse_json((folder / "exit.json").read_bytes())
         return "" if int(ended["code"]) == EXIT_OK else str(ended["reason"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_measured(value: Any) -> bool:
     """A number, or the null that stands in the file for one that was not finite."""
-    return value is None or _is_number(value)
+    return value is None or is_number(value)

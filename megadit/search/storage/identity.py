@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import threading
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megadit.config.json_text import parse_json
 from megadit.process_id import start_of, view_of_processes
 from megadit.train.run_dir import write_json
 
@@ -37,8 +37,12 @@ class WorkerId:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> WorkerId:
-        """The inverse of ``to_json``."""
-        return cls(**values)
+        """The inverse of ``to_json``. Raises TypeError for what is not what it gave."""
+        found = cls(**values)
+        texts = (found.host, found.place, found.started)
+        if not all(isinstance(text, str) for text in texts) or type(found.pid) is not int:
+            raise TypeError(f"a worker is stored as {dict(values)!r}"[:200])
+        return found
 
     @property
     def is_here(self) -> bool:
@@ -108,7 +112,7 @@ class Heartbeats:
         found = []
         for file in sorted(self.folder.glob("*.alive")):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                worker = WorkerId.from_json(json.loads(file.read_text(encoding="utf-8")))
+                worker = WorkerId.from_json(parse_json(file.read_bytes()))
                 if not self.is_dead(worker, stale_after_s):
                     found.append(worker)
         return found
@@ -117,7 +121,7 @@ class Heartbeats:
         """Remove what killed workers of this host left."""
         for file in self.folder.glob("*.alive"):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                worker = WorkerId.from_json(json.loads(file.read_text(encoding="utf-8")))
+                worker = WorkerId.from_json(parse_json(file.read_bytes()))
                 if worker.is_here and not worker.is_running:
                     file.unlink(missing_ok=True)
 

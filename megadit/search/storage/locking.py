@@ -24,6 +24,7 @@ from megadit.file_kind import file_instead
 
 FILES = {"sqlite": "study.db", "journal": "journal.log"}
 _BUSY_S = 120  # how long SQLite waits for another reader or writer
+_MOST_SAID = 200  # letters of an error of optuna's, which may quote a whole record
 _BROKEN_AFTER_S = 30  # a lock file this old, on a shared file system, belongs to a holder that was killed
 
 
@@ -91,6 +92,34 @@ def _drop_torn_line(journal: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
+@contextlib.contextmanager
+def told_of(file: Path) -> Iterator[None]:
+    """In the block, what optuna, SQLAlchemy or SQLite raise over a damaged ``file``, or a full disk, is a sentence.
+
+    optuna checks little of what it reads, and raises whatever that leads to. So reading belongs into the block and
+    nothing else, lest defects of our own be told as damage.
+
+    Raises:
+        UserError: the file is no such storage.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"--study_dir: '{file}' cannot be opened ({error.strerror or error})") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3", "optuna", "json", "builtins"):
+            other = file_instead(file, *(("sqlite",) if file.name == FILES["sqlite"] else ("json", "text")))
+            if other:
+                raise UserError(f"--study_dir: '{file}' is not a study's storage: {other}") from error
+            raise UserError(
+                f"--study_dir: '{file}' is not a study's storage, or is damaged ({_first_line(error)}); copy it again, "
+                "or move the folder away to start anew"
+            ) from error
+        raise
+
+
 def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
     """The optuna storage of the study in ``folder`` (sqlite or journal), made unless ``read_only``.
 
@@ -102,21 +131,13 @@ def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     file = folder / FILES[kind]
-    try:
+    with told_of(file):
         if kind == "journal":
             lock = JournalFileOpenLock(str(file), grace_period=_BROKEN_AFTER_S)
             return get_storage(JournalStorage(JournalFileBackend(str(file), lock_obj=lock)))
         # By a function and not by SQLAlchemy's URL, which would read the ?, # and % of a folder's name as its own.
         connect = functools.partial(_connect, file.resolve(), "ro" if read_only else "rwc")
         return get_storage(RDBStorage(f"sqlite:///{FILES['sqlite']}", engine_kwargs={"creator": connect}))
-    except OSError as error:
-        raise UserError(f"--study_dir: '{file}' cannot be opened ({error.strerror or error})") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3", "optuna", "json", "builtins"):
-            other = file_instead(file, "sqlite") if kind == "sqlite" else file_instead(file, "json", "text")
-            told = f": {other}" if other else f" ({_first_line(error)})"
-            raise UserError(f"--study_dir: '{file}' is not a study's storage{told}") from error
-        raise
 
 
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
@@ -126,7 +147,8 @@ def _connect(file: Path, mode: str) -> sqlite3.Connection:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}: {line[:_MOST_SAID]}" if type(error).__module__ == "builtins" else line[:_MOST_SAID]
 
 
 def quiet_optuna() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megadit.search.results import TrialResult
+from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
 from megadit.search.storage.identity import WorkerId
 from megadit.search.study.plan import PlannedTrial
 
@@ -127,6 +127,54 @@ def attributes(planned: PlannedTrial, number: int) -> dict[str, Any]:
     }
 
 
+_NUMBER = (int, float)
+_START = {"number": int, "variant": str, "seed": int, "hps": dict}
+_RESULT: dict[str, type | tuple[type, ...]] = {
+    "number": int, "variant": str, "hps": dict, "seed": int, "outcome": str, "scores": dict, "horizons": dict,
+    "steps": int, "global_batch": int, "parameters": int, "flops": _NUMBER, "seconds": _NUMBER, "overhead_s": _NUMBER,
+    "reason": str, "run_dir": str, "attempts": int,
+}  # fmt: skip
+_OUTCOMES = (COMPLETE, DIVERGED, PRUNED, FAILED)
+
+
+def check_start(attrs: Mapping[str, Any]) -> None:
+    """Whether what is stored of a start of a trial is what ``attributes``, ``stored`` and a worker's claim wrote.
+
+    Raises:
+        ValueError: it is not; what is wrong is named.
+    """
+    trial = f"trial {attrs.get('number')}"
+    _check(attrs, _START, trial)
+    if "worker" in attrs:
+        WorkerId.from_json(attrs["worker"])
+    if "lost" in attrs:
+        _check(attrs, {"lost": str}, trial)
+    if "result" in attrs:
+        result = attrs["result"]
+        _check(result, _RESULT, f"the result of {trial}")
+        if result["outcome"] not in _OUTCOMES:
+            raise ValueError(f"the result of {trial} has the outcome {result['outcome']!r}")
+        if result.keys() - _RESULT.keys() - {"scale"}:
+            raise ValueError(f"the result of {trial} has keys that are not known")
+        for step, scores in {"0": result["scores"], **result["horizons"]}.items():
+            if not step.isdecimal() or not isinstance(scores, dict) or not all(map(_is_score, scores.values())):
+                raise ValueError(f"the result of {trial} has scores that are no numbers")
+
+
+def _check(values: Any, wanted: Mapping[str, type | tuple[type, ...]], what: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is no object")
+    for key, kind in wanted.items():
+        if not isinstance(values.get(key), kind) or isinstance(values[key], bool):
+            raise ValueError(f"{key} of {what} is {values.get(key)!r}")
+    if not (values.get("scale") is None or isinstance(values["scale"], _NUMBER)):
+        raise ValueError(f"scale of {what} is {values['scale']!r}")
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, _NUMBER) and not isinstance(value, bool))
+
+
 def stored(result: TrialResult) -> dict[str, Any]:
     """The result as JSON values."""
     values = asdict(result)
@@ -137,4 +185,4 @@ def stored(result: TrialResult) -> dict[str, Any]:
 def restored(values: Mapping[str, Any]) -> TrialResult:
     """The inverse of ``stored``."""
     horizons = {int(step): scores for step, scores in values["horizons"].items()}
-    return TrialResult(**{**values, "horizons": horizons})
+    return TrialResult(**{"scale": None, **values, "horizons": horizons})

@@ -17,8 +17,8 @@ from megadit.errors import UserError
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, StudyResults, TrialResult
 from megadit.search.storage.cells import ask_tpe, open_cell, shown_distributions
 from megadit.search.storage.identity import Heartbeats, WorkerId
-from megadit.search.storage.locking import FILES, StudyLock, open_storage
-from megadit.search.storage.states import Claim, Counts, History, Overview, attributes, restored, stored
+from megadit.search.storage.locking import FILES, StudyLock, open_storage, told_of
+from megadit.search.storage.states import Claim, Counts, History, Overview, attributes, check_start, restored, stored
 from megadit.search.study.plan import PlannedTrial, plan
 from megadit.search.study.study import Study, check_against_frozen, load_study, make_folder, save_study
 
@@ -35,8 +35,10 @@ class StudyStore:
         self._lock = lock
         # One optuna study per cell: pruners and samplers compare runs of one kind only.
         self._cells = {}
+        self._file = study.folder / FILES[study.spec.storage]
         for cell in study.cells:
-            found = open_cell(study, storage, f"{study.spec.name} {cell.label}", create)
+            with told_of(self._file):
+                found = open_cell(study, storage, f"{study.spec.name} {cell.label}", create)
             if found is not None:
                 self._cells[cell.variant, cell.scale] = found
         self._plan = {trial.key: trial for trial in plan(study)}
@@ -185,10 +187,13 @@ class StudyStore:
         """All starts of every trial of the plan that was ever queued, by key, the last one last."""
         found: dict[str, History] = {}
         for cell in self._cells.values():
-            for trial in cell.get_trials(deepcopy=False):
-                key = trial.user_attrs.get("key")
-                if key in self._plan:
-                    found.setdefault(key, History([])).starts.append(trial)
+            with told_of(self._file):
+                trials = cell.get_trials(deepcopy=False)
+                known = [trial for trial in trials if trial.user_attrs.get("key") in self._plan]
+                for trial in known:
+                    check_start(trial.user_attrs)
+            for trial in known:
+                found.setdefault(trial.user_attrs["key"], History([])).starts.append(trial)
         return found
 
     def _fill(self) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadit.config.json_text import parse_json
+from megadit.config.json_text import JsonError, parse_json
 from megadit.errors import UserError
 from megadit.parallel.environment import without_ranks
+from megadit.train.metric_rows import is_number
 
 if TYPE_CHECKING:
     from megadit.search.study.spec import ScoreSpec
@@ -132,8 +133,8 @@ def _value(text: str, key: str) -> float | None:
     for part in (text, text.strip().rpartition("\n")[2]):
         try:
             found = parse_json(part)
-        except ValueError:
+        except JsonError:
             continue
-        if isinstance(found, dict) and isinstance(found.get(key), (int, float)) and not isinstance(found[key], bool):
+        if isinstance(found, dict) and is_number(found.get(key)):
             return float(found[key])
     return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadit.config import DataConfig, LoadedConfig, RunConfig
+from megadit.config.json_text import parse_json
 from megadit.data import ImageSet
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.models import count_parameters
@@ -223,9 +223,8 @@ def _result(study: Study, claim: Claim, job: Job, watch: TrialWatch, code: int) 
 
 def _why_diverged(run_dir: Path) -> str:
     """What ``exit.json`` says, if there was space for it."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        reason: str = json.loads((run_dir / "exit.json").read_text(encoding="utf-8"))["reason"]
-        return reason.removeprefix("diverged: ")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(parse_json((run_dir / "exit.json").read_bytes())["reason"]).removeprefix("diverged: ")
     return "its loss is no finite number"
 
 
