@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any, overload
 
 from megadit.config.json_text import JsonError, parse_json
 from megadit.errors import UserError
+from megadit.file_kind import HEAD_BYTES, file_instead, instead, kind_of
 
 _LARGEST = 2**63 - 1
+_MOST_BYTES = 2**28  # of a file: far above any configuration or index, and far below a machine's memory
 _SHOWN = 60  # characters of a value in a sentence
 _AGAIN = "correct the file, or fetch it again"
 
@@ -44,11 +48,18 @@ class Fields:
         Raises:
             UserError: it cannot be read, is not JSON, or no object.
         """
+        where = f"{option}: '{path}'"
         try:
+            facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode):  # which might never end, or never begin
+                raise UserError(f"{where} is no file: {file_instead(path) or 'give one'}")
+            if facts.st_size > _MOST_BYTES:
+                other = file_instead(path, "json", "text") or _AGAIN
+                raise UserError(f"{where} has {facts.st_size:,} bytes, so that it is no JSON text to read: {other}")
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{option}: '{path}' cannot be read ({error.strerror or error}); {missing}") from error
-        return cls.of_bytes(data, f"{option}: '{path}'")
+            raise UserError(f"{where} cannot be read ({error.strerror or error}); {missing}") from error
+        return cls.of_bytes(data, where)
 
     @classmethod
     def of_bytes(cls, data: bytes | str, where: str) -> Fields:
@@ -56,13 +67,19 @@ class Fields:
         try:
             values = parse_json(data)
         except JsonError as error:
-            raise UserError(f"{where} {error}; {_AGAIN}") from None
+            head = data if isinstance(data, bytes) else data[:HEAD_BYTES].encode("utf-8", "replace")
+            other = instead(kind_of(head[:HEAD_BYTES], len(data)), "json", "text")
+            raise UserError(f"{where} is not JSON: {other}" if other else f"{where} {error}; {_AGAIN}") from None
         if not isinstance(values, dict):
             raise UserError(f"{where} holds {_kind(values)} and not keys and values; {_AGAIN}")
         return cls(values, where)
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
+
+    def names(self) -> tuple[str, ...]:
+        """All keys, in the file's order."""
+        return tuple(self._values)
 
     def unread(self) -> dict[str, Any]:
         """Keys and values that nobody has asked for; those that begin with an underscore are notes of a program."""
@@ -98,16 +115,25 @@ class Fields:
         return int(value)
 
     @overload
-    def number(self, key: str, default: float | _Required = ...) -> float: ...
+    def number(self, key: str, default: float | _Required = ..., *, above: float = ...) -> float: ...
     @overload
-    def number(self, key: str, default: float | None, *, null: bool) -> float | None: ...
-    def number(self, key: str, default: float | _Required | None = REQUIRED, *, null: bool = False) -> float | None:
-        """A finite number. Raises UserError for anything else."""
+    def number(self, key: str, default: float | None, *, above: float = ..., null: bool) -> float | None: ...
+    def number(
+        self,
+        key: str,
+        default: float | _Required | None = REQUIRED,
+        *,
+        above: float = -math.inf,
+        null: bool = False,
+    ) -> float | None:
+        """A finite number larger than ``above``. Raises UserError for anything else."""
         value = self._value(key, default, null)
         if value is None:
             return None
         if not _is_number(value):
             raise self.refused(key, value, "a finite number")
+        if not value > above:
+            raise self.refused(key, value, f"a number above {above:g}")
         return float(value)
 
     @overload
@@ -152,7 +178,7 @@ class Fields:
 
     def refused(self, key: str, value: Any, wanted: str) -> UserError:
         """The sentence for a value that is not ``wanted``."""
-        return UserError(f"{self.where} has {key} {shown(value)}, which must be {wanted}; {_AGAIN}")
+        return UserError(f"{self.where} has {_printable(key)} {shown(value)}, which must be {wanted}; {_AGAIN}")
 
     def _value(self, key: str, default: Any, null: bool) -> Any:
         self._read.add(key)
@@ -170,8 +196,15 @@ def shown(value: Any) -> str:
     """A value of a JSON file in a sentence, as the file has it, cut where it is long."""
     if isinstance(value, bool) or value is None:
         return {None: "null", True: "true", False: "false"}[value]
-    text = f"'{value}'" if isinstance(value, str) else str(value) if not isinstance(value, dict) else "{…}"
+    if isinstance(value, dict):
+        return "{…}"
+    text = _printable(f"'{value[: _SHOWN + 1]}'" if isinstance(value, str) else str(value)[: _SHOWN + 1])
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def _printable(text: str) -> str:
+    """Line breaks, control characters and lone surrogates as escapes, so that a sentence stays one line."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _is_number(value: Any) -> bool:

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from megadit.config.json_fields import Fields
 from megadit.config.messages import explain
 from megadit.config.model import ModelConfig
+from megadit.convert.transformer_class import CLASSES, WHERE, class_config
 from megadit.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# diffusers' classes and their families.
-CLASSES: Mapping[str, str] = MappingProxyType(
-    {"DiTTransformer2DModel": "dit", "PixArtTransformer2DModel": "pixart", "SD3Transformer2DModel": "mmdit"}
-)
 _WHOLE = {"heads", "input_size", "base_width", "text_max_length", "max_length", "pos_embed_max_size"}  # hints
 _REAL = {"output_mult", "pos_scale"}
 _SIZED_BY_TEXT = ("pixart",)  # families with a buffer as long as a text
@@ -65,25 +62,31 @@ def to_official(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[s
 
 
 def from_diffusers(
-    config_json: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, max_length: int | None = None
+    config_json: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    *,
+    max_length: int | None = None,
+    where: str = WHERE,
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights of a transformer of diffusers, from its config.json and its weights.
 
-    ``max_length``: tokens of a text, which no class tells; default: what the published pipelines use.
+    ``max_length``: tokens of a text, which no class tells; default: what the published pipelines use. ``where`` names
+    the config in messages.
 
     Raises:
         UserError: its ``_class_name`` is not known, or the weights or options are not those of the family.
     """
     from megadit.convert.names import check_types
 
-    family = family_of(config_json)
+    known, _ = class_config(Fields(config_json, where))
+    family = CLASSES[known["_class_name"]]
     check_types(state_dict)
     function = _function(family, "from_diffusers", "class in diffusers")
     options = {} if max_length is None or family not in _SIZED_BY_TEXT else {"max_length": max_length}
-    config, state = _called(function, config_json, state_dict, **options)
+    config, state = _called(function, known, state_dict, where=where, **options)
     if max_length is not None and config.text is not None:
         config = config.model_copy(update={"text": config.text.model_copy(update={"max_length": max_length})})
-    _check_whole(config, state, f"a {config_json['_class_name']} of diffusers")
+    _check_whole(config, state, f"a {known['_class_name']} of diffusers")
     return config, state
 
 
@@ -100,18 +103,11 @@ def to_diffusers(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> tuple
     return dict(config_json), state
 
 
-def family_of(config_json: Mapping[str, Any]) -> str:
-    """The family of a diffusers config.json. Raises UserError for a class that is not known."""
-    name = str(config_json.get("_class_name"))
-    if name not in CLASSES:
-        raise UserError(f"IN: config.json has _class_name {name}; known are {', '.join(CLASSES)}")
-    return CLASSES[name]
-
-
-def diffusers_gap(config_json: Mapping[str, Any]) -> str | None:
+def diffusers_gap(config_json: Mapping[str, Any], where: str = WHERE) -> str | None:
     """Why diffusers' class with this config cannot compute what this model does; None where it is the same."""
-    function = getattr(_module(family_of(config_json)), "diffusers_gap", None)
-    gap: str | None = None if function is None else function(config_json)
+    known, _ = class_config(Fields(config_json, where))
+    function = getattr(_module(CLASSES[known["_class_name"]]), "diffusers_gap", None)
+    gap: str | None = None if function is None else function(known, where)
     return gap
 
 

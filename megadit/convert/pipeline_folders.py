@@ -7,7 +7,6 @@ converted: a pipeline gets them when it is loaded, beside an autoencoder that th
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,25 +14,41 @@ from typing import Any
 
 from torch import Tensor
 
-from megadit.config.json_text import JsonError, parse_json
-from megadit.config.run import RunConfig
+from megadit.config.json_fields import Fields
+from megadit.config.model import ModelConfig
+from megadit.config.run import ObjectiveConfig, RunConfig
 from megadit.convert.contents import Contents
 from megadit.convert.difference import Difference, measure, memory_lacking
 from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
 from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
+from megadit.convert.pipeline_index import (
+    CONFIG,
+    INDEX,
+    SCHEDULER,
+    SCHEDULER_CONFIG,
+    SIGMA,
+    TRANSFORMER,
+    VAE,
+    Pipeline,
+    class_names,
+    find_pipeline,
+    left_out,
+)
+from megadit.convert.pipeline_schedulers import default_objective, objective_gap, read_objective, scheduler_json
 from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.convert.state_dicts import find_files, load_tensors, write_folder, write_one
-from megadit.diffusion.ddpm import BETA_ENDS, beta_ends
+from megadit.convert.transformer_class import class_config
+from megadit.data.codec_folder import VAE_CLASS, read_facts
 from megadit.errors import UserError
 
 SHARD_BYTES = 10 * 10**9  # above which diffusers' own save_pretrained cuts a model
 _WEIGHTS = "diffusion_pytorch_model"
 _VERSION = "0.30.0"  # of diffusers: all three classes and schedulers exist since then as they are written here
-_VAE = "AutoencoderKL"
 _DIT_CLASSES = 1000  # DiTPipeline's null label is this number, whatever the model
 _NULL_KEY = "null_caption"  # of a safetensors file beside the pipeline
 _NULL_FILE = f"{_NULL_KEY}.safetensors"
+_SIGMA_LENGTH = 300  # tokens of PixArt-Sigma's captions, which its transformer does not tell from PixArt-alpha's
 # Pipeline of each family, and its components that are not written here.
 _PIPELINES: Mapping[str, tuple[str, dict[str, list[str]]]] = {
     "dit": ("DiTPipeline", {}),
@@ -59,20 +74,23 @@ def read_diffusers(path: Path, request: Request) -> tuple[Contents, Difference |
     """The transformer of a pipeline folder, or of a folder of its own, and how far the model here differs from it.
 
     Raises:
-        UserError: it is neither, is broken or of a class that is not known, or the model here computes something else
-            and ``--allow-inexact`` was not given.
+        UserError: it is neither, is broken or of a class that is not known, tells of something that a run here cannot
+            be configured for, or the model here computes something else and ``--allow-inexact`` was not given.
     """
-    folder = path / "transformer" if (path / "model_index.json").is_file() else path
-    config_json = _json(folder / "config.json")
+    pipeline = find_pipeline(path)
+    folder = pipeline.transformer
+    fields = Fields.of_file(folder / CONFIG, "IN", "copy the whole folder again")
     files = find_files(folder, f"{_WEIGHTS}.safetensors", ".safetensors")
     files = files or find_files(folder, f"{_WEIGHTS}.bin", ".bin")
     if not files:
         raise UserError(f"IN: '{folder}' holds no weights ({_WEIGHTS}.safetensors); copy the whole folder")
+    config_json, notes = class_config(fields)
     stored: dict[str, Tensor] = {}
     for file in files:
         stored |= load_tensors(file)
-    caption = _null_caption(path / _NULL_FILE)
-    model, state = from_diffusers(config_json, stored, max_length=_max_length(caption, request.config))
+    caption = _null_caption(pipeline)
+    length = _max_length(caption, pipeline, request.config)
+    model, state = from_diffusers(config_json, stored, max_length=length, where=fields.where)
     if caption is None:
         state.pop(NULL_CAPTION, None)  # the pipeline's is the features of an empty text, and not PixArt's own
     else:
@@ -82,8 +100,10 @@ def read_diffusers(path: Path, request: Request) -> tuple[Contents, Difference |
                 f"{list(state[NULL_CAPTION].shape)}; copy the whole folder again"
             )
         state[NULL_CAPTION] = caption
-    difference, notes = _compared(request, model, state, config_json, stored)
-    known, classes = ({}, ()) if folder == path else (_known(path), _classes(path, model.num_classes))
+    known, told = _known(pipeline, model, request)
+    classes, named = class_names(pipeline, model.num_classes)
+    difference, compared = _compared(request, model, state, config_json, stored)
+    notes = [*compared, *notes, *told, *named, *left_out(pipeline)]
     return contents_of(f"diffusers model '{folder}'", model, state, notes, known, classes), difference
 
 
@@ -95,23 +115,28 @@ def write_diffusers(contents: Contents, target: Path, request: Request) -> tuple
             was not given.
     """
     model, own = model_of(contents), whole_state(contents)
+    objective = _objective(contents, model.family)
+    inexact = objective_gap(objective)
+    if inexact is not None and not request.allow_inexact:
+        raise UserError(f"{inexact}; --allow-inexact converts it all the same")
     config_json, state = to_diffusers(model, own)
     state = {name: value.float().contiguous() for name, value in state.items()}
     difference, notes = _compared(request, model, own, config_json, state)
     notes = [*(["weights only: this format holds no optimizer state"] if contents.has_moments else []), *notes]
+    notes += [] if inexact is None else [inexact]
     target.mkdir()
-    folder = target / "transformer"
+    folder = target / TRANSFORMER
     folder.mkdir()
-    _write_json(folder / "config.json", {"_diffusers_version": _VERSION, **config_json})
+    _write_json(folder / CONFIG, {"_diffusers_version": _VERSION, **config_json})
     write_folder(folder, _WEIGHTS, state, SHARD_BYTES)
-    scheduler = _scheduler(model.family, contents.config)
-    (target / "scheduler").mkdir()
-    _write_json(target / "scheduler" / "scheduler_config.json", scheduler)
+    scheduler = {"_diffusers_version": _VERSION, **scheduler_json(model.family, objective)}
+    (target / SCHEDULER).mkdir()
+    _write_json(target / SCHEDULER / SCHEDULER_CONFIG, scheduler)
     pipeline, others = _PIPELINES[model.family]
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": _VERSION}
-    index |= {"transformer": ["diffusers", config_json["_class_name"]], "vae": ["diffusers", _VAE], **others}
-    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    missing = [*others, *([] if _copy_vae(contents.config, target) else ["vae"])]
+    index |= {TRANSFORMER: ["diffusers", config_json["_class_name"]], VAE: ["diffusers", VAE_CLASS], **others}
+    index[SCHEDULER] = ["diffusers", scheduler["_class_name"]]
+    missing = [*others, *([] if _copy_vae(contents, target) else [VAE])]
     if model.family == "dit":
         names = contents.classes or tuple(map(str, range(model.num_classes)))
         if model.num_classes != _DIT_CLASSES:
@@ -120,7 +145,7 @@ def write_diffusers(contents: Contents, target: Path, request: Request) -> tuple
                 "classes: draw with guidance_scale=1 there"
             )
         index["id2label"] = {str(label): name for label, name in enumerate(names)}
-    _write_json(target / "model_index.json", index)
+    _write_json(target / INDEX, index)
     if missing:
         given = ", ".join(f"{name}=…" for name in missing)
         notes.append(f"not in the folder are {', '.join(missing)}: {pipeline}.from_pretrained(OUT, {given}) takes them")
@@ -159,80 +184,62 @@ def _compared(
     return difference, [f"diffusers' {name} computes the same: {told}"]
 
 
-def _scheduler(family: str, config: RunConfig | None) -> dict[str, Any]:
-    """scheduler_config.json for the run's objective; without a run, for the family's usual one."""
-    flow = family == "mmdit" if config is None else config.objective.kind == "flow"
-    head = {"_diffusers_version": _VERSION, "num_train_timesteps": 1000}
-    if flow:
-        shift = 1.0 if config is None else config.objective.shift
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **head, "shift": shift}
-    v = config is not None and config.objective.prediction == "v"
-    schedule = "linear" if config is None else config.objective.beta_schedule
-    head |= {} if config is None else {"num_train_timesteps": config.objective.diffusion_steps}
-    first, last = beta_ends(schedule, int(str(head["num_train_timesteps"])))
-    head |= {"beta_start": first, "beta_end": last, "beta_schedule": schedule}
-    head |= {"prediction_type": "v_prediction" if v else "epsilon"}
-    if family == "dit":
-        return {"_class_name": "DDIMScheduler", **head, "clip_sample": False, "set_alpha_to_one": True}
-    solver = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
-    return {"_class_name": "DPMSolverMultistepScheduler", **head, **solver}
+def _objective(contents: Contents, family: str) -> ObjectiveConfig:
+    """Of the run, else what the source tells, else the family's usual one."""
+    if contents.config is not None:
+        return contents.config.objective
+    known = contents.known.get("objective")
+    return default_objective(family) if known is None else ObjectiveConfig.model_validate(known)
 
 
-def _known(path: Path) -> dict[str, dict[str, Any]]:
-    """What scheduler and autoencoder of a pipeline tell of the run's configuration."""
+def _known(pipeline: Pipeline, model: ModelConfig, request: Request) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What scheduler and autoencoder of a pipeline tell of the run's configuration, and what is to be said of them."""
     known: dict[str, dict[str, Any]] = {}
-    file = path / "scheduler" / "scheduler_config.json"
-    if file.is_file():
-        scheduler = _json(file)
-        if "FlowMatch" in str(scheduler.get("_class_name")):
-            known["objective"] = {"kind": "flow", "shift": float(scheduler.get("shift", 1.0))}
+    notes: list[str] = []
+    if pipeline.index is None:
+        return known, notes
+    scheduler = pipeline.config_of(SCHEDULER, SCHEDULER_CONFIG)
+    if scheduler is None:
+        notes.append("the pipeline has no scheduler: objective.* is what is usual for its family")
+    else:
+        name, own = pipeline.component(SCHEDULER), scheduler.text("_class_name", "")
+        assert name is not None
+        if own not in ("", name):
+            notes.append(f"its scheduler is a {name} as {INDEX} says and diffusers loads it, not a {own}")
+        known["objective"], told = read_objective(scheduler, name, model, allow_inexact=request.allow_inexact)
+        notes += [*told, *_overruled(known["objective"], request.config)]
+    vae = pipeline.component(VAE)
+    folder = pipeline.folder / VAE
+    if vae is not None and (folder / CONFIG).is_file():
+        if vae == VAE_CLASS:
+            path = folder.resolve()
+            known["data"] = {"vae": {"path": str(path), "factor": read_facts(path, "IN").factor}}
         else:
-            v = scheduler.get("prediction_type") == "v_prediction"
-            known["objective"] = {"kind": "ddpm", "prediction": "v" if v else "eps", **_noise(scheduler)}
-    file = path / "vae" / "config.json"
-    if file.is_file():
-        vae = _json(file)
-        known["data"] = {
-            "vae": {
-                "path": str(file.parent.resolve()),
-                "factor": 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1),
-            }
-        }
-    return known
+            notes.append(f"its autoencoder is a {vae}, which is not read here: data.vae.* is yours to give")
+    return known, notes
 
 
-def _noise(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """``objective.beta_schedule`` and ``diffusion_steps`` of a scheduler. Raises UserError for another schedule."""
-    steps, name = int(scheduler.get("num_train_timesteps", 1000)), str(scheduler.get("beta_schedule", "linear"))
-    ends = tuple(float(scheduler.get(key, value)) for key, value in (("beta_start", 1e-4), ("beta_end", 2e-2)))
-    if (
-        name not in BETA_ENDS
-        or scheduler.get("trained_betas") is not None
-        or any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(ends, beta_ends(name, steps), strict=True))
-    ):
-        known = ", ".join(f"{kind} {first:g} to {last:g}" for kind, (first, last) in BETA_ENDS.items())
-        raise UserError(
-            f"IN: its scheduler has {steps} betas, {name} from {ends[0]:g} to {ends[1]:g}, but the schedules known "
-            f"here are, at 1000 steps, {known}; give the transformer's folder alone, and the objective by --config"
-        )
-    return {"beta_schedule": name, "diffusion_steps": steps}
+def _overruled(found: Mapping[str, Any], config: RunConfig | None) -> list[str]:
+    """A note on what a ``--config`` says otherwise than the pipeline's scheduler."""
+    own = {} if config is None else config.objective.model_dump()
+    pairs = [
+        f"objective.{key} is {own[key]} and not {value}" for key, value in found.items() if own.get(key, value) != value
+    ]
+    return [f"as --config says, {', '.join(pairs)} as in the pipeline's scheduler"] if pairs else []
 
 
-def _classes(path: Path, count: int) -> tuple[str, ...]:
-    """Names by label, where the pipeline has all of them."""
-    named = _json(path / "model_index.json").get("id2label")
-    names = {int(label): str(name) for label, name in named.items()} if isinstance(named, dict) else {}
-    return tuple(names[label] for label in range(count)) if set(range(count)) <= set(names) else ()
-
-
-def _copy_vae(config: RunConfig | None, target: Path) -> bool:
+def _copy_vae(contents: Contents, target: Path) -> bool:
     """Copy the run's autoencoder into the pipeline, if it is one of diffusers'; tells whether it did."""
-    path = None if config is None or config.data.vae is None else config.data.vae.path
-    if path is None or not (Path(path) / "config.json").is_file():
+    config = contents.config
+    if config is not None:
+        path = None if config.data.vae is None else config.data.vae.path
+    else:
+        path = contents.known.get("data", {}).get("vae", {}).get("path")
+    if path is None or not (Path(path) / CONFIG).is_file():
         return False
-    if _json(Path(path) / "config.json").get("_class_name") != _VAE:
+    if Fields.of_file(Path(path) / CONFIG, "data.vae.path").raw("_class_name") != VAE_CLASS:
         return False
-    shutil.copytree(path, target / "vae")
+    shutil.copytree(path, target / VAE)
     return True
 
 
@@ -250,31 +257,30 @@ def _write_null_caption(contents: Contents, target: Path) -> str:
     )
 
 
-def _null_caption(file: Path) -> Tensor | None:
-    """The null caption beside a pipeline, (length, dim), if it is there."""
-    caption = load_tensors(file).get(_NULL_KEY) if file.is_file() else None
-    return caption.float() if caption is not None and caption.dim() == 2 else None
+def _null_caption(pipeline: Pipeline) -> Tensor | None:
+    """The null caption beside a pipeline's model_index.json, (length, dim), if it is there.
+
+    Raises:
+        UserError: the file is there and holds no such features.
+    """
+    folder = pipeline.folder
+    folder = folder.parent if pipeline.index is None and folder.name == TRANSFORMER else folder
+    file = folder / _NULL_FILE
+    if not file.is_file():
+        return None
+    caption = load_tensors(file).get(_NULL_KEY)
+    if caption is None or caption.dim() != 2 or not caption.is_floating_point() or not caption.numel():
+        raise UserError(f"IN: '{file}' holds no {_NULL_KEY} of shape [tokens, channels]; copy the whole folder again")
+    return caption.float()
 
 
-def _max_length(caption: Tensor | None, config: RunConfig | None) -> int | None:
-    """Tokens of a text: as many as the null caption has, or as the ``--config`` says."""
+def _max_length(caption: Tensor | None, pipeline: Pipeline, config: RunConfig | None) -> int | None:
+    """Tokens of a text: as many as the null caption has, as the ``--config`` says, or as the pipeline takes."""
     if caption is not None:
         return len(caption)
-    return None if config is None or config.model.text is None else config.model.text.max_length
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = parse_json(file.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"IN: '{file}' cannot be read ({error.strerror}); give a pipeline folder, or a transformer's folder"
-        ) from error
-    except JsonError as error:
-        raise UserError(f"IN: '{file}' {error}; correct the file, or copy it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"IN: '{file}' holds no keys and values; copy it again")
-    return values
+    if config is not None and config.model.text is not None:
+        return config.model.text.max_length
+    return _SIGMA_LENGTH if pipeline.name == SIGMA else None
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadit.config.data import VaeConfig
-from megadit.config.json_text import JsonError, parse_json
+from megadit.config.json_fields import Fields, shown
 from megadit.errors import UserError
 
 VAE_CLASS = "AutoencoderKL"
 PCA_CLASS = "PcaPatchCodec"
+_KEY = "data.vae.path"
+_MOST_LEVELS = 16  # of an autoencoder; published ones have 4 or 5
+_MOST = 2**16  # channels, and pixels of a patch
+_PER_CHANNEL = ("latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
@@ -34,48 +38,65 @@ def codec_folder(config: VaeConfig) -> Path:
     """The folder at ``data.vae.path``. Raises UserError if it is missing or no codec's."""
     if config.path is None:
         raise UserError(
-            f"data.vae.path: is missing; give the folder of a diffusers {VAE_CLASS} on this machine (sample.py: --vae)"
+            f"{_KEY}: is missing; give the folder of a diffusers {VAE_CLASS} on this machine (sample.py: --vae)"
         )
     folder = Path(config.path)
     _check(folder)
     return folder
 
 
-def read_facts(folder: Path) -> CodecFacts:
-    """What the ``config.json`` of a codec's folder says. Raises UserError if that is not enough."""
-    values = parse_json((folder / "config.json").read_bytes())
-    try:
-        if values["_class_name"] == PCA_CLASS:
-            factor, channels, of_images = values["factor"], values["channels"], values["image_channels"]
-        else:
-            blocks = len(values.get("block_out_channels", (64,)))  # these three defaults are AutoencoderKL's own
-            factor, channels = 2 ** (blocks - 1), values.get("latent_channels", 4)
-            of_images = values.get("in_channels", 3)
-        scale, shift = values.get("scaling_factor", 0.18215), values.get("shift_factor") or 0.0
-        name = str(values["_class_name"])
-        return CodecFacts(name, int(factor), int(channels), int(of_images), float(scale), float(shift))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"data.vae.path: {folder / 'config.json'} does not describe a codec ({error!r}); fetch it again"
-        ) from error
+def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
+    """What the ``config.json`` of a codec's folder says; ``key`` brought it.
+
+    Raises:
+        UserError: it cannot be read, a value is none of its type, or latents are scaled by a number per channel.
+    """
+    fields = Fields.of_file(folder / "config.json", key, "fetch it again")
+    name = fields.text("_class_name")
+    if name == PCA_CLASS:
+        factor, channels = (fields.whole(part, least=1, most=_MOST) for part in ("factor", "channels"))
+        of_images = fields.whole("image_channels", least=1, most=_MOST)
+        scale = fields.number("scaling_factor", above=0.0)
+    else:
+        factor = 2 ** (_levels(fields) - 1)
+        channels = fields.whole("latent_channels", 4, least=1, most=_MOST)  # the defaults are AutoencoderKL's own
+        of_images = fields.whole("in_channels", 3, least=1, most=_MOST)
+        scale = fields.number("scaling_factor", 0.18215, above=0.0)
+        for part in _PER_CHANNEL:
+            if fields.raw(part) is not None:
+                raise UserError(
+                    f"{fields.where} has {part} {shown(fields.raw(part))}: its latents are scaled by a number per "
+                    "channel, which is not known here; give another autoencoder"
+                )
+    shift = fields.number("shift_factor", None, null=True)
+    return CodecFacts(name, factor, channels, of_images, scale, shift or 0.0)
+
+
+def _levels(fields: Fields) -> int:
+    """Resolutions of an AutoencoderKL, each half of the one before."""
+    blocks = fields.items("block_out_channels", (64,))
+    sizes = Fields({f"block_out_channels[{number}]": value for number, value in enumerate(blocks)}, fields.where)
+    if not 1 <= len(blocks) <= _MOST_LEVELS:
+        raise fields.refused("block_out_channels", blocks, f"a list of 1 to {_MOST_LEVELS} numbers")
+    for part in sizes.names():
+        sizes.whole(part, least=1, most=_MOST)
+    for part in ("down_block_types", "up_block_types"):  # all but the last of the channels halve the resolution
+        kinds = fields.items(part, ("",))
+        if len(kinds) not in (len(blocks), len(blocks) - 1):
+            raise fields.refused(part, kinds, f"as many as the {len(blocks)} block_out_channels")
+    return len(blocks)
 
 
 def _check(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(
-            f"data.vae.path: {folder} is not a folder; give the folder of a diffusers {VAE_CLASS} on this machine"
-        )
+        raise UserError(f"{_KEY}: {folder} is not a folder; give the folder of a diffusers {VAE_CLASS} on this machine")
     config = folder / "config.json"
     if not config.is_file():
         inner = " (a pipeline: give its folder vae)" if (folder / "vae" / "config.json").is_file() else ""
-        raise UserError(
-            f"data.vae.path: {folder} has no config.json{inner}; give the folder of a diffusers {VAE_CLASS}"
-        )
-    try:
-        name = parse_json(config.read_bytes()).get("_class_name")
-    except (JsonError, AttributeError) as error:
-        raise UserError(f"data.vae.path: {config} is not a JSON object ({error}); fetch it again") from error
+        raise UserError(f"{_KEY}: {folder} has no config.json{inner}; give the folder of a diffusers {VAE_CLASS}")
+    name = Fields.of_file(config, _KEY, "fetch it again").raw("_class_name")
     if name not in (VAE_CLASS, PCA_CLASS):
-        raise UserError(f"data.vae.path: {folder} holds a {name}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
+        found = name if isinstance(name, str) else f"model with _class_name {shown(name)}"
+        raise UserError(f"{_KEY}: {folder} holds a {found}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"data.vae.path: {folder} has no .safetensors weights; convert or fetch them in that format")
+        raise UserError(f"{_KEY}: {folder} has no .safetensors weights; convert or fetch them in that format")

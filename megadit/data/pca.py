@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from megadit.config.data import DataConfig
-from megadit.config.json_text import parse_json
 from megadit.data.batch import scale_images
 from megadit.data.builtin import build_datasets
-from megadit.data.codec_folder import PCA_CLASS
+from megadit.data.codec_folder import PCA_CLASS, read_facts
 from megadit.data.dataset import ImageSet, stack_images, tell_remarks
 from megadit.errors import UserError
 from megadit.files import save_tensors, whole_file
@@ -141,14 +140,12 @@ def load_pca(folder: Path) -> PatchPca:
     """The codec of a folder that ``save_pca`` wrote. Raises UserError that names ``data.vae.path`` if it is damaged."""
     from safetensors.torch import load_file
 
+    facts = read_facts(folder)
     try:
-        config = parse_json((folder / "config.json").read_bytes())
         tensors = load_file(folder / _WEIGHTS)
-        codec = PatchPca(
-            tensors["mean"], tensors["components"], config["image_channels"], config["factor"], config["scaling_factor"]
-        )
+        codec = PatchPca(tensors["mean"], tensors["components"], facts.image_channels, facts.factor, facts.scale)
         size = codec.image_channels * codec.factor**2
-        if codec.mean.shape != (size,) or codec.components.shape != (config["channels"], size):
+        if codec.mean.shape != (size,) or codec.components.shape != (facts.channels, size):
             raise ValueError("its weights have other sizes than its config.json")
     except Exception as error:  # whatever json and safetensors say about damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__

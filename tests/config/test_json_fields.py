@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,30 @@ def test_no_object_in_the_file(text: str, tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read .*; give a pipeline folder"):
         Fields.of_file(tmp_path / "config.json", "IN", "give a pipeline folder")
+
+
+def test_a_file_that_is_no_json_says_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    os.mkfifo(path)  # whose reader would wait for ever
+    with pytest.raises(UserError, match=r"^IN: '.*config\.json' is no file: it is no regular file"):
+        Fields.of_file(path, "IN")
+    path.unlink()
+    path.write_text("<html>")
+    with pytest.raises(UserError, match=r"config\.json' is not JSON: it is a web page"):
+        Fields.of_file(path, "IN")
+    with open(path, "r+b") as file:
+        file.truncate(2**40)  # of which nothing is stored
+    with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes, so that it is no JSON text to read"):
+        Fields.of_file(path, "IN")
+
+
+def test_a_sentence_stays_one_line_whatever_a_value_holds() -> None:
+    with pytest.raises(UserError) as told:
+        Fields({"a\nb": "x\n\ud800\x1b[2J"}, WHERE).whole("a\nb")
+    assert str(told.value).isprintable() and "a\\nb 'x\\n\\ud800\\x1b[2J'" in str(told.value)
+
+
+def test_a_number_above_a_bound() -> None:
+    assert Fields({"x": 0.1}, WHERE).number("x", above=0.0) == 0.1
+    with pytest.raises(UserError, match="has x 0, which must be a number above 0"):
+        Fields({"x": 0}, WHERE).number("x", above=0.0)

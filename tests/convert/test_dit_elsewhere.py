@@ -183,9 +183,9 @@ def test_other_diffusers_models_are_refused() -> None:
     config_json, theirs = to_diffusers(config, random_state(config))
     cases: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
         ({"_class_name": "UNet2DModel"}, {}, "_class_name UNet2DModel; known are DiTTransformer2DModel, PixArt"),
-        ({"norm_type": "ada_norm"}, {}, "config.json has norm_type ada_norm, a DiT has ada_norm_zero"),
-        ({"activation_fn": "geglu"}, {}, "activation_fn geglu, known are gelu-approximate, gelu"),
-        ({"num_layers": 3}, {}, "missing are transformer_blocks.2"),
+        ({"norm_type": "ada_norm"}, {}, "config.json has norm_type 'ada_norm', a DiT has 'ada_norm_zero'"),
+        ({"activation_fn": "geglu"}, {}, "activation_fn 'geglu', known are gelu-approximate, gelu"),
+        ({"num_layers": 3}, {}, "num_layers 3, but the weights beside it have 2 blocks"),
         ({"num_attention_heads": 4}, {}, r"pos_embed.proj.weight has shape \[48, 4, 2, 2\], the other tensors ask for"),
         (
             {},

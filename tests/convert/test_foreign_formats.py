@@ -282,7 +282,7 @@ def cut_short(file: Path) -> None:
         ("official-dit", {"width": 64}, "model.width is 48 in the file and 64 in --config"),
         ("official-dit", {"num_classes": 7}, "model.num_classes is 10 in the file and 7 in --config"),
         ("official-dit", {"qk_norm": "rms"}, "model.qk_norm is none in the file and rms in --config"),
-        ("diffusers", {}, "model.dit.pt/config.json' cannot be read"),
+        ("diffusers", {}, "model.dit.pt' is a file, and diffusers keeps a model in a folder"),
         ("safetensors", {"hints": {"heads": 2}}, "--hint heads: is for official checkpoints"),
     ],
 )

@@ -126,10 +126,10 @@ def test_what_diffusers_cannot_represent_is_refused(changes: dict[str, Any], wor
     ("changes", "words"),
     [
         ({"dual_attention_layers": [0, 1]}, r"dual_attention_layers \[0, 1\]"),
-        ({"qk_norm": "layer_norm"}, "qk_norm layer_norm"),
+        ({"qk_norm": "layer_norm"}, "qk_norm 'layer_norm'"),
         ({"caption_projection_dim": 40}, "caption_projection_dim 40"),
         ({"out_channels": 5}, "puts out 5 channels"),
-        ({"num_layers": 4}, "missing are transformer_blocks.2.attn.to_add_out.bias"),
+        ({"num_layers": 4}, "num_layers 4, but the weights beside it have 3 blocks"),
         ({"sample_size": 16}, "pos_embed.pos_embed of shape"),
     ],
 )

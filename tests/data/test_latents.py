@@ -123,7 +123,7 @@ def test_wrong_folders_are_refused(tmp_path, folder):
     refused(tmp_path, "give its folder vae")
     config = tmp_path / "config.json"
     config.write_text("[")
-    refused(tmp_path, "not a JSON object")
+    refused(tmp_path, "is not valid JSON")
     config.write_text(json.dumps({"_class_name": "UNet2DModel"}))
     refused(tmp_path, "holds a UNet2DModel")
     config.write_text((folder / "config.json").read_text())

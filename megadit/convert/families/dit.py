@@ -8,15 +8,17 @@ exactly equal to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megadit.config.model import ModelConfig
+from megadit.config.json_fields import Fields, shown
+from megadit.config.model import LARGEST, ModelConfig
 from megadit.convert.families.common import heads_of, input_size, learns_sigma, refuse_lacking
 from megadit.convert.folding import fold_readout
 from megadit.convert.names import blocks, check, check_positions, model_shapes, needed
+from megadit.convert.transformer_class import WHERE, check_depth, filled, image_size
 from megadit.errors import UserError
 from megadit.models.layers import sincos_2d
 
@@ -47,6 +49,7 @@ _EMBEDDERS = {
 _TABLE = ("y_embedder.embedding_table.weight", "class_embedder.embedding_table.weight")
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 _PARTS = ("weight", "bias")
+_ACTIVATIONS: Mapping[str, Literal["gelu_tanh", "gelu"]] = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 
 
 def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -121,15 +124,19 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
 
 
 def from_diffusers(
-    config_json: Mapping[str, Any], state: Mapping[str, Tensor]
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str = WHERE
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights of a DiTTransformer2DModel, whose blocks must all hold the same embedders.
+
+    ``where`` names the config in messages.
 
     Raises:
         UserError: names or shapes differ from what the config says, blocks hold different embedders, or the config
             asks for something that this model does not have.
     """
-    config = _from_json(config_json)
+    fields = filled(_CLASS, config_json, where)
+    config = _from_json(fields)
+    check_depth(fields, config.depth, blocks(state, "transformer_blocks."))
     shapes = model_shapes(config)
     check(state, _diffusers_shapes(config, shapes), _DIFFUSERS)
     ours: dict[str, Tensor] = {}
@@ -146,10 +153,10 @@ def from_diffusers(
     return config, {name: ours[name] for name in shapes}
 
 
-def diffusers_gap(config_json: Mapping[str, Any]) -> str | None:
+def diffusers_gap(config_json: Mapping[str, Any], where: str) -> str | None:
     """Why the class of diffusers with this config computes something else than this model does."""
     gap = "its class spaces the timestep's frequencies by half - 1 in place of half"
-    eps = float(config_json.get("norm_eps", 1e-5))
+    eps = filled(_CLASS, config_json, where).number("norm_eps")
     return gap if eps == 1e-6 else f"{gap}, and its norm_eps is {eps:g} in place of 1e-06"
 
 
@@ -200,36 +207,33 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
-    """The config, where the class's defaults stand for keys that are left out."""
-    get = config_json.get
-    fixed = {"norm_type": "ada_norm_zero", "attention_bias": (True, False), "norm_elementwise_affine": False}
-    for key, value in fixed.items():
-        wanted, default = value if isinstance(value, tuple) else (value, value)
-        if get(key, default) != wanted:
-            raise UserError(f"IN: config.json has {key} {get(key, default)}, a DiT has {wanted}; it cannot be read")
-    activations = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
-    activation = get("activation_fn", "gelu-approximate")
-    if activation not in activations:
+def _from_json(fields: Fields) -> ModelConfig:
+    """The config of a ``filled`` config.json. Raises UserError for what a DiT here does not have."""
+    for key, wanted in (("norm_type", "ada_norm_zero"), ("attention_bias", True), ("norm_elementwise_affine", False)):
+        value = fields.text(key) if isinstance(wanted, str) else fields.flag(key)
+        if value != wanted:
+            raise UserError(f"{fields.where} has {key} {shown(value)}, a DiT has {shown(wanted)}; it cannot be read")
+    activation = fields.text("activation_fn")
+    if activation not in _ACTIVATIONS:
         raise UserError(
-            f"IN: config.json has activation_fn {activation}, known are {', '.join(activations)}; nothing "
-            "else can be read"
+            f"{fields.where} has activation_fn {shown(activation)}, known are {', '.join(_ACTIVATIONS)}; nothing else "
+            "can be read"
         )
-    channels = int(get("in_channels", 4))
-    heads = int(get("num_attention_heads", 16))
-    return ModelConfig.model_validate(
-        {
-            "family": "dit",
-            "width": heads * int(get("attention_head_dim", 72)),
-            "depth": int(get("num_layers", 28)),
-            "heads": heads,
-            "patch_size": int(get("patch_size", 2)),
-            "in_channels": channels,
-            "input_size": int(get("sample_size", 32)),
-            "learn_sigma": learns_sigma(int(get("out_channels") or channels), channels, "a DiT"),
-            "mlp": activations[activation],
-            "num_classes": int(get("num_embeds_ada_norm", 1000)),
-        }
+    fields.number("norm_eps")  # of ``diffusers_gap``
+    channels, patch = (fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size"))
+    heads = fields.whole("num_attention_heads", least=1, most=LARGEST)
+    out = fields.whole("out_channels", None, least=1, null=True)
+    return ModelConfig(
+        family="dit",
+        width=heads * fields.whole("attention_head_dim", least=1, most=LARGEST),
+        depth=fields.whole("num_layers", least=1),
+        heads=heads,
+        patch_size=patch,
+        in_channels=channels,
+        input_size=image_size(fields, patch),
+        learn_sigma=learns_sigma(out or channels, channels, "a DiT"),
+        mlp=_ACTIVATIONS[activation],
+        num_classes=fields.whole("num_embeds_ada_norm", least=1),
     )
 
 

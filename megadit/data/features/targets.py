@@ -17,6 +17,7 @@ from megadit.data.features.dinov2 import Dinov2
 from megadit.data.features.efficientnet import DIM, EfficientNetLite0
 from megadit.data.features.encoder import FeatureEncoder
 from megadit.data.features.folders import check_folder, check_packages
+from megadit.data.text.folders import size
 from megadit.errors import UserError
 
 
@@ -87,7 +88,7 @@ def _dim(source: FeatureSource, images: ImageSet, flip: bool) -> int:
             "features beside them and choose stored"
         )
     if source.encoder == "dinov2":
-        return int(check_folder(source.path, source.image_size)["hidden_size"])
+        return size(check_folder(source.path, source.image_size), "hidden_size")
     check_packages()
     return DIM
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megadit.config.json_fields import shown
-from megadit.config.json_text import parse_json
+from megadit.config.json_fields import Fields, shown
 from megadit.data.dataset import StoredFacts
 from megadit.data.tars.handles import ShardFile
 from megadit.data.tars.layout import INDEX, MANIFEST
 from megadit.errors import UserError
-from megadit.files import whole_file
 from megadit.text_files import json_bytes
 
 _FORMAT, _VERSION = "megadit tars", 1
-_TYPES: dict[str, Any] = {"int": int, "float": int | float, "bool": bool, "str": str, "dict[str, Any]": dict}
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,6 @@ class Manifest:
     stored: StoredFacts | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """The data section that the set was written by, as far as ``made`` has it."""
-        data = self.made.get("data")
-        return data if isinstance(data, dict) else {}
-
     def number(self, file: str) -> int | None:
         """The place of a tar among the shards; None if it is not one of them."""
         return next((n for n, shard in enumerate(self.shards) if shard.file == file), None)
@@ -69,53 +60,85 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
 
 
 def load_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None where there is none. Raises UserError if it cannot be read."""
+    """The manifest of a folder; None where there is none.
+
+    Raises:
+        UserError: it cannot be read, a value is not of its type, or a tar that it names lies outside of the folder.
+    """
     path = folder / MANIFEST
-    try:
-        values = parse_json(path.read_bytes())
-        if values.pop("format") != _FORMAT:
-            raise ValueError("it is none of megadit's tars")
-        version = values.pop("version")
-        if version != _VERSION:
-            raise ValueError(f"its version is {version}, this megadit reads {_VERSION}")
-        del values["index"]
-        shards = tuple(_typed(ShardFacts, shard) for shard in _listed(values, "shards", dict))
-        stored = values.pop("stored")
-        classes = tuple(_listed(values, "classes", str))
-        return replace(
-            _typed(Manifest, {**values, "shards": shards, "classes": classes, "stored": None}),
-            stored=None if stored is None else _typed(StoredFacts, stored),
-        )
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"data.path: {path} cannot be read ({' '.join(str(error).split())}); copy it again, or remove it if these "
-            "are other people's tars"
-        ) from error
+    try:
+        fields = Fields.of_file(path, "data.path")
+        if fields.raw("format") != _FORMAT:
+            raise UserError(
+                f"data.path: '{path}' has format {shown(fields.raw('format'))} and not {_FORMAT}; copy it again"
+            )
+        version = fields.whole("version")
+        if version != _VERSION:
+            raise UserError(
+                f"data.path: '{path}': its version is {version}, this megadit reads {_VERSION}; use the one that "
+                "wrote it"
+            )
+        return _manifest(fields)
+    except UserError as error:
+        raise UserError(f"{error}, or remove it if these are other people's tars") from error
 
 
-def _listed(values: dict[str, Any], key: str, kind: type) -> list[Any]:
-    items = values.pop(key)
-    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
-        raise ValueError(f"{key} is not what it lists")
-    return items
+def _manifest(fields: Fields) -> Manifest:
+    """The manifest in its file. Raises UserError."""
+    shards = tuple(
+        _shard(_entry(fields, "shards", number, value)) for number, value in enumerate(fields.items("shards"))
+    )
+    classes = fields.items("classes")
+    names = Fields({f"classes[{number}]": value for number, value in enumerate(classes)}, fields.where)
+    stored = fields.section("stored", null=True) if fields.raw("stored") is not None else None
+    return Manifest(
+        name=fields.text("name"),
+        samples=fields.whole("samples"),
+        classes=tuple(names.text(key) for key in names.names()),
+        channels=fields.whole("channels", least=1),
+        image_size=fields.whole("image_size"),
+        notice=fields.text("notice"),
+        shards=shards,
+        stored=None if stored is None else _stored(stored),
+        made={key: _made(fields, key) for key in fields.section("made", {}).names()},
+    )
 
 
-def _typed(kind: type[_T], values: dict[str, Any]) -> _T:
-    """A dataclass from JSON. Raises ValueError or TypeError for a value that is not of its field's type."""
-    for own in fields(kind):  # type: ignore[arg-type]
-        wanted, value = _TYPES.get(str(own.type)), values.get(own.name)
-        if wanted is None or own.name not in values:
-            continue
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise ValueError(f"{own.name} is {shown(value)}")
-        if isinstance(value, int | float) and not 0 <= abs(value) < 2**63:
-            raise ValueError(f"{own.name} is {shown(value)}")
-    found = kind(**values)
-    if isinstance(found, ShardFacts) and ("/" in found.file or found.file in ("", ".", "..") or found.bytes < 0):
-        raise ValueError(f"it names {shown(found.file)}, which is no tar beside it")
-    return found
+def _made(fields: Fields, key: str) -> Any:
+    """A setting of the command that wrote the set; those of the data are keys and values."""
+    made = fields.section("made", {})
+    if key == "data":
+        made.section(key)
+    return made.raw(key)
+
+
+def _entry(fields: Fields, key: str, number: int, value: Any) -> Fields:
+    if not isinstance(value, dict):
+        raise fields.refused(f"{key}[{number}]", value, "keys and values")
+    return Fields(value, f"{fields.where}, {key}[{number}]")
+
+
+def _shard(fields: Fields) -> ShardFacts:
+    file = fields.text("file")
+    if file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
+        raise fields.refused("file", file, f"the name of a tar beside {MANIFEST}")
+    return ShardFacts(file, fields.whole("samples"), fields.whole("bytes"), fields.text("sha256"))
+
+
+def _stored(fields: Fields) -> StoredFacts:
+    """What is stored, each value of its default's type. What a newer megadit added is refused."""
+    readers = {bool: Fields.flag, int: Fields.whole, float: Fields.number, str: Fields.text}
+    defaults = {field.name: field.default for field in dataclass_fields(StoredFacts)}
+    unknown = [key for key in fields.names() if key not in defaults]
+    if unknown:
+        raise UserError(f"{fields.where} has {unknown[0]}, which is not known here; use the megadit that wrote it")
+    values: dict[str, Any] = {
+        key: readers[type(default)](fields, key, default)  # type: ignore[operator]
+        for key, default in defaults.items()
+    }
+    return StoredFacts(**values)
 
 
 def check_sizes(manifest: Manifest, folder: Path, numbers: Sequence[int]) -> list[ShardFile]:

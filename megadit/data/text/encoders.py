@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megadit.config.data import TextSource
+from megadit.config.json_fields import Fields
 from megadit.data.text.encoder import NetworkEncoder, Progress, TextEncoder, masked_mean
 from megadit.data.text.folders import (
     MODEL_TYPES,
@@ -19,6 +20,7 @@ from megadit.data.text.folders import (
     minilm_folder,
     pooled_folder,
     read_config,
+    size,
     states_folder,
     tokenizer_folder,
 )
@@ -87,8 +89,8 @@ class MiniLMEncoder(FolderEncoder):
 
     def __init__(self, folder: Path | None, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         super().__init__(folder or minilm_folder(), "data.text.path", device, precision)
-        self.dim = self.pooled_dim = int(self.config["hidden_size"])
-        self.longest = int(self.config["max_position_embeddings"])
+        self.dim = self.pooled_dim = size(self.config, "hidden_size")
+        self.longest = size(self.config, "max_position_embeddings")
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         states = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -106,9 +108,11 @@ class T5TextEncoder(FolderEncoder):
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         super().__init__(folder, "data.text.path", device, precision)
-        if self.config["model_type"] != "t5":
-            self.class_name = {"mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}[self.config["model_type"]]
-        self.dim = self.pooled_dim = int(self.config["d_model"])
+        others = {"mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+        self.class_name = others.get(self.config.text("model_type"), self.class_name)
+        # of spiece.model, which does not name them
+        self._pad, self._end = (_token(self.config, *pair) for pair in (("pad_token_id", 0), ("eos_token_id", 1)))
+        self.dim = self.pooled_dim = size(self.config, "d_model")
         self.longest = None  # positions are relative
 
     def _load_tokenizer(self) -> Any:
@@ -128,13 +132,12 @@ class T5TextEncoder(FolderEncoder):
 
     @property
     def padding(self) -> int:
-        return int(self.config.get("pad_token_id", 0)) if self._by_pieces else super().padding
+        return self._pad if self._by_pieces else super().padding
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not self._by_pieces:
             return super().token_ids(texts)
-        end = int(self.config.get("eos_token_id", 1))
-        return [[*ids, end] for ids in self.tokenizer.encode(list(texts))]
+        return [[*ids, self._end] for ids in self.tokenizer.encode(list(texts))]
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         states = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -157,14 +160,22 @@ class CLIPTextEncoder(FolderEncoder):
     ) -> None:
         super().__init__(folder, key, device, precision)
         # a whole CLIP's folder keeps the text model's settings in a part of their own
-        text = {**self.config, **(self.config.get("text_config") or {})}
-        self.dim = int(text.get("hidden_size", 512))
-        self.pooled_dim = int(self.config.get("projection_dim", text.get("projection_dim", 512)))
-        self.longest = int(text.get("max_position_embeddings", 77))
+        text = self.config.section("text_config", {}, null=True)
+        self.dim, self.longest = (
+            size(text, name, size(self.config, name, default))
+            for name, default in (("hidden_size", 512), ("max_position_embeddings", 77))
+        )
+        self.pooled_dim = size(self.config, "projection_dim", size(text, "projection_dim", 512))
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         output = self.network(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
         return output.hidden_states[-2], output.text_embeds
+
+
+def _token(config: Fields, key: str, default: int) -> int:
+    """The number of a special token; T5's own where none is named. Raises UserError for what is no number."""
+    value = config.whole(key, None, most=2**31, null=True)
+    return default if value is None else value
 
 
 class WithPooled(TextEncoder):

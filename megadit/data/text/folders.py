@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config.data import TextSource
-from megadit.config.json_text import JsonError, parse_json
+from megadit.config.json_fields import Fields, shown
 from megadit.errors import UserError
 from megadit.optional import import_transformers
 
@@ -22,6 +22,7 @@ MODEL_TYPES = {  # data.text.encoder: what model_type of config.json may say
     "t5": ("t5", "mt5", "umt5"),
     "clip": ("clip_text_model", "clip"),
 }
+_MOST_SIZE = 2**20  # far above the width or length of any network
 _WHOLE_BYTES = 256 * 2**20  # larger files are known by their size and samples of their content
 _SAMPLES, _SAMPLE_BYTES = 256, 64 * 1024
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json")
@@ -68,25 +69,28 @@ def check_source(source: TextSource) -> None:
         read_config(pooled_folder(source), "data.text.pooled_path", MODEL_TYPES["clip"])
 
 
-def read_config(folder: Path, key: str, types: tuple[str, ...]) -> dict[str, Any]:
+def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
     """``config.json`` of a transformers folder. Raises UserError, naming ``key``, if it is not of one of the types."""
     if not folder.is_dir():
         raise UserError(f"{key}: '{folder}' is not a folder; give that of a transformers model on this machine")
     path = folder / "config.json"
-    try:
-        config = parse_json(path.read_bytes())
-        kind = config.get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"{key}: '{folder}' has no config.json; give the folder of a transformers model") from None
-    except JsonError as error:
-        raise UserError(f"{key}: '{path}' {error}, or fetch the model again") from error
-    except (OSError, AttributeError) as error:
-        raise UserError(f"{key}: '{path}' is not a JSON object that can be read; fetch the model again") from error
+    if not path.is_file():
+        raise UserError(f"{key}: '{folder}' has no config.json; give the folder of a transformers model")
+    config = Fields.of_file(path, key, "fetch the model again")
+    kind = config.raw("model_type")
     if kind not in types:
-        raise UserError(f"{key}: '{folder}' holds a model of type {kind}, not {' or '.join(types)}; give another one")
+        found = kind if isinstance(kind, str) else shown(kind)
+        raise UserError(f"{key}: '{folder}' holds a model of type {found}, not {' or '.join(types)}; give another one")
     if not weights_files(folder):
         raise UserError(f"{key}: '{folder}' has no .safetensors (or .bin) weights; fetch the model again")
-    return dict(config)
+    return config
+
+
+def size(config: Fields, key: str, default: int | None = None) -> int:
+    """A size in a network's configuration: a whole number from 1 to 2^20. Raises UserError for anything else."""
+    if default is None:
+        return config.whole(key, least=1, most=_MOST_SIZE)
+    return config.whole(key, default, least=1, most=_MOST_SIZE)
 
 
 def weights_files(folder: Path) -> list[Path]:

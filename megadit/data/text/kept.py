@@ -30,6 +30,8 @@ def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
         with safe_open(str(path), "pt") as file:
             names = set(file.keys()) & {"text", "text_mask", "pooled"}
             texts = parse_json((file.metadata() or {})["texts"])
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its texts are no list of texts")
             cond = Conditioning(**{name: file.get_tensor(name) for name in names})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         other = file_instead(path, "safetensors")
@@ -39,4 +41,4 @@ def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
             f"'{path}' is missing or damaged ({' '.join(str(error).split())[:120]}); start the run's training command "
             "again, which writes it"
         ) from error
-    return cond, [str(text) for text in texts]
+    return cond, texts
