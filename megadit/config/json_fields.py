@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 from megadit.config.json_text import JsonError, parse_json
@@ -80,6 +81,10 @@ class Fields:
     def names(self) -> tuple[str, ...]:
         """All keys, in the file's order."""
         return tuple(self._values)
+
+    def values(self) -> Mapping[str, Any]:
+        """All keys and values as they stand."""
+        return MappingProxyType(dict(self._values))
 
     def unread(self) -> dict[str, Any]:
         """Keys and values that nobody has asked for; those that begin with an underscore are notes of a program."""

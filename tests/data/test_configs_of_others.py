@@ -136,7 +136,7 @@ def test_the_factor_of_an_autoencoder_is_that_of_diffusers(tmp_path: Path) -> No
         ({"image_size": None}, "has image_size null"),
         ({"stored": {"scale": "1"}}, "stored has scale '1', which must be a finite number"),
         ({"stored": {"depth": 1}}, "stored has depth, which is not known here"),
-        ({"made": {"data": [1]}}, r"made has data \[1\], which must be keys and values"),
+        ({"made": [1]}, r"has made \[1\], which must be keys and values"),
         ({"version": 2}, "its version is 2, this megadit reads 1"),
         ({"format": 3}, "has format 3 and not megadit tars"),
     ],

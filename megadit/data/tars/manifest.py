@@ -15,6 +15,7 @@ from megadit.data.dataset import StoredFacts
 from megadit.data.tars.handles import ShardFile
 from megadit.data.tars.layout import INDEX, MANIFEST
 from megadit.errors import UserError
+from megadit.files import whole_file
 from megadit.text_files import json_bytes
 
 _FORMAT, _VERSION = "megadit tars", 1
@@ -46,6 +47,12 @@ class Manifest:
     shards: tuple[ShardFacts, ...]
     stored: StoredFacts | None = None
     made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data section that the set was written by, as far as ``made`` has it."""
+        data = self.made.get("data")
+        return data if isinstance(data, dict) else {}
 
     def number(self, file: str) -> int | None:
         """The place of a tar among the shards; None if it is not one of them."""
@@ -102,16 +109,8 @@ def _manifest(fields: Fields) -> Manifest:
         notice=fields.text("notice"),
         shards=shards,
         stored=None if stored is None else _stored(stored),
-        made={key: _made(fields, key) for key in fields.section("made", {}).names()},
+        made=dict(fields.section("made", {}).values()),
     )
-
-
-def _made(fields: Fields, key: str) -> Any:
-    """A setting of the command that wrote the set; those of the data are keys and values."""
-    made = fields.section("made", {})
-    if key == "data":
-        made.section(key)
-    return made.raw(key)
 
 
 def _entry(fields: Fields, key: str, number: int, value: Any) -> Fields:
