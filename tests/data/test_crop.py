@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from megadit.config import DataConfig
 from megadit.config.data import Crop
 from megadit.data import build_datasets
 from megadit.data.crop import centre_crop, check_header, read_image
+from megadit.data.image_files import LONGEST
 from megadit.data.tars.making import Sharding, make_shards, recipe_of
 from megadit.data.tars.tar_set import cut_before_crop
 from megadit.errors import UserError
@@ -113,6 +115,24 @@ def test_a_crop_takes_the_centre(crop: Crop) -> None:
     strip = np.zeros((8, 24, 3), np.uint8)
     strip[:, 8:16] = 200
     assert np.unique(np.asarray(centre_crop(Image.fromarray(strip), 8, crop))).tolist() == [200]
+
+
+@pytest.mark.parametrize("crop", ["adm", "center"])
+@pytest.mark.parametrize(("width", "height"), [(LONGEST, 1), (1, LONGEST), (40 * LONGEST, 40), (15, 15 * LONGEST)])
+def test_no_picture_is_scaled_to_more_than_its_length_in_squares(
+    crop: Crop, width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its sides, as long as it is not too long to be taken: with them the memory is bounded."""
+    sizes: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(image: Image.Image, size: tuple[int, int], *args: Any) -> Image.Image:
+        sizes.append(size[0] * size[1])
+        return resize(image, size, *args)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    assert centre_crop(noise(height, width), 16, crop).size == (16, 16)
+    assert sizes and max(sizes) <= max(LONGEST * 16 * 16, width * height // 4)  # halved once, and scaled
 
 
 def test_folders_and_tars_are_cut_as_data_crop_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

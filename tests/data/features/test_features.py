@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,6 +169,17 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
     again = CachedEncoder(Mean(), tmp_path)
     assert torch.equal(again.encode(images), wanted) and again.encoder.seen == 1  # type: ignore[attr-defined]
+    assert torch.equal(CachedEncoder(Mean(), tmp_path).encode(images), wanted)
+
+
+@pytest.mark.parametrize(
+    "other", [{"features": torch.zeros(5, 2, 2)}, {"features": torch.zeros(3)}, {"x": torch.zeros(1)}]
+)
+def test_a_file_of_something_else_is_computed_again(tmp_path: Path, other: dict[str, torch.Tensor]) -> None:
+    images = pictures(2, 8)
+    wanted = CachedEncoder(Mean(), tmp_path).encode(images)
+    file = next((tmp_path / "mean").rglob("*.safetensors"))
+    save_file(other, file)
     assert torch.equal(CachedEncoder(Mean(), tmp_path).encode(images), wanted)
 
 
