@@ -65,6 +65,11 @@ def whole_text(text: str) -> str:
     return _SURROGATE.sub(REPLACED, text)
 
 
+def plain_label(text: str) -> str:
+    """``text`` as matplotlib draws it letter by letter: whole, and no formula between dollar signs."""
+    return whole_text(text).replace("$", r"\$")
+
+
 def name_bytes(name: str) -> bytes:
     """The bytes of a file's name as Python holds it, on every machine alike; any other string has bytes, too."""
     try:

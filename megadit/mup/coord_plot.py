@@ -11,6 +11,7 @@ from typing import Any
 
 from megadit.mup.coord_record import Reading
 from megadit.mup.coord_verdict import CoordVerdict
+from megadit.text_files import plain_label
 
 _COLUMNS = ("activation", "change", "update.weight", "update.bias")
 _LABELS = {
@@ -60,7 +61,7 @@ def plot_coordinates(
     named = ": " + (", ".join(verdict.broken[:4]) or "the output") if verdict.outcome == "broken" else ""
     outcome = verdict.outcome + named
     more = f" and {len(verdict.broken) - 4} more" if len(verdict.broken) > 4 else ""
-    figure.suptitle(f"{title}: {outcome}{more}" if title else outcome + more, fontsize=11)
+    figure.suptitle(plain_label(f"{title}: {outcome}{more}" if title else outcome + more), fontsize=11)
     figure.supxlabel("width", fontsize=9)
     figure.savefig(path, dpi=110, format="png")
 

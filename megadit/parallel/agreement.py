@@ -17,6 +17,7 @@ from typing import Any
 from megadit import __version__
 from megadit.errors import UserError
 from megadit.parallel.processes import ProcessContext
+from megadit.text_files import name_bytes
 
 _TOLD = 4  # differences that the error names
 
@@ -76,7 +77,7 @@ def code_facts() -> dict[str, str]:
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:40]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    return text if len(text) <= 60 else f"{text[:40]}… ({hashlib.sha256(name_bytes(text)).hexdigest()[:8]})"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

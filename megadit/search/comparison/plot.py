@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megadit.search.comparison.compare import Comparison, Gap, Side
+from megadit.text_files import plain_label
 
 _A, _B, _GAP = "tab:blue", "tab:orange", "black"
 
@@ -27,10 +28,10 @@ def plot_comparison(result: Comparison, path: str | os.PathLike[str]) -> None:
     axes: Any = figure.subplots(2, len(gaps), squeeze=False, sharex="col")
     for column, gap in enumerate(gaps):
         upper, lower = axes[0][column], axes[1][column]
-        _curve(upper, gap.a, _A, "A: " + _label([curve.name for curve in result.a]))
-        _curve(upper, gap.b, _B, "B: " + _label([curve.name for curve in result.b]))
+        _curve(upper, gap.a, _A, plain_label("A: " + _label([curve.name for curve in result.a])))
+        _curve(upper, gap.b, _B, plain_label("B: " + _label([curve.name for curve in result.b])))
         _limit(upper, gap.a.mean, gap.b.mean)
-        upper.set_ylabel(result.key)
+        upper.set_ylabel(plain_label(result.key))
         upper.legend(fontsize=8, frameon=False)
         _gap_panel(lower, gap, result.key)
         for axis in (upper, lower):
@@ -57,7 +58,7 @@ def _gap_panel(axis: Any, gap: Gap, key: str) -> None:
         last = gap.crossings[-1]
         left = last.at < 0.5 * float(gap.at[-1])
         axis.annotate(
-            f"{gap.axis.removesuffix('s')} {last.at:,.0f}, {key} {last.value:.4g}",
+            plain_label(f"{gap.axis.removesuffix('s')} {last.at:,.0f}, {key} {last.value:.4g}"),
             (last.at, 0.0),
             xytext=(6 if left else -6, 8),
             textcoords="offset points",
@@ -65,7 +66,7 @@ def _gap_panel(axis: Any, gap: Gap, key: str) -> None:
             color="crimson",
             ha="left" if left else "right",
         )
-    axis.set_ylabel(f"gap B − A of {key}")
+    axis.set_ylabel(plain_label(f"gap B − A of {key}"))
     axis.set_xlabel("step" if gap.axis == "steps" else "samples seen")
 
 

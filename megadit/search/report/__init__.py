@@ -22,6 +22,7 @@ from megadit.search.report.sections import (
     verdict_section,
 )
 from megadit.search.results import StudyResults, load_results
+from megadit.text_files import whole_text
 
 __all__ = ["compose", "write_report"]
 
@@ -50,8 +51,8 @@ def write_results(results: StudyResults) -> tuple[Path, Path]:
     page, text = folder / "report.html", folder / "report.md"
     try:
         _write_plots(folder / "plots", figures)
-        _write(page, html.render(document).encode())
-        _write(text, markdown.render(document).encode())
+        _write(page, whole_text(html.render(document)).encode())
+        _write(text, whole_text(markdown.render(document)).encode())
     except OSError as error:
         raise UserError(f"--study_dir: cannot write the report into '{folder}' ({error.strerror})") from None
     return page, text

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megadit.search.report.axes import ValueAxis
+from megadit.text_files import plain_label
 
 MARKERS = "os^DvPX*"
 DIVERGED = "#b3261e"
@@ -48,19 +49,21 @@ def dress(axis: Any, title: str = "") -> None:
         axis.spines[side].set_color(_SOFT)
     axis.tick_params(colors=_SOFT, labelsize=8)
     if title:
-        axis.set_title(title, fontsize=10, color=_INK, loc="left", fontweight="bold")
+        axis.set_title(plain_label(title), fontsize=10, color=_INK, loc="left", fontweight="bold")
 
 
 def value_ticks(axis: Any, values: ValueAxis, labelled: bool = True) -> None:
     """Ticks, label and range of a horizontal axis that shows ``values``."""
     ticks, labels = values.ticks()
     turned = sum(map(len, labels)) > 42
-    axis.set_xticks(ticks, labels, rotation=40 if turned else 0, ha="right" if turned else "center")
+    axis.set_xticks(
+        ticks, list(map(plain_label, labels)), rotation=40 if turned else 0, ha="right" if turned else "center"
+    )
     ends = (values.at(values.low), values.at(values.high)) if values.kind != "listed" else (values.low, values.high)
     margin = 0.06 * (ends[1] - ends[0]) or 0.5
     axis.set_xlim(ends[0] - margin, ends[1] + margin)
     if labelled:
-        axis.set_xlabel(values.label, fontsize=9, color=_SOFT)
+        axis.set_xlabel(plain_label(values.label), fontsize=9, color=_SOFT)
 
 
 def scale_colours(scales: Sequence[float]) -> dict[float, Any]:

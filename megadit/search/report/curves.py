@@ -14,6 +14,7 @@ from megadit.search.report.points import Gathered, Point, point_tip
 from megadit.search.report.words import counted, number_text
 from megadit.search.verdict.verdict import Verdict
 from megadit.search.wording import value_text
+from megadit.text_files import plain_label
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def curve_figure(gathered: Gathered, key: str, verdicts: Mapping[str, Verdict]) 
         upper.set_ylim(*panels.limits)
         if below:
             _draw_optima(sheet, grid[1][column], panels, located.get(variant))
-    grid[0][0].set_ylabel(gathered.score, fontsize=9)
+    grid[0][0].set_ylabel(plain_label(gathered.score), fontsize=9)
     if below:
         grid[1][0].set_ylabel(gathered.scale_name(0).split()[0], fontsize=9)
     _legend(sheet, panels)

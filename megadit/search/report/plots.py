@@ -12,6 +12,7 @@ from megadit.search.report.canvas import CHOSEN, DIVERGED, Sheet, dress, scale_c
 from megadit.search.report.importance import Importance
 from megadit.search.report.points import Gathered, Point, point_tip
 from megadit.search.report.words import hps_text, number_text
+from megadit.text_files import plain_label
 
 _ACROSS = 4  # panels in a row
 
@@ -85,7 +86,7 @@ def slice_figure(gathered: Gathered, variant: str) -> Figure | None:
     for spare in range(len(axes), rows * across):
         panels[spare // across][spare % across].set_axis_off()
     for row in panels:
-        row[0].set_ylabel(gathered.score, fontsize=9)
+        row[0].set_ylabel(plain_label(gathered.score), fontsize=9)
     name = f"slices-{variant}" if variant else "slices"
     diverged = len(points) - len(means)
     alt = f"{gathered.score} against each of {', '.join(gathered.keys)}: {len(means)} points, {diverged} diverged."

@@ -10,6 +10,7 @@ import numpy as np
 
 from megadit.search.verdict.evidence import ScaleVerdict, power
 from megadit.search.verdict.verdict import Verdict
+from megadit.text_files import plain_label
 
 
 def plot_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
@@ -29,7 +30,7 @@ def plot_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
     draw_optima(right, verdict)
     labels = verdict.labels
     name = " ".join(part for part in (labels.get("study") or labels.get("table"), labels.get("variant")) if part)
-    figure.suptitle(f"{name}: {verdict.verdict}".removeprefix(": "), fontsize=11)
+    figure.suptitle(plain_label(f"{name}: {verdict.verdict}".removeprefix(": ")), fontsize=11)
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -62,10 +63,10 @@ def draw_curves(axis: Any, verdict: Verdict) -> None:
     ticks = sorted({point.hp for entry in shown if entry.optimum for point in entry.optimum.basin.points})
     if len(ticks) <= 12:
         axis.set_xticks(ticks, [power(tick) for tick in ticks])
-    axis.set_xlabel(verdict.labels.get("hp", "hyperparameter").removeprefix("log2_"))
-    axis.set_ylabel(verdict.labels.get("score", "score"))
+    axis.set_xlabel(plain_label(verdict.labels.get("hp", "hyperparameter").removeprefix("log2_")))
+    axis.set_ylabel(plain_label(verdict.labels.get("score", "score")))
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, frameon=False, title=verdict.labels.get("scale"), title_fontsize=8)
+    axis.legend(fontsize=8, frameon=False, title=plain_label(verdict.labels.get("scale", "")), title_fontsize=8)
 
 
 def draw_optima(axis: Any, verdict: Verdict) -> None:
@@ -93,8 +94,8 @@ def draw_optima(axis: Any, verdict: Verdict) -> None:
     axis.set_xticks([math.log2(entry.scale) for entry in shown], [f"{entry.scale:.12g}" for entry in shown])
     bottom, top = axis.get_ylim()
     axis.set_ylim(min(bottom, (bottom + top) / 2 - 2), max(top, (bottom + top) / 2 + 2))  # flat should look flat
-    axis.set_xlabel(verdict.labels.get("scale", "scale"))
-    axis.set_ylabel(f"log2 of the best {verdict.labels.get('hp', 'value').removeprefix('log2_')}")
+    axis.set_xlabel(plain_label(verdict.labels.get("scale", "scale")))
+    axis.set_ylabel(plain_label(f"log2 of the best {verdict.labels.get('hp', 'value').removeprefix('log2_')}"))
     axis.grid(alpha=0.25)
 
 

@@ -10,6 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from megadit.errors import UserError, say
+from megadit.text_files import has_half_pair
 from megadit.train.callbacks.base import Callback, Record, due
 
 if TYPE_CHECKING:
@@ -145,9 +146,13 @@ class TensorBoard(RecordCallback):
     def on_start(self, run: TrainingRun) -> None:
         """Open the event file; entries beyond a resumed step are purged by the viewer."""
         if run.context.is_main and run.config.train.tensorboard:
+            folder = str(run.directory.tensorboard)
+            if has_half_pair(folder):
+                say(f"warning: train.tensorboard: TensorBoard cannot write into {folder}, whose name is not UTF-8")
+                return
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run.directory.tensorboard), purge_step=run.position.step + 1)
+            self._writer = SummaryWriter(folder, purge_step=run.position.step + 1)
 
     def on_log(self, run: TrainingRun, record: Record) -> None:
         """Write the record's scalars."""

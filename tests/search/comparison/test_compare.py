@@ -144,6 +144,13 @@ def test_a_line_of_metrics_ends_at_a_line_feed_alone(tmp_path):
         read_curve(run)
 
 
+def test_runs_of_any_name_are_plotted(tmp_path):
+    runs = [write_run(tmp_path / name, lambda s: 1.0, steps=20) for name in ("caf\udce9", r"$\frac$")]
+    result = compare([runs[0]], [runs[1]])
+    plot_comparison(result, tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size[0] > 100
+
+
 def test_a_run_that_stopped_short_is_named(tmp_path):
     a = write_run(tmp_path / "a", lambda s: 1.0)
     b = write_run(tmp_path / "b", lambda s: 2.0, steps=500)

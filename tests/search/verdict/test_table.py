@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megadit.errors import UserError
+from megadit.search.verdict.plot import plot_verdict
 from megadit.search.verdict.table import Columns, lower_is_better, verify_table
 
 GOOD = Columns("width", "lr", "loss")
@@ -109,3 +112,10 @@ def test_no_file_and_no_table(tmp_path):
 def test_a_proxy_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="--proxy: 48 is not among the values of width: 32, 64, 128"):
         verify_table(write(tmp_path), GOOD, lower=True, proxy=48)
+
+
+def test_columns_of_any_name_are_plotted(tmp_path):
+    path = write(tmp_path, header=r"$\frac$,lr,loss")
+    verdict = verify_table(path, Columns(r"$\frac$", "lr", "loss"), lower=True)
+    plot_verdict(replace(verdict, labels={**verdict.labels, "table": "caf\udce9.csv"}), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
