@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 90
 
 FOUNDATIONS = {
     "errors", "files", "keys", "lazy", "rng", "optional", "conditioning", "slices", "streams", "process_id",
-    "owner_file", "ownership", "file_kind", "folder_kind", "text_files", "__version__",
+    "owner_file", "ownership", "finite", "file_kind", "folder_kind", "text_files", "__version__",
 }  # fmt: skip
 # What each part of megadit may import, its own modules and the foundations aside. Nothing here points upwards:
 # config -> data -> diffusion -> models -> train; mup and parallel serve models and train.
@@ -47,6 +47,7 @@ PARTITIONS = (
     "megadit/train/partitions_sums.py",
 )
 NAMES_IN_FILES = "megadit/convert/deepspeed_native.py"  # keys of its checkpoints are called like attributes
+WRITING = "from pickle import Pickler"  # which reads nothing; torch files are pickles
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error")
 
 
@@ -138,7 +139,9 @@ def unsafe(path: str, tree: ast.Module) -> Iterator[str]:
     if path.startswith(("tests/", "benchmarks/")):
         return
     yield from (
-        f"imports {name}" for name, _ in imports(tree) if name.split(".")[0] in {"pickle", "dill", "cloudpickle"}
+        f"imports {name}"
+        for name, node in imports(tree)
+        if name.split(".")[0] in {"pickle", "dill", "cloudpickle"} and ast.unparse(node) != WRITING
     )
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -229,6 +232,7 @@ def test_rules_hold(folder):
         ("megadit/train/x.py", "import deepspeed", "at module level"),
         ("tools/x.py", "from matplotlib import pyplot", "at module level"),
         ("megadit/train/x.py", "import pickle", "imports pickle"),
+        ("megadit/train/x.py", "from pickle import Pickler, loads", "imports pickle"),
         ("tools/x.py", "print(eval('1'))", "calls eval"),
         ("megadit/train/x.py", "import torch\ntorch.load('x', weights_only=False)", "weights_only"),
         ("megadit/config/x.py", "import yaml\nyaml.load('x')", "safe_load"),
@@ -257,6 +261,7 @@ def test_each_rule_can_fail(path, text, complaint):
         ("megadit/models/dit.py", "from megadit_kernels import scaled_linear\nfrom megadit.mup import ParamSpec"),
         ("megadit/data/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers"),
         ("tests/x.py", "import pickle, deepspeed.runtime"),
+        ("megadit/convert/x.py", "from pickle import Pickler"),
         (
             "megadit/data/x.py",
             "def f(path):\n    return open(path, 'rb'), path.open(mode='wb'), path.read_text('utf-8')",

@@ -12,7 +12,8 @@ official-dit, …        the authors' own files (.pt, .pth, .safetensors); offic
 diffusers              a pipeline folder, or in IN the folder of its transformer alone
 
 Optimizer state and step travel wherever both formats hold them. A diffusers class that does not compute what the model
-here does is compared with it on random inputs and refused without --allow-inexact. docs/convert.md tells more.
+here does is compared with it on random inputs and refused without --allow-inexact. Weights that are NaN or infinite are
+named, and refused without --allow-nonfinite. docs/convert.md tells more.
 
 What official weights cannot tell is said by --hint: heads, input_size, and for weights trained under muP, whose
 readout is multiplied in the forward pass, parametrization=mup, base_width and output_mult (dit, pixart). What no
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--hint", action="append", default=[], metavar="KEY=VALUE", help="e.g. heads=16, input_size=32")
     p.add_argument("--allow-inexact", action="store_true", help="convert although diffusers' class computes otherwise")
+    p.add_argument(
+        "--allow-nonfinite", action="store_true", help="convert weights that are NaN, infinite or beyond float32"
+    )
     p.add_argument("--json", action="store_true", help="print one object instead of the sentences")
     return p
 
@@ -89,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hints=hints,
         overrides=args.overrides if config is None else (),
         allow_inexact=args.allow_inexact,
+        allow_nonfinite=args.allow_nonfinite,
     )
     result_is_saved(as_json=args.json)
     if args.json:

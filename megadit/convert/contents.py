@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.config import ModelConfig, RunConfig
+from megadit.convert.deferred import loaded
 from megadit.convert.request import check_free
 from megadit.errors import UserError
 from megadit.ownership import own
@@ -25,7 +26,7 @@ Part = tuple[int, Tensor]  # first element in the flattened parameter, and 1-D v
 
 @dataclass(frozen=True)
 class Contents:
-    """An opened checkpoint. ``read(kind, name)`` gives the parts of a parameter; nothing is read before it is called.
+    """An opened checkpoint. ``read(kind, name)`` gives the parts of a parameter, deferred where that spares memory.
 
     ``what`` describes it to people. ``groups`` is the table of another program's optimizer groups, to be told and
     never used. ``adam_step`` counts the updates behind the moments. ``config`` is None where the format has none;
@@ -78,9 +79,9 @@ class Contents:
         return parts
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter's values in its shape, float32 and its own memory's."""
-        parts = [values.detach().to(torch.float32) for _, values in self.parts(kind, name)]
-        return (parts[0].clone() if len(parts) == 1 else torch.cat(parts)).view(self.shapes[name])
+        """A parameter's values in its shape, float32, in memory; not to be changed."""
+        parts = [loaded(values).detach().to(torch.float32) for _, values in self.parts(kind, name)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.shapes[name])
 
 
 def group_facts(groups: Sequence[Mapping[str, Any]]) -> list[str]:

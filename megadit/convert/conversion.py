@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megadit.config import RunConfig
 from megadit.convert import official
 from megadit.convert.contents import Contents, fresh
@@ -21,6 +23,7 @@ from megadit.convert.deepspeed_universal import read_universal, write_universal
 from megadit.convert.defaults import check_same_model, default_run
 from megadit.convert.difference import Difference
 from megadit.convert.formats import OFFICIAL_FAMILIES
+from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.pipeline_folders import read_diffusers, write_diffusers
 from megadit.convert.request import OWN, Request, check_request
 from megadit.convert.run_checkpoints import read_run, write_run
@@ -31,24 +34,29 @@ from megadit.convert.state_dicts import (
     write_safetensors,
 )
 from megadit.errors import UserError
+from megadit.train.checkpoint import WEIGHTS
 from megadit.train.checkpoint_read import shape_problem, shapes_of
 
 DIFFUSERS = "diffusers"
-_Read = Callable[[Path, Request], tuple[Contents, Difference | None]]
-_Write = Callable[[Contents, Path, Request], tuple[list[str], Difference | None]]
+_Read = Callable[[Path, Request, ValueCheck], tuple[Contents, Difference | None]]
+_Write = Callable[[Contents, Path, Request, ValueCheck], tuple[list[str], Difference | None]]
 
 
-def _reader(read: Callable[[Path], Contents]) -> _Read:
-    return lambda path, request: (read(path), None)
+def _of_weights(read: Callable[[Path, ValueCheck], Contents]) -> _Read:
+    return lambda path, request, check: (read(path, check), None)
+
+
+def _of_training(read: Callable[[Path], Contents]) -> _Read:
+    return lambda path, request, check: (check.watched_contents(read(path)), None)
 
 
 def _writer(write: Callable[[Contents, Path, RunConfig | None], list[str]]) -> _Write:
-    return lambda contents, target, request: (write(contents, target, contents.config), None)
+    return lambda contents, target, request, check: (write(contents, target, contents.config), None)
 
 
 def _official(name: str) -> tuple[_Read, _Write]:
     read, write = official.reader(name), official.writer(name)
-    return lambda p, r: (read(p, r), None), lambda c, p, r: (write(c, p, r), None)
+    return lambda p, r, check: (read(p, r, check), None), lambda c, p, r, check: (write(c, p, r), None)
 
 
 _WITH_CONFIG = (OWN, "safetensors")  # formats that hold a run's configuration
@@ -64,11 +72,11 @@ _UNTOLD = {  # of a family's originals, where a run here would do otherwise with
 }
 _OFFICIAL = {f"official-{name}": _official(name) for name in OFFICIAL_FAMILIES}
 READERS: Mapping[str, _Read] = {
-    OWN: lambda path, request: (read_run(path, request.ema), None),
-    "safetensors": _reader(read_safetensors),
-    "fp32-state-dict": _reader(read_fp32_state_dict),
-    "deepspeed": _reader(read_native),
-    "deepspeed-universal": _reader(read_universal),
+    OWN: lambda path, request, check: (check.watched_contents(read_run(path, request.ema)), None),
+    "safetensors": _of_weights(read_safetensors),
+    "fp32-state-dict": _of_weights(read_fp32_state_dict),
+    "deepspeed": _of_training(read_native),
+    "deepspeed-universal": _of_training(read_universal),
     **{name: read for name, (read, _) in _OFFICIAL.items()},
     DIFFUSERS: read_diffusers,
 }
@@ -116,23 +124,27 @@ def convert(
     hints: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     allow_inexact: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Outcome:
     """Read ``source`` and write ``target``, which must not exist yet; after an error there is no ``target``.
 
     ``config`` is the run's; needed where the source has none and the target or its parameters' shapes ask for one.
     ``ema`` names an average of a megadit checkpoint, or the key of an official file, that takes the place of the
     weights. ``hints`` say what the weights of an official file cannot. ``overrides`` change the default configuration
-    that a model without one gets. ``allow_inexact`` lets diffusers' class and the model here differ.
+    that a model without one gets. ``allow_inexact`` lets diffusers' class and the model here differ,
+    ``allow_nonfinite`` weights be NaN, infinite or beyond float32; without it such weights are refused.
 
     Raises:
         UserError: the source is not what it should be, does not fit the config, or the target cannot be written.
     """
-    request = Request(config, ema, hints or {}, tuple(overrides), allow_inexact)
+    request = Request(config, ema, hints or {}, tuple(overrides), allow_inexact, allow_nonfinite)
+    check = ValueCheck()
     check_request(source_format, target_format, source, target, request)
-    contents, read_difference = READERS[source_format](source, request)
+    contents, read_difference = READERS[source_format](source, request, check)
     contents = _with_config(contents, request, target_format)
     with fresh(target) as temporary:
-        notes, written_difference = WRITERS[target_format](contents, temporary, request)
+        notes, written_difference = WRITERS[target_format](contents, temporary, request, check)
+        values_told = check.notes(allow_nonfinite)  # all have been read, and OUT has no name yet
     return Outcome(
         contents.what,
         str(target),
@@ -140,9 +152,18 @@ def convert(
         sum(math.prod(shape) for shape in contents.shapes.values()),
         contents.kinds,
         contents.position.step,
-        (*contents.notes, *notes),
+        (*contents.notes, *_types_told(contents), *notes, *values_told),
         written_difference or read_difference,
     )
+
+
+def _types_told(contents: Contents) -> list[str]:
+    """Of which types the weights were, where one is not float32."""
+    types = {values.dtype for name in contents.shapes for _, values in contents.read(WEIGHTS, name)}
+    if types <= {torch.float32}:
+        return []
+    told = ", ".join(sorted(str(each).removeprefix("torch.") for each in types))
+    return [f"the source holds weights as {told}; they are float32 from here on"]
 
 
 def _with_config(contents: Contents, request: Request, target_format: str) -> Contents:

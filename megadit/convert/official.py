@@ -6,15 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megadit.config.model import ModelConfig
-from megadit.convert.contents import Contents, Part, save_file
+from megadit.convert.contents import Contents, Part
+from megadit.convert.deferred import deferred
 from megadit.convert.dispatch import from_official, hints_of, to_official
 from megadit.convert.names import model_shapes
+from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
-from megadit.convert.safe_load import load_file
+from megadit.convert.safe_load import load_deferred
 from megadit.convert.state_dicts import load_tensors, write_one
+from megadit.convert.torch_file import save_streaming
 from megadit.convert.weight_folders import weights_file
 from megadit.convert.wrappings import weights_of
 from megadit.errors import UserError
@@ -25,14 +29,15 @@ _WRAPPED_OUT = {"pixart": "state_dict"}  # what the original's loader looks for;
 _OF_CONFIG = ("input_size", "pos_scale")  # hints that a --config answers, beside the heads and the text's length
 
 
-def reader(family: str) -> Callable[[Path, Request], Contents]:
-    """``read(path, request) -> Contents`` of the family's official files.
+def reader(family: str) -> Callable[[Path, Request, ValueCheck], Contents]:
+    """``read(path, request, check) -> Contents`` of the family's official files, whose values ``check`` looks at.
 
     It raises UserError for a file that is broken, holds more than data, or is not this family's.
     """
 
-    def read(path: Path, request: Request) -> Contents:
+    def read(path: Path, request: Request, check: ValueCheck) -> Contents:
         state, notes = _weights(path, request, family)
+        state = check.watched(state)
         hints = _with_config(family, request)
         model, own = from_official(family, state, **hints)
         return contents_of(f"official {family} checkpoint '{path}'", model, own, notes)
@@ -61,9 +66,8 @@ def writer(family: str) -> Callable[[Contents, Path, Request], list[str]]:
         if target.name.endswith(".safetensors"):
             write_one(target, official)
         else:
-            official = {name: value.clone() for name, value in official.items()}  # a view would save all of its base
             key = _WRAPPED_OUT.get(family)
-            save_file(official if key is None else {key: official}, target)
+            save_streaming(official if key is None else {key: official}, target)
         return _left_out(contents, model)
 
     return write
@@ -77,7 +81,7 @@ def contents_of(
     known: Mapping[str, Mapping[str, Any]] | None = None,
     classes: Sequence[str] = (),
 ) -> Contents:
-    """Contents of a model that is in memory or mapped: its parameters and buffers by name."""
+    """Contents of a model whose parameters and buffers are there by name, deferred or in memory."""
 
     def read(kind: str, name: str) -> list[Part]:
         return [(0, state[name].reshape(-1))]
@@ -107,8 +111,13 @@ def model_of(contents: Contents) -> ModelConfig:
 
 
 def whole_state(contents: Contents) -> dict[str, Tensor]:
-    """All weights in float32, and the buffers that the source holds, in memory."""
-    return {name: contents.whole(WEIGHTS, name) for name in contents.shapes} | dict(contents.extras)
+    """All weights in float32, each read when it is needed, and the buffers that the source holds."""
+
+    def load(name: str) -> Callable[[], Tensor]:
+        return lambda: contents.whole(WEIGHTS, name)
+
+    weights = {name: deferred(shape, torch.float32, load(name)) for name, shape in contents.shapes.items()}
+    return weights | dict(contents.extras)
 
 
 def _left_out(contents: Contents, model: ModelConfig) -> list[str]:
@@ -149,6 +158,6 @@ def _with_config(family: str, request: Request) -> dict[str, Any]:
 def _weights(path: Path, request: Request, family: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by name, out of their wrapping and without prefixes, and what people should know of that."""
     path, told, choice = weights_file(path, request.ema) if path.is_dir() else (path, [], request.ema)
-    values: Any = load_tensors(path) if path.name.endswith(".safetensors") else load_file(path)
+    values: Any = load_tensors(path) if path.name.endswith(".safetensors") else load_deferred(path)
     state, notes = weights_of(values, f"'{path}'", choice, family)
     return state, told + notes

@@ -20,6 +20,7 @@ from megadit.config.run import ObjectiveConfig, RunConfig
 from megadit.convert.contents import Contents
 from megadit.convert.difference import Difference, measure, memory_lacking
 from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
+from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
 from megadit.convert.pipeline_index import (
     CONFIG,
@@ -37,15 +38,17 @@ from megadit.convert.pipeline_index import (
 from megadit.convert.pipeline_schedulers import default_objective, objective_gap, read_objective, scheduler_json
 from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import NULL_CAPTION
-from megadit.convert.state_dicts import find_files, load_tensors, write_folder, write_one
+from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
 from megadit.convert.transformer_class import class_config
 from megadit.data.codec_folder import VAE_CLASS, read_facts
+from megadit.data.weight_files import find_weights
 from megadit.errors import UserError
 
 SHARD_BYTES = 10 * 10**9  # above which diffusers' own save_pretrained cuts a model
 _WEIGHTS = "diffusion_pytorch_model"
 _VERSION = "0.30.0"  # of diffusers: all three classes and schedulers exist since then as they are written here
 _DIT_CLASSES = 1000  # DiTPipeline's null label is this number, whatever the model
+_NAME_ONE = "leave one of them in the folder"
 _NULL_KEY = "null_caption"  # of a safetensors file beside the pipeline
 _NULL_FILE = f"{_NULL_KEY}.safetensors"
 _SIGMA_LENGTH = 300  # tokens of PixArt-Sigma's captions, which its transformer does not tell from PixArt-alpha's
@@ -70,7 +73,7 @@ _PIPELINES: Mapping[str, tuple[str, dict[str, list[str]]]] = {
 }
 
 
-def read_diffusers(path: Path, request: Request) -> tuple[Contents, Difference | None]:
+def read_diffusers(path: Path, request: Request, check: ValueCheck) -> tuple[Contents, Difference | None]:
     """The transformer of a pipeline folder, or of a folder of its own, and how far the model here differs from it.
 
     Raises:
@@ -80,15 +83,13 @@ def read_diffusers(path: Path, request: Request) -> tuple[Contents, Difference |
     pipeline = find_pipeline(path)
     folder = pipeline.transformer
     fields = Fields.of_file(folder / CONFIG, "IN", "copy the whole folder again")
-    files = find_files(folder, f"{_WEIGHTS}.safetensors", ".safetensors")
-    files = files or find_files(folder, f"{_WEIGHTS}.bin", ".bin")
-    if not files:
+    found = find_weights(folder, _WEIGHTS, [".safetensors"], _NAME_ONE)
+    found = found or find_weights(folder, _WEIGHTS, [".bin"], _NAME_ONE)
+    if found is None:
         raise UserError(f"IN: '{folder}' holds no weights ({_WEIGHTS}.safetensors); copy the whole folder")
     config_json, notes = class_config(fields)
-    stored: dict[str, Tensor] = {}
-    for file in files:
-        stored |= load_tensors(file)
-    caption = _null_caption(pipeline)
+    stored, shards_told = load_weights(found, check)
+    caption = _null_caption(pipeline, check)
     length = _max_length(caption, pipeline, request.config)
     model, state = from_diffusers(config_json, stored, max_length=length, where=fields.where)
     if caption is None:
@@ -102,12 +103,14 @@ def read_diffusers(path: Path, request: Request) -> tuple[Contents, Difference |
         state[NULL_CAPTION] = caption
     known, told = _known(pipeline, model, request)
     classes, named = class_names(pipeline, model.num_classes)
-    difference, compared = _compared(request, model, state, config_json, stored)
-    notes = [*compared, *notes, *told, *named, *left_out(pipeline)]
+    difference, compared = _compared(request, model, state, config_json, stored, check)
+    notes = [*shards_told, *compared, *notes, *told, *named, *left_out(pipeline)]
     return contents_of(f"diffusers model '{folder}'", model, state, notes, known, classes), difference
 
 
-def write_diffusers(contents: Contents, target: Path, request: Request) -> tuple[list[str], Difference | None]:
+def write_diffusers(
+    contents: Contents, target: Path, request: Request, check: ValueCheck
+) -> tuple[list[str], Difference | None]:
     """Write a pipeline folder, in float32, after comparing it with the model here.
 
     Raises:
@@ -121,7 +124,7 @@ def write_diffusers(contents: Contents, target: Path, request: Request) -> tuple
         raise UserError(f"{inexact}; --allow-inexact converts it all the same")
     config_json, state = to_diffusers(model, own)
     state = {name: value.float().contiguous() for name, value in state.items()}
-    difference, notes = _compared(request, model, own, config_json, state)
+    difference, notes = _compared(request, model, own, config_json, state, check)
     notes = [*(["weights only: this format holds no optimizer state"] if contents.has_moments else []), *notes]
     notes += [] if inexact is None else [inexact]
     target.mkdir()
@@ -162,11 +165,20 @@ def _compared(
     own: Mapping[str, Tensor],
     config_json: Mapping[str, Any],
     stored: Mapping[str, Tensor],
+    check: ValueCheck,
 ) -> tuple[Difference | None, list[str]]:
     """The measured difference and what to say of it. Raises UserError where it is not allowed."""
     gap = diffusers_gap(config_json)
-    lacking = memory_lacking(sum(value.numel() for value in own.values()))
+    lacking = memory_lacking(max(sum(value.numel() for value in each.values()) for each in (own, stored)))
     difference = None if lacking else measure(model, own, config_json, stored, gap)
+    if difference is None and not lacking:
+        check.notes(request.allow_nonfinite)  # refuses, and names the weights
+        lacking = "outputs are not finite numbers"
+        if not request.allow_nonfinite:
+            raise UserError(
+                f"IN: the model's {lacking} for random inputs, though its weights are: they are too large; give a "
+                "checkpoint that is sound, or convert it as it is with --allow-nonfinite"
+            )
     told = f"not measured, since {lacking}" if difference is None else str(difference)
     name = config_json["_class_name"]
     if gap is not None:
@@ -257,7 +269,7 @@ def _write_null_caption(contents: Contents, target: Path) -> str:
     )
 
 
-def _null_caption(pipeline: Pipeline) -> Tensor | None:
+def _null_caption(pipeline: Pipeline, check: ValueCheck) -> Tensor | None:
     """The null caption beside a pipeline's model_index.json, (length, dim), if it is there.
 
     Raises:
@@ -268,7 +280,7 @@ def _null_caption(pipeline: Pipeline) -> Tensor | None:
     file = folder / _NULL_FILE
     if not file.is_file():
         return None
-    caption = load_tensors(file).get(_NULL_KEY)
+    caption = check.watched(load_tensors(file)).get(_NULL_KEY)
     if caption is None or caption.dim() != 2 or not caption.is_floating_point() or not caption.numel():
         raise UserError(f"IN: '{file}' holds no {_NULL_KEY} of shape [tokens, channels]; copy the whole folder again")
     return caption.float()

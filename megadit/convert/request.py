@@ -18,7 +18,8 @@ class Request:
     """``config`` is the run's, where one was given. ``ema`` names other weights of the source than the usual ones.
 
     ``hints`` say what an official checkpoint's weights cannot. ``overrides`` change the configuration that a source
-    without one gets. ``allow_inexact`` lets a model go to or come from a class that computes something else.
+    without one gets. ``allow_inexact`` lets a model go to or come from a class that computes something else,
+    ``allow_nonfinite`` weights that are NaN, infinite or beyond float32 be converted.
     """
 
     config: RunConfig | None = None
@@ -26,6 +27,7 @@ class Request:
     hints: Mapping[str, Any] = field(default_factory=dict)
     overrides: Sequence[str] = ()
     allow_inexact: bool = False
+    allow_nonfinite: bool = False
 
 
 def check_request(source_format: str, target_format: str, source: Path, target: Path, request: Request) -> None:

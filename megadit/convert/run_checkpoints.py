@@ -16,6 +16,7 @@ from megadit.conditioning import Conditioning
 from megadit.config import RunConfig, save_config
 from megadit.config.run import ONLINE
 from megadit.convert.contents import Contents, Part, group_facts
+from megadit.convert.deferred import deferred, loaded
 from megadit.data.text.kept import NULL_TEXT_FILE, load_conditions, save_conditions
 from megadit.diffusion.classes import CLASSES_FILE, read_classes
 from megadit.errors import UserError
@@ -40,10 +41,13 @@ def read_run(path: Path, ema: str | None = None) -> Contents:
     source = stored.kind_of(ema or ONLINE)
 
     def read(kind: str, name: str) -> Sequence[Part]:
-        flat = torch.empty(math.prod(stored.parameters[name]))
-        with stored.reader() as reader:
-            reader.read_into(flat, source if kind == WEIGHTS else kind, name)
-        return [(0, flat)]
+        def load() -> Tensor:
+            flat = torch.empty(math.prod(stored.parameters[name]))
+            with stored.reader() as reader:
+                reader.read_into(flat, source if kind == WEIGHTS else kind, name)
+            return flat
+
+        return [(0, deferred([math.prod(stored.parameters[name])], torch.float32, load))]
 
     contents = Contents(
         f"megadit checkpoint '{stored.path}'",
@@ -154,15 +158,10 @@ def write_run(contents: Contents, target: Path, config: RunConfig | None) -> lis
             "learning rates and weight decay come from the config, not from the source's optimizer groups "
             f"({'; '.join(facts)})"
         )
-    stored = sorted(
-        {str(v.dtype).removeprefix("torch.") for n in contents.shapes for _, v in contents.read(WEIGHTS, n)}
-    )
-    if stored not in ([], ["float32"]):
-        notes.append(f"the source holds weights as {', '.join(stored)}; they are float32 from here on")
     target.mkdir()
     save_config(config, target / "config.yaml")
     if NULL_CAPTION in contents.extras:
-        save_conditions(target / NULL_TEXT_FILE, Conditioning(text=contents.extras[NULL_CAPTION][None]))
+        save_conditions(target / NULL_TEXT_FILE, Conditioning(text=loaded(contents.extras[NULL_CAPTION])[None]))
     if contents.classes:
         (target / CLASSES_FILE).write_text(json.dumps(contents.classes), encoding="utf-8")
     alone = ProcessContext(0, 1, 0, torch.device("cpu"))

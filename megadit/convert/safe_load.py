@@ -7,12 +7,17 @@ names is refused.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from megadit.convert.deferred import DeferredTensor, deferred
 from megadit.convert.stand_ins import refused_name, stand_in, unreadable
 from megadit.errors import UserError
 
@@ -27,9 +32,11 @@ def load_file(path: Path) -> Any:
         UserError: no such file, one that cannot be read, or one that holds more than data.
     """
     try:
-        with open(path, "rb") as file:
-            mapped = file.read(len(_ZIP)) == _ZIP
-        return _load(path, mapped)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file; give a torch file")
+        return _load(path, is_mapped(path))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; copy the whole checkpoint") from None
     except Exception as error:  # a file can be broken in ways that raise anything at all
@@ -50,3 +57,74 @@ def _load(path: Path, mapped: bool) -> Any:
             if made is None or (made, name) in stand_ins or len(stand_ins) == _CLASSES:
                 raise
             stand_ins.append((made, name))
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether ``load_file`` maps the file, so that its tensors are read from it when they are used."""
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
+
+
+def load_deferred(path: Path) -> Any:
+    """``load_file`` with every tensor deferred: a copy is made when its values are needed, and nothing stays mapped in.
+
+    Raises:
+        UserError: as ``load_file`` does.
+    """
+    values = load_file(path)
+    return _deferred(values, is_mapped(path))
+
+
+def _deferred(values: Any, mapped: bool) -> Any:
+    if isinstance(values, Tensor):
+        return streamed(values, mapped)
+    if isinstance(values, dict):
+        return {key: _deferred(value, mapped) for key, value in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)(_deferred(value, mapped) for value in values)
+    return values
+
+
+def streamed(values: Tensor, mapped: bool = True) -> Tensor:
+    """A tensor of ``load_file``, copied when it is needed; ``mapped`` pages are given back after that.
+
+    Tensors that are not plain numbers in memory (``odd_kind``) stay as they are.
+    """
+    values = values.detach()
+    if odd_kind(values) is not None:
+        return values
+
+    def load() -> Tensor:
+        if not mapped:
+            return values.contiguous()
+        copy = values.clone(memory_format=torch.contiguous_format)
+        _give_back(values)
+        return copy
+
+    return deferred(values.shape, values.dtype, load)
+
+
+def odd_kind(values: Tensor) -> str | None:
+    """What is unusual in a tensor, so that its values cannot just be copied; None for a plain one."""
+    if isinstance(values, DeferredTensor):
+        return None
+    if values.device.type != "cpu":
+        return f"without values (on {values.device})"
+    if values.is_quantized:
+        return "quantized"
+    if values.layout != torch.strided:
+        return str(values.layout).removeprefix("torch.")
+    if values.nbytes > values.untyped_storage().nbytes():  # a few bytes can stand for any size
+        return "a view that repeats its values"
+    return None
+
+
+def _give_back(values: Tensor) -> None:
+    """Let go of the mapped pages that only hold ``values``; they are read again when they are needed again."""
+    if not sys.platform.startswith("linux") or not values.is_contiguous():
+        return
+    page = mmap.PAGESIZE
+    first = -(-values.data_ptr() // page) * page
+    last = (values.data_ptr() + values.nbytes) // page * page
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,49 +21,55 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megadit.config import RunConfig
-from megadit.config.json_text import parse_json
-from megadit.convert.contents import Contents, Part, save_file
-from megadit.convert.safe_load import load_file
+from megadit.convert.contents import Contents, Part
+from megadit.convert.deferred import deferred
+from megadit.convert.nonfinite import ValueCheck
+from megadit.convert.safe_load import load_deferred
+from megadit.convert.safetensors_file import SafetensorsFile
+from megadit.convert.torch_file import save_streaming
 from megadit.convert.wrappings import plain_weights
+from megadit.data.weight_files import WeightFiles, find_weights, joined
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS
 
-SHARD_BYTES = 5 * 10**9  # as much as is held in memory at once for a torch file; zero_to_fp32's own limit
+SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
 _BYTES = 4  # float32
 _Writer = Callable[[Path, Mapping[str, tuple[int, ...]], Callable[[str], Tensor]], None]
 _BUFFERS = ("y_embedder.y_embedding",)  # of a state dict, beside the parameters: PixArt's null caption
-_TORCH = ("pytorch_model.bin", ".bin", ".pt", ".pth")  # the usual name, and endings
-_SAFE = ("model.safetensors", ".safetensors")
+_TORCH = ("pytorch_model", (".bin", ".pt", ".pth"))  # the usual name, and endings
+_SAFE = ("model", (".safetensors",))
+_NAME_ONE = "name one of them"
 _CONFIG_KEY = "megadit_config"  # of a safetensors file's metadata: the run's configuration as JSON
 
 
-def read_safetensors(path: Path) -> Contents:
+def read_safetensors(path: Path, check: ValueCheck) -> Contents:
     """The weights in a safetensors file, or in a folder of one or several.
 
     Raises:
-        UserError: none is there, or it is broken.
+        UserError: none is there, it is broken, or shards and their index do not agree.
     """
-    files = find_files(path, *_SAFE)
-    contents = _contents(path, "safetensors", files)
-    return replace(contents, config=_config(files[0]))
+    found = find_weights(path, *_SAFE, _NAME_ONE)
+    contents = _contents(path, "safetensors", found, check)
+    assert found is not None  # else there would be no contents
+    return replace(contents, config=_config(found.files[0]))
 
 
-def read_fp32_state_dict(path: Path) -> Contents:
+def read_fp32_state_dict(path: Path, check: ValueCheck) -> Contents:
     """The weights that zero_to_fp32 wrote, as torch files or with ``--safe_serialization``: a file or a folder.
 
     Raises:
-        UserError: none is there, it is broken, or holds more than tensors by name.
+        UserError: none is there, it is broken, holds more than tensors by name, or shards and index do not agree.
     """
-    return _contents(path, "fp32 state dict", find_files(path, *_TORCH) or find_files(path, *_SAFE))
+    found = find_weights(path, *_TORCH, _NAME_ONE) or find_weights(path, *_SAFE, _NAME_ONE)
+    return _contents(path, "fp32 state dict", found, check)
 
 
-def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
-    if not files:
+def _contents(path: Path, kind: str, found: WeightFiles | None, check: ValueCheck) -> Contents:
+    if found is None:
         raise UserError(f"IN: '{path}' is no {kind} file and no folder of one; give the file that holds the weights")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_tensors(file)
+    tensors, told = load_weights(found, check)
     tensors, notes = plain_weights(tensors, f"{kind} '{path}'")
+    notes = [*told, *notes]
     others = [name for name, value in tensors.items() if not value.is_floating_point()]
     if others:
         notes.append(f"{len(others)} tensors of whole numbers were left out ({others[0]}, …)")
@@ -77,47 +83,28 @@ def _contents(path: Path, kind: str, files: Sequence[Path]) -> Contents:
     return Contents(f"{kind} '{path}'", shapes, (WEIGHTS,), read, notes=tuple(notes), extras=extras)
 
 
-def find_files(path: Path, main: str, *endings: str) -> list[Path]:
-    """The files that hold the weights at ``path``, ``main`` being the usual name; none if it is of another kind."""
-    if path.is_file():
-        return [path] if path.name.endswith(endings) else []
-    files = [file for file in sorted(path.glob("*")) if file.name.endswith(endings)]
-    indices = [file for file in sorted(path.glob("*.index.json")) if file.name[: -len(".index.json")].endswith(endings)]
-    if indices:
-        return _sharded(indices[0])
-    if len(files) > 1 and path / main not in files:
-        raise UserError(f"IN: '{path}' holds several files ({files[0].name}, …) and no index; name one of them")
-    return [path / main] if path / main in files else files
+def load_weights(found: WeightFiles, check: ValueCheck) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file or of shards by name, deferred and looked at by ``check``; and what people should know.
 
-
-def _sharded(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: is no index of shards ({error!r}); copy it again") from error
-    files = [index.parent / str(name) for name in names]
-    for file in files:
-        if file.parent.resolve() != index.parent.resolve() or not file.is_file():
-            raise UserError(f"{file}: is missing, though {index.name} names it; copy all shards")
-    return files
+    Raises:
+        UserError: a file cannot be read or holds something else, or shards and index do not agree.
+    """
+    tensors, notes = joined(found, [(file, load_tensors(file)) for file in found.files])
+    return check.watched(tensors), notes
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors by name in one file of weights alone.
+    """The tensors by name in one file of weights alone, deferred.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
     if file.name.endswith(".safetensors"):
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: cannot be read as safetensors ({error}); copy it again") from error
-    values = load_file(file)
-    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        return SafetensorsFile(file).tensors()
+    values = load_deferred(file)
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    ):
         held = ", ".join(map(str, list(values)[:4])) if isinstance(values, dict) else type(values).__name__
         raise UserError(
             f"{file}: holds {held} and not tensors by name; give the weights alone, such as zero_to_fp32 writes them"
@@ -127,10 +114,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 def _config(file: Path) -> RunConfig | None:
     """The configuration among a safetensors file's metadata, if it has one that is valid today."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt", device="cpu") as opened:
-        text = (opened.metadata() or {}).get(_CONFIG_KEY)
+    text = SafetensorsFile(file).metadata.get(_CONFIG_KEY)
     try:
         return None if text is None else RunConfig.model_validate_json(text)
     except ValidationError:  # of another version of megadit; --config can say what it was
@@ -156,7 +140,7 @@ def write_folder(folder: Path, name: str, tensors: Mapping[str, Tensor], limit: 
 
 def write_fp32_state_dict(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
     """Write float32 weights as torch files that ``load_state_dict`` takes: one ``….bin``, or a folder of shards."""
-    return _write(contents, target, ".bin", "pytorch_model", _at_once)
+    return _write(contents, target, ".bin", "pytorch_model", _stream_torch)
 
 
 def _write(contents: Contents, target: Path, ending: str, name: str, write: _Writer) -> list[str]:
@@ -198,9 +182,13 @@ def _sharded_files(
     (folder / f"{name}{ending}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _at_once(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:
-    """A torch file; all of its tensors are in memory together."""
-    save_file({name: get(name) for name in shapes}, path)
+def _stream_torch(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:
+    """A torch file of float32 tensors, one of which is in memory at a time."""
+
+    def deferred_of(name: str) -> Tensor:
+        return deferred(shapes[name], torch.float32, lambda: get(name))
+
+    save_streaming({name: deferred_of(name) for name in shapes}, path)
 
 
 def _stream(

@@ -20,7 +20,9 @@ from megadit.config.data import VaeConfig
 from megadit.data.codec_folder import PCA_CLASS, VAE_CLASS, CodecFacts, codec_facts, codec_folder, read_facts
 from megadit.data.dataset import StoredFacts
 from megadit.data.pca import load_pca
+from megadit.data.weight_files import check_indices
 from megadit.errors import UserError
+from megadit.finite import not_finite
 from megadit.optional import import_diffusers
 from megadit.rng import batch_normal
 
@@ -278,10 +280,15 @@ def _scale_and_shift(config: VaeConfig, facts: CodecFacts) -> tuple[float, float
 
 def _load(folder: Path) -> Any:
     vae_class = import_diffusers().AutoencoderKL
+    check_indices(folder, ".safetensors")
     try:
-        return vae_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        vae = vae_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever diffusers, safetensors or torch say about a damaged folder
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"data.vae.path: {folder} does not load as an {VAE_CLASS} ({reason}); fetch it again"
         ) from error
+    problem = not_finite(vae.state_dict().items())
+    if problem:
+        raise UserError(f"data.vae.path: of the weights in {folder}, {problem}; latents would be NaN: fetch it again")
+    return vae

@@ -26,6 +26,7 @@ from megadit.data.codec_folder import PCA_CLASS, read_facts
 from megadit.data.dataset import ImageSet, stack_images, tell_remarks
 from megadit.errors import UserError
 from megadit.files import save_tensors, whole_file
+from megadit.finite import not_finite
 from megadit.ownership import is_lock, own
 from megadit.text_files import json_bytes
 
@@ -147,6 +148,9 @@ def load_pca(folder: Path) -> PatchPca:
         size = codec.image_channels * codec.factor**2
         if codec.mean.shape != (size,) or codec.components.shape != (facts.channels, size):
             raise ValueError("its weights have other sizes than its config.json")
+        problem = not_finite(tensors.items())
+        if problem:
+            raise ValueError(problem)
     except Exception as error:  # whatever json and safetensors say about damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

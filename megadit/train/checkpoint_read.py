@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from megadit.config import RunConfig
 from megadit.config.run import ONLINE
 from megadit.data.windows import joined
 from megadit.errors import UserError
+from megadit.finite import all_finite, not_finite
 from megadit.parallel import ProcessContext
 from megadit.slices import Wanted, runs
 from megadit.train.checkpoint_fields import FLOAT_BYTES, check_state, told
@@ -177,7 +178,7 @@ class StoredCheckpoint:
         all or fails on all, and then the fragments hold nothing of use. Returns what people should know.
 
         Raises:
-            BrokenCheckpoint: on every rank, if some rank found its part torn, corrupt or incomplete.
+            BrokenCheckpoint: on every rank, if some rank found its part torn, corrupt, incomplete or not finite.
             UserError: it holds weights alone.
         """
         if not set(MOMENTS) <= set(self.kinds) and self.parameters:
@@ -190,6 +191,7 @@ class StoredCheckpoint:
         def fill(reader: PieceReader, f: Fragment) -> None:
             for kind, values in {WEIGHTS: f.values, **partitions.moments(f)}.items():
                 reader.read_into(values, kind, f.name, f.start, f.boxes)
+                self._check_finite(kind, f.name, values)
             for source in sources:
                 for kind, values in source.tensors(f).items():
                     if kind in self.kinds:
@@ -214,13 +216,14 @@ class StoredCheckpoint:
         A projector of REPA that is not stored keeps the values that it has.
 
         Raises:
-            BrokenCheckpoint: on every rank, if some rank found its part torn, corrupt or incomplete.
+            BrokenCheckpoint: on every rank, if some rank found its part torn, corrupt, incomplete or not finite.
         """
         stored = self.kind_of(weights)
 
         def fill(reader: PieceReader, f: Fragment) -> None:
             if f.name in self.parameters:
                 reader.read_into(f.values, stored, f.name, f.start, f.boxes)
+                self._check_finite(stored, f.name, f.values)
             for source in sources:
                 for values in source.tensors(f).values():
                     values.copy_(f.values)
@@ -284,7 +287,16 @@ class StoredCheckpoint:
             for name, parameter in parameters.items():
                 flat = parameter.data.new_empty(parameter.numel())
                 reader.read_into(flat, kind, name)
+                self._check_finite(kind, name, flat)
                 parameter.data.copy_(flat.view_as(parameter))
+
+    def _check_finite(self, kind: str, name: str, values: Tensor) -> None:
+        """Raise BrokenCheckpoint for values with which everything that is computed is NaN, whoever wrote them."""
+        problem = "" if all_finite(values) else not_finite([(name, values)])
+        if problem:
+            raise BrokenCheckpoint(
+                f"checkpoint {self.path}: of its {kind}, {problem}, from which nothing goes on; use an earlier one"
+            )
 
     def verify(self) -> list[str]:
         """Read everything and tell what is not as it was written; of version 1 only what its sizes betray."""

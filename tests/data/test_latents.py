@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megadit.config.data import VaeConfig
 from megadit.data.latents import PixelCodec, VaeCodec, build_codec
@@ -128,6 +129,16 @@ def test_wrong_folders_are_refused(tmp_path, folder):
     refused(tmp_path, "holds a UNet2DModel")
     config.write_text((folder / "config.json").read_text())
     refused(tmp_path, "no .safetensors weights")
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    state["decoder.conv_in.bias"] = torch.full_like(state["decoder.conv_in.bias"], float("nan"))
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, "'decoder.conv_in.bias' holds 8 NaN of 8 values; latents would be NaN")
+    places = dict.fromkeys(state, "../diffusion_pytorch_model.safetensors")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with pytest.raises(UserError, match="index.json: weight_map puts '.*' into '../diff"):
+        VaeCodec(VaeConfig(path=str(tmp_path)))
+    index.unlink()
     weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights[: len(weights) // 2])
     refused(tmp_path, "does not load")

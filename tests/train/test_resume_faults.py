@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, small_config, train_rank
@@ -19,6 +21,7 @@ from megadit.models import build_model
 from megadit.train.checkpoint import StoredCheckpoint, find_checkpoint, load_model
 from megadit.train.checkpoint_format import Index
 from megadit.train.checkpoint_write import write_index
+from megadit.train.fragment_io import write_pieces
 
 STEPS = {"steps": 6, "checkpoint_every": 2, "keep_last": 3}
 
@@ -86,6 +89,42 @@ def test_a_bit_that_one_rank_finds_changed_sends_all_to_the_one_before(trained, 
     assert "at step 2" in said and silent == ""
     assert rows(folder) == rows(trained[0])  # bit for bit, each step once
     assert StoredCheckpoint(find_checkpoint(folder)).verify() == []
+
+
+def spoil(checkpoint, rank, kind):
+    """Put a NaN among a rank's values of ``kind``, as training that went wrong would have written it."""
+    index, name = Index.read(checkpoint), f"fragments-{rank:05d}.safetensors"
+    pieces = [piece for piece in index.pieces if piece.file == name]
+    values = {key: value.clone() for key, value in load_file(checkpoint / name).items()}  # which is overwritten
+    next(values[piece.key] for piece in pieces if piece.kind == kind)[0] = float("nan")
+    record, written = write_pieces(checkpoint / name, [(piece, values[piece.key]) for piece in pieces])
+    others = [piece for piece in index.pieces if piece.file != name]
+    changed = replace(index, pieces=[*others, *written], files={**index.files, name: record})
+    write_index(checkpoint, changed, json.loads((checkpoint / "state.json").read_text()))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("rank", "kind"), [(0, "weights"), (1, "exp_avg")])
+def test_values_that_are_not_finite_send_all_to_the_one_before(copy, rank, kind):
+    folder, config = copy
+    spoil(folder / "checkpoints/step-00000004", rank, kind)
+    (code, said), _ = run_ranks(2, start, config, str(folder))
+    assert code == 0
+    found = rf"warning: .*step-00000004: of its {kind}, '[\w.]+' holds 1 NaN of .*; going on from step-00000002"
+    assert re.search(found, said)
+
+
+def test_weights_that_are_not_finite_begin_no_run_and_draw_nothing(copy, tmp_path):
+    folder, config = copy
+    four = folder / "checkpoints/step-00000004"
+    spoil(four, 0, "weights")
+    spoil(four, 1, "ema/0.5")
+    for weights, kind in (("online", "weights"), ("0.5", "ema/0.5")):
+        with pytest.raises(UserError, match=rf"of its {kind}, '[\w.]+' holds 1 NaN of"):
+            load_model(folder, str(four), weights=weights)
+    fresh = config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(four)})})
+    (outcome, _), *_ = run_ranks(1, start, fresh, str(tmp_path / "new"))
+    assert re.search(r"step-00000004: of its weights, '[\w.]+' holds 1 NaN of", str(outcome))
 
 
 @pytest.mark.distributed

@@ -13,6 +13,7 @@ from typing import Any
 
 from megadit.config.data import TextSource
 from megadit.config.json_fields import Fields, shown
+from megadit.data.weight_files import check_indices
 from megadit.errors import UserError
 from megadit.optional import import_transformers
 
@@ -145,7 +146,10 @@ def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
     Raises UserError, naming ``key``, if the weights are damaged or do not fill the model.
     """
     transformers = import_transformers()
+    from megadit.finite import not_finite
+
     safe = any(path.suffix == ".safetensors" for path in weights_files(folder))
+    check_indices(folder, ".safetensors", ".bin")
     try:
         model, loading = getattr(transformers, class_name).from_pretrained(
             str(folder), local_files_only=True, use_safetensors=safe, weights_only=True, dtype=dtype,
@@ -160,6 +164,9 @@ def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
             f"{key}: the weights in '{folder}' lack {len(missing)} of a {class_name}'s tensors, {missing[0]} among "
             "them; fetch it again"
         )
+    problem = not_finite(model.state_dict().items())
+    if problem:
+        raise UserError(f"{key}: of the weights in '{folder}', {problem}; features would be NaN: fetch it again")
     return model.eval().requires_grad_(False)
 
 

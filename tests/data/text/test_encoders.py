@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.tiny_text import CAPTIONS, bert_folder, clip_folder, t5_folder
 from megadit.config.data import TextSource
@@ -127,9 +128,20 @@ def test_what_is_missing_or_damaged_is_told(folders, tmp_path, monkeypatch):
     (copy / "spiece.model").unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
         build_encoder(TextSource(encoder="t5", path=str(copy))).token_ids(["a"])
+    shutil.copy(folders["t5"] / "spiece.model", copy)
+    state = load_file(folders["t5"] / "model.safetensors")
+    first = next(iter(state))
+    save_file({**state, first: state[first] * float("nan")}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"'{first}' holds [\d,]+ NaN of .*; features would be NaN"):
+        build_encoder(TextSource(encoder="t5", path=str(copy))).encode(["a"], 4)
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    places = dict.fromkeys(state, "/etc/model.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match="weight_map puts '.*' into '/etc/model"):
+        build_encoder(TextSource(encoder="t5", path=str(copy))).encode(["a"], 4)
+    (copy / "model.safetensors.index.json").unlink()
     deeper = json.loads((folders["t5"] / "config.json").read_text()) | {"num_layers": 3}
     (copy / "config.json").write_text(json.dumps(deeper))
-    shutil.copy(folders["t5"] / "spiece.model", copy)
     with pytest.raises(UserError, match=r"lack \d+ of a T5EncoderModel's tensors"):
         build_encoder(TextSource(encoder="t5", path=str(copy))).encode(["a"], 4)
     (copy / "model.safetensors").write_bytes(b"torn")
