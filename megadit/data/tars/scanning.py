@@ -186,20 +186,18 @@ def _entry(shard: ShardFile, group: _Group, survey: Survey) -> Entry:
     def where(member: str) -> str:
         return f"{shown_name(group.key)}.{member} in {shard.path}"
 
-    label: int | str | None = None
-    base = group.key
+    facts: dict[str, Any] = {}
     if JSON in group.places:
         facts = read_json(shard.read(*group.places[JSON]), where(JSON))
-        base = _base(facts, group.key, where(JSON))
-        label = _json_label(facts, where(JSON), survey)
-    if LABEL in group.places:
-        data = shard.read(*group.places[LABEL])
-        own = _label(data, where(LABEL), survey)
-        if isinstance(own, int) and isinstance(label, int) and own != label:
-            survey.note_label(
-                f"data.path: the label is {own} in {where(LABEL)} and {label} in its json; correct one of them"
-            )
-        label = own
+    base = _base(facts, group.key, where(JSON))
+    if LABEL not in group.places:
+        return Entry(group.key, base, _json_label(facts, where(JSON), survey), group.places)
+    label, other = _label(shard.read(*group.places[LABEL]), where(LABEL), survey), facts.get("label")
+    if isinstance(label, int) and isinstance(other, int) and not isinstance(other, bool) and label != other:
+        survey.note_label(
+            f"data.path: the label is {label} in {where(LABEL)} and {shown_name(str(other))} in its json; correct one "
+            "of them"
+        )
     return Entry(group.key, base, label, group.places)
 
 

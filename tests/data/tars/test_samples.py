@@ -215,6 +215,11 @@ def test_labels_that_disagree_are_refused(tmp_path: Path) -> None:
     assert "the label is 1 in a.cls in x.tar and 2 in its json" in refused(tmp_path, members, condition="class")
 
 
+def test_a_json_that_has_no_label_leaves_it_to_cls(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"a.png": png(), "a.cls": b"1", "a.json": b'{"label": null}'})
+    assert load(tmp_path, condition="class", num_classes=3).label(0) == 1
+
+
 @pytest.mark.parametrize(
     ("labels", "classes", "numbers"),
     [
