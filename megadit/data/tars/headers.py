@@ -190,7 +190,7 @@ class TarHeaders:
                 f"data.path: {self.shard.path} is torn: it has {size} bytes, and a tar is made of blocks of {BLOCK}; "
                 f"{_AGAIN}"
             )
-        if size > _padded(end + 2 * BLOCK, RECORD):
+        if size > _padded(end + 2 * BLOCK, RECORD) + RECORD:  # one more comes from tar --concatenate
             if not self._last:
                 raise UserError(
                     f"data.path: {self.shard.path} holds {size} zero bytes and nothing else: its copy or download did "

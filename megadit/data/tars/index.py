@@ -68,11 +68,10 @@ class SampleIndex:
         size = int(self.sizes[sample, column])
         return None if size < 0 else (int(self.offsets[sample, column]), size)
 
-    def lacking(self, member: str) -> int | None:
-        """The first sample without that member; None if all have it."""
-        if member not in self.members:
-            return 0
-        missing = np.flatnonzero(self.sizes[:, self.members.index(member)] < 0)
+    def lacking(self, *members: str) -> int | None:
+        """The first sample without any of the members; None if all have one."""
+        columns = [self.members.index(member) for member in members if member in self.members]
+        missing = np.flatnonzero((self.sizes[:, columns] < 0).all(axis=1))
         return int(missing[0]) if len(missing) else None
 
     def label_member(self, sample: int) -> str:

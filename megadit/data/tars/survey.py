@@ -80,8 +80,8 @@ class Survey:
             tar, size = next(iter(self.zeros.items()))
             more = f" (and so in {len(self.zeros) - 1:,} other tars)" if len(self.zeros) > 1 else ""
             found.append(
-                f"{tar} ends with {size:,} zero bytes behind its last member, more than tar pads with{more}: if its "
-                "copy or download was cut off, samples are missing; compare it with its source"
+                f"{tar} ends with {size:,} zero bytes behind its last member, more than tar pads with{more}: "
+                "preallocated files have them, and copies that were cut off; compare it with its source"
             )
         return tuple(found)
 

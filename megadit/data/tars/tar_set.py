@@ -303,8 +303,7 @@ def _without_manifest(
     index = cached_index(files) if files else None
     if index is None or not len(index):
         raise UserError(f"data.path: the tars of {config.path} have no samples; give others")
-    pictures = [name for name in IMAGES if name in index.members]
-    bare = next((i for i in range(len(index)) if not any(index.place(i, name) for name in pictures)), None)
+    bare = index.lacking(*IMAGES)
     if bare is not None:
         arrays = LATENT in index.members
         what = f"arrays need the {MANIFEST} that says how they were scaled" if arrays else "take it out of the tar"
