@@ -92,11 +92,15 @@ class SampleIndex:
 
 
 def build_index(
-    shards: Sequence[Sequence[Entry]], classes: Sequence[str] | None = None, survey: Survey | None = None
+    shards: Sequence[Sequence[Entry]],
+    classes: Sequence[str] | None = None,
+    survey: Survey | None = None,
+    tars: Sequence[str] = (),
 ) -> SampleIndex:
     """The index of scanned tars. classes: names of the labels; None: found in them, as image folders number theirs.
 
-    Labels that are names in some samples and numbers in others are none; ``survey`` then tells it.
+    Labels that are names in some samples and numbers in others are none; ``survey`` then tells it, of ``tars`` with
+    these paths.
     """
     entries = [entry for shard in shards for entry in shard]
     survey = Survey() if survey is None else survey
@@ -106,7 +110,7 @@ def build_index(
         for column, name in enumerate(members):
             if name in entry.places:
                 places[row, column] = entry.places[name]
-    names = _names(entries, survey) if classes is None else tuple(classes)
+    names = _names(shards, survey, tars) if classes is None else tuple(classes)
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers.get(entry.label, -1) if isinstance(entry.label, str) else entry.label for entry in entries]
     return SampleIndex(
@@ -122,16 +126,22 @@ def build_index(
     )
 
 
-def _names(entries: Sequence[Entry], survey: Survey) -> tuple[str, ...]:
+def _names(shards: Sequence[Sequence[Entry]], survey: Survey, tars: Sequence[str]) -> tuple[str, ...]:
     """Labels that are names, sorted; none where they are numbers."""
-    name = next((entry for entry in entries if isinstance(entry.label, str)), None)
-    number = next((entry for entry in entries if isinstance(entry.label, int)), None)
-    if name is not None and number is not None:
+    first: dict[type, str] = {}
+    names = set()
+    for number, entries in enumerate(shards):
+        for entry in entries:
+            if isinstance(entry.label, str):
+                names.add(entry.label)
+            if type(entry.label) not in first:
+                where = f" in {tars[number]}" if tars else ""
+                first[type(entry.label)] = f"{shown_name(str(entry.label))} of {shown_name(entry.key)}{where}"
+    if str in first and int in first:
         survey.note_label(
-            f"data.path: labels of the tars are names ({name.label} of {name.key}) and numbers ({number.label} of "
-            f"{number.key}); use one of the two"
+            f"data.path: labels of the tars are names ({first[str]}) and numbers ({first[int]}); use one of the two"
         )
-    return tuple(sorted({entry.label for entry in entries if isinstance(entry.label, str)}))
+    return tuple(sorted(names))
 
 
 def save_index(index: SampleIndex, path: Path) -> None:
@@ -209,7 +219,8 @@ def cached_index(shards: Sequence[ShardFile]) -> SampleIndex:
             if index.fits([shard.size for shard in shards]):
                 return index
     survey = Survey()
-    index = build_index([scan(shard, survey) for shard in shards], survey=survey)
+    entries = [scan(shard, survey) for shard in shards]
+    index = build_index(entries, survey=survey, tars=[shard.path for shard in shards])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_index(index, path)

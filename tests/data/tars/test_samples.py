@@ -180,7 +180,8 @@ LABELS: list[tuple[str, bytes, str]] = [
     ("json", b'{"label": [1]}', "not [1]"),
     ("json", b'{"label": -1}', "a.json in x.tar has the label -1; number classes from 0"),
     ("json", b'{"label": 99999999999999999999}', "beyond 64 bits"),
-    ("json", b'{"label": "\\ud800"}', "is no text"),
+    ("json", b'{"label": "\\ud800"}', "a.json in x.tar: the label '\\ud800' holds half a surrogate pair"),
+    ("json", b'{"label": "a\\u0000b"}', "a.json in x.tar: the label 'a\\x00b' is no text"),
     ("json", b'{"label": 4294967295}', "a.json in x.tar has the label 4294967295, but model.num_classes is 3"),
     ("cls", b"4294967295\n", "a.cls in x.tar has the label 4294967295, but model.num_classes is 3"),
     ("cls", b"-1", "a.cls in x.tar has the label -1; number classes from 0"),
@@ -189,7 +190,7 @@ LABELS: list[tuple[str, bytes, str]] = [
     ("cls", b"1 2", "a.cls in x.tar is '1 2'; a label is one whole number"),
     ("cls", b"9" * 5000, "a label is one whole number"),
     ("cls", b"caf\xe9", "a.cls in x.tar is not UTF-8 text"),
-    ("cls", b"cat", "labels of the tars are names (cat of a) and numbers (2 of b); use one of the two"),
+    ("cls", b"cat", "labels of the tars are names (cat of a in x.tar) and numbers (2 of b in x.tar); use one"),
 ]  # fmt: skip
 
 
