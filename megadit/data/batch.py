@@ -63,21 +63,21 @@ def read_samples(
     if mirrored is not None and (copies := dataset.mirrored) is not None:
         views = [copies if turned else dataset for turned in mirrored.tolist()]
     read = [_read(view, i, number) for view, i, number in zip(views, indices, numbers, strict=True)]
-    images = torch.stack([image for image, _, _ in read])
+    images = torch.stack([image for image, *_ in read])
     if mirrored is not None and not dataset.stores_latents:
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return RawBatch(
         images=images,
-        labels=[dataset.label(i) for i in indices],
-        captions=[caption for _, caption, _ in read],
+        labels=[label for _, label, _, _ in read],
+        captions=[caption for _, _, caption, _ in read],
         numbers=list(numbers),
-        extras={name: torch.stack([extra[name] for _, _, extra in read]) for name in read[0][2]},
+        extras={name: torch.stack([extra[name] for *_, extra in read]) for name in read[0][3]},
     )
 
 
-def _read(view: ImageSet, i: int, number: int) -> tuple[Tensor, str, dict[str, Tensor]]:
+def _read(view: ImageSet, i: int, number: int) -> tuple[Tensor, int, str, dict[str, Tensor]]:
     try:
-        return view.image(i), view.caption(i), view.extras(i)
+        return view.image(i), view.label(i), view.caption(i), view.extras(i)
     except UserError as error:
         raise UnreadableSample(str(error), number) from error
 

@@ -72,7 +72,7 @@ def decode(
     """
     with _opened(source, where, key, remedy, longest) as file:
         file.load()
-        return to_rgb(file) if channels == 3 else _to_grey(file)
+        return _to_grey(file) if channels == 1 else to_rgb(file)
 
 
 def check(source: Path | bytes, where: str, *, key: str = "data.path", remedy: str = REMEDY) -> None:

@@ -221,6 +221,8 @@ def _check_header(path: Path, remedy: str) -> None:
             shape, _, dtype = read_header(stream, entry.file_size)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise UserError(f"{path}: arr_0 is not uint8 (N, H, W, 3); {remedy}")
+    if 0 in shape:
+        raise UserError(f"{path}: arr_0 holds no pictures; {remedy}")
     if entry.file_size > _LARGE and entry.file_size > _PACKED * path.stat().st_size:
         raise UserError(
             f"{path}: its {path.stat().st_size:,} bytes unpack to {entry.file_size:,}, as no real pictures do; {remedy}"

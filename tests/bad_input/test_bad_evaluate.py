@@ -45,6 +45,7 @@ CASES = [
     case("no arr_0", SCORE, "holds no arr_0", files={**TEXTS, "pictures.npz": npz(x=np.zeros(3))}),
     case("pickled objects", SCORE, "arr_0 cannot be read", files={**TEXTS, "pictures.npz": npz(arr_0=np.array([{}]))}),
     case("a huge shape", SCORE, "holds 4 bytes where its header", files={**TEXTS, "pictures.npz": huge()}),
+    case("no picture", SCORE, "no pictures", files={**TEXTS, "pictures.npz": npz(arr_0=np.zeros((0, 4, 4, 3), "u1"))}),
     case("floats", SCORE, "not uint8", files={**TEXTS, "pictures.npz": npz(arr_0=np.zeros((1, 4, 4, 3)))}),
 ]
 

@@ -4,6 +4,8 @@ Launchers' variables are in tests/parallel/, run directories in use in tests/tra
 """
 
 import json
+import struct
+from zlib import crc32
 
 from helpers.bad_input import Case, case, each
 from helpers.tars import samples, tar_bytes
@@ -11,6 +13,7 @@ from helpers.tars import samples, tar_bytes
 DIGITS = "--config quickstart/digits.yaml"
 DRY = f"{DIGITS} --dry_run"
 FOLDER = f"{DRY} data.name=image-folder data.path=x data.image_size=8 data.val_fraction=0 model.in_channels=3"
+ONE = "model.num_classes=1"
 
 
 def yaml(text: str | bytes) -> dict[str, str | bytes]:
@@ -21,6 +24,15 @@ def yaml(text: str | bytes) -> dict[str, str | bytes]:
 def ds(text: str | bytes) -> dict[str, str | bytes]:
     """A DeepSpeed file x.json."""
     return {"x.json": text}
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of these sides, whatever its rows are."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc32(name + data)) for name, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def metadata(*lines: object) -> dict[str, str | bytes]:
@@ -119,6 +131,15 @@ DATA = [
         files={"x/c": None},
         breaks=lambda folder: (folder / "x/c/a.png").symlink_to("gone"),
     ),
+    case("an image that is a line", f"{FOLDER} {ONE}", "a.png (it is 999 x 1 pixels", files={"x/c/a.png": png(999, 1)}),
+    case(
+        "an image of 10 gigapixels", f"{FOLDER} {ONE}", "10,000,000,000 pixels", files={"x/c/a.png": png(10**5, 10**5)}
+    ),
+    case(
+        "a program as an image", f"{FOLDER} {ONE}", "a PostScript program", files={"x/c/a.png": "%!PS-Adobe-3.0 EPSF\n"}
+    ),
+    case("images left out", f"{DRY} data.on_corrupt=skip", "'skip' is not possible: to pass over an image"),
+    case("a class twice", f"{DRY} data.classes=[7,7] model.num_classes=2", "'7' stands there twice"),
     case("a folder without images", f"{DRY} data.name=fashion-mnist data.path=.", "has no train-images-idx3-ubyte"),
 ]
 
