@@ -16,6 +16,7 @@ from megadit.convert.safe_load import load_file
 from megadit.convert.wrappings import plain_names
 from megadit.errors import UserError
 from megadit.folder_kind import run_instead
+from megadit.text_files import decode
 from megadit.train.checkpoint import Position
 from megadit.train.partitions import MOMENTS
 
@@ -48,7 +49,7 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
 
 def _pointed(path: Path, pointer: str) -> Path | None:
     try:
-        return path / (path / pointer).read_text(encoding="utf-8").strip()
+        return path / decode((path / pointer).read_bytes()).strip()
     except (OSError, ValueError):
         return None
 

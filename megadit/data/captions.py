@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from megadit.data.dataset import ImageSet, Subset
 from megadit.data.folder import FolderSet
+from megadit.data.tars.tar_set import TarSet
 from megadit.data.tree import CAPTIONS
 from megadit.errors import UserError, say
 from megadit.text_files import REPLACED
@@ -56,6 +57,8 @@ def _judge(images: ImageSet, missing: list[int], most_missing: float) -> None:
 def _hint(images: ImageSet, i: int) -> str:
     """Where captions are read from, and what lies there that is not read."""
     source, i = (images.source, images.indices[i]) if isinstance(images, Subset) else (images, i)
+    if isinstance(source, TarSet):
+        return " as .txt members, or as caption in .json members"
     if not isinstance(source, FolderSet):
         return ""
     if not source.lines:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from helpers.folders import config, metadata, picture
+from helpers.tars import png, write_tar
 from helpers.training import small_config
+from megadit.config import DataConfig
 from megadit.data import ImageSet, build_datasets
 from megadit.data.captions import check_captions
 from megadit.data.conditions import check_text
@@ -125,3 +127,28 @@ def test_a_run_that_goes_on_is_warned_and_not_ended(tmp_path: Path, capsys: pyte
         check_text(run, images)
     check_text(run, images, begun=True)
     assert "warning: 7 of 8 images have no caption" in capsys.readouterr().err
+
+
+def test_captions_of_tars_are_counted_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    members = {f"{i}.png": png() for i in range(8)}
+    members |= {
+        "0.json": b'{"text": "read"}',
+        "1.txt": "größte".encode("utf-16"),
+        "2.json": b'{"caption": "cut \\ud83d"}',
+    }
+    members |= {"3.txt": b" \n"}
+    write_tar(tmp_path / "x.tar", sorted(members.items()))
+    data = DataConfig.model_validate(
+        {"name": "webdataset", "path": str(tmp_path), "condition": "text", "image_size": 4}
+    )
+    images = build_datasets(data.model_copy(update={"val_fraction": 0.0}))[0]
+    assert [images.caption(i) for i in range(4)] == ["read", "größte", "cut \ufffd", ""]
+    with pytest.raises(
+        UserError, match=r"5 of 8 images have no caption \(3 in .*x\.tar first\); give captions as \.txt"
+    ):
+        check_captions(images, 0.5)
+    check_captions(images, 0.7)
+    assert "1 of 8 captions hold U+FFFD" in capsys.readouterr().err
