@@ -18,6 +18,7 @@ from megadit.errors import UserError
 TOLERANCE = 2e-5  # of float32 outputs, relative to the largest where that is above 1
 _TIMES = (1.0, 250.0, 951.0)  # one sample each
 _MEMORY = 1.25  # times the larger model's float32 weights: one model after the other, with what it computes
+_MOST_TOKENS = 2**14  # of an image, with which attention still ends: those of 2048 pixels in the published models
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,13 @@ def measure(
     return Difference(maximum, maximum / largest if largest else 0.0, largest, reason)
 
 
-def memory_lacking(elements: int) -> str | None:
-    """Why a model of so many parameters cannot be compared in this machine's memory; None where it can."""
-    needed, free = _MEMORY * 4 * elements, _free_memory()
+def not_measured(model: ModelConfig, elements: int) -> str | None:
+    """Why a model of so many parameters is not compared here, in this machine's memory; None where it can be."""
+    tokens = (model.input_size // model.patch_size) ** 2
+    if tokens > _MOST_TOKENS:
+        return f"its images of {model.input_size} x {model.input_size} have {tokens:,} tokens, too many to try out"
+    activations = len(_TIMES) * tokens * model.width * (2 + model.mlp_ratio)  # of one block
+    needed, free = 4 * (_MEMORY * elements + activations), _free_memory()
     if free is None or needed <= free:
         return None
     return f"a model of it takes {needed / 1e9:.1f} GB, this machine has {free / 1e9:.1f} GB of memory free"

@@ -18,7 +18,7 @@ from megadit.config.json_fields import Fields
 from megadit.config.model import ModelConfig
 from megadit.config.run import ObjectiveConfig, RunConfig
 from megadit.convert.contents import Contents
-from megadit.convert.difference import Difference, measure, memory_lacking
+from megadit.convert.difference import Difference, measure, not_measured
 from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
@@ -161,7 +161,7 @@ def write_diffusers(
 
 def _compared(
     request: Request,
-    model: Any,
+    model: ModelConfig,
     own: Mapping[str, Tensor],
     config_json: Mapping[str, Any],
     stored: Mapping[str, Tensor],
@@ -169,7 +169,7 @@ def _compared(
 ) -> tuple[Difference | None, list[str]]:
     """The measured difference and what to say of it. Raises UserError where it is not allowed."""
     gap = diffusers_gap(config_json)
-    lacking = memory_lacking(max(sum(value.numel() for value in each.values()) for each in (own, stored)))
+    lacking = not_measured(model, max(sum(value.numel() for value in each.values()) for each in (own, stored)))
     difference = None if lacking else measure(model, own, config_json, stored, gap)
     if difference is None and not lacking:
         check.notes(request.allow_nonfinite)  # refuses, and names the weights

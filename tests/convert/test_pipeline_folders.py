@@ -191,6 +191,16 @@ def test_what_is_no_json_says_what_it_is(pipes: dict[str, Path], file: str) -> N
     refused(pipes["dit"], "is nested too deeply")
 
 
+@pytest.mark.parametrize("family", ["dit", "pixart"])
+def test_an_image_of_billions_of_tokens_is_not_tried_out(
+    pipes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.undo()
+    change(pipes[family] / "transformer/config.json", sample_size=65536)
+    notes = " ".join(come_in(pipes[family]).notes)
+    assert "not measured, since its images of 65536 x 65536 have 1,073,741,824 tokens, too many to try out" in notes
+
+
 def test_old_files_of_transformer_2d_model_are_read(pipes: dict[str, Path]) -> None:
     for family in ("dit", "pixart"):
         old = {"num_vector_embeds": None, "use_linear_projection": False, "only_cross_attention": False}
