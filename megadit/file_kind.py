@@ -190,8 +190,8 @@ def bytes_instead(data: bytes, *wanted: str) -> str | None:
     return other if other is not None or kind is None else _cut_off(io.BytesIO(data), kind)
 
 
-def refuse_others(key: str, paths: Iterable[Path]) -> None:
-    """Raise UserError that names ``key`` for the first of ``paths`` that is something else than its ending says.
+def other_among(paths: Iterable[Path]) -> str | None:
+    """The first of ``paths`` that is something else than its ending says, and what; None if none is.
 
     Files that are not there, and those of other endings, are passed over.
     """
@@ -199,7 +199,19 @@ def refuse_others(key: str, paths: Iterable[Path]) -> None:
         wanted = _BY_ENDING.get(path.suffix)
         told = file_instead(path, *wanted) if wanted else None
         if told is not None:
-            raise UserError(f"{key}: '{path}' is not what its name says: {told}")
+            return f"'{path}' is not what its name says: {told}"
+    return None
+
+
+def refuse_pointers(key: str, paths: Iterable[Path]) -> None:
+    """Raise UserError that names ``key`` for the first of ``paths`` that is a pointer or a web page.
+
+    These are looked for before anything is loaded: a tokenizer takes a pointer for a vocabulary of three words.
+    """
+    for path in paths:
+        kind = kind_of_file(path)
+        if kind is not None and kind.id in _NO_TEXT:
+            raise UserError(f"{key}: '{path}' is not what its name says: {instead(kind)}")
 
 
 def text_instead(data: bytes) -> str | None:

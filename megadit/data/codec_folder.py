@@ -8,6 +8,7 @@ from pathlib import Path
 from megadit.config.data import VaeConfig
 from megadit.config.json_fields import Fields, shown
 from megadit.errors import UserError
+from megadit.file_kind import refuse_pointers
 
 VAE_CLASS = "AutoencoderKL"
 PCA_CLASS = "PcaPatchCodec"
@@ -98,5 +99,7 @@ def _check(folder: Path) -> None:
     if name not in (VAE_CLASS, PCA_CLASS):
         found = name if isinstance(name, str) else f"model with _class_name {shown(name)}"
         raise UserError(f"{_KEY}: {folder} holds a {found}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
-    if not any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise UserError(f"{_KEY}: {folder} has no .safetensors weights; convert or fetch them in that format")
+    refuse_pointers(_KEY, weights)

@@ -22,6 +22,7 @@ from megadit.data.dataset import StoredFacts
 from megadit.data.pca import load_pca
 from megadit.data.weight_files import check_indices
 from megadit.errors import UserError
+from megadit.file_kind import other_among
 from megadit.finite import not_finite
 from megadit.optional import import_diffusers
 from megadit.rng import batch_normal
@@ -285,6 +286,7 @@ def _load(folder: Path) -> Any:
         vae = vae_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever diffusers, safetensors or torch say about a damaged folder
         reason = " ".join(str(error).split())[:200]
+        reason = other_among([folder / "config.json", *sorted(folder.glob("*.safetensors"))]) or reason
         raise UserError(
             f"data.vae.path: {folder} does not load as an {VAE_CLASS} ({reason}); fetch it again"
         ) from error

@@ -25,6 +25,7 @@ from megadit.data.builtin import build_datasets
 from megadit.data.codec_folder import PCA_CLASS, read_facts
 from megadit.data.dataset import ImageSet, stack_images, tell_remarks
 from megadit.errors import UserError
+from megadit.file_kind import other_among
 from megadit.files import save_tensors, whole_file
 from megadit.finite import not_finite
 from megadit.ownership import is_lock, own
@@ -153,6 +154,7 @@ def load_pca(folder: Path) -> PatchPca:
             raise ValueError(problem)
     except Exception as error:  # whatever json and safetensors say about damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = other_among([folder / "config.json", folder / _WEIGHTS]) or reason
         raise UserError(
             f"data.vae.path: {folder} does not load as a {PCA_CLASS} ({reason}); fit it again with tools/encode.py"
         ) from error

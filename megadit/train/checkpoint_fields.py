@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from megadit.file_kind import file_instead
 
 FLOAT_BYTES = 4  # of a stored element
 _LARGEST = 2**63 - 1
@@ -59,8 +62,11 @@ def _piece_problem(piece: Any, parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
-def told(error: Exception) -> str:
-    """What was wrong with a file, for people."""
+def told(error: Exception, file: Path | None = None) -> str:
+    """What was wrong with a JSON file, for people: what it is instead, or why it cannot be read."""
+    other = None if file is None else file_instead(file, "json", "text")
+    if other is not None:
+        return other
     if isinstance(error, KeyError):
         return f"it has no {error.args[0]}"
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)

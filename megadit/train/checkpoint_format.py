@@ -91,7 +91,7 @@ class Index:
                 return cls(body["parameters"], pieces, files, body["block"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BrokenCheckpoint(
-                f"checkpoint {folder}: its index cannot be read ({told(error)}); use an earlier one"
+                f"checkpoint {folder}: its index cannot be read ({told(error, folder / INDEX)}); use an earlier one"
             ) from error
         raise UserError(
             f"checkpoint {folder}: format {name} version {version} is not {FORMAT} version 1 to {VERSION}; "

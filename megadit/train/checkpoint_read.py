@@ -17,6 +17,7 @@ from megadit.config import RunConfig
 from megadit.config.run import ONLINE
 from megadit.data.windows import joined
 from megadit.errors import UserError
+from megadit.file_kind import file_instead
 from megadit.finite import all_finite, not_finite
 from megadit.parallel import ProcessContext
 from megadit.slices import Wanted, runs
@@ -64,7 +65,7 @@ class StoredCheckpoint:
             self.left_out = joined((int(first), int(stop)) for first, stop in samples["left_out"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BrokenCheckpoint(
-                f"checkpoint {path}: {STATE} cannot be read ({told(error)}); use an earlier one"
+                f"checkpoint {path}: {STATE} cannot be read ({told(error, path / STATE)}); use an earlier one"
             ) from error
 
     def _check_sizes(self) -> None:
@@ -74,6 +75,8 @@ class StoredCheckpoint:
             size = file.stat().st_size if file.is_file() else None
             if size != record.bytes:
                 what = "is missing" if size is None else f"has {size} bytes of {record.bytes}"
+                other = file_instead(file, "safetensors", "json")
+                what += f" ({other})" if other is not None else ""
                 raise BrokenCheckpoint(f"checkpoint {self.path}: {name} {what}; use an earlier one")
         needed = sum(math.prod(shape) for shape in self.parameters.values()) * FLOAT_BYTES
         files = [self.path / name for name in dict.fromkeys(piece.file for piece in self.index.pieces)]

@@ -220,6 +220,17 @@ def test_a_folder_of_a_trainer_comes_in(
     check(tmp_path / "average", family, average)
 
 
+@pytest.mark.parametrize("name", ["index.json", "state.json", "fragments"])
+def test_a_run_that_was_cloned_without_git_lfs_says_so(tmp_path: Path, name: str) -> None:
+    torch.save(release("dit", ONLINE), tmp_path / "x.pt")
+    arguments = ["--from", "official-dit", "--to", "megadit", str(tmp_path / "x.pt"), str(tmp_path / "run"), *HINTS]
+    assert tool().main(arguments) == 0
+    file = next((tmp_path / "run/checkpoints/step-00000000").glob(f"{name}*"))
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 27\n")
+    with pytest.raises(UserError, match="it is a git-LFS pointer; run `git lfs pull`"):
+        load_model(tmp_path / "run")
+
+
 def test_fsdps_shards_are_joined_as_the_message_says(tmp_path: Path) -> None:
     """The remedy is run: what torch joins is read."""
     online = release("dit", ONLINE)

