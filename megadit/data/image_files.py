@@ -33,7 +33,7 @@ FORMATS = {
     ".ppm": "PPM",
     ".pgm": "PPM",
 }
-# Where Pillow itself refuses, too: 0.7 GB when decoded. A file of a few KB may promise any number.
+# Where Pillow itself refuses, too: 0.7 GB decoded, twice as much while converted. A file of a few KB may promise any.
 MOST_PIXELS = 178_956_970
 # A square shows less than 1/32 of what is longer: rules, spacers, damaged headers. So the scaled picture that a square
 # is cut of has at most 32 times its pixels, whatever the file's own sides are; photographs and panoramas have 1 to 12.
