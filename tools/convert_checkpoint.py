@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--to", dest="target_format", required=True, choices=FORMATS, help="format of OUT")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML), where IN does not tell the model")
     p.add_argument(
-        "--ema", metavar="NAME", help="take this moving average: a name of megadit's, an official file's key"
+        "--ema",
+        metavar="NAME",
+        help="take this moving average: a name of megadit's; of other files a key, a prefix or a file",
     )
     p.add_argument("--hint", action="append", default=[], metavar="KEY=VALUE", help="e.g. heads=16, input_size=32")
     p.add_argument("--allow-inexact", action="store_true", help="convert although diffusers' class computes otherwise")

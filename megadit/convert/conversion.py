@@ -42,8 +42,8 @@ _Read = Callable[[Path, Request, ValueCheck], tuple[Contents, Difference | None]
 _Write = Callable[[Contents, Path, Request, ValueCheck], tuple[list[str], Difference | None]]
 
 
-def _of_weights(read: Callable[[Path, ValueCheck], Contents]) -> _Read:
-    return lambda path, request, check: (read(path, check), None)
+def _of_weights(read: Callable[[Path, ValueCheck, Request], Contents]) -> _Read:
+    return lambda path, request, check: (read(path, check, request), None)
 
 
 def _of_training(read: Callable[[Path], Contents]) -> _Read:
@@ -129,8 +129,8 @@ def convert(
     """Read ``source`` and write ``target``, which must not exist yet; after an error there is no ``target``.
 
     ``config`` is the run's; needed where the source has none and the target or its parameters' shapes ask for one.
-    ``ema`` names an average of a megadit checkpoint, or the key of an official file, that takes the place of the
-    weights. ``hints`` say what the weights of an official file cannot. ``overrides`` change the default configuration
+    ``ema`` names an average of a megadit checkpoint, or a key, a prefix of names or a file of another, that takes the
+    place of the weights. ``hints`` say what the weights of an official file cannot. ``overrides`` change the default configuration
     that a model without one gets. ``allow_inexact`` lets diffusers' class and the model here differ,
     ``allow_nonfinite`` weights be NaN, infinite or beyond float32; without it such weights are refused.
 

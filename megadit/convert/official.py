@@ -17,7 +17,7 @@ from megadit.convert.names import model_shapes
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
 from megadit.convert.safe_load import load_deferred
-from megadit.convert.state_dicts import load_tensors, write_one
+from megadit.convert.state_dicts import is_sharded, joined_weights, load_tensors, write_one
 from megadit.convert.torch_file import save_streaming
 from megadit.convert.weight_folders import weights_file
 from megadit.convert.wrappings import weights_of
@@ -157,7 +157,14 @@ def _with_config(family: str, request: Request) -> dict[str, Any]:
 
 def _weights(path: Path, request: Request, family: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by name, out of their wrapping and without prefixes, and what people should know of that."""
-    path, told, choice = weights_file(path, request.ema) if path.is_dir() else (path, [], request.ema)
-    values: Any = load_tensors(path) if path.name.endswith(".safetensors") else load_deferred(path)
+    values: Any
+    told: list[str]
+    choice, told = request.ema, []
+    if is_sharded(path):
+        values, told = joined_weights(path)
+    else:
+        if path.is_dir():
+            path, told, choice = weights_file(path, choice)
+        values = load_tensors(path) if path.name.endswith(".safetensors") else load_deferred(path)
     state, notes = weights_of(values, f"'{path}'", choice, family)
     return state, told + notes

@@ -11,6 +11,7 @@ from megadit.config import RunConfig
 from megadit.errors import UserError
 
 OWN = "megadit"
+_NAMED = ("safetensors", "fp32-state-dict")  # formats that may hold averages under names of their own
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def check_request(source_format: str, target_format: str, source: Path, target: 
     official = source_format.startswith("official-")
     if source_format == target_format == OWN:
         raise UserError("--to: megadit is what IN is already; copy it, or start from its weights with train.init_from")
-    if request.ema is not None and source_format != OWN and not official:
+    if request.ema is not None and source_format not in (OWN, *_NAMED) and not official:
         raise UserError(f"--ema: {request.ema} is asked for, but {source_format} holds no averages; leave it out")
     if request.hints and not official:
         hint = next(iter(request.hints))

@@ -24,12 +24,15 @@ from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deferred import deferred
 from megadit.convert.nonfinite import ValueCheck
+from megadit.convert.request import Request
 from megadit.convert.safe_load import load_deferred
 from megadit.convert.safetensors_file import SafetensorsFile
 from megadit.convert.torch_file import save_streaming
-from megadit.convert.wrappings import plain_weights
+from megadit.convert.wrappings import labels_of, plain_weights
 from megadit.data.weight_files import WeightFiles, find_weights, joined
 from megadit.errors import UserError
+from megadit.file_kind import instead, kind_of_file
+from megadit.folder_kind import run_instead
 from megadit.train.checkpoint import WEIGHTS
 
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
@@ -42,33 +45,40 @@ _NAME_ONE = "name one of them"
 _CONFIG_KEY = "megadit_config"  # of a safetensors file's metadata: the run's configuration as JSON
 
 
-def read_safetensors(path: Path, check: ValueCheck) -> Contents:
-    """The weights in a safetensors file, or in a folder of one or several.
+def read_safetensors(path: Path, check: ValueCheck, request: Request) -> Contents:
+    """The weights in a safetensors file, or in a folder of one or several; the request's ``--ema`` is a prefix.
 
     Raises:
-        UserError: none is there, it is broken, or shards and their index do not agree.
+        UserError: none is there, it is broken, shards and their index do not agree, or which of two models is meant is
+            not clear.
     """
     found = find_weights(path, *_SAFE, _NAME_ONE)
-    contents = _contents(path, "safetensors", found, check)
+    contents = _contents(path, "safetensors", found, check, request)
     assert found is not None  # else there would be no contents
     return replace(contents, config=_config(found.files[0]))
 
 
-def read_fp32_state_dict(path: Path, check: ValueCheck) -> Contents:
+def read_fp32_state_dict(path: Path, check: ValueCheck, request: Request) -> Contents:
     """The weights that zero_to_fp32 wrote, as torch files or with ``--safe_serialization``: a file or a folder.
 
     Raises:
-        UserError: none is there, it is broken, holds more than tensors by name, or shards and index do not agree.
+        UserError: as ``read_safetensors``, or it holds more than tensors by name.
     """
     found = find_weights(path, *_TORCH, _NAME_ONE) or find_weights(path, *_SAFE, _NAME_ONE)
-    return _contents(path, "fp32 state dict", found, check)
+    return _contents(path, "fp32 state dict", found, check, request)
 
 
-def _contents(path: Path, kind: str, found: WeightFiles | None, check: ValueCheck) -> Contents:
+def _contents(path: Path, kind: str, found: WeightFiles | None, check: ValueCheck, request: Request) -> Contents:
     if found is None:
-        raise UserError(f"IN: '{path}' is no {kind} file and no folder of one; give the file that holds the weights")
+        wanted = ("torch", "old-torch", "safetensors")  # under another ending
+        other = run_instead(path) if path.is_dir() else instead(kind_of_file(path), *wanted)
+        remedy = "; give the file that holds the weights" if other is None else f": {other}"
+        raise UserError(f"IN: '{path}' is no {kind} file and no folder of one{remedy}")
     tensors, told = load_weights(found, check)
-    tensors, notes = plain_weights(tensors, f"{kind} '{path}'")
+    family = None if request.config is None else request.config.model.family
+    if request.ema is not None and not labels_of(tensors, family):
+        raise UserError(f"--ema: {request.ema} is asked for, but {kind} holds no averages; leave it out")
+    tensors, notes = plain_weights(tensors, f"{kind} '{path}'", request.ema, family)
     notes = [*told, *notes]
     others = [name for name, value in tensors.items() if not value.is_floating_point()]
     if others:
@@ -91,6 +101,24 @@ def load_weights(found: WeightFiles, check: ValueCheck) -> tuple[dict[str, Tenso
     """
     tensors, notes = joined(found, [(file, load_tensors(file)) for file in found.files])
     return check.watched(tensors), notes
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether the path is an index of shards, or a folder that has one."""
+    names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
+    return any(".index." in name and name.endswith(".json") for name in names)
+
+
+def joined_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of shards of any format by name, deferred, and what people should know.
+
+    Raises:
+        UserError: a shard is missing or cannot be read, or shards and index do not agree.
+    """
+    found = find_weights(path, *_SAFE, _NAME_ONE) or find_weights(path, *_TORCH, _NAME_ONE)
+    if found is None:
+        raise UserError(f"IN: '{path}' holds an index and no weights of a known ending; copy the whole folder")
+    return joined(found, [(file, load_tensors(file)) for file in found.files])
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

@@ -85,8 +85,8 @@ def weights_of(
         raise UserError(f"IN: {where} holds {held} and no weights by name; give the checkpoint of a model")
     key, inner = (choice, None) if choice in sets else (_chosen_set(sets, where), choice)
     chosen = sets[str(key)]
-    labels = {prefix.rstrip(".") for prefix in _prefixes(_plain(chosen.weights), _anchors(family))}
-    if inner is not None and inner.rstrip(".") not in labels - {""}:
+    labels = labels_of(chosen.weights, family)
+    if inner is not None and inner.rstrip(".") not in labels:
         raise _not_there(inner, where, {*sets, *labels} - {""})
     notes = []
     if key:
@@ -144,6 +144,11 @@ def plain_names(
         notes.append(f"{len(stored) - len(taken)} tensors of something else are left out (under {listed(beside)})")
     names, more = _without_extras(names)
     return names, notes + more
+
+
+def labels_of(names: Iterable[str], family: str | None = None) -> set[str]:
+    """The prefixes below which models stand, as ``--ema`` calls them."""
+    return {prefix.rstrip(".") for prefix in _prefixes(_plain(names), _anchors(family))} - {""}
 
 
 def _sets(values: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, _Set]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -25,6 +26,7 @@ from helpers.official_releases import State, release
 from helpers.pixart_reference import reference_pixart
 from helpers.uvit_reference import reference_uvit
 from megadit.config import ModelConfig
+from megadit.convert.conversion import convert
 from megadit.convert.weight_folders import weights_file
 from megadit.data.text.kept import NULL_TEXT_FILE, load_conditions
 from megadit.errors import UserError
@@ -229,6 +231,44 @@ def test_a_run_that_was_cloned_without_git_lfs_says_so(tmp_path: Path, name: str
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 27\n")
     with pytest.raises(UserError, match="it is a git-LFS pointer; run `git lfs pull`"):
         load_model(tmp_path / "run")
+
+
+def test_shards_of_a_release_are_joined_by_their_index(tmp_path: Path) -> None:
+    online = below("model.", release("dit", ONLINE))
+    names, folder = list(online), tmp_path / "shards"
+    folder.mkdir()
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: online[name] for name in names if places[name] == file}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for number, path in enumerate((folder, index)):
+        run = tmp_path / str(number)
+        assert tool().main(["--from", "official-dit", "--to", "megadit", str(path), str(run), *HINTS]) == 0
+        check(run, "dit", release("dit", ONLINE))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "fp32-state-dict"])
+def test_averages_beside_the_weights_are_chosen_in_every_format(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.bin")
+    online, average = release("uvit", ONLINE), release("uvit", AVERAGE)
+    value = {**below("model.", online), **below("ema_model.module.", average)}
+    save_file(value, file) if kind == "safetensors" else torch.save(value, file)
+    for name, ema, wanted in (("a", None, online), ("b", "ema_model", average)):
+        out = tmp_path / f"{name}.safetensors"
+        convert(kind, "safetensors", file, out, ema=ema)
+        found = load_file(out)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
+    with pytest.raises(UserError, match="--ema: slow is not in .*; its weights stand under ema_model, model"):
+        convert(kind, "safetensors", file, tmp_path / "none.safetensors", ema="slow")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "fp32-state-dict", "deepspeed", "official-dit"])
+def test_fsdps_folder_is_named_by_every_format(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/.metadata").touch()
+    with pytest.raises(UserError, match="IN: '.*/in' .*is a checkpoint of torch.distributed.checkpoint .*dcp_to_torch"):
+        convert(kind, "safetensors", tmp_path / "in", tmp_path / "out")
 
 
 def test_fsdps_shards_are_joined_as_the_message_says(tmp_path: Path) -> None:
