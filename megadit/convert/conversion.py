@@ -130,8 +130,8 @@ def convert(
 
     ``config`` is the run's; needed where the source has none and the target or its parameters' shapes ask for one.
     ``ema`` names an average of a megadit checkpoint, or a key, a prefix of names or a file of another, that takes the
-    place of the weights. ``hints`` say what the weights of an official file cannot. ``overrides`` change the default configuration
-    that a model without one gets. ``allow_inexact`` lets diffusers' class and the model here differ,
+    place of the weights. ``hints`` say what the weights of an official file cannot. ``overrides`` change the default
+    configuration that a model without one gets. ``allow_inexact`` lets diffusers' class and the model here differ,
     ``allow_nonfinite`` weights be NaN, infinite or beyond float32; without it such weights are refused.
 
     Raises:
