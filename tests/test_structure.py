@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 90
 
 FOUNDATIONS = {
     "errors", "files", "keys", "lazy", "rng", "optional", "conditioning", "slices", "streams", "process_id",
-    "owner_file", "ownership", "finite", "file_kind", "folder_kind", "text_files", "__version__",
+    "owner_file", "ownership", "finite", "file_kind", "hub_cache", "folder_kind", "text_files", "__version__",
 }  # fmt: skip
 # What each part of megadit may import, its own modules and the foundations aside. Nothing here points upwards:
 # config -> data -> diffusion -> models -> train; mup and parallel serve models and train.

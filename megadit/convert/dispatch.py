@@ -155,7 +155,7 @@ def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
         return function(*values, **hints)
     except ValidationError as error:
         told = explain(error, ModelConfig, {}).replace("\n", "; ")
-        raise UserError(f"IN: cannot be this family's model: {told}") from error
+        raise UserError(f"{hints.get('where', 'IN')}: cannot be this family's model: {told}") from error
     except KeyError as error:
         raise UserError(
             f"IN: has no {error.args[0]}; give the whole checkpoint of the model that --from names"

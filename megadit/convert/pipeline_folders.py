@@ -39,7 +39,7 @@ from megadit.convert.pipeline_schedulers import default_objective, objective_gap
 from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
-from megadit.convert.transformer_class import class_config
+from megadit.convert.transformer_class import LEGACY, class_config
 from megadit.data.codec_folder import VAE_CLASS, read_facts
 from megadit.data.weight_files import find_weights
 from megadit.errors import UserError
@@ -88,6 +88,12 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> tuple[Con
     if found is None:
         raise UserError(f"IN: '{folder}' holds no weights ({_WEIGHTS}.safetensors); copy the whole folder")
     config_json, notes = class_config(fields)
+    named = pipeline.component(TRANSFORMER)
+    if named not in (None, LEGACY, config_json["_class_name"]):
+        raise UserError(
+            f"{fields.where} is of a {config_json['_class_name']}, but {INDEX} names a {named}; copy the whole folder "
+            "again, or give this one alone"
+        )
     stored, shards_told = load_weights(found, check)
     caption = _null_caption(pipeline, check)
     length = _max_length(caption, pipeline, request.config)
@@ -102,9 +108,9 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> tuple[Con
             )
         state[NULL_CAPTION] = caption
     known, told = _known(pipeline, model, request)
-    classes, named = class_names(pipeline, model.num_classes)
+    classes, of_classes = class_names(pipeline, model.num_classes)
     difference, compared = _compared(request, model, state, config_json, stored, check)
-    notes = [*shards_told, *compared, *notes, *told, *named, *left_out(pipeline)]
+    notes = [*shards_told, *compared, *notes, *told, *of_classes, *left_out(pipeline)]
     return contents_of(f"diffusers model '{folder}'", model, state, notes, known, classes), difference
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from megadit.config.json_fields import Fields, shown
 from megadit.convert.names import listed
 from megadit.errors import UserError
+from megadit.hub_cache import broken_link, snapshot_of
 
 INDEX, CONFIG = "model_index.json", "config.json"
 TRANSFORMER, SCHEDULER, VAE = "transformer", "scheduler", "vae"
@@ -64,6 +65,9 @@ class Pipeline:
         if name is None:
             return None
         path = self.folder / key / file
+        broken = broken_link(path)
+        if broken is not None:
+            raise UserError(f"IN: '{path}' {broken}")
         if not path.is_file():
             raise UserError(
                 f"IN: '{path}' is missing, though {INDEX} names a {name}; {_COPY}, or give its folder {TRANSFORMER} "
@@ -153,8 +157,13 @@ def _no_unet() -> str:
 
 def _seems(path: Path) -> str:
     """What a folder without a configuration seems to be, and the remedy."""
-    if (path / "snapshots").is_dir():
-        return _cache(path)
+    cache = snapshot_of(path)
+    if cache is not None:
+        return cache
+    for file in (INDEX, CONFIG):
+        broken = broken_link(path / file)
+        if broken is not None:
+            return f"holds {file}, which {broken}"
     if (path / "unet").is_dir():
         return f"has a UNet and no {INDEX}; {_no_unet()}"
     if (path / TRANSFORMER / CONFIG).is_file():
@@ -163,16 +172,3 @@ def _seems(path: Path) -> str:
     if inner:
         return f"holds neither {INDEX} nor {CONFIG}, but '{inner[0]}' does; give that folder"
     return f"holds neither {INDEX} nor {CONFIG}; {_WANTED}"
-
-
-def _cache(path: Path) -> str:
-    """A model's folder in the hub's cache: the snapshot that is meant."""
-    snapshots = sorted(folder for folder in (path / "snapshots").iterdir() if folder.is_dir())
-    if not snapshots:
-        return "is a cache of the Hugging Face hub without a snapshot; download the model again"
-    try:
-        main = (path / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        main = ""
-    meant = next((folder for folder in snapshots if folder.name == main), snapshots[-1])
-    return f"is a cache of the Hugging Face hub; give its snapshot '{meant}'"

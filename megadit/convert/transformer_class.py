@@ -110,8 +110,9 @@ def image_size(fields: Fields, patch: int) -> int:
     return size
 
 
-def check_depth(fields: Fields, depth: int, found: int) -> None:
+def check_depth(fields: Fields, found: int) -> None:
     """Refuse a ``num_layers`` that is not the number of blocks ``found`` in the weights. Raises UserError."""
+    depth = fields.whole("num_layers", least=1)
     if depth != found:
         raise UserError(
             f"{fields.where} has num_layers {depth}, but the weights beside it have {found} blocks; copy the whole "

@@ -9,6 +9,7 @@ from megadit.config.data import VaeConfig
 from megadit.config.json_fields import Fields, shown
 from megadit.errors import UserError
 from megadit.file_kind import refuse_pointers
+from megadit.hub_cache import broken_link, snapshot_of
 
 VAE_CLASS = "AutoencoderKL"
 PCA_CLASS = "PcaPatchCodec"
@@ -92,7 +93,13 @@ def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{_KEY}: {folder} is not a folder; give the folder of a diffusers {VAE_CLASS} on this machine")
     config = folder / "config.json"
+    wrong = broken_link(config)
+    if wrong is not None:
+        raise UserError(f"{_KEY}: '{config}' {wrong}")
     if not config.is_file():
+        cache = snapshot_of(folder)
+        if cache is not None:
+            raise UserError(f"{_KEY}: '{folder}' {cache}, or its folder vae")
         inner = " (a pipeline: give its folder vae)" if (folder / "vae" / "config.json").is_file() else ""
         raise UserError(f"{_KEY}: {folder} has no config.json{inner}; give the folder of a diffusers {VAE_CLASS}")
     name = Fields.of_file(config, _KEY, "fetch it again").raw("_class_name")

@@ -123,7 +123,7 @@ def test_a_size_of_another_type_or_an_absurd_one(pipes: dict[str, Path], family:
         refused(pipes[family], rf"IN: '.*transformer/config\.json' (has {key} .*(must|models here)|asks for)")
         write(config_file, before)
     change(config_file, **{key: 10**9})
-    refused(pipes[family], r"^IN: |family's model")
+    refused(pipes[family], r"^IN: '.*transformer/config\.json'|is not a \w+ of diffusers of this size")
 
 
 OTHER_VALUES: list[tuple[str, str, dict[str, Any], str]] = [
@@ -164,6 +164,7 @@ OTHER_VALUES: list[tuple[str, str, dict[str, Any], str]] = [
     ("dit", "scheduler/scheduler_config.json", {"num_train_timesteps": "1e3"}, "has num_train_timesteps '1e3'"),
     ("mmdit", "scheduler/scheduler_config.json", {"shift": None}, "has shift null, which must be given"),
     ("dit", "model_index.json", {"transformer": [None, None]}, "names no transformer, so that there is no model"),
+    ("dit", "transformer/config.json", {"attention_head_dim": 2**20}, "width: 2097152"),
     ("dit", "model_index.json", {"transformer": "x"}, "has transformer 'x', which must be a library and a class"),
     ("dit", "model_index.json", {"scheduler": [1, 2]}, r"has scheduler \[1, 2\], which must be a library and a class"),
     ("dit", "model_index.json", {"_class_name": 3}, "_class_name 3, which must be a text"),
@@ -308,6 +309,13 @@ def test_folders_that_are_no_pipeline_say_what_is_meant(pipes: dict[str, Path], 
         (cache / "snapshots" / revision).mkdir(parents=True)
     write(cache / "refs/main", "0f")
     refused(cache, f"is a cache of the Hugging Face hub; give its snapshot '{cache}/snapshots/0f'")
+    shutil.copytree(dit, tmp_path / "alone")
+    (tmp_path / "alone/model_index.json").unlink()
+    (tmp_path / "alone/model_index.json").symlink_to("../../blobs/ab")
+    refused(tmp_path / "alone", r"holds model_index\.json, which is a link to '\.\./\.\./blobs/ab', which is missing")
+    shutil.rmtree(tmp_path / "alone")
+    change(dit / "model_index.json", transformer=["diffusers", "PixArtTransformer2DModel"])
+    refused(dit, "is of a DiTTransformer2DModel, but model_index.json names a PixArtTransformer2DModel")
     refused(tmp_path, f"holds neither model_index.json nor config.json, but '{dit}' does; give that folder")
     refused(dit / "scheduler", "holds neither model_index.json nor config.json; give a pipeline folder, or a")
     refused(dit / "model_index.json", "is a file, and diffusers keeps a model in a folder")

@@ -157,3 +157,31 @@ def test_texts_beside_kept_conditions(tmp_path: Path, texts: str) -> None:
     save_file({}, tmp_path / "x.safetensors", {"texts": texts})
     with pytest.raises(UserError, match=r"x\.safetensors' is missing or damaged"):
         load_conditions(tmp_path / "x.safetensors")
+
+
+def test_dinov2_of_other_pictures(tmp_path: Path) -> None:
+    folder, file = folder_of(tmp_path, DINO), tmp_path / "preprocessor_config.json"
+    for mean, words in (
+        ([0.5, 0.5, 0.5], r"has image_mean \[0\.5, 0\.5, 0\.5\], and pictures are normalized by \[0\.485"),
+        ([0.485, "0.456", 0.406], r"has image_mean\[1\] '0\.456', which must be a finite number"),
+        (0.5, "has image_mean 0.5, which must be a list"),
+    ):
+        file.write_text(json.dumps({"image_mean": mean}))
+        with pytest.raises(UserError, match=rf"^data\.features\.path: '.*preprocessor_config\.json' {words}"):
+            check_folder(str(folder), 28)
+    file.write_text(json.dumps({"image_mean": [0.485, 0.456, 0.406], "image_std": None}))
+    check_folder(str(folder), 28)
+
+
+@pytest.mark.parametrize("kind", ["vae", "t5", "dinov2"])
+def test_caches_of_the_hub(tmp_path: Path, kind: str) -> None:
+    """Their snapshot is named; a snapshot that was copied without what its links point to says so."""
+    values, read = READERS[kind]
+    (tmp_path / "models--a--b/snapshots/0f").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"is a cache of the Hugging Face hub; give its snapshot '.*/snapshots/0f'"):
+        read(tmp_path / "models--a--b")
+    folder_of(tmp_path / "copied", values)
+    (tmp_path / "copied/config.json").unlink()
+    (tmp_path / "copied/config.json").symlink_to("../../blobs/ab")
+    with pytest.raises(UserError, match=r"copied/config\.json' is a link to '\.\./\.\./blobs/ab', which is missing"):
+        read(tmp_path / "copied")

@@ -135,8 +135,8 @@ def from_diffusers(
             asks for something that this model does not have.
     """
     fields = filled(_CLASS, config_json, where)
+    check_depth(fields, blocks(state, "transformer_blocks."))
     config = _from_json(fields)
-    check_depth(fields, config.depth, blocks(state, "transformer_blocks."))
     shapes = model_shapes(config)
     check(state, _diffusers_shapes(config, shapes), _DIFFUSERS)
     ours: dict[str, Tensor] = {}

@@ -163,8 +163,8 @@ def from_diffusers(
             something that this model does not have.
     """
     fields = filled(_CLASS, config_json, where)
+    check_depth(fields, blocks(state, "transformer_blocks."))
     config = _from_json(fields)
-    check_depth(fields, config.depth, blocks(state, "transformer_blocks."))
     state = dict(state)
     _check_table(state.pop(_TABLE, None), config, where)
     shapes = model_shapes(config)

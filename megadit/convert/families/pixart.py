@@ -165,8 +165,8 @@ def from_diffusers(
     """
     _refuse_micro_conditions(state, _DIFFUSERS_MICRO)
     fields = filled(_CLASS, config_json, where)
+    check_depth(fields, blocks(state, "transformer_blocks."))
     config = _from_json(fields, max_length)
-    check_depth(fields, config.depth, blocks(state, "transformer_blocks."))
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
     shapes = model_shapes(config)
     _, there_all = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})

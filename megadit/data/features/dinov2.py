@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from megadit.data.features.encoder import FeatureEncoder, normalized, resized
-from megadit.data.features.folders import DINOV2_CLASSES, DINOV2_KEY, check_folder
+from megadit.data.features.folders import DINOV2_CLASSES, DINOV2_KEY, IMAGE_MEAN, IMAGE_STD, check_folder
 from megadit.data.text.folders import fingerprint, load_network, size
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
 
 
 class Dinov2(FeatureEncoder):
@@ -29,7 +27,7 @@ class Dinov2(FeatureEncoder):
         self.identity = f"{kind}-{fingerprint(folder)}-{image_size}"
 
     def _encode(self, images: Tensor) -> Tensor:
-        pixels = normalized(resized(images, self.image_size), _MEAN, _STD)
+        pixels = normalized(resized(images, self.image_size), IMAGE_MEAN, IMAGE_STD)
         tokens: Tensor = self._model(pixel_values=pixels).last_hidden_state
         patches = tokens[:, -(self._side**2) :]  # the class token and the registers come first
         return patches.transpose(1, 2).reshape(len(images), self.dim, self._side, self._side)

