@@ -101,8 +101,13 @@ def refuse_files(values: Any, where: str) -> None:
         raise UserError(f"{where} {no_names(UNNAMED)}")
 
 
-def argument_notes(values: Any) -> list[str]:
-    """What the arguments beside the weights tell that a run here would do otherwise."""
+def origin_notes(values: Any) -> list[str]:
+    """What stands beside the weights and tells that more is to be had, or that a run here would do otherwise."""
+    if isinstance(values, Mapping) and "ds_version" in values:
+        return [
+            "this is one file of a DeepSpeed checkpoint; where it was trained in 16 bits, the float32 weights stand in "
+            "the files beside it, and --from deepspeed reads the folder"
+        ]
     args = values.get("args") if isinstance(values, Mapping) else None
     given = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
     path = given.get("path_type")

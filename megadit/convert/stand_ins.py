@@ -138,6 +138,11 @@ def unreadable(path: Path, error: Exception) -> str:
             f"{path}: holds a rank's parts of tensors (DTensor, of FSDP 2 or tensor parallelism); save the whole ones: "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
         )
+    if "Unsupported operand" in reason and file_instead(path, "torch", "old-torch") is None:
+        return (
+            f"{path}: is pickled by another protocol than torch's own (pickle_protocol of torch.save), which is not "
+            "read here; in the program that made it, save it without that option"
+        )
     told = file_instead(path, "torch", "old-torch")
     if told is not None:
         return f"{path}: cannot be read as a torch file: {told}"

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megadit.convert.foreign_names import (
     UNNAMED,
-    argument_notes,
     no_names,
+    origin_notes,
     refuse_files,
     refuse_kinds,
     refuse_other_models,
@@ -81,7 +81,8 @@ def weights_of(
     known = {key: each for key, each in found.items() if _prefixes(_plain(each.weights), _anchors(family))}
     sets = known or {key: each for key, each in found.items() if key in (*_TRAINED, *_AVERAGES)}
     if not sets:
-        held = listed([str(name) for name in values]) if isinstance(values, Mapping) else type(values).__name__
+        kind = "a tensor" if isinstance(values, Tensor) else type(values).__name__
+        held = listed([str(name) for name in values]) or "nothing" if isinstance(values, Mapping) else kind
         raise UserError(f"IN: {where} holds {held} and no weights by name; give the checkpoint of a model")
     key, inner = (choice, None) if choice in sets else (_chosen_set(sets, where), choice)
     chosen = sets[str(key)]
@@ -95,7 +96,7 @@ def weights_of(
     notes += [f"the averages under '{name}' are left out, since they carry no names" for name in unnamed]
     if chosen.others:
         notes.append(f"{listed(chosen.others)} beside the weights: left out")
-    notes += argument_notes(values)
+    notes += origin_notes(values)
     state, more = plain_weights(chosen.weights, where, inner, family)
     return state, notes + more
 
@@ -137,7 +138,7 @@ def plain_names(
         everything = len(names) == len(stored)
         which = f"under '{prefix}'" if prefix else "without a prefix"
         notes.append(f"'{prefix}' before all names was left out" if everything else _taken(which, others))
-    notes += _wrapper_notes(names.values())
+    notes += _wrapper_notes(stored for name, stored in names.items() if name not in _COUNTERS)
     taken = {old for group in groups.values() for old in group.values()}
     beside = sorted({old.partition(".")[0] for old in stored if old not in taken})
     if beside:

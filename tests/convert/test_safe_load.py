@@ -172,6 +172,7 @@ def packed(path):
             lambda path: torch.save({"x": Foreign()}, path),
             "Foreign', which is not data .* save the weights alone: torch",
         ),
+        (lambda path: torch.save({"w": torch.ones(2)}, path, pickle_protocol=4), "is pickled by another protocol"),
         (scripted, "is a program of TorchScript and not weights; .* save its state_dict"),
         (packed, "it is a zip archive; unpack it first"),
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "run `git lfs pull`"),

@@ -98,7 +98,7 @@ FILES: dict[str, tuple[Any, str, str | None]] = {
     ),
     "torch average": (
         {**model(1, "module."), "n_averaged": COUNTER},
-        "n_averaged beside the weights: left out; it tells that these weights are an average",
+        "'module.' before all names was left out n_averaged beside the weights: left out; it tells that .* an average",
         None,
     ),
     "bare and average": ({**model(2, "ema."), **model(1)}, "without a prefix are taken; --ema ema takes", "ema"),
@@ -123,8 +123,8 @@ FILES: dict[str, tuple[Any, str, str | None]] = {
         None,
     ),
     "deepspeed": (
-        {"module": model(1), "global_steps": 3, "optimizer": None},
-        "the weights under 'module' are taken",
+        {"module": model(1), "global_steps": 3, "optimizer": None, "ds_version": "0.19.8"},
+        "under 'module' are taken this is one file of a DeepSpeed checkpoint; .*--from deepspeed reads the folder",
         None,
     ),
     "one unusual key": ({"my_weights": model(1), "step": 3}, "the weights under 'my_weights' are taken", None),
@@ -156,6 +156,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "two sets": ({"a": model(1), "b": model(2)}, r"several sets of weights \(under a, b\); name .* by --ema"),
     "optimizer": ({"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": []}, "is an optimizer's state alone"),
     "nothing": ({"opt": {}, "step": 5}, "holds opt, step and no weights by name"),
+    "no keys": ({}, "holds nothing and no weights by name"),
+    "a tensor": (torch.ones(1), "holds a tensor and no weights by name"),
     "a list": ([torch.ones(1)], "holds list and no weights by name"),
     "unnamed": ({"decay": 0.9, "shadow_params": [torch.ones(1)]}, "holds averages without names .'shadow_params'"),
     "unnamed below a key": ({"ema": {"shadow_params": [torch.ones(1)]}}, "without names .'ema.shadow_params'"),
