@@ -229,11 +229,16 @@ def _known(pipeline: Pipeline, model: ModelConfig, request: Request) -> tuple[di
     vae = pipeline.component(VAE)
     folder = pipeline.folder / VAE
     if vae is not None and (folder / CONFIG).is_file():
-        if vae == VAE_CLASS:
-            path = folder.resolve()
-            known["data"] = {"vae": {"path": str(path), "factor": read_facts(path, "IN").factor}}
-        else:
+        facts = read_facts(folder, "IN") if vae == VAE_CLASS else None
+        if facts is None:
             notes.append(f"its autoencoder is a {vae}, which is not read here: data.vae.* is yours to give")
+        elif facts.channels != model.in_channels:
+            notes.append(
+                f"its autoencoder has latents of {facts.channels} channels, the transformer takes {model.in_channels}: "
+                "data.vae.* is yours to give"
+            )
+        else:
+            known["data"] = {"vae": {"path": str(folder.resolve()), "factor": facts.factor}}
     return known, notes
 
 

@@ -16,6 +16,7 @@ PCA_CLASS = "PcaPatchCodec"
 _KEY = "data.vae.path"
 _MOST_LEVELS = 16  # of an autoencoder; published ones have 4 or 5
 _MOST = 2**16  # channels, and pixels of a patch
+_MOST_LAYERS, _MOST_WIDTH = 64, 2**13  # of a level: so much is built before the weights are compared with it
 _PER_CHANNEL = ("latents_mean", "latents_std")
 
 
@@ -81,7 +82,8 @@ def _levels(fields: Fields) -> int:
     if not 1 <= len(blocks) <= _MOST_LEVELS:
         raise fields.refused("block_out_channels", blocks, f"a list of 1 to {_MOST_LEVELS} numbers")
     for part in sizes.names():
-        sizes.whole(part, least=1, most=_MOST)
+        sizes.whole(part, least=1, most=_MOST_WIDTH)
+    fields.whole("layers_per_block", 1, least=1, most=_MOST_LAYERS)
     for part in ("down_block_types", "up_block_types"):  # all but the last of the channels halve the resolution
         kinds = fields.items(part, ("",))
         if len(kinds) not in (len(blocks), len(blocks) - 1):

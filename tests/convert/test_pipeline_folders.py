@@ -235,7 +235,14 @@ def test_parts_that_are_missing_or_more(pipes: dict[str, Path]) -> None:
         "its autoencoder is a AutoencoderDC, which is not read here: data.vae.* is yours to give",
         "of the DiTPipeline are left out: controlnet (ControlNetModel)",
     ]
-    change(index, scheduler=[None, None], vae=None, controlnet=[None, None])
+    write(dit / "vae/config.json", {"_class_name": "AutoencoderKL", "latent_channels": 16})
+    change(index, scheduler=["diffusers", "DDIMScheduler"], vae=["diffusers", "AutoencoderKL"], controlnet=[None, None])
+    assert told(come_in(dit)) == [
+        "its autoencoder has latents of 16 channels, the transformer takes 4: data.vae.* is yours to give"
+    ]
+    write(dit / "vae/config.json", {"_class_name": "AutoencoderKL", "block_out_channels": None})
+    refused(dit, r"^IN: '.*vae/config\.json' has block_out_channels null, which must be given")
+    change(index, scheduler=[None, None], vae=None)
     assert told(come_in(dit)) == ["the pipeline has no scheduler: objective.* is what is usual for its family"]
     change(index, scheduler=["diffusers", "DDIMScheduler"])
     (dit / "scheduler/scheduler_config.json").unlink()

@@ -25,6 +25,7 @@ MODEL_TYPES = {  # data.text.encoder: what model_type of config.json may say
     "t5": ("t5", "mt5", "umt5"),
     "clip": ("clip_text_model", "clip"),
 }
+_LAYERS, _MOST_LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers"), 1000
 _MOST_SIZE = 2**20  # far above the width or length of any network
 _WHOLE_BYTES = 256 * 2**20  # larger files are known by their size and samples of their content
 _SAMPLES, _SAMPLE_BYTES = 256, 64 * 1024
@@ -94,7 +95,15 @@ def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
         raise UserError(f"{key}: '{folder}' has no .safetensors (or .bin) weights; fetch the model again")
     tokenizer = tokenizer_folder(folder)
     refuse_pointers(key, [*weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)])
+    _check_layers(config)
     return config
+
+
+def _check_layers(config: Fields) -> None:
+    """Refuse a number of layers that no network has, which would be built one by one. Raises UserError."""
+    for part in (config, config.section("text_config", {}, null=True)):
+        for key in _LAYERS:
+            part.whole(key, None, least=1, most=_MOST_LAYERS, null=True)
 
 
 def size(config: Fields, key: str, default: int | None = None) -> int:
