@@ -35,13 +35,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 # Name: format and place of IN, format and place of OUT. A case reads what one before it has written.
 CASES: dict[str, tuple[str, str, str, str]] = {
     "official-pt-fp32": ("official-mmdit", "float32.pt", "megadit", "run"),
+    "megadit-diffusers": ("megadit", "run", "diffusers", "pipeline"),
+    "diffusers-megadit": ("diffusers", "sharded", "megadit", "out"),
+    "megadit-safetensors": ("megadit", "run", "official-mmdit", "out.safetensors"),
+    "megadit-pt": ("megadit", "run", "official-mmdit", "out.pt"),
     "official-pt-fp16": ("official-mmdit", "float16.pt", "megadit", "out"),
     "official-pt-bf16": ("official-mmdit", "bfloat16.pt", "megadit", "out"),
     "official-safetensors": ("official-mmdit", "float32.safetensors", "megadit", "out"),
-    "megadit-safetensors": ("megadit", "run", "official-mmdit", "out.safetensors"),
-    "megadit-pt": ("megadit", "run", "official-mmdit", "out.pt"),
-    "megadit-diffusers": ("megadit", "run", "diffusers", "pipeline"),
-    "diffusers-megadit": ("diffusers", "sharded", "megadit", "out"),
     "megadit-plain": ("megadit", "run", "safetensors", "plain.safetensors"),
     "plain-safetensors": ("safetensors", "plain.safetensors", "safetensors", "out.safetensors"),
     "plain-torch": ("safetensors", "plain.safetensors", "fp32-state-dict", "out.bin"),
@@ -177,12 +177,20 @@ def measure(folder: Path, megabytes: int, names: Sequence[str]) -> dict[str, dic
         command = [sys.executable, __file__, "--child", *given]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)
         results[name] = json.loads(finished.stdout.splitlines()[-1])
+        print(_row(name, results[name]), file=sys.stderr, flush=True)
         later = {CASES[each][1] for each in wanted[number + 1 :]}
         later |= {"pipeline"} if "sharded" in later else set()
         for path in (folder / source, folder / target):
             if path.name not in later:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {name: results[name] for name in names}
+
+
+def _row(name: str, found: dict[str, Any]) -> str:
+    source_format, source, target_format, target = CASES[name]
+    places = f"{source_format} `{source}` → {target_format} `{target}`"
+    size = found["bytes"] / 1e9
+    return f"| {places} | {size:.2f} | {found['rss']:.3f} | {found['anon']:.3f} | {found['seconds']:.0f} |"
 
 
 def _with_needs(names: Sequence[str]) -> set[str]:
@@ -213,11 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print("| conversion | larger file, GB | rss / file | anon / file | s |\n|---|---|---|---|---|")
     for name, found in results.items():
-        places = " → ".join((f"{CASES[name][0]} {Path(CASES[name][1]).name}", f"{CASES[name][2]} {CASES[name][3]}"))
-        print(
-            f"| {places} | {found['bytes'] / 1e9:.2f} | {found['rss']:.3f} | {found['anon']:.3f} "
-            f"| {found['seconds']:.0f} |"
-        )
+        print(_row(name, found))
     return 0
 
 

@@ -20,6 +20,10 @@ difference              how far a model and its copy in diffusers differ
 deepspeed_native        what ``engine.save_checkpoint`` writes under ZeRO 1 to 3, read
 deepspeed_plain         the same at stage 0, read and written
 deepspeed_universal     DeepSpeed's universal checkpoints, read and written
+deferred                tensors that are read when their values are needed
+nonfinite               values that are NaN or infinite, found while they pass
+safetensors_file        safetensors, header by header and tensor by tensor
+torch_file              torch files, written tensor by tensor
 state_dicts             whole weights: safetensors and torch files, sharded or not
 safe_load               torch files without running what they hold
 ======================  ============================================================

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.config import ModelConfig, RunConfig
-from megadit.convert.deferred import loaded
+from megadit.convert.deferred import deferred, loaded
 from megadit.convert.request import check_free
 from megadit.errors import UserError
 from megadit.ownership import own
@@ -82,6 +82,10 @@ class Contents:
         """A parameter's values in its shape, float32, in memory; not to be changed."""
         parts = [loaded(values).detach().to(torch.float32) for _, values in self.parts(kind, name)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.shapes[name])
+
+    def deferred(self, kind: str, name: str) -> Tensor:
+        """``whole``, read when it is needed."""
+        return deferred(self.shapes[name], torch.float32, lambda: self.whole(kind, name))
 
 
 def group_facts(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megadit.config import RunConfig
-from megadit.convert.contents import Contents, Part, save_file
+from megadit.convert.contents import Contents, Part
 from megadit.convert.deepspeed_files import adam_step, position_of, version_of
+from megadit.convert.torch_file import save_streaming
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS
 from megadit.train.partitions import MOMENTS
@@ -87,11 +88,11 @@ def write_plain(contents: Contents, target: Path, config: RunConfig | None) -> l
         optimizer = _optimizer(contents, config)
     state = {
         **model_header(contents),
-        "module": {name: contents.whole(WEIGHTS, name) for name in contents.shapes},
+        "module": {name: contents.deferred(WEIGHTS, name) for name in contents.shapes},
         "optimizer": optimizer,
         "param_shapes": None,
     }
-    save_file(state, target / tag / "mp_rank_00_model_states.pt")
+    save_streaming(state, target / tag / "mp_rank_00_model_states.pt")
     (target / "latest").write_text(tag, encoding="utf-8")
     if optimizer is None:
         return ["weights only: load it with engine.load_checkpoint(OUT, load_module_only=True)"]
@@ -133,7 +134,7 @@ def _optimizer(contents: Contents, config: RunConfig) -> dict[str, Any]:
     names = [name for group in groups for name in group["param_names"]]
     step = float(contents.adam_step)
     state = {
-        number: {"step": torch.tensor(step), **{kind: contents.whole(kind, name) for kind in MOMENTS}}
+        number: {"step": torch.tensor(step), **{kind: contents.deferred(kind, name) for kind in MOMENTS}}
         for number, name in enumerate(names)
     }
     return {"state": state, "param_groups": plain["param_groups"]}

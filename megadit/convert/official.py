@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megadit.config.model import ModelConfig
 from megadit.convert.contents import Contents, Part
-from megadit.convert.deferred import deferred
 from megadit.convert.dispatch import from_official, hints_of, to_official
 from megadit.convert.names import model_shapes
 from megadit.convert.nonfinite import ValueCheck
@@ -112,12 +110,7 @@ def model_of(contents: Contents) -> ModelConfig:
 
 def whole_state(contents: Contents) -> dict[str, Tensor]:
     """All weights in float32, each read when it is needed, and the buffers that the source holds."""
-
-    def load(name: str) -> Callable[[], Tensor]:
-        return lambda: contents.whole(WEIGHTS, name)
-
-    weights = {name: deferred(shape, torch.float32, load(name)) for name, shape in contents.shapes.items()}
-    return weights | dict(contents.extras)
+    return {name: contents.deferred(WEIGHTS, name) for name in contents.shapes} | dict(contents.extras)
 
 
 def _left_out(contents: Contents, model: ModelConfig) -> list[str]:

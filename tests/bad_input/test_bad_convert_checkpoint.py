@@ -1,11 +1,16 @@
 """tools/convert_checkpoint.py refuses bad input in one sentence."""
 
+import json
 import pickle
+
+import torch
+from safetensors.torch import save
 
 from helpers.bad_input import Case, case, each
 
 SAFE = "--from megadit --to safetensors"
 DIT = "--from official-dit --to megadit"
+NAN = save({"a": torch.full((2,), float("nan"))})
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n"
 
 CASES = [
@@ -29,6 +34,10 @@ CASES = [
     case("a pointer of git-lfs", f"x.pt y {DIT}", "x.pt", files={"x.pt": LFS}),
     case("a diffusers folder without weights", "x y --from diffusers --to megadit", "IN: 'x' holds no weights",
          files={"x/config.json": "{}"}),
+    case("a shard elsewhere", "x y --from safetensors --to fp32-state-dict", "puts 'a' into '../b",
+         files={"x/model.safetensors.index.json": json.dumps({"weight_map": {"a": "../b.safetensors"}})}),
+    case("weights that are NaN", "x.safetensors y --from safetensors --to fp32-state-dict",
+         "IN: 'a' holds 2 NaN of 2 values", files={"x.safetensors": NAN}),
     case("a diffusers config that was cut", "x y --from diffusers --to megadit", "x/config.json' is not valid JSON",
          files={"x/config.json": "{"}),
 ]  # fmt: skip
