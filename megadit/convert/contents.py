@@ -81,6 +81,8 @@ class Contents:
     def whole(self, kind: str, name: str) -> Tensor:
         """A parameter's values in its shape, float32, in memory; not to be changed."""
         parts = [loaded(values).detach().to(torch.float32) for _, values in self.parts(kind, name)]
+        if not parts:  # of a parameter without elements
+            return torch.zeros(self.shapes[name])
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.shapes[name])
 
     def deferred(self, kind: str, name: str) -> Tensor:

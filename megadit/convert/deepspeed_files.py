@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megadit.config.json_fields import shown
 from megadit.convert.contents import Contents, Part
-from megadit.convert.safe_load import load_file
+from megadit.convert.safe_load import load_file, odd_kind
 from megadit.convert.wrappings import plain_names
 from megadit.errors import UserError
 from megadit.folder_kind import run_instead
@@ -98,9 +99,42 @@ def with_plain_names(contents: Contents) -> Contents:
     return replace(contents, shapes=shapes, read=read, notes=(*contents.notes, *notes))
 
 
+@contextmanager
+def as_written(what: str) -> Iterator[None]:
+    """In the block, what is not where DeepSpeed writes it is told in a sentence; ``what`` names the checkpoint.
+
+    DeepSpeed's files hold trees of its own making, without a scheme that they could be held against beforehand.
+
+    Raises:
+        UserError: something in the tree is missing or of another kind.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"{what}: lacks what DeepSpeed 0.19 writes ({' '.join(repr(error).split())[:200]}); save it anew with a "
+            "present DeepSpeed, or convert it with its zero_to_fp32.py"
+        ) from error
+
+
+def check_tensors(values: Iterable[Any]) -> None:
+    """Raise TypeError for what is no dense tensor of real numbers, and so no weights and no moments."""
+    for value in values:
+        if not isinstance(value, Tensor) or odd_kind(value) is not None or value.is_complex():
+            raise TypeError(f"a {type(value).__name__} stands where a dense tensor of real numbers belongs")
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape that a file says of a parameter. Raises TypeError for what is none."""
+    if not isinstance(value, list | tuple) or not all(type(size) is int and size >= 0 for size in value):
+        raise TypeError(f"a {type(value).__name__} stands where a shape belongs")
+    return tuple(value)
+
+
 def version_of(state: Mapping[str, Any]) -> str:
     """``DeepSpeed 0.19.8``, as the file says."""
-    return f"DeepSpeed {state.get('ds_version') or 'of unknown version'}"
+    version = state.get("ds_version")
+    return f"DeepSpeed {version if isinstance(version, str) and version else 'of unknown version'}"
 
 
 def position_of(state: Mapping[str, Any]) -> Position:

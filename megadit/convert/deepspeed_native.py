@@ -27,10 +27,13 @@ from torch import Tensor
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deepspeed_files import (
     adam_step,
+    as_written,
+    check_tensors,
     find_folder,
     model_files,
     model_state,
     position_of,
+    shape_of,
     version_of,
     with_plain_names,
 )
@@ -76,6 +79,7 @@ class _Zero:
         """A parameter for which the buffers are too small."""
         for name, shards in self.shards.items():
             for shard in shards:
+                check_tensors(self.buffer(kind, shard) for kind in kinds)
                 if any(self.buffer(kind, shard).numel() < shard.offset + shard.length for kind in kinds):
                     return name
         return None
@@ -92,6 +96,11 @@ def read_native(path: Path) -> Contents:
 
 def _read(path: Path) -> Contents:
     folder = find_folder(path, "latest", "DeepSpeed")
+    with as_written(f"DeepSpeed checkpoint '{folder}'"):
+        return _read_folder(folder)
+
+
+def _read_folder(folder: Path) -> Contents:
     files = model_files(folder)
     state = model_state(files[0])
     shards = {int(match[1]): file for file in folder.iterdir() if (match := _SHARD.fullmatch(file.name))}
@@ -102,15 +111,10 @@ def _read(path: Path) -> Contents:
     stage = zero_states[0].get("zero_stage")
     spread = f"ZeRO-{stage}" if stage is not None else "BF16_Optimizer"
     what = f"DeepSpeed checkpoint '{folder}' ({spread}, {len(ranks)} ranks, {version_of(state)})"
-    try:
-        zero = _stage3(zero_states, state) if stage == 3 else _stage12(zero_states, state)
-        frozen = _frozen(files if stage == 3 else files[:1], state, zero.shapes)
-        problem = zero.misfit([WEIGHTS])
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{what}: lacks what DeepSpeed 0.19 writes ({error!r}); save it anew with a present DeepSpeed, or convert "
-            "it with its zero_to_fp32.py"
-        ) from error
+    zero = _stage3(zero_states, state) if stage == 3 else _stage12(zero_states, state)
+    frozen = _frozen(files if stage == 3 else files[:1], state, zero.shapes)
+    check_tensors(values for _, parts in frozen.values() for _, values in parts)
+    problem = zero.misfit([WEIGHTS])
     if problem:
         raise UserError(
             f"{what}: its buffers are smaller than '{problem}' needs; state that was offloaded to NVMe is not in them: "
@@ -164,7 +168,7 @@ def _stage12(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
         first = 0
         for (name, shape), padding in zip(shapes.items(), between[g], strict=True):
             end = first + math.prod(shape)
-            zero.shapes[name] = tuple(shape)
+            zero.shapes[name] = shape_of(shape)
             zero.shards[name] = [
                 Shard(r, g, low - r * size, low - first, min(end, (r + 1) * size) - low)
                 for r in range(len(files))
@@ -184,7 +188,7 @@ def _stage3(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
         for name, shape in shapes.items():
             total = math.prod(shape)
             share = -(-total // len(files))
-            zero.shapes[name] = tuple(shape)
+            zero.shapes[name] = shape_of(shape)
             zero.shards[name] = [
                 Shard(r, sub_group, offset, r * share, min(share, total - r * share))
                 for r in range(len(files))
@@ -213,7 +217,7 @@ def _frozen(
             if count > 0:
                 parts.append((start, values[:count]))
                 start += count
-        found[name] = (tuple(shape), parts)
+        found[name] = (shape_of(shape), parts)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part
-from megadit.convert.deepspeed_files import adam_step, position_of, version_of
+from megadit.convert.deepspeed_files import adam_step, check_tensors, position_of, version_of
 from megadit.convert.torch_file import save_streaming
 from megadit.errors import UserError
 from megadit.train.checkpoint import WEIGHTS
@@ -30,6 +30,7 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Contents:
     """The contents of a stage-0 checkpoint, given what its model file holds."""
     buffers = set(state.get("buffer_names") or ())
     module: dict[str, Tensor] = {name: value for name, value in state["module"].items() if name not in buffers}
+    check_tensors(module.values())
     what = f"DeepSpeed checkpoint '{folder}' (stage 0, {version_of(state)})"
     values: dict[str, dict[str, Tensor]] = {WEIGHTS: module}
 
@@ -51,10 +52,14 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Contents:
     flat = [name for row in names for name in row]
     if masters is not None:
         values[WEIGHTS] = dict(zip(flat, [value for group in masters for value in group], strict=True))
+        check_tensors(values[WEIGHTS].values())
+        if any(values[WEIGHTS][name].numel() != module[name].numel() for name in flat):
+            raise ValueError("its float32 weights have other sizes than its model")
     states = [inner["state"].get(number, {}) for group in groups for number in group["params"]]
     step, reason = adam_step(states, groups)
     for kind in MOMENTS if not reason else ():
         values[kind] = {name: state[kind] for name, state in zip(flat, states, strict=True)}
+        check_tensors(values[kind].values())
         if any(values[kind][name].shape != module[name].shape for name in flat):
             reason = "the optimizer's moments have other shapes than the parameters in their order"
     return contents.weights_only(reason) if reason else replace(contents, adam_step=step)

@@ -22,10 +22,13 @@ from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part, save_file
 from megadit.convert.deepspeed_files import (
     adam_step,
+    as_written,
+    check_tensors,
     find_folder,
     model_files,
     model_state,
     position_of,
+    shape_of,
     version_of,
     with_plain_names,
 )
@@ -49,10 +52,15 @@ def read_universal(path: Path) -> Contents:
 
 def _read(path: Path) -> Contents:
     folder = find_folder(path, "latest_universal", "universal DeepSpeed")
+    with as_written(f"universal DeepSpeed checkpoint '{folder}'"):
+        return _read_folder(folder)
+
+
+def _read_folder(folder: Path) -> Contents:
     state = model_state(model_files(folder)[0])
     what = f"universal DeepSpeed checkpoint '{folder}' ({version_of(state)})"
     names = sorted(each.name for each in (folder / "zero").iterdir() if (each / _FILES[WEIGHTS]).is_file())
-    listed = {name: tuple(shape) for group in state.get("param_shapes") or () for name, shape in group.items()}
+    listed = {name: shape_of(shape) for group in state.get("param_shapes") or () for name, shape in group.items()}
     lacking = sorted(set(listed) - set(names))
     if not names or lacking:
         missing = folder / "zero" / (lacking[0] if lacking else "*") / _FILES[WEIGHTS]
@@ -87,6 +95,7 @@ def _tensor(file: Path) -> Tensor:
     value = value.get("param") if isinstance(value, dict) else value
     if not isinstance(value, Tensor):
         raise UserError(f"{file}: holds no tensor; convert the checkpoint with ds_to_universal again")
+    check_tensors([value])
     return value
 
 

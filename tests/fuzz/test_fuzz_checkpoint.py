@@ -67,7 +67,7 @@ def test_damaged_bytes(effort: str, saved: Path, tmp_path: Path) -> None:
             (folder / name).write_bytes(whole[name])
 
     hunt(
-        effort, st.one_of(*(st.tuples(st.just(name), mutated([whole[name]], most=2)) for name in names)), read, quick=50
+        effort, st.one_of(*(st.tuples(st.just(name), mutated([whole[name]], most=2)) for name in names)), read, quick=27
     )
 
 
@@ -93,7 +93,7 @@ def test_odd_values_with_a_right_checksum(effort: str, version: int, saved: Path
         look_at(run)
 
     odd = st.one_of(st.tuples(odd_values([index]), st.just(state)), st.tuples(st.just(index), odd_values([state])))
-    hunt(effort, odd, read, quick=60)
+    hunt(effort, odd, read, quick=33)
 
 
 def signed(index: Any, state: bytes) -> Any:
@@ -125,7 +125,7 @@ def test_comparing(effort: str, saved: Path, tmp_path: Path) -> None:
         (folder / "index.json").write_bytes(json_bytes(signed(index, text)))
         describe_comparison(compare(sound, open_for_people(str(run)).stored))
 
-    hunt(effort, odd_values([state]), read, quick=25)
+    hunt(effort, odd_values([state]), read, quick=13)
 
 
 def test_an_earlier_sound_checkpoint_takes_the_place_of_a_broken_one(saved: Path, tmp_path: Path) -> None:

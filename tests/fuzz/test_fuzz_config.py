@@ -54,7 +54,12 @@ def test_odd_values_in_a_config(effort: str, tmp_path: Path) -> None:
         layout_problem(config)
         assert load_again(config, tmp_path) == config
 
-    hunt(effort, odd_values(_values(), extra=("2^-10", "auto", "adm", "text", "2^999", "5%", ".5", "1e-400")), read)
+    hunt(
+        effort,
+        odd_values(_values(), extra=("2^-10", "auto", "adm", "text", "2^999", "5%", ".5", "1e-400")),
+        read,
+        quick=11,
+    )
 
 
 def load_again(config: RunConfig, folder: Path) -> RunConfig:
@@ -145,5 +150,5 @@ def test_a_deepspeed_file(effort: str, tmp_path: Path) -> None:
         effort,
         st.one_of(odd_json(DS_FILES, extra=("auto", "cpu", "nvme", "fp32", "bf16")), mutated(shipped)),
         read,
-        quick=60,
+        quick=33,
     )

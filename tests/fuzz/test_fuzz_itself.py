@@ -1,8 +1,10 @@
-"""The hunt finds what is planted."""
+"""The hunt finds what is planted, and every module that parses files is hunted in."""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from helpers import fuzz
 from helpers.fuzz import QUICK, OverTime, hunt, mutated, odd_json
 from megadit.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 ROOT = Path(__file__).resolve().parents[2]
 JSON = [{"steps": 1000, "name": "linear", "ends": [0.1, 0.2]}]
 
@@ -59,7 +62,8 @@ def _silent(data: bytes) -> None:
 def test_a_planted_fault_is_found(
     read: Callable[[bytes], object], raised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuzz, "MOST_S", 0.2)
+    if read is _endless:
+        monkeypatch.setattr(fuzz, "MOST_S", 0.2)
     monkeypatch.setattr(fuzz, "MOST_BYTES", 2**25)
     with pytest.raises(raised):
         hunt(QUICK, st.one_of(odd_json(JSON), mutated([b"a sound file"])), read)
@@ -77,3 +81,100 @@ def test_a_refusal_is_no_fault() -> None:
         raise UserError("it is wrong; mend it")
 
     hunt(QUICK, st.binary(), read)
+
+
+# Calls by which a module of megadit parses what a file holds.
+PARSING = re.compile(
+    r"(?<![\w.])(?<!def )(json\.loads?|parse_json|Fields\.of_(file|bytes)|parse_yaml|read_yaml|torch\.load|safe_open|"
+    r"load_file|Image\.open|"
+    r"tarfile\.open|np\.load|np\.lib\.format\.read_array|read_array|np\.loadtxt|csv\.(DictR|r)eader|sqlite3\.connect|"
+    r"gzip\.open|np\.frombuffer|struct\.unpack|\w+\.from_pretrained)\("
+)
+# The tests that hunt in each module that does.
+HUNTED = {
+    "config": (
+        "config/ds_file.py",
+        "config/json_fields.py",
+        "config/json_text.py",
+        "config/sources.py",
+        "search/study/spec.py",
+    ),
+    "study": ("search/storage/identity.py", "search/storage/locking.py"),
+    "run_dir": (
+        "diffusion/classes.py",
+        "owner_file.py",
+        "search/comparison/curves.py",
+        "search/verdict/table.py",
+        "search/workers/scores.py",
+        "search/workers/trial.py",
+        "train/divergence.py",
+        "train/metric_rows.py",
+        "train/run_dir.py",
+    ),
+    "checkpoint": (
+        "train/checkpoint_format.py",
+        "train/checkpoint_read.py",
+        "train/fragment_io.py",
+        "train/same_data.py",
+    ),
+    "data": (
+        "data/idx.py",
+        "data/metadata.py",
+        "data/tars/index.py",
+        "data/tars/manifest.py",
+        "data/tars/members.py",
+        "data/tars/survey.py",
+        "data/tars/tar_set.py",
+    ),
+    "images": ("data/image_files.py",),
+    "weights": ("convert/safe_load.py", "convert/safetensors_file.py", "convert/stand_ins.py"),
+    "torch_trees": (
+        "convert/deepspeed_files.py",
+        "convert/deepspeed_native.py",
+        "convert/deepspeed_universal.py",
+    ),
+    "model_folders": (
+        "convert/pipeline_folders.py",
+        "convert/pipeline_index.py",
+        "data/codec_folder.py",
+        "data/features/folders.py",
+        "data/pca.py",
+        "data/text/folders.py",
+        "data/weight_files.py",
+    ),
+    "small_files": (
+        "data/features/cache.py",
+        "data/text/kept.py",
+        "data/text/table.py",
+        "evaluate/emoji_clip.py",
+        "file_kind.py",
+    ),
+}
+# Those that read nothing of a user's, or leave it to a library whose every error they tell.
+NOT_HUNTED = {
+    "data/digits_set.py": "a table of scikit-learn",
+    "data/features/efficientnet.py": "the weights of an installed package",
+    "data/latents.py": "diffusers builds the autoencoder, and whatever it raises is told",
+}
+
+
+def parsing_modules() -> set[str]:
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "megadit").rglob("*.py")}
+    return {path.relative_to(ROOT / "megadit").as_posix() for path, text in sources.items() if PARSING.search(text)}
+
+
+def test_every_module_that_parses_files_is_hunted_in() -> None:
+    known = {module for modules in HUNTED.values() for module in modules} | NOT_HUNTED.keys()
+    assert parsing_modules() - known == set(), "name the hunt in them: HUNTED of this file"
+    assert known - parsing_modules() == set(), "these parse nothing any more"
+
+
+@pytest.mark.parametrize("name", HUNTED)
+def test_a_hunt_runs_in_the_quick_and_in_the_slow_set(name: str) -> None:
+    text = (ROOT / "tests" / "fuzz" / f"test_fuzz_{name}.py").read_text(encoding="utf-8")
+    tests = [
+        node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and "hunt(" in ast.unparse(node)
+    ]
+    assert tests
+    for test in tests:
+        assert "efforts" in {ast.unparse(mark) for mark in test.decorator_list}, test.name

@@ -16,6 +16,8 @@ from megadit.diffusion.prompt_files import read_prompts
 from megadit.owner_file import Owner
 from megadit.search.comparison.curves import read_curve
 from megadit.search.verdict.table import Columns, verify_table
+from megadit.search.workers.scores import _value
+from megadit.search.workers.trial import _why_diverged
 from megadit.train.checkpoint_names import run_config, saved_step
 from megadit.train.divergence import notes_of_earlier_ends, recorded
 from megadit.train.run_dir import RunDirectory
@@ -102,7 +104,7 @@ def test_exit_and_other_small_files(effort: str, tmp_path: Path) -> None:
         ("diverged.json", b"[" * 3000),
         ("exit.json", b'{"code": 1e400, "reason": []}'),
     ]
-    hunt(effort, drawn, read, known, quick=60)
+    hunt(effort, drawn, read, known, quick=33)
 
 
 def look_at_run(folder: Path, run: RunDirectory) -> None:
@@ -113,6 +115,7 @@ def look_at_run(folder: Path, run: RunDirectory) -> None:
     run.wandb_id()
     saved_step(folder)
     read_notice(folder)
+    _why_diverged(folder)
     resolve_classes("1,cat", read_classes(folder), 3)
 
 
@@ -195,4 +198,15 @@ def test_a_table_of_scores(effort: str, tmp_path: Path) -> None:
         file.write_bytes(data)
         verify_table(file, Columns("width", "log2_lr", "fid", "seed"), lower=True, proxy=64)
 
-    hunt(effort, mutated([TABLE.encode(), TABLE.replace(",", ", ").encode()], words), read, quick=25, long=1500)
+    hunt(effort, mutated([TABLE.encode(), TABLE.replace(",", ", ").encode()], words), read, quick=13, long=1500)
+
+
+@efforts
+def test_what_a_score_command_prints(effort: str) -> None:
+    printed = [b'{"fid": 12.5}', b'loading\n{"fid": 1e3, "n": 5}\n']
+
+    def read(data: bytes) -> None:
+        value = _value(data.decode("utf-8", "replace"), "fid")
+        assert value is None or isinstance(value, float)
+
+    hunt(effort, st.one_of(odd_json([{"fid": 12.5}]), mutated(printed)), read, [b'{"fid": 1' + b"0" * 400 + b"}"])

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import strategies as st
 
 from helpers.fabricated import fabricate, make_study, store, valley
-from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_values
+from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from megadit.config.sources import configs_dir
 from megadit.config.yaml_text import dump_yaml
 from megadit.search.results import load_results
 from megadit.search.status import format_status, status_of
+from megadit.search.storage.identity import Heartbeats, this_worker
 from megadit.search.storage.store import open_readonly
 from megadit.search.study.plan import plan
 from megadit.search.study.study import load_study
@@ -138,7 +139,7 @@ def test_a_study_directory(effort: str, made: Path, tmp_path: Path) -> None:
         effort,
         st.one_of(*(st.tuples(st.just(name), mutated([whole[name]], words)) for name in (names[1], *names))),
         read,
-        quick=12,
+        quick=8,
     )
 
 
@@ -167,4 +168,18 @@ def test_odd_values_in_a_journal(effort: str, tmp_path_factory: pytest.TempPathF
         (folder / "journal.log").write_bytes(text)
         look_at(folder)
 
-    hunt(effort, odd_values([lines]), read, quick=12)
+    hunt(effort, odd_values([lines]), read, quick=8)
+
+
+@efforts
+def test_signs_of_life(effort: str, tmp_path: Path) -> None:
+    """Files in ``workers/`` that other hosts write."""
+    beats = Heartbeats(tmp_path)
+    file = tmp_path / "host-5.alive"
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        assert all(worker.label for worker in beats.living(60.0))
+        beats.clear_dead()
+
+    hunt(effort, odd_json([this_worker().to_json()]), read)

@@ -25,7 +25,7 @@ from megadit.errors import UserError
 
 QUICK, LONG = "quick", "long"
 EXAMPLES, SEED = "MEGADIT_FUZZ_EXAMPLES", "MEGADIT_FUZZ_SEED"  # of the long tests, from the environment
-_QUICK_EXAMPLES, _LONG_EXAMPLES = 40, 4000
+_QUICK_EXAMPLES, _LONG_EXAMPLES = 25, 4000
 _LONG_S = 900  # of a long test altogether
 MOST_S = 10.0  # of the CPU, for one file: a loaded machine changes nothing
 MOST_BYTES = 256 * 2**20  # that one file may add to the memory of the process
