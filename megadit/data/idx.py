@@ -32,7 +32,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     head = _read(path, 0, header)
     expected = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
     if head[:4] != expected:
-        other = file_instead(path) if path.suffix != ".gz" else None
+        other = file_instead(path, "empty") if path.suffix != ".gz" else None
         if other is not None:
             raise UserError(f"data.path: {path} is not an idx file: {other}")
         raise UserError(
