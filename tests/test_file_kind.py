@@ -246,7 +246,7 @@ def _as(name: str, read: Callable[[Path], object]) -> Callable[[Path, bytes], ob
 
 # What reads a file of bytes: by the name it looks for, and the words before what the file is.
 BINARY_READERS: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
-    "idx": (_as("images-idx3-ubyte", lambda path: read_idx(path, 3)), "data.path: .* is not an idx file: "),
+    "idx": (_as("images-idx3-ubyte", lambda path: read_idx(path, 3)), "data.path: .* is not an idx file .*; "),
     "idx.gz": (_as("images.gz", lambda path: read_idx(path, 3)), "data.path: .* is no gzip file: "),
     "npz": (_as("x.npz", read_pictures), "x.npz: is no npz file: "),
     "null text": (_as("null_text.safetensors", load_conditions), "null_text.safetensors' cannot be read: "),

@@ -33,11 +33,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     expected = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
     if head[:4] != expected:
         other = file_instead(path, "empty") if path.suffix != ".gz" else None
-        if other is not None:
-            raise UserError(f"data.path: {path} is not an idx file: {other}")
         raise UserError(
             f"data.path: {path} is not an idx file of unsigned bytes in {dimensions} dimensions: it begins with "
-            f"{head[:4].hex() or 'nothing'} instead of {expected.hex()}; give the original file"
+            f"{head[:4].hex() or 'nothing'} instead of {expected.hex()}; {other or 'give the original file'}"
         )
     if len(head) < header:
         raise UserError(f"data.path: {path} is cut short in its header; fetch the file again")
