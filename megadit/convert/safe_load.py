@@ -22,6 +22,7 @@ from megadit.convert.stand_ins import refused_name, stand_in, unreadable
 from megadit.errors import UserError
 
 _CLASSES = 200  # that one file may name, beside torch's
+_DEPTH = 50  # of containers in containers whose tensors are deferred; weights stand higher up
 _ZIP = b"PK\x03\x04"  # how a torch file begins that can be mapped; those before torch 1.6 cannot
 
 
@@ -72,17 +73,22 @@ def load_deferred(path: Path) -> Any:
         UserError: as ``load_file`` does.
     """
     values = load_file(path)
-    return _deferred(values, is_mapped(path))
+    return _deferred(values, is_mapped(path), {}, 0)
 
 
-def _deferred(values: Any, mapped: bool) -> Any:
+def _deferred(values: Any, mapped: bool, done: dict[int, Any], depth: int) -> Any:
+    """``values`` with deferred tensors down to ``_DEPTH``. ``done`` holds the copy of each container by its id: one
+    that stands in many places, or in itself, is walked through once."""
     if isinstance(values, Tensor):
         return streamed(values, mapped)
+    if id(values) in done or depth > _DEPTH:
+        return done.get(id(values), values)
     if isinstance(values, dict):
-        return {key: _deferred(value, mapped) for key, value in values.items()}
-    if type(values) in (list, tuple):
-        return type(values)(_deferred(value, mapped) for value in values)
-    return values
+        copy = done[id(values)] = {}
+        copy.update((key, _deferred(value, mapped, done, depth + 1)) for key, value in values.items())
+    elif type(values) in (list, tuple):
+        done[id(values)] = type(values)(_deferred(value, mapped, done, depth + 1) for value in values)
+    return done.get(id(values), values)
 
 
 def streamed(values: Tensor, mapped: bool = True) -> Tensor:

@@ -152,17 +152,23 @@ def labels_of(names: Iterable[str], family: str | None = None) -> set[str]:
     return {prefix.rstrip(".") for prefix in _prefixes(_plain(names), _anchors(family))} - {""}
 
 
-def _sets(values: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, _Set]]:
+def _sets(values: Any) -> Iterator[tuple[str, _Set]]:
     """Every set of weights by name, and the keys that lead to it with dots between them."""
+    yield from _sets_below(values, "", 0, set())
+
+
+def _sets_below(values: Any, path: str, depth: int, walked: set[int]) -> Iterator[tuple[str, _Set]]:
+    """``walked``: ids of dicts of dicts, each of which is looked into where it first stands, however often it does."""
     if not isinstance(values, Mapping) or depth > _DEPTH:
         return
     tensors = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if tensors and (len(tensors) == len(values) or _prefixes(_plain(tensors), _anchors(None))):
         yield path, _Set(tensors, [str(name) for name in values if name not in tensors])
-    elif len(values) <= _ITEMS:
+    elif len(values) <= _ITEMS and id(values) not in walked:
+        walked.add(id(values))
         for key, value in values.items():
             if isinstance(key, str):
-                yield from _sets(value, f"{path}.{key}" if path else key, depth + 1)
+                yield from _sets_below(value, f"{path}.{key}" if path else key, depth + 1, walked)
 
 
 def _unnamed(values: Any) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.foreign import CONFIG
+from helpers.official_releases import release
 from megadit.convert import FORMATS
 from megadit.convert.contents import Contents, fresh
 from megadit.convert.conversion import READERS, WRITERS, convert
@@ -243,6 +244,21 @@ def test_a_file_of_something_else_is_told(tmp_path, values, reason):
     with pytest.raises(UserError, match=reason):
         convert("fp32-state-dict", "megadit", tmp_path / "x.bin", tmp_path / "run", CONFIG)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["itself", "doubled"])
+def test_containers_that_hold_themselves_or_one_another_often_are_walked_once(tmp_path, kind):
+    """Each of these is a small file; a walk through every path of it would not end."""
+    value = {"model": release("dit", 1)}
+    if kind == "itself":
+        value["again"] = value
+    else:
+        for _ in range(60):
+            value = {"model": value["model"], "a": [value, value], "b": value, "c": (value, value)}
+    torch.save(value, tmp_path / "x.pt")
+    outcome = convert("official-dit", "megadit", tmp_path / "x.pt", tmp_path / "run", hints={"heads": 2})
+    assert outcome.notes[0].startswith("the weights under 'model' are taken")
+    assert outcome.parameters == len(release("dit", 1)) - 1  # without the table of positions
 
 
 def test_prefixes_half_precision_and_whole_numbers(tmp_path):
