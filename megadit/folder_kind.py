@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from megadit.file_kind import instead, kind_of_file
+from megadit.hub_cache import snapshot_of
 
 _WEIGHTS = ("torch", "old-torch", "safetensors")  # ids of files
 _DCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
@@ -29,6 +30,8 @@ def folder_instead(path: Path) -> str | None:
         )
     if "model_index.json" in names or _is_diffusers(path):
         return f"is a folder of diffusers; {_CONVERT} diffusers"
+    if "snapshots" in names:
+        return snapshot_of(path)
     if "adapter_config.json" in names:
         return (
             "holds an adapter (LoRA or the like), which changes the weights of another model; merge it into its base "

@@ -20,6 +20,7 @@ from megadit.config.json_fields import shown
 from megadit.config.json_text import JsonError, parse_json
 from megadit.errors import UserError
 from megadit.file_kind import file_instead
+from megadit.hub_cache import broken_link
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +98,7 @@ def find_weights(path: Path, stem: str, endings: Sequence[str], others: str) -> 
         names = _listed([each.first.name for each in rivals])
         what = f"several indices ({names})" if rivals[0].index else f"several files ({names}) and no index"
         raise UserError(f"IN: '{path}' holds {what}; {others}")
-    chosen = sets[0]
+    chosen = sets[0] if sets[0].index else _index_of(path, sets[0], found) or sets[0]
     result = _indexed(chosen.index, endings) if chosen.index else _unindexed(chosen)
     others_there = [each for each in found if each is not chosen and (chosen.index or each.stem == chosen.stem)]
     left = {each.first for each in others_there} - set(result.files)
@@ -106,6 +107,30 @@ def find_weights(path: Path, stem: str, endings: Sequence[str], others: str) -> 
     aside = _listed([file.name for file in left])
     note = f"of the weights in '{path}', {chosen.first.name} is taken; left aside: {aside}"
     return WeightFiles(result.files, result.places, result.index, result.total, (*result.notes, note))
+
+
+def _index_of(folder: Path, chosen: _Found, found: Sequence[_Found]) -> _Found | None:
+    """The index, whatever it is called, that names the shards of ``chosen``; None if there is none.
+
+    Raises:
+        UserError: there are several.
+    """
+    names = [file.name.encode() for file in (chosen.shards or {}).values()]
+    owners = [each for each in found if each.index and names and _mentions(each.index, names)]
+    if len(owners) > 1:
+        told = _listed([each.first.name for each in owners])
+        raise UserError(f"IN: '{folder}' holds several indices of the same shards ({told}); give the one that is meant")
+    return owners[0] if owners else None
+
+
+def _mentions(index: Path, names: Sequence[bytes]) -> bool:
+    """Whether a file has one of ``names`` in its text, valid or not: what is wrong with an index is told elsewhere."""
+    try:
+        with open(index, "rb") as file:
+            text = file.read(_MOST_INDEX)
+    except OSError:
+        return False
+    return any(name in text for name in names)
 
 
 def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[_Found]:
@@ -156,7 +181,7 @@ def _unindexed(found: _Found) -> WeightFiles:
     missing = list(islice(lacking, _SHOWN))
     if missing or len(shards) != found.count:
         told = ", ".join(map(str, missing)) + (", …" if len(missing) == _SHOWN else "")
-        what = f"{told} of {found.count} missing" if missing else f"there are {len(shards)}"
+        what = f"missing is number {told}" if missing else f"there are {len(shards)}"
         raise UserError(f"IN: '{found.first}' is one of {found.count} shards: {what}; copy all shards")
     files = tuple(shards[number] for number in sorted(shards))
     return WeightFiles(files, notes=(f"the shards have no index: all {len(files)} that their names count are read",))
@@ -182,6 +207,9 @@ def read_index(index: Path, endings: Sequence[str]) -> tuple[dict[str, str], Any
         UserError: it is no index, or names something else than files of its own folder with one of ``endings``.
     """
     try:
+        broken = broken_link(index)
+        if broken is not None:
+            raise UserError(f"{index}: {broken}")
         if not index.is_file():
             raise UserError(f"{index}: is no regular file; give the index of the shards")
         if index.stat().st_size > _MOST_INDEX:
@@ -241,11 +269,9 @@ def _check_there(index: Path, name: str) -> None:
     file = index.parent / name
     if file.is_file():  # or a link to one, as in the hub's cache
         return
-    if file.is_symlink() and not file.exists():
-        raise UserError(
-            f"{file}: is a link to {os.readlink(file)}, which is missing, though {index.name} names it; copy the files "
-            "that the links point to (cp -L)"
-        )
+    broken = broken_link(file)
+    if broken is not None:
+        raise UserError(f"{file}: {broken}; {index.name} names it as a shard")
     if file.exists():
         raise UserError(f"{file}: is no regular file, though {index.name} names it as a shard; copy the shard again")
     raise UserError(f"{file}: is missing, though {index.name} names it; copy all shards")

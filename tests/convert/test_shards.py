@@ -132,7 +132,28 @@ def test_links_of_the_hubs_cache_are_read_and_dangling_ones_named(tmp_path: Path
     found, _ = read(tmp_path / "in")
     assert same(found, a=A, b=B)
     (tmp_path / "blobs" / TWO).unlink()
-    refused(tmp_path / "in", f"is a link to ../blobs/{TWO}, which is missing, .*cp -L")
+    refused(tmp_path / "in", rf"is a link to '\.\./blobs/{TWO}', which is missing; .*cp -L.*{INDEX} names it")
+    (tmp_path / "blobs" / INDEX).unlink()
+    refused(tmp_path / "in", rf"{INDEX}: is a link to '\.\./blobs/{INDEX}', which is missing")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "fp32-state-dict"])
+def test_the_hubs_cache_itself_is_told_with_its_snapshot(tmp_path: Path, kind: str) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    make(snapshot)
+    refused(tmp_path / "models--a--b", f"is a cache of the Hugging Face hub; give its snapshot '{snapshot}'", kind)
+
+
+def test_an_index_of_another_name_decides_on_the_shards_that_it_names(tmp_path: Path) -> None:
+    folder, other = make(tmp_path / "in"), "model.fp16.safetensors.index.json"
+    (folder / INDEX).rename(folder / other)
+    found, outcome = read(folder)
+    assert same(found, a=A, b=B) and not outcome.notes
+    write_index(folder / other, {"a": TWO, "b": TWO})
+    refused(folder, f"{ONE}: holds 'a', though {other} says that it lies in {TWO}")
+    write_index(folder / "x.safetensors.index.json", {"a": ONE, "b": TWO})
+    refused(folder, "several indices of the same shards")
 
 
 @pytest.mark.parametrize("what", ["folder", "pipe", "device"])
@@ -169,10 +190,10 @@ def test_shards_without_an_index_are_read_where_all_are_there(tmp_path: Path) ->
     found, outcome = read(tmp_path / "in")
     assert same(found, a=A, b=B) and any("no index: all 2" in note for note in outcome.notes)
     (tmp_path / "in" / ONE).unlink()
-    refused(tmp_path / "in", f"{TWO}' is one of 2 shards: 1 of 2 missing; copy all shards")
+    refused(tmp_path / "in", f"{TWO}' is one of 2 shards: missing is number 1; copy all shards")
     save_file({"a": A}, tmp_path / "in" / "x-00001-of-99999999999.safetensors")
     (tmp_path / "in" / TWO).rename(tmp_path / TWO)
-    refused(tmp_path / "in", "shards: 2, 3, 4, 5, 6, … of 99999999999 missing")
+    refused(tmp_path / "in", "99999999999 shards: missing is number 2, 3, 4, 5, 6, …;")
     refused(tmp_path / TWO, "is shard 2 of 2 and not the whole")
 
 
