@@ -35,7 +35,13 @@ from megadit.convert.pipeline_index import (
     find_pipeline,
     left_out,
 )
-from megadit.convert.pipeline_schedulers import default_objective, objective_gap, read_objective, scheduler_json
+from megadit.convert.pipeline_schedulers import (
+    default_objective,
+    objective_gap,
+    read_objective,
+    scheduler_json,
+    scheduler_notes,
+)
 from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
@@ -133,6 +139,7 @@ def write_diffusers(
     difference, notes = _compared(request, model, own, config_json, state, check)
     notes = [*(["weights only: this format holds no optimizer state"] if contents.has_moments else []), *notes]
     notes += [] if inexact is None else [inexact]
+    notes += scheduler_notes(model.family, objective)
     target.mkdir()
     folder = target / TRANSFORMER
     folder.mkdir()

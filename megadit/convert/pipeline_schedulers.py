@@ -20,6 +20,10 @@ from megadit.errors import UserError
 
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 _FLOW_PREDICTION = "flow_prediction"
+_SOLVER = "DPMSolverMultistepScheduler"
+# Families whose pipelines ask a scheduler for what those of flow matching lack (scale_model_input, init_noise_sigma).
+_OF_BETAS = ("dit", "pixart")
+_ORDER_1 = {"algorithm_type": "dpmsolver++", "solver_order": 1}  # of a flow: Euler's method
 _REMEDY = "for the weights alone, give IN/transformer, with the objective.* of its training or a --config"
 # Keys that are looked at whatever the class; others that tell of training concern a class that has them.
 _ALWAYS = ("rescale_betas_zero_snr", "invert_sigmas", "timestep_type", "predict_epsilon", "num_train_timesteps")
@@ -44,6 +48,9 @@ def objective_gap(objective: ObjectiveConfig) -> str | None:
 
 def scheduler_json(family: str, objective: ObjectiveConfig) -> dict[str, Any]:
     """scheduler_config.json of the objective, without the version."""
+    if objective.kind == "flow" and family in _OF_BETAS:
+        flow = {"use_flow_sigmas": True, "prediction_type": _FLOW_PREDICTION, "flow_shift": objective.shift}
+        return {"_class_name": _SOLVER, "num_train_timesteps": STEPS, **flow, **_ORDER_1}
     if objective.kind == "flow":
         head = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": STEPS}
         return {**head, "shift": objective.shift}
@@ -58,7 +65,18 @@ def scheduler_json(family: str, objective: ObjectiveConfig) -> dict[str, Any]:
     if family == "dit":
         return {"_class_name": "DDIMScheduler", **head, "clip_sample": False, "set_alpha_to_one": True}
     solver = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
-    return {"_class_name": "DPMSolverMultistepScheduler", **head, **solver}
+    return {"_class_name": _SOLVER, **head, **solver}
+
+
+def scheduler_notes(family: str, objective: ObjectiveConfig) -> list[str]:
+    """What people should know of the scheduler of ``scheduler_json``."""
+    if objective.kind != "flow" or family not in _OF_BETAS:
+        return []
+    return [
+        f"its pipeline cannot run FlowMatchEulerDiscreteScheduler: the scheduler is {_SOLVER} of order 1 with "
+        f"use_flow_sigmas, which is Euler's method too but tells the model whole numbers of {STEPS} steps, where a "
+        "sampler here tells fractions"
+    ]
 
 
 def read_objective(
@@ -227,6 +245,7 @@ def _dynamic_shift(reader: _Reader, model: ModelConfig) -> str:
 def _left_out(fields: Fields, name: str, defaults: Mapping[str, Any]) -> list[str]:
     """Notes on the keys of drawing that the samplers here do not follow, and on keys that are not known."""
     drawing, unknown = [], []
+    here = {**DRAWING, **_ORDER_1} if name == _SOLVER and fields.raw("use_flow_sigmas") else DRAWING
     for key in sorted(fields.names()):
         value = fields.raw(key)
         switch = SWITCHED.get(key)
@@ -235,7 +254,7 @@ def _left_out(fields: Fields, name: str, defaults: Mapping[str, Any]) -> list[st
             continue
         told = f"{key}={shown(value)}"
         if key in DRAWING:
-            drawing += [] if _equal(value, DRAWING[key]) else [told]
+            drawing += [] if _equal(value, here[key]) else [told]
         elif key == "variance_type":
             drawing += [] if value in (None, "learned_range") else [told]
         elif key == "use_dynamic_shifting" and key in defaults:  # of a schedule of betas, which has no shift

@@ -212,7 +212,7 @@ def test_a_pipeline_loads_and_draws(tmp_path: Path) -> None:
     ("objective", "expected"),
     [
         ({"kind": "ddpm", "prediction": "v"}, {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.02}),
-        ({"kind": "flow", "shift": 3.0}, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
+        ({"kind": "flow", "shift": 3.0}, {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0}),
     ],
     ids=["v", "flow"],
 )
@@ -226,6 +226,40 @@ def test_the_scheduler_is_that_of_the_objective(
     assert found.items() >= expected.items()
     convert("diffusers", "megadit", tmp_path / "out", tmp_path / "back")
     assert load_model(tmp_path / "back")[0].objective == load_model(run)[0].objective
+
+
+@pytest.mark.parametrize(
+    "model", [tiny_config(learn_sigma=False), tiny_pixart(learn_sigma=False)], ids=["dit", "pixart"]
+)
+def test_a_pipeline_of_a_flow_draws_and_old_ones_still_come_in(tmp_path: Path, monkeypatch: Any, model: Any) -> None:
+    """Both pipelines raise AttributeError with FlowMatchEulerDiscreteScheduler, which earlier exports had."""
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(pipeline_folders, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
+    flow = {"kind": "flow", "shift": 3.0}
+    run, out = make_run(tmp_path, model, objective=flow), tmp_path / "out"
+    told = convert("megadit", "diffusers", run, out, allow_inexact=True)
+    assert any("cannot run FlowMatchEulerDiscreteScheduler" in note for note in told.notes)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
+    if model.family == "dit":
+        pipe = diffusers.DiTPipeline.from_pretrained(out, vae=vae)
+        call: dict[str, Any] = {"class_labels": [3], "guidance_scale": 1.0}
+    else:
+        pipe = diffusers.PixArtAlphaPipeline.from_pretrained(out, vae=vae, tokenizer=None, text_encoder=None)
+        text = {"embeds": torch.randn(1, 7, 20), "attention_mask": torch.ones(1, 7)}
+        call = {f"{sign}prompt_{key}": value for sign in ("", "negative_") for key, value in text.items()}
+        call |= {"negative_prompt": None, "use_resolution_binning": False, "height": 8, "width": 8}
+    pipe.set_progress_bar_config(disable=True)
+    assert len(pipe(**call, num_inference_steps=2, output_type="np").images) == 1
+    stored = out / "scheduler/scheduler_config.json"
+    for older in (None, {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}):
+        if older is not None:
+            stored.write_text(json.dumps(older))
+            index = json.loads((out / "model_index.json").read_text())
+            index["scheduler"][1] = older["_class_name"]
+            (out / "model_index.json").write_text(json.dumps(index))
+        back = convert("diffusers", "megadit", out, tmp_path / f"back{older is None}", allow_inexact=True)
+        assert load_model(Path(back.target))[0].objective == load_model(run)[0].objective
+        assert not any("of its scheduler" in note for note in back.notes)
 
 
 def test_wrappings_prefixes_and_averages(runs: dict[str, Path], tmp_path: Path) -> None:

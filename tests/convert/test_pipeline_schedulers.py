@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.tiny_dit import tiny_config
 from megadit.config.json_fields import Fields
-from megadit.config.run import ObjectiveConfig
+from megadit.config.run import ObjectiveConfig, SampleConfig
 from megadit.convert import scheduler_keys
 from megadit.convert.pipeline_schedulers import objective_gap, read_objective, scheduler_json
 from megadit.convert.scheduler_keys import DRAWING, SCHEDULERS, SWITCHED, TRAINING
 from megadit.convert.transformer_class import DEFAULTS
 from megadit.diffusion.ddpm import schedule_betas
+from megadit.diffusion.schedulers import build_sampler
 from megadit.errors import UserError
 
 WHERE = "IN: 'p/scheduler/scheduler_config.json'"
@@ -122,6 +124,27 @@ def test_our_own_schedulers_come_back_without_a_word(family: str, values: dict[s
     stored = scheduler_json(family, objective)
     found, notes = read(stored["_class_name"], stored)
     assert ObjectiveConfig(**found) == objective and notes == [] and objective_gap(objective) is None
+
+
+@pytest.mark.parametrize("steps", [4, 25])
+@pytest.mark.parametrize("family", ["dit", "pixart"])
+def test_the_scheduler_of_a_flow_draws_what_the_sampler_here_does(family: str, steps: int) -> None:
+    """Up to the whole numbers of steps that it tells the model; of order 2 the difference is some 30 times that."""
+    diffusers = pytest.importorskip("diffusers")
+    objective = ObjectiveConfig(kind="flow", shift=3.0)
+    stored = scheduler_json(family, objective)
+    theirs = getattr(diffusers, stored["_class_name"]).from_config(stored)
+    theirs.set_timesteps(steps)
+    ours = build_sampler(objective, SampleConfig(steps=steps), learn_sigma=False).scheduler
+    first = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for scheduler in (theirs, ours):
+        x = first
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x * (1 + t / 1000)) + 0.3 * x * t / 1000, t, x).prev_sample
+        ends.append(x)
+    assert len(theirs.timesteps) == len(ours.timesteps)
+    assert float((ends[0] - ends[1]).abs().max() / ends[1].abs().max()) < 3e-3
 
 
 def test_published_files_say_nothing_needless() -> None:
