@@ -14,34 +14,45 @@ from megadit.errors import UserError, say
 from megadit.text_files import REPLACED
 
 
-def check_captions(images: ImageSet, most_missing: float) -> None:
+_Place = tuple[ImageSet, int]  # an image of a part of the set
+
+
+def check_captions(most_missing: float, *parts: ImageSet) -> None:
     """Count captions that are empty, or hold U+FFFD for what was no character, and warn of both.
+
+    ``parts``: of one set, the training part first; what is counted are the images of all of them.
 
     Raises UserError where more than the share ``most_missing`` of the captions is empty, or all are.
     """
-    missing: list[int] = []
-    replaced: list[int] = []
-    for i in range(len(images)):
-        caption = images.caption(i)
-        if not caption.strip():
-            missing.append(i)
-        elif REPLACED in caption:
-            replaced.append(i)
+    missing: list[_Place] = []
+    replaced: list[_Place] = []
+    for part in parts:
+        for i in range(len(part)):
+            caption = part.caption(i)
+            if not caption.strip():
+                missing.append((part, i))
+            elif REPLACED in caption:
+                replaced.append((part, i))
+    count = sum(map(len, parts))
     if missing:
-        _judge(images, missing, most_missing)
+        _judge(missing, count, most_missing)
     if replaced:
         _warn(
-            f"{len(replaced)} of {len(images)} captions hold U+FFFD in the place of what is no character "
-            f"({images.source_of(replaced[0])} first)"
+            f"{len(replaced)} of {count} captions hold U+FFFD in the place of what is no character "
+            f"({_source(replaced[0])} first)"
         )
 
 
-def _judge(images: ImageSet, missing: list[int], most_missing: float) -> None:
-    count, first = len(images), images.source_of(missing[0])
-    hint = _hint(images, missing[0])
+def _source(place: _Place) -> str:
+    images, i = place
+    return images.source_of(i)
+
+
+def _judge(missing: list[_Place], count: int, most_missing: float) -> None:
+    first, hint = _source(missing[0]), _hint(*missing[0])
     if len(missing) == count:
         raise UserError(
-            f"data.condition: text, but no image of {images.name} has a caption; choose class or none, or give "
+            f"data.condition: text, but no image of {missing[0][0].name} has a caption; choose class or none, or give "
             f"captions{hint}"
         )
     told = f"{len(missing)} of {count} images have no caption ({first} first)"

@@ -137,18 +137,19 @@ def kept_null(config: RunConfig, run_dir: Path | None) -> tuple[Conditioning | N
     ), f"the null caption is that of '{file}', with which the model was trained"
 
 
-def check_text(config: RunConfig, train_set: ImageSet, *, begun: bool = False) -> None:
+def check_text(config: RunConfig, train_set: ImageSet, *held_out: ImageSet, begun: bool = False) -> None:
     """Refuse, before training, text that does not fit the model: stored or encoded features of other sizes, an encoder
     that is not there, captions that are missing, prompts that are too long. Loads no weights.
 
-    ``begun``: the run goes on, so that captions which were missing before are no reason to end it.
+    ``held_out``: the validation part, whose captions are counted, too.  ``begun``: the run goes on, so that captions
+    which were missing before are no reason to end it.
 
     Raises UserError that names the key, both values and the remedy.
     """
     if config.model.text is None:
         return
     if not _stores_text(train_set):
-        check_captions(train_set, 1.0 if begun else config.data.max_missing_captions)
+        check_captions(1.0 if begun else config.data.max_missing_captions, train_set, *held_out)
     encoder = _checked_encoder(config, train_set, "cpu")
     if encoder is not None and config.sample.prompts:
         check_lengths(encoder, config.sample.prompts, config.model.text.max_length, "sample.prompts")

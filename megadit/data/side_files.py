@@ -22,7 +22,8 @@ def read_side_files(
 
     Raises UserError for a file that is not text, and where two of one image (.txt, .caption) say different things.
     """
-    own = [_own(image, texts) for image in images]
+    by_name = _by_lower_ending(texts)
+    own = [_own(image, by_name) for image in images]
     wanted = sorted({text for found in own for text in found})
     with ThreadPoolExecutor(_THREADS) as pool:
         read = dict(zip(wanted, pool.map(lambda name: _read(root, name), wanted, chunksize=256), strict=True))
@@ -30,17 +31,28 @@ def read_side_files(
     for found in own:
         said = {read[text] for text in found}
         if len(said) > 1:
+            other = next(text for text in found if read[text] != read[found[0]])
             raise UserError(
-                f"data.path: {root / found[0]} and {root / found[1]} hold different captions of one image; keep one"
+                f"data.path: {root / found[0]} and {root / other} hold different captions of one image; keep one"
             )
         captions.append(said.pop() if said else "")
     return tuple(captions), _remarks(root, len(wanted), sorted(set(texts) - set(wanted)))
 
 
-def _own(image: str, texts: Collection[str]) -> list[str]:
+def _by_lower_ending(texts: Collection[str]) -> dict[str, list[str]]:
+    """The files of captions by their names with the ending in lower case: ``.TXT`` is one as ``.JPG`` is an image."""
+    found: dict[str, list[str]] = {}
+    for text in sorted(texts):
+        stem, ending = os.path.splitext(text)
+        found.setdefault(stem + ending.lower(), []).append(text)
+    return found
+
+
+def _own(image: str, by_name: dict[str, list[str]]) -> list[str]:
     """The files of captions of an image: its name with another ending, or with one more."""
     stem = os.path.splitext(image)[0]
-    return [name for ending in CAPTIONS for name in (stem + ending, image + ending) if name in texts]
+    names = [name for ending in CAPTIONS for name in (stem + ending, image + ending)]
+    return [text for name in names for text in by_name.get(name, ())]
 
 
 def _read(root: Path, name: str) -> str:

@@ -202,7 +202,7 @@ def check_data(
     check_against_model(facts, merged.config)
     check_codec(facts, merged.config)
     check_features(merged.config, train_set)
-    check_text(merged.config, train_set, begun=resume != "never" and has_checkpoints(folder))
+    check_text(merged.config, train_set, val_set, begun=resume != "never" and has_checkpoints(folder))
     if merged.config.train.steps is None:
         _check_schedule(merged.config, total_steps(merged.config, len(train_set)))
     for note in (draws_no_pictures(facts, merged.config), cut_before_crop(merged.config.data)):

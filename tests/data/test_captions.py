@@ -67,23 +67,41 @@ def test_captions_missing_for_seven_of_eight_are_refused_and_the_remedy_works(tm
     with pytest.raises(
         UserError, match=r"^data\.condition: text, but 7 of 8 images have no caption \(.*0/2\.png first"
     ) as caught:
-        check_captions(images, 0.5)
+        check_captions(0.5, images)
     share = str(caught.value).rpartition("data.max_missing_captions=")[2]
     assert share == "0.875" and "(2.txt)" in str(caught.value)
-    check_captions(images, float(share))
+    check_captions(float(share), images)
 
 
 def test_some_missing_captions_are_a_warning_once_on_a_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = read(folder(tmp_path, {f"{i % 2}/{i}.txt": f"a {i}" for i in range(6)} | {"0/0.txt": "cut \ufffd"}))
-    check_captions(images, 0.5)
+    check_captions(0.5, images)
     err = capsys.readouterr().err
     assert err.startswith("warning: 2 of 8 images have no caption") and "6.png first)" in err
     assert "warning: 1 of 8 captions hold U+FFFD" in err
     monkeypatch.setenv("LOCAL_RANK", "1")
-    check_captions(images, 0.5)
+    check_captions(0.5, images)
     assert capsys.readouterr().err == ""
+
+
+def test_captions_that_are_held_out_are_counted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder(tmp_path, {f"{i % 2}/{i}.txt": "cut \ufffd" for i in range(7)})
+    parts = build_datasets(config(path, condition="text", val_fraction=0.5))
+    assert all(len(part) for part in parts)
+    check_captions(0.5, *parts)
+    err = capsys.readouterr().err
+    assert "1 of 8 images have no caption" in err and "7 of 8 captions hold U+FFFD" in err
+
+
+def test_the_ending_of_a_file_of_captions_has_any_case(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"0/0.TXT": "zero", "1/1.Caption": "one", "0/2.png.TXT": "two"}, count=3)
+    assert captions(path) == ["zero", "two", "one"]
+    (tmp_path / "0" / "0.txt").write_text("zero")
+    (tmp_path / "0" / "0.caption").write_text("another")
+    with pytest.raises(UserError, match=r"0/0\.TXT and .*0/0\.caption hold different captions"):
+        read(tmp_path)
 
 
 def test_no_caption_at_all_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
@@ -91,17 +109,17 @@ def test_no_caption_at_all_is_refused_whatever_is_allowed(tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"no image of image-folder has a caption; .*\(0\.txt\); metadata\.csv is not re"
     ):
-        check_captions(read(path), 1.0)
+        check_captions(1.0, read(path))
 
 
 def test_metadata_without_captions_says_what_it_has(tmp_path: Path) -> None:
     folder(tmp_path, {})
     metadata(tmp_path, *({"file_name": f"0/{i}.png", "prompt": "x", "caption": "a" * (i == 0)} for i in (0, 2, 4, 6)))
     with pytest.raises(UserError, match=r"3 of 4 images .*\(line 2 of .*0/2\.png first\).*caption or text of .*prompt"):
-        check_captions(read(tmp_path), 0.5)
+        check_captions(0.5, read(tmp_path))
     (tmp_path / "0" / "2.txt").write_text("x")
     with pytest.raises(UserError, match=r"metadata\.jsonl alone is read, and not 0/2\.txt"):
-        check_captions(read(tmp_path), 0.5)
+        check_captions(0.5, read(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["make_shards", "encode"])
@@ -149,6 +167,6 @@ def test_captions_of_tars_are_counted_alike(
     with pytest.raises(
         UserError, match=r"5 of 8 images have no caption \(3 in .*x\.tar first\); give captions as \.txt"
     ):
-        check_captions(images, 0.5)
-    check_captions(images, 0.7)
+        check_captions(0.5, images)
+    check_captions(0.7, images)
     assert "1 of 8 captions hold U+FFFD" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def encode_set(
     tell_remarks(images)
     check_files(images)
     if config.condition == "text":
-        check_captions(images, config.max_missing_captions)
+        check_captions(config.max_missing_captions, images)
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
     made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}

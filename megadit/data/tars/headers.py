@@ -47,7 +47,7 @@ class TarHeaders:
 
     Iterating raises UserError, naming the tar, the byte and the last member before it, where it is no tar, damaged,
     cut off, followed by anything but zeros, or holds what no offset and size describe (sparse files, parts of a
-    multi-volume tar). zeros: behind the last member, once all were read, as far as they are more than tar pads with.
+    multi-volume tar). zeros: behind the last member, once all were read, where tar would not pad with so many.
     """
 
     def __init__(self, shard: ShardFile) -> None:
@@ -185,12 +185,8 @@ class TarHeaders:
                 f"data.path: {what}: byte {at} is not zero. Zeros lie over a part of it, or something was written "
                 f"behind it; {_AGAIN}"
             )
-        if size % BLOCK:
-            raise UserError(
-                f"data.path: {self.shard.path} is torn: it has {size} bytes, and a tar is made of blocks of {BLOCK}; "
-                f"{_AGAIN}"
-            )
-        if size > _padded(end + 2 * BLOCK, RECORD) + RECORD:  # one more comes from tar --concatenate
+        # One record more comes from tar --concatenate; a part of a block from a copy that was cut off, or from others.
+        if size % BLOCK or size > _padded(end + 2 * BLOCK, RECORD) + RECORD:
             if not self._last:
                 raise UserError(
                     f"data.path: {self.shard.path} holds {size} zero bytes and nothing else: its copy or download did "

@@ -33,6 +33,7 @@ PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "bin", "joblib
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}", re.ASCII)
 _MOST_SHARDS = 1_000_000  # of a pattern
 _MOST_FOLDERS = 100  # that are looked into for tars
+_SIDE_FILE = "._"  # how macOS names what it keeps of a file beside it, on disks of other systems
 _PACKED = (".tgz", ".tzst", ".txz", *(f".tar.{kind}" for kind in ("gz", "zst", "xz", "bz2", "lz4", "lzma", "zip")))
 
 Progress = Callable[[int, int], None]  # samples done, samples in all
@@ -71,7 +72,7 @@ def find_shards(path: str | None) -> tuple[Path, list[Path], bool]:
         )
     place = Path(path)
     if place.is_dir():
-        shards = sorted(place.glob("*.tar"))
+        shards = sorted(shard for shard in place.glob("*.tar") if not shard.name.startswith(_SIDE_FILE))
         if not shards and not (place / MANIFEST).is_file():
             there = "".join(f". {remark}" for remark in overlooked(place))
             raise UserError(f"data.path: {path} has no .tar files; give the folder of the shards{there}")
@@ -93,7 +94,7 @@ def _is_file(name: str) -> bool:
 
 
 def overlooked(folder: Path) -> list[str]:
-    """Sentences about tars in a folder that nobody reads: packed ones, and those of its first sub-folders.
+    """Sentences about tars in a folder that nobody reads: packed ones, side files, and those of its first sub-folders.
 
     Raises UserError if the folder cannot be listed.
     """
@@ -109,12 +110,15 @@ def overlooked(folder: Path) -> list[str]:
         for entry in present
         if entry.name.lower().endswith(_PACKED) or (entry.name.lower().endswith(".tar") and entry.name[-4:] != ".tar")
     ]
+    beside = [entry.name for entry in present if entry.name.startswith(_SIDE_FILE) and entry.name.endswith(".tar")]
     folders = (entry for entry in present if entry.is_dir() and not entry.name.endswith(".tar"))
     looked = itertools.islice(folders, _MOST_FOLDERS)
     below = [entry.name for entry in looked if next(Path(entry.path).glob("*.tar"), None) is not None]
     found = []
     if packed:
         found.append(f"packed tars are not read ({_count(packed)} in {folder}): unpack them to names that end in .tar")
+    if beside:
+        found.append(f"macOS side files of tars are not read ({_count(beside)} in {folder})")
     if below:
         found.append(
             f"tars in sub-folders are not read ({_count(below)} in {folder}): move them up, or give the folder"

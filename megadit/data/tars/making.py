@@ -35,7 +35,7 @@ def make_shards(
     tell_remarks(images)
     check_files(images)
     if config.condition == "text":
-        check_captions(images, config.max_missing_captions)
+        check_captions(config.max_missing_captions, images)
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
     made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}

@@ -26,7 +26,7 @@ _REASONS = {
 class Survey:
     """members: files of the tars, folders aside.  skipped: how many were left out, and the first of them, by reason.
 
-    empty: tars without a sample.  zeros: bytes of zeros behind the last member, of tars that have more than tar writes.
+    empty: tars without a sample.  zeros: bytes of zeros behind the last member, of tars that have other than tar writes.
     bad_label: the sentence about the first label that is none; it matters to runs that read labels.
     """
 
@@ -80,7 +80,7 @@ class Survey:
             tar, size = next(iter(self.zeros.items()))
             more = f" (and so in {len(self.zeros) - 1:,} other tars)" if len(self.zeros) > 1 else ""
             found.append(
-                f"{tar} ends with {size:,} zero bytes behind its last member, more than tar pads with{more}: "
+                f"{tar} ends with {size:,} zero bytes behind its last member, which is not how tar pads{more}: "
                 "preallocated files have them, and copies that were cut off; compare it with its source"
             )
         return tuple(found)

@@ -70,13 +70,13 @@ CASES: dict[str, tuple[bytes, str]] = {
     "a size below 0": (over(1024, block("0.cls", size_field=b"\xff" * 12)), "0.cls is none: it cannot have -1 bytes"),
     "an octal size below 0": (over(1024, block("0.cls", size_field=b"-1")), "0.cls is none: it cannot have -1 bytes"),
     "a size of letters": (over(1024, block("0.cls", size_field=b"many")), "damaged at byte 1024, after 0000.png"),
+    "zeros alone, no whole blocks": (bytes(30725), "holds 30725 zero bytes and nothing else"),
     "zeros alone": (bytes(30720), "holds 30720 zero bytes and nothing else: its copy or download did not end"),
     "empty": (b"", "is not a whole, uncompressed tar: it is an empty file; fetch or copy it again"),
     "gzip": (gzip.compress(WHOLE), "tar: it is compressed by gzip; unpack it first"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(2000), "tar: it is compressed by zstd; unpack it first"),
     "a web page": (b"<!DOCTYPE html><html>" + b" " * 2000, "tar: it is a web page"),
     "a git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "tar: it is a git-LFS"),
-    "no whole blocks": (WHOLE[:-100], "torn: it has 20380 bytes, and a tar is made of blocks of 512"),
     "a long name of zeros": (block("L", 600, b"L") + bytes(1024) + block("a", 0) + END, "a long name is damaged"),
     "an extended header of zeros": (extended(bytes(600)), "an extended header is damaged"),
     "a damaged extended header": (extended(b"99 path=b.png\n"), "an extended header is damaged"),
@@ -117,7 +117,7 @@ def test_tar_concatenate_joins_what_is_read_whole(tmp_path: Path) -> None:
     assert len(scan(ShardFile.of(tmp_path / "x.tar"), survey)) == 8 and not survey.remarks()
 
 
-@pytest.mark.parametrize("zeros", [0, 20480, 2**20])
+@pytest.mark.parametrize("zeros", [0, 20480, 2**20, 100, 1_000_000])
 def test_more_zeros_than_tar_pads_with_are_told(tmp_path: Path, zeros: int) -> None:
     keys, survey = read(tmp_path, WHOLE + bytes(zeros))
     assert keys == ["0000", "0001", "0002", "0003"]

@@ -149,6 +149,13 @@ def test_packed_tars_and_those_in_sub_folders_are_told(tmp_path: Path) -> None:
     assert not load(tmp_path / "x.tar").remarks
 
 
+def test_side_files_of_macos_are_no_tars(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", samples(0, 1))
+    (tmp_path / "._x.tar").write_bytes(b"\0\5\x16\7" + bytes(100))
+    tars = load(tmp_path)
+    assert len(tars) == 1 and tars.remarks[0].startswith("macOS side files of tars are not read (._x.tar in")
+
+
 def test_img2dataset_s_layout_is_read(tmp_path: Path) -> None:
     members = {}
     for i in range(3):
