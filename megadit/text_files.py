@@ -27,9 +27,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def decode(data: bytes) -> str:
-    """A file's bytes as text: UTF-8, or UTF-16 and UTF-32 with their mark. Raises UnicodeDecodeError."""
+    """A file's bytes as text: UTF-8, or UTF-16 and UTF-32 with their mark.
+
+    Raises UnicodeDecodeError, also for a zero byte in UTF-8: no text has one, but UTF-16 without its mark does, and so
+    does a file whose download did not end.
+    """
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
-    return data.decode(encoding)
+    text = data.decode(encoding)
+    zero = data.find(0) if encoding.startswith("utf-8") else -1
+    if zero >= 0:
+        raise UnicodeDecodeError("utf-8", data, zero, zero + 1, "zero byte")
+    return text
 
 
 def why_no_text(error: UnicodeDecodeError) -> str:
@@ -40,6 +48,8 @@ def why_no_text(error: UnicodeDecodeError) -> str:
     if error.encoding != "utf-8":
         return f"it begins as {error.encoding.upper()} and is none ({error.reason} at byte {error.start})"
     line = error.object.count(b"\n", 0, error.start) + 1
+    if error.object[error.start] == 0:
+        return f"line {line} has a zero byte, as UTF-16 without its mark has"
     return f"line {line} has the byte 0x{error.object[error.start]:02x}, which is not UTF-8"
 
 

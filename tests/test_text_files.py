@@ -21,6 +21,12 @@ def test_bytes_that_are_no_text_are_named_with_their_line() -> None:
     with pytest.raises(UnicodeDecodeError) as latin:
         decode("ein\nzwei\ncafé".encode("latin-1"))
     assert why_no_text(latin.value) == "line 3 has the byte 0xe9, which is not UTF-8"
+    with pytest.raises(UnicodeDecodeError) as unmarked:
+        decode("ein\n".encode("utf-16-le"))
+    assert why_no_text(unmarked.value) == "line 1 has a zero byte, as UTF-16 without its mark has"
+    with pytest.raises(UnicodeDecodeError) as zeros:
+        decode(bytes(600))
+    assert "it is a file of zeros" in why_no_text(zeros.value)
     with pytest.raises(UnicodeDecodeError) as torn:
         decode("ab".encode("utf-16")[:-1])
     assert "it begins as UTF-16" in why_no_text(torn.value)

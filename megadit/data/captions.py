@@ -13,7 +13,6 @@ from megadit.data.tree import CAPTIONS
 from megadit.errors import UserError, say
 from megadit.text_files import REPLACED
 
-
 _Place = tuple[ImageSet, int]  # an image of a part of the set
 
 

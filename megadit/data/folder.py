@@ -125,10 +125,10 @@ def _from_classes(root: Path, size: int) -> FolderSet:
     for label, folder in enumerate(classes):
         images = [f"{folder}/{name}" for name in images_below(root / folder, found, outside=(root,))]
         if not images:
-            images_below(root / folder, lying := Findings(root / folder))
-            raise UserError(
-                f"data.path: the class folder {root / folder} has no images{lying.held()}; fill or remove it"
-            )
+            images_below(root / folder, lying := Findings(root / folder), outside=(root,))
+            held = lying.held()
+            remedy = f"make them {', '.join(sorted(EXTENSIONS))}, or remove it" if held else "fill or remove it"
+            raise UserError(f"data.path: the class folder {root / folder} has no images{held}; {remedy}")
         files += images
         labels += [label] * len(images)
     if not files:

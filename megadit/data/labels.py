@@ -21,11 +21,13 @@ Where = Callable[[int], str]
 
 def label_of(value: Any, where: str) -> int | str:
     """``value`` of a JSON file as a label. Raises UserError that names ``where``, such as "line 3 of FILE", if it is
-    none: true, null, a fraction, a list, a text of white space or with half a surrogate pair.
+    none: true, null, a fraction, a list, a text of white space, or with half a surrogate pair or a NUL.
     """
     if isinstance(value, str) and value.strip():
         if has_half_pair(value):  # two such names could not be told apart
             raise UserError(f"data.path: {where}: the label {_shown(value)} holds half a surrogate pair; correct it")
+        if "\0" in value:  # which ends a name in the index of tars
+            raise UserError(f"data.path: {where}: the label {_shown(value)} holds a NUL and is no text; mend it")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return value

@@ -33,6 +33,10 @@ _SENTENCES = {  # for one and for more of what was counted
         "link BELOW leads to a folder that is listed by another path and is not followed",
         "links BELOW lead to folders that are listed by another path and are not followed",
     ),
+    "around": (
+        "link BELOW leads to a folder in which it lies and is not followed",
+        "links BELOW lead to folders in which they lie and are not followed",
+    ),
     "dangling": ("link BELOW leads nowhere and is left out", "links BELOW lead nowhere and are left out"),
 }
 
@@ -109,19 +113,26 @@ def images_below(folder: Path, found: Findings, outside: Iterable[Path] = ()) ->
     """Image files under ``folder``, relative to it, sorted. Links to folders are followed after all that lies there
     itself, and each folder is listed once; what is passed over goes into ``found``.
 
-    ``outside``: folders around it, to which no link leads in. Raises UserError for a folder that cannot be read, and
-    for a link or device in the place of an image.
+    ``outside``: folders around it. Links to these, or to any folder around them, are told and not followed.
+
+    Raises UserError for a folder that cannot be read, and for a link or device in the place of an image.
     """
-    visited = {_key(path) for path in outside}
-    if _key(folder) in visited:
+    outside = tuple(outside)
+    around = {_key(parent) for path in (folder, *outside) for parent in path.resolve().parents}
+    around |= {_key(path) for path in outside}
+    if _key(folder) in around:
         raise UserError(f"data.path: {folder} is a link to a folder in which it lies; remove it")
     images: list[str] = []
     links: list[str] = []
+    visited: set[_Key] = set()
     _walk(folder, "", found, images, links, visited)
     while links:
         batch, links = sorted(links), []
         for link in batch:
-            _walk(folder, link, found, images, links, visited)
+            if _key(folder / link) in around:  # else all that lies beside the set would become a part of it
+                found.note("around", found.below(f"{folder}/{link}"))
+            else:
+                _walk(folder, link, found, images, links, visited)
     return sorted(images)
 
 

@@ -67,7 +67,9 @@ def test_what_is_no_label(value: object, told: str) -> None:
         label_of(value, where(6))
 
 
-def test_a_name_with_half_a_surrogate_pair_is_refused() -> None:
+def test_a_name_with_half_a_surrogate_pair_or_a_nul_is_refused() -> None:
     assert label_of("größte 😀", where(6)) == "größte 😀"
     with pytest.raises(UserError, match=r"line 7 of x\.jsonl: the label 'a\\ud83d' holds half a surrogate pair"):
         label_of("a\ud83d", where(6))
+    with pytest.raises(UserError, match=r"the label 'a\\x00' holds a NUL"):
+        label_of("a\0", where(6))

@@ -87,7 +87,7 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     with open(os.fsencode(folder) + b"/dog/caf\xe90.png", "wb") as file:
         file.write(b"x")
     train, _ = build_datasets(section(folder, val_fraction=0.0))
-    with pytest.raises(UserError, match="dog/caf\udce90.png"):
+    with pytest.raises(UserError, match=r"dog/caf\\udce90\.png"):
         check_images(train)
 
 

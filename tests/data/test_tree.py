@@ -50,7 +50,7 @@ def test_links_that_lead_back_end_and_are_told(linked: Path, condition: str) -> 
     files = names(linked, condition=condition)
     assert len(files) == 18
     told = remarks(linked, condition=condition)
-    assert "links below" in told and "by another path and are not followed (first: b/" in told
+    assert "listed by another path and" in told and ("in which it lies" in told or "in which they lie" in told)
 
 
 def test_the_own_path_of_a_folder_is_the_one_that_is_listed(tmp_path: Path) -> None:
@@ -70,6 +70,19 @@ def test_many_links_to_one_folder_take_no_time(tmp_path: Path) -> None:
             (tmp_path / f"f{level}" / way).symlink_to(f"../f{level + 1}")
     picture(tmp_path / "f40" / "1.png")
     assert images_below(tmp_path, Findings(tmp_path)) == ["f40/1.png"]
+
+
+@pytest.mark.parametrize("condition", ["class", "none"])
+def test_links_to_folders_around_the_set_are_told_and_not_followed(tmp_path: Path, condition: str) -> None:
+    """Else a neighbour's images became a part of the set."""
+    picture(tmp_path / "other" / "0.png")
+    root = tmp_path / "set"
+    picture(root / "a" / "1.png")
+    (root / "a" / "up").symlink_to(tmp_path)
+    (root / "a" / "top").symlink_to("/")
+    assert names(root, condition=condition) == ("a/1.png",)
+    told = f"2 links below {root} lead to folders in which they lie and are not followed (first: a/top)"
+    assert told in remarks(root, condition=condition)
 
 
 def test_two_classes_that_are_one_folder_are_told(tmp_path: Path) -> None:
@@ -157,5 +170,7 @@ def test_a_folder_of_tables_says_what_it_holds(tmp_path: Path) -> None:
         names(tmp_path, condition="none")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"the class folder .*a has no images; it holds 1 \.heic; fill or remove it"):
+    with pytest.raises(
+        UserError, match=r"class folder .*a has no images; it holds 1 \.heic; make them \.bmp, .*remove"
+    ):
         names(tmp_path)

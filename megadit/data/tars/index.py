@@ -68,11 +68,10 @@ class SampleIndex:
         size = int(self.sizes[sample, column])
         return None if size < 0 else (int(self.offsets[sample, column]), size)
 
-    def lacking(self, *members: str) -> int | None:
-        """The first sample without any of the members; None if all have one."""
+    def lacking(self, *members: str) -> np.ndarray:
+        """The samples without any of the members."""
         columns = [self.members.index(member) for member in members if member in self.members]
-        missing = np.flatnonzero((self.sizes[:, columns] < 0).all(axis=1))
-        return int(missing[0]) if len(missing) else None
+        return np.flatnonzero((self.sizes[:, columns] < 0).all(axis=1))
 
     def label_member(self, sample: int) -> str:
         """The member that a sample's label is from."""

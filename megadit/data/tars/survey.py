@@ -26,7 +26,7 @@ _REASONS = {
 class Survey:
     """members: files of the tars, folders aside.  skipped: how many were left out, and the first of them, by reason.
 
-    empty: tars without a sample.  zeros: bytes of zeros behind the last member, of tars that have other than tar writes.
+    empty: tars without a sample.  zeros: bytes of zeros behind the last member, where tar writes no such number.
     bad_label: the sentence about the first label that is none; it matters to runs that read labels.
     """
 

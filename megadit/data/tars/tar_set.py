@@ -303,12 +303,7 @@ def _without_manifest(
     index = cached_index(files) if files else None
     if index is None or not len(index):
         raise UserError(f"data.path: the tars of {config.path} have no samples; give others")
-    bare = index.lacking(*IMAGES)
-    if bare is not None:
-        arrays = LATENT in index.members
-        what = f"arrays need the {MANIFEST} that says how they were scaled" if arrays else "take it out of the tar"
-        place = f"{shown_name(index.keys[bare])} in {files[int(index.shard[bare])].path}"
-        raise UserError(f"data.path: {place} has no image ({', '.join(IMAGES)}); {what}")
+    _check_images(index, files)
     return TarSet(
         name="webdataset",
         classes=_classes(index, files, config, num_classes) if config.condition == "class" else (),
@@ -321,6 +316,23 @@ def _without_manifest(
         crop=config.crop,
         remarks=(*index.survey.remarks(), *remarks),
     )
+
+
+def _check_images(index: SampleIndex, files: tuple[ShardFile, ...]) -> None:
+    """Raise UserError where samples have no image, with what they have in its place."""
+    bare = index.lacking(*IMAGES)
+    if not len(bare):
+        return
+    first = int(bare[0])
+    place = f"{shown_name(index.keys[first])} in {files[int(index.shard[first])].path}"
+    others = f", nor have {len(bare) - 1:,} others" if len(bare) > 1 else ""
+    if LATENT in index.members:
+        remedy = f"arrays need the {MANIFEST} that says how they were scaled"
+    elif other := index.survey.examples.get("extension"):
+        remedy = f"write images as one of these (not read is {', '.join(other)}), or take the sample out of the tar"
+    else:
+        remedy = "take the sample out of the tar"
+    raise UserError(f"data.path: {place} has no image ({', '.join(IMAGES)}){others}; {remedy}")
 
 
 def _files(shards: list[Path]) -> tuple[ShardFile, ...]:

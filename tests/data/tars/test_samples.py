@@ -134,6 +134,14 @@ def test_a_tar_all_of_whose_members_are_left_out_is_refused(tmp_path: Path) -> N
     assert "give tars of images, and take this one out" in refused(tmp_path, {"a.bmp": b"BM", "README": b""})
 
 
+def test_samples_without_an_image_are_counted_with_what_they_have(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {f"{i}.{kind}": b"1" for i in range(3) for kind in ("bmp", "cls")})
+    with pytest.raises(
+        UserError, match=r"0 in .*has no image .*, nor have 2 others; .*\(not read is 0\.bmp in x\.tar, .*"
+    ):
+        load(tmp_path)
+
+
 def test_packed_tars_and_those_in_sub_folders_are_told(tmp_path: Path) -> None:
     below = tmp_path / "part"
     below.mkdir()
@@ -188,7 +196,7 @@ LABELS: list[tuple[str, bytes, str]] = [
     ("json", b'{"label": -1}', "a.json in x.tar has the label -1; number classes from 0"),
     ("json", b'{"label": 99999999999999999999}', "beyond 64 bits"),
     ("json", b'{"label": "\\ud800"}', "a.json in x.tar: the label '\\ud800' holds half a surrogate pair"),
-    ("json", b'{"label": "a\\u0000b"}', "a.json in x.tar: the label 'a\\x00b' is no text"),
+    ("json", b'{"label": "a\\u0000b"}', "a.json in x.tar: the label 'a\\x00b' holds a NUL and is no text"),
     ("json", b'{"label": 4294967295}', "a.json in x.tar has the label 4294967295, but model.num_classes is 3"),
     ("cls", b"4294967295\n", "a.cls in x.tar has the label 4294967295, but model.num_classes is 3"),
     ("cls", b"-1", "a.cls in x.tar has the label -1; number classes from 0"),
