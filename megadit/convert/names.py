@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megadit.config.model import ModelConfig
 from megadit.errors import UserError
+from megadit.finite import not_finite
 
 # How names of each family begin that no other has.
 _SIGNS = (
@@ -35,7 +36,9 @@ def needed(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tens
     if value is None:
         first = f"; it begins with {listed(list(state)[:3])}" if state else ""
         found = next((family for sign, family in _SIGNS if any(each.startswith(sign) for each in state)), None)
-        remedy = "name the format that it has with --from" if found is None else f"read it with --from official-{found}"
+        remedy = "name the format that it has with --from"
+        if found is not None:
+            remedy = f"read it with --from official-{found}; if that was given, give the whole model's state_dict()"
         raise UserError(f"IN: is not {what}: it has no {name}{first}; {remedy}")
     if value.dim() != dims:
         raise UserError(
@@ -99,6 +102,9 @@ def buffer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def check_positions(stored: Tensor, wanted: Tensor, name: str) -> None:
     """Refuse a stored table of positions that is not the fixed one this model adds. Raises UserError."""
+    told = not_finite([(name, stored)])
+    if told:
+        raise UserError(f"IN: {told}, and it is the table of positions; use an earlier checkpoint")
     tolerance = 1e-5 if stored.dtype in (torch.float32, torch.float64) else 1e-2
     if stored.shape != wanted.shape or not torch.allclose(stored.float(), wanted.float(), atol=tolerance, rtol=0):
         raise UserError(

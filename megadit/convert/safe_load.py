@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megadit.errors import UserError
 _CLASSES = 200  # that one file may name, beside torch's
 _DEPTH = 50  # of containers in containers whose tensors are deferred; weights stand higher up
 _ZIP = b"PK\x03\x04"  # how a torch file begins that can be mapped; those before torch 1.6 cannot
+_UNPACKED = 50  # times the size of a compressed file that it may become
 
 
 def load_file(path: Path) -> Any:
@@ -61,9 +63,31 @@ def _load(path: Path, mapped: bool) -> Any:
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether ``load_file`` maps the file, so that its tensors are read from it when they are used."""
+    """Whether ``load_file`` maps the file, so that its tensors are read from it when they are used.
+
+    A file that was unpacked and zipped anew may be compressed. torch maps it all the same and takes the compressed
+    bytes for values; read as a whole it is right.
+
+    Raises:
+        UserError: it is compressed to so little that it may be made to fill memory.
+    """
     with open(path, "rb") as file:
-        return file.read(len(_ZIP)) == _ZIP
+        if file.read(len(_ZIP)) != _ZIP:
+            return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # which torch tells of
+        return True
+    if all(entry.compress_type == zipfile.ZIP_STORED for entry in entries):
+        return True
+    unpacked, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if unpacked > _UNPACKED * size:
+        raise UserError(
+            f"{path}: is compressed, and its {size:,} bytes would be {unpacked:,}, which weights do not become; unpack "
+            "it, and zip it again without compression (zip -0)"
+        )
+    return False
 
 
 def load_deferred(path: Path) -> Any:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from megadit.file_kind import file_instead
+from megadit.folder_kind import folder_instead
 
 _HEAD_BYTES = 2**22  # of a torch file, where its pickle stands; the tensors follow
+_DCP = ".distcp"
 _MODULES = b"torch.nn.modules."
 _NUMBER = re.compile(r"[?bhilqBHILQefdc]|[biufc]\d{1,2}")  # NumPy's codes of plain numbers
 
@@ -138,6 +140,8 @@ def unreadable(path: Path, error: Exception) -> str:
             f"{path}: holds a rank's parts of tensors (DTensor, of FSDP 2 or tensor parallelism); save the whole ones: "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
         )
+    if path.suffix == _DCP and (told := folder_instead(path.parent)) is not None:
+        return f"{path}: is no checkpoint alone: its folder {told}"
     if "Unsupported operand" in reason and file_instead(path, "torch", "old-torch") is None:
         return (
             f"{path}: is pickled by another protocol than torch's own (pickle_protocol of torch.save), which is not "

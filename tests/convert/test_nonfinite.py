@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.foreign import CONFIG
+from helpers.official_releases import release
 from helpers.tiny_dit import randomize, tiny_config
 from helpers.tiny_pixart import tiny_pixart
 from megadit.config import ModelConfig
@@ -131,6 +133,22 @@ def test_of_official_and_megadits_own_checkpoints(tmp_path: Path) -> None:
     convert("megadit", "official-dit", tmp_path / "run", tmp_path / "back.pt", allow_nonfinite=True)
     back = torch.load(tmp_path / "back.pt", weights_only=True)[NAME]
     assert back.isnan().sum() == 2 and back.isinf().sum() == 1
+
+
+def test_a_table_of_positions_is_named_too_and_never_let_through(tmp_path: Path) -> None:
+    state = release("dit", 1)
+    state["pos_embed"][0, 0, 0] = math.nan
+    torch.save(state, tmp_path / "x.pt")
+    for allowed in (False, True):
+        with pytest.raises(UserError, match="'pos_embed' holds 1 NaN of 768 values, and it is the table of positions"):
+            convert(
+                "official-dit",
+                "megadit",
+                tmp_path / "x.pt",
+                tmp_path / "out",
+                hints={"heads": 2},
+                allow_nonfinite=allowed,
+            )
 
 
 def test_of_diffusers_folders(tmp_path: Path) -> None:

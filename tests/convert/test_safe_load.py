@@ -22,7 +22,8 @@ from helpers.official_releases import release
 from megadit.convert import FORMATS
 from megadit.convert.contents import Contents, fresh
 from megadit.convert.conversion import READERS, WRITERS, convert
-from megadit.convert.safe_load import load_file
+from megadit.convert.deferred import loaded
+from megadit.convert.safe_load import load_deferred, load_file
 from megadit.convert.stand_ins import StandIn
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -259,6 +260,34 @@ def test_containers_that_hold_themselves_or_one_another_often_are_walked_once(tm
     outcome = convert("official-dit", "megadit", tmp_path / "x.pt", tmp_path / "run", hints={"heads": 2})
     assert outcome.notes[0].startswith("the weights under 'model' are taken")
     assert outcome.parameters == len(release("dit", 1)) - 1  # without the table of positions
+
+
+def zipped_anew(source, target):
+    """The entries of a torch file, compressed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+
+
+def test_a_file_that_was_zipped_anew_is_read_as_it_is_and_not_its_compressed_bytes(tmp_path):
+    values = {**weights(), "zeros": torch.zeros(5000)}
+    torch.save(values, tmp_path / "x.pt")
+    zipped_anew(tmp_path / "x.pt", tmp_path / "anew.pt")
+    assert (tmp_path / "anew.pt").stat().st_size < (tmp_path / "x.pt").stat().st_size
+    for load in (load_file, load_deferred):
+        found = load(tmp_path / "anew.pt")
+        assert found.keys() == values.keys()
+        assert all(torch.equal(loaded(found[name]), value) for name, value in values.items())
+    torch.save({"zeros": torch.zeros(2_000_000)}, tmp_path / "x.pt")
+    zipped_anew(tmp_path / "x.pt", tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match=r"bomb.pt: is compressed, and its .* bytes would be 8,.*zip -0"):
+        load_file(tmp_path / "bomb.pt")
+
+
+def test_a_file_of_a_distributed_checkpoint_is_told_with_its_folder(tmp_path):
+    (tmp_path / "__0_0.distcp").write_bytes(b"PK\x03\x04 and more")
+    with pytest.raises(UserError, match=rf"its folder is a checkpoint of torch.*dcp_to_torch '{tmp_path}'"):
+        load_file(tmp_path / "__0_0.distcp")
 
 
 def test_prefixes_half_precision_and_whole_numbers(tmp_path):
