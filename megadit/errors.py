@@ -107,6 +107,13 @@ def _refuse_empty(words: Sequence[str], may_be_empty: Sequence[str]) -> None:
             )
 
 
+def why_unreadable(error: OSError, remedy: str) -> str:
+    """ "(Permission denied); give yourself the right to read it", or another reason and ``remedy``: ends a sentence."""
+    if isinstance(error, PermissionError):
+        remedy = "give yourself the right to read it"
+    return f"({error.strerror or error}); {remedy}"
+
+
 def say(text: str, stream: IO[str] | None = None) -> None:
     """Print a line for people, by default to stderr, where it may go wrong without consequences.
 

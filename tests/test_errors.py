@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.ranks import ROOT
-from megadit.errors import UserError, run_command
+from megadit.errors import UserError, run_command, why_unreadable
 
 START = "import sys; from megadit.errors import UserError, run_command\n"
 MUCH = START + "run_command(lambda argv: print('x\\n' * 500_000) or 0)"
@@ -121,3 +121,9 @@ def test_of_a_very_long_message_the_middle_is_left_out() -> None:
     said = str(UserError(f"--config: {'x' * 100_000} is wrong; mend it"))
     assert len(said) < 4100 and said.startswith("--config: xxx") and said.endswith("xxx is wrong; mend it")
     assert "characters] …" in said
+
+
+def test_a_file_that_may_not_be_read_needs_no_repair():
+    told = why_unreadable(PermissionError(13, "Permission denied"), "copy it again")
+    assert told == "(Permission denied); give yourself the right to read it"
+    assert why_unreadable(OSError(5, "Input/output error"), "copy it again") == "(Input/output error); copy it again"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megadit.config.data import Crop
 from megadit.data.image_files import REMEDY, check, decode
-from megadit.errors import UserError
+from megadit.errors import UserError, why_unreadable
 
 
 def centre_crop(image: Image.Image, size: int, crop: Crop = "adm") -> Image.Image:
@@ -79,4 +79,4 @@ def check_not_empty(path: Path) -> None:
         if path.stat().st_size == 0:
             raise UserError(f"data.path: {path} is an empty file; {REMEDY}")
     except OSError as error:
-        raise UserError(f"data.path: cannot read {path} ({error.strerror}); {REMEDY}") from None
+        raise UserError(f"data.path: cannot read {path} {why_unreadable(error, REMEDY)}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megadit.errors import UserError
+from megadit.errors import UserError, why_unreadable
 from megadit.file_kind import PICTURES, bytes_instead, file_instead
 
 # What image files may be called, and Pillow's name of the format. The content decides which of them a file is of.
@@ -92,6 +92,8 @@ def _opened(source: Path | bytes, where: str, key: str, remedy: str, longest: in
     except MemoryError:
         raise  # this machine's fault, not the file's
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
+            raise UserError(f"{key}: cannot read the image {where} {why_unreadable(error, remedy)}") from None
         message = f"{key}: cannot decode the image {where} ({_reason(error)})"
         known = _known_remedy(error)
         if known is not None:

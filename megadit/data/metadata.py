@@ -15,7 +15,7 @@ from typing import Any
 from megadit.config.json_text import JsonError, parse_json
 from megadit.data.labels import label_of, number_labels
 from megadit.data.listing import MISSING, sizes_of
-from megadit.errors import UserError
+from megadit.errors import UserError, why_unreadable
 from megadit.file_kind import text_instead
 from megadit.text_files import decode, split_lines, whole_text, why_no_text
 
@@ -147,7 +147,7 @@ def _text(where: Path) -> str:
             f"data.path: cannot read {where} ({why_no_text(error)}); it must be UTF-8 text: save it as that"
         ) from None
     except OSError as error:
-        raise UserError(f"data.path: cannot read {where} ({error.strerror or error}); mend or remove it") from None
+        raise UserError(f"data.path: cannot read {where} {why_unreadable(error, 'mend or remove it')}") from None
 
 
 def _file_name(entry: dict[str, Any], root: Path, where: str) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megadit.data.tree import CAPTIONS
-from megadit.errors import UserError
+from megadit.errors import UserError, why_unreadable
 from megadit.file_kind import text_instead
 from megadit.text_files import decode, whole_text, why_no_text
 
@@ -61,7 +61,7 @@ def _read(root: Path, name: str) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"data.path: cannot read the caption {path} ({error.strerror or error}); mend or remove it"
+            f"data.path: cannot read the caption {path} {why_unreadable(error, 'mend or remove it')}"
         ) from None
     other = text_instead(data)
     if other is not None:

@@ -18,6 +18,7 @@ _TABLES = frozenset(
     {"metadata.csv", "metadata.parquet", "metadata.json", "captions.txt", "captions.json", "captions.csv", "labels.csv"}
 )
 _TABLE_KINDS = frozenset({".parquet", ".arrow", ".tar", ".zip"})
+_LOST = "lost+found"  # which a file system keeps in its first folder for itself, closed to all but root
 _SHOWN = 5  # kinds of files in a sentence
 
 _SENTENCES = {  # for one and for more of what was counted
@@ -189,6 +190,8 @@ def _scan(folder: str, found: Findings) -> Iterator[tuple[str, str]]:
         ) from None
     for entry in listed:
         kind = _kind(entry)
+        if entry.name == _LOST:
+            continue
         if _skipped(entry.name):
             hidden = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
             if kind in ("folder", "link") or hidden:

@@ -88,6 +88,18 @@ def test_refused_in_folders_and_tars(tmp_path: Path, name: str) -> None:
             read_picture(data, channels, 8, "k.png in a.tar")
 
 
+def test_a_file_that_may_not_be_read_is_not_said_to_be_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:  # as for everybody but root
+        raise PermissionError(13, "Permission denied", "x.png")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    (tmp_path / "x.png").write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"^data\.path: cannot read the image .*x\.png \(Permission denied\); give yourself"
+    ):
+        read_image(tmp_path / "x.png", 8)
+
+
 @pytest.mark.parametrize("name", ["a line", "10 gigapixels", "16 bits", "a text bomb"])
 def test_the_header_is_enough(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check before training finds it, and reading it decodes nothing."""

@@ -131,6 +131,13 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
             names(tmp_path, condition=condition)
 
 
+def test_what_a_disk_keeps_for_itself_is_not_looked_into(tmp_path: Path) -> None:
+    picture(tmp_path / "a" / "1.png")
+    picture(tmp_path / "lost+found" / "2.png")
+    for condition in ("class", "none"):
+        assert names(tmp_path, condition=condition) == ("a/1.png",)
+
+
 def test_a_pipe_in_the_place_of_an_image_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "a" / "1.png")
     os.mkfifo(tmp_path / "a" / "2.png")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from megadit.data.tars.handles import ShardFile, shown_name
-from megadit.errors import UserError
+from megadit.errors import UserError, why_unreadable
 from megadit.file_kind import file_instead
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # a tar is written in records of 20 blocks
@@ -66,7 +66,7 @@ class TarHeaders:
                         yield member
                 self._check_end(file)
         except OSError as error:
-            raise UserError(f"data.path: cannot read {path} ({error.strerror or error}); {_AGAIN}") from None
+            raise UserError(f"data.path: cannot read {path} {why_unreadable(error, _AGAIN)}") from None
 
     def _next(self, file: BinaryIO, at: int) -> tuple[Member | None, int] | None:
         """The member whose headers begin at ``at`` (None: a folder) and where the next begins; None at the end."""
