@@ -12,6 +12,7 @@ from megadit.file_kind import instead, kind_of_file
 from megadit.hub_cache import snapshot_of
 
 _WEIGHTS = ("torch", "old-torch", "safetensors")  # ids of files
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _DCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
 _DEEPSPEED = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt|global_step\d+")
 _CONVERT = "read it with tools/convert_checkpoint.py --from"
@@ -42,7 +43,7 @@ def folder_instead(path: Path) -> str | None:
     if {"index.json", "state.json"} <= names:
         return f"is a checkpoint of megadit; {_CONVERT} megadit"
     if any(_DEEPSPEED.fullmatch(name) for name in names):
-        universal = "-universal" if "zero" in names else ""
+        universal = "-universal" if "zero" in names or any(path.glob("global_step*/zero")) else ""
         return f"is a checkpoint of DeepSpeed; {_CONVERT} deepspeed{universal}"
     if "latest_checkpointed_iteration.txt" in names or any(re.fullmatch(r"mp_rank_\d\d(?:_\d+)?", n) for n in names):
         return (
@@ -52,11 +53,21 @@ def folder_instead(path: Path) -> str | None:
     return None
 
 
+def _weights_told(path: Path) -> str | None:
+    """That a folder holds weights and what to do, by their endings; None if it holds none, or cannot be listed."""
+    try:
+        held = sorted(file.name for file in path.iterdir() if file.name.endswith(_ENDINGS))
+    except OSError:
+        return None
+    made = "tools/convert_checkpoint.py makes a run of the weights of other programs"
+    return f"holds weights ({held[0]}); {made}" if held else None
+
+
 def run_instead(path: Path) -> str | None:
     """What lies at ``path`` where a run or a checkpoint of megadit is wanted, and what to do; None if not known."""
     kind = kind_of_file(path)
     if kind is not None and kind.id == "folder":
-        told = folder_instead(path)
+        told = folder_instead(path) or _weights_told(path)
         return None if told is None else f"it {told}"
     if kind is not None and kind.id in _WEIGHTS:
         return f"it is {kind.name}; tools/convert_checkpoint.py makes a run of the weights of other programs"

@@ -32,7 +32,7 @@ from megadit.convert.wrappings import labels_of, plain_weights
 from megadit.data.weight_files import WeightFiles, find_weights, joined
 from megadit.errors import UserError
 from megadit.file_kind import instead, kind_of_file
-from megadit.folder_kind import run_instead
+from megadit.folder_kind import folder_instead
 from megadit.train.checkpoint import WEIGHTS
 
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
@@ -71,7 +71,11 @@ def read_fp32_state_dict(path: Path, check: ValueCheck, request: Request) -> Con
 def _contents(path: Path, kind: str, found: WeightFiles | None, check: ValueCheck, request: Request) -> Contents:
     if found is None:
         wanted = ("torch", "old-torch", "safetensors")  # under another ending
-        other = run_instead(path) if path.is_dir() else instead(kind_of_file(path), *wanted)
+        if path.is_dir():
+            folder = folder_instead(path)
+            other = None if folder is None else f"it {folder}"
+        else:
+            other = instead(kind_of_file(path), *wanted)
         remedy = "; give the file that holds the weights" if other is None else f": {other}"
         raise UserError(f"IN: '{path}' is no {kind} file and no folder of one{remedy}")
     tensors, told = load_weights(found, check)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megadit.config.data import VaeConfig
 from megadit.config.json_fields import Fields, shown
@@ -62,6 +64,7 @@ def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
         scale = fields.number("scaling_factor", above=0.0)
     else:
         factor = 2 ** (_levels(fields) - 1)
+        _check_rest(fields)
         channels = fields.whole("latent_channels", 4, least=1, most=_MOST)  # the defaults are AutoencoderKL's own
         of_images = fields.whole("in_channels", 3, least=1, most=_MOST)
         scale = fields.number("scaling_factor", 0.18215, above=0.0)
@@ -78,7 +81,7 @@ def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
 def _levels(fields: Fields) -> int:
     """Resolutions of an AutoencoderKL, each half of the one before."""
     blocks = fields.items("block_out_channels", (64,))
-    sizes = Fields({f"block_out_channels[{number}]": value for number, value in enumerate(blocks)}, fields.where)
+    sizes = _each(fields, "block_out_channels", blocks)
     if not 1 <= len(blocks) <= _MOST_LEVELS:
         raise fields.refused("block_out_channels", blocks, f"a list of 1 to {_MOST_LEVELS} numbers")
     for part in sizes.names():
@@ -88,7 +91,29 @@ def _levels(fields: Fields) -> int:
         kinds = fields.items(part, ("",))
         if len(kinds) not in (len(blocks), len(blocks) - 1):
             raise fields.refused(part, kinds, f"as many as the {len(blocks)} block_out_channels")
+        named = _each(fields, part, kinds)
+        for kind in named.names():
+            named.text(kind)
+    groups = fields.whole("norm_num_groups", 32, least=1, most=_MOST_WIDTH)
+    uneven = next((size for size in blocks if size % groups), None)
+    if uneven is not None and "norm_num_groups" in fields:
+        raise fields.refused(
+            "norm_num_groups", groups, f"a divisor of all block_out_channels, of which {uneven} is one"
+        )
     return len(blocks)
+
+
+def _each(fields: Fields, key: str, values: Sequence[Any]) -> Fields:
+    """The values of a list under ``key[0]``, ``key[1]``, …"""
+    return Fields({f"{key}[{number}]": value for number, value in enumerate(values)}, fields.where)
+
+
+def _check_rest(fields: Fields) -> None:
+    """Refuse values of an AutoencoderKL that are not of their type, before diffusers builds with them."""
+    fields.whole("out_channels", 3, least=1, most=_MOST)
+    fields.text("act_fn", "silu")
+    for part in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+        fields.flag(part, True)
 
 
 def _check(folder: Path) -> None:

@@ -79,6 +79,12 @@ def test_no_whole_number(tmp_path: Path, kind: str, key: str) -> None:
         ("vae", {"scaling_factor": math.nan}, "has scaling_factor nan, which must be a finite number"),
         ("vae", {"shift_factor": "0.1"}, "has shift_factor '0.1', which must be a finite number"),
         ("vae", {"latents_mean": [0.1] * 4}, "has latents_mean .*: its latents are scaled by a number per channel"),
+        ("vae", {"norm_num_groups": None}, "has norm_num_groups null, which must be given"),
+        ("vae", {"norm_num_groups": 0}, "has norm_num_groups 0, which must be a whole number"),
+        ("vae", {"norm_num_groups": 5}, "has norm_num_groups 5, which must be a divisor of all block_out_channels"),
+        ("vae", {"down_block_types": [None, 1]}, r"has down_block_types\[0\] null, which must be given"),
+        ("vae", {"act_fn": None}, "has act_fn null, which must be given"),
+        ("vae", {"use_quant_conv": "no"}, "has use_quant_conv 'no', which must be true or false"),
         ("vae", {"_class_name": "AutoencoderDC"}, "holds a AutoencoderDC, not an AutoencoderKL"),
         ("vae", {"_class_name": None}, "holds a model with _class_name null, not an AutoencoderKL"),
         (
