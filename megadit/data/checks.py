@@ -108,8 +108,9 @@ def _check_stored_latents(facts: DatasetFacts, stored: StoredFacts, config: RunC
 
 def _check_classes(facts: DatasetFacts, config: RunConfig) -> None:
     """The configuration has held ``data.condition`` against ``model.num_classes`` already; here the data decide."""
-    told = f"{facts.name} has {facts.num_classes} classes"
-    _check_model_key(config, "num_classes", facts.num_classes, told)
+    count = facts.num_classes
+    told = f"{facts.name} has {count} class{'' if count == 1 else 'es'}"
+    _check_model_key(config, "num_classes", count, told)
 
 
 def _check_model_key(config: RunConfig, key: str, wanted: int, told: str, remedy: str | None = None) -> None:
