@@ -26,6 +26,12 @@ MODEL_TYPES = {  # data.text.encoder: what model_type of config.json may say
     "clip": ("clip_text_model", "clip"),
 }
 _LAYERS, _MOST_LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers"), 1000
+# Sizes of T5, CLIP and BERT, which transformers builds and computes with as they are.
+_SIZES = (
+    "d_model", "d_kv", "d_ff", "num_heads", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+    "relative_attention_num_buckets", "relative_attention_max_distance",
+)  # fmt: skip
+_EPSILONS = ("layer_norm_eps", "layer_norm_epsilon")
 _MOST_SIZE = 2**20  # far above the width or length of any network
 _WHOLE_BYTES = 256 * 2**20  # larger files are known by their size and samples of their content
 _SAMPLES, _SAMPLE_BYTES = 256, 64 * 1024
@@ -95,15 +101,22 @@ def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
         raise UserError(f"{key}: '{folder}' has no .safetensors (or .bin) weights; fetch the model again")
     tokenizer = tokenizer_folder(folder)
     refuse_pointers(key, [*weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)])
-    _check_layers(config)
+    _check_sizes(config, is_clip="clip" in types)
     return config
 
 
-def _check_layers(config: Fields) -> None:
-    """Refuse a number of layers that no network has, which would be built one by one. Raises UserError."""
-    for part in (config, config.section("text_config", {}, null=True)):
+def _check_sizes(config: Fields, *, is_clip: bool) -> None:
+    """Refuse sizes that no network has, which would be built all the same or fail in a traceback. Raises UserError."""
+    inner = config.section("text_config", {}, null=True)
+    if is_clip:  # where the pooled feature stands
+        (inner if inner.names() else config).whole("eos_token_id", 0, least=0, most=_MOST_SIZE)
+    for part in (config, inner):
         for key in _LAYERS:
             part.whole(key, None, least=1, most=_MOST_LAYERS, null=True)
+        for key in _SIZES:
+            part.whole(key, 1, least=1, most=_MOST_SIZE)
+        for key in _EPSILONS:
+            part.number(key, 1.0, above=0.0)
 
 
 def size(config: Fields, key: str, default: int | None = None) -> int:
