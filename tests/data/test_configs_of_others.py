@@ -101,7 +101,7 @@ def test_no_whole_number(tmp_path: Path, kind: str, key: str) -> None:
         ("t5", {"relative_attention_max_distance": 0}, "has relative_attention_max_distance 0, which must be a whole"),
         ("t5", {"layer_norm_epsilon": None}, "has layer_norm_epsilon null, which must be given"),
         ("minilm", {"num_attention_heads": -1}, "has num_attention_heads -1, which must be a whole number from 1"),
-        ("clip", {"eos_token_id": None}, "has eos_token_id null, which must be given"),
+        ("clip", {"text_config": {"eos_token_id": None}}, "text_config has eos_token_id null, which must be given"),
         ("clip", {"text_config": {"layer_norm_eps": "x"}}, "text_config has layer_norm_eps 'x', which must be"),
         ("t5", {"model_type": ["t5"]}, r"holds a model of type \['t5'\], not t5"),
         ("clip", {"text_config": "base"}, "has text_config 'base', which must be keys and values"),
