@@ -15,8 +15,16 @@ conversion              ``convert``: from one format to another, checked on the 
 defaults                the run configuration of a model that came without one
 run_checkpoints         megadit's own (DESIGN: one logical format for every layout)
 official                torch files and safetensors of the families' own code
+wrappings               where the weights stand in what a trainer saved, by names
+weight_folders          which file of a trainer's folder holds them
+foreign_names           what is no whole model, by its names
 pipeline_folders        pipeline folders of diffusers
+pipeline_index          where their parts lie
+pipeline_schedulers     their schedulers, as objectives of a run, and back
+scheduler_keys          which keys of schedulers say how a model was trained
+transformer_class       config.json of their transformers
 difference              how far a model and its copy in diffusers differ
+deepspeed_files         what DeepSpeed's formats have in common
 deepspeed_native        what ``engine.save_checkpoint`` writes under ZeRO 1 to 3, read
 deepspeed_plain         the same at stage 0, read and written
 deepspeed_universal     DeepSpeed's universal checkpoints, read and written
@@ -26,6 +34,7 @@ safetensors_file        safetensors, header by header and tensor by tensor
 torch_file              torch files, written tensor by tensor
 state_dicts             whole weights: safetensors and torch files, sharded or not
 safe_load               torch files without running what they hold
+stand_ins               what has the place of the classes that they name
 ======================  ============================================================
 """
 

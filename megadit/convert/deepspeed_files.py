@@ -13,9 +13,11 @@ from torch import Tensor
 
 from megadit.config.json_fields import shown
 from megadit.convert.contents import Contents, Part
+from megadit.convert.names import listed
 from megadit.convert.safe_load import load_file, odd_kind
 from megadit.convert.wrappings import plain_names
 from megadit.errors import UserError
+from megadit.file_kind import text_instead
 from megadit.folder_kind import run_instead
 from megadit.text_files import decode
 from megadit.train.checkpoint import Position
@@ -30,7 +32,8 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
     Raises:
         UserError: neither holds model files.
     """
-    for folder in (path, _pointed(path, pointer), _pointed(path, "latest")):
+    named = (_pointed(path, pointer), _pointed(path, "latest"))
+    for folder in (path, *named):
         if folder is not None and folder.is_dir() and any(_MODEL.fullmatch(file.name) for file in folder.iterdir()):
             universal = (folder / "zero").is_dir()
             if universal == (kind == "DeepSpeed"):
@@ -39,6 +42,12 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
             return folder
         if folder is not None and folder.is_dir() and any(folder.glob("layer_*_model_states.pt")):
             break
+    held = [str(folder) for folder in path.glob("global_step*") if folder.is_dir()]
+    if held and not any(folder is not None and folder.is_dir() for folder in named):
+        raise UserError(
+            f"IN: '{path}' has folders of checkpoints ({listed(held)}), but its file '{pointer}' names none of them; "
+            "give the one that is meant"
+        )
     told = run_instead(path)
     if told is not None and "--from deepspeed" not in told:
         raise UserError(f"IN: '{path}' is no {kind} checkpoint: {told}")
@@ -49,10 +58,22 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
 
 
 def _pointed(path: Path, pointer: str) -> Path | None:
+    """The folder that the file ``pointer`` names; None if there is no such file.
+
+    Raises:
+        UserError: the file is a pointer or a web page, or names something outside of its folder.
+    """
     try:
-        return path / decode((path / pointer).read_bytes()).strip()
+        data = (path / pointer).read_bytes()
+        name = decode(data).strip()
     except (OSError, ValueError):
         return None
+    told = text_instead(data)
+    if told is not None:
+        raise UserError(f"IN: '{path / pointer}' is not what its name says: {told}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"IN: '{path / pointer}' names {shown(name)}, outside of its folder; give the folder itself")
+    return path / name
 
 
 def model_files(folder: Path) -> list[Path]:

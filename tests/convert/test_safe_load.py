@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import sys
 import types
 import zipfile
@@ -260,6 +261,29 @@ def test_containers_that_hold_themselves_or_one_another_often_are_walked_once(tm
     outcome = convert("official-dit", "megadit", tmp_path / "x.pt", tmp_path / "run", hints={"heads": 2})
     assert outcome.notes[0].startswith("the weights under 'model' are taken")
     assert outcome.parameters == len(release("dit", 1)) - 1  # without the table of positions
+
+
+@pytest.mark.parametrize(
+    ("latest", "words"),
+    [
+        (
+            None,
+            r"has folders of checkpoints \(.*global_step7\), but its file 'latest' names none of them; give the one",
+        ),
+        ("global_step8", "names none of them; give the one that is meant"),
+        ("../other/global_step7", r"latest' names '\.\./other/global_step7', outside of its folder; give the folder"),
+        ("/global_step7", "latest' names '/global_step7', outside of its folder"),
+        ("version https://git-lfs.github.com/spec/v1\n", "latest' is not what its name says: it is a git-LFS pointer"),
+    ],
+)
+def test_a_latest_that_names_no_checkpoint_of_its_folder(tmp_path, latest, words):
+    (tmp_path / "ds/global_step7").mkdir(parents=True)
+    torch.save({"module": weights()}, tmp_path / "ds/global_step7/mp_rank_00_model_states.pt")
+    shutil.copytree(tmp_path / "ds", tmp_path / "other")
+    if latest is not None:
+        (tmp_path / "ds/latest").write_text(latest)
+    with pytest.raises(UserError, match=words):
+        convert("deepspeed", "megadit", tmp_path / "ds", tmp_path / "run", CONFIG)
 
 
 def zipped_anew(source, target):
