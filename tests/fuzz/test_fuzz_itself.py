@@ -17,7 +17,7 @@ from helpers.fuzz import QUICK, OverTime, hunt, mutated, odd_json
 from megadit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOT = Path(__file__).resolve().parents[2]
+_GREED = 2**28  # far above what the process may have free from before, which is held already and no growth
 JSON = [{"steps": 1000, "name": "linear", "ends": [0.1, 0.2]}]
 
 
@@ -42,7 +42,7 @@ def _endless(data: bytes) -> None:
 
 
 def _greedy(data: bytes) -> None:
-    assert len(bytearray(b"\1") * 2**26) == 2**26
+    assert len(bytearray(b"\1") * _GREED) == _GREED
 
 
 def _silent(data: bytes) -> None:
@@ -64,6 +64,8 @@ def test_a_planted_fault_is_found(
 ) -> None:
     if read is _endless:
         monkeypatch.setattr(fuzz, "MOST_S", 0.2)
+    if read is _greedy and not fuzz.peak_begins_anew():
+        pytest.skip("the kernel does not let a process's peak of memory begin anew: growth below it is not seen here")
     monkeypatch.setattr(fuzz, "MOST_BYTES", 2**25)
     with pytest.raises(raised):
         hunt(QUICK, st.one_of(odd_json(JSON), mutated([b"a sound file"])), read)

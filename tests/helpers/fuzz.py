@@ -142,10 +142,20 @@ def _bounded_addresses() -> Iterator[None]:
 
 
 def _resident() -> int:
-    """Bytes that the process holds now; its peak begins anew here, where the kernel lets it."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return max(_status("VmRSS"), 0)
+    """Bytes from which growth counts: those held now, from which the peak begins anew; the peak of the process so far
+    where the kernel does not let it.
+    """
+    return _status("VmRSS") if peak_begins_anew() else _peak()
+
+
+def peak_begins_anew() -> bool:
+    """Make the peak of this process what it holds now; False where the kernel cannot."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
 
 
 def _peak() -> int:
