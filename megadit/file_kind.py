@@ -102,6 +102,7 @@ _ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")
 _ZIP_END, _ZIP_END_BYTES = b"PK\x05\x06", 22 + 65535  # of the record that ends an archive, with its comment
 PICTURES = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "heif")  # ids of what Pillow may read
 _NO_TEXT = ("git-lfs", "git-annex", "html")  # ids of texts that stand in place of another file
+_WEIGHTS = ("safetensors", "torch")  # ids of weights of which it can be told that they are cut off
 _BY_ENDING = {  # ids that a file of such a name may have
     ".safetensors": ("safetensors",),
     ".bin": ("torch", "old-torch"),
@@ -203,15 +204,20 @@ def other_among(paths: Iterable[Path]) -> str | None:
     return None
 
 
-def refuse_pointers(key: str, paths: Iterable[Path]) -> None:
-    """Raise UserError that names ``key`` for the first of ``paths`` that is a pointer or a web page.
+def refuse_broken(key: str, paths: Iterable[Path]) -> None:
+    """Raise UserError that names ``key`` for the first of ``paths`` that is a pointer or a web page, or weights that
+    are cut off.
 
-    These are looked for before anything is loaded: a tokenizer takes a pointer for a vocabulary of three words.
+    These are looked for before anything is loaded: a tokenizer takes a pointer for a vocabulary of three words, and
+    weights are read when the run directory is made already.
     """
     for path in paths:
         kind = kind_of_file(path)
         if kind is not None and kind.id in _NO_TEXT:
             raise UserError(f"{key}: '{path}' is not what its name says: {instead(kind)}")
+        short = file_instead(path, kind.id) if kind is not None and kind.id in _WEIGHTS else None
+        if short is not None:
+            raise UserError(f"{key}: '{path}' cannot be read: {short}")
 
 
 def text_instead(data: bytes) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from megadit.config.data import VaeConfig
 from megadit.config.json_fields import Fields, shown
 from megadit.errors import UserError
-from megadit.file_kind import refuse_pointers
+from megadit.file_kind import refuse_broken
 from megadit.hub_cache import broken_link, snapshot_of
 
 VAE_CLASS = "AutoencoderKL"
@@ -136,4 +136,4 @@ def _check(folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{_KEY}: {folder} has no .safetensors weights; convert or fetch them in that format")
-    refuse_pointers(_KEY, weights)
+    refuse_broken(_KEY, weights)

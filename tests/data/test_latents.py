@@ -141,4 +141,4 @@ def test_wrong_folders_are_refused(tmp_path, folder):
     index.unlink()
     weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights[: len(weights) // 2])
-    refused(tmp_path, "does not load")
+    refused(tmp_path, "cannot be read: it is cut off")

@@ -15,7 +15,7 @@ from megadit.config.data import TextSource
 from megadit.config.json_fields import Fields, shown
 from megadit.data.weight_files import check_indices
 from megadit.errors import UserError
-from megadit.file_kind import other_among, refuse_pointers
+from megadit.file_kind import other_among, refuse_broken
 from megadit.hub_cache import broken_link, snapshot_of
 from megadit.optional import import_transformers
 
@@ -100,7 +100,7 @@ def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
     if not weights_files(folder):
         raise UserError(f"{key}: '{folder}' has no .safetensors (or .bin) weights; fetch the model again")
     tokenizer = tokenizer_folder(folder)
-    refuse_pointers(key, [*weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)])
+    refuse_broken(key, [*weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)])
     _check_sizes(config, is_clip="clip" in types)
     return config
 
