@@ -140,7 +140,7 @@ def make_losses() -> None:
 
 
 def make_runs() -> None:
-    """runs/: each run is killed by SIGKILL on one rank, as a lost node does it."""
+    """run_dirs/: each run is killed by SIGKILL on one rank, as a lost node does it."""
     for name, (ranks, overrides, fault) in LAYOUTS.items():
         with tempfile.TemporaryDirectory() as folder:
             run_dir = Path(folder, name)
@@ -148,7 +148,7 @@ def make_runs() -> None:
             command = ["tests/helpers/faulty_pretrain.py", "--config", str(CONFIG), "--run_dir", str(run_dir)]
             done = run_command([*launcher, *command, *overrides], {"FAULT": fault})
             assert done.returncode != 0
-            target = HERE / "runs" / name
+            target = HERE / "run_dirs" / name
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
             for entry in KEPT:

@@ -53,12 +53,12 @@ def expect(losses: list[float], name: str) -> None:
     ],
 )
 def test_a_run_directory_goes_on(make: Any, elsewhere: Any, run: str, ranks: int, overrides: list[str]) -> None:
-    expect(make.resumed(elsewhere(f"runs/{run}"), *overrides, ranks=ranks), run)
+    expect(make.resumed(elsewhere(f"run_dirs/{run}"), *overrides, ranks=ranks), run)
 
 
 @pytest.mark.distributed
 def test_a_run_directory_with_checkpoints_of_format_1_goes_on(make: Any, elsewhere: Any) -> None:
-    expect(make.resumed(elsewhere("runs/format1"), f"train.steps={STEPS}"), "zero1")
+    expect(make.resumed(elsewhere("run_dirs/format1"), f"train.steps={STEPS}"), "zero1")
 
 
 @pytest.mark.distributed
