@@ -21,7 +21,9 @@ STREAMED = (
     "plain-torch",
 )
 COMPARED = ("megadit-diffusers", "diffusers-megadit")
-FIXED = 160 * 2**20  # bytes that a comparison takes whatever the size: what models compute, and modules imported late
+# Bytes that are taken whatever the size: what models compute, modules imported late, pages of libraries that are mapped
+# when they are first used.
+FIXED = 160 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,8 @@ def test_conversions_stay_below_the_bound(tool: Any, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     found = tool.measure(tmp_path, 400, [*STREAMED, *COMPARED])
     for name in STREAMED:
-        assert found[name]["rss"] < 0.6, name
+        assert found[name]["rss_bytes"] < 0.6 * found[name]["bytes"] + FIXED, name
+        assert found[name]["anon"] < 0.6, name
     for name in COMPARED:
         assert found[name]["rss_bytes"] < 1.2 * found[name]["bytes"] + FIXED, name
         assert found[name]["difference"] < 1e-3
