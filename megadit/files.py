@@ -67,6 +67,15 @@ def save_tensors(
                 os.fsync(file.fileno())
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a folder could hold a file of that name, so that it leads nowhere else: a name and no path."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < size <= _NAME_BYTES and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 def begins_with(path: Path, marks: tuple[bytes, ...]) -> bool:
     """Whether the first line of the file at ``path`` begins with one of ``marks``; not if it cannot be read."""
     try:

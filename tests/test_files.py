@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megadit.errors import UserError
-from megadit.files import ARRAYS, PNG, check_folder, check_output, save_tensors, whole_file
+from megadit.files import ARRAYS, PNG, check_folder, check_output, is_file_name, save_tensors, whole_file
 
 
 def test_the_file_has_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -115,3 +115,13 @@ def test_an_output_may_replace_its_own_kind_alone(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"^--out: '.*a\.bin' is no picture and would be replaced; choose"):
                 check_output(path, "--out", "picture", marks)
     check_output(Path("/dev/null"), "--out", "picture", PNG)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "..a", "model-00001-of-00002.safetensors", "é" * 127])
+def test_a_name_that_a_folder_could_hold(name: str) -> None:
+    assert is_file_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "/a", "a\\b", "a\0", "é" * 128, "\ud800"])
+def test_what_is_no_name_of_a_file(name: str) -> None:
+    assert not is_file_name(name)

@@ -20,6 +20,7 @@ from megadit.config.json_fields import shown
 from megadit.config.json_text import JsonError, parse_json
 from megadit.errors import UserError
 from megadit.file_kind import file_instead
+from megadit.files import is_file_name
 from megadit.hub_cache import broken_link
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def read_index(index: Path, endings: Sequence[str]) -> tuple[dict[str, str], Any
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index}: is no index of shards: it has no weight_map of tensors and files; copy it again")
     for tensor, name in places.items():
-        if not isinstance(name, str) or not _is_file_name(name):
+        if not isinstance(name, str) or not is_file_name(name):
             raise UserError(
                 f"{index}: weight_map puts '{tensor}' into {shown(name)}, which is no name of a file beside the index; "
                 "a shard is never looked for elsewhere: copy the index and the shards again"
@@ -254,15 +255,6 @@ def check_indices(folder: Path, *endings: str) -> None:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(sorted(names)[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether a folder could hold a file of that name, so that it leads nowhere else."""
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        return False
-    return 0 < size < 256 and name not in (".", "..") and not re.search(r"[/\\\0]", name)
 
 
 def _check_there(index: Path, name: str) -> None:

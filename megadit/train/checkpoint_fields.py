@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.file_kind import file_instead
+from megadit.files import is_file_name
 
 FLOAT_BYTES = 4  # of a stored element
 _LARGEST = 2**63 - 1
@@ -28,7 +29,7 @@ def check_index(body: Mapping[str, Any]) -> None:
         if not isinstance(shape, list) or not all(map(_is_count, shape)) or math.prod(shape) > _LARGEST:
             raise ValueError(f"the shape of '{name}' is {str(shape)[:60]}")
     for name, record in files.items():
-        if not _is_plain_name(name) or not isinstance(record, dict) or record.keys() != {"bytes", "crc32"}:
+        if not is_file_name(name) or not isinstance(record, dict) or record.keys() != {"bytes", "crc32"}:
             raise ValueError(f"what it says of the file '{name}' is {str(record)[:60]}")
         if not all(map(_is_count, record.values())):
             raise ValueError(f"size or checksum of '{name}' is no number")
@@ -45,7 +46,7 @@ def _piece_problem(piece: Any, parameters: Mapping[str, Any]) -> str | None:
         return "has no kind, name or file"
     if piece["name"] not in parameters:
         return f"is of '{piece['name'][:60]}', which is no parameter"
-    if not _is_plain_name(piece["file"]):
+    if not is_file_name(piece["file"]):
         return f"lies in '{piece['file'][:60]}', which is no name of a file in this folder"
     shape, boxes, sums = parameters[piece["name"]], piece.get("boxes"), piece.get("crc32", [])
     size = math.prod(shape)
@@ -98,10 +99,6 @@ def check_state(state: Any) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
-
-
-def _is_plain_name(name: str) -> bool:
-    return bool(name) and "/" not in name and "\0" not in name and name not in (".", "..")
 
 
 def _is_box(box: Any, shape: list[int]) -> bool:

@@ -15,7 +15,7 @@ from megadit.data.dataset import StoredFacts
 from megadit.data.tars.handles import ShardFile
 from megadit.data.tars.layout import INDEX, MANIFEST
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files import is_file_name, whole_file
 from megadit.text_files import json_bytes
 
 _FORMAT, _VERSION = "megadit tars", 1
@@ -121,7 +121,7 @@ def _entry(fields: Fields, key: str, number: int, value: Any) -> Fields:
 
 def _shard(fields: Fields) -> ShardFacts:
     file = fields.text("file")
-    if file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
+    if not is_file_name(file):
         raise fields.refused("file", file, f"the name of a tar beside {MANIFEST}")
     return ShardFacts(file, fields.whole("samples"), fields.whole("bytes"), fields.text("sha256"))
 
