@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.ranks import ROOT
+from helpers.scripts import import_script
 
 STREAMED = (
     "official-pt-fp32",
@@ -28,11 +28,7 @@ FIXED = 160 * 2**20
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_memory", ROOT / "benchmarks/convert_memory.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(ROOT / "benchmarks/convert_memory.py")
 
 
 def test_every_case_reads_a_file_that_is_there(tool: Any) -> None:

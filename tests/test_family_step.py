@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -10,14 +9,12 @@ import pytest
 import torch
 
 from helpers.ranks import ROOT
+from helpers.scripts import import_script
 
 
 @pytest.fixture(scope="module")
 def family_step() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("family_step", ROOT / "benchmarks/family_step.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = import_script(ROOT / "benchmarks/family_step.py")
     module.SIZES = {"tiny": (64, 2, 4, 2)}
     return module
 

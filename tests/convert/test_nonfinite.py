@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections import OrderedDict
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from helpers.foreign import CONFIG
 from helpers.official_releases import release
+from helpers.scripts import import_script
 from helpers.tiny_dit import randomize, tiny_config
 from helpers.tiny_pixart import tiny_pixart
 from megadit.config import ModelConfig
@@ -184,10 +184,7 @@ def test_several_tensors_are_counted_and_float64_may_end_beyond_float32(tmp_path
 
 
 def test_the_command_has_the_option(tmp_path: Path, capsys: Any) -> None:
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = import_script(ROOT / "tools/convert_checkpoint.py")
     save_file({"a": torch.tensor([1.0, NAN])}, tmp_path / "x.safetensors")
     arguments = ["--from", "safetensors", "--to", "safetensors", str(tmp_path / "x.safetensors"), str(tmp_path / "y")]
     with pytest.raises(UserError, match="--allow-nonfinite"):

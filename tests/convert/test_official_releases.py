@@ -7,7 +7,6 @@ cast to float32, and its model gives what a second, plain writing of the family 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from helpers.dit_reference import reference_dit
 from helpers.mmdit_reference import reference_mmdit
 from helpers.official_releases import State, release
 from helpers.pixart_reference import reference_pixart
+from helpers.scripts import import_script
 from helpers.uvit_reference import reference_uvit
 from megadit.config import ModelConfig
 from megadit.convert.conversion import convert
@@ -40,11 +40,7 @@ ONLINE, AVERAGE = 1, 2  # seeds of the two sets of weights
 
 
 def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("tool_convert", ROOT / "tools" / "convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return import_script(ROOT / "tools" / "convert_checkpoint.py")
 
 
 def below(prefix: str, state: State) -> State:

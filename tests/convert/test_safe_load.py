@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from helpers.foreign import CONFIG
 from helpers.official_releases import release
+from helpers.scripts import import_script
 from megadit.convert import FORMATS
 from megadit.convert.contents import Contents, fresh
 from megadit.convert.conversion import READERS, WRITERS, convert
@@ -375,9 +375,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     assert set(READERS) == set(WRITERS) == set(FORMATS)
-    spec = importlib.util.spec_from_file_location("tool_convert", ROOT / "tools" / "convert_checkpoint.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = import_script(ROOT / "tools" / "convert_checkpoint.py")
     save_file(weights(), tmp_path / "x.safetensors")
     arguments = ["--from", "safetensors", "--to", "fp32-state-dict", str(tmp_path / "x.safetensors")]
     assert tool.main([*arguments, str(tmp_path / "out.bin")]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.scripts import import_script
 from megadit import rng
 from megadit.errors import UserError
 from megadit.evaluate import emoji_clip
@@ -69,9 +69,7 @@ def test_the_heads_are_the_same_twice(heads):
 
 def test_the_command_reads_pictures_and_prompts(heads, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(emoji_clip, "load_emoji_clip", lambda size: heads)
-    spec = importlib.util.spec_from_file_location("evaluate_command", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = import_script(SCRIPT)
     np.savez(tmp_path / "p.npz", arr_0=pictures(["red", "blue", "red", "blue"]).permute(0, 2, 3, 1).numpy())
     (tmp_path / "texts.txt").write_text("red\n\nblue\n")
     arguments = ["emoji-clip", str(tmp_path / "p.npz"), "--prompts", str(tmp_path / "texts.txt")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from helpers.ranks import ROOT
+from helpers.scripts import import_script
 from megadit.errors import run_command
 
 Content = str | bytes | None  # of a file; None: a folder
@@ -78,11 +78,7 @@ def make_run(folder: Path) -> None:
 @functools.cache
 def script(path: str) -> ModuleType:
     """A script of launch/ or tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"bad_input_{Path(path).stem}", ROOT / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(ROOT / path)
 
 
 Refused = Callable[[str, Case], str]

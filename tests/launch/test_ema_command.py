@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from helpers.ranks import ROOT, run_command
+from helpers.scripts import import_script
 from megadit.errors import UserError
 from megadit.train.checkpoint import load_model
 
@@ -23,10 +23,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # whole comman
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("sample_command", ROOT / "launch/sample.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(ROOT / "launch/sample.py")
 
 
 def records(run_dir):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from helpers.ranks import ROOT, run_command
+from helpers.scripts import import_script
 from megadit.errors import run_command as run_main
 
 DIGITS = ["--config", str(ROOT / "configs/quickstart/digits.yaml")]
@@ -16,10 +17,7 @@ DIGITS = ["--config", str(ROOT / "configs/quickstart/digits.yaml")]
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("pretrain_command", ROOT / "launch/pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return import_script(ROOT / "launch/pretrain.py").main
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.scripts import import_script
 from megadit.config import save_config
 from megadit.config.model import ModelConfig
 from megadit.config.run import ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
@@ -21,10 +21,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "sample.py"
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("sample_command", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(SCRIPT)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import psutil
 import pytest
 
 from helpers.ranks import ROOT, free_port, run_command
+from helpers.scripts import import_script
 from helpers.tiny_study import tiny_study
 from megadit.errors import UserError
 
@@ -27,10 +27,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 def script():
     """launch/sweep.py as a module."""
-    spec = importlib.util.spec_from_file_location("sweep_script", ROOT / "launch" / "sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(ROOT / "launch" / "sweep.py")
 
 
 def write(folder: Path, **keys) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from helpers.ranks import ROOT, run_command, run_ranks
+from helpers.scripts import import_script
 from helpers.shards import this_rank
 from helpers.tiny_dit import tiny_mup_config
 from helpers.tiny_mmdit import tiny_mup_mmdit
@@ -95,10 +95,7 @@ def test_the_command_gives_one_verdict_for_any_number_of_ranks(tmp_path: Path) -
 
 
 def test_a_launcher_of_other_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("coord_check_command", ROOT / "tools" / "coord_check.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = import_script(ROOT / "tools" / "coord_check.py")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     options = ["model.head_dim=16", "model.heads=null", "--widths", "32,64,96", "--out", str(tmp_path)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.scripts import import_script
 from megadit.config import ModelConfig, OptimConfig, load_config
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -29,10 +29,7 @@ def _run(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 def _main(tool: str, *args: str) -> int:
     """The tool's main, without the seconds that a process of its own takes to import torch."""
-    spec = importlib.util.spec_from_file_location(f"tool_{tool}", _ROOT / "tools" / f"{tool}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = import_script(_ROOT / "tools" / f"{tool}.py")
     code: int = module.main(args)
     return code
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from helpers.layout_matrix import matrix_config
 from helpers.layout_parity import MOVED, TOLERANCE, gap_of
 from helpers.ranks import ROOT, run_ranks
+from helpers.scripts import import_script
 from helpers.training import merge_weights, train_rank
 from megadit.train.checkpoint import StoredCheckpoint, load_model
 
@@ -24,11 +24,7 @@ HALF = 3
 
 
 def command(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / f"{path}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(ROOT / f"{path}.py")
 
 
 class Spread:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from helpers.help_texts import ask_all
 from helpers.ranks import run_command
+from helpers.scripts import import_script
 
 HERE = Path(__file__).parent
 LOSSES: dict[str, list[float]] = json.loads((HERE / "losses.json").read_text(encoding="utf-8"))
@@ -24,11 +24,7 @@ TRAINING = ("--dry_run", "coord_check")
 
 @pytest.fixture(scope="module")
 def make() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pins_make", HERE / "make.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(HERE / "make.py")
 
 
 @pytest.fixture

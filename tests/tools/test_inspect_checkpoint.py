@@ -1,22 +1,19 @@
 """tools/inspect_checkpoint.py: what it says of a sound, a damaged and a different checkpoint, and its exit codes."""
 
-import importlib.util
 import json
 import shutil
 
 import pytest
 
 from helpers.ranks import ROOT, run_ranks
+from helpers.scripts import import_script
 from helpers.training import small_config, train_rank
 from megadit.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("inspect_command", ROOT / "tools/inspect_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return import_script(ROOT / "tools/inspect_checkpoint.py").main
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -12,6 +11,7 @@ import pytest
 from PIL import Image
 
 from helpers.ranks import ROOT, run_command
+from helpers.scripts import import_script
 from megadit.errors import UserError
 
 SMALL = [
@@ -69,10 +69,7 @@ def test_from_images_to_pictures_by_way_of_stored_latents(latents: Path) -> None
 
 def refused(script: str, *arguments: object) -> str:
     """What the command says of these arguments, in this process."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "tools" / f"{script}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = import_script(ROOT / "tools" / f"{script}.py")
     with pytest.raises(UserError) as caught:
         module.main([str(argument) for argument in arguments])
     return str(caught.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from helpers.fabricated import fabricate, make_study, valley
 from helpers.ranks import run_command
+from helpers.scripts import import_script
 from megadit.errors import UserError
 from megadit.search.verdict import command as verify_command
 
@@ -21,11 +21,7 @@ TABLE7 = ["--table", str(PAPER / "table07_width_lr.csv"), "--scale", "width", "-
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("transfer", ROOT / "tools" / "transfer.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return import_script(ROOT / "tools" / "transfer.py").main
 
 
 @pytest.fixture(scope="module")

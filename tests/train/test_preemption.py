@@ -1,7 +1,6 @@
 """Signals: before the first step, while training, a second one, and those that a launcher sends for another rank."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ import time
 import pytest
 
 from helpers.ranks import ROOT, run_ranks
+from helpers.scripts import import_script
 from helpers.training import layout_of, small_config
 from megadit.train.preemption import Interrupt, Preempted, end_before_training, preemption_signals
 from megadit.train.run_dir import RunDirectory
@@ -37,10 +37,7 @@ def _handlers():
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("pretrain_command", ROOT / "launch" / "pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return import_script(ROOT / "launch" / "pretrain.py").main
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from PIL import Image
 
 from helpers.ranks import run_ranks
+from helpers.scripts import import_script
 from helpers.tiny_text import bert_folder
 from helpers.training import assemble_rank, small_config, train_on, train_rank
 from megadit.config import RunConfig
@@ -70,9 +70,7 @@ def test_it_trains_validates_and_draws_held_out_captions(run):
 
 
 def test_prompts_are_drawn_by_the_command(run, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("sample_command", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = import_script(SCRIPT)
     folder = run[0].directory.path
 
     def told(*arguments):

@@ -12,6 +12,7 @@ import torch
 
 from helpers.layout_parity import MOVED
 from helpers.ranks import run_ranks
+from helpers.scripts import import_script
 from helpers.training import layout_of, merge_weights, plain_torch_run, small_config, train_rank
 from megadit.config import RunConfig
 
@@ -132,10 +133,4 @@ def test_from_digits_to_pictures_of_an_average(tmp_path: Path, capsys: pytest.Ca
 
 
 def _script(path: Path) -> Any:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(path)

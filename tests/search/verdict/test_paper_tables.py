@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
 
+from helpers.scripts import import_script
 from megadit.config import load_config
 from megadit.search.verdict.table import Columns, lower_is_better, verify_table
 from megadit.search.verdict.verdict import Verdict
@@ -85,10 +85,7 @@ def test_the_command_gives_the_papers_verdict(table, capsys):
 
 def _tool(name):
     """A command of tools/, which are scripts and no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[3] / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(Path(__file__).resolve().parents[3] / "tools" / f"{name}.py")
 
 
 def rows(name):
