@@ -31,7 +31,7 @@ def readme() -> str:
 INSTALL = [
     # training
     "torch>=2.11,<2.14",
-    "deepspeed>=0.19.8,<0.20",  # train/partitions.py reads its internals, so the next minor release needs a look first
+    "deepspeed>=0.19.8,<0.20",  # engine/deepspeed reads its internals, so the next minor release needs a look
     "mup>=1.0.0",
     "numpy>=2.0",
     "safetensors>=0.5",

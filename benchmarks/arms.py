@@ -27,9 +27,10 @@ def median_seconds(arms: Mapping[str, Callable[[], Any]], warmup: int, rounds: i
 def assemble_run(overrides: Sequence[str], folder: str) -> tuple[Any, Any]:
     """The emoji quickstart with ``overrides`` as ``launch/pretrain.py`` assembles it in ``folder``, and its config."""
     from megadit.parallel import start_processes
-    from megadit.train.command import prepare_job
-    from megadit.train.pretrain import Start, assemble
+    from megadit.train.prepare import prepare_job
+    from megadit.train.pretrain import assemble
     from megadit.train.run_dir import RunDirectory
+    from megadit.train.start import Start
 
     job = prepare_job("configs/quickstart/emoji.yaml", list(overrides), None, folder, "never")
     directory = RunDirectory(Path(folder))

@@ -40,7 +40,7 @@ def arms(folder: Path, elements: int, size: int) -> tuple[dict[str, Callable[[],
     """The four things to time, by name, and the bytes that each moves."""
     import torch
 
-    from megadit.train.fragment_io import Piece, PieceReader, write_pieces
+    from megadit.checkpoint.io import Piece, PieceReader, write_pieces
 
     names = [f"blocks.{i}.weight" for i in range(max(1, elements // size))]
     tensors = {f"{kind}/{name}": torch.randn(size) for name in names for kind in KINDS}

@@ -71,7 +71,7 @@ def _their_model(config: Any, state: dict[str, Any]) -> Any:
     from megadit.optional import import_diffusers
 
     diffusers = import_diffusers()
-    convert = importlib.import_module(f"megadit.convert.families.{config.family}")
+    convert = importlib.import_module(f"megadit.models.{config.family}.convert")
     config_json, weights = convert.to_diffusers(config, state)
     model = getattr(diffusers, config_json["_class_name"]).from_config(config_json)
     model.load_state_dict(weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from megadit.text_files import name_bytes
+from megadit.files.text import name_bytes
 
 
 def stream_key(seed: int, *parts: str | int) -> int:

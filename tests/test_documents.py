@@ -127,6 +127,12 @@ def unknown_keys(text: str) -> list[str]:
     return sorted(key for key in named - _NOT_KEYS if not has_key(key.split("."), RunConfig))
 
 
+def command(script: str) -> str:
+    """Where a script's command stands."""
+    folder, _, name = script.partition("/")
+    return f"megadit/cli/{name}" if folder in ("launch", "tools") else script
+
+
 def unknown_options(text: str) -> list[str]:
     """Options that are named and that the command they follow, or in a text any command, does not take."""
     missing = []
@@ -136,7 +142,7 @@ def unknown_options(text: str) -> list[str]:
             before = [script.group() for script in scripts if script.start() < option.start()]
             places = before[-1:] or [path for path in SOURCES if path.startswith(PROGRAMS)]
             if option.group() not in _OPTIONS_OF_OTHERS and not any(
-                f'"{option.group()}"' in SOURCES.get(path, "") for path in places
+                f'"{option.group()}"' in SOURCES.get(command(path), "") for path in places
             ):
                 missing.append(f"{option.group()} of {' '.join(before[-1:])}")
     return missing
@@ -169,14 +175,14 @@ def test_what_documents_name_exists(document):
     ("check", "text", "found"),
     [
         (unknown_files, "see `train/optimiser.py`", ["train/optimiser.py"]),
-        (unknown_files, "`mup/rules.py`, `tests/data/test_*.py`, `fragment_io.py`, `configs/deepspeed/auto.json`", []),
+        (unknown_files, "`mup/rules.py`, `tests/data/test_*.py`, `idx.py`, `configs/deepspeed/auto.json`", []),
         (unknown_files, "```\npython launch/pretrain.py --config configs/dit/s-2.yaml\n```", ["configs/dit/s-2.yaml"]),
         (unknown_keys, "`optim.lr`, `model.role_hps.hidden.mult` and `train.step`", ["train.step"]),
         (unknown_keys, "```\nlaunch/pretrain.py optim.clip.modes=per_group\n```", ["optim.clip.modes"]),
         (unknown_options, "```\ntorchrun --nproc_per_node 2 launch/pretrain.py \\\n --configs F\n```",
          ["--configs of launch/pretrain.py"]),
         (unknown_options, "`--guidance` and `tools/doctor.py --guidance 2`", ["--guidance of tools/doctor.py"]),
-        (unknown_names, "`megadit.search.verdict.verdict.judge`, `megadit.search.judge`", ["megadit.search.judge"]),
+        (unknown_names, "`megadit.transfer.verdict.judge`, `megadit.search.judge`", ["megadit.search.judge"]),
     ],
 )  # fmt: skip
 def test_each_check_of_names_can_fail(check, text, found):

@@ -1,56 +1,12 @@
 #!/usr/bin/env python
-"""Write a model's base shapes as a .bsh file, which mup.set_base_shapes(model, FILE) of the mup package reads.
+"""``python -m megadit base_shapes`` without installing: see megadit/cli/base_shapes.py."""
 
-python tools/base_shapes.py --config configs/dit/xl-2-mup.yaml --out dit.bsh
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
-from megadit.streams import result_is_saved  # noqa: E402
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Build the model without memory and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key")
-    parser.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
-    parser.add_argument("--out", metavar="X.bsh", type=Path, required=True, help="file to write")
-    parser.add_argument("--json", action="store_true", help="one JSON object: path, base_width, parameters (a count)")
-    args = parser.parse_intermixed_args(argv)
-    from megadit.parallel.environment import refuse_ranks
-
-    refuse_ranks("tools/base_shapes.py")
-    from megadit.config import load_config
-
-    config = load_config(args.config, args.overrides).model  # refused before torch is imported
-    from megadit.models import build_model
-    from megadit.mup import Parametrization, param_specs, save_base_shapes
-    from megadit.mup.interop import is_base_shapes
-
-    model = build_model(config, device="meta")
-    try:
-        if args.out.is_file() and not is_base_shapes(args.out):
-            raise UserError(f"--out: '{args.out}' holds no base shapes and would be replaced; choose another path")
-        save_base_shapes(model, args.out)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another path") from error
-    count, base = len(param_specs(model)), Parametrization(config).base_width
-    result_is_saved(as_json=args.json)
-    if args.json:
-        print(json.dumps({"path": str(args.out), "base_width": base, "parameters": count}))
-    else:
-        print(f"{args.out}: base shapes of {count} parameters at base width {base}")
-    return EXIT_OK
-
+from megadit.cli.main import run  # noqa: E402
 
 if __name__ == "__main__":
-    run_command(main)
+    run("base_shapes")

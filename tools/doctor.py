@@ -1,34 +1,12 @@
 #!/usr/bin/env python
-"""Tell what is installed here, which backends work and, for those that do not, why and what would help.
+"""``python -m megadit doctor`` without installing: see megadit/cli/doctor.py."""
 
-Exit code 0 if training is possible, 1 if not. Runs with any Python, also before `make setup`.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_FAILURE, EXIT_OK, run_command  # noqa: E402
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Examine and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object: ready, verdict, checks")
-    args = parser.parse_args(argv)
-    from megadit.doctor import examine, format_report
-
-    print("examining this machine: about ten seconds", file=sys.stderr)
-    report = examine()
-    print(json.dumps(report.as_json()) if args.json else format_report(report))
-    return EXIT_OK if report.ready else EXIT_FAILURE
-
+from megadit.cli.main import run  # noqa: E402
 
 if __name__ == "__main__":
-    run_command(main)
+    run("doctor")

@@ -1,68 +1,12 @@
 #!/usr/bin/env python
-"""Write images, captions and labels as WebDataset tars: NAME-000000.tar, NAME-000001.tar, ... and a manifest.
+"""``python -m megadit make_shards`` without installing: see megadit/cli/make_shards.py."""
 
-Any data set of a configuration is taken whole; nothing is held out, since base names travel along and the split is made
-at training. Train on the folder with data.name=webdataset data.path=OUT. A command that was cut off goes on with the
-finished tars when it is given again.
-
-python tools/make_shards.py --out shards/emoji data.name=emoji data.image_size=64
-python tools/make_shards.py --out shards/birds data.name=image-folder data.path=birds data.image_size=256 --image jpg
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-from megadit.errors import EXIT_OK, UserError, run_command  # noqa: E402
-from megadit.streams import result_is_saved  # noqa: E402
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("overrides", nargs="*", metavar="data.key=value", help="what to write, e.g. data.name=digits")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must be empty or unfinished")
-    p.add_argument("--config", metavar="FILE", help="run configuration (YAML) whose data section to start from")
-    p.add_argument("--name", metavar="NAME", help="what the tars' names begin with; default: the folder's name")
-    p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
-    p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
-    p.add_argument("--image", choices=("png", "jpg"), default="png", help="png (exact; default) or jpg")
-    p.add_argument("--quality", type=int, metavar="1-100", help="of --image jpg; default 95")
-    p.add_argument("--json", action="store_true", help="print one JSON object: samples, shards, bytes, out")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the tars, and say what they hold."""
-    args = parser().parse_intermixed_args(argv)
-    from megadit.parallel.environment import refuse_ranks
-
-    refuse_ranks("tools/make_shards.py")
-    from megadit.config.data_only import load_data
-    from megadit.data.places import check_images_are_there
-    from megadit.data.tars import telling
-
-    sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
-    quality = telling.in_range("--quality", 95 if args.quality is None else args.quality, 1, 100)
-    if args.quality is not None and args.image != "jpg":
-        raise UserError(f"--quality: {args.quality} is not read where --image is {args.image}; add --image jpg")
-    config = load_data(args.config, args.overrides)
-    check_images_are_there(config)
-    from megadit.data.tars.making import make_shards
-
-    with telling.progress_bar("images") as progress:
-        manifest = make_shards(config, args.out, sharding, args.image, quality, progress)
-    told = telling.summary(manifest, args.out)
-    result_is_saved(as_json=args.json)
-    print(json.dumps(told) if args.json else telling.sentences(manifest, args.out))
-    return EXIT_OK
-
+from megadit.cli.main import run  # noqa: E402
 
 if __name__ == "__main__":
-    run_command(main)
+    run("make_shards")

@@ -3,13 +3,13 @@
 Importing it loads neither torch nor deepspeed, so that commands answer ``--help`` at once.
 """
 
-from megadit.config.data import DataConfig, FeatureSource, TextSource, VaeConfig
-from megadit.config.dsconfig import MergedConfig, merge_ds_config
-from megadit.config.loader import LoadedConfig, load, load_config, replace, save_config, to_yaml
-from megadit.config.model import ModelConfig, RepaProjector, Role, RoleHP, RoleHPs, TextInput
-from megadit.config.optim import ClipConfig, OptimConfig
+from megadit.config.deepspeed.merge import MergedConfig, merge_ds_config
+from megadit.config.loading.loader import LoadedConfig, load, load_config, replace, save_config, to_yaml
 from megadit.config.presets import preset, preset_names
-from megadit.config.run import ObjectiveConfig, ParallelConfig, RunConfig, SampleConfig, TrainConfig
+from megadit.config.schema.data import DataConfig, FeatureSource, TextSource, VaeConfig
+from megadit.config.schema.model import ModelConfig, RepaProjector, Role, RoleHP, RoleHPs, TextInput
+from megadit.config.schema.optim import ClipConfig, OptimConfig
+from megadit.config.schema.run import ObjectiveConfig, ParallelConfig, RunConfig, SampleConfig, TrainConfig
 
 __all__ = [
     "ClipConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from megadit.config.model import ModelConfig
+from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
 
 # The keys that a preset decides. What the data decide (in_channels, input_size, num_classes, learn_sigma) and the

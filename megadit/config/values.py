@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from megadit.config.keys import section_of
-from megadit.config.yaml_text import Plain
+from megadit.files.yaml_text import Plain
 
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 POWER_OF_TWO = r"2(?:\^|\*\*)([-+]?\d{1,3}(?:\.\d+)?)"

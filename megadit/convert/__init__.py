@@ -4,10 +4,7 @@ For programs there are ``from_official``, ``to_official``, ``from_diffusers`` an
 state dicts; ``conversion.convert`` does files.
 
 ======================  ============================================================
-dispatch                the four functions for programs, by family
-families                names and shapes of each family's checkpoints elsewhere
-folding                 forward multipliers, into the weights
-names                   names and shapes, checked before anything is built
+dispatch                the four functions for programs, by family (megadit/models/FAMILY/convert.py)
 contents                what a checkpoint of any format holds, named and lazily read
 formats                 their names
 request                 what a conversion was asked for
@@ -22,7 +19,6 @@ pipeline_folders        pipeline folders of diffusers
 pipeline_index          where their parts lie
 pipeline_schedulers     their schedulers, as objectives of a run, and back
 scheduler_keys          which keys of schedulers say how a model was trained
-transformer_class       config.json of their transformers
 difference              how far a model and its copy in diffusers differ
 deepspeed_files         what DeepSpeed's formats have in common
 deepspeed_native        what ``engine.save_checkpoint`` writes under ZeRO 1 to 3, read

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.checkpoint.format import WEIGHTS, Position
 from megadit.config import ModelConfig, RunConfig
 from megadit.convert.deferred import deferred, loaded
 from megadit.convert.request import check_free
+from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
-from megadit.ownership import own
-from megadit.train.checkpoint import WEIGHTS, Position
-from megadit.train.partitions import MOMENTS
+from megadit.files.ownership import own
 
 Part = tuple[int, Tensor]  # first element in the flattened parameter, and 1-D values from there on
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megadit.checkpoint.format import WEIGHTS
+from megadit.checkpoint.read import shape_problem, shapes_of
 from megadit.config import RunConfig
 from megadit.convert import official
 from megadit.convert.contents import Contents, fresh
@@ -34,8 +36,6 @@ from megadit.convert.state_dicts import (
     write_safetensors,
 )
 from megadit.errors import UserError
-from megadit.train.checkpoint import WEIGHTS
-from megadit.train.checkpoint_read import shape_problem, shapes_of
 
 DIFFUSERS = "diffusers"
 _Read = Callable[[Path, Request, ValueCheck], tuple[Contents, Difference | None]]

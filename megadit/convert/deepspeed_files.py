@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from megadit.config.json_fields import shown
+from megadit.checkpoint.format import Position
 from megadit.convert.contents import Contents, Part
-from megadit.convert.names import listed
 from megadit.convert.safe_load import load_file, odd_kind
 from megadit.convert.wrappings import plain_names
+from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
-from megadit.file_kind import text_instead
-from megadit.folder_kind import run_instead
-from megadit.text_files import decode
-from megadit.train.checkpoint import Position
-from megadit.train.partitions import MOMENTS
+from megadit.files.file_kind import text_instead
+from megadit.files.folder_kind import run_instead
+from megadit.files.json_fields import shown
+from megadit.files.text import decode
+from megadit.models.conversion.names import listed
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 

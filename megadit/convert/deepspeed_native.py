@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megadit.checkpoint.format import WEIGHTS
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deepspeed_files import (
     adam_step,
@@ -40,9 +41,8 @@ from megadit.convert.deepspeed_files import (
 from megadit.convert.deepspeed_plain import read_plain
 from megadit.convert.safe_load import load_file
 from megadit.convert.stand_ins import StandIn
+from megadit.engine.deepspeed.partitions import LOSS_SCALE, MOMENTS
 from megadit.errors import UserError
-from megadit.train.checkpoint import WEIGHTS
-from megadit.train.partitions import LOSS_SCALE, MOMENTS
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deepspeed_files import adam_step, check_tensors, position_of, version_of
 from megadit.convert.torch_file import save_streaming
+from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
-from megadit.train.checkpoint import WEIGHTS
-from megadit.train.partitions import MOMENTS
 
 TAG = "global_step{}"
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part, save_file
 from megadit.convert.deepspeed_files import (
@@ -34,9 +35,8 @@ from megadit.convert.deepspeed_files import (
 )
 from megadit.convert.deepspeed_plain import TAG, model_header
 from megadit.convert.safe_load import load_file
+from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
-from megadit.train.checkpoint import WEIGHTS
-from megadit.train.partitions import MOMENTS
 
 _FILES = {WEIGHTS: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megadit.config.model import ModelConfig
-from megadit.config.run import RunConfig
+from megadit.config.schema.model import ModelConfig
+from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 
 # What a model's weights say nothing of: how it began and how its layers are computed.
@@ -28,8 +28,8 @@ def default_run(
     Raises:
         UserError: an override is wrong.
     """
-    from megadit.config.loader import load_layers
-    from megadit.config.sources import Layer, override_layer
+    from megadit.config.loading.loader import load_layers
+    from megadit.config.loading.sources import Layer, override_layer
 
     known = known or {}
     condition = "class" if model.num_classes else "none" if model.text is None else "text"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
-from megadit.config.model import ModelConfig
+from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
 
 TOLERANCE = 2e-5  # of float32 outputs, relative to the largest where that is above 1

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megadit.config.json_fields import Fields
 from megadit.config.messages import explain
-from megadit.config.model import ModelConfig
-from megadit.convert.transformer_class import CLASSES, WHERE, class_config
+from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
+from megadit.files.json_fields import Fields
+from megadit.models.conversion.transformer_class import CLASSES, WHERE, class_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -
     Raises:
         UserError: the family has no such form, names, shapes or types are not its, or a hint is missing or wrong.
     """
-    from megadit.convert.names import check_types
+    from megadit.models.conversion.names import check_types
 
     function = _function(family, "from_official", "official form")
     unknown = sorted(set(hints) - set(hints_of(family)))
@@ -76,7 +76,7 @@ def from_diffusers(
     Raises:
         UserError: its ``_class_name`` is not known, or the weights or options are not those of the family.
     """
-    from megadit.convert.names import check_types
+    from megadit.models.conversion.names import check_types
 
     known, _ = class_config(Fields(config_json, where))
     family = CLASSES[known["_class_name"]]
@@ -135,7 +135,7 @@ def _check_hints(hints: Mapping[str, Any]) -> None:
 
 
 def _module(family: str) -> Any:
-    return importlib.import_module(f"megadit.convert.families.{family}")
+    return importlib.import_module(f"megadit.models.{family}.convert")
 
 
 def _function(family: str, name: str, what: str) -> Callable[..., Any]:
@@ -164,7 +164,7 @@ def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
 
 def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) -> None:
     """Refuse a state dict without all parameters, or with more than these and the model's buffers."""
-    from megadit.convert.names import buffer_shapes, check, model_shapes
+    from megadit.models.conversion.names import buffer_shapes, check, model_shapes
 
     buffers = {name: shape for name, shape in buffer_shapes(config).items() if name in state}
     check(state, model_shapes(config) | buffers, what)
@@ -172,7 +172,7 @@ def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) ->
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model as others know it: without REPA's projector and without multipliers but the readout's."""
-    from megadit.convert.folding import fold_roles
+    from megadit.models.conversion.folding import fold_roles
 
     kept = {name: value for name, value in state.items() if not name.startswith(_REPA)}
     config = config.model_copy(update={"repa": None})

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from megadit.checkpoint.format import WEIGHTS
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deferred import deferred, loaded
 from megadit.convert.safe_load import odd_kind
 from megadit.errors import UserError
 from megadit.finite import Tally
-from megadit.train.checkpoint import WEIGHTS
 
 
 class ValueCheck:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from megadit.config.model import ModelConfig
+from megadit.checkpoint.format import WEIGHTS
+from megadit.config.schema.model import ModelConfig
 from megadit.convert.contents import Contents, Part
 from megadit.convert.dispatch import from_official, hints_of, to_official
-from megadit.convert.names import model_shapes
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
 from megadit.convert.safe_load import load_deferred
@@ -20,7 +20,7 @@ from megadit.convert.torch_file import save_streaming
 from megadit.convert.weight_folders import weights_file
 from megadit.convert.wrappings import weights_of
 from megadit.errors import UserError
-from megadit.train.checkpoint import WEIGHTS
+from megadit.models.conversion.names import model_shapes
 
 _ENDINGS = (".pt", ".pth", ".safetensors")
 _WRAPPED_OUT = {"pixart": "state_dict"}  # what the original's loader looks for; the others' are not wrapped
@@ -120,7 +120,7 @@ def _left_out(contents: Contents, model: ModelConfig) -> list[str]:
 
 def folded_notes(model: ModelConfig) -> list[str]:
     """What an export changed, for people."""
-    from megadit.convert.folding import readout_mult
+    from megadit.models.conversion.folding import readout_mult
 
     notes = []
     if readout_mult(model) != 1.0:

@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megadit.config.json_fields import Fields
-from megadit.config.model import ModelConfig
-from megadit.config.run import ObjectiveConfig, RunConfig
+from megadit.config.schema.model import ModelConfig
+from megadit.config.schema.run import ObjectiveConfig, RunConfig
 from megadit.convert.contents import Contents
 from megadit.convert.difference import Difference, measure, not_measured
 from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
@@ -45,10 +44,11 @@ from megadit.convert.pipeline_schedulers import (
 from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
-from megadit.convert.transformer_class import LEGACY, class_config
-from megadit.data.codec_folder import VAE_CLASS, read_facts
-from megadit.data.weight_files import find_weights
+from megadit.data.codecs.folder import VAE_CLASS, read_facts
 from megadit.errors import UserError
+from megadit.files.json_fields import Fields
+from megadit.files.weight_files import find_weights
+from megadit.models.conversion.transformer_class import LEGACY, class_config
 
 SHARD_BYTES = 10 * 10**9  # above which diffusers' own save_pretrained cuts a model
 _WEIGHTS = "diffusion_pytorch_model"

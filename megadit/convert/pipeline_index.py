@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.json_fields import Fields, shown
-from megadit.convert.names import listed
 from megadit.errors import UserError
-from megadit.hub_cache import broken_link, snapshot_of
+from megadit.files.hub_cache import broken_link, snapshot_of
+from megadit.files.json_fields import Fields, shown
+from megadit.models.conversion.names import listed
 
 INDEX, CONFIG = "model_index.json", "config.json"
 TRANSFORMER, SCHEDULER, VAE = "transformer", "scheduler", "vae"

@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megadit.config.json_fields import Fields, shown
-from megadit.config.model import ModelConfig
-from megadit.config.run import ObjectiveConfig
-from megadit.convert.names import listed
+from megadit.config.schema.model import ModelConfig
+from megadit.config.schema.run import ObjectiveConfig
 from megadit.convert.scheduler_keys import DRAWING, SAMPLED_HERE, SCHEDULERS, STEPS, SWITCHED, TRAINING
 from megadit.diffusion.ddpm import BETA_ENDS, beta_ends, schedule_betas
 from megadit.errors import UserError
+from megadit.files.json_fields import Fields, shown
+from megadit.models.conversion.names import listed
 
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 _FLOW_PREDICTION = "flow_prediction"

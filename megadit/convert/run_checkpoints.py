@@ -12,17 +12,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megadit.checkpoint.find import open_checkpoint
+from megadit.checkpoint.format import WEIGHTS, Position
+from megadit.checkpoint.read import StoredCheckpoint
+from megadit.checkpoint.write import save_checkpoint
 from megadit.conditioning import Conditioning
 from megadit.config import RunConfig, save_config
-from megadit.config.run import ONLINE
+from megadit.config.schema.run import ONLINE
 from megadit.convert.contents import Contents, Part, group_facts
 from megadit.convert.deferred import deferred, loaded
-from megadit.data.text.kept import NULL_TEXT_FILE, load_conditions, save_conditions
+from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions, save_conditions
 from megadit.diffusion.classes import CLASSES_FILE, read_classes
+from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
-from megadit.train.checkpoint import WEIGHTS, Position, StoredCheckpoint, open_checkpoint, save_checkpoint
-from megadit.train.partitions import MOMENTS, Fragment, Partitions
 
 NULL_CAPTION = "y_embedder.y_embedding"  # PixArt's buffer: the features that stand for no text, (length, dim)
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")

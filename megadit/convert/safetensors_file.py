@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit.config.json_fields import shown
-from megadit.config.json_text import JsonError, parse_json
 from megadit.convert.deferred import deferred
 from megadit.errors import UserError
-from megadit.file_kind import file_instead
+from megadit.files.file_kind import file_instead
+from megadit.files.json_fields import shown
+from megadit.files.json_text import JsonError, parse_json
 
 _MOST_HEADER = 100_000_000  # bytes, as the library has it
 _MOST_DIMS = 64

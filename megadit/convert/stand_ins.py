@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megadit.file_kind import file_instead
-from megadit.folder_kind import folder_instead
+from megadit.files.file_kind import file_instead
+from megadit.files.folder_kind import folder_instead
 
 _HEAD_BYTES = 2**22  # of a torch file, where its pickle stands; the tensors follow
 _DCP = ".distcp"

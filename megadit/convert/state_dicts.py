@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deferred import deferred
@@ -29,11 +30,10 @@ from megadit.convert.safe_load import load_deferred
 from megadit.convert.safetensors_file import SafetensorsFile
 from megadit.convert.torch_file import save_streaming
 from megadit.convert.wrappings import labels_of, plain_weights
-from megadit.data.weight_files import WeightFiles, find_weights, joined
 from megadit.errors import UserError
-from megadit.file_kind import instead, kind_of_file
-from megadit.folder_kind import folder_instead
-from megadit.train.checkpoint import WEIGHTS
+from megadit.files.file_kind import instead, kind_of_file
+from megadit.files.folder_kind import folder_instead
+from megadit.files.weight_files import WeightFiles, find_weights, joined
 
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
 _BYTES = 4  # float32

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megadit.convert.names import listed
 from megadit.errors import UserError
-from megadit.folder_kind import folder_instead
+from megadit.files.folder_kind import folder_instead
+from megadit.models.conversion.names import listed
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Names of files of a training's state that are no weights of a model.

@@ -25,8 +25,8 @@ from megadit.convert.foreign_names import (
     refuse_kinds,
     refuse_other_models,
 )
-from megadit.convert.names import listed
 from megadit.errors import UserError
+from megadit.models.conversion.names import listed
 
 _ANCHORS = {
     "dit": "x_embedder.proj.weight",

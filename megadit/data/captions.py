@@ -7,11 +7,11 @@ import os
 from pathlib import Path, PurePosixPath
 
 from megadit.data.dataset import ImageSet, Subset
-from megadit.data.folder import FolderSet
-from megadit.data.tars.tar_set import TarSet
-from megadit.data.tree import CAPTIONS
+from megadit.data.sources.image_folder import FolderSet
+from megadit.data.sources.tree import CAPTIONS
+from megadit.data.sources.webdataset import TarSet
 from megadit.errors import UserError, say
-from megadit.text_files import REPLACED
+from megadit.files.text import REPLACED
 
 _Place = tuple[ImageSet, int]  # an image of a part of the set
 

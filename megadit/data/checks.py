@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megadit.config import RunConfig
-from megadit.config.data import VaeConfig
+from megadit.config.schema.data import VaeConfig
+from megadit.data.codecs.latents import check_vae, codec_facts
 from megadit.data.dataset import DatasetFacts, StoredFacts
-from megadit.data.latents import check_vae, codec_facts
 from megadit.errors import UserError
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megadit.conditioning import Conditioning, null_caption, null_label
-from megadit.config.model import ModelConfig, TextInput
-from megadit.config.run import RunConfig
+from megadit.config.schema.model import ModelConfig, TextInput
+from megadit.config.schema.run import RunConfig
 from megadit.data.batch import Batch
 from megadit.data.captions import check_captions
 from megadit.data.dataset import ImageSet
 from megadit.data.text import TextEncoder, TextTable, build_encoder, build_table, cache_folder, check_lengths
-from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
+from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
 from megadit.errors import UserError
 
 

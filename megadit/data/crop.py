@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megadit.config.data import Crop
+from megadit.config.schema.data import Crop
 from megadit.data.image_files import REMEDY, check, decode
 from megadit.errors import UserError, why_unreadable
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from megadit.config import RunConfig
 from megadit.config.values import plain_text
-from megadit.data.codec_folder import codec_facts
+from megadit.data.codecs.folder import codec_facts
+from megadit.data.codecs.latents import codec_identity, codec_scale
 from megadit.data.dataset import ImageSet, Subset
-from megadit.data.latents import codec_identity, codec_scale
 from megadit.data.listing import digest, first_difference, record, same_files
-from megadit.data.tars.tar_set import cut_before_crop
+from megadit.data.sources.webdataset import cut_before_crop
 from megadit.data.text.encoders import build_encoder
 from megadit.data.text.folders import fingerprint
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from megadit.errors import UserError, why_unreadable
-from megadit.file_kind import PICTURES, bytes_instead, file_instead
+from megadit.files.file_kind import PICTURES, bytes_instead, file_instead
 
 # What image files may be called, and Pillow's name of the format. The content decides which of them a file is of.
 FORMATS = {

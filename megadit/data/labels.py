@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.text_files import has_half_pair
+from megadit.files.text import has_half_pair
 
 # A part of a large set, such as eight images of ImageNet-21k, names classes that it has no image of.
 _PLAUSIBLE = 100_000

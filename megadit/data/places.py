@@ -9,10 +9,10 @@ import importlib.util
 from pathlib import Path
 
 from megadit.config import RunConfig
-from megadit.config.data import DataConfig, FeatureSource
-from megadit.data.codec_folder import codec_folder
+from megadit.config.schema.data import DataConfig, FeatureSource
+from megadit.data.codecs.folder import codec_folder
 from megadit.data.features.folders import check_folder, check_packages
-from megadit.data.tars.layout import find_shards
+from megadit.data.shards.layout import find_shards
 from megadit.data.text.folders import check_source
 from megadit.errors import UserError
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megadit.config.data import OnCorrupt
+from megadit.config.schema.data import OnCorrupt
 from megadit.data.batch import Batch, RawBatch, UnreadableSample, finish, read_samples
 from megadit.data.dataset import ImageSet
 from megadit.data.order import BatchLayout, SampleOrder

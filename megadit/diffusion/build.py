@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megadit.conditioning import Conditioning, null_label
-from megadit.config.run import ObjectiveConfig
+from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion.ddpm import DDPMObjective
 from megadit.diffusion.flow import FlowObjective
 from megadit.diffusion.objective import Objective

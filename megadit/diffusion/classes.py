@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megadit.config.json_text import JsonError, parse_json
 from megadit.data.class_names import ClassNames, quoted
 from megadit.errors import UserError, say
+from megadit.files.json_text import JsonError, parse_json
 
 CLASSES_FILE, NOTICE_FILE = "classes.json", "DATA-NOTICE.txt"
 _NUMBER = re.compile(r"-?[0-9]+")  # int() also takes +3, 1_000 and digits of other scripts

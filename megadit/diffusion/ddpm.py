@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.conditioning import Conditioning
-from megadit.config.run import ObjectiveConfig
+from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective, check_channels, sample_mean
 from megadit.diffusion.timesteps import MODEL_TIME, discrete_steps, uniform_times
 from megadit.diffusion.weighting import min_snr_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megadit.conditioning import Conditioning
-from megadit.config.run import ObjectiveConfig
+from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective, check_channels, sample_mean
 from megadit.diffusion.timesteps import MODEL_TIME, logit_normal_times, shift_times, uniform_times
 from megadit.errors import UserError

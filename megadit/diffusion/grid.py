@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megadit.errors import UserError
-from megadit.files import whole_file
-from megadit.text_files import whole_text
+from megadit.files.paths import whole_file
+from megadit.files.text import whole_text
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megadit.errors import UserError
-from megadit.files import ARRAYS, PNG, check_output
+from megadit.files.paths import ARRAYS, PNG, check_output
 
 
 def check_outputs(grid: Path, npz: Path | None) -> None:

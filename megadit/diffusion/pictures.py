@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning, null_label
-from megadit.config.run import RunConfig
-from megadit.data.latents import Codec
+from megadit.config.schema.run import RunConfig
+from megadit.data.codecs.latents import Codec
 from megadit.diffusion.grid import grid_columns, save_grid, to_uint8
 from megadit.diffusion.sampling import sample
 

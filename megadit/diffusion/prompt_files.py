@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadit.errors import UserError
-from megadit.file_kind import text_instead
-from megadit.text_files import decode, has_half_pair, split_lines, why_no_text
+from megadit.files.file_kind import text_instead
+from megadit.files.text import decode, has_half_pair, split_lines, why_no_text
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megadit.config.run import RunConfig
+from megadit.config.schema.run import RunConfig
 from megadit.data.class_names import quoted
 from megadit.data.conditions import as_seen, check_encoder
 from megadit.data.text import build_encoder, check_lengths
-from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
+from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
 from megadit.diffusion.classes import chosen_classes
 from megadit.diffusion.pictures import Subjects, class_subjects, text_subjects
 from megadit.diffusion.prompt_files import check_prompts, read_prompts

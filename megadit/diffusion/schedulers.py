@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megadit.config.run import ObjectiveConfig, SampleConfig
-from megadit.config.samplers import check_steps, ends_at_zero, scheduler_name
+from megadit.config.schema.run import ObjectiveConfig, SampleConfig
+from megadit.config.schema.sampling import check_steps, ends_at_zero, scheduler_name
 from megadit.diffusion.ddpm import schedule_betas
 from megadit.diffusion.timesteps import MODEL_TIME
 from megadit.optional import import_diffusers

@@ -137,8 +137,8 @@ def training_step() -> None:
     """The smallest real training: a linear layer, ZeRO stage 1, one step. Raises whatever goes wrong."""
     import torch
 
+    from megadit.engine.deepspeed.partitions import avoid_shm_build
     from megadit.parallel import start_processes, stop_processes
-    from megadit.train.partitions import avoid_shm_build
 
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     context = start_processes(timeout_s=60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
-from megadit.config.model import ModelConfig
+from megadit.config.schema.model import ModelConfig
 from megadit.models.layers import unpatchify
 from megadit.models.stages import Carrier, Stage
 from megadit.parallel.collectives import all_tokens

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from megadit.config.model import ModelConfig
+from megadit.config.schema.model import ModelConfig
 from megadit.models.repa import build_projector
 from megadit.models.stages import StagedModel
 from megadit.mup.init import init_parameters
@@ -18,10 +18,10 @@ from megadit.parallel.tensor import WHOLE, TensorLayout, building
 # Module and class of each family, imported when one is built.
 FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "dit": ("megadit.models.dit", "DiT"),
-        "pixart": ("megadit.models.pixart", "PixArt"),
-        "uvit": ("megadit.models.uvit", "UViT"),
-        "mmdit": ("megadit.models.mmdit", "MMDiT"),
+        "dit": ("megadit.models.dit.model", "DiT"),
+        "pixart": ("megadit.models.pixart.model", "PixArt"),
+        "uvit": ("megadit.models.uvit.model", "UViT"),
+        "mmdit": ("megadit.models.mmdit.model", "MMDiT"),
     }
 )
 

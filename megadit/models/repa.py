@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.config.model import ModelConfig
-from megadit.config.model import RepaProjector as RepaConfig
+from megadit.config.schema.model import ModelConfig
+from megadit.config.schema.model import RepaProjector as RepaConfig
 from megadit.models.layers import MuLinear, MuRMSNorm
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megadit import rng
 from megadit.conditioning import Conditioning
-from megadit.config.model import ModelConfig
+from megadit.config.schema.model import ModelConfig
 
 
 def example_images(config: ModelConfig, numbers: Sequence[int]) -> Tensor:

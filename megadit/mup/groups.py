@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from megadit.config.optim import OptimConfig
+from megadit.config.schema.optim import OptimConfig
 from megadit.mup.rules import clip_mult, eps_mult, wd_mult
 from megadit.mup.spec import ROLES, ParamSpec, Role, param_specs
 

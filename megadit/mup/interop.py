@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from megadit.files import begins_with, whole_file
+from megadit.files.paths import begins_with, whole_file
 from megadit.mup.spec import param_specs, walk_specs
 
 _HEADER = "# Base shapes for the mup package: null marks a finite dimension, a number the size in the base model.\n"

@@ -26,7 +26,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal
 
-from megadit.config.model import ModelConfig
+from megadit.config.schema.model import ModelConfig
 from megadit.mup.spec import Dim, ParamSpec, Role
 
 WdMode = Literal["independent", "constant", "sqrt"]
@@ -160,7 +160,7 @@ def clip_mult(spec: ParamSpec) -> float:
     Under muP the residual stream has entries of size 1 and its gradient entries of size 1/m, that is norms sqrt(m)
     and 1/sqrt(m). The gradient of a hidden weight is a product of the two: 1. Input weights, tables and vectors see
     the second beside something of fixed size, the readout the first times its multiplier 1/m: 1/sqrt(m). Finite
-    parameters have a fixed number of entries of fixed size: 1. Measured by tests/train/test_clip_scaling.py.
+    parameters have a fixed number of entries of fixed size: 1. Measured by tests/engine/test_clip_scaling.py.
     """
     return 1.0 if spec.role in ("hidden", "finite") else 1.0 / math.sqrt(spec.width_mult)
 

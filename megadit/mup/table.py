@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from torch import nn
 
-from megadit.config.model import Role
-from megadit.config.optim import OptimConfig
+from megadit.config.schema.model import Role
+from megadit.config.schema.optim import OptimConfig
 from megadit.mup.rules import clip_mult, eps_mult, wd_mult
 from megadit.mup.spec import ParamSpec, param_specs
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from megadit import __version__
 from megadit.errors import UserError
+from megadit.files.text import name_bytes
 from megadit.parallel.processes import ProcessContext
-from megadit.text_files import name_bytes
 
 _TOLD = 4  # differences that the error names
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megadit.errors import UserError
-from megadit.ownership import OwnershipLost
+from megadit.files.ownership import OwnershipLost
 from megadit.parallel.environment import first_slurm_host, prepare_environment
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadit.config import ModelConfig
-from megadit.models.segment import Segment, build_segment
+from megadit.models.chunk import Segment, build_segment
 from megadit.models.stages import Carrier
 from megadit.mup.example import example_conditioning
 from megadit.parallel.recompute import Recompute

@@ -14,7 +14,7 @@ import numpy as np
 from megadit.errors import UserError
 from megadit.search.results import COMPLETE, Observation, StudyResults
 from megadit.search.study.spec import ScoreSpec
-from megadit.search.ties import at_most, lowest, ranks
+from megadit.transfer.ties import at_most, lowest, ranks
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megadit.checkpoint.read import StoredCheckpoint, changed_values
 from megadit.config import OptimConfig, RunConfig
 from megadit.config.values import plain_text
+from megadit.engine.schedule import Schedule, steps_of_epochs
 from megadit.errors import UserError
-from megadit.train.checkpoint_read import StoredCheckpoint, changed_values
-from megadit.train.schedule import Schedule, steps_of_epochs
 
 # Of what the rate at a step is made, beside lr_mult; and what says where files lie, which changes nothing.
 _SCHEDULE = tuple(f"optim.{key}" for key in ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio"))

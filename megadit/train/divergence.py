@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadit.config.json_text import JsonError, parse_json
 from megadit.data.order import SampleOrder
 from megadit.data.windows import Window, as_value, joined, shown, without
+from megadit.files.json_text import JsonError, parse_json
 from megadit.mup.spec import Role
 from megadit.train.run_dir import write_json
 

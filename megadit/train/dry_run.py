@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig
+from megadit.engine.deepspeed.check import check_ds_config
 from megadit.errors import EXIT_OK, UserError
 from megadit.optional import defer_compiler
 from megadit.parallel.environment import is_local_main
-from megadit.train.command import check_data, check_here, check_machine, resolve
-from megadit.train.ds_check import check_ds_config
-from megadit.train.pretrain import Job, Start, checked_start, total_steps
+from megadit.train.prepare import check_data, check_here, check_machine, resolve
+from megadit.train.start import Job, Start, checked_start, total_steps
 
 
 def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:

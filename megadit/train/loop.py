@@ -10,18 +10,18 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from megadit.checkpoint.format import Position
 from megadit.data import Batch, BatchStream
 from megadit.data.windows import shown
 from megadit.diffusion import NoisyBatch
+from megadit.engine.deepspeed.guard import LossScaleExhausted, Reading
+from megadit.engine.engine import Sample
 from megadit.errors import harmless, say
-from megadit.ownership import OwnershipLost
+from megadit.files.ownership import OwnershipLost
 from megadit.train.callbacks import Callback, Record, RunStopped
 from megadit.train.callbacks.base import due
-from megadit.train.checkpoint import Position
 from megadit.train.divergence import LEFT_OUT, describe
-from megadit.train.engine import Sample
 from megadit.train.meter import Meter
-from megadit.train.partitions_guard import LossScaleExhausted, Reading
 from megadit.train.preemption import Interrupt, preemption_signals
 from megadit.train.run import TrainingRun
 from megadit.train.spikes import KIND as SPIKE

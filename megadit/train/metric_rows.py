@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.json_text import JsonError, parse_json
+from megadit.files.json_text import JsonError, parse_json
 
 _LARGEST = 2**63 - 1
 

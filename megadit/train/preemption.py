@@ -144,7 +144,7 @@ def end_before_training(folder: Path, asked: Preempted) -> int:
 
     A launcher also ends ranks by SIGTERM because another one failed: where that is to be seen, it is a failure.
     """
-    from megadit.train.checkpoint_names import saved_step
+    from megadit.checkpoint.names import saved_step
     from megadit.train.run_dir import RunDirectory
 
     directory, alone = RunDirectory(folder), os.environ.get("WORLD_SIZE", "1") == "1"

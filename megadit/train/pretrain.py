@@ -15,22 +15,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megadit.checkpoint.format import Position, cannot_write
+from megadit.checkpoint.names import saved_step
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, describe
+from megadit.data.codecs.latents import build_codec
 from megadit.data.conditions import build_conditions, kept_null
 from megadit.data.features import TargetFeatures
-from megadit.data.latents import build_codec
 from megadit.data.windows import joined
 from megadit.diffusion import build_objective
+from megadit.engine.engine import TrainingEngine
+from megadit.engine.pipeline import PipelineTrainingEngine
+from megadit.engine.schedule import Schedule
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
-from megadit.files import check_folder
+from megadit.files.ownership import Claim, Occupied, OwnershipLost
+from megadit.files.paths import check_folder
 from megadit.models import build_model
-from megadit.models.segment import Segment, build_segment
+from megadit.models.chunk import Segment, build_segment
 from megadit.models.stages import StagedModel
 from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
 from megadit.optional import defer_compiler
-from megadit.ownership import Claim, Occupied, OwnershipLost
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.agreement import check_agreement, flat
 from megadit.parallel.balance import balanced_cuts
@@ -40,17 +45,12 @@ from megadit.parallel.rendezvous import RendezvousFailed
 from megadit.parallel.topology import Groups, Topology
 from megadit.plan.flops import stage_flops
 from megadit.train.callbacks import Callback, RunStopped, default_callbacks
-from megadit.train.checkpoint import Position, saved_step
-from megadit.train.checkpoint_format import cannot_write
 from megadit.train.divergence import TrainingDiverged, notes_of_earlier_ends, remember
-from megadit.train.engine import TrainingEngine
 from megadit.train.loop import fit
-from megadit.train.pipeline import PipelineTrainingEngine
 from megadit.train.preemption import Preempted
 from megadit.train.resume import restore, samples_left_out, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
-from megadit.train.schedule import Schedule
 from megadit.train.start import Job, Start, checked_start, resume_point, total_steps
 
 __all__ = ["Job", "Start", "assemble", "checked_start", "pretrain", "resume_point", "total_steps"]

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megadit.checkpoint.find import none_sound, open_checkpoint, tell_fallback
+from megadit.checkpoint.io import BrokenCheckpoint
+from megadit.checkpoint.read import StoredCheckpoint, open_everywhere, shapes_of
+from megadit.checkpoint.write import take_up
 from megadit.config import RunConfig
-from megadit.config.run import ONLINE
+from megadit.config.schema.run import ONLINE
 from megadit.data import ImageSet
 from megadit.data.windows import Window, before, joined, shown, without
+from megadit.engine.engine import TrainingEngine
 from megadit.errors import UserError
 from megadit.parallel import ProcessContext
 from megadit.train.changes import config_notes, group_notes
-from megadit.train.checkpoint_find import none_sound, open_checkpoint, tell_fallback
-from megadit.train.checkpoint_read import StoredCheckpoint, open_everywhere, shapes_of
-from megadit.train.checkpoint_write import take_up
-from megadit.train.engine import TrainingEngine
-from megadit.train.fragment_io import BrokenCheckpoint
 from megadit.train.run_dir import RunDirectory
 from megadit.train.same_data import DataRecord, held_against
 

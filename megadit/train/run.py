@@ -9,20 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
+from megadit.checkpoint.format import Position
+from megadit.checkpoint.write import save_checkpoint
 from megadit.conditioning import Conditioning
 from megadit.config import RunConfig
 from megadit.data import Batch, BatchLayout, ImageSet
+from megadit.data.codecs.latents import Codec
 from megadit.data.conditions import Conditions
 from megadit.data.features import TargetFeatures
-from megadit.data.latents import Codec
 from megadit.data.windows import before
 from megadit.diffusion import LossTerms, NoisyBatch, Objective
 from megadit.diffusion.repa import alignment_loss, with_alignment
+from megadit.engine.engine import TrainingEngine
 from megadit.parallel import ProcessContext
 from megadit.rng import sample_keys
-from megadit.train.checkpoint import Position, save_checkpoint
 from megadit.train.divergence import TrainingDiverged
-from megadit.train.engine import TrainingEngine
 from megadit.train.run_dir import RunDirectory
 from megadit.train.same_data import DataRecord
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from megadit import __version__
 from megadit.config import RunConfig, save_config
-from megadit.config.json_text import parse_json
-from megadit.config.sources import is_resolved
+from megadit.config.loading.sources import is_resolved
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_PREEMPTED, UserError, say
-from megadit.files import whole_file
-from megadit.ownership import Ownership, is_another_s
-from megadit.text_files import whole_text
+from megadit.files.json_text import parse_json
+from megadit.files.ownership import Ownership, is_another_s
+from megadit.files.paths import whole_file
+from megadit.files.text import whole_text
 from megadit.train.metric_rows import read_rows
 
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megadit.checkpoint.read import StoredCheckpoint
 from megadit.config import RunConfig
-from megadit.config.json_text import JsonError, parse_json
 from megadit.data import ImageSet
 from megadit.data.identity import Identity, config_differences, crop_note, differences, identify
 from megadit.errors import UserError
-from megadit.train.checkpoint_read import StoredCheckpoint
+from megadit.files.json_text import JsonError, parse_json
 
 _IDENTITY, _CHANGES = "data", "data_changes"  # of state.json
 

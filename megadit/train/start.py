@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megadit.checkpoint.find import open_checkpoint
+from megadit.checkpoint.names import checkpoint_root, has_checkpoints
+from megadit.checkpoint.read import StoredCheckpoint
 from megadit.config import RunConfig
 from megadit.data import ImageSet
 from megadit.data.windows import Window, joined
+from megadit.engine.schedule import steps_of_epochs
 from megadit.errors import UserError
-from megadit.train.checkpoint import StoredCheckpoint, checkpoint_root, has_checkpoints, open_checkpoint
 from megadit.train.resume import check_weights_start, samples_left_out
 from megadit.train.same_data import DataRecord, data_record
-from megadit.train.schedule import steps_of_epochs
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megadit.config.run import ONLINE
+from megadit.config.schema.run import ONLINE
 from megadit.data import SampleOrder, make_batch
 from megadit.rng import batch_normal, sample_keys
 
 if TYPE_CHECKING:
-    from megadit.train.engine import Sample
+    from megadit.engine.engine import Sample
     from megadit.train.run import TrainingRun
 
 _SEED = 20240521  # fixed for all runs: the loss must not depend on train.seed

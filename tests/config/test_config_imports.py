@@ -10,7 +10,7 @@ def test_neither_torch_nor_deepspeed_is_imported():
     script = (
         "import sys\n"
         "from megadit.config import load, merge_ds_config\n"
-        "import megadit.config.schema\n"
+        "import megadit.config.schema.json_schema\n"
         "merge_ds_config(load('dit/xl-2-mup.yaml'), 'deepspeed/zero2.json', 8)\n"
         "heavy = {'torch', 'deepspeed', 'numpy', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)\n"

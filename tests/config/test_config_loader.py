@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megadit.config import RunConfig, load, load_config, preset, replace, save_config
-from megadit.config.sources import configs_dir
+from megadit.config.loading.sources import configs_dir
 from megadit.errors import UserError
 
 MINIMAL = "model: {width: 64, heads: 4}\ntrain: {steps: 10}\n"

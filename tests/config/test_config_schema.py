@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from megadit.config.keys import all_keys
-from megadit.config.run import RunConfig
-from megadit.config.schema import file_schema, reference
-from megadit.config.sources import configs_dir
+from megadit.config.loading.sources import configs_dir
+from megadit.config.schema.json_schema import file_schema, reference
+from megadit.config.schema.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

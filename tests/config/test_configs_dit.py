@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megadit.config import load, load_config
-from megadit.config.sources import configs_dir
+from megadit.config.loading.sources import configs_dir
 
 # file: width, heads, parametrization, log2 or plain lr, steps
 PAPER: dict[str, tuple[int, int, str, float, int]] = {

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from megadit.config import load, load_config
-from megadit.config.sources import configs_dir
+from megadit.config.loading.sources import configs_dir
 from megadit.models import count_parameters
 
 # file: width, heads, parametrization, lr, batch, epochs, steps between checkpoints, millions of parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadit.config import load_config
-from megadit.config.sources import configs_dir
+from megadit.config.loading.sources import configs_dir
 from megadit.models import count_parameters
 
 # file: parameters, betas, warm-up, steps, batch

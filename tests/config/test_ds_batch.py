@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from megadit.config import LoadedConfig, RunConfig, merge_ds_config
-from megadit.config.ds_batch import BatchPlan, Size, plan_batch
+from megadit.config.deepspeed.batch import BatchPlan, Size, plan_batch
 from megadit.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megadit.config import LoadedConfig, load, merge_ds_config, save_config
-from megadit.config.sources import configs_dir
+from megadit.config.loading.sources import configs_dir
 from megadit.errors import UserError
 
 BASE = (

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megadit.config import load
-from megadit.config.ds_plain import PLAIN, is_plain
-from megadit.config.dsconfig import merge_ds_config
+from megadit.config.deepspeed.merge import merge_ds_config
+from megadit.config.deepspeed.plain import PLAIN, is_plain
+from megadit.engine.deepspeed.check import check_ds_config
 from megadit.errors import UserError
-from megadit.train.ds_check import check_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))

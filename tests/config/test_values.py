@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from megadit.config import load, load_config, merge_ds_config, replace, save_config
-from megadit.config.json_text import JsonError, parse_json
 from megadit.config.values import meaning
-from megadit.config.yaml_text import YamlError, dump_yaml, parse_yaml
 from megadit.errors import UserError
+from megadit.files.json_text import JsonError, parse_json
+from megadit.files.text import decode
+from megadit.files.yaml_text import YamlError, dump_yaml, parse_yaml
 from megadit.search.study.spec import read_spec
-from megadit.text_files import decode
 
 MODEL = "model: {width: 64, heads: 4, input_size: 8}\n"
 MINIMAL = MODEL + "train: {steps: 10}\n"

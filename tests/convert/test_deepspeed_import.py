@@ -10,11 +10,12 @@ import torch
 
 from helpers.foreign import CONFIG, KINDS, Case, save_all
 from helpers.ranks import run_ranks
+from megadit.checkpoint.find import find_checkpoint
+from megadit.checkpoint.read import StoredCheckpoint
 from megadit.convert.conversion import convert
 from megadit.errors import UserError
-from megadit.train.checkpoint import StoredCheckpoint, find_checkpoint
-from megadit.train.pretrain import resume_point
 from megadit.train.resume import check_weights_start
+from megadit.train.start import resume_point
 
 pytestmark = pytest.mark.distributed
 

@@ -13,10 +13,10 @@ from megadit.config import ModelConfig, preset
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
 from megadit.convert.difference import measure
 from megadit.convert.dispatch import diffusers_gap
-from megadit.convert.families.common import heads_of
-from megadit.convert.names import model_shapes
 from megadit.errors import UserError
 from megadit.models import build_model
+from megadit.models.conversion.common import heads_of
+from megadit.models.conversion.names import model_shapes
 
 
 def random_state(config: ModelConfig) -> dict[str, Tensor]:

@@ -19,8 +19,10 @@ from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
 from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
 from helpers.tiny_uvit import tiny_uvit
+from megadit.checkpoint.model import load_model
+from megadit.checkpoint.read import StoredCheckpoint, shapes_of
 from megadit.config import ModelConfig, save_config
-from megadit.config.model import RepaProjector
+from megadit.config.schema.model import RepaProjector
 from megadit.convert import difference, pipeline_folders
 from megadit.convert.conversion import Outcome, convert
 from megadit.convert.defaults import default_run
@@ -29,8 +31,6 @@ from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
-from megadit.train.checkpoint import StoredCheckpoint, load_model
-from megadit.train.checkpoint_read import shapes_of
 from megadit.train.resume import check_weights_start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_official_there_and_back_is_bit_exact(runs: dict[str, Path], tmp_path: P
         stored = torch.load(file, weights_only=True)
         assert (list(stored) == ["state_dict"]) == (family == "pixart")
     if family == "pixart":
-        from megadit.data.text.kept import NULL_TEXT_FILE, load_conditions
+        from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions
 
         kept = [load_conditions(run / NULL_TEXT_FILE)[0].text for run in (runs[family], tmp_path / "back")]
         assert kept[0] is not None and kept[1] is not None and torch.equal(kept[0], kept[1])

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from helpers.layout_matrix import FAMILIES, matrix_config
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, train_rank
+from megadit.checkpoint.read import StoredCheckpoint
 from megadit.config import RunConfig
 from megadit.convert import FORMATS
 from megadit.convert.conversion import convert
 from megadit.convert.run_checkpoints import NULL_CAPTION
-from megadit.train.checkpoint import StoredCheckpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 LAYOUTS: dict[str, dict[str, Any]] = {

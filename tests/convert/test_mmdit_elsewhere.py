@@ -11,9 +11,9 @@ from torch import Tensor
 from helpers.tiny_dit import randomize
 from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
 from megadit.config import ModelConfig
-from megadit.convert.families import mmdit
 from megadit.errors import UserError
 from megadit.models import StagedModel, build_model
+from megadit.models.mmdit import convert as mmdit
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -25,13 +25,13 @@ from helpers.official_releases import State, release
 from helpers.pixart_reference import reference_pixart
 from helpers.scripts import import_script
 from helpers.uvit_reference import reference_uvit
+from megadit.checkpoint.model import load_model
 from megadit.config import ModelConfig
 from megadit.convert.conversion import convert
 from megadit.convert.weight_folders import weights_file
-from megadit.data.text.kept import NULL_TEXT_FILE, load_conditions
+from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions
 from megadit.errors import UserError
 from megadit.mup.example import example_conditioning, example_images
-from megadit.train.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

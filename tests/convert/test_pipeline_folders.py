@@ -15,6 +15,7 @@ import torch
 from helpers.tiny_dit import randomize, tiny_config
 from helpers.tiny_mmdit import tiny_mmdit
 from helpers.tiny_pixart import tiny_pixart
+from megadit.checkpoint.model import load_model
 from megadit.config import ModelConfig
 from megadit.convert import pipeline_folders, to_diffusers
 from megadit.convert.conversion import Outcome, convert
@@ -23,7 +24,6 @@ from megadit.convert.difference import Difference
 from megadit.convert.state_dicts import write_one
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.train.checkpoint import load_model
 
 MODELS = {"dit": tiny_config(), "pixart": tiny_pixart(), "mmdit": tiny_mmdit(pooled=12, pos_embed_max_size=12)}
 PIPELINES = {"dit": "DiTPipeline", "pixart": "PixArtAlphaPipeline", "mmdit": "StableDiffusion3Pipeline"}

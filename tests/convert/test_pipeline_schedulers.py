@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from helpers.tiny_dit import tiny_config
-from megadit.config.json_fields import Fields
-from megadit.config.run import ObjectiveConfig, SampleConfig
+from megadit.config.schema.run import ObjectiveConfig, SampleConfig
 from megadit.convert import scheduler_keys
 from megadit.convert.pipeline_schedulers import objective_gap, read_objective, scheduler_json
 from megadit.convert.scheduler_keys import DRAWING, SCHEDULERS, SWITCHED, TRAINING
-from megadit.convert.transformer_class import DEFAULTS
 from megadit.diffusion.ddpm import schedule_betas
 from megadit.diffusion.schedulers import build_sampler
 from megadit.errors import UserError
+from megadit.files.json_fields import Fields
+from megadit.models.conversion.transformer_class import DEFAULTS
 
 WHERE = "IN: 'p/scheduler/scheduler_config.json'"
 PLAIN = tiny_config(learn_sigma=False)

@@ -11,17 +11,11 @@ from torch import Tensor
 from helpers.tiny_dit import randomize
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
 from megadit.config import ModelConfig
-from megadit.config.model import RoleHP, RoleHPs
-from megadit.convert.families.pixart import (
-    NULL_CAPTION,
-    from_diffusers,
-    from_official,
-    to_diffusers,
-    to_official,
-)
+from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.models.layers import sincos_2d
+from megadit.models.pixart.convert import NULL_CAPTION, from_diffusers, from_official, to_diffusers, to_official
 
 _HINTS = {"heads": 2}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadit.convert.deferred import deferred
 from megadit.convert.torch_file import save_streaming
-from megadit.file_kind import kind_of_file
+from megadit.files.file_kind import kind_of_file
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -12,10 +12,10 @@ from helpers.tiny_dit import randomize
 from helpers.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
 from helpers.uvit_reference import reference_uvit
 from megadit.config import ModelConfig, preset
-from megadit.convert.families import uvit
-from megadit.convert.names import model_shapes
 from megadit.errors import UserError
 from megadit.models import StagedModel, build_model
+from megadit.models.conversion.names import model_shapes
+from megadit.models.uvit import convert as uvit
 
 _SHAPES: list[dict[str, Any]] = [
     {},

@@ -13,9 +13,9 @@ from megadit.config import DataConfig
 from megadit.data import ImageSet, build_datasets
 from megadit.data.captions import check_captions
 from megadit.data.conditions import check_text
-from megadit.data.tars.encoding import Encoding, encode_set
-from megadit.data.tars.layout import Sharding
-from megadit.data.tars.making import make_shards
+from megadit.data.shards.encoding import Encoding, encode_set
+from megadit.data.shards.layout import Sharding
+from megadit.data.shards.making import make_shards
 from megadit.errors import UserError
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from helpers.tiny_text import CAPTIONS, bert_folder, clip_folder
 from megadit.conditioning import Conditioning, null_caption
-from megadit.config.model import ModelConfig, TextInput
-from megadit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
+from megadit.config.schema.model import ModelConfig, TextInput
+from megadit.config.schema.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 from megadit.data.batch import Batch
 from megadit.data.conditions import build_conditions, check_text, even_choice, kept_null
 from megadit.data.dataset import ArraySet, StoredFacts, Subset
 from megadit.data.text import build_encoder
-from megadit.data.text.kept import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
+from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
 from megadit.errors import UserError
 
 LENGTH = 12

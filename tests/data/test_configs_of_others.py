@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from megadit.config.data import VaeConfig
-from megadit.data.codec_folder import codec_facts
+from megadit.config.schema.data import VaeConfig
+from megadit.data.codecs.folder import codec_facts
 from megadit.data.features.folders import check_folder
-from megadit.data.tars.manifest import load_manifest
+from megadit.data.shards.manifest import load_manifest
+from megadit.data.text.condition_files import load_conditions
 from megadit.data.text.encoders import CLIPTextEncoder, MiniLMEncoder, T5TextEncoder
-from megadit.data.text.kept import load_conditions
 from megadit.errors import UserError
 
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 64], "down_block_types": ["a", "b"],

@@ -14,8 +14,8 @@ from helpers.training import small_config
 from megadit.config import DataConfig, RunConfig
 from megadit.data import build_datasets
 from megadit.data.identity import config_differences, crop_note, differences, identify
-from megadit.data.tars.making import Sharding, make_shards
-from megadit.data.tars.tar_set import TarSet
+from megadit.data.shards.making import Sharding, make_shards
+from megadit.data.sources.webdataset import TarSet
 
 CLASSES = ("ant", "cat", "dog")
 

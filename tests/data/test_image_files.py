@@ -15,8 +15,8 @@ from PIL import EpsImagePlugin, Image, ImageFile
 
 from megadit.data import image_files
 from megadit.data.crop import check_header, read_image
-from megadit.data.folder import load_folder
-from megadit.data.tars.members import read_picture
+from megadit.data.shards.members import read_picture
+from megadit.data.sources.image_folder import load_folder
 from megadit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

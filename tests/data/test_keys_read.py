@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megadit.config import DataConfig
-from megadit.config.reads import READ_WHERE
+from megadit.config.schema.reads import READ_WHERE
 from megadit.data import build_datasets
 
 OF_THE_SOURCE = ("path", "skin_tones", "crop")

@@ -15,10 +15,10 @@ from megadit.data import build_datasets, check_images
 from megadit.data.dataset import Subset
 from megadit.data.identity import differences, identify
 from megadit.data.listing import MISSING
+from megadit.data.shards.layout import INDEX, MANIFEST
+from megadit.data.shards.making import Sharding, make_shards
+from megadit.data.sources.webdataset import load_tars
 from megadit.data.split import held_out
-from megadit.data.tars.layout import INDEX, MANIFEST
-from megadit.data.tars.making import Sharding, make_shards
-from megadit.data.tars.tar_set import load_tars
 from megadit.errors import UserError
 
 LATIN = b"caf\xe9"  # in Latin-1; no UTF-8

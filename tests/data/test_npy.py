@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megadit.data.npy import array_of
-from megadit.data.tars.members import read_array
+from megadit.data.shards.members import read_array
 from megadit.errors import UserError
 
 

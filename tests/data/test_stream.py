@@ -17,8 +17,8 @@ from PIL import Image
 
 from megadit.data.batch import Batch
 from megadit.data.dataset import ArraySet
-from megadit.data.folder import FolderSet, load_folder
 from megadit.data.order import BatchLayout
+from megadit.data.sources.image_folder import FolderSet, load_folder
 from megadit.data.stream import BatchStream
 from megadit.errors import UserError
 

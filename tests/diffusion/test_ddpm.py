@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megadit.conditioning import Conditioning
-from megadit.config.run import ObjectiveConfig
+from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.diffusion.ddpm import NoiseSchedule, discretized_log_likelihood, schedule_betas
 from megadit.errors import UserError

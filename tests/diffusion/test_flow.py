@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megadit.conditioning import Conditioning
-from megadit.config.run import ObjectiveConfig
+from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.errors import UserError
 from megadit.optional import import_diffusers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megadit.conditioning import Conditioning
-from megadit.config.run import ObjectiveConfig
+from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.rng import batch_normal, normal, sample_keys
 

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
-from megadit.config.model import ModelConfig, TextInput
-from megadit.config.run import DataConfig, ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
-from megadit.data.latents import PixelCodec
+from megadit.config.schema.model import ModelConfig, TextInput
+from megadit.config.schema.run import DataConfig, ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
+from megadit.data.codecs.latents import PixelCodec
 from megadit.diffusion.pictures import (
     Subjects,
     class_subjects,

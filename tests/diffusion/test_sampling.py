@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
-from megadit.config.model import ModelConfig
-from megadit.config.run import ObjectiveConfig, SampleConfig
+from megadit.config.schema.model import ModelConfig
+from megadit.config.schema.run import ObjectiveConfig, SampleConfig
 from megadit.diffusion.sampling import guided, sample, step_noise
 from megadit.errors import UserError
 from megadit.rng import normal, stream_key

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
-from megadit.config.model import ModelConfig
-from megadit.config.run import ObjectiveConfig, SampleConfig
+from megadit.config.schema.model import ModelConfig
+from megadit.config.schema.run import ObjectiveConfig, SampleConfig
 from megadit.diffusion.sampling import sample
 from megadit.diffusion.schedulers import build_sampler, scheduler_name, spaced_steps
 from megadit.errors import UserError

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from helpers.fuzz import efforts, hunt, json_bytes, mutated, odd_values
 from helpers.ranks import run_ranks
 from helpers.training import small_config, train_rank
+from megadit.checkpoint.find import find_checkpoint, open_checkpoint
+from megadit.checkpoint.format import _sum_of
+from megadit.checkpoint.inspect import compare, describe_comparison, describe_summary, open_for_people, summary
+from megadit.checkpoint.read import StoredCheckpoint
 from megadit.config import RunConfig
 from megadit.models import build_model
-from megadit.train.checkpoint_find import find_checkpoint, open_checkpoint
-from megadit.train.checkpoint_format import _sum_of
-from megadit.train.checkpoint_inspect import compare, describe_comparison, describe_summary, open_for_people, summary
-from megadit.train.checkpoint_read import StoredCheckpoint
 
 CONFIG: RunConfig = small_config(
     model={"depth": 1, "width": 16, "heads": 1}, train={"steps": 2}, ema={"decays": (0.9,)}, optim={"warmup_steps": 0}

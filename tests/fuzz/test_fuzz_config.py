@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from helpers.training import small_config
 from megadit.config import RunConfig
-from megadit.config.ds_plain import is_plain
-from megadit.config.dsconfig import merge_ds_config
-from megadit.config.layout import layout_problem
-from megadit.config.loader import load, to_yaml
-from megadit.config.sources import configs_dir
+from megadit.config.deepspeed.merge import merge_ds_config
+from megadit.config.deepspeed.plain import is_plain
+from megadit.config.loading.loader import load, to_yaml
+from megadit.config.loading.sources import configs_dir
+from megadit.config.schema.layout import layout_problem
 
 
 def _values() -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from helpers.fuzz import efforts, hunt, mutated
 from megadit.data.crop import check_header, read_image
-from megadit.data.tars.members import read_array, read_picture
+from megadit.data.shards.members import read_array, read_picture
 from megadit.errors import UserError
 
 WORDS: dict[str, tuple[bytes, ...]] = {

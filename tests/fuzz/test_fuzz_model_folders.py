@@ -18,11 +18,11 @@ from helpers.tiny_dit import randomize, tiny_config
 from helpers.tiny_mmdit import tiny_mmdit
 from helpers.tiny_pixart import tiny_pixart
 from megadit.config import ModelConfig
-from megadit.config.data import VaeConfig
+from megadit.config.schema.data import VaeConfig
 from megadit.convert.request import Request
-from megadit.data.codec_folder import codec_facts
+from megadit.data.codecs.folder import codec_facts
+from megadit.data.codecs.pca import PatchPca, load_pca, save_pca
 from megadit.data.features.folders import check_folder
-from megadit.data.pca import PatchPca, load_pca, save_pca
 from megadit.data.text.folders import read_config
 from megadit.models import build_model
 

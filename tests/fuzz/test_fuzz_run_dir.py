@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from helpers.fuzz import efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from helpers.training import small_config
-from megadit.config.loader import save_config
+from megadit.checkpoint.names import run_config, saved_step
+from megadit.config.loading.loader import save_config
 from megadit.diffusion.classes import read_classes, read_notice, resolve_classes
 from megadit.diffusion.prompt_files import read_prompts
-from megadit.owner_file import Owner
+from megadit.files.owner_file import Owner
 from megadit.search.comparison.curves import read_curve
-from megadit.search.verdict.table import Columns, verify_table
 from megadit.search.workers.scores import _value
 from megadit.search.workers.trial import _why_diverged
-from megadit.train.checkpoint_names import run_config, saved_step
 from megadit.train.divergence import notes_of_earlier_ends, recorded
 from megadit.train.run_dir import RunDirectory
+from megadit.transfer.table import Columns, verify_table
 
 ROWS: list[dict[str, Any]] = [
     {

@@ -15,9 +15,9 @@ from helpers.fuzz import efforts, hunt, mutated
 from helpers.fuzz_files import HEADER_WORDS, STATE, Runs, torch_files
 from megadit.data.features.cache import CachedEncoder
 from megadit.data.text import table
-from megadit.data.text.kept import load_conditions
-from megadit.evaluate.emoji_clip import read_pictures
-from megadit.file_kind import file_instead, kind_of
+from megadit.data.text.condition_files import load_conditions
+from megadit.evaluate.metrics.emoji_clip import read_pictures
+from megadit.files.file_kind import file_instead, kind_of
 
 
 @efforts

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from helpers.fabricated import fabricate, make_study, store, valley
 from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
-from megadit.config.sources import configs_dir
-from megadit.config.yaml_text import dump_yaml
+from megadit.config.loading.sources import configs_dir
+from megadit.files.yaml_text import dump_yaml
 from megadit.search.results import load_results
 from megadit.search.status import format_status, status_of
 from megadit.search.storage.identity import Heartbeats, this_worker

@@ -13,8 +13,8 @@ from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
 from megadit.mup import attach_infshapes, param_groups
-from megadit.mup.coord_check import Build, CoordPlan, Objective, coordinate_readings
-from megadit.mup.coord_verdict import CoordVerdict, judge
+from megadit.mup.coord_check.measure import Build, CoordPlan, Objective, coordinate_readings
+from megadit.mup.coord_check.verdict import CoordVerdict, judge
 from megadit.mup.example import example_conditioning
 
 BASE = 32

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megadit.owner_file import FILE, Owner, OwnerFile
-from megadit.process_id import start_of
+from megadit.files.owner_file import FILE, Owner, OwnerFile
+from megadit.files.process_id import start_of
 
 ROOT = Path(__file__).resolve().parents[2]
 _OWN = """
 import sys
 from pathlib import Path
-from megadit.ownership import own
+from megadit.files.ownership import own
 ownership = own(Path(sys.argv[1]), "training", "--run_dir")
 print("owned", flush=True)
 sys.stdin.readline()

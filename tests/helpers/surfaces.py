@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megadit.search.verdict.estimate import Sample
+from megadit.transfer.estimate import Sample
 
 WIDTHS = (32, 64, 128, 256)
 GRID = tuple(range(-11, -3))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megadit.config import LoadedConfig, RunConfig
-from megadit.config.dsconfig import merge_ds_config
+from megadit.config.deepspeed.merge import merge_ds_config
 from megadit.data import BatchLayout, BatchStream, build_datasets
+from megadit.engine.schedule import Schedule
 from megadit.slices import runs
-from megadit.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
@@ -55,8 +55,9 @@ def assemble_rank(
 ) -> TrainingRun:
     """This rank's part of a run, as the command assembles it, from ``checkpoint`` if given."""
     from megadit.parallel import start_processes
-    from megadit.train.pretrain import Job, Start, assemble
+    from megadit.train.pretrain import assemble
     from megadit.train.run_dir import RunDirectory
+    from megadit.train.start import Job, Start
 
     context = start_processes()
     config, ds_config = layout_of(config, context.world_size, ds)
@@ -71,7 +72,7 @@ def assemble_rank(
 
 def train_on(run: TrainingRun, until: int) -> list[dict[str, Any]]:
     """Train to step ``until`` through the library's own step; a record of every step."""
-    from megadit.train.checkpoint import Position
+    from megadit.checkpoint.format import Position
     from megadit.train.loop import Meter, optimizer_step
 
     seed, size = run.config.train.seed, run.config.train.global_batch

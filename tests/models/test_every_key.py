@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from helpers.tiny_dit import randomize
 from megadit.config import ModelConfig
-from megadit.config.model import RepaProjector, Role, RoleHP, TextInput
+from megadit.config.schema.model import RepaProjector, Role, RoleHP, TextInput
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
 from megadit.mup.spec import walk_specs

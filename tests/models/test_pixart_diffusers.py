@@ -9,8 +9,8 @@ import torch
 
 from helpers.tiny_dit import randomize
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart
-from megadit.convert.families.pixart import to_diffusers
 from megadit.models import build_model
+from megadit.models.pixart.convert import to_diffusers
 
 _OPTIONS: list[dict[str, Any]] = [
     {},

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
 from megadit.config import ModelConfig
-from megadit.config.optim import OptimConfig
+from megadit.config.schema.optim import OptimConfig
 from megadit.models import build_model, count_parameters
 from megadit.mup import param_specs
 from megadit.mup.groups import param_groups

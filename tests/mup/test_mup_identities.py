@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
 from megadit.config import ModelConfig, OptimConfig
-from megadit.config.model import RoleHP, RoleHPs
+from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.models import StagedModel, build_model
 from megadit.mup import param_groups, walk_specs
 

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.tiny_dit import tiny_config, tiny_mup_config
 from megadit.config import ModelConfig, OptimConfig
-from megadit.config.model import RoleHP, RoleHPs
+from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.models import build_model
 from megadit.mup import Dim, eps_mult, param_specs, plan_groups, wd_mult
 from megadit.mup.table import rows

@@ -21,7 +21,7 @@ from megadit.config import ModelConfig, ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
 from megadit.mup import param_specs, wd_mult
-from megadit.mup.coord_verdict import CoordVerdict
+from megadit.mup.coord_check.verdict import CoordVerdict
 
 _OPTIONS = {"mlp_time_embed": True, "mlp": "swiglu", "qk_norm": "rms", "qkv_bias": True}
 

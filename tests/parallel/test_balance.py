@@ -7,7 +7,7 @@ import torch
 
 from helpers.tiny_dit import tiny_config, tiny_inputs
 from megadit.models import build_model
-from megadit.models.segment import build_segment
+from megadit.models.chunk import build_segment
 from megadit.mup.spec import param_specs
 from megadit.parallel.balance import balanced_cuts, bubble_share
 from megadit.parallel.tensor import TensorLayout, is_shard

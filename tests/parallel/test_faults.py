@@ -51,7 +51,8 @@ def come_to_grief(config: RunConfig, folder: str, fault: Callable[[], None]) -> 
     """Train; in the third micro batch's second block the last rank has ``fault``. How others end goes to a file."""
     import torch.distributed as dist
 
-    from megadit.models import segment, stages
+    from megadit.models import chunk as segment
+    from megadit.models import stages
 
     run = assemble_rank(config, folder)
     rank, calls, plain = dist.get_rank(), [0], stages.run_block

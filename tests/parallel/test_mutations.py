@@ -54,7 +54,7 @@ def no_sum_of_input_gradients() -> None:
 
 def no_sum_of_the_condition() -> None:
     """The gradient of what all blocks are modulated by stays what each rank's rows of their modulations say."""
-    from megadit.models import dit
+    from megadit.models.dit import model as dit
 
     dit.enter_blocks = _same
 

@@ -8,7 +8,7 @@ from PIL import Image
 from helpers.layout_parity import STEPS, TOLERANCE, assert_same_training, config_of, reference_run, run_alone
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, train_on, train_rank
-from megadit.train.checkpoint import StoredCheckpoint
+from megadit.checkpoint.read import StoredCheckpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.shards import assert_shares_compute_the_whole, gaps_of_shares
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
-from megadit.models import pixart
+from megadit.models.pixart import model as pixart
 
 TOLERANCE = 1e-10  # of float64
 

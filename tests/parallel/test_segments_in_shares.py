@@ -15,7 +15,7 @@ from helpers.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart_mup
 from helpers.tiny_uvit import tiny_mup_uvit, uvit_inputs
 from megadit.models import build_model
-from megadit.models.segment import Segment
+from megadit.models.chunk import Segment
 from megadit.models.stages import Carrier
 from megadit.mup.spec import walk_slices
 

@@ -9,7 +9,8 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.shards import assert_shares_compute_the_whole, gaps_of_shares, this_rank
 from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit, tiny_mup_mmdit
-from megadit.models import build_model, mmdit
+from megadit.models import build_model
+from megadit.models.mmdit import model as mmdit
 
 TOLERANCE = 1e-10  # of float64
 

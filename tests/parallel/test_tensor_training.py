@@ -16,7 +16,7 @@ from helpers.layout_parity import (
 )
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, plain_torch_run, small_config, train_on, train_rank
-from megadit.train.checkpoint import StoredCheckpoint
+from megadit.checkpoint.read import StoredCheckpoint
 
 
 @pytest.fixture(scope="module")

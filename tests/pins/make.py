@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shutil
 import sys
 import tempfile
@@ -42,8 +41,8 @@ def schema() -> dict[str, Any]:
 
 def mup_tables() -> dict[str, list[dict[str, Any]]]:
     """The muP table of every preset as ``tools/mup_table.py`` prints it: alike blocks are one row."""
-    from megadit.config.optim import OptimConfig
     from megadit.config.presets import preset, preset_names
+    from megadit.config.schema.optim import OptimConfig
     from megadit.models import build_model
     from megadit.mup.table import by_role, rows
 
@@ -61,7 +60,9 @@ def resumed(run_dir: Path, *overrides: str, ranks: int = 1) -> list[float]:
 
 def pretrain(words: list[str]) -> int:
     """``launch/pretrain.py`` in this process, as a launcher would have started it."""
-    return int(runpy.run_path(str(ROOT / "launch/pretrain.py"))["main"](words))
+    from megadit.cli.pretrain import main
+
+    return int(main(words))
 
 
 def losses_of(run_dir: Path) -> list[float]:

@@ -13,7 +13,7 @@ from helpers.tiny_pixart import tiny_pixart
 from helpers.tiny_uvit import tiny_uvit
 from megadit.config import ModelConfig
 from megadit.models import build_model
-from megadit.models.segment import build_segment
+from megadit.models.chunk import build_segment
 from megadit.mup.example import example_conditioning, example_images
 from megadit.parallel.balance import bubble_share
 from megadit.plan.activations import LiveBytes, count_passages

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.ranks import ROOT
 from megadit.search.study.spec import ScaleSpec, StudySpec
-from megadit.search.verdict.evidence import Limits
+from megadit.transfer.evidence import Limits
 
 TEXT = (ROOT / "docs/search.md").read_text()
 

@@ -15,9 +15,12 @@ import torch
 from helpers.no_model import ALONE
 from helpers.ranks import RankError, run_ranks
 from helpers.training import layout_of, small_config
-from megadit.train import checkpoint_write, fragment_io
-from megadit.train.checkpoint import Position, open_checkpoint, save_checkpoint
-from megadit.train.partitions import Fragment
+from megadit.checkpoint import io as fragment_io
+from megadit.checkpoint import write as checkpoint_write
+from megadit.checkpoint.find import open_checkpoint
+from megadit.checkpoint.format import Position
+from megadit.checkpoint.write import save_checkpoint
+from megadit.engine.deepspeed.partitions import Fragment
 
 
 class OneWeight:
@@ -173,8 +176,9 @@ def life(config, folder, plan=None):
     """A start of the run on one rank; ``plan`` is (rank, step, operation, function or delay) of its death, or None."""
     from megadit.data import build_datasets
     from megadit.train import loop
-    from megadit.train.pretrain import Job, pretrain
+    from megadit.train.pretrain import pretrain
     from megadit.train.run import TrainingRun
+    from megadit.train.start import Job
 
     rank = int(os.environ["RANK"])
     latents, step_of = TrainingRun.inputs, loop.optimizer_step

@@ -17,11 +17,11 @@ from megadit.config import LoadedConfig, RunConfig
 from megadit.data import BatchLayout, SampleOrder, build_datasets, make_batch
 from megadit.data.features import TargetFeatures
 from megadit.diffusion import build_objective
+from megadit.engine.schedule import Schedule
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup.groups import param_groups
 from megadit.plan import forward_flops
-from megadit.train.schedule import Schedule
 
 STEPS = 4
 TOLERANCE = 2e-5
@@ -152,7 +152,7 @@ def test_bf16(tmp_path: Path) -> None:
 
 
 def check(config: RunConfig, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    from megadit.train.command import check_job
+    from megadit.train.prepare import check_job
 
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_job(LoadedConfig(config), None, folder, "auto")

@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, small_config, train_rank
-from megadit.config.data import FeatureSource
-from megadit.config.model import RepaProjector
+from megadit.checkpoint.find import find_checkpoint
+from megadit.checkpoint.format import Index
+from megadit.checkpoint.io import write_pieces
+from megadit.checkpoint.model import load_model
+from megadit.checkpoint.read import StoredCheckpoint
+from megadit.checkpoint.write import write_index
+from megadit.config.schema.data import FeatureSource
+from megadit.config.schema.model import RepaProjector
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.train.checkpoint import StoredCheckpoint, find_checkpoint, load_model
-from megadit.train.checkpoint_format import Index
-from megadit.train.checkpoint_write import write_index
-from megadit.train.fragment_io import write_pieces
 
 STEPS = {"steps": 6, "checkpoint_every": 2, "keep_last": 3}
 
@@ -32,7 +34,8 @@ def start(config, folder, resume="auto", patch=None):
     import io
 
     from megadit.data import build_datasets
-    from megadit.train.pretrain import Job, pretrain
+    from megadit.train.pretrain import pretrain
+    from megadit.train.start import Job
 
     if patch is not None:
         patch()
@@ -179,7 +182,7 @@ def test_a_projector_that_the_weights_lack_starts_afresh(trained, tmp_path, stag
 
 
 def _no_learning():
-    from megadit.train.schedule import Schedule
+    from megadit.engine.schedule import Schedule
 
     Schedule.factor = lambda self, step: 0.0
 
@@ -204,7 +207,7 @@ def test_weights_alone_are_those_of_the_checkpoint(trained, tmp_path, stage):
 def test_weights_that_do_not_fit_are_refused(trained, tmp_path):
     from types import SimpleNamespace
 
-    from megadit.train.pretrain import resume_point
+    from megadit.train.start import resume_point
 
     source, _ = trained
 

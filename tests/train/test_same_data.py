@@ -13,14 +13,14 @@ from PIL import Image
 from helpers.no_model import ALONE, NoPartitions
 from helpers.ranks import run_ranks
 from helpers.training import small_config
+from megadit.checkpoint.format import Index, Position
+from megadit.checkpoint.read import StoredCheckpoint
+from megadit.checkpoint.write import save_checkpoint, write_index
 from megadit.config import LoadedConfig
 from megadit.config import replace as change
 from megadit.data import build_datasets
 from megadit.errors import UserError
-from megadit.train.checkpoint import Position, StoredCheckpoint, save_checkpoint
-from megadit.train.checkpoint_format import Index
-from megadit.train.checkpoint_write import write_index
-from megadit.train.pretrain import Job, checked_start
+from megadit.train.start import Job, checked_start
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_of_tars_only_reading_would_tell_and_so_it_is_a_note(pictures, tmp_path,
 
 def _pretrain(config, folder, damaged=None):
     """The whole run in a forked process; (exit code or the refusal)."""
-    from megadit.config.dsconfig import merge_ds_config
+    from megadit.config.deepspeed.merge import merge_ds_config
     from megadit.train.callbacks import Checkpoints
     from megadit.train.pretrain import pretrain
 

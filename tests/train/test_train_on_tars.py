@@ -9,10 +9,10 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.training import small_config, train_rank
 from megadit.config import DataConfig
-from megadit.config.run import RunConfig
-from megadit.data.pca import fit_and_save
-from megadit.data.tars.encoding import Encoding, encode_set
-from megadit.data.tars.making import Sharding, make_shards
+from megadit.config.schema.run import RunConfig
+from megadit.data.codecs.pca import fit_and_save
+from megadit.data.shards.encoding import Encoding, encode_set
+from megadit.data.shards.making import Sharding, make_shards
 
 STEPS = 6
 SHARDING = Sharding("digits", 500)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megadit.data.features.encoder import FeatureEncoder
 from megadit.errors import UserError
-from megadit.files import check_folder, save_tensors
+from megadit.files.paths import check_folder, save_tensors
 
 
 class CachedEncoder(FeatureEncoder):

@@ -16,7 +16,7 @@ from torch import Tensor
 from megadit.data.features.encoder import FeatureEncoder, resized
 from megadit.data.features.folders import MODULES, check_packages
 from megadit.errors import UserError
-from megadit.file_kind import file_instead
+from megadit.files.file_kind import file_instead
 
 DIM = 112
 _LAST = 10  # the last block at stride 16; the ones after it halve the grid again

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from megadit.config.json_fields import Fields, shown
 from megadit.data.text.folders import read_config, size
 from megadit.errors import UserError
+from megadit.files.json_fields import Fields, shown
 
 DINOV2_KEY = "data.features.path"
 DINOV2_CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megadit.config.data import FeatureSource
-from megadit.config.run import RunConfig
+from megadit.config.schema.data import FeatureSource
+from megadit.config.schema.run import RunConfig
 from megadit.data.batch import Batch
 from megadit.data.dataset import ImageSet
 from megadit.data.features.cache import CachedEncoder

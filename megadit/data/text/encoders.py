@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit.config.data import TextSource
-from megadit.config.json_fields import Fields
+from megadit.config.schema.data import TextSource
 from megadit.data.text.encoder import NetworkEncoder, Progress, TextEncoder, masked_mean
 from megadit.data.text.folders import (
     MODEL_TYPES,
@@ -25,6 +24,7 @@ from megadit.data.text.folders import (
     tokenizer_folder,
 )
 from megadit.errors import UserError
+from megadit.files.json_fields import Fields
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

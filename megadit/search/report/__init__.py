@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megadit import __version__
 from megadit.errors import UserError
-from megadit.files import whole_file
+from megadit.files.paths import whole_file
+from megadit.files.text import whole_text
 from megadit.search.report.blocks import Document, Figure
 from megadit.search.report.ledger import agreement_section, cost_section, failures_section, study_section
 from megadit.search.report.points import Gathered
@@ -22,7 +23,6 @@ from megadit.search.report.sections import (
     verdict_section,
 )
 from megadit.search.results import StudyResults, load_results
-from megadit.text_files import whole_text
 
 __all__ = ["compose", "write_report"]
 

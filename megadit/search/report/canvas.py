@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megadit.files.text import plain_label
 from megadit.search.report.axes import ValueAxis
-from megadit.text_files import plain_label
 
 MARKERS = "os^DvPX*"
 DIVERGED = "#b3261e"

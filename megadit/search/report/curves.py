@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megadit.files.text import plain_label
 from megadit.search.report.axes import ValueAxis, score_limits, value_axis
 from megadit.search.report.blocks import Figure
 from megadit.search.report.canvas import DIVERGED, Sheet, dress, scale_colours, scale_markers, value_ticks
 from megadit.search.report.points import Gathered, Point, point_tip
 from megadit.search.report.words import counted, number_text
-from megadit.search.verdict.verdict import Verdict
 from megadit.search.wording import value_text
-from megadit.text_files import plain_label
+from megadit.transfer.verdict import Verdict
 
 
 @dataclass(frozen=True)

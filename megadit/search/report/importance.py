@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megadit.search.ties import at_most, ranks
+from megadit.transfer.ties import at_most, ranks
 
 _PER_HP = 6  # fewer points than this for each HP (and 12 in all) say nothing: the control is then among the first
 _CONTROL = "a HP that cannot matter (control)"

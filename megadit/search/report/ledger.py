@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megadit.config.sources import display
-from megadit.config.yaml_text import dump_yaml
+from megadit.config.loading.sources import display
+from megadit.files.yaml_text import dump_yaml
 from megadit.search.report.blocks import Block, Code, Folded, Inline, Number, Section, Table, Text
 from megadit.search.report.points import Gathered, Point
 from megadit.search.report.words import (
@@ -22,7 +22,7 @@ from megadit.search.report.words import (
     share_text,
 )
 from megadit.search.results import DIVERGED, FAILED, PRUNED, TrialResult
-from megadit.search.ties import ranks
+from megadit.transfer.ties import ranks
 
 _FEW = 4  # points below which a rank correlation says nothing
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from megadit.files.text import plain_label
 from megadit.search.report.axes import ValueAxis, score_limits, value_axis
 from megadit.search.report.blocks import Figure
 from megadit.search.report.canvas import CHOSEN, DIVERGED, Sheet, dress, scale_colours, scale_markers, value_ticks
 from megadit.search.report.importance import Importance
 from megadit.search.report.points import Gathered, Point, point_tip
 from megadit.search.report.words import hps_text, number_text
-from megadit.text_files import plain_label
 
 _ACROSS = 4  # panels in a row
 

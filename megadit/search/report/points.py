@@ -10,7 +10,7 @@ from typing import Any
 
 from megadit.search.report.words import hps_text, number_text, scale_word
 from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
-from megadit.search.ties import ranks
+from megadit.transfer.ties import ranks
 
 
 @dataclass(frozen=True)

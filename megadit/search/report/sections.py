@@ -34,9 +34,9 @@ from megadit.search.report.words import (
 )
 from megadit.search.results import DIVERGED, StudyResults
 from megadit.search.selection import Choice, select
-from megadit.search.verdict.verdict import Verdict
-from megadit.search.verdict.verify import proxy_of, verify_study
+from megadit.search.verify_study import proxy_of, verify_study
 from megadit.search.wording import value_text
+from megadit.transfer.verdict import Verdict
 
 MOODS = {"transfers": "good", "does not transfer": "bad", "inconclusive": "unsure"}
 _MEASURES = ("best at proxy", "drift (octaves per octave)", "worst regret", "larger is better")

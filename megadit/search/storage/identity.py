@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.json_text import parse_json
-from megadit.process_id import start_of, view_of_processes
+from megadit.files.json_text import parse_json
+from megadit.files.process_id import start_of, view_of_processes
 from megadit.train.run_dir import write_json
 
 

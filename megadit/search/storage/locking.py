@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from megadit.errors import UserError
-from megadit.file_kind import file_instead
+from megadit.files.file_kind import file_instead
 
 FILES = {"sqlite": "study.db", "journal": "journal.log"}
 _BUSY_S = 120  # how long SQLite waits for another reader or writer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from megadit.config import RunConfig
-from megadit.config.reads import check_late
+from megadit.config.schema.reads import check_late
 from megadit.errors import UserError
 from megadit.search.study.spec import PruningSpec, StudySpec
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import RunConfig, replace
-from megadit.config.loader import load_layers
-from megadit.config.sources import (
+from megadit.config.loading.loader import load_layers
+from megadit.config.loading.sources import (
     OVERRIDES,
     Layer,
     configs_dir,
@@ -24,9 +24,9 @@ from megadit.config.sources import (
     override_layer,
     read_layers,
 )
-from megadit.config.yaml_text import dump_yaml
 from megadit.errors import UserError
-from megadit.files import begins_with, check_folder, whole_file
+from megadit.files.paths import begins_with, check_folder, whole_file
+from megadit.files.yaml_text import dump_yaml
 from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
 from megadit.search.study.reads import check_reads

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megadit.config.keys import walk
-from megadit.config.run import RunConfig
+from megadit.config.schema.run import RunConfig
 from megadit.config.values import coerce, meaning, number
 
 

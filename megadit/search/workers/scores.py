@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadit.config.json_text import JsonError, parse_json
 from megadit.errors import UserError
+from megadit.files.json_text import JsonError, parse_json
 from megadit.parallel.environment import without_ranks
 from megadit.train.metric_rows import is_number
 

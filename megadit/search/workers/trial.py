@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadit.checkpoint.find import find_checkpoint
+from megadit.checkpoint.names import checkpoint_root
 from megadit.config import DataConfig, LoadedConfig, RunConfig
-from megadit.config.json_text import parse_json
 from megadit.data import ImageSet
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
+from megadit.files.json_text import parse_json
+from megadit.files.ownership import Occupied, OwnershipLost
 from megadit.models import count_parameters
-from megadit.ownership import Occupied, OwnershipLost
 from megadit.parallel import ProcessContext
 from megadit.plan import forward_flops
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
@@ -39,10 +41,10 @@ from megadit.train.callbacks import (
     TensorBoard,
     Validation,
 )
-from megadit.train.checkpoint import checkpoint_root, find_checkpoint
-from megadit.train.command import check_job, check_machine
-from megadit.train.pretrain import Job, pretrain, total_steps
+from megadit.train.prepare import check_job, check_machine
+from megadit.train.pretrain import pretrain
 from megadit.train.run_dir import RunDirectory
+from megadit.train.start import Job, total_steps
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun

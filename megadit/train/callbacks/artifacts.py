@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megadit.config.run import ONLINE
+from megadit.config.schema.run import ONLINE
 from megadit.errors import harmless, say
 from megadit.models import count_parameters
 from megadit.train.callbacks.base import Callback, Record, due

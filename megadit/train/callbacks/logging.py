@@ -10,7 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from megadit.errors import UserError, say
-from megadit.text_files import has_half_pair
+from megadit.files.text import has_half_pair
 from megadit.train.callbacks.base import Callback, Record, due
 
 if TYPE_CHECKING:

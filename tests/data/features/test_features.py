@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from helpers.training import small_config
 from megadit.config import RunConfig
-from megadit.config.data import FeatureSource
+from megadit.config.schema.data import FeatureSource
 from megadit.data import Batch, build_datasets
 from megadit.data.features import TargetFeatures, build_encoder, check_features
 from megadit.data.features.cache import CachedEncoder

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny_text import CAPTIONS, bert_folder, clip_folder, t5_folder
-from megadit.config.data import TextSource
+from megadit.config.schema.data import TextSource
 from megadit.data.text import build_encoder, check_lengths
 from megadit.errors import UserError
 from megadit.optional import import_transformers

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megadit.config import RunConfig, load_config
-from megadit.config.sources import configs_dir
+from megadit.config.loading.sources import configs_dir
 from megadit.search.study.plan import plan
 from megadit.search.study.spec import StudySpec, read_spec
 from megadit.search.study.study import load_study

@@ -115,7 +115,7 @@ def test_a_trial_leaves_a_run_directory_with_what_is_kept_and_no_more(mixed):
 
 
 def run_alone(config, folder):
-    from megadit.train.command import check_job
+    from megadit.train.prepare import check_job
     from megadit.train.pretrain import pretrain
 
     return pretrain(check_job(LoadedConfig(load_config(config)), None, folder, "never"))

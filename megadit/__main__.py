@@ -1,0 +1,5 @@
+"""``python -m megadit COMMAND``; see ``megadit.cli``."""
+
+from megadit.cli.main import main
+
+main()

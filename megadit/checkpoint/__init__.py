@@ -1,0 +1,1 @@
+"""Checkpoints: one logical format for every layout."""

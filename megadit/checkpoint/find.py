@@ -1,0 +1,92 @@
+"""Which checkpoint to read: the one that ``latest`` names, and where it is broken the sound one before it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadit.checkpoint.io import BrokenCheckpoint
+from megadit.checkpoint.names import INDEX, LATEST, check_named, checkpoint_root, step_folders, step_of
+from megadit.checkpoint.read import StoredCheckpoint
+
+
+@dataclass(frozen=True)
+class Found:
+    """An opened checkpoint, and those before it, newest first, should its tensors prove to be broken.
+
+    ``problems`` is what was wrong with ``latest`` and with newer ones, where it takes their place.
+    """
+
+    stored: StoredCheckpoint
+    earlier: tuple[Path, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def find_checkpoint(run_dir: Path, wanted: str = LATEST) -> Path | None:
+    """The folder of the checkpoint that ``open_checkpoint`` opens; None if the run has saved none."""
+    found = open_checkpoint(run_dir, wanted)
+    return None if found is None else found.stored.path
+
+
+def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") -> Found | None:
+    """The run's latest sound checkpoint, or the one named by a path; None if the run has saved none.
+
+    A path to a run directory means its latest. What is passed over is told on stderr. ``key`` is what an error calls
+    the origin of ``wanted``.
+
+    Raises:
+        BrokenCheckpoint: the path is a broken one, or no checkpoint of the run is sound.
+        UserError: the path is no checkpoint.
+    """
+    if wanted == LATEST:
+        return _open_newest(run_dir)
+    path = Path(wanted)
+    if checkpoint_root(path).is_dir():
+        return _open_newest(path)
+    check_named(wanted, key)
+    return Found(StoredCheckpoint(path))
+
+
+def _open_newest(run_dir: Path) -> Found | None:
+    paths, problem = _candidates(checkpoint_root(run_dir))
+    problems = [problem] if problem else []
+    for number, path in enumerate(paths):
+        try:
+            found = Found(StoredCheckpoint(path), tuple(paths[number + 1 :]), tuple(problems))
+        except BrokenCheckpoint as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            tell_fallback(problem, path)
+        return found
+    if problems:
+        raise none_sound(problems[0])
+    return None
+
+
+def _candidates(root: Path) -> tuple[list[Path], str]:
+    """Complete checkpoints up to the one that ``latest`` names, newest first, and what is wrong with ``latest``."""
+    complete = [path for path in reversed(step_folders(root)) if (path / INDEX).is_file()]
+    pointer = root / LATEST
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):  # of a run that was copied without it or killed as it first saved, or damaged
+        return complete, f"{pointer}: cannot be read" if complete else ""
+    target = root / name
+    upto = [path for path in complete if step_of(path) <= step_of(target)] if step_of(target) >= 0 else complete
+    problem = "" if upto and upto[0].name == name else f"{pointer}: points to '{name}', which is not complete"
+    return upto, problem
+
+
+def tell_fallback(problem: str, path: Path) -> None:
+    """Say on stderr that an earlier checkpoint takes the place of a broken one."""
+    print(f"warning: {problem.removesuffix('; use an earlier one')}; going on from {path.name}", file=sys.stderr)
+
+
+def none_sound(problem: str) -> BrokenCheckpoint:
+    """The sentence for a run none of whose checkpoints can be read."""
+    return BrokenCheckpoint(
+        f"{problem.removesuffix('; use an earlier one')}, and no earlier checkpoint of the run is sound; give one of "
+        "another run with --resume PATH and another --run_dir, or move the folder away to start anew"
+    )

@@ -1,0 +1,1 @@
+"""The commands: one file each, with parser() and main(argv)."""

@@ -1,0 +1,125 @@
+"""Encode a data set once, for runs that then read latents, text features and target features from WebDataset tars.
+
+What the data section asks for is computed: latents by data.vae (an AutoencoderKL, or a PCA patch codec), of mirrored
+images too with data.flip; text features by data.text with data.condition=text; REPA's targets by data.features. The
+images may be any data set, tars of images among them. Train with the same configuration and data.name=webdataset
+data.path=OUT (and data.features.encoder=stored). A command that was cut off goes on when it is given again.
+
+python tools/encode.py --config FILE --out shards/latents data.path=IMAGES data.vae.path=SD-VAE-FT-EMA
+python tools/encode.py fit-pca --help      fit a PCA patch codec: latents without a trained autoencoder, in seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megadit.errors import EXIT_OK
+from megadit.streams import result_is_saved
+
+FIT = "fit-pca"
+FIT_HELP = """Fit a PCA patch codec in closed form on the training part of a data set; measure it on the held-out part.
+
+The folder then stands where an autoencoder's would: data.vae.path=OUT data.vae.factor=F, model.in_channels=CHANNELS.
+
+python tools/encode.py fit-pca --out codecs/emoji-f4c16 data.name=emoji data.image_size=64
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of encoding."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_common(p)
+    p.add_argument("--name", metavar="NAME", help="what the tars' names begin with; default: the folder's name")
+    p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
+    p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
+    p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
+    p.add_argument(
+        "--posterior", choices=("moments", "sample"),
+        help="of an AutoencoderKL; moments (default): drawn from anew in every epoch; sample: one draw, half as large",
+    )  # fmt: skip
+    p.add_argument("--seed", type=int, metavar="N", help="of --posterior sample; default 0")
+    p.add_argument("--max_length", type=int, metavar="N", help="tokens of a text; default: --config's model.text")
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: cuda where there is one")
+    return p
+
+
+def fit_parser() -> argparse.ArgumentParser:
+    """The command line of fit-pca."""
+    p = argparse.ArgumentParser(
+        prog=f"encode.py {FIT}", description=FIT_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_common(p)
+    p.add_argument("--factor", type=int, default=4, metavar="F", help="image pixels per latent pixel; default 4")
+    p.add_argument("--channels", type=int, default=16, metavar="C", help="of the latents; default 16")
+    p.add_argument("--images", type=int, default=10_000, metavar="N", help="most images to fit on; default 10000")
+    return p
+
+
+def _add_common(p: argparse.ArgumentParser) -> None:
+    p.add_argument("overrides", nargs="*", metavar="data.key=value", help="change the data section")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    p.add_argument("--config", metavar="FILE", help="run configuration (YAML) whose data section to start from")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of the sentences")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encode, or fit a codec."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == [FIT]:
+        args = fit_parser().parse_intermixed_args(arguments[1:])
+    else:
+        args = parser().parse_intermixed_args(arguments)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/encode.py")
+    return _fit(args) if arguments[:1] == [FIT] else _encode(args)
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from megadit.config.loading.data_only import load_data, text_length
+    from megadit.data.places import check_data_places
+    from megadit.data.shards import options as telling
+
+    sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
+    config = load_data(args.config, args.overrides)
+    check_data_places(config)
+    telling.check_encode_options(config, args.posterior, args.seed, args.max_length)
+    length = args.max_length
+    if length is not None:
+        telling.in_range("--max_length", length, 1, None)
+    elif config.condition == "text":
+        length = text_length(args.config)
+    from megadit.data.shards.encoding import Encoding, encode_set
+
+    encoding = Encoding(args.dtype, args.posterior or "moments", length, args.seed or 0)
+    with telling.progress_bar("samples") as progress:
+        manifest = encode_set(config, args.out, sharding, encoding, telling.device_of(args.device), progress)
+    result_is_saved(as_json=args.json)
+    print(json.dumps(telling.summary(manifest, args.out)) if args.json else telling.sentences(manifest, args.out))
+    return EXIT_OK
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from megadit.config.loading.data_only import load_data
+    from megadit.data.places import check_images_are_there
+    from megadit.data.shards import options as telling
+
+    for option in ("factor", "channels", "images"):
+        telling.in_range(f"--{option}", getattr(args, option), 1, None)
+    config = load_data(args.config, args.overrides)
+    check_images_are_there(config)
+    from megadit.data.codecs.pca import fit_and_save
+
+    told = fit_and_save(config, args.out, args.factor, args.channels, args.images)
+    psnr = (
+        "no images held out" if told["psnr"] is None else f"PSNR {told['psnr']:.2f} dB on {told['held_out']} held out"
+    )
+    result_is_saved(as_json=args.json)
+    print(
+        json.dumps(told) if args.json else f"{args.out}: fitted on {told['fitted_on']} images, {psnr}\n  {told['use']}"
+    )
+    return EXIT_OK

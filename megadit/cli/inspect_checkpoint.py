@@ -1,0 +1,66 @@
+"""Look at a checkpoint: summary, verification, difference from another.
+
+CHECKPOINT is a folder such as RUN/checkpoints/step-00001000, or a run directory for its latest. --verify reads every
+byte and compares checksums; exit code 3 when something is not as it was written, also when a run's newest is broken and
+an earlier one was read in its place. --diff compares every tensor and the counters; exit code 3 when a run would not go
+on from both alike (config differences are told and do not count).
+
+python tools/inspect_checkpoint.py runs/emoji --verify
+python tools/inspect_checkpoint.py runs/a --diff runs/b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from megadit.errors import EXIT_OK, EXIT_VERDICT_NO
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder or run directory")
+    p.add_argument("--verify", action="store_true", help="read everything and compare checksums")
+    p.add_argument("--diff", metavar="OTHER", help="compare with another checkpoint folder or run directory")
+    p.add_argument("--norms", action="store_true", help="shape and L2 norms of every parameter")
+    p.add_argument("--json", action="store_true", help="print one JSON object: summary, problems, diff")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Inspect and print."""
+    args = parser().parse_args(argv)
+    from megadit.parallel.environment import refuse_ranks
+
+    refuse_ranks("tools/inspect_checkpoint.py")
+    from megadit.checkpoint.names import check_named
+
+    for path in filter(None, (args.checkpoint, args.diff)):
+        check_named(path, "checkpoint")  # refused before torch is imported
+    from megadit.checkpoint import inspect
+
+    try:
+        found = inspect.open_for_people(args.checkpoint)
+        stored = found.stored
+        told: dict[str, Any] = {"summary": inspect.summary(stored, args.norms)}
+    except inspect.BrokenCheckpoint as error:
+        if not args.verify:
+            raise
+        print(json.dumps({"problems": [str(error)]}) if args.json else error)
+        return EXIT_VERDICT_NO
+    lines = [inspect.describe_summary(told["summary"])]
+    code = EXIT_OK
+    if args.verify:
+        told["problems"] = [*found.problems, *stored.verify()]
+        what = "sizes only: format 1 has no checksums" if stored.index.version == 1 else "all checksums agree"
+        lines += told["problems"] or [f"verified: {what}"]
+        code = EXIT_VERDICT_NO if told["problems"] else code
+    if args.diff:
+        told["diff"] = inspect.compare(stored, inspect.open_for_people(args.diff).stored)
+        lines += ["", inspect.describe_comparison(told["diff"])]
+        code = code if told["diff"]["same"] else EXIT_VERDICT_NO
+    print(json.dumps(told) if args.json else "\n".join(lines))
+    return code

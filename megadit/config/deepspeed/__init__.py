@@ -1,0 +1,1 @@
+"""From a DeepSpeed file and a run configuration to DeepSpeed's dictionary."""

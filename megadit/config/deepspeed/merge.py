@@ -1,0 +1,235 @@
+"""Merging a DeepSpeed file into a run configuration: one answer to "what will run" for both.
+
+What the file says "auto", or leaves out, is set from the run configuration. What it says explicitly wins over
+the configuration's defaults, and is an error where it contradicts a key that the user set. The result is the
+updated run configuration and the complete dict for ``deepspeed.initialize``. Written against DeepSpeed 0.19;
+imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadit.config.deepspeed.batch import BatchPlan, Size, plan_batch
+from megadit.config.deepspeed.file import DsFile, read_ds_config
+from megadit.config.deepspeed.grad_accumulation import sum_keys, sum_warnings
+from megadit.config.deepspeed.offload import offloads_optimizer, offloads_parameters
+from megadit.config.deepspeed.translate import Wish, wishes
+from megadit.config.loading.loader import LoadedConfig, replace
+from megadit.config.schema.layout import nearest_layout, replicas
+from megadit.config.schema.reads import check_late
+from megadit.config.schema.run import RunConfig
+from megadit.errors import UserError
+
+_QUIET = 10**9  # steps between DeepSpeed's own progress lines: megadit prints its own
+_MICRO_BATCHES_PER_STAGE = 4  # by default, so that a pipeline's stages wait at most a fifth of a step
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """The run configuration with every layout key resolved, DeepSpeed's dict, and warnings for the user."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | None, world_size: int) -> MergedConfig:
+    """Merge the DeepSpeed file ``ds`` (path, dict, or None) into ``loaded`` for ``world_size`` processes.
+
+    In the result ``train.global_batch``, ``train.micro_batch``, ``parallel.zero_stage`` and everything that the
+    file's optimizer, scheduler, precision and clipping say are concrete, and ``ds_config`` agrees with them.
+
+    Raises UserError for a contradiction with a key that the user set (naming both keys and both values), for
+    batch sizes that do not multiply up, and for what would break muP or megadit's optimizer.
+    """
+    file = read_ds_config(ds)
+    changes = _granted(list(wishes(file, loaded.config)), loaded, file)
+    if changes.get("optim.schedule", "wsd") != "wsd" and "optim.decay_steps" not in loaded.user_set:
+        changes["optim.decay_steps"] = None  # of the quickstart's schedule, which the file's takes the place of
+    config = replace(loaded.config, changes, source=file.label)
+    plan = _plan(file, loaded, config, world_size)
+    stage = _zero_stage(config, world_size)
+    resolved = {
+        "train.global_batch": plan.global_batch,
+        "train.micro_batch": plan.micro_batch,
+        "parallel.zero_stage": stage,
+    }
+    config = replace(config, resolved | _offload_changes(file, loaded, config), source=file.label)
+    check_late(
+        {"optim.schedule": config.optim.schedule, "optim.min_lr_ratio": config.optim.min_lr_ratio},
+        {key: source for key, source in loaded.user_set.items() if key not in loaded.resolved},
+    )
+    warnings = [*file.warnings, *sum_warnings(file, config, plan.accumulation)]
+    if stage == 0 and offloads_optimizer(file.block("zero_optimization")):
+        warnings.append(
+            f"zero_optimization.offload_optimizer: has no effect at ZeRO stage 0; set stage 1, 2 or 3 (in {file.label})"
+        )
+    if stage < 3 and offloads_parameters(file.block("zero_optimization")):
+        warnings.append(
+            f"zero_optimization.offload_param: has no effect at ZeRO stage {stage}; set stage 3 (in {file.label})"
+        )
+    return MergedConfig(config, _ds_dict(file, config, plan), tuple(warnings))
+
+
+def _granted(wanted: list[Wish], loaded: LoadedConfig, file: DsFile) -> dict[str, Any]:
+    """The wishes as changes of the run config. Raises UserError that lists all contradictions."""
+    conflicts = []
+    for wish in wanted:
+        by_epochs = wish.key == "train.steps" and loaded.config.train.epochs is not None
+        key = "train.epochs" if by_epochs else wish.key
+        present = _value(loaded.config, key)
+        if _is_user_set(key, present, loaded) and (key != wish.key or not _same(present, wish.value)):
+            conflicts.append(_conflict(key, present, loaded, wish.ds_key, wish.ds_value, file))
+    if conflicts:
+        raise UserError("\n".join(conflicts))
+    return {wish.key: wish.value for wish in wanted}
+
+
+def _is_user_set(key: str, present: Any, loaded: LoadedConfig) -> bool:
+    # null in these means "choose for me", not "none": it contradicts nothing.
+    unset = present is None and key in ("parallel.zero_stage", "train.micro_batch", "train.epochs", "train.steps")
+    automatic = key == "optim.implementation" and present == "auto"
+    return key in loaded.user_set and not unset and not automatic
+
+
+def _conflict(key: str, value: Any, loaded: LoadedConfig, ds_key: str, ds_value: Any, file: DsFile) -> str:
+    return (
+        f"{key}: {_shown(value)} (in {loaded.user_set[key]}) contradicts {ds_key}: {_shown(ds_value)} "
+        f'(in {file.label}); remove one of them, or write "auto" in the DeepSpeed file'
+    )
+
+
+def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int) -> BatchPlan:
+    total = _asked("train.global_batch", "train_batch_size", file, loaded)
+    micro = _asked("train.micro_batch", "train_micro_batch_size_per_gpu", file, loaded)
+    accumulation = _ds_size("gradient_accumulation_steps", file)
+    stages = config.parallel.pipeline
+
+    def planned(copies: int) -> BatchPlan:
+        default_micro = config.train.micro_batch
+        if stages > 1 and default_micro is None:
+            default_micro = max(config.train.global_batch // (copies * _MICRO_BATCHES_PER_STAGE * stages), 1)
+        return plan_batch(
+            copies,
+            shared=world_size // copies,
+            global_batch=total,
+            micro_batch=micro,
+            accumulation=accumulation,
+            default_global=Size(config.train.global_batch, "train.global_batch", "a default"),
+            default_micro=default_micro,
+        )
+
+    def fits(copies: int) -> bool:
+        try:
+            planned(copies)
+        except UserError:
+            return False
+        return True
+
+    copies = replicas(config, world_size, fits)
+    try:
+        return planned(copies)
+    except UserError as error:
+        layout = nearest_layout(config, world_size, fits)
+        raise UserError(f"{error}, or the layout {layout}" if layout else str(error)) from None
+
+
+def _asked(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> Size | None:
+    """A batch size that the user or the file asks for. Raises UserError if they ask for different ones."""
+    present = _value(loaded.config, key)
+    theirs = Size(present, key, f"in {loaded.user_set[key]}") if _is_user_set(key, present, loaded) else None
+    explicit = _ds_size(ds_key, file)
+    if theirs is not None and explicit is not None and theirs.value != explicit.value:
+        raise UserError(_conflict(key, theirs.value, loaded, ds_key, explicit.value, file))
+    return theirs or explicit
+
+
+def _ds_size(ds_key: str, file: DsFile) -> Size | None:
+    value = file.values.get(ds_key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f'{ds_key}: {_shown(value)} is not a whole number of at least 1, or "auto" (in {file.label})')
+    return Size(value, ds_key, f"in {file.label}")
+
+
+def _zero_stage(config: RunConfig, world_size: int) -> int:
+    stage = config.parallel.zero_stage
+    if stage is not None:
+        return stage
+    # One process has nothing to share out, but bf16 and fp16 need ZeRO's float32 masters all the same.
+    return 0 if world_size == 1 and config.train.precision == "fp32" else 1
+
+
+def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> dict[str, Any]:
+    """What optimizer offload asks of ``optim.implementation``."""
+    if not offloads_optimizer(file.block("zero_optimization")):
+        return {}
+    present = config.optim.implementation
+    if present == "deepspeed-fused":
+        raise UserError(
+            "optim.implementation: deepspeed-fused steps on the GPU, but zero_optimization.offload_optimizer keeps the "
+            f"state on the CPU; set optim.implementation=auto or deepspeed-cpu (in {file.label})"
+        )
+    if file.values.get("zero_force_ds_cpu_optimizer") is not True or present == "deepspeed-cpu":
+        return {}
+    if _is_user_set("optim.implementation", present, loaded):
+        raise UserError(_conflict("optim.implementation", present, loaded, "zero_force_ds_cpu_optimizer", True, file))
+    return {"optim.implementation": "deepspeed-cpu"}
+
+
+def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's complete dict: what megadit decides, explicitly, then the rest of the file as it is."""
+    precision, clip = config.train.precision, config.optim.clip
+    merged: dict[str, Any] = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        # Always written out: DeepSpeed 0.19 clips at 1.0 when the key is absent. megadit clips per group itself.
+        "gradient_clipping": float((clip.mode == "global" and clip.value) or 0.0),
+        "zero_optimization": _zero_block(file, config),
+        "bf16": {**file.block("bf16"), "enabled": precision == "bf16"},
+        "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},
+        "steps_per_print": _QUIET,
+        **sum_keys(file, config, plan.accumulation),
+    }
+    if config.parallel.pipeline > 1:
+        # Partitioned wires may hold one tensor; megadit recomputes blocks itself.
+        off = {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0}
+        merged["pipeline"] = {**file.block("pipeline"), **off}
+    if offloads_optimizer(file.block("zero_optimization")):
+        merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
+    ours = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
+    return merged | {key: value for key, value in file.values.items() if key not in ours}
+
+
+def _zero_block(file: DsFile, config: RunConfig) -> dict[str, Any]:
+    zero = {**file.block("zero_optimization"), "stage": config.parallel.zero_stage}
+    if config.train.activation_checkpointing == "selective" and config.parallel.zero_stage == 3:
+        if zero.get("memory_efficient_linear"):
+            raise UserError(
+                "zero_optimization.memory_efficient_linear: true adds biases in place, which does not go with "
+                f"train.activation_checkpointing: selective; take it out, or set full (in {file.label})"
+            )
+        zero["memory_efficient_linear"] = False
+    return zero
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    return tuple(one) == tuple(other) if isinstance(one, (tuple, list)) else bool(one == other)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,261 @@
+"""What a DeepSpeed file asks for, in the words of the run configuration.
+
+megadit passes DeepSpeed its own optimizer and writes the learning rates itself, so the file's optimizer and
+scheduler blocks are translated into ``optim.*``, or refused where they cannot keep the ratios between
+parameter groups that muP consists of.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megadit.config.deepspeed.file import DsFile
+from megadit.config.deepspeed.offload import offloads_optimizer
+from megadit.config.schema.run import RunConfig
+from megadit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The run key ``key`` should be ``value``, because the file says ``ds_value`` at ``ds_key``."""
+
+    key: str
+    value: Any
+    ds_key: str
+    ds_value: Any
+
+
+def wishes(file: DsFile, config: RunConfig) -> Iterator[Wish]:
+    """All wishes of ``file`` but the batch sizes. Raises UserError for what cannot be granted."""
+    yield from _precision(file, config)
+    yield from _stage(file)
+    yield from _clipping(file, config)
+    yield from _optimizer(file, config)
+    yield from _scheduler(file)
+
+
+def _precision(file: DsFile, config: RunConfig) -> Iterator[Wish]:
+    flags = {name: file.block(name).get("enabled") for name in ("bf16", "fp16")}
+    for name, flag in flags.items():
+        if flag not in (None, True, False):
+            raise UserError(f"{name}.enabled: {json.dumps(flag)} is not true or false (in {file.label})")
+        if file.block(name).get(f"{name}_master_weights_and_grads"):
+            raise UserError(
+                f"{name}.{name}_master_weights_and_grads: true leaves no float32 master weights, which training under "
+                f"muP and checkpoints need; take it out (in {file.label})"
+            )
+    if file.block("fp16").get("auto_cast"):
+        raise UserError(
+            f"fp16.auto_cast: true rounds timesteps to half precision on their way into the model, which casts its own "
+            f"inputs; take it out (in {file.label})"
+        )
+    if flags["bf16"] and flags["fp16"]:
+        raise UserError(f"bf16.enabled: true and fp16.enabled: true exclude each other; keep one (in {file.label})")
+    for name, flag in flags.items():
+        if flag:
+            yield Wish("train.precision", name, f"{name}.enabled", True)
+        elif flag is False and config.train.precision == name and not any(flags.values()):
+            yield Wish("train.precision", "fp32", f"{name}.enabled", False)
+
+
+def _stage(file: DsFile) -> Iterator[Wish]:
+    stage = file.block("zero_optimization").get("stage")
+    if stage is None:
+        return
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage: {json.dumps(stage)} is not 0, 1, 2 or 3 (in {file.label})")
+    yield Wish("parallel.zero_stage", int(stage), "zero_optimization.stage", stage)
+
+
+def _clipping(file: DsFile, config: RunConfig) -> Iterator[Wish]:
+    value = file.values.get("gradient_clipping")
+    if value is not None and config.optim.clip.mode == "per_group":
+        raise UserError(
+            f"gradient_clipping: {json.dumps(value)} (in {file.label}) clips the global norm, which contradicts "
+            'optim.clip.mode: per_group; write "auto" in the DeepSpeed file, or set optim.clip.mode=global'
+        )
+    if value is not None:
+        _check_number("gradient_clipping", value, file, least=0.0)
+        yield Wish("optim.clip.value", float(value) or None, "gradient_clipping", value)
+
+
+# Optimizers that are AdamW once translated. muadam and adam differ from AdamW by coupled decay only.
+_TORCH_OR_DEEPSPEED = ("adam", "adamw", "muadam", "muadamw")
+_IMPLEMENTATION_OF = {"fusedadam": "deepspeed-fused", "cpuadam": "deepspeed-cpu", "deepspeedcpuadam": "deepspeed-cpu"}
+_ADAM_KEYS = {"lr": "optim.lr", "betas": "optim.betas", "eps": "optim.eps", "weight_decay": "optim.weight_decay"}
+_MODE_KEYS = ("torch_adam", "adam_w_mode", "adamw_mode", "foreach", "fused", "decoupled_wd", "fp32_optimizer_states")
+_FIXED = {"amsgrad": False, "bias_correction": True, "maximize": False}
+
+
+def _optimizer(file: DsFile, config: RunConfig) -> Iterator[Wish]:
+    block = file.block("optimizer")
+    if not block:
+        return
+    kind, params = _kind_and_params(block, "optimizer", file)
+    name = kind.lower()
+    if name and name not in _TORCH_OR_DEEPSPEED and name not in _IMPLEMENTATION_OF:
+        raise UserError(
+            f"optimizer.type: {kind} has no muP rules in megadit; use AdamW, or take the optimizer block out "
+            f"(in {file.label})"
+        )
+    _check_optimizer_params(params, name, file)
+    for key, run_key in _ADAM_KEYS.items():
+        if key in params:
+            yield Wish(run_key, _adam_value(key, params[key], file), f"optimizer.params.{key}", params[key])
+    implementation = _implementation(name, params, file, config)
+    if implementation is not None:
+        yield implementation
+    if name.startswith("muadam"):
+        yield from _mup_package(kind, params, file, config)
+
+
+def _kind_and_params(block: dict[str, Any], name: str, file: DsFile) -> tuple[str, dict[str, Any]]:
+    kind, params = block.get("type", ""), block.get("params", {})
+    if not isinstance(kind, str) or not isinstance(params, dict):
+        raise UserError(f'{name}: {json.dumps(block)} is not {{"type": NAME, "params": {{…}}}} (in {file.label})')
+    return kind, params
+
+
+def _check_optimizer_params(params: dict[str, Any], name: str, file: DsFile) -> None:
+    known = (*_ADAM_KEYS, *_MODE_KEYS, *_FIXED)
+    for key, value in params.items():
+        if key == "max_grad_norm":
+            raise UserError(
+                f"optimizer.params.max_grad_norm: DeepSpeed refuses it; set gradient_clipping (in {file.label})"
+            )
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"megadit translates {', '.join(_ADAM_KEYS)}"
+            raise UserError(f"optimizer.params.{key}: is not a parameter of AdamW; {hint} (in {file.label})")
+        if key in _FIXED and value is not _FIXED[key]:
+            wanted = json.dumps(_FIXED[key])
+            raise UserError(
+                f"optimizer.params.{key}: {json.dumps(value)} is not supported; set {wanted} (in {file.label})"
+            )
+    decoupled = name in ("adamw", "muadamw") or params.get("adam_w_mode", params.get("adamw_mode", name != "muadam"))
+    if not decoupled and params.get("weight_decay"):
+        raise UserError(
+            f"optimizer.params.weight_decay: {params['weight_decay']} would be added to the gradient under this "
+            f"optimizer; megadit decays weights directly: use AdamW (in {file.label})"
+        )
+
+
+def _adam_value(key: str, value: Any, file: DsFile) -> Any:
+    name = f"optimizer.params.{key}"
+    if key != "betas":
+        _check_number(name, value, file)
+        return float(value)
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise UserError(f"{name}: {json.dumps(value)} is not a list of two numbers (in {file.label})")
+    for beta in value:
+        _check_number(name, beta, file)
+    return tuple(float(beta) for beta in value)
+
+
+def _implementation(name: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> Wish | None:
+    key = "optim.implementation"
+    if name in _IMPLEMENTATION_OF:
+        return Wish(key, _IMPLEMENTATION_OF[name], "optimizer.type", name)
+    if params.get("foreach"):
+        return Wish(key, "torch-foreach", "optimizer.params.foreach", True)
+    if params.get("fused"):
+        return Wish(key, "torch-fused", "optimizer.params.fused", True)
+    if params.get("torch_adam") is True and config.optim.implementation.startswith("deepspeed"):
+        return Wish(key, "torch-fused", "optimizer.params.torch_adam", True)
+    if params.get("torch_adam") is False:
+        own = "deepspeed-cpu" if offloads_optimizer(file.block("zero_optimization")) else "deepspeed-fused"
+        return Wish(key, own, "optimizer.params.torch_adam", False)
+    return None
+
+
+def _mup_package(kind: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> Iterator[Wish]:
+    """MuAdam and MuAdamW of the mup package: its decay reaches vectors too, and is constant if decoupled_wd."""
+    if config.model.parametrization != "mup":
+        raise UserError(
+            f"optimizer.type: {kind} needs a muP model, but model.parametrization is sp; set model.parametrization=mup "
+            f"or use AdamW (in {file.label})"
+        )
+    if params.get("weight_decay"):
+        mode = "constant" if params.get("decoupled_wd") else "independent"
+        yield Wish("optim.wd_vectors", True, "optimizer.type", kind)
+        yield Wish("optim.wd_mode", mode, "optimizer.params.decoupled_wd", bool(params.get("decoupled_wd")))
+
+
+_FLATTENS = {
+    "WarmupDecayLR": "optim.schedule=wsd",
+    "OneCycle": "optim.schedule=cosine",
+    "LRRangeTest": "a sweep over optim.lr",
+}
+_WARMUP_KEYS = {
+    "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"),
+    "WarmupCosineLR": ("total_num_steps", "warmup_min_ratio", "warmup_num_steps", "cos_min_ratio", "warmup_type"),
+}
+
+
+def _scheduler(file: DsFile) -> Iterator[Wish]:
+    block = file.block("scheduler")
+    if not block:
+        return
+    kind, params = _kind_and_params(block, "scheduler", file)
+    _check_scheduler(kind, params, file)
+    if kind:
+        yield Wish("optim.schedule", "cosine" if kind == "WarmupCosineLR" else "constant", "scheduler.type", kind)
+    if params.get("warmup_num_steps") is not None:
+        yield _steps_wish("optim.warmup_steps", "warmup_num_steps", params, file)
+    if params.get("total_num_steps") is not None:
+        yield _steps_wish("train.steps", "total_num_steps", params, file)
+    if params.get("cos_min_ratio") is not None:
+        key = "scheduler.params.cos_min_ratio"
+        _check_number(key, params["cos_min_ratio"], file, least=0.0)
+        yield Wish("optim.min_lr_ratio", float(params["cos_min_ratio"]), key, params["cos_min_ratio"])
+
+
+def _steps_wish(run_key: str, key: str, params: dict[str, Any], file: DsFile) -> Wish:
+    value = params[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"scheduler.params.{key}: {json.dumps(value)} is not a number of steps (in {file.label})")
+    return Wish(run_key, value, f"scheduler.params.{key}", value)
+
+
+def _check_scheduler(kind: str, params: dict[str, Any], file: DsFile) -> None:
+    one_rate = "writes one learning rate into all parameter groups, which flattens the ratios of muP"
+    if kind in _FLATTENS:
+        raise UserError(
+            f"scheduler.type: {kind} {one_rate}; take the block out and use {_FLATTENS[kind]} (in {file.label})"
+        )
+    if kind and kind not in _WARMUP_KEYS:
+        raise UserError(
+            f"scheduler.type: {kind} is not known; use WarmupLR or WarmupCosineLR, or take the block out and set "
+            f"optim.schedule (in {file.label})"
+        )
+    known = _WARMUP_KEYS.get(kind, sum(_WARMUP_KEYS.values(), ()))
+    for key in params:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{kind} has {', '.join(known)}"
+            raise UserError(f"scheduler.params.{key}: is not a parameter of {kind}; {hint} (in {file.label})")
+    if params.get("warmup_max_lr") is not None:
+        raise UserError(
+            f"scheduler.params.warmup_max_lr: {json.dumps(params['warmup_max_lr'])} {one_rate}; leave it out: the peak "
+            f"is optim.lr times each group's multiplier (in {file.label})"
+        )
+    for key in ("warmup_min_lr", "warmup_min_ratio"):
+        if params.get(key):
+            raise UserError(
+                f"scheduler.params.{key}: {json.dumps(params[key])} is not supported; the warm-up starts from zero: "
+                f"set 0 (in {file.label})"
+            )
+    if params.get("warmup_type", "linear") != "linear":
+        shown = json.dumps(params["warmup_type"])
+        raise UserError(f'scheduler.params.warmup_type: {shown} is not supported; set "linear" (in {file.label})')
+
+
+def _check_number(key: str, value: Any, file: DsFile, least: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{key}: {json.dumps(value)} is not a number (in {file.label})")
+    if least is not None and value < least:
+        raise UserError(f"{key}: {json.dumps(value)} is not at least {least:g} (in {file.label})")

@@ -1,0 +1,113 @@
+"""Loading, changing and saving run configurations: ``load_config``, ``load``, ``replace``, ``save_config``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megadit.config.loading.merge import Merged, merge
+from megadit.config.loading.sources import (
+    RESOLVED,
+    Layer,
+    configs_dir,
+    find_config,
+    nested,
+    override_layer,
+    read_layers,
+)
+from megadit.config.messages import explain
+from megadit.config.schema.reads import settle
+from megadit.config.schema.run import RunConfig
+from megadit.errors import UserError
+from megadit.files.paths import whole_file
+from megadit.files.yaml_text import dump_yaml
+
+QUICKSTART = "quickstart/emoji.yaml"  # what runs when no --config is given
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration and what is known of its origin.
+
+    ``user_set`` maps each dotted key that the user set, in a file they named or by an override, to where
+    (``configs/dit/xl-2.yaml``, ``an override``). The quickstart that runs without ``--config`` sets nothing in
+    this sense: its values are defaults, which a ds_config may overrule. ``resolved``: those of them that a file says
+    which megadit wrote with every key, so that nobody asked for each.
+    """
+
+    config: RunConfig
+    user_set: Mapping[str, str] = field(default_factory=dict)
+    source: str = "defaults"
+    resolved: frozenset[str] = frozenset()
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read the file at ``path`` (None: the quickstart) with its bases, lay ``overrides`` over it and check all.
+
+    Raises UserError that names every wrong key with its value, its source and what to write instead.
+    """
+    file = find_config(path) if path is not None else configs_dir() / QUICKSTART
+    layers = read_layers(file)
+    defaults = {layer.source for layer in layers} if path is None else set()
+    merged = merge([*layers, override_layer(overrides)], RunConfig)
+    config = _validated(merged)
+    user_set = {key: source for key, source in merged.sources.items() if source not in defaults}
+    name = layers[-1].source + (" (the quickstart)" if path is None else "")
+    if overrides:
+        name += f" with {len(overrides)} override{'s' if len(overrides) > 1 else ''}"
+    return LoadedConfig(config, user_set, name, merged.resolved)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """``load(path, overrides).config``: the checked configuration alone. Raises UserError."""
+    return load(path, overrides).config
+
+
+def load_layers(layers: Sequence[Layer]) -> RunConfig:
+    """The checked configuration that ``layers`` make, the first lowest. Raises UserError."""
+    return _validated(merge(layers, RunConfig))
+
+
+def replace(
+    config: RunConfig, changes: Mapping[str, Any], source: str = "a change", *, resolved: bool = False
+) -> RunConfig:
+    """``config`` with dotted ``changes`` (``{"model.width": 256, "optim.lr": 2e-4}``), checked again.
+
+    ``source`` is what error messages call the origin of the changes; ``resolved``: they come from another whole
+    configuration, so that a key among them that nothing reads is no mistake. Raises UserError.
+    """
+    whole = Layer(config.model_dump(), "the configuration", resolved=True)
+    return _validated(merge([whole, Layer(nested(changes), source, resolved)], RunConfig))
+
+
+def _validated(merged: Merged) -> RunConfig:
+    settle(merged.values, merged.sources, merged.order, merged.resolved)
+    values = nested(merged.values)
+    for section in ("model", "train"):  # so that an empty file names the keys that are missing in these
+        values.setdefault(section, {})
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig, merged.sources)) from None
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write ``config`` with every key, so that ``load_config(path) == config`` whatever later defaults become.
+
+    The file appears whole or not at all.
+    """
+    from megadit import __version__
+
+    text = f"{RESOLVED}, written by megadit {__version__}.\n" + to_yaml(config)
+    with whole_file(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """``config`` as YAML text, every key, in the order of the schema."""
+    # JSON mode turns tuples into lists and nothing else; floats keep their shortest exact form.
+    return dump_yaml(config.model_dump(mode="json"))

@@ -1,0 +1,184 @@
+"""Where configuration values come from: YAML files with ``base:`` inheritance, and dotted overrides.
+
+Every file and the command line become one ``Layer`` each, bases before the files that name them; ``merge``
+lays them over one another. Values are kept flat (``{"optim.lr": 1e-4}``) so that each remembers its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadit.config.values import meaning
+from megadit.errors import UserError
+from megadit.files.file_kind import text_instead
+from megadit.files.paths import begins_with
+from megadit.files.text import decode, has_half_pair, why_no_text
+from megadit.files.yaml_text import YamlError, parse_yaml, shortened
+
+OVERRIDES = "an override"
+RESOLVED = "# Resolved run configuration, every key"  # how such a file begins
+_LONGEST_KEY = 200  # characters
+_WRITTEN = (RESOLVED.encode(), b"# Written by megadit")  # the second: targets of tools/transfer.py apply
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values of one file, or of all overrides together, as nested mappings, and what to call it in messages.
+
+    ``resolved``: they are a whole configuration, written by megadit with every key, of which nobody asked for each.
+    """
+
+    values: Mapping[str, Any]
+    source: str
+    resolved: bool = False
+
+
+def configs_dir() -> Path:
+    """The ``configs`` folder: beside the package (checkout, editable install), else in the current folder."""
+    for root in (Path(__file__).resolve().parents[3], Path.cwd()):
+        if (root / "configs" / "quickstart").is_dir():
+            return root / "configs"
+    raise UserError("config: no configs folder beside the package or in the current folder; give --config FILE")
+
+
+def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml") -> Path:
+    """The file at ``path``, or at ``path`` inside the configs folder (``dit/xl-2.yaml``), also with its name before.
+
+    Raises UserError that names ``option`` and the nearest file of ours that ends in ``suffix``.
+    """
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    if given.is_dir():
+        raise UserError(f"{option}: {path} is a folder; name a {suffix} file in it")
+    folder = configs_dir()
+    for shipped_as in (folder, folder.parent):  # dit/xl-2.yaml, configs/dit/xl-2.yaml
+        if (shipped_as / given).is_file():
+            return shipped_as / given
+    shipped = [str(file.relative_to(folder.parent)) for file in sorted(folder.rglob(f"*{suffix}"))]
+    by_name = {Path(name).name: name for name in reversed(shipped)}
+    near = difflib.get_close_matches(given.name, by_name, n=1)
+    hint = f"did you mean {by_name[near[0]]}?" if near else "configs/README.md lists ours"
+    raise UserError(f"{option}: no file {path}; {hint}")
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The file at ``path`` and all that it inherits from, outermost base first. Raises UserError."""
+    return _read_layers(path, ())
+
+
+def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
+    resolved = path.resolve()
+    if resolved in chain:
+        names = " -> ".join(display(file) for file in (*chain[chain.index(resolved) :], resolved))
+        raise UserError(f"base: {names} is a circle; take one of the base keys out")
+    values = read_yaml(path)
+    layers: list[Layer] = []
+    for base in _bases(values.pop("base", None), path):
+        layers += _read_layers(base, (*chain, resolved))
+    return [*layers, Layer(values, display(path), is_resolved(path))]
+
+
+def is_resolved(path: Path) -> bool:
+    """Whether the file at ``path`` is a configuration that megadit wrote, with keys for which nobody asked."""
+    return begins_with(path, _WRITTEN)
+
+
+def _bases(value: Any, path: Path) -> list[Path]:
+    value = meaning(value)
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"base: {value!r} is not a file name or a list of them (in {display(path)})")
+    bases = []
+    for name in names:
+        base = path.parent / Path(name).expanduser()  # relative to the file that names it, not to the current folder
+        if not base.is_file():
+            raise UserError(f"base: no file {name} beside {display(path)}, which inherits from it")
+        bases.append(base)
+    return bases
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file at ``path``; a key written twice is refused. Raises UserError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"config: cannot read {path}: {error.strerror}") from None
+    other = text_instead(data)
+    if other is not None:
+        raise UserError(f"config: {display(path)} is not a YAML file: {other}")
+    try:
+        values = parse_yaml(decode(data))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"config: {display(path)} is not a text file ({why_no_text(error)}); give a YAML file in UTF-8"
+        ) from None
+    except YamlError as error:
+        raise UserError(f"config: {display(path)} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        kind = "list" if isinstance(values, list) else "str"
+        raise UserError(f"config: {display(path)} holds {kind}, not sections of key: value pairs")
+    return values
+
+
+def override_layer(overrides: Sequence[str]) -> Layer:
+    """``["optim.lr=2^-10", "optim.betas=[0.9, 0.95]"]`` as one layer; values are read as YAML. Raises UserError."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key or key.startswith("-"):
+            raise UserError(f"override: {override!r} is not of the form section.key=value, e.g. optim.lr=2^-10")
+        if len(key) > _LONGEST_KEY:
+            raise UserError(f"override: {shortened(key)!r} is no key of a configuration; write section.key=value")
+        if has_half_pair(override):  # what Python makes of bytes of another encoding
+            raise UserError(
+                f"{shortened(key)}: {shortened(text)!r} is not UTF-8; where it names a file or folder, rename that or "
+                "give a link to it"
+            )
+        if not text.strip():
+            raise UserError(f"{key}: the override gives no value; write one, or {key}=null for none")
+        if key == "base":
+            raise UserError(f"base: {text} cannot be an override, only a file inherits; name it by --config")
+        try:
+            value = parse_yaml(text, comments=False)
+        except YamlError as error:
+            raise UserError(f"{key}: {shortened(text)!r} is not a YAML value: {error}") from None
+        _place(values, key, value)
+    return Layer(values, OVERRIDES)
+
+
+def _place(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if not isinstance(inner, dict):
+            inner = values[section] = {}
+        values = inner
+    if isinstance(value, dict) and isinstance(values.get(leaf), dict):
+        for name, inner_value in value.items():
+            _place(values[leaf], str(name), inner_value)
+    else:
+        values[leaf] = value
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"optim.lr": 1}`` as ``{"optim": {"lr": 1}}``."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        _place(values, key, value)
+    return values
+
+
+def display(path: Path) -> str:
+    """A path as a person would type it: relative when it lies under the current folder."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

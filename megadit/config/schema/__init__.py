@@ -1,0 +1,1 @@
+"""The keys of a run configuration: one pydantic section per file."""

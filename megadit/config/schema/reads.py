@@ -1,0 +1,222 @@
+"""Which keys are read only under some choice: a key that nothing would read is refused, not ignored.
+
+``READ_WHERE`` says of a key by which other key it is decided and under which of its values it is read; every other key
+of the schema is read in every run (``tests/config/test_every_key_is_read.py`` walks all of them, and asks that a new
+key be entered). What a key's own section can judge alone, such as keys of one family, stays in that section's
+validator.
+
+The table stands here and not beside each reader: readers import torch, and a refusal comes before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megadit.config.keys import section_of, walk
+from megadit.config.messages import few_lines, shown
+from megadit.config.schema.run import RunConfig
+from megadit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value of ``key`` decides: one of ``values``, or for numbers and optional sections ``holds``."""
+
+    key: str
+    values: tuple[Any, ...] = ()
+    holds: Callable[[Any], bool] | None = None
+    remedy: str = ""
+    instead: tuple[str, ...] = ()  # keys that may hold in the place of ``key``
+    # Its default decides nothing, since what follows, such as a study's variants, may still choose; and what was
+    # inherited, or stands in the same file, stays, since checkpoints and studies of before have it.
+    where_said: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that decide; one that holds is enough."""
+        return (self.key, *self.instead)
+
+    def reads(self, value: Any) -> bool:
+        """Whether a key that hangs on this choice is read."""
+        return self.holds(value) if self.holds is not None else value in self.values
+
+    @property
+    def advice(self) -> str:
+        """The setting under which the key is read."""
+        return self.remedy or f"{self.key}={self.values[0]}"
+
+
+def _positive(value: Any) -> bool:
+    return value is not None and value > 0
+
+
+def _some(value: Any) -> bool:
+    return bool(value)
+
+
+_OF_FILES = Choice("data.name", ("image-folder", "webdataset"))
+_TEXT = Choice("data.condition", ("text",))
+_SEEN = Choice("data.features.encoder", ("efficientnet-lite0", "dinov2"))
+_FLOW, _DDPM = Choice("objective.kind", ("flow",)), Choice("objective.kind", ("ddpm",))
+_NORMAL = Choice("objective.time_sampling", ("logit_normal",))
+_MUP = Choice("model.parametrization", ("mup",))
+_BASE = Choice("model.parametrization", ("mup",), where_said=True)
+_VALIDATED = Choice("train.validation_images", holds=_positive, remedy="train.validation_images above 0")
+_AVERAGED = Choice("ema.decays", holds=_some, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
+_HELD_OUT = Choice("data.val_fraction", holds=_positive, remedy="data.val_fraction above 0")
+
+# Key, or section with all in it: the choices under which it is read, each of which must hold.
+READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
+    "data.path": (Choice("data.name", ("image-folder", "webdataset", "fashion-mnist")),),
+    "data.skin_tones": (Choice("data.name", ("emoji",)),),
+    "data.crop": (_OF_FILES,),
+    "data.text": (_TEXT,),
+    "data.max_missing_captions": (_TEXT,),
+    "data.text.pooled_path": (_TEXT, Choice("data.text.pooled", ("clip",))),
+    "data.features": (Choice("objective.repa_weight", holds=_positive, remedy="objective.repa_weight above 0"),),
+    "data.features.path": (Choice("data.features.encoder", ("dinov2",)),),
+    "data.features.image_size": (_SEEN,),
+    "data.features.cache": (_SEEN,),
+    "model.pos_scale": (Choice("model.family", ("pixart",)),),
+    "model.pos_embed_max_size": (Choice("model.family", ("mmdit",)),),
+    "model.conv": (Choice("model.family", ("uvit",)),),
+    "model.mlp_time_embed": (Choice("model.family", ("uvit",)),),
+    "model.adaln_init": (Choice("model.family", ("dit", "pixart", "mmdit")),),
+    "model.base_width": (_BASE,),
+    "objective.prediction": (_DDPM,),
+    "objective.diffusion_steps": (_DDPM,),
+    "objective.beta_schedule": (_DDPM,),
+    "objective.weighting": (_DDPM,),
+    "objective.min_snr_gamma": (_DDPM, Choice("objective.weighting", ("min_snr",))),
+    "objective.time_sampling": (_FLOW,),
+    "objective.logit_mean": (_FLOW, _NORMAL),
+    "objective.logit_std": (_FLOW, _NORMAL),
+    "objective.shift": (_FLOW,),
+    "objective.label_dropout": (Choice("data.condition", ("class", "text")),),
+    "optim.eps_mode": (_MUP,),
+    "optim.wd_mode": (_MUP,),
+    "optim.decay_steps": (Choice("optim.schedule", ("wsd",)),),
+    "optim.min_lr_ratio": (Choice("optim.schedule", ("cosine", "wsd")),),
+    "optim.clip.groups": (Choice("optim.clip.mode", ("per_group",)),),
+    "ema.every": (_AVERAGED,),
+    "train.validate_every": (_VALIDATED, _HELD_OUT),
+    "train.validate_with": (_VALIDATED, _HELD_OUT),
+    "train.init_from_ema": (Choice("train.init_from", holds=_some, remedy="train.init_from"),),
+    "sample.prompts": (_TEXT,),
+}
+
+# Keys that their own section refuses, with a sentence of its own.
+JUDGED_THERE = frozenset(
+    [
+        "model.pos_scale",
+        "model.pos_embed_max_size",
+        "model.conv",
+        "model.mlp_time_embed",
+        "model.adaln_init",
+        "objective.prediction",
+        "objective.weighting",
+        "objective.beta_schedule",
+        "objective.time_sampling",
+        "objective.shift",
+        "optim.decay_steps",
+        "optim.clip.groups.input",
+        "optim.clip.groups.hidden",
+        "optim.clip.groups.vector",
+        "optim.clip.groups.output",
+        "optim.clip.groups.finite",
+        "train.init_from_ema",
+        "sample.prompts",
+    ]
+)
+
+# What a DeepSpeed file may still choose; such keys are judged when it has been merged.
+_LATE = "optim.schedule"
+
+
+def choices_of(key: str) -> tuple[Choice, ...]:
+    """The choices on which ``key`` hangs, those of the sections that hold it first; none if it is always read."""
+    pieces = key.split(".")
+    above = (".".join(pieces[:count]) for count in range(1, len(pieces) + 1))
+    found = [choice for name in above for choice in READ_WHERE.get(name, ())]
+    return tuple(dict.fromkeys(found))
+
+
+def is_read(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a run of the flat ``values`` reads ``key``; what they leave out is at its default."""
+    fields = dict(walk(RunConfig))
+    return all(_holds(choice, values, fields) for choice in choices_of(key))
+
+
+def settle(
+    values: dict[str, Any], sources: dict[str, str], order: Mapping[str, int], resolved: frozenset[str], only: str = ""
+) -> None:
+    """Take the keys out of the merged ``values`` (and ``sources``) that nothing would read.
+
+    A key that a later layer overruled by its choice goes in silence: an inherited ``beta_schedule`` beside
+    ``objective.kind=flow``. A key at its default says nothing; nor does one of a configuration that was written with
+    every key (``resolved``), which stays as it is.
+
+    Args:
+        order: the layer, counted from the lowest, that said each key.
+        only: a section; choices outside of it are not looked at, since the command reads nothing else.
+
+    Raises:
+        UserError: a key that was asked for is not read, with the choice that decides it.
+    """
+    fields = dict(walk(RunConfig))
+    problems = []
+    for key in list(values):
+        if key not in fields or key in resolved or _is_default(key, values[key], fields):
+            continue
+        for choice in choices_of(key):
+            later = choice.key == _LATE and key not in JUDGED_THERE
+            said = max(order.get(name, -1) for name in choice.keys)
+            undecided = later or not choice.key.startswith(only) or (choice.where_said and said < 0)
+            if undecided or _holds(choice, values, fields):
+                continue
+            if said > order[key] or (choice.where_said and said == order[key]):
+                if not choice.where_said:
+                    del values[key], sources[key]
+            elif key not in JUDGED_THERE:
+                problems.append(_refusal(key, values[key], choice, _value(choice.key, values, fields), sources[key]))
+            break
+    if problems:
+        raise UserError(few_lines(problems))
+
+
+def check_late(values: Mapping[str, Any], asked: Mapping[str, str]) -> None:
+    """As ``settle``, of the keys that a DeepSpeed file may give or take a reader; ``asked``: where each was said.
+
+    ``values``: the flat configuration with what that file says. Raises UserError.
+    """
+    fields = dict(walk(RunConfig))
+    for key, choices in READ_WHERE.items():
+        for choice in choices:
+            chosen = values.get(choice.key)
+            if choice.key != _LATE or key not in asked or choice.reads(chosen) or key in JUDGED_THERE:
+                continue
+            if not _is_default(key, values[key], fields):
+                raise UserError(_refusal(key, values[key], choice, chosen, asked[key]))
+
+
+def _holds(choice: Choice, values: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+    return any(choice.reads(_value(key, values, fields)) for key in choice.keys)
+
+
+def _value(key: str, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
+    return values.get(key, fields[key].default)
+
+
+def _is_default(key: str, value: Any, fields: Mapping[str, Any]) -> bool:
+    if section_of(fields[key].annotation) is not None:
+        return value is None
+    return bool(value == fields[key].default)
+
+
+def _refusal(key: str, value: Any, choice: Choice, chosen: Any, source: str) -> str:
+    return (
+        f"{key}: {shown(value)} is not read where {choice.key} is {shown(chosen).strip(chr(39))}; leave it out, or set "
+        f"{choice.advice} (in {source})"
+    )

@@ -1,0 +1,359 @@
+"""``RunConfig``: every section of a training run. Hyperparameters are in base (width-independent) units."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from megadit.config.base import Section
+from megadit.config.schema.data import DataConfig
+from megadit.config.schema.layout import layout_problem
+from megadit.config.schema.model import ModelConfig
+from megadit.config.schema.optim import OptimConfig
+from megadit.config.values import number
+
+
+class ObjectiveConfig(Section):
+    """What is predicted and how timesteps are drawn and weighted."""
+
+    kind: Literal["ddpm", "flow"] = Field(
+        "ddpm", description="ddpm: a schedule of noise, predicts it; flow: matches the velocity noise - x0"
+    )
+    prediction: Literal["eps", "v"] = Field("eps", description="ddpm: noise or v; flow always predicts noise - x0")
+    diffusion_steps: int = Field(1000, ge=2, description="ddpm: length of the schedule")
+    beta_schedule: Literal["linear", "scaled_linear"] = Field(
+        "linear",
+        description="ddpm: linear: betas 1e-4 to 2e-2; scaled_linear: .00085 to .012, their roots evenly spaced, as "
+        "for the latents of Stable Diffusion and U-ViT",
+    )
+    time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of times")
+    logit_mean: float = Field(0.0, description="logit_normal: mean of logit(t)")
+    logit_std: float = Field(1.0, gt=0, description="logit_normal: standard deviation of logit(t)")
+    shift: float = Field(1.0, gt=0, description="flow: resolution shift t' = s t / (1 + (s - 1) t)")
+    weighting: Literal["none", "min_snr"] = Field("none", description="ddpm: loss weight by timestep")
+    min_snr_gamma: float = Field(5.0, gt=0, description="min_snr: the signal-to-noise ratio where weights are cut")
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of samples whose condition, class or text, is dropped"
+    )
+    repa_weight: float = Field(
+        0.0, ge=0, description="weight of the REPA loss (needs model.repa and data.features); 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if self.kind == "flow" and self.prediction != "eps":
+            raise ValueError("prediction: v belongs to kind ddpm; flow always predicts noise - x0, so leave it out")
+        if self.kind == "flow" and self.weighting != "none":
+            raise ValueError("weighting: min_snr belongs to kind ddpm; set weighting to none for flow")
+        if self.kind == "flow" and self.beta_schedule != "linear":
+            raise ValueError(f"beta_schedule: {self.beta_schedule} belongs to kind ddpm; leave it out")
+        if self.kind == "ddpm" and (self.time_sampling != "uniform" or self.shift != 1.0):
+            key, value = ("shift", self.shift) if self.shift != 1.0 else ("time_sampling", self.time_sampling)
+            raise ValueError(f"{key}: {value} belongs to kind flow; ddpm draws timesteps uniformly, so leave it out")
+        return self
+
+
+ONLINE = "online"  # the name of the weights that are trained, beside those of the moving averages
+
+
+def _weights_name(value: Any) -> Any:
+    """An average's name where it is a number, however that is written: 0.99990 is "0.9999"."""
+    found = number(value) if isinstance(value, str) else value
+    return repr(found) if isinstance(found, float) else value
+
+
+class EmaConfig(Section):
+    """Moving averages of the weights, as many as wanted; both lists empty: none. Each costs a copy of the masters."""
+
+    decays: tuple[float, ...] = Field((), description="constant decays, such as 0.9999; named by the number")
+    sigma_rels: tuple[float, ...] = Field(
+        (), description="power profiles of EDM2 by relative width, such as 0.05; named sigma-0.05"
+    )
+    every: int = Field(1, ge=1, description="follow the weights at every k-th update, with the decay of k of them")
+
+    @property
+    def constant_decays(self) -> dict[str, float]:
+        """Decay by name."""
+        return {repr(decay): decay for decay in self.decays}
+
+    @property
+    def power_profiles(self) -> dict[str, float]:
+        """Relative width by name."""
+        return {f"sigma-{sigma!r}": sigma for sigma in self.sigma_rels}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all averages, as ``sample.weights`` and ``launch/sample.py --ema`` take them."""
+        return (*self.constant_decays, *self.power_profiles)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EmaConfig:
+        for decay in self.decays:
+            if not 0 < decay < 1:
+                raise ValueError(f"decays: {decay} does not lie between 0 and 1; the usual is 0.9999")
+        for sigma in self.sigma_rels:
+            if not 0 < sigma < 12**-0.5:  # of the uniform average; wider profiles would favour the beginning
+                raise ValueError(f"sigma_rels: {sigma} does not lie between 0 and 0.2886; EDM2 uses 0.05 and 0.1")
+        for key, values in (("decays", self.decays), ("sigma_rels", self.sigma_rels)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {list(values)} names an average twice; leave one out")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the run is spread over processes."""
+
+    tensor: int = Field(
+        1, ge=1, description="tensor parallelism: neighbouring ranks that share every layer; divides the heads"
+    )
+    pipeline: int = Field(1, ge=1, description="pipeline stages, cut for equal FLOPs; needs ZeRO stage 1")
+    sequence: bool = Field(
+        False, description="sequence parallelism: they share the tokens too, outside of attention and MLP"
+    )
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="ZeRO stage; default 0 for one fp32 process, else 1"
+    )
+    timeout_s: float = Field(
+        1800.0, gt=0, description="seconds that a rank waits for others before it ends the run with an error"
+    )
+    rendezvous_timeout_s: float | None = Field(
+        None, gt=0, description="seconds that ranks wait for all to come; default 600, or timeout_s if that is less"
+    )
+
+
+class TrainConfig(Section):
+    """Length, batch, precision and what is written when (all in optimizer steps)."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training set, instead of steps")
+    global_batch: int = Field(256, ge=1, description="images per optimizer step over all ranks")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="images per forward pass and replica; default: global_batch / replicas, or 4 passes a stage",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="recompute in the backward pass: selective all but matrix products and attention, full each block",
+    )
+    compile: bool = Field(False, description="torch.compile the blocks; costs minutes at the start")
+    seed: int = Field(0, ge=0, description="of initialization, order, noise and dropout")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int | None = Field(None, ge=1, description="default: at the end only")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="checkpoints at its multiples stay for ever; itself a multiple of checkpoint_every",
+    )
+    init_from: str | None = Field(
+        None, description="checkpoint or run directory whose weights alone begin a new run; all else starts afresh"
+    )
+    init_from_ema: str | None = Field(None, description="init_from: take this average's weights; null: the online ones")
+    skip_samples: tuple[tuple[int, int], ...] = Field(
+        (), description="windows [first, stop) of global sample numbers to leave out; all others keep image and noise"
+    )
+    sample_every: int | None = Field(None, ge=1, description="default: at the end only")
+    validate_every: int | None = Field(None, ge=1, description="default: at the end only")
+    validation_images: int = Field(256, ge=0, description="0: no validation loss")
+    validate_with: tuple[str, ...] = Field(
+        (ONLINE,), description="weights that get a validation loss: online, and names of averages (see ema)"
+    )
+    tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
+    wandb: bool = Field(False, description="log to Weights & Biases too, if installed")
+
+    @field_validator("skip_samples", mode="before")
+    @classmethod
+    def _windows(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) == 2 and all(type(entry) is int for entry in value):
+            shown = f"[{value[0]}, {value[1]}]"
+            raise ValueError(f"skip_samples: {shown} is one window and not a list of them; write [{shown}]")
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(tuple(window) if isinstance(window, list) else window for window in value)
+
+    @field_validator("init_from_ema", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        return _weights_name(value)
+
+    @field_validator("validate_with", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(map(_weights_name, value)) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps: is missing; give the run's length as steps or as epochs")
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing: selective does not go with compile, which chooses by itself what a block "
+                "computes again; set none or full"
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps: {self.steps} and epochs {self.epochs} both say how long to train; give one of them"
+            )
+        if self.keep_every is not None and self.keep_every % (self.checkpoint_every or self.keep_every + 1):
+            raise ValueError(
+                f"keep_every: {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}, so that "
+                "nothing would be kept; make it one"
+            )
+        for first, stop in self.skip_samples:
+            if not 0 <= first < stop:
+                raise ValueError(
+                    f"skip_samples: [{first}, {stop}] is no window: it leaves out the sample numbers from the first up "
+                    "to, but without, the second; write e.g. [[9216, 9472]]"
+                )
+        windows = sorted(self.skip_samples)
+        for (first, stop), (other, end) in itertools.pairwise(windows):
+            if other < stop:
+                raise ValueError(
+                    f"skip_samples: [{first}, {stop}] and [{other}, {end}] overlap; write [{first}, {max(stop, end)}]"
+                )
+        if self.init_from_ema is not None and self.init_from is None:
+            raise ValueError(
+                f"init_from_ema: {self.init_from_ema} is an average of the checkpoint init_from, which is not given; "
+                "give it, or leave this out"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    """How pictures are drawn from the model, during training and by launch/sample.py."""
+
+    scheduler: Literal["auto", "ddpm", "ddim", "dpm", "euler"] = Field(
+        "auto", description="auto: dpm for ddpm-trained models, euler for flow"
+    )
+    steps: int = Field(50, ge=1, description="model evaluations per picture (twice with guidance)")
+    guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 is off")
+    guidance_channels: int | None = Field(None, ge=1, description="guide only the first k channels (DiT: 3)")
+    count: int = Field(64, ge=1, description="pictures in a grid")
+    seed: int = Field(0, ge=0, description="of the starting noise")
+    weights: str = Field(ONLINE, description="online, or the name of an average (see ema)")
+    prompts: tuple[str, ...] = Field((), description="texts to draw, in turn; default: held-out captions of the data")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        return _weights_name(value)
+
+
+class RunConfig(Section):
+    """Everything a run needs; saved, resolved, as ``config.yaml`` in its run directory."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        problems = (
+            self._objective_problem(),
+            self._size_problem(),
+            self._class_problem(),
+            self._text_problem(),
+            self._repa_problem(),
+            self._stage_problem(),
+            layout_problem(self),
+            self._weights_problem(),
+        )
+        for problem in problems:
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    def _objective_problem(self) -> str | None:
+        if self.objective.kind == "flow" and self.model.learn_sigma:
+            return (
+                "model.learn_sigma: true does not go with objective.kind flow, whose velocity has no variance; "
+                "set model.learn_sigma=false"
+            )
+        guided = self.sample.guidance_channels
+        if guided is not None and guided > self.model.in_channels:
+            return (
+                f"sample.guidance_channels: {guided} is more than model.in_channels {self.model.in_channels}; lower it"
+            )
+        return None
+
+    def _size_problem(self) -> str | None:
+        size, factor = self.data.image_size, self.data.vae.factor if self.data.vae is not None else 1
+        if size is None or size == factor * self.model.input_size:
+            return None
+        what = "images" if factor == 1 else f"latents, {factor} image pixels each,"
+        return (
+            f"data.image_size: {size}, but model.input_size {self.model.input_size} is for {what} of "
+            f"{factor * self.model.input_size} pixels; make the two agree"
+        )
+
+    def _class_problem(self) -> str | None:
+        classes, condition = self.model.num_classes, self.data.condition
+        if condition != "class" and classes:
+            return f"model.num_classes: {classes}, but data.condition is {condition}; set model.num_classes=0"
+        if condition == "class" and not classes:
+            return (
+                "model.num_classes: 0, but data.condition is class; set the number of classes, or data.condition=none"
+            )
+        if condition == "none" and self.sample.guidance != 1.0:
+            return f"sample.guidance: {self.sample.guidance} needs classes or texts; set sample.guidance=1"
+        return None
+
+    def _text_problem(self) -> str | None:
+        if self.data.condition == "text" and self.model.text is None:
+            return (
+                f"data.condition: text, but model.text is not given, so that this {self.model.family} takes no text; "
+                "set model.text.dim, or another data.condition"
+            )
+        if self.data.condition != "text" and self.model.text is not None:
+            return f"data.condition: {self.data.condition}, but the model takes text; set it to text"
+        if self.sample.prompts and self.model.text is None:
+            return f"sample.prompts: {list(self.sample.prompts)[:1]} need a model with model.text; leave them out"
+        return None
+
+    def _repa_problem(self) -> str | None:
+        weight = self.objective.repa_weight
+        if weight and self.model.repa is None:
+            return f"objective.repa_weight: {weight}, but the model has no projector; set model.repa.block, or 0"
+        if weight and self.data.features is None:
+            return f"objective.repa_weight: {weight}, but there are no target features; set data.features.encoder, or 0"
+        if not weight and self.model.repa is not None:
+            return (
+                "objective.repa_weight: 0, but the model has a projector, which nothing would train; set a weight, or "
+                "model.repa=null"
+            )
+        return None
+
+    def _stage_problem(self) -> str | None:
+        if self.train.compile and self.parallel.zero_stage == 3:
+            return (
+                "train.compile: true does not go with parallel.zero_stage 3, whose hooks in every layer cut what is "
+                "compiled into pieces, slower than not compiling; set zero_stage to 2 or less, or compile=false"
+            )
+        if self.train.precision == "fp32" or self.parallel.zero_stage != 0:
+            return None
+        return (
+            f"parallel.zero_stage: 0 does not go with train.precision {self.train.precision}, where "
+            "DeepSpeed would start Adam at step 1; set parallel.zero_stage=1"
+        )
+
+    def _weights_problem(self) -> str | None:
+        known = (ONLINE, *self.ema.names)
+        wanted = [
+            ("sample.weights", self.sample.weights),
+            *(("train.validate_with", n) for n in self.train.validate_with),
+        ]
+        for key, name in wanted:
+            if name not in known:
+                return f"{key}: {name} is none of {', '.join(known)}; choose one, or add its average to ema.decays"
+        if len(set(self.train.validate_with)) < len(self.train.validate_with):
+            return f"train.validate_with: {list(self.train.validate_with)} names weights twice; leave one out"
+        return None

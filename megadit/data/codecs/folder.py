@@ -1,0 +1,139 @@
+"""A codec's folder without its weights: whether it is one, and what its ``config.json`` says. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadit.config.schema.data import VaeConfig
+from megadit.errors import UserError
+from megadit.files.file_kind import refuse_broken
+from megadit.files.hub_cache import broken_link, snapshot_of
+from megadit.files.json_fields import Fields, shown
+
+VAE_CLASS = "AutoencoderKL"
+PCA_CLASS = "PcaPatchCodec"
+_KEY = "data.vae.path"
+_MOST_LEVELS = 16  # of an autoencoder; published ones have 4 or 5
+_MOST = 2**16  # channels, and pixels of a patch
+_MOST_LAYERS, _MOST_WIDTH = 64, 2**13  # of a level: so much is built before the weights are compared with it
+_PER_CHANNEL = ("latents_mean", "latents_std")
+
+
+@dataclass(frozen=True)
+class CodecFacts:
+    """What a codec's ``config.json`` says."""
+
+    name: str
+    factor: int
+    channels: int
+    image_channels: int
+    scale: float
+    shift: float
+
+
+def codec_facts(config: VaeConfig) -> CodecFacts:
+    """What is known of the codec at ``data.vae.path`` without its weights. Raises UserError if it is no codec's."""
+    return read_facts(codec_folder(config))
+
+
+def codec_folder(config: VaeConfig) -> Path:
+    """The folder at ``data.vae.path``. Raises UserError if it is missing or no codec's."""
+    if config.path is None:
+        raise UserError(
+            f"{_KEY}: is missing; give the folder of a diffusers {VAE_CLASS} on this machine (sample.py: --vae)"
+        )
+    folder = Path(config.path)
+    _check(folder)
+    return folder
+
+
+def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
+    """What the ``config.json`` of a codec's folder says; ``key`` brought it.
+
+    Raises:
+        UserError: it cannot be read, a value is none of its type, or latents are scaled by a number per channel.
+    """
+    fields = Fields.of_file(folder / "config.json", key, "fetch it again")
+    name = fields.text("_class_name")
+    if name == PCA_CLASS:
+        factor, channels = (fields.whole(part, least=1, most=_MOST) for part in ("factor", "channels"))
+        of_images = fields.whole("image_channels", least=1, most=_MOST)
+        scale = fields.number("scaling_factor", above=0.0)
+    else:
+        factor = 2 ** (_levels(fields) - 1)
+        _check_rest(fields)
+        channels = fields.whole("latent_channels", 4, least=1, most=_MOST)  # the defaults are AutoencoderKL's own
+        of_images = fields.whole("in_channels", 3, least=1, most=_MOST)
+        scale = fields.number("scaling_factor", 0.18215, above=0.0)
+        for part in _PER_CHANNEL:
+            if fields.raw(part) is not None:
+                raise UserError(
+                    f"{fields.where} has {part} {shown(fields.raw(part))}: its latents are scaled by a number per "
+                    "channel, which is not known here; give another autoencoder"
+                )
+    shift = fields.number("shift_factor", None, null=True)
+    return CodecFacts(name, factor, channels, of_images, scale, shift or 0.0)
+
+
+def _levels(fields: Fields) -> int:
+    """Resolutions of an AutoencoderKL, each half of the one before."""
+    blocks = fields.items("block_out_channels", (64,))
+    sizes = _each(fields, "block_out_channels", blocks)
+    if not 1 <= len(blocks) <= _MOST_LEVELS:
+        raise fields.refused("block_out_channels", blocks, f"a list of 1 to {_MOST_LEVELS} numbers")
+    for part in sizes.names():
+        sizes.whole(part, least=1, most=_MOST_WIDTH)
+    fields.whole("layers_per_block", 1, least=1, most=_MOST_LAYERS)
+    for part in ("down_block_types", "up_block_types"):  # all but the last of the channels halve the resolution
+        kinds = fields.items(part, ("",))
+        if len(kinds) not in (len(blocks), len(blocks) - 1):
+            raise fields.refused(part, kinds, f"as many as the {len(blocks)} block_out_channels")
+        named = _each(fields, part, kinds)
+        for kind in named.names():
+            named.text(kind)
+    groups = fields.whole("norm_num_groups", 32, least=1, most=_MOST_WIDTH)
+    uneven = next((size for size in blocks if size % groups), None)
+    if uneven is not None and "norm_num_groups" in fields:
+        raise fields.refused(
+            "norm_num_groups", groups, f"a divisor of all block_out_channels, of which {uneven} is one"
+        )
+    return len(blocks)
+
+
+def _each(fields: Fields, key: str, values: Sequence[Any]) -> Fields:
+    """The values of a list under ``key[0]``, ``key[1]``, …"""
+    return Fields({f"{key}[{number}]": value for number, value in enumerate(values)}, fields.where)
+
+
+def _check_rest(fields: Fields) -> None:
+    """Refuse values of an AutoencoderKL that are not of their type, before diffusers builds with them."""
+    fields.whole("out_channels", 3, least=1, most=_MOST)
+    fields.text("act_fn", "silu")
+    for part in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+        fields.flag(part, True)
+
+
+def _check(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{_KEY}: {folder} is not a folder; give the folder of a diffusers {VAE_CLASS} on this machine")
+    config = folder / "config.json"
+    wrong = broken_link(config)
+    if wrong is not None:
+        raise UserError(f"{_KEY}: '{config}' {wrong}")
+    if not config.is_file():
+        cache = snapshot_of(folder)
+        if cache is not None:
+            raise UserError(f"{_KEY}: '{folder}' {cache}, or its folder vae")
+        inner = " (a pipeline: give its folder vae)" if (folder / "vae" / "config.json").is_file() else ""
+        raise UserError(f"{_KEY}: {folder} has no config.json{inner}; give the folder of a diffusers {VAE_CLASS}")
+    name = Fields.of_file(config, _KEY, "fetch it again").raw("_class_name")
+    if name not in (VAE_CLASS, PCA_CLASS):
+        found = name if isinstance(name, str) else f"model with _class_name {shown(name)}"
+        raise UserError(f"{_KEY}: {folder} holds a {found}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{_KEY}: {folder} has no .safetensors weights; convert or fetch them in that format")
+    refuse_broken(_KEY, weights)

@@ -1,0 +1,213 @@
+"""From a set to tars of what a run would compute from it: latents, text features, REPA's target features.
+
+What is stored is what the run would have: a VAE's posterior as mean and standard deviation, so that every epoch draws
+anew by the run's own keyed noise (PixArt's practice; ``posterior="sample"`` keeps one draw, as DiT's feature
+extraction does), and, with ``data.flip``, the same of the mirrored image, since a mirrored latent is not the latent of
+the mirrored image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from megadit.config import DataConfig
+from megadit.data.batch import scale_images
+from megadit.data.captions import check_captions
+from megadit.data.codecs.latents import Codec, VaeCodec, build_codec, check_vae, codec_identity, codec_scale
+from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
+from megadit.data.shards import members
+from megadit.data.shards.layout import (  # fmt: skip
+    FEATURES,
+    FEATURES_MIRRORED,
+    LATENT,
+    LATENT_MIRRORED,
+    NULL_TEXT,
+    POOLED,
+    TEXT,
+    Progress,
+    Sharding,
+)
+from megadit.data.shards.making import facts_of, key_of, set_writer, settings, words
+from megadit.data.shards.manifest import Manifest
+from megadit.data.sources.build import whole_set
+from megadit.data.verify import check_files
+from megadit.errors import UserError
+from megadit.files.ownership import refuse_occupied
+from megadit.files.paths import save_tensors
+from megadit.rng import sample_keys
+
+if TYPE_CHECKING:
+    from megadit.data.features import FeatureEncoder
+    from megadit.data.text import TextEncoder
+
+_CHUNK = 64  # images at once
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How features are stored. posterior: of an AutoencoderKL.  max_length: tokens of a text; longer ones are cut.
+
+    seed: of the one draw of ``posterior="sample"``.
+    """
+
+    dtype: Literal["float16", "float32"] = "float16"
+    posterior: Literal["moments", "sample"] = "moments"
+    max_length: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Encoders:
+    """What is computed; None: not asked for."""
+
+    codec: Codec | None
+    text: TextEncoder | None
+    features: FeatureEncoder | None
+
+
+def encode_set(
+    config: DataConfig,
+    folder: Path,
+    sharding: Sharding,
+    encoding: Encoding,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the whole set of ``config`` as tars of what its ``vae``, ``text`` (with condition text) and ``features``
+    ask for; images themselves where there is no ``vae``.
+
+    A start that was cut off is gone on with. Raises UserError as ``build_datasets``, the encoders and ``SetWriter`` do.
+    """
+    refuse_occupied(folder)
+    images, bases = whole_set(config, labelled=config.condition == "class")
+    tell_remarks(images)
+    check_files(images)
+    if config.condition == "text":
+        check_captions(config.max_missing_captions, images)
+    encoders = _encoders(config, encoding, images, device)
+    stored = _facts(config, encoding, images, encoders)
+    made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}
+    writer = set_writer(folder, sharding, made)
+    try:
+        done = writer.done
+        start = done // _CHUNK * _CHUNK  # the same chunks as in one go, so that rounding is the same
+        for first in range(start, len(images), _CHUNK):
+            numbers = range(first, min(first + _CHUNK, len(images)))
+            for i, arrays in zip(numbers, _chunk(images, numbers, encoders, encoding, stored), strict=True):
+                if i >= done:
+                    writer.add(key_of(i), {**arrays, **words(images, bases, i)})
+            if progress is not None:
+                progress(numbers.stop, len(images))
+        if encoders.text is not None:
+            _save_null(encoders.text, encoding, folder)
+    except BaseException:
+        writer.abandon()
+        raise
+    return writer.finish(replace(facts_of(images, made), stored=stored))
+
+
+def _encoders(config: DataConfig, encoding: Encoding, images: ImageSet, device: str) -> _Encoders:
+    if images.stores_latents:
+        raise UserError(f"data.path: {config.path} holds latents already; give the images that they were made of")
+    features = config.features is not None and config.features.encoder != "stored"
+    if config.vae is None and config.condition != "text" and not features:
+        raise UserError(
+            "data.vae: is not given, nor data.condition=text or data.features, so that there is nothing to encode; "
+            "set one of them (tools/make_shards.py writes images as they are)"
+        )
+    check_vae(config.vae, image_channels=images.channels)
+    text: TextEncoder | None = None
+    if config.condition == "text":
+        from megadit.data.text import build_encoder
+
+        text = build_encoder(config.text, device)
+        if encoding.max_length is None:
+            raise UserError("--max_length: is not given; say how many tokens a text may have, or give --config")
+        if text.longest is not None and encoding.max_length > text.longest:
+            raise UserError(
+                f"--max_length: {encoding.max_length}, but data.text.encoder takes {text.longest} tokens; lower it"
+            )
+    seen: FeatureEncoder | None = None
+    if features and config.features is not None:
+        from megadit.data.features import build_encoder as build_features
+
+        seen = build_features(config.features.model_copy(update={"cache": None}), device)
+    return _Encoders(None if config.vae is None else build_codec(config.vae, device), text, seen)
+
+
+def _facts(config: DataConfig, encoding: Encoding, images: ImageSet, encoders: _Encoders) -> StoredFacts:
+    facts = StoredFacts(mirrored=config.flip and (encoders.codec is not None or encoders.features is not None))
+    codec, text = encoders.codec, encoders.text
+    if codec is not None and config.vae is not None:
+        if images.image_size % codec.factor:
+            raise UserError(
+                f"data.image_size: {images.image_size} is not a multiple of {codec.factor}, the codec's factor; "
+                "choose one that is"
+            )
+        scale, shift = codec_scale(config.vae)
+        facts = replace(
+            facts, channels=int(codec.channels or 0), size=images.image_size // codec.factor, factor=codec.factor,
+            scale=scale, shift=shift, codec=codec_identity(config.vae),
+            moments=isinstance(codec, VaeCodec) and encoding.posterior == "moments",
+        )  # fmt: skip
+    if text is not None and encoding.max_length is not None:
+        captions = sorted({images.caption(i) for i in range(len(images))})
+        longest = max(len(ids) for ids in text.token_ids([*captions, ""]))
+        facts = replace(
+            facts, text_dim=text.dim, pooled_dim=text.pooled_dim, text_encoder=text.identity,
+            text_length=min(longest, encoding.max_length),
+        )  # fmt: skip
+    if encoders.features is not None:
+        facts = replace(facts, feature_dim=encoders.features.dim, feature_encoder=encoders.features.identity)
+    return facts
+
+
+def _chunk(
+    images: ImageSet, numbers: range, encoders: _Encoders, encoding: Encoding, stored: StoredFacts
+) -> Iterator[dict[str, bytes]]:
+    """The members, without the words, of these samples."""
+    raw = stack_images(images, numbers)
+    pixels = scale_images(raw)
+    columns: dict[str, list[Tensor]] = {}
+    for turned in (False, True) if stored.mirrored else (False,):
+        seen = pixels.flip(-1) if turned else pixels
+        if encoders.codec is not None:
+            columns[LATENT_MIRRORED if turned else LATENT] = list(_latents(encoders.codec, seen, numbers, encoding))
+        if encoders.features is not None:
+            columns[FEATURES_MIRRORED if turned else FEATURES] = list(encoders.features.encode(seen))
+    if encoders.text is not None and encoding.max_length is not None:
+        found = list(encoders.text.features([images.caption(i) for i in numbers], encoding.max_length))
+        columns[TEXT] = [state for state, _ in found]
+        if stored.pooled_dim:
+            columns[POOLED] = [vector for _, vector in found]
+    for row in range(len(numbers)):
+        arrays = {name: _array(values[row], encoding.dtype, name) for name, values in columns.items()}
+        yield arrays if encoders.codec is not None else {"png": members.write_picture(raw[row], "png", 0), **arrays}
+
+
+def _latents(codec: Codec, pixels: Tensor, numbers: range, encoding: Encoding) -> Tensor:
+    if isinstance(codec, VaeCodec) and encoding.posterior == "moments":
+        return torch.cat(codec.posterior(pixels), dim=1)
+    return codec.encode(pixels, sample_keys(encoding.seed, "stored-latent", numbers))
+
+
+def _array(value: Tensor, dtype: str, name: str) -> bytes:
+    value = value.detach().cpu()
+    stored = value.to(getattr(torch, dtype))
+    if not bool(stored.isfinite().all()):
+        why = "is beyond float16's range; give --dtype float32" if bool(value.isfinite().all()) else "is not a number"
+        raise UserError(f"--dtype: a value of {name} {why}")
+    return members.write_array(stored)
+
+
+def _save_null(encoder: TextEncoder, encoding: Encoding, folder: Path) -> None:
+    assert encoding.max_length is not None
+    state, pooled = next(iter(encoder.features([""], encoding.max_length)))
+    tensors: dict[str, Any] = {"text": state.contiguous(), **({"pooled": pooled} if len(pooled) else {})}
+    save_tensors(folder / NULL_TEXT, tensors)

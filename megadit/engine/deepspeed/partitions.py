@@ -1,0 +1,262 @@
+"""The one adapter to DeepSpeed's internals: which piece of which parameter this rank owns, in float32.
+
+DeepSpeed keeps master weights and Adam moments in flat buffers that differ by ZeRO stage. Checkpoints (and
+whatever else must follow the master weights) speak of *fragments* instead: a canonical parameter name and an
+index range of the flattened parameter. Gradient norms are in ``partitions_norms``, and what keeps an update from being
+made in ``partitions_guard``. Written against DeepSpeed 0.19.
+
+=====  =========================================================  ==========================
+stage  where the float32 values live                              fragments of a rank
+=====  =========================================================  ==========================
+0      the parameters themselves (float32 training only)          all, the same on every rank
+1, 2   ``single_partition_of_fp32_groups[g]``, one per group      a run of each group's concatenation
+3      ``fp32_partitioned_groups_flat[s]``, one per sub group     an equal share of every parameter
+=====  =========================================================  ==========================
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megadit.engine.clipping import ClipPlan
+from megadit.engine.deepspeed.guard import UpdateGuard
+from megadit.engine.deepspeed.norms import RoleNorms, hold_loss_scale
+from megadit.mup.spec import walk_slices
+from megadit.parallel.topology import Topology
+from megadit.slices import Boxes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's scaler changes as it runs
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of the flattened parameter ``name``, whose global shape is ``shape``.
+
+    ``values`` is a writable 1-D float32 view into ``flat``, the tensor that the optimizer steps, beginning
+    at ``offset``. A rank that holds a slice of the parameter (tensor parallelism) names it by ``boxes``
+    (megadit.slices), and start and stop count in it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    values: Tensor
+    flat: Tensor
+    offset: int
+    boxes: Boxes | None = None
+
+
+def avoid_shm_build() -> None:
+    """Keep DeepSpeed from compiling its CPU shared-memory op when it wraps the process group.
+
+    Only its inference all-reduce uses the op; building it takes up to a minute, needs a compiler, and a
+    build that was killed leaves a lock on which every later run waits for ever.
+    """
+    import deepspeed  # noqa: F401  (makes the module below exist)
+
+    # ``import deepspeed.comm.torch as m`` would bind plain torch, which shadows the submodule's name.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def forget_groups() -> None:
+    """Take back the groups of ranks that DeepSpeed keeps of this process's earlier engines, which may have ended."""
+    from deepspeed.utils import groups
+
+    groups.mpu = None
+    kept = groups._WORLD_GROUP
+    if kept is not None and torch.distributed.is_initialized():
+        try:
+            torch.distributed.get_process_group_ranks(kept)
+        except (KeyError, ValueError):  # of a process group that was destroyed since
+            groups._release_process_group_references()
+
+
+def restore_linear() -> None:
+    """Take back the ``F.linear`` that a ZeRO-3 engine of this process put in the place of torch's, for good.
+
+    A later run of the process would compute with it: other bits, and additions in place.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Init
+
+    torch.nn.functional.linear = getattr(Init, "linear_bk", torch.nn.functional.linear)
+
+
+class Partitions:
+    """This rank's share of master weights and optimizer state of a DeepSpeed engine."""
+
+    def __init__(
+        self, engine: Any, clip: ClipPlan, topology: Topology | None = None, model: nn.Module | None = None
+    ) -> None:
+        """``model`` owns the parameters under their canonical names (default: the engine's module)."""
+        self._engine = engine
+        self._place = topology or Topology(torch.distributed.get_world_size(), torch.distributed.get_rank())
+        self.stage = int(engine.zero_optimization_stage())
+        if self.stage == 0 and int(engine.dp_world_size) == 1:
+            # One rank has nothing to average, yet DeepSpeed would flatten and copy back every gradient.
+            engine.enable_backward_allreduce = False
+        self.guard = UpdateGuard(engine, self.stage)
+        self.norms = RoleNorms(engine, self.stage, clip, self.guard)
+        if self._dynamic_scaler() is not None:
+            hold_loss_scale(engine.optimizer)
+        self._known = {
+            id(p): (name, spec.shape, boxes)
+            for name, p, spec, boxes in walk_slices(engine.module if model is None else model)
+            if p.requires_grad
+        }
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside DeepSpeed's wrapper (its groups hold the flat buffers)."""
+        wrapped = self._engine.optimizer
+        return wrapped.optimizer if self.stage > 0 else wrapped
+
+    def to_save(self) -> list[Fragment]:
+        """Of ``fragments`` those that this rank saves: all ranks together hold each element once."""
+        if self.stage == 0 and self._place.data_rank > 0:
+            return []
+        return [f for f in self.fragments() if f.boxes is not None or self._place.tensor_rank == 0]
+
+    def fragments(self) -> list[Fragment]:
+        """All fragments that this rank owns, in a fixed order."""
+        readers = {0: self._whole_parameters, 1: self._group_runs, 2: self._group_runs, 3: self._parameter_shares}
+        return list(readers[self.stage]())
+
+    def _whole_parameters(self) -> Iterator[Fragment]:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                name, shape, boxes = self._known[id(p)]
+                yield Fragment(name, shape, 0, p.numel(), p.data.view(-1), p, 0, boxes)
+
+    def _group_runs(self) -> Iterator[Fragment]:
+        # Not by DeepSpeed's own map, _hp_mapping: with round_robin_gradients it names the wrong parameters, since it
+        # counts them in the order of the group and not of the buffer.
+        zero = self._engine.optimizer
+        for g, flat in enumerate(zero.single_partition_of_fp32_groups):
+            begin = torch.distributed.get_rank(zero.real_dp_process_group[g]) * flat.numel()
+            for p, first in zip(zero.round_robin_bit16_groups[g], zero.round_robin_bit16_offsets[g], strict=True):
+                low, high = max(first, begin), min(first + p.numel(), begin + flat.numel())
+                if low < high and id(p) in self._known:  # the padding of an empty group is nobody's
+                    values = flat.data.narrow(0, low - begin, high - low)
+                    name, shape, boxes = self._known[id(p)]
+                    yield Fragment(name, shape, low - first, high - first, values, flat, low - begin, boxes)
+
+    def _parameter_shares(self) -> Iterator[Fragment]:
+        zero = self._engine.optimizer
+        rank = torch.distributed.get_rank(zero.dp_process_group)
+        for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for p in params:
+                share = p.partition_numel()
+                start = min(rank * share, p.ds_numel)
+                stop = min(start + share, p.ds_numel)  # the last shares are padded beyond the parameter
+                if stop > start:
+                    values = flat.data.narrow(0, offset, stop - start)
+                    name, shape, boxes = self._known[id(p)]
+                    yield Fragment(name, shape, start, stop, values, flat, offset, boxes)
+                offset += share
+
+    def moments(self, fragment: Fragment) -> dict[str, Tensor]:
+        """Adam's moments of a fragment as writable 1-D views; created as zeros where no step was taken yet."""
+        state = self.optimizer.state[fragment.flat]
+        if MOMENTS[0] not in state:
+            state.update(self._fresh_state(fragment.flat))
+        count = fragment.stop - fragment.start
+        return {key: state[key].view(-1).narrow(0, fragment.offset, count) for key in MOMENTS}
+
+    def not_finite(self, sources: Sequence[Callable[[Fragment], dict[str, Tensor]]]) -> list[str]:
+        """Names of this rank's parameters of which a weight, a moment or a value of ``sources`` is not finite."""
+        names, extremes = [], []
+        for f in self.fragments():
+            kept = [f.values, *self.moments(f).values(), *(value for source in sources for value in source(f).values())]
+            for values in kept:
+                names.append(f.name)
+                extremes.append(torch.stack(torch.aminmax(values)))
+        if not extremes:
+            return []
+        finite = torch.stack([pair.to(extremes[0].device) for pair in extremes]).isfinite().all(1).tolist()
+        return list(dict.fromkeys(name for name, good in zip(names, finite, strict=True) if not good))
+
+    def _fresh_state(self, flat: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            fused = bool(self.optimizer.defaults.get("fused"))
+            # torch keeps the step of a fused optimizer beside its parameters, else on the CPU.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+        else:  # DeepSpeed's FusedAdam and CPUAdam count in plain integers
+            state["step"] = 0
+        return state
+
+    def adam_step(self) -> int:
+        """How many updates Adam's bias correction has counted (the same for every buffer)."""
+        # A buffer that is padding alone on this rank is in no checkpoint, and begins anew after a resume.
+        flats = {id(f.flat): f.flat for f in self.fragments()}
+        states = [self.optimizer.state.get(flat, {}) for flat in flats.values()]
+        counts = {int(state["step"]) for state in states if "step" in state}
+        if len(counts) > 1:
+            raise RuntimeError(f"Adam's step counters differ between parameter groups: {sorted(counts)}")
+        return counts.pop() if counts else 0
+
+    def set_adam_step(self, step: int) -> None:
+        """Set every buffer's own step counter (never one tensor shared by several groups)."""
+        for state in self.optimizer.state.values():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(float(step))
+            else:
+                state["step"] = step
+
+    def publish_masters(self) -> None:
+        """After writing into ``values``: carry the master weights into the weights that the model computes with."""
+        zero = self._engine.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            # Small parameters stay gathered, and after a forward pass without a backward all do: drop the stale copies.
+            gathered = [p for group in zero.fp16_groups for p in group if p.ds_status.name == "AVAILABLE"]
+            if gathered:
+                gathered[0].partition(gathered)
+
+    def gradient_norm(self) -> float | None:
+        """Global L2 norm of the last step's gradients, unscaled and before clipping.
+
+        Infinite where an entry was not finite, for which ZeRO says inf, nan or a negative number. At stage 0, where
+        DeepSpeed reports none, of the norms that ``norms.before_step`` took.
+        """
+        if self.stage == 0:
+            return self.norms.total()
+        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            return None
+        value = float(norm)
+        return value if math.isfinite(value) and value >= 0 else math.inf
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        """The dynamic loss scaler's numbers (fp16), empty otherwise."""
+        scaler = self._dynamic_scaler()
+        return {} if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE}
+
+    def load_loss_scale_state(self, state: dict[str, Any]) -> None:
+        """Put back what ``loss_scale_state`` gave; a run that does not scale its loss dynamically now takes nothing."""
+        scaler = self._dynamic_scaler()
+        if scaler is not None:
+            vars(scaler).update({key: state[key] for key in LOSS_SCALE if key in state})
+
+    def _dynamic_scaler(self) -> Any:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return scaler if self._engine.fp16_enabled() and getattr(scaler, "dynamic", False) else None
+
+    def set_counters(self, steps: int, samples: int, skipped: int) -> None:
+        """Make DeepSpeed's own counters agree with a resumed position."""
+        engine = self._engine
+        engine.global_steps, engine.global_samples, engine.skipped_steps = steps, samples, skipped
+        engine.micro_steps = steps * engine.gradient_accumulation_steps()

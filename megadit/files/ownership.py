@@ -1,0 +1,309 @@
+"""One owner per output folder: a lock file that works on shared file systems, where ``flock`` may not.
+
+``owner.json`` lies in the folder as long as a process writes there. It is made by a hard link, which only one process
+can make, and a thread of the owner advances a counter in it. Whether another owner lives is judged
+
+- by Slurm: the same job with a higher restart count was requeued, so its earlier start has ended;
+- by its process, within one kernel start and one process-id namespace;
+- else by the counter: one that stands still for a while, by the reader's own clock, belongs to an owner that is gone.
+
+Clocks of different hosts are never compared. A taker replaces the file in one act, so that an owner that was only
+stopped finds another's token there, and must write nothing more (``Ownership.check``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from megadit.errors import EXIT_FAILURE, UserError, say
+from megadit.files.owner_file import BEAT_S, FILE, Owner, OwnerFile
+from megadit.files.paths import check_folder
+
+TIMEOUT = "MEGADIT_OWNER_TIMEOUT_S"  # environment variable: how long a silent owner of another host is watched
+_TIMEOUT_S = 60.0
+_MISSED_BEATS = 3  # at least so many, however short the time-out
+_LONGEST_S = 600.0  # that an owner's own interval can ask for
+_LOOK_S = 0.1
+_MOST_VANISHED = 50  # a file that one cannot make and cannot read so often is a dangling link, or another such thing
+
+
+class Occupied(UserError):
+    """Another process that lives owns the folder."""
+
+
+class OwnershipLost(UserError):
+    """Another process took the folder over, so this one must write nothing more there (exit code 1)."""
+
+    code = EXIT_FAILURE
+
+
+class Claim:
+    """The way to owning ``folder``, which is made; ``attempt`` is called until it gives the ``Ownership``.
+
+    purpose: what is done there, in a word or two.  key: the option that names the folder.  remedy: what else to do
+    than to wait, where another owns it.  beat_s: between two advances of the owner's counter; 0: none.  name: of one
+    entry of the folder, which is then all that is owned: its owner's file lies beside it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        purpose: str,
+        key: str = "--run_dir",
+        remedy: str = "",
+        *,
+        beat_s: float = BEAT_S,
+        name: str = "",
+    ) -> None:
+        self.folder, self.key = folder, key
+        self._shown = folder / name
+        self._purpose, self.beat_s = purpose, beat_s
+        self._remedy = remedy or f"wait for it, end it, or choose another {key}"
+        self._timeout_s = _timeout_s()
+        self._made: list[Path] = []
+        self._file = OwnerFile(folder / (f".{name}.{FILE}" if name else FILE))
+        self._me: Owner | None = None
+        self._seen, self._seen_since = "", 0.0
+        self._told = False
+
+    def attempt(self, patience_s: float = math.inf) -> Ownership | None:
+        """Own the folder; None where a silent owner must be watched for longer than ``patience_s``.
+
+        Raises:
+            Occupied: another process owns it and lives.
+            UserError: the folder cannot be made or written.
+        """
+        deadline = time.monotonic() + patience_s
+        try:
+            me, vanished = self._begin(), 0
+            while True:
+                text = self._file.read()
+                if text is None:
+                    if self._file.create(me):
+                        return Ownership(self, me, self._file, self._made)
+                    vanished += 1
+                    if vanished > _MOST_VANISHED:
+                        raise OSError(errno.EEXIST, f"{FILE} is there and cannot be read")
+                elif (reason := self._why_gone(text, me)) is not None:
+                    if self._take_over(text, me):
+                        return self._taken(text, me, reason)
+                elif time.monotonic() >= deadline:
+                    return None
+                time.sleep(_LOOK_S)
+        except OSError as error:
+            self.abandon()
+            reason = error.strerror or str(error)
+            raise UserError(
+                f"{self.key}: '{self.folder}' cannot be written ({reason}); choose a writable one"
+            ) from error
+        except BaseException:
+            self.abandon()
+            raise
+
+    def refuse_living(self) -> None:
+        """Only look: raises Occupied if another process owns the folder and is seen to live."""
+        with contextlib.suppress(OSError):
+            text = self._file.read()
+            if text is not None:
+                self._told = True
+                self._why_gone(text, Owner.here(self.folder, self._purpose, self.beat_s))
+
+    def abandon(self) -> None:
+        """Remove the folders that were made for it and are empty."""
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        self._made.clear()
+
+    def _begin(self) -> Owner:
+        if self._me is None:
+            check_folder(self.folder, self.key)
+            missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._made = missing[::-1]
+            self._me = Owner.here(self.folder, self._purpose, self.beat_s)
+        return self._me
+
+    def _why_gone(self, text: str, me: Owner) -> str | None:
+        """Why the owner that ``text`` names has ended; None while that is not known. Raises Occupied if it lives."""
+        owner = Owner.parse(text)
+        if owner is not None:
+            if owner.is_here():
+                return ""  # of an earlier use in this process
+            if owner.was_requeued_as(me):
+                return f"whose Slurm job {owner.slurm_job} was started again"
+            state = owner.state()
+            if state == "gone":
+                return "which has ended"
+            if state == "running" and owner.folder == me.folder:
+                raise self._occupied(owner)
+        return self._watched(text, owner)
+
+    def _watched(self, text: str, owner: Owner | None) -> str | None:
+        now = time.monotonic()
+        limit = (
+            self._timeout_s if owner is None else max(self._timeout_s, min(_MISSED_BEATS * owner.beat_s, _LONGEST_S))
+        )
+        if text != self._seen:
+            before = Owner.parse(self._seen)
+            if owner is not None and before is not None and owner.token == before.token:
+                raise self._occupied(owner)
+            self._seen, self._seen_since = text, now
+            if not self._told:
+                self._told = True
+                who = f"{owner.describe()} is still at work in" if owner is not None else "somebody is at work in"
+                say(f"note: waiting up to {limit:g} s to see whether {who} '{self._shown}'")
+        return f"silent for {limit:g} s" if now - self._seen_since > limit else None
+
+    def _occupied(self, owner: Owner) -> Occupied:
+        return Occupied(f"{self.key}: '{self._shown}' is in use by {owner.describe()}; {self._remedy}")
+
+    def _take_over(self, text: str, me: Owner) -> bool:
+        """Replace the file if it still is as ``text``. Takers are kept apart by a lock file like this one."""
+        guard = Claim(self.folder, "takeover", self.key, beat_s=0)
+        guard._file, guard._me = OwnerFile(self._file.path.with_name(f"{self._file.path.name}.takeover")), me
+        guard._told = True
+        try:
+            held = guard.attempt(self._timeout_s + 1)
+        except Occupied:
+            return False  # somebody else is just taking it over
+        if held is None:
+            return False
+        try:
+            if self._file.read() != text:
+                return False
+            self._file.replace(me)
+        finally:
+            held.release()
+        return True
+
+    def _taken(self, text: str, me: Owner, reason: str) -> Ownership:
+        owner = Owner.parse(text)
+        if reason:
+            who = owner.describe() if owner is not None else f"an owner that its {FILE} does not tell"
+            say(f"note: '{self._shown}' is taken over from {who}, {reason}")
+        return Ownership(self, me, self._file, self._made, sure=not reason.startswith("silent"))
+
+
+class Ownership:
+    """A folder that is this process's until ``release``, or until another process takes it over.
+
+    sure: whether the owner before has certainly ended, so that what it left unfinished is nobody's.
+    """
+
+    def __init__(self, claim: Claim, owner: Owner, file: OwnerFile, made: list[Path], *, sure: bool = True) -> None:
+        self.folder, self.token, self.sure = claim.folder, owner.token, sure
+        self._key, self._owner, self._file, self._made = claim.key, owner, file, made
+        self._stop = threading.Event()
+        if claim.beat_s > 0:
+            threading.Thread(target=self._beat, name="owner", daemon=True).start()
+
+    def __enter__(self) -> Ownership:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def holds(self) -> bool:
+        """Whether the folder is still this process's. A file system that does not answer changes nothing."""
+        try:
+            found = Owner.parse(self._file.read() or "")
+        except OSError:
+            return True
+        return found is not None and found.token == self.token
+
+    def check(self) -> None:
+        """To be called before what another owner's work must not meet: a checkpoint, a removal, a record.
+
+        Raises:
+            OwnershipLost: the folder is another's by now.
+        """
+        if self.holds():
+            return
+        other = None
+        with contextlib.suppress(OSError):
+            other = Owner.parse(self._file.read() or "")
+        who = f"{other.describe()} has taken it over" if other is not None else f"its {FILE} is gone"
+        raise OwnershipLost(
+            f"{self._key}: '{self.folder}' is no longer this process's: {who}, since this one was silent for too long "
+            "or somebody removed the file; it ends and writes nothing more there"
+        )
+
+    def release(self) -> None:
+        """Give the folder back; in a forked child nothing happens, and nothing is raised."""
+        if os.getpid() != self._owner.pid or self._stop.is_set():
+            return
+        self._stop.set()
+        with contextlib.suppress(OSError):
+            self._file.remove(self._owner)
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):  # not empty, as a rule
+                path.rmdir()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(self._owner.beat_s):
+            count += 1
+            with contextlib.suppress(OSError):  # a full disk, a server that is away: the next one may arrive
+                self._file.advance(self._owner, count)
+
+
+def own(folder: Path, purpose: str, key: str = "--out", remedy: str = "", *, name: str = "") -> Ownership:
+    """Own ``folder``, which is made, after watching a silent owner for as long as it takes; for a ``with`` block.
+
+    ``name``: of one entry of the folder, which is then all that is owned.
+
+    Raises:
+        Occupied: another process owns it and lives.
+        UserError: the folder cannot be made or written.
+    """
+    ownership = Claim(folder, purpose, key, remedy, name=name).attempt()
+    assert ownership is not None
+    return ownership
+
+
+def refuse_occupied(folder: Path, key: str = "--out") -> None:
+    """A cheap look before dear work: Raises Occupied if a process that is seen to live owns ``folder``."""
+    if (folder / FILE).is_file():
+        Claim(folder, "", key).refuse_living()
+
+
+def is_another_s(folder: Path, token: str | None = None) -> bool:
+    """Whether a process that is not known to have ended owns the folder, other than the holder of ``token``."""
+    try:
+        text = OwnerFile(folder / FILE).read()
+    except OSError:
+        return False
+    if text is None:
+        return False
+    owner = Owner.parse(text)
+    if owner is None:
+        return True
+    return owner.token != token and not owner.is_here() and owner.state() != "gone"
+
+
+def is_lock(name: str) -> bool:
+    """Whether a file of that name belongs to a lock, and not to what the folder holds."""
+    return name.startswith((FILE, f".{FILE}"))
+
+
+def _timeout_s() -> float:
+    given = os.environ.get(TIMEOUT, "")
+    try:
+        limit = float(given or _TIMEOUT_S)
+    except ValueError:
+        limit = math.nan
+    if not 0 <= limit < math.inf:
+        raise UserError(
+            f"{TIMEOUT}: '{given}' is not a number of seconds; give one such as {_TIMEOUT_S:g}, or unset it"
+        )
+    return limit

@@ -1,0 +1,1 @@
+"""What the key maps of all families share."""

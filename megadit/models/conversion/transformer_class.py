@@ -1,0 +1,138 @@
+"""``config.json`` of a transformer of diffusers: its class, and which of its keys that class takes.
+
+Every key is read by the family's module, refused, or told. Files of before diffusers 0.28 name ``Transformer2DModel``
+and stand for the class that diffusers itself loads them as, by their ``norm_type``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from megadit.errors import UserError
+from megadit.files.json_fields import Fields, shown
+from megadit.models.conversion.names import listed
+
+DIT, PIXART, SD3 = "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
+# diffusers' classes and their families.
+CLASSES: Mapping[str, str] = MappingProxyType({DIT: "dit", PIXART: "pixart", SD3: "mmdit"})
+LEGACY = "Transformer2DModel"
+WHERE = "IN: config.json"  # in messages, where nothing tells more
+_LEGACY_NORMS = {"ada_norm_zero": DIT, "ada_norm_single": PIXART}
+_BOTH = {
+    "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "num_layers": 28, "dropout": 0.0,
+    "norm_num_groups": 32, "attention_bias": True, "patch_size": 2, "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000, "upcast_attention": False, "norm_elementwise_affine": False,
+}  # fmt: skip
+# What a key that is left out stands for.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        DIT: {**_BOTH, "out_channels": None, "sample_size": 32, "norm_type": "ada_norm_zero", "norm_eps": 1e-5},
+        PIXART: {
+            **_BOTH, "out_channels": 8, "sample_size": 128, "norm_type": "ada_norm_single", "norm_eps": 1e-6,
+            "cross_attention_dim": 1152, "interpolation_scale": None, "use_additional_conditions": None,
+            "caption_channels": None, "attention_type": "default",
+        },
+        SD3: {
+            "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 18, "attention_head_dim": 64,
+            "num_attention_heads": 18, "joint_attention_dim": 4096, "caption_projection_dim": 1152,
+            "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 96, "dual_attention_layers": (),
+            "qk_norm": None,
+        },
+    }
+)  # fmt: skip
+# Keys of the old class that the new ones do not have, with the values at which they change nothing.
+_LEGACY_KEYS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "num_vector_embeds": (None,), "use_linear_projection": (False,), "only_cross_attention": (False,),
+        "double_self_attention": (False,), "cross_attention_dim": (None,), "interpolation_scale": (None, 1),
+        "use_additional_conditions": (None, False), "caption_channels": (None,), "attention_type": ("default",),
+    }
+)  # fmt: skip
+# Keys that change no output of a model that is not training, in full precision: told where they are not as here.
+_TOLD: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {
+        "dropout": (0.0, "there is none here"),
+        "upcast_attention": (False, "model.attention_precision=fp32 does so here"),
+    }
+)
+
+
+def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
+    """The config.json as its class takes it, under that class's own name, and what is left out of it.
+
+    Raises:
+        UserError: its class is not known, its weights are quantized, or a key asks for another computation.
+    """
+    name = _class_name(fields)
+    if fields.raw("quantization_config") is not None:
+        raise UserError(
+            f"{fields.where} has a quantization_config, and quantized weights cannot be read; give the model in "
+            "float32, float16 or bfloat16"
+        )
+    defaults = DEFAULTS[name]
+    for key, values in _LEGACY_KEYS.items():
+        value = fields.raw(key)
+        if key in fields and key not in defaults and value not in values:
+            raise UserError(f"{fields.where} has {key} {shown(value)}, which a {name} does not have; it cannot be read")
+    kept = {key: fields.raw(key) for key in fields.names() if key in defaults or key[:1] == "_"}
+    notes = []
+    for key, (here, why) in _TOLD.items():
+        if key in defaults:
+            value = fields.number(key, 0.0) if key == "dropout" else fields.flag(key, False)
+            if value != here:
+                notes.append(f"{key} {shown(value)} of its config.json is left out: {why}")
+    unknown = [f"{key}={shown(value)}" for key, value in fields.unread().items() if value is not None]
+    if unknown:
+        notes.append(f"of its config.json are left out, since a {name} does not have them: {listed(unknown)}")
+    return {**kept, "_class_name": name}, notes
+
+
+def filled(name: str, config_json: Mapping[str, Any], where: str) -> Fields:
+    """The keys of a ``class_config`` with the defaults of its class ``name`` for those that are left out."""
+    return Fields({**DEFAULTS[name], **config_json}, where)
+
+
+def image_size(fields: Fields, patch: int) -> int:
+    """``sample_size``: the side of a square image. Raises UserError for another, or one that ``patch`` does not cut."""
+    value = fields.raw("sample_size")
+    if isinstance(value, list | tuple):
+        raise UserError(
+            f"{fields.where} has sample_size {shown(list(value))}, and models here have square images; it cannot be "
+            "read"
+        )
+    size = fields.whole("sample_size", least=1, most=2**16)
+    if size % patch:
+        raise UserError(
+            f"{fields.where} has sample_size {size}, which its patch_size {patch} does not divide; it cannot be read"
+        )
+    return size
+
+
+def check_depth(fields: Fields, found: int) -> None:
+    """Refuse a ``num_layers`` that is not the number of blocks ``found`` in the weights. Raises UserError."""
+    depth = fields.whole("num_layers", least=1)
+    if depth != found:
+        raise UserError(
+            f"{fields.where} has num_layers {depth}, but the weights beside it have {found} blocks; copy the whole "
+            "folder again"
+        )
+
+
+def _class_name(fields: Fields) -> str:
+    name = fields.text("_class_name")
+    if name == LEGACY:
+        norm = fields.raw("norm_type")
+        found = _LEGACY_NORMS.get(norm) if isinstance(norm, str) else None
+        if found is None:
+            raise UserError(
+                f"{fields.where} is of a {LEGACY} with norm_type {shown(norm)}; known are {', '.join(_LEGACY_NORMS)}: "
+                "it cannot be read"
+            )
+        return found
+    if name not in CLASSES:
+        raise UserError(
+            f"{fields.where} has _class_name {name}; known are {', '.join(CLASSES)}: give a transformer of one of these"
+        )
+    return name

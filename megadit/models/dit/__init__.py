@@ -1,0 +1,1 @@
+"""DiT (Peebles and Xie, arXiv 2212.09748)."""

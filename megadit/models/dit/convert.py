@@ -1,0 +1,255 @@
+"""DiT elsewhere: facebookresearch/DiT, the muP repository of arXiv 2505.15270, and diffusers' DiTTransformer2DModel.
+
+The official names are this model's, beside the fixed table ``pos_embed``. diffusers' class keeps a copy of the
+embedders in every block and spaces the timestep's frequencies by half - 1 in place of half, so that no DiT is
+exactly equal to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megadit.config.schema.model import LARGEST, ModelConfig
+from megadit.errors import UserError
+from megadit.files.json_fields import Fields, shown
+from megadit.models.conversion.common import heads_of, input_size, learns_sigma, refuse_lacking
+from megadit.models.conversion.folding import fold_readout
+from megadit.models.conversion.names import blocks, check, check_positions, model_shapes, needed
+from megadit.models.conversion.transformer_class import WHERE, check_depth, filled, image_size
+from megadit.models.layers import sincos_2d
+
+HINTS = ("heads", "input_size", "parametrization", "base_width", "output_mult")
+_OFFICIAL = "an official DiT checkpoint"
+_CLASS = "DiTTransformer2DModel"
+_DIFFUSERS = f"a {_CLASS} of diffusers"
+_HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # the published sizes, by width
+_HEAD_DIMS = (72, 64)  # of DiT-XL and of the muP repository at every width; of the others
+_BASE_WIDTH = 288  # the muP repository's proxy
+_READOUT = "final_layer.linear.weight"
+# Names of one block here and there; qkv is cut in three.
+_BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+_ENDS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_EMBEDDERS = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+}
+_TABLE = ("y_embedder.embedding_table.weight", "class_embedder.embedding_table.weight")
+_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+_PARTS = ("weight", "bias")
+_ACTIVATIONS: Mapping[str, Literal["gelu_tanh", "gelu"]] = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
+
+
+def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of an official DiT; width, depth, patch, channels, classes and the variance are inferred.
+
+    Hints: ``heads`` (default: of the published sizes, else width / 72 or width / 64 where only one is whole),
+    ``input_size`` (needed where ``pos_embed`` is not stored), and ``parametrization=mup`` with ``base_width``
+    (default 288) and ``output_mult`` for checkpoints of the muP repository, whose readout is multiplied in the
+    forward pass by output_mult * base_width / width.
+
+    Raises:
+        UserError: names, shapes, types or the position table are not those of a DiT, or a hint is needed or wrong.
+    """
+    patch_weight = needed(state, "x_embedder.proj.weight", _OFFICIAL, 4)
+    width, channels, patch, _ = patch_weight.shape
+    classes = len(needed(state, "y_embedder.embedding_table.weight", _OFFICIAL, 2)) - 1
+    hidden = len(needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    heads = heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
+    keys: dict[str, Any] = {
+        "width": width,
+        "depth": blocks(state, "blocks."),
+        "patch_size": patch,
+        "in_channels": channels,
+        "num_classes": classes,
+        "learn_sigma": learns_sigma(out, channels, "a DiT"),
+        "mlp_ratio": hidden / width,
+        "input_size": input_size(state.get("pos_embed"), patch, hints.get("input_size")),
+    }
+    config = _config(keys, heads, hints)
+    state = dict(state)
+    stored = state.pop("pos_embed", None)
+    if stored is not None:
+        check_positions(stored, _positions(config), "pos_embed")
+    check(state, model_shapes(config), _OFFICIAL)
+    return config, state
+
+
+def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that the official class loads, ``pos_embed`` included; the readout's multiplier is folded.
+
+    Raises:
+        UserError: the official class has no place for something of this model.
+    """
+    _refuse(config, "the official DiT", ("gelu_tanh",))
+    official = {**state, _READOUT: fold_readout(config, state[_READOUT])}
+    return {"pos_embed": _positions(config), **official}
+
+
+def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and weights of a DiTTransformer2DModel; the embedders stand in every block.
+
+    Raises:
+        UserError: the class has no place for something of this model.
+    """
+    _refuse(config, f"diffusers' {_CLASS}", ("gelu_tanh", "gelu"))
+    if config.mlp_ratio != 4.0:
+        raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but diffusers' {_CLASS} has 4 alone; nothing is done")
+    folded = {**state, _READOUT: fold_readout(config, state[_READOUT])}
+    out: dict[str, Tensor] = {}
+    for part in _PARTS:
+        out |= {f"{there}.{part}": folded[f"{here}.{part}"] for here, there in _ENDS.items()}
+    for index in range(config.depth):
+        here, there = f"blocks.{index}.", f"transformer_blocks.{index}."
+        for part in _PARTS:
+            out |= {f"{there}{b}.{part}": folded[f"{here}{a}.{part}"] for a, b in _BLOCK.items()}
+            out |= {f"{there}norm1.emb.{b}.{part}": folded[f"{a}.{part}"] for a, b in _EMBEDDERS.items()}
+            qkv = folded[f"{here}attn.qkv.{part}"].chunk(3)
+            out |= {f"{there}{name}.{part}": value for name, value in zip(_QKV, qkv, strict=True)}
+        out[f"{there}norm1.emb.{_TABLE[1]}"] = folded[_TABLE[0]]
+    return _to_json(config), out
+
+
+def from_diffusers(
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str = WHERE
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of a DiTTransformer2DModel, whose blocks must all hold the same embedders.
+
+    ``where`` names the config in messages.
+
+    Raises:
+        UserError: names or shapes differ from what the config says, blocks hold different embedders, or the config
+            asks for something that this model does not have.
+    """
+    fields = filled(_CLASS, config_json, where)
+    check_depth(fields, blocks(state, "transformer_blocks."))
+    config = _from_json(fields)
+    shapes = model_shapes(config)
+    check(state, _diffusers_shapes(config, shapes), _DIFFUSERS)
+    ours: dict[str, Tensor] = {}
+    for part in _PARTS:
+        ours |= {f"{here}.{part}": state[f"{there}.{part}"] for here, there in _ENDS.items()}
+        for here, there in _EMBEDDERS.items():
+            ours[f"{here}.{part}"] = _common(state, f"norm1.emb.{there}.{part}", config.depth)
+    ours[_TABLE[0]] = _common(state, f"norm1.emb.{_TABLE[1]}", config.depth)
+    for index in range(config.depth):
+        here, there = f"blocks.{index}.", f"transformer_blocks.{index}."
+        for part in _PARTS:
+            ours |= {f"{here}{a}.{part}": state[f"{there}{b}.{part}"] for a, b in _BLOCK.items()}
+            ours[f"{here}attn.qkv.{part}"] = torch.cat([state[f"{there}{name}.{part}"] for name in _QKV])
+    return config, {name: ours[name] for name in shapes}
+
+
+def diffusers_gap(config_json: Mapping[str, Any], where: str) -> str | None:
+    """Why the class of diffusers with this config computes something else than this model does."""
+    gap = "its class spaces the timestep's frequencies by half - 1 in place of half"
+    eps = filled(_CLASS, config_json, where).number("norm_eps")
+    return gap if eps == 1e-6 else f"{gap}, and its norm_eps is {eps:g} in place of 1e-06"
+
+
+def _config(keys: dict[str, Any], heads: int, hints: Mapping[str, Any]) -> ModelConfig:
+    if hints.get("parametrization", "sp") == "mup":
+        keys |= {"head_dim": keys["width"] // heads, "parametrization": "mup"}
+        keys |= {"base_width": int(hints.get("base_width", _BASE_WIDTH))}
+        keys |= {"output_mult": float(hints.get("output_mult", 1.0))}
+    else:
+        keys |= {"heads": heads, "output_mult": float(hints.get("output_mult", 1.0))}
+    return ModelConfig(family="dit", **keys)
+
+
+def _positions(config: ModelConfig) -> Tensor:
+    side = config.input_size // config.patch_size
+    return sincos_2d(config.width, side, side)[None]
+
+
+def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...]) -> None:
+    """Raise UserError for what ``who`` has no place for."""
+    lacking = {
+        f"model.qk_norm: {config.qk_norm}": config.qk_norm != "none",
+        "model.qkv_bias: false": not config.qkv_bias,
+        f"model.mlp: {config.mlp}": config.mlp not in activations,
+        "model.num_classes: 0": not config.num_classes,
+    }
+    refuse_lacking(lacking, who)
+
+
+def _to_json(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "_class_name": _CLASS,
+        "activation_fn": "gelu-approximate" if config.mlp == "gelu_tanh" else "gelu",
+        "attention_bias": True,
+        "attention_head_dim": config.head_channels,
+        "dropout": 0.0,
+        "in_channels": config.in_channels,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": config.num_heads,
+        "num_embeds_ada_norm": config.num_classes,
+        "num_layers": config.depth,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch_size,
+        "sample_size": config.input_size,
+        "upcast_attention": False,
+    }
+
+
+def _from_json(fields: Fields) -> ModelConfig:
+    """The config of a ``filled`` config.json. Raises UserError for what a DiT here does not have."""
+    for key, wanted in (("norm_type", "ada_norm_zero"), ("attention_bias", True), ("norm_elementwise_affine", False)):
+        value = fields.text(key) if isinstance(wanted, str) else fields.flag(key)
+        if value != wanted:
+            raise UserError(f"{fields.where} has {key} {shown(value)}, a DiT has {shown(wanted)}; it cannot be read")
+    activation = fields.text("activation_fn")
+    if activation not in _ACTIVATIONS:
+        raise UserError(
+            f"{fields.where} has activation_fn {shown(activation)}, known are {', '.join(_ACTIVATIONS)}; nothing else "
+            "can be read"
+        )
+    fields.number("norm_eps")  # of ``diffusers_gap``
+    channels, patch = (fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size"))
+    heads = fields.whole("num_attention_heads", least=1, most=LARGEST)
+    out = fields.whole("out_channels", None, least=1, null=True)
+    return ModelConfig(
+        family="dit",
+        width=heads * fields.whole("attention_head_dim", least=1, most=LARGEST),
+        depth=fields.whole("num_layers", least=1),
+        heads=heads,
+        patch_size=patch,
+        in_channels=channels,
+        input_size=image_size(fields, patch),
+        learn_sigma=learns_sigma(out or channels, channels, "a DiT"),
+        mlp=_ACTIVATIONS[activation],
+        num_classes=fields.whole("num_embeds_ada_norm", least=1),
+    )
+
+
+def _diffusers_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the class has, from those of this model."""
+    _, out = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    return {name: tuple(value.shape) for name, value in out.items()}
+
+
+def _common(state: Mapping[str, Tensor], name: str, depth: int) -> Tensor:
+    """The value of ``name`` that all blocks share. Raises UserError where one differs."""
+    first = state[f"transformer_blocks.0.{name}"]
+    for index in range(1, depth):
+        if not torch.equal(state[f"transformer_blocks.{index}.{name}"], first):
+            raise UserError(
+                f"IN: transformer_blocks.{index}.{name} differs from that of block 0, a DiT has one for all blocks; "
+                "the file was trained as another model, which cannot be read"
+            )
+    return first

@@ -1,0 +1,120 @@
+"""DiT (Peebles and Xie, arXiv 2212.09748), class-conditional or unconditional, under SP or muP (arXiv 2505.15270).
+
+Shapes: B batch, C channels, H x W latent, T tokens, n width. Parameter names are the official ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.conditioning import Conditioning
+from megadit.config.schema.model import ModelConfig
+from megadit.models.grid import SquareReadoutStage, check_square, labels_of, patches_of, side_of
+from megadit.models.layers import (
+    AdaLNReadout,
+    LabelEmbedder,
+    Mlp,
+    ModulatedNorm,
+    PatchEmbedder,
+    SelfAttention,
+    SinCosPositions,
+    TimestepEmbedder,
+    adaln_modulation,
+)
+from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.mup.rules import Parametrization
+from megadit.parallel.collectives import enter_blocks, own_tokens
+from megadit.parallel.tensor import tensor_layout
+from megadit_kernels import gated_residual
+
+_LN_EPS = 1e-6
+
+
+class DiTBlock(Stage):
+    """adaLN-zero Transformer block: (tokens (B, T, n), SiLU(c) (B, n)) -> the same."""
+
+    is_block = True
+
+    def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
+        super().__init__()
+        width = param.width_dim()
+        self.prefix = f"blocks.{index}."
+        self.attn = SelfAttention(
+            width,
+            config.num_heads,
+            param,
+            qk_norm=config.qk_norm == "rms",
+            qkv_bias=config.qkv_bias,
+            precision=config.attention_precision,
+            norm_precision=config.norm_precision,
+            tokens=patches_of(config),
+        )
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=patches_of(config))
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
+        self.adaLN_modulation = adaln_modulation(width, 6, param)
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Attention, then the MLP, each normed, modulated and added through its gate."""
+        x, c = carrier
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
+        x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
+        return x, c
+
+
+class DiTEmbedStage(Stage):
+    """(x, t[, labels]) -> (tokens, SiLU(c)). Refers to the model's embedders under their own names."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
+        self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """c = timestep embedding + label embedding; every user of c takes SiLU(c), so that is what is carried."""
+        x, t, *labels = carrier
+        tokens = self.pos_embed(self.x_embedder(x))
+        c = self.t_embedder(t)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(labels[0])
+        return own_tokens(tokens, self.layout), enter_blocks(F.silu(c), self.layout)
+
+
+class DiT(StagedModel):
+    """The whole model; see the module's docstring."""
+
+    counted_tables = ("pos_embed.table",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        super().__init__()
+        self.config = config
+        self.stream_tokens = patches_of(config)
+        param = Parametrization(config)
+        width = param.width_dim()
+        self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
+        self.t_embedder = TimestepEmbedder(width, param)
+        self.y_embedder = LabelEmbedder(config.num_classes, width, param) if config.num_classes else None
+        self.pos_embed = SinCosPositions(config.width, side_of(config))
+        self.blocks = nn.ModuleList(DiTBlock(config, param, index) for index in range(config.depth))
+        out = config.patch_size**2 * config.out_channels
+        self.final_layer = AdaLNReadout(width, out, param, _LN_EPS, config.norm_precision, self.stream_tokens)
+        # In a tuple, so that they are not registered: their parameters are the model's own.
+        self._ends = (DiTEmbedStage(self), SquareReadoutStage(config, self.final_layer))
+
+    def stages(self) -> list[Stage]:
+        """Embedding, the blocks, the final layer."""
+        first, last = self._ends
+        return [first, *cast("Iterable[Stage]", self.blocks), last]
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """(x, t, labels), or (x, t) for an unconditional model; t in float32."""
+        check_square(x, self.config)
+        if self.y_embedder is None:
+            return x, t.float()
+        return x, t.float(), labels_of(cond, self.config)

@@ -1,0 +1,1 @@
+"""MMDiT (Esser et al., arXiv 2403.03206)."""

@@ -1,0 +1,318 @@
+"""MMDiT elsewhere: Stable Diffusion 3's own checkpoints, and diffusers' SD3Transformer2DModel.
+
+The authors' names are this model's, beside the fixed table ``pos_embed``. diffusers cuts qkv in three and puts scale
+before shift in the final layer and in the context of the last block. Both attend to the padding of texts, so a model
+that comes from them has ``text.mask: false``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
+from megadit.errors import UserError
+from megadit.files.json_fields import Fields, shown
+from megadit.models.conversion.common import fitting_heads, learns_sigma, size_needed
+from megadit.models.conversion.folding import fold_readout
+from megadit.models.conversion.names import blocks, check, check_positions, listed, model_shapes, needed
+from megadit.models.conversion.transformer_class import WHERE, check_depth, filled, image_size
+from megadit.models.layers import CroppedPositions
+
+HINTS = ("heads", "input_size")
+_OFFICIAL = "an official SD3 checkpoint"
+_CLASS = "SD3Transformer2DModel"
+_DIFFUSERS = f"a {_CLASS} of diffusers"
+_INSIDE = "model.diffusion_model."  # of the whole pipeline in one file
+_HEAD_DIM = 64  # of all published sizes
+_TOKENS = 77 + 256  # of CLIP and T5, joined by the published pipelines; the weights take any number
+_REMEDY = "--to safetensors holds this model exactly"
+_READOUT = "final_layer.linear.weight"
+_TABLE = "pos_embed.pos_embed"
+_ENDS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+# Names of one block here and there, by stream; qkv is cut in three.
+_STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x_block": {
+        "adaLN_modulation.1": ("norm1.linear",),
+        "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attn.proj": ("attn.to_out.0",),
+        "attn.ln_q": ("attn.norm_q",),
+        "attn.ln_k": ("attn.norm_k",),
+        "mlp.fc1": ("ff.net.0.proj",),
+        "mlp.fc2": ("ff.net.2",),
+    },
+    "context_block": {
+        "adaLN_modulation.1": ("norm1_context.linear",),
+        "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "attn.proj": ("attn.to_add_out",),
+        "attn.ln_q": ("attn.norm_added_q",),
+        "attn.ln_k": ("attn.norm_added_k",),
+        "mlp.fc1": ("ff_context.net.0.proj",),
+        "mlp.fc2": ("ff_context.net.2",),
+    },
+}
+
+
+def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of an SD3 checkpoint, the transformer alone or a whole single-file pipeline.
+
+    Hints: ``heads`` (default width / 64) and ``input_size`` (needed where ``pos_embed`` is not stored).
+
+    Raises:
+        UserError: names, shapes, types or the position table are not those of SD3, or a hint is needed or wrong.
+    """
+    inside = {name.removeprefix(_INSIDE): value for name, value in state.items() if name.startswith(_INSIDE)}
+    state = inside or dict(state)
+    second = [name for name in state if ".attn2." in name]
+    if second:
+        raise UserError(
+            f"IN: has a second attention in its image blocks ({listed(second)}), as Stable Diffusion 3.5 Medium; "
+            "this model has none, so it cannot be read"
+        )
+    width, channels, patch, _ = needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(needed(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
+    pooled = state.get("y_embedder.mlp.0.weight")
+    heads = fitting_heads(width, int(hints.get("heads", width // _HEAD_DIM)) or 1)
+    table = state.pop("pos_embed", None)
+    config = ModelConfig(
+        family="mmdit",
+        width=width,
+        depth=blocks(state, "joint_blocks."),
+        heads=heads,
+        patch_size=patch,
+        in_channels=channels,
+        input_size=_input_size(table, patch, hints.get("input_size")),
+        pos_embed_max_size=None if table is None else math.isqrt(table.shape[1]),
+        learn_sigma=len(needed(state, _READOUT, _OFFICIAL, 2)) == 2 * channels * patch**2,
+        mlp_ratio=hidden / width,
+        qk_norm="rms" if "joint_blocks.0.x_block.attn.ln_q.weight" in state else "none",
+        qkv_bias="joint_blocks.0.x_block.attn.qkv.bias" in state,
+        num_classes=0,
+        text={  # type: ignore[arg-type]
+            "dim": needed(state, "context_embedder.weight", _OFFICIAL, 2).shape[1],
+            "max_length": _TOKENS,
+            "pooled_dim": 0 if pooled is None else pooled.shape[-1],
+            "mask": False,
+        },
+    )
+    if table is not None:
+        check_positions(table, _positions(config), "pos_embed")
+    shapes = model_shapes(config)
+    check(state, shapes, _OFFICIAL)
+    return config, {name: state[name] for name in shapes}
+
+
+def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the authors' class, ``pos_embed`` included; the readout's multiplier is folded.
+
+    Raises:
+        UserError: the class has no place for something of this model.
+    """
+    _refuse_activation(config, "the official SD3")
+    return {"pos_embed": _positions(config).to(state[_READOUT]), **_exported(config, state)}
+
+
+def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and weights of an SD3Transformer2DModel; biases of qkv that this model lacks are zero there.
+
+    Raises:
+        UserError: the class has no place for something of this model.
+    """
+    who = f"diffusers' {_CLASS}"
+    _refuse_activation(config, who)
+    if config.mlp_ratio != 4.0:
+        raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but {who} has 4 alone; {_REMEDY}")
+    assert config.text is not None
+    if not config.text.pooled_dim:
+        raise UserError(f"model.text.pooled_dim: 0, but {who} always takes a pooled text feature; {_REMEDY}")
+    out: dict[str, Tensor] = {}
+    for name, value in _exported(config, state).items():
+        places = _places(name)
+        value = _swapped(value) if _swaps(name, config.depth) else value
+        out |= dict(zip(places, value.chunk(len(places)), strict=True))
+        if name.endswith("attn.qkv.weight") and not config.qkv_bias:
+            for place, piece in zip(places, value.chunk(3), strict=True):
+                out[place.removesuffix("weight") + "bias"] = piece.new_zeros(len(piece))
+    if config.pos_embed_max_size is not None:
+        out[_TABLE] = _positions(config).to(state[_READOUT])
+    return _to_json(config), out
+
+
+def from_diffusers(
+    config_json: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str = WHERE
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of an SD3Transformer2DModel (Stable Diffusion 3 Medium, 3.5 Large).
+
+    ``where`` names the config in messages.
+
+    Raises:
+        UserError: names, shapes or the position table differ from what the config says, or the config asks for
+            something that this model does not have.
+    """
+    fields = filled(_CLASS, config_json, where)
+    check_depth(fields, blocks(state, "transformer_blocks."))
+    config = _from_json(fields)
+    state = dict(state)
+    _check_table(state.pop(_TABLE, None), config, where)
+    shapes = model_shapes(config)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *rest) in shapes.items():
+        places = _places(name)
+        wanted |= {place: (rows // len(places), *rest) for place in places}
+    check(state, wanted, _DIFFUSERS)
+    ours: dict[str, Tensor] = {}
+    for name in shapes:
+        places = _places(name)
+        value = torch.cat([state[place] for place in places]) if len(places) > 1 else state[places[0]]
+        ours[name] = _swapped(value) if _swaps(name, config.depth) else value
+    return config, ours
+
+
+def _check_table(table: Tensor | None, config: ModelConfig, where: str) -> None:
+    """Refuse stored positions that are not those of the config, before any table is made. Raises UserError."""
+    side = config.pos_embed_max_size or config.input_size // config.patch_size
+    if table is None:
+        if config.pos_embed_max_size is not None:
+            raise UserError(
+                f"{where} has pos_embed_max_size {side}, but the weights beside it have no {_TABLE}; copy "
+                "the whole folder again"
+            )
+        return
+    if tuple(table.shape) != (1, side**2, config.width):
+        raise UserError(
+            f"{where} asks for positions of {side} x {side} tokens (pos_embed_max_size, or sample_size over "
+            f"patch_size) and width {config.width}, but {_TABLE} has shape {list(table.shape)}; give the config of "
+            "these weights"
+        )
+    check_positions(table, _positions(config), _TABLE)
+
+
+def _refuse_activation(config: ModelConfig, who: str) -> None:
+    if config.mlp != "gelu_tanh":
+        raise UserError(f"model.mlp: {config.mlp}, but {who} has gelu_tanh alone; {_REMEDY}")
+
+
+def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that make pictures, without REPA's projector; the readout's multiplier is folded."""
+    kept = {name: value for name, value in state.items() if not name.startswith("repa.")}
+    return {**kept, _READOUT: fold_readout(config, state[_READOUT])}
+
+
+def _places(name: str) -> list[str]:
+    """Where a parameter lives in diffusers' class: pieces along its first dimension."""
+    module, _, part = name.rpartition(".")
+    if module in _ENDS:
+        return [f"{_ENDS[module]}.{part}"]
+    _, index, stream, rest = module.split(".", 3)
+    return [f"transformer_blocks.{index}.{there}.{part}" for there in _STREAMS[stream][rest]]
+
+
+def _swaps(name: str, depth: int) -> bool:
+    """Whether diffusers puts scale before shift in this modulation."""
+    ends = ("final_layer.adaLN_modulation.1.", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1.")
+    return name.startswith(ends)
+
+
+def _swapped(value: Tensor) -> Tensor:
+    first, second = value.chunk(2)
+    return torch.cat([second, first])
+
+
+def _positions(config: ModelConfig) -> Tensor:
+    """The stored table, float32 (1, side^2, width)."""
+    base = config.input_size // config.patch_size
+    positions = CroppedPositions(config.width, base, config.pos_embed_max_size)
+    positions.reset_buffers()
+    return positions.table.flatten(0, 1)[None]
+
+
+def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
+    """Side of the image: the hint, or what the stored table's coordinates are stretched to.
+
+    The table's second token lies at column base / side, and its first channel is the sine of that.
+    """
+    if hint is not None:
+        return int(hint)
+    if table is None:
+        raise size_needed("the file has no pos_embed that would tell")
+    side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
+    if side < 2:
+        raise size_needed(f"pos_embed of shape {list(table.shape)} does not tell")
+    sine = min(1.0, max(0.0, float(table[0, 1, 0])))
+    return max(1, round(side * math.asin(sine))) * patch
+
+
+def _to_json(config: ModelConfig) -> dict[str, Any]:
+    assert config.text is not None
+    return {
+        "_class_name": _CLASS,
+        "attention_head_dim": config.head_channels,
+        "caption_projection_dim": config.width,
+        "dual_attention_layers": [],
+        "in_channels": config.in_channels,
+        "joint_attention_dim": config.text.dim,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.depth,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch_size,
+        "pooled_projection_dim": config.text.pooled_dim,
+        "pos_embed_max_size": config.pos_embed_max_size,
+        "qk_norm": "rms_norm" if config.qk_norm == "rms" else None,
+        "sample_size": config.input_size,
+    }
+
+
+def _from_json(fields: Fields) -> ModelConfig:
+    """The config of a ``filled`` config.json. Raises UserError for what an MMDiT here does not have."""
+    dual = fields.items("dual_attention_layers", null=True)
+    if dual:
+        raise UserError(
+            f"{fields.where} has dual_attention_layers {shown(dual)}, as Stable Diffusion 3.5 Medium; this model has "
+            "no second attention, so it cannot be read"
+        )
+    norm = fields.text("qk_norm", None, null=True)
+    if norm not in (None, "rms_norm"):
+        raise UserError(f"{fields.where} has qk_norm {shown(norm)}, known are null and rms_norm; it cannot be read")
+    channels, patch, heads = (
+        fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
+    )
+    width = heads * fields.whole("attention_head_dim", least=1, most=LARGEST)
+    caption = fields.whole("caption_projection_dim", least=1)
+    if caption != width:
+        raise UserError(
+            f"{fields.where} has caption_projection_dim {caption}, but num_attention_heads x attention_head_dim is "
+            f"{width}; in an MMDiT the two are the same"
+        )
+    out = fields.whole("out_channels", None, least=1, null=True)
+    return ModelConfig(
+        family="mmdit",
+        width=width,
+        depth=fields.whole("num_layers", least=1),
+        heads=heads,
+        patch_size=patch,
+        in_channels=channels,
+        input_size=image_size(fields, patch),
+        pos_embed_max_size=fields.whole("pos_embed_max_size", None, least=1, most=LARGEST, null=True),
+        learn_sigma=learns_sigma(out or channels, channels, "an MMDiT"),
+        qk_norm="none" if norm is None else "rms",
+        num_classes=0,
+        text=TextInput(
+            dim=fields.whole("joint_attention_dim", least=1, most=LARGEST),
+            max_length=_TOKENS,
+            pooled_dim=fields.whole("pooled_projection_dim", least=1, most=LARGEST),
+            mask=False,
+        ),
+    )

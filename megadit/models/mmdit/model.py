@@ -1,0 +1,247 @@
+"""MMDiT (Esser et al., arXiv 2403.03206): text to image with two streams of tokens and joint attention, SP or muP.
+
+Shapes: B batch, C channels, H x W latent, T image tokens, L text tokens, n width. Parameter names are those of the
+authors' own checkpoints (Stable Diffusion 3). Its sizes of arXiv 2505.15270, section 5.2, have a SwiGLU MLP of hidden
+size 4n and no pooled text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.conditioning import Conditioning, seen_text
+from megadit.config.schema.model import ModelConfig
+from megadit.models.grid import patches_of, side_of
+from megadit.models.layers import (
+    AdaLNReadout,
+    CroppedPositions,
+    Mlp,
+    ModulatedNorm,
+    MuLinear,
+    PatchEmbedder,
+    StreamAttention,
+    TimestepEmbedder,
+    adaln_modulation,
+    joint_attention,
+    unpatchify,
+)
+from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+from megadit.parallel.collectives import all_tokens, enter_blocks, own_tokens
+from megadit.parallel.tensor import tensor_layout
+from megadit_kernels import gated_residual
+
+_LN_EPS = 1e-6
+
+
+def _text_tokens(config: ModelConfig) -> int:
+    assert config.text is not None  # held by the configuration
+    return config.text.max_length
+
+
+class MMDiTStream(nn.Module):
+    """One stream's half of a block: adaLN-zero around joint attention and an MLP, all with weights of its own.
+
+    ``pre_only``: the stream is only read (the context of the last block): two chunks of modulation, shift and scale,
+    and neither a projection nor an MLP. ``tokens``: how many the stream has; see ``MuLinear``.
+    """
+
+    def __init__(self, config: ModelConfig, param: Parametrization, tokens: int, *, pre_only: bool = False) -> None:
+        super().__init__()
+        width = param.width_dim()
+        self.pre_only = pre_only
+        self.attn = StreamAttention(
+            width,
+            config.num_heads,
+            param,
+            qk_norm=config.qk_norm == "rms",
+            qkv_bias=config.qkv_bias,
+            pre_only=pre_only,
+            norm_precision=config.norm_precision,
+            tokens=tokens,
+        )
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
+        hidden = param.width_dim(config.mlp_ratio)
+        self.mlp = None if pre_only else Mlp(width, hidden, param, config.mlp, tokens=tokens)
+        self.adaLN_modulation = adaln_modulation(width, 2 if pre_only else 6, param)
+
+    def ask(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """(B, T, n), SiLU(c) (B, n) -> q, k, v, and the modulation (B, n) that ``take`` needs; order: shift, scale."""
+        shift, scale, *later = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
+        return self.attn(self.norm(x, shift, scale)), tuple(later)
+
+    def take(self, x: Tensor, mixed: Tensor, later: tuple[Tensor, ...]) -> Tensor:
+        """Add what attention gave, (B, T, heads, d), and then the MLP, each through its gate."""
+        gate_msa, shift_mlp, scale_mlp, gate_mlp = later
+        assert self.mlp is not None
+        x = gated_residual(x, gate_msa, self.attn.project(mixed))
+        return gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
+
+
+class MMDiTBlock(Stage):
+    """(image tokens (B, T, n), context (B, L, n), SiLU(c) (B, n)[, seen], grid) -> the same; the last drops context.
+
+    seen: bool (B, 1, 1, T + L), the keys that are no padding. grid: see ``MMDiTEmbedStage``.
+    """
+
+    is_block = True
+
+    def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
+        super().__init__()
+        self.prefix = f"joint_blocks.{index}."
+        self.last = index == config.depth - 1
+        self.precision = config.attention_precision
+        self.context_block = MMDiTStream(config, param, _text_tokens(config), pre_only=self.last)
+        self.x_block = MMDiTStream(config, param, patches_of(config))
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Joint attention, then each stream's own MLP."""
+        x, context, c, *ints = carrier
+        seen = ints[0] if len(ints) == 2 else None
+        for_context, context_later = self.context_block.ask(context, c)
+        for_image, image_later = self.x_block.ask(x, c)
+        to_image, to_context = joint_attention(
+            for_image, for_context, seen, answer_context=not self.last, precision=self.precision
+        )
+        x = self.x_block.take(x, to_image, image_later)
+        if self.last:
+            return x, c, ints[-1]
+        return x, self.context_block.take(context, to_context, context_later), c, *ints
+
+
+class PooledEmbedder(nn.Module):
+    """Linear, SiLU, Linear on the pooled feature of a text: (B, P) -> (B, n)."""
+
+    def __init__(self, features: int, width: Dim, param: Parametrization) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            MuLinear(Dim(features), width, param, init="text", shard="column"),
+            nn.SiLU(),
+            MuLinear(width, width, param, init="text", shard="row"),
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Embed it in the weights' dtype."""
+        return self.mlp(pooled.to(next(self.mlp.parameters()).dtype))
+
+
+class MMDiTEmbedStage(Stage):
+    """(x, t, text[, pooled][, text_mask]) -> (image tokens, context, SiLU(c)[, seen], grid).
+
+    grid: uint8 of shape (rows, columns), whose shape alone tells the final layer how the tokens lie.
+    """
+
+    def __init__(self, model: MMDiT) -> None:
+        super().__init__()
+        self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
+        self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
+        self.context_embedder = model.context_embedder
+        self.patch_size = model.config.patch_size
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """c = timestep embedding + pooled text's; every user of c takes SiLU(c), so that is what is carried."""
+        x, t, text, *rest = carrier
+        rows, columns = (side // self.patch_size for side in x.shape[-2:])
+        tokens = self.pos_embed(self.x_embedder(x), rows, columns)
+        context = self.context_embedder(text.to(self.context_embedder.weight.dtype))
+        c = self.t_embedder(t)
+        if self.y_embedder is not None:
+            pooled, *rest = rest
+            c = c + self.y_embedder(pooled)
+        grid = torch.zeros(rows, columns, dtype=torch.uint8, device=x.device)
+        tokens, context = own_tokens(tokens, self.layout), own_tokens(context, self.layout)
+        c = enter_blocks(F.silu(c), self.layout)
+        if not rest:
+            return tokens, context, c, grid
+        (mask,) = rest
+        seen = torch.cat([mask.new_ones(x.shape[0], rows * columns), mask], dim=1)[:, None, None]
+        return tokens, context, c, seen, grid
+
+
+class MMDiTFinalStage(Stage):
+    """(image tokens, SiLU(c), grid) -> (image,)."""
+
+    def __init__(self, model: MMDiT) -> None:
+        super().__init__()
+        self.final_layer = model.final_layer
+        self.config = model.config
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Read out the patches and put the image together."""
+        x, c, grid = carrier
+        rows, columns = grid.shape
+        patches = all_tokens(self.final_layer(x, c), self.layout, rows * columns)
+        return (unpatchify(patches, rows, columns, self.config.patch_size, self.config.out_channels),)
+
+
+class MMDiT(StagedModel):
+    """The whole model; see the module's docstring."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        super().__init__()
+        self.config = config
+        self.stream_tokens = patches_of(config)
+        assert config.text is not None  # held by the configuration
+        param = Parametrization(config)
+        width = param.width_dim()
+        self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
+        self.t_embedder = TimestepEmbedder(width, param)
+        self.y_embedder = PooledEmbedder(config.text.pooled_dim, width, param) if config.text.pooled_dim else None
+        self.context_embedder = MuLinear(Dim(config.text.dim), width, param, init="text")
+        self.pos_embed = CroppedPositions(config.width, side_of(config), config.pos_embed_max_size)
+        self.joint_blocks = nn.ModuleList(MMDiTBlock(config, param, index) for index in range(config.depth))
+        out = config.patch_size**2 * config.out_channels
+        self.final_layer = AdaLNReadout(width, out, param, _LN_EPS, config.norm_precision, self.stream_tokens)
+        # In a tuple, so that they are not registered: their parameters are the model's own.
+        self._ends = (MMDiTEmbedStage(self), MMDiTFinalStage(self))
+
+    def stages(self) -> list[Stage]:
+        """Embedding, the blocks, the final layer."""
+        first, last = self._ends
+        return [first, *cast("Iterable[Stage]", self.joint_blocks), last]
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """(x, t, text[, pooled][, text_mask]); t in float32. x: any whole number of patches that has positions.
+
+        Where sequence parallelism cuts the streams, their lengths are fixed: x of ``input_size``, text of
+        ``text.max_length`` tokens.
+        """
+        self._check_size(x)
+        text = self.config.text
+        assert text is not None
+        states, mask = seen_text(cond, text.dim, None)
+        if self.layout.sequence and states.shape[1] != text.max_length:
+            raise ValueError(
+                f"cond.text: {tuple(states.shape)} has not {text.max_length} tokens (text.max_length), as sequence "
+                "parallelism needs; pad it and mask the padding"
+            )
+        carrier = [x, t.float(), states]
+        if text.pooled_dim:
+            if cond.pooled is None or cond.pooled.shape[-1] != text.pooled_dim:
+                given = "none" if cond.pooled is None else tuple(cond.pooled.shape)
+                raise ValueError(f"cond.pooled: {given}, but this model takes pooled features (B, {text.pooled_dim})")
+            carrier.append(cond.pooled)
+        if mask is not None:
+            carrier.append(mask)
+        return tuple(carrier)
+
+    def _check_size(self, x: Tensor) -> None:
+        patch, limit = self.config.patch_size, self.config.pos_embed_max_size
+        height, width = x.shape[-2:]
+        if self.layout.sequence and (height, width) != (self.config.input_size, self.config.input_size):
+            raise ValueError(
+                f"x: {tuple(x.shape)} is not of input_size {self.config.input_size}, as sequence parallelism needs"
+            )
+        if height % patch or width % patch:
+            raise ValueError(f"x: {tuple(x.shape)} is not made of whole patches of {patch} x {patch}")
+        if not self.pos_embed.fits(height // patch, width // patch):
+            raise ValueError(f"x: {tuple(x.shape)} has more than {limit} patches (pos_embed_max_size) along a side")

@@ -1,0 +1,1 @@
+"""PixArt-alpha (Chen et al., arXiv 2310.00426)."""

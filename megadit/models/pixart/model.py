@@ -1,0 +1,167 @@
+"""PixArt-alpha (Chen et al., arXiv 2310.00426): text to image, under SP or muP (arXiv 2505.15270).
+
+Shapes: B batch, C channels, H x W latent, T image tokens, L text tokens, n width. Parameter names are the official
+ones. With ``qk_norm`` the queries and keys of self-attention are normed, those of cross-attention are not; with
+``attention_precision`` fp32 self-attention is computed in float32, cross-attention is not, as in the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megadit.conditioning import Conditioning, seen_text
+from megadit.config.schema.model import ModelConfig, TextInput
+from megadit.models.grid import SquareReadoutStage, check_square, patches_of, side_of
+from megadit.models.layers import (
+    Mlp,
+    ModulatedNorm,
+    MuLinear,
+    PatchEmbedder,
+    SelfAttention,
+    SinCosPositions,
+    TimestepEmbedder,
+)
+from megadit.models.layers.cross_attention import CaptionEmbedder, CrossAttention
+from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim, ParamSpec
+from megadit.parallel.collectives import copy_to_ranks, enter_blocks, own_tokens
+from megadit.parallel.tensor import TensorLayout, tensor_layout
+from megadit_kernels import gated_residual
+
+_LN_EPS = 1e-6
+
+
+def _for_own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
+    """x, the same on all ranks, where each uses it on its own tokens alone: under sequence parallelism."""
+    return copy_to_ranks(x, layout) if layout.sequence else x
+
+
+def _table(rows: int, width: Dim, param: Parametrization) -> tuple[nn.Parameter, dict[str, ParamSpec]]:
+    """adaLN-single's learned table (rows, n), added to what all blocks share; a vector per row, so it is one in muP."""
+    spec = param.spec((Dim(rows), width), "modulation_table", role="vector", table=True)
+    return nn.Parameter(torch.empty(rows, width.size)), {"scale_shift_table": spec}
+
+
+class PixArtBlock(Stage):
+    """Transformer block with adaLN-single and cross-attention.
+
+    (tokens (B, T, n), t0 (B, 6n), t_emb (B, n), text (B, L, n)[, mask (B, L)]) -> the same; the last block leaves out
+    what the final layer does not take: (tokens, t_emb).
+    """
+
+    is_block = True
+
+    def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
+        super().__init__()
+        width, heads, tokens = param.width_dim(), config.num_heads, patches_of(config)
+        self.prefix = f"blocks.{index}."
+        self.last = index == config.depth - 1
+        self.layout = tensor_layout()
+        self.scale_shift_table, self.param_specs = _table(6, width, param)
+        self.attn = SelfAttention(
+            width,
+            heads,
+            param,
+            qk_norm=config.qk_norm == "rms",
+            qkv_bias=config.qkv_bias,
+            precision=config.attention_precision,
+            norm_precision=config.norm_precision,
+            tokens=tokens,
+        )
+        self.cross_attn = CrossAttention(width, heads, param, bias=config.qkv_bias, tokens=tokens)
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Self-attention and the MLP, each normed, modulated and gated; between them text, neither normed nor gated."""
+        x, t0, t_emb, text, *mask = carrier
+        own = _for_own_tokens(self.scale_shift_table, self.layout)
+        table = own.to(t0.dtype) + t0.unflatten(1, (6, -1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
+        x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
+        x = x + self.cross_attn(x, text, *mask)
+        x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
+        return (x, t_emb) if self.last else (x, t0, t_emb, text, *mask)
+
+
+class PixArtFinalLayer(nn.Module):
+    """Norm, modulate and read out: (B, T, n), t_emb (B, n) -> (B, T, p * p * out_channels)."""
+
+    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
+        super().__init__()
+        width = param.width_dim()
+        out = Dim(config.patch_size**2 * config.out_channels)
+        self.layout = tensor_layout()
+        self.linear = MuLinear(width, out, param, init="readout", tokens=patches_of(config))
+        self.scale_shift_table, self.param_specs = _table(2, width, param)
+        self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
+
+    def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
+        """Modulation is the table plus t_emb itself, in the order shift, scale."""
+        own = _for_own_tokens(self.scale_shift_table, self.layout)
+        shift, scale = (own.to(t_emb.dtype) + t_emb[:, None]).unbind(1)
+        return self.linear(self.norm(x, shift, scale))
+
+
+class PixArtEmbedStage(Stage):
+    """(x, t, text[, mask]) -> (tokens, t0, t_emb, text[, mask]). Refers to the model's embedders."""
+
+    def __init__(self, model: PixArt) -> None:
+        super().__init__()
+        self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
+        self.t_embedder, self.t_block = model.t_embedder, model.t_block
+        self.y_embedder = model.y_embedder
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """The modulation t0 that all blocks share is computed once, here."""
+        x, t, text, *mask = carrier
+        tokens = self.pos_embed(self.x_embedder(x))
+        t_emb = self.t_embedder(t)
+        t0 = self.t_block(t_emb)
+        text = enter_blocks(self.y_embedder(text), self.layout)
+        return own_tokens(tokens, self.layout), t0, _for_own_tokens(t_emb, self.layout), text, *mask
+
+
+class PixArt(StagedModel):
+    """The whole model; see the module's docstring."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        super().__init__()
+        self.config = config
+        self.stream_tokens = patches_of(config)
+        self.text = cast("TextInput", config.text)  # held by the configuration
+        param = Parametrization(config)
+        width = param.width_dim()
+        sixfold = Dim(6 * width.size, 6 * width.base_size)
+        self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
+        self.t_embedder = TimestepEmbedder(width, param)
+        self.t_block = nn.Sequential(
+            nn.SiLU(), MuLinear(width, sixfold, param, init="adaln", shard="column", gather=True)
+        )
+        self.y_embedder = CaptionEmbedder(self.text.dim, self.text.max_length, width, param)
+        self.pos_embed = SinCosPositions(config.width, side_of(config), config.pos_scale)
+        self.blocks = nn.ModuleList(PixArtBlock(config, param, index) for index in range(config.depth))
+        self.final_layer = PixArtFinalLayer(config, param)
+        # In a tuple, so that they are not registered: their parameters are the model's own.
+        self._ends = (PixArtEmbedStage(self), SquareReadoutStage(config, self.final_layer))
+
+    def stages(self) -> list[Stage]:
+        """Embedding, the blocks, the final layer."""
+        first, last = self._ends
+        return [first, *cast("Iterable[Stage]", self.blocks), last]
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """(x, t, text[, mask]); t in float32, mask bool. Without a mask all tokens of the text are seen.
+
+        A text may have fewer tokens than ``max_length``; padded and masked it gives the same picture.
+        """
+        check_square(x, self.config)
+        text, mask = seen_text(cond, self.text.dim, self.text.max_length)
+        return (x, t.float(), text) if mask is None else (x, t.float(), text, mask)

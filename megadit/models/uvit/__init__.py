@@ -1,0 +1,1 @@
+"""U-ViT (Bao et al., arXiv 2209.12152)."""

@@ -1,0 +1,131 @@
+"""U-ViT elsewhere: the checkpoints of baofff/U-ViT, of classes, of text and unconditional. diffusers has no class.
+
+The official names are this model's, but for the learned positions: ``pos_embed`` there, ``pos_embed.weight`` here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.config.schema.model import ModelConfig
+from megadit.errors import UserError
+from megadit.models.conversion.common import heads_of, learns_sigma, refuse_lacking
+from megadit.models.conversion.folding import fold_readout
+from megadit.models.conversion.names import blocks, check, model_shapes, needed
+
+HINTS = ("heads", "input_size", "text_max_length", "null_class")
+_OFFICIAL = "an official U-ViT checkpoint"
+_HEADS = {1152: 16, 1024: 16, 768: 12, 512: 8}  # the published sizes, by width
+_HEAD_DIMS = (72, 64)  # of H, and of the others
+_CLIP_TOKENS = 77  # text tokens of the published MS-COCO models
+_READOUT = "decoder_pred.weight"
+_TABLE = "label_emb.weight"
+_POSITIONS = ("pos_embed", "pos_embed.weight")  # there, here
+_FALSE, _TRUE = ("false", "no", "0"), ("true", "yes", "1")
+
+
+def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of an official U-ViT; all sizes are inferred but what no tensor tells.
+
+    Hints: ``heads`` (default: of the published sizes, else width / 72 or width / 64 where only one is whole);
+    ``input_size`` or ``text_max_length`` of a text model, whose positions are one table for both (default: 77 tokens,
+    where the rest are a square); ``null_class=false`` for a model without guidance whose every label is a class, such
+    as the published ImageNet-64 ones: it gets one more row of zeros, for the null label that this model has.
+
+    Raises:
+        UserError: names, shapes or types are not those of a U-ViT, or a hint is needed or wrong.
+    """
+    width, channels, patch, _ = needed(state, "patch_embed.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(needed(state, "mid_block.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    positions = needed(state, _POSITIONS[0], _OFFICIAL, 3).shape[1]
+    state = {_POSITIONS[1] if name == _POSITIONS[0] else name: value for name, value in state.items()}
+    state = _with_null(state, _truth(hints.get("null_class", True)))
+    text: dict[str, Any] | None = None
+    classes = len(needed(state, _TABLE, _OFFICIAL, 2)) - 1 if _TABLE in state else 0
+    side, length = _layout(positions, patch, classes, "context_embed.weight" in state, hints)
+    if length:
+        text = {
+            "dim": needed(state, "context_embed.weight", _OFFICIAL, 2).shape[1],
+            "max_length": length,
+            "mask": False,  # the original sees all of CLIP's tokens
+        }
+    heads = heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
+    config = ModelConfig.model_validate(
+        {
+            "family": "uvit",
+            "width": width,
+            "depth": 2 * blocks(state, "in_blocks."),
+            "heads": heads,
+            "patch_size": patch,
+            "in_channels": channels,
+            "input_size": side * patch,
+            "learn_sigma": learns_sigma(out, channels, "a U-ViT"),
+            "mlp": "gelu",
+            "mlp_ratio": hidden / width,
+            "qkv_bias": "mid_block.attn.qkv.bias" in state,
+            "num_classes": classes,
+            "text": text,
+            "conv": "final_layer.weight" in state,
+            "mlp_time_embed": "time_embed.0.weight" in state,
+        }
+    )
+    shapes = model_shapes(config)
+    check(state, shapes, _OFFICIAL)
+    return config, {name: state[name] for name in shapes}
+
+
+def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that the official class loads; the readout's multiplier is folded.
+
+    Raises:
+        UserError: the official class has no place for something of this model.
+    """
+    lacking = {
+        f"model.qk_norm: {config.qk_norm}": config.qk_norm != "none",
+        f"model.mlp: {config.mlp}": config.mlp != "gelu",
+        "model.learn_sigma: true": config.learn_sigma,
+    }
+    refuse_lacking(lacking, "the official U-ViT")
+    official = {**state, _READOUT: fold_readout(config, state[_READOUT])}
+    return {_POSITIONS[0] if name == _POSITIONS[1] else name: value for name, value in official.items()}
+
+
+def _layout(positions: int, patch: int, classes: int, text: bool, hints: Mapping[str, Any]) -> tuple[int, int]:
+    """(patches along a side, text tokens), of the length of the table of positions and the hints."""
+    rest = positions - 1 - (1 if classes else 0)
+    given = {key: int(hints[key]) for key in ("input_size", "text_max_length") if key in hints}
+    length = 0
+    if text:
+        length = given.get("text_max_length", _CLIP_TOKENS)
+        if "text_max_length" not in given and "input_size" in given:
+            length = rest - (given["input_size"] // patch) ** 2
+    side = math.isqrt(max(rest - length, 0))
+    wrong_size = given.get("input_size", side * patch) != side * patch
+    if (text and length < 1) or side < 1 or side**2 != rest - length or wrong_size:
+        told = ", ".join(f"{key}={value}" for key, value in given.items())
+        remedy = "give --hint text_max_length=N or --hint input_size=N that fit" if text else "give other hints or none"
+        raise UserError(
+            f"IN: pos_embed has {positions} positions, which are no square of patches beside the other tokens"
+            f"{f' with {told}' if told else f', {length} of them text' if text else ''}; {remedy}"
+        )
+    return side, length
+
+
+def _with_null(state: Mapping[str, Tensor], has_null: bool) -> dict[str, Tensor]:
+    table = state.get(_TABLE)
+    if has_null or table is None:
+        return dict(state)
+    return {**state, _TABLE: torch.cat([table, torch.zeros_like(table[:1])])}
+
+
+def _truth(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in (*_FALSE, *_TRUE):
+        raise UserError(f"--hint null_class: {value} is neither true nor false; give one of the two")
+    return text in _TRUE

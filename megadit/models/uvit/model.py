@@ -1,0 +1,229 @@
+"""U-ViT (Bao et al., arXiv 2209.12152): class-conditional, text-conditional or unconditional, under SP or muP.
+
+Everything is a token: [label, time, patches], [time, text, patches] or [time, patches], with a learned position each.
+The first half of the blocks lends its outputs to the second half, last in, first out, through ``skip_linear``.
+Shapes: B batch, C channels, T tokens, E of them beside the patches, L text length, n width. Parameter names are the
+official ones, but for ``pos_embed.weight``, which is ``pos_embed`` there.
+
+Under muP (arXiv 2505.15270) the long skip is a hidden layer of fan-in 2n, and the time token needs no parameter of its
+own: without ``mlp_time_embed`` it is the n sinusoidal features of t. These are entries of size 1 at every width, finer
+and finer samples of one function of frequency, which is what muP asks of a token; a learned input layer makes the same
+sizes. With the MLP they are the input of a hidden layer of fan-in n, again with entries of size 1.
+
+Beside the originals: a text shorter than ``text.max_length`` is padded, and padding is masked as keys, so that it
+changes nothing; without a mask every text token is seen, as in the original, and so is the padding of a model with
+``text.mask: false``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megadit.conditioning import Conditioning, seen_text
+from megadit.config.schema.model import ModelConfig, TextInput
+from megadit.models.grid import check_square, labels_of, patches_of, side_of
+from megadit.models.layers import (
+    Mlp,
+    MuConv,
+    MuEmbedding,
+    MuLayerNorm,
+    MuLinear,
+    MuTokens,
+    PatchEmbedder,
+    SelfAttention,
+    timestep_features,
+    unpatchify,
+)
+from megadit.models.layers.skip_linear import SkipLinear, lend
+from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.tensor import tensor_layout
+
+_LN_EPS = 1e-5
+
+
+def _extras(config: ModelConfig) -> int:
+    """Tokens beside the patches: time, label, text."""
+    return 1 + (1 if config.num_classes else 0) + (config.text.max_length if config.text is not None else 0)
+
+
+def _tokens(config: ModelConfig) -> int:
+    return _extras(config) + patches_of(config)
+
+
+class UViTBlock(Stage):
+    """Pre-norm Transformer block on the carrier (tokens, skips ..., [key mask]), tokens and skips (B, E + T, n).
+
+    Of skips a tensor-parallel rank carries its channels alone (``lend``).
+
+    Blocks ``1 .. depth / 2``, counted from 0, lend their *input* to the skips, which is the output of the block before:
+    so no tensor is carried twice between two blocks. Those of the second half take the last skip away. How many skips
+    come in is fixed by the block's place.
+    """
+
+    is_block = True
+
+    def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
+        super().__init__()
+        width, half, tokens = param.width_dim(), config.depth // 2, _tokens(config)
+        self.lends, takes = 0 < index <= half, index > half
+        self.skips = config.depth + 1 - index if takes else max(index - 1, 0)
+        if takes:
+            self.prefix = f"out_blocks.{index - half - 1}."
+        else:
+            self.prefix = f"in_blocks.{index}." if index < half else "mid_block."
+        self.norm1 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
+        self.attn = SelfAttention(
+            width,
+            config.num_heads,
+            param,
+            qk_norm=config.qk_norm == "rms",
+            qkv_bias=config.qkv_bias,
+            precision=config.attention_precision,
+            norm_precision=config.norm_precision,
+            tokens=tokens,
+        )
+        self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
+        self.skip_linear = SkipLinear(width, param.width_dim(2), param, tokens=tokens) if takes else None
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Join the skip, then attention and the MLP, each normed and added."""
+        x, *rest = carrier
+        skips, mask = rest[: self.skips], rest[self.skips :]
+        if self.lends:
+            skips.append(lend(x, self.layout))
+        if self.skip_linear is not None:
+            x = self.skip_linear(x, skips.pop())
+        seen = mask[0][:, None, None] if mask else None
+        x = x + self.attn(self.norm1(x), seen)
+        x = x + self.mlp(self.norm2(x))
+        return (x, *skips, *mask)
+
+
+class UViTEmbedStage(Stage):
+    """(x, t), (x, t, labels) or (x, t, text[, text_mask]) -> (tokens[, key mask]). Refers to the model's embedders."""
+
+    def __init__(self, model: UViT) -> None:
+        super().__init__()
+        self.width = model.config.width
+        self.patch_embed, self.time_embed, self.pos_embed = model.patch_embed, model.time_embed, model.pos_embed
+        self.label_emb, self.context_embed = model.label_emb, model.context_embed
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Make all tokens and add their positions; the key mask, bool (B, E + T), shows time and patches always."""
+        x, t, *cond = carrier
+        patches = self.patch_embed(x)
+        time = timestep_features(t, self.width).to(patches.dtype)
+        if self.time_embed is not None:
+            time = self.time_embed(time)
+        tokens = [time[:, None], patches]
+        mask: list[Tensor] = []
+        if self.label_emb is not None:
+            tokens.insert(0, self.label_emb(cond[0])[:, None])
+        if self.context_embed is not None:
+            text = self.context_embed(cond[0].to(patches.dtype))
+            tokens.insert(1, text)
+            mask = [F.pad(m, (1, patches.shape[1]), value=True) for m in cond[1:]]
+        return (own_tokens(self.pos_embed(torch.cat(tokens, dim=1)), self.layout), *mask)
+
+
+class UViTFinalStage(Stage):
+    """(tokens[, key mask]) -> (image,)."""
+
+    def __init__(self, model: UViT) -> None:
+        super().__init__()
+        self.norm, self.decoder_pred, self.final_layer = model.norm, model.decoder_pred, model.final_layer
+        self.config, self.extras = model.config, model.extras
+        self.layout = tensor_layout()
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        """Read out the patches, put the image together, and let the convolution smooth what patches tore apart."""
+        config = self.config
+        side = side_of(config)
+        tokens = carrier[0]
+        if not self.layout.sequence:  # where a rank holds all of them, only what is read out goes on
+            tokens = tokens[:, self.extras :]
+        read = all_tokens(self.decoder_pred(self.norm(tokens)), self.layout, _tokens(config))
+        patches = read[:, -side * side :]
+        image = unpatchify(patches, side, side, config.patch_size, config.out_channels)
+        return (image if self.final_layer is None else self.final_layer(image),)
+
+
+class UViT(StagedModel):
+    """The whole model; see the module's docstring. ``extras`` is E, the number of tokens before the patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        super().__init__()
+        self.config = config
+        param = Parametrization(config)
+        width, text = param.width_dim(), config.text
+        self.extras, self.stream_tokens = _extras(config), _tokens(config)
+        self.patch_embed = PatchEmbedder(config.in_channels, width, config.patch_size, param)
+        self.time_embed = _time_mlp(param) if config.mlp_time_embed else None
+        self.label_emb = MuEmbedding(config.num_classes + 1, width, param) if config.num_classes else None
+        self.context_embed = MuLinear(Dim(text.dim), width, param, init="text") if text is not None else None
+        self.pos_embed = MuTokens(self.stream_tokens, width, param)
+        half = config.depth // 2
+        self.in_blocks = nn.ModuleList(UViTBlock(config, param, index) for index in range(half))
+        self.mid_block = UViTBlock(config, param, half)
+        self.out_blocks = nn.ModuleList(UViTBlock(config, param, half + 1 + index) for index in range(half))
+        self.norm = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=self.stream_tokens)
+        out = Dim(config.patch_size**2 * config.out_channels)
+        self.decoder_pred = MuLinear(width, out, param, init="readout", tokens=self.stream_tokens)
+        self.final_layer = MuConv(config.out_channels, 3, param) if config.conv else None
+        # In a tuple, so that they are not registered: their parameters are the model's own.
+        self._ends = (UViTEmbedStage(self), UViTFinalStage(self))
+
+    def stages(self) -> list[Stage]:
+        """Embedding, the blocks (depth + 1, with the middle one), the readout."""
+        first, last = self._ends
+        blocks = itertools.chain(self.in_blocks, [self.mid_block], self.out_blocks)
+        return [first, *cast("Iterable[Stage]", blocks), last]
+
+    def image_tokens(self, tokens: Tensor) -> Tensor:
+        """Those of the patches: (B, E + T, n) -> (B, T, n)."""
+        return tokens[:, self.extras :]
+
+    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+        """(x, t), (x, t, labels), or (x, t, text[, text_mask]) with the text padded to its full length; t in float32.
+
+        A text that needs padding, or comes with a mask, is masked; one of full length without a mask is not.
+        """
+        check_square(x, self.config)
+        if self.label_emb is not None:
+            return x, t.float(), labels_of(cond, self.config)
+        if self.config.text is None:
+            return x, t.float()
+        return x, t.float(), *_full_text(cond, self.config.text)
+
+
+def _time_mlp(param: Parametrization) -> nn.Sequential:
+    """n -> 4n -> n with SiLU between, both hidden."""
+    width, hidden = param.width_dim(), param.width_dim(4)
+    return nn.Sequential(
+        MuLinear(width, hidden, param, init="timestep", shard="column"),
+        nn.SiLU(),
+        MuLinear(hidden, width, param, init="timestep", shard="row"),
+    )
+
+
+def _full_text(cond: Conditioning, given: TextInput) -> tuple[Tensor, ...]:
+    """(text (B, length, dim)[, mask (B, length)]). Raises ValueError for a text that is missing or does not fit."""
+    text, mask = seen_text(cond, given.dim, given.max_length)
+    missing = given.max_length - text.shape[1]
+    if missing and given.mask and mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    text = F.pad(text, (0, 0, 0, missing))
+    return (text,) if mask is None else (text, F.pad(mask, (0, missing)))

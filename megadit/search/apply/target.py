@@ -1,0 +1,265 @@
+"""From a study on a proxy to the target's configuration: Algorithm 4 of arXiv 2505.15270.
+
+The base hyperparameters are chosen at the proxy by the study's rule, on the word of a verdict that they transfer, and
+laid over the target's configuration. What they become in each parameter group, what does not transfer by itself and
+what the search cost go with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megadit.config import LoadedConfig, RunConfig, load, replace
+from megadit.config.loading.sources import display, find_config, override_layer
+from megadit.errors import UserError
+from megadit.search.apply.backing import TRANSFERS, Backing, backed_by, backings
+from megadit.search.apply.budget import Cost, cost, run_steps
+from megadit.search.apply.lengths import fit_lengths
+from megadit.search.apply.target_file import apply_changes, base_changes, write_target
+from megadit.search.apply.untransferred import Note, flat, untransferred
+from megadit.search.results import StudyResults, load_results
+from megadit.search.selection import Choice, select
+from megadit.search.verify_study import proxy_of
+
+_BY_NONE = "transfer verified by no study given"
+
+
+class NotVerifiedError(Exception):
+    """No verdict "transfers" for what is to be applied: one sentence with the remedy (exit code 3)."""
+
+    def __init__(self, message: str, found: Sequence[Backing]) -> None:
+        super().__init__(message)
+        self.found = tuple(found)
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One optimizer group at the proxy and at the target: (lr, weight decay, epsilon) of each, None where it has none.
+
+    ``share`` is the target's learning rate over the base one: 1/m for hidden weights.
+    """
+
+    name: str
+    proxy: tuple[float, float, float] | None
+    target: tuple[float, float, float] | None
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A target that was written to ``path``.
+
+    ``scale``: where the point was chosen. ``replaced``: what the target said of keys that now have the study's.
+    ``scaled``: of lengths that were written as shares of the target's run, why.
+    """
+
+    path: Path
+    base: Path
+    results: StudyResults
+    variant: str
+    scale: int | None
+    choice: Choice
+    backings: tuple[Backing, ...]
+    forced: str | None
+    proxy: RunConfig
+    target: RunConfig
+    changes: dict[str, Any]
+    replaced: dict[str, Any]
+    groups: tuple[GroupRow, ...]
+    notes: tuple[Note, ...]
+    bill: Cost
+    scaled: dict[str, str] = field(default_factory=dict)
+
+
+def apply(
+    study: str | Path,
+    target: str | Path,
+    out: str | Path | None = None,
+    verified_by: Sequence[str | Path] = (),
+    force: bool = False,
+    manual_multiple: float | None = None,
+    overrides: Sequence[str] = (),
+) -> Applied:
+    """Write the configuration ``target`` with ``overrides`` and the base hyperparameters that ``study`` found.
+
+    Args:
+        study: a study with results, by name or directory.
+        target: a run configuration under muP.
+        out: the file to write; default ``target.yaml`` in the study's directory.
+        verified_by: more studies whose verdicts back the transfer; needed by a study that has no scale of its own.
+        force: write it whatever the verdicts are.
+        manual_multiple: what tuning by hand would cost, in trainings of the target; the cost ratio is against that.
+        overrides: ``key.sub=value`` of the target.
+
+    Raises:
+        NotVerifiedError: a verdict is not "transfers", or there is none; not with ``force``.
+        UserError: the study has no results or runs under SP, the target is not under muP, or cannot be written.
+    """
+    results, others = load_results(study), [load_results(other) for other in verified_by]
+    base = find_config(target, "--target")
+    loaded = load(base, overrides)
+    if loaded.config.model.parametrization != "mup":
+        raise UserError(
+            f"model.parametrization: the target {loaded.source} is under {loaded.config.model.parametrization}, where "
+            "a proxy's values mean nothing; add model.parametrization=mup and its base width, or name a -mup config"
+        )
+    return apply_results(
+        results, others, loaded, base, out, force=force, manual_multiple=manual_multiple, overrides=overrides
+    )
+
+
+def apply_results(
+    results: StudyResults,
+    others: Sequence[StudyResults],
+    loaded: LoadedConfig,
+    base: Path,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    manual_multiple: float | None = None,
+    overrides: Sequence[str] = (),
+) -> Applied:
+    """``apply`` on what is already loaded; ``base`` is the file behind ``loaded``."""
+    study = results.study
+    variant = study.variants[0]
+    found = backings(results, others, study.spec.selection_score.name, variant, force)
+    scale = proxy_of(results, next((backing.verdict for backing in found if backing.results is results), None))
+    choice = select(results, variant, scale)
+    proxy = proxy_config(results, choice, variant, scale)
+    changes = base_changes(proxy, loaded.config, choice.hps)
+    target = apply_changes(loaded, changes, study.spec.name)
+    lengths = run_steps(proxy), run_steps(target)
+    fitted = fit_lengths(loaded, target, changes, study.spec.name, lengths)
+    target, changes = fitted.config, fitted.changes
+    bill = cost(results, others, target, lengths[1], variant, manual_multiple, scale)
+    refusal = _refusal(results, found, choice)
+    if refusal and not force:
+        raise NotVerifiedError(refusal, found)
+    said = flat(loaded.config.model_dump())
+    applied = Applied(
+        path=Path(out).expanduser() if out is not None else study.folder / "target.yaml",
+        base=base,
+        results=results,
+        variant=variant,
+        scale=scale,
+        choice=choice,
+        backings=found,
+        forced=refusal,
+        proxy=proxy,
+        target=target,
+        changes=changes,
+        replaced={key: said.get(key) for key, value in changes.items() if said.get(key) != value},
+        groups=tuple(group_rows(proxy, target)),
+        notes=(*untransferred(proxy, target, lengths, [b.span for b in found if b.span is not None]), *fitted.notes),
+        bill=bill,
+        scaled=fitted.scaled,
+    )
+    write_target(applied.path, base, override_layer(overrides).values, changes, _header(applied, overrides), target)
+    return applied
+
+
+def proxy_config(results: StudyResults, choice: Choice, variant: str, proxy_scale: int | None) -> RunConfig:
+    """The run at the proxy's scale that ``choice`` speaks of.
+
+    Raises:
+        UserError: it is not under muP.
+    """
+    study = results.study
+    scale = study.horizons[-1] if study.horizons else proxy_scale
+    cell = next(cell for cell in study.cells if cell.variant == variant and cell.scale == scale)
+    config = study.config(cell, choice.hps, study.spec.seeds[0])
+    if study.horizons:
+        config = replace(config, {"train.steps": proxy_scale}, f"study {study.spec.name}")
+    if config.model.parametrization != "mup":
+        raise UserError(
+            f"study {study.spec.name}: its runs{f' of variant {variant}' if variant else ''} are under "
+            f"{config.model.parametrization}, whose optimum moves with width; apply a study whose first variant is mup"
+        )
+    return config
+
+
+def group_rows(proxy: RunConfig, target: RunConfig) -> list[GroupRow]:
+    """The optimizer's groups of both models, matched by role and decay, in the order of ``plan_groups``."""
+    ours, theirs = _groups(proxy), _groups(target)
+    rows = []
+    for stem in dict.fromkeys([*ours, *theirs]):
+        one, other = ours.get(stem, []), theirs.get(stem, [])
+        for index in range(max(len(one), len(other))):
+            left, right = (side[index] if index < len(side) else None for side in (one, other))
+            name = (right or left or ("", (), 0.0))[0]
+            rows.append(GroupRow(name, left and left[1], right and right[1], None if right is None else right[2]))
+    return rows
+
+
+def _groups(config: RunConfig) -> dict[str, list[tuple[str, tuple[float, float, float], float]]]:
+    """By group name without its learning-rate suffix: (name, (lr, wd, eps) as the optimizer gets them, lr_mult)."""
+    from megadit.models import build_model
+    from megadit.mup import param_specs, plan_groups
+
+    found: dict[str, list[tuple[str, tuple[float, float, float], float]]] = {}
+    optim = config.optim
+    for plan in plan_groups(param_specs(build_model(config.model, device="meta")), optim):
+        values = optim.lr * plan.lr_mult, optim.weight_decay * plan.wd_mult, optim.eps * plan.eps_mult
+        found.setdefault(plan.name.partition("@")[0], []).append((plan.name, values, plan.lr_mult))
+    return found
+
+
+def _refusal(results: StudyResults, found: Sequence[Backing], choice: Choice) -> str | None:
+    """Why nothing should be applied, as a sentence; None when every verdict is "transfers"."""
+    remedy = "--force writes the target all the same"
+    for backing in found:
+        if not backing.transfers:
+            reasons = backing.verdict.reasons if backing.verdict is not None else ()
+            answer = backing.answer + (f" ({reasons[0]})" if reasons else "")
+            return f'study {backing.name}, {backing.hp}: the verdict is not "{TRANSFERS}" but {answer}; {remedy}'
+    name = results.study.spec.name
+    if not found:
+        return (
+            f"study {name} has no scale, so it has no verdict of its own; name studies that verified the transfer "
+            f"(--verified-by STUDY), or {remedy}"
+        )
+    if not any(backed_by(key, found) for key in choice.hps):
+        verified = ", ".join(f"{backing.name}: {backing.hp}" for backing in found)
+        return f"no study given verified any of {', '.join(choice.hps)} ({verified}); name others, or {remedy}"
+    return None
+
+
+def backing_words(applied: Applied, key: str) -> str:
+    """Which studies verified the transfer of ``key``, or that none did."""
+    spans = [
+        f"{backing.name} over {backing.span.key} {backing.span.low:g} to {backing.span.high:g}"
+        for backing in backed_by(key, applied.backings)
+        if backing.span is not None
+    ]
+    return (
+        "transfer verified by " + " and ".join(spans) if spans else "NOT verified: transfer verified by no study given"
+    )
+
+
+def not_verified(applied: Applied) -> list[str]:
+    """The base hyperparameters that were applied though no study's verdict stands behind them."""
+    return [key for key in applied.choice.hps if not backed_by(key, applied.backings)]
+
+
+def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
+    choice, spec = applied.choice, applied.results.study.spec
+    variant = f", variant {applied.variant}" if applied.variant else ""
+    lines = [
+        f"Study {spec.name}{variant}, rule {choice.rule}: {choice.score} {choice.value:.6g} over {choice.seeds} "
+        f"seed(s), trial(s) {', '.join(map(str, choice.trials))}.",
+    ]
+    lines += [f"Verdict of {backing.name} on {backing.hp}: {backing.answer}." for backing in applied.backings]
+    lines += [f"{key}: {backing_words(applied, key)}." for key in choice.hps]
+    lines += [f"{key}: written as {words}." for key, words in applied.scaled.items()]
+    missing = not_verified(applied)
+    if missing:
+        lines.append(f"NOT verified: {', '.join(missing)}.")
+    if applied.forced:
+        lines.append(f"Written with --force: {applied.forced}.")
+    if overrides:
+        lines.append(f"Overrides: {' '.join(overrides)}")
+    lines.append(f"Target: {display(applied.base)}; proxy: width {applied.proxy.model.width}.")
+    return lines

@@ -1,0 +1,103 @@
+"""The target's configuration file: the target as it was, with the study's base hyperparameters laid over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megadit.config import LoadedConfig, RunConfig, load_config, replace
+from megadit.config.loading.sources import OVERRIDES, nested
+from megadit.config.schema.reads import is_read
+from megadit.errors import UserError
+from megadit.files.paths import whole_file
+from megadit.files.yaml_text import dump_yaml
+from megadit.search.apply.untransferred import flat
+
+_MARK = "# Written by megadit"
+# What gives base hyperparameters their meaning, beside the searched ones: they go with them.
+_PARAMETRIZATION = (
+    "model.base_width",
+    "model.output_mult",
+    "model.init",
+    "model.adaln_init",
+    "model.role_hps",
+    "optim.eps_mode",
+    "optim.wd_mode",
+    "optim.wd_vectors",
+)
+
+
+def base_changes(proxy: RunConfig, target: RunConfig, hps: Mapping[str, Any]) -> dict[str, Any]:
+    """What the target takes from the study's run ``proxy``, by dotted key: ``hps``, and what gives them their meaning.
+
+    Of the latter (base width, readout and role multipliers, init, rules of decay and epsilon) only what differs and
+    what the target reads.
+    """
+    ours, theirs = flat(proxy.model_dump()), flat(target.model_dump())
+    shared = [key for key in ours if key.startswith(tuple(f"{name}." for name in _PARAMETRIZATION))]
+    carried = {key: ours[key] for key in (*_PARAMETRIZATION, *shared) if key in ours and ours[key] != theirs.get(key)}
+    carried = {**carried, **hps}
+    return {**hps, **{key: carried[key] for key in carried if key not in hps and is_read(key, {**theirs, **carried})}}
+
+
+def apply_changes(target: LoadedConfig, changes: Mapping[str, Any], study: str) -> RunConfig:
+    """The target's configuration with ``changes``, checked.
+
+    Raises:
+        UserError: the target refuses a value, or an override on the command line sets one of the keys otherwise.
+    """
+    values = flat(target.config.model_dump())
+    for key, value in changes.items():
+        if target.user_set.get(key) == OVERRIDES and values.get(key) != value:
+            raise UserError(f"{key}: the override {values.get(key)} is not what study {study} found, {value}; drop it")
+    return replace(target.config, changes, f"study {study}")
+
+
+def write_target(
+    path: Path,
+    base: Path,
+    overrides: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    header: Sequence[str],
+    expected: RunConfig,
+) -> None:
+    """Write a YAML file that inherits from ``base`` and holds ``overrides`` (nested) and ``changes`` (dotted) alone.
+
+    It appears whole or not at all, after it was loaded and found to give ``expected``. ``header``: lines of comment.
+
+    Raises:
+        UserError: the folder cannot be written, or ``path`` is a file that this function did not write.
+    """
+    _check_free(path)
+    link = os.path.relpath(base.resolve(), path.parent.resolve())
+    values = nested({**flat(overrides), **changes})
+    comment = "".join(f"# {' '.join(line.split())}\n" for line in header)
+    text = f"{_mark()}\n{comment}" + dump_yaml({"base": link, **values})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            if load_config(temporary) != expected:
+                raise RuntimeError(f"{path} would not give the configuration that was checked:\n{text}")
+    except OSError as error:
+        raise UserError(f"--out: '{path}' cannot be written ({error.strerror}); choose another file") from None
+
+
+def _mark() -> str:
+    from megadit import __version__
+
+    return f"{_MARK} {__version__} (tools/transfer.py apply): base hyperparameters found on a proxy."
+
+
+def _check_free(path: Path) -> None:
+    """An earlier target of ours may be replaced, a file that a person wrote may not."""
+    if path.is_dir():
+        raise UserError(f"--out: '{path}' is a folder; name a .yaml file in it")
+    try:
+        mine = not path.exists() or path.read_text(encoding="utf-8", errors="replace").startswith(_MARK)
+    except OSError as error:
+        raise UserError(f"--out: '{path}' cannot be read ({error.strerror}); choose another file") from None
+    if not mine:
+        raise UserError(f"--out: '{path}' exists and was not written by apply; choose another file")

@@ -1,0 +1,141 @@
+"""Verdicts on studies: the runs of a finished study as samples for ``megadit.transfer.verdict``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megadit.errors import UserError
+from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults, load_results
+from megadit.search.study.spec import ScoreSpec
+from megadit.transfer.ties import lowest, nearest
+from megadit.transfer.verdict import Limits, Sample, Verdict, judge
+
+
+def verify(source: str | Path, score: str | None = None, variant: str | None = None, hp: str | None = None) -> Verdict:
+    """``verify_study`` of the study directory, file or name ``source``."""
+    return verify_study(load_results(source), score, variant, hp=hp)
+
+
+def verify_study(
+    results: StudyResults,
+    score: str | None = None,
+    variant: str | None = None,
+    *,
+    hp: str | None = None,
+    proxy: float | None = None,
+    limits: Limits | None = None,
+) -> Verdict:
+    """Whether the optimum of a searched hyperparameter transfers over the study's scale.
+
+    With several searched keys (a full grid) one is judged, each of its values at the best of all the others.
+
+    Args:
+        results: of a study that has ended.
+        score: name of the judged score; default: the study's selection score.
+        variant: default: the first.
+        hp: the judged key; default: the first of the space.
+        proxy: the scale whose optimum is carried to the others; default: the one that the study names (scale.proxy),
+            else the smallest that is no exception. ``apply`` chooses at the verdict's proxy.
+        limits: tolerances.
+
+    Raises:
+        UserError: the study is not complete, has no scale, is a random search over several keys, or the judged key,
+            score or variant is not there, is no positive number, or was not measured.
+    """
+    study = results.study
+    name = study.spec.name
+    scale = study.spec.scale
+    if scale is None:
+        raise UserError(f"study {name}: has no scale, so nothing can transfer; add scale.key and scale.values")
+    if not results.complete:
+        left = f"{len(results.trials)} of {results.planned} trials have ended"
+        raise UserError(f"study {name}: is incomplete ({left}); go on with launch/sweep.py run, then verify")
+    variant = _known("--variant", variant, study.variants)
+    judged = _score(study.spec.scores, score or study.spec.selection_score.name)
+    key = _known("--hp", hp, study.space.keys)
+    if len(study.space.keys) > 1 and study.spec.sampler != "grid":
+        raise UserError(
+            f"study {name}: sampler {study.spec.sampler} over {len(study.space.keys)} keys gives no curve of one of "
+            f"them; search {key} alone, or use sampler: grid"
+        )
+    at = scale.proxy if proxy is None else proxy
+    if at is not None and at not in scale.values:
+        raise UserError(f"--proxy: {at:g} is not among the values {list(scale.values)} of {scale.key}; choose one")
+    observations = results.observations(variant)
+    samples = _samples(observations, key, judged, name)
+    if not samples:
+        raise UserError(f"study {name}: no trial has a value of {judged.name}; see launch/sweep.py status for why")
+    home = scale.proxy_value if at is None else at
+    if not any(sample.scale == home for sample in samples):
+        raise UserError(f"study {name}: no trial at the proxy, {scale.key} {home:g}, has ended well; run it again")
+    labels = {"study": name, "variant": variant, "scale": scale.key, "hp": key, "score": judged.name}
+    verdict = judge(samples, lower_is_better=judged.lower_is_better, proxy=at, limits=limits, labels=labels)
+    values = {float(observation.hps[key]) for observation in observations}
+    notes = _notes(observations, study.space.keys, key)
+    return replace(verdict, best=nearest(values, verdict.best_log2), reasons=(*verdict.reasons, *notes))
+
+
+def proxy_of(results: StudyResults, verdict: Verdict | None) -> int | None:
+    """The scale at which to choose: the verdict's proxy where the study's own smallest scale is an exception to it."""
+    if verdict is None or verdict.verdict != "transfers" or verdict.proxy is None:
+        return results.study.proxy_scale
+    return int(verdict.proxy)
+
+
+def _known(option: str, value: str | None, names: Sequence[str]) -> str:
+    if value is None:
+        return names[0]
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(filter(None, names)) or 'none'}"
+        raise UserError(f"{option}: the study has no {value}; {remedy}")
+    return value
+
+
+def _score(scores: Sequence[ScoreSpec], name: str) -> ScoreSpec:
+    known = _known("--score", name, [score.name for score in scores])
+    return next(score for score in scores if score.name == known)
+
+
+def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[Sample]:
+    """One sample per run that counts; with further keys, of each value's best combination with the others."""
+    groups: dict[tuple[float, float], dict[str, list[Sample]]] = {}
+    for run in observations:
+        if run.outcome not in (COMPLETE, DIVERGED):
+            continue
+        value = run.hps[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{key}: {value!r} is not a positive number, so it has no log2; search positive values")
+        measured = run.scores.get(score.name)
+        if run.outcome == COMPLETE and measured is None:
+            raise UserError(
+                f"study {name}: trial {run.number} has no value of {score.name}; choose another --score, or run it "
+                "again"
+            )
+        number = math.nan if run.outcome == DIVERGED or measured is None else float(measured)
+        others = repr(sorted((other, setting) for other, setting in run.hps.items() if other != key))
+        place = groups.setdefault((float(run.scale), math.log2(value)), {})
+        place.setdefault(others, []).append(Sample(float(run.scale), math.log2(value), run.seed, number))
+    sign = 1.0 if score.lower_is_better else -1.0
+
+    def cost(runs: list[Sample]) -> float:
+        mean = sign * sum(run.score for run in runs) / len(runs)
+        return mean if math.isfinite(mean) else math.inf
+
+    return [sample for place in groups.values() for sample in lowest(place.values(), cost)]
+
+
+def _notes(observations: Sequence[Observation], keys: Sequence[str], key: str) -> list[str]:
+    """What a reader of the verdict should know about its data."""
+    notes = []
+    others = ", ".join(other for other in keys if other != key)
+    if others:
+        notes.append(f"each value of {key} is taken at the best of {others}")
+    left_out = sum(run.outcome not in (COMPLETE, DIVERGED) for run in observations)
+    if left_out:
+        notes.append(f"{left_out} runs that failed or were pruned are left out")
+    return notes

@@ -1,0 +1,318 @@
+"""What every scale says against the proxy's optimum, and what all scales say of its drift.
+
+``megadit.transfer.verdict`` tells the rules and makes the verdict of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from megadit.transfer.estimate import LEVEL, MIN_POINTS, Basin, Optimum, locate, measure_noise
+from megadit.transfer.ties import SAME_HP, at_most, difference
+
+Status = Literal["proxy", "agrees", "disagrees", "undecided"]
+
+
+_SAME_DRIFT = 1e-3  # octaves per octave: a curve so flat that rounding moves its lowest point further is no curve
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What counts as transfer.
+
+    max_drift: octaves per octave. The mildest wrong rule moves the optimum by half an octave per octave
+        (a rate that must fall as n^-1/2); the limit is half of that.
+    max_regret: part of the best score. Between seeds scores differ by about as much (measured: .5 to 1 percent).
+    allowance: standard errors of a difference that count as noise. 2.5, not 2, as the best of several points is
+        lucky by construction.
+    max_blur: part of the tried range of log2 values (``Basin.reach``) that the way of the optimum over the scales may
+        be uncertain by.
+    """
+
+    max_drift: float = 0.25
+    max_regret: float = 0.01
+    allowance: float = 2.5
+    max_blur: float = 0.25
+
+
+@dataclass(frozen=True)
+class ScaleVerdict:
+    """One scale; scores with their own sign, hyperparameters in log2 units.
+
+    ``regret`` is infinite where the proxy's best diverges and None where it is unknown; ``why`` says what decided.
+    """
+
+    scale: float
+    status: Status
+    why: str
+    optimum: Optimum | None
+    best_hp: float | None = None
+    best_score: float | None = None
+    score_at_proxy_best: float | None = None
+    regret: float | None = None
+    regret_noise: float | None = None
+    exception: bool = False
+
+    @property
+    def regret_relative(self) -> float | None:
+        """Regret as a part of the best score's size."""
+        if self.regret is None or not self.best_score:
+            return None
+        return self.regret / abs(self.best_score)
+
+    def small(self, limits: Limits) -> bool:
+        """Whether the regret is known to be within ``max_regret``, noise or not; no regret at all always is."""
+        best = abs(self.best_score or 0.0)
+        return self.regret is None or at_most(self.regret, limits.max_regret * best, best)
+
+
+@dataclass
+class Evidence:
+    """Everything measured, with each scale's optimum located once."""
+
+    found: Mapping[float, Basin | None]
+    lower_is_better: bool
+    limits: Limits
+    labels: dict[str, str]
+
+    def __post_init__(self) -> None:
+        present = [basin for basin in self.found.values() if basin is not None]
+        self.noise = measure_noise(present)
+        self.allowance = self.limits.allowance * self.noise.inflation(self.limits.allowance)
+        located = locate(present, self.noise, self.allowance)
+        self.optima = {optimum.basin.scale: optimum for optimum in located}
+
+    def name(self, scale: float) -> str:
+        """A scale in words: ``width 288``."""
+        return f"{self.labels.get('scale', 'scale')} {scale:.12g}"
+
+    def compare(self, scale: float, proxy: float, good: Sequence[float] = ()) -> ScaleVerdict:
+        """One scale against the proxy's best point; ``good``: a basin in which the place does not matter."""
+        optimum, home = self.optima.get(scale), self.optima.get(proxy)
+        if home is None:
+            return ScaleVerdict(scale, "undecided", "every run diverged at the proxy", optimum)
+        carried = home.basin.best.hp
+        if optimum is None:
+            basin = self.found[scale]
+            assert basin is None
+            return ScaleVerdict(scale, "disagrees", "every run diverged", None, regret=math.inf)
+        sign = 1.0 if self.lower_is_better else -1.0
+        best = optimum.basin.best
+        at, regret, noise = self._regret(optimum, carried)
+        entry = ScaleVerdict(
+            scale,
+            "proxy" if scale == proxy else "undecided",
+            "",
+            optimum,
+            best_hp=best.hp,
+            best_score=sign * best.mean,
+            score_at_proxy_best=None if at is None else sign * at,
+            regret=regret,
+            regret_noise=noise,
+        )
+        status, why = self._status(entry, optimum, home, good)
+        return replace(entry, status=status, why=why)
+
+    def _regret(self, optimum: Optimum, hp: float) -> tuple[float | None, float | None, float | None]:
+        """(score at ``hp``, regret, its standard error); infinite if ``hp`` diverges here, None if unknown."""
+        basin = optimum.basin
+        point = basin.point(hp)
+        if point is not None and not point.stable:
+            return None, math.inf, None
+        if point is not None:
+            return point.mean, basin.excess(point), self.noise.of_difference(point, basin.best)
+        if optimum.curve is not None and basin.stable[0].hp <= hp <= basin.stable[-1].hp:
+            # Between measured points: the parabola near the optimum, the straight line where the parabola is off.
+            line = float(np.interp(hp, [p.hp for p in basin.stable], [p.mean for p in basin.stable]))
+            at = min(line, max(optimum.curve(hp), basin.best.mean))
+            return at, difference(at, basin.best.mean), self.noise.sd * math.sqrt(2 / len(basin.best.scores))
+        unstable = [p.hp for p in basin.points if not p.stable]
+        beyond = any(basin.best.hp < u <= hp or hp <= u < basin.best.hp for u in unstable)
+        return None, math.inf if beyond else None, None
+
+    def _status(
+        self, entry: ScaleVerdict, optimum: Optimum, home: Optimum, good: Sequence[float]
+    ) -> tuple[Status, str]:
+        basin = optimum.basin
+        best, carried = power(basin.best.hp), power(home.basin.best.hp)
+        if entry.regret == math.inf:
+            return "disagrees", f"the proxy's best {carried} diverges; the best here is {best}"
+        if entry.regret is None:
+            return "undecided", f"the proxy's best {carried} was not measured; add it to the values tried here"
+        cost = f"the proxy's best {carried} costs {_amount(entry)} more than {best}"
+        noise = entry.regret_noise or 0.0
+        clear = not at_most(entry.regret, self.allowance * noise, basin.best.mean)
+        small = entry.small(self.limits)
+        gap = np.percentile(optimum.draws - home.draws, [50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL)])
+        apart = not gap[0] <= 0 <= gap[1]
+        hidden = self._hidden(basin)
+        if clear and not small and not hidden and (apart or not _neighbours(basin, home.basin.best.hp)):
+            return "disagrees", cost + (f" (standard error {noise:.2g})" if noise else "")
+        if (count := len(basin.stable)) < MIN_POINTS:
+            points = f"{count} stable point{'s' if count > 1 else ''}"
+            return "undecided", f"only {points} next to each other; at least {MIN_POINTS} are needed"
+        if optimum.open:
+            end, where = ("below", "lowest") if basin.low == "open" else ("above", "highest")
+            known = f"{cost}, and " if entry.regret else ""
+            return "undecided", f"{known}the best point {best} is the {where} that was tried; measure {end} it"
+        if hidden:
+            return "undecided", f"noise (sd {self.noise.sd:.3g}) hides what the value does; run more seeds or values"
+        if entry.status == "proxy":
+            return "proxy", f"the proxy's best is {best}"
+        if small:
+            return "agrees", cost if entry.regret else f"the proxy's best {carried} is the best here too"
+        if clear:
+            return "undecided", f"{cost}, its neighbour, though the optima coincide; try values between"
+        if apart and not any(math.isclose(home.basin.best.hp, hp, abs_tol=SAME_HP) for hp in good):
+            return (
+                "undecided",
+                f"{cost}, not clearly above the noise (standard error {noise:.2g}), but the optima lie apart",
+            )
+        return "agrees", f"{cost}, within the noise (standard error {noise:.2g})"
+
+    def _hidden(self, basin: Basin) -> bool:
+        """Whether noise could make half of all the differences between values that were seen at this scale."""
+        seen = [point.mean for point in basin.points if point.stable]
+        # Residuals hold misfit beside noise, so theirs is not made larger still for the few of them.
+        errors = self.allowance if self.noise.source == "seeds" else self.limits.allowance
+        noise = errors * self.noise.sd * math.sqrt(2 / len(basin.best.scores))
+        return not at_most(noise, (max(seen) - min(seen)) / 2, basin.best.mean)
+
+    def drift(self, scales: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
+        """Weighted slope of log2 optimum against log2 scale, with its bootstrap interval."""
+        optima = [self.optima[scale] for scale in scales if scale in self.optima]
+        if len(optima) < 2:
+            return None, None
+        x = np.log2([optimum.basin.scale for optimum in optima])
+        weight = 1 / (np.array([optimum.draws.var() for optimum in optima]) + 1e-12)
+        centred = weight * (x - np.average(x, weights=weight))
+        operator = centred / (centred @ x)
+        draws = operator @ np.stack([optimum.draws for optimum in optima])
+        drift = float(operator @ np.array([optimum.at for optimum in optima]))
+        low, high = np.percentile(draws, [50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL)])
+        return drift, (min(float(low), drift), max(float(high), drift))
+
+    def judge_drift(
+        self,
+        scales: Sequence[float],
+        drift: float | None,
+        interval: tuple[float, float] | None,
+        good: Sequence[float],
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Sentences that say no, that leave it open, and that are fine."""
+        if drift is None or interval is None:
+            return [], [], []
+        limit = self.drift_limit(scales)
+        optima = [self.optima[scale] for scale in scales if scale in self.optima]
+        said = f"the optimum drifts by {drift:+.2f} octaves per octave (95 % interval {interval[0]:+.2f} to "
+        said += f"{interval[1]:+.2f}; limit {limit:.2g})"
+        if beyond(interval[0], limit) or beyond(-interval[1], limit):
+            if _bound(optima, drift):
+                return [], [f"{said}, but the open optimum may change that"], []
+            if any(self._hidden(optimum.basin) for optimum in optima):
+                return [], [f"{said}, but noise hides what the value does"], []
+            return [said], [], []
+        span = math.log2(max(scales) / min(scales))
+        tried = min(optimum.basin.reach for optimum in optima)
+        doubt = ""
+        if (interval[1] - interval[0]) / 2 * span > self.limits.max_blur * tried:
+            doubt = "too uncertain; run more seeds, or more values near the optimum"
+        elif beyond(abs(drift), limit) and not interval[0] <= 0 <= interval[1]:
+            doubt = "not clearly within the limit; run more seeds, scales or values"
+        if doubt and good:
+            flat = f"{power(good[0])} to {power(good[-1])} cannot be told from the best at any scale"
+            return [], [], [f"{said}, but {flat}, so the place of the optimum within does not matter"]
+        return ([], [f"{said}: {doubt}"], []) if doubt else ([], [], [said])
+
+    def drift_limit(self, scales: Sequence[float]) -> float:
+        """``max_drift``; over less than an octave of scale it holds for the whole way, not per octave."""
+        span = math.log2(max(scales) / min(scales))
+        return self.limits.max_drift / min(span, 1.0) if span else self.limits.max_drift
+
+    def indistinguishable(self, scales: Sequence[float]) -> list[float]:
+        """Values that at every scale cannot be told from the best, if there are three or more: a flat basin."""
+        if any(scale not in self.optima for scale in scales):
+            return []
+        basins_here = [self.optima[scale].basin for scale in scales]
+        good = [
+            point.hp
+            for point in basins_here[0].stable
+            if all(
+                (other := basin.point(point.hp)) is not None
+                and other.stable
+                and basin.excess(other) <= self.allowance * self.noise.of_difference(other, basin.best)
+                for basin in basins_here
+            )
+        ]
+        return good if len(good) >= MIN_POINTS else []
+
+    def common(self, scales: Sequence[float]) -> float | None:
+        """The value measured and stable at all these scales with the lowest mean regret (relative where it can be)."""
+        costs: dict[float, float] = {}
+        basins_here = [self.optima[scale].basin for scale in scales]
+        for candidate in basins_here[0].points:
+            points = [basin.point(candidate.hp) for basin in basins_here]
+            stable = [point for point in points if point is not None and point.stable]
+            if len(stable) == len(basins_here):
+                costs[candidate.hp] = sum(
+                    basin.excess(point) / (abs(basin.best.mean) or 1.0)
+                    for point, basin in zip(stable, basins_here, strict=True)
+                )
+        # Costs are parts of scores, so they are the same where they differ by rounding of the scores.
+        least = min(costs.values(), default=0.0)
+        return next((hp for hp, cost in costs.items() if at_most(cost, least, len(basins_here))), None)
+
+    def wider(self, scales: Sequence[float]) -> tuple[bool | None, tuple[tuple[float, float, float], ...]]:
+        """Whether at each value every larger scale is at least as good, noise aside; and where it is not."""
+        compared, worse = 0, []
+        optima = [self.optima[scale] for scale in scales if scale in self.optima]
+        for small, large in itertools.pairwise(optima):
+            for point in small.basin.points:
+                other = large.basin.point(point.hp)
+                if other is None or not point.stable:
+                    continue
+                compared += 1
+                allowed = self.allowance * (self.noise.of_difference(point, other) if other.stable else 0.0)
+                if not other.stable or difference(other.mean, point.mean) > allowed:
+                    worse.append((point.hp, small.basin.scale, large.basin.scale))
+        return (not worse if compared else None), tuple(worse)
+
+
+def beyond(drift: float, limit: float) -> bool:
+    """Whether a drift is above its limit by more than rounding of scores moves it."""
+    return drift > limit + _SAME_DRIFT
+
+
+def _neighbours(basin: Basin, hp: float) -> bool:
+    """Whether nothing was measured between the basin's best point and ``hp``."""
+    low, high = sorted((basin.best.hp, hp))
+    return not any(low + SAME_HP < point.hp < high - SAME_HP for point in basin.points)
+
+
+def _amount(entry: ScaleVerdict) -> str:
+    """A regret in words, with its share of the best score."""
+    share = "" if entry.regret_relative is None else f" ({100 * entry.regret_relative:.1f} %)"
+    return f"{entry.regret:.3g}{share}"
+
+
+def _bound(optima: Sequence[Optimum], drift: float) -> bool:
+    """Whether an open optimum, once found, could make the drift smaller."""
+    middle = float(np.mean([math.log2(optimum.basin.scale) for optimum in optima]))
+    for optimum in optima:
+        direction = {"low": -1.0, "high": 1.0}
+        for side, sign in direction.items():
+            outward = sign * (math.log2(optimum.basin.scale) - middle)
+            if getattr(optimum.basin, side) == "open" and outward * drift < 0:
+                return True
+    return False
+
+
+def power(hp: float) -> str:
+    """A log2 value for people: ``2^-10``."""
+    return f"2^{hp:.4g}"

@@ -1,0 +1,123 @@
+"""A verdict as a picture: the curves of every scale with their parabolas, and the optimum against scale."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from megadit.files.text import plain_label
+from megadit.transfer.evidence import ScaleVerdict, power
+from megadit.transfer.verdict import Verdict
+
+
+def plot_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
+    """Write a PNG: score against the hyperparameter, a curve per scale; beside it log2 optimum against scale.
+
+    Dots are single runs, lines their means, dashes the parabola near the optimum, diamonds the optimum with its
+    interval, crosses at the top edge values at which a run diverged. The dotted line is the proxy's best.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1.0])
+    draw_curves(left, verdict)
+    draw_optima(right, verdict)
+    labels = verdict.labels
+    name = " ".join(part for part in (labels.get("study") or labels.get("table"), labels.get("variant")) if part)
+    figure.suptitle(plain_label(f"{name}: {verdict.verdict}".removeprefix(": ")), fontsize=11)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def draw_curves(axis: Any, verdict: Verdict) -> None:
+    """Score against log2 of the hyperparameter on matplotlib's ``axis``, a colour per scale."""
+    sign = 1.0 if verdict.lower_is_better else -1.0
+    shown = [entry for entry in verdict.scales if entry.optimum is not None]
+    means = [p.mean for e in shown if e.optimum for p in e.optimum.basin.stable]
+    for entry, colour in zip(shown, _colours(len(shown)), strict=True):
+        assert entry.optimum is not None
+        basin = entry.optimum.basin
+        xs = [point.hp for point in basin.stable]
+        axis.plot(xs, [sign * p.mean for p in basin.stable], color=colour, lw=1.4, label=_label(entry))
+        dots = [(point.hp, sign * score) for point in basin.points for score in point.scores.values()]
+        axis.plot(*zip(*dots, strict=True), "o", color=colour, ms=3.5, alpha=0.6)
+        gone = [point.hp for point in basin.points if not point.stable]
+        axis.plot(gone, [0.97] * len(gone), "x", color=colour, ms=7, transform=axis.get_xaxis_transform())
+        if entry.optimum.curve is not None:
+            _parabola(axis, entry, sign, colour)
+    if verdict.proxy is not None:
+        home = next((entry for entry in verdict.scales if entry.scale == verdict.proxy), None)
+        if home is not None and home.best_hp is not None:
+            axis.axvline(home.best_hp, color="0.5", lw=0.9, ls=":", zorder=0)
+    # Far walls would flatten what is near the optima: show three times the range of the lower half of all points.
+    low, middle, high = min(means), float(np.median(means)), max(means)
+    top = min(high, low + 3 * (middle - low)) if middle > low else high
+    pad = 0.06 * (top - low) or 1e-9
+    limits = sorted((sign * (low - pad), sign * (top + 2 * pad)))
+    axis.set_ylim(*limits)
+    ticks = sorted({point.hp for entry in shown if entry.optimum for point in entry.optimum.basin.points})
+    if len(ticks) <= 12:
+        axis.set_xticks(ticks, [power(tick) for tick in ticks])
+    axis.set_xlabel(plain_label(verdict.labels.get("hp", "hyperparameter").removeprefix("log2_")))
+    axis.set_ylabel(plain_label(verdict.labels.get("score", "score")))
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False, title=plain_label(verdict.labels.get("scale", "")), title_fontsize=8)
+
+
+def draw_optima(axis: Any, verdict: Verdict) -> None:
+    """log2 optimum against scale with intervals; the line is the drift, arrows mark optima that are only bounds."""
+    shown = [entry for entry in verdict.scales if entry.optimum is not None]
+    judged: list[tuple[float, float]] = []
+    for entry, colour in zip(shown, _colours(len(shown)), strict=True):
+        assert entry.optimum is not None
+        optimum, x = entry.optimum, math.log2(entry.scale)
+        low, high = optimum.interval
+        filled = colour if not entry.exception else "none"
+        errors = [[optimum.at - low], [high - optimum.at]]
+        axis.errorbar(x, optimum.at, errors, fmt="D", color=colour, mfc=filled, ms=6, capsize=4, lw=1.4)
+        for side, marker in ((optimum.basin.low, "v"), (optimum.basin.high, "^")):
+            if side == "open":
+                axis.plot(x, low if marker == "v" else high, marker, color=colour, ms=9)
+        if not entry.exception:
+            judged.append((x, optimum.at))
+    if verdict.drift is not None and judged:
+        xs = np.array([x for x, _ in judged])
+        middle = float(np.mean([y for _, y in judged])) - verdict.drift * float(xs.mean())
+        axis.plot(xs, middle + verdict.drift * xs, color="0.3", lw=1.0, ls="--")
+        low, high = verdict.drift_interval or (math.nan, math.nan)
+        axis.set_title(f"drift {verdict.drift:+.2f} ({low:+.2f} to {high:+.2f}) octaves per octave", fontsize=9)
+    axis.set_xticks([math.log2(entry.scale) for entry in shown], [f"{entry.scale:.12g}" for entry in shown])
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(min(bottom, (bottom + top) / 2 - 2), max(top, (bottom + top) / 2 + 2))  # flat should look flat
+    axis.set_xlabel(plain_label(verdict.labels.get("scale", "scale")))
+    axis.set_ylabel(plain_label(f"log2 of the best {verdict.labels.get('hp', 'value').removeprefix('log2_')}"))
+    axis.grid(alpha=0.25)
+
+
+def _parabola(axis: Any, entry: ScaleVerdict, sign: float, colour: Any) -> None:
+    """The fit over one step around its optimum, and the optimum with its interval on it."""
+    assert entry.optimum is not None and entry.optimum.curve is not None
+    optimum, curve, basin = entry.optimum, entry.optimum.curve, entry.optimum.basin
+    reach = 1.25 * max(basin.steps)
+    xs = np.linspace(optimum.at - reach, optimum.at + reach, 61)
+    xs = xs[(xs >= basin.stable[0].hp) & (xs <= basin.stable[-1].hp)]
+    axis.plot(xs, [sign * curve(float(x)) for x in xs], color=colour, lw=1.0, ls="--", alpha=0.8)
+    low, high = optimum.interval
+    y = sign * curve(optimum.at)
+    axis.errorbar(optimum.at, y, xerr=[[optimum.at - low], [high - optimum.at]], fmt="D", color=colour, ms=5, capsize=3)
+
+
+def _label(entry: ScaleVerdict) -> str:
+    return f"{entry.scale:.12g}" + (" (exception)" if entry.exception else "")
+
+
+def _colours(count: int) -> list[Any]:
+    """Dark to light with scale."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.05 + 0.8 * i / max(count - 1, 1)) for i in range(count)]

@@ -1,0 +1,178 @@
+"""Verdicts on tables: a CSV file with a column for the scale, the hyperparameter and the score, one run a row.
+
+A column whose name begins with ``log2_`` holds exponents; other columns hold positive values. A score that is NaN,
+infinite or says "diverged" is a run that diverged; an empty one was not measured and is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megadit.config.values import number
+from megadit.errors import UserError
+from megadit.files.file_kind import text_instead
+from megadit.files.text import decode, why_no_text
+from megadit.transfer.ties import nearest, same_hps
+from megadit.transfer.verdict import Limits, Sample, Verdict, judge
+
+_LOWER = {"loss", "fid", "sfid", "kid", "fdd", "cmmd", "mse", "mae", "rmse", "error", "nll", "perplexity", "ppl", "bpd"}
+_HIGHER = {"inception", "is", "precision", "recall", "geneval", "clip", "clipscore", "accuracy", "acc", "psnr", "ssim"}
+_HIGHER |= {"reward", "preference", "win", "density", "coverage", "alignment", "aesthetic", "mfu", "throughput"}
+_MARKUP = re.compile(r"</?\w+>|\*\*|__|\$")
+_EXTRA = "beyond the header"  # key under which csv keeps cells that no column names
+_DIVERGED = {"nan", "inf", "+inf", "-inf", "infinity", "diverged", "diverge", "div"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what; rows with the same scale and hyperparameter are seeds, numbered as they come
+    where ``seed`` names no column."""
+
+    scale: str
+    hp: str
+    score: str
+    seed: str | None = None
+
+
+def lower_is_better(score: str) -> bool | None:
+    """What a score's name says of its direction; None if it is not a well-known one."""
+    words = set(re.findall(r"[a-z]+", score.lower()))
+    return True if words & _LOWER else False if words & _HIGHER else None
+
+
+def verify_table(
+    path: str | Path,
+    columns: Columns,
+    *,
+    lower: bool,
+    proxy: float | None = None,
+    limits: Limits | None = None,
+) -> Verdict:
+    """The verdict on a CSV file; ``best`` is in the column's own units, ``proxy`` too.
+
+    Raises:
+        UserError: the file is missing or no table, a column is missing, a cell is no number, or nothing is measured.
+    """
+    rows = _read(Path(path).expanduser(), columns)
+    hps = same_hps(_log2(row, columns.hp, line) for line, row in rows if _clean(row[columns.score]))
+    samples: list[Sample] = []
+    seen: dict[tuple[float, float], int] = {}
+    for line, row in rows:
+        text = _clean(row[columns.score])
+        if not text:
+            continue
+        scale, hp = _log2_or_value(row, columns.scale, line), hps[_log2(row, columns.hp, line)]
+        place = (scale, hp)
+        seen[place] = seen.get(place, -1) + 1
+        seed = seen[place] if columns.seed is None else int(_number(row, columns.seed, line))
+        score = math.nan if text.lower() in _DIVERGED else _number(row, columns.score, line)
+        samples.append(Sample(2.0**scale if _exponents(columns.scale) else scale, hp, seed, score))
+    if not samples:
+        raise UserError(f"--table: {path} has no row with a {columns.score}; name another --score")
+    if proxy is not None:
+        proxy = _proxy(proxy, columns, samples)
+    labels = {
+        "table": str(path),
+        "scale": columns.scale.removeprefix("log2_"),
+        "hp": columns.hp,
+        "score": columns.score,
+    }
+    verdict = judge(samples, lower_is_better=lower, proxy=proxy, limits=limits, labels=labels)
+    if _exponents(columns.hp):
+        return replace(verdict, best=verdict.best_log2)
+    values = {_log2_or_value(row, columns.hp, line) for line, row in rows}
+    return replace(verdict, best=nearest(values, verdict.best_log2))
+
+
+def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
+    try:
+        data = path.read_bytes()
+        other = text_instead(data)
+        if other is not None:
+            raise UserError(f"--table: {path} is no CSV: {other}")
+        with io.StringIO(decode(data), newline="") as file:
+            reader = csv.DictReader(file, restkey=_EXTRA, restval=None, skipinitialspace=True)
+            reader.fieldnames = names = [(name or "").strip() for name in (reader.fieldnames or [])]
+            rows: list[tuple[int, Mapping[str, Any]]] = [(reader.line_num, row) for row in reader]
+    except FileNotFoundError:
+        raise UserError(f"--table: no file {path}; name a CSV file") from None
+    except UnicodeDecodeError as error:
+        problem = f"cannot be read as CSV (it is not text in UTF-8: {why_no_text(error)}); save it as UTF-8"
+        raise UserError(f"--table: {path} {problem}, or name another file") from None
+    except (OSError, csv.Error) as error:
+        raise UserError(f"--table: {path} cannot be read as CSV ({error}); name another file") from error
+    _check_columns(path, columns, names)
+    if not rows:
+        raise UserError(f"--table: {path} has no rows below its header; name another file")
+    for line, row in rows:
+        if _EXTRA in row or None in row.values():
+            cells = len(names) + len(row.get(_EXTRA) or ()) - list(row.values()).count(None)
+            raise UserError(f"--table: line {line} of {path} has {cells} cells under {len(names)} columns; complete it")
+    return rows
+
+
+def _check_columns(path: Path, columns: Columns, names: list[str]) -> None:
+    """Each asked column once in the header ``names``, and no column for two things. Raises UserError."""
+    asked = {"--scale": columns.scale, "--hp": columns.hp, "--score": columns.score, "--seed": columns.seed}
+    for option, column in asked.items():
+        if column is not None and column not in names:
+            near = difflib.get_close_matches(column, names, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}"
+            raise UserError(f"{option}: {path} has no column {column}; {remedy}")
+        if column is not None and names.count(column) > 1:
+            raise UserError(f"{option}: {path} has {names.count(column)} columns {column}; rename all but one")
+    given = [column for column in asked.values() if column is not None]
+    for option, column in asked.items():
+        if column is not None and given.count(column) > 1:
+            raise UserError(f"{option}: {column} is asked for twice; scale, hp, score and seed are different columns")
+
+
+def _exponents(column: str) -> bool:
+    return column.lower().startswith("log2_")
+
+
+def _clean(text: str) -> str:
+    """A cell without the simple markup that tables of papers carry (``<u>53.90</u>``, ``**53.90**``)."""
+    return _MARKUP.sub("", text or "").strip()
+
+
+def _number(row: Mapping[str, str], column: str, line: int) -> float:
+    text = _clean(row[column])
+    value = number(text.replace(",", ""))
+    if value is None:
+        raise UserError(f"--table: {column} in line {line} is {text!r}, not a number; correct it or empty the score")
+    return float(value)
+
+
+def _log2_or_value(row: Mapping[str, str], column: str, line: int) -> float:
+    """The cell as it is; positive unless the column holds exponents."""
+    value = _number(row, column, line)
+    if value <= 0 and not _exponents(column):
+        raise UserError(
+            f"--table: {column} in line {line} is {value:g}, and only positive values have a log2; if the column holds "
+            f"exponents, call it log2_{column}"
+        )
+    return value
+
+
+def _log2(row: Mapping[str, str], column: str, line: int) -> float:
+    """The cell's log2."""
+    value = _log2_or_value(row, column, line)
+    return value if _exponents(column) else math.log2(value)
+
+
+def _proxy(proxy: float, columns: Columns, samples: list[Sample]) -> float:
+    at = 2.0**proxy if _exponents(columns.scale) else proxy
+    scales = sorted({sample.scale for sample in samples})
+    if at not in scales:
+        shown = ", ".join(f"{math.log2(s) if _exponents(columns.scale) else s:.12g}" for s in scales)
+        raise UserError(f"--proxy: {proxy:g} is not among the values of {columns.scale}: {shown}; choose one of them")
+    return at

@@ -1,0 +1,101 @@
+"""A verdict for people: a line per scale, then the answer and the numbers that made it."""
+
+from __future__ import annotations
+
+import math
+
+from megadit.transfer.estimate import Noise
+from megadit.transfer.evidence import ScaleVerdict, power
+from megadit.transfer.verdict import Verdict
+
+_EDGES = {"inside": "", "edge": "diverges", "open": "grid ends"}
+
+
+def format_verdict(verdict: Verdict) -> str:
+    """The verdict as text: title, table over scales, answer, reasons, what was noticed beside."""
+    labels = verdict.labels
+    scale = labels.get("scale", "scale")
+    rows: list[tuple[str, ...]] = [
+        (scale, "runs", "best", "score", "optimum (95 %)", "beyond best", "at proxy's best", "regret", "says")
+    ]
+    rows += [_row(entry) for entry in verdict.scales]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [_title(verdict)]
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines.append("")
+    if verdict.drift is not None and verdict.drift_interval is not None:
+        low, high = verdict.drift_interval
+        lines.append(f"drift {verdict.drift:+.2f} octaves per octave (95 % {low:+.2f} to {high:+.2f})")
+    if verdict.regret is not None:
+        lines.append(f"largest regret {_regret(verdict.regret, verdict.regret_relative)}")
+    lines.append(_noise(verdict.noise))
+    lines.append(_larger(verdict))
+    lines.append("")
+    answer: str = verdict.verdict
+    if answer == "transfers" and verdict.best_log2 is not None:
+        answer += f", best {power(verdict.best_log2)}"
+        if verdict.exceptions:
+            answer += f"; exceptions: {', '.join(f'{scale} {value:.12g}' for value in verdict.exceptions)}"
+    lines.append(f"verdict: {answer}")
+    lines += [f"  {reason}" for reason in verdict.reasons]
+    return "\n".join(lines)
+
+
+def _title(verdict: Verdict) -> str:
+    labels = verdict.labels
+    what = f"{labels.get('score', 'score')} against {labels.get('hp', 'hyperparameter')}"
+    of = f", variant {labels['variant']}" if labels.get("variant") else ""
+    better = "lower" if verdict.lower_is_better else "higher"
+    return f"{labels.get('study') or labels.get('table') or 'samples'}{of}: {what}, {better} is better"
+
+
+def _row(entry: ScaleVerdict) -> tuple[str, ...]:
+    says = {"proxy": "proxy"}.get(entry.status, "exception" if entry.exception else entry.status)
+    name = f"{entry.scale:.12g}"
+    if entry.optimum is None or entry.best_hp is None or entry.best_score is None:
+        return (name, "", "-", "-", "-", "all diverge", "diverges", "infinite", says)
+    basin, (low, high) = entry.optimum.basin, entry.optimum.interval
+    runs = str(sum(len(point.scores) + point.diverged for point in basin.points))
+    edges = [f"{_EDGES[side]} {word}" for side, word in ((basin.low, "below"), (basin.high, "above")) if _EDGES[side]]
+    carried = "-" if entry.score_at_proxy_best is None else f"{entry.score_at_proxy_best:.4g}"
+    if entry.regret == math.inf:
+        carried = "diverges"
+    optimum = f"2^{entry.optimum.at:.2f} ({low:.2f} to {high:.2f})"
+    regret = "unknown" if entry.regret is None else _regret(entry.regret, entry.regret_relative)
+    return (
+        name,
+        runs,
+        power(entry.best_hp),
+        f"{entry.best_score:.4g}",
+        optimum,
+        ", ".join(edges),
+        carried,
+        regret,
+        says,
+    )
+
+
+def _regret(regret: float, relative: float | None) -> str:
+    if math.isinf(regret):
+        return "infinite"
+    return f"{regret:.3g}" + ("" if relative is None else f" ({100 * relative:.1f} %)")
+
+
+def _noise(noise: Noise) -> str:
+    if noise.source == "none":
+        return "noise of one run: not measurable from one seed and so few values"
+    source = {"seeds": "repeated seeds", "residuals": "the residuals"}[noise.source]
+    degrees = f"{noise.freedom} degree{'s' if noise.freedom > 1 else ''} of freedom"
+    return f"noise of one run {noise.sd:.3g} (from {source}, {degrees})"
+
+
+def _larger(verdict: Verdict) -> str:
+    """Whether more of the scale was better at every value: under muP it should be."""
+    if verdict.wider_is_better is None:
+        return "larger is better: not measurable"
+    if verdict.wider_is_better:
+        return "larger is better at every value, noise aside"
+    shown = [f"{power(hp)} from {small:.12g} to {large:.12g}" for hp, small, large in verdict.not_better[:4]]
+    more = len(verdict.not_better) - len(shown)
+    return f"larger is not better at {', '.join(shown)}" + (f" and {more} more" if more else "")

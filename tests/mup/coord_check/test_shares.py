@@ -1,0 +1,103 @@
+"""The coordinate check of models whose layers two ranks share reads what it reads of whole ones, in every family."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.ranks import ROOT, run_command, run_ranks
+from helpers.scripts import import_script
+from helpers.shards import this_rank
+from helpers.tiny_dit import tiny_mup_config
+from helpers.tiny_mmdit import tiny_mup_mmdit
+from helpers.tiny_pixart import tiny_pixart_mup
+from helpers.tiny_uvit import tiny_mup_uvit
+from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
+from megadit.diffusion import build_objective
+from megadit.diffusion.repa import alignment_loss
+from megadit.errors import UserError
+from megadit.models import build_model
+from megadit.mup.coord_check.measure import CoordPlan, check_shares, coordinate_readings
+from megadit.mup.coord_check.record import Reading
+from megadit.mup.coord_check.verdict import judge
+from megadit.mup.example import example_conditioning
+
+REPA = {"block": 1, "feature_dim": 24, "hidden": 64}
+PLAN = CoordPlan((32, 64, 96), steps=5, seeds=1, batch=4)
+TEXT = {"dim": 20, "max_length": 6}  # of 7 all example texts would have one token, and queries no gradient
+FAMILIES: dict[str, ModelConfig] = {
+    "dit": tiny_mup_config(64, 32, repa=REPA, qk_norm="rms"),
+    "pixart": tiny_pixart_mup(64, repa=REPA, qk_norm="rms", qkv_bias=False, text=TEXT),
+    "uvit": tiny_mup_uvit(64, kind="text", depth=2, repa=REPA, qk_norm="rms", mlp_time_embed=True),
+    "mmdit": tiny_mup_mmdit(64, depth=2, pooled=12, repa=REPA, qk_norm="rms", mlp="swiglu"),
+}
+
+
+def readings(shared: bool) -> dict[str, list[Reading]]:
+    torch.set_num_threads(1)
+    layout = this_rank() if shared else None
+    found = {}
+    for name, model in FAMILIES.items():
+        null = example_conditioning(model, [0])
+        kind = "ddpm" if model.learn_sigma else "flow"
+        found[name] = coordinate_readings(
+            model,
+            OptimConfig(lr=2.0**-9),
+            PLAN,
+            build=lambda config, seed: build_model(config, layout, seed),
+            objective=build_objective(ObjectiveConfig(kind=kind), learn_sigma=model.learn_sigma, null=null),
+            alignment=alignment_loss,
+        )
+    return found
+
+
+@pytest.mark.distributed
+def test_two_ranks_read_what_one_reads() -> None:
+    [whole] = run_ranks(1, readings, False)
+    for shared in run_ranks(2, readings, True):
+        for name, expected in whole.items():
+            assert len(shared[name]) == len(expected)
+            for one, other in zip(shared[name], expected, strict=True):
+                what = (other.width, other.step, other.module, other.quantity)
+                assert what == (one.width, one.step, one.module, one.quantity)
+                assert one.value == pytest.approx(other.value, rel=1e-6, abs=1e-12), (name, *what)
+            verdicts = [judge(found).modules for found in (shared[name], expected)]
+            assert [row.verdict for row in verdicts[0]] == [row.verdict for row in verdicts[1]]
+
+
+def test_ranks_divide_the_heads_of_every_width() -> None:
+    check_shares(FAMILIES["dit"], PLAN, 2)
+    with pytest.raises(UserError, match=r"--tp 4: does not divide the 2 heads of width 32"):
+        check_shares(FAMILIES["dit"], PLAN, 4)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_command_gives_one_verdict_for_any_number_of_ranks(tmp_path: Path) -> None:
+    found: list[Any] = []
+    for ranks in ("1", "2"):
+        out = tmp_path / ranks
+        command = [sys.executable, str(ROOT / "tools" / "coord_check.py"), "--tp", ranks, "--out", str(out)]
+        command += ["--config", "configs/quickstart/digits.yaml", "--widths", "32,64,96", "--json", "--seeds", "1"]
+        command += ["model.depth=2", "model.head_dim=16", "model.heads=null", "model.qk_norm=rms"]
+        done = run_command(command, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout))
+        assert (out / "verdict.json").is_file() and (out / "coords.csv").is_file()
+    assert found[0].keys() == found[1].keys() and found[0]["verdict"] == found[1]["verdict"] == "passes"
+    one, two = ({row["module"]: row["verdict"] for row in told["modules"]} for told in found)
+    assert one == two
+
+
+def test_a_launcher_of_other_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = import_script(ROOT / "tools" / "coord_check.py")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    options = ["model.head_dim=16", "model.heads=null", "--widths", "32,64,96", "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="--tp 2: 3 processes were started"):
+        script.main(["--tp", "2", *options])

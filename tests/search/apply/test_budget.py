@@ -1,0 +1,94 @@
+"""The cost of tuning against the paper's numbers, and executed FLOPs against a count by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from helpers.fabricated import fabricate, make_study, valley
+from megadit.config import load_config
+from megadit.errors import UserError
+from megadit.models import count_parameters
+from megadit.plan import forward_flops
+from megadit.search.apply.budget import cost, describe_cost, run_steps, target_flops, tuning_cost_ratio
+
+B = 1e9
+MMDIT = [(80, 0.18 * B, 30e3), (5, 0.18 * B, 100e3)]
+
+
+def test_ratios_of_the_paper():
+    assert tuning_cost_ratio([(5, 0.04 * B, 5)], (0.61 * B, 30)) == pytest.approx(0.0546, abs=5e-5)
+    assert tuning_cost_ratio(MMDIT, (18 * B, 200e3)) == pytest.approx(0.145, abs=5e-4)
+    assert tuning_cost_ratio(MMDIT, (18 * B, 200e3), manual_multiple=5) == pytest.approx(0.029, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "target", "multiple", "told"),
+    [
+        ([], (1, 1), None, "stages"),
+        ([(1, -2, 3)], (1, 1), None, "none negative"),
+        ([(1, 2, float("nan"))], (1, 1), None, "stages"),
+        ([(1, 2, 3)], (0, 1), None, "target"),
+        ([(1, 2, 3)], (1, 1), 0, "--manual-multiple: 0"),
+    ],
+)
+def test_numbers_without_sense_are_refused(stages, target, multiple, told):
+    with pytest.raises(UserError, match=told):
+        tuning_cost_ratio(stages, target, multiple)
+
+
+def test_bill_counts_what_was_run(root, tmp_path):
+    study = make_study(tmp_path)
+    results = fabricate(study, valley(best=-9.0))  # 2^-5 diverges, after a quarter of its steps
+    target = load_config(root / "configs/quickstart/digits.yaml", ["model.width=256", "train.steps=1000"])
+    assert run_steps(target) == 1000
+    bill = cost(results, [results], target, 1000, "", manual_multiple=2.0)
+    assert (bill.search.trials, bill.all.trials) == (12, 2 * 36)
+    proxy = study.config(study.cells[0], {"optim.lr": 2**-7}, 0)
+    assert proxy.model.width == 32
+    image = 3 * forward_flops(proxy.model)
+    assert bill.search.flops == pytest.approx(image * 32 * (10 * 200 + 2 * 50))
+    assert bill.search.stages == ((12.0, float(count_parameters(proxy.model, fixed=False)), 200 * 32.0),)
+    assert len(bill.all.stages) == 3 and {stage[0] for stage in bill.all.stages} == {24.0}
+    assert bill.target_flops == target_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
+    by_flops, by_samples = bill.ratios(bill.search)
+    assert by_flops == pytest.approx(bill.search.flops / bill.target_flops / 2)
+    small, large = (count_parameters(config.model, fixed=False) for config in (proxy, target))
+    expected = 12 * small * 200 / (large * 1000) / 2
+    assert by_samples == pytest.approx(expected)
+    assert "2 trainings by hand" in "\n".join(describe_cost(bill))
+    assert bill.to_json()["search"]["ratio_sbt"] == by_samples
+
+
+def test_variants_and_diverged_trials_are_told_apart(tmp_path, root):
+    variants = {"mup": {"model.parametrization": "mup"}, "sp": {"model.parametrization": "sp"}}
+    results = fabricate(make_study(tmp_path, variants=variants), valley())
+    target = load_config(root / "configs/quickstart/digits.yaml")
+    bill = cost(results, [], target, 300, "mup")
+    assert (bill.search.trials, bill.all.trials) == (12, 72)
+    shorter = dataclasses.replace(results, trials=results.trials[:5])
+    assert cost(shorter, [], target, 300, "mup").all.trials == 5
+
+
+def test_one_run_for_all_horizons_counts_once(tmp_path, root):
+    steps = {"key": "train.steps", "values": [100, 150, 200]}
+    study = make_study(tmp_path, scale=steps, scores=[{"name": "loss", "kind": "train_loss", "last": 50}])
+    assert study.horizons
+    loss = valley()
+    results = fabricate(study, lambda trial, scale: loss(trial, 64.0))
+    bill = cost(results, [], load_config(root / "configs/quickstart/digits.yaml"), 300, "")
+    assert bill.search.stages == ((12.0, float(count_parameters(study.base.model, fixed=False)), 200 * 32.0),)
+
+
+def test_length_in_epochs_is_resolved_where_the_data_is(root, tmp_path):
+    digits = root / "configs/quickstart/digits.yaml"
+    assert run_steps(load_config(digits, ["train.epochs=2"])) == 107  # 1707 training images, 32 a step
+    elsewhere = load_config(
+        digits, ["train.epochs=2", "data.name=image-folder", f"data.path={tmp_path}/none", "data.image_size=8"]
+    )
+    assert run_steps(elsewhere) is None
+    results = fabricate(make_study(tmp_path), valley())
+    bill = cost(results, [], elsewhere, None, "")
+    assert bill.ratios(bill.search) is None and bill.to_json()["search"]["ratio_flops"] is None
+    assert "give train.steps" in describe_cost(bill)[-1]
