@@ -154,7 +154,7 @@ HUNTED = {
 }
 # Those that read nothing of a user's, or leave it to a library whose every error they tell.
 NOT_HUNTED = {
-    "cli/convert_checkpoint.py": "JSON that somebody typed as an option",
+    "cli/convert_checkpoint.py": "a hint that somebody typed as an option",
     "data/sources/digits.py": "a table of scikit-learn",
     "data/features/efficientnet.py": "the weights of an installed package",
     "data/codecs/latents.py": "diffusers builds the autoencoder, and whatever it raises is told",

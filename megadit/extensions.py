@@ -1,0 +1,24 @@
+"""What can be extended, by megadit itself and by a plugin: one registry per kind. See docs/extending.md.
+
+A plugin is a Python module with a function ``register()`` that adds to these:
+
+    from megadit.extensions import METRICS
+
+    def register() -> None:
+        METRICS.add("brightness", Brightness())
+
+megadit's own extensions are listed by the packages that are named here, one file or folder each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadit.registry import Registry
+
+FAMILIES: Registry[Any] = Registry("model family", "model.family", "megadit.models:FAMILIES")
+DATA_SOURCES: Registry[Any] = Registry("data source", "data.name", "megadit.data.sources:SOURCES")
+CODECS: Registry[Any] = Registry("codec", "data.vae.path", "megadit.data.codecs:CODECS")
+SCHEDULES: Registry[Any] = Registry("schedule", "optim.schedule", "megadit.engine.schedules:SCHEDULES")
+CALLBACKS: Registry[Any] = Registry("callback", "train.callbacks", "megadit.train.callbacks:CALLBACKS")
+METRICS: Registry[Any] = Registry("metric", "evaluate", "megadit.evaluate.metrics:METRICS")
