@@ -26,13 +26,14 @@ def median_seconds(arms: Mapping[str, Callable[[], Any]], warmup: int, rounds: i
 
 def assemble_run(overrides: Sequence[str], folder: str) -> tuple[Any, Any]:
     """The emoji quickstart with ``overrides`` as ``launch/pretrain.py`` assembles it in ``folder``, and its config."""
-    from megadit.parallel import start_processes
-    from megadit.train.prepare import prepare_job
+    from megadit.config import load
+    from megadit.parallel import prepare_environment, start_processes
+    from megadit.train.prepare import Start, check_job
     from megadit.train.pretrain import assemble
     from megadit.train.run_dir import RunDirectory
-    from megadit.train.start import Start
 
-    job = prepare_job("configs/quickstart/emoji.yaml", list(overrides), None, folder, "never")
+    prepare_environment()
+    job = check_job(load("configs/quickstart/emoji.yaml", list(overrides)), None, Path(folder), "never")
     directory = RunDirectory(Path(folder))
     directory.create()
     return assemble(job, start_processes(), directory, 10**6, Start()), job.config

@@ -5,10 +5,25 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megadit.checkpoint.io import BrokenCheckpoint
-from megadit.checkpoint.names import INDEX, LATEST, check_named, checkpoint_root, step_folders, step_of
+from megadit.checkpoint.names import (
+    INDEX,
+    LATEST,
+    check_named,
+    checkpoint_root,
+    run_config,
+    step_folders,
+    step_of,
+)
 from megadit.checkpoint.read import StoredCheckpoint
+from megadit.config import RunConfig
+from megadit.config.schema.run import ONLINE
+from megadit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -90,3 +105,25 @@ def none_sound(problem: str) -> BrokenCheckpoint:
         f"{problem.removesuffix('; use an earlier one')}, and no earlier checkpoint of the run is sound; give one of "
         "another run with --resume PATH and another --run_dir, or move the folder away to start anew"
     )
+
+
+def load_model(
+    run_dir: str | Path, checkpoint: str = "latest", weights: str | None = ONLINE
+) -> tuple[RunConfig, nn.Module]:
+    """The config and the float32 model (on the CPU, eval mode) of a run directory's checkpoint.
+
+    weights: online, or the name of a moving average; None: what the run's ``sample.weights`` names.
+
+    Raises:
+        UserError: no run there, no checkpoint yet, a broken one or one of another model or without these weights.
+    """
+    from megadit.models import build_model
+
+    run_dir = Path(run_dir)
+    config = run_config(run_dir)
+    found = open_checkpoint(run_dir, checkpoint, "--checkpoint")
+    if found is None:
+        raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")
+    model = build_model(config.model)
+    found.stored.load_weights(model, config.sample.weights if weights is None else weights)
+    return config, model.eval()

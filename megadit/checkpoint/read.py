@@ -13,8 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megadit.checkpoint.fields import FLOAT_BYTES, check_state, told
-from megadit.checkpoint.format import WEIGHTS, Index, Position, StateSource
+from megadit.checkpoint.format import FLOAT_BYTES, WEIGHTS, Index, Position, StateSource, check_state, told
 from megadit.checkpoint.io import BrokenCheckpoint, Piece, PieceReader
 from megadit.checkpoint.names import STATE
 from megadit.config import RunConfig

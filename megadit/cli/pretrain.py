@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megadit.train import prepare as command
+    from megadit.train import entry
 
-    return command.run(
+    return entry.run(
         args.config,
         args.overrides,
         args.ds_config,

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         chosen_classes(args.run_dir, args.classes, of_run.num_classes, tell=False)
 
-    from megadit.checkpoint.model import load_model
+    from megadit.checkpoint.find import load_model
     from megadit.config.schema.sampling import scheduler_name
     from megadit.data.codecs.latents import build_codec, vae_at
     from megadit.diffusion.classes import read_notice

@@ -15,7 +15,7 @@ from megadit.search.storage.store import StudyStore, trial_folder
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
 from megadit.search.wording import point_text
-from megadit.train.metric_rows import read_rows
+from megadit.train.run_dir import read_rows
 
 _SHOWN_TRIALS = 30
 

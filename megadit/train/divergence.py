@@ -1,26 +1,31 @@
-"""The end of a run whose numbers are no longer finite: what was seen, where, and how a later start hears of it."""
+"""Losses far above those before, and the end of a run whose numbers are no longer finite: what was seen, and where."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megadit.data.order import SampleOrder
+from megadit.data.order import BatchLayout, SampleOrder
 from megadit.data.windows import Window, as_value, joined, shown, without
 from megadit.files.json_text import JsonError, parse_json
 from megadit.mup.spec import Role
 from megadit.train.run_dir import write_json
 
-if TYPE_CHECKING:
-    from megadit.train.run import TrainingRun
-
 FILE = "diverged.json"
-EVENT, LEFT_OUT = "non-finite", "samples left out"  # kinds of events in metrics
+EVENT, LEFT_OUT, SPIKE = "non-finite", "samples left out", "loss spike"  # kinds of events in metrics
 _IMAGES_TOLD = 16
+# Of spikes.
+_REMEMBERED = 100  # steps
+_TIMES = 10.0  # the median
+_DEVIATIONS = 30.0  # above the median: losses of few samples scatter by themselves
+_OF_NORMAL = 1.4826  # standard deviations in a median absolute deviation
 
 
 class TrainingDiverged(RuntimeError):
@@ -35,34 +40,38 @@ class TrainingDiverged(RuntimeError):
 
 
 def describe(
-    run: TrainingRun, broken: Mapping[int, float], roles: Sequence[Role], at_scale: float | None = None
+    step: int,
+    layout: BatchLayout,
+    order: SampleOrder,
+    broken: Mapping[int, float],
+    roles: Sequence[Role],
+    all_roles: Collection[Role],
+    at_scale: float | None = None,
 ) -> TrainingDiverged:
-    """The error for the step where ``run`` stands.
+    """The error for optimizer step ``step`` (counted from 1), whose samples ``layout`` and ``order`` tell.
 
-    broken: its samples whose losses are not finite; roles: those whose gradients are not; at_scale: fp16's smallest
-    loss scale, where gradients overflowed at it.
+    broken: those whose losses are not finite; roles: of ``all_roles`` those whose gradients are not; at_scale: fp16's
+    smallest loss scale, where gradients overflowed at it.
     """
-    step, windows = run.position.step, run.layout.windows(run.position.step - 1)
+    windows = layout.windows(step - 1)
     event: dict[str, Any] = {"kind": EVENT, "step": step, "samples": [list(window) for window in windows]}
     if broken:
         samples = joined((number, number + 1) for number in broken)
-        order = SampleOrder(len(run.train_set), run.config.train.seed)
         images = order.indices(list(broken)[:_IMAGES_TOLD])
         value = "nan" if any(map(math.isnan, broken.values())) else str(next(iter(broken.values())))
         event |= {"what": "loss", "value": value, "broken_samples": [list(w) for w in samples], "images": images}
-        total = run.config.train.global_batch
-        which = f"image {images[0]} of the training set" if len(broken) == 1 else f"{len(broken)} of the step's {total}"
+        some = f"{len(broken)} of the step's {layout.global_batch}"
+        which = f"image {images[0]} of the training set" if len(broken) == 1 else some
         what = f"the loss at step {step} is {value} for {shown(samples)} ({which})"
     else:
         samples = joined(windows)
         event |= {"what": "gradients", "roles": list(roles)}
-        some = 0 < len(roles) < len(set(run.engine.optimizer.clip.roles))
-        where = f" (of {', '.join(roles)} parameters)" if some else ""
+        where = f" (of {', '.join(roles)} parameters)" if 0 < len(roles) < len(all_roles) else ""
         scale = "" if at_scale is None else f" at the smallest loss scale, {at_scale:g}"
         what = (
             f"the gradients at step {step} are not finite{scale}{where}, though its loss is; it took {shown(samples)}"
         )
-    value = as_value(joined((*run.layout.left_out, *samples)))
+    value = as_value(joined((*layout.left_out, *samples)))
     return TrainingDiverged(
         f"{what}. That update was not made, and nothing is saved after it. Look at these samples; "
         f"train.skip_samples={value} leaves them out after a resume",
@@ -113,3 +122,41 @@ def notes_of_earlier_ends(run_dirs: Iterable[Path], next_number: int, left_out: 
         else:
             notes.append(f"{said}; train.skip_samples leaves them out")
     return notes
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The mean loss of optimizer step ``step`` (counted from 1), far above those of ``count`` steps before."""
+
+    step: int
+    loss: float
+    median: float
+    count: int
+
+
+class SpikeDetector:
+    """Holds each step's loss against the median of the steps before it.
+
+    A spike is more than ten times that median, and more than thirty standard deviations (by the median absolute
+    deviation) above it. As long as losses stay there, it is one; a level that lasts becomes the median.
+    """
+
+    def __init__(self, earlier: Iterable[float] = ()) -> None:
+        self._before: deque[float] = deque(earlier, maxlen=_REMEMBERED)
+        self._above = False
+
+    def look(self, first: int, losses: Sequence[float]) -> list[Spike]:
+        """Take the losses of the steps ``first``, ``first + 1``, …; returns where spikes begin."""
+        found = []
+        for step, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):  # of an update that fp16 skipped, or the end of the run
+                continue
+            if self._before:
+                median = statistics.median(self._before)
+                spread = _OF_NORMAL * statistics.median(abs(value - median) for value in self._before)
+                above = loss > median + max((_TIMES - 1) * abs(median), _DEVIATIONS * spread)
+                if above and not self._above:
+                    found.append(Spike(step, loss, median, len(self._before)))
+                self._above = above
+            self._before.append(loss)
+        return found

@@ -13,8 +13,16 @@ from megadit.engine.deepspeed.check import check_ds_config
 from megadit.errors import EXIT_OK, UserError
 from megadit.optional import defer_compiler
 from megadit.parallel.environment import is_local_main
-from megadit.train.prepare import check_data, check_here, check_machine, resolve
-from megadit.train.start import Job, Start, checked_start, total_steps
+from megadit.train.prepare import (
+    Job,
+    Start,
+    check_data,
+    check_here,
+    check_machine,
+    checked_start,
+    resolve,
+    total_steps,
+)
 
 
 def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from megadit.checkpoint.format import Position
-from megadit.data import Batch, BatchStream
+from megadit.data import Batch, BatchStream, SampleOrder
 from megadit.data.windows import shown
 from megadit.diffusion import NoisyBatch
 from megadit.engine.deepspeed.guard import LossScaleExhausted, Reading
@@ -20,12 +20,10 @@ from megadit.errors import harmless, say
 from megadit.files.ownership import OwnershipLost
 from megadit.train.callbacks import Callback, Record, RunStopped
 from megadit.train.callbacks.base import due
-from megadit.train.divergence import LEFT_OUT, describe
-from megadit.train.meter import Meter
+from megadit.train.divergence import LEFT_OUT, SPIKE, Spike, describe
+from megadit.train.metrics import Meter
 from megadit.train.preemption import Interrupt, preemption_signals
 from megadit.train.run import TrainingRun
-from megadit.train.spikes import KIND as SPIKE
-from megadit.train.spikes import Spike
 
 _PREEMPTION_CHECK_STEPS = 10
 _PASSING = (RunStopped, OwnershipLost)  # these are no failures of a callback
@@ -144,7 +142,9 @@ def _diverge(
     run.engine.optimizer.apply(run.position.step - 1)  # a later step may have been prepared since
     record = meter.record(math.inf) | {"grad_norms": None}
     events = [*events, *_spikes(run, meter.spikes)]
-    error = describe(run, broken, reading.bad_roles(), at_scale)
+    order = SampleOrder(len(run.train_set), run.config.train.seed)
+    roles, all_roles = reading.bad_roles(), set(run.engine.optimizer.clip.roles)
+    error = describe(run.position.step, run.layout, order, broken, roles, all_roles, at_scale)
     for callback in callbacks:
         callback.on_divergence(run, record | {"events": [*events, error.event]})
     raise error

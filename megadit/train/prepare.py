@@ -1,7 +1,7 @@
-"""What ``launch/pretrain.py`` does between its arguments and the training: check everything, report, or train.
+"""What a job is, whether it can work here, and where it begins: at a checkpoint, with weights alone, or at step 0.
 
-What can be refused without torch is refused before it is imported, and DeepSpeed is imported to train alone; so this
-module's own imports are light, and the functions import what is heavy.
+What can be refused without torch is refused before it is imported; so this module's own imports are light, and the
+functions import what is heavy.
 """
 
 from __future__ import annotations
@@ -9,109 +9,47 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megadit.checkpoint.names import check_named, has_checkpoints, saved_step
-from megadit.config import DataConfig, LoadedConfig, RunConfig, load
+from megadit.checkpoint.names import check_named, checkpoint_root, has_checkpoints
+from megadit.config import DataConfig, LoadedConfig, RunConfig
 from megadit.config.deepspeed.merge import MergedConfig, merge_ds_config
 from megadit.config.deepspeed.offload import offloads_optimizer
 from megadit.config.schema.sampling import check_sampling
 from megadit.data.places import check_places
+from megadit.data.windows import Window, joined
 from megadit.engine.deepspeed.check import check_ds_config
-from megadit.engine.schedule import Schedule
-from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
-from megadit.files.ownership import refuse_occupied
-from megadit.files.paths import check_folder
-from megadit.parallel import prepare_environment
+from megadit.engine.schedule import Schedule, steps_of_epochs
+from megadit.errors import UserError
 from megadit.parallel.environment import is_local_main
-from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
-from megadit.parallel.lifetime import die_with_launcher
-from megadit.parallel.rendezvous import RendezvousFailed
-from megadit.streams import result_is_saved
-from megadit.train.run_dir import RunDirectory, refuse_foreign
 
 if TYPE_CHECKING:
+    from megadit.checkpoint.read import StoredCheckpoint
     from megadit.data import ImageSet
-    from megadit.train.start import Job
-
-_ONE_START_S = 60.0  # within which ranks that meet the same error are those of one start
+    from megadit.train.resume import DataRecord
 
 
-def run(
-    config: str | None,
-    overrides: Sequence[str],
-    ds_config: str | None,
-    run_dir: str | None,
-    resume: str,
-    dry: bool,
-    *,
-    world_size: int | None = None,
-    as_json: bool = False,
-    full: bool = False,
-) -> int:
-    """What the arguments of ``launch/pretrain.py`` ask for; returns the exit code.
+@dataclass(frozen=True)
+class Job:
+    """What the command line asked for: a resolved config, DeepSpeed's dict, where to write, how to resume."""
 
-    Raises:
-        UserError: refused, on the rank that tells it for its host.
-    """
-    for option, given in (("--world_size", world_size is not None), ("--json", as_json), ("--full", full)):
-        if given and not dry:
-            raise UserError(f"{option}: belongs to --dry_run; add that, or leave it out")
-    if full and as_json:
-        raise UserError(
-            "--full: is for the printed table, and --json prints the layout alone; leave one of the two out"
-        )
-    folder = run_folder(config, run_dir)
-    _enter(folder, dry)
-    if world_size is not None:
-        if world_size < 1:
-            raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
-        from megadit.train.dry_run import dry_run_elsewhere
-
-        loaded = load(config, overrides)
-        return dry_run_elsewhere(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
-    try:
-        check_folder(folder, "--run_dir")
-        refuse_foreign(folder)
-        if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
-            refuse_occupied(folder, "--run_dir")
-        job = check_job(load(config, overrides), ds_config, folder, resume, dry=dry)
-        if dry:
-            from megadit.train.dry_run import dry_run
-
-            return dry_run(job, as_json=as_json, full=full)
-        check_machine(job)
-    except UserError as error:
-        directory = RunDirectory(folder)
-        # One of the ranks alone may meet it; thousands that do write it once or a few times.
-        if not dry and (os.environ["RANK"] == "0" or not directory.recorded_since(time.time() - _ONE_START_S)):
-            directory.write_refusal(str(error), saved_step(directory.path))
-        tell_launcher(f"error: {error}")
-        if is_local_main():
-            raise
-        return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
-    return train(job)
+    config: RunConfig
+    ds_config: dict[str, Any]
+    run_dir: Path
+    resume: str
+    train_set: ImageSet
+    val_set: ImageSet
 
 
-def _enter(folder: Path, dry: bool) -> None:
-    """Find this process's place among the launcher's, tie its life to it, and say what one process leaves unused.
-
-    Raises:
-        UserError: the launcher's variables are none; told on every rank, since which is the first one is not known.
-    """
-    try:
-        ranks = prepare_environment()
-    except UserError as error:
-        if not dry:
-            RunDirectory(folder).write_refusal(str(error), saved_step(folder))
-        tell_launcher(f"error: {error}")
-        raise
-    die_with_launcher(ranks)
-    if ranks.note:
-        print(f"note: {ranks.note}", file=sys.stderr)
+def total_steps(config: RunConfig, train_images: int) -> int:
+    """Optimizer steps of the run, from ``train.steps`` or ``train.epochs``."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None  # the config holds exactly one of the two
+    return steps_of_epochs(config.train.epochs, train_images, config.train.global_batch)
 
 
 def run_folder(config: str | None, run_dir: str | None) -> Path:
@@ -194,7 +132,6 @@ def check_data(
     from megadit.data.dataset import tell_remarks
     from megadit.data.features import check_features
     from megadit.data.sources.webdataset import cut_before_crop
-    from megadit.train.start import Job, total_steps
 
     train_set, val_set = (datasets or build_datasets)(merged.config.data, merged.config.model.num_classes)
     tell_remarks(train_set)
@@ -257,30 +194,83 @@ def _check_micro_batch(job: Job) -> None:
         )
 
 
-def train(job: Job) -> int:
-    """Train; an error that only this rank met is told with its rank, and that of another rank in one line."""
-    from megadit.train.pretrain import pretrain
+@dataclass(frozen=True)
+class Start:
+    """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
 
-    result_is_saved()
-    rank = os.environ["RANK"]
-    try:
-        return pretrain(job)
-    except UserError as error:
-        tell_launcher(f"error: {error}")
-        where = "" if os.environ["WORLD_SIZE"] == "1" or error.everywhere else f"[rank {rank}] "
-        if not error.everywhere or rank == "0":
-            print(f"error: {where}{error}", file=sys.stderr, flush=True)
-        return error.code
-    except RendezvousFailed as error:
-        tell_launcher(f"error: {error}")
-        if is_local_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE
-    except Exception as error:
-        told = of_another_rank(error)
-        if told is None:
-            explain_timeout(error, job.config.parallel.timeout_s)
-            tell_launcher(summary(error))
-            raise
-        print(f"[rank {rank}] {told}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE
+    ``weights_from`` is the checkpoint whose weights alone a new run takes. Of the sample numbers those from
+    ``next_sample`` on come next, but for ``left_out``. ``data`` is what the job's checkpoints are to keep of what it is
+    trained on, ``token`` names the ownership of the run directory.
+    """
+
+    checkpoint: Path | None = None
+    step: int = 0
+    earlier: tuple[Path, ...] = ()
+    weights_from: Path | None = None
+    token: str | None = None
+    data: DataRecord | None = None
+    next_sample: int = 0
+    left_out: tuple[Window, ...] = ()
+
+    @property
+    def source(self) -> Path | None:
+        """The run directory of the checkpoint that the job goes on from or takes its weights of."""
+        checkpoint = self.checkpoint or self.weights_from
+        return None if checkpoint is None else checkpoint.parent.parent
+
+
+def resume_point(job: Job) -> Start:
+    """Where the job begins; only reads.
+
+    Raises:
+        UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
+            train.init_from does, at a first start.
+    """
+    return _resume_point(job)[0]
+
+
+def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
+    """``resume_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
+
+    dry: no checkpoint will be written, so that the data of a new run need no record.
+
+    Raises:
+        UserError: as ``resume_point`` does, or the data are others than those of the checkpoint.
+    """
+    start, stored = _resume_point(job)
+    if start.step >= steps or (dry and stored is None):
+        return start
+    from megadit.train.resume import data_record
+
+    return replace(start, data=data_record(stored, job.config, job.train_set, job.val_set))
+
+
+def _resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
+    from megadit.checkpoint.find import open_checkpoint
+    from megadit.train.resume import check_weights_start, samples_left_out
+
+    if job.resume in ("auto", "never"):
+        found = open_checkpoint(job.run_dir)
+        if job.resume == "never" and found is not None:
+            raise UserError(
+                f"--resume: never, but '{job.run_dir}' holds {found.stored.path.name}; choose another --run_dir, or "
+                "--resume auto"
+            )
+    else:
+        found = open_checkpoint(job.run_dir, job.resume)
+        if found is None:
+            raise UserError(f"--resume: '{job.resume}' has no checkpoint; give one, or --resume auto")
+        own = checkpoint_root(job.run_dir)
+        if found.stored.path.resolve().parent != own.resolve() and has_checkpoints(job.run_dir):
+            raise UserError(
+                f"--resume: '{job.resume}' is of another run, but '{job.run_dir}' has checkpoints of its own; choose "
+                "another --run_dir, or --resume auto to go on with these"
+            )
+    if found is None:
+        left_out = joined(job.config.train.skip_samples)
+        return Start(weights_from=check_weights_start(job.config), left_out=left_out), None
+    stored = found.stored
+    stored.check_same_model(job.config)
+    left_out = samples_left_out(stored, job.config)
+    step, upto = stored.position.step, stored.next_sample
+    return Start(stored.path, step, found.earlier, next_sample=upto, left_out=left_out), stored

@@ -48,12 +48,10 @@ from megadit.train.callbacks import Callback, RunStopped, default_callbacks
 from megadit.train.divergence import TrainingDiverged, notes_of_earlier_ends, remember
 from megadit.train.loop import fit
 from megadit.train.preemption import Preempted
+from megadit.train.prepare import Job, Start, checked_start, total_steps
 from megadit.train.resume import restore, samples_left_out, start_from_weights
 from megadit.train.run import TrainingRun
 from megadit.train.run_dir import RunDirectory
-from megadit.train.start import Job, Start, checked_start, resume_point, total_steps
-
-__all__ = ["Job", "Start", "assemble", "checked_start", "pretrain", "resume_point", "total_steps"]
 
 _PATIENCE_S = 10.0  # of one look at the owner of the run directory
 _IMAGE_CHECK_S = 5.0  # for a look at the files before anything is written; what it misses is told when it is read

@@ -24,8 +24,8 @@ from megadit.engine.engine import TrainingEngine
 from megadit.parallel import ProcessContext
 from megadit.rng import sample_keys
 from megadit.train.divergence import TrainingDiverged
+from megadit.train.resume import DataRecord
 from megadit.train.run_dir import RunDirectory
-from megadit.train.same_data import DataRecord
 
 
 @dataclass

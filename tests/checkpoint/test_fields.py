@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadit.checkpoint.fields import check_index, check_state, told
+from megadit.checkpoint.format import check_index, check_state, told
 
 INDEX: dict[str, Any] = {
     "format": "megadit-checkpoint",

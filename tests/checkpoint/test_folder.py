@@ -14,7 +14,7 @@ from megadit.checkpoint.names import saved_step
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.write import save_checkpoint, take_up, write_index
 from megadit.errors import UserError
-from megadit.train.start import resume_point, total_steps
+from megadit.train.prepare import resume_point, total_steps
 
 
 def save(run_dir, step, **train):

@@ -8,7 +8,7 @@ import pytest
 
 from megadit.config import load_config, save_config
 from megadit.errors import UserError
-from megadit.train import prepare as command
+from megadit.train import entry
 from megadit.train.run_dir import RunDirectory, refuse_foreign
 
 
@@ -16,7 +16,7 @@ from megadit.train.run_dir import RunDirectory, refuse_foreign
 def test_a_file_that_a_run_would_replace_stands_in_the_way(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine", encoding="utf-8")
     with pytest.raises(UserError) as raised:
-        command.run("quickstart/digits.yaml", [], None, str(tmp_path), "auto", False)
+        entry.run("quickstart/digits.yaml", [], None, str(tmp_path), "auto", False)
     assert str(raised.value) == (
         f"--run_dir: '{tmp_path / name}' was not written by a run and would be replaced; choose another folder"
     )
@@ -26,7 +26,7 @@ def test_a_file_that_a_run_would_replace_stands_in_the_way(tmp_path: Path, name:
 def test_the_folder_of_the_configuration_that_is_given(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("base: quickstart/digits.yaml\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"^--run_dir: '.*config\.yaml' was not written by a run"):
-        command.run(str(tmp_path / "config.yaml"), [], None, str(tmp_path), "auto", False)
+        entry.run(str(tmp_path / "config.yaml"), [], None, str(tmp_path), "auto", False)
 
 
 def test_a_run_and_a_folder_with_other_files_are_taken(tmp_path: Path) -> None:

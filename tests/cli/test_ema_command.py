@@ -10,7 +10,7 @@ import torch
 
 from helpers.ranks import ROOT, run_command
 from helpers.scripts import import_script
-from megadit.checkpoint.model import load_model
+from megadit.checkpoint.find import load_model
 from megadit.errors import UserError
 
 RUN = [sys.executable, "launch/pretrain.py", "--config", "configs/quickstart/digits.yaml", "model.width=32"]

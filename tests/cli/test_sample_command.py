@@ -36,7 +36,7 @@ def run_dir(tmp_path, monkeypatch):
     model = build_model(config.model)
     for name, parameter in model.named_parameters():
         parameter.data = 0.3 * normal(stream_key(0, name), parameter.shape)
-    monkeypatch.setattr("megadit.checkpoint.model.load_model", lambda *_, **__: (config, model))
+    monkeypatch.setattr("megadit.checkpoint.find.load_model", lambda *_, **__: (config, model))
     save_config(config, tmp_path / "config.yaml")
     (tmp_path / "classes.json").write_text('["red", "green", "blue"]')
     return tmp_path

@@ -14,8 +14,8 @@ from megadit.checkpoint.find import find_checkpoint
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.convert.conversion import convert
 from megadit.errors import UserError
+from megadit.train.prepare import resume_point
 from megadit.train.resume import check_weights_start
-from megadit.train.start import resume_point
 
 pytestmark = pytest.mark.distributed
 

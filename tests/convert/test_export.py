@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from helpers.foreign import CONFIG, LR, Case, engine_of, state_of, train
 from helpers.ranks import run_ranks
 from helpers.training import small_config
-from megadit.checkpoint.find import find_checkpoint
-from megadit.checkpoint.model import load_model
+from megadit.checkpoint.find import find_checkpoint, load_model
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.convert import state_dicts
 from megadit.convert.conversion import convert

@@ -19,7 +19,7 @@ from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
 from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
 from helpers.tiny_uvit import tiny_uvit
-from megadit.checkpoint.model import load_model
+from megadit.checkpoint.find import load_model
 from megadit.checkpoint.read import StoredCheckpoint, shapes_of
 from megadit.config import ModelConfig, save_config
 from megadit.config.schema.model import RepaProjector

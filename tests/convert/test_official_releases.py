@@ -25,7 +25,7 @@ from helpers.official_releases import State, release
 from helpers.pixart_reference import reference_pixart
 from helpers.scripts import import_script
 from helpers.uvit_reference import reference_uvit
-from megadit.checkpoint.model import load_model
+from megadit.checkpoint.find import load_model
 from megadit.config import ModelConfig
 from megadit.convert.conversion import convert
 from megadit.convert.weight_folders import weights_file

@@ -15,7 +15,7 @@ import torch
 from helpers.tiny_dit import randomize, tiny_config
 from helpers.tiny_mmdit import tiny_mmdit
 from helpers.tiny_pixart import tiny_pixart
-from megadit.checkpoint.model import load_model
+from megadit.checkpoint.find import load_model
 from megadit.config import ModelConfig
 from megadit.convert import pipeline_folders, to_diffusers
 from megadit.convert.conversion import Outcome, convert

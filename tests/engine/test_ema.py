@@ -11,8 +11,7 @@ import torch
 
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, plain_torch_run, small_config, train_on, train_rank
-from megadit.checkpoint.find import find_checkpoint
-from megadit.checkpoint.model import load_model
+from megadit.checkpoint.find import find_checkpoint, load_model
 from megadit.config.schema.run import EmaConfig
 from megadit.engine.ema import power_decay, power_exponent
 from megadit.errors import UserError

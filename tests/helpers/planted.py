@@ -95,8 +95,8 @@ def whole_run(
 
     from megadit.data import build_datasets
     from megadit.train.callbacks import Callback, Checkpoints, JsonLines, Progress
+    from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
-    from megadit.train.start import Job
 
     class Watch(Callback):
         def on_start(self, run: Any) -> None:

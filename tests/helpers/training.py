@@ -55,9 +55,9 @@ def assemble_rank(
 ) -> TrainingRun:
     """This rank's part of a run, as the command assembles it, from ``checkpoint`` if given."""
     from megadit.parallel import start_processes
+    from megadit.train.prepare import Job, Start
     from megadit.train.pretrain import assemble
     from megadit.train.run_dir import RunDirectory
-    from megadit.train.start import Job, Start
 
     context = start_processes()
     config, ds_config = layout_of(config, context.world_size, ds)

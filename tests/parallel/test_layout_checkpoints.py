@@ -17,7 +17,7 @@ from helpers.layout_parity import MOVED, TOLERANCE, gap_of
 from helpers.ranks import ROOT, run_ranks
 from helpers.scripts import import_script
 from helpers.training import merge_weights, train_rank
-from megadit.checkpoint.model import load_model
+from megadit.checkpoint.find import load_model
 from megadit.checkpoint.read import StoredCheckpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]

@@ -120,7 +120,7 @@ def test_18b_is_planned_in_a_minute_and_four_gigabytes(name, world, tmp_path):
 
 
 def test_only_dry_runs_are_for_other_machines(capsys, tmp_path):
-    from megadit.train.prepare import run
+    from megadit.train.entry import run
 
     arguments = ("configs/quickstart/digits.yaml", [], None, str(tmp_path), "auto")
     with pytest.raises(UserError, match="--world_size: belongs to --dry_run"):
@@ -135,7 +135,7 @@ def test_only_dry_runs_are_for_other_machines(capsys, tmp_path):
 
 def test_a_dry_run_shows_kinds_of_parameters_and_in_full_all(capsys, tmp_path):
     from megadit.mup import param_specs
-    from megadit.train.prepare import run
+    from megadit.train.entry import run
 
     arguments = ("configs/quickstart/digits.yaml", ["model.depth=3"], None, str(tmp_path), "auto")
     with pytest.raises(UserError, match="--full: belongs to --dry_run; add that, or leave it out"):

@@ -10,7 +10,7 @@ import pytest
 from helpers.training import small_config
 from megadit.checkpoint.format import Position
 from megadit.engine.schedule import Schedule
-from megadit.train.changes import config_notes, group_notes, rate_text
+from megadit.train.resume import config_notes, group_notes, rate_text
 
 COSINE = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 0}
 WSD = {"lr": 2e-3, "schedule": "wsd", "warmup_steps": 0, "decay_steps": "20%"}

@@ -176,9 +176,9 @@ def life(config, folder, plan=None):
     """A start of the run on one rank; ``plan`` is (rank, step, operation, function or delay) of its death, or None."""
     from megadit.data import build_datasets
     from megadit.train import loop
+    from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
     from megadit.train.run import TrainingRun
-    from megadit.train.start import Job
 
     rank = int(os.environ["RANK"])
     latents, step_of = TrainingRun.inputs, loop.optimizer_step

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megadit.train.metric_rows import is_number, read_rows
-from megadit.train.run_dir import RunDirectory
+from megadit.train.run_dir import RunDirectory, is_number, read_rows
 
 SOUND = b'{"step": 1, "loss": 0.5, "samples_seen": 16}\n{"step": 2, "loss": null, "samples_seen": 32}\n'
 

@@ -126,7 +126,7 @@ def test_a_start_that_hangs_is_given_up():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_command_answers_from_its_start(main, tmp_path, monkeypatch, capfd, number):
-    monkeypatch.setattr("megadit.train.prepare.run", lambda *_, **__: send(number))
+    monkeypatch.setattr("megadit.train.entry.run", lambda *_, **__: send(number))
     assert main(["--run_dir", str(tmp_path / "run")]) == 85
     assert "preempted before the first step: nothing to save; start the same command again" in capfd.readouterr().err
     ended = json.loads((tmp_path / "run/exit.json").read_text())
@@ -134,7 +134,7 @@ def test_the_command_answers_from_its_start(main, tmp_path, monkeypatch, capfd, 
 
 
 def test_a_dry_run_is_ended_as_any_command(main, monkeypatch):
-    monkeypatch.setattr("megadit.train.prepare.run", lambda *_, **__: send(signal.SIGINT))
+    monkeypatch.setattr("megadit.train.entry.run", lambda *_, **__: send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         main(["--dry_run"])
 
@@ -175,8 +175,8 @@ def test_only_the_first_rank_records_it(tmp_path, monkeypatch):
 def _rank(config, folder, number):
     from megadit.data import build_datasets
     from megadit.train import loop
+    from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
-    from megadit.train.start import Job
 
     signals = loop.preemption_signals
 

@@ -10,9 +10,8 @@ import torch
 from helpers.layout_parity import MOVED
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, small_config, train_rank
-from megadit.checkpoint.find import find_checkpoint
+from megadit.checkpoint.find import find_checkpoint, load_model
 from megadit.checkpoint.inspect import compare
-from megadit.checkpoint.model import load_model
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.errors import UserError
 

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, small_config, train_rank
-from megadit.checkpoint.find import find_checkpoint
+from megadit.checkpoint.find import find_checkpoint, load_model
 from megadit.checkpoint.format import Index
 from megadit.checkpoint.io import write_pieces
-from megadit.checkpoint.model import load_model
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.write import write_index
 from megadit.config.schema.data import FeatureSource
@@ -34,8 +33,8 @@ def start(config, folder, resume="auto", patch=None):
     import io
 
     from megadit.data import build_datasets
+    from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
-    from megadit.train.start import Job
 
     if patch is not None:
         patch()
@@ -207,7 +206,7 @@ def test_weights_alone_are_those_of_the_checkpoint(trained, tmp_path, stage):
 def test_weights_that_do_not_fit_are_refused(trained, tmp_path):
     from types import SimpleNamespace
 
-    from megadit.train.start import resume_point
+    from megadit.train.prepare import resume_point
 
     source, _ = trained
 

@@ -15,8 +15,8 @@ from helpers.training import layout_of, small_config
 def pretrain_rank(config, folder, patch=None):
     """A whole run on one rank, with ``patch()`` applied first; its exit code or what it raised, and its files."""
     from megadit.data import build_datasets
+    from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
-    from megadit.train.start import Job
 
     sys.stderr = open(Path(folder).parent / "told.txt", "a", buffering=1)  # noqa: SIM115
     if patch is not None:

@@ -21,8 +21,8 @@ def pretrain_rank(config, folder, patch=None, resume="auto"):
 
     from megadit.data import build_datasets
     from megadit.train.callbacks import Checkpoints, JsonLines, Wandb
+    from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
-    from megadit.train.start import Job
 
     if os.environ["RANK"] == "0":
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def test_a_second_run_is_refused_and_touches_nothing(tmp_path):
 
 def test_a_refused_command_leaves_the_record_of_a_living_run(tmp_path):
     from megadit.errors import UserError
-    from megadit.train.prepare import run
+    from megadit.train.entry import run
     from megadit.train.run_dir import RunDirectory
 
     save_config(small_config(), tmp_path / "config.yaml")

@@ -20,7 +20,7 @@ from megadit.config import LoadedConfig
 from megadit.config import replace as change
 from megadit.data import build_datasets
 from megadit.errors import UserError
-from megadit.train.start import Job, checked_start
+from megadit.train.prepare import Job, checked_start
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from helpers.planted import files, loud_sample, whole_run
 from helpers.ranks import run_ranks
 from helpers.training import small_config
-from megadit.train.spikes import Spike, SpikeDetector
+from megadit.train.divergence import Spike, SpikeDetector
 
 
 def test_a_loss_of_566_after_a_fifth_is_a_spike():

@@ -100,8 +100,8 @@ def test_bf16_follows_float32(expected: dict[str, dict[str, Any]], tmp_path: Pat
 def _whole_run(config: RunConfig, folder: str) -> int:
     """A whole run on one rank; its exit code."""
     from megadit.data import build_datasets
+    from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
-    from megadit.train.start import Job
 
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
     return pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
@@ -110,7 +110,7 @@ def _whole_run(config: RunConfig, folder: str) -> int:
 @pytest.mark.distributed
 def test_from_digits_to_pictures_of_an_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """30 steps: the loss falls, pictures are drawn of the moving average, and drawn again from the checkpoint."""
-    from megadit.checkpoint.model import load_model
+    from megadit.checkpoint.find import load_model
 
     config = uvit_config(
         train={"steps": 30, "log_every": 5, "validation_images": 20},

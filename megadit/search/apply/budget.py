@@ -62,7 +62,7 @@ def run_steps(config: RunConfig) -> int | None:
     if config.train.steps is not None:
         return config.train.steps
     from megadit.data import build_datasets
-    from megadit.train.start import total_steps
+    from megadit.train.prepare import total_steps
 
     try:
         train_set, _ = build_datasets(config.data, config.model.num_classes)

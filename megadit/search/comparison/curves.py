@@ -14,7 +14,7 @@ import numpy as np
 from megadit.config.loading.sources import display
 from megadit.errors import EXIT_OK, UserError
 from megadit.files.json_text import parse_json
-from megadit.train.metric_rows import is_number, read_rows
+from megadit.train.run_dir import is_number, read_rows
 
 Axis = Literal["steps", "samples"]
 _COLUMN = {"steps": "step", "samples": "samples_seen"}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megadit.errors import UserError
 from megadit.files.json_text import JsonError, parse_json
 from megadit.parallel.environment import without_ranks
-from megadit.train.metric_rows import is_number
+from megadit.train.run_dir import is_number
 
 if TYPE_CHECKING:
     from megadit.search.study.spec import ScoreSpec

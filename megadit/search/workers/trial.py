@@ -41,10 +41,9 @@ from megadit.train.callbacks import (
     TensorBoard,
     Validation,
 )
-from megadit.train.prepare import check_job, check_machine
+from megadit.train.prepare import Job, check_job, check_machine, total_steps
 from megadit.train.pretrain import pretrain
 from megadit.train.run_dir import RunDirectory
-from megadit.train.start import Job, total_steps
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun

@@ -1,0 +1,132 @@
+"""A process of the pretrain command, between its arguments and the training: check everything, report or train.
+
+What can be refused without torch is refused before it is imported, and DeepSpeed is imported to train alone; so this
+module's own imports are light, and the functions import what is heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megadit.checkpoint.names import saved_step
+from megadit.config import load
+from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
+from megadit.files.ownership import refuse_occupied
+from megadit.files.paths import check_folder
+from megadit.parallel import prepare_environment
+from megadit.parallel.environment import is_local_main
+from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
+from megadit.parallel.lifetime import die_with_launcher
+from megadit.parallel.rendezvous import RendezvousFailed
+from megadit.streams import result_is_saved
+from megadit.train.prepare import Job, check_job, check_machine, run_folder
+from megadit.train.run_dir import RunDirectory, refuse_foreign
+
+_ONE_START_S = 60.0  # within which ranks that meet the same error are those of one start
+
+
+def run(
+    config: str | None,
+    overrides: Sequence[str],
+    ds_config: str | None,
+    run_dir: str | None,
+    resume: str,
+    dry: bool,
+    *,
+    world_size: int | None = None,
+    as_json: bool = False,
+    full: bool = False,
+) -> int:
+    """What the arguments of ``launch/pretrain.py`` ask for; returns the exit code.
+
+    Raises:
+        UserError: refused, on the rank that tells it for its host.
+    """
+    for option, given in (("--world_size", world_size is not None), ("--json", as_json), ("--full", full)):
+        if given and not dry:
+            raise UserError(f"{option}: belongs to --dry_run; add that, or leave it out")
+    if full and as_json:
+        raise UserError(
+            "--full: is for the printed table, and --json prints the layout alone; leave one of the two out"
+        )
+    folder = run_folder(config, run_dir)
+    _enter(folder, dry)
+    if world_size is not None:
+        if world_size < 1:
+            raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
+        from megadit.train.dry_run import dry_run_elsewhere
+
+        loaded = load(config, overrides)
+        return dry_run_elsewhere(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
+    try:
+        check_folder(folder, "--run_dir")
+        refuse_foreign(folder)
+        if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
+            refuse_occupied(folder, "--run_dir")
+        job = check_job(load(config, overrides), ds_config, folder, resume, dry=dry)
+        if dry:
+            from megadit.train.dry_run import dry_run
+
+            return dry_run(job, as_json=as_json, full=full)
+        check_machine(job)
+    except UserError as error:
+        directory = RunDirectory(folder)
+        # One of the ranks alone may meet it; thousands that do write it once or a few times.
+        if not dry and (os.environ["RANK"] == "0" or not directory.recorded_since(time.time() - _ONE_START_S)):
+            directory.write_refusal(str(error), saved_step(directory.path))
+        tell_launcher(f"error: {error}")
+        if is_local_main():
+            raise
+        return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
+    return train(job)
+
+
+def _enter(folder: Path, dry: bool) -> None:
+    """Find this process's place among the launcher's, tie its life to it, and say what one process leaves unused.
+
+    Raises:
+        UserError: the launcher's variables are none; told on every rank, since which is the first one is not known.
+    """
+    try:
+        ranks = prepare_environment()
+    except UserError as error:
+        if not dry:
+            RunDirectory(folder).write_refusal(str(error), saved_step(folder))
+        tell_launcher(f"error: {error}")
+        raise
+    die_with_launcher(ranks)
+    if ranks.note:
+        print(f"note: {ranks.note}", file=sys.stderr)
+
+
+def train(job: Job) -> int:
+    """Train; an error that only this rank met is told with its rank, and that of another rank in one line."""
+    from megadit.train.pretrain import pretrain
+
+    result_is_saved()
+    rank = os.environ["RANK"]
+    try:
+        return pretrain(job)
+    except UserError as error:
+        tell_launcher(f"error: {error}")
+        where = "" if os.environ["WORLD_SIZE"] == "1" or error.everywhere else f"[rank {rank}] "
+        if not error.everywhere or rank == "0":
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        return error.code
+    except RendezvousFailed as error:
+        tell_launcher(f"error: {error}")
+        if is_local_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
+    except Exception as error:
+        told = of_another_rank(error)
+        if told is None:
+            explain_timeout(error, job.config.parallel.timeout_s)
+            tell_launcher(summary(error))
+            raise
+        print(f"[rank {rank}] {told}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
