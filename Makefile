@@ -18,7 +18,7 @@ JOBS ?= auto
 PYTEST_ARGS ?=
 # Other CPUs, thread counts and orders of summation (tests/helpers/rounding.py), and the tests whose verdicts they could change.
 ROUNDING ?= baseline avx2 threads reversed
-NUMERIC := $(addprefix tests/,convert diffusion kernels models mup parallel search train)
+NUMERIC := $(addprefix tests/,convert diffusion kernels models mup parallel search train transfer compare)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megadit-installed

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transfer": {"config"},
 }
 # Parts that use the whole of the above, and not one another, may be added here; the commands use them all.
-APPLICATIONS = {"doctor", "search", "evaluate", "convert"}
+APPLICATIONS = {"compare", "doctor", "search", "evaluate", "convert"}
 COMMANDS = {"cli", "__main__"}
 
 LAZY = {"deepspeed", "diffusers", "transformers", "matplotlib", "sklearn", "scipy", "optuna", "wandb", "tensorboard"}

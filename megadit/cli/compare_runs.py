@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/compare_runs.py")
+    from megadit.compare.plot import plot_comparison
+    from megadit.compare.runs import compare, describe, split_runs
     from megadit.files.paths import PNG, check_output
-    from megadit.search.comparison.compare import compare, describe, split_runs
-    from megadit.search.comparison.plot import plot_comparison
 
     result = compare(split_runs(args.a), split_runs(args.b), args.key, args.smooth)
     first, second = (side[0].name.replace(" ", "-") for side in (result.a, result.b))

@@ -105,7 +105,7 @@ HUNTED = {
     "run_dir": (
         "diffusion/classes.py",
         "files/owner_file.py",
-        "search/comparison/curves.py",
+        "compare/curves.py",
         "transfer/table.py",
         "search/workers/scores.py",
         "search/workers/trial.py",

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from helpers.fuzz import efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from helpers.training import small_config
 from megadit.checkpoint.names import run_config, saved_step
+from megadit.compare.curves import read_curve
 from megadit.config.loading.loader import save_config
 from megadit.diffusion.classes import read_classes, read_notice, resolve_classes
 from megadit.diffusion.prompt_files import read_prompts
 from megadit.files.owner_file import Owner
-from megadit.search.comparison.curves import read_curve
 from megadit.search.workers.scores import _value
 from megadit.search.workers.trial import _why_diverged
 from megadit.train.divergence import notes_of_earlier_ends, recorded

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.surfaces import GRID, surface
-from megadit.search.comparison.compare import Side, _crossings, _reach
+from megadit.compare.runs import Side, _crossings, _reach
 from megadit.search.report.importance import measure_importance
 from megadit.transfer.ties import at_most, difference, lowest, ranks, same_hps
 from megadit.transfer.verdict import Limits, Sample, Verdict, judge

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from megadit.compare.curves import Axis, Curve, common_grid, extended_grid, read_curve, smoothed
 from megadit.config.loading.sources import display
 from megadit.errors import UserError
-from megadit.search.comparison.curves import Axis, Curve, common_grid, extended_grid, read_curve, smoothed
 from megadit.transfer.ties import SAME
 
 _SMOOTHING_SHARE = 20  # by default an average spans a twentieth of the common positions

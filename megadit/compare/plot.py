@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megadit.compare.runs import Comparison, Gap, Side
 from megadit.files.text import plain_label
-from megadit.search.comparison.compare import Comparison, Gap, Side
 
 _A, _B, _GAP = "tab:blue", "tab:orange", "black"
 

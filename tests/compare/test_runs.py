@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megadit.compare.curves import read_curve, smoothed
+from megadit.compare.plot import plot_comparison
+from megadit.compare.runs import compare, describe, split_runs
 from megadit.errors import UserError
-from megadit.search.comparison.compare import compare, describe, split_runs
-from megadit.search.comparison.curves import read_curve, smoothed
-from megadit.search.comparison.plot import plot_comparison
 
 
 def write_run(
