@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_study(folder: Path, args: argparse.Namespace, workers: int) -> tuple[list[Any], float]:
     """The trials of one study, and the seconds of its whole command."""
-    from megadit.search.results import load_results
+    from megadit.search.storage.store import load_results
 
     study = {
         "base": "quickstart/digits.yaml",

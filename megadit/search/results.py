@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megadit.search.study.study import Study
@@ -96,10 +95,3 @@ def _at_horizon(trial: TrialResult, horizon: int) -> dict[str, Any]:
     missing: dict[str, float | None] = dict.fromkeys(trial.scores)
     late = DIVERGED if trial.outcome == COMPLETE else trial.outcome
     return {"scores": scores or missing, "outcome": COMPLETE if passed else late}
-
-
-def load_results(source: str | Path) -> StudyResults:
-    """The results in the study directory (or of the study) ``source``; only reads. Raises UserError for none."""
-    from megadit.search.storage.store import load_stored
-
-    return load_stored(source)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import StudyResults, TrialResult
+from megadit.search.results import TrialResult
 from megadit.search.selection import Choice, select
 from megadit.search.storage.states import Counts, Running
 from megadit.search.storage.store import StudyStore, trial_folder
@@ -51,14 +51,14 @@ class Status:
 def status_of(store: StudyStore, workers: int | None = None) -> Status:
     """The present status; only reads. ``workers`` (default: as many as run now) share what is left."""
     study, seen = store.study, store.overview()
-    counts = seen.counts
+    trials = seen.results.trials
     try:
-        best = select(StudyResults(study, seen.results, counts.planned, counts.running, counts.waiting))
+        best = select(seen.results)
     except UserError:  # no point has finished well yet
         best = None
-    left = seconds_left(study, store.planned, seen.results, seen.running)
+    left = seconds_left(study, store.planned, trials, seen.running)
     eta = None if left is None else left / max(1, workers or len(seen.running))
-    return Status(study, counts, seen.running, seen.results, best, eta)
+    return Status(study, seen.counts, seen.running, trials, best, eta)
 
 
 def seconds_left(

@@ -10,7 +10,7 @@ from typing import Any
 
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, say
 from megadit.files.paths import PNG, check_output
-from megadit.search.results import load_results
+from megadit.search.storage.store import load_results
 from megadit.search.verify_study import verify_study
 from megadit.transfer.plot import plot_verdict
 from megadit.transfer.table import Columns, lower_is_better, verify_table

@@ -6,18 +6,12 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from megadit.errors import UserError
-from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults, load_results
+from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
 from megadit.search.study.spec import ScoreSpec
 from megadit.transfer.ties import lowest, nearest
 from megadit.transfer.verdict import Limits, Sample, Verdict, judge
-
-
-def verify(source: str | Path, score: str | None = None, variant: str | None = None, hp: str | None = None) -> Verdict:
-    """``verify_study`` of the study directory, file or name ``source``."""
-    return verify_study(load_results(source), score, variant, hp=hp)
 
 
 def verify_study(

@@ -14,10 +14,9 @@ from helpers.fabricated import fabricate, make_study, store, valley
 from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from megadit.config.loading.sources import configs_dir
 from megadit.files.yaml_text import dump_yaml
-from megadit.search.results import load_results
 from megadit.search.status import format_status, status_of
 from megadit.search.storage.identity import Heartbeats, this_worker
-from megadit.search.storage.store import open_readonly
+from megadit.search.storage.store import load_results, open_readonly
 from megadit.search.study.plan import plan
 from megadit.search.study.study import load_study
 

@@ -20,8 +20,9 @@ from megadit.search.apply.budget import Cost, cost, run_steps
 from megadit.search.apply.lengths import fit_lengths
 from megadit.search.apply.target_file import apply_changes, base_changes, write_target
 from megadit.search.apply.untransferred import Note, flat, untransferred
-from megadit.search.results import StudyResults, load_results
+from megadit.search.results import StudyResults
 from megadit.search.selection import Choice, select
+from megadit.search.storage.store import load_results
 from megadit.search.verify_study import proxy_of
 
 _BY_NONE = "transfer verified by no study given"

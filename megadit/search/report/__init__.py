@@ -22,7 +22,8 @@ from megadit.search.report.sections import (
     slices_section,
     verdict_section,
 )
-from megadit.search.results import StudyResults, load_results
+from megadit.search.results import StudyResults
+from megadit.search.storage.store import load_results
 
 __all__ = ["compose", "write_report"]
 

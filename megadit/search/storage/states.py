@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
+from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, StudyResults, TrialResult
 from megadit.search.storage.identity import WorkerId
 from megadit.search.study.plan import PlannedTrial
 
@@ -57,10 +57,10 @@ class Running:
 
 @dataclass(frozen=True)
 class Overview:
-    """A study's trials at one moment: the results and what runs, each by number."""
+    """A study's trials at one moment: what has ended, how many stand how, and what runs, by number."""
 
+    results: StudyResults
     counts: Counts
-    results: tuple[TrialResult, ...]
     running: tuple[Running, ...]
 
 

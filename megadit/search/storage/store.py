@@ -157,25 +157,22 @@ class StudyStore:
         """How every trial stands, from one reading of the storage; writes nothing."""
         from optuna.trial import TrialState
 
-        results, running = [], []
-        for history in self._histories().values():
-            if history.outcome is not None:
-                results.append(history.result())
-            elif history.last.state == TrialState.RUNNING:
-                running.append(history.running())
-        ended = [result.outcome for result in results]
-        # A trial between two attempts counts as waiting.
-        waiting = len(self._plan) - len(running) - len(ended)
-        tally = (ended.count(outcome) for outcome in (COMPLETE, DIVERGED, PRUNED, FAILED))
-        return Overview(
-            Counts(len(self._plan), waiting, len(running), *tally),
-            tuple(sorted(results, key=lambda result: result.number)),
-            tuple(sorted(running, key=lambda entry: entry.number)),
+        histories = sorted(self._histories().values(), key=lambda history: history.number)
+        ended = tuple(history.result() for history in histories if history.outcome is not None)
+        running = tuple(
+            history.running()
+            for history in histories
+            if history.outcome is None and history.last.state == TrialState.RUNNING
         )
-
-    def results(self) -> list[TrialResult]:
-        """The trials that have ended, by number; only reads."""
-        return list(self.overview().results)
+        planned = len(self._plan)
+        waiting = planned - len(running) - len(ended)  # a trial between two attempts counts as waiting
+        outcomes = [result.outcome for result in ended]
+        tally = (outcomes.count(outcome) for outcome in (COMPLETE, DIVERGED, PRUNED, FAILED))
+        return Overview(
+            StudyResults(self.study, ended, planned, len(running), waiting),
+            Counts(planned, waiting, len(running), *tally),
+            running,
+        )
 
     def counts(self) -> Counts:
         """How many trials stand how; only reads."""
@@ -329,9 +326,6 @@ def _refuse_missing(study: Study) -> None:
         )
 
 
-def load_stored(source: str | Path) -> StudyResults:
+def load_results(source: str | Path) -> StudyResults:
     """The results in the study directory (or of the study) ``source``; only reads. Raises UserError for none."""
-    study = load_study(source)
-    store = open_readonly(study)
-    seen = store.overview()
-    return StudyResults(study, seen.results, seen.counts.planned, seen.counts.running, seen.counts.waiting)
+    return open_readonly(load_study(source)).overview().results

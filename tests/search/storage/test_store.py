@@ -13,10 +13,9 @@ import pytest
 
 from helpers.tiny_study import result_for, tiny_study
 from megadit.errors import UserError
-from megadit.search.results import load_results
 from megadit.search.storage import store as store_module
 from megadit.search.storage.identity import WorkerId, this_worker
-from megadit.search.storage.store import StudyStore, open_readonly
+from megadit.search.storage.store import StudyStore, load_results, open_readonly
 from megadit.search.study.study import load_study
 
 KINDS = pytest.mark.parametrize("kind", ["sqlite", "journal"])
@@ -75,7 +74,7 @@ def test_a_dead_workers_trial_goes_back_and_is_given_up_in_the_end(tmp_path, kin
         assert states(store) == (0, 1, 0)
         assert store.reclaim_stale() == [0]
         assert states(store) == ((1, 0, 0) if attempt == 1 else (0, 0, 1))
-    (trial,) = store.results()
+    (trial,) = store.overview().results.trials
     assert (trial.outcome, trial.attempts, trial.hps) == ("failed", 2, {"optim.lr": 0.5})
     assert trial.reason == "lost 2 times, the last time: its worker died"
     assert store.claim(this_worker()) is None
@@ -83,7 +82,7 @@ def test_a_dead_workers_trial_goes_back_and_is_given_up_in_the_end(tmp_path, kin
     claim = again.claim(this_worker())
     assert (claim.number, claim.attempt) == (0, 1)
     assert again.finish(claim, result_for(claim), this_worker())
-    assert again.results()[0].outcome == "complete"
+    assert again.overview().results.trials[0].outcome == "complete"
 
 
 def test_a_killed_worker_that_its_parent_has_not_noticed_is_dead(tmp_path):
@@ -134,7 +133,7 @@ def test_a_trial_given_back_counts_as_an_attempt_only_when_it_failed(tmp_path):
         assert (following.number, following.attempt) == (0, attempt)
         store.release(following, me, "interrupted", counts=False)
     store.release(store.claim(me), me, "OutOfMemory", counts=True)
-    assert store.results()[0].reason == "lost 2 times, the last time: OutOfMemory"
+    assert store.overview().results.trials[0].reason == "lost 2 times, the last time: OutOfMemory"
 
 
 def test_what_died_between_storing_and_telling_has_ended(tmp_path, monkeypatch):
@@ -144,7 +143,7 @@ def test_what_died_between_storing_and_telling_has_ended(tmp_path, monkeypatch):
         patch.setattr(store, "_tell", lambda *_: None)
         store.finish(claim, result_for(claim, 0.25), me)
     assert store.claim(me).number == 1
-    assert store.results()[0].scores == {"loss": 0.25}
+    assert store.overview().results.trials[0].scores == {"loss": 0.25}
 
 
 @KINDS
@@ -158,7 +157,7 @@ def test_a_grown_plan_keeps_numbers_and_results(tmp_path, kind):
     )
     store = StudyStore.create_or_open(grown)
     assert states(store) == (7, 0, 1)
-    (trial,) = store.results()
+    (trial,) = store.overview().results.trials
     assert (trial.number, trial.hps, trial.scores) == (0, {"optim.lr": 0.001}, {"loss": 0.5})
     numbers = []
     while (claim := store.claim(me)) is not None:

@@ -7,9 +7,8 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.tiny_study import result_for, tiny_study
 from megadit.errors import UserError
-from megadit.search.results import load_results
 from megadit.search.storage.identity import this_worker
-from megadit.search.storage.store import StudyStore
+from megadit.search.storage.store import StudyStore, load_results
 from megadit.search.workers.worker import work
 
 SPACE = {"optim.eps": {"grid": [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}}

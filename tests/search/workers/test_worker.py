@@ -21,9 +21,8 @@ from helpers.tiny_study import TINY, tiny_study
 from megadit.config import DataConfig, LoadedConfig, load_config
 from megadit.data import build_datasets
 from megadit.parallel import start_processes
-from megadit.search.results import load_results
 from megadit.search.storage.identity import this_worker
-from megadit.search.storage.store import StudyStore
+from megadit.search.storage.store import StudyStore, load_results
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.workers import worker as worker_module
 from megadit.search.workers.pool import Place, places, worker_command, worker_environment
@@ -257,7 +256,7 @@ def test_a_worker_that_lost_its_trial_drops_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StudyStore, "owns", owns)
     assert forked(work, study) == 0
-    assert [(t.number, t.outcome, t.attempts) for t in store.results()] == [
+    assert [(t.number, t.outcome, t.attempts) for t in store.overview().results.trials] == [
         (0, "complete", 2), (1, "complete", 1), (2, "complete", 1),
     ]  # fmt: skip
 
