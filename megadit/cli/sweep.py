@@ -11,10 +11,24 @@ goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from megadit.errors import EXIT_PREEMPTED
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
+from megadit.streams import result_is_saved
+
+if TYPE_CHECKING:
+    from megadit.search.storage.store import StudyStore
+    from megadit.search.study.study import Study
+    from megadit.search.workers.pool import Place, Pool
+
+_SHOW_S = 1.0  # how often the store is asked while workers run, at most
+_SHARE = 50  # of the time, asking takes at most one part in so many: the cores are the workers'
+_LINE_S = 30.0  # between plain progress lines when nothing ends
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,25 +73,223 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do one of the commands."""
     args = parse(argv)
-    from megadit.train.preemption import Preempted, preemption_signals
-
     if args.command == "worker":
+        from megadit.train.preemption import Preempted, preemption_signals
+
         with preemption_signals("starting"):  # until it takes trials, and answers signals in its own way
             try:
-                from megadit.search import sweep_commands as command
-
-                return command.worker(args.config, args.study_dir, args.overrides)
+                return worker(args)
             except Preempted:
                 print("\nstopped before a trial was taken; start the same command again", file=sys.stderr)
                 return EXIT_PREEMPTED
     from megadit.parallel.environment import refuse_ranks
-    from megadit.search import sweep_commands as command
 
     refuse_ranks(f"launch/sweep.py {args.command}")
-    if args.command == "run":
-        return command.run(args.config, args.study_dir, args.overrides, args.workers, args.retry_failed)
-    if args.command == "status":
-        return command.status(args.config, args.study_dir, args.json)
-    if args.command == "report":
-        return command.report(args.config, args.study_dir, args.json)
-    return command.stop(args.config, args.study_dir, args.now)
+    return {"run": run, "status": status, "report": report, "stop": stop}[args.command](args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Create or go on with a study on local workers until every trial has ended, then report it.
+
+    Returns 0; 1 when a trial failed or a worker could not be kept alive; 85 when stopped with trials left: the same
+    command goes on.
+
+    Raises:
+        UserError: the study cannot work, another ``run`` works on it (Occupied), or a worker refused to join it.
+    """
+    from megadit.files.ownership import own
+    from megadit.search.storage.store import StudyStore
+    from megadit.search.study.study import load_study
+    from megadit.search.workers.pool import Pool, places, this_machine
+    from megadit.search.workers.worker import STOP
+
+    study = load_study(_source(args), args.study_dir, args.overrides)
+    remedy = "add workers to it with launch/sweep.py worker, wait for it, or choose another --study_dir"
+    with own(study.folder, "running a study", "--study_dir", remedy) as ownership:
+        asked = study.spec.workers
+        count = args.workers if args.workers is not None else asked.count
+        if count < 1:
+            raise UserError(f"--workers: {count} is not at least 1")
+        cores, gpus = this_machine(asked.gpus > 0)
+        slots = places(asked, count, cores, gpus)
+        store = StudyStore.create_or_open(study, retry_failed=args.retry_failed)
+        store.refuse_other_hosts()
+        (study.folder / STOP).unlink(missing_ok=True)
+        _announce(study, slots, cores)
+        with contextlib.closing(Progress(store, len(slots))) as progress, Pool(study, slots) as pool:
+            pool.run(lambda: store.counts().ended_well, progress.tick)
+        if pool.bad_input is not None:
+            raise UserError(pool.bad_input)
+        ownership.check()
+        return _conclude(study, store, pool)
+
+
+def _announce(study: Study, slots: Sequence[Place], cores: Sequence[int]) -> None:
+    each = f"{len(slots[0].cores)} core{'s' if len(slots[0].cores) > 1 else ''}"
+    if slots[0].gpus:
+        each += f" and {len(slots[0].gpus)} GPU{'s' if len(slots[0].gpus) > 1 else ''}"
+    print(f"study {study.spec.name} in {study.folder}: {len(slots)} worker(s) of {each}", file=sys.stderr)
+    if len(slots) * study.spec.workers.cores > len(cores):
+        print(
+            f"warning: {len(slots)} workers of {study.spec.workers.cores} core(s) share the {len(cores)} core(s) of "
+            "this machine and slow one another down; lower --workers",
+            file=sys.stderr,
+        )
+
+
+def _conclude(study: Study, store: StudyStore, pool: Pool) -> int:
+    """Give back what killed workers ran, report, and say how it went."""
+    from megadit.search.report import write_report
+    from megadit.search.status import best_text, counts_text, status_of
+
+    result_is_saved()
+    store.reclaim_stale()
+    status = status_of(store)
+    counts = status.counts
+    say(f"study {study.spec.name}: {counts_text(counts)}", sys.stdout)
+    if counts.done:
+        with harmless("the report"):
+            html, markdown = write_report(study.folder)
+            say(f"  report     {html}\n             {markdown}", sys.stdout)
+    if status.best is not None:
+        say(f"  best       {best_text(status.best)}", sys.stdout)
+        say(f"  runs       {study.folder / 'trials'}", sys.stdout)
+    say(f"  study      {study.folder}", sys.stdout)
+    if counts.done < counts.planned:
+        if pool.lost is not None:
+            say(f"error: no worker could be kept alive; see {pool.lost}")
+            return EXIT_FAILURE
+        say("stopped with trials left; the same command goes on")
+        return EXIT_PREEMPTED
+    if counts.failed:
+        first = next(trial for trial in status.trials if trial.outcome == "failed")
+        say(
+            f"error: {counts.failed} trial(s) failed, e.g. trial {first.number}: {first.reason}; when the cause is "
+            "gone, run again with --retry_failed"
+        )
+        return EXIT_FAILURE
+    return EXIT_OK
+
+
+class Progress:
+    """A bar over the trials of a study; plain lines, when something has ended and now and then, without a terminal."""
+
+    def __init__(self, store: StudyStore, workers: int) -> None:
+        self._store, self._workers = store, workers
+        self._next = self._printed = 0.0
+        self._done = -1
+        self._bar: Any = None
+
+    def tick(self) -> None:
+        """Show the present state, when it is time to."""
+        if time.monotonic() < self._next:
+            return
+        begin = time.monotonic()
+        from megadit.search.status import duration, status_of
+        from megadit.search.wording import point_text
+
+        status = status_of(self._store, self._workers)
+        now, counts = time.monotonic(), status.counts
+        self._next = now + max(_SHOW_S, _SHARE * (now - begin))
+        parts = [f"{counts.running} running"]
+        parts += [f"{number} {name}" for name in ("diverged", "pruned", "failed") if (number := getattr(counts, name))]
+        if status.best is not None:
+            parts.append(f"best {status.best.score} {status.best.value:.4f} at {point_text(status.best.hps)}")
+        eta = "?" if status.eta_s is None else duration(status.eta_s)
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._show_bar(counts.done, counts.planned, "  ".join([*parts, f"ETA {eta}"]))
+        elif counts.done != self._done or now - self._printed > _LINE_S:
+            self._done, self._printed = counts.done, now
+            say(f"{counts.done}/{counts.planned} trials  {'  '.join(parts)}  ETA {eta}")
+
+    def _show_bar(self, done: int, planned: int, text: str) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials [{elapsed}] {postfix}"
+            self._bar = tqdm(total=planned, initial=done, dynamic_ncols=True, bar_format=layout)
+        self._bar.n = done
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
+
+
+def worker(args: argparse.Namespace) -> int:
+    """Join a study, made first where there is none; also as one of several ranks. Returns as ``work``."""
+    from megadit.parallel import prepare_environment, start_processes
+    from megadit.parallel.lifetime import die_with_launcher
+    from megadit.search.study.study import FROZEN, load_study, study_folder
+    from megadit.search.workers.worker import work
+
+    ranks = prepare_environment()
+    die_with_launcher(ranks)
+    if ranks.note:
+        print(f"note: {ranks.note}", file=sys.stderr)
+    source = _source(args)
+    folder = study_folder(source, args.study_dir)
+    exists = (folder / FROZEN).is_file()
+    study = load_study(folder) if exists and not args.overrides else load_study(source, args.study_dir, args.overrides)
+    if ranks.world_size == 1:
+        _make_if_new(study)
+    else:
+        start_processes().on_main(lambda: _make_if_new(study))
+    return work(study)
+
+
+def _make_if_new(study: Study) -> None:
+    from megadit.search.storage.locking import FILES
+    from megadit.search.storage.store import StudyStore
+
+    if not (study.folder / FILES[study.spec.storage]).is_file():
+        StudyStore.create_or_open(study)
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print how a study stands."""
+    from megadit.search.status import format_status, status_of
+    from megadit.search.storage.store import open_readonly
+
+    found = status_of(open_readonly(_existing(args)))
+    print(json.dumps(found.to_json()) if args.json else format_status(found))
+    return EXIT_OK
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report of a study, finished or not, and print where it is."""
+    folder = _existing(args).folder
+    from megadit.search.report import write_report
+
+    html, markdown = write_report(folder)
+    result_is_saved(as_json=args.json)
+    print(json.dumps({"html": str(html), "markdown": str(markdown)}) if args.json else f"{html}\n{markdown}")
+    return EXIT_OK
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Leave word for all workers of a study to end: after their running trial, or with it."""
+    from megadit.search.workers.worker import request_stop
+
+    study = _existing(args)
+    request_stop(study, args.now)
+    result_is_saved()
+    when = "at their next logged step; their trials go back to the queue" if args.now else "after their running trials"
+    print(f"workers of study {study.spec.name} in {study.folder} end {when}; the next run goes on")
+    return EXIT_OK
+
+
+def _source(args: argparse.Namespace) -> str:
+    source: str | None = args.config if args.config is not None else args.study_dir
+    if source is None:
+        raise UserError("--config: is missing; name a study file, e.g. configs/sweeps/dit-width-mini.yaml")
+    return source
+
+
+def _existing(args: argparse.Namespace) -> Study:
+    from megadit.search.study.study import existing_study
+
+    return existing_study(_source(args), args.study_dir)

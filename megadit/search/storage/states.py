@@ -43,6 +43,11 @@ class Counts:
         """Trials that have ended, in whatever way."""
         return self.complete + self.diverged + self.pruned + self.failed
 
+    @property
+    def ended_well(self) -> int:
+        """Trials that have ended and did not fail."""
+        return self.done - self.failed
+
 
 @dataclass(frozen=True)
 class Running:

@@ -223,6 +223,20 @@ def find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, 
     return find_config(source if given.suffix else f"{source}.yaml", "study"), folder
 
 
+def study_folder(source: str | Path, study_dir: str | Path | None) -> Path:
+    """The study directory that the arguments mean, without reading more of a study file than its name."""
+    file, folder = find_study(source, study_dir)
+    return folder if folder is not None else Path("runs") / "sweeps" / read_spec(file).name
+
+
+def existing_study(source: str | Path, study_dir: str | Path | None) -> Study:
+    """The study that is there already, whatever overrides it was made with. Raises UserError where there is none."""
+    folder = study_folder(source, study_dir)
+    if not (folder / FROZEN).is_file():
+        raise UserError(f"--study_dir: '{folder}' holds no study yet; start it with launch/sweep.py run")
+    return load_study(folder)
+
+
 def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunConfig:
     """The base with overrides, proxy and the command line's ``of_base`` laid over it, in this order."""
     name = display(file)

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError, say
 from megadit.parallel.environment import without_ranks
 from megadit.parallel.lifetime import die_with_parent
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study
+from megadit.search.workers.worker import STOP
 
 _RESTART_S = 1.0
 # A trial that kills each of its workers is given up after max_attempts and the next worker gets on; but where one death
@@ -80,41 +82,61 @@ class _Slot:
 
 
 class Pool:
-    """The workers of one ``run``. Use it in a ``with`` block: leaving it ends them all."""
+    """The workers of one ``run``. Use it in a ``with`` block: leaving it ends them all.
+
+    In the block SIGINT and SIGTERM end the workers after the running step, a second one ends them at once.
+    """
 
     def __init__(self, study: Study, slots: list[Place]) -> None:
         self.study = study
         self._slots = [_Slot(place) for place in slots]
         self._logs = study.folder / "workers"
         self._logs.mkdir(parents=True, exist_ok=True)
+        self._signalled = False
+        self._handlers: dict[int, Any] = {}  # of before the block
         self.bad_input: str | None = None  # what a worker refused
         self.lost: Path | None = None  # the log of a worker that was given up
 
     def __enter__(self) -> Pool:
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
-    def run(self, done: Callable[[], int], tick: Callable[[], None], *, stopping: Callable[[], bool]) -> None:
+    def _note(self, *_: Any) -> None:
+        if self._signalled:
+            self.kill()
+            return
+        self._signalled = True
+        say("\nstopping: running trials go back to the queue (again: at once)")
+        self.signal(signal.SIGTERM)
+
+    def run(self, done: Callable[[], int], tick: Callable[[], None]) -> None:
         """Keep the workers running until each has ended.
 
-        ``done`` counts the trials that have ended well, ``tick`` is called all the time, and after ``stopping`` says
-        so no worker is started again.
+        ``done`` counts the trials that have ended well, ``tick`` is called all the time. After a signal, or once the
+        study's stop flag is there, no worker is started again.
         """
         while True:
             for slot in self._slots:
-                self._look_after(slot, done, stopping())
+                self._look_after(slot, done)
             if all(slot.over for slot in self._slots):
                 return
             tick()
             time.sleep(_POLL_S)
 
-    def _look_after(self, slot: _Slot, done: Callable[[], int], stopping: bool) -> None:
+    @property
+    def _stopping(self) -> bool:
+        return self._signalled or (self.study.folder / STOP).exists()
+
+    def _look_after(self, slot: _Slot, done: Callable[[], int]) -> None:
         if slot.over:
             return
         if slot.process is None or slot.restart_at:
-            if stopping:
+            if self._stopping:
                 slot.over = True
             elif time.monotonic() >= slot.restart_at:
                 self._start(slot, done())
@@ -123,7 +145,7 @@ class Pool:
         if code is None:
             return
         kill_tree(slot.process)  # what it may have left
-        if code in (EXIT_OK, EXIT_PREEMPTED) or stopping:
+        if code in (EXIT_OK, EXIT_PREEMPTED) or self._stopping:
             slot.over = True
         elif code == EXIT_BAD_INPUT:
             self.bad_input = self._tail(slot.log).strip().rpartition("error: ")[2]

@@ -40,6 +40,11 @@ _MAX_BEAT_S = 10.0
 _CACHED_SETS = 2
 
 
+def request_stop(study: Study, now: bool) -> None:
+    """Leave word for all workers of a study, wherever they are, to end: after their running trial, or with it."""
+    (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n", encoding="utf-8")
+
+
 class Interrupt:
     """Whether the worker is to end: by a signal, the study's flag, or because it lost its trial."""
 

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from helpers.owners import killed_owner, leave_owner, parent
 from helpers.tiny_study import result_for, tiny_study
+from megadit.cli.sweep import main
 from megadit.errors import UserError
 from megadit.files.owner_file import FILE
-from megadit.search import sweep_commands as command
 from megadit.search.storage.identity import this_worker
 from megadit.search.storage.store import StudyStore
 
 
-def options(folder: Path) -> tuple[str, str]:
-    return str(folder / "tiny.yaml"), str(folder / "study")
+def sweep(command: str, folder: Path, *options: str) -> int:
+    return main([command, "--config", str(folder / "tiny.yaml"), "--study_dir", str(folder / "study"), *options])
 
 
 def test_a_second_run_is_refused_and_lifts_no_stop(tmp_path: Path) -> None:
     study = tiny_study(tmp_path)
     StudyStore.create_or_open(study)
-    command.stop(*options(tmp_path), now=True)
+    sweep("stop", tmp_path, "--now")
     owner = leave_owner(study.folder, **parent())
     before = {path: path.read_bytes() for path in study.folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="add workers to it with launch/sweep.py worker") as refused:
-        command.run(*options(tmp_path), [], 1, False)
+        sweep("run", tmp_path, "--workers", "1")
     assert f"--study_dir: '{study.folder}' is in use by process {owner.pid} on" in str(refused.value)
     assert {path: path.read_bytes() for path in study.folder.rglob("*") if path.is_file()} == before
 
@@ -36,7 +35,7 @@ def test_a_second_run_is_refused_and_lifts_no_stop(tmp_path: Path) -> None:
 def test_a_refused_new_study_leaves_no_folder(tmp_path: Path) -> None:
     tiny_study(tmp_path)
     with pytest.raises(UserError, match="--workers"):
-        command.run(*options(tmp_path), [], 0, False)
+        sweep("run", tmp_path, "--workers", "0")
     assert not (tmp_path / "study").exists()
 
 
@@ -46,8 +45,8 @@ def finished(folder: Path, monkeypatch: pytest.MonkeyPatch, outcome: str = "comp
     store, me = StudyStore.create_or_open(study), this_worker()
     while (claim := store.claim(me)) is not None:
         assert store.finish(claim, result_for(claim, outcome=outcome), me)
-    monkeypatch.setattr(command, "_run_pool", lambda *_: SimpleNamespace(bad_input=None, lost=None))
-    return command.run(*options(folder), [], 1, False)
+    monkeypatch.setattr("megadit.search.workers.pool.Pool.run", lambda *_: None)
+    return sweep("run", folder, "--workers", "1")
 
 
 def test_a_report_that_fails_is_a_warning(
