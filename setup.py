@@ -95,6 +95,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(str(ROOT), include=["megadit", "megadit.*"]), "megadit_kernels"],
     package_dir={"megadit": "megadit", "megadit_kernels": "kernels/megadit_kernels"},
+    entry_points={"console_scripts": ["megadit = megadit.cli.main:main"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -1,15 +1,21 @@
-"""``python -m megadit COMMAND``: the commands by name."""
+"""``python -m megadit COMMAND``, or ``megadit COMMAND`` where it is installed: the commands by name."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import pkgutil
+import shutil
 import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from megadit import cli
-from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, run_command
+from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError, run_command
+
+_COLUMNS = 100  # of the listing at most
 
 
 def names() -> list[str]:
@@ -19,16 +25,12 @@ def names() -> list[str]:
 
 def main() -> None:
     """Run the command that ``sys.argv`` names, or list all of them; does not return."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(_listing())
-        sys.exit(EXIT_OK if words else EXIT_BAD_INPUT)
-    if words[0] not in names():
-        near = difflib.get_close_matches(words[0], names(), n=1, cutoff=0.0)
-        print(f"error: {words[0]!r} is not a command; did you mean {near[0]}? --help lists all", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    sys.argv[:2] = [f"megadit {words[0]}"]  # what usage lines call it
-    run(words[0])
+    if sys.argv[1:2] and sys.argv[1] in names():
+        name = sys.argv[1]
+        program = "python -m megadit" if Path(sys.argv[0]).name == "__main__.py" else "megadit"
+        sys.argv[:2] = [f"{program} {name}"]  # what usage lines call it
+        run(name)
+    run_command(_list_commands)
 
 
 def run(name: str) -> None:
@@ -41,9 +43,17 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{cli.__name__}.{name}")
 
 
-def _listing() -> str:
+def _list_commands(argv: Sequence[str] | None = None) -> int:
+    """Print all commands, a line each. Raises UserError where another one was asked for."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] not in ("-h", "--help"):
+        near = difflib.get_close_matches(words[0], names(), n=1, cutoff=0.0)
+        raise UserError(f"{words[0]!r} is not a command; did you mean {near[0]}? --help lists all")
     width = max(map(len, names()))
-    rows = [f"  {name:<{width}}  {(_module(name).__doc__ or '').strip().splitlines()[0]}" for name in names()]
-    return "\n".join(
-        ["usage: python -m megadit COMMAND [...]", "", *rows, "", "python -m megadit COMMAND --help says more of one."]
-    )
+    room = min(shutil.get_terminal_size().columns, _COLUMNS) - width - 4
+    print("usage: python -m megadit COMMAND [...]\n")
+    for name in names():
+        what = (_module(name).__doc__ or "").strip().splitlines()[0]
+        print(f"  {name:<{width}}  {textwrap.shorten(what, max(room, 20), placeholder=' …')}")
+    print("\npython -m megadit COMMAND --help says more of one.")
+    return EXIT_OK if words else EXIT_BAD_INPUT

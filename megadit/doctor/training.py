@@ -10,15 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megadit.doctor.quiet import one_line, quiet
 from megadit.doctor.report import Check, State
 from megadit.errors import UserError
-from megadit.parallel.environment import read_ranks, without_ranks
+from megadit.parallel.environment import child_environment, read_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 STEP_TIMEOUT_S = 120.0
 NAMES_TIMEOUT_S = 3.0
 
@@ -103,12 +101,10 @@ def _accelerator(has_cuda: bool) -> Check:
 
 def start_step() -> subprocess.Popen[str]:
     """Start one optimizer step in a process of its own, so that a hang or a crash is only reported."""
-    environment = without_ranks(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", "from megadit.doctor.training import training_step; training_step()"]
     return subprocess.Popen(
         command,
-        env=environment,
+        env=child_environment(os.environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -7,12 +7,14 @@ either is imported. Nothing in this module needs more than the standard library.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import socket
 import zlib
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megadit.errors import UserError
 
@@ -327,6 +329,17 @@ def without_ranks(env: Mapping[str, str], also: Iterable[str] = ()) -> dict[str,
     """The environment for a process that is no rank of this one's group (without the names in ``also``, too)."""
     dropped = set(also)
     return {name: value for name, value in env.items() if not is_rank_variable(name) and name not in dropped}
+
+
+def child_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that megadit starts of itself: no rank of this one's group, and it finds megadit
+    from any folder, installed or not.
+    """
+    found = filter(None, (importlib.util.find_spec(name) for name in ("megadit", "megadit_kernels")))
+    paths = [str(Path(str(spec.origin)).resolve().parents[1]) for spec in found]
+    made = without_ranks(env)
+    made["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [env.get("PYTHONPATH")])])
+    return made
 
 
 def is_local_main(env: Mapping[str, str] | None = None) -> bool:

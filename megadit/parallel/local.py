@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from megadit.errors import UserError
-from megadit.parallel.environment import free_port, read_ranks, without_ranks
+from megadit.parallel.environment import child_environment, free_port, read_ranks
 from megadit.parallel.lifetime import die_with_launcher
 
 _POLL_S = 0.1
@@ -42,7 +42,7 @@ def run_copies(count: int, argv: Sequence[str]) -> int:
     try:
         for rank in range(count):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-            env = without_ranks(os.environ) | {"MEGADIT_COPIES": str(count), "MASTER_ADDR": "127.0.0.1"}
+            env = child_environment(os.environ) | {"MEGADIT_COPIES": str(count), "MASTER_ADDR": "127.0.0.1"}
             env |= {name: str(value) for name, value in place.items()}
             out = None if rank == 0 else subprocess.DEVNULL
             copies.append(subprocess.Popen([sys.executable, *argv], env=env, stdout=out))

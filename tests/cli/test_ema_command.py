@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from helpers.ranks import ROOT, run_command
-from helpers.scripts import import_script
+from helpers.ranks import run_command
 from megadit.checkpoint.find import load_model
+from megadit.cli import sample as sample_command
 from megadit.errors import UserError
 
 RUN = [sys.executable, "launch/pretrain.py", "--config", "configs/quickstart/digits.yaml", "model.width=32"]
@@ -20,10 +20,6 @@ AVERAGES = ["ema.decays=[0.5]", "ema.sigma_rels=[0.2]", "sample.weights=0.5"]
 AVERAGES += ["train.validate_with=[online,0.5,sigma-0.2]"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # whole commands, one after another
-
-
-def load_script():
-    return import_script(ROOT / "launch/sample.py")
 
 
 def records(run_dir):
@@ -47,12 +43,11 @@ def test_averages_are_validated_drawn_from_and_sampled(tmp_path, capsys):
     online, average = (dict(load_model(run_dir, weights=name)[1].named_parameters()) for name in ("online", "0.5"))
     assert not all(torch.equal(online[name], average[name]) for name in online)
     drawn = (run_dir / "samples/step-00000004.png").read_bytes()
-    script = load_script()
     sample = [str(run_dir), "--json", "--device", "cpu"]
     for arguments, weights in (([], "0.5"), (["--ema", "online"], "online")):
-        assert script.main([*sample, *arguments, "--out", str(tmp_path / f"{weights}.png")]) == 0
+        assert sample_command.main([*sample, *arguments, "--out", str(tmp_path / f"{weights}.png")]) == 0
         assert json.loads(capsys.readouterr().out)["weights"] == weights
     assert (tmp_path / "0.5.png").read_bytes() == drawn  # what the run drew of its average, by its checkpoint
     assert (tmp_path / "online.png").read_bytes() != drawn
     with pytest.raises(UserError, match=r"weights '0\.7': .* holds online, 0\.5, sigma-0\.2"):
-        script.main([*sample, "--ema", "0.7"])
+        sample_command.main([*sample, "--ema", "0.7"])

@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 
-from helpers.ranks import ROOT, run_ranks
-from helpers.scripts import import_script
+from helpers.ranks import run_ranks
 from helpers.training import small_config, train_rank
+from megadit.cli import inspect_checkpoint
 from megadit.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def main():
-    return import_script(ROOT / "tools/inspect_checkpoint.py").main
+    return inspect_checkpoint.main
 
 
 @pytest.fixture(scope="module")

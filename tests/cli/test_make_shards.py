@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -10,8 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers.ranks import ROOT, run_command
-from helpers.scripts import import_script
+from helpers.ranks import run_command
 from megadit.errors import UserError
 
 SMALL = [
@@ -67,9 +67,9 @@ def test_from_images_to_pictures_by_way_of_stored_latents(latents: Path) -> None
     assert drawn == (latents / "whole" / "samples" / "step-00000005.png").read_bytes()
 
 
-def refused(script: str, *arguments: object) -> str:
+def refused(command: str, *arguments: object) -> str:
     """What the command says of these arguments, in this process."""
-    module = import_script(ROOT / "tools" / f"{script}.py")
+    module = importlib.import_module(f"megadit.cli.{command}")
     with pytest.raises(UserError) as caught:
         module.main([str(argument) for argument in arguments])
     return str(caught.value)
@@ -88,7 +88,7 @@ def test_what_does_not_fit_or_is_not_whole_is_refused(latents: Path, tmp_path: P
         "encode", "--out", tmp_path / "x", "data.name=webdataset", f"data.path={latents / 'latents'}"
     )
     assert "holds a finished set" in refused("make_shards", "--out", latents / "tars", "data.name=digits")
-    for script, arguments, sentence in (
+    for command, arguments, sentence in (
         ("make_shards", ["optim.lr=1"], "only data.* keys are read"),
         ("make_shards", ["--samples", 0], "--samples: 0 is not at least 1"),
         ("make_shards", ["--max_mb", 0], "--max_mb: 0 is not above 0"),
@@ -98,7 +98,7 @@ def test_what_does_not_fit_or_is_not_whole_is_refused(latents: Path, tmp_path: P
         ("encode", ["data.name=digits"], "there is nothing to encode"),
         ("encode", ["data.name=digits", "--device", "tpu"], "--device: tpu is not one of"),
     ):
-        assert sentence in refused(script, "--out", tmp_path / "x", *arguments)
+        assert sentence in refused(command, "--out", tmp_path / "x", *arguments)
     fit = ("encode", "fit-pca", "--out", tmp_path / "x", "data.name=digits")
     assert "does not divide" in refused(*fit, "--factor", 3)
     assert "--images: 0 is not at least 1" in refused(*fit, "--images", 0)

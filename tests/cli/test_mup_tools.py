@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers.scripts import import_script
 from megadit.config import ModelConfig, OptimConfig, load_config
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -29,7 +29,7 @@ def _run(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 def _main(tool: str, *args: str) -> int:
     """The tool's main, without the seconds that a process of its own takes to import torch."""
-    module = import_script(_ROOT / "tools" / f"{tool}.py")
+    module = importlib.import_module(f"megadit.cli.{tool}")
     code: int = module.main(args)
     return code
 

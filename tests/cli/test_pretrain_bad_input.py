@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from helpers.ranks import ROOT, run_command
-from helpers.scripts import import_script
+from megadit.cli import pretrain
 from megadit.errors import run_command as run_main
 
 DIGITS = ["--config", str(ROOT / "configs/quickstart/digits.yaml")]
@@ -17,7 +17,7 @@ DIGITS = ["--config", str(ROOT / "configs/quickstart/digits.yaml")]
 
 @pytest.fixture
 def main():
-    return import_script(ROOT / "launch/pretrain.py").main
+    return pretrain.main
 
 
 @pytest.fixture

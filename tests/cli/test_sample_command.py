@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.scripts import import_script
+from megadit.cli import sample
 from megadit.config import save_config
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.rng import normal, stream_key
-
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "sample.py"
-
-
-def load_script():
-    return import_script(SCRIPT)
 
 
 @pytest.fixture
@@ -43,7 +37,7 @@ def run_dir(tmp_path, monkeypatch):
 
 
 def command(run_dir, capsys, *arguments: str) -> dict:
-    assert load_script().main([str(run_dir), *arguments, "--json", "--device", "cpu"]) == 0
+    assert sample.main([str(run_dir), *arguments, "--json", "--device", "cpu"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -60,9 +54,9 @@ def test_the_same_command_gives_the_same_pixels(run_dir, capsys):
 
 def test_the_last_lines_say_where_the_pictures_are(run_dir, capsys):
     words = [str(run_dir), "--steps", "2", "--count", "2", "--device", "cpu"]
-    assert load_script().main(words) == 0
+    assert sample.main(words) == 0
     assert capsys.readouterr().out == f"2 pictures: {run_dir / 'samples' / 'sample.png'}\n"
-    assert load_script().main([*words, "--npz", str(run_dir / "a.npz")]) == 0
+    assert sample.main([*words, "--npz", str(run_dir / "a.npz")]) == 0
     assert capsys.readouterr().out.endswith(f"sample.png\nas arrays: {run_dir / 'a.npz'}\n")
 
 
@@ -106,28 +100,27 @@ def test_auto_is_told_as_what_it_was(run_dir, capsys):
 def test_bad_settings_are_refused_and_write_nothing(run_dir, arguments, message):
     before = sorted(run_dir.rglob("*"))
     with pytest.raises(UserError, match=message):
-        load_script().main([str(run_dir), *arguments])
+        sample.main([str(run_dir), *arguments])
     assert sorted(run_dir.rglob("*")) == before
 
 
 def test_bad_places_are_refused(run_dir):
-    script = load_script()
     with pytest.raises(UserError, match="no such run directory"):
-        script.main([str(run_dir / "nowhere")])
+        sample.main([str(run_dir / "nowhere")])
     with pytest.raises(UserError, match=r"--checkpoint: .*is not a folder"):
-        script.main([str(run_dir), "--checkpoint", str(run_dir / "step-1")])
+        sample.main([str(run_dir), "--checkpoint", str(run_dir / "step-1")])
     with pytest.raises(UserError, match="is a folder"):
-        script.main([str(run_dir), "--out", str(run_dir)])
+        sample.main([str(run_dir), "--out", str(run_dir)])
     with pytest.raises(UserError, match="not a folder that can be written"):
-        script.main([str(run_dir), "--out", str(run_dir / "classes.json" / "a.png")])
+        sample.main([str(run_dir), "--out", str(run_dir / "classes.json" / "a.png")])
 
 
 def test_files_of_the_run_are_not_replaced_by_pictures(run_dir):
-    script, config = load_script(), run_dir / "config.yaml"
+    config = run_dir / "config.yaml"
     before = config.read_bytes()
     for option, what in (("--out", "PNG picture"), ("--npz", "file of pictures")):
         with pytest.raises(UserError, match=rf"^{option}: '.*config\.yaml' is no {what} and would be replaced; choose"):
-            script.main([str(run_dir), option, str(config)])
+            sample.main([str(run_dir), option, str(config)])
     with pytest.raises(UserError, match=r"^--npz: '.*a\.png' is where --out writes the grid"):
-        script.main([str(run_dir), "--out", str(run_dir / "a.png"), "--npz", str(run_dir / "a.png")])
+        sample.main([str(run_dir), "--out", str(run_dir / "a.png"), "--npz", str(run_dir / "a.png")])
     assert config.read_bytes() == before

@@ -17,17 +17,12 @@ import psutil
 import pytest
 
 from helpers.ranks import ROOT, free_port, run_command
-from helpers.scripts import import_script
 from helpers.tiny_study import tiny_study
+from megadit.cli import sweep as sweep_command
 from megadit.errors import UserError
 
 SWEEP = [sys.executable, "launch/sweep.py"]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
-
-
-def script():
-    """launch/sweep.py as a module."""
-    return import_script(ROOT / "launch" / "sweep.py")
 
 
 def write(folder: Path, **keys) -> list[str]:
@@ -189,7 +184,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, words, complaint
     options = write(tmp_path)
     command = [word for part in words for word in (options if part == "{options}" else [part])]
     with pytest.raises(UserError, match=re.escape(complaint)):
-        script().main([word.replace("{tmp}", str(tmp_path)) for word in command])
+        sweep_command.main([word.replace("{tmp}", str(tmp_path)) for word in command])
     assert not (tmp_path / "study").exists()
 
 
@@ -199,8 +194,8 @@ def test_bad_input_exits_with_2(tmp_path):
 
 
 def test_overrides_may_stand_anywhere():
-    args = script().parse(["run", "a.b=1", "--config", "x", "c.d=2", "--workers", "2", "e=3"])
+    args = sweep_command.parse(["run", "a.b=1", "--config", "x", "c.d=2", "--workers", "2", "e=3"])
     assert (args.overrides, args.workers) == (["a.b=1", "c.d=2", "e=3"], 2)
     for words in (["status", "a.b=1"], ["run", "--no_such_option"]):
         with pytest.raises(SystemExit):
-            script().parse(words)
+            sweep_command.parse(words)

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.fabricated import fabricate, make_study, valley
 from helpers.ranks import run_command
-from helpers.scripts import import_script
+from megadit.cli import transfer
 from megadit.errors import UserError
 from megadit.search import transfer_verify as verify_command
 
@@ -21,7 +21,7 @@ TABLE7 = ["--table", str(PAPER / "table07_width_lr.csv"), "--scale", "width", "-
 
 @pytest.fixture(scope="module")
 def main():
-    return import_script(ROOT / "tools" / "transfer.py").main
+    return transfer.main
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.owners import leave_owner, parent
-from helpers.scripts import import_script
 from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
 from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
 from helpers.tiny_uvit import tiny_uvit
 from megadit.checkpoint.find import load_model
 from megadit.checkpoint.read import StoredCheckpoint, shapes_of
+from megadit.cli import convert_checkpoint, sample
 from megadit.config import ModelConfig, save_config
 from megadit.config.schema.model import RepaProjector
 from megadit.convert import difference, pipeline_folders
@@ -55,14 +55,6 @@ MUP = {
     "pixart": Case(tiny_pixart_mup(64, output_mult=3.0), {"heads": 4}),
     "mmdit": Case(tiny_mup_mmdit(64, pooled=12, output_mult=3.0), {"heads": 4, "input_size": 8}),
 }
-
-
-def load_script(path: str) -> Any:
-    return import_script(ROOT / path)
-
-
-def load_tool() -> Any:
-    return load_script("tools/convert_checkpoint.py")
 
 
 def make_run(folder: Path, model: ModelConfig, **sections: Any) -> Path:
@@ -124,7 +116,7 @@ def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
     convert("megadit", "official-dit", make_run(tmp_path / "made", model), tmp_path / "x.pt")
     changes = ["objective.kind=flow", "data.name=digits", "sample.count=3", "sample.steps=2"]
     convert("official-dit", "megadit", tmp_path / "x.pt", tmp_path / "run", hints={"heads": 2}, overrides=changes)
-    assert load_script("launch/sample.py").main([str(tmp_path / "run")]) == 0
+    assert sample.main([str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/samples/sample.png").is_file()
     config, _ = load_model(tmp_path / "run")
     train = config.train.model_copy(update={"init_from": str(tmp_path / "run")})
@@ -375,31 +367,29 @@ def test_the_command_refuses_a_class_that_differs_and_tells_by_how_much(
     runs: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:
     pytest.importorskip("diffusers")
-    tool = load_tool()
     arguments = ["--from", "megadit", "--to", "diffusers", str(runs["dit"]), str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"half - 1 in place of half; largest difference .*--allow-inexact"):
-        tool.main(arguments)
+        convert_checkpoint.main(arguments)
     assert not list(tmp_path.iterdir())
-    assert tool.main([*arguments, "--allow-inexact", "--json"]) == 0
+    assert convert_checkpoint.main([*arguments, "--allow-inexact", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["difference"]
     assert printed["maximum"] > 0.01 and printed["relative"] > 0.01 and "half - 1" in printed["reason"]
 
 
 def test_the_command_takes_hints_and_overrides(runs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
-    tool = load_tool()
     convert("megadit", "official-dit", runs["dit"], tmp_path / "x.pt")
     arguments = ["--from", "official-dit", "--to", "megadit", str(tmp_path / "x.pt")]
     changes = ["data.vae=null", "sample.steps=3", "--hint", "heads=2"]
-    assert tool.main([*arguments, str(tmp_path / "run"), *changes]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "run"), *changes]) == 0
     assert load_model(tmp_path / "run")[0].sample.steps == 3
     save_config(default_run(SP["dit"].model), tmp_path / "config.yaml")
     given = ["--config", str(tmp_path / "config.yaml"), "train.steps=7"]
-    assert tool.main([*arguments, str(tmp_path / "run2"), *given]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "run2"), *given]) == 0
     assert load_model(tmp_path / "run2")[0].train.steps == 7
     with pytest.raises(UserError, match="--hint: 'heads' is not KEY=VALUE"):
-        tool.main([*arguments, str(tmp_path / "run3"), "--hint", "heads"])
+        convert_checkpoint.main([*arguments, str(tmp_path / "run3"), "--hint", "heads"])
     with pytest.raises(UserError, match="model.width is 48 in the file and 64"):
-        tool.main([*arguments, str(tmp_path / "run3"), "model.width=64", "--hint", "heads=2"])
+        convert_checkpoint.main([*arguments, str(tmp_path / "run3"), "model.width=64", "--hint", "heads=2"])
 
 
 def test_a_target_that_another_process_writes_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:

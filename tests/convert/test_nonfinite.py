@@ -15,9 +15,9 @@ from torch import Tensor
 
 from helpers.foreign import CONFIG
 from helpers.official_releases import release
-from helpers.scripts import import_script
 from helpers.tiny_dit import randomize, tiny_config
 from helpers.tiny_pixart import tiny_pixart
+from megadit.cli import convert_checkpoint
 from megadit.config import ModelConfig
 from megadit.convert import to_diffusers, to_official
 from megadit.convert.conversion import convert
@@ -184,12 +184,11 @@ def test_several_tensors_are_counted_and_float64_may_end_beyond_float32(tmp_path
 
 
 def test_the_command_has_the_option(tmp_path: Path, capsys: Any) -> None:
-    tool = import_script(ROOT / "tools/convert_checkpoint.py")
     save_file({"a": torch.tensor([1.0, NAN])}, tmp_path / "x.safetensors")
     arguments = ["--from", "safetensors", "--to", "safetensors", str(tmp_path / "x.safetensors"), str(tmp_path / "y")]
     with pytest.raises(UserError, match="--allow-nonfinite"):
-        tool.main(arguments)
-    assert tool.main([*arguments, "--allow-nonfinite"]) == 0
+        convert_checkpoint.main(arguments)
+    assert convert_checkpoint.main([*arguments, "--allow-nonfinite"]) == 0
     assert "note: 'a' holds 1 NaN of 2 values; they are written" in capsys.readouterr().err
 
 

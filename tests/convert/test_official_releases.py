@@ -23,9 +23,9 @@ from helpers.dit_reference import reference_dit
 from helpers.mmdit_reference import reference_mmdit
 from helpers.official_releases import State, release
 from helpers.pixart_reference import reference_pixart
-from helpers.scripts import import_script
 from helpers.uvit_reference import reference_uvit
 from megadit.checkpoint.find import load_model
+from megadit.cli import convert_checkpoint
 from megadit.config import ModelConfig
 from megadit.convert.conversion import convert
 from megadit.convert.weight_folders import weights_file
@@ -37,10 +37,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HINTS = ["--hint", "heads=2", "data.vae=null"]
 ONLINE, AVERAGE = 1, 2  # seeds of the two sets of weights
-
-
-def tool() -> Any:
-    return import_script(ROOT / "tools" / "convert_checkpoint.py")
 
 
 def below(prefix: str, state: State) -> State:
@@ -210,10 +206,10 @@ def test_a_folder_of_a_trainer_comes_in(
     folder.mkdir()
     write(folder, online, average)
     arguments = ["--from", f"official-{family}", "--to", "megadit", str(folder)]
-    assert tool().main([*arguments, str(tmp_path / "run"), *HINTS]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "run"), *HINTS]) == 0
     assert f"the weights in {names[0]} are taken; --ema {ema} takes those in {names[1]}" in capsys.readouterr().err
     check(tmp_path / "run", family, online)
-    assert tool().main([*arguments, str(tmp_path / "average"), *HINTS, "--ema", ema]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "average"), *HINTS, "--ema", ema]) == 0
     assert f"the weights in {names[1]} are taken" in capsys.readouterr().err
     check(tmp_path / "average", family, average)
 
@@ -222,7 +218,7 @@ def test_a_folder_of_a_trainer_comes_in(
 def test_a_run_that_was_cloned_without_git_lfs_says_so(tmp_path: Path, name: str) -> None:
     torch.save(release("dit", ONLINE), tmp_path / "x.pt")
     arguments = ["--from", "official-dit", "--to", "megadit", str(tmp_path / "x.pt"), str(tmp_path / "run"), *HINTS]
-    assert tool().main(arguments) == 0
+    assert convert_checkpoint.main(arguments) == 0
     file = next((tmp_path / "run/checkpoints/step-00000000").glob(f"{name}*"))
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 27\n")
     with pytest.raises(UserError, match="it is a git-LFS pointer; run `git lfs pull`"):
@@ -240,7 +236,7 @@ def test_shards_of_a_release_are_joined_by_their_index(tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     for number, path in enumerate((folder, index)):
         run = tmp_path / str(number)
-        assert tool().main(["--from", "official-dit", "--to", "megadit", str(path), str(run), *HINTS]) == 0
+        assert convert_checkpoint.main(["--from", "official-dit", "--to", "megadit", str(path), str(run), *HINTS]) == 0
         check(run, "dit", release("dit", ONLINE))
 
 
@@ -273,9 +269,9 @@ def test_fsdps_shards_are_joined_as_the_message_says(tmp_path: Path) -> None:
     checkpoint.save({"model": online, "step": 5}, checkpoint_id=tmp_path / "shards", no_dist=True)
     arguments = ["--from", "official-dit", "--to", "megadit"]
     with pytest.raises(UserError, match="FSDP's shards.*: python -m torch.distributed.checkpoint.format_utils dcp_to_"):
-        tool().main([*arguments, str(tmp_path / "shards"), str(tmp_path / "run"), *HINTS])
+        convert_checkpoint.main([*arguments, str(tmp_path / "shards"), str(tmp_path / "run"), *HINTS])
     dcp_to_torch_save(tmp_path / "shards", tmp_path / "weights.pt")
-    assert tool().main([*arguments, str(tmp_path / "weights.pt"), str(tmp_path / "run"), *HINTS]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "weights.pt"), str(tmp_path / "run"), *HINTS]) == 0
     check(tmp_path / "run", "dit", online)
 
 
@@ -325,14 +321,14 @@ def test_a_release_comes_in(
     value, file = wrap(online, average), tmp_path / name
     save_file(value, file) if name.endswith(".safetensors") else torch.save(value, file)
     arguments = ["--from", f"official-{family}", "--to", "megadit", str(file)]
-    assert tool().main([*arguments, str(tmp_path / "run"), *HINTS]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "run"), *HINTS]) == 0
     told = capsys.readouterr().err
     check(tmp_path / "run", family, online)
     assert ("they are float32 from here on" in told) == (dtype != FP32)
     if ema is not None:
         assert f"--ema {ema} takes those under" in told
-        assert tool().main([*arguments, str(tmp_path / "average"), *HINTS, "--ema", ema]) == 0
+        assert convert_checkpoint.main([*arguments, str(tmp_path / "average"), *HINTS, "--ema", ema]) == 0
         assert f"the weights under '{ema}" in capsys.readouterr().err
         check(tmp_path / "average", family, average)
     with pytest.raises(UserError, match="--ema: slow is not in "):
-        tool().main([*arguments, str(tmp_path / "none"), *HINTS, "--ema", "slow"])
+        convert_checkpoint.main([*arguments, str(tmp_path / "none"), *HINTS, "--ema", "slow"])

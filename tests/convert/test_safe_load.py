@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from helpers.foreign import CONFIG
 from helpers.official_releases import release
-from helpers.scripts import import_script
+from megadit.cli import convert_checkpoint
 from megadit.convert import FORMATS
 from megadit.convert.contents import Contents, fresh
 from megadit.convert.conversion import READERS, WRITERS, convert
@@ -375,13 +375,12 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     assert set(READERS) == set(WRITERS) == set(FORMATS)
-    tool = import_script(ROOT / "tools" / "convert_checkpoint.py")
     save_file(weights(), tmp_path / "x.safetensors")
     arguments = ["--from", "safetensors", "--to", "fp32-state-dict", str(tmp_path / "x.safetensors")]
-    assert tool.main([*arguments, str(tmp_path / "out.bin")]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "out.bin")]) == 0
     assert "31 parameters" in capsys.readouterr().out
-    assert tool.main([*arguments, str(tmp_path / "out2.bin"), "--json"]) == 0
+    assert convert_checkpoint.main([*arguments, str(tmp_path / "out2.bin"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["parameters"] == 31 and printed["kinds"] == ["weights"]
     with pytest.raises(UserError, match="train.steps=3: changes a config, but there is no --config"):
-        tool.main([*arguments, str(tmp_path / "out3.bin"), "train.steps=3"])
+        convert_checkpoint.main([*arguments, str(tmp_path / "out3.bin"), "train.steps=3"])

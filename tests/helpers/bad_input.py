@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,8 +14,6 @@ from types import ModuleType
 
 import pytest
 
-from helpers.ranks import ROOT
-from helpers.scripts import import_script
 from megadit.errors import run_command
 
 Content = str | bytes | None  # of a file; None: a folder
@@ -78,7 +77,7 @@ def make_run(folder: Path) -> None:
 @functools.cache
 def script(path: str) -> ModuleType:
     """A script of launch/ or tools/ as a module."""
-    return import_script(ROOT / path)
+    return importlib.import_module(f"megadit.cli.{Path(path).stem}")
 
 
 Refused = Callable[[str, Case], str]

@@ -1,8 +1,7 @@
-"""Scripts of launch/, tools/ and benchmarks/ as modules, so that a test calls them without a process of its own."""
+"""Scripts of benchmarks/ as modules, so that a test calls them without a process of its own."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +11,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def import_script(path: str | Path) -> ModuleType:
     """The script at ``path``, relative to the checkout, as a new module at each call."""
-    if Path(path).parent.name in ("launch", "tools"):  # ten lines that call the command
-        return importlib.import_module(f"megadit.cli.{Path(path).stem}")
     spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,18 +13,14 @@ from safetensors.torch import load_file
 
 from helpers.layout_matrix import matrix_config
 from helpers.layout_parity import MOVED, TOLERANCE, gap_of
-from helpers.ranks import ROOT, run_ranks
-from helpers.scripts import import_script
+from helpers.ranks import run_ranks
 from helpers.training import merge_weights, train_rank
 from megadit.checkpoint.find import load_model
 from megadit.checkpoint.read import StoredCheckpoint
+from megadit.cli import convert_checkpoint, inspect_checkpoint, sample
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 HALF = 3
-
-
-def command(path: str) -> ModuleType:
-    return import_script(ROOT / f"{path}.py")
 
 
 class Spread:
@@ -82,14 +77,14 @@ def test_every_element_is_stored_once_and_told(spread: Spread, capsys: pytest.Ca
     held = sum(piece.stop - piece.start for piece in stored.index.pieces if piece.kind == "weights")
     assert held == sum(torch.Size(shape).numel() for shape in stored.parameters.values())
     assert stored.parameters.keys() == merge_weights([spread.alone]).keys()
-    assert command("tools/inspect_checkpoint").main([str(spread.run_dir)]) == 0
+    assert inspect_checkpoint.main([str(spread.run_dir)]) == 0
     assert "written by 8 rank(s) (tensor 2 x pipeline 2 x data 2) at ZeRO stage 1" in capsys.readouterr().out
 
 
 def test_its_weights_go_elsewhere_whole(spread: Spread, tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
     arguments = ["--from", "megadit", "--to", "safetensors", str(spread.run_dir), str(target)]
-    assert command("tools/convert_checkpoint").main(arguments) == 0
+    assert convert_checkpoint.main(arguments) == 0
     expected, found = merge_weights(spread.results), load_file(target)
     _, model = load_model(spread.run_dir)
     for name, p in model.named_parameters():
@@ -99,7 +94,7 @@ def test_its_weights_go_elsewhere_whole(spread: Spread, tmp_path: Path) -> None:
 def test_it_draws(spread: Spread, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "grid.png"
     arguments = [str(spread.run_dir), "--prompt", "the handwritten digit seven", "--count", "2", "--steps", "2"]
-    assert command("launch/sample").main([*arguments, "--json", "--device", "cpu", "--out", str(out)]) == 0
+    assert sample.main([*arguments, "--json", "--device", "cpu", "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == 2
     with Image.open(out) as picture:
         assert picture.width >= 16

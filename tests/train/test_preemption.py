@@ -11,8 +11,8 @@ import time
 import pytest
 
 from helpers.ranks import ROOT, run_ranks
-from helpers.scripts import import_script
 from helpers.training import layout_of, small_config
+from megadit.cli import pretrain
 from megadit.train.preemption import Interrupt, Preempted, end_before_training, preemption_signals
 from megadit.train.run_dir import RunDirectory
 
@@ -37,7 +37,7 @@ def _handlers():
 
 @pytest.fixture
 def main():
-    return import_script(ROOT / "launch" / "pretrain.py").main
+    return pretrain.main
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from helpers.ranks import run_ranks
-from helpers.scripts import import_script
 from helpers.tiny_text import bert_folder
 from helpers.training import assemble_rank, small_config, train_on, train_rank
+from megadit.cli import sample
 from megadit.config import RunConfig
 from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE
 from megadit.errors import UserError
@@ -70,12 +70,11 @@ def test_it_trains_validates_and_draws_held_out_captions(run):
 
 
 def test_prompts_are_drawn_by_the_command(run, tmp_path, capsys):
-    script = import_script(SCRIPT)
     folder = run[0].directory.path
 
     def told(*arguments):
         assert (
-            script.main([str(folder), *arguments, "--json", "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
+            sample.main([str(folder), *arguments, "--json", "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
         )
         return json.loads(capsys.readouterr().out)
 
@@ -89,4 +88,4 @@ def test_prompts_are_drawn_by_the_command(run, tmp_path, capsys):
         (["--prompts", str(tmp_path / "none.txt")], r"--prompts: .* cannot be read"),
     ]:
         with pytest.raises(UserError, match=message):
-            script.main([str(folder), *arguments])
+            sample.main([str(folder), *arguments])

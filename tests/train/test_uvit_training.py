@@ -12,8 +12,8 @@ import torch
 
 from helpers.layout_parity import MOVED
 from helpers.ranks import run_ranks
-from helpers.scripts import import_script
 from helpers.training import layout_of, merge_weights, plain_torch_run, small_config, train_rank
+from megadit.cli import sample
 from megadit.config import RunConfig
 
 STEPS = 5
@@ -125,13 +125,6 @@ def test_from_digits_to_pictures_of_an_average(tmp_path: Path, capsys: pytest.Ca
     online, average = (dict(load_model(tmp_path, weights=name)[1].named_parameters()) for name in ("online", "0.9"))
     assert not torch.equal(online["mid_block.mlp.fc1.weight"], average["mid_block.mlp.fc1.weight"])
 
-    from helpers.ranks import ROOT
-
-    script = _script(ROOT / "launch/sample.py")
-    assert script.main([str(tmp_path), "--json", "--device", "cpu", "--out", str(tmp_path / "again.png")]) == 0
+    assert sample.main([str(tmp_path), "--json", "--device", "cpu", "--out", str(tmp_path / "again.png")]) == 0
     assert json.loads(capsys.readouterr().out)["weights"] == "0.9"
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "samples/step-00000030.png").read_bytes()
-
-
-def _script(path: Path) -> Any:
-    return import_script(path)

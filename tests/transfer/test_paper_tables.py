@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.scripts import import_script
+from megadit.cli import transfer
 from megadit.config import load_config
 from megadit.transfer.table import Columns, lower_is_better, verify_table
 from megadit.transfer.verdict import Verdict
@@ -76,16 +76,11 @@ def test_the_command_gives_the_papers_verdict(table, capsys):
     """Exit code 0, the value and the exceptions, on the file as it is."""
     name, scale, hp = TABLES[table]
     words = ["verify", "--table", str(PAPER / name), "--scale", scale, "--hp", hp, "--score", "fid50k", "--json"]
-    assert _tool("transfer").main(words) == 0
+    assert transfer.main(words) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["verdict"] == "transfers"
     assert plain["exceptions"] == {8: [128.0], 9: [100_000.0]}.get(table, [])
     assert plain["best"] == -10.0 if table < 10 else 0 <= plain["best"] <= 4
-
-
-def _tool(name):
-    """A command of tools/, which are scripts and no package."""
-    return import_script(Path(__file__).resolve().parents[2] / "tools" / f"{name}.py")
 
 
 def rows(name):

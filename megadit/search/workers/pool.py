@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError, say
-from megadit.parallel.environment import without_ranks
+from megadit.parallel.environment import child_environment
 from megadit.parallel.lifetime import die_with_parent
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study
@@ -211,12 +211,8 @@ def worker_command(folder: Path, gpus: int) -> list[str]:
 
 def worker_environment(place: Place, env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a worker: its threads, its GPUs, and where this megadit is; nothing of a launcher's."""
-    import megadit_kernels
-
     # Its own group is a worker's whole world, even where `run` is a task of Slurm's.
-    made = without_ranks(os.environ if env is None else env)
-    parts = [str(Path(__file__).resolve().parents[3]), str(Path(str(megadit_kernels.__file__)).resolve().parents[1])]
-    made["PYTHONPATH"] = os.pathsep.join([*parts, *filter(None, [made.get("PYTHONPATH")])])
+    made = child_environment(os.environ if env is None else env)
     made["OMP_NUM_THREADS"] = made["MKL_NUM_THREADS"] = str(max(1, len(place.cores) // max(1, len(place.gpus))))
     made["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
     return made

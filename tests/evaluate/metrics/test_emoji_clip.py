@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.scripts import import_script
 from megadit import rng
+from megadit.cli import evaluate
 from megadit.errors import UserError
 from megadit.evaluate.metrics import emoji_clip
 
@@ -69,19 +69,18 @@ def test_the_heads_are_the_same_twice(heads):
 
 def test_the_command_reads_pictures_and_prompts(heads, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(emoji_clip, "load_emoji_clip", lambda size: heads)
-    script = import_script(SCRIPT)
     np.savez(tmp_path / "p.npz", arr_0=pictures(["red", "blue", "red", "blue"]).permute(0, 2, 3, 1).numpy())
     (tmp_path / "texts.txt").write_text("red\n\nblue\n")
     arguments = ["emoji-clip", str(tmp_path / "p.npz"), "--prompts", str(tmp_path / "texts.txt")]
-    assert script.main([*arguments, "--json"]) == 0
+    assert evaluate.main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["retrieval"] == 1.0 and told["pictures"] == 4 and told["texts"] == 2
-    assert script.main(arguments) == 0 and "margin" in capsys.readouterr().out
+    assert evaluate.main(arguments) == 0 and "margin" in capsys.readouterr().out
     np.savez(tmp_path / "p.npz", arr_0=np.zeros((2, 4, 4)))
     with pytest.raises(UserError, match=r"p\.npz: arr_0 is not uint8"):
-        script.main(arguments)
+        evaluate.main(arguments)
     with pytest.raises(UserError, match=r"--prompts: .* cannot be read"):
-        script.main([*arguments[:3], str(tmp_path / "none.txt")])
+        evaluate.main([*arguments[:3], str(tmp_path / "none.txt")])
 
 
 def test_real_encoders_give_vectors_of_their_sizes():

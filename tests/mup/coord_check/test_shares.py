@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from helpers.ranks import ROOT, run_command, run_ranks
-from helpers.scripts import import_script
 from helpers.shards import this_rank
 from helpers.tiny_dit import tiny_mup_config
 from helpers.tiny_mmdit import tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart_mup
 from helpers.tiny_uvit import tiny_mup_uvit
+from megadit.cli import coord_check
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.diffusion.repa import alignment_loss
@@ -95,9 +95,8 @@ def test_the_command_gives_one_verdict_for_any_number_of_ranks(tmp_path: Path) -
 
 
 def test_a_launcher_of_other_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = import_script(ROOT / "tools" / "coord_check.py")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     options = ["model.head_dim=16", "model.heads=null", "--widths", "32,64,96", "--out", str(tmp_path)]
     with pytest.raises(UserError, match="--tp 2: 3 processes were started"):
-        script.main(["--tp", "2", *options])
+        coord_check.main(["--tp", "2", *options])
