@@ -23,6 +23,7 @@ EXIT_PREEMPTED = 85
 EXIT_INTERRUPTED = 130  # by Ctrl-C, where a command has nothing to save; as shells say it
 
 _MOST_LETTERS = 4000  # of a message: a screen
+_MOST_LINES = 4  # of sentences that say the like
 
 
 class UserError(Exception):
@@ -47,6 +48,13 @@ def _fit_to_print(message: str) -> str:
     if left_out <= 0:
         return message
     return f"{message[: _MOST_LETTERS * 3 // 4]} … [{left_out:,} characters] … {message[-_MOST_LETTERS // 4 :]}"
+
+
+def few_lines(sentences: Sequence[str]) -> str:
+    """The first sentences, one a line, and how many more there are: a wrong file would fill the screen."""
+    more = len(sentences) - _MOST_LINES
+    told = [*sentences[:_MOST_LINES], f"and {more} more of the kind"] if more > 1 else sentences
+    return "\n".join(told)
 
 
 def run_command(

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.ranks import ROOT
 from megadit.config import RunConfig
-from megadit.config.base import Section
+from megadit.config.schema.section import Section
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs/README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _hint(text: str) -> tuple[str, Any]:
     """``heads=16`` as a name and a value, which is read as YAML reads it."""
-    from megadit.config.values import meaning
+    from megadit.config.schema.values import meaning
     from megadit.files.yaml_text import YamlError, parse_yaml
 
     name, equals, value = text.partition("=")

@@ -54,7 +54,7 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def _rate(text: str | None, default: float) -> float:
-    from megadit.config.values import number
+    from megadit.config.schema.values import number
 
     rate = default if text is None else number(text)
     if rate is None or not 0.0 < rate < float("inf"):

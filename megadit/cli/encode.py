@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from megadit.config.loading.data_only import load_data, text_length
+    from megadit.config.loading.loader import load_data, text_length
     from megadit.data.places import check_data_places
     from megadit.data.shards import options as telling
 
@@ -104,7 +104,7 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from megadit.config.loading.data_only import load_data
+    from megadit.config.loading.loader import load_data
     from megadit.data.places import check_images_are_there
     from megadit.data.shards import options as telling
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/make_shards.py")
-    from megadit.config.loading.data_only import load_data
+    from megadit.config.loading.loader import load_data
     from megadit.data.places import check_images_are_there
     from megadit.data.shards import options as telling
 

@@ -110,7 +110,7 @@ def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """The run's configuration with what the command line says about sampling."""
     from pydantic import ValidationError
 
-    from megadit.config.messages import explain
+    from megadit.config.loading.messages import explain
     from megadit.config.schema.run import SampleConfig
 
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megadit.config.messages import explain
+from megadit.config.loading.messages import explain
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megadit.config import RunConfig
-from megadit.config.values import plain_text
+from megadit.config.schema.values import plain_text
 from megadit.data.codecs.folder import codec_facts
 from megadit.data.codecs.latents import codec_identity, codec_scale
 from megadit.data.dataset import ImageSet, Subset

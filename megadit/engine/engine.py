@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config import OptimConfig
-from megadit.config.deepspeed.buckets import with_bucket
+from megadit.config.deepspeed.gradients import with_bucket
 from megadit.config.schema.run import ONLINE, EmaConfig
 from megadit.data import Batch
 from megadit.diffusion import NoisyBatch

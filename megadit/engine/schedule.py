@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megadit.config import OptimConfig
-from megadit.config.lengths import steps_of
+from megadit.config.schema.lengths import steps_of
 from megadit.errors import UserError
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from megadit.config import RunConfig
-from megadit.config.deepspeed.buckets import bucket_bytes
-from megadit.config.deepspeed.grad_accumulation import gradient_bytes
+from megadit.config.deepspeed.gradients import bucket_bytes, gradient_bytes
 from megadit.parallel.balance import balanced_cuts, bubble_share
 from megadit.parallel.topology import Topology
 from megadit.plan.activations import Passage, count_passages

@@ -23,7 +23,7 @@ from megadit.checkpoint.read import StoredCheckpoint, changed_values, open_every
 from megadit.checkpoint.write import take_up
 from megadit.config import OptimConfig, RunConfig
 from megadit.config.schema.run import ONLINE
-from megadit.config.values import plain_text
+from megadit.config.schema.values import plain_text
 from megadit.data import ImageSet
 from megadit.data.identity import Identity, config_differences, crop_note, differences, identify
 from megadit.data.windows import Window, before, joined, shown, without

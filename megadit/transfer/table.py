@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megadit.config.values import number
+from megadit.config.schema.values import number
 from megadit.errors import UserError
 from megadit.files.file_kind import text_instead
 from megadit.files.text import decode, why_no_text

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megadit.config.keys import all_keys
 from megadit.config.loading.sources import configs_dir
 from megadit.config.schema.json_schema import file_schema, reference
 from megadit.config.schema.run import RunConfig
+from megadit.config.schema.section import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 

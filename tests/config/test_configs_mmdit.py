@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from megadit.config import ModelConfig, load
+from megadit.config import ModelConfig, ParallelConfig, load
 from megadit.config.loading.sources import configs_dir
-from megadit.config.schema.run import ParallelConfig
 from megadit.models import count_parameters
 
 # file: width, heads, parametrization, lr, clip, steps, billions of parameters without REPA's projector

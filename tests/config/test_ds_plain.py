@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megadit.config import load
+from megadit.config.deepspeed.file import PLAIN, is_plain
 from megadit.config.deepspeed.merge import merge_ds_config
-from megadit.config.deepspeed.plain import PLAIN, is_plain
 from megadit.engine.deepspeed.check import check_ds_config
 from megadit.errors import UserError
 

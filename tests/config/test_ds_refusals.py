@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megadit.config import LoadedConfig, RunConfig, merge_ds_config
-from megadit.config.deepspeed.keys import KNOWN_KEYS, REFUSED_BLOCKS, ZERO_KEYS
+from megadit.config.deepspeed.file import KNOWN_KEYS, REFUSED_BLOCKS, ZERO_KEYS
 from megadit.errors import UserError
 
 

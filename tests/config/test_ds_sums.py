@@ -8,7 +8,7 @@ import pytest
 
 from helpers.training import small_config
 from megadit.config import LoadedConfig, merge_ds_config
-from megadit.config.deepspeed.grad_accumulation import gradient_bytes
+from megadit.config.deepspeed.gradients import gradient_bytes
 from megadit.errors import UserError
 
 FP32 = {"grad_accum_dtype": "fp32"}

@@ -10,10 +10,10 @@ from typing import Any, get_args
 import pytest
 
 from megadit.config import RunConfig, load, merge_ds_config
-from megadit.config.keys import options, section_of, walk
 from megadit.config.loading.merge import merge
 from megadit.config.loading.sources import configs_dir, override_layer, read_layers
 from megadit.config.schema.reads import READ_WHERE, Choice, choices_of, settle
+from megadit.config.schema.section import options, section_of, walk
 from megadit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

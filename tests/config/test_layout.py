@@ -8,7 +8,7 @@ import pytest
 
 from helpers.training import small_config
 from megadit.config import LoadedConfig, merge_ds_config
-from megadit.config.schema.layout import replicas
+from megadit.config.deepspeed.batch import replicas
 from megadit.errors import UserError
 
 SIX = {"model": {"width": 96, "heads": 6}}

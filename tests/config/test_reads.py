@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megadit.config import LoadedConfig, RunConfig, load, load_config, merge_ds_config, replace, save_config, to_yaml
-from megadit.config.keys import walk
-from megadit.config.loading.data_only import load_data
+from megadit.config.loading.loader import load_data
 from megadit.config.loading.sources import configs_dir
 from megadit.config.schema.reads import JUDGED_THERE, READ_WHERE, choices_of
+from megadit.config.schema.section import walk
 from megadit.errors import UserError
 
 DIGITS = "quickstart/digits.yaml"

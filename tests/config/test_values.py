@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megadit.config import load, load_config, merge_ds_config, replace, save_config
-from megadit.config.values import meaning
+from megadit.config.schema.values import meaning
 from megadit.errors import UserError
 from megadit.files.json_text import JsonError, parse_json
 from megadit.files.text import decode

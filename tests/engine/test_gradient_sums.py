@@ -11,7 +11,7 @@ import torch
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, layout_of, small_config, train_on, train_rank
 from megadit.config import RunConfig
-from megadit.config.deepspeed.grad_accumulation import gradient_bytes
+from megadit.config.deepspeed.gradients import gradient_bytes
 from megadit.plan import state_bytes
 
 BF16 = {"data_types": {"grad_accum_dtype": "bf16"}}

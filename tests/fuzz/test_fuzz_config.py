@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from helpers.training import small_config
 from megadit.config import RunConfig
+from megadit.config.deepspeed.file import is_plain
 from megadit.config.deepspeed.merge import merge_ds_config
-from megadit.config.deepspeed.plain import is_plain
 from megadit.config.loading.loader import load, to_yaml
 from megadit.config.loading.sources import configs_dir
 from megadit.config.schema.layout import layout_problem
@@ -38,7 +38,7 @@ def test_a_config_file(effort: str, tmp_path: Path) -> None:
     def read(data: bytes) -> None:
         file.write_bytes(data)
         config = load(file).config
-        layout_problem(config)
+        layout_problem(config.parallel, config.model, compiled=config.train.compile)
         assert load_again(config, tmp_path) == config
 
     hunt(effort, mutated([*shipped, *whole], YAML_WORDS), read)
@@ -51,7 +51,7 @@ def test_odd_values_in_a_config(effort: str, tmp_path: Path) -> None:
     def read(values: Any) -> None:
         file.write_bytes(json_bytes(values))  # a part of YAML
         config = load(file).config
-        layout_problem(config)
+        layout_problem(config.parallel, config.model, compiled=config.train.compile)
         assert load_again(config, tmp_path) == config
 
     hunt(

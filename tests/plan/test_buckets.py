@@ -10,7 +10,7 @@ import torch
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, layout_of, small_config, train_on
 from megadit.config import RunConfig
-from megadit.config.deepspeed.buckets import bucket_bytes, with_bucket
+from megadit.config.deepspeed.gradients import bucket_bytes, with_bucket
 from megadit.models import count_parameters
 from megadit.plan import StagePlan, plan_layout
 

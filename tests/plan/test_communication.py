@@ -18,7 +18,7 @@ from helpers.tiny_pixart import tiny_pixart
 from helpers.tiny_uvit import tiny_uvit
 from helpers.training import assemble_rank, layout_of, small_config, train_on
 from megadit.config import ModelConfig
-from megadit.config.deepspeed.grad_accumulation import gradient_bytes
+from megadit.config.deepspeed.gradients import gradient_bytes
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
 from megadit.parallel.rehearsal import ring_bytes

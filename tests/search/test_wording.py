@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megadit.config.values import number
+from megadit.config.schema.values import number
 from megadit.search.wording import point_text, value_text
 
 

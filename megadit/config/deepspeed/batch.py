@@ -1,9 +1,13 @@
-"""Batch arithmetic: global batch = micro batch x accumulation steps x replicas, with one sentence per misfit."""
+"""How processes share a batch: global batch = micro batch x accumulation steps x replicas, one sentence per misfit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import log2
 
+from megadit.config.schema.layout import layout_problem
+from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 
 
@@ -80,3 +84,50 @@ def _misfit(total: Size, given: list[Size], unit: int, world_size: int, shared: 
     nearest = f"are {below} and {below + unit}" if below else f"is {unit}"
     over = " times ".join([*parts, processes])
     return f"{total} is not a multiple of {over}; the nearest possible {nearest}"
+
+
+def replicas(config: RunConfig, world_size: int, fits: Callable[[int], bool] = lambda copies: True) -> int:
+    """Data-parallel replicas of ``world_size`` processes; ``fits``: whether that many could share the batch.
+
+    Raises:
+        UserError: the processes cannot be shared out; the nearest possible numbers of them are named, and the nearest
+            layout of as many as there are.
+    """
+    parallel = config.parallel
+    size = parallel.tensor * parallel.pipeline
+    copies, rest = divmod(world_size, size)
+    if not rest:
+        return copies
+    below = next(filter(fits, range(copies, 0, -1)), None)
+    above = next(filter(fits, range(copies + 1, copies + 1 + config.train.global_batch)), None)
+    # Where the batch fits none, it is what is refused next.
+    numbers = [n * size for n in (below, above) if n] or [(copies + 1) * size]
+    nearest = f"numbers of processes are {numbers[0]} and {numbers[1]}" if numbers[1:] else f"is {numbers[0]}"
+    key = "tensor" if parallel.pipeline == 1 else "pipeline"
+    times = f" times parallel.tensor {parallel.tensor}" if key == "pipeline" and parallel.tensor > 1 else ""
+    layout = nearest_layout(config, world_size, fits)
+    raise UserError(
+        f"parallel.{key}: {getattr(parallel, key)}{times} does not divide the {world_size} "
+        f"process{'es' if world_size > 1 else ''} of this run; the nearest possible {nearest}"
+        + (f", or for {world_size}: {layout}" if layout else "")
+    )
+
+
+def nearest_layout(config: RunConfig, world_size: int, fits: Callable[[int], bool]) -> str | None:
+    """The possible layout of ``world_size`` processes that is nearest to what ``parallel`` asks, as the overrides that
+    make it; None if there is no other."""
+    asked = config.parallel
+    found = []
+    for size in (n for n in range(1, world_size + 1) if world_size % n == 0):
+        for tensor in (n for n in range(1, size + 1) if size % n == 0):
+            changes = {"tensor": tensor, "pipeline": size // tensor, "sequence": asked.sequence and tensor > 1}
+            other = asked.model_copy(update=changes)
+            problem = layout_problem(other, config.model, compiled=config.train.compile)
+            if other != asked and problem is None and fits(world_size // size):
+                far = abs(log2(tensor / asked.tensor)) + abs(log2(changes["pipeline"] / asked.pipeline))
+                found.append((far, -size, changes))  # of two as near the one that holds less per rank
+    if not found:
+        return None
+    _, _, changes = min(found, key=lambda entry: entry[:2])
+    new = {key: value for key, value in changes.items() if value != getattr(asked, key)}
+    return " ".join(f"parallel.{key}={str(value).lower()}" for key, value in new.items())

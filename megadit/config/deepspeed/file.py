@@ -8,17 +8,75 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.deepspeed.keys import IDLE_BLOCKS, KNOWN_KEYS, REFUSED_BLOCKS, ZERO_KEYS
 from megadit.config.loading.sources import display, find_config
 from megadit.errors import UserError
 from megadit.files.json_text import JsonError, parse_json
 
 AUTO = "auto"
+# fmt: off
+# Top-level keys that DeepSpeed 0.19 reads.
+KNOWN_KEYS = frozenset({
+    "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
+    "datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler",
+    "fp16", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor",
+    "hybrid_engine", "log_level", "managed_gradient_accumulation", "memory_breakdown", "optimizer", "pipeline",
+    "prescale_gradients", "scheduler", "seq_parallel_communication_data_type", "sequence_parallel_size",
+    "steps_per_print", "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown",
+    "wandb", "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+})
+
+# Keys of the zero_optimization block in DeepSpeed 0.19.
+ZERO_KEYS = frozenset({
+    "allgather_bucket_size", "allgather_partitions", "compute_grad_norm", "contiguous_gradients", "cpu_offload",
+    "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint", "enable_sanity_checks",
+    "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights", "log_trace_cache_warnings",
+    "memory_efficient_linear", "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply",
+    "parameter_alignment", "pipeline_loading_checkpoint", "reduce_bucket_size", "reduce_scatter",
+    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage", "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+    "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce", "zenflow",
+    "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
+    "zero_quantized_weights",
+})
+# fmt: on
+
+_REMOVED = "DeepSpeed 0.19 no longer has it; take it out"
+_OWN_DATA = "megadit numbers and feeds the samples itself; take it out"
+
+# Blocks that are refused when they are on, and dropped when they say "enabled": false.
+REFUSED_BLOCKS = {
+    "amp": _REMOVED + " and set bf16 or fp16",
+    "autotuning": "it would start trial runs of its own; take it out",
+    "compression_training": _REMOVED,
+    "curriculum_learning": _OWN_DATA,
+    "data_efficiency": _OWN_DATA,
+    "eigenvalue": _REMOVED,
+    "elasticity": _REMOVED + ": the global batch is train.global_batch",
+    "expert_parallel": "megadit's models have no experts; take it out",
+    "graph_harvesting": _REMOVED,
+    "hybrid_engine": "it is for generation with language models; take it out",
+    "nebula": _REMOVED,
+    "progressive_layer_drop": _REMOVED,
+    "quantize_training": _REMOVED,
+    "sparse_attention": _REMOVED,
+    "sparse_gradients": _REMOVED,
+    "tensor_parallel": "AutoTP replaces layers and drops their muP multipliers without a word; take it out",
+}
+
+# Blocks that configure functions of DeepSpeed's which megadit does not call.
+IDLE_BLOCKS = {
+    "activation_checkpointing": "has no effect on megadit's models; set train.activation_checkpointing",
+    "compile": "has no effect on megadit's models; set train.compile",
+}
 
 
 @dataclass(frozen=True)
@@ -149,3 +207,88 @@ def _check_zero(file: DsFile) -> None:
                 f"zero_optimization.offload_optimizer.{key}: {json.dumps(offload[key])} hands a part of the update to "
                 f"an optimizer of DeepSpeed's own, which has not muP's learning rates; take it out (in {file.label})"
             )
+
+
+def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
+    """Whether the block keeps master weights and moments on the CPU."""
+    block = zero.get("offload_optimizer")
+    return _offloads(block) if isinstance(block, dict) else bool(zero.get("cpu_offload"))
+
+
+def offloads_parameters(zero: Mapping[str, Any]) -> bool:
+    """Whether the block keeps the weights on the CPU."""
+    return _offloads(zero.get("offload_param"))
+
+
+def _offloads(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("device", "none") not in (None, "none")
+
+
+Judge = Callable[[Any], bool]
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < float("inf")
+
+
+def _one_of(*values: Any) -> Judge:
+    return lambda value: any(value is own or (type(value) is type(own) and value == own) for own in values)
+
+
+# fmt: off
+OFFLOAD: dict[str, Judge] = {"device": _one_of("none", "cpu"), "pin_memory": _flag, "buffer_count": _count}
+# What each block may hold; a plain judge is a top-level key's.
+PLAIN: dict[str, Judge | dict[str, Judge | dict[str, Judge]]] = {
+    **dict.fromkeys((
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print",
+    ), _count),
+    **dict.fromkeys((
+        "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "wall_clock_breakdown", "dump_state",
+    ), _flag),
+    "gradient_clipping": _size,
+    "communication_data_type": _one_of("fp32", "bf16", "fp16"),
+    "bf16": {"enabled": _flag},
+    "fp16": {
+        "enabled": _flag, "loss_scale": _size, "initial_scale_power": _count, "loss_scale_window": _count,
+        "hysteresis": _count, "min_loss_scale": _count,
+    },
+    "data_types": {"grad_accum_dtype": _one_of("fp32", "bf16", "fp16")},
+    # Of the pipeline: what megadit itself writes.
+    "pipeline": {
+        "pipe_partitioned": _one_of(False), "grad_partitioned": _one_of(False),
+        "activation_checkpoint_interval": _one_of(0),
+    },
+    "zero_optimization": {
+        "stage": _one_of(0, 1, 2, 3),
+        **dict.fromkeys((
+            "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+        ), _count),
+        **dict.fromkeys((
+            "contiguous_gradients", "reduce_scatter", "allgather_partitions", "overlap_comm",
+            "round_robin_gradients", "memory_efficient_linear", "stage3_gather_16bit_weights_on_model_save",
+        ), _flag),
+        "offload_optimizer": OFFLOAD,
+        "offload_param": OFFLOAD,
+    },
+}
+# fmt: on
+
+
+def is_plain(ds_config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed takes the merged dict for sure; False where only DeepSpeed knows."""
+    return _fits(ds_config, PLAIN)
+
+
+def _fits(value: Any, judge: Judge | Mapping[str, Any]) -> bool:
+    if not isinstance(judge, Mapping):
+        return judge(value)
+    return isinstance(value, Mapping) and all(key in judge and _fits(own, judge[key]) for key, own in value.items())

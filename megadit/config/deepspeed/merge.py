@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.deepspeed.batch import BatchPlan, Size, plan_batch
-from megadit.config.deepspeed.file import DsFile, read_ds_config
-from megadit.config.deepspeed.grad_accumulation import sum_keys, sum_warnings
-from megadit.config.deepspeed.offload import offloads_optimizer, offloads_parameters
+from megadit.config.deepspeed.batch import BatchPlan, Size, nearest_layout, plan_batch, replicas
+from megadit.config.deepspeed.file import DsFile, offloads_optimizer, offloads_parameters, read_ds_config
+from megadit.config.deepspeed.gradients import sum_keys, sum_warnings
 from megadit.config.deepspeed.translate import Wish, wishes
 from megadit.config.loading.loader import LoadedConfig, replace
-from megadit.config.schema.layout import nearest_layout, replicas
 from megadit.config.schema.reads import check_late
 from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError

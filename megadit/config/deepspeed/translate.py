@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megadit.config.deepspeed.file import DsFile
-from megadit.config.deepspeed.offload import offloads_optimizer
+from megadit.config.deepspeed.file import DsFile, offloads_optimizer
 from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megadit.config.loading.merge import Merged, merge
+from megadit.config.loading.messages import explain
 from megadit.config.loading.sources import (
     RESOLVED,
     Layer,
@@ -19,9 +20,10 @@ from megadit.config.loading.sources import (
     override_layer,
     read_layers,
 )
-from megadit.config.messages import explain
+from megadit.config.schema.data import DataConfig
 from megadit.config.schema.reads import settle
 from megadit.config.schema.run import RunConfig
+from megadit.config.schema.section import Section
 from megadit.errors import UserError
 from megadit.files.paths import whole_file
 from megadit.files.yaml_text import dump_yaml
@@ -111,3 +113,37 @@ def to_yaml(config: RunConfig) -> str:
     """``config`` as YAML text, every key, in the order of the schema."""
     # JSON mode turns tuples into lists and nothing else; floats keep their shortest exact form.
     return dump_yaml(config.model_dump(mode="json"))
+
+
+class _DataOnly(Section):
+    data: DataConfig = DataConfig()
+
+
+def load_data(path: str | None, overrides: Sequence[str]) -> DataConfig:
+    """``data`` of the file at ``path`` (None: the defaults) with ``overrides`` of ``data.*`` laid over it.
+
+    No model has to fit: image sizes and classes are free. Raises UserError as ``load`` does, and for overrides of other
+    sections, which would change nothing.
+    """
+    other = next((text for text in overrides if not text.strip().startswith(("data.", "data="))), None)
+    if other is not None:
+        raise UserError(f"override: {other!r} changes nothing here; only data.* keys are read")
+    layers = read_layers(find_config(path)) if path is not None else []
+    merged = merge([*layers, override_layer(overrides)], RunConfig)
+    settle(merged.values, merged.sources, merged.order, merged.resolved, only="data.")
+    values = {key: value for key, value in merged.values.items() if key.split(".")[0] == "data"}
+    try:
+        return _DataOnly.model_validate(nested(values)).data
+    except ValidationError as error:
+        raise UserError(explain(error, _DataOnly, merged.sources)) from None
+
+
+def text_length(path: str | None) -> int | None:
+    """``model.text.max_length`` of the configuration at ``path``; None without one, or where the model takes no text.
+
+    Raises UserError as ``load_config`` does.
+    """
+    if path is None:
+        return None
+    text = load_config(path).model.text
+    return None if text is None else text.max_length

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from megadit.config.base import Section
-from megadit.config.keys import all_keys, options, section_of, unknown_key
 from megadit.config.loading.sources import Layer
-from megadit.config.messages import few_lines
 from megadit.config.presets import PRESET_KEYS, preset_values
-from megadit.config.values import coerce, meaning, too_large
-from megadit.errors import UserError
+from megadit.config.schema.section import Section, all_keys, options, section_of, unknown_key
+from megadit.config.schema.values import coerce, meaning, too_large
+from megadit.errors import UserError, few_lines
 
 # Sets whose classes have names of their own; those of folders and tars are the user's.
 BUILT_IN = ("emoji", "digits", "fashion-mnist")

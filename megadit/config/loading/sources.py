@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.values import meaning
+from megadit.config.schema.values import meaning
 from megadit.errors import UserError
 from megadit.files.file_kind import text_instead
 from megadit.files.paths import begins_with

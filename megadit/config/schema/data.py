@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from megadit.config.base import Section
-from megadit.config.messages import shown
+from megadit.config.schema.section import Section
+from megadit.config.schema.values import shown
 
 Crop = Literal["adm", "center"]
 OnCorrupt = Literal["stop"]

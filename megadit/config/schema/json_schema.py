@@ -9,12 +9,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megadit.config.base import Section
-from megadit.config.keys import section_of
-from megadit.config.lengths import Share
 from megadit.config.presets import preset_names
+from megadit.config.schema.lengths import Share
 from megadit.config.schema.run import RunConfig
-from megadit.config.values import NUMBER, POWER_OF_TWO, plain_text
+from megadit.config.schema.section import Section, section_of
+from megadit.config.schema.values import NUMBER, POWER_OF_TWO, plain_text
 
 
 def file_schema() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megadit.config.base import Section
+from megadit.config.schema.section import Section
 
 LARGEST = 2**20  # far above any model, and far below sizes whose bytes no 64-bit number holds
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from megadit.config.base import Section
-from megadit.config.lengths import Length, check_length, length_schema
+from megadit.config.schema.lengths import Length, check_length, length_schema
+from megadit.config.schema.section import Section
 
 
 class ClipGroups(Section):

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megadit.config.keys import section_of, walk
-from megadit.config.messages import few_lines, shown
 from megadit.config.schema.run import RunConfig
-from megadit.errors import UserError
+from megadit.config.schema.section import section_of, walk
+from megadit.config.schema.values import shown
+from megadit.errors import UserError, few_lines
 
 
 @dataclass(frozen=True)

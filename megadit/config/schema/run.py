@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megadit.config.base import Section
 from megadit.config.schema.data import DataConfig
-from megadit.config.schema.layout import layout_problem
+from megadit.config.schema.layout import ParallelConfig, layout_problem
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
-from megadit.config.values import number
+from megadit.config.schema.section import Section
+from megadit.config.schema.values import number
 
 
 class ObjectiveConfig(Section):
@@ -100,27 +100,6 @@ class EmaConfig(Section):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: {list(values)} names an average twice; leave one out")
         return self
-
-
-class ParallelConfig(Section):
-    """How the run is spread over processes."""
-
-    tensor: int = Field(
-        1, ge=1, description="tensor parallelism: neighbouring ranks that share every layer; divides the heads"
-    )
-    pipeline: int = Field(1, ge=1, description="pipeline stages, cut for equal FLOPs; needs ZeRO stage 1")
-    sequence: bool = Field(
-        False, description="sequence parallelism: they share the tokens too, outside of attention and MLP"
-    )
-    zero_stage: Literal[0, 1, 2, 3] | None = Field(
-        None, description="ZeRO stage; default 0 for one fp32 process, else 1"
-    )
-    timeout_s: float = Field(
-        1800.0, gt=0, description="seconds that a rank waits for others before it ends the run with an error"
-    )
-    rendezvous_timeout_s: float | None = Field(
-        None, gt=0, description="seconds that ranks wait for all to come; default 600, or timeout_s if that is less"
-    )
 
 
 class TrainConfig(Section):
@@ -264,7 +243,7 @@ class RunConfig(Section):
             self._text_problem(),
             self._repa_problem(),
             self._stage_problem(),
-            layout_problem(self),
+            layout_problem(self.parallel, self.model, compiled=self.train.compile),
             self._weights_problem(),
         )
         for problem in problems:

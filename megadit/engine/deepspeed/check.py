@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from megadit.config.deepspeed.plain import is_plain
+from megadit.config.deepspeed.file import is_plain
 from megadit.errors import UserError
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadit.config import RunConfig
-from megadit.config.lengths import steps_of
+from megadit.config.schema.lengths import steps_of
 from megadit.search.wording import value_text
 
 # Keys that change neither the optimum nor the loss, and those that a sentence of their own speaks of.

@@ -17,8 +17,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megadit.config import RunConfig
-from megadit.config.keys import options, section_of, unknown_key, walk
-from megadit.config.values import coerce
+from megadit.config.schema.section import options, section_of, unknown_key, walk
+from megadit.config.schema.values import coerce
 from megadit.errors import UserError
 from megadit.search.study.spec import DimensionSpec
 

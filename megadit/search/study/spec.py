@@ -13,10 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
 
-from megadit.config.base import Section
 from megadit.config.loading.merge import merge
+from megadit.config.loading.messages import explain
 from megadit.config.loading.sources import Layer, display, nested, read_yaml
-from megadit.config.messages import explain
+from megadit.config.schema.section import Section
 from megadit.errors import UserError
 from megadit.search.study.written import as_keys_take, listed_as_keys_take, plain, plain_numbers
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megadit.config.keys import walk
 from megadit.config.schema.run import RunConfig
-from megadit.config.values import coerce, meaning, number
+from megadit.config.schema.section import walk
+from megadit.config.schema.values import coerce, meaning, number
 
 
 def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The dotted keys of a schema, and the nearest valid key for one that is wrong."""
+"""``Section``, of which the schema is made, its dotted keys, and the nearest valid key for one that is wrong."""
 
 from __future__ import annotations
 
@@ -8,12 +8,29 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Union, get_args, get_origin
 
+from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
-
-from megadit.config.base import Section
 
 # What a file may have beside the keys of the schema.
 FILE_KEYS = ("base", "model.preset")
+
+
+class Section(BaseModel):
+    """One section of a run configuration (pydantic v2).
+
+    No unknown keys, no silent coercion ("3" is not 3, true is not 1, nan is not a number) and no
+    assignment after construction: what was checked is what the run uses. Change a value with
+    ``megadit.config.replace``, which checks again.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
 
 
 def section_of(annotation: Any) -> type[Section] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from megadit.config.base import Section
-from megadit.config.keys import unknown_key
+from megadit.config.schema.section import Section, unknown_key
+from megadit.config.schema.values import shown
+from megadit.errors import few_lines
 
 _WANTED = {
     "int_type": "is not a whole number",
@@ -32,16 +33,6 @@ _RELATIONS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
-
-
-_MOST_LINES = 4
-
-
-def few_lines(sentences: Sequence[str]) -> str:
-    """The first sentences, one a line, and how many more there are: a wrong file would fill the screen."""
-    more = len(sentences) - _MOST_LINES
-    told = [*sentences[:_MOST_LINES], f"and {more} more of the kind"] if more > 1 else sentences
-    return "\n".join(told)
 
 
 def explain(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
@@ -97,15 +88,3 @@ def _where(key: str, sources: Mapping[str, str]) -> str:
 
 def _plain(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def shown(value: Any) -> str:
-    """A value as a person would write it in YAML; long ones are cut."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        value = list(value)
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,9 +1,13 @@
-"""In which type the gradients of a step are added up, and in which replicas send the sums.
+"""Gradients of a step: in which type they are added up, in which replicas send the sums, and through which buffers.
 
 A sum in bf16 keeps 8 bits: of many micro batches each is soon smaller than what the sum is rounded to, and is lost. So
 under bf16 gradients of several micro batches are added up in float32, as by Megatron-LM, unless the DeepSpeed file says
 otherwise. At ZeRO stage 1 replicas send such a sum once, as it is. At stages 2 and 3 they send the gradients of every
 micro batch, in the type in which these were computed.
+
+DeepSpeed's own buffers of 5e8 elements, in which ZeRO collects gradients before replicas sum them, are 1 to 4 GB on
+every rank, however small the model. Where the DeepSpeed file does not say ``reduce_bucket_size``, megadit takes what
+the parameters of a rank fill, up to that.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megadit.config.deepspeed.file import DsFile
+from megadit.config.deepspeed.file import DsFile, offloads_optimizer
 from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 
@@ -21,6 +25,7 @@ _NAMES = {
     "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
     "fp16": ("fp16", "float16", "half", "torch.float16"),
 }
+_BUCKET = 5 * 10**8  # elements; DeepSpeed's own
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -73,3 +78,30 @@ def gradient_bytes(ds_config: Mapping[str, Any], precision: str) -> tuple[int, i
     working = _BYTES[precision]
     added = _BYTES.get(str(_kind((ds_config.get("data_types") or {}).get("grad_accum_dtype"))), working)
     return added, _BYTES.get(str(ds_config.get("communication_data_type")).lower(), working)
+
+
+def with_bucket(ds_config: Mapping[str, Any], held: int) -> dict[str, Any]:
+    """``ds_config`` for a rank that holds ``held`` parameters, its bucket's size written out."""
+    zero = {"reduce_bucket_size": max(1, min(held, _BUCKET)), **ds_config["zero_optimization"]}
+    return {**ds_config, "zero_optimization": zero}
+
+
+def bucket_bytes(ds_config: Mapping[str, Any], held: int, precision: str, pipeline: bool) -> float:
+    """Bytes of all such buffers of a rank that holds ``held`` parameters, as DeepSpeed 0.19 allocates them.
+
+    One at stages 1 to 3, and at 1 and 2 a second to fill while the first is sent (``overlap_comm``), or to send from in
+    pipelines, which overlap nothing.
+    """
+    zero = with_bucket(ds_config, held)["zero_optimization"]
+    stage = int(zero["stage"])
+    # Offload at stages 1 and 2 has them whatever the file says.
+    contiguous = zero.get("contiguous_gradients", True) or (stage < 3 and offloads_optimizer(zero))
+    if stage == 0 or not contiguous:
+        return 0.0
+    added, sent = gradient_bytes(ds_config, precision)
+    working = gradient_bytes({}, precision)[0]
+    size = int(zero["reduce_bucket_size"])
+    if stage == 3:
+        return float(size * sent)
+    first = added if stage == 1 else working
+    return float(size * (first + (sent if pipeline else first if zero.get("overlap_comm") else 0)))
