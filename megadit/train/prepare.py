@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from megadit.checkpoint.names import check_named, checkpoint_root, has_checkpoints
 from megadit.config import DataConfig, LoadedConfig, RunConfig
-from megadit.config.deepspeed.merge import MergedConfig, merge_ds_config
 from megadit.config.deepspeed.file import offloads_optimizer
+from megadit.config.deepspeed.merge import MergedConfig, merge_ds_config
 from megadit.config.schema.sampling import check_sampling
 from megadit.data.places import check_places
 from megadit.data.windows import Window, joined
