@@ -175,7 +175,7 @@ def test_what_documents_name_exists(document):
     ("check", "text", "found"),
     [
         (unknown_files, "see `train/optimiser.py`", ["train/optimiser.py"]),
-        (unknown_files, "`mup/rules.py`, `tests/data/test_*.py`, `idx.py`, `configs/deepspeed/auto.json`", []),
+        (unknown_files, "`mup/rules.py`, `tests/data/test_*.py`, `tree.py`, `configs/deepspeed/auto.json`", []),
         (unknown_files, "```\npython launch/pretrain.py --config configs/dit/s-2.yaml\n```", ["configs/dit/s-2.yaml"]),
         (unknown_keys, "`optim.lr`, `model.role_hps.hidden.mult` and `train.step`", ["train.step"]),
         (unknown_keys, "```\nlaunch/pretrain.py optim.clip.modes=per_group\n```", ["optim.clip.modes"]),

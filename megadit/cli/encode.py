@@ -105,13 +105,13 @@ def _encode(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from megadit.config.loading.loader import load_data
-    from megadit.data.places import check_images_are_there
     from megadit.data.shards import options as telling
+    from megadit.extensions import DATA_SOURCES
 
     for option in ("factor", "channels", "images"):
         telling.in_range(f"--{option}", getattr(args, option), 1, None)
     config = load_data(args.config, args.overrides)
-    check_images_are_there(config)
+    DATA_SOURCES.get(config.name).check(config)
     from megadit.data.codecs.pca import fit_and_save
 
     told = fit_and_save(config, args.out, args.factor, args.channels, args.images)

@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     refuse_ranks("tools/make_shards.py")
     from megadit.config.loading.loader import load_data
-    from megadit.data.places import check_images_are_there
     from megadit.data.shards import options as telling
+    from megadit.extensions import DATA_SOURCES
 
     sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
     quality = telling.in_range("--quality", 95 if args.quality is None else args.quality, 1, 100)
     if args.quality is not None and args.image != "jpg":
         raise UserError(f"--quality: {args.quality} is not read where --image is {args.image}; add --image jpg")
     config = load_data(args.config, args.overrides)
-    check_images_are_there(config)
+    DATA_SOURCES.get(config.name).check(config)
     from megadit.data.shards.making import make_shards
 
     with telling.progress_bar("images") as progress:

@@ -6,10 +6,10 @@ from megadit.lazy import exports
 
 if TYPE_CHECKING:
     from megadit.data.batch import Batch, make_batch, scale_images
+    from megadit.data.build import build_datasets
     from megadit.data.checks import check_against_model
     from megadit.data.dataset import DatasetFacts, ImageSet, describe
     from megadit.data.order import BatchLayout, SampleOrder
-    from megadit.data.sources.build import build_datasets
     from megadit.data.stream import BatchStream
     from megadit.data.verify import ImageCheck, check_images
 
@@ -38,7 +38,7 @@ __getattr__ = exports(
         **dict.fromkeys(("BatchLayout", "SampleOrder"), "order"),
         **dict.fromkeys(("ImageCheck", "check_images"), "verify"),
         "BatchStream": "stream",
-        "build_datasets": "sources.build",
+        "build_datasets": "build",
         "check_against_model": "checks",
     },
 )

@@ -7,9 +7,9 @@ import os
 from pathlib import Path, PurePosixPath
 
 from megadit.data.dataset import ImageSet, Subset
-from megadit.data.sources.image_folder import FolderSet
-from megadit.data.sources.tree import CAPTIONS
-from megadit.data.sources.webdataset import TarSet
+from megadit.data.shards.tar_set import TarSet
+from megadit.data.sources.image_folder.folder_set import FolderSet
+from megadit.data.sources.image_folder.tree import CAPTIONS
 from megadit.errors import UserError, say
 from megadit.files.text import REPLACED
 

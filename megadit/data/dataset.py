@@ -119,6 +119,15 @@ class ImageSet(Protocol):
         ...
 
 
+class WholeSet(ImageSet, Protocol):
+    """What a data source loads: nothing is held out yet."""
+
+    @property
+    def bases(self) -> Sequence[str]:
+        """A base name per image: those with the same one are variants of one picture, and held out together."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class ArraySet:
     """A set held in memory as one uint8 tensor (N, C, h, w), resized to ``image_size`` when that differs from h."""

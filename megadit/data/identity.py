@@ -19,9 +19,10 @@ from megadit.data.codecs.folder import codec_facts
 from megadit.data.codecs.latents import codec_identity, codec_scale
 from megadit.data.dataset import ImageSet, Subset
 from megadit.data.listing import digest, first_difference, record, same_files
-from megadit.data.sources.webdataset import cut_before_crop
+from megadit.data.shards.tar_set import cut_before_crop
 from megadit.data.text.encoders import build_encoder
 from megadit.data.text.folders import fingerprint
+from megadit.extensions import DATA_SOURCES
 
 Identity = dict[str, Any]
 
@@ -178,7 +179,7 @@ def config_differences(
     ``classes``, if they are known, tell.
     """
     after = config.data.model_dump(mode="json")
-    if config.data.name == "image-folder":
+    if not DATA_SOURCES.get(config.data.name).may_store:  # tars' images of the model's size were not cut: crop_note
         before = {"crop": _FIRST_CROP, **before}
     elif images.stores_latents:  # of pictures that were cut when the latents were computed
         before = {**before, "crop": after["crop"]}
@@ -199,7 +200,8 @@ def crop_note(before: Mapping[str, Any], config: RunConfig, images: ImageSet) ->
     checkpoint from before ``data.crop``; those of the model's size are not cut, and only reading them would tell.
     """
     crop = config.data.crop
-    if "crop" in before or crop == _FIRST_CROP or config.data.name != "webdataset" or images.stores_latents:
+    whole = "crop" in before or crop == _FIRST_CROP or not DATA_SOURCES.get(config.data.name).may_store
+    if whole or images.stores_latents:
         return None
     if cut_before_crop(config.data) is not None:
         return None  # cut when they were written, as is told

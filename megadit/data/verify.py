@@ -10,8 +10,8 @@ from pathlib import Path
 from megadit.data.crop import check_header, read_rgb
 from megadit.data.dataset import ImageSet, Subset
 from megadit.data.shards.manifest import sha256_of
-from megadit.data.sources.image_folder import FolderSet
-from megadit.data.sources.webdataset import TarSet
+from megadit.data.shards.tar_set import TarSet
+from megadit.data.sources.image_folder.folder_set import FolderSet
 from megadit.errors import UserError
 
 _summed: set[tuple[str, int, int]] = set()  # shards whose checksum this process has found right

@@ -131,7 +131,7 @@ def check_data(
     from megadit.data.conditions import check_text
     from megadit.data.dataset import tell_remarks
     from megadit.data.features import check_features
-    from megadit.data.sources.webdataset import cut_before_crop
+    from megadit.data.shards.tar_set import cut_before_crop
 
     train_set, val_set = (datasets or build_datasets)(merged.config.data, merged.config.model.num_classes)
     tell_remarks(train_set)

@@ -13,6 +13,7 @@ from megadit.config import RunConfig, load, merge_ds_config
 from megadit.config.loading.merge import merge
 from megadit.config.loading.sources import configs_dir, override_layer, read_layers
 from megadit.config.schema.reads import READ_WHERE, Choice, choices_of, settle
+from megadit.config.schema.registered import registered_names
 from megadit.config.schema.section import options, section_of, walk
 from megadit.errors import UserError
 
@@ -121,11 +122,11 @@ def other_value(key: str) -> str:
 
 def sides(choice: Choice) -> tuple[list[str], list[str]]:
     """The values of the choice's key under which a key is read, and those under which it is not."""
-    if choice.holds is not None:
+    if choice.key in ON_AND_OFF:
         on, off = ON_AND_OFF[choice.key]
         return [on], [off]
-    known = [value for kind in (FIELDS[choice.key].annotation,) for value in get_args(kind)]
-    return [str(v) for v in known if v in choice.values], [str(v) for v in known if v not in choice.values]
+    known = registered_names(FIELDS[choice.key]) or get_args(FIELDS[choice.key].annotation)
+    return [str(v) for v in known if choice.reads(v)], [str(v) for v in known if not choice.reads(v)]
 
 
 def making(choice: Choice, value: str) -> tuple[str, list[str]]:

@@ -15,7 +15,7 @@ from megadit.config import DataConfig, RunConfig
 from megadit.data import build_datasets
 from megadit.data.identity import config_differences, crop_note, differences, identify
 from megadit.data.shards.making import Sharding, make_shards
-from megadit.data.sources.webdataset import TarSet
+from megadit.data.shards.tar_set import TarSet
 
 CLASSES = ("ant", "cat", "dog")
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
+from megadit.config import DataConfig
 from megadit.data import image_files
 from megadit.data.crop import check_header, read_image
 from megadit.data.shards.members import read_picture
-from megadit.data.sources.image_folder import load_folder
+from megadit.data.sources.image_folder.folder_set import load_folder
 from megadit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +154,7 @@ def test_every_name_of_a_folder_is_a_format(tmp_path: Path) -> None:
     assert set(image_files.FORMATS.values()) == kinds
     for extension, kind in image_files.FORMATS.items():
         (tmp_path / f"a{extension}").write_bytes(saved(flat("RGB"), kind))
-    images = load_folder(str(tmp_path), 8, labelled=False)
+    images = load_folder(DataConfig(name="image-folder", path=str(tmp_path), image_size=8, condition="none"))
     assert [images.image(i).shape for i in range(len(images))] == [(3, 8, 8)] * len(image_files.FORMATS)
 
 

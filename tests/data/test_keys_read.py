@@ -33,8 +33,8 @@ def test_a_source_reads_the_keys_that_are_declared_and_no_other(tmp_path: Path, 
         (tmp_path / "cats").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "cats" / f"{number}.png")
     path = str(tmp_path) if name == "image-folder" else None
-    noted = Noted(DataConfig(name=name, path=path, image_size=8))  # type: ignore[arg-type]
+    noted = Noted(DataConfig(name=name, path=path, image_size=8))
     build_datasets(cast(DataConfig, noted))
-    declared = {key for key in OF_THE_SOURCE if name in READ_WHERE[f"data.{key}"][0].values}
+    declared = {key for key in OF_THE_SOURCE if READ_WHERE[f"data.{key}"][0].reads(name)}
     assert noted.read & set(OF_THE_SOURCE) == declared
     assert {"classes", "val_fraction", "image_size"} <= noted.read

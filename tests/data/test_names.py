@@ -17,7 +17,7 @@ from megadit.data.identity import differences, identify
 from megadit.data.listing import MISSING
 from megadit.data.shards.layout import INDEX, MANIFEST
 from megadit.data.shards.making import Sharding, make_shards
-from megadit.data.sources.webdataset import load_tars
+from megadit.data.shards.tar_set import load_tars
 from megadit.data.split import held_out
 from megadit.errors import UserError
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from megadit.config import DataConfig
 from megadit.data.batch import Batch
 from megadit.data.dataset import ArraySet
 from megadit.data.order import BatchLayout
-from megadit.data.sources.image_folder import FolderSet, load_folder
+from megadit.data.sources.image_folder.folder_set import FolderSet, load_folder
 from megadit.data.stream import BatchStream
 from megadit.errors import UserError
 
@@ -44,7 +45,7 @@ def folder(tmp_path: Path) -> FolderSet:
         path = tmp_path / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(path)
-    return load_folder(str(tmp_path), 4, labelled=True)
+    return load_folder(DataConfig(name="image-folder", path=str(tmp_path), image_size=4))
 
 
 def test_a_stream_walks_through_steps_and_micro_batches() -> None:

@@ -23,11 +23,12 @@ from PIL import Image
 from safetensors.torch import save
 
 from megadit.checkpoint.names import check_named, run_config
+from megadit.config import DataConfig
 from megadit.config.deepspeed.file import read_ds_config
 from megadit.config.loading.sources import read_yaml
 from megadit.convert.safe_load import load_file as load_torch
 from megadit.data.sources import digits as digits_set
-from megadit.data.sources.idx import read_idx
+from megadit.data.sources.fashion_mnist import read_idx
 from megadit.data.text.condition_files import load_conditions
 from megadit.diffusion.classes import read_classes
 from megadit.diffusion.prompt_files import read_prompts
@@ -278,9 +279,9 @@ def test_a_file_that_is_something_else_is_named(reader: str, data: bytes, told: 
 
 def test_packages_whose_files_are_damaged_are_to_be_installed_again(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "digits.csv.gz").write_bytes(LFS)
-    monkeypatch.setattr(digits_set, "digits_table", lambda: tmp_path / "digits.csv.gz")
+    monkeypatch.setattr(digits_set, "find_table", lambda: tmp_path / "digits.csv.gz")
     with pytest.raises(UserError, match="data.name: digits: .*it is a git-LFS pointer; .*install scikit-learn again"):
-        digits_set.load(None)
+        digits_set.load(DataConfig(name="digits"))
 
 
 @pytest.mark.parametrize(

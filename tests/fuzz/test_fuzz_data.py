@@ -20,9 +20,9 @@ from helpers.fuzz import efforts, hunt, json_bytes, mutated, odd_json, odd_value
 from megadit.config import DataConfig
 from megadit.data.dataset import ImageSet
 from megadit.data.shards.making import Sharding, make_shards
+from megadit.data.shards.tar_set import load_tars
 from megadit.data.sources.fashion_mnist import load as load_fashion
-from megadit.data.sources.image_folder import load_folder
-from megadit.data.sources.webdataset import load_tars
+from megadit.data.sources.image_folder.folder_set import load_folder
 from megadit.errors import UserError
 
 
@@ -185,6 +185,10 @@ LINES = [
 ]
 
 
+def images_of(path: str, *, labelled: bool) -> DataConfig:
+    return DataConfig(name="image-folder", path=path, image_size=4, condition="class" if labelled else "none")
+
+
 @efforts
 def test_metadata_lines(effort: str, tmp_path: Path) -> None:
     """metadata.jsonl of an image folder."""
@@ -200,7 +204,7 @@ def test_metadata_lines(effort: str, tmp_path: Path) -> None:
     def read(drawn: tuple[bytes, bool]) -> None:
         data, labelled = drawn
         (tmp_path / "metadata.jsonl").write_bytes(data)
-        look_at(load_folder(str(tmp_path), 4, labelled=labelled))
+        look_at(load_folder(images_of(str(tmp_path), labelled=labelled)))
 
     hunt(effort, st.tuples(st.one_of(odd, mutated([whole, numbered])), st.booleans()), read, quick=27)
 
@@ -223,7 +227,7 @@ def test_names_of_files(effort: str, tmp_path: Path) -> None:
             os.makedirs(place, exist_ok=True)
             with open(os.path.join(place, name + b".png"), "wb") as file:
                 file.write(png())
-        images = load_folder(str(root), 4, labelled=labelled)
+        images = load_folder(images_of(str(root), labelled=labelled))
         look_at(images)
 
     hunt(effort, drawn, read, quick=13)
@@ -247,7 +251,7 @@ def test_idx_files(effort: str, packed: bool, tmp_path: Path) -> None:
         damaged, data = drawn
         for name, sound in files.items():
             (tmp_path / name).write_bytes(data if name == damaged else sound)
-        look_at(load_fashion(str(tmp_path), None))
+        look_at(load_fashion(DataConfig(name="fashion-mnist", path=str(tmp_path))))
 
     hunt(
         effort,
@@ -266,4 +270,4 @@ def test_the_sound_files_of_these_tests_are_read(made: Path, tmp_path: Path) -> 
         look_at(load_tars(DataConfig.model_validate(config)))
     assert len(load_tars(DataConfig.model_validate({"name": "webdataset", "path": str(made)}))) == 1797
     with pytest.raises(UserError, match="data.path"):
-        load_folder(str(tmp_path / "nothing"), 4, labelled=False)
+        load_folder(images_of(str(tmp_path / "nothing"), labelled=False))

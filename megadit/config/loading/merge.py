@@ -10,9 +10,7 @@ from megadit.config.presets import PRESET_KEYS, preset_values
 from megadit.config.schema.section import Section, all_keys, options, section_of, unknown_key
 from megadit.config.schema.values import coerce, meaning, too_large
 from megadit.errors import UserError, few_lines
-
-# Sets whose classes have names of their own; those of folders and tars are the user's.
-BUILT_IN = ("emoji", "digits", "fashion-mnist")
+from megadit.extensions import DATA_SOURCES
 
 # Two ways to say one thing: a later layer that uses one drops what an earlier layer said by the other.
 ALTERNATIVES = (("model.heads", "model.head_dim"), ("train.steps", "train.epochs"))
@@ -45,8 +43,9 @@ class Merged:
         for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
             if new.get(one) is not None and other not in new:
                 self._drop(other)
-        before = self.values.get("data.name")
-        if before in BUILT_IN and new.get("data.name", before) != before and "data.classes" not in new:
+        before = self.values.get("data.name", "")
+        own_classes = before in DATA_SOURCES and DATA_SOURCES.get(before).own_classes
+        if own_classes and new.get("data.name", before) != before and "data.classes" not in new:
             self._drop("data.classes")  # its names mean nothing in another set
         for key, value in new.items():
             self._set(key, value, layer.source)

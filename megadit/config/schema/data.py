@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from megadit.config.schema.registered import Registered
 from megadit.config.schema.section import Section
 from megadit.config.schema.values import shown
+from megadit.extensions import DATA_SOURCES
 
 Crop = Literal["adm", "center"]
 OnCorrupt = Literal["stop"]
@@ -55,9 +57,7 @@ class FeatureSource(Section):
 class DataConfig(Section):
     """Where images come from and what conditions them."""
 
-    name: Literal["emoji", "digits", "fashion-mnist", "image-folder", "webdataset"] = Field(
-        "emoji", description="the data set"
-    )
+    name: Annotated[str, Registered(DATA_SOURCES)] = Field("emoji", description="the data set")
     path: str | None = Field(
         None,
         description="folder of fashion-mnist or image-folder data; webdataset: folder of tars, or shards like "

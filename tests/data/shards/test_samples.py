@@ -15,7 +15,7 @@ from megadit.data.shards.handles import ShardFile
 from megadit.data.shards.index import load_index, save_index, scan
 from megadit.data.shards.layout import KNOWN
 from megadit.data.shards.survey import Survey
-from megadit.data.sources.webdataset import TarSet, load_tars
+from megadit.data.shards.tar_set import TarSet, load_tars
 from megadit.errors import UserError
 
 

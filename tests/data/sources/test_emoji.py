@@ -22,12 +22,12 @@ from megadit.errors import UserError
 
 @pytest.fixture(scope="module")
 def emoji() -> ArraySet:
-    return module.load(None, skin_tones=False)
+    return module.load(DataConfig(name="emoji"))
 
 
 @pytest.fixture(scope="module")
 def toned() -> ArraySet:
-    return module.load(8, skin_tones=True)
+    return module.load(DataConfig(name="emoji", image_size=8, skin_tones=True))
 
 
 def test_counts_classes_and_captions(emoji: ArraySet) -> None:

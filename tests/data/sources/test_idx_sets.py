@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 
 from megadit.config import DataConfig
-from megadit.data import build_datasets, describe, places
+from megadit.data import build_datasets, describe
 from megadit.data.sources import fashion_mnist as fashion_set
 from megadit.data.sources.digits import load as load_digits
-from megadit.data.sources.idx import read_idx
+from megadit.data.sources.fashion_mnist import read_idx
 from megadit.errors import UserError
 
 
 def test_digits_are_those_of_scikit_learn() -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     bunch = datasets.load_digits()
-    digits = load_digits(None)
+    digits = load_digits(DataConfig(name="digits"))
     assert describe(digits).size == 1797 and digits.classes == tuple("0123456789")
     assert digits.labels.tolist() == bunch.target.tolist()
     np.testing.assert_array_equal(digits.images[:, 0].numpy(), np.rint(bunch.images * 255 / 16).astype(np.uint8))
@@ -47,7 +47,7 @@ def test_digits_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_size_is_resized_with_pillow() -> None:
-    small, large = load_digits(None), load_digits(16)
+    small, large = load_digits(DataConfig(name="digits")), load_digits(DataConfig(name="digits", image_size=16))
     expected = Image.fromarray(small.images[5, 0].numpy()).resize((16, 16), Image.Resampling.BICUBIC)
     assert large.image_size == 16 and large.image(5).shape == (1, 16, 16)
     np.testing.assert_array_equal(large.image(5)[0].numpy(), np.asarray(expected))
@@ -102,29 +102,29 @@ def test_an_idx_file_with_a_dot_in_its_name_is_found(tmp_path: Path) -> None:
     images, labels = np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8)
     (tmp_path / "train-images.idx3-ubyte").write_bytes(idx_bytes(images))
     (tmp_path / "train-labels.idx1-ubyte").write_bytes(idx_bytes(labels))
-    assert len(fashion_set.load(str(tmp_path), None)) == 3
+    assert len(fashion_set.load(DataConfig(name="fashion-mnist", path=str(tmp_path)))) == 3
 
 
 def test_missing_folder_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"data\.path: .*nowhere is not a folder; .*apt install dataset-fashion-mnist"):
-        fashion_set.load(str(tmp_path / "nowhere"), None)
-    monkeypatch.setattr(places, "FASHION_FOLDER", tmp_path / "nowhere")
+        fashion_set.load(DataConfig(name="fashion-mnist", path=str(tmp_path / "nowhere")))
+    monkeypatch.setattr(fashion_set, "FOLDER", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"data\.path: not given; .*train-images-idx3-ubyte\.gz"):
-        fashion_set.load(None, None)
+        fashion_set.load(DataConfig(name="fashion-mnist"))
     with pytest.raises(UserError, match=r"has no train-images-idx3-ubyte or train-images-idx3-ubyte\.gz"):
-        fashion_set.load(str(tmp_path), None)
+        fashion_set.load(DataConfig(name="fashion-mnist", path=str(tmp_path)))
 
 
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     write_set(tmp_path, np.zeros((3, 4, 4), np.uint8), np.zeros(2, np.uint8))
     with pytest.raises(UserError, match=r"has 3 images but .* has 2 labels"):
-        fashion_set.load(str(tmp_path), None)
+        fashion_set.load(DataConfig(name="fashion-mnist", path=str(tmp_path)))
     write_set(tmp_path, np.zeros((2, 4, 4), np.uint8), np.array([1, 10], np.uint8))
     with pytest.raises(UserError, match=r"has label 10; labels must lie in 0\.\.\.9"):
-        fashion_set.load(str(tmp_path), None)
+        fashion_set.load(DataConfig(name="fashion-mnist", path=str(tmp_path)))
     write_set(tmp_path, np.zeros((2, 4, 5), np.uint8), np.zeros(2, np.uint8))
     with pytest.raises(UserError, match="must be square"):
-        fashion_set.load(str(tmp_path), None)
+        fashion_set.load(DataConfig(name="fashion-mnist", path=str(tmp_path)))
 
 
 def idx_header(*shape: int) -> bytes:

@@ -10,7 +10,7 @@ from helpers.folders import config, metadata, picture
 from megadit.config import DataConfig
 from megadit.data import build_datasets, check_images, describe
 from megadit.data.dataset import Subset
-from megadit.data.sources.image_folder import FolderSet, load_folder
+from megadit.data.sources.image_folder.folder_set import FolderSet, load_folder
 from megadit.data.split import held_out
 from megadit.errors import UserError
 
@@ -27,7 +27,7 @@ def test_one_sub_folder_per_class(tmp_path: Path) -> None:
     assert [train.label(i) for i in range(3)] == [0, 1, 1]
     assert [train.caption(i) for i in range(3)] == ["dog", "tabby cat", "tabby cat"]
     assert train.image(1).shape == (3, 4, 4) and int(train.image(1)[0, 0, 0]) == 20
-    assert describe(train).image_size == 4 and load_folder(str(tmp_path), None, labelled=True).image_size == 256
+    assert describe(train).image_size == 4 and load_folder(config(tmp_path, image_size=None)).image_size == 256
 
 
 def test_without_classes_every_image_below_the_folder_counts(tmp_path: Path) -> None:

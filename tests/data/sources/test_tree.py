@@ -10,8 +10,8 @@ import pytest
 from helpers.folders import config, picture
 from megadit.data import build_datasets
 from megadit.data.dataset import Subset
-from megadit.data.sources.image_folder import FolderSet
-from megadit.data.sources.tree import Findings, images_below
+from megadit.data.sources.image_folder.folder_set import FolderSet
+from megadit.data.sources.image_folder.tree import Findings, images_below
 from megadit.errors import UserError
 
 

@@ -25,7 +25,7 @@ from megadit.data.shards.handles import ShardFile
 from megadit.data.shards.index import build_index, scan
 from megadit.data.shards.layout import expand, split_member
 from megadit.data.shards.making import Sharding, make_shards
-from megadit.data.sources.webdataset import TarSet, load_tars
+from megadit.data.shards.tar_set import TarSet, load_tars
 from megadit.errors import UserError
 
 DIGITS = DataConfig(name="digits")

@@ -10,14 +10,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from torch import Tensor
 
-from megadit.config.schema.data import Crop
+from megadit.config.schema.data import Crop, DataConfig
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.data.listing import Listing, sizes_of
-from megadit.data.places import image_root
-from megadit.data.sources.metadata import METADATA, check_listed, read_metadata
-from megadit.data.sources.side_files import read_side_files
-from megadit.data.sources.tree import EXTENSIONS, Findings, entries, images_below, same_folders
+from megadit.data.sources.image_folder import image_root
+from megadit.data.sources.image_folder.metadata import METADATA, check_listed, read_metadata
+from megadit.data.sources.image_folder.side_files import read_side_files
+from megadit.data.sources.image_folder.tree import EXTENSIONS, Findings, entries, images_below, same_folders
 from megadit.errors import UserError
 from megadit.files.text import name_bytes, whole_text
 
@@ -85,31 +85,24 @@ class FolderSet:
         return Listing("image", names, sizes, np.array(self.labels, dtype=np.int64), self.captions)
 
 
-def load_folder(
-    path: str | None,
-    image_size: int | None,
-    *,
-    labelled: bool,
-    captioned: bool = False,
-    crop: Crop = "adm",
-    num_classes: int | None = None,
-) -> FolderSet:
-    """List the images under ``path``. Of its files ``metadata.jsonl`` is opened, which decides alone if it is there,
-    and files of captions.
+def load_folder(config: DataConfig, num_classes: int | None = None) -> FolderSet:
+    """List the images under ``data.path``. Of its files ``metadata.jsonl`` is opened, which decides alone if it is
+    there, and files of captions.
 
-    ``labelled``: whether classes are wanted; ``captioned``: whether captions are. Without both all images below
-    ``path`` are taken. ``num_classes``: the model's, where it is known and all classes are meant.
+    ``data.condition`` says whether classes or captions are wanted; without both all images below the folder are taken.
+    ``num_classes``: the model's, where it is known and all classes are meant.
 
     Raises ``UserError`` for a missing folder, no images, folders that cannot be read, links that lead nowhere, or a
     metadata line that cannot be used.
     """
-    root = image_root(path)
-    size = image_size or DEFAULT_SIZE
+    root = image_root(config)
+    size = config.image_size or DEFAULT_SIZE
+    labelled, captioned = config.condition == "class", config.condition == "text"
     if os.path.lexists(root / METADATA):
         found = _from_metadata(root, size, labelled, captioned, num_classes)
     else:
         found = _from_classes(root, size) if labelled else _from_files(root, size, captioned)
-    return replace(found, crop=crop)
+    return replace(found, crop=config.crop)
 
 
 def _from_classes(root: Path, size: int) -> FolderSet:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megadit.data.sources.tree import CAPTIONS
+from megadit.data.sources.image_folder.tree import CAPTIONS
 from megadit.errors import UserError, why_unreadable
 from megadit.files.file_kind import text_instead
 from megadit.files.text import decode, whole_text, why_no_text
