@@ -21,7 +21,7 @@ ANCHORED = [
     ('return spec.fan_in_mult if mode == "independent"',),
     ("lr_mult=hps.lr / ratio if",),
     ("std = rule.std(",),
-    ("self.output_mult) / ratio",),
+    ("forward_mult = (self.output_mult",),
 ]
 
 
@@ -57,16 +57,15 @@ RULES = [
     ("output, at random", "_BESIDE_BIAS = "),
     ("1/m", 'if role == "output" and matrix'),
     ("finite", "def _role_of"),
-    ("`original`", "_ORIGINALS: "),
-    ("`fan_in`", "_FAN_IN_SCHEME: "),
-    ("`authors`", "_AUTHORS: "),
+    ("`original`", "ORIGINAL: "),
+    ("`fan_in`", "FAN_IN_SCHEME: "),
+    ("`authors`", "AUTHORS: "),
 ]
 
 
 def test_line_anchors_of_the_mup_table_point_at_their_rules():
-    code = (ROOT / "megadit/mup/rules.py").read_text().splitlines()
-    anchors = re.findall(r"\[([^]]+)\]\(\.\./megadit/mup/rules\.py#L(\d+)\)", (ROOT / "docs/mup.md").read_text())
-    shown = [(words, code[int(line) - 1].strip()) for words, line in anchors]
+    anchors = re.findall(r"\[([^]]+)\]\(\.\./(megadit/[^)]+)#L(\d+)\)", (ROOT / "docs/mup.md").read_text())
+    shown = [(words, (ROOT / file).read_text().splitlines()[int(line) - 1].strip()) for words, file, line in anchors]
     assert [words for words, _ in shown] == [words for words, _ in RULES]
     for (words, line), (_, expected) in zip(shown, RULES, strict=True):
         assert line.startswith(expected), f"{words} leads to {line}"
@@ -77,7 +76,7 @@ _NOT_OURS = {"cifar10_uvit.py", "imagenet256_uvit.py", "fid.py"}
 _OPTIONS_OF_OTHERS = {"--no-build-isolation", "--nproc_per_node", "--num_gpus", "--ntasks", "--shm-size", "--logdir"}
 _OPTIONS_OF_OTHERS |= {"--signal", "--help"}
 _OPTIONS_OF_OTHERS |= {"--sort", "--concatenate", "--file", "--dereference", "--hard-dereference"}  # of tar
-_NOT_KEYS = {"model.preset", "model.safetensors", "model.diffusion_model"}  # files and names of others
+_NOT_KEYS = {"model.preset", "model.py", "model.safetensors", "model.diffusion_model"}  # files and names of others
 PROGRAMS = ("launch", "tools", "benchmarks", "megadit")
 
 

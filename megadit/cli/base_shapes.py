@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.config import load_config
 
     config = load_config(args.config, args.overrides).model  # refused before torch is imported
-    from megadit.models import build_model
-    from megadit.mup import Parametrization, param_specs, save_base_shapes
+    from megadit.models.build import build_model, parametrization
+    from megadit.mup import param_specs, save_base_shapes
     from megadit.mup.interop import is_base_shapes
 
     model = build_model(config, device="meta")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_base_shapes(model, args.out)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another path") from error
-    count, base = len(param_specs(model)), Parametrization(config).base_width
+    count, base = len(param_specs(model)), parametrization(config).base_width
     result_is_saved(as_json=args.json)
     if args.json:
         print(json.dumps({"path": str(args.out), "base_width": base, "parameters": count}))

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from megadit.config.loading.messages import explain
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
+from megadit.extensions import FAMILIES
 from megadit.files.json_fields import Fields
 from megadit.models.conversion.transformer_class import CLASSES, WHERE, class_config
 
@@ -139,10 +140,8 @@ def _module(family: str) -> Any:
 
 
 def _function(family: str, name: str, what: str) -> Callable[..., Any]:
-    from megadit.models.registry import FAMILIES
-
     if family not in FAMILIES:
-        raise UserError(f"family: {family!r} is not known; known are {', '.join(FAMILIES)}")
+        raise UserError(f"family: {family!r} is not known; known are {', '.join(FAMILIES.names())}")
     function: Callable[..., Any] | None = getattr(_module(family), name, None)
     if function is None:
         raise UserError(f"model.family: {family} has no {what}; use --to safetensors")

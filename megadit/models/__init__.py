@@ -1,7 +1,33 @@
-"""The model families, written once as stages over one carrier; plain single-device torch in reading."""
+"""The model families, written once as stages over one carrier; plain single-device torch in reading.
 
-from megadit.conditioning import Conditioning
-from megadit.models.registry import build_model, count_parameters
-from megadit.models.stages import Carrier, Stage, StagedModel
+A family is one folder: ``family`` (what others know of it), ``model``, ``presets``, ``init``, ``convert``. Importing
+this package loads no torch.
+"""
 
-__all__ = ["Carrier", "Conditioning", "Stage", "StagedModel", "build_model", "count_parameters"]
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from megadit.lazy import exports
+
+if TYPE_CHECKING:
+    from megadit.conditioning import Conditioning
+    from megadit.models.build import build_model, count_parameters
+    from megadit.models.stages import Carrier, Stage, StagedModel
+
+__all__ = ["FAMILIES", "Carrier", "Conditioning", "Stage", "StagedModel", "build_model", "count_parameters"]
+
+# What each knows of itself, by ``model.family``.
+FAMILIES: Mapping[str, str] = {
+    "dit": "megadit.models.dit.family:FAMILY",
+    "pixart": "megadit.models.pixart.family:FAMILY",
+    "uvit": "megadit.models.uvit.family:FAMILY",
+    "mmdit": "megadit.models.mmdit.family:FAMILY",
+}
+
+__getattr__ = exports(
+    __name__,
+    {
+        **dict.fromkeys(("build_model", "count_parameters"), "build"),
+        **dict.fromkeys(("Carrier", "Conditioning", "Stage", "StagedModel"), "stages"),
+    },
+)

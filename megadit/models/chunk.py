@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit.config.schema.model import ModelConfig
-from megadit.models.registry import build_model
+from megadit.models.build import build_model
 from megadit.models.stages import Carrier, StagedModel
 from megadit.mup.init import init_parameters
 from megadit.parallel.recompute import run_block

@@ -42,8 +42,6 @@ Purpose = Literal[
     "modulation_table",
     "adaln",
     "readout",
-    "repa",
-    "repa_bias",
     "zero",
     "one",
 ]
@@ -79,58 +77,12 @@ class InitRule:
         return self.value if self.kind == "normal" else 0.0
 
 
+XAVIER = InitRule("xavier_uniform", 1.0)
+SMALL = InitRule("normal", 0.02)
 _ZERO = InitRule("constant", 0.0)
 _FAN_IN = InitRule("fan_in", 1.0)
-_XAVIER = InitRule("xavier_uniform", 1.0)
-_SMALL = InitRule("normal", 0.02)
-# REPA's cosine divides by the size of what is projected, so that its pull on the block grows wherever that shrinks with
-# width, as products of a random readout do (m^-1/2). Beside a bias of std .58 products of a tenth leave it in place.
-_BESIDE_BIAS = InitRule("fan_in", 0.1)
-
-_ORIGINALS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
-    {
-        # Official DiT, initialize_weights (arXiv 2212.09748): xavier_uniform on linears and on the flattened patch
-        # embedding, N(0, .02) on the label table and the timestep MLP. MMDiT here starts as DiT does.
-        "dit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
-        "mmdit": {"linear": _XAVIER, "patch": _XAVIER, "timestep": _SMALL, "text": _SMALL, "table": _SMALL},
-        # Official PixArt.py: as DiT; N(0, .02) on t_block and the caption MLP too, tables N(0, 1/n). The patch
-        # embedding's bias, which it leaves to torch, is zero as in DiT and in arXiv 2505.15270's baseline.
-        "pixart": {
-            "linear": _XAVIER,
-            "patch": _XAVIER,
-            "timestep": _SMALL,
-            "text": _SMALL,
-            "table": _SMALL,
-            "adaln": _SMALL,
-            "modulation_table": InitRule("inverse_sqrt_fan_out"),
-        },
-        # Official uvit.py: N(0, .02) on all linears and positions; torch's own start of convolutions and label table.
-        "uvit": {
-            "linear": _SMALL,
-            "patch": InitRule("kaiming_uniform"),
-            "patch_bias": InitRule("kaiming_uniform"),
-            "timestep": _SMALL,
-            "text": _SMALL,
-            "table": InitRule("normal", 1.0),
-            "readout": _SMALL,
-        },
-    }
-)
-# The paper's PixArt-muP: mup.init's xavier_uniform_ and normal_(std=.02), anchored at the base width. Its
-# xavier_uniform_ takes the patch embedding as it is, 4-D, not flattened; the scale-shift tables are .02 too.
-_AUTHORS: Mapping[str, Mapping[str, InitRule]] = MappingProxyType(
-    {
-        "pixart": {
-            "linear": _XAVIER,
-            "patch": InitRule("xavier_uniform", per_tap=True),
-            "timestep": _SMALL,
-            "text": _SMALL,
-            "adaln": _SMALL,
-        }
-    }
-)
 # The paper's DiT-muP: 1/sqrt(fan_in) throughout, labels N(0, 1).
-_FAN_IN_SCHEME: Mapping[str, InitRule] = MappingProxyType(
+FAN_IN_SCHEME: Mapping[str, InitRule] = MappingProxyType(
     {"linear": _FAN_IN, "patch": _FAN_IN, "timestep": _FAN_IN, "text": _FAN_IN, "table": InitRule("normal", 1.0)}
 )
 
@@ -168,25 +120,22 @@ def clip_mult(spec: ParamSpec) -> float:
 class Parametrization:
     """The resolved rules of one model: what a layer asks for its dims and specs while it is built."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, scheme: Mapping[str, InitRule]) -> None:
+        """``scheme``: initial values by purpose; those of the purposes that it leaves out are the same in all."""
         self.mup = config.parametrization == "mup"
         self.width = config.width
         # Under SP a model is its own base, so that every ratio is 1.
         self.base_width = config.base_width if self.mup and config.base_width else config.width
         self.output_mult = config.output_mult
         self.role_hps = config.role_hps
-        starts = {"original": _ORIGINALS, "authors": _AUTHORS}.get(config.init_scheme, {})
-        scheme = starts.get(config.family, _FAN_IN_SCHEME)
         self._init: Mapping[str, InitRule] = MappingProxyType(
             {
-                "tokens": _SMALL,
+                "tokens": SMALL,
                 "patch_bias": _ZERO,
-                "modulation_table": _SMALL,
+                "modulation_table": SMALL,
                 "readout": _ZERO,
                 "adaln": _ZERO if config.adaln_zero else _FAN_IN,
                 **{key: rule for key, rule in scheme.items() if key != "adaln" or config.adaln_init == "auto"},
-                "repa": _BESIDE_BIAS,
-                "repa_bias": InitRule("kaiming_uniform"),
                 "zero": _ZERO,
                 "one": InitRule("constant", 1.0),
             }
@@ -199,7 +148,7 @@ class Parametrization:
     def spec(
         self,
         dims: Sequence[Dim],
-        purpose: Purpose,
+        purpose: Purpose | InitRule,
         *,
         role: Role | None = None,
         table: bool = False,
@@ -209,14 +158,14 @@ class Parametrization:
 
         A vector has one dim; a matrix is (out, in, *window) with fan_in = in x window; a ``table`` is
         (..., entries, channels), whose rows are looked up or added: an input layer of one-hot fan-in, never decayed
-        by default. ``role`` overrides the one that the dims imply. ``drawn_fan_in``: of a bias, the finite fan-in
-        of its weight, by which torch draws it.
+        by default. ``purpose`` chooses the initial values by the scheme, or says them. ``role`` overrides the one that
+        the dims imply. ``drawn_fan_in``: of a bias, the finite fan-in of its weight, by which torch draws it.
         """
         dims = tuple(dims)
         role = role or _role_of(dims, table)
         fan_in, fan_out = _fans(dims, table, base=False)
         base_fan_in, base_fan_out = _fans(dims, table, base=True)
-        rule = self._init[purpose]
+        rule = purpose if isinstance(purpose, InitRule) else self._init[purpose]
         hps = getattr(self.role_hps, role)
         taps = math.prod(dim.size for dim in dims[2:]) if rule.per_tap else 1
         std = rule.std(drawn_fan_in or base_fan_in, base_fan_out * taps)
@@ -226,7 +175,7 @@ class Parametrization:
         matrix = len(dims) > 1 and not table
         forward_mult = hps.mult if len(dims) > 1 else 1.0
         if role == "output" and matrix:
-            forward_mult = (hps.mult if purpose == "repa" else self.output_mult) / ratio
+            forward_mult = (self.output_mult if purpose == "readout" else hps.mult) / ratio
         decay = matrix
         return ParamSpec(
             role=role,

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megadit.slices import Boxes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Role = Literal["input", "hidden", "vector", "output", "finite"]
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -55,7 +55,7 @@ def test_every_value(name: str):
     mup = parametrization == "mup"
     assert load_config(configs_dir() / "dit" / f"{name}.yaml").model_dump() == COMMON | {
         "model": {
-            "family": "dit", "width": width, "depth": 28, "heads": None if mup else heads,
+            "family": "dit", "options": {}, "width": width, "depth": 28, "heads": None if mup else heads,
             "head_dim": 72 if mup else None, "patch_size": 2, "in_channels": 4, "input_size": 32, "learn_sigma": True,
             "mlp": "gelu_tanh", "mlp_ratio": 4.0, "qk_norm": "none", "num_classes": 1000,
             "qkv_bias": True, "text": None, "repa": None, "pos_scale": 1.0, "pos_embed_max_size": None, "conv": True,

@@ -55,7 +55,7 @@ def test_every_value(name: str):
     assert load(configs_dir() / "mmdit" / f"{name}.yaml").config.model_dump() == COMMON | {
         "parallel": ParallelConfig(**({} if name == "proxy-mup" else LAYOUT_18B)).model_dump(),
         "model": {
-            "family": "mmdit", "width": width, "depth": 16, "heads": None if mup else heads,
+            "family": "mmdit", "options": {}, "width": width, "depth": 16, "heads": None if mup else heads,
             "head_dim": 64 if mup else None, "patch_size": 2, "in_channels": 16, "input_size": 32, "learn_sigma": False,
             "mlp": "swiglu", "mlp_ratio": 4.0, "qk_norm": "rms", "num_classes": 0, "qkv_bias": True,
             "text": {"dim": 4096, "max_length": 120, "pooled_dim": 0, "mask": True},

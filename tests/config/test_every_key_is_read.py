@@ -28,6 +28,7 @@ ALWAYS = {
         "model.input_size model.learn_sigma model.mlp model.mlp_ratio model.qk_norm model.attention_precision "
         "model.norm_precision model.qkv_bias model.num_classes"
     ),
+    "the model of a plugin's family; every other refuses them": "model.options",
     "the model, where the section is given; a family without text or a weight of 0 refuses the section": (
         "model.text.dim model.text.max_length model.text.pooled_dim model.text.mask model.repa.block "
         "model.repa.feature_dim model.repa.hidden model.repa.norm"
@@ -228,6 +229,7 @@ def test_something_outside_of_the_configuration_names_every_key() -> None:
         "ema.decays": "constant_decays",
         "ema.sigma_rels": "power_profiles",
         **{key: "groups" for key in LEAVES if key.startswith("optim.clip.groups.")},
+        "model.options": "model",  # by the models of plugins
     }
     folders = [ROOT / name for name in ("megadit", "launch", "tools")]
     named = {

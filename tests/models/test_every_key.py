@@ -134,5 +134,5 @@ def test_every_key_works_or_is_refused(name: str) -> None:
 
 
 def test_no_key_is_left_out() -> None:
-    assert set(OTHER) | {"family", "role_hps"} == set(ModelConfig.model_fields)
+    assert set(OTHER) | {"family", "options", "role_hps"} == set(ModelConfig.model_fields)
     assert set(TEXTS) == set(TextInput.model_fields) and set(PROJECTOR) == set(RepaProjector.model_fields)

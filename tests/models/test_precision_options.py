@@ -9,9 +9,9 @@ from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart
 from helpers.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.models import build_model
+from megadit.models.build import parametrization
 from megadit.models.layers import ModulatedNorm, SelfAttention, attend
 from megadit.models.layers.norm import MuRMSNorm
-from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 
 FP32 = {"attention_precision": "fp32", "norm_precision": "fp32"}
@@ -37,7 +37,7 @@ def test_norm_is_rounded_once():
 
 
 def test_qk_norm_is_rounded_once():
-    param = Parametrization(tiny_config())
+    param = parametrization(tiny_config())
     plain, once = MuRMSNorm(Dim(24), param), MuRMSNorm(Dim(24), param, precision="fp32")
     x, gain = normals(8, 24).bfloat16(), (1 + 0.1 * normals(24)).bfloat16()
     for norm in (plain, once):
@@ -51,7 +51,7 @@ def test_qk_norm_is_rounded_once():
 def test_attention_is_rounded_once():
     layers = []
     for precision in ("auto", "fp32"):
-        layer = SelfAttention(Dim(48), 2, Parametrization(tiny_config()), precision=precision)
+        layer = SelfAttention(Dim(48), 2, parametrization(tiny_config()), precision=precision)
         randomize(layer, 0.5)
         layers.append(layer.bfloat16())
     q, k, v = (normals(4, 2, 64, 24).bfloat16() for _ in range(3))

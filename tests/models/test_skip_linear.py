@@ -15,9 +15,9 @@ from helpers.ranks import run_ranks
 from helpers.shards import share_of, this_rank
 from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.models import build_model
+from megadit.models.build import parametrization
 from megadit.models.layers import skip_linear as module
 from megadit.models.layers.skip_linear import SkipLinear, lend
-from megadit.mup.rules import Parametrization
 from megadit.mup.spec import walk_slices
 from megadit.parallel.collectives import all_tokens, own_tokens
 from megadit.parallel.recompute import Recompute, run_block
@@ -30,7 +30,7 @@ HOW: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 def layer(layout: TensorLayout | None) -> SkipLinear:
-    param = Parametrization(tiny_mup_uvit(WIDTH))
+    param = parametrization(tiny_mup_uvit(WIDTH))
     with building(layout):
         made = SkipLinear(param.width_dim(), param.width_dim(2), param, tokens=TOKENS)
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from megadit.config.family import Scalar
 from megadit.config.loading.sources import Layer
 from megadit.config.presets import PRESET_KEYS, preset_values
 from megadit.config.schema.section import Section, all_keys, options, section_of, unknown_key
@@ -34,7 +35,7 @@ class Merged:
         if name is not None:
             for key in (*PRESET_KEYS, *(["init"] if self._preset_init else [])):
                 self._drop(f"model.{key}")
-            given = {f"model.{key}": value for key, value in preset_values(name).items()}
+            given = dict(_leaves({"model": preset_values(name)}, self.schema, self.schema, "", layer.source, []))
             self._preset_init = "model.init" in given
             said, new = new, given | _without_overruled(given, new)
         else:
@@ -47,6 +48,9 @@ class Merged:
         own_classes = before in DATA_SOURCES and DATA_SOURCES.get(before).own_classes
         if own_classes and new.get("data.name", before) != before and "data.classes" not in new:
             self._drop("data.classes")  # its names mean nothing in another set
+        family = self.values.get("model.family")
+        if family not in (None, new.get("model.family", family)):
+            self._drop("model.options")  # which mean nothing to another family
         for key, value in new.items():
             self._set(key, value, layer.source)
         self.order |= dict.fromkeys(new, self._layers)
@@ -119,7 +123,10 @@ def _leaves(
             taken = coerce(value, field)
             if too_large(taken):
                 problems.append(f"{key}: {str(value)[:40]} has more than 63 bits; lower it (in {source})")
-            yield key, taken
+            if taken and field.annotation == dict[str, Scalar]:
+                yield from ((f"{key}.{name}", each) for name, each in taken.items())
+            else:
+                yield key, taken
         elif isinstance(value, Mapping) and value:
             yield from _leaves(value, section, root, f"{key}.", source, problems)
         elif value is None and type(None) in options(field.annotation):

@@ -110,6 +110,8 @@ def _type_name(annotation: Any) -> str:
     if annotation == Share:
         return "share"
     names = {int: "integer", float: "number", str: "text", bool: "true / false", type(None): "null"}
+    if origin is dict:
+        return "name: value"
     if origin is tuple:
         kinds = get_args(annotation)
         if get_origin(kinds[0]) is tuple:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
+from megadit.config.family import Layout, families, family_spec
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.section import Section
-
-# Families whose own layers were made to be shared out, and those whose token streams can be cut.
-TENSOR_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
-SEQUENCE_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
-PIPELINE_FAMILIES = ("dit", "pixart", "uvit", "mmdit")
 
 
 class ParallelConfig(Section):
@@ -50,14 +46,11 @@ def layout_problem(parallel: ParallelConfig, model: ModelConfig, *, compiled: bo
 
 
 def _family_problem(parallel: ParallelConfig, model: ModelConfig) -> str | None:
-    family = model.family
-    made_for = {"tensor": TENSOR_FAMILIES, "sequence": SEQUENCE_FAMILIES, "pipeline": PIPELINE_FAMILIES}
-    for key, families in made_for.items():
+    for key in get_args(Layout):
         value = getattr(parallel, key)
-        if value not in (1, False) and family not in families:
-            return (
-                f"parallel.{key}: {value} works for {', '.join(families)}, and model.family is {family}; leave it out"
-            )
+        if value not in (1, False) and key not in family_spec(model.family).layouts:
+            made = ", ".join(spec.name for spec in families() if key in spec.layouts)
+            return f"parallel.{key}: {value} works for {made}, and model.family is {model.family}; leave it out"
     return None
 
 

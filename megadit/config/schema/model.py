@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from megadit.config.family import FamilySpec, Scalar, families, family_spec
+from megadit.config.schema.registered import Registered
 from megadit.config.schema.section import Section
+from megadit.extensions import FAMILIES
 
 LARGEST = 2**20  # far above any model, and far below sizes whose bytes no 64-bit number holds
+
+# Keys of ModelConfig that are read by families whose spec names them, and refused elsewhere.
+OF_SOME_FAMILIES = ("adaln_init", "pos_scale", "pos_embed_max_size", "conv", "mlp_time_embed")
 
 Role = Literal["input", "hidden", "vector", "output", "finite"]
 
@@ -57,7 +65,7 @@ class RepaProjector(Section):
 class ModelConfig(Section):
     """One architecture at one size. Lengths are in tokens or latent pixels; ``width`` is n of the paper."""
 
-    family: Literal["dit", "pixart", "uvit", "mmdit"] = Field("dit", description="which architecture")
+    family: Annotated[str, Registered(FAMILIES)] = Field("dit", description="which architecture")
     width: int = Field(384, ge=1, le=LARGEST, description="hidden size n")
     depth: int = Field(12, ge=1, le=LARGEST, description="number of Transformer blocks")
     heads: int | None = Field(None, ge=1, le=LARGEST, description="attention heads; or give head_dim")
@@ -89,6 +97,7 @@ class ModelConfig(Section):
     )
     conv: bool = Field(True, description="uvit: a 3x3 convolution at the end")
     mlp_time_embed: bool = Field(False, description="uvit: an MLP on the timestep's features")
+    options: dict[str, Scalar] = Field({}, description="name: value pairs that a plugin's family declares")
 
     parametrization: Literal["sp", "mup"] = Field("sp", description="standard, or maximal update")
     base_width: int | None = Field(None, ge=1, le=LARGEST, description="n_base of muP; width / base_width is m")
@@ -123,8 +132,8 @@ class ModelConfig(Section):
 
     @property
     def blocks(self) -> int:
-        """Number of Transformer blocks: depth, and for uvit the one in the middle."""
-        return self.depth + 1 if self.family == "uvit" else self.depth
+        """Number of Transformer blocks: for most families the depth."""
+        return family_spec(self.family).blocks(self)
 
     @property
     def init_scheme(self) -> str:
@@ -144,6 +153,25 @@ class ModelConfig(Section):
     def width_mult(self) -> float:
         """m = width / base_width under muP, 1 under SP."""
         return self.width / self.base_width if self.parametrization == "mup" and self.base_width else 1.0
+
+    @field_validator("options")
+    @classmethod
+    def _declared(cls, given: dict[str, Scalar], info: ValidationInfo) -> dict[str, Scalar]:
+        """All options of the family. Raises ValueError for one that it does not declare, or of another type."""
+        if "family" not in info.data:  # which is refused already
+            return given
+        declared = family_spec(info.data["family"]).options
+        values = dict(declared)
+        for name, value in given.items():
+            if name not in declared:
+                near = difflib.get_close_matches(name, declared, n=1, cutoff=0.0)
+                remedy = f"did you mean {near[0]}?" if near else "it has none, leave it out"
+                raise ValueError(f"{name}: {value!r} is no option of family {info.data['family']}; {remedy}")
+            kind = type(declared[name])
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ValueError(f"{name}: {value!r} is not of the type of its default, {declared[name]!r}; change it")
+            values[name] = kind(value)
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -168,61 +196,60 @@ class ModelConfig(Section):
             raise ValueError(
                 f"patch_size: {self.patch_size} does not divide input_size {self.input_size}; choose one that does"
             )
-        self._check_family()
+        spec = family_spec(self.family)
+        self._check_family(spec)
         if self.parametrization == "mup" and self.base_width is None:
             raise ValueError("base_width: muP needs the proxy's base width; set it, e.g. to 288 as the paper does")
         if self.role_hps.output.mult != 1.0:
             raise ValueError("role_hps.output.mult: the readout multiplier is set by output_mult; leave this at 1")
-        self._check_roles()
+        self._check_roles(spec)
         return self
 
-    def _check_family(self) -> None:
+    def _check_family(self, spec: FamilySpec) -> None:
         """Raise ValueError for a condition or an option that the family does not have."""
-        if self.family == "dit" and self.text is not None:
-            raise ValueError("text: belongs to families pixart, uvit and mmdit; set text to null, or another family")
-        if self.family in ("pixart", "mmdit"):
-            if self.text is None:
-                raise ValueError(f"text: is missing, and {self.family} is conditioned on text; give text.dim")
-            if self.num_classes:
-                raise ValueError(
-                    f"num_classes: {self.num_classes}, but {self.family} is conditioned on text; set num_classes to 0"
-                )
-        if self.text is not None and self.text.pooled_dim and self.family != "mmdit":
-            raise ValueError(f"text.pooled_dim: {self.text.pooled_dim} belongs to family mmdit; set it to 0")
-        if self.family == "uvit":
-            if self.text is not None and self.num_classes:
-                raise ValueError(
-                    f"num_classes: {self.num_classes} beside text; uvit takes one of the two: set num_classes to 0, or "
-                    "text to null"
-                )
-            if self.depth % 2:
-                raise ValueError(
-                    f"depth: {self.depth} is odd; uvit has half of its blocks on each side of the middle one"
-                )
+        if spec.condition == "classes" and self.text is not None:
+            theirs = _named(other for other in families() if other.condition != "classes")
+            raise ValueError(f"text: belongs to {theirs}; set text to null, or another family")
+        if spec.condition == "text" and self.text is None:
+            raise ValueError(f"text: is missing, and {self.family} is conditioned on text; give text.dim")
+        if spec.condition == "text" and self.num_classes:
+            raise ValueError(
+                f"num_classes: {self.num_classes}, but {self.family} is conditioned on text; set num_classes to 0"
+            )
+        if self.text is not None and self.text.pooled_dim and not spec.pooled_text:
+            theirs = _named(other for other in families() if other.pooled_text)
+            raise ValueError(f"text.pooled_dim: {self.text.pooled_dim} belongs to {theirs}; set it to 0")
+        if self.text is not None and self.num_classes:
+            raise ValueError(
+                f"num_classes: {self.num_classes} beside text; {self.family} takes one of the two: set num_classes to "
+                "0, or text to null"
+            )
+        spec.check(self)
         if self.repa is not None and self.repa.block > self.blocks:
             raise ValueError(f"repa.block: {self.repa.block} is not one of the model's {self.blocks} blocks; lower it")
-        if self.init == "authors" and self.family != "pixart":
-            theirs = "fan_in is what the paper's DiT-muP starts with" if self.family == "dit" else "choose another"
-            raise ValueError(f"init: authors is the start of the paper's PixArt-muP, not of {self.family}; {theirs}")
-        if self.family == "uvit" and self.adaln_init != "auto":
-            raise ValueError(f"adaln_init: {self.adaln_init}, but uvit has no adaLN; leave it out")
-        for key, family in _OF_ONE_FAMILY.items():
-            default = type(self).model_fields[key].default
-            if self.family != family and getattr(self, key) != default:
-                raise ValueError(f"{key}: {getattr(self, key)} belongs to family {family}; leave it out")
+        if self.init not in ("auto", "fan_in", *spec.init):
+            raise ValueError(
+                f"init: authors is the start of the paper's PixArt-muP, not of {self.family}; choose another, such "
+                "as fan_in, which is what the paper's DiT-muP starts with"
+            )
+        for key in OF_SOME_FAMILIES:
+            value = getattr(self, key)
+            if key in spec.keys or value == type(self).model_fields[key].default:
+                continue
+            if key == "adaln_init":
+                raise ValueError(f"adaln_init: {value}, but {self.family} has no adaLN; leave it out")
+            theirs = _named(other for other in families() if key in other.keys)
+            raise ValueError(f"{key}: {value} belongs to {theirs}; leave it out")
 
-    def _check_roles(self) -> None:
+    def _check_roles(self, spec: FamilySpec) -> None:
         """Raise ValueError for a factor of ``role_hps`` that nothing in this model would read."""
-        finite = self.repa is not None or (self.family == "uvit" and self.conv)  # the rest of this role are vectors
-        original_uvit = self.family == "uvit" and self.init_scheme == "original"
-        drawn_readout = self.repa is not None or original_uvit
+        drawn = {*spec.drawn_roles(self), *(("output", "finite") if self.repa is not None else ())}
         read = {
             ("vector", "mult"): False,
-            # pixart's scale-shift tables; the bias of the original uvit's patch embedding
-            ("vector", "init_std"): self.family == "pixart" or original_uvit,
-            ("finite", "mult"): finite,
-            ("finite", "init_std"): finite,
-            ("output", "init_std"): drawn_readout,
+            ("vector", "init_std"): "vector" in drawn,
+            ("finite", "mult"): "finite" in drawn,
+            ("finite", "init_std"): "finite" in drawn,
+            ("output", "init_std"): "output" in drawn,
         }
         for (role, factor), has_effect in read.items():
             value = getattr(getattr(self.role_hps, role), factor)
@@ -231,4 +258,7 @@ class ModelConfig(Section):
                 raise ValueError(f"role_hps.{role}.{factor}: {value:g} has no effect here, {what}; leave it at 1")
 
 
-_OF_ONE_FAMILY = {"pos_scale": "pixart", "pos_embed_max_size": "mmdit", "conv": "uvit", "mlp_time_embed": "uvit"}
+def _named(specs: Iterable[FamilySpec]) -> str:
+    """``family a`` or ``families a, b and c``."""
+    *first, last = [spec.name for spec in specs]
+    return f"families {', '.join(first)} and {last}" if first else f"family {last}"

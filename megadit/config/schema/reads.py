@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megadit.config.family import family_spec
+from megadit.config.schema.model import OF_SOME_FAMILIES
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import section_of, walk
 from megadit.config.schema.values import shown
 from megadit.errors import UserError, few_lines
-from megadit.extensions import DATA_SOURCES
+from megadit.extensions import DATA_SOURCES, FAMILIES
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ def _by_source(key: str, remedy: str) -> Choice:
     return Choice("data.name", holds=read, remedy=remedy)
 
 
+def _by_family(key: str) -> Choice:
+    """Whether the family reads ``model.<key>``; a name that is none is refused as that."""
+    return Choice("model.family", holds=lambda name: name not in FAMILIES or key in family_spec(name).keys)
+
+
 _TEXT = Choice("data.condition", ("text",))
 _SEEN = Choice("data.features.encoder", ("efficientnet-lite0", "dinov2"))
 _FLOW, _DDPM = Choice("objective.kind", ("flow",)), Choice("objective.kind", ("ddpm",))
@@ -85,11 +92,7 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
     "data.features.path": (Choice("data.features.encoder", ("dinov2",)),),
     "data.features.image_size": (_SEEN,),
     "data.features.cache": (_SEEN,),
-    "model.pos_scale": (Choice("model.family", ("pixart",)),),
-    "model.pos_embed_max_size": (Choice("model.family", ("mmdit",)),),
-    "model.conv": (Choice("model.family", ("uvit",)),),
-    "model.mlp_time_embed": (Choice("model.family", ("uvit",)),),
-    "model.adaln_init": (Choice("model.family", ("dit", "pixart", "mmdit")),),
+    **{f"model.{key}": (_by_family(key),) for key in OF_SOME_FAMILIES},
     "model.base_width": (_BASE,),
     "objective.prediction": (_DDPM,),
     "objective.diffusion_steps": (_DDPM,),
@@ -116,11 +119,7 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
 # Keys that their own section refuses, with a sentence of its own.
 JUDGED_THERE = frozenset(
     [
-        "model.pos_scale",
-        "model.pos_embed_max_size",
-        "model.conv",
-        "model.mlp_time_embed",
-        "model.adaln_init",
+        *(f"model.{key}" for key in OF_SOME_FAMILIES),
         "objective.prediction",
         "objective.weighting",
         "objective.beta_schedule",

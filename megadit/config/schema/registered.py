@@ -31,7 +31,8 @@ class Registered:
         names = self.registry.names()
         if not isinstance(value, str) or value not in names:
             *most, last = map(repr, names)
-            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+            wanted = f"{', '.join(most)} or {last}; a plugin's needs --plugins MODULE"
+            raise PydanticKnownError("literal_error", {"expected": wanted})
         return str(value)
 
 

@@ -90,12 +90,11 @@ class DiT(StagedModel):
 
     counted_tables = ("pos_embed.table",)
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
         self.stream_tokens = patches_of(config)
-        param = Parametrization(config)
         width = param.width_dim()
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)

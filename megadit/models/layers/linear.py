@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megadit.models.layers.column_linear import column_linear
-from megadit.mup.rules import Parametrization, Purpose
+from megadit.mup.rules import InitRule, Parametrization, Purpose
 from megadit.mup.spec import Dim, ParamSpec, Role
 from megadit.parallel.collectives import (
     copy_to_ranks,
@@ -46,7 +46,8 @@ class MuLinear(nn.Module):
         param: Parametrization,
         *,
         bias: bool = True,
-        init: Purpose = "linear",
+        init: Purpose | InitRule = "linear",
+        bias_init: Purpose | InitRule = "zero",
         role: Role | None = None,
         shard: Shard = "none",
         parts: int = 1,
@@ -72,8 +73,7 @@ class MuLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
         if bias:
-            purpose: Purpose = "repa_bias" if init == "repa" else "zero"
-            self.param_specs["bias"] = param.spec((out_dim,), purpose)
+            self.param_specs["bias"] = param.spec((out_dim,), bias_init)
         mark_shards(self)
 
     @property

@@ -131,13 +131,12 @@ class PixArtEmbedStage(Stage):
 class PixArt(StagedModel):
     """The whole model; see the module's docstring."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
         self.stream_tokens = patches_of(config)
         self.text = cast("TextInput", config.text)  # held by the configuration
-        param = Parametrization(config)
         width = param.width_dim()
         sixfold = Dim(6 * width.size, 6 * width.base_size)
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)

@@ -163,11 +163,10 @@ class UViTFinalStage(Stage):
 class UViT(StagedModel):
     """The whole model; see the module's docstring. ``extras`` is E, the number of tokens before the patches."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
         super().__init__()
         self.config = config
-        param = Parametrization(config)
         width, text = param.width_dim(), config.text
         self.extras, self.stream_tokens = _extras(config), _tokens(config)
         self.patch_embed = PatchEmbedder(config.in_channels, width, config.patch_size, param)

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
 import torch
 from torch import nn
 
+from megadit.config.family import family_spec
 from megadit.config.schema.model import ModelConfig
-from megadit.models.repa import build_projector
+from megadit.models.repa import RepaProjector
 from megadit.models.stages import StagedModel
 from megadit.mup.init import init_parameters
+from megadit.mup.rules import FAN_IN_SCHEME, Parametrization
 from megadit.parallel.tensor import WHOLE, TensorLayout, building
-
-# Module and class of each family, imported when one is built.
-FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "dit": ("megadit.models.dit.model", "DiT"),
-        "pixart": ("megadit.models.pixart.model", "PixArt"),
-        "uvit": ("megadit.models.uvit.model", "UViT"),
-        "mmdit": ("megadit.models.mmdit.model", "MMDiT"),
-    }
-)
+from megadit.registry import load_object
 
 
-def family(name: str) -> Callable[[ModelConfig], StagedModel]:
-    """The class of a family."""
-    module, class_name = FAMILIES[name]
-    model: Callable[[ModelConfig], StagedModel] = getattr(importlib.import_module(module), class_name)
-    return model
+def parametrization(config: ModelConfig) -> Parametrization:
+    """The rules of a model, with the initial values of ``model.init``."""
+    path = family_spec(config.family).init.get(config.init_scheme)
+    return Parametrization(config, FAN_IN_SCHEME if path is None else load_object(path))
 
 
 def build_model(
@@ -49,10 +37,11 @@ def build_model(
         ValueError: the layout's ranks do not divide the model's heads or channels.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
+    param = parametrization(config)
     with device, building(parallel):
-        model = family(config.family)(config)
-        model.repa = build_projector(config)
-        model.repa_block = config.repa.block if config.repa is not None else 0
+        model: StagedModel = load_object(family_spec(config.family).model)(config, param)
+        if config.repa is not None:
+            model.repa, model.repa_block = RepaProjector(config.repa, param), config.repa.block
         model.layout = parallel or WHOLE
         if device.type != "meta":
             init_parameters(model, seed)

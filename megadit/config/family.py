@@ -1,0 +1,74 @@
+"""``FamilySpec``: what the package knows of a family of models without importing the model. Needs no torch.
+
+A family is one folder, ``megadit/models/NAME``, or one module of a plugin; docs/adding-a-family.md tells how to write
+one. Nothing outside of it asks for a family by name: it asks the spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Literal
+
+from megadit.extensions import FAMILIES
+
+Condition = Literal["classes", "text", "either"]
+Layout = Literal["tensor", "sequence", "pipeline"]
+Scalar = bool | int | float | str
+
+# Callables of a spec take a ModelConfig, whose module imports this one.
+_Config = Any
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One family. Lazy paths are written ``module:attribute`` and imported when they are needed.
+
+    name: its ``model.family``.
+    model: lazy path of the class, a ``megadit.models.StagedModel`` built from (ModelConfig, Parametrization).
+    init: lazy path of each scheme of initial values by its ``model.init``, a mapping from purposes to ``InitRule``;
+        ``original`` must be among them, ``fan_in`` is every family's.
+    presets: the keys of ``model.*`` that each named architecture sets, without the family.
+    conversion: lazy path of a ``megadit.models.conversion.Conversion``; None: no other program knows such models.
+
+    condition: classes or none; text always; or either of the two, or none.
+    pooled_text: whether it can take a pooled feature of the text, too.
+    null_caption: the buffer with the features of no text, (max_length, dim), which belongs to each trained model; "" of
+        families for which that is what the encoder makes of an empty text.
+    keys: those of ``OF_SOME_FAMILIES`` (config/schema/model.py) that it reads.
+    options: what ``model.options`` may say, with the defaults, whose types the values have.
+    layouts: the keys of ``parallel.*`` by which it can be shared out.
+
+    blocks: number of Transformer blocks.
+    check: raises ValueError ("key: what is wrong; remedy") for what this family cannot be.
+    drawn_roles: of vector, output and finite those with weights that start at random, REPA's projector aside.
+    """
+
+    name: str
+    model: str
+    init: Mapping[str, str]
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    conversion: str | None = None
+
+    condition: Condition = "classes"
+    pooled_text: bool = False
+    null_caption: str = ""
+    keys: tuple[str, ...] = ()
+    options: Mapping[str, Scalar] = field(default_factory=dict)
+    layouts: tuple[Layout, ...] = ("pipeline",)
+
+    blocks: Callable[[_Config], int] = attrgetter("depth")
+    check: Callable[[_Config], None] = lambda config: None
+    drawn_roles: Callable[[_Config], Collection[str]] = lambda config: ()
+
+
+def family_spec(name: str) -> FamilySpec:
+    """The family called ``name``. Raises UserError where there is none."""
+    spec: FamilySpec = FAMILIES.get(name)
+    return spec
+
+
+def families() -> tuple[FamilySpec, ...]:
+    """All families, megadit's first, in the order of the registry."""
+    return tuple(map(family_spec, FAMILIES.names()))
