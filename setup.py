@@ -53,6 +53,8 @@ INSTALL = [
     "PyYAML>=6.0",
     "optuna>=4.0",
     "matplotlib>=3.9",
+    "Jinja2>=3.1",
+    "MarkupSafe>=2.1",
     "tensorboard>=2.18",
     "tqdm>=4.66",
 ]
@@ -96,6 +98,7 @@ setup(
     packages=[*find_packages(str(ROOT), include=["megadit", "megadit.*"]), "megadit_kernels"],
     package_dir={"megadit": "megadit", "megadit_kernels": "kernels/megadit_kernels"},
     entry_points={"console_scripts": ["megadit = megadit.cli.main:main"]},
+    package_data={"megadit.search.report": ["templates/*.j2"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     zip_safe=False,

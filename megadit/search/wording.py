@@ -1,4 +1,4 @@
-"""Hyperparameters as people read them, the same in progress, status, verdicts, what ``apply`` prints and reports."""
+"""Hyperparameters and numbers as people read them, the same in progress, status, verdicts, ``apply`` and reports."""
 
 from __future__ import annotations
 
@@ -26,3 +26,30 @@ def value_text(value: Any, digits: int = 4) -> str:
 def point_text(hps: Mapping[str, Any]) -> str:
     """A point in one line, as overrides: ``optim.lr=2^-7 optim.clip.value=1``."""
     return " ".join(f"{key}={value_text(value, 6)}" for key, value in hps.items())
+
+
+def hps_text(hps: Mapping[str, Any], between: str = ", ") -> str:
+    """All values of a point: ``optim.lr = 2^-7, optim.clip.value = 1``."""
+    return between.join(f"{key} = {value_text(value)}" for key, value in hps.items())
+
+
+def number_text(value: float | None, digits: int = 4) -> str:
+    """A score or another measured number; a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def duration_text(seconds: float) -> str:
+    """``42 s``, ``13 min``, ``5.2 h``."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:,.3g} h"
+
+
+def share_text(part: float, whole: float) -> str:
+    """A percentage."""
+    return "–" if whole == 0 else f"{100 * part / whole:.3g} %"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 trial``, ``12 trials``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

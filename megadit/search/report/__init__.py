@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megadit import __version__
+from megadit.config.loading.sources import display
 from megadit.errors import UserError
 from megadit.files.paths import whole_file
 from megadit.files.text import whole_text
-from megadit.search.report.blocks import Document, Figure
-from megadit.search.report.ledger import agreement_section, cost_section, failures_section, study_section
+from megadit.files.yaml_text import dump_yaml
+from megadit.search.report import tables
+from megadit.search.report.curves import curve_figure
+from megadit.search.report.figure import Figure
+from megadit.search.report.findings import Findings, badges, conclude, judged_text
+from megadit.search.report.plots import importance_figure, parallel_figure, slice_figure
 from megadit.search.report.points import Gathered
-from megadit.search.report.sections import (
-    badges,
-    best_section,
-    conclude,
-    curves_section,
-    importance_section,
-    overview,
-    slices_section,
-    verdict_section,
-)
+from megadit.search.report.rendering import Badge, render
 from megadit.search.results import StudyResults
 from megadit.search.storage.store import load_results
 
@@ -44,46 +43,80 @@ def write_report(source: str | Path) -> tuple[Path, Path]:
 
 def write_results(results: StudyResults) -> tuple[Path, Path]:
     """The same from results in memory."""
-    from megadit.search.report import html, markdown
-
     folder = results.study.folder
-    document = compose(results)
-    figures = [b for section in document.sections for b in section.blocks if isinstance(b, Figure)]
+    report = compose(results)
     page, text = folder / "report.html", folder / "report.md"
     try:
-        _write_plots(folder / "plots", figures)
-        _write(page, whole_text(html.render(document)).encode())
-        _write(text, whole_text(markdown.render(document)).encode())
+        _write_plots(folder / "plots", report.drawn)
+        for path in (page, text):
+            with whole_file(path) as temporary:
+                temporary.write_bytes(whole_text(report.render(path.suffix[1:])).encode())
     except OSError as error:
         raise UserError(f"--study_dir: cannot write the report into '{folder}' ({error.strerror})") from None
     return page, text
 
 
-def compose(results: StudyResults) -> Document:
-    """What the report says, before it is written as anything."""
-    spec = results.study.spec
-    gathered = Gathered(results, spec.selection_score.name)
-    findings = conclude(results)
-    sections = (
-        overview(gathered, findings),
-        verdict_section(gathered, findings),
-        curves_section(gathered, findings) if results.trials else None,
-        best_section(gathered) if results.trials else None,
-        importance_section(gathered) if results.trials else None,
-        slices_section(gathered) if results.trials else None,
-        agreement_section(gathered) if results.trials else None,
-        failures_section(gathered),
-        cost_section(gathered),
-        study_section(gathered),
-    )
-    now = datetime.datetime.now(datetime.UTC)
-    return Document(
-        title=f"Study {spec.name}",
-        question=spec.description,
-        badges=badges(results, findings),
-        sections=tuple(section for section in sections if section is not None),
-        footer=f"Written {now:%Y-%m-%d %H:%M} UTC by megadit {__version__}.",
-    )
+@dataclass(frozen=True)
+class Report:
+    """What the templates of a report are filled in with: ``sections`` and ``figures`` are by anchor."""
+
+    gathered: Gathered
+    findings: Findings
+    badges: list[Badge]
+    sections: dict[str, str]
+    figures: dict[str, list[Figure]]
+    no_importance: str
+
+    @property
+    def drawn(self) -> list[Figure]:
+        """All figures, in the order of the report."""
+        return [figure for group in self.figures.values() for figure in group]
+
+    def render(self, form: str) -> str:
+        """The report as html or md."""
+        study = self.gathered.results.study
+        keys = study.spec.model_dump(mode="json", exclude={"base"}, exclude_defaults=True)
+        now = datetime.datetime.now(datetime.UTC)
+        values: dict[str, Any] = {
+            **vars(self),
+            "title": f"Study {study.spec.name}",
+            "question": study.spec.description,
+            "tables": tables,
+            "judged_text": judged_text,
+            "study_keys": dump_yaml(keys),
+            "folder": shlex.quote(display(study.folder)),
+            "footer": f"Written {now:%Y-%m-%d %H:%M} UTC by megadit {__version__}.",
+        }
+        return render(form, values)
+
+
+def compose(results: StudyResults) -> Report:
+    """What the report says and draws, before it is written as anything."""
+    spec, variants = results.study.spec, results.study.variants
+    gathered, findings = Gathered(results, spec.selection_score.name), conclude(results)
+    keys, ended = gathered.keys, bool(results.trials)
+    figures: dict[str, list[Figure | None]] = {}
+    no_importance = ""
+    sections = {"overview": "Overview"} | ({"verdict": "Verdict"} if gathered.scaled else {})
+    if ended and (len(keys) == 1 or spec.sampler == "grid"):  # all combinations were run
+        side = ", variants side by side" if len(variants) > 1 else ""
+        sections["curves"] = f"{gathered.score} against {' and '.join(keys)}{side}"
+        for key in keys:
+            judged = {variant: verdict for (variant, of), verdict in findings.verdicts.items() if of == key}
+            figures.setdefault("curves", []).append(curve_figure(gathered, key, judged))
+    if ended:
+        sections["best"] = "Best trials"
+    if ended and len(keys) > 1:
+        sections |= {"importance": "Importance", "slices": "Slices and parallel coordinates"}
+        bars = importance_figure(gathered)
+        figures["importance"] = [] if isinstance(bars, str) else [bars]
+        no_importance = bars if isinstance(bars, str) else ""
+        figures["slices"] = [draw(gathered, v) for v in gathered.variants for draw in (slice_figure, parallel_figure)]
+    if ended and len(spec.scores) > 1:
+        sections["scores"] = "Do the scores agree?"
+    sections |= {"failures": "Failures", "cost": "Cost", "study": f"Study {spec.name}"}
+    drawn = {anchor: [figure for figure in group if figure] for anchor, group in figures.items()}
+    return Report(gathered, findings, badges(results, findings), sections, drawn, no_importance)
 
 
 def _write_plots(folder: Path, figures: list[Figure]) -> None:
@@ -96,8 +129,3 @@ def _write_plots(folder: Path, figures: list[Figure]) -> None:
     for old in folder.glob("*.png"):
         if old.name not in wanted and old.name.startswith(("curves-", "slices", "parallel", "importance")):
             old.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)

@@ -7,160 +7,137 @@ from collections.abc import Sequence
 from typing import Any
 
 from megadit.files.text import plain_label
-from megadit.search.report.axes import ValueAxis, score_limits, value_axis
-from megadit.search.report.blocks import Figure
-from megadit.search.report.canvas import CHOSEN, DIVERGED, Sheet, dress, scale_colours, scale_markers, value_ticks
-from megadit.search.report.importance import Importance
-from megadit.search.report.points import Gathered, Point, point_tip
-from megadit.search.report.words import hps_text, number_text
+from megadit.search.report.figure import CHOSEN, DIVERGED, INK, Figure, Sheet, axis_of, dress, new_canvas
+from megadit.search.report.importance import measure_importance
+from megadit.search.report.points import Gathered, point_tip
+from megadit.search.wording import hps_text, number_text, value_text
 
 _ACROSS = 4  # panels in a row
 
 
-def importance_figure(found: Importance) -> Figure:
-    """Bars of the shares; the control's share as a line: bars that do not pass it are noise."""
-    sheet = Sheet(7.2, 0.9 + 0.38 * len(found.shares))
-    axis: Any = sheet.canvas.subplots()
-    names = [name for name, _ in found.shares][::-1]
-    shares = [share for _, share in found.shares][::-1]
+def importance_figure(gathered: Gathered) -> Figure | str:
+    """Which keys decide at the proxy: bars of the shares, and the control's as a line; bars below it are noise.
+
+    A sentence where there are too few points to tell.
+    """
+    points = [p for p in gathered.of(gathered.results.study.variants[0], gathered.proxy) if p.finished]
+    scored = [(p.hps, math.nan if (mean := p.mean(gathered.score)) is None else mean) for p in points]
+    found = measure_importance(scored, gathered.lower_is_better())
+    if isinstance(found, str):
+        return found
+    canvas = new_canvas(7.2, 0.9 + 0.38 * len(found.shares))
+    panel = canvas.subplots()
+    names, shares = zip(*reversed(found.shares), strict=True)
     colours = ["#2563a8" if share > found.control else "#b8c2d1" for share in shares]
-    bars = axis.barh(names, shares, color=colours, height=0.62)
-    axis.bar_label(bars, [f"{100 * share:.0f} %" for share in shares], padding=4, fontsize=8)
-    axis.axvline(found.control, color=DIVERGED, linestyle="--", linewidth=1.2)
-    axis.annotate(
+    bars = panel.barh(names, shares, color=colours, height=0.62)
+    panel.bar_label(bars, [f"{100 * share:.0f} %" for share in shares], padding=4, fontsize=8)
+    panel.axvline(found.control, color=DIVERGED, linestyle="--", linewidth=1.2)
+    panel.annotate(
         "control", (found.control, 1.0), (3, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
         fontsize=8, color=DIVERGED,
     )  # fmt: skip
-    dress(axis)
-    axis.grid(False, axis="y")
-    axis.set_xlim(0, max(*shares, found.control) * 1.15)
-    axis.set_xlabel("share of what the forest explains of the score's rank", fontsize=9)
+    dress(panel)
+    panel.grid(False, axis="y")
+    panel.set_xlim(0, max(*shares, found.control) * 1.15)
+    panel.set_xlabel("share of what the forest explains of the score's rank", fontsize=9)
     told = ", ".join(f"{name} {100 * share:.0f} percent" for name, share in found.shares)
     caption = (
         f"Functional ANOVA of a random forest on the ranks of {found.points} points' scores"
         + (f"; the {found.diverged} that diverged share the worst rank" if found.diverged else "")
         + ". The dashed line is what a made-up hyperparameter of random values gets: shorter bars are noise."
     )
-    alt = f"Importance: {told}; control {100 * found.control:.0f} percent."
-    return Figure("importance", sheet.canvas, alt, caption, sheet.tips)
-
-
-def _axes_of(gathered: Gathered, points: Sequence[Point]) -> list[ValueAxis]:
-    """An axis for each searched key."""
-    dimensions = gathered.results.study.space.dimensions
-    return [value_axis(d.key, d.kind, [point.hps[d.key] for point in points]) for d in dimensions]
+    return Figure("importance", canvas, f"Importance: {told}; control {100 * found.control:.0f} percent.", caption)
 
 
 def slice_figure(gathered: Gathered, variant: str) -> Figure | None:
     """Score against each searched key in turn, every point in each panel; None when no point has a score."""
     points = [point for point in gathered.of(variant) if point.finished]
-    means = [mean for point in points if (mean := point.mean(gathered.score)) is not None]
-    if not means:
+    known = len(gathered.means(points))
+    if not known:
         return None
-    axes = _axes_of(gathered, points)
-    across = min(_ACROSS, len(axes))
-    rows = math.ceil(len(axes) / across)
-    sheet = Sheet(2.9 * across + (1.1 if gathered.scaled else 0), 2.9 * rows + 0.2)
-    panels: Any = sheet.canvas.subplots(rows, across, squeeze=False, sharey=True)
-    limits = score_limits(means, gathered.lower_is_better())
-    colours, markers = scale_colours(gathered.scales), scale_markers(gathered.scales)
+    across = min(_ACROSS, len(gathered.keys))
+    rows = math.ceil(len(gathered.keys) / across)
+    sheet = Sheet(gathered, points, 2.9 * across + (1.1 if gathered.scaled else 0), 2.9 * rows + 0.2)
+    panels = sheet.canvas.subplots(rows, across, squeeze=False, sharey=True)
     best = gathered.ranked([point for point in points if point.scale == gathered.proxy])[:1]
-    for index, values in enumerate(axes):
-        panel = panels[index // across][index % across]
+    star = {"marker": "*", "color": CHOSEN, "markersize": 15, "zorder": 5}
+    for key, panel in zip(gathered.keys, panels.flat, strict=False):
+        values = axis_of(gathered, key, points)
         for point in points:
-            x, mean = values.at(point.hps[values.key]), point.mean(gathered.score)
-            look: dict[str, Any] = {"color": colours[point.scale], "markersize": 5, "alpha": 0.75, "clip_on": False}
-            if mean is None:
-                edge = limits[1] if gathered.lower_is_better() else limits[0]
-                look |= {"color": DIVERGED, "alpha": 1.0, "markeredgewidth": 1.6}
-                sheet.mark(panel, x, edge, "x", point_tip(gathered, point), **look)
-                continue
-            if point in best:
-                look |= {"color": CHOSEN, "markersize": 15, "alpha": 1.0, "zorder": 5, "markeredgecolor": "white"}
-            shown = min(max(mean, limits[0]), limits[1])
-            marker = "*" if point in best else markers[point.scale]
-            sheet.mark(panel, x, shown, marker, point_tip(gathered, point), **look)
+            look = {"alpha": 0.75} if point.mean(gathered.score) is not None else {"color": DIVERGED}
+            sheet.mark(panel, values.at(point.hps[key]), point, **(star if point in best else look))
         dress(panel)
-        value_ticks(panel, values)
-        panel.set_ylim(*limits)
-    for spare in range(len(axes), rows * across):
-        panels[spare // across][spare % across].set_axis_off()
-    for row in panels:
-        row[0].set_ylabel(plain_label(gathered.score), fontsize=9)
-    name = f"slices-{variant}" if variant else "slices"
-    diverged = len(points) - len(means)
-    alt = f"{gathered.score} against each of {', '.join(gathered.keys)}: {len(means)} points, {diverged} diverged."
-    caption = f"Every point's {gathered.score} against each searched key. The star is the best"
+        values.draw(panel)
+    for spare in panels.flat[len(gathered.keys) :]:
+        spare.set_axis_off()
+    for panel in panels[:, 0]:
+        panel.set_ylim(*sheet.limits)
+        panel.set_ylabel(plain_label(gathered.score), fontsize=9)
+    alt = f"{gathered.score} against each of {', '.join(gathered.keys)}: "
+    alt += f"{known} points, {len(points) - known} diverged."
+    caption = f"Variant {variant}. " if variant else ""
+    caption += f"Every point's {gathered.score} against each searched key. The star is the best"
     caption += f" at {gathered.scale_name(gathered.proxy)}" if gathered.scaled else ""
-    caption += "; crosses at the edge are points that diverged."
-    return Figure(name, sheet.canvas, alt, caption, sheet.tips)
+    return sheet.figure(_name("slices", variant), alt, caption + "; crosses at the edge are points that diverged.")
 
 
 def parallel_figure(gathered: Gathered, variant: str) -> Figure | None:
     """A line per point at the proxy over all searched keys and the score; coloured by rank. None without scores."""
+    import matplotlib
+
     points = [point for point in gathered.of(variant, gathered.proxy) if point.finished]
     ranked = gathered.ranked(points)
     if not ranked:
         return None
-    import matplotlib
-
-    axes = _axes_of(gathered, points)
-    means = [mean for point in ranked if (mean := point.mean(gathered.score)) is not None]
-    low, high = score_limits(means, gathered.lower_is_better())
-    sheet = Sheet(2.0 * (len(axes) + 1) + 1.6, 3.8)
-    panel: Any = sheet.canvas.subplots()
-    colours = matplotlib.colormaps["viridis"]
-    order = {id(point): index / max(len(ranked) - 1, 1) for index, point in enumerate(ranked)}
+    axes = [axis_of(gathered, key, points) for key in gathered.keys]
     last = len(axes)
-    for point in [*(p for p in points if id(p) not in order), *reversed(ranked)]:
-        mean = point.mean(gathered.score)
-        end = _height(mean, low, high) if mean is not None else float(gathered.lower_is_better())
-        heights = [*(_part(axis, point.hps[axis.key]) for axis in axes), end]
-        rank = order.get(id(point))
-        if rank is None:
-            look: dict[str, Any] = {"color": DIVERGED, "linestyle": (0, (3, 3)), "linewidth": 0.9, "alpha": 0.6}
-        elif point is ranked[0]:
-            look = {"color": CHOSEN, "linewidth": 3.0, "zorder": 5}
-        else:
-            look = {"color": colours(0.05 + 0.9 * rank), "linewidth": 1.4, "alpha": 0.95 - 0.6 * rank}
-        sheet.line(panel, range(last + 1), heights, point_tip(gathered, point), **look)
+    sheet = Sheet(gathered, ranked, 2.0 * (last + 1) + 1.6, 3.8)
+    low, high = sheet.limits
+    panel = sheet.canvas.subplots()
+
+    def height(score: float | None) -> float:
+        worst = high if gathered.lower_is_better() else low
+        return min(max(((worst if score is None else score) - low) / (high - low), 0.0), 1.0)
+
+    lines: list[tuple[Any, dict[str, Any]]] = []
+    dashed = {"color": DIVERGED, "linestyle": (0, (3, 3)), "linewidth": 0.9, "alpha": 0.6}
+    lines += [(point, dashed) for point in points if point.mean(gathered.score) is None]
+    for place in reversed(range(len(ranked))):
+        part = place / max(len(ranked) - 1, 1)
+        look = {
+            "color": matplotlib.colormaps["viridis"](0.05 + 0.9 * part),
+            "linewidth": 1.4,
+            "alpha": 0.95 - 0.6 * part,
+        }
+        lines.append((ranked[place], look if place else {"color": CHOSEN, "linewidth": 3.0, "zorder": 5}))
+    for point, look in lines:
+        heights = [*(axis.part(point.hps[axis.key]) for axis in axes), height(point.mean(gathered.score))]
+        sheet.plot(panel, range(last + 1), heights, point_tip(gathered, point), **look)
     for index, axis in enumerate(axes):
-        ticks, labels = axis.ticks()
-        _ruler(panel, index, [_fraction(axis, tick) for tick in ticks], labels)
+        _ruler(panel, index, list(map(axis.part, axis.ticks())), list(map(value_text, axis.ticks())))
     marks = [low + (high - low) * part for part in (0.08, 0.36, 0.64, 0.92)]
-    _ruler(panel, last, [_height(mark, low, high) for mark in marks], [number_text(mark, 3) for mark in marks])
+    _ruler(panel, last, list(map(height, marks)), [number_text(mark, 3) for mark in marks])
     panel.set_xticks(range(last + 1), [*(axis.label for axis in axes), gathered.score], fontsize=9)
     panel.set_xlim(-0.25, last + 0.35)
     panel.set_ylim(-0.06, 1.06)
     panel.set_yticks([])
     panel.tick_params(length=0)
-    for spine in panel.spines.values():
-        spine.set_visible(False)
-    name = f"parallel-{variant}" if variant else "parallel"
+    panel.spines[:].set_visible(False)
     alt = f"Parallel coordinates of {len(points)} points; the best is {hps_text(ranked[0].hps)}."
-    caption = "A line per point: orange is the best, then from dark to light by rank; dashed red lines diverged."
-    return Figure(name, sheet.canvas, alt, caption, sheet.tips)
+    caption = f"Variant {variant}. " if variant else ""
+    caption += "A line per point: orange is the best, then from dark to light by rank; dashed red lines diverged."
+    return sheet.figure(_name("parallel", variant), alt, caption)
 
 
-def _height(score: float, low: float, high: float) -> float:
-    return min(max((score - low) / (high - low), 0.0), 1.0)
-
-
-def _fraction(axis: ValueAxis, position: float) -> float:
-    """A position of the axis as a part of its length."""
-    first, last = (axis.low, axis.high) if axis.kind == "listed" else (axis.at(axis.low), axis.at(axis.high))
-    return 0.5 if last == first else (position - first) / (last - first)
-
-
-def _part(axis: ValueAxis, value: Any) -> float:
-    return _fraction(axis, axis.at(value))
+def _name(kind: str, variant: str) -> str:
+    return f"{kind}-{variant}" if variant else kind
 
 
 def _ruler(panel: Any, x: float, heights: Sequence[float], labels: Sequence[str]) -> None:
     """A vertical axis at ``x`` with its own labels."""
-    panel.plot([x, x], [0, 1], color="#1c2430", linewidth=1, zorder=6)
+    panel.plot([x, x], [0, 1], color=INK, linewidth=1, zorder=6)
+    panel.plot([x] * len(heights), heights, "_", color=INK, markersize=7, zorder=6)
     for height, label in zip(heights, labels, strict=True):
-        panel.plot([x - 0.015, x + 0.015], [height, height], color="#1c2430", linewidth=1, zorder=6)
         panel.annotate(
             label, (x, height), (5, 0), textcoords="offset points", fontsize=7.5, va="center", zorder=7,
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},

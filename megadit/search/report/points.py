@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megadit.search.report.words import hps_text, number_text, scale_word
 from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
+from megadit.search.wording import hps_text, number_text
 from megadit.transfer.ties import ranks
 
 
@@ -45,10 +46,7 @@ class Point:
     def spread(self, name: str) -> float | None:
         """Standard deviation between seeds; None for fewer than two."""
         scores = self.scores(name)
-        if len(scores) < 2:
-            return None
-        mean = sum(scores) / len(scores)
-        return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
+        return statistics.stdev(scores) if len(scores) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,16 @@ class Gathered:
         """Whether the study has a scale."""
         return self.results.study.spec.scale is not None
 
+    @property
+    def scale_word(self) -> str:
+        """What is scaled: ``width``, ``batch``, ``steps``."""
+        spec = self.results.study.spec.scale
+        words = {"model.width": "width", "train.global_batch": "batch", "train.steps": "steps"}
+        return words[spec.key] if spec else "scale"
+
     def scale_name(self, scale: float) -> str:
         """A scale in words: ``width 64``."""
-        spec = self.results.study.spec.scale
-        return f"{scale_word(spec.key if spec else None)} {scale:g}"
+        return f"{self.scale_word} {scale:g}"
 
     @property
     def proxy(self) -> float:
@@ -107,27 +111,27 @@ class Gathered:
         """Points of a variant and a scale; None takes all."""
         return [p for p in self.points if variant in (None, p.variant) and scale in (None, p.scale)]
 
-    def ranked(self, points: Sequence[Point], score: str | None = None) -> list[Point]:
+    def means(self, points: Sequence[Point]) -> list[float]:
+        """The mean scores of those that have one."""
+        return [mean for point in points if (mean := point.mean(self.score)) is not None]
+
+    def ranked(self, points: Sequence[Point]) -> list[Point]:
         """Those with a mean score, the best first."""
-        name = score or self.score
-        sign = 1.0 if self.lower_is_better(name) else -1.0
-        known = [(mean, point) for point in points if (mean := point.mean(name)) is not None]
-        places = ranks([sign * mean for mean, _ in known])
-        return [point for _, (_, point) in sorted(zip(places, known, strict=True), key=lambda pair: pair[0])]
+        known = [point for point in points if point.mean(self.score) is not None]
+        sign = 1.0 if self.lower_is_better() else -1.0
+        places = ranks([sign * mean for mean in self.means(known)])
+        return [point for _, point in sorted(zip(places, known, strict=True), key=lambda pair: pair[0])]
 
 
 def point_tip(gathered: Gathered, point: Point) -> str:
     """A point in a few lines: where, values, scores, trials."""
-    where = ", ".join(
-        part for part in (point.variant, gathered.scale_name(point.scale) if gathered.scaled else "") if part
-    )
-    lines = [where, hps_text(point.hps)]
+    where = (point.variant, gathered.scale_name(point.scale) if gathered.scaled else "")
+    lines = [", ".join(filter(None, where)), hps_text(point.hps)]
     for score in gathered.results.study.spec.scores:
         mean, spread = point.mean(score.name), point.spread(score.name)
-        lines.append(
-            f"{score.name} {number_text(mean)}" + (f" ± {number_text(spread, 2)} between seeds" if spread else "")
-        )
+        between = f" ± {number_text(spread, 2)} between seeds" if spread else ""
+        lines.append(f"{score.name} {number_text(mean)}{between}")
     if point.diverged:
         lines.append(f"diverged ({point.diverged} of {len(point.runs)} runs)")
     lines.append("trials " + ", ".join(str(run.number) for run in point.runs))
-    return "\n".join(line for line in lines if line)
+    return "\n".join(filter(None, lines))

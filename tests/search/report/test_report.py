@@ -12,8 +12,7 @@ import pytest
 
 from helpers.fabricated import BASE, fabricate, make_study, valley
 from megadit.errors import UserError
-from megadit.search.report import compose, html, markdown, write_report, write_results
-from megadit.search.report.blocks import Figure
+from megadit.search.report import compose, write_report, write_results
 from megadit.search.results import FAILED, PRUNED
 
 BOTH = {"mup": {"model.parametrization": "mup"}, "sp": {"model.parametrization": "sp", "model.base_width": None}}
@@ -116,11 +115,11 @@ def test_the_page_stands_alone_and_its_identities_are_unique(tmp_path):
 
 def test_a_search_over_several_keys_shows_importance_slices_and_lines(tmp_path):
     study = make_study(tmp_path, space=THREE, scale=None, sampler="random", trials=24, seeds=[0])
-    document = compose(fabricate(study, three_keys))
-    figures = [b for section in document.sections for b in section.blocks if isinstance(b, Figure)]
+    report = compose(fabricate(study, three_keys))
+    figures = report.drawn
     assert [figure.name for figure in figures] == ["importance", "slices", "parallel"]
     assert figures[0].alt.startswith("Importance: optim.lr ")
-    assert "verdict" not in {section.anchor for section in document.sections}
+    assert "verdict" not in report.sections
     tips = figures[1].tips.values()
     assert any("optim.clip.value = " in tip and "trials " in tip for tip in tips)
     assert any("diverged (1 of 1 runs)" in tip for tip in tips)
@@ -193,7 +192,7 @@ def test_scores_are_compared_with_their_directions(tmp_path):
         dataclasses.replace(t, scores={**t.scores, "recall": None if t.scores["loss"] is None else -t.scores["loss"]})
         for t in results.trials
     )
-    text = markdown.render(compose(dataclasses.replace(results, trials=trials)))
+    text = compose(dataclasses.replace(results, trials=trials)).render("md")
     assert "| `loss` | +1.00 | +1.00 |" in text
 
 
@@ -225,7 +224,7 @@ def test_without_a_study_there_is_one_sentence(tmp_path):
 
 def test_the_page_is_the_same_from_the_same_results(tmp_path):
     results = fabricate(make_study(tmp_path, base=BASE), valley())
-    first, second = (html.render(compose(results)) for _ in range(2))
+    first, second = (compose(results).render("html") for _ in range(2))
     assert re.sub(r"Written [^U]+UTC", "", first) == re.sub(r"Written [^U]+UTC", "", second)
 
 
@@ -237,9 +236,9 @@ def test_a_grid_over_two_keys_has_a_verdict_and_a_figure_for_each(tmp_path):
         base = valley()(trial, scale)
         return None if base is None else base + 0.03 * math.log2(trial.hps["model.output_mult"] / 2) ** 2
 
-    document = compose(fabricate(study, loss))
-    texts = [badge.text for badge in document.badges]
+    report = compose(fabricate(study, loss))
+    texts = [badge.text for badge in report.badges]
     assert sorted(texts) == ["complete", "model.output_mult: transfers", "optim.lr: transfers"]
-    figures = [b.name for section in document.sections for b in section.blocks if isinstance(b, Figure)]
+    figures = [figure.name for figure in report.drawn]
     assert set(figures[:2]) == {"curves-optim.lr", "curves-model.output_mult"}
     assert "importance" in figures, "15 points at the proxy are enough for two keys"
