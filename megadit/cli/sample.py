@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from megadit.checkpoint.find import load_model
     from megadit.config.schema.sampling import scheduler_name
-    from megadit.data.codecs.latents import build_codec, vae_at
+    from megadit.data.codecs.codec import build_codec, vae_at
     from megadit.diffusion.classes import read_notice
     from megadit.diffusion.grid import save_npz
     from megadit.diffusion.pictures import sample_pictures, save_subject_grid

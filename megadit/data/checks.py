@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megadit.config import RunConfig
 from megadit.config.schema.data import VaeConfig
-from megadit.data.codecs.latents import check_vae, codec_facts
+from megadit.data.codecs.codec import check_vae, codec_facts
 from megadit.data.dataset import DatasetFacts, StoredFacts
 from megadit.errors import UserError
 

@@ -28,7 +28,7 @@ class StoredFacts:
     shift: float = 0.0
     moments: bool = False  # mean and standard deviation of a posterior, (2 channels, h, w), to be drawn from
     mirrored: bool = False  # whether latents and features of the mirrored image are there too
-    codec: str = ""  # class and hash of the weights, as megadit.data.codecs.latents.codec_identity gives them
+    codec: str = ""  # class and hash of the weights, as megadit.data.codecs.codec.codec_identity gives them
     text_dim: int = 0
     text_length: int = 0  # tokens of the longest text
     pooled_dim: int = 0

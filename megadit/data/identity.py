@@ -15,8 +15,8 @@ import numpy as np
 
 from megadit.config import RunConfig
 from megadit.config.schema.values import plain_text
+from megadit.data.codecs.codec import codec_identity, codec_scale
 from megadit.data.codecs.folder import codec_facts
-from megadit.data.codecs.latents import codec_identity, codec_scale
 from megadit.data.dataset import ImageSet, Subset
 from megadit.data.listing import digest, first_difference, record, same_files
 from megadit.data.shards.tar_set import cut_before_crop

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning, null_label
 from megadit.config.schema.run import RunConfig
-from megadit.data.codecs.latents import Codec
+from megadit.data.codecs.codec import Codec
 from megadit.diffusion.grid import grid_columns, save_grid, to_uint8
 from megadit.diffusion.sampling import sample
 

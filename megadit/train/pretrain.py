@@ -19,7 +19,7 @@ from megadit.checkpoint.format import Position, cannot_write
 from megadit.checkpoint.names import saved_step
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, BatchStream, ImageSet, check_images, describe
-from megadit.data.codecs.latents import build_codec
+from megadit.data.codecs.codec import build_codec
 from megadit.data.conditions import build_conditions, kept_null
 from megadit.data.features import TargetFeatures
 from megadit.data.windows import joined

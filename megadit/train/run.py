@@ -14,7 +14,7 @@ from megadit.checkpoint.write import save_checkpoint
 from megadit.conditioning import Conditioning
 from megadit.config import RunConfig
 from megadit.data import Batch, BatchLayout, ImageSet
-from megadit.data.codecs.latents import Codec
+from megadit.data.codecs.codec import Codec
 from megadit.data.conditions import Conditions
 from megadit.data.features import TargetFeatures
 from megadit.data.windows import before

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.config.schema.run import DataConfig, ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
-from megadit.data.codecs.latents import PixelCodec
+from megadit.data.codecs.codec import PixelCodec
 from megadit.diffusion.pictures import (
     Subjects,
     class_subjects,

@@ -157,7 +157,7 @@ NOT_HUNTED = {
     "cli/convert_checkpoint.py": "a hint that somebody typed as an option",
     "data/sources/digits.py": "a table of scikit-learn",
     "data/features/efficientnet.py": "the weights of an installed package",
-    "data/codecs/latents.py": "diffusers builds the autoencoder, and whatever it raises is told",
+    "data/codecs/vae.py": "diffusers builds the autoencoder, and whatever it raises is told",
 }
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from megadit.config.schema.data import VaeConfig
 from megadit.errors import UserError
+from megadit.extensions import CODECS
 from megadit.files.file_kind import refuse_broken
 from megadit.files.hub_cache import broken_link, snapshot_of
 from megadit.files.json_fields import Fields, shown
 
 VAE_CLASS = "AutoencoderKL"
-PCA_CLASS = "PcaPatchCodec"
 _KEY = "data.vae.path"
 _MOST_LEVELS = 16  # of an autoencoder; published ones have 4 or 5
 _MOST = 2**16  # channels, and pixels of a patch
@@ -58,7 +58,7 @@ def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
     """
     fields = Fields.of_file(folder / "config.json", key, "fetch it again")
     name = fields.text("_class_name")
-    if name == PCA_CLASS:
+    if name in CODECS and name != VAE_CLASS:
         factor, channels = (fields.whole(part, least=1, most=_MOST) for part in ("factor", "channels"))
         of_images = fields.whole("image_channels", least=1, most=_MOST)
         scale = fields.number("scaling_factor", above=0.0)
@@ -130,7 +130,7 @@ def _check(folder: Path) -> None:
         inner = " (a pipeline: give its folder vae)" if (folder / "vae" / "config.json").is_file() else ""
         raise UserError(f"{_KEY}: {folder} has no config.json{inner}; give the folder of a diffusers {VAE_CLASS}")
     name = Fields.of_file(config, _KEY, "fetch it again").raw("_class_name")
-    if name not in (VAE_CLASS, PCA_CLASS):
+    if name not in CODECS:
         found = name if isinstance(name, str) else f"model with _class_name {shown(name)}"
         raise UserError(f"{_KEY}: {folder} holds a {found}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
     weights = sorted(folder.glob("*.safetensors"))

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megadit.config.schema.data import DataConfig
+from megadit.config.schema.data import DataConfig, VaeConfig
 from megadit.data.batch import scale_images
 from megadit.data.build import build_datasets
-from megadit.data.codecs.folder import PCA_CLASS, read_facts
+from megadit.data.codecs.codec import Codec, scale_and_shift
+from megadit.data.codecs.folder import codec_folder, read_facts
 from megadit.data.dataset import ImageSet, stack_images, tell_remarks
 from megadit.errors import UserError
 from megadit.files.file_kind import other_among
@@ -31,6 +32,7 @@ from megadit.files.paths import save_tensors, whole_file
 from megadit.files.text import json_bytes
 from megadit.finite import not_finite
 
+PCA_CLASS = "PcaPatchCodec"
 _WEIGHTS = "codec.safetensors"
 _PER_PASS = 64
 
@@ -70,6 +72,37 @@ class PatchPca:
         patch = self.mean.view(1, self.image_channels, self.factor, self.factor)
         images = functional.conv_transpose2d(latents.float(), self.components.view(shape), stride=self.factor)
         return images + patch.repeat(1, 1, rows, columns)
+
+
+class PcaCodec(Codec):
+    """A PCA patch codec's folder (``tools/encode.py fit-pca``). Its latents have no posterior: keys are not used.
+
+    Raises UserError if the folder does not load, or ``data.vae.scale`` or ``shift`` is given and not the codec's own:
+    these were fitted with it.
+    """
+
+    fitted_scale = True
+
+    def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
+        folder = codec_folder(config)
+        self.scale, _ = scale_and_shift(config, read_facts(folder))
+        self.device = torch.device(device)
+        self.pca = load_pca(folder).to(self.device)
+        self.factor, self.channels = self.pca.factor, self.pca.channels
+
+    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
+        """The projections of each patch, scaled. Raises UserError if the size or channels do not fit."""
+        channels, height, width = images.shape[1:]
+        if channels != self.pca.image_channels or height % self.factor or width % self.factor:
+            raise UserError(
+                f"data.vae.path: this codec takes images of {self.pca.image_channels} channel(s) and multiples of "
+                f"{self.factor} pixels, not {channels} and {height}x{width}; fit one on these images"
+            )
+        return self.pca.encode(images.to(self.device)) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images from the components that were kept."""
+        return self.pca.decode(latents.to(self.device, torch.float32) / self.scale)
 
 
 def fit_pca(dataset: ImageSet, indices: Sequence[int], factor: int, channels: int) -> PatchPca:

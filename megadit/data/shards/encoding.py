@@ -20,7 +20,7 @@ from megadit.config import DataConfig
 from megadit.data.batch import scale_images
 from megadit.data.build import whole_set
 from megadit.data.captions import check_captions
-from megadit.data.codecs.latents import Codec, VaeCodec, build_codec, check_vae, codec_identity, codec_scale
+from megadit.data.codecs.codec import Codec, GaussianCodec, build_codec, check_vae, codec_identity, codec_scale
 from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
 from megadit.data.shards import members
 from megadit.data.shards.layout import (  # fmt: skip
@@ -154,7 +154,7 @@ def _facts(config: DataConfig, encoding: Encoding, images: ImageSet, encoders: _
         facts = replace(
             facts, channels=int(codec.channels or 0), size=images.image_size // codec.factor, factor=codec.factor,
             scale=scale, shift=shift, codec=codec_identity(config.vae),
-            moments=isinstance(codec, VaeCodec) and encoding.posterior == "moments",
+            moments=isinstance(codec, GaussianCodec) and encoding.posterior == "moments",
         )  # fmt: skip
     if text is not None and encoding.max_length is not None:
         captions = sorted({images.caption(i) for i in range(len(images))})
@@ -192,7 +192,7 @@ def _chunk(
 
 
 def _latents(codec: Codec, pixels: Tensor, numbers: range, encoding: Encoding) -> Tensor:
-    if isinstance(codec, VaeCodec) and encoding.posterior == "moments":
+    if isinstance(codec, GaussianCodec) and encoding.posterior == "moments":
         return torch.cat(codec.posterior(pixels), dim=1)
     return codec.encode(pixels, sample_keys(encoding.seed, "stored-latent", numbers))
 

@@ -13,8 +13,8 @@ from helpers.owners import leave_owner, parent
 from megadit.config import DataConfig
 from megadit.config.schema.data import VaeConfig
 from megadit.data import build_datasets
-from megadit.data.codecs.latents import PcaCodec, build_codec, check_vae, codec_facts, codec_identity
-from megadit.data.codecs.pca import fit_and_save, fit_pca, measure_psnr
+from megadit.data.codecs.codec import build_codec, check_vae, codec_facts, codec_identity
+from megadit.data.codecs.pca import PcaCodec, fit_and_save, fit_pca, measure_psnr
 from megadit.errors import UserError
 from megadit.rng import sample_keys
 

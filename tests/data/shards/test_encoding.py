@@ -16,8 +16,9 @@ from megadit.config import DataConfig, RunConfig
 from megadit.config.schema.data import VaeConfig
 from megadit.data import BatchLayout, BatchStream, build_datasets, describe
 from megadit.data.checks import check_against_model, check_codec, draws_no_pictures, with_stored_codec
-from megadit.data.codecs.latents import StoredCodec, VaeCodec, build_codec, vae_at
+from megadit.data.codecs.codec import StoredCodec, build_codec, vae_at
 from megadit.data.codecs.pca import fit_and_save
+from megadit.data.codecs.vae import VaeCodec
 from megadit.data.conditions import Conditions, stored_text
 from megadit.data.dataset import DatasetFacts, StoredFacts
 from megadit.data.features import FeatureEncoder

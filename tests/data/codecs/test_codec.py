@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadit.config.schema.data import VaeConfig
-from megadit.data.codecs.latents import PixelCodec, VaeCodec, build_codec
+from megadit.data.codecs.codec import PixelCodec, build_codec
+from megadit.data.codecs.vae import VaeCodec
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import batch_normal, normal, sample_keys, stream_key

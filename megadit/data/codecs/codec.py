@@ -1,7 +1,7 @@
 """Codecs: from images to what the model is trained on and back. Pixels as they are, or an autoencoder's latents.
 
 A codec is given images in [-1, 1] and one key per sample, so that a sample's latent does not depend on its batch.
-Which codec a folder holds is told by ``_class_name`` of its ``config.json``.
+``_class_name`` in the ``config.json`` of the folder at ``data.vae.path`` says which codec of ``CODECS`` it holds.
 """
 
 from __future__ import annotations
@@ -11,34 +11,33 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadit.config.schema.data import VaeConfig
-from megadit.data.codecs.folder import PCA_CLASS, VAE_CLASS, CodecFacts, codec_facts, codec_folder, read_facts
-from megadit.data.codecs.pca import load_pca
+from megadit.data.codecs.folder import CodecFacts, codec_facts, codec_folder, read_facts
 from megadit.data.dataset import StoredFacts
 from megadit.errors import UserError
-from megadit.files.file_kind import other_among
-from megadit.files.weight_files import check_indices
-from megadit.finite import not_finite
-from megadit.optional import import_diffusers
+from megadit.extensions import CODECS
 from megadit.rng import batch_normal
-
-_PER_PASS = 16  # images through the autoencoder at once: its activations are far larger than its latents
 
 
 class Codec(ABC):
     """factor: image pixels per latent pixel along a side.  channels: of the latents; None: those of the image.
 
-    decodes: whether ``decode`` can be called, so that pictures can be drawn.
+    decodes: whether ``decode`` can be called, so that pictures can be drawn.  fitted_scale: scale and shift belong to
+    the codec, so that ``data.vae.scale`` and ``shift`` may not say others.
+
+    A codec of a folder is a class in ``megadit.extensions.CODECS`` under the ``_class_name`` of the folder's
+    ``config.json``, called as ``cls(config.data.vae, device)``; a plugin adds its own. Beside that name the file says
+    factor, channels, image_channels, scaling_factor and shift_factor; the weights are .safetensors files.
     """
 
     factor: int
     channels: int | None
     decodes: bool = True
+    fitted_scale: bool = False
 
     @abstractmethod
     def encode(self, images: Tensor, keys: Tensor) -> Tensor:
@@ -47,6 +46,18 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images, float32 (B, C, H, W), about [-1, 1]."""
+
+
+class GaussianCodec(Codec):
+    """One whose latents are drawn from a Gaussian, by each sample's own noise."""
+
+    @abstractmethod
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, float32 (B, c, h, w) each, scaled as the model takes them."""
+
+    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
+        """A draw from the posterior of each image. Raises UserError if the size or channels do not fit."""
+        return _drawn(*self.posterior(images), keys)
 
 
 class PixelCodec(Codec):
@@ -62,89 +73,6 @@ class PixelCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         """The latents in float32."""
         return latents.float()
-
-
-class VaeCodec(Codec):
-    """diffusers' AutoencoderKL from a local folder with safetensors weights; frozen, float32, on ``device``.
-
-    Latents are (z - shift) * scale, with z drawn from the encoder's Gaussian by keyed noise. ``data.vae.scale`` and
-    ``shift`` that are null are the autoencoder's own.
-    Raises UserError that names ``data.vae.path`` if the folder is missing, is not an AutoencoderKL or does not load.
-    """
-
-    def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
-        self.config = config
-        self.device = torch.device(device)
-        folder = codec_folder(config)
-        facts = read_facts(folder)
-        self.scale, self.shift = _scale_and_shift(config, facts)
-        self.vae = _load(folder).to(self.device, torch.float32).eval().requires_grad_(False)
-        self.factor = facts.factor
-        self.channels = facts.channels
-        if abs(facts.scale - self.scale) > 1e-6:
-            logging.getLogger(__name__).warning(
-                "data.vae.scale: %g is used, the autoencoder's own config says %g", self.scale, facts.scale
-            )
-
-    @torch.no_grad()
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, with shift and scale applied, float32 (B, c, h, w) each.
-
-        Raises UserError if the size or channels of ``images`` do not fit.
-        """
-        channels, height, width = images.shape[1:]
-        if channels != self.vae.config.in_channels:
-            raise UserError(
-                f"data.vae.path: this autoencoder takes {self.vae.config.in_channels} channels, the images have "
-                f"{channels}; choose another data set or autoencoder"
-            )
-        if height % self.factor or width % self.factor:
-            raise UserError(
-                f"data.image_size: {height}x{width} is not a multiple of {self.factor}, the autoencoder's factor; "
-                "choose one that is"
-            )
-        found = [self.vae.encode(batch.to(self.device, torch.float32)).latent_dist for batch in images.split(_PER_PASS)]
-        mean, std = torch.cat([part.mean for part in found]), torch.cat([part.std for part in found])
-        return (mean - self.shift) * self.scale, std * self.scale
-
-    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Sample the posterior with each sample's own noise. Raises UserError if the size or channels do not fit."""
-        return _drawn(*self.posterior(images), keys)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Undo scale and shift, then decode."""
-        z = latents.to(self.device, torch.float32) / self.scale + self.shift
-        return torch.cat([self.vae.decode(part).sample for part in z.split(_PER_PASS)])
-
-
-class PcaCodec(Codec):
-    """A PCA patch codec's folder (``tools/encode.py fit-pca``). Its latents have no posterior: keys are not used.
-
-    Raises UserError if the folder does not load, or ``data.vae.scale`` or ``shift`` is given and not the codec's own:
-    these were fitted with it.
-    """
-
-    def __init__(self, config: VaeConfig, device: torch.device | str = "cpu") -> None:
-        folder = codec_folder(config)
-        self.scale, _ = _scale_and_shift(config, read_facts(folder))
-        self.device = torch.device(device)
-        self.pca = load_pca(folder).to(self.device)
-        self.factor, self.channels = self.pca.factor, self.pca.channels
-
-    def encode(self, images: Tensor, keys: Tensor) -> Tensor:
-        """The projections of each patch, scaled. Raises UserError if the size or channels do not fit."""
-        channels, height, width = images.shape[1:]
-        if channels != self.pca.image_channels or height % self.factor or width % self.factor:
-            raise UserError(
-                f"data.vae.path: this codec takes images of {self.pca.image_channels} channel(s) and multiples of "
-                f"{self.factor} pixels, not {channels} and {height}x{width}; fit one on these images"
-            )
-        return self.pca.encode(images.to(self.device)) * self.scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images from the components that were kept."""
-        return self.pca.decode(latents.to(self.device, torch.float32) / self.scale)
 
 
 class StoredCodec(Codec):
@@ -183,13 +111,14 @@ def build_codec(
 ) -> Codec:
     """The codec of ``data.vae``, or of stored latents; pixels when there is neither.
 
-    Raises UserError as ``VaeCodec`` and ``PcaCodec`` do.
+    Raises UserError if the folder is missing, or the codec in it does not load.
     """
     if stored is not None and stored.channels:
         return StoredCodec(stored, config, device)
     if config is None:
         return PixelCodec()
-    return PcaCodec(config, device) if codec_facts(config).name == PCA_CLASS else VaeCodec(config, device)
+    codec: Codec = CODECS.get(codec_facts(config).name)(config, device)
+    return codec
 
 
 def vae_at(config: VaeConfig | None, path: str | None) -> VaeConfig | None:
@@ -210,7 +139,7 @@ def vae_at(config: VaeConfig | None, path: str | None) -> VaeConfig | None:
 
 def codec_scale(config: VaeConfig) -> tuple[float, float]:
     """(scale, shift) that ``data.vae`` comes to. Raises UserError if the folder is no codec's, or it contradicts."""
-    return _scale_and_shift(config, codec_facts(config))
+    return scale_and_shift(config, codec_facts(config))
 
 
 def codec_identity(config: VaeConfig) -> str:
@@ -245,7 +174,7 @@ def check_vae(
     if config is None or (config.path is None and stored is not None and stored.channels):
         return
     facts = codec_facts(config)
-    _scale_and_shift(config, facts)
+    scale_and_shift(config, facts)
     if facts.factor != config.factor:
         raise UserError(
             f"data.vae.factor: {config.factor}, but the codec in {config.path} makes one latent pixel of "
@@ -268,29 +197,14 @@ def check_vae(
         )  # fmt: skip
 
 
-def _scale_and_shift(config: VaeConfig, facts: CodecFacts) -> tuple[float, float]:
+def scale_and_shift(config: VaeConfig, facts: CodecFacts) -> tuple[float, float]:
+    """(scale, shift) of ``data.vae``, or the codec's where null. Raises UserError where they may not differ."""
+    fitted = CODECS.get(facts.name).fitted_scale
     for key, given, own in (("scale", config.scale, facts.scale), ("shift", config.shift, facts.shift)):
-        if facts.name == PCA_CLASS and given is not None and abs(given - own) > 1e-6:
+        if fitted and given is not None and abs(given - own) > 1e-6:
             raise UserError(
                 f"data.vae.{key}: {given:g}, but {own:g} was fitted with the codec in {config.path}; leave "
                 f"data.vae.{key} out"
             )
     scale = facts.scale if config.scale is None else config.scale
     return scale, facts.shift if config.shift is None else config.shift
-
-
-def _load(folder: Path) -> Any:
-    vae_class = import_diffusers().AutoencoderKL
-    check_indices(folder, ".safetensors")
-    try:
-        vae = vae_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-    except Exception as error:  # whatever diffusers, safetensors or torch say about a damaged folder
-        reason = " ".join(str(error).split())[:200]
-        reason = other_among([folder / "config.json", *sorted(folder.glob("*.safetensors"))]) or reason
-        raise UserError(
-            f"data.vae.path: {folder} does not load as an {VAE_CLASS} ({reason}); fetch it again"
-        ) from error
-    problem = not_finite(vae.state_dict().items())
-    if problem:
-        raise UserError(f"data.vae.path: of the weights in {folder}, {problem}; latents would be NaN: fetch it again")
-    return vae
