@@ -17,7 +17,7 @@ from megadit.engine.deepspeed.pipeline import pipeline_engine
 from megadit.engine.engine import Sample, TrainingEngine
 from megadit.engine.optimizer import MuOptimizer
 from megadit.engine.schedule import Schedule
-from megadit.models.chunk import Segment
+from megadit.models.chunk import ModelChunk
 from megadit.models.stages import Carrier
 from megadit.mup.spec import ParamSpec
 from megadit.parallel import ProcessContext
@@ -33,7 +33,7 @@ class PipelineTrainingEngine(TrainingEngine):
 
     def __init__(
         self,
-        segment: Segment,
+        segment: ModelChunk,
         specs: Mapping[str, ParamSpec],
         optim: OptimConfig,
         schedule: Schedule,
@@ -104,7 +104,7 @@ class PipelineTrainingEngine(TrainingEngine):
 class _Passage(nn.Module):
     """A segmented model as a function of whole inputs: every stage calls it alike and gets the last one's output."""
 
-    def __init__(self, segment: Segment, groups: Groups, device: torch.device) -> None:
+    def __init__(self, segment: ModelChunk, groups: Groups, device: torch.device) -> None:
         super().__init__()
         self._segment, self._device = segment, device
         self._group, self._ranks = groups.group("pipeline"), groups.ranks("pipeline")

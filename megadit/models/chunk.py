@@ -15,12 +15,12 @@ from megadit.parallel.recompute import run_block
 from megadit.parallel.tensor import TensorLayout, mark_shards
 
 
-class Segment(nn.Module):
+class ModelChunk(nn.Module):
     """Stages [low, high) of ``model``, of which everything else is taken out: ``forward(wire) -> wire``.
 
     The parameters that are left keep their canonical names in ``model``. The wire is the carrier between two stages
     and, where ``project`` is set and block ``model.repa_block`` lies behind, the projected tokens in front of it. The
-    last segment puts out the model's output, or with ``project`` (output, projected). ``blocks``: how many it has.
+    last chunk puts out the model's output, or with ``project`` (output, projected). ``blocks``: how many it has.
     """
 
     def __init__(self, model: StagedModel, low: int, high: int) -> None:
@@ -73,7 +73,7 @@ def _take_out(module: nn.Module, kept: set[int]) -> None:
             module._modules[name] = nn.Identity()
 
 
-def build_segment(
+def build_chunk(
     config: ModelConfig,
     cuts: Sequence[int],
     place: int,
@@ -81,13 +81,13 @@ def build_segment(
     seed: int = 0,
     *,
     device: torch.device | str = "cpu",
-) -> Segment:
-    """Build segment ``place`` of a model that is cut at ``cuts``; only its own parameters are made and drawn."""
+) -> ModelChunk:
+    """Build chunk ``place`` of a model that is cut at ``cuts``; only its own parameters are made and drawn."""
     model = build_model(config, layout, device="meta")
-    segment = Segment(model, cuts[place], cuts[place + 1])
+    chunk = ModelChunk(model, cuts[place], cuts[place + 1])
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         for module in model.modules():  # the parameters are new ones
             mark_shards(module)
         init_parameters(model, seed)
-    return segment
+    return chunk

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megadit.config.schema.model import RepaProjector as RepaConfig
-from megadit.models.layers import MuLinear, MuRMSNorm
+from megadit.models.layers import MuRMSNorm, ReplicatedLinear
 from megadit.mup.rules import InitRule, Parametrization
 from megadit.mup.spec import Dim
 
@@ -28,10 +28,10 @@ class RepaProjector(nn.Module):
     def __init__(self, repa: RepaConfig, param: Parametrization) -> None:
         super().__init__()
         hidden = Dim(repa.hidden)
-        self.fc1 = MuLinear(param.width_dim(), hidden, param, init=_BESIDE_BIAS, bias_init=_BIAS)
+        self.fc1 = ReplicatedLinear(param.width_dim(), hidden, param, init=_BESIDE_BIAS, bias_init=_BIAS)
         self.norm = MuRMSNorm(hidden, param) if repa.norm == "rms" else None
-        self.fc2 = MuLinear(hidden, hidden, param)
-        self.fc3 = MuLinear(hidden, Dim(repa.feature_dim), param)
+        self.fc2 = ReplicatedLinear(hidden, hidden, param)
+        self.fc3 = ReplicatedLinear(hidden, Dim(repa.feature_dim), param)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project every token by itself."""

@@ -80,7 +80,7 @@ def sum_and_scatter_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
 
 
 def enter_blocks(x: Tensor, layout: TensorLayout) -> Tensor:
-    """x, the same on all ranks, on its way to all blocks' column layers (``MuLinear``'s ``entered``).
+    """x, the same on all ranks, on its way to all blocks' column-parallel layers (``skip_input_grad_reduce``).
 
     Each rank's gradient of it is partial in all of them, and is summed here, once. A pipeline's wire carries the parts.
     """

@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from megadit.slices import Boxes
-
-Shard = Literal["none", "column", "row", "gathered"]
 
 
 @dataclass(frozen=True)

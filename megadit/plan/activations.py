@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadit.config import ModelConfig
-from megadit.models.chunk import Segment, build_segment
+from megadit.models.chunk import ModelChunk, build_chunk
 from megadit.models.stages import Carrier
 from megadit.mup.example import example_conditioning
 from megadit.parallel.recompute import Recompute
@@ -113,29 +113,29 @@ def count_passages(
     tensor: int = 1,
     *,
     sequence: bool = False,
-) -> Iterator[tuple[Segment, Passage]]:
-    """Every segment of a model cut at ``cuts``, on the meta device as one of ``tensor`` ranks holds it, and what
+) -> Iterator[tuple[ModelChunk, Passage]]:
+    """Every chunk of a model cut at ``cuts``, on the meta device as one of ``tensor`` ranks holds it, and what
     ``batch`` images cost it. The text comes with its mask.
     """
     rehearsal = Rehearsal()
     layout = TensorLayout(tensor, 0, sequence, rehearsal) if tensor > 1 else None
     wire: Carrier = ()
     for place in range(len(cuts) - 1):
-        segment = build_segment(config, cuts, place, layout, device="meta")
-        segment.model.to(dtype)
-        segment.model.recompute = recompute
-        segment.project = config.repa is not None
+        chunk = build_chunk(config, cuts, place, layout, device="meta")
+        chunk.model.to(dtype)
+        chunk.model.recompute = recompute
+        chunk.project = config.repa is not None
         if not place:
             x = torch.empty(batch, config.in_channels, config.input_size, config.input_size, device="meta")
             cond = example_conditioning(config, [0]).repeat(batch).to("meta")
-            wire = segment.model.carrier(x, torch.empty(batch, device="meta"), cond)
-        passage, wire = _pass(segment, wire, rehearsal, first=place == 0)
-        yield segment, passage
+            wire = chunk.model.carrier(x, torch.empty(batch, device="meta"), cond)
+        passage, wire = _pass(chunk, wire, rehearsal, first=place == 0)
+        yield chunk, passage
 
 
-def _pass(segment: Segment, wire: Carrier, rehearsal: Rehearsal, *, first: bool) -> tuple[Passage, Carrier]:
-    known = [*segment.parameters(), *segment.buffers()]
-    for p in segment.parameters():
+def _pass(chunk: ModelChunk, wire: Carrier, rehearsal: Rehearsal, *, first: bool) -> tuple[Passage, Carrier]:
+    known = [*chunk.parameters(), *chunk.buffers()]
+    for p in chunk.parameters():
         p.grad = torch.empty_like(p)  # from the second micro batch on a gradient is added to
         known.append(p.grad)
     rehearsal.taken()
@@ -144,7 +144,7 @@ def _pass(segment: Segment, wire: Carrier, rehearsal: Rehearsal, *, first: bool)
         if not first:
             for part in inputs:
                 part.requires_grad_(part.is_floating_point())
-        out = segment(inputs)
+        out = chunk(inputs)
         outputs = (out,) if isinstance(out, Tensor) else tuple(out)
         del out
         kept, forward = live.now, rehearsal.taken()
@@ -152,7 +152,7 @@ def _pass(segment: Segment, wire: Carrier, rehearsal: Rehearsal, *, first: bool)
         torch.autograd.backward(moving, [torch.empty_like(part) for part in moving])
         backward = rehearsal.taken()
         peak = live.peak
-    last = segment.is_last
+    last = chunk.is_last
     passage = Passage(
         kept=kept,
         peak=peak,

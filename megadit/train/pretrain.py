@@ -31,7 +31,7 @@ from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, har
 from megadit.files.ownership import Claim, Occupied, OwnershipLost
 from megadit.files.paths import check_folder
 from megadit.models import build_model
-from megadit.models.chunk import Segment, build_segment
+from megadit.models.chunk import ModelChunk, build_chunk
 from megadit.models.stages import StagedModel
 from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
@@ -266,7 +266,7 @@ def _places(config: RunConfig, context: ProcessContext) -> tuple[Topology, Group
     return place, Groups(place) if place.data < place.world else None
 
 
-def _local_model(config: RunConfig, groups: Groups | None) -> StagedModel | Segment:
+def _local_model(config: RunConfig, groups: Groups | None) -> StagedModel | ModelChunk:
     """What this rank holds of the model, initialised, with its ways of running set."""
     seed = config.train.seed
     layout = None if groups is None else groups.tensor_layout
@@ -277,16 +277,16 @@ def _local_model(config: RunConfig, groups: Groups | None) -> StagedModel | Segm
             compile_blocks(stage for stage in model.stages() if stage.is_block)
         return model
     cuts = balanced_cuts(stage_flops(config.model), groups.topology.pipeline)
-    segment = build_segment(config.model, cuts, groups.topology.pipeline_rank, layout, seed)
+    segment = build_chunk(config.model, cuts, groups.topology.pipeline_rank, layout, seed)
     segment.model.recompute = config.train.activation_checkpointing
     return segment
 
 
 def _engine(
-    job: Job, model: StagedModel | Segment, schedule: Schedule, context: ProcessContext, groups: Groups | None
+    job: Job, model: StagedModel | ModelChunk, schedule: Schedule, context: ProcessContext, groups: Groups | None
 ) -> TrainingEngine:
     config = job.config
-    if not isinstance(model, Segment):
+    if not isinstance(model, ModelChunk):
         return TrainingEngine(model, config.optim, schedule, job.ds_config, context, config.ema, groups)
     assert groups is not None  # a segment is one of a group
     specs = param_specs(build_model(config.model, device="meta"))

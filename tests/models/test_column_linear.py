@@ -12,8 +12,8 @@ from torch import Tensor
 
 from helpers.ranks import run_ranks
 from helpers.shards import this_rank
-from megadit.models.layers import column_linear as module
-from megadit.models.layers.column_linear import column_linear
+from megadit.models.layers import linear as module
+from megadit.models.layers.linear import column_linear
 from megadit.parallel.collectives import own_tokens
 from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.rehearsal import Rehearsal

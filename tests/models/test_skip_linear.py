@@ -17,7 +17,7 @@ from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.models import build_model
 from megadit.models.build import parametrization
 from megadit.models.layers import skip_linear as module
-from megadit.models.layers.skip_linear import SkipLinear, lend
+from megadit.models.layers.skip_linear import SkipLinear, skip_for_sharded_linear, skip_linear
 from megadit.mup.spec import walk_slices
 from megadit.parallel.collectives import all_tokens, own_tokens
 from megadit.parallel.recompute import Recompute, run_block
@@ -32,7 +32,7 @@ HOW: tuple[Recompute, ...] = ("none", "selective", "full")
 def layer(layout: TensorLayout | None) -> SkipLinear:
     param = parametrization(tiny_mup_uvit(WIDTH))
     with building(layout):
-        made = SkipLinear(param.width_dim(), param.width_dim(2), param, tokens=TOKENS)
+        made = skip_linear(param.width_dim(), param.width_dim(2), param, TOKENS)
     return made
 
 
@@ -64,7 +64,7 @@ def gaps(sequence: bool, alpha: float, recompute: Recompute, autocast: bool = Fa
         joined = torch.cat(wanted[:2], dim=-1)
         expected = scaled_linear(joined, wanted[2], wanted[3], alpha)
         mine = [own_tokens(part, layout) for part in leaves]
-        [out] = run_block(block, (mine[0], lend(mine[1], layout)), recompute)
+        [out] = run_block(block, (mine[0], skip_for_sharded_linear(mine[1], layout)), recompute)
         found = all_tokens(out, layout, TOKENS)
     found.backward(grad.to(found.dtype))
     whole = torch.autograd.grad(expected, wanted, grad.to(expected.dtype))
@@ -129,7 +129,8 @@ def order_of_backward(sequence: bool) -> list[str]:
     made = layer(layout).double()
     torch.nn.init.zeros_(made.weight)
     x, skip, *_, grad = operands()
-    mine = own_tokens(x, layout).requires_grad_(), lend(own_tokens(skip, layout), layout).detach().requires_grad_()
+    carried = skip_for_sharded_linear(own_tokens(skip, layout), layout).detach()
+    mine = own_tokens(x, layout).requires_grad_(), carried.requires_grad_()
     out = made(*mine)
     with pytest.MonkeyPatch.context() as monkey:
         for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
@@ -169,7 +170,7 @@ def rehearsed(recompute: Recompute, sequence: bool) -> tuple[Any, Any, Any]:
     with torch.device("meta"):
         made = layer(layout)
         x = torch.empty(BATCH, 3 if sequence else 6, WIDTH, requires_grad=True)
-        skip = lend(torch.empty_like(x, requires_grad=True), layout)
+        skip = skip_for_sharded_linear(torch.empty_like(x, requires_grad=True), layout)
     kept = []
 
     def keep(tensor: Tensor) -> Tensor:

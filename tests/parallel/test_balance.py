@@ -1,4 +1,4 @@
-"""Cuts of equal work, and what each segment of a model then holds."""
+"""Cuts of equal work, and what each chunk of a model then holds."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 
 from helpers.tiny_dit import tiny_config, tiny_inputs
 from megadit.models import build_model
-from megadit.models.chunk import build_segment
+from megadit.models.chunk import build_chunk
 from megadit.mup.spec import param_specs
 from megadit.parallel.balance import balanced_cuts, bubble_share
 from megadit.parallel.tensor import TensorLayout, is_shard
@@ -40,27 +40,27 @@ def test_the_stages_cost_what_the_model_does():
     assert sum(stage_flops(config)) == forward_flops(config)
 
 
-def test_segments_hold_each_parameter_once_and_compute_the_model():
+def test_chunks_hold_each_parameter_once_and_compute_the_model():
     config = tiny_config(depth=3)
     whole = build_model(config, seed=2)
     cuts = [0, 2, 4, 5]
-    segments = [build_segment(config, cuts, place, seed=2) for place in range(3)]
-    held = [dict(segment.model.named_parameters()) for segment in segments]
+    chunks = [build_chunk(config, cuts, place, seed=2) for place in range(3)]
+    held = [dict(chunk.model.named_parameters()) for chunk in chunks]
     assert sum(len(own) for own in held) == len(param_specs(whole))
     for own in held:
         for name, p in own.items():
             assert torch.equal(p, whole.get_parameter(name))
     x, t, cond = tiny_inputs(config)
     wire = whole.carrier(x, t, cond)
-    for segment in segments:
-        wire = segment(wire)
+    for chunk in chunks:
+        wire = chunk(wire)
     assert torch.equal(wire, whole(x, t, cond))
 
 
-def test_shares_of_a_segment_are_marked():
+def test_shares_of_a_chunk_are_marked():
     """``to_empty`` makes new parameters, which know nothing of the marks of the old ones."""
-    segment = build_segment(tiny_config(depth=3), [0, 2, 5], 0, TensorLayout(2, 0))
-    marked = {name for name, p in segment.model.named_parameters() if is_shard(p)}
+    chunk = build_chunk(tiny_config(depth=3), [0, 2, 5], 0, TensorLayout(2, 0))
+    marked = {name for name, p in chunk.model.named_parameters() if is_shard(p)}
     assert "blocks.0.attn.qkv.weight" in marked and "x_embedder.proj.weight" not in marked
 
 

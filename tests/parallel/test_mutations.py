@@ -20,6 +20,7 @@ from helpers.layout_parity import TOLERANCE
 from helpers.ranks import run_ranks
 from helpers.training import small_config, train_rank
 from megadit.config import RunConfig
+from megadit.models.layers import RowParallelLinear
 
 STEPS = 3  # the readout starts at zero: the body has a gradient from the second step on, and shows it in the third
 SEEN = 1e-4  # ten times what parity allows
@@ -46,10 +47,10 @@ def no_sum_of_rows() -> None:
 
 def no_sum_of_input_gradients() -> None:
     """The gradient of a column layer's input stays what each rank's channels say."""
-    from megadit.models.layers import column_linear
+    from megadit.models.layers import linear
     from megadit.parallel.collectives import Pending
 
-    column_linear.begin_sum = lambda x, _layout: Pending(x, None)
+    linear.begin_sum = lambda x, _layout: Pending(x, None)
 
 
 def no_sum_of_the_condition() -> None:
@@ -87,7 +88,7 @@ def one_mark_missing() -> None:
     from megadit.models.layers import linear
 
     plain = linear.mark_shards
-    linear.mark_shards = lambda module: None if module.shard == "row" else plain(module)
+    linear.mark_shards = lambda module: None if isinstance(module, linear.RowParallelLinear) else plain(module)
 
 
 def _change_specs(change: Callable[[str, Any], None]) -> None:
@@ -118,7 +119,7 @@ def fan_in_of_the_share() -> None:
     """Row layers go by the fan-in of what a rank holds: a wider start and a larger learning rate."""
 
     def change(_name: str, module: Any) -> None:
-        if module.shard == "row":
+        if isinstance(module, RowParallelLinear):
             spec = module.param_specs["weight"]
             module.param_specs["weight"] = dataclasses.replace(
                 spec, fan_in=spec.fan_in // 2, init_std=spec.init_std * math.sqrt(2), lr_mult=spec.lr_mult * 2

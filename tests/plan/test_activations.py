@@ -13,7 +13,7 @@ from helpers.tiny_pixart import tiny_pixart
 from helpers.tiny_uvit import tiny_uvit
 from megadit.config import ModelConfig
 from megadit.models import build_model
-from megadit.models.chunk import build_segment
+from megadit.models.chunk import build_chunk
 from megadit.mup.example import example_conditioning, example_images
 from megadit.parallel.balance import bubble_share
 from megadit.plan.activations import LiveBytes, count_passages
@@ -46,16 +46,16 @@ def moving(out: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
     config = FAMILIES[family]
-    segment = build_segment(config, (0, config.blocks + 2), 0)
-    segment.model.recompute, segment.project = recompute, config.repa is not None
-    carrier = segment.model.carrier(*inputs(config))
-    known = [*segment.parameters(), *segment.buffers()]
-    for p in segment.parameters():
+    chunk = build_chunk(config, (0, config.blocks + 2), 0)
+    chunk.model.recompute, chunk.project = recompute, config.repa is not None
+    carrier = chunk.model.carrier(*inputs(config))
+    known = [*chunk.parameters(), *chunk.buffers()]
+    for p in chunk.parameters():
         p.grad = torch.zeros_like(p)
         known.append(p.grad)
     with LiveBytes(known) as live:
         wire = tuple(part.clone() for part in carrier)  # a pipeline holds it until the backward pass
-        out = moving(segment(wire))
+        out = moving(chunk(wire))
         kept = live.now
         torch.autograd.backward(out, [torch.ones_like(part) for part in out])
     [counted] = passage(config, recompute)

@@ -1,14 +1,46 @@
-"""Embedders of patches, timesteps and labels, and the way back from tokens to an image."""
+"""Learned tables and tokens, the embedders of patches, timesteps, labels and captions, and the way back to an image."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from megadit.models.layers.linear import MuEmbedding, MuLinear, MuPatchProjection
-from megadit.models.layers.positions import sincos_2d, timestep_features
+from megadit.conditioning import null_caption
+from megadit.models.layers.conv import MuPatchProjection
+from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megadit.models.layers.positions import timestep_features
 from megadit.mup.rules import Parametrization
-from megadit.mup.spec import Dim
+from megadit.mup.spec import Dim, ParamSpec
+
+
+class MuEmbedding(nn.Module):
+    """A table (entries, n) whose rows are looked up; the role's multiplier scales the row that comes out."""
+
+    def __init__(self, entries: int, dim: Dim, param: Parametrization) -> None:
+        super().__init__()
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((Dim(entries), dim), "table", table=True)}
+        self.weight = nn.Parameter(torch.empty(entries, dim.size))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """int64 (B,) -> (B, n)."""
+        row = F.embedding(index, self.weight)
+        mult = self.param_specs["weight"].forward_mult
+        return row if mult == 1.0 else row * mult
+
+
+class MuTokens(nn.Module):
+    """Learned vectors (1, count, n) that are added to tokens or stand among them (positions, registers)."""
+
+    def __init__(self, count: int, dim: Dim, param: Parametrization) -> None:
+        super().__init__()
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((Dim(1), Dim(count), dim), "tokens", table=True)}
+        self.weight = nn.Parameter(torch.empty(1, count, dim.size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Add them: (B, count, n) -> (B, count, n)."""
+        mult = self.param_specs["weight"].forward_mult
+        return torch.add(tokens, self.weight.to(tokens.dtype), alpha=mult)
 
 
 class PatchEmbedder(nn.Module):
@@ -30,9 +62,9 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.features = features
         self.mlp = nn.Sequential(
-            MuLinear(Dim(features), width, param, init="timestep", shard="column"),
+            ColumnParallelLinear(Dim(features), width, param, init="timestep"),
             nn.SiLU(),
-            MuLinear(width, width, param, init="timestep", shard="row"),
+            RowParallelLinear(width, width, param, init="timestep"),
         )
 
     def forward(self, t: Tensor) -> Tensor:
@@ -53,28 +85,42 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class SinCosPositions(nn.Module):
-    """A fixed table added to the tokens: a float32 buffer (1, T, n) that no checkpoint holds.
+class CaptionProjection(nn.Module):
+    """Linear, GELU (tanh), Linear on text features: (B, L, text_dim) -> (B, L, n)."""
 
-    ``scale``: what coordinates, 0 to ``side`` - 1, are divided by.
+    def __init__(self, text_dim: int, width: Dim, param: Parametrization) -> None:
+        super().__init__()
+        self.fc1 = ColumnParallelLinear(Dim(text_dim), width, param, init="text")
+        self.fc2 = RowParallelLinear(width, width, param, init="text")
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Cast the features to the weights' dtype and project each token."""
+        return self.fc2(F.gelu(self.fc1(text.to(self.fc1.weight.dtype)), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Projection of captions, and the null caption ``y_embedding`` (max_length, text_dim).
+
+    The null caption is a buffer that checkpoints hold and no optimizer trains; without one of its own a model has
+    ``megadit.conditioning.null_caption``. Dropping captions is the objective's business.
     """
 
-    table: Tensor
+    y_embedding: Tensor
 
-    def __init__(self, width: int, side: int, scale: float = 1.0) -> None:
+    def __init__(self, text_dim: int, max_length: int, width: Dim, param: Parametrization) -> None:
         super().__init__()
-        self.width, self.side, self.scale = width, side, scale
-        self.register_buffer("table", torch.empty(1, side * side, width), persistent=False)
+        self.y_proj = CaptionProjection(text_dim, width, param)
+        self.register_buffer("y_embedding", torch.empty(max_length, text_dim))
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        """Fill the table in place."""
-        table = sincos_2d(self.width, self.side, self.side, device=self.table.device, scale=self.scale)
-        self.table.copy_(table[None])
+        """Fill the null caption in place."""
+        length, dim = self.y_embedding.shape
+        self.y_embedding.copy_(null_caption(length, dim, self.y_embedding.device))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, n) -> (B, T, n)."""
-        return tokens + self.table.to(tokens.dtype)
+    def forward(self, text: Tensor) -> Tensor:
+        """(B, L, text_dim) -> (B, L, n)."""
+        return self.y_proj(text)
 
 
 def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int, channels: int) -> Tensor:

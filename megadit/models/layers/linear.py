@@ -1,43 +1,49 @@
-"""The layers that own parameters: each declares its global dims and gets its specs when it is built."""
+"""Linear layers under muP and tensor parallelism: column-parallel, row-parallel and replicated.
+
+The split follows Megatron-LM (arXiv 1909.08053 section 3; with sequence parallelism 2205.05198 section 4.2). On one
+tensor-parallel rank all three are the same plain layer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-from megadit.models.layers.column_linear import column_linear
 from megadit.mup.rules import InitRule, Parametrization, Purpose
-from megadit.mup.spec import Dim, ParamSpec, Role
+from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import (
+    Pending,
+    begin_gather_tokens,
+    begin_sum,
+    begin_sum_and_scatter_tokens,
     copy_to_ranks,
     gather_channels,
     sum_and_scatter_tokens,
     sum_over_ranks,
+    tokens_together,
 )
-from megadit.parallel.tensor import Shard, TensorLayout, cut, mark_shards, tensor_layout
+from megadit.parallel.recompute import is_recomputed
+from megadit.parallel.tensor import TensorLayout, cut, mark_shards, tensor_layout
 from megadit.slices import Boxes
-from megadit_kernels import scaled_linear
+from megadit_kernels import for_autocast, scaled_linear
 
 
 class MuLinear(nn.Module):
-    """``y = mult * W x + b``: W (out, in), b (out,); mult is the role's forward multiplier.
+    """``y = mult * W x + b``: W (out, in), b (out,); mult is the role's forward multiplier. Whole on one rank.
 
     Not an ``nn.Linear``, so that the mup package neither rescales it nor asks for its own readout class.
-
-    What a tensor-parallel rank holds and does (Megatron-LM, arXiv 1909.08053 section 3 and 2205.05198 section 4.2):
-
-    * ``shard`` column: a share of the outputs, from the whole input; ``parts`` matrices side by side are cut each by
-      itself; with ``gather`` every rank gets all outputs, to use on what it holds of the tokens. ``entered``: several
-      layers have this input, and ``enter_blocks`` sums its gradient for all of them.
-    * row: a share of the inputs, as a column layer puts it out; the ranks' products are summed, then the bias added.
-      With ``parts`` the weight is a stack of pieces (``cut``).
-    * gathered: a share of the outputs' weights, which are gathered where they are used (``SkipLinear``).
-    * none: everything.
 
     ``tokens``: the input (B, T, n) is a stream of T tokens, which sequence parallelism cuts between the ranks outside
     of pairs of column and row layers; None: it is never cut.
     """
+
+    split: ClassVar[Mapping[str, int]] = {}  # of a parameter that ranks share, the dimension along which it is cut
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -47,33 +53,26 @@ class MuLinear(nn.Module):
         *,
         bias: bool = True,
         init: Purpose | InitRule = "linear",
-        bias_init: Purpose | InitRule = "zero",
-        role: Role | None = None,
-        shard: Shard = "none",
-        parts: int = 1,
-        gather: bool = False,
-        entered: bool = False,
         tokens: int | None = None,
+        parts: int = 1,
+        bias_init: Purpose | InitRule = "zero",
     ) -> None:
+        """``parts``: how many matrices stand side by side along the cut dimension, each cut by itself (see ``cut``)."""
         super().__init__()
         self.in_features, self.out_features = in_dim.size, out_dim.size
-        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((out_dim, in_dim), init, role=role)}
-        self.shard: Shard = shard
-        self.gather, self.entered = gather, entered
-        layout = tensor_layout()
-        self.layout = layout if layout.size > 1 else None
-        self.tokens = tokens if layout.sequence else None
-        self.param_boxes: dict[str, Boxes] = {}
-        shape: tuple[int, ...] = (out_dim.size, in_dim.size)
-        bias_shape: tuple[int, ...] = (out_dim.size,)
-        if self.layout is not None and shard != "none":
-            shape, self.param_boxes["weight"] = cut(shape, layout, 1 if shard == "row" else 0, parts)
-            if bias and shard == "column":
-                bias_shape, self.param_boxes["bias"] = cut(bias_shape, layout, 0, parts)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(bias_shape)) if bias else None
+        self.layout = tensor_layout()
+        self.tokens = tokens if self.layout.sequence else None
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((out_dim, in_dim), init)}
         if bias:
             self.param_specs["bias"] = param.spec((out_dim,), bias_init)
+        self.param_boxes: dict[str, Boxes] = {}
+        for name, spec in self.param_specs.items():
+            shape = spec.shape
+            if self.layout.size > 1 and name in self.split:
+                shape, self.param_boxes[name] = cut(shape, self.layout, self.split[name], parts)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        if not bias:
+            self.register_parameter("bias", None)
         mark_shards(self)
 
     @property
@@ -82,95 +81,133 @@ class MuLinear(nn.Module):
         return self.param_specs["weight"].forward_mult
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), of which a column layer that does not gather puts out the rank's share."""
-        if self.layout is None:
-            return scaled_linear(x, self.weight, self.bias, self.forward_mult)
-        if self.shard == "column":
-            return self._columns(x, self.layout)
-        if self.shard == "row":
-            return self._rows(x, self.layout)
-        return self._on_own_tokens(x, self.layout)
+        """(..., in) -> (..., out), as on one rank."""
+        return scaled_linear(x, self.weight, self.bias, self.forward_mult)
 
-    def _columns(self, x: Tensor, layout: TensorLayout) -> Tensor:
-        if self.entered:
-            out = scaled_linear(x, self.weight, self.bias, self.forward_mult)
-        else:
-            out = column_linear(x, self.weight, self.bias, self.forward_mult, layout, self.tokens)
-        return gather_channels(out, layout, partial=layout.sequence) if self.gather else out
-
-    def _rows(self, x: Tensor, layout: TensorLayout) -> Tensor:
-        product = scaled_linear(x, self.weight, None, self.forward_mult)
-        bias: Tensor | None = self.bias
-        if self.tokens is None:
-            out = sum_over_ranks(product, layout)
-        else:
-            out = sum_and_scatter_tokens(product, layout)
-            bias = None if bias is None else copy_to_ranks(bias, layout)
-        return out if bias is None else out + bias
-
-    def _on_own_tokens(self, x: Tensor, layout: TensorLayout) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if self.tokens is not None:  # each rank sees its own tokens, and gradients of whole parameters are sums
-            weight = copy_to_ranks(weight, layout)
-            bias = None if bias is None else copy_to_ranks(bias, layout)
-        return scaled_linear(x, weight, bias, self.forward_mult)
+    def bias_of_own_tokens(self) -> Tensor | None:
+        """The bias where each rank adds it to its own tokens, so that its gradient is a sum over ranks."""
+        return None if self.bias is None else copy_to_ranks(self.bias, self.layout)
 
     def extra_repr(self) -> str:
         spec = self.param_specs["weight"]
         return f"{self.in_features}, {self.out_features}, role={spec.role}, mult={spec.forward_mult:g}"
 
 
-class MuPatchProjection(nn.Module):
-    """Non-overlapping p x p patches to tokens: a strided convolution, computed as one GEMM.
-
-    Weight (n, C, p, p) as in a convolution, bias (n,). An input layer of fan-in C p^2.
-    """
-
-    def __init__(self, channels: int, out_dim: Dim, patch: int, param: Parametrization) -> None:
-        super().__init__()
-        self.patch = patch
-        dims = (out_dim, Dim(channels), Dim(patch), Dim(patch))
-        self.param_specs: dict[str, ParamSpec] = {
-            "weight": param.spec(dims, "patch"),
-            "bias": param.spec((out_dim,), "patch_bias", drawn_fan_in=channels * patch * patch),
-        }
-        self.weight = nn.Parameter(torch.empty(out_dim.size, channels, patch, patch))
-        self.bias = nn.Parameter(torch.empty(out_dim.size))
+class ReplicatedLinear(MuLinear):
+    """Every rank holds all of the weight; under sequence parallelism it sees its own tokens alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, T, n), tokens row-major."""
-        b, c, h, w = x.shape
-        p = self.patch
-        patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(b, (h // p) * (w // p), c * p * p)
-        return scaled_linear(patches, self.weight.flatten(1), self.bias, self.param_specs["weight"].forward_mult)
+        """(..., in) -> (..., out), of all tokens or of a rank's own."""
+        if self.tokens is None:
+            return super().forward(x)
+        weight = copy_to_ranks(self.weight, self.layout)
+        return scaled_linear(x, weight, self.bias_of_own_tokens(), self.forward_mult)
 
 
-class MuEmbedding(nn.Module):
-    """A table (entries, n) whose rows are looked up; the role's multiplier scales the row that comes out."""
+class ColumnParallelLinear(MuLinear):
+    """A rank holds a share of the outputs, and computes it from the whole input.
 
-    def __init__(self, entries: int, dim: Dim, param: Parametrization) -> None:
-        super().__init__()
-        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((Dim(entries), dim), "table", table=True)}
-        self.weight = nn.Parameter(torch.empty(entries, dim.size))
+    ``gather_output``: every rank gets all outputs, to use on what it holds of the tokens. ``skip_input_grad_reduce``:
+    several layers have this input, and ``enter_blocks`` sums its gradient for all of them.
+    """
 
-    def forward(self, index: Tensor) -> Tensor:
-        """int64 (B,) -> (B, n)."""
-        row = F.embedding(index, self.weight)
-        mult = self.param_specs["weight"].forward_mult
-        return row if mult == 1.0 else row * mult
+    split: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+
+    def __init__(
+        self,
+        in_dim: Dim,
+        out_dim: Dim,
+        param: Parametrization,
+        *,
+        bias: bool = True,
+        init: Purpose | InitRule = "linear",
+        tokens: int | None = None,
+        parts: int = 1,
+        gather_output: bool = False,
+        skip_input_grad_reduce: bool = False,
+    ) -> None:
+        super().__init__(in_dim, out_dim, param, bias=bias, init=init, tokens=tokens, parts=parts)
+        self.gather_output = gather_output and self.layout.size > 1
+        self.reduce_input_grad = self.layout.size > 1 and not skip_input_grad_reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out / ranks), or with ``gather_output`` (..., out)."""
+        if self.reduce_input_grad:
+            out = column_linear(x, self.weight, self.bias, self.forward_mult, self.layout, self.tokens)
+        else:
+            out = super().forward(x)
+        return gather_channels(out, self.layout, partial=self.layout.sequence) if self.gather_output else out
 
 
-class MuTokens(nn.Module):
-    """Learned vectors (1, count, n) that are added to tokens or stand among them (positions, registers)."""
+class RowParallelLinear(MuLinear):
+    """A rank holds the weight of a share of the inputs, which a column-parallel layer left it with.
 
-    def __init__(self, count: int, dim: Dim, param: Parametrization) -> None:
-        super().__init__()
-        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((Dim(1), Dim(count), dim), "tokens", table=True)}
-        self.weight = nn.Parameter(torch.empty(1, count, dim.size))
+    The ranks' products are summed, then the bias is added, which every rank holds.
+    """
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Add them: (B, count, n) -> (B, count, n)."""
-        mult = self.param_specs["weight"].forward_mult
-        return torch.add(tokens, self.weight.to(tokens.dtype), alpha=mult)
+    split: ClassVar[Mapping[str, int]] = {"weight": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in / ranks) -> (..., out), of all tokens or of a rank's own."""
+        if self.layout.size == 1:
+            return super().forward(x)
+        product = scaled_linear(x, self.weight, None, self.forward_mult)
+        own_tokens = self.tokens is not None
+        out = sum_and_scatter_tokens(product, self.layout) if own_tokens else sum_over_ranks(product, self.layout)
+        bias = self.bias_of_own_tokens() if own_tokens else self.bias
+        return out if bias is None else out + bias
+
+
+def column_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, layout: TensorLayout, tokens: int | None
+) -> Tensor:
+    """``alpha * (x @ weight.T) + bias`` with this rank's share of the outputs, from the whole input.
+
+    weight (n_out / ranks, n_in), bias (n_out / ranks,) or None. x (..., n_in), the same on all ranks, or with
+    ``tokens`` T a rank's own tokens (B, ceil(T / ranks), n_in) -> (..., n_out / ranks) or (B, T, n_out / ranks). The
+    ranks' gradients of x are summed, and with ``tokens`` scattered, while the gradient of the weight is computed
+    (Megatron-LM, arXiv 2205.05198 section 4.2.2). With ``tokens`` the own tokens alone are kept for it, and gathered
+    once more while the gradient of x is computed; a block that is recomputed has just gathered them, and keeps them.
+    """
+    keep = tokens is not None and is_recomputed()
+    out: Tensor = _ColumnLinear.apply(*for_autocast(x, weight, bias), alpha, layout, tokens, keep)
+    return out
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """``keep``: whether the gathered tokens are kept for the backward pass, instead of a rank's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        alpha: float,
+        layout: TensorLayout,
+        tokens: int | None,
+        keep: bool,
+    ) -> Tensor:
+        whole = x if tokens is None else tokens_together(begin_gather_tokens(x, layout, later=False).wait(), tokens)
+        ctx.save_for_backward(whole if keep else x, weight)
+        ctx.alpha, ctx.layout, ctx.tokens, ctx.gathers = alpha, layout, tokens, tokens is not None and not keep
+        return scaled_linear(whole, weight, bias, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        rows = grad.reshape(-1, grad.shape[-1])
+        gathered = begin_gather_tokens(x, ctx.layout) if ctx.gathers and need_weight else None
+        summed: Pending | None = None
+        if need_x:
+            begin = begin_sum if ctx.tokens is None else begin_sum_and_scatter_tokens
+            summed = begin(scaled_linear(rows, weight.t(), None, ctx.alpha).view(*grad.shape[:-1], -1), ctx.layout)
+        grad_weight = grad_bias = None
+        if need_weight:
+            whole = x if gathered is None else tokens_together(gathered.wait(), ctx.tokens)
+            grad_weight = scaled_linear(rows.t(), whole.reshape(-1, whole.shape[-1]).t(), None, ctx.alpha)
+        if need_bias:
+            grad_bias = rows.sum(0)
+        return (None if summed is None else summed.wait()), grad_weight, grad_bias, None, None, None, None

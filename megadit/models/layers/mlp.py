@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.models.layers.linear import MuLinear
+from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 
@@ -33,8 +33,8 @@ class Mlp(nn.Module):
         self.activation = activation
         fan_out = Dim(2 * hidden.size, 2 * hidden.base_size) if activation == "swiglu" else hidden
         parts = 2 if activation == "swiglu" else 1
-        self.fc1 = MuLinear(width, fan_out, param, shard="column", parts=parts, tokens=tokens)
-        self.fc2 = MuLinear(hidden, width, param, shard="row", tokens=tokens)
+        self.fc1 = ColumnParallelLinear(width, fan_out, param, parts=parts, tokens=tokens)
+        self.fc2 = RowParallelLinear(hidden, width, param, tokens=tokens)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, n) -> (B, T, n)."""

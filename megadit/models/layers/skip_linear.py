@@ -1,8 +1,9 @@
-"""U-ViT's long skip: the linear on [tokens, skip], in shares without gathering either."""
+"""U-ViT's long skip: the linear on [tokens, skip], which ranks share without gathering either."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,52 +17,68 @@ from megadit.parallel.collectives import (
     begin_gather_rows,
     begin_sum_and_scatter_rows,
     channels_together,
-    copy_to_ranks,
     own_channels,
     scatter_channels,
     sum_over_ranks,
 )
 from megadit.parallel.recompute import is_recomputed
-from megadit.parallel.tensor import Shard, TensorLayout, tensor_layout
+from megadit.parallel.tensor import TensorLayout, tensor_layout
 from megadit_kernels import for_autocast, scaled_linear
 
 
-class SkipLinear(MuLinear):
-    """``mult * W [x, skip] + b``: W (n, 2n), b (n,).
-
-    Tensor parallelism cuts the input by channels, a rank's n / ranks of x beside the same of the skip, which is carried
-    so from where it was lent (``lend``): the ranks' products are summed, and the parts of x's gradient gathered. Of W
-    a rank holds two pieces, one after the other: (2, n, n / ranks).
-
-    Sequence parallelism has cut the tokens, and a rank joins its own with the whole of W. It holds n / ranks rows of W,
-    and gathers the others for each pass: this is (n, 2n) whatever the batch, and the tokens would be (B, T, 2n).
-
-    ``width``: n; ``joined``: 2n.
-    """
-
-    def __init__(self, width: Dim, joined: Dim, param: Parametrization, *, tokens: int) -> None:
-        shard: Shard = "gathered" if tensor_layout().sequence else "row"
-        super().__init__(joined, width, param, shard=shard, parts=2 if shard == "row" else 1, tokens=tokens)
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]  # of two tensors, not of their join
-        """x (B, T, n) and a skip as ``lend`` gave it -> (B, T, n)."""
-        if self.layout is None:
-            return super().forward(torch.cat([x, skip], dim=-1))
-        if self.tokens is None:
-            operands = for_autocast(x, skip, self.weight)
-            product: Tensor = _OwnChannels.apply(*operands, self.forward_mult, self.layout)
-            out = sum_over_ranks(product, self.layout)
-            return out if self.bias is None else out + self.bias
-        bias = None if self.bias is None else copy_to_ranks(self.bias, self.layout)
-        operands = for_autocast(torch.cat([x, skip], dim=-1), self.weight, bias)
-        joined: Tensor = _OwnTokens.apply(*operands, self.forward_mult, self.layout, is_recomputed())
-        return joined
+def skip_linear(width: Dim, joined: Dim, param: Parametrization, tokens: int) -> SkipLinear:
+    """The long skip of the layout that a model is being built for. ``width``: n; ``joined``: 2n; ``tokens``: T."""
+    layout = tensor_layout()
+    if layout.size == 1:
+        return SkipLinear(joined, width, param)
+    if layout.sequence:
+        return SequenceParallelSkipLinear(joined, width, param, tokens=tokens)
+    return TensorParallelSkipLinear(joined, width, param, parts=2)
 
 
-def lend(x: Tensor, layout: TensorLayout) -> Tensor:
+def skip_for_sharded_linear(x: Tensor, layout: TensorLayout) -> Tensor:
     """What is carried of x (B, T, n) to a ``SkipLinear``: this rank's channels; without tensor parallelism, or where
     tokens are cut, x itself."""
     return scatter_channels(x, layout) if layout.size > 1 and not layout.sequence else x
+
+
+class SkipLinear(MuLinear):
+    """``mult * W [x, skip] + b``: W (n, 2n), b (n,). Whole on one rank."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]  # of two tensors, not of their join
+        """x (B, T, n) and a skip as ``skip_for_sharded_linear`` gave it -> (B, T, n)."""
+        return super().forward(torch.cat([x, skip], dim=-1))
+
+
+class TensorParallelSkipLinear(SkipLinear):
+    """A rank holds the weight of a share of the channels: n / ranks of x, and the same of the skip.
+
+    The skip is carried so from where it was made. The ranks' products are summed, and the parts of x's gradient
+    gathered. Of W a rank holds two pieces, one after the other: (2, n, n / ranks).
+    """
+
+    split: ClassVar[Mapping[str, int]] = {"weight": 1}
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, T, n), skip (B, T, n / ranks) -> (B, T, n)."""
+        product: Tensor = _OwnChannels.apply(*for_autocast(x, skip, self.weight), self.forward_mult, self.layout)
+        out = sum_over_ranks(product, self.layout)
+        return out if self.bias is None else out + self.bias
+
+
+class SequenceParallelSkipLinear(SkipLinear):
+    """A rank joins its own tokens with the whole of W, of which it holds n / ranks rows and gathers the others.
+
+    They are gathered for each pass: this is (n, 2n) whatever the batch, and the tokens would be (B, T, 2n).
+    """
+
+    split: ClassVar[Mapping[str, int]] = {"weight": 0}
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """x and skip: a rank's own (B, ceil(T / ranks), n) -> the same shape."""
+        operands = for_autocast(torch.cat([x, skip], dim=-1), self.weight, self.bias_of_own_tokens())
+        joined: Tensor = _OwnTokens.apply(*operands, self.forward_mult, self.layout, is_recomputed())
+        return joined
 
 
 class _OwnChannels(torch.autograd.Function):

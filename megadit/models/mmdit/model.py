@@ -19,11 +19,13 @@ from megadit.config.schema.model import ModelConfig
 from megadit.models.grid import patches_of, side_of
 from megadit.models.layers import (
     AdaLNReadout,
+    ColumnParallelLinear,
     CroppedPositions,
     Mlp,
     ModulatedNorm,
-    MuLinear,
     PatchEmbedder,
+    ReplicatedLinear,
+    RowParallelLinear,
     StreamAttention,
     TimestepEmbedder,
     adaln_modulation,
@@ -121,9 +123,9 @@ class PooledEmbedder(nn.Module):
     def __init__(self, features: int, width: Dim, param: Parametrization) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            MuLinear(Dim(features), width, param, init="text", shard="column"),
+            ColumnParallelLinear(Dim(features), width, param, init="text"),
             nn.SiLU(),
-            MuLinear(width, width, param, init="text", shard="row"),
+            RowParallelLinear(width, width, param, init="text"),
         )
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ class MMDiT(StagedModel):
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)
         self.y_embedder = PooledEmbedder(config.text.pooled_dim, width, param) if config.text.pooled_dim else None
-        self.context_embedder = MuLinear(Dim(config.text.dim), width, param, init="text")
+        self.context_embedder = ReplicatedLinear(Dim(config.text.dim), width, param, init="text")
         self.pos_embed = CroppedPositions(config.width, side_of(config), config.pos_embed_max_size)
         self.joint_blocks = nn.ModuleList(MMDiTBlock(config, param, index) for index in range(config.depth))
         out = config.patch_size**2 * config.out_channels

@@ -17,15 +17,17 @@ from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.models.grid import SquareReadoutStage, check_square, patches_of, side_of
 from megadit.models.layers import (
+    CaptionEmbedder,
+    ColumnParallelLinear,
+    CrossAttention,
     Mlp,
     ModulatedNorm,
-    MuLinear,
     PatchEmbedder,
+    ReplicatedLinear,
     SelfAttention,
     SinCosPositions,
     TimestepEmbedder,
 )
-from megadit.models.layers.cross_attention import CaptionEmbedder, CrossAttention
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
@@ -97,7 +99,7 @@ class PixArtFinalLayer(nn.Module):
         width = param.width_dim()
         out = Dim(config.patch_size**2 * config.out_channels)
         self.layout = tensor_layout()
-        self.linear = MuLinear(width, out, param, init="readout", tokens=patches_of(config))
+        self.linear = ReplicatedLinear(width, out, param, init="readout", tokens=patches_of(config))
         self.scale_shift_table, self.param_specs = _table(2, width, param)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
@@ -142,7 +144,7 @@ class PixArt(StagedModel):
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)
         self.t_block = nn.Sequential(
-            nn.SiLU(), MuLinear(width, sixfold, param, init="adaln", shard="column", gather=True)
+            nn.SiLU(), ColumnParallelLinear(width, sixfold, param, init="adaln", gather_output=True)
         )
         self.y_embedder = CaptionEmbedder(self.text.dim, self.text.max_length, width, param)
         self.pos_embed = SinCosPositions(config.width, side_of(config), config.pos_scale)

@@ -29,18 +29,20 @@ from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.models.grid import check_square, labels_of, patches_of, side_of
 from megadit.models.layers import (
+    ColumnParallelLinear,
     Mlp,
     MuConv,
     MuEmbedding,
     MuLayerNorm,
-    MuLinear,
     MuTokens,
     PatchEmbedder,
+    ReplicatedLinear,
+    RowParallelLinear,
     SelfAttention,
     timestep_features,
     unpatchify,
 )
-from megadit.models.layers.skip_linear import SkipLinear, lend
+from megadit.models.layers.skip_linear import skip_for_sharded_linear, skip_linear
 from megadit.models.stages import Carrier, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
@@ -62,7 +64,7 @@ def _tokens(config: ModelConfig) -> int:
 class UViTBlock(Stage):
     """Pre-norm Transformer block on the carrier (tokens, skips ..., [key mask]), tokens and skips (B, E + T, n).
 
-    Of skips a tensor-parallel rank carries its channels alone (``lend``).
+    Of skips a tensor-parallel rank carries its channels alone (``skip_for_sharded_linear``).
 
     Blocks ``1 .. depth / 2``, counted from 0, lend their *input* to the skips, which is the output of the block before:
     so no tensor is carried twice between two blocks. Those of the second half take the last skip away. How many skips
@@ -93,7 +95,7 @@ class UViTBlock(Stage):
         )
         self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
-        self.skip_linear = SkipLinear(width, param.width_dim(2), param, tokens=tokens) if takes else None
+        self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if takes else None
         self.layout = tensor_layout()
 
     def forward(self, carrier: Carrier) -> Carrier:
@@ -101,7 +103,7 @@ class UViTBlock(Stage):
         x, *rest = carrier
         skips, mask = rest[: self.skips], rest[self.skips :]
         if self.lends:
-            skips.append(lend(x, self.layout))
+            skips.append(skip_for_sharded_linear(x, self.layout))
         if self.skip_linear is not None:
             x = self.skip_linear(x, skips.pop())
         seen = mask[0][:, None, None] if mask else None
@@ -172,7 +174,7 @@ class UViT(StagedModel):
         self.patch_embed = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.time_embed = _time_mlp(param) if config.mlp_time_embed else None
         self.label_emb = MuEmbedding(config.num_classes + 1, width, param) if config.num_classes else None
-        self.context_embed = MuLinear(Dim(text.dim), width, param, init="text") if text is not None else None
+        self.context_embed = ReplicatedLinear(Dim(text.dim), width, param, init="text") if text is not None else None
         self.pos_embed = MuTokens(self.stream_tokens, width, param)
         half = config.depth // 2
         self.in_blocks = nn.ModuleList(UViTBlock(config, param, index) for index in range(half))
@@ -180,7 +182,7 @@ class UViT(StagedModel):
         self.out_blocks = nn.ModuleList(UViTBlock(config, param, half + 1 + index) for index in range(half))
         self.norm = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=self.stream_tokens)
         out = Dim(config.patch_size**2 * config.out_channels)
-        self.decoder_pred = MuLinear(width, out, param, init="readout", tokens=self.stream_tokens)
+        self.decoder_pred = ReplicatedLinear(width, out, param, init="readout", tokens=self.stream_tokens)
         self.final_layer = MuConv(config.out_channels, 3, param) if config.conv else None
         # In a tuple, so that they are not registered: their parameters are the model's own.
         self._ends = (UViTEmbedStage(self), UViTFinalStage(self))
@@ -212,9 +214,9 @@ def _time_mlp(param: Parametrization) -> nn.Sequential:
     """n -> 4n -> n with SiLU between, both hidden."""
     width, hidden = param.width_dim(), param.width_dim(4)
     return nn.Sequential(
-        MuLinear(width, hidden, param, init="timestep", shard="column"),
+        ColumnParallelLinear(width, hidden, param, init="timestep"),
         nn.SiLU(),
-        MuLinear(hidden, width, param, init="timestep", shard="row"),
+        RowParallelLinear(hidden, width, param, init="timestep"),
     )
 
 

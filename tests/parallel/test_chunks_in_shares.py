@@ -15,7 +15,7 @@ from helpers.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart_mup
 from helpers.tiny_uvit import tiny_mup_uvit, uvit_inputs
 from megadit.models import build_model
-from megadit.models.chunk import Segment
+from megadit.models.chunk import ModelChunk
 from megadit.models.stages import Carrier
 from megadit.mup.spec import walk_slices
 
@@ -43,12 +43,12 @@ def floats(wire: Carrier) -> list[Tensor]:
     return [tensor for tensor in wire if tensor.is_floating_point()]
 
 
-def run_segments(segments: list[Any], wire: Carrier) -> None:
-    """Forward and backward, with nothing between two segments but the wire and the gradients of its floats."""
+def run_chunks(chunks: list[Any], wire: Carrier) -> None:
+    """Forward and backward, with nothing between two chunks but the wire and the gradients of its floats."""
     tape = []
-    for segment in segments:
+    for chunk in chunks:
         taken = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in wire)
-        wire = segment(taken)
+        wire = chunk(taken)
         tape.append((taken, wire))
     gradients: list[Any] = [None]
     for taken, given in reversed(tape):
@@ -68,17 +68,17 @@ def gaps(sequence: bool, recompute: str) -> dict[str, dict[str, float]]:
         wanted = dict(whole.named_parameters())
         x, t, cond = inputs(config)
         loss_of(*whole(x.double(), t, cond, project=True)).backward()
-        segments = []
+        chunks = []
         for low, high in ((0, 2), (2, 3), (3, 4), (4, len(whole.stages()))):
             model = share_model(config, wanted, sequence)
             model.recompute = recompute
-            segments.append(Segment(model, low, high))
-            segments[-1].project = True
-        run_segments(segments, segments[0].model.carrier(x.double(), t, cond))
+            chunks.append(ModelChunk(model, low, high))
+            chunks[-1].project = True
+        run_chunks(chunks, chunks[0].model.carrier(x.double(), t, cond))
         found[family] = {
             key: relative_gap(p.grad.flatten(), share_of(wanted[key].grad, boxes))
-            for segment in segments
-            for key, p, _, boxes in walk_slices(segment.model)
+            for chunk in chunks
+            for key, p, _, boxes in walk_slices(chunk.model)
         }
         assert found[family].keys() == wanted.keys()
     return found

@@ -1,0 +1,38 @@
+"""adaLN: the linear that turns the condition into shifts, scales and gates, and the final layer that it modulates."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megadit.models.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from megadit.models.layers.norm import ModulatedNorm, Precision
+from megadit.mup.rules import Parametrization
+from megadit.mup.spec import Dim
+
+
+def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequential:
+    """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``.
+
+    Tensor-parallel ranks share out its 6 n^2 elements, a third of a block's, and gather the result, one row a sample.
+    All blocks have one c, so that it comes by ``enter_blocks``.
+    """
+    out = Dim(chunks * width.size, chunks * width.base_size)
+    linear = ColumnParallelLinear(width, out, param, init="adaln", gather_output=True, skip_input_grad_reduce=True)
+    return nn.Sequential(nn.Identity(), linear)
+
+
+class AdaLNReadout(nn.Module):
+    """Norm, modulate and read out: (B, T, n), SiLU(c) (B, n) -> (B, T, out); ``tokens``, c: as in a block."""
+
+    def __init__(
+        self, width: Dim, out: int, param: Parametrization, eps: float, precision: Precision, tokens: int
+    ) -> None:
+        super().__init__()
+        self.linear = ReplicatedLinear(width, Dim(out), param, init="readout", tokens=tokens)
+        self.norm = ModulatedNorm(eps, precision)
+        self.adaLN_modulation = adaln_modulation(width, 2, param)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Modulation order: shift, scale."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(self.norm(x, shift, scale))
