@@ -89,7 +89,7 @@ def write_sources(folder: Path, names: set[str], megabytes: int) -> None:
     from megadit.convert import to_official
     from megadit.convert.deferred import deferred
     from megadit.convert.state_dicts import write_one
-    from megadit.convert.torch_file import save_streaming
+    from megadit.convert.torch_files.write import save_streaming
     from megadit.models.conversion.names import model_shapes
 
     model = model_of(megabytes)

@@ -44,7 +44,7 @@ DEEPSPEED_INTERNALS = re.compile(
     r"params_in_partition|averaged_gradients|_hp_mapping|load_hp_checkpoint_state|ds_tensor|ds_id|ds_status)\b"
 )
 DEEPSPEED_DOOR = "megadit/engine/deepspeed/"
-NAMES_IN_FILES = "megadit/convert/deepspeed_native.py"  # keys of its checkpoints are called like attributes
+NAMES_IN_FILES = "megadit/convert/deepspeed/native.py"  # keys of its checkpoints are called like attributes
 WRITING = "from pickle import Pickler"  # which reads nothing; torch files are pickles
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error")
 

@@ -3,35 +3,27 @@
 For programs there are ``from_official``, ``to_official``, ``from_diffusers`` and ``to_diffusers``, from state dicts to
 state dicts; ``conversion.convert`` does files.
 
-======================  ============================================================
-dispatch                the four functions for programs, by family (megadit/models/FAMILY/convert.py)
-contents                what a checkpoint of any format holds, named and lazily read
-formats                 their names
-request                 what a conversion was asked for
-conversion              ``convert``: from one format to another, checked on the way
-defaults                the run configuration of a model that came without one
-run_checkpoints         megadit's own (DESIGN: one logical format for every layout)
-official                torch files and safetensors of the families' own code
-wrappings               where the weights stand in what a trainer saved, by names
-weight_folders          which file of a trainer's folder holds them
-foreign_names           what is no whole model, by its names
-pipeline_folders        pipeline folders of diffusers
-pipeline_index          where their parts lie
-pipeline_schedulers     their schedulers, as objectives of a run, and back
-scheduler_keys          which keys of schedulers say how a model was trained
-difference              how far a model and its copy in diffusers differ
-deepspeed_files         what DeepSpeed's formats have in common
-deepspeed_native        what ``engine.save_checkpoint`` writes under ZeRO 1 to 3, read
-deepspeed_plain         the same at stage 0, read and written
-deepspeed_universal     DeepSpeed's universal checkpoints, read and written
-deferred                tensors that are read when their values are needed
-nonfinite               values that are NaN or infinite, found while they pass
-safetensors_file        safetensors, header by header and tensor by tensor
-torch_file              torch files, written tensor by tensor
-state_dicts             whole weights: safetensors and torch files, sharded or not
-safe_load               torch files without running what they hold
-stand_ins               what has the place of the classes that they name
-======================  ============================================================
+==================  ============================================================
+conversion          ``convert``: from one format to another, checked on the way
+formats             their names
+request             what a conversion was asked for
+contents            what a checkpoint of any format holds, named and lazily read
+nonfinite           values that are NaN or infinite, found while they pass
+dispatch            the four functions for programs, by family (megadit/models/FAMILY/convert.py)
+defaults            the run configuration of a model that came without one
+run_checkpoints     megadit's own (DESIGN: one logical format for every layout)
+state_dicts         whole weights: safetensors and torch files, sharded or not
+official            torch files and safetensors of the families' own code
+wrappings           where the weights stand in what a trainer saved, by names
+weight_folders      which file of a trainer's folder holds them
+foreign_names       what is no whole model, by its names
+deepspeed/          DeepSpeed's own: native (ZeRO 1 to 3), plain (stage 0), universal; files: what they have in common
+diffusers/          pipeline folders, where their parts lie (index), their schedulers as objectives of a run and back
+                    (scheduler_keys: which keys tell of training), difference to the model here
+torch_files/        read without running what they hold (safe_load, stand_ins), written tensor by tensor
+safetensors_file    safetensors, header by header and tensor by tensor
+deferred            tensors that are read when their values are needed
+==================  ============================================================
 """
 
 from __future__ import annotations

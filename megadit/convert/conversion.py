@@ -19,14 +19,14 @@ from megadit.checkpoint.read import shape_problem, shapes_of
 from megadit.config import RunConfig
 from megadit.convert import official
 from megadit.convert.contents import Contents, fresh
-from megadit.convert.deepspeed_native import read_native
-from megadit.convert.deepspeed_plain import write_plain
-from megadit.convert.deepspeed_universal import read_universal, write_universal
+from megadit.convert.deepspeed.native import read_native
+from megadit.convert.deepspeed.plain import write_plain
+from megadit.convert.deepspeed.universal import read_universal, write_universal
 from megadit.convert.defaults import check_same_model, default_run
-from megadit.convert.difference import Difference
+from megadit.convert.diffusers.difference import Difference
+from megadit.convert.diffusers.folder import read_diffusers, write_diffusers
 from megadit.convert.formats import OFFICIAL_FAMILIES
 from megadit.convert.nonfinite import ValueCheck
-from megadit.convert.pipeline_folders import read_diffusers, write_diffusers
 from megadit.convert.request import OWN, Request, check_request
 from megadit.convert.run_checkpoints import read_run, write_run
 from megadit.convert.state_dicts import (

@@ -94,7 +94,7 @@ def from_diffusers(
 def to_diffusers(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and weights of diffusers' class; multipliers are folded, REPA's projector is left out.
 
-    Whether that class computes the same is for ``diffusers_gap`` and ``megadit.convert.difference`` to say.
+    Whether that class computes the same is for ``diffusers_gap`` and ``megadit.convert.diffusers.difference`` to say.
 
     Raises:
         UserError: the class has no place for something of this model, or the weights are not this config's.

@@ -10,7 +10,7 @@ from torch import Tensor
 from megadit.checkpoint.format import WEIGHTS
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deferred import deferred, loaded
-from megadit.convert.safe_load import odd_kind
+from megadit.convert.torch_files.safe_load import odd_kind
 from megadit.errors import UserError
 from megadit.finite import Tally
 

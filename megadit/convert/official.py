@@ -14,9 +14,9 @@ from megadit.convert.contents import Contents, Part
 from megadit.convert.dispatch import from_official, hints_of, to_official
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
-from megadit.convert.safe_load import load_deferred
 from megadit.convert.state_dicts import is_sharded, joined_weights, load_tensors, write_one
-from megadit.convert.torch_file import save_streaming
+from megadit.convert.torch_files.safe_load import load_deferred
+from megadit.convert.torch_files.write import save_streaming
 from megadit.convert.weight_folders import weights_file
 from megadit.convert.wrappings import weights_of
 from megadit.errors import UserError

@@ -26,9 +26,9 @@ from megadit.convert.contents import Contents, Part
 from megadit.convert.deferred import deferred
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
-from megadit.convert.safe_load import load_deferred
 from megadit.convert.safetensors_file import SafetensorsFile
-from megadit.convert.torch_file import save_streaming
+from megadit.convert.torch_files.safe_load import load_deferred
+from megadit.convert.torch_files.write import save_streaming
 from megadit.convert.wrappings import labels_of, plain_weights
 from megadit.errors import UserError
 from megadit.files.file_kind import instead, kind_of_file

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
 from megadit.config import ModelConfig, preset
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
-from megadit.convert.difference import measure
+from megadit.convert.diffusers.difference import measure
 from megadit.convert.dispatch import diffusers_gap
 from megadit.errors import UserError
 from megadit.models import build_model

@@ -23,10 +23,11 @@ from megadit.checkpoint.read import StoredCheckpoint, shapes_of
 from megadit.cli import convert_checkpoint, sample
 from megadit.config import ModelConfig, save_config
 from megadit.config.schema.model import RepaProjector
-from megadit.convert import difference, pipeline_folders
 from megadit.convert.conversion import Outcome, convert
 from megadit.convert.defaults import default_run
-from megadit.convert.difference import Difference
+from megadit.convert.diffusers import difference
+from megadit.convert.diffusers import folder as diffusers_folder
+from megadit.convert.diffusers.difference import Difference
 from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -153,7 +154,7 @@ def test_a_mup_model_goes_out_with_its_multiplier_folded(tmp_path: Path, family:
 @pytest.mark.parametrize("family", ["dit", "pixart", "mmdit"])
 def test_diffusers_there_and_back(runs: dict[str, Path], tmp_path: Path, family: str, monkeypatch: Any) -> None:
     pytest.importorskip("diffusers")
-    monkeypatch.setattr(pipeline_folders, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(diffusers_folder, "SHARD_BYTES", 100_000)
     allowed = {"allow_inexact": family == "dit"}
     out = convert("megadit", "diffusers", runs[family], tmp_path / "out", **allowed)
     assert (tmp_path / "out/transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
@@ -207,7 +208,7 @@ def test_a_pipeline_loads_and_draws(tmp_path: Path) -> None:
 def test_the_scheduler_is_that_of_the_objective(
     tmp_path: Path, monkeypatch: Any, objective: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(pipeline_folders, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
+    monkeypatch.setattr(diffusers_folder, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
     run = make_run(tmp_path, tiny_pixart(learn_sigma=False), objective=objective)
     convert("megadit", "diffusers", run, tmp_path / "out")
     found = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
@@ -222,7 +223,7 @@ def test_the_scheduler_is_that_of_the_objective(
 def test_a_pipeline_of_a_flow_draws_and_old_ones_still_come_in(tmp_path: Path, monkeypatch: Any, model: Any) -> None:
     """Both pipelines raise AttributeError with FlowMatchEulerDiscreteScheduler, which earlier exports had."""
     diffusers = pytest.importorskip("diffusers")
-    monkeypatch.setattr(pipeline_folders, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
+    monkeypatch.setattr(diffusers_folder, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
     flow = {"kind": "flow", "shift": 3.0}
     run, out = make_run(tmp_path, model, objective=flow), tmp_path / "out"
     told = convert("megadit", "diffusers", run, out, allow_inexact=True)
@@ -357,7 +358,7 @@ def test_models_too_large_to_compare_are_told_so(runs: dict[str, Path], tmp_path
 def test_a_class_that_should_be_equal_and_is_not_is_refused(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(pipeline_folders, "measure", lambda *values: Difference(1e-3, 1e-3, 1.0, None))
+    monkeypatch.setattr(diffusers_folder, "measure", lambda *values: Difference(1e-3, 1e-3, 1.0, None))
     with pytest.raises(UserError, match="PixArtTransformer2DModel should compute the same as this model and does not"):
         convert("megadit", "diffusers", runs["pixart"], tmp_path / "out", allow_inexact=True)
     assert not list(tmp_path.iterdir())

@@ -17,10 +17,11 @@ from helpers.tiny_mmdit import tiny_mmdit
 from helpers.tiny_pixart import tiny_pixart
 from megadit.checkpoint.find import load_model
 from megadit.config import ModelConfig
-from megadit.convert import pipeline_folders, to_diffusers
+from megadit.convert import to_diffusers
 from megadit.convert.conversion import Outcome, convert
 from megadit.convert.defaults import default_run
-from megadit.convert.difference import Difference
+from megadit.convert.diffusers import folder as diffusers_folder
+from megadit.convert.diffusers.difference import Difference
 from megadit.convert.state_dicts import write_one
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -64,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def pipes(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A copy of each family's pipeline. Nothing is measured: what both models compute is held elsewhere."""
-    monkeypatch.setattr(pipeline_folders, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
+    monkeypatch.setattr(diffusers_folder, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
     return {family: Path(shutil.copytree(folder, tmp_path / family)) for family, folder in made.items()}
 
 

@@ -14,9 +14,9 @@ import torch
 
 from helpers.tiny_dit import tiny_config
 from megadit.config.schema.run import ObjectiveConfig, SampleConfig
-from megadit.convert import scheduler_keys
-from megadit.convert.pipeline_schedulers import objective_gap, read_objective, scheduler_json
-from megadit.convert.scheduler_keys import DRAWING, SCHEDULERS, SWITCHED, TRAINING
+from megadit.convert.diffusers import scheduler_keys
+from megadit.convert.diffusers.scheduler_keys import DRAWING, SCHEDULERS, SWITCHED, TRAINING
+from megadit.convert.diffusers.schedulers import objective_gap, read_objective, scheduler_json
 from megadit.diffusion.ddpm import schedule_betas
 from megadit.diffusion.schedulers import build_sampler
 from megadit.errors import UserError

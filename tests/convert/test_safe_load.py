@@ -24,8 +24,8 @@ from megadit.convert import FORMATS
 from megadit.convert.contents import Contents, fresh
 from megadit.convert.conversion import READERS, WRITERS, convert
 from megadit.convert.deferred import loaded
-from megadit.convert.safe_load import load_deferred, load_file
-from megadit.convert.stand_ins import StandIn
+from megadit.convert.torch_files.safe_load import load_deferred, load_file
+from megadit.convert.torch_files.stand_ins import StandIn
 from megadit.errors import UserError
 from megadit.models import build_model
 

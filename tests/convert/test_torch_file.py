@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megadit.convert.deferred import deferred
-from megadit.convert.torch_file import save_streaming
+from megadit.convert.torch_files.write import save_streaming
 from megadit.files.file_kind import kind_of_file
 
 

@@ -26,7 +26,7 @@ from megadit.checkpoint.names import check_named, run_config
 from megadit.config import DataConfig
 from megadit.config.deepspeed.file import read_ds_config
 from megadit.config.loading.sources import read_yaml
-from megadit.convert.safe_load import load_file as load_torch
+from megadit.convert.torch_files.safe_load import load_file as load_torch
 from megadit.data.sources import digits as digits_set
 from megadit.data.sources.fashion_mnist import read_idx
 from megadit.data.text.condition_files import load_conditions

@@ -109,9 +109,9 @@ def test_folders_of_diffusers(
     effort: str, family: str, pipelines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of a pipeline's JSON files in turn has odd values. The difference to diffusers is not measured: too slow."""
-    from megadit.convert import pipeline_folders
+    from megadit.convert.diffusers import folder as diffusers_folder
 
-    monkeypatch.setattr(pipeline_folders, "not_measured", lambda *_, **__: "this is a test")
+    monkeypatch.setattr(diffusers_folder, "not_measured", lambda *_, **__: "this is a test")
     folder = tmp_path / "pipeline"
     shutil.copytree(pipelines[family], folder)
     names = ("transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json", "model_index.json")

@@ -21,7 +21,7 @@ from helpers.tiny_pixart import tiny_pixart
 from helpers.tiny_uvit import tiny_uvit
 from megadit.convert import to_official
 from megadit.convert.request import Request
-from megadit.convert.safe_load import load_file
+from megadit.convert.torch_files.safe_load import load_file
 from megadit.models import build_model
 
 ODD = (

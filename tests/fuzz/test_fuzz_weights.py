@@ -16,7 +16,7 @@ from safetensors.torch import save, save_file
 
 from helpers.fuzz import efforts, hunt, mutated, odd_json
 from helpers.fuzz_files import HEADER_WORDS, STATE, converted, torch_files
-from megadit.convert.safe_load import load_file
+from megadit.convert.torch_files.safe_load import load_file
 
 
 @efforts

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megadit.checkpoint.format import Position
 from megadit.convert.contents import Contents, Part
-from megadit.convert.safe_load import load_file, odd_kind
+from megadit.convert.torch_files.safe_load import load_file, odd_kind
 from megadit.convert.wrappings import plain_names
 from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError

@@ -21,7 +21,7 @@ from torch import Tensor
 from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part, save_file
-from megadit.convert.deepspeed_files import (
+from megadit.convert.deepspeed.files import (
     adam_step,
     as_written,
     check_tensors,
@@ -33,8 +33,8 @@ from megadit.convert.deepspeed_files import (
     version_of,
     with_plain_names,
 )
-from megadit.convert.deepspeed_plain import TAG, model_header
-from megadit.convert.safe_load import load_file
+from megadit.convert.deepspeed.plain import TAG, model_header
+from megadit.convert.torch_files.safe_load import load_file
 from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
 

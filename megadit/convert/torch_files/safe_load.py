@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megadit.convert.deferred import DeferredTensor, deferred
-from megadit.convert.stand_ins import refused_name, stand_in, unreadable
+from megadit.convert.torch_files.stand_ins import refused_name, stand_in, unreadable
 from megadit.errors import UserError
 
 _CLASSES = 200  # that one file may name, beside torch's

@@ -17,11 +17,8 @@ from torch import Tensor
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig, RunConfig
 from megadit.convert.contents import Contents
-from megadit.convert.difference import Difference, measure, not_measured
-from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
-from megadit.convert.nonfinite import ValueCheck
-from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
-from megadit.convert.pipeline_index import (
+from megadit.convert.diffusers.difference import Difference, measure, not_measured
+from megadit.convert.diffusers.index import (
     CONFIG,
     INDEX,
     SCHEDULER,
@@ -34,13 +31,16 @@ from megadit.convert.pipeline_index import (
     find_pipeline,
     left_out,
 )
-from megadit.convert.pipeline_schedulers import (
+from megadit.convert.diffusers.schedulers import (
     default_objective,
     objective_gap,
     read_objective,
     scheduler_json,
     scheduler_notes,
 )
+from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
+from megadit.convert.nonfinite import ValueCheck
+from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
 from megadit.convert.request import Request
 from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one

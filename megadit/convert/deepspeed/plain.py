@@ -18,8 +18,8 @@ from torch import Tensor
 from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, Part
-from megadit.convert.deepspeed_files import adam_step, check_tensors, position_of, version_of
-from megadit.convert.torch_file import save_streaming
+from megadit.convert.deepspeed.files import adam_step, check_tensors, position_of, version_of
+from megadit.convert.torch_files.write import save_streaming
 from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megadit.checkpoint.format import WEIGHTS
 from megadit.convert.contents import Contents, Part
-from megadit.convert.deepspeed_files import (
+from megadit.convert.deepspeed.files import (
     adam_step,
     as_written,
     check_tensors,
@@ -38,9 +38,9 @@ from megadit.convert.deepspeed_files import (
     version_of,
     with_plain_names,
 )
-from megadit.convert.deepspeed_plain import read_plain
-from megadit.convert.safe_load import load_file
-from megadit.convert.stand_ins import StandIn
+from megadit.convert.deepspeed.plain import read_plain
+from megadit.convert.torch_files.safe_load import load_file
+from megadit.convert.torch_files.stand_ins import StandIn
 from megadit.engine.deepspeed.partitions import LOSS_SCALE, MOMENTS
 from megadit.errors import UserError
 

@@ -1,0 +1,1 @@
+"""DeepSpeed's own checkpoints: native ones of every ZeRO stage, and universal ones."""
