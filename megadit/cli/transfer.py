@@ -11,8 +11,19 @@ python tools/transfer.py apply runs/sweeps/dit-width-mini --target configs/dit/x
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, say
+from megadit.streams import result_is_saved
+
+if TYPE_CHECKING:
+    from megadit.transfer.verdict import Limits, Verdict
+
+EXITS = {"transfers": EXIT_OK, "does not transfer": EXIT_VERDICT_NO, "inconclusive": EXIT_FAILURE}
 
 VERIFY = """Judge whether the optimum of a hyperparameter stays where it is over width, batch or steps.
 
@@ -84,10 +95,124 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     refuse_ranks(f"tools/transfer.py {args.action}")
     if args.action == "verify":
-        from megadit.search.transfer_verify import run_verify
-
-        return run_verify(args)
-    from megadit.search.transfer_apply import run_apply
-
+        return verify(args)
     args.overrides += rest
-    return run_apply(args)
+    return apply(args)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Judge what the command line names, print it, and return the exit code. Raises UserError for bad input."""
+    from megadit.files.paths import PNG, check_output
+    from megadit.transfer.text import format_verdict
+    from megadit.transfer.verdict import worst
+
+    if args.plot is not None:
+        if len(args.studies) > 1:
+            raise UserError(f"--plot: {len(args.studies)} studies do not fit one picture; verify them one at a time")
+        check_output(args.plot, "--plot", "PNG picture", PNG)
+    limits = _limits(args)
+    if args.table is not None:
+        verdicts = [_of_table(args, limits)]
+    elif args.studies:
+        verdicts = _of_studies(args, limits)
+    else:
+        raise UserError("verify: nothing to judge; name a study, or --table FILE.csv with --scale, --hp and --score")
+    answer = worst(verdicts)
+    if args.plot is not None:
+        from megadit.transfer.plot import plot_verdict
+
+        try:
+            plot_verdict(verdicts[0], args.plot)
+        except OSError as error:
+            raise UserError(f"--plot {args.plot}: cannot be written ({error.strerror}); choose another file") from error
+    if args.json:
+        # One verdict's object as it is; of several, the worst one's, with all of them under ``studies``.
+        plain = next(verdict for verdict in verdicts if verdict.verdict == answer).to_json()
+        every: dict[str, Any] = {"studies": [verdict.to_json() for verdict in verdicts]} if len(verdicts) > 1 else {}
+        print(json.dumps(plain | every, allow_nan=False))
+    else:
+        print("\n\n".join(format_verdict(verdict) for verdict in verdicts))
+        if len(verdicts) > 1:
+            print(f"\nall together: {answer}")
+    if args.plot is not None:
+        say(f"picture: {args.plot}")
+    return EXITS[answer]
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from megadit.transfer.verdict import Limits
+
+    given = {}
+    for option, *_ in LIMITS:
+        name = option.removeprefix("--").replace("-", "_")
+        given[name] = getattr(args, name)
+        if not given[name] >= 0:
+            raise UserError(f"{option}: {given[name]:g} is not a number of 0 or more; correct it")
+    return Limits(**given)
+
+
+def _of_table(args: argparse.Namespace, limits: Limits) -> Verdict:
+    from megadit.transfer.table import Columns, lower_is_better, verify_table
+
+    if args.studies:
+        raise UserError(f"--table: is given beside the study {args.studies[0]}; verify one or the other")
+    missing = [option for option in ("scale", "hp", "score") if getattr(args, option) is None]
+    if missing:
+        raise UserError(f"--{missing[0]}: is missing; a table needs --scale, --hp and --score COLUMN")
+    if args.variant is not None:
+        raise UserError("--variant: a table has none; leave it out")
+    lower: bool | None = True if args.lower_is_better else False if args.higher_is_better else None
+    if lower is None:
+        lower = lower_is_better(args.score)
+    if lower is None:
+        lower = False
+        print(
+            f"warning: taking a higher {args.score} as better; say --lower-is-better or --higher-is-better",
+            file=sys.stderr,
+        )
+    columns = Columns(args.scale, args.hp, args.score, args.seed)
+    return verify_table(args.table, columns, lower=lower, proxy=args.proxy, limits=limits)
+
+
+def _of_studies(args: argparse.Namespace, limits: Limits) -> list[Verdict]:
+    for option in ("scale", "seed", "lower_is_better", "higher_is_better"):
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise UserError(f"--{name}: is for --table; a study says it itself, so leave it out")
+    from megadit.search.storage.store import load_results
+    from megadit.search.verify_study import verify_study
+
+    return [
+        verify_study(load_results(source), args.score, args.variant, hp=args.hp, proxy=args.proxy, limits=limits)
+        for source in args.studies
+    ]
+
+
+def apply(args: argparse.Namespace) -> int:
+    """Apply what the command line says; 3 when a verdict is not "transfers". Raises UserError for bad input."""
+    from megadit.search.apply import target
+    from megadit.search.apply.summary import describe, to_json
+
+    verified_by, overrides = list(args.verified_by or ()), list(args.overrides)
+    for word in [word for word in verified_by if "=" in word and not Path(word).exists()]:
+        verified_by.remove(word)  # --verified-by STUDY … takes every word up to the next option
+        overrides.append(word)
+    try:
+        applied = target.apply(
+            args.study, args.target, args.out, verified_by, args.force, args.manual_multiple, overrides
+        )
+    except target.NotVerifiedError as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        if args.json:
+            verdicts = [backing.to_json() for backing in refusal.found]
+            print(json.dumps({"written": None, "refused": str(refusal), "verdicts": verdicts}, allow_nan=False))
+        return EXIT_VERDICT_NO
+    if applied.not_verified:
+        print(
+            f"warning: NOT verified: no study given judged the transfer of {', '.join(applied.not_verified)}; name one "
+            "that did by --verified-by",
+            file=sys.stderr,
+        )
+    result_is_saved(as_json=args.json)
+    print(json.dumps(to_json(applied), allow_nan=False) if args.json else describe(applied))
+    return EXIT_OK

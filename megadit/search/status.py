@@ -85,7 +85,7 @@ def seconds_left(
 
 def _work(study: Study, cell: Cell) -> float:
     """What a run of the cell costs, in FLOPs up to a factor."""
-    config = study.config(cell, next(study.space.corners()), study.spec.seeds[0])
+    config = study.first_run(cell)
     from megadit.plan import forward_flops
 
     return float(forward_flops(config.model) * config.train.global_batch * (config.train.steps or 1))

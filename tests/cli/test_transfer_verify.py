@@ -12,7 +12,6 @@ from helpers.fabricated import fabricate, make_study, valley
 from helpers.ranks import run_command
 from megadit.cli import transfer
 from megadit.errors import UserError
-from megadit.search import transfer_verify as verify_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "tests" / "data" / "paper"
@@ -39,7 +38,7 @@ def fabricated(tmp_path_factory):
 @pytest.fixture
 def studies(fabricated, monkeypatch):
     """The studies of ``fabricated`` as if they lay on disk."""
-    monkeypatch.setattr(verify_command, "load_results", fabricated.__getitem__)
+    monkeypatch.setattr("megadit.search.storage.store.load_results", fabricated.__getitem__)
 
 
 def test_the_command_as_people_run_it(tmp_path):

@@ -168,12 +168,23 @@ def _place(values: dict[str, Any], key: str, value: Any) -> None:
         values[leaf] = value
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """``{"optim.lr": 1}`` as ``{"optim": {"lr": 1}}``."""
     values: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in dotted.items():
         _place(values, key, value)
     return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``: the inverse of ``nested``. An empty section stays a value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def display(path: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megadit.config import RunConfig
+from megadit.config import ModelConfig
 from megadit.errors import UserError
 from megadit.search.apply.untransferred import Range
 from megadit.search.results import StudyResults
@@ -40,6 +41,11 @@ class Backing:
         return self.verdict is not None and self.verdict.verdict == TRANSFERS
 
     @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the verdict is what it is; none where there is no verdict."""
+        return () if self.verdict is None else self.verdict.reasons
+
+    @property
     def span(self) -> Range | None:
         """The scales over which it transfers, exceptions left out; None where it does not."""
         scale = self.results.study.spec.scale
@@ -47,6 +53,18 @@ class Backing:
             return None
         judged = [entry.scale for entry in self.verdict.scales if not entry.exception]
         return Range(scale.key, min(judged), max(judged), self.name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        span = self.span
+        return {
+            "study": self.name,
+            "verdict": None if self.verdict is None else self.verdict.verdict,
+            "why": self.why or None,
+            "hp": self.hp,
+            "reasons": list(self.reasons),
+            "verified": None if span is None else {"key": span.key, "low": span.low, "high": span.high},
+        }
 
 
 def backings(
@@ -63,11 +81,11 @@ def backings(
     found: list[Backing] = []
     if results.study.spec.scale is not None:
         found += _judge(results, score, variant, force)
-    ours = _judged_config(results)
+    ours = _judged_model(results)
     for other in others:
-        theirs = _judged_config(other)
+        theirs = _judged_model(other)
         for key in ("family", "parametrization", "base_width"):
-            one, two = getattr(ours.model, key), getattr(theirs.model, key)
+            one, two = getattr(ours, key), getattr(theirs, key)
             if one != two:
                 raise UserError(
                     f"--verified-by: study {other.study.spec.name} has model.{key} {two}, but study "
@@ -75,11 +93,6 @@ def backings(
                 )
         found += _judge(other, None, None, force)
     return tuple(found)
-
-
-def backed_by(key: str, found: Sequence[Backing]) -> list[Backing]:
-    """The studies that verified the transfer of ``key``."""
-    return [backing for backing in found if backing.transfers and backing.hp == key]
 
 
 def _judge(results: StudyResults, score: str | None, variant: str | None, force: bool) -> list[Backing]:
@@ -96,8 +109,6 @@ def _judge(results: StudyResults, score: str | None, variant: str | None, force:
     return found
 
 
-def _judged_config(results: StudyResults) -> RunConfig:
-    """A run of the judged variant: what all runs of it share."""
-    study = results.study
-    cell = next(cell for cell in study.cells if cell.variant == study.variants[0])
-    return study.config(cell, next(study.space.corners()), study.spec.seeds[0])
+def _judged_model(results: StudyResults) -> ModelConfig:
+    """The model of a run of the first variant, which is the judged one."""
+    return results.study.first_run(results.study.cells[0]).model

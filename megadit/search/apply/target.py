@@ -8,24 +8,22 @@ what the search cost go with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig, load, replace
-from megadit.config.loading.sources import display, find_config, override_layer
+from megadit.config.loading.sources import display, find_config, flat, override_layer
 from megadit.errors import UserError
-from megadit.search.apply.backing import TRANSFERS, Backing, backed_by, backings
-from megadit.search.apply.budget import Cost, cost, run_steps
-from megadit.search.apply.lengths import fit_lengths
-from megadit.search.apply.target_file import apply_changes, base_changes, write_target
-from megadit.search.apply.untransferred import Note, flat, untransferred
+from megadit.search.apply.backing import TRANSFERS, Backing, backings
+from megadit.search.apply.cost import cost, run_steps
+from megadit.search.apply.target_config import apply_changes, base_changes, fit_lengths, write_target
+from megadit.search.apply.untransferred import Note, untransferred
 from megadit.search.results import StudyResults
 from megadit.search.selection import Choice, select
 from megadit.search.storage.store import load_results
 from megadit.search.verify_study import proxy_of
-
-_BY_NONE = "transfer verified by no study given"
+from megadit.transfer.budget import Cost
 
 
 class NotVerifiedError(Exception):
@@ -47,6 +45,13 @@ class GroupRow:
     proxy: tuple[float, float, float] | None
     target: tuple[float, float, float] | None
     share: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        names = ("lr", "wd", "eps")
+        sides = (("proxy", self.proxy), ("target", self.target))
+        by_name = {place: values and dict(zip(names, values, strict=True)) for place, values in sides}
+        return {"name": self.name, "lr_mult": self.share, **by_name}
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,24 @@ class Applied:
     groups: tuple[GroupRow, ...]
     notes: tuple[Note, ...]
     bill: Cost
-    scaled: dict[str, str] = field(default_factory=dict)
+    scaled: dict[str, str]
+
+    def backed_by(self, key: str) -> list[Backing]:
+        """The studies that verified the transfer of ``key``."""
+        return _backed_by(key, self.backings)
+
+    def backing_words(self, key: str) -> str:
+        """Which studies verified the transfer of ``key``, or that none did."""
+        spans = [span for backing in self.backed_by(key) if (span := backing.span) is not None]
+        if not spans:
+            return "NOT verified: transfer verified by no study given"
+        words = (f"{span.study} over {span.key} {span.low:g} to {span.high:g}" for span in spans)
+        return f"transfer verified by {' and '.join(words)}"
+
+    @property
+    def not_verified(self) -> list[str]:
+        """The base hyperparameters that were applied though no study's verdict stands behind them."""
+        return [key for key in self.choice.hps if not self.backed_by(key)]
 
 
 def apply(
@@ -213,8 +235,7 @@ def _refusal(results: StudyResults, found: Sequence[Backing], choice: Choice) ->
     remedy = "--force writes the target all the same"
     for backing in found:
         if not backing.transfers:
-            reasons = backing.verdict.reasons if backing.verdict is not None else ()
-            answer = backing.answer + (f" ({reasons[0]})" if reasons else "")
+            answer = backing.answer + (f" ({backing.reasons[0]})" if backing.reasons else "")
             return f'study {backing.name}, {backing.hp}: the verdict is not "{TRANSFERS}" but {answer}; {remedy}'
     name = results.study.spec.name
     if not found:
@@ -222,27 +243,14 @@ def _refusal(results: StudyResults, found: Sequence[Backing], choice: Choice) ->
             f"study {name} has no scale, so it has no verdict of its own; name studies that verified the transfer "
             f"(--verified-by STUDY), or {remedy}"
         )
-    if not any(backed_by(key, found) for key in choice.hps):
+    if not any(_backed_by(key, found) for key in choice.hps):
         verified = ", ".join(f"{backing.name}: {backing.hp}" for backing in found)
         return f"no study given verified any of {', '.join(choice.hps)} ({verified}); name others, or {remedy}"
     return None
 
 
-def backing_words(applied: Applied, key: str) -> str:
-    """Which studies verified the transfer of ``key``, or that none did."""
-    spans = [
-        f"{backing.name} over {backing.span.key} {backing.span.low:g} to {backing.span.high:g}"
-        for backing in backed_by(key, applied.backings)
-        if backing.span is not None
-    ]
-    return (
-        "transfer verified by " + " and ".join(spans) if spans else "NOT verified: transfer verified by no study given"
-    )
-
-
-def not_verified(applied: Applied) -> list[str]:
-    """The base hyperparameters that were applied though no study's verdict stands behind them."""
-    return [key for key in applied.choice.hps if not backed_by(key, applied.backings)]
+def _backed_by(key: str, found: Sequence[Backing]) -> list[Backing]:
+    return [backing for backing in found if backing.transfers and backing.hp == key]
 
 
 def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
@@ -253,11 +261,10 @@ def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
         f"seed(s), trial(s) {', '.join(map(str, choice.trials))}.",
     ]
     lines += [f"Verdict of {backing.name} on {backing.hp}: {backing.answer}." for backing in applied.backings]
-    lines += [f"{key}: {backing_words(applied, key)}." for key in choice.hps]
+    lines += [f"{key}: {applied.backing_words(key)}." for key in choice.hps]
     lines += [f"{key}: written as {words}." for key, words in applied.scaled.items()]
-    missing = not_verified(applied)
-    if missing:
-        lines.append(f"NOT verified: {', '.join(missing)}.")
+    if applied.not_verified:
+        lines.append(f"NOT verified: {', '.join(applied.not_verified)}.")
     if applied.forced:
         lines.append(f"Written with --force: {applied.forced}.")
     if overrides:

@@ -7,11 +7,12 @@ a study says so batch and steps). Everything else that differs is named here, so
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megadit.config import RunConfig
+from megadit.config.loading.sources import flat
 from megadit.config.schema.lengths import steps_of
 from megadit.search.wording import value_text
 
@@ -57,63 +58,41 @@ def untransferred(
     ``target`` has the study's values already; ``lengths``: optimizer steps of both, None where not known;
     ``ranges``: what was verified.
     """
-    notes = [
-        *_width(proxy, target, ranges),
-        *_horizon(proxy, target, lengths, ranges),
-        *_batch(proxy, target, ranges),
+    return [
+        *_scales(proxy, target, lengths, ranges),
         *_weight_decay(proxy, target, lengths),
         *_shares(proxy, target, lengths),
         *_shape(proxy, target),
+        *_others(proxy, target),
     ]
-    return notes + _others(proxy, target)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections by dotted key: ``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
-
-
-def _width(proxy: RunConfig, target: RunConfig, ranges: Collection[Range]) -> Iterator[Note]:
-    """Width is what muP transfers over; beyond the verified span that is extrapolation."""
-    width = target.model.width
-    known = [span for span in ranges if span.key == "model.width"]
-    if any(span.low <= width <= span.high for span in known) or width == proxy.model.width:
-        return
-    text = f"width: {proxy.model.width} at the proxy, {width} at the target; {_verified(known, 'width')}"
-    yield Note("width", text, proxy.model.width, width)
-
-
-def _horizon(
+def _scales(
     proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None], ranges: Collection[Range]
 ) -> Iterator[Note]:
+    """Width, length and batch, over which a study may have verified the transfer; beyond its span is extrapolation."""
+    width = proxy.model.width, target.model.width
+    if why := _unverified("model.width", "width", *width, ranges):
+        yield Note("width", f"width: {width[0]} at the proxy, {width[1]} at the target; {why}", *width)
     ours, theirs = lengths
+    text = f"training length: {_length(proxy, ours)} at the proxy, {_length(target, theirs)} at the target"
     if theirs is None or ours is None:
-        text = f"training length: {_length(proxy, ours)} at the proxy, {_length(target, theirs)} at the target"
-        yield Note("horizon", text + "; the optimum may move with it", ours, theirs)
-        return
-    known = [span for span in ranges if span.key == "train.steps"]
-    if ours == theirs or any(span.low <= theirs <= span.high for span in known):
-        return
-    text = (
-        f"training length: {_length(proxy, ours)} at the proxy, {_length(target, theirs)} at the target, "
-        f"{theirs / ours:.3g} times the steps; {_verified(known, 'steps')}"
-    )
-    yield Note("horizon", text, ours, theirs)
+        yield Note("horizon", f"{text}; the optimum may move with it", ours, theirs)
+    elif why := _unverified("train.steps", "steps", ours, theirs, ranges):
+        yield Note("horizon", f"{text}, {theirs / ours:.3g} times the steps; {why}", ours, theirs)
+    batch = proxy.train.global_batch, target.train.global_batch
+    if why := _unverified("train.global_batch", "batch sizes", *batch, ranges):
+        yield Note("batch", f"batch: {batch[0]} at the proxy, {batch[1]} at the target; {why}", *batch)
 
 
-def _batch(proxy: RunConfig, target: RunConfig, ranges: Collection[Range]) -> Iterator[Note]:
-    ours, theirs = proxy.train.global_batch, target.train.global_batch
-    known = [span for span in ranges if span.key == "train.global_batch"]
+def _unverified(key: str, what: str, ours: int, theirs: int, ranges: Collection[Range]) -> str:
+    """Why transfer over ``key`` from ``ours`` to ``theirs`` is not known to hold; empty where it is."""
+    known = [span for span in ranges if span.key == key]
     if ours == theirs or any(span.low <= theirs <= span.high for span in known):
-        return
-    text = f"batch: {ours} at the proxy, {theirs} at the target; {_verified(known, 'batch sizes')}"
-    yield Note("batch", text, ours, theirs)
+        return ""
+    if not known:
+        return f"no study given verified transfer over {what}"
+    return f"transfer was verified from {' and from '.join(map(str, known))}, and beyond is extrapolation"
 
 
 def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Note]:
@@ -194,12 +173,6 @@ def _others(proxy: RunConfig, target: RunConfig) -> list[Note]:
         shown = [value_text(list(v) if isinstance(v, tuple) else v, 6) for v in (ours, theirs)]
         notes.append(Note(key, f"{key}: {shown[0]} at the proxy, {shown[1]} at the target", ours, theirs))
     return notes
-
-
-def _verified(known: Collection[Range], what: str) -> str:
-    if known:
-        return "transfer was verified from " + " and from ".join(map(str, known)) + ", and beyond is extrapolation"
-    return f"no study given verified transfer over {what}"
 
 
 def _length(config: RunConfig, steps: int | None) -> str:

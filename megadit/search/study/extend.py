@@ -7,7 +7,7 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.errors import UserError
-from megadit.search.study.spec import DimensionSpec, StudySpec
+from megadit.search.study.spec import LISTED, DimensionSpec, StudySpec
 
 # How runs are made and chosen, not what they are.
 _FREE = {"description", "workers", "select", "keep", "max_attempts", "stale_after_s"}
@@ -56,7 +56,7 @@ def _wider(after: DimensionSpec, before: DimensionSpec, sampler: str) -> bool:
     if after == before:
         return True
     kept = set(map(repr, after.values)) >= set(map(repr, before.values))
-    return sampler == "grid" and after.kind == before.kind and after.kind in ("grid", "choice") and kept
+    return sampler == "grid" and after.kind == before.kind and after.kind in LISTED and kept
 
 
 def _without_scale(spec: StudySpec, base: RunConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from megadit.config import RunConfig
 from megadit.config.schema.section import options, section_of, unknown_key, walk
 from megadit.config.schema.values import coerce
 from megadit.errors import UserError
-from megadit.search.study.spec import DimensionSpec
+from megadit.search.study.spec import LISTED, DimensionSpec
 
 Point = dict[str, Any]
 
@@ -40,7 +40,7 @@ class Dimension:
     @property
     def listed(self) -> bool:
         """Whether it is a grid or a choice rather than a range."""
-        return self.kind in ("grid", "choice")
+        return self.kind in LISTED
 
     @property
     def numeric(self) -> bool:
@@ -169,7 +169,7 @@ def _dimension(key: str, spec: DimensionSpec, fields: Mapping[str, FieldInfo]) -
     if section_of(field.annotation) is not None:
         inner = ", ".join(name for name in fields if name.rpartition(".")[0] == key)
         raise UserError(f"space.{key}: is a section; search one of {inner}")
-    if spec.kind not in ("grid", "choice"):
+    if spec.kind not in LISTED:
         if int not in kinds and float not in kinds:
             raise UserError(f"space.{key}: {spec.kind} is for numbers, which {key} is not; use choice")
         integer = float not in kinds

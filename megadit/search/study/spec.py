@@ -16,21 +16,59 @@ from pydantic import BeforeValidator, Field, ValidationError, model_serializer, 
 from megadit.config.loading.merge import merge
 from megadit.config.loading.messages import explain
 from megadit.config.loading.sources import Layer, display, nested, read_yaml
-from megadit.config.schema.section import Section
+from megadit.config.schema.run import RunConfig
+from megadit.config.schema.section import Section, walk
+from megadit.config.schema.values import coerce, meaning, number
 from megadit.errors import UserError
-from megadit.search.study.written import as_keys_take, listed_as_keys_take, plain, plain_numbers
 
-KINDS = ("grid", "choice", "uniform", "log_uniform")
+LISTED = ("grid", "choice")
+KINDS = (*LISTED, "uniform", "log_uniform")
 # Keys whose effect shows late: a high rate or a short warm-up leads early and loses in the end.
-_SCHEDULE_KEY = re.compile(
-    r"optim\.(lr|warmup_steps|schedule|decay_steps|min_lr_ratio)|model\.role_hps\.\w+\.lr"
-)  # fmt: skip
+_SCHEDULE_KEY = re.compile(r"optim\.(lr|warmup_steps|schedule|decay_steps|min_lr_ratio)|model\.role_hps\.\w+\.lr")
 _NAME = re.compile(r"[\w.+-]+")
 
 
-Values = Annotated[tuple[Any, ...], BeforeValidator(plain)]
-Bounds = Annotated[tuple[float, float], BeforeValidator(plain_numbers)]
-Changes = Annotated[dict[str, Any], BeforeValidator(as_keys_take)]
+def _plain(value: Any) -> Any:
+    """A value whose key is not known, lists as tuples."""
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else meaning(value)
+
+
+def _numbers(value: Any) -> Any:
+    """Bounds: ``2^-10`` and ``1e-4`` are numbers with quotes too, lists tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(_numbers(item) for item in value)
+    found = number(value) if isinstance(value, str) else None
+    return meaning(value) if found is None else found
+
+
+def _taken(key: str, value: Any) -> Any:
+    """A value as the configuration key ``key`` takes it, lists as lists."""
+    field = dict(walk(RunConfig)).get(key)
+    taken = meaning(value) if field is None else coerce(value, field)
+    return list(taken) if isinstance(taken, tuple) else taken
+
+
+def _changes(changes: Any) -> Any:
+    if not isinstance(changes, Mapping):
+        return changes
+    return {key: _taken(key, value) for key, value in changes.items()}
+
+
+def _dimensions(space: Any) -> Any:
+    """A space with each listed value as the key of its dimension takes it."""
+    if not isinstance(space, Mapping):
+        return space
+    return {key: _listed(key, given) if isinstance(given, Mapping) else given for key, given in space.items()}
+
+
+def _listed(key: str, dimension: Mapping[str, Any]) -> dict[str, Any]:
+    lists = {kind for kind in LISTED if isinstance(dimension.get(kind), list | tuple)}
+    return {k: [_taken(key, value) for value in given] if k in lists else given for k, given in dimension.items()}
+
+
+Values = Annotated[tuple[Any, ...], BeforeValidator(_plain)]
+Bounds = Annotated[tuple[float, float], BeforeValidator(_numbers)]
+Changes = Annotated[dict[str, Any], BeforeValidator(_changes)]
 Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
@@ -73,7 +111,7 @@ class DimensionSpec(Entry):
             what = "nothing is given" if not given else f"{' and '.join(given)} are both given"
             raise ValueError(f"{given[0] if given else 'grid'}: {what}; give exactly one of {', '.join(KINDS)}")
         kind, values = given[0], getattr(self, given[0])
-        if kind in ("grid", "choice"):
+        if kind in LISTED:
             if not values:
                 raise ValueError(f"{kind}: is empty; list at least one value")
             if len(set(map(repr, values))) < len(values):
@@ -196,7 +234,7 @@ class StudySpec(Section):
     overrides: Changes = Field({}, description="dotted configuration keys that are the same in all trials")
     variants: dict[str, Changes] = Field({}, description="name: dotted keys; run side by side, the first judged")
     scale: ScaleSpec | None = Field(None, description="what grows from proxy to target")
-    space: Annotated[dict[str, DimensionSpec], BeforeValidator(listed_as_keys_take)] = Field(
+    space: Annotated[dict[str, DimensionSpec], BeforeValidator(_dimensions)] = Field(
         description="dotted configuration key: the values it may take"
     )
     sampler: Literal["random", "qmc", "tpe", "grid"] = Field("random", description="how points of the space are chosen")
@@ -235,12 +273,11 @@ class StudySpec(Section):
 
     def score(self, name: str | None) -> ScoreSpec:
         """The score called ``name`` (None: the first). Raises UserError for another name."""
-        if name is None:
-            return self.scores[0]
-        for score in self.scores:
-            if score.name == name:
-                return score
-        raise UserError(f"score: {name} is not a score of this study, which has {_listed(self.scores)}")
+        found = next((score for score in self.scores if name in (None, score.name)), None)
+        if found is None:
+            known = ", ".join(score.name for score in self.scores)
+            raise UserError(f"score: {name} is not a score of this study, which has {known}")
+        return found
 
     def _names(self) -> str | None:
         for key, names in (("name", [self.name]), ("variants", list(self.variants))):
@@ -259,7 +296,7 @@ class StudySpec(Section):
     def _sampler(self) -> str | None:
         if self.sampler == "grid":
             for key, dimension in self.space.items():
-                if dimension.kind not in ("grid", "choice"):
+                if dimension.kind not in LISTED:
                     return f"sampler: grid needs listed values, but space.{key} is {dimension.kind}; use random or qmc"
             if self.trials is not None:
                 return f"trials: {self.trials} does not go with sampler grid, which runs every point; leave it out"
@@ -346,19 +383,15 @@ def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
 
 def _searched(space: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The space after an override: ``space={...}`` is all of it, ``space.optim.lr={...}`` one key of it."""
-    dotted = dict(_dimensions(given, ""))
+    dotted = dict(_dotted(given, ""))
     whole = dotted.keys() == given.keys() or not isinstance(space, dict)
     return dotted if whole else {**space, **dotted}
 
 
-def _dimensions(given: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _dotted(given: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in given.items():
         section = isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values())
         if section and "." not in key:
-            yield from _dimensions(value, f"{prefix}{key}.")
+            yield from _dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _listed(scores: tuple[ScoreSpec, ...]) -> str:
-    return ", ".join(score.name for score in scores)

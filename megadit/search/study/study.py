@@ -7,7 +7,7 @@ work before anything runs. ``save_study`` freezes a study in its directory, with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,19 @@ from megadit.config.loading.sources import (
     configs_dir,
     display,
     find_config,
+    flat,
     nested,
     override_layer,
     read_layers,
 )
+from megadit.config.schema.reads import check_late
 from megadit.errors import UserError
 from megadit.files.paths import begins_with, check_folder, whole_file
 from megadit.files.yaml_text import dump_yaml
 from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
-from megadit.search.study.reads import check_reads
 from megadit.search.study.space import Space, build_space
-from megadit.search.study.spec import StudySpec, read_spec
+from megadit.search.study.spec import PruningSpec, StudySpec, read_spec
 
 FROZEN = "study.yaml"
 _HEADER = "# The study with its base configuration in place, written by megadit"
@@ -95,6 +96,16 @@ class Study:
         config = replace(self.base, changes, f"study {self.spec.name}, {cell.label}")
         return replace(config, self._measured(config), f"study {self.spec.name}")
 
+    def first_run(self, cell: Cell) -> RunConfig:
+        """A run of ``cell``: at the first point of the space, under the first seed."""
+        return self.config(cell, next(self.space.corners()), self.spec.seeds[0])
+
+    def runs(self) -> Iterator[tuple[Cell, RunConfig]]:
+        """A run of every kind: each cell at each corner of the space, under the first seed."""
+        for cell in self.cells:
+            for hps in self.space.corners():
+                yield cell, self.config(cell, hps, self.spec.seeds[0])
+
     def _measured(self, config: RunConfig) -> dict[str, Any]:
         """What makes metrics.jsonl hold every score: windows that end where scores begin and end."""
         train, spec = config.train, self.spec
@@ -138,7 +149,7 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     _refuse_foreign(folder)
     frozen = folder / FROZEN
     if not (is_frozen(file) or frozen.is_file()):  # one that has begun goes on, whatever it says
-        check_reads(study.spec, _runs(study), _flat(of_base))
+        _check_reads(study, flat(of_base))
     if frozen.is_file() and (overrides or frozen.resolve() != file.resolve()):
         check_against_frozen(study)
     return study
@@ -250,18 +261,11 @@ def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunCo
     layers.append(Layer(nested({key: size for key, size in sizes.items() if size is not None}), f"{name}, proxy"))
     if spec.scale is not None:  # a base whose length is what is scaled needs none of its own
         layers.append(Layer(nested({spec.scale.key: spec.scale.proxy_value}), f"{name}, scale"))
-    for key in _flat(of_base):
+    for key in flat(of_base):
         taken = spec.taken(key)
         if taken:
             raise UserError(f"{key}: is set by {taken} of the study {spec.name}; change it there")
     return load_layers([*layers, Layer(of_base, OVERRIDES)])
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
 
 
 def _horizons(spec: StudySpec, base: RunConfig) -> tuple[int, ...]:
@@ -286,13 +290,6 @@ def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def _runs(study: Study) -> Iterator[RunConfig]:
-    """A run of every kind."""
-    for cell in study.cells:
-        for hps in study.space.corners():
-            yield study.config(cell, hps, study.spec.seeds[0])
-
-
 def _check(study: Study) -> None:
     """What holds over all runs. Raises UserError."""
     spec = study.spec
@@ -303,12 +300,10 @@ def _check(study: Study) -> None:
             "first in the space, or use best"
         )
     widths: dict[int, str] = {}
-    for cell in study.cells:
-        for hps in study.space.corners():
-            config = study.config(cell, hps, spec.seeds[0])
-            if config.model.base_width is not None:
-                widths.setdefault(config.model.base_width, cell.label)
-            _check_scores(study, config)
+    for cell, config in study.runs():
+        if config.model.base_width is not None:
+            widths.setdefault(config.model.base_width, cell.label)
+        _check_scores(study, config)
     if len(widths) > 1:
         told = " and ".join(f"{width} ({label})" for width, label in widths.items())
         raise UserError(
@@ -329,3 +324,37 @@ def _check_scores(study: Study, config: RunConfig) -> None:
                 f"scores.{score.name}: needs images that are held out, but data.val_fraction is 0; give a share in "
                 "the study's overrides, e.g. data.val_fraction: 0.01"
             )
+
+
+def _check_reads(study: Study, of_command_line: Iterable[str]) -> None:
+    """Whether what the study and the command line (dotted configuration keys) ask for is read in one of its runs.
+
+    Raises:
+        UserError: nothing reads a key, with the choice that decides it.
+    """
+    spec = study.spec
+    for key, default in PruningSpec().model_dump().items():
+        value = getattr(spec.pruning, key)
+        if spec.pruning.rule == "none" and value != default:
+            raise UserError(
+                f"pruning.{key}: {str(value).lower()} is not read where pruning.rule is none; leave it out, or set "
+                "pruning.rule=median"
+            )
+    if spec.sampler == "grid" and spec.sampler_seed:
+        raise UserError(
+            f"sampler_seed: {spec.sampler_seed} is not read where sampler is grid, which runs every point; leave it "
+            "out, or set sampler=random"
+        )
+    of_variants = (key for changes in spec.variants.values() for key in changes)
+    asked = dict.fromkeys((*spec.space, *spec.overrides, *of_variants, *of_command_line), f"study {spec.name}")
+    refusal: UserError | None = None
+    for _, run in study.runs():
+        decides = {"optim.schedule": run.optim.schedule, "optim.min_lr_ratio": run.optim.min_lr_ratio}
+        try:
+            check_late(decides, asked)  # a study has no DeepSpeed file, which could choose another schedule
+        except UserError as error:
+            refusal = refusal or error
+        else:
+            return
+    if refusal is not None:
+        raise refusal

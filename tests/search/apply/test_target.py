@@ -11,8 +11,8 @@ import yaml
 from helpers.fabricated import BASE, fabricate, make_study, valley
 from megadit.config import RunConfig, load, load_config
 from megadit.errors import UserError
+from megadit.search.apply.summary import describe, to_json, value_words
 from megadit.search.apply.target import NotVerifiedError, apply_results, group_rows
-from megadit.search.transfer_apply import describe, to_json, value_words
 
 TARGET = """\
 model:

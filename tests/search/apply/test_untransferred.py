@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megadit.config import load_config, replace
-from megadit.search.apply.untransferred import Range, flat, untransferred
+from megadit.config.loading.sources import flat
+from megadit.search.apply.untransferred import Range, untransferred
 
 QUICK = "quickstart/digits.yaml"
 WIDTH = Range("model.width", 32, 256, "widths")

@@ -1,4 +1,4 @@
-"""The cost of tuning against the paper's numbers, and executed FLOPs against a count by hand."""
+"""What a search and its target cost: executed FLOPs and stages against a count by hand."""
 
 from __future__ import annotations
 
@@ -8,34 +8,10 @@ import pytest
 
 from helpers.fabricated import fabricate, make_study, valley
 from megadit.config import load_config
-from megadit.errors import UserError
 from megadit.models import count_parameters
 from megadit.plan import forward_flops
-from megadit.search.apply.budget import cost, describe_cost, run_steps, target_flops, tuning_cost_ratio
-
-B = 1e9
-MMDIT = [(80, 0.18 * B, 30e3), (5, 0.18 * B, 100e3)]
-
-
-def test_ratios_of_the_paper():
-    assert tuning_cost_ratio([(5, 0.04 * B, 5)], (0.61 * B, 30)) == pytest.approx(0.0546, abs=5e-5)
-    assert tuning_cost_ratio(MMDIT, (18 * B, 200e3)) == pytest.approx(0.145, abs=5e-4)
-    assert tuning_cost_ratio(MMDIT, (18 * B, 200e3), manual_multiple=5) == pytest.approx(0.029, abs=5e-5)
-
-
-@pytest.mark.parametrize(
-    ("stages", "target", "multiple", "told"),
-    [
-        ([], (1, 1), None, "stages"),
-        ([(1, -2, 3)], (1, 1), None, "none negative"),
-        ([(1, 2, float("nan"))], (1, 1), None, "stages"),
-        ([(1, 2, 3)], (0, 1), None, "target"),
-        ([(1, 2, 3)], (1, 1), 0, "--manual-multiple: 0"),
-    ],
-)
-def test_numbers_without_sense_are_refused(stages, target, multiple, told):
-    with pytest.raises(UserError, match=told):
-        tuning_cost_ratio(stages, target, multiple)
+from megadit.search.apply.cost import cost, run_steps, target_flops
+from megadit.transfer.budget import describe_cost
 
 
 def test_bill_counts_what_was_run(root, tmp_path):

@@ -1,21 +1,27 @@
-"""The target's configuration file: the target as it was, with the study's base hyperparameters laid over it."""
+"""The target's configuration and its file: the target as it was, with the study's base hyperparameters laid over it.
+
+Warm-up and decay that the study found in steps and that do not fit the target's run become shares of it.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megadit import __version__
 from megadit.config import LoadedConfig, RunConfig, load_config, replace
-from megadit.config.loading.sources import OVERRIDES, nested
+from megadit.config.loading.sources import OVERRIDES, flat, nested
 from megadit.config.schema.reads import is_read
 from megadit.errors import UserError
 from megadit.files.paths import whole_file
 from megadit.files.yaml_text import dump_yaml
-from megadit.search.apply.untransferred import flat
+from megadit.search.apply.untransferred import Note
 
 _MARK = "# Written by megadit"
+_LENGTHS = ("optim.warmup_steps", "optim.decay_steps")
 # What gives base hyperparameters their meaning, beside the searched ones: they go with them.
 _PARAMETRIZATION = (
     "model.base_width",
@@ -55,6 +61,68 @@ def apply_changes(target: LoadedConfig, changes: Mapping[str, Any], study: str) 
     return replace(target.config, changes, f"study {study}")
 
 
+@dataclass(frozen=True)
+class FittedTarget:
+    """The target with ``changes`` laid over it.
+
+    scaled: of each key that became a share, what is to be told.  notes: how its schedule still does not fit its run.
+    """
+
+    config: RunConfig
+    changes: dict[str, Any]
+    scaled: dict[str, str] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+
+
+def fit_lengths(
+    loaded: LoadedConfig,
+    target: RunConfig,
+    changes: dict[str, Any],
+    study: str,
+    lengths: tuple[int | None, int | None],
+) -> FittedTarget:
+    """``target``, which is ``loaded`` with ``changes``; where its schedule does not fit its run, lengths among the
+    changes become the shares that they were of the proxy's run.
+
+    lengths: optimizer steps of proxy and target, None where not known.
+
+    Raises:
+        UserError: as ``apply_changes`` does.
+    """
+    proxy_steps, target_steps = lengths
+    if target_steps is None or (problem := _schedule_problem(target, target_steps)) is None:
+        return FittedTarget(target, changes)
+    shares = _as_shares(changes, proxy_steps)
+    if shares:
+        fitted = apply_changes(loaded, {**changes, **shares}, study)
+        if _schedule_problem(fitted, target_steps) is None:
+            told = {
+                key: f"{share} of the run: the study's {changes[key]:,} of {proxy_steps:,} steps do not fit the "
+                f"target's {target_steps:,}"
+                for key, share in shares.items()
+            }
+            return FittedTarget(fitted, {**changes, **shares}, told)
+    note = Note("schedule", f"schedule of the target: {problem}", proxy_steps, target_steps)
+    return FittedTarget(target, changes, notes=(note,))
+
+
+def _schedule_problem(config: RunConfig, steps: int) -> str | None:
+    from megadit.engine.schedule import Schedule
+
+    try:
+        return Schedule.from_config(config.optim, steps).warning
+    except UserError as error:
+        return str(error)
+
+
+def _as_shares(changes: Mapping[str, Any], steps: int | None) -> dict[str, str]:
+    """The lengths among ``changes`` as shares of ``steps``; none where one is longer than these."""
+    lengths = {key: changes[key] for key in _LENGTHS if isinstance(changes.get(key), int)}
+    if steps is None or any(length > steps for length in lengths.values()):
+        return {}
+    return {key: f"{100 * length / steps:.4f}".rstrip("0").rstrip(".") + "%" for key, length in lengths.items()}
+
+
 def write_target(
     path: Path,
     base: Path,
@@ -74,7 +142,8 @@ def write_target(
     link = os.path.relpath(base.resolve(), path.parent.resolve())
     values = nested({**flat(overrides), **changes})
     comment = "".join(f"# {' '.join(line.split())}\n" for line in header)
-    text = f"{_mark()}\n{comment}" + dump_yaml({"base": link, **values})
+    mark = f"{_MARK} {__version__} (tools/transfer.py apply): base hyperparameters found on a proxy.\n"
+    text = mark + comment + dump_yaml({"base": link, **values})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -83,12 +152,6 @@ def write_target(
                 raise RuntimeError(f"{path} would not give the configuration that was checked:\n{text}")
     except OSError as error:
         raise UserError(f"--out: '{path}' cannot be written ({error.strerror}); choose another file") from None
-
-
-def _mark() -> str:
-    from megadit import __version__
-
-    return f"{_MARK} {__version__} (tools/transfer.py apply): base hyperparameters found on a proxy."
 
 
 def _check_free(path: Path) -> None:

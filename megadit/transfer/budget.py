@@ -1,0 +1,115 @@
+"""What tuning on proxies costs against one training of the target: Eq. 1 of arXiv 2505.15270.
+
+Two forms: the paper's S·B·T (trials × parameters × samples seen, every trial at its full length), and executed
+FLOPs, where a diverged or pruned trial counts the steps that it really ran.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megadit.errors import UserError
+
+Stage = tuple[float, float, float]  # trials, parameters, samples of each
+
+
+def tuning_cost_ratio(
+    stages: Sequence[Stage], target: tuple[float, float], manual_multiple: float | None = None
+) -> float:
+    """Cost of all tuning stages over that of training the target once, in the S·B·T form of Eq. 1.
+
+    ``stages``: (trials, parameters, samples per trial) each; ``target``: (parameters, samples). Samples may be
+    counted in any unit (images, epochs, steps of one batch) that all share. With ``manual_multiple``, what
+    tuning by hand on the target would cost in trainings of it, the ratio is against that cost.
+
+    The paper's: 5 trials of .04B over 5 epochs against .61B over 30 give .0546 (PixArt-α); 80 of .18B over 30K steps
+    and 5 of .18B over 100K against 18B over 200K give .145 (MMDiT), and .029 of five trainings.
+
+    Raises:
+        UserError: a negative stage, a target that costs nothing, or a multiple that is not above 0.
+    """
+    if not stages or any(not math.isfinite(n) or n < 0 for stage in stages for n in stage):
+        raise UserError(f"stages: {list(stages)} must be (trials, parameters, samples), one or more, none negative")
+    parameters, samples = target
+    if not (parameters > 0 and samples > 0):
+        raise UserError(f"target: {target} must be (parameters, samples), both above 0")
+    spent = sum(trials * size * seen for trials, size, seen in stages)
+    return spent / (parameters * samples * _multiple(manual_multiple))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a set of trials cost: ``flops`` executed, and the stages of the S·B·T form (samples are images)."""
+
+    trials: int
+    flops: float
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The bill of a transfer: ``search`` at the proxy alone, ``all`` with every trial of every study used.
+
+    ``target`` is (parameters, images) and ``target_flops`` one training; None where its length is not known.
+
+    Raises:
+        UserError: ``manual_multiple`` is not above 0.
+    """
+
+    search: Spent
+    all: Spent
+    target: tuple[float, float] | None
+    target_flops: float | None
+    manual_multiple: float | None = None
+
+    def __post_init__(self) -> None:
+        _multiple(self.manual_multiple)
+
+    def ratios(self, spent: Spent) -> tuple[float, float] | None:
+        """(by executed FLOPs, by S·B·T) of ``spent`` over the target, or over ``manual_multiple`` trainings of it."""
+        if self.target is None or self.target_flops is None:
+            return None
+        by_flops = spent.flops / (self.target_flops * _multiple(self.manual_multiple))
+        return by_flops, tuning_cost_ratio(spent.stages, self.target, self.manual_multiple)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a ratio is null where the target's length is not known."""
+        parameters, samples = self.target or (None, None)
+        plain: dict[str, Any] = {
+            "manual_multiple": self.manual_multiple,
+            "target": {"flops": self.target_flops, "parameters": parameters, "samples": samples},
+        }
+        for name, spent in (("search", self.search), ("all", self.all)):
+            by_flops, by_samples = self.ratios(spent) or (None, None)
+            plain[name] = {**asdict(spent), "ratio_flops": by_flops, "ratio_sbt": by_samples}
+        return plain
+
+
+def describe_cost(bill: Cost) -> list[str]:
+    """The bill as sentences."""
+    lines = []
+    multiple = bill.manual_multiple
+    against = "one training" if multiple is None else f"{multiple:g} trainings by hand"
+    for name, spent in (("search at the proxy", bill.search), ("every trial of every study used", bill.all)):
+        text = f"{name}: {spent.trials} trials, {spent.flops:.3g} FLOPs"
+        ratios = bill.ratios(spent)
+        if ratios is not None:
+            by_flops, by_samples = (f"{100 * share:.3g}%" for share in ratios)
+            text += f", {by_flops} of {against} (S·B·T form of Eq. 1: {by_samples})"
+        lines.append(text)
+    if bill.target_flops is None:
+        lines.append("the target's length follows from epochs of data that is not here; give train.steps for the ratio")
+    else:
+        lines.append(f"one training of the target: {bill.target_flops:.3g} FLOPs")
+    return lines
+
+
+def _multiple(value: float | None) -> float:
+    if value is None:
+        return 1.0
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"--manual-multiple: {value:g} is not above 0; give the cost of tuning by hand in trainings")
+    return value
