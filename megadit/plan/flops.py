@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadit.config import ModelConfig
+from megadit.config import ModelConfig, RunConfig
 from megadit.mup.example import example_conditioning
 
 # Dense peak of the matrix units in FLOP/s, from the vendors' data sheets: (bf16 or fp16, tf32-less fp32).
@@ -32,6 +32,11 @@ def forward_flops(config: ModelConfig) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, t, cond, project=config.repa is not None)
     return int(counter.get_total_flops())
+
+
+def training_flops(config: RunConfig, steps: int) -> float:
+    """FLOPs of ``steps`` steps of a run: three forward passes (forward and backward) per image."""
+    return 3.0 * forward_flops(config.model) * config.train.global_batch * steps
 
 
 def stage_flops(config: ModelConfig) -> list[int]:

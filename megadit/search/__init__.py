@@ -1,6 +1,7 @@
-"""Hyperparameter search on a proxy and its transfer: studies, verdicts, the target's configuration, budget, report.
+"""Hyperparameter search on a proxy, and what is made of it: studies, verdicts, the target's configuration, reports.
 
-Importing it loads neither torch nor optuna, so that commands answer ``--help`` at once.
+Importing it loads neither torch nor optuna, so that commands answer ``--help`` at once. Whether an optimum transfers,
+and what that is worth, is judged by ``megadit.transfer``, which knows scores alone.
 
 ======================  ============================================================
 study                   what a study file says, its space, cells and runs
@@ -9,11 +10,9 @@ workers                 the processes that run trials, one trial, its scores
 results                 what a study has found so far
 selection               one point of it, by a named rule
 status                  how it stands, for people
-verdict                 does a base hyperparameter transfer? of studies and tables
-transfer                the target's configuration, and what tuning has cost
-comparison              two runs, or two sets of seeds, side by side
+verify_study            a study's runs as samples for a verdict
+apply                   the target's configuration, on whose word, and what the search cost
 report                  one page of HTML, and markdown with figures
-command                 what ``launch/sweep.py`` does
 wording                 hyperparameters as people read them
 ======================  ============================================================
 """

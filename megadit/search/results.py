@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megadit.search.study.study import Study
@@ -25,16 +26,28 @@ class TrialResult:
     seed: int
     outcome: str
     scores: dict[str, float | None]
-    horizons: dict[int, dict[str, float | None]]
-    steps: int
-    global_batch: int
-    parameters: int
-    flops: float
-    seconds: float
-    overhead_s: float
-    reason: str
-    run_dir: str
-    attempts: int
+    horizons: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    steps: int = 0
+    global_batch: int = 0
+    parameters: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    overhead_s: float = 0.0
+    reason: str = ""
+    run_dir: str = ""
+    attempts: int = 1
+
+    @classmethod
+    def failed(cls, study: Study, trial: Mapping[str, Any], reason: str, attempts: int) -> TrialResult:
+        """A result without scores of a ``trial`` that has number, variant, scale, hps and seed."""
+        return cls(
+            **{key: trial[key] for key in ("number", "variant", "scale", "hps", "seed")},
+            outcome=FAILED,
+            scores=dict.fromkeys(score.name for score in study.spec.scores),
+            reason=reason,
+            run_dir=str(study.trial_folder(trial["number"])),
+            attempts=attempts,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from megadit.errors import UserError
 from megadit.search.results import TrialResult
 from megadit.search.selection import Choice, select
 from megadit.search.storage.states import Counts, Running
-from megadit.search.storage.store import StudyStore, trial_folder
+from megadit.search.storage.store import StudyStore
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
 from megadit.search.wording import point_text
@@ -84,17 +84,17 @@ def seconds_left(
 
 
 def _work(study: Study, cell: Cell) -> float:
-    """What a run of the cell costs, in FLOPs up to a factor."""
-    config = study.first_run(cell)
-    from megadit.plan import forward_flops
+    """What a run of the cell costs in FLOPs; one step of it where its length is not given in steps."""
+    from megadit.plan import training_flops
 
-    return float(forward_flops(config.model) * config.train.global_batch * (config.train.steps or 1))
+    config = study.first_run(cell)
+    return training_flops(config, config.train.steps or 1)
 
 
 def step_of(study: Study, number: int) -> int | None:
     """The last logged step of a running trial; None before its first."""
     try:
-        rows = read_rows(trial_folder(study, number) / "metrics.jsonl").rows
+        rows = read_rows(study.trial_folder(number) / "metrics.jsonl").rows
     except OSError:
         return None
     return int(rows[-1]["step"]) if rows else None

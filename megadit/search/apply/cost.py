@@ -12,13 +12,6 @@ from megadit.search.results import StudyResults, TrialResult
 from megadit.transfer.budget import Cost, Spent
 
 
-def target_flops(config: RunConfig, steps: int) -> float:
-    """FLOPs of ``steps`` steps of ``config``: three forward passes (forward and backward) per image."""
-    from megadit.plan import forward_flops
-
-    return 3.0 * forward_flops(config.model) * config.train.global_batch * steps
-
-
 def run_steps(config: RunConfig) -> int | None:
     """Optimizer steps of a run; None where they follow from epochs and its data is not readable on this machine."""
     if config.train.steps is not None:
@@ -51,6 +44,7 @@ def cost(
         UserError: ``manual_multiple`` is not above 0.
     """
     from megadit.models import count_parameters
+    from megadit.plan import training_flops
 
     at_proxy = results.study.proxy_scale if proxy_scale is None else proxy_scale
     at_proxy = None if results.study.horizons else at_proxy  # one run scores all horizons
@@ -60,7 +54,7 @@ def cost(
     if steps is None:
         return Cost(search, every, None, None, manual_multiple)
     size = float(count_parameters(target.model, fixed=False)), float(steps * target.train.global_batch)
-    return Cost(search, every, size, target_flops(target, steps), manual_multiple)
+    return Cost(search, every, size, training_flops(target, steps), manual_multiple)
 
 
 def _spent(used: Sequence[tuple[StudyResults, Sequence[TrialResult]]]) -> Spent:

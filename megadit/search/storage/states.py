@@ -14,7 +14,7 @@ from megadit.search.study.plan import PlannedTrial
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that a worker is to run; ``attempt`` counts from 1. ``trial_id`` and ``optuna_number`` are optuna's."""
+    """A trial that a worker is to run; ``attempt`` counts from 1. ``trial_id`` is optuna's."""
 
     number: int
     attempt: int
@@ -23,7 +23,6 @@ class Claim:
     hps: dict[str, Any]
     seed: int
     trial_id: int
-    optuna_number: int
 
 
 @dataclass(frozen=True)

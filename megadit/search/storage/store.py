@@ -111,7 +111,7 @@ class StudyStore:
                 hps = self._ask(trial) if self.study.spec.sampler == "tpe" else attrs["hps"]
                 return Claim(
                     history.number, attrs["attempt"], attrs["variant"], attrs["scale"], hps, attrs["seed"],
-                    trial._trial_id, trial.number,
+                    trial._trial_id,
                 )  # fmt: skip
         return None
 
@@ -236,11 +236,7 @@ class StudyStore:
 
         attrs = history.last.user_attrs
         reason = f"lost {attempts} time{'s' if attempts > 1 else ''}, the last time: {attrs['lost']}"
-        result = TrialResult(
-            history.number, attrs["variant"], attrs["scale"], attrs["hps"], attrs["seed"], FAILED,
-            dict.fromkeys(score.name for score in self.study.spec.scores), {}, 0, 0, 0, 0.0, 0.0, 0.0, reason,
-            str(trial_folder(self.study, history.number)), attempts,
-        )  # fmt: skip
+        result = TrialResult.failed(self.study, attrs, reason, attempts)
         own = {key: value for key, value in attrs.items() if key not in ("lost", "uncounted", "worker")}
         ended = create_trial(state=TrialState.FAIL, user_attrs=own | {"result": stored(result)})
         self._cells[attrs["variant"], attrs["scale"]].add_trial(ended)
@@ -304,11 +300,6 @@ class StudyStore:
         import optuna
 
         return optuna.trial.Trial(self._cells[claim.variant, claim.scale], claim.trial_id)
-
-
-def trial_folder(study: Study, number: int) -> Path:
-    """The run directory of a trial."""
-    return study.folder / "trials" / f"{number:04d}"
 
 
 def open_readonly(study: Study) -> StudyStore:

@@ -267,6 +267,11 @@ class StudySpec(Section):
         return self
 
     @property
+    def has_commands(self) -> bool:
+        """Whether a command measures a score, which looks at a finished run."""
+        return any(score.kind == "command" for score in self.scores)
+
+    @property
     def selection_score(self) -> ScoreSpec:
         """The score of ``select``, by default the first."""
         return self.score(self.select.score)

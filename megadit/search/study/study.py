@@ -96,6 +96,10 @@ class Study:
         config = replace(self.base, changes, f"study {self.spec.name}, {cell.label}")
         return replace(config, self._measured(config), f"study {self.spec.name}")
 
+    def trial_folder(self, number: int) -> Path:
+        """The run directory of a trial."""
+        return self.folder / "trials" / f"{number:04d}"
+
     def first_run(self, cell: Cell) -> RunConfig:
         """A run of ``cell``: at the first point of the space, under the first seed."""
         return self.config(cell, next(self.space.corners()), self.spec.seeds[0])
@@ -274,8 +278,7 @@ def _horizons(spec: StudySpec, base: RunConfig) -> tuple[int, ...]:
         return ()
     searched = {*spec.space, *(key for changes in spec.variants.values() for key in changes)}
     alike = base.optim.schedule == "constant" and "optim.schedule" not in searched and spec.pruning.rule == "none"
-    commands = any(score.kind == "command" for score in spec.scores)  # these look at a finished run
-    return tuple(sorted(spec.scale.values)) if alike and not commands else ()
+    return tuple(sorted(spec.scale.values)) if alike and not spec.has_commands else ()
 
 
 def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:

@@ -13,22 +13,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megadit.checkpoint.find import find_checkpoint
 from megadit.checkpoint.names import checkpoint_root
-from megadit.config import DataConfig, LoadedConfig, RunConfig
+from megadit.config import DataConfig, LoadedConfig
 from megadit.data import ImageSet
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.files.json_text import parse_json
 from megadit.files.ownership import Occupied, OwnershipLost
 from megadit.models import count_parameters
 from megadit.parallel import ProcessContext
-from megadit.plan import forward_flops
+from megadit.plan import training_flops
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
 from megadit.search.storage.states import Claim
-from megadit.search.storage.store import trial_folder
-from megadit.search.study.study import Cell, Study
+from megadit.search.study.study import Study
 from megadit.search.workers import scores
 from megadit.train.callbacks import (
     Callback,
@@ -118,12 +117,14 @@ def run_trial(
     None when it was interrupted. ``began`` (``time.monotonic()``) is when work for this trial began. Bad input in a
     trial is a result, not an error of the study.
     """
-    folder = trial_folder(study, claim.number)
+    folder = study.trial_folder(claim.number)
     cell = next(cell for cell in study.cells if (cell.variant, cell.scale) == (claim.variant, claim.scale))
     watch = TrialWatch(study, judge)
     job, sentence, code = None, "", EXIT_OK
     try:
-        job = _job(study, cell, claim, folder, datasets)
+        config = study.config(cell, claim.hps, claim.seed)
+        job = check_job(LoadedConfig(config, source=f"trial {claim.number}"), None, folder, "auto", datasets)
+        check_machine(job)
         context.on_main(lambda: _make_room(folder))
         code = pretrain(job, _callbacks(study, watch), keep_group=True)
     except (Occupied, OwnershipLost):
@@ -137,21 +138,14 @@ def run_trial(
     if code == EXIT_PREEMPTED:
         return None
     if not context.is_main:
-        return _failed(study, claim, folder, "")
+        return TrialResult.failed(study, vars(claim), "", claim.attempt)
     if job is None or sentence:
-        result = _failed(study, claim, folder, sentence)
+        result = TrialResult.failed(study, vars(claim), sentence, claim.attempt)
     else:
         result = _result(study, claim, job, watch, code)
     _tidy(study, folder)
     seconds = time.monotonic() - began
     return replace(result, seconds=round(seconds, 3), overhead_s=round(seconds - watch.training_s, 3))
-
-
-def _job(study: Study, cell: Cell, claim: Claim, folder: Path, datasets: Datasets) -> Job:
-    config = study.config(cell, claim.hps, claim.seed)
-    job = check_job(LoadedConfig(config, source=f"trial {claim.number}"), None, folder, "auto", datasets)
-    check_machine(job)
-    return job
 
 
 def _make_room(folder: Path) -> None:
@@ -164,16 +158,12 @@ def _callbacks(study: Study, watch: TrialWatch) -> list[Callback]:
     """Metrics always; of the rest what the study keeps, or a command that scores the run needs."""
     keep = study.spec.keep
     optional: list[tuple[bool, type[Callback]]] = [
-        ("checkpoint" in keep or _has_command(study), Checkpoints),
+        ("checkpoint" in keep or study.spec.has_commands, Checkpoints),
         ("samples" in keep, Samples),
         ("tensorboard" in keep, TensorBoard),
         ("curves" in keep, Summary),
     ]
     return [Validation(), JsonLines(), watch, *(make() for wanted, make in optional if wanted)]
-
-
-def _has_command(study: Study) -> bool:
-    return any(score.kind == "command" for score in study.spec.scores)
 
 
 def _collect() -> None:
@@ -214,11 +204,14 @@ def _result(study: Study, claim: Claim, job: Job, watch: TrialWatch, code: int) 
             except UserError as error:
                 outcome, reason = FAILED, str(error)
     return replace(
-        _failed(study, claim, job.run_dir, reason),
+        TrialResult.failed(study, vars(claim), reason, claim.attempt),
         outcome=outcome,
         scores=values,
         horizons=horizons,
-        **_sizes(config, steps),
+        steps=steps,
+        global_batch=config.train.global_batch,
+        parameters=count_parameters(config.model, fixed=False),
+        flops=training_flops(config, steps),
     )
 
 
@@ -227,39 +220,6 @@ def _why_diverged(run_dir: Path) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(parse_json((run_dir / "exit.json").read_bytes())["reason"]).removeprefix("diverged: ")
     return "its loss is no finite number"
-
-
-def _sizes(config: RunConfig, steps: int) -> dict[str, Any]:
-    batch = config.train.global_batch
-    return {
-        "steps": steps,
-        "global_batch": batch,
-        "parameters": count_parameters(config.model, fixed=False),
-        "flops": 3.0 * forward_flops(config.model) * batch * steps,
-    }
-
-
-def _failed(study: Study, claim: Claim, folder: Path, reason: str) -> TrialResult:
-    """A result without scores; the other outcomes are made from it."""
-    return TrialResult(
-        number=claim.number,
-        variant=claim.variant,
-        scale=claim.scale,
-        hps=claim.hps,
-        seed=claim.seed,
-        outcome=FAILED,
-        scores=dict.fromkeys(score.name for score in study.spec.scores),
-        horizons={},
-        steps=0,
-        global_batch=0,
-        parameters=0,
-        flops=0.0,
-        seconds=0.0,
-        overhead_s=0.0,
-        reason=reason,
-        run_dir=str(folder),
-        attempts=claim.attempt,
-    )
 
 
 def _tidy(study: Study, folder: Path) -> None:

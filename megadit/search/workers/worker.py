@@ -220,10 +220,9 @@ def work(study: Study) -> int:
     from megadit.search.workers.scores import COMMAND_TIMEOUT_S
 
     began, interrupt = time.monotonic(), Interrupt(study)
-    # Other ranks wait in a collective while rank 0 runs a score's command.
-    commands = any(score.kind == "command" for score in study.spec.scores)
     with interrupt.signals():
-        context = start_processes(COMMAND_TIMEOUT_S + 600) if commands else start_processes()
+        # Other ranks wait in a collective while rank 0 runs a score's command.
+        context = start_processes(COMMAND_TIMEOUT_S + 600) if study.spec.has_commands else start_processes()
         code = Worker(study, context, interrupt, began).run()
         stop_processes()
     return code

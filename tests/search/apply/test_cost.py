@@ -9,8 +9,8 @@ import pytest
 from helpers.fabricated import fabricate, make_study, valley
 from megadit.config import load_config
 from megadit.models import count_parameters
-from megadit.plan import forward_flops
-from megadit.search.apply.cost import cost, run_steps, target_flops
+from megadit.plan import forward_flops, training_flops
+from megadit.search.apply.cost import cost, run_steps
 from megadit.transfer.budget import describe_cost
 
 
@@ -27,7 +27,7 @@ def test_bill_counts_what_was_run(root, tmp_path):
     assert bill.search.flops == pytest.approx(image * 32 * (10 * 200 + 2 * 50))
     assert bill.search.stages == ((12.0, float(count_parameters(proxy.model, fixed=False)), 200 * 32.0),)
     assert len(bill.all.stages) == 3 and {stage[0] for stage in bill.all.stages} == {24.0}
-    assert bill.target_flops == target_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
+    assert bill.target_flops == training_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
     by_flops, by_samples = bill.ratios(bill.search)
     assert by_flops == pytest.approx(bill.search.flops / bill.target_flops / 2)
     small, large = (count_parameters(config.model, fixed=False) for config in (proxy, target))
