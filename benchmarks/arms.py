@@ -29,11 +29,11 @@ def assemble_run(overrides: Sequence[str], folder: str) -> tuple[Any, Any]:
     from megadit.config import load
     from megadit.parallel import prepare_environment, start_processes
     from megadit.train.prepare import Start, check_job
-    from megadit.train.pretrain import assemble
+    from megadit.train.run import build_run
     from megadit.train.run_dir import RunDirectory
 
     prepare_environment()
     job = check_job(load("configs/quickstart/emoji.yaml", list(overrides)), None, Path(folder), "never")
     directory = RunDirectory(Path(folder))
     directory.create()
-    return assemble(job, start_processes(), directory, 10**6, Start()), job.config
+    return build_run(job, start_processes(), directory, 10**6, Start()), job.config

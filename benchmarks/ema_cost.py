@@ -76,16 +76,16 @@ def timed(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
 def measure(run: Any, warmup: int, steps: int) -> dict[str, float]:
     """Median seconds per optimizer step of its parts."""
     from megadit.data import BatchStream
-    from megadit.train import loop
+    from megadit.train.metrics import Meter
 
     times: dict[str, list[float]] = {"step": [], "adamw": [], "ema": []}
     inner = run.engine.optimizer.inner
     parts: list[float] = []
     inner.step = timed(inner.step, parts)
     run.engine.ema.update = timed(run.engine.ema.update, times["ema"])
-    meter = loop.Meter(run)
+    meter = Meter(run)
     batches = iter(BatchStream(run.train_set, run.layout, 0, flip=False, workers=0))
-    step = timed(lambda: loop.optimizer_step(run, batches, meter, False), times["step"])
+    step = timed(lambda: meter.add(run.engine.train_batch(0, meter.clocked(batches), False).losses), times["step"])
     for _ in range(warmup + steps):
         parts.clear()  # under ZeRO the inner optimizer steps once per group
         step()

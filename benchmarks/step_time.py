@@ -40,12 +40,12 @@ def megadit_arm(overrides: list[str], folder: str) -> tuple[Callable[[], Any], A
     """One step of the real loop, and the model config that it uses."""
     from benchmarks.arms import assemble_run
     from megadit.data import BatchStream
-    from megadit.train import loop
+    from megadit.train.metrics import Meter
 
     run, config = assemble_run(overrides, folder)
-    meter = loop.Meter(run)
+    meter = Meter(run)
     batches = iter(BatchStream(run.train_set, run.layout, 0, flip=False, workers=0))
-    return lambda: loop.optimizer_step(run, batches, meter, False), config
+    return lambda: meter.add(run.engine.train_batch(0, meter.clocked(batches), False).losses), config
 
 
 def bare_arm(model: Any, groups: Any, config: Any, forward: Callable[[Any, Any, Any], Any]) -> Callable[[], Any]:

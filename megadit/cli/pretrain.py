@@ -7,6 +7,7 @@ deepspeed launch/pretrain.py --ds_config ds.json --config configs/dit/xl-2-mup.y
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 
 
@@ -36,28 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     from megadit.train.preemption import Preempted, end_before_training, preemption_signals
 
-    if args.dry_run:  # has nothing to save, and a signal ends it as any command
-        return _run(args)
-    with preemption_signals("starting"):
+    # A dry run has nothing to save, and a signal ends it as any command.
+    with contextlib.nullcontext() if args.dry_run else preemption_signals("starting"):
         try:
-            return _run(args)
+            from megadit.train import entry
+
+            return entry.run(
+                args.config,
+                args.overrides,
+                args.ds_config,
+                args.run_dir,
+                args.resume,
+                args.dry_run,
+                world_size=args.world_size,
+                as_json=args.json,
+                full=args.full,
+            )
         except Preempted as asked:
             from megadit.train.prepare import run_folder
 
             return end_before_training(run_folder(args.config, args.run_dir), asked)
-
-
-def _run(args: argparse.Namespace) -> int:
-    from megadit.train import entry
-
-    return entry.run(
-        args.config,
-        args.overrides,
-        args.ds_config,
-        args.run_dir,
-        args.resume,
-        args.dry_run,
-        world_size=args.world_size,
-        as_json=args.json,
-        full=args.full,
-    )

@@ -1,4 +1,4 @@
-"""The training engine: a model, the μP optimizer and a DeepSpeed configuration, as one object that steps.
+"""The training engine: a model, its loss, the μP optimizer and DeepSpeed, as one object that takes batches.
 
 Only public DeepSpeed calls are made here; whatever needs its internals goes through ``partitions``.
 """
@@ -7,45 +7,60 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megadit.conditioning import Conditioning
 from megadit.config import OptimConfig
 from megadit.config.deepspeed.gradients import with_bucket
 from megadit.config.schema.run import ONLINE, EmaConfig
 from megadit.data import Batch
-from megadit.diffusion import NoisyBatch
+from megadit.diffusion import LossTerms, NoisyBatch
 from megadit.engine.deepspeed.grad_accumulation import float32_sums
-from megadit.engine.deepspeed.guard import Reading
+from megadit.engine.deepspeed.guard import LossScaleExhausted, Reading
 from megadit.engine.deepspeed.partitions import Partitions, avoid_shm_build, forget_groups, restore_linear
 from megadit.engine.ema import Ema
+from megadit.engine.loss import BatchLosses, TrainingLoss
 from megadit.engine.optimizer import MuOptimizer
 from megadit.engine.schedule import Schedule
 from megadit.parallel import ProcessContext
 from megadit.parallel.topology import Groups, ModelParallelUnit
 
-Sample = tuple[Batch, NoisyBatch]
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step told this rank.
+
+    losses: of its micro batches, in order; empty on a rank that computes none.  grad_norm: over all parameters, before
+    clipping; None where it was not asked for.  reading: what the device says of the update, on its way to the host.
+    exhausted_scale: fp16's smallest loss scale, where gradients overflowed at it: no update was made.
+    """
+
+    losses: Sequence[BatchLosses]
+    grad_norm: float | None = None
+    reading: Reading = field(default_factory=Reading)
+    exhausted_scale: float | None = None
 
 
 class TrainingEngine:
     """DeepSpeed's engine over ``model``: ZeRO stage, precision, accumulation and clipping as in ``ds_config``.
 
-    ``groups``: of the ranks that share layers; None where every rank has all of them. ``reading`` is of the last step.
+    ``groups``: of the ranks that share layers; None where every rank has all of them.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        loss: TrainingLoss,
         optim: OptimConfig,
         schedule: Schedule,
         ds_config: dict[str, Any],
         context: ProcessContext,
-        ema: EmaConfig | None = None,
+        ema: EmaConfig,
         groups: Groups | None = None,
     ) -> None:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -54,13 +69,13 @@ class TrainingEngine:
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         restore_linear()
         forget_groups()
-        self.context = context
+        self.context, self.loss = context, loss
         ds_config = with_bucket(ds_config, sum(p.numel() for p in model.parameters()))
         self._engine, self.optimizer, self.partitions = self._wrap(model, optim, schedule, ds_config, groups)
-        self.ema = Ema(self.partitions, ema or EmaConfig())
+        self.ema = Ema(self.partitions, ema)
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
-        self.reading = Reading()
+        self._losses: list[BatchLosses] = []  # of the step under way
         self._loss_scaled = bool(self._engine.fp16_enabled())
         self._losses_finite = torch.ones((), dtype=torch.bool, device=context.device)
         self._checked_step = False
@@ -101,60 +116,53 @@ class TrainingEngine:
         """Whether the last optimizer step changed the weights; DeepSpeed skips updates from overflowed gradients."""
         return bool(self._engine.was_step_applied())
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, project: bool = False) -> Any:
-        """The model's output for one micro batch, through DeepSpeed's hooks; with ``project`` its REPA tokens too."""
-        self.ema.settle()
-        return self._engine(x, t, cond, project=project)
+    def train_batch(self, step: int, batches: Iterable[Batch], want_norm: bool) -> StepResult:
+        """Optimizer step ``step`` (0-based): forward, loss and backward of each micro batch, then the update.
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of the micro batch's mean loss; DeepSpeed divides by the accumulation steps."""
-        self._engine.backward(loss)
-
-    def watched(self, loss: Tensor) -> Tensor:
-        """The loss of a micro batch, whose gradient is NaN throughout where the loss is not finite.
-
-        So that the norm of the reduced gradients tells all ranks of it; otherwise the values are what they were.
+        The global gradient norm is taken if ``want_norm`` is set.
         """
+        self.ema.settle()
+        for number, batch in enumerate(batches, start=1):
+            noisy = self.loss.prepare(batch)
+            outputs = self._engine(noisy.x, noisy.t, noisy.cond, project=self.loss.projects)
+            self._engine.backward(self._mean_loss(outputs, batch, noisy))
+            if number < self.accumulation:
+                self._engine.step()
+        return self._update(step, self._engine.step, want_norm)
+
+    def _mean_loss(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> Tensor:
+        """The mean loss of a micro batch, () float32, whose gradient is NaN throughout where it is not finite.
+
+        So that the norm of the reduced gradients tells all ranks of it.
+        """
+        terms = self.loss.of(outputs, batch, noisy)
+        parts = {name: part.detach() for name, part in terms.terms.items()}
+        self._losses.append(BatchLosses(batch.numbers, LossTerms(terms.total.detach(), parts), noisy.time01))
+        loss = terms.total.mean()
         finite = loss.detach().isfinite()
         if self._loss_scaled:
             self._losses_finite &= finite
         return loss * torch.where(finite, 1.0, torch.nan)
 
-    def train_step(
-        self, step: int, micro_batches: Iterable[Sample], loss: Callable[..., Tensor], want_norm: bool
-    ) -> float | None:
-        """One update from the micro batches of optimizer step ``step``.
-
-        ``loss(forward, batch, noisy)`` is the mean loss of a micro batch, ``forward`` the model to be called in it.
-        Returns the global gradient norm before clipping when ``want_norm`` is set.
-        """
-        norm = None
-        for number, (batch, noisy) in enumerate(micro_batches, start=1):
-            self.backward(self.watched(loss(self.forward, batch, noisy)))
-            norm = self.micro_step(step, number == self.accumulation, want_norm)
-        return norm
-
-    def micro_step(self, step: int, last: bool, want_norm: bool) -> float | None:
-        """End one micro batch; after the ``last`` of an optimizer step, update with that step's learning rates.
-
-        Returns the global gradient norm before clipping when the update was made and ``want_norm`` is set.
-        """
-        if not last:
-            self._engine.step()
-            return None
-        return self._update(step, self._engine.step, want_norm)
-
-    def _update(self, step: int, update: Callable[[], Any], want_norm: bool) -> float | None:
+    def _update(self, step: int, update: Callable[[], Any], want_norm: bool) -> StepResult:
+        """Update by DeepSpeed's ``update``, with the learning rates of ``step``."""
         self.optimizer.apply(step)
         self.partitions.norms.before_step(want_norm)
-        update()
+        exhausted = None
+        try:
+            update()
+        except LossScaleExhausted as error:
+            exhausted = error.scale
+        losses, self._losses = self._losses, []
+        if exhausted is not None:
+            return StepResult(losses, exhausted_scale=exhausted)
         if self.update_applied:
             self.ema.update(step + 1 - self.skipped_steps, self.partitions.guard.made)
-        self.reading = self._read()
+        reading = self._read()
         if not self._checked_step:
             self.optimizer.check_table(step, "after the first step")
             self._checked_step = True
-        return self.partitions.gradient_norm() if want_norm else None
+        return StepResult(losses, self.partitions.gradient_norm() if want_norm else None, reading)
 
     def _read(self) -> Reading:
         """What the last step was like. fp16's skipped updates are normal, unless a loss was not finite (collective)."""
@@ -170,8 +178,8 @@ class TrainingEngine:
         self._checked_step = False
 
     @contextmanager
-    def evaluation(self, weights: str = ONLINE) -> Iterator[Any]:
-        """``with engine.evaluation() as module:`` the model in eval mode without gradients, to be called.
+    def evaluation(self, weights: str = ONLINE) -> Iterator[None]:
+        """In the block the model is in eval mode, without gradients.
 
         weights: online, or the name of an average, which takes their place meanwhile. All ranks must enter.
         """
@@ -179,9 +187,27 @@ class TrainingEngine:
         with nullcontext() if weights == ONLINE else self.ema.swapped(weights), torch.no_grad():
             self._engine.eval()
             try:
-                yield self._callable()
+                yield
             finally:
                 self._engine.train()
 
-    def _callable(self) -> Any:
-        return self._engine.module
+    def evaluate_batch(self, batch: Batch | None = None, noisy: NoisyBatch | None = None) -> dict[str, Tensor]:
+        """Losses of a batch within ``evaluation``, as ``TrainingLoss.separate`` gives them (all ranks must call).
+
+        Empty on a rank that computes none. ``noisy`` was made from ``batch``; a rank that reads no data has neither.
+        """
+        inputs = () if noisy is None else (noisy.x, noisy.t, noisy.cond)
+        outputs = self._whole_model()(*inputs, project=self.loss.projects)
+        if not self.computes_loss:
+            return {}
+        assert batch is not None and noisy is not None
+        return self.loss.separate(outputs, batch, noisy)
+
+    @contextmanager
+    def sampling_model(self, weights: str = ONLINE) -> Iterator[nn.Module]:
+        """``with engine.sampling_model() as model:`` the whole model as a sampler calls it, in ``evaluation``."""
+        with self.evaluation(weights):
+            yield self._whole_model()
+
+    def _whole_model(self) -> nn.Module:
+        return self.module

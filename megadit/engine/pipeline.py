@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning
 from megadit.config import OptimConfig
 from megadit.config.schema.run import EmaConfig
+from megadit.data import Batch
+from megadit.diffusion import NoisyBatch
 from megadit.engine.deepspeed.partitions import Partitions
 from megadit.engine.deepspeed.pipeline import pipeline_engine
-from megadit.engine.engine import Sample, TrainingEngine
+from megadit.engine.engine import StepResult, TrainingEngine
+from megadit.engine.loss import TrainingLoss
 from megadit.engine.optimizer import MuOptimizer
 from megadit.engine.schedule import Schedule
 from megadit.models.chunk import ModelChunk
@@ -25,88 +29,104 @@ from megadit.parallel.topology import Groups
 
 
 class PipelineTrainingEngine(TrainingEngine):
-    """``TrainingEngine`` over the segment of a model that this rank runs; ``specs`` are the whole model's.
+    """``TrainingEngine`` over the chunk of a model that this rank runs; ``specs`` are the whole model's.
 
     The first stage takes the noisy images from a micro batch and the last what the loss needs; stages between them
-    never draw one. The loss, and whatever is called in it, is computed on the last stage only.
+    never draw one. The loss is computed on the last stage only.
     """
 
     def __init__(
         self,
-        segment: ModelChunk,
+        chunk: ModelChunk,
         specs: Mapping[str, ParamSpec],
+        loss: TrainingLoss,
         optim: OptimConfig,
         schedule: Schedule,
         ds_config: dict[str, Any],
         context: ProcessContext,
+        ema: EmaConfig,
         groups: Groups,
-        ema: EmaConfig | None = None,
     ) -> None:
-        self._segment, self._specs = segment, specs
-        self._groups = groups
-        self._waiting: deque[Sample] = deque()
-        self._loss: Callable[..., Tensor] | None = None
-        super().__init__(segment.model, optim, schedule, ds_config, context, ema, groups)
+        self._chunk, self._specs, self._groups = chunk, specs, groups
+        self._samples = SampleQueue()
+        super().__init__(chunk.model, loss, optim, schedule, ds_config, context, ema, groups)
 
     def _wrap(
         self, model: nn.Module, optim: OptimConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
     ) -> tuple[Any, MuOptimizer, Partitions]:
         assert groups is not None
         device = self.context.device
-        optimizer = MuOptimizer(model, optim, schedule, device, self._specs, self._segment.pad)
-        engine = pipeline_engine(self._segment, self._last_loss, optimizer.inner, dict(ds_config), groups.topology)
+        optimizer = MuOptimizer(model, optim, schedule, device, self._specs, self._chunk.pad)
+        engine = pipeline_engine(self._chunk, self._last_stage_loss, optimizer.inner, dict(ds_config), groups.topology)
         return engine, optimizer, Partitions(engine, optimizer.clip, groups.topology, model)
 
     @property
     def module(self) -> nn.Module:
         """The model, with nothing in it but what this rank's stages own."""
-        return self._segment.model
+        return self._chunk.model
 
     @property
     def reads_data(self) -> bool:
         """As ``TrainingEngine.reads_data``: on the first stage and the last."""
-        return self._segment.is_first or self._segment.is_last
+        return self._chunk.is_first or self._chunk.is_last
 
     @property
     def computes_loss(self) -> bool:
         """As ``TrainingEngine.computes_loss``: on the last stage."""
-        return self._segment.is_last
+        return self._chunk.is_last
 
-    def train_step(
-        self, step: int, micro_batches: Iterable[Sample], loss: Callable[..., Tensor], want_norm: bool
-    ) -> float | None:
-        """As ``TrainingEngine.train_step``; ``loss`` is called on the last stage only."""
+    def train_batch(self, step: int, batches: Iterable[Batch], want_norm: bool) -> StepResult:
+        """As ``TrainingEngine.train_batch``; DeepSpeed's schedule takes the micro batches and runs them."""
         self.ema.settle()
-        self._loss = loss
-        self._segment.project = self._segment.model.repa_block > 0
-        feed = self._feed(micro_batches)
-        norm = self._update(step, lambda: self._engine.train_batch(feed), want_norm)
+        self._chunk.project = self.loss.projects
+        self._samples.clear()  # of a step that an exception cut short
+        return self._update(step, partial(self._engine.train_batch, self._feed(batches)), want_norm)
+
+    def _feed(self, batches: Iterable[Batch]) -> Iterator[tuple[Carrier, tuple[Tensor, ...]]]:
+        """The first stage's inputs, for DeepSpeed, which asks for as many on the last stage."""
+        for batch in batches:
+            noisy = self.loss.prepare(batch)
+            if self._chunk.is_last:
+                self._samples.put(batch, noisy)
+            first = self._chunk.is_first
+            yield self._chunk.model.carrier(noisy.x, noisy.t, noisy.cond) if first else (), ()
+
+    def _last_stage_loss(self, outputs: Any, _labels: Any) -> Tensor:
+        return self._mean_loss(outputs, *self._samples.take())
+
+    def _whole_model(self) -> nn.Module:
+        return PipelineForward(self._chunk, self._groups, self.context.device).eval()
+
+
+class SampleQueue:
+    """Micro batches that the last stage has been fed and whose outputs have not yet come to it.
+
+    DeepSpeed's schedule runs micro batches in the order in which it takes them, on every stage: the outputs that come
+    next are of the micro batch that has waited longest.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Batch, NoisyBatch]] = deque()
+
+    def put(self, batch: Batch, noisy: NoisyBatch) -> None:
+        """Add a micro batch that was fed."""
+        self._waiting.append((batch, noisy))
+
+    def take(self) -> tuple[Batch, NoisyBatch]:
+        """The micro batch whose outputs have come."""
+        return self._waiting.popleft()
+
+    def clear(self) -> None:
+        """Drop all."""
         self._waiting.clear()
-        return norm
-
-    def _feed(self, micro_batches: Iterable[Sample]) -> Iterator[tuple[Carrier, tuple[Tensor, ...]]]:
-        for batch, noisy in micro_batches:
-            if self._segment.is_last:
-                self._waiting.append((batch, noisy))
-            first = self._segment.is_first
-            yield self._segment.model.carrier(noisy.x, noisy.t, noisy.cond) if first else (), ()
-
-    def _last_loss(self, outputs: Any, _labels: Any) -> Tensor:
-        """The loss of the micro batch whose turn it is: the last stage runs them in the order in which it gets them."""
-        assert self._loss is not None
-        batch, noisy = self._waiting.popleft()
-        return self.watched(self._loss(lambda *_args, **_kwargs: outputs, batch, noisy))
-
-    def _callable(self) -> Any:
-        return _Passage(self._segment, self._groups, self.context.device).eval()
 
 
-class _Passage(nn.Module):
-    """A segmented model as a function of whole inputs: every stage calls it alike and gets the last one's output."""
+class PipelineForward(nn.Module):
+    """A model in chunks as a function of whole inputs: every stage calls it alike and gets the last one's output."""
 
-    def __init__(self, segment: ModelChunk, groups: Groups, device: torch.device) -> None:
+    def __init__(self, chunk: ModelChunk, groups: Groups, device: torch.device) -> None:
         super().__init__()
-        self._segment, self._device = segment, device
+        self._chunk, self._device = chunk, device
         self._group, self._ranks = groups.group("pipeline"), groups.ranks("pipeline")
         self._place = groups.topology.pipeline_rank
 
@@ -118,18 +138,18 @@ class _Passage(nn.Module):
         project: bool = False,
     ) -> Any:
         """As ``StagedModel.forward``; x and t are looked at on the first stage only."""
-        segment, ranks = self._segment, self._ranks
-        segment.project = project
-        if segment.is_first:
+        chunk, ranks = self._chunk, self._ranks
+        chunk.project = project
+        if chunk.is_first:
             assert x is not None and t is not None
-            wire = segment.model.carrier(x, t, Conditioning() if cond is None else cond)
+            wire = chunk.model.carrier(x, t, Conditioning() if cond is None else cond)
         else:
             wire = self._receive(ranks[self._place - 1])
-        outputs = segment(wire)
+        outputs = chunk(wire)
         tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
-        if not segment.is_last:
+        if not chunk.is_last:
             self._send(tensors, ranks[self._place + 1])
-        found = self._from_last(tensors if segment.is_last else ())
+        found = self._from_last(tensors if chunk.is_last else ())
         return found if project else found[0]
 
     def _send(self, tensors: Carrier, rank: int) -> None:

@@ -6,10 +6,12 @@ module's own imports are light, and the functions import what is heavy.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megadit.checkpoint.names import saved_step
@@ -82,7 +84,12 @@ def run(
         if is_local_main():
             raise
         return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
-    return train(job)
+    from megadit.train.pretrain import pretrain
+
+    result_is_saved()
+    with _errors_told(job) as end:
+        end.code = pretrain(job)
+    return end.code
 
 
 def _enter(folder: Path, dry: bool) -> None:
@@ -103,25 +110,27 @@ def _enter(folder: Path, dry: bool) -> None:
         print(f"note: {ranks.note}", file=sys.stderr)
 
 
-def train(job: Job) -> int:
-    """Train; an error that only this rank met is told with its rank, and that of another rank in one line."""
-    from megadit.train.pretrain import pretrain
+@dataclass
+class _End:
+    code: int = EXIT_FAILURE
 
-    result_is_saved()
-    rank = os.environ["RANK"]
+
+@contextlib.contextmanager
+def _errors_told(job: Job) -> Iterator[_End]:
+    """An error of the training that only this rank met is told with its rank, and that of another rank in one line."""
+    end, rank = _End(), os.environ["RANK"]
     try:
-        return pretrain(job)
+        yield end
     except UserError as error:
         tell_launcher(f"error: {error}")
         where = "" if os.environ["WORLD_SIZE"] == "1" or error.everywhere else f"[rank {rank}] "
         if not error.everywhere or rank == "0":
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
-        return error.code
+        end.code = error.code
     except RendezvousFailed as error:
         tell_launcher(f"error: {error}")
         if is_local_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE
     except Exception as error:
         told = of_another_rank(error)
         if told is None:
@@ -129,4 +138,3 @@ def train(job: Job) -> int:
             tell_launcher(summary(error))
             raise
         print(f"[rank {rank}] {told}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE

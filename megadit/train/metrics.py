@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megadit.data import Batch
 from megadit.diffusion import LossTerms
+from megadit.engine.loss import BatchLosses
 from megadit.parallel import ProcessContext
 from megadit.plan import forward_flops, peak_flops
 from megadit.train.callbacks import Record
@@ -110,19 +110,8 @@ def model_flops_utilization(
     return None if peak is None else 3 * flops_per_image * images_per_s / (peak * world_size)
 
 
-@dataclass
-class _Step:
-    """What this rank measured in one optimizer step: sums, and the loss of every sample beside its number."""
-
-    sums: LossSums
-    samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-
 class Meter:
-    """Sums and clock of the window since the last log line, and the log record made of them.
-
-    The last two steps are kept apart: what is wrong with a step is known when the next one is under way.
-    """
+    """Sums and clock of the window since the last log line, and the log record made of them."""
 
     def __init__(self, run: TrainingRun, earlier: Sequence[float] = ()) -> None:
         """``earlier``: losses that the run logged before it was resumed."""
@@ -139,53 +128,44 @@ class Meter:
     def restart(self) -> None:
         """Begin a new window."""
         self.spikes: list[Spike] = []  # in the window of the last record
-        self._sums, self.clock = LossSums(self._run.context.device), Clock()
-        self._steps: deque[_Step] = deque()
+        self.clock = Clock()
+        self._sums = LossSums(self._run.context.device)
         self._step_sums: list[Tensor] = []
+        self._last: Sequence[BatchLosses] = ()
 
-    def begin_step(self) -> None:
-        """Before the first micro batch of an optimizer step."""
-        if len(self._steps) == 2:
-            self._close_step()
-        self.clock.steps += 1
-        self._steps.append(_Step(LossSums(self._run.context.device)))
+    def clocked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro batches of one optimizer step; waiting for them is timed."""
+        for _ in range(self._run.layout.accumulation):
+            begin = time.perf_counter()
+            batch = next(batches)
+            self.clock.waited += time.perf_counter() - begin
+            yield batch
 
-    def _close_step(self) -> None:
-        sums = self._steps.popleft().sums
+    def add(self, losses: Sequence[BatchLosses]) -> None:
+        """Add an optimizer step's micro batches on this rank; nothing waits for the device."""
+        sums = LossSums(self._run.context.device)
+        for part in losses:
+            sums.add(part.terms, part.time01)
         self._sums.merge(sums)
         nothing = torch.zeros((), dtype=torch.float64, device=self._run.context.device)
         self._step_sums.append(sums.total.get("", nothing))  # of a pipeline only the last stage has losses
-
-    def add(self, batch: Batch, terms: LossTerms, time01: Tensor) -> None:
-        """Add a micro batch of the step; nothing waits for the device. ``time01``: (B,) position in [0, 1]."""
-        step = self._steps[-1]
-        step.sums.add(terms, time01)
-        step.samples.append((batch.numbers, terms.total.detach()))
-
-    def drop_step(self) -> None:
-        """Take back the last step: what is told now is of the one before."""
-        self._steps.pop()
-        self.clock.steps -= 1
+        self.clock.steps += 1
+        self._last = losses
 
     def broken_samples(self) -> dict[int, float]:
         """Samples of the last step whose losses are not finite, by number (collective)."""
-        found = {
-            number: loss for part in self._run.context.gather_objects(list(self._broken())) for number, loss in part
-        }
-        return dict(sorted(found.items()))
-
-    def _broken(self) -> Iterator[tuple[int, float]]:
-        for numbers, losses in self._steps[-1].samples:
-            for number, loss in zip(numbers.tolist(), losses.float().cpu(), strict=True):
-                if not loss.isfinite():
-                    yield number, float(loss)
+        own = [
+            (number, float(loss))
+            for part in self._last
+            for number, loss in zip(part.numbers.tolist(), part.terms.total.float().cpu(), strict=True)
+            if not loss.isfinite()
+        ]
+        return dict(sorted(pair for found in self._run.context.gather_objects(own) for pair in found))
 
     def record(self, norm: float | None) -> Record:
         """The log record of the step just made (collective: all ranks call)."""
         run = self._run
         step = run.position.step
-        while self._steps:
-            self._close_step()
         losses, of_steps = self._sums.reduce(run.context, self._step_sums)
         self.spikes = self._spikes.look(step - len(of_steps) + 1, of_steps)
         rates = self.clock.rates(run.config.train.global_batch)

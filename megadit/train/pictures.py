@@ -26,7 +26,7 @@ def draw_samples(run: TrainingRun) -> Path | None:
     padded = -(-count // copies) * copies
     mine = [min(number, count - 1) for number in range(run.layout.rank, padded, copies)]
     subjects = run_subjects(run)
-    with run.engine.evaluation(run.config.sample.weights) as model:
+    with run.engine.sampling_model(run.config.sample.weights) as model:
         drawn = sample_pictures(model, run.config, run.codec, subjects=subjects, numbers=mine, device=context.device)
     shares = context.gather_objects((mine, drawn))
     if not context.is_main:

@@ -43,6 +43,11 @@ class Job:
     train_set: ImageSet
     val_set: ImageSet
 
+    @property
+    def micro_batch(self) -> int:
+        """Images per rank in one forward pass."""
+        return int(self.ds_config["train_micro_batch_size_per_gpu"])
+
 
 def total_steps(config: RunConfig, train_images: int) -> int:
     """Optimizer steps of the run, from ``train.steps`` or ``train.epochs``."""
@@ -182,7 +187,7 @@ def check_machine(job: Job) -> None:
 
 def _check_micro_batch(job: Job) -> None:
     """Refuse a micro batch whose images alone, in float32, are more than this machine's memory."""
-    config, micro = job.config, int(job.ds_config["train_micro_batch_size_per_gpu"])
+    config, micro = job.config, job.micro_batch
     needed = 4 * micro * config.model.in_channels * config.model.input_size**2
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
@@ -219,16 +224,6 @@ class Start:
         return None if checkpoint is None else checkpoint.parent.parent
 
 
-def resume_point(job: Job) -> Start:
-    """Where the job begins; only reads.
-
-    Raises:
-        UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
-            train.init_from does, at a first start.
-    """
-    return _resume_point(job)[0]
-
-
 def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
     """``resume_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
 
@@ -237,7 +232,7 @@ def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
     Raises:
         UserError: as ``resume_point`` does, or the data are others than those of the checkpoint.
     """
-    start, stored = _resume_point(job)
+    start, stored = resume_point(job)
     if start.step >= steps or (dry and stored is None):
         return start
     from megadit.train.resume import data_record
@@ -245,7 +240,13 @@ def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
     return replace(start, data=data_record(stored, job.config, job.train_set, job.val_set))
 
 
-def _resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
+def resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
+    """Where the job begins, and the checkpoint that it goes on from; only reads.
+
+    Raises:
+        UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
+            train.init_from does, at a first start.
+    """
     from megadit.checkpoint.find import open_checkpoint
     from megadit.train.resume import check_weights_start, samples_left_out
 

@@ -1,30 +1,37 @@
-"""``TrainingRun``: the parts of one run, assembled once and handed to the loop and its callbacks."""
+"""``TrainingRun``: the parts of one run, built once and handed to the loop and its callbacks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from megadit.checkpoint.format import Position
 from megadit.checkpoint.write import save_checkpoint
-from megadit.conditioning import Conditioning
 from megadit.config import RunConfig
-from megadit.data import Batch, BatchLayout, ImageSet
-from megadit.data.codecs.codec import Codec
-from megadit.data.conditions import Conditions
+from megadit.data import BatchLayout, ImageSet, describe
+from megadit.data.codecs.codec import Codec, build_codec
+from megadit.data.conditions import Conditions, build_conditions, kept_null
 from megadit.data.features import TargetFeatures
-from megadit.data.windows import before
-from megadit.diffusion import LossTerms, NoisyBatch, Objective
-from megadit.diffusion.repa import alignment_loss, with_alignment
+from megadit.data.windows import Window, before, joined
+from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine
+from megadit.engine.loss import TrainingLoss
+from megadit.engine.pipeline import PipelineTrainingEngine
+from megadit.engine.schedule import Schedule
+from megadit.models import build_model
+from megadit.models.chunk import ModelChunk, build_chunk
+from megadit.models.stages import StagedModel
+from megadit.mup.spec import param_specs
+from megadit.mup.table import rows
 from megadit.parallel import ProcessContext
-from megadit.rng import sample_keys
+from megadit.parallel.balance import balanced_cuts
+from megadit.parallel.compilation import compile_blocks
+from megadit.parallel.topology import Groups, Topology
+from megadit.plan.flops import stage_flops
 from megadit.train.divergence import TrainingDiverged
-from megadit.train.resume import DataRecord
+from megadit.train.prepare import Job, Start
+from megadit.train.resume import DataRecord, restore, samples_left_out, start_from_weights
 from megadit.train.run_dir import RunDirectory
 
 
@@ -32,14 +39,12 @@ from megadit.train.run_dir import RunDirectory
 class TrainingRun:
     """One run. ``position`` and ``saved_step`` (of the newest checkpoint made here) advance; everything else stays.
 
-    ``features`` are the targets of the REPA loss; None where there is none, or where this rank computes no losses.
     ``data`` is what checkpoints keep of what the run is trained on; None: nothing.
     """
 
     config: RunConfig
     context: ProcessContext
     engine: TrainingEngine
-    objective: Objective
     codec: Codec
     conditions: Conditions
     train_set: ImageSet
@@ -48,41 +53,8 @@ class TrainingRun:
     directory: RunDirectory
     total_steps: int
     position: Position
-    features: TargetFeatures | None = None
     data: DataRecord | None = None
     saved_step: int | None = None
-
-    def inputs(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
-        """Move a batch to this rank's device: model-space images (B, C, H, W) and their conditions.
-
-        ``seed`` keys the draw from a VAE's posterior, per sample number.
-        """
-        device = self.context.device
-        keys = sample_keys(seed, "latent", batch.numbers).to(device)
-        x0 = self.codec.encode(batch.images.to(device, non_blocking=True), keys)
-        return x0, self.conditions.of(batch, device)
-
-    def losses(self, forward: Callable[..., Any], batch: Batch, noisy: NoisyBatch) -> LossTerms:
-        """What training minimises on a batch: the objective's loss and, where the run has one, REPA's.
-
-        ``forward`` is the model, ``noisy`` was made from ``batch``.
-        """
-        if self.features is None:
-            return self.objective.loss(forward(noisy.x, noisy.t, noisy.cond), noisy)
-        output, projected = forward(noisy.x, noisy.t, noisy.cond, project=True)
-        terms = self.objective.loss(output, noisy)
-        return with_alignment(terms, projected, self.features.of(batch), self.config.objective.repa_weight)
-
-    def separate_losses(self, model: Callable[..., Any], batch: Batch, noisy: NoisyBatch) -> dict[str, Tensor]:
-        """Per-sample losses, each float32 (B,): ``loss``, the objective's alone, and ``repa``, without its weight.
-
-        So that runs can be compared whatever their ``objective.repa_weight``.
-        """
-        if self.features is None:
-            return {"loss": self.objective.loss(model(noisy.x, noisy.t, noisy.cond), noisy).total}
-        output, projected = model(noisy.x, noisy.t, noisy.cond, project=True)
-        repa = alignment_loss(projected, self.features.of(batch))
-        return {"loss": self.objective.loss(output, noisy).total, "repa": repa}
 
     def save(self) -> Path:
         """Write a checkpoint of the present position (all ranks must call).
@@ -117,3 +89,133 @@ class TrainingRun:
         )
         self.saved_step = self.position.step
         return path
+
+
+def build_run(
+    job: Job, context: ProcessContext, directory: RunDirectory, total_steps: int, start: Start
+) -> TrainingRun:
+    """The parts of a job on this rank, where ``start`` says that it begins (all ranks must call).
+
+    Raises:
+        UserError: an encoder's or a checkpoint's files are broken, or are none for this run.
+    """
+    config = job.config
+    place = Topology(
+        context.world_size, context.rank, config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
+    )
+    groups = Groups(place) if place.data < place.world else None  # else every rank has a whole model
+    codec = build_codec(config.data.vae, context.device, job.train_set.stored)
+    conditions = _build_conditions(job, start, context)
+    model = _build_model(config, groups)
+    if context.is_main:
+        _describe(job, directory, place)
+        conditions.write(directory.path)
+    computes_loss = not isinstance(model, ModelChunk) or model.is_last
+    loss = TrainingLoss(
+        build_objective(config.objective, learn_sigma=config.model.learn_sigma, null=conditions.null),
+        codec,
+        conditions,
+        config.train.seed,
+        context.device,
+        _build_features(config, context) if computes_loss else None,
+        config.objective.repa_weight,
+    )
+    engine = _build_engine(job, model, loss, total_steps, context, groups)
+    position, data, left_out = _restore(job, start, engine, directory, context, total_steps)
+    return TrainingRun(
+        config=config,
+        context=context,
+        engine=engine,
+        codec=codec,
+        conditions=conditions,
+        train_set=job.train_set,
+        val_set=job.val_set,
+        layout=BatchLayout(config.train.global_batch, place.data, place.data_rank, job.micro_batch, left_out),
+        directory=directory,
+        total_steps=total_steps,
+        position=position,
+        data=data,
+    )
+
+
+def _build_conditions(job: Job, start: Start, context: ProcessContext) -> Conditions:
+    null, note = kept_null(job.config, start.source)
+    if note and context.is_main:
+        print(f"note: {note}", file=sys.stderr)
+    return build_conditions(job.config, job.train_set, job.val_set, context.device, null=null)
+
+
+def _build_model(config: RunConfig, groups: Groups | None) -> StagedModel | ModelChunk:
+    """What this rank holds of the model, initialised, with its ways of running set."""
+    seed = config.train.seed
+    layout = None if groups is None else groups.tensor_layout
+    if groups is None or groups.topology.pipeline == 1:
+        model = build_model(config.model, layout, seed)
+        model.recompute = config.train.activation_checkpointing
+        if config.train.compile:
+            compile_blocks(stage for stage in model.stages() if stage.is_block)
+        return model
+    cuts = balanced_cuts(stage_flops(config.model), groups.topology.pipeline)
+    chunk = build_chunk(config.model, cuts, groups.topology.pipeline_rank, layout, seed)
+    chunk.model.recompute = config.train.activation_checkpointing
+    return chunk
+
+
+def _describe(job: Job, directory: RunDirectory, place: Topology) -> None:
+    """Write into the run directory what the run is."""
+    table = rows(build_model(job.config.model, device="meta"), job.config.optim)
+    layout = {
+        "ranks": place.world,
+        "tensor": place.tensor,
+        "pipeline": place.pipeline,
+        "zero_stage": job.config.parallel.zero_stage,
+        "micro_batch": job.micro_batch,
+    }
+    facts = describe(job.train_set)
+    directory.describe(job.config, job.ds_config, table, job.train_set.classes, facts.notice, layout)
+
+
+def _build_features(config: RunConfig, context: ProcessContext) -> TargetFeatures | None:
+    """The targets of the REPA loss, on the model's grid of tokens; None where nothing asks for them."""
+    if not config.objective.repa_weight:
+        return None
+    assert config.data.features is not None  # the configuration holds the two together
+    return TargetFeatures(config.data.features, config.model.input_size // config.model.patch_size, context.device)
+
+
+def _build_engine(
+    job: Job,
+    model: StagedModel | ModelChunk,
+    loss: TrainingLoss,
+    total_steps: int,
+    context: ProcessContext,
+    groups: Groups | None,
+) -> TrainingEngine:
+    config = job.config
+    schedule = Schedule.from_config(config.optim, total_steps)
+    if not isinstance(model, ModelChunk):
+        return TrainingEngine(model, loss, config.optim, schedule, job.ds_config, context, config.ema, groups)
+    assert groups is not None  # a chunk is one of a group
+    specs = param_specs(build_model(config.model, device="meta"))
+    return PipelineTrainingEngine(
+        model, specs, loss, config.optim, schedule, job.ds_config, context, config.ema, groups
+    )
+
+
+def _restore(
+    job: Job,
+    start: Start,
+    engine: TrainingEngine,
+    directory: RunDirectory,
+    context: ProcessContext,
+    total_steps: int,
+) -> tuple[Position, DataRecord | None, tuple[Window, ...]]:
+    """Bring a checkpoint, or its weights alone, into the engine: where the run stands, its data, what it leaves out."""
+    config = job.config
+    if start.checkpoint is not None:
+        paths = (start.checkpoint, *start.earlier)
+        stored, data = restore(directory, paths, engine, config, context, start.data, job.train_set, total_steps)
+        return stored.position, data, samples_left_out(stored, config)
+    if start.weights_from is not None:
+        start_from_weights(start.weights_from, engine, config, context)
+    return Position(), start.data, joined(config.train.skip_samples)

@@ -15,7 +15,8 @@ from megadit.data import SampleOrder, make_batch
 from megadit.rng import batch_normal, sample_keys
 
 if TYPE_CHECKING:
-    from megadit.engine.engine import Sample
+    from megadit.data import Batch
+    from megadit.diffusion import NoisyBatch
     from megadit.train.run import TrainingRun
 
 _SEED = 20240521  # fixed for all runs: the loss must not depend on train.seed
@@ -35,34 +36,31 @@ def validation_losses(run: TrainingRun, weights: str = ONLINE) -> dict[str, floa
         return {}
     world, rank, size = run.layout.ranks, run.layout.rank, run.layout.micro_batch
     passes = -(-count // (world * size))
-    repa = bool(run.config.objective.repa_weight)
-    names = ["loss", "repa"] if repa else ["loss"]
+    names = ["loss", "repa"] if run.engine.loss.projects else ["loss"]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.context.device)
     # epoch 0 of this order is a fixed shuffle, so that the first images are a fair sample of all classes
     order = SampleOrder(len(run.val_set), _SEED)
-    with run.engine.evaluation(weights) as model:
+    with run.engine.evaluation(weights):
         for index in range(passes):
             first = (index * world + rank) * size
             if not run.engine.reads_data:  # a pipeline's stage without ends passes on what comes to it
-                model(project=repa)
+                run.engine.evaluate_batch()
                 continue
             numbers = [n if n < count else count - 1 for n in range(first, first + size)]
-            batch, noisy = _sample(run, order, numbers)
-            if not run.engine.computes_loss:
-                model(noisy.x, noisy.t, noisy.cond, project=repa)
-                continue
-            losses = run.separate_losses(model, batch, noisy)
-            counted = torch.tensor([float(n < count) for n in range(first, first + size)]).to(sums)
-            sums += torch.stack([*((losses[name] * counted).sum() for name in names), counted.sum()])
+            losses = run.engine.evaluate_batch(*_sample(run, order, numbers))
+            if losses:
+                counted = torch.tensor([float(n < count) for n in range(first, first + size)]).to(sums)
+                sums += torch.stack([*((losses[name] * counted).sum() for name in names), counted.sum()])
     *totals, images = run.context.sum(sums).tolist()
     return {name: total / images for name, total in zip(names, totals, strict=True)}
 
 
-def _sample(run: TrainingRun, order: SampleOrder, numbers: list[int]) -> Sample:
+def _sample(run: TrainingRun, order: SampleOrder, numbers: list[int]) -> tuple[Batch, NoisyBatch]:
     """The held-out images of these numbers with their noise, at times that follow from the numbers."""
     batch = make_batch(run.val_set, order, numbers, seed=_SEED, flip=False)
-    x0, cond = run.inputs(batch, _SEED)
+    loss = run.engine.loss
+    x0, cond = loss.inputs(batch, _SEED)
     strata = torch.tensor([(n * 37 % _STRATA + 0.5) / _STRATA for n in numbers])  # 37 is coprime to 64
     keys = sample_keys(_SEED, "validation-noise", numbers).to(x0.device)
     noise = batch_normal(keys, x0.shape[1:])
-    return batch, run.objective.prepare(x0, cond, numbers, _SEED, t01=strata, noise=noise, drop=False)
+    return batch, loss.objective.prepare(x0, cond, numbers, _SEED, t01=strata, noise=noise, drop=False)

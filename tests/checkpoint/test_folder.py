@@ -80,7 +80,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 
 
 def begins_at(job):
-    start = resume_point(job)
+    start, _ = resume_point(job)
     return start.checkpoint, start.step
 
 
@@ -90,9 +90,9 @@ def test_the_point_of_resumption(tmp_path):
     first, second = save(run_dir, 10), save(run_dir, 20)
     elsewhere = save(other, 5)
     assert begins_at(job(run_dir)) == (second, 20)
-    assert resume_point(job(run_dir)).earlier == (first,)
+    assert resume_point(job(run_dir))[0].earlier == (first,)
     assert begins_at(job(run_dir, str(first))) == (first, 10)
-    assert resume_point(job(run_dir, str(first))).earlier == ()
+    assert resume_point(job(run_dir, str(first)))[0].earlier == ()
     assert begins_at(job(tmp_path / "new", str(other))) == (elsewhere, 5)
     with pytest.raises(UserError, match="--resume: never"):
         resume_point(job(run_dir, "never"))

@@ -143,16 +143,17 @@ def gradients_held(config: RunConfig, folder: str) -> tuple[int, int, list[torch
     """Bytes of gradients between two micro batches, the parameters of this rank, and the types of weights."""
     run = assemble_rank(config, folder)
     seen: list[int] = []
-    micro_step = run.engine.micro_step
+    engine = run.engine._engine
+    micro_step = engine.step
 
-    def looked(step: int, last: bool, want_norm: bool) -> Any:
-        if not last:
+    def looked() -> None:
+        if not engine.is_gradient_accumulation_boundary():
             parameters = [p for p in run.engine.module.parameters() if p.requires_grad]
             held = [g for p in parameters for g in (p.grad, p.grad_accum) if g is not None]
             seen.append(sum(g.nbytes for g in held))
-        return micro_step(step, last, want_norm)
+        micro_step()
 
-    run.engine.micro_step = looked  # type: ignore[method-assign]
+    engine.step = looked
     train_on(run, 2)
     parameters = list(run.engine.module.parameters())
     assert len(set(seen)) == 1
@@ -183,7 +184,7 @@ def one_update_that_is_not_finite(config: RunConfig, folder: str, ds: dict[str, 
     for until in (1, 2, 3):
         [record] = train_on(run, until)
         weights = torch.cat([f.values for f in run.engine.partitions.fragments()])
-        records.append((record["grad_norm"], run.engine.reading.bad(), weights.clone()))
+        records.append((record["grad_norm"], record["reading"].bad(), weights.clone()))
     return records
 
 

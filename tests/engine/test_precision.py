@@ -16,15 +16,15 @@ def train_and_look(config, folder, ds):
     from megadit.engine.engine import TrainingEngine
 
     seen = set()
-    micro_step = TrainingEngine.micro_step
+    train_batch = TrainingEngine.train_batch
 
     def looked(self, *args):
-        result = micro_step(self, *args)
+        result = train_batch(self, *args)
         for fragment in self.partitions.fragments():
             seen.update(t.dtype for t in (fragment.values, fragment.flat, *self.partitions.moments(fragment).values()))
         return result
 
-    TrainingEngine.micro_step = looked
+    TrainingEngine.train_batch = looked
     return {**train_rank(config, folder, STEPS, None, ds), "kept": seen}
 
 

@@ -21,16 +21,16 @@ Plant = Callable[[], None]
 
 def nan_sample(number: int, value: float = float("nan")) -> None:
     """Data with ``value`` in the sample of this number, on whatever rank it is read."""
-    from megadit.train.run import TrainingRun
+    from megadit.engine.loss import TrainingLoss
 
-    plain = TrainingRun.inputs
+    plain = TrainingLoss.inputs
 
-    def inputs(self: TrainingRun, batch: Any, seed: int) -> Any:
+    def inputs(self: TrainingLoss, batch: Any, seed: int) -> Any:
         x0, cond = plain(self, batch, seed)
         x0[(batch.numbers == number).to(x0.device)] = value
         return x0, cond
 
-    TrainingRun.inputs = inputs  # type: ignore[method-assign]
+    TrainingLoss.inputs = inputs  # type: ignore[method-assign]
 
 
 class _InfiniteGradient(torch.autograd.Function):
@@ -45,17 +45,17 @@ class _InfiniteGradient(torch.autograd.Function):
 
 def infinite_gradient(number: int) -> None:
     """A finite loss with infinite gradients in the micro batch that holds the sample of this number."""
-    from megadit.train.run import TrainingRun
+    from megadit.engine.loss import TrainingLoss
 
-    plain = TrainingRun.losses
+    plain = TrainingLoss.of
 
-    def losses(self: TrainingRun, forward: Any, batch: Any, noisy: Any) -> Any:
-        terms = plain(self, forward, batch, noisy)
+    def of(self: TrainingLoss, outputs: Any, batch: Any, noisy: Any) -> Any:
+        terms = plain(self, outputs, batch, noisy)
         if number in batch.numbers.tolist():
             terms = replace(terms, total=_InfiniteGradient.apply(terms.total))
         return terms
 
-    TrainingRun.losses = losses  # type: ignore[method-assign]
+    TrainingLoss.of = of  # type: ignore[method-assign]
 
 
 def state_of(run: Any) -> dict[Any, Any]:
@@ -69,15 +69,15 @@ def state_of(run: Any) -> dict[Any, Any]:
 
 def loud_sample(number: int, factor: float) -> None:
     """A loss ``factor`` times what it is in the micro batch that holds the sample of this number."""
-    from megadit.train.run import TrainingRun
+    from megadit.engine.loss import TrainingLoss
 
-    plain = TrainingRun.losses
+    plain = TrainingLoss.of
 
-    def losses(self: TrainingRun, forward: Any, batch: Any, noisy: Any) -> Any:
-        terms = plain(self, forward, batch, noisy)
+    def of(self: TrainingLoss, outputs: Any, batch: Any, noisy: Any) -> Any:
+        terms = plain(self, outputs, batch, noisy)
         return replace(terms, total=terms.total * factor) if number in batch.numbers.tolist() else terms
 
-    TrainingRun.losses = losses  # type: ignore[method-assign]
+    TrainingLoss.of = of  # type: ignore[method-assign]
 
 
 def whole_run(

@@ -56,7 +56,7 @@ def assemble_rank(
     """This rank's part of a run, as the command assembles it, from ``checkpoint`` if given."""
     from megadit.parallel import start_processes
     from megadit.train.prepare import Job, Start
-    from megadit.train.pretrain import assemble
+    from megadit.train.run import build_run
     from megadit.train.run_dir import RunDirectory
 
     context = start_processes()
@@ -67,23 +67,24 @@ def assemble_rank(
     context.on_main(directory.create)
     assert config.train.steps is not None
     start = Start(Path(checkpoint) if checkpoint else None)
-    return assemble(job, context, directory, config.train.steps, start)
+    return build_run(job, context, directory, config.train.steps, start)
 
 
 def train_on(run: TrainingRun, until: int) -> list[dict[str, Any]]:
     """Train to step ``until`` through the library's own step; a record of every step."""
     from megadit.checkpoint.format import Position
-    from megadit.train.loop import Meter, optimizer_step
+    from megadit.train.metrics import Meter
 
     seed, size = run.config.train.seed, run.config.train.global_batch
     stream = BatchStream(run.train_set, run.layout, seed, flip=False, workers=0, start_step=run.position.step)
     batches, records = iter(stream), []
     while run.position.step < until:
         meter = Meter(run)
-        norm = optimizer_step(run, batches, meter, True)
+        result = run.engine.train_batch(run.position.step, meter.clocked(batches), True)
+        meter.add(result.losses)
         step = run.position.step + 1
         run.position = Position(step, step * size, run.engine.skipped_steps)
-        records.append(meter.record(norm))
+        records.append(meter.record(result.grad_norm) | {"reading": result.reading})
     return records
 
 

@@ -35,7 +35,7 @@ def trained(config: RunConfig, folder: str) -> tuple[list[dict[str, Any]], Count
     from megadit.train import validation
     from megadit.train.callbacks import Callback
     from megadit.train.callbacks.artifacts import Validation
-    from megadit.train.pretrain import _train
+    from megadit.train.loop import Trainer
 
     reads: Counter[str] = Counter()
     records: list[dict[str, Any]] = []
@@ -57,8 +57,8 @@ def trained(config: RunConfig, folder: str) -> tuple[list[dict[str, Any]], Count
     noted(stream, "read_samples")
     noted(stream, "DataLoader")
     noted(validation, "make_batch")
-    assert _train(run, [Validation(), Log()])[0] == 0
-    return records, reads, run.features is not None
+    assert Trainer(run, [Validation(), Log()]).fit().code == 0
+    return records, reads, run.engine.loss.features is not None
 
 
 @pytest.mark.distributed

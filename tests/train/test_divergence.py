@@ -161,7 +161,7 @@ def _host_reads(config, folder):
 
     from helpers.training import assemble_rank
     from megadit.data import BatchStream
-    from megadit.train import loop
+    from megadit.train.metrics import Meter
 
     run = assemble_rank(config, folder)
     reads = []
@@ -174,12 +174,12 @@ def _host_reads(config, folder):
             return func(*args, **(kwargs or {}))
 
     stream = BatchStream(run.train_set, run.layout, 0, flip=False, workers=0)
-    meter, batches = loop.Meter(run), iter([next(stream) for _ in range(4 * run.layout.accumulation)])
+    meter, batches = Meter(run), iter([next(stream) for _ in range(4 * run.layout.accumulation)])
     for step in range(4):
         reads.append(0)
         run.position = run.position.__class__(step)
         with Counting():
-            loop.optimizer_step(run, batches, meter, False)
+            meter.add(run.engine.train_batch(step, meter.clocked(batches), False).losses)
     return reads
 
 

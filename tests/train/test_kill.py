@@ -175,30 +175,32 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, kilobytes):
 def life(config, folder, plan=None):
     """A start of the run on one rank; ``plan`` is (rank, step, operation, function or delay) of its death, or None."""
     from megadit.data import build_datasets
-    from megadit.train import loop
+    from megadit.engine.engine import TrainingEngine
+    from megadit.engine.loss import TrainingLoss
     from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
-    from megadit.train.run import TrainingRun
 
     rank = int(os.environ["RANK"])
-    latents, step_of = TrainingRun.inputs, loop.optimizer_step
+    prepare, train_batch = TrainingLoss.prepare, TrainingEngine.train_batch
+    steps = []
 
-    def noted(run, batch, seed):
+    def noted(loss, batch):
         with open(Path(folder) / f"samples-{rank}.jsonl", "a") as file:
-            file.write(json.dumps([run.position.step, batch.numbers.tolist()]) + "\n")
-        return latents(run, batch, seed)
+            file.write(json.dumps([steps[-1], batch.numbers.tolist()]) + "\n")
+        return prepare(loss, batch)
 
-    def doomed(run, *rest):
-        if plan is not None and plan[0] == rank and run.position.step == plan[1]:
+    def doomed(engine, step, *rest):
+        steps.append(step)
+        if plan is not None and plan[0] == rank and step == plan[1]:
             if isinstance(plan[2], int):
                 die_before_operation(plan[2])  # inside the next save, or the one after
             elif isinstance(plan[2], str):
                 die_in(plan[2])
             else:
                 threading.Thread(target=lambda: (time.sleep(plan[2]), os.kill(os.getpid(), signal.SIGKILL))).start()
-        return step_of(run, *rest)
+        return train_batch(engine, step, *rest)
 
-    TrainingRun.inputs, loop.optimizer_step = noted, doomed
+    TrainingLoss.prepare, TrainingEngine.train_batch = noted, doomed
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
     return pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
 

@@ -280,17 +280,17 @@ def test_format_1_is_still_read(trained, copy):
 
 
 def _terminated_at_3():
-    from megadit.train import loop
+    from megadit.engine.engine import TrainingEngine
 
-    step = loop.optimizer_step
+    train_batch = TrainingEngine.train_batch
 
-    def with_signal(run, *rest):
-        if run.position.step + 1 == 3:
+    def with_signal(engine, step, *rest):
+        if step + 1 == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes it on once more
-        return step(run, *rest)
+        return train_batch(engine, step, *rest)
 
-    loop.optimizer_step = with_signal
+    TrainingEngine.train_batch = with_signal
 
 
 @pytest.mark.distributed

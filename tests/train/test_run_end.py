@@ -160,16 +160,16 @@ def test_metrics_without_space_are_told_in_a_sentence(tmp_path):
 
 
 def _signal_at_5():
-    from megadit.train import loop
+    from megadit.engine.engine import TrainingEngine
 
-    step = loop.optimizer_step
+    train_batch = TrainingEngine.train_batch
 
-    def with_signal(run, *rest):
-        if run.position.step + 1 == 5:
+    def with_signal(engine, step, *rest):
+        if step + 1 == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return step(run, *rest)
+        return train_batch(engine, step, *rest)
 
-    loop.optimizer_step = with_signal
+    TrainingEngine.train_batch = with_signal
 
 
 @pytest.mark.distributed

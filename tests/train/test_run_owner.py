@@ -125,19 +125,19 @@ def test_ranks_wait_in_short_collectives_for_a_silent_owner_whose_files_stay(tmp
 
 def _taken_over_at_3(folder):
     """Another host takes the directory over while step 3 is made: this owner had been stopped for a while."""
-    from megadit.train import loop
+    from megadit.engine.engine import TrainingEngine
 
-    step = loop.optimizer_step
+    train_batch = TrainingEngine.train_batch
 
-    def with_loss(run, *rest):
-        if run.position.step == 2 and run.context.is_main:
+    def with_loss(engine, step, *rest):
+        if step == 2 and engine.context.is_main:
             (folder / FILE).unlink()
             leave_owner(folder, **elsewhere())
             (folder / "checkpoints/.step-00000004.0123456789abcdef.tmp").mkdir(parents=True)
             (folder / "metrics.jsonl").write_text("of the other\n")
-        return step(run, *rest)
+        return train_batch(engine, step, *rest)
 
-    loop.optimizer_step = with_loss
+    TrainingEngine.train_batch = with_loss
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine around a segment of a model. With ``partitions`` the door to its internals.
+"""DeepSpeed's pipeline engine around a chunk of a model. With ``partitions`` the door to its internals.
 
 Measured facts of DeepSpeed 0.19 that shape it: ZeRO-1 is the one stage that is right with pipelines (2 and 3 are
 refused, 0 clips by a norm without the other stages); with more than one tensor a wire must not be partitioned between
@@ -22,21 +22,21 @@ from megadit.parallel.topology import Topology
 
 
 def pipeline_engine(
-    segment: nn.Module,
+    chunk: nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
     optimizer: torch.optim.Optimizer,
     ds_config: dict[str, Any],
     topology: Topology,
 ) -> Any:
-    """The ``PipelineEngine`` of a rank that runs ``segment``; ``loss(outputs, labels)`` is called on the last stage."""
+    """The ``PipelineEngine`` of a rank that runs ``chunk``; ``loss(outputs, labels)`` is called on the last stage."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     deepspeed.init_distributed()  # takes up the process group, which the module below needs before the engine does
     axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
-    # One layer a stage: the segment is cut already, and what other ranks run has nothing to be built here.
-    layers = [segment if place == topology.pipeline_rank else nn.Identity() for place in range(topology.pipeline)]
+    # One layer a stage: the chunk is cut already, and what other ranks run has nothing to be built here.
+    layers = [chunk if place == topology.pipeline_rank else nn.Identity() for place in range(topology.pipeline)]
     with contextlib.redirect_stdout(io.StringIO()), float32_sums():
         module = PipelineModule(layers, topology=axes, loss_fn=loss, partition_method="uniform")
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)

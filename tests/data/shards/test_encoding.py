@@ -86,7 +86,7 @@ def batches(config: DataConfig, steps: int = 3) -> list:
 
 
 def model_space(config: DataConfig, steps: int = 3) -> Tensor:
-    """What ``TrainingRun.inputs`` gives the model of the first batches."""
+    """What ``TrainingLoss.inputs`` gives the model of the first batches."""
     train, _ = build_datasets(config)
     coder = build_codec(config.vae, "cpu", train.stored)
     return torch.cat([coder.encode(b.images, sample_keys(3, "latent", b.numbers)) for b in batches(config, steps)])

@@ -1,0 +1,87 @@
+"""What a batch costs the model: the objective's loss and, where a run has one, that of REPA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadit.conditioning import Conditioning
+from megadit.data import Batch
+from megadit.data.codecs.codec import Codec
+from megadit.data.conditions import Conditions
+from megadit.data.features import TargetFeatures
+from megadit.diffusion import LossTerms, NoisyBatch, Objective
+from megadit.diffusion.repa import alignment_loss, with_alignment
+from megadit.rng import sample_keys
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """Losses of one micro batch, without gradients.
+
+    numbers: global sample numbers, int64 (B,).  terms: per-sample losses.  time01: positions in [0, 1], float32 (B,).
+    """
+
+    numbers: Tensor
+    terms: LossTerms
+    time01: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """From a batch to the model's input, and from the model's output to the loss.
+
+    seed: of noise, times and dropped conditions.  features: the targets of the REPA loss; None where there is none, or
+    where this rank computes no losses.
+    """
+
+    objective: Objective
+    codec: Codec
+    conditions: Conditions
+    seed: int
+    device: torch.device
+    features: TargetFeatures | None = None
+    repa_weight: float = 0.0
+
+    @property
+    def projects(self) -> bool:
+        """Whether the loss needs the model's REPA tokens beside its output."""
+        return self.repa_weight > 0
+
+    def inputs(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
+        """A batch on this rank's device: model-space images, float32 (B, C, H, W), and their conditions.
+
+        ``seed`` keys the draw from a VAE's posterior, per sample number.
+        """
+        keys = sample_keys(seed, "latent", batch.numbers).to(self.device)
+        x0 = self.codec.encode(batch.images.to(self.device, non_blocking=True), keys)
+        return x0, self.conditions.of(batch, self.device)
+
+    def prepare(self, batch: Batch) -> NoisyBatch:
+        """A batch of the training set with its noise."""
+        x0, cond = self.inputs(batch, self.seed)
+        return self.objective.prepare(x0, cond, batch.numbers, self.seed)
+
+    def of(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> LossTerms:
+        """What training minimises, from the model's ``outputs`` for ``noisy``, which was made from ``batch``.
+
+        outputs: float (B, C or 2C, H, W); where the loss ``projects``, a pair of it and the projected tokens (B, T, F).
+        """
+        if self.features is None:
+            return self.objective.loss(outputs, noisy)
+        output, projected = outputs
+        return with_alignment(self.objective.loss(output, noisy), projected, self.features.of(batch), self.repa_weight)
+
+    def separate(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> dict[str, Tensor]:
+        """Per-sample losses, each float32 (B,): ``loss``, the objective's alone, and ``repa``, without its weight.
+
+        So that runs can be compared whatever their ``objective.repa_weight``.
+        """
+        if self.features is None:
+            return {"loss": self.objective.loss(outputs, noisy).total}
+        output, projected = outputs
+        repa = alignment_loss(projected, self.features.of(batch))
+        return {"loss": self.objective.loss(output, noisy).total, "repa": repa}
