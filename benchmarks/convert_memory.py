@@ -90,7 +90,7 @@ def write_sources(folder: Path, names: set[str], megabytes: int) -> None:
     from megadit.convert.deferred import deferred
     from megadit.convert.state_dicts import write_one
     from megadit.convert.torch_files.write import save_streaming
-    from megadit.models.conversion.names import model_shapes
+    from megadit.models.conversion.key_maps import model_shapes
 
     model = model_of(megabytes)
 

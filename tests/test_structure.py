@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megadit.models import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("megadit", "kernels", "launch", "tools", "tests", "benchmarks")
 MAX_FILE_LINES = 450
@@ -43,6 +45,7 @@ DEEPSPEED_INTERNALS = re.compile(
     r"\b(single_partition_of_fp32_groups|fp32_partitioned_groups_flat|fp32_groups_flat_partition|bit16_groups|"
     r"params_in_partition|averaged_gradients|_hp_mapping|load_hp_checkpoint_state|ds_tensor|ds_id|ds_status)\b"
 )
+BUILT_IN_FAMILIES = set(FAMILIES)
 DEEPSPEED_DOOR = "megadit/engine/deepspeed/"
 NAMES_IN_FILES = "megadit/convert/deepspeed/native.py"  # keys of its checkpoints are called like attributes
 WRITING = "from pickle import Pickler"  # which reads nothing; torch files are pickles
@@ -195,11 +198,21 @@ def sizes(path: str, tree: ast.Module, text: str) -> Iterator[str]:
                 yield f"{node.name} has {length} lines, more than {MAX_FUNCTION_LINES}"
 
 
+def families_by_name(path: str, tree: ast.Module) -> Iterator[str]:
+    """A family is known by its spec: its name stands in its own folder, and in the list of folders."""
+    if not path.startswith("megadit/") or path == "megadit/models/__init__.py":
+        return
+    for node in ast.walk(tree):
+        name = node.value if isinstance(node, ast.Constant) else None
+        if name in BUILT_IN_FAMILIES and not path.startswith(f"megadit/models/{name}/"):
+            yield f"line {node.lineno} asks for the family {name} by name: ask its FamilySpec"
+
+
 def violations(path: str, text: str) -> list[str]:
     """Everything wrong with one file, as sentences."""
     tree = ast.parse(text)
     found = [*direction(path, tree), *deepspeed_use(path, tree), *lazy_imports(path, tree), *unsafe(path, tree)]
-    found += [*encodings(path, tree), *sizes(path, tree, text)]
+    found += [*encodings(path, tree), *sizes(path, tree, text), *families_by_name(path, tree)]
     found += [f"unfinished: {match.group(0)}" for match in UNFINISHED.finditer(text)]
     return found
 
@@ -247,6 +260,8 @@ def test_rules_hold(folder):
         ("tests/x.py", "def f():\n" + "    x = 1\n" * 90, "f has 91 lines"),
         ("tools/x.py", "# TO" + "DO later", "unfinished"),
         ("megadit/data/x.py", "def f():\n    raise NotImplemented" + "Error", "unfinished"),
+        ("megadit/data/x.py", "def f(c):\n    return c.family == 'dit'", "asks for the family dit by name"),
+        ("megadit/models/dit/x.py", "OF = {'uvit': 1}", "asks for the family uvit by name"),
     ],
 )
 def test_each_rule_can_fail(path, text, complaint):

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megadit.convert import FORMATS
+from megadit.convert import formats
 from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
 
@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, metavar="IN", help="folder or file to read")
     p.add_argument("target", type=Path, metavar="OUT", help="folder or file to make; must not exist")
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. train.steps=1000")
-    p.add_argument("--from", dest="source_format", required=True, choices=FORMATS, help="format of IN")
-    p.add_argument("--to", dest="target_format", required=True, choices=FORMATS, help="format of OUT")
+    p.add_argument("--from", dest="source_format", required=True, choices=formats(), help="format of IN")
+    p.add_argument("--to", dest="target_format", required=True, choices=formats(), help="format of OUT")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML), where IN does not tell the model")
     p.add_argument(
         "--ema",

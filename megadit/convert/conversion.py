@@ -1,7 +1,7 @@
 """``convert``: a checkpoint from one format to another.
 
 A reader opens a folder or file as ``Contents``; a writer makes another of them. Formats meet in nothing else, so a new
-one is a reader and a writer here and a name in ``megadit.convert.FORMATS``.
+one is a reader and a writer here and a name in ``megadit.convert.formats``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from megadit.convert.deepspeed.universal import read_universal, write_universal
 from megadit.convert.defaults import check_same_model, default_run
 from megadit.convert.diffusers.difference import Difference
 from megadit.convert.diffusers.folder import read_diffusers, write_diffusers
-from megadit.convert.formats import OFFICIAL_FAMILIES
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import OWN, Request, check_request
 from megadit.convert.run_checkpoints import read_run, write_run
@@ -36,6 +35,7 @@ from megadit.convert.state_dicts import (
     write_safetensors,
 )
 from megadit.errors import UserError
+from megadit.models.conversion import conversion_of
 
 DIFFUSERS = "diffusers"
 _Read = Callable[[Path, Request, ValueCheck], tuple[Contents, Difference | None]]
@@ -54,41 +54,27 @@ def _writer(write: Callable[[Contents, Path, RunConfig | None], list[str]]) -> _
     return lambda contents, target, request, check: (write(contents, target, contents.config), None)
 
 
-def _official(name: str) -> tuple[_Read, _Write]:
-    read, write = official.reader(name), official.writer(name)
-    return lambda p, r, check: (read(p, r, check), None), lambda c, p, r, check: (write(c, p, r), None)
-
-
 _WITH_CONFIG = (OWN, "safetensors")  # formats that hold a run's configuration
-_UNTOLD = {  # of a family's originals, where a run here would do otherwise without saying so
-    "uvit": (
-        "the originals number their 1000 steps from 1 (of latents) or train at any time between (of pixels); here "
-        "steps are 0 to 999",
+_FORMATS: Mapping[str, tuple[_Read, _Write]] = {
+    OWN: (
+        lambda path, request, check: (check.watched_contents(read_run(path, request.ema)), None),
+        _writer(write_run),
     ),
-    "mmdit": (
-        "texts are cut or padded to model.text.max_length; their padding is seen, as in SD3, but holds zeros where a "
-        "text encoder here makes it (model.text.mask=true leaves it out)",
-    ),
+    "safetensors": (_of_weights(read_safetensors), _writer(write_safetensors)),
+    "fp32-state-dict": (_of_weights(read_fp32_state_dict), _writer(write_fp32_state_dict)),
+    "deepspeed": (_of_training(read_native), _writer(write_plain)),
+    "deepspeed-universal": (_of_training(read_universal), _writer(write_universal)),
+    DIFFUSERS: (read_diffusers, write_diffusers),
 }
-_OFFICIAL = {f"official-{name}": _official(name) for name in OFFICIAL_FAMILIES}
-READERS: Mapping[str, _Read] = {
-    OWN: lambda path, request, check: (check.watched_contents(read_run(path, request.ema)), None),
-    "safetensors": _of_weights(read_safetensors),
-    "fp32-state-dict": _of_weights(read_fp32_state_dict),
-    "deepspeed": _of_training(read_native),
-    "deepspeed-universal": _of_training(read_universal),
-    **{name: read for name, (read, _) in _OFFICIAL.items()},
-    DIFFUSERS: read_diffusers,
-}
-WRITERS: Mapping[str, _Write] = {
-    OWN: _writer(write_run),
-    "safetensors": _writer(write_safetensors),
-    "fp32-state-dict": _writer(write_fp32_state_dict),
-    "deepspeed": _writer(write_plain),
-    "deepspeed-universal": _writer(write_universal),
-    **{name: write for name, (_, write) in _OFFICIAL.items()},
-    DIFFUSERS: write_diffusers,
-}
+
+
+def of_format(name: str) -> tuple[_Read, _Write]:
+    """What reads and what writes the format ``name``, one of ``megadit.convert.formats()``."""
+    if name in _FORMATS:
+        return _FORMATS[name]
+    family = name.removeprefix("official-")
+    read, write = official.reader(family), official.writer(family)
+    return lambda p, r, check: (read(p, r, check), None), lambda c, p, r, check: (write(c, p, r), None)
 
 
 @dataclass(frozen=True)
@@ -140,10 +126,10 @@ def convert(
     request = Request(config, ema, hints or {}, tuple(overrides), allow_inexact, allow_nonfinite)
     check = ValueCheck()
     check_request(source_format, target_format, source, target, request)
-    contents, read_difference = READERS[source_format](source, request, check)
+    contents, read_difference = of_format(source_format)[0](source, request, check)
     contents = _with_config(contents, request, target_format)
     with fresh(target) as temporary:
-        notes, written_difference = WRITERS[target_format](contents, temporary, request, check)
+        notes, written_difference = of_format(target_format)[1](contents, temporary, request, check)
         values_told = check.notes(allow_nonfinite)  # all have been read, and OUT has no name yet
     return Outcome(
         contents.what,
@@ -176,7 +162,7 @@ def _with_config(contents: Contents, request: Request, target_format: str) -> Co
         check_same_model(made.model, contents.model, contents.what)
         notes = [*contents.notes]
         if target_format == OWN:
-            notes += _UNTOLD.get(made.model.family, ())
+            notes += conversion_of(made.model.family).notes
             notes.append("the model's configuration is that of the weights, the rest are defaults: see OUT/config.yaml")
         return replace(contents, config=made, notes=tuple(notes))
     if contents.model is not None:

@@ -8,11 +8,10 @@ from typing import Any
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
+from megadit.models.conversion import LATENT_CHANNELS, conversion_of
 
 # What a model's weights say nothing of: how it began and how its layers are computed.
 _FREE = {"init", "adaln_init", "attention_precision", "norm_precision", "role_hps", "heads", "head_dim", "repa"}
-_GUIDANCE = {"dit": 4.0, "pixart": 4.5, "uvit": 1.4, "mmdit": 5.0}  # of the originals' scripts, or usual
-_LATENT_CHANNELS = (4, 16)  # of the autoencoders that these models are trained on
 
 
 def default_run(
@@ -20,10 +19,9 @@ def default_run(
 ) -> RunConfig:
     """A configuration that samples from ``model`` and trains on, with ``overrides`` (``data.path=…``) laid over it.
 
-    ``known`` holds what the checkpoint tells of other sections. What it does not tell is a default: DDPM where the
-    variance is learned or eps is usual (with scaled_linear betas for U-ViT of latents), flow matching for mmdit, the
-    originals' guidance, and an autoencoder of factor 8 for 4 and 16 channels, whose folder only the user knows
-    (``data.vae.path``).
+    ``known`` holds what the checkpoint tells of other sections. What it does not tell is a default: the objective and
+    the guidance of the family's originals (``Conversion.defaults``), and an autoencoder of factor 8 for 4 and 16
+    channels, whose folder only the user knows (``data.vae.path``).
 
     Raises:
         UserError: an override is wrong.
@@ -34,20 +32,15 @@ def default_run(
     known = known or {}
     condition = "class" if model.num_classes else "none" if model.text is None else "text"
     data: dict[str, Any] = {"name": "image-folder", "condition": condition}
-    if model.in_channels in _LATENT_CHANNELS:
+    if model.in_channels in LATENT_CHANNELS:
         data["vae"] = {"path": None}  # for its user to name; scale and shift are its own
-    sample: dict[str, Any] = {"guidance": 1.0 if condition == "none" else _GUIDANCE[model.family]}
-    if model.family == "dit" and model.in_channels > 3:
-        sample["guidance_channels"] = 3  # as the original's own sampling does
-    objective = {"kind": "flow" if model.family == "mmdit" else "ddpm"}
-    if model.family == "uvit" and model.in_channels in _LATENT_CHANNELS:
-        objective["beta_schedule"] = "scaled_linear"  # of all its originals of latents
     sections: dict[str, dict[str, Any]] = {
-        "objective": objective,
+        **conversion_of(model.family).defaults(model),
         "data": data,
         "train": {"steps": 100_000},
-        "sample": sample,
     }
+    if condition == "none":
+        sections["sample"]["guidance"] = 1.0
     for section, values in known.items():
         sections[section] = {**sections.get(section, {}), **values}
     layers = [Layer({"model": model.model_dump(), **sections}, "the defaults of a converted model")]
@@ -87,7 +80,4 @@ def _told(model: ModelConfig) -> dict[str, Any]:
     keys = {key: value for key, value in model.model_dump(mode="json").items() if key not in _FREE}
     if keys["text"] is not None:
         keys["text"] = {**keys["text"], "mask": None}
-    if model.family == "mmdit":
-        keys["text"] = {**keys["text"], "max_length": None}  # texts may have any length
-        keys["pos_embed_max_size"] = model.pos_embed_max_size or model.input_size // model.patch_size
-    return keys
+    return conversion_of(model.family).told(model, keys)

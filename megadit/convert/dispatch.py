@@ -6,47 +6,46 @@ be those that were given.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from megadit.config.family import family_spec
 from megadit.config.loading.messages import explain
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
-from megadit.extensions import FAMILIES
 from megadit.files.json_fields import Fields
-from megadit.models.conversion.transformer_class import CLASSES, WHERE, class_config
+from megadit.models.conversion import conversion_of, diffusers_classes, diffusers_of
+from megadit.models.conversion.diffusers_class import WHERE, class_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _WHOLE = {"heads", "input_size", "base_width", "text_max_length", "max_length", "pos_embed_max_size"}  # hints
 _REAL = {"output_mult", "pos_scale"}
-_SIZED_BY_TEXT = ("pixart",)  # families with a buffer as long as a text
 _REPA = "repa."  # the projector: of training alone, and no other program's
 
 
 def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights of a model in its family's original form (mmdit's is Stable Diffusion 3's).
 
-    ``hints`` say what the weights cannot, such as ``heads=16, input_size=32``; ``hints_of(family)`` lists them.
+    ``hints`` say what the weights cannot, such as ``heads=16, input_size=32``: those of its ``Conversion``.
 
     Raises:
         UserError: the family has no such form, names, shapes or types are not its, or a hint is missing or wrong.
     """
-    from megadit.models.conversion.names import check_types
+    from megadit.models.conversion.key_maps import check_types
 
-    function = _function(family, "from_official", "official form")
-    unknown = sorted(set(hints) - set(hints_of(family)))
+    conversion = conversion_of(family)
+    unknown = sorted(set(hints) - set(conversion.hints))
     if unknown:
         raise UserError(
-            f"--hint {unknown[0]}: is not known for {family}; known are {', '.join(hints_of(family)) or 'none'}"
+            f"--hint {unknown[0]}: is not known for {family}; known are {', '.join(conversion.hints) or 'none'}"
         )
     _check_hints(hints)
     check_types(state_dict)
-    config, state = _called(function, state_dict, **hints)
+    config, state = _called(conversion.from_official, state_dict, **hints)
     _check_whole(config, state, f"an official {family} checkpoint")
     return config, state
 
@@ -57,7 +56,7 @@ def to_official(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[s
     Raises:
         UserError: the original has no place for something of this model, or the weights are not this config's.
     """
-    function = _function(config.family, "to_official", "official form")
+    function = conversion_of(config.family).to_official
     official: dict[str, Tensor] = _called(function, *_exported(config, state_dict))
     return official
 
@@ -77,14 +76,13 @@ def from_diffusers(
     Raises:
         UserError: its ``_class_name`` is not known, or the weights or options are not those of the family.
     """
-    from megadit.models.conversion.names import check_types
+    from megadit.models.conversion.key_maps import check_types
 
     known, _ = class_config(Fields(config_json, where))
-    family = CLASSES[known["_class_name"]]
+    family = diffusers_classes()[known["_class_name"]]
     check_types(state_dict)
-    function = _function(family, "from_diffusers", "class in diffusers")
-    options = {} if max_length is None or family not in _SIZED_BY_TEXT else {"max_length": max_length}
-    config, state = _called(function, known, state_dict, where=where, **options)
+    options = {"max_length": max_length} if family_spec(family).null_caption else {}  # which is as long as a text
+    config, state = _called(diffusers_of(family).from_diffusers, known, state_dict, where=where, **options)
     if max_length is not None and config.text is not None:
         config = config.model_copy(update={"text": config.text.model_copy(update={"max_length": max_length})})
     _check_whole(config, state, f"a {known['_class_name']} of diffusers")
@@ -99,7 +97,7 @@ def to_diffusers(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> tuple
     Raises:
         UserError: the class has no place for something of this model, or the weights are not this config's.
     """
-    function = _function(config.family, "to_diffusers", "class in diffusers")
+    function = diffusers_of(config.family).to_diffusers
     config_json, state = _called(function, *_exported(config, state_dict))
     return dict(config_json), state
 
@@ -107,14 +105,7 @@ def to_diffusers(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> tuple
 def diffusers_gap(config_json: Mapping[str, Any], where: str = WHERE) -> str | None:
     """Why diffusers' class with this config cannot compute what this model does; None where it is the same."""
     known, _ = class_config(Fields(config_json, where))
-    function = getattr(_module(CLASSES[known["_class_name"]]), "diffusers_gap", None)
-    gap: str | None = None if function is None else function(known, where)
-    return gap
-
-
-def hints_of(family: str) -> tuple[str, ...]:
-    """Names of the hints that ``from_official`` of a family takes."""
-    return tuple(getattr(_module(family), "HINTS", ()))
+    return diffusers_of(diffusers_classes()[known["_class_name"]]).gap(known, where)
 
 
 def _check_hints(hints: Mapping[str, Any]) -> None:
@@ -135,19 +126,6 @@ def _check_hints(hints: Mapping[str, Any]) -> None:
             raise UserError(f"--hint {name}: {value!r} is not a {wanted} above 0; give one")
 
 
-def _module(family: str) -> Any:
-    return importlib.import_module(f"megadit.models.{family}.convert")
-
-
-def _function(family: str, name: str, what: str) -> Callable[..., Any]:
-    if family not in FAMILIES:
-        raise UserError(f"family: {family!r} is not known; known are {', '.join(FAMILIES.names())}")
-    function: Callable[..., Any] | None = getattr(_module(family), name, None)
-    if function is None:
-        raise UserError(f"model.family: {family} has no {what}; use --to safetensors")
-    return function
-
-
 def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
     """The function's result; a config that cannot be, and names that it looked for in vain, are told as UserError."""
     try:
@@ -163,7 +141,7 @@ def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
 
 def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) -> None:
     """Refuse a state dict without all parameters, or with more than these and the model's buffers."""
-    from megadit.models.conversion.names import buffer_shapes, check, model_shapes
+    from megadit.models.conversion.key_maps import buffer_shapes, check, model_shapes
 
     buffers = {name: shape for name, shape in buffer_shapes(config).items() if name in state}
     check(state, model_shapes(config) | buffers, what)
@@ -171,7 +149,7 @@ def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) ->
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model as others know it: without REPA's projector and without multipliers but the readout's."""
-    from megadit.models.conversion.folding import fold_roles
+    from megadit.models.conversion.key_maps import fold_roles
 
     kept = {name: value for name, value in state.items() if not name.startswith(_REPA)}
     config = config.model_copy(update={"repa": None})

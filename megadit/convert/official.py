@@ -11,7 +11,7 @@ from torch import Tensor
 from megadit.checkpoint.format import WEIGHTS
 from megadit.config.schema.model import ModelConfig
 from megadit.convert.contents import Contents, Part
-from megadit.convert.dispatch import from_official, hints_of, to_official
+from megadit.convert.dispatch import from_official, to_official
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
 from megadit.convert.state_dicts import is_sharded, joined_weights, load_tensors, write_one
@@ -20,10 +20,10 @@ from megadit.convert.torch_files.write import save_streaming
 from megadit.convert.weight_folders import weights_file
 from megadit.convert.wrappings import weights_of
 from megadit.errors import UserError
-from megadit.models.conversion.names import model_shapes
+from megadit.models.conversion import conversion_of
+from megadit.models.conversion.key_maps import model_shapes, readout_mult
 
 _ENDINGS = (".pt", ".pth", ".safetensors")
-_WRAPPED_OUT = {"pixart": "state_dict"}  # what the original's loader looks for; the others' are not wrapped
 _OF_CONFIG = ("input_size", "pos_scale")  # hints that a --config answers, beside the heads and the text's length
 
 
@@ -64,7 +64,7 @@ def writer(family: str) -> Callable[[Contents, Path, Request], list[str]]:
         if target.name.endswith(".safetensors"):
             write_one(target, official)
         else:
-            key = _WRAPPED_OUT.get(family)
+            key = conversion_of(family).wrapped_in
             save_streaming(official if key is None else {key: official}, target)
         return _left_out(contents, model)
 
@@ -120,8 +120,6 @@ def _left_out(contents: Contents, model: ModelConfig) -> list[str]:
 
 def folded_notes(model: ModelConfig) -> list[str]:
     """What an export changed, for people."""
-    from megadit.models.conversion.folding import readout_mult
-
     notes = []
     if readout_mult(model) != 1.0:
         notes.append(f"the readout's multiplier {readout_mult(model):g} is in its weight now, which SP's models have")
@@ -132,7 +130,7 @@ def folded_notes(model: ModelConfig) -> list[str]:
 
 def _with_config(family: str, request: Request) -> dict[str, Any]:
     """The hints, and what the ``--config`` says of those that are not given."""
-    hints, known = dict(request.hints), hints_of(family)
+    hints, known = dict(request.hints), conversion_of(family).hints
     if request.config is None:
         return hints
     model = request.config.model

@@ -18,6 +18,7 @@ from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.write import save_checkpoint
 from megadit.conditioning import Conditioning
 from megadit.config import RunConfig, save_config
+from megadit.config.family import family_spec
 from megadit.config.schema.run import ONLINE
 from megadit.convert.contents import Contents, Part, group_facts
 from megadit.convert.deferred import deferred, loaded
@@ -25,9 +26,9 @@ from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions, s
 from megadit.diffusion.classes import CLASSES_FILE, read_classes
 from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
 from megadit.errors import UserError
+from megadit.extensions import FAMILIES
 from megadit.parallel import ProcessContext
 
-NULL_CAPTION = "y_embedder.y_embedding"  # PixArt's buffer: the features that stand for no text, (length, dim)
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 
 
@@ -82,12 +83,11 @@ def _config(stored: StoredCheckpoint) -> RunConfig | None:
 
 
 def _extras(stored: StoredCheckpoint) -> dict[str, Tensor]:
-    """The null caption of a PixArt, which the run's directory holds beside its checkpoints."""
-    file = stored.path.parent.parent / NULL_TEXT_FILE
-    if stored.config["model"]["family"] != "pixart" or not file.is_file():
-        return {}
-    text = load_conditions(file)[0].text
-    return {} if text is None else {NULL_CAPTION: text[0]}
+    """The model's own null caption, which the run's directory holds beside its checkpoints."""
+    family, file = stored.config["model"]["family"], stored.path.parent.parent / NULL_TEXT_FILE
+    name = family_spec(family).null_caption if family in FAMILIES else ""
+    text = load_conditions(file)[0].text if name and file.is_file() else None
+    return {} if text is None else {name: text[0]}
 
 
 class _Imported:
@@ -163,8 +163,9 @@ def write_run(contents: Contents, target: Path, config: RunConfig | None) -> lis
         )
     target.mkdir()
     save_config(config, target / "config.yaml")
-    if NULL_CAPTION in contents.extras:
-        save_conditions(target / NULL_TEXT_FILE, Conditioning(text=loaded(contents.extras[NULL_CAPTION])[None]))
+    caption = contents.extras.get(family_spec(config.model.family).null_caption)
+    if caption is not None:
+        save_conditions(target / NULL_TEXT_FILE, Conditioning(text=loaded(caption)[None]))
     if contents.classes:
         (target / CLASSES_FILE).write_text(json.dumps(contents.classes), encoding="utf-8")
     alone = ProcessContext(0, 1, 0, torch.device("cpu"))

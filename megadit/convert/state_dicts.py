@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
+from megadit.config.family import families
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deferred import deferred
 from megadit.convert.nonfinite import ValueCheck
@@ -38,7 +39,6 @@ from megadit.files.weight_files import WeightFiles, find_weights, joined
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
 _BYTES = 4  # float32
 _Writer = Callable[[Path, Mapping[str, tuple[int, ...]], Callable[[str], Tensor]], None]
-_BUFFERS = ("y_embedder.y_embedding",)  # of a state dict, beside the parameters: PixArt's null caption
 _TORCH = ("pytorch_model", (".bin", ".pt", ".pth"))  # the usual name, and endings
 _SAFE = ("model", (".safetensors",))
 _NAME_ONE = "name one of them"
@@ -88,7 +88,8 @@ def _contents(path: Path, kind: str, found: WeightFiles | None, check: ValueChec
     if others:
         notes.append(f"{len(others)} tensors of whole numbers were left out ({others[0]}, …)")
     kept = {name: value for name, value in tensors.items() if value.is_floating_point()}
-    extras = {name: kept.pop(name).float() for name in _BUFFERS if name in kept}
+    buffers = [spec.null_caption for spec in families() if spec.null_caption in kept]  # beside the parameters
+    extras = {name: kept.pop(name).float() for name in buffers}
 
     def read(kind: str, name: str) -> list[Part]:
         return [(0, kept[name].reshape(-1))]

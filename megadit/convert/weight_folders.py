@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megadit.errors import UserError
 from megadit.files.folder_kind import folder_instead
-from megadit.models.conversion.names import listed
+from megadit.models.conversion.key_maps import listed
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Names of files of a training's state that are no weights of a model.

@@ -26,14 +26,9 @@ from megadit.convert.foreign_names import (
     refuse_other_models,
 )
 from megadit.errors import UserError
-from megadit.models.conversion.names import listed
+from megadit.models.conversion import conversions
+from megadit.models.conversion.key_maps import listed
 
-_ANCHORS = {
-    "dit": "x_embedder.proj.weight",
-    "pixart": "x_embedder.proj.weight",
-    "mmdit": "x_embedder.proj.weight",
-    "uvit": "patch_embed.proj.weight",
-}
 # Parts of names that wrappers put in, before all of it or in the middle. No model here has a module of such a name.
 _HIDDEN = (
     "_orig_mod",  # torch.compile
@@ -216,7 +211,7 @@ def _not_there(choice: str, where: str, labels: Collection[str]) -> UserError:
 
 
 def _anchors(family: str | None) -> set[str]:
-    return {*_ANCHORS.values()} if family is None else {_ANCHORS[family]}
+    return {each.anchor for name, each in conversions().items() if family in (None, name)}
 
 
 def _plain(names: Iterable[str]) -> dict[str, list[str]]:

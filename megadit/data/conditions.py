@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megadit.conditioning import Conditioning, null_caption, null_label
+from megadit.config.family import family_spec
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.config.schema.run import RunConfig
 from megadit.data.batch import Batch
@@ -114,13 +115,13 @@ def build_conditions(
 
 
 def kept_null(config: RunConfig, run_dir: Path | None) -> tuple[Conditioning | None, str]:
-    """The null caption that a PixArt of ``run_dir`` was trained with, and what to tell of it; None of other families.
+    """The null caption that the model of ``run_dir`` was trained with, and what to tell of it; None where it has none.
 
     It is no parameter, so that checkpoints leave it to the run's directory. One of another length cannot be used.
     """
     text = config.model.text
     file = None if run_dir is None else run_dir / NULL_TEXT_FILE
-    if config.model.family != "pixart" or text is None or file is None or not file.is_file():
+    if not family_spec(config.model.family).null_caption or text is None or file is None or not file.is_file():
         return None, ""
     null = load_conditions(file)[0]
     shape = (1, text.max_length, text.dim)
@@ -198,7 +199,7 @@ def _checked_encoder(config: RunConfig, train_set: ImageSet, device: torch.devic
                 f"model.text.max_length: {text.max_length}, but {train_set.name} stores texts of up to "
                 f"{facts.text_length} tokens; set model.text.max_length={facts.text_length}"
             )
-        has_null = config.model.family == "pixart" or bool(train_set.null_extras())
+        has_null = bool(family_spec(config.model.family).null_caption or train_set.null_extras())
         if has_null and not config.sample.prompts:
             return None
     encoder = build_encoder(config.data.text, device)
@@ -214,10 +215,10 @@ def _checked_encoder(config: RunConfig, train_set: ImageSet, device: torch.devic
 def _null_text(
     config: RunConfig, train_set: ImageSet, encoder: TextEncoder | None, table: TextTable | None
 ) -> Conditioning:
-    """The features of the empty caption; PixArt's own null caption, which its checkpoints hold."""
+    """The features of the empty caption, or the model's own null caption, which its checkpoints hold."""
     text = config.model.text
     assert text is not None
-    if config.model.family == "pixart":
+    if family_spec(config.model.family).null_caption:
         return Conditioning(text=null_caption(text.max_length, text.dim)[None])
     extras = train_set.null_extras()
     if extras and table is None:

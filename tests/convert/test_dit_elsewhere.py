@@ -15,8 +15,7 @@ from megadit.convert.diffusers.difference import measure
 from megadit.convert.dispatch import diffusers_gap
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.models.conversion.common import heads_of
-from megadit.models.conversion.names import model_shapes
+from megadit.models.conversion.key_maps import heads_of, model_shapes
 
 
 def random_state(config: ModelConfig) -> dict[str, Tensor]:

@@ -28,9 +28,9 @@ from megadit.convert.defaults import default_run
 from megadit.convert.diffusers import difference
 from megadit.convert.diffusers import folder as diffusers_folder
 from megadit.convert.diffusers.difference import Difference
-from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.errors import UserError
 from megadit.models import build_model
+from megadit.models.pixart.convert import NULL_CAPTION
 from megadit.mup.example import example_conditioning, example_images
 from megadit.train.resume import check_weights_start
 

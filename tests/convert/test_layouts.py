@@ -14,9 +14,9 @@ from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, train_rank
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.config import RunConfig
-from megadit.convert import FORMATS
+from megadit.convert import formats
 from megadit.convert.conversion import convert
-from megadit.convert.run_checkpoints import NULL_CAPTION
+from megadit.models.pixart.convert import NULL_CAPTION
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -74,8 +74,8 @@ def export(run: Path, form: str, family: str, out: Path) -> dict[str, torch.Tens
 
 def forms_of(family: str) -> list[str]:
     """All formats that a run of this family can leave for."""
-    others = {"megadit", *(form for form in FORMATS if form.startswith("official") and form != f"official-{family}")}
-    return [form for form in FORMATS if form not in others and (family, form) != ("uvit", "diffusers")]
+    others = {"megadit", *(form for form in formats() if form.startswith("official") and form != f"official-{family}")}
+    return [form for form in formats() if form not in others and (family, form) != ("uvit", "diffusers")]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)

@@ -21,10 +21,10 @@ from megadit.cli import convert_checkpoint
 from megadit.config import ModelConfig
 from megadit.convert import to_diffusers, to_official
 from megadit.convert.conversion import convert
-from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.errors import UserError
 from megadit.finite import all_finite, not_finite
 from megadit.models import build_model
+from megadit.models.pixart.convert import NULL_CAPTION
 
 NAME = "blocks.1.mlp.fc1.weight"
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from megadit.diffusion.ddpm import schedule_betas
 from megadit.diffusion.schedulers import build_sampler
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields
-from megadit.models.conversion.transformer_class import DEFAULTS
+from megadit.models.conversion import diffusers_classes, diffusers_of
 
 WHERE = "IN: 'p/scheduler/scheduler_config.json'"
 PLAIN = tiny_config(learn_sigma=False)
@@ -70,9 +70,9 @@ def test_every_key_of_the_installed_class_is_known_with_its_default(name: str) -
     assert not set(TRAINING) & set(DRAWING)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_every_key_of_the_installed_transformer_is_known_with_its_default(name: str) -> None:
-    assert dict(DEFAULTS[name]) == signatures("models/transformers")[name]
+@pytest.mark.parametrize(("name", "family"), diffusers_classes().items())
+def test_every_key_of_the_installed_transformer_is_known_with_its_default(name: str, family: str) -> None:
+    assert dict(diffusers_of(family).defaults) == signatures("models/transformers")[name]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from helpers.foreign import CONFIG
 from helpers.official_releases import release
 from megadit.cli import convert_checkpoint
-from megadit.convert import FORMATS
+from megadit.convert import formats
 from megadit.convert.contents import Contents, fresh
-from megadit.convert.conversion import READERS, WRITERS, convert
+from megadit.convert.conversion import convert, of_format
 from megadit.convert.deferred import loaded
 from megadit.convert.torch_files.safe_load import load_deferred, load_file
 from megadit.convert.torch_files.stand_ins import StandIn
@@ -374,7 +374,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    assert set(READERS) == set(WRITERS) == set(FORMATS)
+    assert all(callable(each) for name in formats() for each in of_format(name))
     save_file(weights(), tmp_path / "x.safetensors")
     arguments = ["--from", "safetensors", "--to", "fp32-state-dict", str(tmp_path / "x.safetensors")]
     assert convert_checkpoint.main([*arguments, str(tmp_path / "out.bin")]) == 0

@@ -14,7 +14,7 @@ from helpers.uvit_reference import reference_uvit
 from megadit.config import ModelConfig, preset
 from megadit.errors import UserError
 from megadit.models import StagedModel, build_model
-from megadit.models.conversion.names import model_shapes
+from megadit.models.conversion.key_maps import model_shapes
 from megadit.models.uvit import convert as uvit
 
 _SHAPES: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megadit.convert.contents import Contents
-from megadit.convert.conversion import READERS
+from megadit.convert.conversion import of_format
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
 
@@ -62,7 +62,7 @@ def torch_files(mark: Path) -> list[bytes]:
 def converted(kind: str, path: Path, request: Request | None = None) -> Contents:
     """All that a conversion from the format ``kind`` would read of ``path``."""
     check = ValueCheck()
-    contents, _ = READERS[kind](path, request or Request(), check)
+    contents, _ = of_format(kind)[0](path, request or Request(), check)
     for name, shape in contents.shapes.items():
         for part in contents.kinds:
             assert contents.whole(part, name).shape == torch.Size(shape)

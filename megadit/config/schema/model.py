@@ -65,7 +65,7 @@ class RepaProjector(Section):
 class ModelConfig(Section):
     """One architecture at one size. Lengths are in tokens or latent pixels; ``width`` is n of the paper."""
 
-    family: Annotated[str, Registered(FAMILIES)] = Field("dit", description="which architecture")
+    family: Annotated[str, Registered(FAMILIES)] = Field(FAMILIES.names()[0], description="which architecture")
     width: int = Field(384, ge=1, le=LARGEST, description="hidden size n")
     depth: int = Field(12, ge=1, le=LARGEST, description="number of Transformer blocks")
     heads: int | None = Field(None, ge=1, le=LARGEST, description="attention heads; or give head_dim")

@@ -21,7 +21,7 @@ from megadit.files.file_kind import text_instead
 from megadit.files.folder_kind import run_instead
 from megadit.files.json_fields import shown
 from megadit.files.text import decode
-from megadit.models.conversion.names import listed
+from megadit.models.conversion.key_maps import listed
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megadit.config.family import family_spec
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig, RunConfig
 from megadit.convert.contents import Contents
@@ -32,7 +33,6 @@ from megadit.convert.diffusers.index import (
     left_out,
 )
 from megadit.convert.diffusers.schedulers import (
-    default_objective,
     objective_gap,
     read_objective,
     scheduler_json,
@@ -42,41 +42,21 @@ from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
 from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
 from megadit.convert.request import Request
-from megadit.convert.run_checkpoints import NULL_CAPTION
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
 from megadit.data.codecs.folder import VAE_CLASS, read_facts
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields
 from megadit.files.weight_files import find_weights
-from megadit.models.conversion.transformer_class import LEGACY, class_config
+from megadit.models.conversion import conversion_of, diffusers_of
+from megadit.models.conversion.diffusers_class import LEGACY, class_config
 
 SHARD_BYTES = 10 * 10**9  # above which diffusers' own save_pretrained cuts a model
 _WEIGHTS = "diffusion_pytorch_model"
 _VERSION = "0.30.0"  # of diffusers: all three classes and schedulers exist since then as they are written here
-_DIT_CLASSES = 1000  # DiTPipeline's null label is this number, whatever the model
 _NAME_ONE = "leave one of them in the folder"
 _NULL_KEY = "null_caption"  # of a safetensors file beside the pipeline
 _NULL_FILE = f"{_NULL_KEY}.safetensors"
 _SIGMA_LENGTH = 300  # tokens of PixArt-Sigma's captions, which its transformer does not tell from PixArt-alpha's
-# Pipeline of each family, and its components that are not written here.
-_PIPELINES: Mapping[str, tuple[str, dict[str, list[str]]]] = {
-    "dit": ("DiTPipeline", {}),
-    "pixart": (
-        "PixArtAlphaPipeline",
-        {"tokenizer": ["transformers", "T5Tokenizer"], "text_encoder": ["transformers", "T5EncoderModel"]},
-    ),
-    "mmdit": (
-        "StableDiffusion3Pipeline",
-        {
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_3": ["transformers", "T5TokenizerFast"],
-            "text_encoder_3": ["transformers", "T5EncoderModel"],
-        },
-    ),
-}
 
 
 def read_diffusers(path: Path, request: Request, check: ValueCheck) -> tuple[Contents, Difference | None]:
@@ -104,15 +84,16 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> tuple[Con
     caption = _null_caption(pipeline, check)
     length = _max_length(caption, pipeline, request.config)
     model, state = from_diffusers(config_json, stored, max_length=length, where=fields.where)
+    name = family_spec(model.family).null_caption
     if caption is None:
-        state.pop(NULL_CAPTION, None)  # the pipeline's is the features of an empty text, and not PixArt's own
-    else:
-        if caption.shape != state[NULL_CAPTION].shape:
+        state.pop(name, None)  # the pipeline's is the features of an empty text, and not the model's own
+    elif name in state:
+        if caption.shape != state[name].shape:
             raise UserError(
                 f"IN: '{_NULL_FILE}' holds features of shape {list(caption.shape)}, the model takes "
-                f"{list(state[NULL_CAPTION].shape)}; copy the whole folder again"
+                f"{list(state[name].shape)}; copy the whole folder again"
             )
-        state[NULL_CAPTION] = caption
+        state[name] = caption
     known, told = _known(pipeline, model, request)
     classes, of_classes = class_names(pipeline, model.num_classes)
     difference, compared = _compared(request, model, state, config_json, stored, check)
@@ -130,7 +111,7 @@ def write_diffusers(
             was not given.
     """
     model, own = model_of(contents), whole_state(contents)
-    objective = _objective(contents, model.family)
+    objective = _objective(contents, model)
     inexact = objective_gap(objective)
     if inexact is not None and not request.allow_inexact:
         raise UserError(f"{inexact}; --allow-inexact converts it all the same")
@@ -148,16 +129,17 @@ def write_diffusers(
     scheduler = {"_diffusers_version": _VERSION, **scheduler_json(model.family, objective)}
     (target / SCHEDULER).mkdir()
     _write_json(target / SCHEDULER / SCHEDULER_CONFIG, scheduler)
-    pipeline, others = _PIPELINES[model.family]
+    theirs = diffusers_of(model.family)
+    pipeline, others = theirs.pipeline, theirs.components
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": _VERSION}
     index |= {TRANSFORMER: ["diffusers", config_json["_class_name"]], VAE: ["diffusers", VAE_CLASS], **others}
     index[SCHEDULER] = ["diffusers", scheduler["_class_name"]]
     missing = [*others, *([] if _copy_vae(contents, target) else [VAE])]
-    if model.family == "dit":
+    if theirs.null_label is not None:
         names = contents.classes or tuple(map(str, range(model.num_classes)))
-        if model.num_classes != _DIT_CLASSES:
+        if model.num_classes != theirs.null_label:
             notes.append(
-                f"{pipeline} takes label {_DIT_CLASSES} as the null one and this model has {model.num_classes} "
+                f"{pipeline} takes label {theirs.null_label} as the null one and this model has {model.num_classes} "
                 "classes: draw with guidance_scale=1 there"
             )
         index["id2label"] = {str(label): name for label, name in enumerate(names)}
@@ -165,9 +147,9 @@ def write_diffusers(
     if missing:
         given = ", ".join(f"{name}=…" for name in missing)
         notes.append(f"not in the folder are {', '.join(missing)}: {pipeline}.from_pretrained(OUT, {given}) takes them")
-    if model.family == "mmdit" and model.text is not None and model.text.mask:
+    if theirs.sees_padding and model.text is not None and model.text.mask:
         notes.append(f"{pipeline} lets images see the padding of a text, which is masked here")
-    if model.family == "pixart":
+    if family_spec(model.family).null_caption:
         notes.append(_write_null_caption(contents, target))
     return notes + folded_notes(model), difference
 
@@ -209,12 +191,12 @@ def _compared(
     return difference, [f"diffusers' {name} computes the same: {told}"]
 
 
-def _objective(contents: Contents, family: str) -> ObjectiveConfig:
+def _objective(contents: Contents, model: ModelConfig) -> ObjectiveConfig:
     """Of the run, else what the source tells, else the family's usual one."""
     if contents.config is not None:
         return contents.config.objective
-    known = contents.known.get("objective")
-    return default_objective(family) if known is None else ObjectiveConfig.model_validate(known)
+    usual = conversion_of(model.family).defaults(model)["objective"]
+    return ObjectiveConfig.model_validate(contents.known.get("objective", usual))
 
 
 def _known(pipeline: Pipeline, model: ModelConfig, request: Request) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -276,9 +258,10 @@ def _copy_vae(contents: Contents, target: Path) -> bool:
 def _write_null_caption(contents: Contents, target: Path) -> str:
     from megadit.conditioning import null_caption
 
-    text = model_of(contents).text
-    assert text is not None  # held by the config: pixart has text
-    caption = contents.extras.get(NULL_CAPTION)
+    model = model_of(contents)
+    text = model.text
+    assert text is not None  # of which there is a null caption
+    caption = contents.extras.get(family_spec(model.family).null_caption)
     caption = null_caption(text.max_length, text.dim) if caption is None else caption
     write_one(target / _NULL_FILE, {_NULL_KEY: caption})
     return (

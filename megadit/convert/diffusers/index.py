@@ -14,7 +14,7 @@ from typing import Any
 from megadit.errors import UserError
 from megadit.files.hub_cache import broken_link, snapshot_of
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion.names import listed
+from megadit.models.conversion.key_maps import listed
 
 INDEX, CONFIG = "model_index.json", "config.json"
 TRANSFORMER, SCHEDULER, VAE = "transformer", "scheduler", "vae"

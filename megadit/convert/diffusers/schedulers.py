@@ -16,23 +16,17 @@ from megadit.convert.diffusers.scheduler_keys import DRAWING, SAMPLED_HERE, SCHE
 from megadit.diffusion.ddpm import BETA_ENDS, beta_ends, schedule_betas
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion.names import listed
+from megadit.models.conversion import diffusers_of
+from megadit.models.conversion.key_maps import listed
 
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 _FLOW_PREDICTION = "flow_prediction"
 _SOLVER = "DPMSolverMultistepScheduler"
-# Families whose pipelines ask a scheduler for what those of flow matching lack (scale_model_input, init_noise_sigma).
-_OF_BETAS = ("dit", "pixart")
 _ORDER_1 = {"algorithm_type": "dpmsolver++", "solver_order": 1}  # of a flow: Euler's method
 _REMEDY = "for the weights alone, give IN/transformer, with the objective.* of its training or a --config"
 # Keys that are looked at whatever the class; others that tell of training concern a class that has them.
 _ALWAYS = ("rescale_betas_zero_snr", "invert_sigmas", "timestep_type", "predict_epsilon", "num_train_timesteps")
 _ALLOW = "--allow-inexact converts it all the same"
-
-
-def default_objective(family: str) -> ObjectiveConfig:
-    """The usual objective of a family's models in diffusers."""
-    return ObjectiveConfig(kind="flow" if family == "mmdit" else "ddpm")
 
 
 def objective_gap(objective: ObjectiveConfig) -> str | None:
@@ -48,7 +42,8 @@ def objective_gap(objective: ObjectiveConfig) -> str | None:
 
 def scheduler_json(family: str, objective: ObjectiveConfig) -> dict[str, Any]:
     """scheduler_config.json of the objective, without the version."""
-    if objective.kind == "flow" and family in _OF_BETAS:
+    model = diffusers_of(family)
+    if objective.kind == "flow" and not model.runs_flows:
         flow = {"use_flow_sigmas": True, "prediction_type": _FLOW_PREDICTION, "flow_shift": objective.shift}
         return {"_class_name": _SOLVER, "num_train_timesteps": STEPS, **flow, **_ORDER_1}
     if objective.kind == "flow":
@@ -56,21 +51,21 @@ def scheduler_json(family: str, objective: ObjectiveConfig) -> dict[str, Any]:
         return {**head, "shift": objective.shift}
     first, last = beta_ends(objective.beta_schedule, objective.diffusion_steps)
     head = {
+        "_class_name": model.of_betas,
         "num_train_timesteps": objective.diffusion_steps,
         "beta_start": first,
         "beta_end": last,
         "beta_schedule": objective.beta_schedule,
         "prediction_type": "v_prediction" if objective.prediction == "v" else "epsilon",
     }
-    if family == "dit":
-        return {"_class_name": "DDIMScheduler", **head, "clip_sample": False, "set_alpha_to_one": True}
-    solver = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
-    return {"_class_name": _SOLVER, **head, **solver}
+    if model.of_betas == _SOLVER:
+        return {**head, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+    return {**head, "clip_sample": False, "set_alpha_to_one": True}
 
 
 def scheduler_notes(family: str, objective: ObjectiveConfig) -> list[str]:
     """What people should know of the scheduler of ``scheduler_json``."""
-    if objective.kind != "flow" or family not in _OF_BETAS:
+    if objective.kind != "flow" or diffusers_of(family).runs_flows:
         return []
     return [
         f"its pipeline cannot run FlowMatchEulerDiscreteScheduler: the scheduler is {_SOLVER} of order 1 with "

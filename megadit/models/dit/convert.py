@@ -16,16 +16,28 @@ from torch import Tensor
 from megadit.config.schema.model import LARGEST, ModelConfig
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion.common import heads_of, input_size, learns_sigma, refuse_lacking
-from megadit.models.conversion.folding import fold_readout
-from megadit.models.conversion.names import blocks, check, check_positions, model_shapes, needed
-from megadit.models.conversion.transformer_class import WHERE, check_depth, filled, image_size
+from megadit.models.conversion import Conversion, DiffusersModel
+from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, check_depth, filled, image_size
+from megadit.models.conversion.key_maps import (
+    blocks,
+    check,
+    check_positions,
+    fold_readout,
+    heads_of,
+    input_size,
+    learns_sigma,
+    model_shapes,
+    needed,
+    refuse_lacking,
+)
 from megadit.models.layers import sincos_2d
 
-HINTS = ("heads", "input_size", "parametrization", "base_width", "output_mult")
 _OFFICIAL = "an official DiT checkpoint"
 _CLASS = "DiTTransformer2DModel"
 _DIFFUSERS = f"a {_CLASS} of diffusers"
+_CLASS_DEFAULTS = {
+    **LEGACY_DEFAULTS, "out_channels": None, "sample_size": 32, "norm_type": "ada_norm_zero", "norm_eps": 1e-5,
+}  # fmt: skip
 _HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # the published sizes, by width
 _HEAD_DIMS = (72, 64)  # of DiT-XL and of the muP repository at every width; of the others
 _BASE_WIDTH = 288  # the muP repository's proxy
@@ -134,7 +146,7 @@ def from_diffusers(
         UserError: names or shapes differ from what the config says, blocks hold different embedders, or the config
             asks for something that this model does not have.
     """
-    fields = filled(_CLASS, config_json, where)
+    fields = filled(_CLASS_DEFAULTS, config_json, where)
     check_depth(fields, blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     shapes = model_shapes(config)
@@ -156,7 +168,7 @@ def from_diffusers(
 def diffusers_gap(config_json: Mapping[str, Any], where: str) -> str | None:
     """Why the class of diffusers with this config computes something else than this model does."""
     gap = "its class spaces the timestep's frequencies by half - 1 in place of half"
-    eps = filled(_CLASS, config_json, where).number("norm_eps")
+    eps = filled(_CLASS_DEFAULTS, config_json, where).number("norm_eps")
     return gap if eps == 1e-6 else f"{gap}, and its norm_eps is {eps:g} in place of 1e-06"
 
 
@@ -253,3 +265,28 @@ def _common(state: Mapping[str, Tensor], name: str, depth: int) -> Tensor:
                 "the file was trained as another model, which cannot be read"
             )
     return first
+
+
+def _defaults(model: ModelConfig) -> dict[str, dict[str, Any]]:
+    guided = {"guidance_channels": 3} if model.in_channels > 3 else {}  # as the original's own sampling does
+    return {"objective": {"kind": "ddpm"}, "sample": {"guidance": 4.0, **guided}}
+
+
+CONVERSION = Conversion(
+    from_official,
+    to_official,
+    anchor="x_embedder.proj.weight",
+    sign="y_embedder.embedding_table.",
+    defaults=_defaults,
+    hints=("heads", "input_size", "parametrization", "base_width", "output_mult"),
+    diffusers=DiffusersModel(
+        _CLASS,
+        _CLASS_DEFAULTS,
+        to_diffusers,
+        from_diffusers,
+        pipeline="DiTPipeline",
+        of_betas="DDIMScheduler",
+        null_label=1000,
+        gap=diffusers_gap,
+    ),
+)

@@ -17,16 +17,31 @@ from torch import Tensor
 from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion.common import fitting_heads, learns_sigma, size_needed
-from megadit.models.conversion.folding import fold_readout
-from megadit.models.conversion.names import blocks, check, check_positions, listed, model_shapes, needed
-from megadit.models.conversion.transformer_class import WHERE, check_depth, filled, image_size
+from megadit.models.conversion import Conversion, DiffusersModel
+from megadit.models.conversion.diffusers_class import WHERE, check_depth, filled, image_size
+from megadit.models.conversion.key_maps import (
+    blocks,
+    check,
+    check_positions,
+    fitting_heads,
+    fold_readout,
+    learns_sigma,
+    listed,
+    model_shapes,
+    needed,
+    size_needed,
+)
 from megadit.models.layers import CroppedPositions
 
-HINTS = ("heads", "input_size")
 _OFFICIAL = "an official SD3 checkpoint"
 _CLASS = "SD3Transformer2DModel"
 _DIFFUSERS = f"a {_CLASS} of diffusers"
+_CLASS_DEFAULTS = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 18, "attention_head_dim": 64,
+    "num_attention_heads": 18, "joint_attention_dim": 4096, "caption_projection_dim": 1152,
+    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 96, "dual_attention_layers": (),
+    "qk_norm": None,
+}  # fmt: skip
 _INSIDE = "model.diffusion_model."  # of the whole pipeline in one file
 _HEAD_DIM = 64  # of all published sizes
 _TOKENS = 77 + 256  # of CLIP and T5, joined by the published pipelines; the weights take any number
@@ -162,7 +177,7 @@ def from_diffusers(
         UserError: names, shapes or the position table differ from what the config says, or the config asks for
             something that this model does not have.
     """
-    fields = filled(_CLASS, config_json, where)
+    fields = filled(_CLASS_DEFAULTS, config_json, where)
     check_depth(fields, blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     state = dict(state)
@@ -316,3 +331,44 @@ def _from_json(fields: Fields) -> ModelConfig:
             mask=False,
         ),
     )
+
+
+def _told(config: ModelConfig, keys: dict[str, Any]) -> dict[str, Any]:
+    text = {**keys["text"], "max_length": None}  # texts may have any length
+    return {
+        **keys,
+        "text": text,
+        "pos_embed_max_size": config.pos_embed_max_size or config.input_size // config.patch_size,
+    }
+
+
+CONVERSION = Conversion(
+    from_official,
+    to_official,
+    anchor="x_embedder.proj.weight",
+    sign="joint_blocks.",
+    defaults=lambda model: {"objective": {"kind": "flow"}, "sample": {"guidance": 5.0}},
+    hints=("heads", "input_size"),
+    notes=(
+        "texts are cut or padded to model.text.max_length; their padding is seen, as in SD3, but holds zeros where a "
+        "text encoder here makes it (model.text.mask=true leaves it out)",
+    ),
+    told=_told,
+    diffusers=DiffusersModel(
+        _CLASS,
+        _CLASS_DEFAULTS,
+        to_diffusers,
+        from_diffusers,
+        pipeline="StableDiffusion3Pipeline",
+        components={
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_3": ["transformers", "T5TokenizerFast"],
+            "text_encoder_3": ["transformers", "T5EncoderModel"],
+        },
+        runs_flows=True,
+        sees_padding=True,
+    ),
+)

@@ -17,17 +17,31 @@ from megadit.conditioning import null_caption
 from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion.common import heads_of, input_size, learns_sigma, refuse_lacking
-from megadit.models.conversion.folding import fold_readout, fold_roles
-from megadit.models.conversion.names import blocks, check, model_shapes, needed
-from megadit.models.conversion.transformer_class import WHERE, check_depth, filled, image_size
+from megadit.models.conversion import Conversion, DiffusersModel
+from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, check_depth, filled, image_size
+from megadit.models.conversion.key_maps import (
+    blocks,
+    check,
+    fold_readout,
+    fold_roles,
+    heads_of,
+    input_size,
+    learns_sigma,
+    model_shapes,
+    needed,
+    refuse_lacking,
+)
 from megadit.models.layers import sincos_2d
 
-HINTS = ("heads", "input_size", "text_max_length", "pos_scale", "parametrization", "base_width", "output_mult")
 NULL_CAPTION = "y_embedder.y_embedding"
 _OFFICIAL = "an official PixArt checkpoint"
 _CLASS = "PixArtTransformer2DModel"
 _DIFFUSERS = f"a {_CLASS} of diffusers"
+_CLASS_DEFAULTS = {
+    **LEGACY_DEFAULTS, "out_channels": 8, "sample_size": 128, "norm_type": "ada_norm_single", "norm_eps": 1e-6,
+    "cross_attention_dim": 1152, "interpolation_scale": None, "use_additional_conditions": None,
+    "caption_channels": None, "attention_type": "default",
+}  # fmt: skip
 _HEAD_DIMS = (72,)  # of the published width 1152, and of the muP repository at every width
 _BASE_WIDTH = 288  # the muP repository's proxy
 _MAX_LENGTH = 120  # tokens of the published models' captions
@@ -164,7 +178,7 @@ def from_diffusers(
             does not have.
     """
     _refuse_micro_conditions(state, _DIFFUSERS_MICRO)
-    fields = filled(_CLASS, config_json, where)
+    fields = filled(_CLASS_DEFAULTS, config_json, where)
     check_depth(fields, blocks(state, "transformer_blocks."))
     config = _from_json(fields, max_length)
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
@@ -324,3 +338,25 @@ def _check_fixed(fields: Fields, width: int) -> None:
     for key, (value, wanted) in found.items():
         if value != wanted:
             raise UserError(f"{fields.where} has {key} {shown(value)}, a PixArt has {shown(wanted)}; it cannot be read")
+
+
+CONVERSION = Conversion(
+    from_official,
+    to_official,
+    anchor="x_embedder.proj.weight",
+    sign="y_embedder.y_proj.",
+    defaults=lambda model: {"objective": {"kind": "ddpm"}, "sample": {"guidance": 4.5}},
+    hints=("heads", "input_size", "text_max_length", "pos_scale", "parametrization", "base_width", "output_mult"),
+    wrapped_in="state_dict",
+    diffusers=DiffusersModel(
+        _CLASS,
+        _CLASS_DEFAULTS,
+        to_diffusers,
+        from_diffusers,
+        pipeline="PixArtAlphaPipeline",
+        components={
+            "tokenizer": ["transformers", "T5Tokenizer"],
+            "text_encoder": ["transformers", "T5EncoderModel"],
+        },
+    ),
+)

@@ -14,11 +14,18 @@ from torch import Tensor
 
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
-from megadit.models.conversion.common import heads_of, learns_sigma, refuse_lacking
-from megadit.models.conversion.folding import fold_readout
-from megadit.models.conversion.names import blocks, check, model_shapes, needed
+from megadit.models.conversion import LATENT_CHANNELS, Conversion
+from megadit.models.conversion.key_maps import (
+    blocks,
+    check,
+    fold_readout,
+    heads_of,
+    learns_sigma,
+    model_shapes,
+    needed,
+    refuse_lacking,
+)
 
-HINTS = ("heads", "input_size", "text_max_length", "null_class")
 _OFFICIAL = "an official U-ViT checkpoint"
 _HEADS = {1152: 16, 1024: 16, 768: 12, 512: 8}  # the published sizes, by width
 _HEAD_DIMS = (72, 64)  # of H, and of the others
@@ -129,3 +136,22 @@ def _truth(value: Any) -> bool:
     if text not in (*_FALSE, *_TRUE):
         raise UserError(f"--hint null_class: {value} is neither true nor false; give one of the two")
     return text in _TRUE
+
+
+def _defaults(model: ModelConfig) -> dict[str, dict[str, Any]]:
+    latents = {"beta_schedule": "scaled_linear"} if model.in_channels in LATENT_CHANNELS else {}  # of all its originals
+    return {"objective": {"kind": "ddpm", **latents}, "sample": {"guidance": 1.4}}
+
+
+CONVERSION = Conversion(
+    from_official,
+    to_official,
+    anchor="patch_embed.proj.weight",
+    sign="in_blocks.",
+    defaults=_defaults,
+    hints=("heads", "input_size", "text_max_length", "null_class"),
+    notes=(
+        "the originals number their 1000 steps from 1 (of latents) or train at any time between (of pixels); here "
+        "steps are 0 to 999",
+    ),
+)

@@ -12,34 +12,17 @@ from typing import Any
 
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion.names import listed
+from megadit.models.conversion import diffusers_classes, diffusers_of
+from megadit.models.conversion.key_maps import listed
 
-DIT, PIXART, SD3 = "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
-# diffusers' classes and their families.
-CLASSES: Mapping[str, str] = MappingProxyType({DIT: "dit", PIXART: "pixart", SD3: "mmdit"})
 LEGACY = "Transformer2DModel"
 WHERE = "IN: config.json"  # in messages, where nothing tells more
-_LEGACY_NORMS = {"ada_norm_zero": DIT, "ada_norm_single": PIXART}
-_BOTH = {
-    "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "num_layers": 28, "dropout": 0.0,
-    "norm_num_groups": 32, "attention_bias": True, "patch_size": 2, "activation_fn": "gelu-approximate",
-    "num_embeds_ada_norm": 1000, "upcast_attention": False, "norm_elementwise_affine": False,
-}  # fmt: skip
-# What a key that is left out stands for.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+# What keys stand for that are left out, in the classes that were cut from the old one.
+LEGACY_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
-        DIT: {**_BOTH, "out_channels": None, "sample_size": 32, "norm_type": "ada_norm_zero", "norm_eps": 1e-5},
-        PIXART: {
-            **_BOTH, "out_channels": 8, "sample_size": 128, "norm_type": "ada_norm_single", "norm_eps": 1e-6,
-            "cross_attention_dim": 1152, "interpolation_scale": None, "use_additional_conditions": None,
-            "caption_channels": None, "attention_type": "default",
-        },
-        SD3: {
-            "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 18, "attention_head_dim": 64,
-            "num_attention_heads": 18, "joint_attention_dim": 4096, "caption_projection_dim": 1152,
-            "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 96, "dual_attention_layers": (),
-            "qk_norm": None,
-        },
+        "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "num_layers": 28, "dropout": 0.0,
+        "norm_num_groups": 32, "attention_bias": True, "patch_size": 2, "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000, "upcast_attention": False, "norm_elementwise_affine": False,
     }
 )  # fmt: skip
 # Keys of the old class that the new ones do not have, with the values at which they change nothing.
@@ -71,7 +54,7 @@ def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
             f"{fields.where} has a quantization_config, and quantized weights cannot be read; give the model in "
             "float32, float16 or bfloat16"
         )
-    defaults = DEFAULTS[name]
+    defaults = diffusers_of(diffusers_classes()[name]).defaults
     for key, values in _LEGACY_KEYS.items():
         value = fields.raw(key)
         if key in fields and key not in defaults and value not in values:
@@ -89,9 +72,9 @@ def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
     return {**kept, "_class_name": name}, notes
 
 
-def filled(name: str, config_json: Mapping[str, Any], where: str) -> Fields:
-    """The keys of a ``class_config`` with the defaults of its class ``name`` for those that are left out."""
-    return Fields({**DEFAULTS[name], **config_json}, where)
+def filled(defaults: Mapping[str, Any], config_json: Mapping[str, Any], where: str) -> Fields:
+    """The keys of a ``class_config`` with the ``defaults`` of its class for those that are left out."""
+    return Fields({**defaults, **config_json}, where)
 
 
 def image_size(fields: Fields, patch: int) -> int:
@@ -124,15 +107,18 @@ def _class_name(fields: Fields) -> str:
     name = fields.text("_class_name")
     if name == LEGACY:
         norm = fields.raw("norm_type")
-        found = _LEGACY_NORMS.get(norm) if isinstance(norm, str) else None
+        models = map(diffusers_of, diffusers_classes().values())
+        classes = {each.defaults["norm_type"]: each.class_name for each in models if "norm_type" in each.defaults}
+        found = classes.get(norm) if isinstance(norm, str) else None
         if found is None:
             raise UserError(
-                f"{fields.where} is of a {LEGACY} with norm_type {shown(norm)}; known are {', '.join(_LEGACY_NORMS)}: "
-                "it cannot be read"
+                f"{fields.where} is of a {LEGACY} with norm_type {shown(norm)}; known are {', '.join(classes)}: it "
+                "cannot be read"
             )
         return found
-    if name not in CLASSES:
+    known = diffusers_classes()
+    if name not in known:
         raise UserError(
-            f"{fields.where} has _class_name {name}; known are {', '.join(CLASSES)}: give a transformer of one of these"
+            f"{fields.where} has _class_name {name}; known are {', '.join(known)}: give a transformer of one of these"
         )
     return name

@@ -1,0 +1,217 @@
+"""What the families' key maps share: names and shapes that are looked at before anything is built from them, sizes that
+weights only hint at, and multipliers, which no other program has, folded into the weights that they multiply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megadit.config.schema.model import ModelConfig, RoleHPs
+from megadit.errors import UserError
+from megadit.finite import not_finite
+from megadit.models.conversion import conversions
+
+_SHOWN = 5  # names that a sentence lists before it counts the rest
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def needed(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tensor:
+    """The tensor called ``name``, which has ``dims`` dimensions. Raises UserError that names it and ``what`` it is of.
+
+    ``what`` says what the state dict should be, such as "an official DiT checkpoint".
+    """
+    value = state.get(name)
+    if value is None:
+        first = f"; it begins with {listed(list(state)[:3])}" if state else ""
+        known = conversions().items()
+        found = next((family for family, c in known if any(each.startswith(c.sign) for each in state)), None)
+        remedy = "name the format that it has with --from"
+        if found is not None:
+            remedy = f"read it with --from official-{found}; if that was given, give the whole model's state_dict()"
+        raise UserError(f"IN: is not {what}: it has no {name}{first}; {remedy}")
+    if value.dim() != dims:
+        raise UserError(
+            f"IN: is not {what}: {name} has shape {list(value.shape)}, {dims} dimensions are known; give another file"
+        )
+    return value
+
+
+def blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many modules ``prefix``0, ``prefix``1, … the names speak of: the highest number and one."""
+    numbers = [name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def check(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]], what: str) -> None:
+    """Refuse a state dict that has not exactly the names and shapes ``wanted``, all of floating point.
+
+    Raises:
+        UserError: listing what is missing, what is unexpected, or the tensors of another shape or type.
+    """
+    remedy = "give the whole checkpoint of the model that --from names, and hints that fit it"
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    if missing or unexpected:
+        found = [f"missing are {listed(missing)}"] if missing else []
+        found += [f"unexpected are {listed(unexpected)}"] if unexpected else []
+        raise UserError(f"IN: is not {what} of this size: {'; '.join(found)}; {remedy}")
+    for name, shape in wanted.items():
+        if tuple(state[name].shape) != tuple(shape):
+            raise UserError(
+                f"IN: is not {what} of this size: {name} has shape {list(state[name].shape)}, the other tensors ask "
+                f"for {list(shape)}; {remedy}"
+            )
+    check_types(state)
+
+
+def check_types(state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not of floating point. Raises UserError with the first."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise UserError(
+                f"IN: {name} holds {str(value.dtype).removeprefix('torch.')} and not floating-point weights; give a "
+                "checkpoint that is not quantized"
+            )
+
+
+def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a model by its name, counted without memory."""
+    from megadit.models import build_model
+
+    return {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
+
+
+def buffer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of everything else in a model's state dict, such as PixArt's null caption."""
+    from megadit.models import build_model
+
+    model = build_model(config, device="meta")
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in parameters}
+
+
+def check_positions(stored: Tensor, wanted: Tensor, name: str) -> None:
+    """Refuse a stored table of positions that is not the fixed one this model adds. Raises UserError."""
+    told = not_finite([(name, stored)])
+    if told:
+        raise UserError(f"IN: {told}, and it is the table of positions; use an earlier checkpoint")
+    tolerance = 1e-5 if stored.dtype in (torch.float32, torch.float64) else 1e-2
+    if stored.shape != wanted.shape or not torch.allclose(stored.float(), wanted.float(), atol=tolerance, rtol=0):
+        raise UserError(
+            f"IN: {name} of shape {list(stored.shape)} is not the sin-cos table {list(wanted.shape)} of this model; "
+            "only models with the fixed table can be converted (--hint input_size=N says of which image size)"
+        )
+
+
+def heads_of(width: int, hint: int | None, published: Mapping[int, int], head_dims: Sequence[int]) -> int:
+    """The number of heads: the hint, that of the published size with this width, or the only one of ``head_dims``.
+
+    Raises:
+        UserError: none or several of ``head_dims`` divide the width and there is no hint, or the hint does not.
+    """
+    if hint is not None:
+        return fitting_heads(width, int(hint))
+    if width in published:
+        return published[width]
+    fitting = [width // dim for dim in head_dims if width % dim == 0]
+    if len(fitting) != 1:
+        raise UserError(
+            f"--hint heads: is needed, since nothing in the weights tells how many heads a width of {width} has; give "
+            "--hint heads=N"
+        )
+    return fitting[0]
+
+
+def fitting_heads(width: int, heads: int) -> int:
+    """``heads``, which the width must be a multiple of. Raises UserError where it is not."""
+    if width % heads:
+        raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
+    return heads
+
+
+def learns_sigma(out: int, channels: int, what: str) -> bool:
+    """Whether ``out`` channels are a prediction and a variance. ``what`` the model is, such as "a DiT".
+
+    Raises:
+        UserError: they are neither as many as the input's ``channels`` nor twice as many.
+    """
+    if out not in (channels, 2 * channels):
+        raise UserError(
+            f"IN: is not {what}: it puts out {out} channels for an input of {channels}, and {what} has as many or "
+            "twice as many; give another file"
+        )
+    return out == 2 * channels
+
+
+def input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
+    """Side of the image: the hint, or of the stored positions (1, tokens, width), which a hint must agree with.
+
+    Raises:
+        UserError: there is neither, or they differ.
+    """
+    if table is None:
+        if hint is None:
+            raise size_needed("the file has no pos_embed that would tell")
+        return int(hint)
+    side = math.isqrt(table.shape[1]) * patch if table.dim() == 3 else 0
+    if hint is not None and int(hint) != side:
+        raise UserError(f"--hint input_size: {hint}, but pos_embed of IN is for {side}; leave the hint out")
+    return side
+
+
+def size_needed(why: str) -> UserError:
+    """The error that asks for the size of the image."""
+    return UserError(
+        f"--hint input_size: is needed, since {why}; give --hint input_size=N, the side of the (latent) image"
+    )
+
+
+def refuse_lacking(lacking: Mapping[str, bool], who: str) -> None:
+    """Raise UserError with the first of the model's keys and values that is found and ``who`` has no place for."""
+    for what, found in lacking.items():
+        if found:
+            raise UserError(f"{what}, which {who} cannot represent; this model stays with --to safetensors")
+
+
+def readout_mult(config: ModelConfig) -> float:
+    """What the readout's input is multiplied by: output_mult / m (m is 1 under SP)."""
+    return config.output_mult / config.width_mult
+
+
+def fold_readout(config: ModelConfig, weight: Tensor) -> Tensor:
+    """The final linear's weight (out, n) times output_mult / m; the same tensor where that is 1.
+
+    The product is taken in float64 and rounded once. A bias is not multiplied in the forward pass, so it stays.
+    """
+    mult = readout_mult(config)
+    return weight if mult == 1.0 else (weight.double() * mult).to(weight.dtype)
+
+
+def fold_roles(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(config without role multipliers, weights with them folded in); the readout's multiplier stays as it is.
+
+    Every matrix and table under ``role_hps.<role>.mult`` takes its multiplier; learning rates and init factors of
+    ``role_hps`` are left out too, since they say nothing about finished weights.
+    """
+    if all(getattr(config.role_hps, role).mult == 1.0 for role in type(config.role_hps).model_fields):
+        return config.model_copy(update={"role_hps": RoleHPs()}), dict(state)
+    from megadit.models import build_model
+    from megadit.mup import param_specs
+
+    mults = {
+        name: spec.forward_mult
+        for name, spec in param_specs(build_model(config, device="meta")).items()
+        if spec.role != "output" and spec.forward_mult != 1.0
+    }
+    folded = {
+        name: (value.double() * mults[name]).to(value.dtype) if name in mults else value
+        for name, value in state.items()
+    }
+    return config.model_copy(update={"role_hps": RoleHPs()}), folded
