@@ -1,4 +1,4 @@
-"""The model families, written once as stages over one carrier; plain single-device torch in reading.
+"""The model families, written once as stages from state to state; plain single-device torch in reading.
 
 A family is one folder: ``family`` (what others know of it), ``model``, ``presets``, ``init``, ``convert``. Importing
 this package loads no torch.

@@ -11,16 +11,16 @@ from megadit.config.schema.model import ModelConfig
 from megadit.models.build import build_model
 from megadit.models.stages import Carrier, StagedModel
 from megadit.mup.init import init_parameters
-from megadit.parallel.recompute import run_block
 from megadit.parallel.tensor import TensorLayout, mark_shards
 
 
 class ModelChunk(nn.Module):
-    """Stages [low, high) of ``model``, of which everything else is taken out: ``forward(wire) -> wire``.
+    """Stages [low, high) of ``model``, of which everything else is taken out: ``forward(stage_io) -> stage_io``.
 
-    The parameters that are left keep their canonical names in ``model``. The wire is the carrier between two stages
-    and, where ``project`` is set and block ``model.repa_block`` lies behind, the projected tokens in front of it. The
-    last chunk puts out the model's output, or with ``project`` (output, projected). ``blocks``: how many it has.
+    The parameters that are left keep their canonical names in ``model``. What goes in and out is the packed state
+    between two stages and, where ``project`` is set and block ``model.repa_block`` lies behind, the REPA projection in
+    front of it. The last chunk puts out the model's output, or with ``project`` (output, projection). ``blocks``: how
+    many it has.
     """
 
     def __init__(self, model: StagedModel, low: int, high: int) -> None:
@@ -45,21 +45,21 @@ class ModelChunk(nn.Module):
         self.padding.append(nn.Parameter(torch.zeros(2)))
         return self.padding[-1]
 
-    def forward(self, wire: Carrier | Tensor) -> Carrier | Tensor:
+    def forward(self, stage_io: Carrier | Tensor) -> Carrier | Tensor:
         """Run the stages, the blocks recomputed as ``model.recompute`` says."""
-        carrier = (wire,) if isinstance(wire, Tensor) else wire
-        blocks, behind = self._blocks_before, self.model.repa_block
-        rider: Carrier = ()
-        if self.project and blocks >= behind:
-            rider, carrier = carrier[:1], carrier[1:]
+        state = (stage_io,) if isinstance(stage_io, Tensor) else stage_io
+        repa_projection: Carrier = ()  # of one tensor, once there is one
+        block, repa_block = self._blocks_before, self.model.repa_block if self.project else 0
+        if 0 < repa_block <= block:
+            repa_projection, state = state[:1], state[1:]
         for stage in self._stages:
-            carrier = run_block(stage, carrier, self.model.recompute if stage.is_block else "none")
-            blocks += stage.is_block
-            if self.project and stage.is_block and blocks == behind:
-                rider = (self.model.projected(carrier[0]),)
-        if not self.is_last:
-            return (*rider, *carrier)
-        return (carrier[0], *rider) if rider else carrier[0]
+            state = stage.recomputed(state, self.model.recompute)
+            block += stage.is_block
+            if stage.is_block and block == repa_block:
+                repa_projection = (self.model.projected(state[0]),)
+        if self.is_last:
+            return (*state, *repa_projection) if repa_projection else state[0]
+        return (*repa_projection, *state)
 
 
 def _take_out(module: nn.Module, kept: set[int]) -> None:

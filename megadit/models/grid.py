@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
 from megadit.models.layers import unpatchify
-from megadit.models.stages import Carrier, Stage
+from megadit.models.stages import ModelOutput, Stage, StageState
 from megadit.parallel.collectives import all_tokens
 from megadit.parallel.tensor import tensor_layout
 
@@ -38,8 +40,18 @@ def labels_of(cond: Conditioning, config: ModelConfig) -> Tensor:
     return cond.labels
 
 
+@dataclass(frozen=True)
+class ConditionedTokens(StageState):
+    """tokens (B, T, n), condition (B, n)."""
+
+    tokens: Tensor
+    condition: Tensor
+
+
 class SquareReadoutStage(Stage):
-    """(tokens (B, T, n), condition) -> (image,), by the model's ``final_layer``."""
+    """The image, by the model's ``final_layer``."""
+
+    takes = ConditionedTokens
 
     def __init__(self, config: ModelConfig, final_layer: nn.Module) -> None:
         super().__init__()
@@ -47,8 +59,8 @@ class SquareReadoutStage(Stage):
         self.config = config
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: ConditionedTokens) -> ModelOutput:
         """Read out the patches and put the image together."""
         config, side = self.config, side_of(self.config)
-        patches = all_tokens(self.final_layer(*carrier), self.layout, side * side)
-        return (unpatchify(patches, side, side, config.patch_size, config.out_channels),)
+        patches = all_tokens(self.final_layer(state.tokens, state.condition), self.layout, side * side)
+        return ModelOutput(unpatchify(patches, side, side, config.patch_size, config.out_channels))

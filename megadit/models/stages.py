@@ -1,14 +1,17 @@
-"""The one grammar of all families: a model is a list of stages over a flat carrier of tensors.
+"""The one grammar of all families: a model is a list of stages, and a stage maps one state to the next.
 
-A carrier is a tuple, floats first and integers last, of fixed shapes; every stage maps one to the next.
-``forward`` folds the list, a pipeline cuts it, activation checkpointing wraps its members.
+Inside a stage the state's tensors have names. Between two stages they travel as a flat tuple, floats first and
+integers last, of fixed shapes: pipelines send tuples, and DeepSpeed's hooks and activation checkpointing look for
+tensors in tuples alone. ``forward`` folds the list, a pipeline cuts it, activation checkpointing wraps its members.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
@@ -16,29 +19,99 @@ from megadit.parallel.collectives import all_tokens
 from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import WHOLE, TensorLayout
 
-Carrier = tuple[Tensor, ...]
+Carrier = tuple[Tensor, ...]  # a packed state, as it travels
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What a stage takes or gives. A subclass's fields stand in the order in which they travel.
+
+    A field may be a tuple of tensors, or None where a model has no such tensor: it takes no place then, and a subclass
+    whose last fields are not the only such ones says in ``unpack`` which are there.
+    """
+
+    def pack(self) -> Carrier:
+        """The tensors in order."""
+        flat: list[Tensor] = []
+        for value in vars(self).values():
+            if value is not None:
+                flat.extend(value if isinstance(value, tuple) else (value,))
+        return tuple(flat)
+
+    @classmethod
+    def unpack(cls, tensors: Carrier) -> Self:
+        """The state of which ``pack`` made these."""
+        return cls(*tensors)
+
+
+@dataclass(frozen=True)
+class ModelInputs(StageState):
+    """What a model is given: x (B, C, H, W), t (B,) in float32 and what its family is conditioned on.
+
+    text (B, L, F), pooled (B, P), labels int64 (B,), text_mask bool (B, L): which tokens of the text are no padding.
+    """
+
+    x: Tensor
+    t: Tensor
+    text: Tensor | None = None
+    pooled: Tensor | None = None
+    labels: Tensor | None = None
+    text_mask: Tensor | None = None
+
+    @classmethod
+    def unpack(cls, tensors: Carrier) -> Self:
+        """Told apart by kind: a text has a dimension more than its pooled feature, a mask is of bools."""
+        x, t, *given = tensors
+        named: dict[str, Tensor] = {}
+        for tensor in given:
+            if tensor.is_floating_point():
+                named["text" if tensor.dim() == 3 else "pooled"] = tensor
+            else:
+                named["text_mask" if tensor.dtype == torch.bool else "labels"] = tensor
+        return cls(x, t, **named)
+
+
+@dataclass(frozen=True)
+class ModelOutput(StageState):
+    """What the last stage gives: (B, C or 2C, H, W)."""
+
+    image: Tensor
 
 
 class Stage(nn.Module):
-    """A piece of a model: ``forward(carrier) -> carrier``.
+    """A piece of a model: ``run(state) -> state``, called as ``forward(tensors) -> tensors``.
 
+    ``takes`` is the class of the state that ``run`` is given.
     ``prefix`` + a parameter's name within the stage is its canonical name in the whole model.
     ``is_block`` marks the stages that ``taps`` count.
     """
 
+    takes: type[StageState]
     prefix: str = ""
     is_block: bool = False
 
+    def forward(self, tensors: Carrier) -> Carrier:
+        """Unpack the state, run the stage and pack what it gives."""
+        return self.run(self.takes.unpack(tensors)).pack()
+
+    def recomputed(self, tensors: Carrier, how: Recompute) -> Carrier:
+        """``forward``, of which a block keeps for its backward pass what ``how`` says."""
+        return run_block(self, tensors, how if self.is_block else "none")
+
+    def run(self, state: Any) -> StageState:
+        """The next stage's state."""
+        raise TypeError(f"{type(self).__name__} does not say what it computes")
+
 
 class StagedModel(nn.Module):
-    """A model given by its stages. Subclasses say what the first carrier is and list the stages.
+    """A model given by its stages. Subclasses say what its inputs are and list the stages.
 
     ``recompute`` says what the blocks keep for the backward pass (see ``megadit.parallel.recompute``).
     ``repa`` is the projector of the REPA loss and ``repa_block`` the block that it reads, counted from 1;
     ``build_model`` sets both, so that families know nothing of them.
     ``counted_tables`` names the buffers that published parameter counts include.
     ``layout`` is the one that the model was built for. A family whose token streams sequence parallelism may cut sets
-    ``stream_tokens``, the number of tokens in its blocks' first tensor.
+    ``stream_tokens``, the number of tokens in its blocks' first tensor, which ``taps`` read.
     """
 
     counted_tables: tuple[str, ...] = ()
@@ -52,9 +125,13 @@ class StagedModel(nn.Module):
         super().__init__()
         self.repa = None  # here and not in the class, where it would hide the submodule
 
+    def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> StageState:
+        """The first stage's state. Raises ValueError: x or the condition does not fit the model."""
+        raise TypeError(f"{type(self).__name__} does not say what its inputs are")
+
     def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """The first stage's input: (x, t, ...), floats first, integers last."""
-        raise TypeError(f"{type(self).__name__} does not say what its first carrier is")
+        """``inputs``, packed."""
+        return self.inputs(x, t, cond).pack()
 
     def stages(self) -> list[Stage]:
         """All stages in order. Those that are not blocks only refer to the model's submodules."""
@@ -92,7 +169,7 @@ class StagedModel(nn.Module):
         tapped: dict[int, Tensor] = {}
         blocks = 0
         for stage in self.stages():
-            carrier = run_block(stage, carrier, self.recompute if stage.is_block else "none")
+            carrier = stage.recomputed(carrier, self.recompute)
             if stage.is_block:
                 blocks += 1
                 if blocks in taps:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
-from megadit.models.grid import SquareReadoutStage, check_square, labels_of, patches_of, side_of
+from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, labels_of, patches_of, side_of
 from megadit.models.layers import (
     AdaLNReadout,
     LabelEmbedder,
@@ -25,7 +25,7 @@ from megadit.models.layers import (
     TimestepEmbedder,
     adaln_modulation,
 )
-from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.models.stages import ModelInputs, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.parallel.collectives import enter_blocks, own_tokens
 from megadit.parallel.tensor import tensor_layout
@@ -35,8 +35,9 @@ _LN_EPS = 1e-6
 
 
 class DiTBlock(Stage):
-    """adaLN-zero Transformer block: (tokens (B, T, n), SiLU(c) (B, n)) -> the same."""
+    """adaLN-zero Transformer block; the condition is SiLU(c)."""
 
+    takes = ConditionedTokens
     is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
@@ -57,17 +58,19 @@ class DiTBlock(Stage):
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
         self.adaLN_modulation = adaln_modulation(width, 6, param)
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: ConditionedTokens) -> ConditionedTokens:
         """Attention, then the MLP, each normed, modulated and added through its gate."""
-        x, c = carrier
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x, modulation = state.tokens, self.adaLN_modulation(state.condition)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
         x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
-        return x, c
+        return ConditionedTokens(x, state.condition)
 
 
 class DiTEmbedStage(Stage):
-    """(x, t[, labels]) -> (tokens, SiLU(c)). Refers to the model's embedders under their own names."""
+    """Refers to the model's embedders under their own names."""
+
+    takes = ModelInputs
 
     def __init__(self, model: DiT) -> None:
         super().__init__()
@@ -75,14 +78,13 @@ class DiTEmbedStage(Stage):
         self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: ModelInputs) -> ConditionedTokens:
         """c = timestep embedding + label embedding; every user of c takes SiLU(c), so that is what is carried."""
-        x, t, *labels = carrier
-        tokens = self.pos_embed(self.x_embedder(x))
-        c = self.t_embedder(t)
+        tokens = self.pos_embed(self.x_embedder(state.x))
+        c = self.t_embedder(state.t)
         if self.y_embedder is not None:
-            c = c + self.y_embedder(labels[0])
-        return own_tokens(tokens, self.layout), enter_blocks(F.silu(c), self.layout)
+            c = c + self.y_embedder(state.labels)
+        return ConditionedTokens(own_tokens(tokens, self.layout), enter_blocks(F.silu(c), self.layout))
 
 
 class DiT(StagedModel):
@@ -111,9 +113,7 @@ class DiT(StagedModel):
         first, last = self._ends
         return [first, *cast("Iterable[Stage]", self.blocks), last]
 
-    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """(x, t, labels), or (x, t) for an unconditional model; t in float32."""
+    def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
+        """With labels, but for an unconditional model."""
         check_square(x, self.config)
-        if self.y_embedder is None:
-            return x, t.float()
-        return x, t.float(), labels_of(cond, self.config)
+        return ModelInputs(x, t.float(), labels=labels_of(cond, self.config) if self.config.num_classes else None)

@@ -8,6 +8,7 @@ size 4n and no pooled text.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -32,7 +33,7 @@ from megadit.models.layers import (
     joint_attention,
     unpatchify,
 )
-from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.models.stages import Carrier, ModelInputs, ModelOutput, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import all_tokens, enter_blocks, own_tokens
@@ -86,12 +87,40 @@ class MMDiTStream(nn.Module):
         return gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
 
 
-class MMDiTBlock(Stage):
-    """(image tokens (B, T, n), context (B, L, n), SiLU(c) (B, n)[, seen], grid) -> the same; the last drops context.
+@dataclass(frozen=True)
+class MMDiTState(StageState):
+    """tokens (B, T, n) of the image, context (B, L, n), condition (B, n), which is SiLU(c).
 
-    seen: bool (B, 1, 1, T + L), the keys that are no padding. grid: see ``MMDiTEmbedStage``.
+    seen: bool (B, 1, 1, T + L), the keys that are no padding; None: all are seen. grid: uint8 of shape (rows, columns),
+    whose shape alone tells the final layer how the tokens lie.
     """
 
+    tokens: Tensor
+    context: Tensor
+    condition: Tensor
+    seen: Tensor | None
+    grid: Tensor
+
+    @classmethod
+    def unpack(cls, tensors: Carrier) -> MMDiTState:
+        """The grid is last, whether there is a mask or not."""
+        tokens, context, condition, *seen, grid = tensors
+        return cls(tokens, context, condition, seen[0] if seen else None, grid)
+
+
+@dataclass(frozen=True)
+class MMDiTReadout(StageState):
+    """What the last block leaves of ``MMDiTState``."""
+
+    tokens: Tensor
+    condition: Tensor
+    grid: Tensor
+
+
+class MMDiTBlock(Stage):
+    """A block of both streams; the last drops the context, which it only reads."""
+
+    takes = MMDiTState
     is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
@@ -102,19 +131,19 @@ class MMDiTBlock(Stage):
         self.context_block = MMDiTStream(config, param, _text_tokens(config), pre_only=self.last)
         self.x_block = MMDiTStream(config, param, patches_of(config))
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: MMDiTState) -> StageState:
         """Joint attention, then each stream's own MLP."""
-        x, context, c, *ints = carrier
-        seen = ints[0] if len(ints) == 2 else None
-        for_context, context_later = self.context_block.ask(context, c)
-        for_image, image_later = self.x_block.ask(x, c)
+        c = state.condition
+        for_context, context_later = self.context_block.ask(state.context, c)
+        for_image, image_later = self.x_block.ask(state.tokens, c)
         to_image, to_context = joint_attention(
-            for_image, for_context, seen, answer_context=not self.last, precision=self.precision
+            for_image, for_context, state.seen, answer_context=not self.last, precision=self.precision
         )
-        x = self.x_block.take(x, to_image, image_later)
+        x = self.x_block.take(state.tokens, to_image, image_later)
         if self.last:
-            return x, c, ints[-1]
-        return x, self.context_block.take(context, to_context, context_later), c, *ints
+            return MMDiTReadout(x, c, state.grid)
+        context = self.context_block.take(state.context, to_context, context_later)
+        return MMDiTState(x, context, c, state.seen, state.grid)
 
 
 class PooledEmbedder(nn.Module):
@@ -134,10 +163,9 @@ class PooledEmbedder(nn.Module):
 
 
 class MMDiTEmbedStage(Stage):
-    """(x, t, text[, pooled][, text_mask]) -> (image tokens, context, SiLU(c)[, seen], grid).
+    """Refers to the model's embedders."""
 
-    grid: uint8 of shape (rows, columns), whose shape alone tells the final layer how the tokens lie.
-    """
+    takes = ModelInputs
 
     def __init__(self, model: MMDiT) -> None:
         super().__init__()
@@ -147,28 +175,27 @@ class MMDiTEmbedStage(Stage):
         self.patch_size = model.config.patch_size
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: ModelInputs) -> MMDiTState:
         """c = timestep embedding + pooled text's; every user of c takes SiLU(c), so that is what is carried."""
-        x, t, text, *rest = carrier
-        rows, columns = (side // self.patch_size for side in x.shape[-2:])
-        tokens = self.pos_embed(self.x_embedder(x), rows, columns)
-        context = self.context_embedder(text.to(self.context_embedder.weight.dtype))
-        c = self.t_embedder(t)
+        assert state.text is not None  # held by ``MMDiT.inputs``
+        rows, columns = (side // self.patch_size for side in state.x.shape[-2:])
+        tokens = self.pos_embed(self.x_embedder(state.x), rows, columns)
+        context = self.context_embedder(state.text.to(self.context_embedder.weight.dtype))
+        c = self.t_embedder(state.t)
         if self.y_embedder is not None:
-            pooled, *rest = rest
-            c = c + self.y_embedder(pooled)
-        grid = torch.zeros(rows, columns, dtype=torch.uint8, device=x.device)
+            c = c + self.y_embedder(state.pooled)
+        grid = torch.zeros(rows, columns, dtype=torch.uint8, device=tokens.device)
         tokens, context = own_tokens(tokens, self.layout), own_tokens(context, self.layout)
-        c = enter_blocks(F.silu(c), self.layout)
-        if not rest:
-            return tokens, context, c, grid
-        (mask,) = rest
-        seen = torch.cat([mask.new_ones(x.shape[0], rows * columns), mask], dim=1)[:, None, None]
-        return tokens, context, c, seen, grid
+        c, seen = enter_blocks(F.silu(c), self.layout), state.text_mask
+        if seen is not None:
+            seen = torch.cat([seen.new_ones(len(seen), rows * columns), seen], dim=1)[:, None, None]
+        return MMDiTState(tokens, context, c, seen, grid)
 
 
 class MMDiTFinalStage(Stage):
-    """(image tokens, SiLU(c), grid) -> (image,)."""
+    """The image, from its tokens and their grid."""
+
+    takes = MMDiTReadout
 
     def __init__(self, model: MMDiT) -> None:
         super().__init__()
@@ -176,12 +203,11 @@ class MMDiTFinalStage(Stage):
         self.config = model.config
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: MMDiTReadout) -> ModelOutput:
         """Read out the patches and put the image together."""
-        x, c, grid = carrier
-        rows, columns = grid.shape
-        patches = all_tokens(self.final_layer(x, c), self.layout, rows * columns)
-        return (unpatchify(patches, rows, columns, self.config.patch_size, self.config.out_channels),)
+        rows, columns = state.grid.shape
+        patches = all_tokens(self.final_layer(state.tokens, state.condition), self.layout, rows * columns)
+        return ModelOutput(unpatchify(patches, rows, columns, self.config.patch_size, self.config.out_channels))
 
 
 class MMDiT(StagedModel):
@@ -210,8 +236,8 @@ class MMDiT(StagedModel):
         first, last = self._ends
         return [first, *cast("Iterable[Stage]", self.joint_blocks), last]
 
-    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """(x, t, text[, pooled][, text_mask]); t in float32. x: any whole number of patches that has positions.
+    def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
+        """With the text, its mask and its pooled feature. x: any whole number of patches that has positions.
 
         Where sequence parallelism cuts the streams, their lengths are fixed: x of ``input_size``, text of
         ``text.max_length`` tokens.
@@ -225,15 +251,10 @@ class MMDiT(StagedModel):
                 f"cond.text: {tuple(states.shape)} has not {text.max_length} tokens (text.max_length), as sequence "
                 "parallelism needs; pad it and mask the padding"
             )
-        carrier = [x, t.float(), states]
-        if text.pooled_dim:
-            if cond.pooled is None or cond.pooled.shape[-1] != text.pooled_dim:
-                given = "none" if cond.pooled is None else tuple(cond.pooled.shape)
-                raise ValueError(f"cond.pooled: {given}, but this model takes pooled features (B, {text.pooled_dim})")
-            carrier.append(cond.pooled)
-        if mask is not None:
-            carrier.append(mask)
-        return tuple(carrier)
+        if text.pooled_dim and (cond.pooled is None or cond.pooled.shape[-1] != text.pooled_dim):
+            given = "none" if cond.pooled is None else tuple(cond.pooled.shape)
+            raise ValueError(f"cond.pooled: {given}, but this model takes pooled features (B, {text.pooled_dim})")
+        return ModelInputs(x, t.float(), states, cond.pooled if text.pooled_dim else None, text_mask=mask)
 
     def _check_size(self, x: Tensor) -> None:
         patch, limit = self.config.patch_size, self.config.pos_embed_max_size

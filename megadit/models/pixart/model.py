@@ -8,6 +8,7 @@ ones. With ``qk_norm`` the queries and keys of self-attention are normed, those 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig, TextInput
-from megadit.models.grid import SquareReadoutStage, check_square, patches_of, side_of
+from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, patches_of, side_of
 from megadit.models.layers import (
     CaptionEmbedder,
     ColumnParallelLinear,
@@ -28,7 +29,7 @@ from megadit.models.layers import (
     SinCosPositions,
     TimestepEmbedder,
 )
-from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.models.stages import ModelInputs, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import copy_to_ranks, enter_blocks, own_tokens
@@ -49,13 +50,21 @@ def _table(rows: int, width: Dim, param: Parametrization) -> tuple[nn.Parameter,
     return nn.Parameter(torch.empty(rows, width.size)), {"scale_shift_table": spec}
 
 
+@dataclass(frozen=True)
+class PixArtState(StageState):
+    """tokens (B, T, n), t0 (B, 6n), t_emb (B, n), text (B, L, n), text_mask bool (B, L)."""
+
+    tokens: Tensor
+    t0: Tensor
+    t_emb: Tensor
+    text: Tensor
+    text_mask: Tensor | None = None
+
+
 class PixArtBlock(Stage):
-    """Transformer block with adaLN-single and cross-attention.
+    """Transformer block with adaLN-single and cross-attention; the last gives what the final layer takes."""
 
-    (tokens (B, T, n), t0 (B, 6n), t_emb (B, n), text (B, L, n)[, mask (B, L)]) -> the same; the last block leaves out
-    what the final layer does not take: (tokens, t_emb).
-    """
-
+    takes = PixArtState
     is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
@@ -79,16 +88,15 @@ class PixArtBlock(Stage):
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: PixArtState) -> StageState:
         """Self-attention and the MLP, each normed, modulated and gated; between them text, neither normed nor gated."""
-        x, t0, t_emb, text, *mask = carrier
-        own = _for_own_tokens(self.scale_shift_table, self.layout)
-        table = own.to(t0.dtype) + t0.unflatten(1, (6, -1))
+        x, own = state.tokens, _for_own_tokens(self.scale_shift_table, self.layout)
+        table = own.to(state.t0.dtype) + state.t0.unflatten(1, (6, -1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
         x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
-        x = x + self.cross_attn(x, text, *mask)
+        x = x + self.cross_attn(x, state.text, state.text_mask)
         x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
-        return (x, t_emb) if self.last else (x, t0, t_emb, text, *mask)
+        return ConditionedTokens(x, state.t_emb) if self.last else replace(state, tokens=x)
 
 
 class PixArtFinalLayer(nn.Module):
@@ -111,7 +119,9 @@ class PixArtFinalLayer(nn.Module):
 
 
 class PixArtEmbedStage(Stage):
-    """(x, t, text[, mask]) -> (tokens, t0, t_emb, text[, mask]). Refers to the model's embedders."""
+    """Refers to the model's embedders."""
+
+    takes = ModelInputs
 
     def __init__(self, model: PixArt) -> None:
         super().__init__()
@@ -120,14 +130,14 @@ class PixArtEmbedStage(Stage):
         self.y_embedder = model.y_embedder
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: ModelInputs) -> PixArtState:
         """The modulation t0 that all blocks share is computed once, here."""
-        x, t, text, *mask = carrier
-        tokens = self.pos_embed(self.x_embedder(x))
-        t_emb = self.t_embedder(t)
+        tokens = self.pos_embed(self.x_embedder(state.x))
+        t_emb = self.t_embedder(state.t)
         t0 = self.t_block(t_emb)
-        text = enter_blocks(self.y_embedder(text), self.layout)
-        return own_tokens(tokens, self.layout), t0, _for_own_tokens(t_emb, self.layout), text, *mask
+        text = enter_blocks(self.y_embedder(state.text), self.layout)
+        own = own_tokens(tokens, self.layout)
+        return PixArtState(own, t0, _for_own_tokens(t_emb, self.layout), text, state.text_mask)
 
 
 class PixArt(StagedModel):
@@ -158,11 +168,11 @@ class PixArt(StagedModel):
         first, last = self._ends
         return [first, *cast("Iterable[Stage]", self.blocks), last]
 
-    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """(x, t, text[, mask]); t in float32, mask bool. Without a mask all tokens of the text are seen.
+    def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
+        """With the text and its mask. Without a mask all tokens of the text are seen.
 
         A text may have fewer tokens than ``max_length``; padded and masked it gives the same picture.
         """
         check_square(x, self.config)
         text, mask = seen_text(cond, self.text.dim, self.text.max_length)
-        return (x, t.float(), text) if mask is None else (x, t.float(), text, mask)
+        return ModelInputs(x, t.float(), text, text_mask=mask)

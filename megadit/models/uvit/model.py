@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -43,7 +44,7 @@ from megadit.models.layers import (
     unpatchify,
 )
 from megadit.models.layers.skip_linear import skip_for_sharded_linear, skip_linear
-from megadit.models.stages import Carrier, Stage, StagedModel
+from megadit.models.stages import Carrier, ModelInputs, ModelOutput, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import all_tokens, own_tokens
@@ -61,24 +62,40 @@ def _tokens(config: ModelConfig) -> int:
     return _extras(config) + patches_of(config)
 
 
-class UViTBlock(Stage):
-    """Pre-norm Transformer block on the carrier (tokens, skips ..., [key mask]), tokens and skips (B, E + T, n).
+@dataclass(frozen=True)
+class UViTState(StageState):
+    """tokens and skips (B, E + T, n), key_mask bool (B, E + T).
 
     Of skips a tensor-parallel rank carries its channels alone (``skip_for_sharded_linear``).
-
-    Blocks ``1 .. depth / 2``, counted from 0, lend their *input* to the skips, which is the output of the block before:
-    so no tensor is carried twice between two blocks. Those of the second half take the last skip away. How many skips
-    come in is fixed by the block's place.
     """
 
+    tokens: Tensor
+    skips: tuple[Tensor, ...] = ()
+    key_mask: Tensor | None = None
+
+    @classmethod
+    def unpack(cls, tensors: Carrier) -> UViTState:
+        """All floats behind the tokens are skips."""
+        if tensors[-1].is_floating_point():
+            return cls(tensors[0], tensors[1:])
+        return cls(tensors[0], tensors[1:-1], tensors[-1])
+
+
+class UViTBlock(Stage):
+    """Pre-norm Transformer block.
+
+    Blocks ``1 .. depth / 2``, counted from 0, lend their *input* to the skips, which is the output of the block before:
+    so no tensor is carried twice between two blocks. Those of the second half take the last skip away.
+    """
+
+    takes = UViTState
     is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
         width, half, tokens = param.width_dim(), config.depth // 2, _tokens(config)
-        self.lends, takes = 0 < index <= half, index > half
-        self.skips = config.depth + 1 - index if takes else max(index - 1, 0)
-        if takes:
+        self.lends, joins = 0 < index <= half, index > half
+        if joins:
             self.prefix = f"out_blocks.{index - half - 1}."
         else:
             self.prefix = f"in_blocks.{index}." if index < half else "mid_block."
@@ -95,25 +112,25 @@ class UViTBlock(Stage):
         )
         self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
-        self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if takes else None
+        self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if joins else None
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: UViTState) -> UViTState:
         """Join the skip, then attention and the MLP, each normed and added."""
-        x, *rest = carrier
-        skips, mask = rest[: self.skips], rest[self.skips :]
+        x, skips, mask = state.tokens, state.skips, state.key_mask
         if self.lends:
-            skips.append(skip_for_sharded_linear(x, self.layout))
+            skips = (*skips, skip_for_sharded_linear(x, self.layout))
         if self.skip_linear is not None:
-            x = self.skip_linear(x, skips.pop())
-        seen = mask[0][:, None, None] if mask else None
-        x = x + self.attn(self.norm1(x), seen)
+            x, skips = self.skip_linear(x, skips[-1]), skips[:-1]
+        x = x + self.attn(self.norm1(x), None if mask is None else mask[:, None, None])
         x = x + self.mlp(self.norm2(x))
-        return (x, *skips, *mask)
+        return UViTState(x, skips, mask)
 
 
 class UViTEmbedStage(Stage):
-    """(x, t), (x, t, labels) or (x, t, text[, text_mask]) -> (tokens[, key mask]). Refers to the model's embedders."""
+    """Refers to the model's embedders."""
+
+    takes = ModelInputs
 
     def __init__(self, model: UViT) -> None:
         super().__init__()
@@ -122,26 +139,27 @@ class UViTEmbedStage(Stage):
         self.label_emb, self.context_embed = model.label_emb, model.context_embed
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
-        """Make all tokens and add their positions; the key mask, bool (B, E + T), shows time and patches always."""
-        x, t, *cond = carrier
-        patches = self.patch_embed(x)
-        time = timestep_features(t, self.width).to(patches.dtype)
+    def run(self, state: ModelInputs) -> UViTState:
+        """Make all tokens and add their positions; the key mask shows time and patches always."""
+        patches = self.patch_embed(state.x)
+        time = timestep_features(state.t, self.width).to(patches.dtype)
         if self.time_embed is not None:
             time = self.time_embed(time)
         tokens = [time[:, None], patches]
-        mask: list[Tensor] = []
+        mask = state.text_mask
         if self.label_emb is not None:
-            tokens.insert(0, self.label_emb(cond[0])[:, None])
-        if self.context_embed is not None:
-            text = self.context_embed(cond[0].to(patches.dtype))
-            tokens.insert(1, text)
-            mask = [F.pad(m, (1, patches.shape[1]), value=True) for m in cond[1:]]
-        return (own_tokens(self.pos_embed(torch.cat(tokens, dim=1)), self.layout), *mask)
+            tokens.insert(0, self.label_emb(state.labels)[:, None])
+        if self.context_embed is not None and state.text is not None:
+            tokens.insert(1, self.context_embed(state.text.to(patches.dtype)))
+        if mask is not None:
+            mask = F.pad(mask, (1, patches.shape[1]), value=True)
+        return UViTState(own_tokens(self.pos_embed(torch.cat(tokens, dim=1)), self.layout), key_mask=mask)
 
 
 class UViTFinalStage(Stage):
-    """(tokens[, key mask]) -> (image,)."""
+    """The image, from the tokens of its patches."""
+
+    takes = UViTState
 
     def __init__(self, model: UViT) -> None:
         super().__init__()
@@ -149,17 +167,17 @@ class UViTFinalStage(Stage):
         self.config, self.extras = model.config, model.extras
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: UViTState) -> ModelOutput:
         """Read out the patches, put the image together, and let the convolution smooth what patches tore apart."""
         config = self.config
         side = side_of(config)
-        tokens = carrier[0]
+        tokens = state.tokens
         if not self.layout.sequence:  # where a rank holds all of them, only what is read out goes on
             tokens = tokens[:, self.extras :]
         read = all_tokens(self.decoder_pred(self.norm(tokens)), self.layout, _tokens(config))
         patches = read[:, -side * side :]
         image = unpatchify(patches, side, side, config.patch_size, config.out_channels)
-        return (image if self.final_layer is None else self.final_layer(image),)
+        return ModelOutput(image if self.final_layer is None else self.final_layer(image))
 
 
 class UViT(StagedModel):
@@ -197,17 +215,18 @@ class UViT(StagedModel):
         """Those of the patches: (B, E + T, n) -> (B, T, n)."""
         return tokens[:, self.extras :]
 
-    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """(x, t), (x, t, labels), or (x, t, text[, text_mask]) with the text padded to its full length; t in float32.
+    def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
+        """With labels, or with the text padded to its full length and its mask, or neither.
 
         A text that needs padding, or comes with a mask, is masked; one of full length without a mask is not.
         """
         check_square(x, self.config)
         if self.label_emb is not None:
-            return x, t.float(), labels_of(cond, self.config)
+            return ModelInputs(x, t.float(), labels=labels_of(cond, self.config))
         if self.config.text is None:
-            return x, t.float()
-        return x, t.float(), *_full_text(cond, self.config.text)
+            return ModelInputs(x, t.float())
+        text, mask = _full_text(cond, self.config.text)
+        return ModelInputs(x, t.float(), text, text_mask=mask)
 
 
 def _time_mlp(param: Parametrization) -> nn.Sequential:
@@ -220,11 +239,11 @@ def _time_mlp(param: Parametrization) -> nn.Sequential:
     )
 
 
-def _full_text(cond: Conditioning, given: TextInput) -> tuple[Tensor, ...]:
-    """(text (B, length, dim)[, mask (B, length)]). Raises ValueError for a text that is missing or does not fit."""
+def _full_text(cond: Conditioning, given: TextInput) -> tuple[Tensor, Tensor | None]:
+    """Text (B, length, dim) and mask (B, length). Raises ValueError for a text that is missing or does not fit."""
     text, mask = seen_text(cond, given.dim, given.max_length)
     missing = given.max_length - text.shape[1]
     if missing and given.mask and mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
     text = F.pad(text, (0, 0, 0, missing))
-    return (text,) if mask is None else (text, F.pad(mask, (0, missing)))
+    return text, None if mask is None else F.pad(mask, (0, missing))
