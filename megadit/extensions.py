@@ -19,6 +19,8 @@ from megadit.registry import Registry
 FAMILIES: Registry[Any] = Registry("model family", "model.family", "megadit.models:FAMILIES")
 DATA_SOURCES: Registry[Any] = Registry("data source", "data.name", "megadit.data.sources:SOURCES")
 CODECS: Registry[Any] = Registry("codec", "data.vae.path", "megadit.data.codecs:CODECS")
-SCHEDULES: Registry[Any] = Registry("schedule", "optim.schedule", "megadit.engine.schedules:SCHEDULES")
+SCHEDULES: Registry[Any] = Registry("schedule", "optim.schedule", "megadit.engine:SCHEDULES")
 CALLBACKS: Registry[Any] = Registry("callback", "train.callbacks", "megadit.train.callbacks:CALLBACKS")
 METRICS: Registry[Any] = Registry("metric", "evaluate", "megadit.evaluate.metrics:METRICS")
+# What a process has imported of plugins, by the name of the module: see megadit/plugins.py.
+PLUGINS: dict[str, Any] = {}

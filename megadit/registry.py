@@ -44,6 +44,10 @@ class Registry(Generic[T]):
         """Take back what ``add`` added."""
         self._added.pop(name, None)
 
+    def added(self) -> tuple[str, ...]:
+        """The names that plugins added."""
+        return tuple(self._added)
+
     def names(self) -> tuple[str, ...]:
         """All names, those of megadit first."""
         return (*load_object(self._builtin), *self._added)

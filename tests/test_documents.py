@@ -3,6 +3,7 @@
 import fnmatch
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,14 @@ def command(script: str) -> str:
     return f"megadit/cli/{name}" if folder in ("launch", "tools") else script
 
 
+def sources_of_options(script: str) -> Iterator[str]:
+    """A command's own module, what all of them share, and for scores those of the metrics."""
+    own = command(script)
+    shared = "megadit/cli/__init__.py"
+    metrics = "megadit/evaluate/metrics/" if script.endswith("evaluate.py") else own
+    return (text for path, text in SOURCES.items() if path in (own, shared) or path.startswith(metrics))
+
+
 def unknown_options(text: str) -> list[str]:
     """Options that are named and that the command they follow, or in a text any command, does not take."""
     missing = []
@@ -141,7 +150,7 @@ def unknown_options(text: str) -> list[str]:
             before = [script.group() for script in scripts if script.start() < option.start()]
             places = before[-1:] or [path for path in SOURCES if path.startswith(PROGRAMS)]
             if option.group() not in _OPTIONS_OF_OTHERS and not any(
-                f'"{option.group()}"' in SOURCES.get(command(path), "") for path in places
+                f'"{option.group()}"' in text for path in places for text in sources_of_options(path)
             ):
                 missing.append(f"{option.group()} of {' '.join(before[-1:])}")
     return missing

@@ -20,7 +20,8 @@ from megadit.checkpoint.names import (
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.config import RunConfig
 from megadit.config.schema.run import ONLINE
-from megadit.errors import UserError
+from megadit.errors import UserError, say
+from megadit.plugins import changes_since
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,6 +125,8 @@ def load_model(
     found = open_checkpoint(run_dir, checkpoint, "--checkpoint")
     if found is None:
         raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")
+    for change in changes_since(found.stored.index.plugins):
+        say(f"warning: {change}")
     model = build_model(config.model)
     found.stored.load_weights(model, config.sample.weights if weights is None else weights)
     return config, model.eval()

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,7 @@ class Index:
     files: dict[str, FileRecord]
     block: int = BLOCK
     version: int = VERSION
+    plugins: Sequence[Mapping[str, str]] = ()  # without which its configuration and model mean nothing
 
     def to_json(self) -> str:
         """The file's text; its last key is the checksum of the others."""
@@ -73,6 +74,7 @@ class Index:
             "files": {name: asdict(record) for name, record in self.files.items()},
             "parameters": self.parameters,
             "pieces": [piece.to_json() for piece in self.pieces],
+            **({"plugins": list(self.plugins)} if self.plugins else {}),
         }
         return json.dumps({**body, "crc32": _sum_of(body)})
 
@@ -97,7 +99,7 @@ class Index:
                 check_index(body)
                 files = {key: FileRecord(**record) for key, record in body["files"].items()}
                 pieces = [Piece.from_json(piece) for piece in body["pieces"]]
-                return cls(body["parameters"], pieces, files, body["block"])
+                return cls(body["parameters"], pieces, files, body["block"], plugins=body.get("plugins", ()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BrokenCheckpoint(
                 f"checkpoint {folder}: its index cannot be read ({told(error, folder / INDEX)}); use an earlier one"
@@ -173,6 +175,9 @@ def check_index(body: Mapping[str, Any]) -> None:
             raise ValueError(f"size or checksum of '{name}' is no number")
     if not _is_count(body.get("block", 1)) or not 0 < body.get("block", 1) <= _MOST_BLOCK:
         raise ValueError(f"block is {str(body['block'])[:60]}")
+    plugins = body.get("plugins", [])
+    if not isinstance(plugins, list) or not all(map(_is_plugin, plugins)):
+        raise ValueError(f"plugins is {str(plugins)[:60]}")
     for number, piece in enumerate(pieces):
         problem = _piece_problem(piece, parameters)
         if problem:
@@ -237,6 +242,11 @@ def check_state(state: Any) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _is_plugin(value: Any) -> bool:
+    keys = {"name", "version", "sha256"}
+    return isinstance(value, dict) and value.keys() == keys and all(isinstance(text, str) for text in value.values())
 
 
 def _is_box(box: Any, shape: list[int]) -> bool:

@@ -25,6 +25,7 @@ from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
 from megadit.finite import all_finite, not_finite
 from megadit.parallel import ProcessContext
+from megadit.plugins import require
 from megadit.slices import Wanted, runs
 
 # Any layout trains the same model.
@@ -42,12 +43,13 @@ class StoredCheckpoint:
 
     Raises:
         BrokenCheckpoint: torn, changed or incomplete, as far as can be seen without reading the tensors.
-        UserError: of a newer format.
+        UserError: of a newer format, or made with plugins that are not imported.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = Index.read(path)
+        require(self.index.plugins, f"checkpoint {path}")
         self._check_sizes()
         try:
             text = (path / STATE).read_bytes()

@@ -74,6 +74,7 @@ def save_checkpoint(
             parameters={name: shape for report in reports for name, shape in report[3].items()},
             pieces=[piece for report in reports for piece in report[2]],
             files={name: record for report in reports for name, record in report[1].items()},
+            plugins=[plugin.model_dump() for plugin in config.plugins],
         )
         state = {
             "step": position.step,

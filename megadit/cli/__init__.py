@@ -1,1 +1,23 @@
 """The commands: one file each, with parser() and main(argv)."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """Add ``--plugins``, which every command has that reads a configuration, a run or a checkpoint."""
+    parser.add_argument(
+        "--plugins",
+        action="append",
+        default=[],
+        metavar="MODULE[,…]",
+        help="plugins to import first (docs/extending.md); may be repeated",
+    )
+
+
+def import_plugins(args: argparse.Namespace) -> None:
+    """Import what ``--plugins`` names. Raises UserError."""
+    from megadit.plugins import load_plugins, split
+
+    load_plugins(split(args.plugins))

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
 
@@ -19,12 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key")
     parser.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
+    add_plugins(parser)
     parser.add_argument("--out", metavar="X.bsh", type=Path, required=True, help="file to write")
     parser.add_argument("--json", action="store_true", help="one JSON object: path, base_width, parameters (a count)")
     args = parser.parse_intermixed_args(argv)
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/base_shapes.py")
+    import_plugins(args)
     from megadit.config import load_config
 
     config = load_config(args.config, args.overrides).model  # refused before torch is imported

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.convert import formats
 from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--from", dest="source_format", required=True, choices=formats(), help="format of IN")
     p.add_argument("--to", dest="target_format", required=True, choices=formats(), help="format of OUT")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML), where IN does not tell the model")
+    add_plugins(p)
     p.add_argument(
         "--ema",
         metavar="NAME",
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.overrides[0]}: changes a config, but there is no --config; give one, or leave it out")
     if args.allow_inexact and "diffusers" not in (args.source_format, args.target_format):
         raise UserError("--allow-inexact: is about classes of diffusers, and neither format is that; leave it out")
+    import_plugins(args)
     from megadit.config import load_config
     from megadit.convert.request import Request, check_request
 

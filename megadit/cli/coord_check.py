@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, say
 from megadit.files.paths import check_folder
 from megadit.streams import result_is_saved
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. model.depth=2")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
+    add_plugins(p)
     p.add_argument("--widths", default="64,128,256", metavar="A,B,…", help="at least three; default 64,128,256")
     p.add_argument("--steps", type=int, default=6, metavar="N", help="optimizer steps, at least 5; default 6")
     p.add_argument("--seeds", type=int, default=2, metavar="N", help="initialisations per width; default 2")
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.local import ranks_started
 
     ranks = ranks_started(args.tp, "--tp")
+    import_plugins(args)
     from megadit.config import load_config
     from megadit.mup.coord_check.plan import CoordPlan, check_report_place, check_shares
 

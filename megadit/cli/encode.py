@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_OK
 from megadit.streams import result_is_saved
 
@@ -63,6 +64,7 @@ def _add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("overrides", nargs="*", metavar="data.key=value", help="change the data section")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML) whose data section to start from")
+    add_plugins(p)
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the sentences")
 
 
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/encode.py")
+    import_plugins(args)
     return _fit(args) if arguments[:1] == [FIT] else _encode(args)
 
 

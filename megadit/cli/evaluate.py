@@ -7,47 +7,40 @@ python tools/evaluate.py emoji-clip pictures.npz --prompts texts.txt
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from megadit.errors import EXIT_OK, UserError
+from megadit.cli import add_plugins, import_plugins
+from megadit.errors import EXIT_OK
+from megadit.extensions import METRICS
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line; the scores of plugins are there once these are imported."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_plugins(p)
     scores = p.add_subparsers(dest="score", required=True, metavar="SCORE")
-    emoji = scores.add_parser(
-        "emoji-clip", help="how well pictures of emoji go with their texts (two small heads; not a CLIP score)"
-    )
-    emoji.add_argument("pictures", type=Path, metavar="FILE.npz", help="what launch/sample.py --npz wrote")
-    emoji.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="the texts, one a line, in turn")
-    emoji.add_argument("--json", action="store_true", help="print one JSON object: matched, shuffled, margin, …")
+    for name in METRICS.names():
+        metric = METRICS.get(name)()
+        one = scores.add_parser(name, help=metric.help)
+        metric.add_arguments(one)
+        add_plugins(one)
+        one.add_argument("--json", action="store_true", help=f"print one JSON object: {metric.keys}")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, score, print."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_plugins(first)
+    import_plugins(first.parse_known_args(words)[0])
+    args = parser().parse_args(words)
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/evaluate.py")
-    from megadit.diffusion.prompt_files import read_prompts
-
-    texts = read_prompts(args.prompts)
-    if not args.pictures.is_file():
-        raise UserError(f"{args.pictures}: there is no such file; give what launch/sample.py --npz wrote")
-    from megadit.evaluate.metrics.emoji_clip import load_emoji_clip, read_pictures
-
-    pictures = read_pictures(args.pictures)
-    score = load_emoji_clip(pictures.shape[-1]).score(pictures, texts)
-    if args.json:
-        print(json.dumps(dataclasses.asdict(score)))
-        return EXIT_OK
-    print(f"emoji-clip score of {score.pictures} pictures of {score.texts} texts")
-    print(f"  own text {score.matched:.3f}   other texts {score.shuffled:.3f}")
-    print(f"  margin {score.margin:.3f} ± {score.margin_error:.3f}")
-    print(f"  own text is the nearest: {score.retrieval:.2f} (by chance {score.chance:.2f})")
+    metric = METRICS.get(args.score)()
+    result = metric.compute(args)
+    print(json.dumps(result) if args.json else metric.describe(result))
     return EXIT_OK

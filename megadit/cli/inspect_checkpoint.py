@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_OK, EXIT_VERDICT_NO
 
 
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--verify", action="store_true", help="read everything and compare checksums")
     p.add_argument("--diff", metavar="OTHER", help="compare with another checkpoint folder or run directory")
     p.add_argument("--norms", action="store_true", help="shape and L2 norms of every parameter")
+    add_plugins(p)
     p.add_argument("--json", action="store_true", help="print one JSON object: summary, problems, diff")
     return p
 
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/inspect_checkpoint.py")
+    import_plugins(args)
     from megadit.checkpoint.names import check_named
 
     for path in filter(None, (args.checkpoint, args.diff)):

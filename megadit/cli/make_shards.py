@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
 
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="data.key=value", help="what to write, e.g. data.name=digits")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must be empty or unfinished")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML) whose data section to start from")
+    add_plugins(p)
     p.add_argument("--name", metavar="NAME", help="what the tars' names begin with; default: the folder's name")
     p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
     p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/make_shards.py")
+    import_plugins(args)
     from megadit.config.loading.loader import load_data
     from megadit.data.shards import options as telling
     from megadit.extensions import DATA_SOURCES

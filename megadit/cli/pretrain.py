@@ -10,12 +10,15 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 
+from megadit.cli import add_plugins
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. optim.lr=2e-4")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")
+    add_plugins(p)
     p.add_argument(
         "--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; default: made from --config"
     )
@@ -40,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A dry run has nothing to save, and a signal ends it as any command.
     with contextlib.nullcontext() if args.dry_run else preemption_signals("starting"):
         try:
+            from megadit.plugins import split
             from megadit.train import entry
 
             return entry.run(
@@ -52,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 world_size=args.world_size,
                 as_json=args.json,
                 full=args.full,
+                plugins=split(args.plugins),
             )
         except Preempted as asked:
             from megadit.train.prepare import run_folder

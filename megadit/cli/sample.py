@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
 
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run of launch/pretrain.py")
     p.add_argument("--checkpoint", default="latest", metavar="latest|PATH", help="default latest")
+    add_plugins(p)
     p.add_argument("--ema", metavar="NAME", help="an average's name such as 0.9999, or online; default sample.weights")
     p.add_argument("--out", type=Path, metavar="FILE.png", help="default RUN_DIR/samples/sample.png")
     p.add_argument("--npz", type=Path, metavar="FILE.npz", help="also write all pictures: arr_0, uint8 (N, H, W, 3)")
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--checkpoint: {args.checkpoint} is not a folder; give latest or one such as "
             f"{args.run_dir / 'checkpoints' / 'step-00001000'}"
         )
+    import_plugins(args)
     grid = args.out or args.run_dir / "samples" / "sample.png"
     from megadit.checkpoint.names import run_config
     from megadit.diffusion.outputs import check_outputs

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
 from megadit.streams import result_is_saved
 
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
         one.add_argument("--config", metavar="FILE", help="study (YAML), also by its name in configs/sweeps")
         one.add_argument("--study_dir", metavar="DIR", help="where the study lies; default runs/sweeps/<study name>")
+        add_plugins(one)
         if overrides:
             one.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a key of study or config")
         if as_json:
@@ -99,11 +101,13 @@ def run(args: argparse.Namespace) -> int:
     """
     from megadit.files.ownership import own
     from megadit.search.storage.store import StudyStore
-    from megadit.search.study.study import load_study
+    from megadit.search.study.study import changed_plugins, load_study
     from megadit.search.workers.pool import Pool, places, this_machine
     from megadit.search.workers.worker import STOP
 
     study = load_study(_source(args), args.study_dir, args.overrides)
+    for change in changed_plugins(study.folder):
+        say(f"warning: {change}")
     remedy = "add workers to it with launch/sweep.py worker, wait for it, or choose another --study_dir"
     with own(study.folder, "running a study", "--study_dir", remedy) as ownership:
         asked = study.spec.workers
@@ -283,9 +287,15 @@ def stop(args: argparse.Namespace) -> int:
 
 
 def _source(args: argparse.Namespace) -> str:
+    """What names the study, once the plugins are imported that the command line and a file given by --config name."""
     source: str | None = args.config if args.config is not None else args.study_dir
     if source is None:
         raise UserError("--config: is missing; name a study file, e.g. configs/sweeps/dit-width-mini.yaml")
+    import_plugins(args)
+    if args.config is not None:
+        from megadit.search.study.study import import_named
+
+        import_named(args.config)
     return source
 
 

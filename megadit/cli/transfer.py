@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, say
 from megadit.streams import result_is_saved
 
@@ -71,6 +72,7 @@ def _verify(p: argparse.ArgumentParser) -> None:
     for name, default, text in LIMITS:
         limits.add_argument(name, type=float, default=default, metavar="X", help=f"{text}; default {default:g}")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture (of one study or table)")
+    add_plugins(p)
     p.add_argument("--json", action="store_true", help="one JSON object on stdout: verdict, best, drift, regret, …")
 
 
@@ -82,6 +84,7 @@ def _apply(p: argparse.ArgumentParser) -> None:
     p.add_argument("--verified-by", nargs="+", action="extend", metavar="STUDY", help="studies that verified transfer")
     p.add_argument("--force", action="store_true", help='write although the verdict is not "transfers"')
     p.add_argument("--manual-multiple", type=float, metavar="X", help="cost of tuning by hand, in target trainings")
+    add_plugins(p)
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks(f"tools/transfer.py {args.action}")
+    import_plugins(args)
     if args.action == "verify":
         return verify(args)
     args.overrides += rest

@@ -25,9 +25,10 @@ from megadit.convert.deferred import deferred, loaded
 from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions, save_conditions
 from megadit.diffusion.classes import CLASSES_FILE, read_classes
 from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
-from megadit.errors import UserError
+from megadit.errors import UserError, say
 from megadit.extensions import FAMILIES
 from megadit.parallel import ProcessContext
+from megadit.plugins import changes_since
 
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 
@@ -65,6 +66,8 @@ def read_run(path: Path, ema: str | None = None) -> Contents:
         extras=_extras(stored),
         classes=tuple(read_classes(stored.path.parent.parent)),
     )
+    for change in changes_since(stored.index.plugins):
+        say(f"warning: {change}")
     if ema is not None:
         return contents.weights_only(f"these are the average {ema}")
     if not stored.averages:

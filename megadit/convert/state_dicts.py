@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from megadit.checkpoint.format import WEIGHTS
@@ -31,10 +30,11 @@ from megadit.convert.safetensors_file import SafetensorsFile
 from megadit.convert.torch_files.safe_load import load_deferred
 from megadit.convert.torch_files.write import save_streaming
 from megadit.convert.wrappings import labels_of, plain_weights
-from megadit.errors import UserError
+from megadit.errors import UserError, say
 from megadit.files.file_kind import instead, kind_of_file
 from megadit.files.folder_kind import folder_instead
 from megadit.files.weight_files import WeightFiles, find_weights, joined
+from megadit.plugins import changes_since, records_of, require
 
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
 _BYTES = 4  # float32
@@ -149,8 +149,13 @@ def _config(file: Path) -> RunConfig | None:
     """The configuration among a safetensors file's metadata, if it has one that is valid today."""
     text = SafetensorsFile(file).metadata.get(_CONFIG_KEY)
     try:
+        found = None if text is None else json.loads(text)
+        plugins = records_of(found.get("plugins", [])) if isinstance(found, dict) else []
+        require(plugins, str(file))
+        for change in changes_since(plugins):
+            say(f"warning: {change}")
         return None if text is None else RunConfig.model_validate_json(text)
-    except ValidationError:  # of another version of megadit; --config can say what it was
+    except (ValueError, RecursionError):  # of another version of megadit; --config can say what it was
         return None
 
 

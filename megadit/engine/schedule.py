@@ -8,18 +8,38 @@ as OneCycle or CosineAnnealing with eta_min, would bend them).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from megadit.config import OptimConfig
 from megadit.config.schema.lengths import steps_of
 from megadit.errors import UserError
+from megadit.extensions import SCHEDULES
 
 
 def steps_of_epochs(epochs: float, images: int, batch: int) -> int:
     """Optimizer steps of so many passes over ``images``, the last batch of them counted whole."""
     exact = Fraction(str(epochs))  # 1.1 as it was written: in floats 1.1 * 100 / 10 is above 11
     return math.ceil(exact * images / batch)
+
+
+def constant(step: int, schedule: Schedule) -> float:
+    """1 at every step."""
+    return 1.0
+
+
+def cosine(step: int, schedule: Schedule) -> float:
+    """Half a cosine from 1 at the end of the warm-up to ``schedule.floor`` at the end of the run."""
+    done = (step - schedule.warmup) / max(1, schedule.total - schedule.warmup)
+    return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def wsd(step: int, schedule: Schedule) -> float:
+    """1, and over the last ``schedule.decay`` steps a line down to ``schedule.floor``."""
+    left = max(0, schedule.total - step) / schedule.decay
+    return schedule.floor + (1 - schedule.floor) * min(1.0, left)
 
 
 @dataclass(frozen=True)
@@ -72,13 +92,11 @@ class Schedule:
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
-        if self.kind == "cosine":
-            done = (step - self.warmup) / max(1, self.total - self.warmup)
-            return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        if self.kind == "wsd":
-            left = max(0, self.total - step) / self.decay
-            return self.floor + (1 - self.floor) * min(1.0, left)
-        return 1.0
+        return self._after_warmup(step, self)
+
+    @cached_property
+    def _after_warmup(self) -> Callable[[int, Schedule], float]:
+        return SCHEDULES.get(self.kind)
 
 
 def _length(written: int | str, steps: int) -> str:

@@ -18,19 +18,20 @@ from megadit import __version__
 from megadit.errors import UserError
 from megadit.files.text import name_bytes
 from megadit.parallel.processes import ProcessContext
+from megadit.plugins import loaded
 
 _TOLD = 4  # differences that the error names
 
 
 def check_agreement(context: ProcessContext, facts: Mapping[str, Any]) -> None:
-    """Compare ``facts`` (name -> plain value) and the versions and sources of the code over all ranks (collective).
+    """Compare ``facts`` (name -> plain value), the code and the plugins over all ranks (collective).
 
     Raises:
         UserError: on every rank; it names what differs, the values and the ranks that hold them.
     """
     if context.world_size == 1:
         return
-    own = {**facts, **code_facts()}
+    own = {**facts, **code_facts(), **{f"plugin {plugin.name}": str(plugin) for plugin in loaded()}}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
     if len(set(context.gather_objects(digest))) == 1:
         return

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadit.checkpoint.names import saved_step
-from megadit.config import load
+from megadit.config import LoadedConfig, load
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
 from megadit.files.ownership import refuse_occupied
 from megadit.files.paths import check_folder
@@ -24,6 +24,7 @@ from megadit.parallel.environment import is_local_main
 from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
 from megadit.parallel.lifetime import die_with_launcher
 from megadit.parallel.rendezvous import RendezvousFailed
+from megadit.plugins import load_plugins
 from megadit.streams import result_is_saved
 from megadit.train.prepare import Job, check_job, check_machine, run_folder
 from megadit.train.run_dir import RunDirectory, refuse_foreign
@@ -42,6 +43,7 @@ def run(
     world_size: int | None = None,
     as_json: bool = False,
     full: bool = False,
+    plugins: Sequence[str] = (),
 ) -> int:
     """What the arguments of ``launch/pretrain.py`` ask for; returns the exit code.
 
@@ -62,14 +64,14 @@ def run(
             raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
         from megadit.train.dry_run import dry_run_elsewhere
 
-        loaded = load(config, overrides)
+        loaded = _load(config, overrides, plugins)
         return dry_run_elsewhere(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
     try:
         check_folder(folder, "--run_dir")
         refuse_foreign(folder)
         if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
             refuse_occupied(folder, "--run_dir")
-        job = check_job(load(config, overrides), ds_config, folder, resume, dry=dry)
+        job = check_job(_load(config, overrides, plugins), ds_config, folder, resume, dry=dry)
         if dry:
             from megadit.train.dry_run import dry_run
 
@@ -90,6 +92,12 @@ def run(
     with _errors_told(job) as end:
         end.code = pretrain(job)
     return end.code
+
+
+def _load(config: str | None, overrides: Sequence[str], plugins: Sequence[str]) -> LoadedConfig:
+    """The configuration, after the plugins that the command line and ``--config`` name. Raises UserError."""
+    load_plugins(plugins)
+    return load(config, overrides, may_import=True)
 
 
 def _enter(folder: Path, dry: bool) -> None:

@@ -25,7 +25,7 @@ from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.agreement import check_agreement, flat
 from megadit.parallel.last_words import explain_timeout, of_another_rank
 from megadit.parallel.rendezvous import RendezvousFailed
-from megadit.train.callbacks import Callback, default_callbacks
+from megadit.train.callbacks import Callback, default_callbacks, make_callbacks
 from megadit.train.divergence import notes_of_earlier_ends
 from megadit.train.loop import Trainer
 from megadit.train.preemption import Preempted
@@ -41,8 +41,8 @@ _checked: weakref.WeakSet[ImageSet] = weakref.WeakSet()  # sets that an earlier 
 def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_group: bool = False) -> int:
     """Run the job in this process, one of WORLD_SIZE; returns the exit code.
 
-    ``callbacks`` takes the place of the default ones. With ``keep_group`` the process group stays up for the next
-    job of this process.
+    ``callbacks`` takes the place of the default ones; those of ``train.callbacks`` follow. With ``keep_group`` the
+    process group stays up for the next job of this process.
 
     The run directory is owned from before the first look at its checkpoints to the end.
 
@@ -61,7 +61,8 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
             with _failures_recorded(job, directory, lambda: start.step):
                 run = build_run(job, context, directory, steps, start)
             with _failures_recorded(job, directory, lambda: run.position.step):
-                code, reason = Trainer(run, default_callbacks() if callbacks is None else callbacks).fit()
+                chosen = default_callbacks() if callbacks is None else callbacks
+                code, reason = Trainer(run, [*chosen, *make_callbacks(*job.config.train.callbacks)]).fit()
                 if context.is_main:
                     with harmless("exit.json"):
                         directory.write_exit(code, reason, run.position.step)
@@ -106,7 +107,8 @@ def _join(job: Job, directory: RunDirectory) -> ProcessContext:
 
 def _facts(job: Job) -> dict[str, Any]:
     """What all ranks must have in common: the configuration, and how many samples the data hold for each."""
-    found = {**flat(job.config.model_dump(mode="json")), **flat(job.ds_config, "ds_config.")}
+    # Plugins are compared with the code.
+    found = {**flat(job.config.model_dump(mode="json", exclude={"plugins"})), **flat(job.ds_config, "ds_config.")}
     return {**found, "images to train on": len(job.train_set), "images held out": len(job.val_set)}
 
 

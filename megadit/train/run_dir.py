@@ -17,7 +17,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from megadit.files.json_text import JsonError, parse_json
 from megadit.files.ownership import Ownership, is_another_s
 from megadit.files.paths import whole_file
 from megadit.files.text import whole_text
+from megadit.plugins import loaded
 
 _LARGEST_COUNT = 2**63 - 1  # of steps and samples in a row of metrics
 
@@ -263,6 +264,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
+        "plugins": list(map(asdict, loaded())),
         "device": cuda or platform.processor() or platform.machine(),
         "started": time.strftime("%FT%T%z"),
     }

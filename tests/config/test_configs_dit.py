@@ -41,6 +41,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "scheduler": "ddpm", "steps": 250, "guidance": 1.0, "guidance_channels": 3, "count": 64, "seed": 0,
         "weights": "0.9999", "prompts": (),
     },
+    "plugins": (),
 }  # fmt: skip
 ROLES = ("input", "hidden", "vector", "output", "finite")
 
@@ -79,7 +80,7 @@ def test_every_value(name: str):
             "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "keep_every": None, "skip_samples": (),
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": None, "validation_images": 0, "validate_with": ("online",), "tensorboard": True,
-            "wandb": False,
+            "wandb": False, "callbacks": (),
         },
     }  # fmt: skip
 

@@ -40,6 +40,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "scheduler": "euler", "steps": 50, "guidance": 4.0, "guidance_channels": None, "count": 16, "seed": 0,
         "weights": "0.9999", "prompts": (),
     },
+    "plugins": (),
 }  # fmt: skip
 ROLES = ("input", "hidden", "vector", "output", "finite")
 
@@ -80,7 +81,7 @@ def test_every_value(name: str):
             "log_every": 100, "checkpoint_every": 5000, "keep_last": 2, "keep_every": None, "skip_samples": (),
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": 10_000, "validation_images": 4096, "validate_with": ("online",), "tensorboard": True,
-            "wandb": False,
+            "wandb": False, "callbacks": (),
         },
     }  # fmt: skip
 

@@ -60,8 +60,10 @@ ALWAYS = {
     "the loop": (
         "train.steps train.epochs train.global_batch train.micro_batch train.precision train.activation_checkpointing "
         "train.compile train.seed train.log_every train.checkpoint_every train.keep_last train.keep_every "
-        "train.init_from train.skip_samples train.sample_every train.validation_images train.tensorboard train.wandb"
+        "train.init_from train.skip_samples train.sample_every train.validation_images train.tensorboard train.wandb "
+        "train.callbacks"
     ),
+    "the start of the command, before anything else of a configuration": "plugins",
     "pictures; at guidance 1 the run keeps guidance_channels for launch/sample.py --guidance": (
         "sample.scheduler sample.steps sample.guidance sample.guidance_channels sample.count sample.seed "
         "sample.weights"

@@ -33,7 +33,7 @@ from megadit.data.text.condition_files import load_conditions
 from megadit.diffusion.classes import read_classes
 from megadit.diffusion.prompt_files import read_prompts
 from megadit.errors import UserError
-from megadit.evaluate.metrics.emoji_clip import read_pictures
+from megadit.evaluate.pictures import read_pictures
 from megadit.files.file_kind import (
     bytes_instead,
     file_instead,

@@ -148,7 +148,7 @@ HUNTED = {
         "data/features/cache.py",
         "data/text/condition_files.py",
         "data/text/table.py",
-        "evaluate/metrics/emoji_clip.py",
+        "evaluate/pictures.py",
         "files/file_kind.py",
     ),
 }

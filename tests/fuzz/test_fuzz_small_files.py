@@ -16,7 +16,7 @@ from helpers.fuzz_files import HEADER_WORDS, STATE, Runs, torch_files
 from megadit.data.features.cache import CachedEncoder
 from megadit.data.text import table
 from megadit.data.text.condition_files import load_conditions
-from megadit.evaluate.metrics.emoji_clip import read_pictures
+from megadit.evaluate.pictures import read_pictures
 from megadit.files.file_kind import file_instead, kind_of
 
 

@@ -94,7 +94,9 @@ def whole_run(
     from deepspeed.accelerator import get_accelerator
 
     from megadit.data import build_datasets
-    from megadit.train.callbacks import Callback, Checkpoints, JsonLines, Progress
+    from megadit.train.callbacks import Callback
+    from megadit.train.callbacks.artifacts import Checkpoints
+    from megadit.train.callbacks.logging import JsonLines, Progress
     from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
 

@@ -69,7 +69,8 @@ def _nothing_works_after_the_save():
     """Pictures, curves, summary, TensorBoard, the workers' end and stdout all fail."""
     from megadit.data import BatchStream
     from megadit.train import pictures, pretrain
-    from megadit.train.callbacks import TensorBoard, artifacts
+    from megadit.train.callbacks import artifacts
+    from megadit.train.callbacks.logging import TensorBoard
 
     def fail(what):
         def failing(*args, **kwargs):
@@ -100,7 +101,7 @@ def test_a_run_that_is_saved_ends_well_whatever_fails_after_it(tmp_path):
 
 def _no_terminal_and_preempted():
     """Whoever read stdout and stderr is gone, and a signal comes; what else follows the save fails too."""
-    from megadit.train.callbacks import Samples, Summary
+    from megadit.train.callbacks.artifacts import Samples, Summary
 
     def fail(self, run):
         if run.position.step == 5:
@@ -121,7 +122,7 @@ def test_a_preempted_run_is_saved_whatever_fails_beside_it(tmp_path):
 
 
 def _no_exit_record():
-    from megadit.train.callbacks import Summary
+    from megadit.train.callbacks.artifacts import Summary
     from megadit.train.run_dir import RunDirectory
 
     def fail(self, *args):
@@ -140,7 +141,7 @@ def test_an_exit_record_without_space_is_a_warning(tmp_path):
 
 def _no_space_at_3():
     """A disk that is full when the metrics of step 3 are written."""
-    from megadit.train.callbacks import JsonLines
+    from megadit.train.callbacks.logging import JsonLines
 
     def full(self, run, record):
         if record["step"] == 3:

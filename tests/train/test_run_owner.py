@@ -20,7 +20,8 @@ def pretrain_rank(config, folder, patch=None, resume="auto"):
     from pathlib import Path
 
     from megadit.data import build_datasets
-    from megadit.train.callbacks import Checkpoints, JsonLines, Wandb
+    from megadit.train.callbacks.artifacts import Checkpoints
+    from megadit.train.callbacks.logging import JsonLines, Wandb
     from megadit.train.prepare import Job
     from megadit.train.pretrain import pretrain
 

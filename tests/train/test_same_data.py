@@ -172,7 +172,7 @@ def test_of_tars_only_reading_would_tell_and_so_it_is_a_note(pictures, tmp_path,
 def _pretrain(config, folder, damaged=None):
     """The whole run in a forked process; (exit code or the refusal)."""
     from megadit.config.deepspeed.merge import merge_ds_config
-    from megadit.train.callbacks import Checkpoints
+    from megadit.train.callbacks.artifacts import Checkpoints
     from megadit.train.pretrain import pretrain
 
     merged = merge_ds_config(LoadedConfig(config), None, 1)

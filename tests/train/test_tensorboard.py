@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megadit.train.callbacks import TensorBoard
+from megadit.train.callbacks.logging import TensorBoard
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megadit.config.schema.section import Section
 from megadit.errors import UserError
 from megadit.files.paths import whole_file
 from megadit.files.yaml_text import dump_yaml
+from megadit.plugins import load_plugins, loaded, records_of, require
 
 QUICKSTART = "quickstart/emoji.yaml"  # what runs when no --config is given
 
@@ -47,13 +48,18 @@ class LoadedConfig:
     resolved: frozenset[str] = frozenset()
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load(path: str | Path | None = None, overrides: Sequence[str] = (), *, may_import: bool = False) -> LoadedConfig:
     """Read the file at ``path`` (None: the quickstart) with its bases, lay ``overrides`` over it and check all.
 
-    Raises UserError that names every wrong key with its value, its source and what to write instead.
+    ``may_import``: the plugins that the file names are imported, unless megadit wrote it. Raises UserError that names
+    every wrong key with its value, its source and what to write instead.
     """
     file = find_config(path) if path is not None else configs_dir() / QUICKSTART
     layers = read_layers(file)
+    if may_import and not layers[-1].resolved:
+        named = records_of(layers[-1].values.get("plugins") or [])
+        load_plugins((record["name"] for record in named), f"plugins in {layers[-1].source}")
+    require_plugins(layers)
     defaults = {layer.source for layer in layers} if path is None else set()
     merged = merge([*layers, override_layer(overrides)], RunConfig)
     config = _validated(merged)
@@ -71,6 +77,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def load_layers(layers: Sequence[Layer]) -> RunConfig:
     """The checked configuration that ``layers`` make, the first lowest. Raises UserError."""
+    require_plugins(layers)
     return _validated(merge(layers, RunConfig))
 
 
@@ -86,9 +93,15 @@ def replace(
     return _validated(merge([whole, Layer(nested(changes), source, resolved)], RunConfig))
 
 
+def require_plugins(layers: Sequence[Layer]) -> None:
+    """Refuse, before their values mean anything, layers that name plugins which nobody imported. Raises UserError."""
+    for layer in layers:
+        require(records_of(layer.values.get("plugins") or []), layer.source)
+
+
 def _validated(merged: Merged) -> RunConfig:
     settle(merged.values, merged.sources, merged.order, merged.resolved)
-    values = nested(merged.values)
+    values = nested(merged.values) | {"plugins": tuple(map(asdict, loaded()))}
     for section in ("model", "train"):  # so that an empty file names the keys that are missing in these
         values.setdefault(section, {})
     try:
@@ -129,6 +142,7 @@ def load_data(path: str | None, overrides: Sequence[str]) -> DataConfig:
     if other is not None:
         raise UserError(f"override: {other!r} changes nothing here; only data.* keys are read")
     layers = read_layers(find_config(path)) if path is not None else []
+    require_plugins(layers)
     merged = merge([*layers, override_layer(overrides)], RunConfig)
     settle(merged.values, merged.sources, merged.order, merged.resolved, only="data.")
     values = {key: value for key, value in merged.values.items() if key.split(".")[0] == "data"}

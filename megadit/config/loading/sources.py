@@ -146,6 +146,8 @@ def override_layer(overrides: Sequence[str]) -> Layer:
             raise UserError(f"{key}: the override gives no value; write one, or {key}=null for none")
         if key == "base":
             raise UserError(f"base: {text} cannot be an override, only a file inherits; name it by --config")
+        if key.partition(".")[0] == "plugins":
+            raise UserError(f"plugins: {shortened(text)} cannot be an override; give it as --plugins MODULE")
         try:
             value = parse_yaml(text, comments=False)
         except YamlError as error:

@@ -116,5 +116,6 @@ def _type_name(annotation: Any) -> str:
         kinds = get_args(annotation)
         if get_origin(kinds[0]) is tuple:
             return f"list of [{', '.join(names[kind] for kind in get_args(kinds[0]))}]"
-        return f"list of {names[kinds[0]]}" if Ellipsis in kinds else f"list of {len(kinds)} numbers"
+        listed = names.get(kinds[0], "text")  # names of plugins
+        return f"list of {listed}" if Ellipsis in kinds else f"list of {len(kinds)} numbers"
     return names.get(annotation, str(annotation))

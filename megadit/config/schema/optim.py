@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from megadit.config.schema.lengths import Length, check_length, length_schema
+from megadit.config.schema.registered import Registered
 from megadit.config.schema.section import Section
+from megadit.extensions import SCHEDULES
 
 
 class ClipGroups(Section):
@@ -63,7 +65,7 @@ class OptimConfig(Section):
     implementation: Literal["auto", "torch-fused", "torch-foreach", "deepspeed-fused", "deepspeed-cpu"] = Field(
         "auto", description="auto: torch-fused; deepspeed-* compile their kernel at the first start"
     )
-    schedule: Literal["constant", "cosine", "wsd"] = Field(
+    schedule: Annotated[str, Registered(SCHEDULES)] = Field(
         "constant", description="after the warm-up; wsd: constant, then a linear decay at the end"
     )
     warmup_steps: Length = Field(
@@ -91,7 +93,7 @@ class OptimConfig(Section):
     def _consistent(self) -> OptimConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {list(self.betas)} must both lie in [0, 1); the usual are [0.9, 0.999]")
-        if self.decay_steps is not None and self.schedule != "wsd":
+        if self.decay_steps is not None and self.schedule in ("constant", "cosine"):
             raise ValueError(
                 f"decay_steps: {self.decay_steps} belongs to schedule wsd, not {self.schedule}; set it to null"
             )

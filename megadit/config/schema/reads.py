@@ -70,6 +70,11 @@ def _by_family(key: str) -> Choice:
     return Choice("model.family", holds=lambda name: name not in FAMILIES or key in family_spec(name).keys)
 
 
+def _but_for(key: str, values: tuple[str, ...], remedy: str) -> Choice:
+    """Read under all values but these: a plugin's may read it."""
+    return Choice(key, holds=lambda value: value not in values, remedy=remedy)
+
+
 _TEXT = Choice("data.condition", ("text",))
 _SEEN = Choice("data.features.encoder", ("efficientnet-lite0", "dinov2"))
 _FLOW, _DDPM = Choice("objective.kind", ("flow",)), Choice("objective.kind", ("ddpm",))
@@ -106,8 +111,8 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
     "objective.label_dropout": (Choice("data.condition", ("class", "text")),),
     "optim.eps_mode": (_MUP,),
     "optim.wd_mode": (_MUP,),
-    "optim.decay_steps": (Choice("optim.schedule", ("wsd",)),),
-    "optim.min_lr_ratio": (Choice("optim.schedule", ("cosine", "wsd")),),
+    "optim.decay_steps": (_but_for("optim.schedule", ("constant", "cosine"), "optim.schedule=wsd"),),
+    "optim.min_lr_ratio": (_but_for("optim.schedule", ("constant",), "optim.schedule=cosine"),),
     "optim.clip.groups": (Choice("optim.clip.mode", ("per_group",)),),
     "ema.every": (_AVERAGED,),
     "train.validate_every": (_VALIDATED, _HELD_OUT),

@@ -1,14 +1,15 @@
-"""A value that is a name in a registry, to which plugins add: ``model.family``, ``data.name``."""
+"""Values that are names in a registry, to which plugins add (``model.family``, ``data.name``), and these plugins."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
+from megadit.config.schema.section import Section
 from megadit.registry import Registry
 
 
@@ -39,3 +40,28 @@ class Registered:
 def registered_names(field: FieldInfo) -> tuple[str, ...]:
     """The names that ``field`` takes; none where it takes others than those of a registry."""
     return next((item.registry.names() for item in field.metadata if isinstance(item, Registered)), ())
+
+
+class PluginRecord(Section):
+    """A plugin that was imported: its version, if it says one, and the SHA-256 of its Python files."""
+
+    name: str
+    version: str = ""
+    sha256: str = ""
+
+
+def _as_records(values: Any) -> Any:
+    """Names as records of which no more is known."""
+    if not isinstance(values, list | tuple):
+        return values
+    return tuple({"name": value} if isinstance(value, str) else value for value in values)
+
+
+# A list of plugins: a person writes names, megadit records.
+Plugins = Annotated[
+    tuple[PluginRecord, ...],
+    BeforeValidator(_as_records),
+    WithJsonSchema(
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, PluginRecord.model_json_schema()]}, "default": []}
+    ),
+]

@@ -11,8 +11,10 @@ from megadit.config.schema.data import DataConfig
 from megadit.config.schema.layout import ParallelConfig, layout_problem
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
+from megadit.config.schema.registered import Plugins
 from megadit.config.schema.section import Section
 from megadit.config.schema.values import number
+from megadit.extensions import CALLBACKS
 
 
 class ObjectiveConfig(Section):
@@ -143,6 +145,9 @@ class TrainConfig(Section):
     )
     tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
     wandb: bool = Field(False, description="log to Weights & Biases too, if installed")
+    callbacks: tuple[str, ...] = Field(
+        (), description="callbacks of plugins, by name, which run after megadit's own (docs/extending.md)"
+    )
 
     @field_validator("skip_samples", mode="before")
     @classmethod
@@ -182,6 +187,16 @@ class TrainConfig(Section):
                 f"keep_every: {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}, so that "
                 "nothing would be kept; make it one"
             )
+        added = CALLBACKS.added()
+        for name in self.callbacks:
+            if name not in added:
+                what = "always runs; leave it out" if name in CALLBACKS else "is no callback of a plugin"
+                remedy = (
+                    "" if name in CALLBACKS else f" ({', '.join(added) or 'none is imported'}); give --plugins MODULE"
+                )
+                raise ValueError(f"callbacks: {name!r} {what}{remedy}")
+        if len(set(self.callbacks)) < len(self.callbacks):
+            raise ValueError(f"callbacks: {list(self.callbacks)} names one twice; leave one out")
         for first, stop in self.skip_samples:
             if not 0 <= first < stop:
                 raise ValueError(
@@ -233,6 +248,9 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
+    plugins: Plugins = Field(
+        (), description="modules to import first, which bring families, data sources, callbacks, …: docs/extending.md"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

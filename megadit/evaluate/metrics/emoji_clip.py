@@ -1,243 +1,48 @@
-"""The emoji-clip score: how well pictures of emoji go with their texts, by encoders that any machine has.
-
-It is CLIP in small (Radford et al., arXiv 2103.00020): a linear head on frozen EfficientNet-Lite0 features of the
-picture and one on frozen all-MiniLM-L6-v2 features of the text, trained on the training part of the emoji set to find
-each other, every picture once as it is and once roughened, since samples of small models are blocky and noisy.
-It knows 1,800 emoji and nothing else. Its numbers compare pictures with one another; they are not CLIP scores and must
-not be called so.
-"""
+"""``emoji-clip``: how well pictures of emoji go with their texts."""
 
 from __future__ import annotations
 
-import hashlib
-import sys
-import zipfile
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from megadit import rng
-from megadit.config.schema.data import DataConfig, TextSource
-from megadit.data import build_datasets
-from megadit.data.batch import scale_images
-from megadit.data.dataset import ImageSet, stack_images
-from megadit.data.features.efficientnet import load_network, preprocessed
-from megadit.data.features.encoder import resized
-from megadit.data.npy import read_header
-from megadit.data.text import build_encoder, cache_folder
 from megadit.errors import UserError
-from megadit.files.file_kind import file_instead
-from megadit.files.paths import save_tensors
-
-_SIDE = 64  # pixels to which pictures are enlarged for the image encoder
-_WIDTH = 256  # channels of the space in which pictures and texts meet
-# More steps fit the training pairs and find fewer of the unseen ones.
-_STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE = 100, 256, 1e-3, 0.1, 0.05
-_BLOCK, _NOISE = 4, 24.0  # of roughened pictures: side of flattened blocks in pixels, noise in grey levels
-_VERSION = 2
-# An npz of real pictures unpacks to a few times its size; flat colours to a thousand times, which is harmless if small.
-_PACKED, _LARGE = 100, 2**30
+from megadit.evaluate.metrics import Metric
 
 
-@dataclass(frozen=True)
-class EmojiClipScore:
-    """Cosines, averaged over pictures; ``shuffled`` against every other text of the list.
+class EmojiClipMetric(Metric):
+    """See ``clip_heads`` for what it measures."""
 
-    margin: matched - shuffled.  margin_error: its standard error over pictures.  retrieval: share of pictures whose
-    own text is the nearest of the distinct texts; ``chance`` is what guessing gives.
-    """
+    help = "how well pictures of emoji go with their texts (two small heads; not a CLIP score)"
+    keys = "matched, shuffled, margin, …"
 
-    matched: float
-    shuffled: float
-    margin: float
-    margin_error: float
-    retrieval: float
-    chance: float
-    pictures: int
-    texts: int
-
-
-@dataclass(frozen=True)
-class EmojiClip:
-    """The two heads with the means and scales of their inputs."""
-
-    tensors: dict[str, Tensor]
-
-    def pictures(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3 or 1, H, W) -> unit vectors float32 (B, 256)."""
-        return self._head("image", image_features(images))
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> unit vectors float32 (B, 256)."""
-        return self._head("text", text_features(texts))
-
-    def _head(self, side: str, features: Tensor) -> Tensor:
-        return _embedded(features, self.tensors, side)
-
-    def score(self, images: Tensor, texts: Sequence[str]) -> EmojiClipScore:
-        """images: uint8 (N, C, H, W).  texts: picture i shows texts[i mod K]. At least two texts must differ."""
-        distinct = sorted(set(texts))
-        if len(distinct) < 2:
-            raise UserError("--prompts: hold one text only; the score compares a picture's own text with others")
-        own = torch.tensor([distinct.index(texts[i % len(texts)]) for i in range(len(images))])
-        cosines = self.pictures(images) @ self.texts(distinct).T
-        matched = cosines.gather(1, own[:, None])[:, 0]
-        others = (cosines.sum(1) - matched) / (len(distinct) - 1)
-        margin = matched - others
-        return EmojiClipScore(
-            matched=matched.mean().item(),
-            shuffled=others.mean().item(),
-            margin=margin.mean().item(),
-            margin_error=(margin.std() / len(margin) ** 0.5).item() if len(margin) > 1 else float("nan"),
-            retrieval=(cosines.argmax(1) == own).float().mean().item(),
-            chance=1 / len(distinct),
-            pictures=len(images),
-            texts=len(distinct),
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The pictures and their texts."""
+        parser.add_argument("pictures", type=Path, metavar="FILE.npz", help="what launch/sample.py --npz wrote")
+        parser.add_argument(
+            "--prompts", type=Path, required=True, metavar="FILE", help="the texts, one a line, in turn"
         )
 
+    def compute(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The fields of ``EmojiClipScore``."""
+        from megadit.diffusion.prompt_files import read_prompts
 
-@torch.no_grad()
-def image_features(images: Tensor) -> Tensor:
-    """EfficientNet-Lite0's last features, averaged over the picture: uint8 (B, C, H, W) -> float32 (B, 1280)."""
-    network = load_network()
-    parts = []
-    for part in images.expand(-1, 3, -1, -1).split(64):
-        grid = network.extract_features(preprocessed(resized(scale_images(part), _SIDE)))
-        parts.append(grid.mean((2, 3)))
-    return torch.cat(parts)
+        texts = read_prompts(args.prompts)
+        if not args.pictures.is_file():
+            raise UserError(f"{args.pictures}: there is no such file; give what launch/sample.py --npz wrote")
+        from megadit.evaluate.metrics import clip_heads
+        from megadit.evaluate.pictures import read_pictures
 
+        pictures = read_pictures(args.pictures)
+        return dataclasses.asdict(clip_heads.load_emoji_clip(pictures.shape[-1]).score(pictures, texts))
 
-def roughened(images: Tensor) -> Tensor:
-    """Pictures uint8 (B, C, H, W), each faded by a share of its own into flat blocks and noise."""
-    exact = images.float()
-    blocks = F.interpolate(exact, size=max(1, images.shape[-1] // _BLOCK), mode="area")
-    flat = F.interpolate(blocks, size=images.shape[-1], mode="nearest")
-    noise = _NOISE * rng.normal(rng.stream_key(0, "emoji-clip", "noise"), exact.shape)
-    share = rng.uniform(rng.stream_key(0, "emoji-clip", "share"), (len(images), 1, 1, 1))
-    return torch.lerp(exact, flat + noise, share).clamp(0, 255).to(torch.uint8)
-
-
-def text_features(texts: Sequence[str]) -> Tensor:
-    """all-MiniLM-L6-v2's mean of the states: float32 (B, 384)."""
-    pooled = build_encoder(TextSource(encoder="minilm", pooled="same")).encode(list(texts), 64).pooled
-    assert pooled is not None
-    return pooled
-
-
-def load_emoji_clip(image_size: int, cache: str | None = None) -> EmojiClip:
-    """The heads for pictures of ``image_size`` pixels: read from the cache, or trained in a minute or two and kept.
-
-    Raises UserError where a package is missing or the cache cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    settings = (_VERSION, _SIDE, _BLOCK, _NOISE, _WIDTH, _STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE, image_size)
-    encoder = build_encoder(TextSource(encoder="minilm", pooled="same")).identity
-    name = hashlib.sha256(repr((settings, encoder)).encode()).hexdigest()[:16]
-    path = cache_folder(cache).parent / "emoji-clip" / f"{name}.safetensors"
-    if path.is_file():
-        try:
-            return EmojiClip(load_file(str(path)))
-        except (SafetensorError, OSError):
-            print(f"'{path}' is damaged; the heads are trained again", file=sys.stderr)
-    train, held_out = build_datasets(DataConfig(image_size=image_size, condition="text"))
-    print("emoji-clip: features of the emoji set, then its two heads: a minute or two, once", file=sys.stderr)
-    model = EmojiClip(train_heads(*_features(train)))
-    unseen = model.score(stack_images(held_out, range(len(held_out))), _captions(held_out))
-    print(
-        f"emoji-clip: real pictures held out, {unseen.pictures}: matched {unseen.matched:.3f}, shuffled "
-        f"{unseen.shuffled:.3f}, retrieval {unseen.retrieval:.2f}",
-        file=sys.stderr,
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, model.tensors)
-    except OSError as error:
-        raise UserError(f"$XDG_CACHE_HOME: '{path.parent}' cannot be written ({error.strerror or error})") from error
-    return model
-
-
-def train_heads(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """Symmetric InfoNCE on pairs of features: images (N, I), texts (N, T) -> the tensors of an ``EmojiClip``."""
-    tensors: dict[str, Tensor] = {}
-    weights = []
-    for side, features in (("image", images), ("text", texts)):
-        tensors[f"{side}.mean"], tensors[f"{side}.std"] = features.mean(0), features.std(0) + 1e-6
-        shape = (_WIDTH, features.shape[1])
-        weight = rng.normal(rng.stream_key(0, "emoji-clip", side), shape) / shape[1] ** 0.5
-        tensors[f"{side}.weight"] = weight.requires_grad_()
-        weights.append(weight)
-    optimizer = torch.optim.AdamW(weights, lr=_LR, weight_decay=_DECAY)
-    batch = min(_BATCH, len(images))
-    for step in range(_STEPS):
-        draws = rng.uniform(rng.stream_key(0, "emoji-clip", "batch", str(step)), (len(images),))
-        chosen = draws.argsort()[:batch]
-        logits = (
-            _embedded(images[chosen], tensors, "image") @ _embedded(texts[chosen], tensors, "text").T / _TEMPERATURE
-        )
-        own = torch.arange(batch)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return {name: value.detach().clone() for name, value in tensors.items()}
-
-
-def read_pictures(path: Path) -> Tensor:
-    """``arr_0`` of an npz that ``launch/sample.py --npz`` wrote, as uint8 (N, 3, H, W). Raises UserError otherwise."""
-    remedy = "give what launch/sample.py --npz wrote"
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; {remedy}")
-    if not zipfile.is_zipfile(path):  # numpy would take anything else for a pickle
-        other = file_instead(path, "npz")
-        raise UserError(f"{path}: is no npz file{f': {other}' if other else f', or was cut short; {remedy}'}")
-    try:
-        _check_header(path, remedy)
-        with np.load(path, allow_pickle=False) as file:
-            pictures = torch.from_numpy(file["arr_0"])
-    except KeyError:
-        other = file_instead(path, "npz", "zip")
-        raise UserError(f"{path}: holds no arr_0{f': {other}' if other else f'; {remedy}'}") from None
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: arr_0 cannot be read ({' '.join(str(error).split())[:200]}); {remedy}") from error
-    return pictures.permute(0, 3, 1, 2).contiguous()
-
-
-def _check_header(path: Path, remedy: str) -> None:
-    """Refuse what is no pictures, or of which a small file would make a large array, before it is unpacked.
-
-    Raises KeyError without arr_0, UserError for other arrays, and what zipfile and numpy say about damage.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo("arr_0.npy")
-        with zipfile.Path(archive, entry.filename).open("rb") as stream:
-            shape, _, dtype = read_header(stream, entry.file_size)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-        raise UserError(f"{path}: arr_0 is not uint8 (N, H, W, 3); {remedy}")
-    if 0 in shape:
-        raise UserError(f"{path}: arr_0 holds no pictures; {remedy}")
-    if entry.file_size > _LARGE and entry.file_size > _PACKED * path.stat().st_size:
-        raise UserError(
-            f"{path}: its {path.stat().st_size:,} bytes unpack to {entry.file_size:,}, as no real pictures do; {remedy}"
-        )
-
-
-def _features(images: ImageSet) -> tuple[Tensor, Tensor]:
-    pictures, texts = stack_images(images, range(len(images))), text_features(_captions(images))
-    return image_features(torch.cat([pictures, roughened(pictures)])), torch.cat([texts, texts])
-
-
-def _captions(images: ImageSet) -> list[str]:
-    return [images.caption(i) for i in range(len(images))]
-
-
-def _embedded(features: Tensor, tensors: dict[str, Tensor], side: str) -> Tensor:
-    centred = (features - tensors[f"{side}.mean"]) / tensors[f"{side}.std"]
-    return F.normalize(centred @ tensors[f"{side}.weight"].T, dim=1)
+    def describe(self, result: Mapping[str, Any]) -> str:
+        """Four lines."""
+        return (
+            "emoji-clip score of {pictures} pictures of {texts} texts\n"
+            "  own text {matched:.3f}   other texts {shuffled:.3f}\n"
+            "  margin {margin:.3f} ± {margin_error:.3f}\n"
+            "  own text is the nearest: {retrieval:.2f} (by chance {chance:.2f})"
+        ).format(**result)

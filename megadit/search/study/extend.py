@@ -10,7 +10,7 @@ from megadit.errors import UserError
 from megadit.search.study.spec import LISTED, DimensionSpec, StudySpec
 
 # How runs are made and chosen, not what they are.
-_FREE = {"description", "workers", "select", "keep", "max_attempts", "stale_after_s"}
+_FREE = {"description", "plugins", "workers", "select", "keep", "max_attempts", "stale_after_s"}
 # Part of the base configuration once it is resolved; compared there.
 _RESOLVED = {"base", "overrides", "proxy"}
 _GROWING = "only more seeds, trials, grid values and scale values, workers, selection and keep may differ"
@@ -61,7 +61,7 @@ def _wider(after: DimensionSpec, before: DimensionSpec, sampler: str) -> bool:
 
 def _without_scale(spec: StudySpec, base: RunConfig) -> dict[str, Any]:
     """The base without the scaled key, of which it holds the proxy's value, which may move as the scale grows."""
-    values = base.model_dump(mode="json")
+    values = base.model_dump(mode="json", exclude={"plugins"})
     if spec.scale is not None:
         section, _, key = spec.scale.key.partition(".")
         del values[section][key]

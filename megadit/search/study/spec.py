@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_serializer, 
 from megadit.config.loading.merge import merge
 from megadit.config.loading.messages import explain
 from megadit.config.loading.sources import Layer, display, nested, read_yaml
+from megadit.config.schema.registered import Plugins
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import Section, walk
 from megadit.config.schema.values import coerce, meaning, number
@@ -226,7 +227,7 @@ class StudySpec(Section):
     """A study: which runs are made, how they are scored and how one of them is chosen."""
 
     # Keys that a study sets itself, run by run.
-    own_keys: ClassVar[Mapping[str, str]] = {"train.seed": "seeds"}
+    own_keys: ClassVar[Mapping[str, str]] = {"train.seed": "seeds", "plugins": "plugins"}
 
     name: str = Field(description="default: the file's name")
     description: str = Field("", description="one sentence for the report")
@@ -257,6 +258,7 @@ class StudySpec(Section):
     )
     max_attempts: int = Field(3, ge=1, description="how often a trial is started whose worker dies")
     stale_after_s: float = Field(300.0, gt=0, description="a remote worker silent for so long is dead")
+    plugins: Plugins = Field((), description="modules to import first: docs/extending.md")
 
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:

@@ -24,11 +24,13 @@ from megadit.config.loading.sources import (
     nested,
     override_layer,
     read_layers,
+    read_yaml,
 )
 from megadit.config.schema.reads import check_late
 from megadit.errors import UserError
 from megadit.files.paths import begins_with, check_folder, whole_file
 from megadit.files.yaml_text import dump_yaml
+from megadit.plugins import changes_since, load_plugins, records_of, require
 from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
 from megadit.search.study.space import Space, build_space
@@ -159,6 +161,23 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     return study
 
 
+def import_named(source: str | Path) -> None:
+    """Import the plugins that a study file names; what megadit wrote into a study directory is no reason to.
+
+    Raises UserError.
+    """
+    file, _ = find_study(source, None)
+    if not is_frozen(file):
+        named = records_of(read_yaml(file).get("plugins") or [])
+        load_plugins((record["name"] for record in named), f"plugins in {display(file)}")
+
+
+def changed_plugins(folder: Path) -> list[str]:
+    """A sentence for each plugin that is imported with other sources than those of the study in ``folder``, if any."""
+    frozen = folder / FROZEN
+    return changes_since(records_of(read_yaml(frozen).get("plugins") or [])) if frozen.is_file() else []
+
+
 def check_against_frozen(study: Study) -> None:
     """Whether the study may go on in its directory. Raises UserError when that holds another one."""
     frozen = study.folder / FROZEN
@@ -179,7 +198,8 @@ def make_folder(folder: Path) -> None:
 def save_study(study: Study) -> Path:
     """Write ``study.yaml`` into the study's directory: the study with its base in place. It appears whole or not."""
     values = study.spec.model_dump(mode="json")
-    values |= {"base": study.base.model_dump(mode="json"), "overrides": {}, "proxy": {}}
+    base = study.base.model_dump(mode="json")
+    values |= {"base": base, "plugins": base["plugins"], "overrides": {}, "proxy": {}}
     text = f"{_HEADER}: what its trials were run with.\n"
     text += dump_yaml(values)
     target = study.folder / FROZEN
@@ -255,6 +275,7 @@ def existing_study(source: str | Path, study_dir: str | Path | None) -> Study:
 def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunConfig:
     """The base with overrides, proxy and the command line's ``of_base`` laid over it, in this order."""
     name = display(file)
+    require([plugin.model_dump() for plugin in spec.plugins], name)
     if isinstance(spec.base, str):
         beside = file.parent / Path(spec.base).expanduser()
         layers = read_layers(beside if beside.is_file() else find_config(spec.base, "base"))

@@ -18,6 +18,7 @@ from typing import Any
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError, say
 from megadit.parallel.environment import child_environment
 from megadit.parallel.lifetime import die_with_parent
+from megadit.plugins import loaded
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study
 from megadit.search.workers.worker import STOP
@@ -203,7 +204,7 @@ class Pool:
 
 def worker_command(folder: Path, gpus: int) -> list[str]:
     """The command line of a worker; with several GPUs one rank for each, through torchrun."""
-    module = ["-m", "megadit.search.workers.worker", str(folder)]
+    module = ["-m", "megadit.search.workers.worker", str(folder), *(plugin.name for plugin in loaded())]
     if gpus > 1:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *module]
     return [sys.executable, *module]

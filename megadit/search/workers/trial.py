@@ -29,17 +29,7 @@ from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResu
 from megadit.search.storage.states import Claim
 from megadit.search.study.study import Study
 from megadit.search.workers import scores
-from megadit.train.callbacks import (
-    Callback,
-    Checkpoints,
-    JsonLines,
-    Record,
-    RunStopped,
-    Samples,
-    Summary,
-    TensorBoard,
-    Validation,
-)
+from megadit.train.callbacks import Callback, Record, RunStopped, make_callbacks
 from megadit.train.prepare import Job, check_job, check_machine, total_steps
 from megadit.train.pretrain import pretrain
 from megadit.train.run_dir import RunDirectory
@@ -157,13 +147,14 @@ def _make_room(folder: Path) -> None:
 def _callbacks(study: Study, watch: TrialWatch) -> list[Callback]:
     """Metrics always; of the rest what the study keeps, or a command that scores the run needs."""
     keep = study.spec.keep
-    optional: list[tuple[bool, type[Callback]]] = [
-        ("checkpoint" in keep or study.spec.has_commands, Checkpoints),
-        ("samples" in keep, Samples),
-        ("tensorboard" in keep, TensorBoard),
-        ("curves" in keep, Summary),
-    ]
-    return [Validation(), JsonLines(), watch, *(make() for wanted, make in optional if wanted)]
+    optional = {
+        "checkpoints": "checkpoint" in keep or study.spec.has_commands,
+        "samples": "samples" in keep,
+        "tensorboard": "tensorboard" in keep,
+        "summary": "curves" in keep,
+    }
+    kept = (name for name, wanted in optional.items() if wanted)
+    return [*make_callbacks("validation", "json-lines"), watch, *make_callbacks(*kept)]
 
 
 def _collect() -> None:

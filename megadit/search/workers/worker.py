@@ -1,8 +1,8 @@
 """A worker: one process (or several ranks under torchrun or srun) that runs a study's trials one after another.
 
-``python -m megadit.search.workers.worker STUDY_DIR`` is what ``launch/sweep.py run`` starts. A trial that fails for a
-reason that is not the user's ends the worker: its process may be beyond repair, as a GPU's after an error is, and a new
-one is cheap.
+``python -m megadit.search.workers.worker STUDY_DIR [PLUGIN ...]`` is what ``launch/sweep.py run`` starts. A trial that
+fails for a reason that is not the user's ends the worker: its process may be beyond repair, as a GPU's after an error
+is, and a new one is cheap.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command, say
 from megadit.parallel.environment import prepare_environment
 from megadit.parallel.lifetime import die_with_launcher, die_with_parent
+from megadit.plugins import load_plugins
 from megadit.search.storage.identity import this_worker
 from megadit.search.study.study import Study, load_study
 from megadit.search.wording import point_text
@@ -229,11 +230,15 @@ def work(study: Study) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Work on the study in the folder named; also under torchrun, which takes any code but 0 for a crash."""
+    """Work on the study in the folder named, with the plugins named after it.
+
+    Also under torchrun, which takes any code but 0 for a crash.
+    """
     ranks = prepare_environment()
     if not die_with_launcher(ranks):  # this is no rank of torchrun's, and `run` itself is the parent
         die_with_parent()
-    (folder,) = sys.argv[1:] if argv is None else argv
+    folder, *plugins = sys.argv[1:] if argv is None else argv
+    load_plugins(plugins)
     code = work(load_study(Path(folder)))
     return EXIT_OK if ranks.world_size != 1 else code
 

@@ -1,24 +1,30 @@
-"""Callbacks: the policies of a run, in the order in which the loop calls them."""
+"""Callbacks: the policies of a run, in the order in which the loop calls them. Importing this needs no torch."""
 
-from megadit.train.callbacks.artifacts import Checkpoints, Samples, Summary, Validation
+from megadit.extensions import CALLBACKS as REGISTRY
 from megadit.train.callbacks.base import Callback, Record, RunStopped
-from megadit.train.callbacks.logging import JsonLines, Progress, TensorBoard, Wandb
+
+# All of these run by default, in this order: validation adds to the record; a checkpoint follows the log, and pictures,
+# which may fail, that.
+CALLBACKS = {
+    "validation": "megadit.train.callbacks.artifacts:Validation",
+    "progress": "megadit.train.callbacks.logging:Progress",
+    "json-lines": "megadit.train.callbacks.logging:JsonLines",
+    "checkpoints": "megadit.train.callbacks.artifacts:Checkpoints",
+    "samples": "megadit.train.callbacks.artifacts:Samples",
+    "tensorboard": "megadit.train.callbacks.logging:TensorBoard",
+    "wandb": "megadit.train.callbacks.logging:Wandb",
+    "summary": "megadit.train.callbacks.artifacts:Summary",
+}
 
 
 def default_callbacks() -> list[Callback]:
-    """All of them. Validation adds to the record; a checkpoint follows the log, and pictures, which may fail, that."""
-    return [Validation(), Progress(), JsonLines(), Checkpoints(), Samples(), TensorBoard(), Wandb(), Summary()]
+    """One of each of megadit's own."""
+    return make_callbacks(*CALLBACKS)
 
 
-__all__ = [
-    "Callback",
-    "Checkpoints",
-    "JsonLines",
-    "Record",
-    "RunStopped",
-    "Samples",
-    "Summary",
-    "TensorBoard",
-    "Validation",
-    "default_callbacks",
-]
+def make_callbacks(*names: str) -> list[Callback]:
+    """One callback of each name. Raises UserError for a name that is none's."""
+    return [REGISTRY.get(name)() for name in names]
+
+
+__all__ = ["CALLBACKS", "Callback", "Record", "RunStopped", "default_callbacks", "make_callbacks"]

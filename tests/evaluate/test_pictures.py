@@ -11,8 +11,8 @@ import torch
 
 from megadit.diffusion.grid import save_npz
 from megadit.errors import UserError
-from megadit.evaluate.metrics import emoji_clip
-from megadit.evaluate.metrics.emoji_clip import read_pictures
+from megadit.evaluate import pictures as reader
+from megadit.evaluate.pictures import read_pictures
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((2000, 16, 16, 3), np.uint8))
     assert read_pictures(tmp_path / "a.npz").shape == (2000, 3, 16, 16)  # flat pictures, but few
-    monkeypatch.setattr(emoji_clip, "_LARGE", 2**20)
+    monkeypatch.setattr(reader, "_LARGE", 2**20)
     monkeypatch.setattr(np, "load", lambda *args, **options: pytest.fail("unpacked"))
     with pytest.raises(UserError, match=r"a\.npz: its [\d,]+ bytes unpack to 1,536,128, as no real pictures do"):
         read_pictures(tmp_path / "a.npz")

@@ -1,0 +1,57 @@
+"""Pictures to be scored: what ``launch/sample.py --npz`` wrote."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadit.data.npy import read_header
+from megadit.errors import UserError
+from megadit.files.file_kind import file_instead
+
+# An npz of real pictures unpacks to a few times its size; flat colours to a thousand times, which is harmless if small.
+_PACKED, _LARGE = 100, 2**30
+
+
+def read_pictures(path: Path) -> Tensor:
+    """``arr_0`` of an npz that ``launch/sample.py --npz`` wrote, as uint8 (N, 3, H, W). Raises UserError otherwise."""
+    remedy = "give what launch/sample.py --npz wrote"
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; {remedy}")
+    if not zipfile.is_zipfile(path):  # numpy would take anything else for a pickle
+        other = file_instead(path, "npz")
+        raise UserError(f"{path}: is no npz file{f': {other}' if other else f', or was cut short; {remedy}'}")
+    try:
+        _check_header(path, remedy)
+        with np.load(path, allow_pickle=False) as file:
+            pictures = torch.from_numpy(file["arr_0"])
+    except KeyError:
+        other = file_instead(path, "npz", "zip")
+        raise UserError(f"{path}: holds no arr_0{f': {other}' if other else f'; {remedy}'}") from None
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: arr_0 cannot be read ({' '.join(str(error).split())[:200]}); {remedy}") from error
+    return pictures.permute(0, 3, 1, 2).contiguous()
+
+
+def _check_header(path: Path, remedy: str) -> None:
+    """Refuse what is no pictures, or of which a small file would make a large array, before it is unpacked.
+
+    Raises KeyError without arr_0, UserError for other arrays, and what zipfile and numpy say about damage.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("arr_0.npy")
+        with zipfile.Path(archive, entry.filename).open("rb") as stream:
+            shape, _, dtype = read_header(stream, entry.file_size)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        raise UserError(f"{path}: arr_0 is not uint8 (N, H, W, 3); {remedy}")
+    if 0 in shape:
+        raise UserError(f"{path}: arr_0 holds no pictures; {remedy}")
+    if entry.file_size > _LARGE and entry.file_size > _PACKED * path.stat().st_size:
+        raise UserError(
+            f"{path}: its {path.stat().st_size:,} bytes unpack to {entry.file_size:,}, as no real pictures do; {remedy}"
+        )
