@@ -21,6 +21,7 @@ DATA_SOURCES: Registry[Any] = Registry("data source", "data.name", "megadit.data
 CODECS: Registry[Any] = Registry("codec", "data.vae.path", "megadit.data.codecs:CODECS")
 SCHEDULES: Registry[Any] = Registry("schedule", "optim.schedule", "megadit.engine:SCHEDULES")
 CALLBACKS: Registry[Any] = Registry("callback", "train.callbacks", "megadit.train.callbacks:CALLBACKS")
+FUSED_OPS: Registry[Any] = Registry("fused operation", "kernels", "megadit_kernels:OPS")
 METRICS: Registry[Any] = Registry("metric", "evaluate", "megadit.evaluate.metrics:METRICS")
 # What a process has imported of plugins, by the name of the module: see megadit/plugins.py.
 PLUGINS: dict[str, Any] = {}

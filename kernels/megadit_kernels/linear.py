@@ -9,18 +9,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megadit_kernels.registry import Op
 
-def scaled_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """``alpha * (x @ weight.T) + bias`` written plainly; see ``scaled_linear``."""
+
+@Op
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """``alpha * (x @ weight.T) + bias``.
+
+    x (..., n_in), weight (n_out, n_in), bias (n_out,) or None -> (..., n_out), all of one dtype. With alpha 1 every
+    implementation is ``F.linear``.
+    """
     return F.linear(alpha * x, weight, bias)
 
 
-def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """``alpha * (x @ weight.T) + bias``, never with a pass over x of its own.
-
-    x (..., n_in), weight (n_out, n_in), bias (n_out,) or None -> (..., n_out), all of one dtype. With
-    alpha 1 it is ``F.linear``, bit for bit.
-    """
+@scaled_linear.implementation("torch", device=None, works=lambda: True)
+def _in_the_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """Never with a pass over x of its own; with alpha 1 it is ``F.linear``, bit for bit."""
     if alpha == 1.0:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -30,15 +34,6 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: 
     else:
         out = _ScaledLinear.apply(rows, weight, bias, alpha)
     return out.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def for_autocast(*operands: Tensor | None) -> list[Tensor | None]:
-    """Operands of an autograd function in the dtype of a surrounding autocast, which reaches torch's own ops only."""
-    device = next(part.device.type for part in operands if part is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(operands)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if part is None else part.to(dtype) for part in operands]
 
 
 def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from megadit.doctor.quiet import one_line, quiet
 from megadit.doctor.report import Check
+from megadit.extensions import FUSED_OPS
 
 
 def check_backends() -> Iterator[Check]:
@@ -23,6 +24,9 @@ def check_backends() -> Iterator[Check]:
         with quiet():
             found = backend(name)
         yield Check("backends", name, found.state, found.detail, found.remedy)
+    device = "cuda" if backend("cuda").works else "cpu"
+    for name in FUSED_OPS.names():
+        yield Check("backends", name, "ok", f"{FUSED_OPS.get(name).backend_on(device)} on {device}")
 
 
 def _nvidia() -> Iterator[Check]:

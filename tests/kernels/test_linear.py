@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megadit_kernels import scaled_linear, scaled_linear_reference
+from megadit_kernels import scaled_linear
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -17,7 +17,7 @@ def test_values_and_gradients(shape: tuple[int, ...], bias: bool) -> None:
     w = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     b = torch.randn(4, dtype=torch.float64, requires_grad=True) if bias else None
     inputs = [x, w] if b is None else [x, w, b]
-    ours, expected = scaled_linear(x, w, b, 0.25), scaled_linear_reference(x, w, b, 0.25)
+    ours, expected = scaled_linear(x, w, b, 0.25), scaled_linear.reference(x, w, b, 0.25)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
     grad = torch.randn_like(expected)
     for a, e in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):

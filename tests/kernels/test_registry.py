@@ -1,0 +1,114 @@
+"""Dispatch of fused operations: what is called, when it is asked whether it works, which names are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.tiny_dit import tiny_config, tiny_inputs
+from megadit.errors import UserError
+from megadit.extensions import FUSED_OPS
+from megadit.models import build_model
+from megadit.registry import load_object
+from megadit_kernels import OPS, Op, gated_residual
+
+
+@pytest.fixture
+def twice() -> Op[[int]]:
+    @Op
+    def twice(x: Tensor, times: int) -> Tensor:
+        """What it computes."""
+        return times * 2 * x
+
+    return twice
+
+
+def test_without_an_implementation_the_reference_runs(twice: Any) -> None:
+    assert twice.name == twice.__name__ == "twice" and twice.__doc__ == "What it computes."
+    assert twice(torch.ones(1), 3) == 6 and twice.backend_on("cpu") == twice.backend_on("cuda") == "reference"
+
+
+def test_the_last_that_works_on_the_device_runs(twice: Any) -> None:
+    asked: list[str] = []
+
+    def answer(name: str, works: bool) -> Any:
+        return lambda: asked.append(name) or works
+
+    twice.implementation("torch", device=None, works=answer("torch", True))(lambda x, times: x + 10)
+    twice.implementation("fast", device="cpu", works=answer("fast", True))(lambda x, times: x + 20)
+    twice.implementation("absent", device="cpu", works=answer("absent", False))(lambda x, times: x + 30)
+    twice.implementation("elsewhere", device="cuda", works=answer("elsewhere", True))(lambda x, times: x + 40)
+    assert asked == []  # nothing is tried when it is added
+    assert [float(twice(torch.zeros(1), times=3)) for _ in range(3)] == [20, 20, 20]
+    assert asked == ["absent", "fast"]  # once, before the first use
+    assert twice(torch.zeros(1, device="meta"), 3).shape == (1,)
+    assert [twice.backend_on(device) for device in ("cpu", "cuda", "meta")] == ["fast", "elsewhere", "torch"]
+    twice.discard("fast")
+    assert twice(torch.zeros(1), 3) == 10
+
+
+def test_a_backend_of_the_probes_needs_no_test_of_its_own(twice: Any) -> None:
+    twice.implementation("triton", device="cpu")(lambda x, times: x + 50)
+    from megadit_kernels import backends
+
+    expected = "triton" if backends.works("triton") else "reference"
+    assert twice.backend_on("cpu") == expected
+
+
+def test_taken_and_unknown_names_are_refused(twice: Any) -> None:
+    twice.implementation("mine", works=lambda: True)(lambda x, times: x)
+    for name in ("mine", "reference"):
+        with pytest.raises(ValueError, match=f"twice: there is an implementation '{name}' already"):
+            twice.implementation(name, works=lambda: True)
+    with pytest.raises(ValueError, match=r"twice: 'tritn' is none of cuda, .*; say by works= when it runs"):
+        twice.implementation("tritn")
+
+
+def test_every_op_is_listed_and_a_plugin_adds_one_under_a_new_name(twice: Any) -> None:
+    assert {name: load_object(path).name for name, path in OPS.items()} == {name: name for name in OPS}
+    with pytest.raises(UserError, match="fused operation 'gated_residual': there is one of that name already"):
+        FUSED_OPS.add("gated_residual", twice)
+    FUSED_OPS.add("twice", twice)
+    try:
+        assert FUSED_OPS.names() == (*OPS, "twice") and FUSED_OPS.get("twice") is twice
+    finally:
+        FUSED_OPS.discard("twice")
+
+
+@pytest.fixture
+def counted() -> Iterator[list[str]]:
+    """Implementations for the CPU of every op, that note their calls."""
+    calls: list[str] = []
+
+    def noted(op: Any) -> Any:
+        def function(*args: Any) -> Tensor:
+            calls.append(op.name)
+            result: Tensor = op.reference(*args)
+            return result
+
+        return function
+
+    ops = [load_object(path) for path in OPS.values()]
+    for op in ops:
+        op.implementation("counted", device="cpu", works=lambda: True)(noted(op))
+    yield calls
+    for op in ops:
+        op.discard("counted")
+
+
+def test_layers_call_what_is_dispatched(counted: list[str]) -> None:
+    config = tiny_config(depth=1)
+    model = build_model(config)
+    with torch.no_grad():
+        model(*tiny_inputs(config))
+    # Patches, 2 linears of the timestep, 4 and a modulation of the block, the readout and its modulation.
+    assert {name: counted.count(name) for name in OPS} == {
+        "scaled_linear": 10,
+        "layer_norm_modulate": 3,
+        "gated_residual": 2,
+    }
+    assert gated_residual.backend_on("cpu") == "counted"
