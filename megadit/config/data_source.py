@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from megadit.config.options import Scalar
 
 if TYPE_CHECKING:
     from megadit.config.schema.data import DataConfig
@@ -36,6 +38,8 @@ class DataSource:
     check: whether the files and packages are there; called before torch is imported. Raises UserError.
     reads: which of path, crop and skin_tones it reads; the others are refused beside it. Of the keys that are for all
         sources ``load`` heeds ``data.image_size``.
+    options: names and defaults of what it reads of ``data.options``, whose values have the types of the defaults:
+        ``load`` reads ``config.options["NAME"]``, users write ``data.options.NAME=VALUE``.
     own_classes: its classes have names of its own, so that an inherited ``data.classes`` ends where a configuration
         changes the source; the classes of folders and tars are the user's.
     may_store: it may hold latents, text and target features, which need neither codec nor encoder.
@@ -44,5 +48,6 @@ class DataSource:
     load: Callable[[DataConfig, int | None], Any]
     check: Callable[[DataConfig], object] = _nothing_to_find
     reads: tuple[str, ...] = ()
+    options: Mapping[str, Scalar] = field(default_factory=dict)
     own_classes: bool = False
     may_store: bool = False

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
 
+from megadit.config.options import Scalar
 from megadit.extensions import FAMILIES
 
 Condition = Literal["classes", "text", "either"]
 Layout = Literal["tensor", "sequence", "pipeline"]
-Scalar = bool | int | float | str
 
 # Callables of a spec take a ModelConfig, whose module imports this one.
 _Config = Any

@@ -41,6 +41,7 @@ ALWAYS = {
         "model.role_hps.finite.mult model.role_hps.finite.init_std model.role_hps.finite.lr"
     ),
     "the objective": "objective.kind objective.repa_weight",
+    "a data source that declares options; others refuse them": "data.options",
     "every source of images": (
         "data.name data.image_size data.condition data.classes data.flip data.val_fraction data.workers data.on_change "
         "data.on_corrupt"

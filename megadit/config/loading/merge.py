@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from megadit.config.family import Scalar
 from megadit.config.loading.sources import Layer
+from megadit.config.options import Scalar
 from megadit.config.presets import PRESET_KEYS, preset_values
 from megadit.config.schema.section import Section, all_keys, options, section_of, unknown_key
 from megadit.config.schema.values import coerce, meaning, too_large
@@ -45,9 +45,10 @@ class Merged:
             if new.get(one) is not None and other not in new:
                 self._drop(other)
         before = self.values.get("data.name", "")
-        own_classes = before in DATA_SOURCES and DATA_SOURCES.get(before).own_classes
-        if own_classes and new.get("data.name", before) != before and "data.classes" not in new:
-            self._drop("data.classes")  # its names mean nothing in another set
+        if before not in ("", new.get("data.name", before)):
+            self._drop("data.options")  # which mean nothing to another source
+            if before in DATA_SOURCES and DATA_SOURCES.get(before).own_classes and "data.classes" not in new:
+                self._drop("data.classes")  # its names mean nothing in another set
         family = self.values.get("model.family")
         if family not in (None, new.get("model.family", family)):
             self._drop("model.options")  # which mean nothing to another family

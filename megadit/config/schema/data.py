@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
+from megadit.config.options import Scalar, with_defaults
 from megadit.config.schema.registered import Registered
 from megadit.config.schema.section import Section
 from megadit.config.schema.values import shown
@@ -81,6 +82,20 @@ class DataConfig(Section):
         0.5, ge=0, le=1, description="share of images without a caption up to which a run is warned and not refused"
     )
     features: FeatureSource | None = Field(None, description="target features of the REPA loss; null: none")
+
+    options: dict[str, Scalar] = Field({}, description="name: value pairs that a plugin's data source declares")
+
+    def __hash__(self) -> int:  # of a part of it: options are a dict
+        return hash((self.name, self.path, self.image_size, self.condition))
+
+    @field_validator("options")
+    @classmethod
+    def _declared(cls, given: dict[str, Scalar], info: ValidationInfo) -> dict[str, Scalar]:
+        """All options of the source. Raises ValueError for one that it does not declare, or of another type."""
+        if "name" not in info.data:  # which is refused already
+            return given
+        source = DATA_SOURCES.get(info.data["name"])
+        return with_defaults(given, source.options, f"data source {info.data['name']}")
 
     @field_validator("classes")
     @classmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from megadit.config.family import FamilySpec, Scalar, families, family_spec
+from megadit.config.family import FamilySpec, families, family_spec
+from megadit.config.options import Scalar, with_defaults
 from megadit.config.schema.registered import Registered
 from megadit.config.schema.section import Section
 from megadit.extensions import FAMILIES
@@ -160,18 +160,7 @@ class ModelConfig(Section):
         """All options of the family. Raises ValueError for one that it does not declare, or of another type."""
         if "family" not in info.data:  # which is refused already
             return given
-        declared = family_spec(info.data["family"]).options
-        values = dict(declared)
-        for name, value in given.items():
-            if name not in declared:
-                near = difflib.get_close_matches(name, declared, n=1, cutoff=0.0)
-                remedy = f"did you mean {near[0]}?" if near else "it has none, leave it out"
-                raise ValueError(f"{name}: {value!r} is no option of family {info.data['family']}; {remedy}")
-            kind = type(declared[name])
-            if type(value) is not kind and (kind, type(value)) != (float, int):
-                raise ValueError(f"{name}: {value!r} is not of the type of its default, {declared[name]!r}; change it")
-            values[name] = kind(value)
-        return values
+        return with_defaults(given, family_spec(info.data["family"]).options, f"family {info.data['family']}")
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

@@ -54,7 +54,8 @@ def make_shards(
 
 def settings(config: DataConfig) -> dict[str, Any]:
     """The data section as the manifest keeps it: without what is about runs, or only refuses."""
-    return config.model_dump(mode="json", exclude={"on_change", "on_corrupt", "max_missing_captions"})
+    exclude = {"on_change", "on_corrupt", "max_missing_captions"}
+    return config.model_dump(mode="json", exclude=exclude if config.options else {*exclude, "options"})
 
 
 def set_writer(folder: Path, sharding: Sharding, made: dict[str, Any]) -> SetWriter:
