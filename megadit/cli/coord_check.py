@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from error
     from megadit.diffusion import build_objective
-    from megadit.diffusion.repa import alignment_loss
+    from megadit.diffusion.objectives.repa import alignment_loss
     from megadit.models import build_model
     from megadit.mup.coord_check.measure import coordinate_readings
     from megadit.mup.coord_check.report import format_verdict, write_report

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,23 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     import_plugins(args)
     grid = args.out or args.run_dir / "samples" / "sample.png"
     from megadit.checkpoint.names import run_config
-    from megadit.diffusion.outputs import check_outputs
 
-    check_outputs(grid, args.npz)
+    _check_outputs(grid, args.npz)
 
     of_run = _with_settings(run_config(args.run_dir), args).model  # refused before torch is imported
     if of_run.text is None and args.checkpoint == "latest":
-        from megadit.diffusion.classes import chosen_classes
+        from megadit.diffusion.sampling.classes import chosen_classes
 
         chosen_classes(args.run_dir, args.classes, of_run.num_classes, tell=False)
 
     from megadit.checkpoint.find import load_model
     from megadit.config.schema.sampling import scheduler_name
     from megadit.data.codecs.codec import build_codec, vae_at
-    from megadit.diffusion.classes import read_notice
-    from megadit.diffusion.grid import save_npz
-    from megadit.diffusion.pictures import sample_pictures, save_subject_grid
-    from megadit.diffusion.prompts import chosen_subjects
+    from megadit.diffusion.sampling.classes import read_notice
+    from megadit.diffusion.sampling.grid import save_npz
+    from megadit.diffusion.sampling.pictures import sample_pictures, save_subject_grid
+    from megadit.diffusion.sampling.prompts import chosen_subjects
 
     config, model = load_model(args.run_dir, checkpoint=args.checkpoint, weights=args.ema)
     config = _with_settings(config, args)
@@ -143,3 +143,29 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device: {name} is not available here; use cpu")
     return name
+
+
+def _check_outputs(grid: Path, npz: Path | None) -> None:
+    """Refuse, before the work, what could not be written after it, or would replace what is no earlier result.
+
+    Raises:
+        UserError: one is a folder, cannot be written, is a file of another kind, or both are one.
+    """
+    from megadit.files.paths import ARRAYS, PNG, check_output
+
+    check_output(grid, "--out", "PNG picture", PNG)
+    if npz is not None:
+        check_output(npz, "--npz", "file of pictures", ARRAYS)
+        if npz.absolute() == grid.absolute():
+            raise UserError(f"--npz: '{npz}' is where --out writes the grid; give it a name of its own")
+    for path, key, suffix in ((grid, "--out", ".png"), (npz, "--npz", ".npz")):
+        if path is not None and path.suffix.lower() != suffix and not path.is_dir():
+            raise UserError(f"{key}: '{path}' does not end in {suffix}, the one format that is written; rename it")
+    for path in (grid, npz):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file")
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{path}: {existing} is not a folder that can be written; choose another place")

@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING
 from megadit.lazy import exports
 
 if TYPE_CHECKING:
-    from megadit.diffusion.build import build_objective
-    from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective
+    from megadit.diffusion.objectives import build_objective
+    from megadit.diffusion.objectives.objective import LossTerms, NoisyBatch, Objective
 
 __all__ = ["LossTerms", "NoisyBatch", "Objective", "build_objective"]
 
-__getattr__ = exports(
-    __name__,
-    {"build_objective": "build", **dict.fromkeys(("LossTerms", "NoisyBatch", "Objective"), "objective")},
-)
+_OBJECTIVE = dict.fromkeys(("LossTerms", "NoisyBatch", "Objective"), "objectives.objective")
+__getattr__ = exports(__name__, {"build_objective": "objectives", **_OBJECTIVE})

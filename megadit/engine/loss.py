@@ -14,7 +14,7 @@ from megadit.data.codecs.codec import Codec
 from megadit.data.conditions import Conditions
 from megadit.data.features import TargetFeatures
 from megadit.diffusion import LossTerms, NoisyBatch, Objective
-from megadit.diffusion.repa import alignment_loss, with_alignment
+from megadit.diffusion.objectives.repa import alignment_loss, with_alignment
 from megadit.rng import sample_keys
 
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megadit.diffusion.pictures import Subjects, class_subjects, sample_pictures, save_subject_grid, text_subjects
+from megadit.diffusion.sampling.pictures import (
+    Subjects,
+    class_subjects,
+    sample_pictures,
+    save_subject_grid,
+    text_subjects,
+)
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun

@@ -17,8 +17,8 @@ from megadit.config.schema.run import ObjectiveConfig, SampleConfig
 from megadit.convert.diffusers import scheduler_keys
 from megadit.convert.diffusers.scheduler_keys import DRAWING, SCHEDULERS, SWITCHED, TRAINING
 from megadit.convert.diffusers.schedulers import objective_gap, read_objective, scheduler_json
-from megadit.diffusion.ddpm import schedule_betas
-from megadit.diffusion.schedulers import build_sampler
+from megadit.diffusion.objectives.ddpm import schedule_betas
+from megadit.diffusion.sampling.schedulers import build_sampler
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields
 from megadit.models.conversion import diffusers_classes, diffusers_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadit.diffusion.grid import save_npz
+from megadit.diffusion.sampling.grid import save_npz
 from megadit.errors import UserError
 from megadit.evaluate import pictures as reader
 from megadit.evaluate.pictures import read_pictures

@@ -30,8 +30,8 @@ from megadit.convert.torch_files.safe_load import load_file as load_torch
 from megadit.data.sources import digits as digits_set
 from megadit.data.sources.fashion_mnist import read_idx
 from megadit.data.text.condition_files import load_conditions
-from megadit.diffusion.classes import read_classes
-from megadit.diffusion.prompt_files import read_prompts
+from megadit.diffusion.sampling.classes import read_classes
+from megadit.diffusion.sampling.prompts import read_prompts
 from megadit.errors import UserError
 from megadit.evaluate.pictures import read_pictures
 from megadit.files.file_kind import (

@@ -103,7 +103,7 @@ HUNTED = {
     ),
     "study": ("search/storage/identity.py", "search/storage/locking.py"),
     "run_dir": (
-        "diffusion/classes.py",
+        "diffusion/sampling/classes.py",
         "files/owner_file.py",
         "compare/curves.py",
         "transfer/table.py",

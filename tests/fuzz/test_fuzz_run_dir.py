@@ -13,8 +13,8 @@ from helpers.training import small_config
 from megadit.checkpoint.names import run_config, saved_step
 from megadit.compare.curves import read_curve
 from megadit.config.loading.loader import save_config
-from megadit.diffusion.classes import read_classes, read_notice, resolve_classes
-from megadit.diffusion.prompt_files import read_prompts
+from megadit.diffusion.sampling.classes import read_classes, read_notice, resolve_classes
+from megadit.diffusion.sampling.prompts import read_prompts
 from megadit.files.owner_file import Owner
 from megadit.search.workers.scores import _value
 from megadit.search.workers.trial import _why_diverged

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megadit.config.schema.run import ObjectiveConfig, RunConfig, SampleConfig
 from megadit.errors import UserError
 
-# objective.kind: its samplers, the default first. They are schedulers of diffusers (megadit/diffusion/schedulers.py).
+# objective.kind: its samplers, the default first. Each is one of diffusers (megadit/diffusion/sampling/schedulers.py).
 _KINDS = {"ddpm": ("dpm", "ddpm", "ddim"), "flow": ("euler",)}
 
 

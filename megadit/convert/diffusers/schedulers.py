@@ -13,7 +13,7 @@ from typing import Any
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig
 from megadit.convert.diffusers.scheduler_keys import DRAWING, SAMPLED_HERE, SCHEDULERS, STEPS, SWITCHED, TRAINING
-from megadit.diffusion.ddpm import BETA_ENDS, beta_ends, schedule_betas
+from megadit.diffusion.objectives.ddpm import BETA_ENDS, beta_ends, schedule_betas
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import diffusers_of

@@ -27,7 +27,7 @@ class EmojiClipMetric(Metric):
 
     def compute(self, args: argparse.Namespace) -> dict[str, Any]:
         """The fields of ``EmojiClipScore``."""
-        from megadit.diffusion.prompt_files import read_prompts
+        from megadit.diffusion.sampling.prompts import read_prompts
 
         texts = read_prompts(args.prompts)
         if not args.pictures.is_file():

@@ -20,7 +20,7 @@ from helpers.tiny_pixart import tiny_pixart_mup
 from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
-from megadit.diffusion.repa import alignment_loss
+from megadit.diffusion.objectives.repa import alignment_loss
 from megadit.models import StagedModel, build_model
 from megadit.mup import ParamSpec, init_parameters
 from megadit.mup.coord_check.measure import Build, CoordPlan, coordinate_readings

@@ -19,7 +19,7 @@ from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.cli import coord_check
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
-from megadit.diffusion.repa import alignment_loss
+from megadit.diffusion.objectives.repa import alignment_loss
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup.coord_check.measure import CoordPlan, check_shares, coordinate_readings

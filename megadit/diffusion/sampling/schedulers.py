@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megadit.config.schema.run import ObjectiveConfig, SampleConfig
 from megadit.config.schema.sampling import check_steps, ends_at_zero, scheduler_name
-from megadit.diffusion.ddpm import schedule_betas
-from megadit.diffusion.timesteps import MODEL_TIME
+from megadit.diffusion.objectives.ddpm import schedule_betas
+from megadit.diffusion.objectives.objective import MODEL_TIME
 from megadit.optional import import_diffusers
 
 

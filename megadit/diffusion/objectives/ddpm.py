@@ -15,10 +15,16 @@ from torch import Tensor
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.run import ObjectiveConfig
-from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective, check_channels, sample_mean
-from megadit.diffusion.timesteps import MODEL_TIME, discrete_steps, uniform_times
-from megadit.diffusion.weighting import min_snr_weight
+from megadit.diffusion.objectives.objective import (
+    MODEL_TIME,
+    LossTerms,
+    NoisyBatch,
+    Objective,
+    check_channels,
+    sample_mean,
+)
 from megadit.errors import UserError
+from megadit.rng import batch_uniform
 
 # The first and the last of 1000 betas: DDPM's and DiT's; those of Stable Diffusion's and U-ViT's latents, whose roots
 # are evenly spaced.
@@ -97,7 +103,7 @@ class DDPMObjective(Objective):
 
     def draw_times(self, keys: Tensor) -> Tensor:
         """Uniform over the schedule: int64 (B,) -> float32 (B,)."""
-        return uniform_times(keys)
+        return batch_uniform(keys)
 
     def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise; the model's time is 1000 t / T, so t at 1000 steps."""
@@ -167,6 +173,21 @@ class DDPMObjective(Objective):
             likelihood = sample_mean(discretized_log_likelihood(noisy.x0, mean, log_variance / 2.0))
             bound = torch.where(first, -likelihood, bound)
         return bound / math.log(2.0)
+
+
+def discrete_steps(times: Tensor, count: int) -> Tensor:
+    """Indices of a schedule of ``count`` equal bins: (B,) in [0, 1] -> int64 (B,) in [0, count - 1]."""
+    return (times.double() * count).floor().long().clamp_(0, count - 1)
+
+
+def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
+    """Min-SNR-gamma weight of a squared error (Hang et al. 2023, section 3.4), any shape.
+
+    The paper weights the error of x0 by min(SNR, gamma). An error of eps is SNR times, one of v is SNR + 1 times
+    that of x0, which gives min(SNR, gamma) / SNR and min(SNR, gamma) / (SNR + 1).
+    """
+    capped = torch.clamp(snr, max=gamma)
+    return capped / (snr if prediction == "eps" else snr + 1.0)
 
 
 def gaussian_kl(mean_p: Tensor, log_variance_p: Tensor, mean_q: Tensor, log_variance_q: Tensor) -> Tensor:

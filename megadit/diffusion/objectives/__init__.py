@@ -1,12 +1,13 @@
-"""From ``objective.*`` of the configuration to an ``Objective``."""
+"""What the network learns to predict: DDPM's noise or velocity, flow matching's velocity, and REPA beside them."""
 
 from __future__ import annotations
 
-from megadit.conditioning import Conditioning, null_label
-from megadit.config.schema.run import ObjectiveConfig
-from megadit.diffusion.ddpm import DDPMObjective
-from megadit.diffusion.flow import FlowObjective
-from megadit.diffusion.objective import Objective
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megadit.conditioning import Conditioning
+    from megadit.config.schema.run import ObjectiveConfig
+    from megadit.diffusion.objectives.objective import Objective
 
 
 def build_objective(
@@ -16,5 +17,9 @@ def build_objective(
 
     null: the null conditions, a batch of one; by default the null label ``num_classes`` where there are classes.
     """
+    from megadit.conditioning import null_label
+    from megadit.diffusion.objectives.ddpm import DDPMObjective
+    from megadit.diffusion.objectives.flow import FlowObjective
+
     kinds = {"ddpm": DDPMObjective, "flow": FlowObjective}
     return kinds[config.kind](config, learn_sigma=learn_sigma, null=null or null_label(num_classes))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megadit.diffusion.prompt_files import check_prompts, read_prompts
+from megadit.diffusion.sampling.prompts import check_prompts, read_prompts
 from megadit.errors import UserError
 
 

@@ -16,7 +16,7 @@ from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig, SampleConfig
 from megadit.config.schema.sampling import needs_null
-from megadit.diffusion.schedulers import build_sampler
+from megadit.diffusion.sampling.schedulers import build_sampler
 from megadit.errors import UserError
 from megadit.rng import batch_normal, sample_keys, stream_key
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig, SampleConfig
-from megadit.diffusion.sampling import guided, sample, step_noise
+from megadit.diffusion.sampling.sample import guided, sample, step_noise
 from megadit.errors import UserError
 from megadit.rng import normal, stream_key
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megadit import rng
 from megadit.diffusion import LossTerms
-from megadit.diffusion.repa import alignment_loss, with_alignment
+from megadit.diffusion.objectives.repa import alignment_loss, with_alignment
 
 
 def tokens(name: str, batch: int = 3, scale: float = 1.0) -> Tensor:

@@ -7,14 +7,9 @@ import math
 import pytest
 import torch
 
-from megadit.diffusion.timesteps import (
-    discrete_steps,
-    logit_normal_times,
-    shift_times,
-    uniform_times,
-)
-from megadit.diffusion.weighting import min_snr_weight
-from megadit.rng import sample_keys
+from megadit.diffusion.objectives.ddpm import discrete_steps, min_snr_weight
+from megadit.diffusion.objectives.flow import logit_normal_times, shift_times
+from megadit.rng import batch_uniform, sample_keys
 
 KEYS = sample_keys(0, "timestep", range(20000))
 KOLMOGOROV = 1.95 / math.sqrt(20000)  # the statistic exceeds this once in a thousand draws
@@ -29,7 +24,7 @@ def distance(values: torch.Tensor, cdf: torch.Tensor) -> float:
 
 
 def test_uniform_times_are_uniform():
-    times = uniform_times(KEYS).double().sort().values
+    times = batch_uniform(KEYS).double().sort().values
     assert times[0] > 0 and times[-1] <= 1
     assert distance(times, times) < KOLMOGOROV
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megadit.diffusion.objective import LossTerms
+from megadit.diffusion.objectives.objective import LossTerms
 
 _TINY = 1e-6  # a shorter vector has no direction: its cosine counts 0, and nothing pulls it
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig, SampleConfig
-from megadit.diffusion.sampling import sample
-from megadit.diffusion.schedulers import build_sampler, scheduler_name, spaced_steps
+from megadit.diffusion.sampling.sample import sample
+from megadit.diffusion.sampling.schedulers import build_sampler, scheduler_name, spaced_steps
 from megadit.errors import UserError
 from megadit.rng import batch_normal, sample_keys
 

@@ -11,7 +11,7 @@ from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.config.schema.run import DataConfig, ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
 from megadit.data.codecs.codec import PixelCodec
-from megadit.diffusion.pictures import (
+from megadit.diffusion.sampling.pictures import (
     Subjects,
     class_subjects,
     grid_labels,

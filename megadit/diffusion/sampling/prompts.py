@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megadit.config.schema.run import RunConfig
 from megadit.data.class_names import quoted
-from megadit.data.conditions import as_seen, check_encoder
-from megadit.data.text import build_encoder, check_lengths
-from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
-from megadit.diffusion.classes import chosen_classes
-from megadit.diffusion.pictures import Subjects, class_subjects, text_subjects
-from megadit.diffusion.prompt_files import check_prompts, read_prompts
+from megadit.diffusion.sampling.classes import chosen_classes
 from megadit.errors import UserError
+from megadit.files.file_kind import text_instead
+from megadit.files.text import decode, has_half_pair, split_lines, why_no_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from megadit.diffusion.sampling.pictures import Subjects
 
 
 def chosen_subjects(
@@ -31,6 +32,8 @@ def chosen_subjects(
 
     Raises UserError for a choice that the model does not have, or a text longer than it takes.
     """
+    from megadit.diffusion.sampling.pictures import class_subjects
+
     check_prompts(prompts)
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file is not None else ())]
     if config.model.text is not None:
@@ -45,6 +48,11 @@ def chosen_subjects(
 
 
 def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:
+    from megadit.data.conditions import as_seen, check_encoder
+    from megadit.data.text import build_encoder, check_lengths
+    from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
+    from megadit.diffusion.sampling.pictures import text_subjects
+
     assert config.model.text is not None
     length, kept = config.model.text.max_length, (run_dir / NULL_TEXT_FILE).is_file()
     if not texts and not (run_dir / PROMPTS_FILE).exists():
@@ -63,3 +71,34 @@ def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: tor
     null = load_conditions(run_dir / NULL_TEXT_FILE)[0] if kept else encoder.encode([""], length)
     cond = as_seen(encoder.encode(texts, length), config.model.text)
     return text_subjects(config, texts, cond, as_seen(null, config.model.text))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty; a line ends at \\n, \\r\\n or, in files of old, \\r.
+
+    Raises UserError if there are none, or the file is not text.
+    """
+    remedy = "give a text file of a prompt a line"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--prompts: '{path}' cannot be read ({error.strerror or error}); {remedy}") from error
+    other = text_instead(data)
+    if other is not None:
+        raise UserError(f"--prompts: '{path}' holds no prompts: {other}")
+    try:
+        text = decode(data)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts: '{path}' is not a text file ({why_no_text(error)}); save it as UTF-8") from error
+    lines = split_lines(text.replace("\r\n", "\n").replace("\r", "\n"))
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"--prompts: '{path}' holds no prompt; write one a line")
+    return texts
+
+
+def check_prompts(texts: Sequence[str]) -> None:
+    """Raise UserError for a ``--prompt`` that is not UTF-8, as a terminal of another encoding may give it."""
+    strange = next((text for text in texts if has_half_pair(text)), None)
+    if strange is not None:
+        raise UserError(f"--prompt: {strange[:60]!r} is not UTF-8; write it into a file in UTF-8 for --prompts FILE")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning, null_label
 from megadit.config.schema.run import RunConfig
 from megadit.data.codecs.codec import Codec
-from megadit.diffusion.grid import grid_columns, save_grid, to_uint8
-from megadit.diffusion.sampling import sample
+from megadit.diffusion.sampling.grid import grid_columns, save_grid, to_uint8
+from megadit.diffusion.sampling.sample import sample
 
 MOST_COLUMNS = 16  # up to this many classes or prompts, each gets a column of its own
 MOST_TILES = 1024  # a sheet of more could not be looked at; the npz of launch/sample.py holds them all

@@ -16,6 +16,8 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.rng import batch_normal, batch_uniform, sample_keys
 
+MODEL_TIME = 1000.0  # models see times in [0, 1000], whatever the objective
+
 
 @dataclass(frozen=True)
 class NoisyBatch:

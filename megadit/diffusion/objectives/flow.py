@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.run import ObjectiveConfig
-from megadit.diffusion.objective import LossTerms, NoisyBatch, Objective, check_channels, sample_mean
-from megadit.diffusion.timesteps import MODEL_TIME, logit_normal_times, shift_times, uniform_times
+from megadit.diffusion.objectives.objective import (
+    MODEL_TIME,
+    LossTerms,
+    NoisyBatch,
+    Objective,
+    check_channels,
+    sample_mean,
+)
 from megadit.errors import UserError
+from megadit.rng import batch_normal, batch_uniform
 
 
 class FlowObjective(Objective):
@@ -31,7 +39,7 @@ class FlowObjective(Objective):
         if self.config.time_sampling == "logit_normal":
             times = logit_normal_times(keys, self.config.logit_mean, self.config.logit_std)
         else:
-            times = uniform_times(keys)
+            times = batch_uniform(keys)
         return shift_times(times, self.config.shift)
 
     def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
@@ -45,3 +53,13 @@ class FlowObjective(Objective):
         check_channels(output, noisy, 1)
         mse = sample_mean((output.float() - (noisy.noise - noisy.x0)).square())
         return LossTerms(total=mse, terms={"mse": mse})
+
+
+def logit_normal_times(keys: Tensor, mean: float, std: float) -> Tensor:
+    """sigmoid(mean + std * n) with n standard normal: keys (B,) -> float32 (B,) (Esser et al. 2024, eq. 19)."""
+    return torch.sigmoid(mean + std * batch_normal(keys, ()))
+
+
+def shift_times(times: Tensor, shift: float) -> Tensor:
+    """Resolution shift s t / (1 + (s - 1) t), which spends more time on noise for s > 1 (Esser et al. 2024, eq. 23)."""
+    return shift * times / (1.0 + (shift - 1.0) * times)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion import build_objective
-from megadit.diffusion.ddpm import NoiseSchedule, discretized_log_likelihood, schedule_betas
+from megadit.diffusion.objectives.ddpm import NoiseSchedule, discretized_log_likelihood, schedule_betas
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import normal, uniform

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megadit.diffusion.grid import GAP, draw_grid, grid_columns, save_grid, save_npz, to_uint8
+from megadit.diffusion.sampling.grid import GAP, draw_grid, grid_columns, save_grid, save_npz, to_uint8
 from megadit.errors import UserError
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megadit.diffusion.classes import check_count, chosen_classes, read_classes, read_notice, resolve_classes
+from megadit.diffusion.sampling.classes import check_count, chosen_classes, read_classes, read_notice, resolve_classes
 from megadit.errors import UserError
 from megadit.train.run_dir import write_json
 
