@@ -6,9 +6,13 @@ and stand for the class that diffusers itself loads them as, by their ``norm_typ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
@@ -122,3 +126,39 @@ def _class_name(fields: Fields) -> str:
             f"{fields.where} has _class_name {name}; known are {', '.join(known)}: give a transformer of one of these"
         )
     return name
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """Parameters here and in a class of diffusers, where one of here may be several, cut along its first dimension.
+
+    ends, block: by the name of a module, or of a parameter, here: the names there, with spaces between pieces; outside
+    of blocks and in one. blocks: how the names of blocks begin here.
+    """
+
+    ends: Mapping[str, str]
+    block: Mapping[str, str]
+    blocks: str = "blocks."
+
+    def places(self, name: str) -> list[str]:
+        """Where the parameter ``name`` stands there."""
+        table, prefix, local = self.ends, "", name
+        if name.startswith(self.blocks):
+            index, _, local = name.removeprefix(self.blocks).partition(".")
+            table, prefix = self.block, f"transformer_blocks.{index}."
+        module, _, part = local.rpartition(".")
+        names = table[local].split() if local in table else [f"{there}.{part}" for there in table[module].split()]
+        return [prefix + there for there in names]
+
+    def there(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters by their names there."""
+        out: dict[str, Tensor] = {}
+        for name, value in state.items():
+            places = self.places(name)
+            out |= dict(zip(places, value.chunk(len(places)), strict=True))
+        return out
+
+    def here(self, names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters ``names`` out of what stands there."""
+        parts = {name: [state[place] for place in self.places(name)] for name in names}
+        return {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in parts.items()}

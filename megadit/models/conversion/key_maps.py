@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megadit.config.presets import MUP_BASE_WIDTH
 from megadit.config.schema.model import ModelConfig, RoleHPs
 from megadit.errors import UserError
 from megadit.finite import not_finite
@@ -134,6 +136,15 @@ def fitting_heads(width: int, heads: int) -> int:
     if width % heads:
         raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
     return heads
+
+
+def parametrized(hints: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
+    """Keys of ``model.*`` by the hints ``parametrization``, ``base_width`` and ``output_mult``."""
+    keys: dict[str, Any] = {"heads": heads, "output_mult": float(hints.get("output_mult", 1.0))}
+    if hints.get("parametrization", "sp") == "sp":
+        return keys
+    base = int(hints.get("base_width", MUP_BASE_WIDTH))
+    return {**keys, "heads": None, "head_dim": width // heads, "parametrization": "mup", "base_width": base}
 
 
 def learns_sigma(out: int, channels: int, what: str) -> bool:

@@ -17,7 +17,7 @@ from megadit.config.schema.model import LARGEST, ModelConfig
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel
-from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, check_depth, filled, image_size
+from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, filled, image_size
 from megadit.models.conversion.key_maps import (
     blocks,
     check,
@@ -28,6 +28,7 @@ from megadit.models.conversion.key_maps import (
     learns_sigma,
     model_shapes,
     needed,
+    parametrized,
     refuse_lacking,
 )
 from megadit.models.layers import sincos_2d
@@ -40,27 +41,29 @@ _CLASS_DEFAULTS = {
 }  # fmt: skip
 _HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # the published sizes, by width
 _HEAD_DIMS = (72, 64)  # of DiT-XL and of the muP repository at every width; of the others
-_BASE_WIDTH = 288  # the muP repository's proxy
 _READOUT = "final_layer.linear.weight"
-# Names of one block here and there; qkv is cut in three.
-_BLOCK = {
-    "adaLN_modulation.1": "norm1.linear",
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
-_ENDS = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
+_NAMES = Renaming(
+    ends={
+        "x_embedder.proj": "pos_embed.proj",
+        "final_layer.adaLN_modulation.1": "proj_out_1",
+        "final_layer.linear": "proj_out_2",
+    },
+    block={
+        "adaLN_modulation.1": "norm1.linear",
+        "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",
+        "attn.proj": "attn1.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+    },
+)
+# Of which diffusers has a copy in every block.
 _EMBEDDERS = {
-    "t_embedder.mlp.0": "timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "t_embedder.mlp.0.weight": "norm1.emb.timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "norm1.emb.timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "norm1.emb.timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "norm1.emb.timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "norm1.emb.class_embedder.embedding_table.weight",
 }
-_TABLE = ("y_embedder.embedding_table.weight", "class_embedder.embedding_table.weight")
-_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-_PARTS = ("weight", "bias")
 _ACTIVATIONS: Mapping[str, Literal["gelu_tanh", "gelu"]] = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -91,7 +94,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         "mlp_ratio": hidden / width,
         "input_size": input_size(state.get("pos_embed"), patch, hints.get("input_size")),
     }
-    config = _config(keys, heads, hints)
+    config = ModelConfig(family="dit", **keys, **parametrized(hints, width, heads))
     state = dict(state)
     stored = state.pop("pos_embed", None)
     if stored is not None:
@@ -121,17 +124,10 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     if config.mlp_ratio != 4.0:
         raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but diffusers' {_CLASS} has 4 alone; nothing is done")
     folded = {**state, _READOUT: fold_readout(config, state[_READOUT])}
-    out: dict[str, Tensor] = {}
-    for part in _PARTS:
-        out |= {f"{there}.{part}": folded[f"{here}.{part}"] for here, there in _ENDS.items()}
+    shared = {there: folded.pop(here) for here, there in _EMBEDDERS.items()}
+    out = _NAMES.there(folded)
     for index in range(config.depth):
-        here, there = f"blocks.{index}.", f"transformer_blocks.{index}."
-        for part in _PARTS:
-            out |= {f"{there}{b}.{part}": folded[f"{here}{a}.{part}"] for a, b in _BLOCK.items()}
-            out |= {f"{there}norm1.emb.{b}.{part}": folded[f"{a}.{part}"] for a, b in _EMBEDDERS.items()}
-            qkv = folded[f"{here}attn.qkv.{part}"].chunk(3)
-            out |= {f"{there}{name}.{part}": value for name, value in zip(_QKV, qkv, strict=True)}
-        out[f"{there}norm1.emb.{_TABLE[1]}"] = folded[_TABLE[0]]
+        out |= {f"transformer_blocks.{index}.{there}": value for there, value in shared.items()}
     return _to_json(config), out
 
 
@@ -150,18 +146,10 @@ def from_diffusers(
     check_depth(fields, blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     shapes = model_shapes(config)
-    check(state, _diffusers_shapes(config, shapes), _DIFFUSERS)
-    ours: dict[str, Tensor] = {}
-    for part in _PARTS:
-        ours |= {f"{here}.{part}": state[f"{there}.{part}"] for here, there in _ENDS.items()}
-        for here, there in _EMBEDDERS.items():
-            ours[f"{here}.{part}"] = _common(state, f"norm1.emb.{there}.{part}", config.depth)
-    ours[_TABLE[0]] = _common(state, f"norm1.emb.{_TABLE[1]}", config.depth)
-    for index in range(config.depth):
-        here, there = f"blocks.{index}.", f"transformer_blocks.{index}."
-        for part in _PARTS:
-            ours |= {f"{here}{a}.{part}": state[f"{there}{b}.{part}"] for a, b in _BLOCK.items()}
-            ours[f"{here}attn.qkv.{part}"] = torch.cat([state[f"{there}{name}.{part}"] for name in _QKV])
+    _, there = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    check(state, {name: tuple(value.shape) for name, value in there.items()}, _DIFFUSERS)
+    ours = _NAMES.here(shapes.keys() - _EMBEDDERS.keys(), state)
+    ours |= {here: _common(state, name, config.depth) for here, name in _EMBEDDERS.items()}
     return config, {name: ours[name] for name in shapes}
 
 
@@ -170,16 +158,6 @@ def diffusers_gap(config_json: Mapping[str, Any], where: str) -> str | None:
     gap = "its class spaces the timestep's frequencies by half - 1 in place of half"
     eps = filled(_CLASS_DEFAULTS, config_json, where).number("norm_eps")
     return gap if eps == 1e-6 else f"{gap}, and its norm_eps is {eps:g} in place of 1e-06"
-
-
-def _config(keys: dict[str, Any], heads: int, hints: Mapping[str, Any]) -> ModelConfig:
-    if hints.get("parametrization", "sp") == "mup":
-        keys |= {"head_dim": keys["width"] // heads, "parametrization": "mup"}
-        keys |= {"base_width": int(hints.get("base_width", _BASE_WIDTH))}
-        keys |= {"output_mult": float(hints.get("output_mult", 1.0))}
-    else:
-        keys |= {"heads": heads, "output_mult": float(hints.get("output_mult", 1.0))}
-    return ModelConfig(family="dit", **keys)
 
 
 def _positions(config: ModelConfig) -> Tensor:
@@ -247,12 +225,6 @@ def _from_json(fields: Fields) -> ModelConfig:
         mlp=_ACTIVATIONS[activation],
         num_classes=fields.whole("num_embeds_ada_norm", least=1),
     )
-
-
-def _diffusers_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the class has, from those of this model."""
-    _, out = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    return {name: tuple(value.shape) for name, value in out.items()}
 
 
 def _common(state: Mapping[str, Tensor], name: str, depth: int) -> Tensor:

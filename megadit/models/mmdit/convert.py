@@ -18,7 +18,7 @@ from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel
-from megadit.models.conversion.diffusers_class import WHERE, check_depth, filled, image_size
+from megadit.models.conversion.diffusers_class import WHERE, Renaming, check_depth, filled, image_size
 from megadit.models.conversion.key_maps import (
     blocks,
     check,
@@ -48,37 +48,35 @@ _TOKENS = 77 + 256  # of CLIP and T5, joined by the published pipelines; the wei
 _REMEDY = "--to safetensors holds this model exactly"
 _READOUT = "final_layer.linear.weight"
 _TABLE = "pos_embed.pos_embed"
-_ENDS = {
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "context_embedder": "context_embedder",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
-}
-# Names of one block here and there, by stream; qkv is cut in three.
-_STREAMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x_block": {
-        "adaLN_modulation.1": ("norm1.linear",),
-        "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "attn.proj": ("attn.to_out.0",),
-        "attn.ln_q": ("attn.norm_q",),
-        "attn.ln_k": ("attn.norm_k",),
-        "mlp.fc1": ("ff.net.0.proj",),
-        "mlp.fc2": ("ff.net.2",),
+_NAMES = Renaming(
+    ends={
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "context_embedder": "context_embedder",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "final_layer.linear": "proj_out",
     },
-    "context_block": {
-        "adaLN_modulation.1": ("norm1_context.linear",),
-        "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        "attn.proj": ("attn.to_add_out",),
-        "attn.ln_q": ("attn.norm_added_q",),
-        "attn.ln_k": ("attn.norm_added_k",),
-        "mlp.fc1": ("ff_context.net.0.proj",),
-        "mlp.fc2": ("ff_context.net.2",),
+    block={
+        "x_block.adaLN_modulation.1": "norm1.linear",
+        "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
+        "x_block.attn.proj": "attn.to_out.0",
+        "x_block.attn.ln_q": "attn.norm_q",
+        "x_block.attn.ln_k": "attn.norm_k",
+        "x_block.mlp.fc1": "ff.net.0.proj",
+        "x_block.mlp.fc2": "ff.net.2",
+        "context_block.adaLN_modulation.1": "norm1_context.linear",
+        "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+        "context_block.attn.proj": "attn.to_add_out",
+        "context_block.attn.ln_q": "attn.norm_added_q",
+        "context_block.attn.ln_k": "attn.norm_added_k",
+        "context_block.mlp.fc1": "ff_context.net.0.proj",
+        "context_block.mlp.fc2": "ff_context.net.2",
     },
-}
+    blocks="joint_blocks.",
+)
 
 
 def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -153,14 +151,11 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     assert config.text is not None
     if not config.text.pooled_dim:
         raise UserError(f"model.text.pooled_dim: 0, but {who} always takes a pooled text feature; {_REMEDY}")
-    out: dict[str, Tensor] = {}
-    for name, value in _exported(config, state).items():
-        places = _places(name)
-        value = _swapped(value) if _swaps(name, config.depth) else value
-        out |= dict(zip(places, value.chunk(len(places)), strict=True))
-        if name.endswith("attn.qkv.weight") and not config.qkv_bias:
-            for place, piece in zip(places, value.chunk(3), strict=True):
-                out[place.removesuffix("weight") + "bias"] = piece.new_zeros(len(piece))
+    state = _swapped(_exported(config, state), config.depth)
+    out = _NAMES.there(state)
+    if not config.qkv_bias:
+        qkv = (place for name in state if name.endswith("attn.qkv.weight") for place in _NAMES.places(name))
+        out |= {f"{place.removesuffix('weight')}bias": out[place].new_zeros(len(out[place])) for place in qkv}
     if config.pos_embed_max_size is not None:
         out[_TABLE] = _positions(config).to(state[_READOUT])
     return _to_json(config), out
@@ -185,15 +180,10 @@ def from_diffusers(
     shapes = model_shapes(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for name, (rows, *rest) in shapes.items():
-        places = _places(name)
+        places = _NAMES.places(name)
         wanted |= {place: (rows // len(places), *rest) for place in places}
     check(state, wanted, _DIFFUSERS)
-    ours: dict[str, Tensor] = {}
-    for name in shapes:
-        places = _places(name)
-        value = torch.cat([state[place] for place in places]) if len(places) > 1 else state[places[0]]
-        ours[name] = _swapped(value) if _swaps(name, config.depth) else value
-    return config, ours
+    return config, _swapped(_NAMES.here(shapes, state), config.depth)
 
 
 def _check_table(table: Tensor | None, config: ModelConfig, where: str) -> None:
@@ -226,24 +216,10 @@ def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Ten
     return {**kept, _READOUT: fold_readout(config, state[_READOUT])}
 
 
-def _places(name: str) -> list[str]:
-    """Where a parameter lives in diffusers' class: pieces along its first dimension."""
-    module, _, part = name.rpartition(".")
-    if module in _ENDS:
-        return [f"{_ENDS[module]}.{part}"]
-    _, index, stream, rest = module.split(".", 3)
-    return [f"transformer_blocks.{index}.{there}.{part}" for there in _STREAMS[stream][rest]]
-
-
-def _swaps(name: str, depth: int) -> bool:
-    """Whether diffusers puts scale before shift in this modulation."""
+def _swapped(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The parameters with shift and scale of the modulations swapped in which diffusers puts scale before shift."""
     ends = ("final_layer.adaLN_modulation.1.", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1.")
-    return name.startswith(ends)
-
-
-def _swapped(value: Tensor) -> Tensor:
-    first, second = value.chunk(2)
-    return torch.cat([second, first])
+    return {name: torch.cat(value.chunk(2)[::-1]) if name.startswith(ends) else value for name, value in state.items()}
 
 
 def _positions(config: ModelConfig) -> Tensor:

@@ -18,7 +18,7 @@ from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel
-from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, check_depth, filled, image_size
+from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, filled, image_size
 from megadit.models.conversion.key_maps import (
     blocks,
     check,
@@ -29,6 +29,7 @@ from megadit.models.conversion.key_maps import (
     learns_sigma,
     model_shapes,
     needed,
+    parametrized,
     refuse_lacking,
 )
 from megadit.models.layers import sincos_2d
@@ -43,33 +44,34 @@ _CLASS_DEFAULTS = {
     "caption_channels": None, "attention_type": "default",
 }  # fmt: skip
 _HEAD_DIMS = (72,)  # of the published width 1152, and of the muP repository at every width
-_BASE_WIDTH = 288  # the muP repository's proxy
 _MAX_LENGTH = 120  # tokens of the published models' captions
 _LENGTH_KEY = "_text_max_length"  # in our config.json; diffusers passes over keys that begin so
 _MOST_LENGTH = 2**14  # tokens: what is asked for is memory of the null caption
 _READOUT = "final_layer.linear.weight"
 _MICRO = ("csize_embedder.", "ar_embedder.")
 _DIFFUSERS_MICRO = ("adaln_single.emb.resolution_embedder.", "adaln_single.emb.aspect_ratio_embedder.")
-_PARTS = ("weight", "bias")
-# Linears and tables here and there; qkv and kv_linear are cut in pieces.
-_ENDS = {
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
-    "t_block.1": "adaln_single.linear",
-    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
-    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
-    "final_layer.linear": "proj_out",
-}
-_BLOCK = {
-    "attn.proj": "attn1.to_out.0",
-    "cross_attn.q_linear": "attn2.to_q",
-    "cross_attn.proj": "attn2.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
-_CUT = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v")}
-_TABLE = "scale_shift_table"
+_NAMES = Renaming(
+    ends={
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
+        "t_block.1": "adaln_single.linear",
+        "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+        "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+        "final_layer.linear": "proj_out",
+        "final_layer.scale_shift_table": "scale_shift_table",
+    },
+    block={
+        "scale_shift_table": "scale_shift_table",
+        "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",
+        "attn.proj": "attn1.to_out.0",
+        "cross_attn.q_linear": "attn2.to_q",
+        "cross_attn.kv_linear": "attn2.to_k attn2.to_v",
+        "cross_attn.proj": "attn2.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+    },
+)
 _ACTIVATIONS: Mapping[str, Literal["gelu_tanh", "gelu"]] = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -108,13 +110,8 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         "num_classes": 0,
         "text": {"dim": text_dim, "max_length": length},
         "pos_scale": scale,
-        "output_mult": float(hints.get("output_mult", 1.0)),
+        **parametrized(hints, width, heads),
     }
-    if hints.get("parametrization", "sp") == "mup":
-        keys |= {"parametrization": "mup", "base_width": int(hints.get("base_width", _BASE_WIDTH))}
-        keys |= {"head_dim": width // heads}
-    else:
-        keys |= {"heads": heads}
     config = ModelConfig.model_validate(keys)
     weights = {name: value for name, value in state.items() if name != "pos_embed"}
     weights.setdefault(NULL_CAPTION, _null(config, {}))
@@ -147,21 +144,7 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     _refuse(config, f"diffusers' {_CLASS}", ("gelu_tanh", "gelu"), bias=False)
     if config.mlp_ratio != 4.0:
         raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but diffusers' {_CLASS} has 4 alone; nothing is done")
-    ours = _folded(config, state)
-    out = {_TABLE: ours[f"final_layer.{_TABLE}"]}
-    for part in _PARTS:
-        out |= {f"{there}.{part}": ours[f"{here}.{part}"] for here, there in _ENDS.items()}
-    for index in range(config.depth):
-        here, there = f"blocks.{index}.", f"transformer_blocks.{index}."
-        out[there + _TABLE] = ours[here + _TABLE]
-        for part in _PARTS:
-            linears = {a: b for a, b in _BLOCK.items() if f"{here}{a}.{part}" in ours}  # q may have no bias
-            out |= {f"{there}{b}.{part}": ours[f"{here}{a}.{part}"] for a, b in linears.items()}
-            for name, pieces in _CUT.items():
-                if (whole := ours.get(f"{here}{name}.{part}")) is not None:
-                    cut = zip(pieces, whole.chunk(len(pieces)), strict=True)
-                    out |= {f"{there}{piece}.{part}": value.contiguous() for piece, value in cut}
-    return _to_json(config), out
+    return _to_json(config), _NAMES.there(_folded(config, state))
 
 
 def from_diffusers(
@@ -185,19 +168,7 @@ def from_diffusers(
     shapes = model_shapes(config)
     _, there_all = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     check(state, {name: tuple(value.shape) for name, value in there_all.items()}, _DIFFUSERS)
-    ours = {f"final_layer.{_TABLE}": state[_TABLE]}
-    for part in _PARTS:
-        ours |= {f"{here}.{part}": state[f"{there}.{part}"] for here, there in _ENDS.items()}
-    for index in range(config.depth):
-        here, there = f"blocks.{index}.", f"transformer_blocks.{index}."
-        ours[here + _TABLE] = state[there + _TABLE]
-        for part in _PARTS:
-            linears = {a: b for a, b in _BLOCK.items() if f"{there}{b}.{part}" in state}
-            ours |= {f"{here}{a}.{part}": state[f"{there}{b}.{part}"] for a, b in linears.items()}
-            for name, pieces in _CUT.items():
-                if f"{there}{pieces[0]}.{part}" in state:
-                    ours[f"{here}{name}.{part}"] = torch.cat([state[f"{there}{piece}.{part}"] for piece in pieces])
-    return config, {**{name: ours[name] for name in shapes}, NULL_CAPTION: _null(config, {})}
+    return config, {**_NAMES.here(shapes, state), NULL_CAPTION: _null(config, {})}
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
