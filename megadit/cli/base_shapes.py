@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_config(args.config, args.overrides).model  # refused before torch is imported
     from megadit.models.build import build_model, parametrization
-    from megadit.mup import param_specs, save_base_shapes
-    from megadit.mup.interop import is_base_shapes
+    from megadit.mup import param_specs
+    from megadit.mup.interop import is_base_shapes, save_base_shapes
 
     model = build_model(config, device="meta")
     try:

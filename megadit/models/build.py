@@ -31,7 +31,7 @@ def build_model(
     """Build one model in float32, initialised: whole, or a tensor-parallel rank's share of it (``parallel``).
 
     ``device``: by default torch's, so that ``with torch.device(…)`` holds here too. ``"meta"`` gives a model without
-    memory or values: for counting, for specs, and for ``to_empty`` followed by ``megadit.mup.init_parameters``.
+    memory or values: for counting, for specs, and for ``to_empty`` followed by ``megadit.mup.init.init_parameters``.
 
     Raises:
         ValueError: the layout's ranks do not divide the model's heads or channels.

@@ -12,10 +12,11 @@ from torch import Tensor
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
-from megadit.mup import attach_infshapes, param_groups
 from megadit.mup.coord_check.measure import Build, CoordPlan, Objective, coordinate_readings
 from megadit.mup.coord_check.verdict import CoordVerdict, judge
 from megadit.mup.example import example_conditioning
+from megadit.mup.groups import param_groups
+from megadit.mup.interop import attach_infshapes
 
 BASE = 32
 OPTIM = OptimConfig(lr=0.01, weight_decay=0.3, wd_vectors=True)

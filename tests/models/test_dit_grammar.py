@@ -10,7 +10,8 @@ import torch
 from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
 from megadit.conditioning import Conditioning
 from megadit.models import build_model
-from megadit.mup import init_parameters, param_specs
+from megadit.mup import param_specs
+from megadit.mup.init import init_parameters
 
 
 def test_stages_fold_to_forward_and_name_every_parameter() -> None:

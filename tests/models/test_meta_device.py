@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from megadit.config import load_config
 from megadit.models import build_model, count_parameters
-from megadit.mup import init_parameters
+from megadit.mup.init import init_parameters
 
 QUICKSTARTS = ("digits", "emoji-uvit", "emoji-pixart", "emoji-mmdit-repa")
 

@@ -13,7 +13,8 @@ from helpers.tiny_pixart import pixart_inputs, tiny_pixart
 from megadit.conditioning import Conditioning, null_caption
 from megadit.config import ModelConfig, preset
 from megadit.models import build_model, count_parameters
-from megadit.mup import init_parameters, param_specs
+from megadit.mup import param_specs
+from megadit.mup.init import init_parameters
 
 
 @pytest.mark.parametrize(

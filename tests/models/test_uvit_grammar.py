@@ -13,7 +13,8 @@ from helpers.tiny_uvit import KINDS, tiny_uvit, uvit_inputs
 from megadit.conditioning import Conditioning
 from megadit.config import ModelConfig, preset
 from megadit.models import build_model, count_parameters
-from megadit.mup import init_parameters, param_specs
+from megadit.mup import param_specs
+from megadit.mup.init import init_parameters
 
 _CIFAR = {"in_channels": 3, "num_classes": 0}
 _COCO = {"num_classes": 0, "text": {"dim": 768, "max_length": 77}}

@@ -9,7 +9,8 @@ from torch import nn
 from helpers.tiny_dit import tiny_mup_config
 from megadit.config import OptimConfig
 from megadit.models import build_model
-from megadit.mup import param_groups, param_specs
+from megadit.mup import param_specs
+from megadit.mup.groups import param_groups
 
 _OPTIM = OptimConfig(lr=0.5, weight_decay=0.25, eps=1e-6, eps_mode="scaled")
 

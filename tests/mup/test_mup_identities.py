@@ -13,7 +13,8 @@ from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_confi
 from megadit.config import ModelConfig, OptimConfig
 from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.models import StagedModel, build_model
-from megadit.mup import param_groups, walk_specs
+from megadit.mup.groups import param_groups
+from megadit.mup.spec import walk_specs
 
 
 def _train(model: StagedModel, config: ModelConfig, groups: list[dict[str, Any]], steps: int) -> list[Tensor]:

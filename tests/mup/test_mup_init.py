@@ -9,7 +9,8 @@ import torch
 
 from helpers.tiny_dit import tiny_config, tiny_mup_config
 from megadit.models import build_model
-from megadit.mup import init_parameters, init_values, param_specs
+from megadit.mup import param_specs
+from megadit.mup.init import init_parameters, init_values
 
 
 @pytest.mark.parametrize("init", ["original", "fan_in"])

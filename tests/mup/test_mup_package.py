@@ -18,7 +18,7 @@ from helpers.mup_checks import (
 )
 from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
 from megadit.models import StagedModel, build_model
-from megadit.mup import save_base_shapes
+from megadit.mup.interop import save_base_shapes
 
 mup = pytest.importorskip("mup")
 

@@ -21,7 +21,8 @@ from helpers.tiny_dit import randomize
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
 from megadit.config import preset
 from megadit.models import StagedModel, build_model
-from megadit.mup import param_specs, save_base_shapes
+from megadit.mup import param_specs
+from megadit.mup.interop import save_base_shapes
 
 _TEXT = {"dim": 64, "max_length": 5}  # as wide as one of the widths, as 4096 may be
 _OPTIONS: list[dict[str, Any]] = [{}, {"mlp": "swiglu", "qk_norm": "rms"}]

@@ -8,7 +8,10 @@ from helpers.tiny_dit import tiny_config, tiny_mup_config
 from megadit.config import ModelConfig, OptimConfig
 from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.models import build_model
-from megadit.mup import Dim, eps_mult, param_specs, plan_groups, wd_mult
+from megadit.mup import param_specs
+from megadit.mup.groups import plan_groups
+from megadit.mup.rules import eps_mult, wd_mult
+from megadit.mup.spec import Dim
 from megadit.mup.table import rows
 
 _BLOCK = "blocks.0."

@@ -20,8 +20,9 @@ from helpers.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
 from megadit.config import ModelConfig, ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
-from megadit.mup import param_specs, wd_mult
+from megadit.mup import param_specs
 from megadit.mup.coord_check.verdict import CoordVerdict
+from megadit.mup.rules import wd_mult
 
 _OPTIONS = {"mlp_time_embed": True, "mlp": "swiglu", "qk_norm": "rms", "qkv_bias": True}
 

@@ -93,7 +93,7 @@ class DiT(StagedModel):
     counted_tables = ("pos_embed.table",)
 
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
-        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
         super().__init__()
         self.config = config
         self.stream_tokens = patches_of(config)

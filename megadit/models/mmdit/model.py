@@ -214,7 +214,7 @@ class MMDiT(StagedModel):
     """The whole model; see the module's docstring."""
 
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
-        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
         super().__init__()
         self.config = config
         self.stream_tokens = patches_of(config)

@@ -184,7 +184,7 @@ class UViT(StagedModel):
     """The whole model; see the module's docstring. ``extras`` is E, the number of tokens before the patches."""
 
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
-        """Build with uninitialised parameters; ``megadit.mup.init_parameters`` fills them."""
+        """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
         super().__init__()
         self.config = config
         width, text = param.width_dim(), config.text

@@ -220,7 +220,8 @@ def group_rows(proxy: RunConfig, target: RunConfig) -> list[GroupRow]:
 def _groups(config: RunConfig) -> dict[str, list[tuple[str, tuple[float, float, float], float]]]:
     """By group name without its learning-rate suffix: (name, (lr, wd, eps) as the optimizer gets them, lr_mult)."""
     from megadit.models import build_model
-    from megadit.mup import param_specs, plan_groups
+    from megadit.mup import param_specs
+    from megadit.mup.groups import plan_groups
 
     found: dict[str, list[tuple[str, tuple[float, float, float], float]]] = {}
     optim = config.optim

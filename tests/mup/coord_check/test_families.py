@@ -22,9 +22,10 @@ from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.diffusion.objectives.repa import alignment_loss
 from megadit.models import StagedModel, build_model
-from megadit.mup import ParamSpec, init_parameters
+from megadit.mup import ParamSpec
 from megadit.mup.coord_check.measure import Build, CoordPlan, coordinate_readings
 from megadit.mup.coord_check.verdict import CoordVerdict, ModuleVerdict
+from megadit.mup.init import init_parameters
 
 _BASE = 64
 _WIDTHS = (32, 64, 128)
