@@ -17,7 +17,7 @@ from megadit.files.json_text import parse_json
 from megadit.train.run_dir import is_number, read_rows
 
 Axis = Literal["steps", "samples"]
-_COLUMN = {"steps": "step", "samples": "samples_seen"}
+AXES: tuple[Axis, ...] = ("steps", "samples")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def read_curve(folder: str | Path, key: str = "loss") -> Curve:
     rows = _read_rows(folder)
     found = {int(row["step"]): row for row in rows if key in row and _is_measured(row[key])}
     if not found:
-        known = sorted({name for row in rows for name, value in row.items() if is_number(value)} - {*_COLUMN.values()})
+        numbers = {name for row in rows for name, value in row.items() if is_number(value)}
+        known = sorted(numbers - {"step", "samples_seen"})
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'no numbers at all'}"
         raise UserError(f"--key {key}: {display(folder / 'metrics.jsonl')} has no such number; {hint}")

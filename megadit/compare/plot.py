@@ -23,7 +23,7 @@ def plot_comparison(result: Comparison, path: str | os.PathLike[str]) -> None:
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
-    gaps = [result.main] if result.same_batch else list(result.over.values())
+    gaps = result.shown
     figure = Figure(figsize=(6.4 * len(gaps), 6.0), layout="constrained")
     axes: Any = figure.subplots(2, len(gaps), squeeze=False, sharex="col")
     for column, gap in enumerate(gaps):

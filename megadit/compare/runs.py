@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megadit.compare.curves import Axis, Curve, common_grid, extended_grid, read_curve, smoothed
+from megadit.compare.curves import AXES, Axis, Curve, common_grid, extended_grid, read_curve, smoothed
 from megadit.config.loading.sources import display
 from megadit.errors import UserError
 from megadit.transfer.ties import SAME
@@ -96,8 +96,12 @@ class Comparison:
     @property
     def same_batch(self) -> bool:
         """Whether all runs see equally many samples a step, so that both axes tell the same."""
-        ratios = {round(float(c.samples[-1]) / float(c.steps[-1]), 6) for c in (*self.a, *self.b)}
-        return len(ratios) == 1
+        return len({round(float(c.samples[-1]) / float(c.steps[-1]), 6) for c in (*self.a, *self.b)}) == 1
+
+    @property
+    def shown(self) -> list[Gap]:
+        """What people are told: the gap over samples too where that is not the same."""
+        return [self.main] if self.same_batch else list(self.over.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data without nan: the curves, the gap, crossings, final values and speed-ups by axis."""
@@ -143,7 +147,7 @@ def compare(a: Sequence[Path], b: Sequence[Path], key: str = "loss", smooth: int
     if smooth is not None and smooth < 1:
         raise UserError(f"--smooth: {smooth} is not at least 1; 1 is no smoothing")
     left, right = (tuple(read_curve(folder, key) for folder in side) for side in (a, b))
-    grids = {axis: common_grid([*left, *right], axis) for axis in _axes()}
+    grids = {axis: common_grid([*left, *right], axis) for axis in AXES}
     shared = {axis: grid for axis, grid in grids.items() if len(grid)}
     if not shared:
         raise UserError(
@@ -159,16 +163,11 @@ def describe(result: Comparison) -> str:
     """The comparison as lines: final values, crossings, speed-up; over samples too where the batches differ."""
     lines = [f"{result.key}, A: {_names(result.a)}; B: {_names(result.b)}; smoothed over {result.smooth} point(s)"]
     lines += [f"note: {c.name} did not complete: {c.stopped}" for c in (*result.a, *result.b) if c.stopped]
-    gaps = [result.main] if result.same_batch else list(result.over.values())
-    for gap in gaps:
+    for gap in result.shown:
         lines += _describe_gap(gap, result.key)
     if "steps" not in result.over:
         lines.append("the two sides share no steps; compared over samples only")
     return "\n".join(lines)
-
-
-def _axes() -> tuple[Axis, ...]:
-    return ("steps", "samples")
 
 
 def _gap(a: Sequence[Curve], b: Sequence[Curve], axis: Axis, common: np.ndarray, points: int) -> Gap:
@@ -277,7 +276,7 @@ def _gap_json(gap: Gap) -> dict[str, Any]:
         for name, side in (("a", gap.a), ("b", gap.b))
     }
     reaches = {
-        name: {"target": _finite(reach.target), "of": reach.of, "at": reach.at, "speedup": reach.speedup}
+        name: {**asdict(reach), "target": _finite(reach.target), "speedup": reach.speedup}
         for name, reach in (("b_reaches_a", gap.b_reaches_a), ("a_reaches_b", gap.a_reaches_b))
     }
     final = {"at": int(gap.at[-1]), "gap": _finite(float(gap.gap[-1])), "se": _finite(float(gap.se[-1]))}
@@ -286,7 +285,7 @@ def _gap_json(gap: Gap) -> dict[str, Any]:
         "at": gap.at.tolist(),
         "gap": _plain(gap.gap),
         "se": _plain(gap.se),
-        "crossings": [{"at": c.at, "value": c.value, "b_below_after": c.b_below_after} for c in gap.crossings],
+        "crossings": [asdict(crossing) for crossing in gap.crossings],
         "final": {**final, "a": _finite(gap.a.final), "b": _finite(gap.b.final)},
         **reaches,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,6 +65,29 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """How the trials of a plan stand."""
+
+    planned: int
+    waiting: int
+    running: int
+    complete: int
+    diverged: int
+    pruned: int
+    failed: int
+
+    @property
+    def done(self) -> int:
+        """Trials that have ended, in whatever way."""
+        return self.complete + self.diverged + self.pruned + self.failed
+
+    @property
+    def ended_well(self) -> int:
+        """Trials that have ended and did not fail."""
+        return self.done - self.failed
+
+
+@dataclass(frozen=True)
 class StudyResults:
     """A study with its finished trials and how many runs are planned, running and waiting."""
 
@@ -77,6 +101,14 @@ class StudyResults:
     def complete(self) -> bool:
         """Whether every planned run has ended, in whatever way."""
         return len(self.trials) >= self.planned and not self.running and not self.waiting
+
+    @property
+    def counts(self) -> Counts:
+        """How many trials stand how."""
+        ended = Counter(trial.outcome for trial in self.trials)
+        return Counts(
+            self.planned, self.waiting, self.running, *(ended[name] for name in (COMPLETE, DIVERGED, PRUNED, FAILED))
+        )
 
     def observations(self, variant: str | None = None) -> list[Observation]:
         """One per finished trial, or per trial and horizon; of ``variant`` alone when it is named.

@@ -63,12 +63,11 @@ def select(results: StudyResults, variant: str | None = None, scale: float | Non
             "on, or widen the space"
         )
     chosen = _RULES[spec.select.rule](candidates, score, scores)
-    sign = _sign(score)
     return Choice(
         hps=chosen.hps,
         rule=spec.select.rule,
         score=score.name,
-        value=sign * chosen.mean(score.name),
+        value=score.sign * chosen.mean(score.name),
         seeds=len(chosen.trials),
         trials=chosen.trials,
     )
@@ -81,7 +80,7 @@ def _candidates(observations: Sequence[Observation], scores: Sequence[ScoreSpec]
         points.setdefault(json.dumps(observation.hps, sort_keys=True), []).append(observation)
     found = []
     for runs in points.values():
-        losses = {score.name: [_sign(score) * _number(run.scores.get(score.name)) for run in runs] for score in scores}
+        losses = {score.name: [score.sign * _number(run.scores.get(score.name)) for run in runs] for score in scores}
         finite = all(math.isfinite(loss) for values in losses.values() for loss in values)
         if finite and all(run.outcome == COMPLETE for run in runs):
             found.append(_Candidate(runs[0].hps, losses, tuple(run.number for run in runs)))
@@ -95,12 +94,9 @@ def _best(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[Score
 
 def _mean_rank(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
     """Lowest mean rank over all scores; equals share their mean rank, and the rule's own score breaks ties."""
-
     total = np.sum([ranks([candidate.mean(each.name) for candidate in candidates]) for each in scores], axis=0)
-    first = [
-        candidate for candidate, rank in zip(candidates, total, strict=True) if rank == min(total)
-    ]  # halves: exact
-    return _best(first, score, scores)
+    first = np.flatnonzero(total == total.min())  # halves: exact
+    return _best([candidates[index] for index in first], score, scores)
 
 
 def _conservative(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
@@ -119,10 +115,6 @@ def _conservative(candidates: list[_Candidate], score: ScoreSpec, scores: Sequen
 
 
 _RULES = {"best": _best, "mean_rank": _mean_rank, "conservative": _conservative}
-
-
-def _sign(score: ScoreSpec) -> float:
-    return 1.0 if score.lower_is_better else -1.0
 
 
 def _number(value: Any) -> float:

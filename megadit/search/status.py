@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import TrialResult
+from megadit.search.results import Counts, TrialResult
 from megadit.search.selection import Choice, select
-from megadit.search.storage.states import Counts, Running
+from megadit.search.storage.states import Running
 from megadit.search.storage.store import StudyStore
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
@@ -58,29 +59,26 @@ def status_of(store: StudyStore, workers: int | None = None) -> Status:
         best = None
     left = seconds_left(study, store.planned, trials, seen.running)
     eta = None if left is None else left / max(1, workers or len(seen.running))
-    return Status(study, seen.counts, seen.running, trials, best, eta)
+    return Status(study, seen.results.counts, seen.running, trials, best, eta)
 
 
 def seconds_left(
     study: Study, planned: Sequence[PlannedTrial], trials: Sequence[TrialResult], running: Sequence[Running]
 ) -> float | None:
     """Worker-seconds of what has not ended: per cell as its trials took so far, else in proportion to its FLOPs."""
-    took: dict[tuple[str, Any], list[float]] = {}
+    took: defaultdict[tuple[str, Any], list[float]] = defaultdict(list)
     for trial in trials:
         if trial.steps:
-            took.setdefault((trial.variant, trial.scale), []).append(trial.seconds)
+            took[trial.variant, trial.scale].append(trial.seconds)
     if not took:
         return None
     work = {(cell.variant, cell.scale): _work(study, cell) for cell in study.cells}
     known = sum(sum(times) for times in took.values()) / sum(work[key] * len(times) for key, times in took.items())
     each = {key: sum(took[key]) / len(took[key]) if key in took else known * flops for key, flops in work.items()}
-    ended: dict[tuple[str, Any], int] = {}
-    for trial in trials:
-        ended[trial.variant, trial.scale] = ended.get((trial.variant, trial.scale), 0) + 1
-    left = 0.0
-    for key, seconds in each.items():
-        left += seconds * (sum((p.cell.variant, p.cell.scale) == key for p in planned) - ended.get(key, 0))
-    return max(0.0, left - sum(min(r.seconds, each[r.variant, r.scale]) for r in running))
+    left: Counter[tuple[str, Any]] = Counter((trial.cell.variant, trial.cell.scale) for trial in planned)
+    left.subtract((trial.variant, trial.scale) for trial in trials)
+    spent = sum(min(entry.seconds, each[entry.variant, entry.scale]) for entry in running)
+    return max(0.0, sum(seconds * left[key] for key, seconds in each.items()) - spent)
 
 
 def _work(study: Study, cell: Cell) -> float:

@@ -49,7 +49,8 @@ def verify_study(
         left = f"{len(results.trials)} of {results.planned} trials have ended"
         raise UserError(f"study {name}: is incomplete ({left}); go on with launch/sweep.py run, then verify")
     variant = _known("--variant", variant, study.variants)
-    judged = _score(study.spec.scores, score or study.spec.selection_score.name)
+    scores = [each.name for each in study.spec.scores]
+    judged = study.spec.score(_known("--score", score or study.spec.selection_score.name, scores))
     key = _known("--hp", hp, study.space.keys)
     if len(study.space.keys) > 1 and study.spec.sampler != "grid":
         raise UserError(
@@ -90,11 +91,6 @@ def _known(option: str, value: str | None, names: Sequence[str]) -> str:
     return value
 
 
-def _score(scores: Sequence[ScoreSpec], name: str) -> ScoreSpec:
-    known = _known("--score", name, [score.name for score in scores])
-    return next(score for score in scores if score.name == known)
-
-
 def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[Sample]:
     """One sample per run that counts; with further keys, of each value's best combination with the others."""
     groups: dict[tuple[float, float], dict[str, list[Sample]]] = {}
@@ -114,10 +110,9 @@ def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, na
         others = repr(sorted((other, setting) for other, setting in run.hps.items() if other != key))
         place = groups.setdefault((float(run.scale), math.log2(value)), {})
         place.setdefault(others, []).append(Sample(float(run.scale), math.log2(value), run.seed, number))
-    sign = 1.0 if score.lower_is_better else -1.0
 
     def cost(runs: list[Sample]) -> float:
-        mean = sign * sum(run.score for run in runs) / len(runs)
+        mean = score.sign * sum(run.score for run in runs) / len(runs)
         return mean if math.isfinite(mean) else math.inf
 
     return [sample for place in groups.values() for sample in lowest(place.values(), cost)]

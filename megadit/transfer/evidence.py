@@ -18,7 +18,6 @@ from megadit.transfer.ties import SAME_HP, at_most, difference
 
 Status = Literal["proxy", "agrees", "disagrees", "undecided"]
 
-
 _SAME_DRIFT = 1e-3  # octaves per octave: a curve so flat that rounding moves its lowest point further is no curve
 
 
@@ -88,6 +87,9 @@ class Evidence:
         located = locate(present, self.noise, self.allowance)
         self.optima = {optimum.basin.scale: optimum for optimum in located}
 
+    def _located(self, scales: Sequence[float]) -> list[Optimum]:
+        return [self.optima[scale] for scale in scales if scale in self.optima]
+
     def name(self, scale: float) -> str:
         """A scale in words: ``width 288``."""
         return f"{self.labels.get('scale', 'scale')} {scale:.12g}"
@@ -145,7 +147,7 @@ class Evidence:
             return "disagrees", f"the proxy's best {carried} diverges; the best here is {best}"
         if entry.regret is None:
             return "undecided", f"the proxy's best {carried} was not measured; add it to the values tried here"
-        cost = f"the proxy's best {carried} costs {_amount(entry)} more than {best}"
+        cost = f"the proxy's best {carried} costs {regret_text(entry.regret, entry.regret_relative)} more than {best}"
         noise = entry.regret_noise or 0.0
         clear = not at_most(entry.regret, self.allowance * noise, basin.best.mean)
         small = entry.small(self.limits)
@@ -186,7 +188,7 @@ class Evidence:
 
     def drift(self, scales: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
         """Weighted slope of log2 optimum against log2 scale, with its bootstrap interval."""
-        optima = [self.optima[scale] for scale in scales if scale in self.optima]
+        optima = self._located(scales)
         if len(optima) < 2:
             return None, None
         x = np.log2([optimum.basin.scale for optimum in optima])
@@ -208,8 +210,7 @@ class Evidence:
         """Sentences that say no, that leave it open, and that are fine."""
         if drift is None or interval is None:
             return [], [], []
-        limit = self.drift_limit(scales)
-        optima = [self.optima[scale] for scale in scales if scale in self.optima]
+        limit, optima = self.drift_limit(scales), self._located(scales)
         said = f"the optimum drifts by {drift:+.2f} octaves per octave (95 % interval {interval[0]:+.2f} to "
         said += f"{interval[1]:+.2f}; limit {limit:.2g})"
         if beyond(interval[0], limit) or beyond(-interval[1], limit):
@@ -271,8 +272,7 @@ class Evidence:
     def wider(self, scales: Sequence[float]) -> tuple[bool | None, tuple[tuple[float, float, float], ...]]:
         """Whether at each value every larger scale is at least as good, noise aside; and where it is not."""
         compared, worse = 0, []
-        optima = [self.optima[scale] for scale in scales if scale in self.optima]
-        for small, large in itertools.pairwise(optima):
+        for small, large in itertools.pairwise(self._located(scales)):
             for point in small.basin.points:
                 other = large.basin.point(point.hp)
                 if other is None or not point.stable:
@@ -295,21 +295,19 @@ def _neighbours(basin: Basin, hp: float) -> bool:
     return not any(low + SAME_HP < point.hp < high - SAME_HP for point in basin.points)
 
 
-def _amount(entry: ScaleVerdict) -> str:
-    """A regret in words, with its share of the best score."""
-    share = "" if entry.regret_relative is None else f" ({100 * entry.regret_relative:.1f} %)"
-    return f"{entry.regret:.3g}{share}"
+def regret_text(regret: float, relative: float | None) -> str:
+    """A regret for people, with its share of the best score."""
+    return f"{regret:.3g}" + ("" if relative is None else f" ({100 * relative:.1f} %)")
 
 
 def _bound(optima: Sequence[Optimum], drift: float) -> bool:
     """Whether an open optimum, once found, could make the drift smaller."""
     middle = float(np.mean([math.log2(optimum.basin.scale) for optimum in optima]))
     for optimum in optima:
-        direction = {"low": -1.0, "high": 1.0}
-        for side, sign in direction.items():
-            outward = sign * (math.log2(optimum.basin.scale) - middle)
-            if getattr(optimum.basin, side) == "open" and outward * drift < 0:
-                return True
+        below, above = (side == "open" for side in (optimum.basin.low, optimum.basin.high))
+        turn = (math.log2(optimum.basin.scale) - middle) * drift
+        if (below and turn > 0) or (above and turn < 0):
+            return True
     return False
 
 

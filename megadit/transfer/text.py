@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megadit.transfer.estimate import Noise
-from megadit.transfer.evidence import ScaleVerdict, power
+from megadit.transfer.evidence import ScaleVerdict, power, regret_text
 from megadit.transfer.verdict import Verdict
 
 _EDGES = {"inside": "", "edge": "diverges", "open": "grid ends"}
@@ -28,7 +28,7 @@ def format_verdict(verdict: Verdict) -> str:
         low, high = verdict.drift_interval
         lines.append(f"drift {verdict.drift:+.2f} octaves per octave (95 % {low:+.2f} to {high:+.2f})")
     if verdict.regret is not None:
-        lines.append(f"largest regret {_regret(verdict.regret, verdict.regret_relative)}")
+        lines.append(f"largest regret {_regret(verdict)}")
     lines.append(_noise(verdict.noise))
     lines.append(_larger(verdict))
     lines.append("")
@@ -51,7 +51,7 @@ def _title(verdict: Verdict) -> str:
 
 
 def _row(entry: ScaleVerdict) -> tuple[str, ...]:
-    says = {"proxy": "proxy"}.get(entry.status, "exception" if entry.exception else entry.status)
+    says = "exception" if entry.exception and entry.status != "proxy" else entry.status
     name = f"{entry.scale:.12g}"
     if entry.optimum is None or entry.best_hp is None or entry.best_score is None:
         return (name, "", "-", "-", "-", "all diverge", "diverges", "infinite", says)
@@ -62,24 +62,14 @@ def _row(entry: ScaleVerdict) -> tuple[str, ...]:
     if entry.regret == math.inf:
         carried = "diverges"
     optimum = f"2^{entry.optimum.at:.2f} ({low:.2f} to {high:.2f})"
-    regret = "unknown" if entry.regret is None else _regret(entry.regret, entry.regret_relative)
-    return (
-        name,
-        runs,
-        power(entry.best_hp),
-        f"{entry.best_score:.4g}",
-        optimum,
-        ", ".join(edges),
-        carried,
-        regret,
-        says,
-    )
+    best = power(entry.best_hp), f"{entry.best_score:.4g}"
+    return (name, runs, *best, optimum, ", ".join(edges), carried, _regret(entry), says)
 
 
-def _regret(regret: float, relative: float | None) -> str:
-    if math.isinf(regret):
-        return "infinite"
-    return f"{regret:.3g}" + ("" if relative is None else f" ({100 * relative:.1f} %)")
+def _regret(judged: ScaleVerdict | Verdict) -> str:
+    if judged.regret is None:
+        return "unknown"
+    return "infinite" if math.isinf(judged.regret) else regret_text(judged.regret, judged.regret_relative)
 
 
 def _noise(noise: Noise) -> str:

@@ -7,6 +7,7 @@ what the search cost go with it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +210,7 @@ def group_rows(proxy: RunConfig, target: RunConfig) -> list[GroupRow]:
     ours, theirs = _groups(proxy), _groups(target)
     rows = []
     for stem in dict.fromkeys([*ours, *theirs]):
-        one, other = ours.get(stem, []), theirs.get(stem, [])
-        for index in range(max(len(one), len(other))):
-            left, right = (side[index] if index < len(side) else None for side in (one, other))
+        for left, right in itertools.zip_longest(ours.get(stem, ()), theirs.get(stem, ())):
             name = (right or left or ("", (), 0.0))[0]
             rows.append(GroupRow(name, left and left[1], right and right[1], None if right is None else right[2]))
     return rows

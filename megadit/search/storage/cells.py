@@ -42,15 +42,7 @@ def _pruner(spec: PruningSpec) -> Any:
 
 def shown_distributions(study: Study) -> dict[str, Any]:
     """Ranges of the numeric dimensions, so that optuna's own tools show the planned points."""
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    found: dict[str, Any] = {}
-    for dimension in study.space.dimensions:
-        if dimension.numeric:
-            kind = IntDistribution if dimension.integer else FloatDistribution
-            low, high = min(dimension.values), max(dimension.values)
-            found[dimension.key] = kind(low, high, log=dimension.kind == "log_uniform")
-    return found
+    return {dimension.key: dimension.distribution() for dimension in study.space.dimensions if dimension.numeric}
 
 
 def ask_tpe(study: Study, cell: Any, storage: Any, frozen: Any) -> dict[str, Any]:

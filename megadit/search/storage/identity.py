@@ -93,37 +93,32 @@ class Heartbeats:
             thread.join()
             file.unlink(missing_ok=True)
 
-    def silence_s(self, worker: WorkerId) -> float:
-        """Seconds since the worker was last heard from; infinite when it left no file."""
-        try:
-            last = self._file(worker).stat().st_mtime
-        except OSError:
-            return float("inf")
-        return self._now() - last
-
     def is_dead(self, worker: WorkerId, stale_after_s: float) -> bool:
         """Whether the worker has ended: by its process where that can be asked, else by its silence."""
         if worker.is_here:
             return not worker.is_running
-        return self.silence_s(worker) > stale_after_s
+        try:
+            silence_s = self._now() - self._file(worker).stat().st_mtime
+        except OSError:
+            silence_s = float("inf")
+        return silence_s > stale_after_s
 
     def living(self, stale_after_s: float) -> list[WorkerId]:
         """The workers that have a file and are not dead."""
-        found = []
-        for file in sorted(self.folder.glob("*.alive")):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                worker = WorkerId.from_json(parse_json(file.read_bytes()))
-                if not self.is_dead(worker, stale_after_s):
-                    found.append(worker)
-        return found
+        return [worker for worker in self._seen() if not self.is_dead(worker, stale_after_s)]
 
     def clear_dead(self) -> None:
         """Remove what killed workers of this host left."""
-        for file in self.folder.glob("*.alive"):
+        for worker in self._seen():
+            if worker.is_here and not worker.is_running:
+                with contextlib.suppress(OSError):
+                    self._file(worker).unlink(missing_ok=True)
+
+    def _seen(self) -> Iterator[WorkerId]:
+        """The workers that have a file."""
+        for file in sorted(self.folder.glob("*.alive")):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                worker = WorkerId.from_json(parse_json(file.read_bytes()))
-                if worker.is_here and not worker.is_running:
-                    file.unlink(missing_ok=True)
+                yield WorkerId.from_json(parse_json(file.read_bytes()))
 
     def _now(self) -> float:
         """The file system's clock; read-only folders fall back to this host's."""

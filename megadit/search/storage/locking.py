@@ -28,53 +28,44 @@ _MOST_SAID = 200  # letters of an error of optuna's, which may quote a whole rec
 _BROKEN_AFTER_S = 30  # a lock file this old, on a shared file system, belongs to a holder that was killed
 
 
-class StudyLock:
-    """Mutual exclusion of the processes that write one study; a process may enter it again inside itself."""
+@contextlib.contextmanager
+def study_lock(folder: Path, kind: str) -> Iterator[None]:
+    """In the block no other process writes the study in ``folder`` (sqlite or journal). It does not nest.
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self._journal = folder / FILES["journal"] if kind == "journal" else None
-        self._file = folder / "study.lock"
-        self._depth = 0
+    Raises:
+        UserError: the file system has no locks for sqlite.
+    """
+    file = folder / "study.lock"
+    with _shared_lock(file, folder / FILES[kind]) if kind == "journal" else _host_lock(file):
+        yield
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Hold the lock in a ``with`` block."""
-        if self._depth:
-            yield
-            return
-        with self._shared_lock() if self._journal is not None else self._host_lock():
-            self._depth = 1
-            try:
-                yield
-            finally:
-                self._depth = 0
 
-    @contextlib.contextmanager
-    def _host_lock(self) -> Iterator[None]:
-        with open(self._file, "a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                raise UserError(
-                    f"storage: sqlite needs a file system that locks files, and '{self._file}' cannot be locked "
-                    f"({error.strerror or error}); set storage: journal, or choose a --study_dir on a local disk"
-                ) from error
-            yield
-
-    @contextlib.contextmanager
-    def _shared_lock(self) -> Iterator[None]:
-        from optuna.storages.journal import JournalFileOpenLock
-
-        assert self._journal is not None
-        lock = JournalFileOpenLock(str(self._file.with_suffix("")), grace_period=_BROKEN_AFTER_S)
-        lock.acquire()
+@contextlib.contextmanager
+def _host_lock(path: Path) -> Iterator[None]:
+    with open(path, "a", encoding="utf-8") as file:
         try:
-            _drop_torn_line(self._journal)
-            yield
-        finally:
-            # Another process may have broken a lock that was held for too long; then it is not ours to release.
-            with contextlib.suppress(RuntimeError):
-                lock.release()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"storage: sqlite needs a file system that locks files, and '{path}' cannot be locked "
+                f"({error.strerror or error}); set storage: journal, or choose a --study_dir on a local disk"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _shared_lock(path: Path, journal: Path) -> Iterator[None]:
+    from optuna.storages.journal import JournalFileOpenLock
+
+    lock = JournalFileOpenLock(str(path.with_suffix("")), grace_period=_BROKEN_AFTER_S)
+    lock.acquire()
+    try:
+        _drop_torn_line(journal)
+        yield
+    finally:
+        # Another process may have broken a lock that was held for too long; then it is not ours to release.
+        with contextlib.suppress(RuntimeError):
+            lock.release()
 
 
 def _drop_torn_line(journal: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a study's storage holds of a trial: a claim on it, the starts it has had, its result, and counts of all."""
+"""What a study's storage holds of a trial: a claim on it, the starts it has had, and its result."""
 
 from __future__ import annotations
 
@@ -26,29 +26,6 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How the trials of a plan stand."""
-
-    planned: int
-    waiting: int
-    running: int
-    complete: int
-    diverged: int
-    pruned: int
-    failed: int
-
-    @property
-    def done(self) -> int:
-        """Trials that have ended, in whatever way."""
-        return self.complete + self.diverged + self.pruned + self.failed
-
-    @property
-    def ended_well(self) -> int:
-        """Trials that have ended and did not fail."""
-        return self.done - self.failed
-
-
-@dataclass(frozen=True)
 class Running:
     """A trial that is being run, by whom and since when (seconds)."""
 
@@ -61,10 +38,9 @@ class Running:
 
 @dataclass(frozen=True)
 class Overview:
-    """A study's trials at one moment: what has ended, how many stand how, and what runs, by number."""
+    """A study's trials at one moment: what has ended, and what runs, by number."""
 
     results: StudyResults
-    counts: Counts
     running: tuple[Running, ...]
 
 
@@ -90,6 +66,16 @@ class History:
         if "result" not in self.last.user_attrs:
             return None
         return str(self.last.user_attrs["result"]["outcome"])
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is queued."""
+        return bool(self.last.state.name == "WAITING")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a worker is said to run it and no result is stored."""
+        return self.last.state.name == "RUNNING" and self.outcome is None
 
     @property
     def is_lost(self) -> bool:

@@ -7,6 +7,7 @@ place for (number, key, cell, seed, hyperparameters, owner, result) is in the tr
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, StudyResults, TrialResult
+from megadit.search.results import DIVERGED, FAILED, PRUNED, Counts, StudyResults, TrialResult
 from megadit.search.storage.cells import ask_tpe, open_cell, shown_distributions
 from megadit.search.storage.identity import Heartbeats, WorkerId
-from megadit.search.storage.locking import FILES, StudyLock, open_storage, told_of
-from megadit.search.storage.states import Claim, Counts, History, Overview, attributes, check_start, restored, stored
+from megadit.search.storage.locking import FILES, open_storage, study_lock, told_of
+from megadit.search.storage.states import Claim, History, Overview, attributes, check_start, restored, stored
 from megadit.search.study.plan import PlannedTrial, plan
 from megadit.search.study.study import Study, check_against_frozen, load_study, make_folder, save_study
 
@@ -28,17 +29,18 @@ _UNOWNED_S = 60.0  # a running trial without an owner for so long was claimed by
 class StudyStore:
     """The trials of one study. Every method that writes holds the study's lock, whoever else works on it."""
 
-    def __init__(self, study: Study, storage: Any, lock: StudyLock, *, create: bool) -> None:
+    def __init__(self, study: Study, *, create: bool) -> None:
+        folder, kind = study.folder, study.spec.storage
         self.study = study
-        self.heartbeats = Heartbeats(study.folder / "workers")
-        self._storage = storage
-        self._lock = lock
+        self.heartbeats = Heartbeats(folder / "workers")
+        self._storage = open_storage(folder, kind, read_only=not create)
+        self._lock = functools.partial(study_lock, folder, kind)
         # One optuna study per cell: pruners and samplers compare runs of one kind only.
         self._cells = {}
-        self._file = study.folder / FILES[study.spec.storage]
+        self._file = folder / FILES[kind]
         for cell in study.cells:
             with told_of(self._file):
-                found = open_cell(study, storage, f"{study.spec.name} {cell.label}", create)
+                found = open_cell(study, self._storage, f"{study.spec.name} {cell.label}", create)
             if found is not None:
                 self._cells[cell.variant, cell.scale] = found
         self._plan = {trial.key: trial for trial in plan(study)}
@@ -53,11 +55,10 @@ class StudyStore:
             UserError: the directory cannot be written, or holds something else.
         """
         make_folder(study.folder)
-        lock = StudyLock(study.folder, study.spec.storage)
-        with lock():
+        with study_lock(study.folder, study.spec.storage):
             check_against_frozen(study)  # which another process may have written since this one read it
             save_study(study)
-            store = cls(study, open_storage(study.folder, study.spec.storage), lock, create=True)
+            store = cls(study, create=True)
             store.heartbeats.clear_dead()
             store._reclaim()
             if retry_failed:
@@ -71,9 +72,8 @@ class StudyStore:
     def join(cls, study: Study) -> StudyStore:
         """Open the store of a study that has been made, to work on it. Raises UserError when there is none."""
         _refuse_missing(study)
-        lock = StudyLock(study.folder, study.spec.storage)
-        with lock():
-            store = cls(study, open_storage(study.folder, study.spec.storage), lock, create=True)
+        with study_lock(study.folder, study.spec.storage):
+            store = cls(study, create=True)
             store._fill()  # what a process that was killed while it made the study left out
         return store
 
@@ -100,15 +100,16 @@ class StudyStore:
         with self._lock():
             if self._reclaim(idle=worker):
                 self._fill()
-            histories = self._histories()
-            waiting = [h for h in histories.values() if h.last.state == TrialState.WAITING]
-            for history in sorted(waiting, key=lambda h: h.number):
-                trial = history.last
+            waiting = [history for history in self._histories().values() if history.is_waiting]
+            for history in sorted(waiting, key=lambda history: history.number):
+                trial, attrs = history.last, history.last.user_attrs
                 if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                     continue
                 self._storage.set_trial_user_attr(trial._trial_id, "worker", worker.to_json())
-                attrs = trial.user_attrs
-                hps = self._ask(trial) if self.study.spec.sampler == "tpe" else attrs["hps"]
+                hps = attrs["hps"]
+                if self.study.spec.sampler == "tpe":
+                    hps = ask_tpe(self.study, self._cells[attrs["variant"], attrs["scale"]], self._storage, trial)
+                    self._storage.set_trial_user_attr(trial._trial_id, "hps", hps)
                 return Claim(
                     history.number, attrs["attempt"], attrs["variant"], attrs["scale"], hps, attrs["seed"],
                     trial._trial_id,
@@ -124,9 +125,11 @@ class StudyStore:
 
     def report(self, claim: Claim, step: int, loss: float) -> bool:
         """Note the training loss at a step; True when the pruner ends the trial."""
+        from optuna.trial import Trial
+
         with self._lock():
-            trial = self._trial(claim)
-            trial.report(loss if self.study.spec.scores[0].lower_is_better else -loss, step)
+            trial = Trial(self._cells[claim.variant, claim.scale], claim.trial_id)
+            trial.report(self.study.spec.scores[0].sign * loss, step)
             return bool(trial.should_prune())
 
     def finish(self, claim: Claim, result: TrialResult, worker: WorkerId) -> bool:
@@ -155,28 +158,15 @@ class StudyStore:
 
     def overview(self) -> Overview:
         """How every trial stands, from one reading of the storage; writes nothing."""
-        from optuna.trial import TrialState
-
         histories = sorted(self._histories().values(), key=lambda history: history.number)
         ended = tuple(history.result() for history in histories if history.outcome is not None)
-        running = tuple(
-            history.running()
-            for history in histories
-            if history.outcome is None and history.last.state == TrialState.RUNNING
-        )
-        planned = len(self._plan)
-        waiting = planned - len(running) - len(ended)  # a trial between two attempts counts as waiting
-        outcomes = [result.outcome for result in ended]
-        tally = (outcomes.count(outcome) for outcome in (COMPLETE, DIVERGED, PRUNED, FAILED))
-        return Overview(
-            StudyResults(self.study, ended, planned, len(running), waiting),
-            Counts(planned, waiting, len(running), *tally),
-            running,
-        )
+        running = tuple(history.running() for history in histories if history.is_running)
+        waiting = len(self._plan) - len(running) - len(ended)  # a trial between two attempts counts as waiting
+        return Overview(StudyResults(self.study, ended, len(self._plan), len(running), waiting), running)
 
     def counts(self) -> Counts:
         """How many trials stand how; only reads."""
-        return self.overview().counts
+        return self.overview().results.counts
 
     # What follows is called with the lock held, or only reads.
 
@@ -243,12 +233,10 @@ class StudyStore:
 
     def _reclaim(self, idle: WorkerId | None = None) -> list[int]:
         """Mark the running trials of dead workers (and of ``idle``, which says that it runs none) as lost."""
-        from optuna.trial import TrialState
-
         numbers = []
         for history in self._histories().values():
             trial = history.last
-            if trial.state != TrialState.RUNNING:
+            if trial.state.name != "RUNNING":
                 continue
             if "result" in trial.user_attrs:  # its worker died between storing and telling
                 self._tell(trial._trial_id, restored(trial.user_attrs["result"]))
@@ -286,28 +274,14 @@ class StudyStore:
         else:
             state = TrialState.COMPLETE
             value = result.scores.get(score.name)
-            worst = math.inf if score.lower_is_better else -math.inf
-            values = [worst if value is None or result.outcome == DIVERGED else value]
+            values = [score.sign * math.inf if value is None or result.outcome == DIVERGED else value]
         self._storage.set_trial_state_values(trial_id, state, values)
-
-    def _ask(self, frozen: Any) -> dict[str, Any]:
-        cell = self._cells[frozen.user_attrs["variant"], frozen.user_attrs["scale"]]
-        hps = ask_tpe(self.study, cell, self._storage, frozen)
-        self._storage.set_trial_user_attr(frozen._trial_id, "hps", hps)
-        return hps
-
-    def _trial(self, claim: Claim) -> Any:
-        import optuna
-
-        return optuna.trial.Trial(self._cells[claim.variant, claim.scale], claim.trial_id)
 
 
 def open_readonly(study: Study) -> StudyStore:
     """The store of a study that exists, for reading alone. Raises UserError when there is none."""
     _refuse_missing(study)
-    lock = StudyLock(study.folder, study.spec.storage)
-    storage = open_storage(study.folder, study.spec.storage, read_only=True)
-    return StudyStore(study, storage, lock, create=False)
+    return StudyStore(study, create=False)
 
 
 def _refuse_missing(study: Study) -> None:

@@ -47,6 +47,13 @@ class Dimension:
         """Whether all its values are numbers, so that it has an order and an axis."""
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
 
+    def distribution(self) -> Any:
+        """optuna's, from the lowest to the highest of its numbers."""
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        kind = IntDistribution if self.integer else FloatDistribution
+        return kind(min(self.values), max(self.values), log=self.kind == "log_uniform")
+
     def at(self, u: float) -> Any:
         """The value at the quantile ``u`` in [0, 1] of the dimension's distribution."""
         if self.listed:
@@ -135,17 +142,14 @@ class Space:
 
     def distributions(self) -> dict[str, Any]:
         """One optuna distribution per key, for TPE; a listed dimension is a choice among positions in its list."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+        from optuna.distributions import CategoricalDistribution
 
-        made: dict[str, Any] = {}
-        for dimension in self.dimensions:
-            if dimension.listed:
-                made[dimension.key] = CategoricalDistribution(list(range(len(dimension.values))))
-            else:
-                low, high = dimension.values
-                kind = IntDistribution if dimension.integer else FloatDistribution
-                made[dimension.key] = kind(low, high, log=dimension.kind == "log_uniform")
-        return made
+        return {
+            dimension.key: CategoricalDistribution(list(range(len(dimension.values))))
+            if dimension.listed
+            else dimension.distribution()
+            for dimension in self.dimensions
+        }
 
     def from_optuna(self, params: Mapping[str, Any]) -> Point:
         """The point that values of ``distributions`` mean."""

@@ -174,6 +174,11 @@ class ScoreSpec(Entry):
     key: str | None = Field(None, description="command: the key of its JSON object that is the score")
     lower_is_better: bool = Field(True, description="false for scores such as IS or recall")
 
+    @property
+    def sign(self) -> float:
+        """What makes lower values the better ones."""
+        return 1.0 if self.lower_is_better else -1.0
+
     @model_validator(mode="after")
     def _consistent(self) -> ScoreSpec:
         if not _NAME.fullmatch(self.name):

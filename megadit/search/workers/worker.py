@@ -159,7 +159,7 @@ class Worker:
         began = self._began
         if self.context.is_main:
             _say(f"trial {claim.number} begins: {describe(claim)}")
-        judge = self._judge(lambda: self._is_over(claim), functools.partial(self._prunes, claim))
+        judge = self._judge(lambda: self._is_over(claim), lambda *row: bool(self._store.report(claim, *row)))
         try:
             result = self._run_trial(self.study, claim, self.context, self._datasets, judge, began)
         except Exception as error:
@@ -180,9 +180,6 @@ class Worker:
             _say(f"trial {claim.number} {result.outcome}: {shown or result.reason} ({result.seconds:.1f} s)")
         else:
             _say(f"trial {claim.number} had been given to another worker; its result is dropped")
-
-    def _prunes(self, claim: Claim, step: int, loss: float) -> bool:
-        return bool(self._store.report(claim, step, loss))
 
     def _is_over(self, claim: Claim) -> bool:
         """Asked at every logged step: a flag, a signal, or (looked up now and then) the trial is another's."""
