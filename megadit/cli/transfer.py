@@ -165,11 +165,9 @@ def _of_table(args: argparse.Namespace, limits: Limits) -> Verdict:
         raise UserError(f"--{missing[0]}: is missing; a table needs --scale, --hp and --score COLUMN")
     if args.variant is not None:
         raise UserError("--variant: a table has none; leave it out")
-    lower: bool | None = True if args.lower_is_better else False if args.higher_is_better else None
-    if lower is None:
-        lower = lower_is_better(args.score)
-    if lower is None:
-        lower = False
+    known = lower_is_better(args.score)
+    lower = args.lower_is_better or (known is True and not args.higher_is_better)
+    if known is None and not (args.lower_is_better or args.higher_is_better):
         print(
             f"warning: taking a higher {args.score} as better; say --lower-is-better or --higher-is-better",
             file=sys.stderr,
@@ -194,17 +192,21 @@ def _of_studies(args: argparse.Namespace, limits: Limits) -> list[Verdict]:
 
 def apply(args: argparse.Namespace) -> int:
     """Apply what the command line says; 3 when a verdict is not "transfers". Raises UserError for bad input."""
+    from megadit.config import load
+    from megadit.config.loading.sources import find_config
     from megadit.search.apply import target
     from megadit.search.apply.summary import describe, to_json
+    from megadit.search.storage.store import load_results
 
     verified_by, overrides = list(args.verified_by or ()), list(args.overrides)
     for word in [word for word in verified_by if "=" in word and not Path(word).exists()]:
         verified_by.remove(word)  # --verified-by STUDY … takes every word up to the next option
         overrides.append(word)
+    results, others = load_results(args.study), [load_results(other) for other in verified_by]
+    base = find_config(args.target, "--target")
+    options: dict[str, Any] = {"force": args.force, "manual_multiple": args.manual_multiple, "overrides": overrides}
     try:
-        applied = target.apply(
-            args.study, args.target, args.out, verified_by, args.force, args.manual_multiple, overrides
-        )
+        applied = target.apply(results, others, load(base, overrides), base, args.out, **options)
     except target.NotVerifiedError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         if args.json:

@@ -71,7 +71,8 @@ def read_curve(folder: str | Path, key: str = "loss") -> Curve:
     """
     folder = Path(folder)
     rows = _read_rows(folder)
-    found = {int(row["step"]): row for row in rows if key in row and _is_measured(row[key])}
+    # null stands in the file for a number that was not finite
+    found = {int(row["step"]): row for row in rows if key in row and (row[key] is None or is_number(row[key]))}
     if not found:
         numbers = {name for row in rows for name, value in row.items() if is_number(value)}
         known = sorted(numbers - {"step", "samples_seen"})
@@ -158,8 +159,3 @@ def _stopped(folder: Path) -> str:
         return "" if int(ended["code"]) == EXIT_OK else str(ended["reason"])
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return ""
-
-
-def _is_measured(value: Any) -> bool:
-    """A number, or the null that stands in the file for one that was not finite."""
-    return value is None or is_number(value)

@@ -18,9 +18,6 @@ def plot_comparison(result: Comparison, path: str | os.PathLike[str]) -> None:
 
     Bands are one standard deviation over seeds (curves) and one standard error (gap).
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     gaps = result.shown

@@ -201,11 +201,7 @@ class Evidence:
         return drift, (min(float(low), drift), max(float(high), drift))
 
     def judge_drift(
-        self,
-        scales: Sequence[float],
-        drift: float | None,
-        interval: tuple[float, float] | None,
-        good: Sequence[float],
+        self, scales: Sequence[float], drift: float | None, interval: tuple[float, float] | None, good: Sequence[float]
     ) -> tuple[list[str], list[str], list[str]]:
         """Sentences that say no, that leave it open, and that are fine."""
         if drift is None or interval is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megadit.files.text import plain_label
+from megadit.transfer.estimate import Curve, Optimum
 from megadit.transfer.evidence import ScaleVerdict, power
 from megadit.transfer.verdict import Verdict
 
@@ -19,9 +20,6 @@ def plot_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
     Dots are single runs, lines their means, dashes the parabola near the optimum, diamonds the optimum with its
     interval, crosses at the top edge values at which a run diverged. The dotted line is the proxy's best.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")
@@ -37,19 +35,18 @@ def plot_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
 def draw_curves(axis: Any, verdict: Verdict) -> None:
     """Score against log2 of the hyperparameter on matplotlib's ``axis``, a colour per scale."""
     sign = 1.0 if verdict.lower_is_better else -1.0
-    shown = [entry for entry in verdict.scales if entry.optimum is not None]
-    means = [p.mean for e in shown if e.optimum for p in e.optimum.basin.stable]
-    for entry, colour in zip(shown, _colours(len(shown)), strict=True):
-        assert entry.optimum is not None
-        basin = entry.optimum.basin
+    shown = _located(verdict)
+    means = [point.mean for _, optimum, _ in shown for point in optimum.basin.stable]
+    for entry, optimum, colour in shown:
+        basin = optimum.basin
         xs = [point.hp for point in basin.stable]
         axis.plot(xs, [sign * p.mean for p in basin.stable], color=colour, lw=1.4, label=_label(entry))
         dots = [(point.hp, sign * score) for point in basin.points for score in point.scores.values()]
         axis.plot(*zip(*dots, strict=True), "o", color=colour, ms=3.5, alpha=0.6)
         gone = [point.hp for point in basin.points if not point.stable]
         axis.plot(gone, [0.97] * len(gone), "x", color=colour, ms=7, transform=axis.get_xaxis_transform())
-        if entry.optimum.curve is not None:
-            _parabola(axis, entry, sign, colour)
+        if optimum.curve is not None:
+            _parabola(axis, optimum, optimum.curve, sign, colour)
     if verdict.proxy is not None:
         home = next((entry for entry in verdict.scales if entry.scale == verdict.proxy), None)
         if home is not None and home.best_hp is not None:
@@ -60,7 +57,7 @@ def draw_curves(axis: Any, verdict: Verdict) -> None:
     pad = 0.06 * (top - low) or 1e-9
     limits = sorted((sign * (low - pad), sign * (top + 2 * pad)))
     axis.set_ylim(*limits)
-    ticks = sorted({point.hp for entry in shown if entry.optimum for point in entry.optimum.basin.points})
+    ticks = sorted({point.hp for _, optimum, _ in shown for point in optimum.basin.points})
     if len(ticks) <= 12:
         axis.set_xticks(ticks, [power(tick) for tick in ticks])
     axis.set_xlabel(plain_label(verdict.labels.get("hp", "hyperparameter").removeprefix("log2_")))
@@ -71,11 +68,10 @@ def draw_curves(axis: Any, verdict: Verdict) -> None:
 
 def draw_optima(axis: Any, verdict: Verdict) -> None:
     """log2 optimum against scale with intervals; the line is the drift, arrows mark optima that are only bounds."""
-    shown = [entry for entry in verdict.scales if entry.optimum is not None]
+    shown = _located(verdict)
     judged: list[tuple[float, float]] = []
-    for entry, colour in zip(shown, _colours(len(shown)), strict=True):
-        assert entry.optimum is not None
-        optimum, x = entry.optimum, math.log2(entry.scale)
+    for entry, optimum, colour in shown:
+        x = math.log2(entry.scale)
         low, high = optimum.interval
         filled = colour if not entry.exception else "none"
         errors = [[optimum.at - low], [high - optimum.at]]
@@ -91,7 +87,7 @@ def draw_optima(axis: Any, verdict: Verdict) -> None:
         axis.plot(xs, middle + verdict.drift * xs, color="0.3", lw=1.0, ls="--")
         low, high = verdict.drift_interval or (math.nan, math.nan)
         axis.set_title(f"drift {verdict.drift:+.2f} ({low:+.2f} to {high:+.2f}) octaves per octave", fontsize=9)
-    axis.set_xticks([math.log2(entry.scale) for entry in shown], [f"{entry.scale:.12g}" for entry in shown])
+    axis.set_xticks([math.log2(entry.scale) for entry, *_ in shown], [f"{entry.scale:.12g}" for entry, *_ in shown])
     bottom, top = axis.get_ylim()
     axis.set_ylim(min(bottom, (bottom + top) / 2 - 2), max(top, (bottom + top) / 2 + 2))  # flat should look flat
     axis.set_xlabel(plain_label(verdict.labels.get("scale", "scale")))
@@ -99,10 +95,9 @@ def draw_optima(axis: Any, verdict: Verdict) -> None:
     axis.grid(alpha=0.25)
 
 
-def _parabola(axis: Any, entry: ScaleVerdict, sign: float, colour: Any) -> None:
+def _parabola(axis: Any, optimum: Optimum, curve: Curve, sign: float, colour: Any) -> None:
     """The fit over one step around its optimum, and the optimum with its interval on it."""
-    assert entry.optimum is not None and entry.optimum.curve is not None
-    optimum, curve, basin = entry.optimum, entry.optimum.curve, entry.optimum.basin
+    basin = optimum.basin
     reach = 1.25 * max(basin.steps)
     xs = np.linspace(optimum.at - reach, optimum.at + reach, 61)
     xs = xs[(xs >= basin.stable[0].hp) & (xs <= basin.stable[-1].hp)]
@@ -116,8 +111,10 @@ def _label(entry: ScaleVerdict) -> str:
     return f"{entry.scale:.12g}" + (" (exception)" if entry.exception else "")
 
 
-def _colours(count: int) -> list[Any]:
-    """Dark to light with scale."""
+def _located(verdict: Verdict) -> list[tuple[ScaleVerdict, Optimum, Any]]:
+    """The scales that have an optimum, each with it and its colour, dark to light with scale."""
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](0.05 + 0.8 * i / max(count - 1, 1)) for i in range(count)]
+    shown = [(entry, entry.optimum) for entry in verdict.scales if entry.optimum is not None]
+    shades = np.linspace(0.05, 0.85, max(len(shown), 2))
+    return [(*pair, colormaps["viridis"](shade)) for pair, shade in zip(shown, shades, strict=False)]

@@ -49,12 +49,7 @@ def lower_is_better(score: str) -> bool | None:
 
 
 def verify_table(
-    path: str | Path,
-    columns: Columns,
-    *,
-    lower: bool,
-    proxy: float | None = None,
-    limits: Limits | None = None,
+    path: str | Path, columns: Columns, *, lower: bool, proxy: float | None = None, limits: Limits | None = None
 ) -> Verdict:
     """The verdict on a CSV file; ``best`` is in the column's own units, ``proxy`` too.
 
@@ -79,12 +74,8 @@ def verify_table(
         raise UserError(f"--table: {path} has no row with a {columns.score}; name another --score")
     if proxy is not None:
         proxy = _proxy(proxy, columns, samples)
-    labels = {
-        "table": str(path),
-        "scale": columns.scale.removeprefix("log2_"),
-        "hp": columns.hp,
-        "score": columns.score,
-    }
+    name = columns.scale.removeprefix("log2_")
+    labels = {"table": str(path), "scale": name, "hp": columns.hp, "score": columns.score}
     verdict = judge(samples, lower_is_better=lower, proxy=proxy, limits=limits, labels=labels)
     if _exponents(columns.hp):
         return replace(verdict, best=verdict.best_log2)

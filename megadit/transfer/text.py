@@ -20,26 +20,20 @@ def format_verdict(verdict: Verdict) -> str:
     ]
     rows += [_row(entry) for entry in verdict.scales]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [_title(verdict)]
-    for row in rows:
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    lines.append("")
+    table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = [_title(verdict), *table, ""]
     if verdict.drift is not None and verdict.drift_interval is not None:
         low, high = verdict.drift_interval
         lines.append(f"drift {verdict.drift:+.2f} octaves per octave (95 % {low:+.2f} to {high:+.2f})")
     if verdict.regret is not None:
         lines.append(f"largest regret {_regret(verdict)}")
-    lines.append(_noise(verdict.noise))
-    lines.append(_larger(verdict))
-    lines.append("")
+    lines += [_noise(verdict.noise), _larger(verdict), ""]
     answer: str = verdict.verdict
     if answer == "transfers" and verdict.best_log2 is not None:
         answer += f", best {power(verdict.best_log2)}"
         if verdict.exceptions:
             answer += f"; exceptions: {', '.join(f'{scale} {value:.12g}' for value in verdict.exceptions)}"
-    lines.append(f"verdict: {answer}")
-    lines += [f"  {reason}" for reason in verdict.reasons]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"verdict: {answer}", *(f"  {reason}" for reason in verdict.reasons)])
 
 
 def _title(verdict: Verdict) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from megadit.config.loading.sources import display
-from megadit.search.apply.target import Applied, GroupRow
+from megadit.search.apply.target import Applied
 from megadit.search.wording import value_text
 from megadit.transfer.budget import describe_cost
 
@@ -99,15 +98,12 @@ def _group_table(applied: Applied) -> list[str]:
         f"target width {other.width}, m = {other.width_mult:.4g}"
     ]
     columns = ["group", *(f"{name} {place}" for name in ("lr", "wd", "eps") for place in ("proxy", "target"))]
-    cells = [columns, *([row.name, *_cells(row)] for row in applied.groups)]
+    cells = [columns]
+    for row in applied.groups:
+        sides = [values and [f"{value:.6g}" for value in values] for values in (row.proxy, row.target)]
+        cells.append([row.name, *(side[index] if side else "-" for index in range(3) for side in sides)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return head + [
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(line, widths, strict=True)) for line in cells)
-    ]
-
-
-def _cells(row: GroupRow) -> Sequence[str]:
-    return [
-        "-" if values is None else f"{values[index]:.6g}" for index in range(3) for values in (row.proxy, row.target)
     ]

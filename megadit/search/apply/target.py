@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config import LoadedConfig, RunConfig, load, replace
-from megadit.config.loading.sources import display, find_config, flat, override_layer
+from megadit.config import LoadedConfig, RunConfig, replace
+from megadit.config.loading.sources import display, flat, override_layer
 from megadit.errors import UserError
 from megadit.search.apply.backing import TRANSFERS, Backing, backings
 from megadit.search.apply.cost import cost, run_steps
-from megadit.search.apply.target_config import apply_changes, base_changes, fit_lengths, write_target
+from megadit.search.apply.target_config import base_changes, fit_target, write_target
 from megadit.search.apply.untransferred import Note, untransferred
 from megadit.search.results import StudyResults
 from megadit.search.selection import Choice, select
-from megadit.search.storage.store import load_results
 from megadit.search.verify_study import proxy_of
 from megadit.transfer.budget import Cost
 
@@ -82,7 +81,7 @@ class Applied:
 
     def backed_by(self, key: str) -> list[Backing]:
         """The studies that verified the transfer of ``key``."""
-        return _backed_by(key, self.backings)
+        return [backing for backing in self.backings if backing.transfers and backing.hp == key]
 
     def backing_words(self, key: str) -> str:
         """Which studies verified the transfer of ``key``, or that none did."""
@@ -99,43 +98,6 @@ class Applied:
 
 
 def apply(
-    study: str | Path,
-    target: str | Path,
-    out: str | Path | None = None,
-    verified_by: Sequence[str | Path] = (),
-    force: bool = False,
-    manual_multiple: float | None = None,
-    overrides: Sequence[str] = (),
-) -> Applied:
-    """Write the configuration ``target`` with ``overrides`` and the base hyperparameters that ``study`` found.
-
-    Args:
-        study: a study with results, by name or directory.
-        target: a run configuration under muP.
-        out: the file to write; default ``target.yaml`` in the study's directory.
-        verified_by: more studies whose verdicts back the transfer; needed by a study that has no scale of its own.
-        force: write it whatever the verdicts are.
-        manual_multiple: what tuning by hand would cost, in trainings of the target; the cost ratio is against that.
-        overrides: ``key.sub=value`` of the target.
-
-    Raises:
-        NotVerifiedError: a verdict is not "transfers", or there is none; not with ``force``.
-        UserError: the study has no results or runs under SP, the target is not under muP, or cannot be written.
-    """
-    results, others = load_results(study), [load_results(other) for other in verified_by]
-    base = find_config(target, "--target")
-    loaded = load(base, overrides)
-    if loaded.config.model.parametrization != "mup":
-        raise UserError(
-            f"model.parametrization: the target {loaded.source} is under {loaded.config.model.parametrization}, where "
-            "a proxy's values mean nothing; add model.parametrization=mup and its base width, or name a -mup config"
-        )
-    return apply_results(
-        results, others, loaded, base, out, force=force, manual_multiple=manual_multiple, overrides=overrides
-    )
-
-
-def apply_results(
     results: StudyResults,
     others: Sequence[StudyResults],
     loaded: LoadedConfig,
@@ -146,18 +108,33 @@ def apply_results(
     manual_multiple: float | None = None,
     overrides: Sequence[str] = (),
 ) -> Applied:
-    """``apply`` on what is already loaded; ``base`` is the file behind ``loaded``."""
+    """Write the target's configuration with the base hyperparameters that a study found.
+
+    Args:
+        results: of the study.
+        others: of studies whose verdicts back the transfer too; needed by a study that has no scale of its own.
+        loaded: the target, under muP: the file ``base`` with ``overrides`` (``key.sub=value``).
+        out: the file to write; default ``target.yaml`` in the study's directory.
+        force: write it whatever the verdicts are.
+        manual_multiple: what tuning by hand would cost, in trainings of the target; the cost ratio is against that.
+
+    Raises:
+        NotVerifiedError: a verdict is not "transfers", or there is none; not with ``force``.
+        UserError: the study has no results or runs under SP, the target is not under muP, or cannot be written.
+    """
+    if loaded.config.model.parametrization != "mup":
+        raise UserError(
+            f"model.parametrization: the target {loaded.source} is under {loaded.config.model.parametrization}, where "
+            "a proxy's values mean nothing; add model.parametrization=mup and its base width, or name a -mup config"
+        )
     study = results.study
     variant = study.variants[0]
     found = backings(results, others, study.spec.selection_score.name, variant, force)
     scale = proxy_of(results, next((backing.verdict for backing in found if backing.results is results), None))
     choice = select(results, variant, scale)
     proxy = proxy_config(results, choice, variant, scale)
-    changes = base_changes(proxy, loaded.config, choice.hps)
-    target = apply_changes(loaded, changes, study.spec.name)
-    lengths = run_steps(proxy), run_steps(target)
-    fitted = fit_lengths(loaded, target, changes, study.spec.name, lengths)
-    target, changes = fitted.config, fitted.changes
+    fitted = fit_target(loaded, base_changes(proxy, loaded.config, choice.hps), study.spec.name, run_steps(proxy))
+    target, changes, lengths = fitted.config, fitted.changes, fitted.lengths
     bill = cost(results, others, target, lengths[1], variant, manual_multiple, scale)
     refusal = _refusal(results, found, choice)
     if refusal and not force:
@@ -243,14 +220,10 @@ def _refusal(results: StudyResults, found: Sequence[Backing], choice: Choice) ->
             f"study {name} has no scale, so it has no verdict of its own; name studies that verified the transfer "
             f"(--verified-by STUDY), or {remedy}"
         )
-    if not any(_backed_by(key, found) for key in choice.hps):
+    if not any(backing.hp in choice.hps for backing in found):  # of which each transfers
         verified = ", ".join(f"{backing.name}: {backing.hp}" for backing in found)
         return f"no study given verified any of {', '.join(choice.hps)} ({verified}); name others, or {remedy}"
     return None
-
-
-def _backed_by(key: str, found: Sequence[Backing]) -> list[Backing]:
-    return [backing for backing in found if backing.transfers and backing.hp == key]
 
 
 def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from megadit.config.schema.reads import is_read
 from megadit.errors import UserError
 from megadit.files.paths import whole_file
 from megadit.files.yaml_text import dump_yaml
+from megadit.search.apply.cost import run_steps
 from megadit.search.apply.untransferred import Note
 
 _MARK = "# Written by megadit"
@@ -48,62 +49,52 @@ def base_changes(proxy: RunConfig, target: RunConfig, hps: Mapping[str, Any]) ->
     return {**hps, **{key: carried[key] for key in carried if key not in hps and is_read(key, {**theirs, **carried})}}
 
 
-def apply_changes(target: LoadedConfig, changes: Mapping[str, Any], study: str) -> RunConfig:
-    """The target's configuration with ``changes``, checked.
-
-    Raises:
-        UserError: the target refuses a value, or an override on the command line sets one of the keys otherwise.
-    """
-    values = flat(target.config.model_dump())
-    for key, value in changes.items():
-        if target.user_set.get(key) == OVERRIDES and values.get(key) != value:
-            raise UserError(f"{key}: the override {values.get(key)} is not what study {study} found, {value}; drop it")
-    return replace(target.config, changes, f"study {study}")
-
-
 @dataclass(frozen=True)
 class FittedTarget:
-    """The target with ``changes`` laid over it.
+    """The target with ``changes`` laid over it; ``lengths``: optimizer steps of proxy and target, None where not known.
 
     scaled: of each key that became a share, what is to be told.  notes: how its schedule still does not fit its run.
     """
 
     config: RunConfig
     changes: dict[str, Any]
+    lengths: tuple[int | None, int | None]
     scaled: dict[str, str] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
 
 
-def fit_lengths(
-    loaded: LoadedConfig,
-    target: RunConfig,
-    changes: dict[str, Any],
-    study: str,
-    lengths: tuple[int | None, int | None],
-) -> FittedTarget:
-    """``target``, which is ``loaded`` with ``changes``; where its schedule does not fit its run, lengths among the
-    changes become the shares that they were of the proxy's run.
-
-    lengths: optimizer steps of proxy and target, None where not known.
+def fit_target(loaded: LoadedConfig, changes: dict[str, Any], study: str, proxy_steps: int | None) -> FittedTarget:
+    """``loaded`` with ``changes``; where its schedule does not fit its run, lengths among them become the shares that
+    they were of the proxy's run, of ``proxy_steps`` steps.
 
     Raises:
-        UserError: as ``apply_changes`` does.
+        UserError: the target refuses a value, or an override on the command line sets one of the keys otherwise.
     """
-    proxy_steps, target_steps = lengths
+    target = _changed(loaded, changes, study)
+    target_steps = run_steps(target)
+    lengths = proxy_steps, target_steps
     if target_steps is None or (problem := _schedule_problem(target, target_steps)) is None:
-        return FittedTarget(target, changes)
+        return FittedTarget(target, changes, lengths)
     shares = _as_shares(changes, proxy_steps)
     if shares:
-        fitted = apply_changes(loaded, {**changes, **shares}, study)
+        fitted = _changed(loaded, {**changes, **shares}, study)
         if _schedule_problem(fitted, target_steps) is None:
             told = {
                 key: f"{share} of the run: the study's {changes[key]:,} of {proxy_steps:,} steps do not fit the "
                 f"target's {target_steps:,}"
                 for key, share in shares.items()
             }
-            return FittedTarget(fitted, {**changes, **shares}, told)
-    note = Note("schedule", f"schedule of the target: {problem}", proxy_steps, target_steps)
-    return FittedTarget(target, changes, notes=(note,))
+            return FittedTarget(fitted, {**changes, **shares}, lengths, told)
+    note = Note("schedule", f"schedule of the target: {problem}", *lengths)
+    return FittedTarget(target, changes, lengths, notes=(note,))
+
+
+def _changed(target: LoadedConfig, changes: Mapping[str, Any], study: str) -> RunConfig:
+    values = flat(target.config.model_dump())
+    for key, value in changes.items():
+        if target.user_set.get(key) == OVERRIDES and values.get(key) != value:
+            raise UserError(f"{key}: the override {values.get(key)} is not what study {study} found, {value}; drop it")
+    return replace(target.config, changes, f"study {study}")
 
 
 def _schedule_problem(config: RunConfig, steps: int) -> str | None:

@@ -48,10 +48,7 @@ class Range:
 
 
 def untransferred(
-    proxy: RunConfig,
-    target: RunConfig,
-    lengths: tuple[int | None, int | None],
-    ranges: Collection[Range] = (),
+    proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None], ranges: Collection[Range] = ()
 ) -> list[Note]:
     """Every difference between the proxy's run and the target's that the base HPs are not known to survive.
 

@@ -16,10 +16,7 @@ def open_cell(study: Study, storage: Any, name: str, create: bool) -> Any:
     import optuna
 
     # Points are planned, so no sampler draws from this one; TPE's is made per claim.
-    settings: dict[str, Any] = {
-        "sampler": optuna.samplers.RandomSampler(seed=0),
-        "pruner": _pruner(study.spec.pruning),
-    }
+    settings: dict[str, Any] = {"sampler": optuna.samplers.RandomSampler(seed=0), "pruner": _pruner(study.spec.pruning)}
     try:
         return optuna.load_study(study_name=name, storage=storage, **settings)
     except KeyError:

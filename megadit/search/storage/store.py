@@ -118,10 +118,8 @@ class StudyStore:
 
     def owns(self, claim: Claim, worker: WorkerId) -> bool:
         """Whether the trial is still the worker's: one that was silent for too long has lost it."""
-        from optuna.trial import TrialState
-
         trial = self._storage.get_trial(claim.trial_id)
-        return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker.to_json()
+        return trial.state.name == "RUNNING" and trial.user_attrs.get("worker") == worker.to_json()
 
     def report(self, claim: Claim, step: int, loss: float) -> bool:
         """Note the training loss at a step; True when the pruner ends the trial."""
@@ -267,12 +265,8 @@ class StudyStore:
 
         score = self.study.spec.scores[0]
         values: Sequence[float] | None = None
-        if result.outcome == PRUNED:
-            state = TrialState.PRUNED
-        elif result.outcome == FAILED:
-            state = TrialState.FAIL
-        else:
-            state = TrialState.COMPLETE
+        state = {PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}.get(result.outcome, TrialState.COMPLETE)
+        if state == TrialState.COMPLETE:
             value = result.scores.get(score.name)
             values = [score.sign * math.inf if value is None or result.outcome == DIVERGED else value]
         self._storage.set_trial_state_values(trial_id, state, values)

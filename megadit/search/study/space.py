@@ -18,9 +18,8 @@ from pydantic.fields import FieldInfo
 
 from megadit.config import RunConfig
 from megadit.config.schema.section import options, section_of, unknown_key, walk
-from megadit.config.schema.values import coerce
 from megadit.errors import UserError
-from megadit.search.study.spec import LISTED, DimensionSpec
+from megadit.search.study.spec import LISTED, DimensionSpec, as_taken
 
 Point = dict[str, Any]
 
@@ -178,17 +177,14 @@ def _dimension(key: str, spec: DimensionSpec, fields: Mapping[str, FieldInfo]) -
             raise UserError(f"space.{key}: {spec.kind} is for numbers, which {key} is not; use choice")
         integer = float not in kinds
         return Dimension(key, spec.kind, tuple(_bound(key, value, integer) for value in spec.values), integer)
-    values = tuple(_as_taken(value, field) for value in spec.values)
+    values = tuple(_as_held(key, value, float in kinds) for value in spec.values)
     return Dimension(key, spec.kind, values, int in kinds and float not in kinds)
 
 
-def _as_taken(value: Any, field: FieldInfo) -> Any:
-    """``value`` as the configuration will hold it, so that 1 and 1.0 are one value; a list stays a list for JSON."""
-    taken = coerce(value, field)
-    if isinstance(taken, tuple):
-        return list(taken)
-    wants_float = float in options(field.annotation) and isinstance(taken, int) and not isinstance(taken, bool)
-    return float(taken) if wants_float else taken
+def _as_held(key: str, value: Any, is_float: bool) -> Any:
+    """``value`` as the configuration will hold it, so that 1 and 1.0 are one value."""
+    taken = as_taken(key, value)
+    return float(taken) if is_float and isinstance(taken, int) and not isinstance(taken, bool) else taken
 
 
 def _bound(key: str, value: float, integer: bool) -> float | int:

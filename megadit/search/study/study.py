@@ -306,12 +306,11 @@ def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:
     values: Sequence[int | None] = (None,) if spec.scale is None else spec.scale.values
     if horizons:
         values = horizons[-1:]
-    cells = []
-    for variant, changes in (spec.variants or {"": {}}).items():
-        for value in values:
-            scaled: dict[str, Any] = {} if spec.scale is None else {spec.scale.key: value}
-            cells.append(Cell(variant, value, {**changes, **scaled}))
-    return tuple(cells)
+    return tuple(
+        Cell(variant, value, changes if spec.scale is None else {**changes, spec.scale.key: value})
+        for variant, changes in (spec.variants or {"": {}}).items()
+        for value in values
+    )
 
 
 def _check(study: Study) -> None:

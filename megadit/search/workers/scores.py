@@ -85,13 +85,13 @@ def divergence(rows: Sequence[Row], at: int, above: float | None, last: int = 1)
 
 def measured(rows: Sequence[Row], at: int, specs: Sequence[ScoreSpec]) -> dict[str, float | None]:
     """The scores that the metrics hold for step ``at``, by name; None for those of kind command."""
-    values: dict[str, float | None] = {}
-    for spec in specs:
+
+    def value(spec: ScoreSpec) -> float | None:
         if spec.kind == "train_loss":
-            values[spec.name] = train_loss(rows, at, spec.last)
-        else:
-            values[spec.name] = val_loss(rows, at) if spec.kind == "val_loss" else None
-    return values
+            return train_loss(rows, at, spec.last)
+        return val_loss(rows, at) if spec.kind == "val_loss" else None
+
+    return {spec.name: value(spec) for spec in specs}
 
 
 def command_score(spec: ScoreSpec, run_dir: Path, timeout_s: float = COMMAND_TIMEOUT_S) -> float | None:

@@ -159,7 +159,7 @@ class Worker:
         began = self._began
         if self.context.is_main:
             _say(f"trial {claim.number} begins: {describe(claim)}")
-        judge = self._judge(lambda: self._is_over(claim), lambda *row: bool(self._store.report(claim, *row)))
+        judge = self._judge(lambda: self._is_over(claim), lambda step, loss: bool(self._store.report(claim, step, loss)))
         try:
             result = self._run_trial(self.study, claim, self.context, self._datasets, judge, began)
         except Exception as error:
@@ -193,13 +193,9 @@ class Worker:
 
 def describe(claim: Claim) -> str:
     """A claim in words: variant, scale, hyperparameters, seed and, after a lost start, the attempt."""
-    parts = [claim.variant] if claim.variant else []
-    parts += [] if claim.scale is None else [f"scale {claim.scale}"]
-    parts.append(point_text(claim.hps))
-    parts.append(f"seed {claim.seed}")
-    if claim.attempt > 1:
-        parts.append(f"attempt {claim.attempt}")
-    return ", ".join(parts)
+    scale = "" if claim.scale is None else f"scale {claim.scale}"
+    attempt = f"attempt {claim.attempt}" if claim.attempt > 1 else ""
+    return ", ".join(filter(None, (claim.variant, scale, point_text(claim.hps), f"seed {claim.seed}", attempt)))
 
 
 def _say(text: str) -> None:

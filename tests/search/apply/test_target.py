@@ -12,7 +12,7 @@ from helpers.fabricated import BASE, fabricate, make_study, valley
 from megadit.config import RunConfig, load, load_config
 from megadit.errors import UserError
 from megadit.search.apply.summary import describe, to_json, value_words
-from megadit.search.apply.target import NotVerifiedError, apply_results, group_rows
+from megadit.search.apply.target import NotVerifiedError, apply, group_rows
 
 TARGET = """\
 model:
@@ -52,7 +52,7 @@ def target(tmp_path):
 
 
 def transfer(results, target, out=None, others=(), overrides=(), **options):
-    return apply_results(results, others, load(target, overrides), target, out, overrides=overrides, **options)
+    return apply(results, others, load(target, overrides), target, out, overrides=overrides, **options)
 
 
 def test_writes_the_best_base_values_over_the_target(tmp_path, target):
