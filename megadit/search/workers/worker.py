@@ -159,7 +159,7 @@ class Worker:
         began = self._began
         if self.context.is_main:
             _say(f"trial {claim.number} begins: {describe(claim)}")
-        judge = self._judge(lambda: self._is_over(claim), lambda step, loss: bool(self._store.report(claim, step, loss)))
+        judge = self._judge(lambda: self._is_over(claim), lambda step, loss: self._store.report(claim, step, loss))
         try:
             result = self._run_trial(self.study, claim, self.context, self._datasets, judge, began)
         except Exception as error:
