@@ -50,7 +50,7 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
     import torch
 
     from megadit.config import load_config
-    from megadit.parallel.balance import balanced_cuts
+    from megadit.parallel.topology import balanced_cuts
     from megadit.plan.activations import count_passages
     from megadit.plan.flops import stage_flops
 

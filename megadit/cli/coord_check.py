@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     widths = _widths(args.widths)
     if args.tp < 1:
         raise UserError(f"--tp {args.tp}: not a number of ranks; give 1 or more")
-    from megadit.parallel.local import ranks_started
+    from megadit.parallel.launcher import ranks_started
 
     ranks = ranks_started(args.tp, "--tp")
     import_plugins(args)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.mup.example import example_conditioning
     from megadit.optional import defer_compiler
     from megadit.parallel import stop_processes
-    from megadit.parallel.local import run_copies
+    from megadit.parallel.launcher import run_copies
 
     if args.tp > 1 and ranks == 1:
         return run_copies(args.tp, ["-m", "megadit", "coord_check", *(sys.argv[1:] if argv is None else argv)])

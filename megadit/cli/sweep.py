@@ -226,7 +226,7 @@ class Progress:
 def worker(args: argparse.Namespace) -> int:
     """Join a study, made first where there is none; also as one of several ranks. Returns as ``work``."""
     from megadit.parallel import prepare_environment, start_processes
-    from megadit.parallel.lifetime import die_with_launcher
+    from megadit.parallel.launcher import die_with_launcher
     from megadit.search.study.study import FROZEN, load_study, study_folder
     from megadit.search.workers.worker import work
 

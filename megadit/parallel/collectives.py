@@ -25,16 +25,46 @@ by selective recomputation; but for ``begin_sum``, which is for what a backward 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from megadit.parallel.rehearsal import Rehearsal
 from megadit.parallel.tensor import TensorLayout
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+def ring_bytes(kind: Kind, size: int, ranks: int) -> float:
+    """Bytes that each of ``ranks`` ranks sends, at least, for a collective over a whole tensor of ``size`` bytes.
+
+    ``size`` is that of the larger side: what is summed, gathered, or scattered. A sum costs both of the others
+    (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
+    """
+    return size * (ranks - 1) / ranks * (2 if kind == "all_reduce" else 1)
+
+
+@dataclass
+class Rehearsal:
+    """Stands for the process group of a ``TensorLayout`` on the meta device: nothing is sent, every call is noted.
+
+    ``calls``: how often a collective of a kind over a whole tensor of so many bytes was called for.
+    """
+
+    calls: Counter[tuple[Kind, int]] = field(default_factory=Counter)
+
+    def note(self, kind: Kind, size: int) -> None:
+        """A collective over a tensor of ``size`` bytes (see ``ring_bytes``)."""
+        self.calls[kind, size] += 1
+
+    def taken(self) -> Counter[tuple[Kind, int]]:
+        """The calls since the last time."""
+        calls, self.calls = self.calls, Counter()
+        return calls
 
 
 def copy_to_ranks(x: Tensor, layout: TensorLayout) -> Tensor:
@@ -124,19 +154,15 @@ def begin_sum(x: Tensor, layout: TensorLayout, *, later: bool = True) -> Pending
     return Pending(x, dist.all_reduce(x, group=layout.group, async_op=later))
 
 
-def begin_gather_tokens(x: Tensor, layout: TensorLayout, *, later: bool = True) -> Pending:
-    """The tokens (B, ceil(T / ranks), n) of all ranks, for ``tokens_together``. Not ``later``: there on return."""
-    return _begin_gather(x, layout, later=later)
-
-
-def begin_gather_channels(x: Tensor, layout: TensorLayout) -> Pending:
-    """The channels (..., n / ranks) of all ranks, for ``channels_together``."""
-    return _begin_gather(x, layout, later=True)
-
-
-def begin_gather_rows(x: Tensor, layout: TensorLayout, *, later: bool = True) -> Pending:
-    """The rows (n / ranks, ...) of all ranks, (ranks, n / ranks, ...). Not ``later``: there on return."""
-    return _begin_gather(x, layout, later=later)
+def begin_gather(x: Tensor, layout: TensorLayout, *, later: bool = True) -> Pending:
+    """x of every rank, stacked in front: (ranks, *x.shape). Not ``later``: there on return."""
+    own = x.contiguous()
+    out = x.new_empty((layout.size * x.shape[0], *x.shape[1:]))
+    stacked = out.view(layout.size, *x.shape)
+    if isinstance(layout.group, Rehearsal):
+        layout.group.note("all_gather", out.nbytes)
+        return Pending(stacked, None)
+    return Pending(stacked, dist.all_gather_into_tensor(out, own, group=layout.group, async_op=later), own)
 
 
 def begin_sum_and_scatter_rows(x: Tensor, layout: TensorLayout) -> Pending:
@@ -147,17 +173,6 @@ def begin_sum_and_scatter_rows(x: Tensor, layout: TensorLayout) -> Pending:
 def begin_sum_and_scatter_tokens(x: Tensor, layout: TensorLayout) -> Pending:
     """As ``sum_and_scatter_tokens``, without a gradient."""
     return _begin_scattered_sum(_tokens_apart(x, layout), layout, later=True)
-
-
-def _begin_gather(x: Tensor, layout: TensorLayout, *, later: bool) -> Pending:
-    """x of every rank, stacked in front: (ranks, *x.shape)."""
-    own = x.contiguous()
-    out = x.new_empty((layout.size * x.shape[0], *x.shape[1:]))
-    stacked = out.view(layout.size, *x.shape)
-    if isinstance(layout.group, Rehearsal):
-        layout.group.note("all_gather", out.nbytes)
-        return Pending(stacked, None)
-    return Pending(stacked, dist.all_gather_into_tensor(out, own, group=layout.group, async_op=later), own)
 
 
 def _begin_scattered_sum(parts: Tensor, layout: TensorLayout, *, later: bool) -> Pending:
@@ -175,7 +190,7 @@ def _summed(x: Tensor, layout: TensorLayout) -> Tensor:
 
 
 def _gathered(x: Tensor, layout: TensorLayout) -> Tensor:
-    return _begin_gather(x, layout, later=False).wait()
+    return begin_gather(x, layout, later=False).wait()
 
 
 def _scattered_sum(parts: Tensor, layout: TensorLayout) -> Tensor:

@@ -1,24 +1,12 @@
-"""torch.compile of a model's blocks, and whether this machine can do it.
-
-Only the blocks are compiled, each by itself: they are alike, so that one compilation serves all of them, and what
-surrounds them (embeddings, hooks of the training engine) stays plain.
-"""
+"""Whether torch.compile works on this machine."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from megadit.errors import UserError
-
-
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compile each block in place at its first call; names and parameters stay what they are."""
-    for block in blocks:
-        block.compile()
 
 
 def check_compiler(device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""Who shares what: the place of every rank among pipeline stages, data-parallel replicas and tensor-parallel shares.
+"""Who shares what: the place of every rank among pipeline stages, data-parallel replicas and tensor-parallel shares,
+and where the stages are cut.
 
 rank = (pipeline * data + replica) * tensor + share, so that the ranks of a layer are neighbours, on one host. DeepSpeed
 orders its pipelines the same way (axes pipe, data, model).
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from megadit.parallel.tensor import WHOLE, TensorLayout
@@ -150,3 +152,32 @@ class ModelParallelUnit:
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Them by number."""
         return self._groups.ranks("data")
+
+
+def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
+    """Where to cut a list into ``parts`` runs whose dearest costs least: parts + 1 bounds, from 0 to len(costs).
+
+    Every run has at least one member. Of equally good cuts the one whose later runs are cheaper is taken: the first
+    stages of a pipeline hold the most micro batches.
+
+    Raises:
+        ValueError: there are more parts than members.
+    """
+    count = len(costs)
+    if not 1 <= parts <= count:
+        raise ValueError(f"{count} stages cannot be cut into {parts}")
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
+        if left == 1:
+            return before[count] - before[first], (count,)
+        options = []
+        for cut in range(first + 1, count - left + 2):
+            rest, cuts = best(cut, left - 1)
+            options.append((max(before[cut] - before[first], rest), (cut, *cuts)))
+        return min(options, key=lambda option: (option[0], [-cut for cut in option[1]]))
+
+    return [0, *best(0, parts)[1]]

@@ -25,8 +25,8 @@ from megadit.config import ModelConfig
 from megadit.models.chunk import ModelChunk, build_chunk
 from megadit.models.stages import Carrier
 from megadit.mup.example import example_conditioning
+from megadit.parallel.collectives import Kind, Rehearsal
 from megadit.parallel.recompute import Recompute
-from megadit.parallel.rehearsal import Kind, Rehearsal
 from megadit.parallel.tensor import TensorLayout
 
 

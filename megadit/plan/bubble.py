@@ -39,3 +39,8 @@ def _order(stage: int, stages: int, micro_batches: int) -> list[tuple[int, bool]
     for number in range(micro_batches - ahead):
         order += [(number + ahead, False), (number, True)]
     return order + [(number, True) for number in range(micro_batches - ahead, micro_batches)]
+
+
+def bubble_share(stages: int, micro_batches: int) -> float:
+    """Share of a step in which a pipeline stage waits, all being equally fast: (p - 1) / (m + p - 1)."""
+    return (stages - 1) / (micro_batches + stages - 1)

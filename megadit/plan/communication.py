@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from megadit.parallel.rehearsal import Kind, ring_bytes
+from megadit.parallel.collectives import Kind, ring_bytes
 
 
 def tensor_bytes(calls: Mapping[tuple[Kind, int], int], ranks: int) -> dict[str, float]:

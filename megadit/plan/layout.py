@@ -10,10 +10,9 @@ import torch
 
 from megadit.config import RunConfig
 from megadit.config.deepspeed.gradients import bucket_bytes, gradient_bytes
-from megadit.parallel.balance import balanced_cuts, bubble_share
-from megadit.parallel.topology import Topology
+from megadit.parallel.topology import Topology, balanced_cuts
 from megadit.plan.activations import Passage, count_passages
-from megadit.plan.bubble import idle_share
+from megadit.plan.bubble import bubble_share, idle_share
 from megadit.plan.communication import data_bytes, share_that_stays, tensor_bytes
 from megadit.plan.flops import stage_flops
 from megadit.plan.state import state_bytes

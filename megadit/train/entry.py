@@ -22,8 +22,8 @@ from megadit.files.paths import check_folder
 from megadit.parallel import prepare_environment
 from megadit.parallel.environment import is_local_main
 from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
-from megadit.parallel.lifetime import die_with_launcher
-from megadit.parallel.rendezvous import RendezvousFailed
+from megadit.parallel.launcher import die_with_launcher
+from megadit.parallel.processes import RendezvousFailed
 from megadit.plugins import load_plugins
 from megadit.streams import result_is_saved
 from megadit.train.prepare import Job, check_job, check_machine, run_folder

@@ -24,7 +24,7 @@ from megadit.optional import defer_compiler
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.agreement import check_agreement, flat
 from megadit.parallel.last_words import explain_timeout, of_another_rank
-from megadit.parallel.rendezvous import RendezvousFailed
+from megadit.parallel.processes import RendezvousFailed
 from megadit.train.callbacks import Callback, default_callbacks, make_callbacks
 from megadit.train.divergence import notes_of_earlier_ends
 from megadit.train.loop import Trainer

@@ -25,9 +25,7 @@ from megadit.models.stages import StagedModel
 from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext
-from megadit.parallel.balance import balanced_cuts
-from megadit.parallel.compilation import compile_blocks
-from megadit.parallel.topology import Groups, Topology
+from megadit.parallel.topology import Groups, Topology, balanced_cuts
 from megadit.plan.flops import stage_flops
 from megadit.train.divergence import TrainingDiverged
 from megadit.train.prepare import Job, Start
@@ -153,7 +151,9 @@ def _build_model(config: RunConfig, groups: Groups | None) -> StagedModel | Mode
         model = build_model(config.model, layout, seed)
         model.recompute = config.train.activation_checkpointing
         if config.train.compile:
-            compile_blocks(stage for stage in model.stages() if stage.is_block)
+            for stage in model.stages():
+                if stage.is_block:  # blocks are alike: one compilation serves all of them
+                    stage.compile()
         return model
     cuts = balanced_cuts(stage_flops(config.model), groups.topology.pipeline)
     chunk = build_chunk(config.model, cuts, groups.topology.pipeline_rank, layout, seed)

@@ -14,9 +14,8 @@ from helpers.ranks import run_ranks
 from helpers.shards import this_rank
 from megadit.models.layers import linear as module
 from megadit.models.layers.linear import column_linear
-from megadit.parallel.collectives import own_tokens
+from megadit.parallel.collectives import Rehearsal, own_tokens
 from megadit.parallel.recompute import Recompute, run_block
-from megadit.parallel.rehearsal import Rehearsal
 from megadit.parallel.tensor import TensorLayout
 from megadit_kernels import scaled_linear
 

@@ -19,9 +19,8 @@ from megadit.models.build import parametrization
 from megadit.models.layers import skip_linear as module
 from megadit.models.layers.skip_linear import SkipLinear, skip_for_sharded_linear, skip_linear
 from megadit.mup.spec import walk_slices
-from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.collectives import Rehearsal, all_tokens, own_tokens
 from megadit.parallel.recompute import Recompute, run_block
-from megadit.parallel.rehearsal import Rehearsal
 from megadit.parallel.tensor import TensorLayout, building, cut
 from megadit_kernels import scaled_linear
 

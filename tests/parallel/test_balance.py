@@ -9,9 +9,9 @@ from helpers.tiny_dit import tiny_config, tiny_inputs
 from megadit.models import build_model
 from megadit.models.chunk import build_chunk
 from megadit.mup.spec import param_specs
-from megadit.parallel.balance import balanced_cuts, bubble_share
 from megadit.parallel.tensor import TensorLayout, is_shard
-from megadit.parallel.topology import Topology
+from megadit.parallel.topology import Topology, balanced_cuts
+from megadit.plan.bubble import bubble_share
 from megadit.plan.flops import forward_flops, stage_flops
 
 

@@ -125,7 +125,7 @@ COMMAND += ["parallel.tensor=2"]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT"],
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "PORT"],
-    "plain": [sys.executable, "-c", "from megadit.parallel.local import run_copies; import sys; "
+    "plain": [sys.executable, "-c", "from megadit.parallel.launcher import run_copies; import sys; "
               "sys.exit(run_copies(2, sys.argv[1:]))"],
 }  # fmt: skip
 

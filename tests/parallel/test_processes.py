@@ -3,7 +3,7 @@
 import pytest
 
 from megadit.errors import UserError
-from megadit.parallel.processes import first_slurm_host, prepare_environment
+from megadit.parallel.environment import first_slurm_host, prepare_environment
 
 
 def test_plain_python_is_one_process():

@@ -10,7 +10,7 @@ import pytest
 from helpers.ranks import free_port
 from megadit.errors import UserError
 from megadit.parallel.environment import RankVariables
-from megadit.parallel.rendezvous import RendezvousFailed, meet
+from megadit.parallel.processes import RendezvousFailed, meet
 
 
 def place(rank, world, port, host="127.0.0.1"):
@@ -61,7 +61,7 @@ def test_a_name_without_an_address_is_refused(monkeypatch):
     def unknown(*_args, **_options):
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr("megadit.parallel.rendezvous._RESOLVE_S", 0.1)
+    monkeypatch.setattr("megadit.parallel.processes._RESOLVE_S", 0.1)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(UserError, match="MASTER_ADDR: 'nowhere' has no address"):
         meet(place(1, 2, 29500, "nowhere"), 5)

@@ -21,7 +21,7 @@ from megadit.config import ModelConfig
 from megadit.config.deepspeed.gradients import gradient_bytes
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
-from megadit.parallel.rehearsal import ring_bytes
+from megadit.parallel.collectives import ring_bytes
 from megadit.parallel.tensor import TensorLayout
 from megadit.plan import plan_layout
 from megadit.plan.activations import count_passages

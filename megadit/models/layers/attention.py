@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megadit.models.layers.norm import MuRMSNorm, Precision, without_autocast
+from megadit.models.layers.norm import MuRMSNorm, Precision, at_precision
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.tensor import tensor_layout
@@ -163,7 +163,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, precisio
     mask: bool, True where a key is seen, broadcast to (B, heads, T, S); each query must see one. ``precision`` fp32
     computes in float32 whatever the operands are.
     """
-    if precision == "auto" or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    with without_autocast(q):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    return at_precision(precision, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), q, k, v)

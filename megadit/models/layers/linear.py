@@ -17,7 +17,7 @@ from megadit.mup.rules import InitRule, Parametrization, Purpose
 from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import (
     Pending,
-    begin_gather_tokens,
+    begin_gather,
     begin_sum,
     begin_sum_and_scatter_tokens,
     copy_to_ranks,
@@ -188,7 +188,7 @@ class _ColumnLinear(torch.autograd.Function):
         tokens: int | None,
         keep: bool,
     ) -> Tensor:
-        whole = x if tokens is None else tokens_together(begin_gather_tokens(x, layout, later=False).wait(), tokens)
+        whole = x if tokens is None else tokens_together(begin_gather(x, layout, later=False).wait(), tokens)
         ctx.save_for_backward(whole if keep else x, weight)
         ctx.alpha, ctx.layout, ctx.tokens, ctx.gathers = alpha, layout, tokens, tokens is not None and not keep
         return scaled_linear(whole, weight, bias, alpha)
@@ -199,7 +199,7 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows = grad.reshape(-1, grad.shape[-1])
-        gathered = begin_gather_tokens(x, ctx.layout) if ctx.gathers and need_weight else None
+        gathered = begin_gather(x, ctx.layout) if ctx.gathers and need_weight else None
         summed: Pending | None = None
         if need_x:
             begin = begin_sum if ctx.tokens is None else begin_sum_and_scatter_tokens

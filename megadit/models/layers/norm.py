@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -30,6 +30,15 @@ def without_autocast(x: Tensor) -> Iterator[None]:
         yield
 
 
+def at_precision(precision: Precision, function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """``function(*operands)``; for fp32 in float32 whatever they are, and rounded once to the dtype of the first."""
+    x = operands[0]
+    if precision == "auto" or x.dtype == torch.float32:
+        return function(*operands)
+    with without_autocast(x):
+        return function(*(operand.float() for operand in operands)).to(x.dtype)
+
+
 def _sharing(of_heads: bool, tokens: int | None) -> TensorLayout | None:
     """The layout, where each rank norms a part of what there is, so that a gain's gradient is a sum over ranks."""
     layout = tensor_layout()
@@ -45,10 +54,11 @@ class ModulatedNorm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """x (B, T, n), shift and scale (B, n) -> (B, T, n) in x's dtype."""
-        if self.precision == "auto" or x.dtype == torch.float32:
+
+        def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             return layer_norm_modulate(x, shift, scale, self.eps)
-        with without_autocast(x):
-            return layer_norm_modulate(x.float(), shift.float(), scale.float(), self.eps).to(x.dtype)
+
+        return at_precision(self.precision, norm, x, shift, scale)
 
 
 class MuRMSNorm(nn.Module):
@@ -76,10 +86,7 @@ class MuRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in x's dtype."""
         gain = self.weight if self.layout is None else copy_to_ranks(self.weight, self.layout)
-        if self.precision == "auto" or x.dtype == torch.float32:
-            return F.rms_norm(x, gain.shape, gain, self.eps)
-        with without_autocast(x):
-            return F.rms_norm(x.float(), gain.shape, gain.float(), self.eps).to(x.dtype)
+        return at_precision(self.precision, lambda x, gain: F.rms_norm(x, gain.shape, gain, self.eps), x, gain)
 
 
 class MuLayerNorm(nn.Module):
@@ -113,7 +120,8 @@ class MuLayerNorm(nn.Module):
         bias: Tensor = self.bias
         if self.layout is not None:
             gain, bias = copy_to_ranks(gain, self.layout), copy_to_ranks(bias, self.layout)
-        if self.precision == "auto" or x.dtype == torch.float32:
+
+        def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(x, gain.shape, gain, bias, self.eps)
-        with without_autocast(x):
-            return F.layer_norm(x.float(), gain.shape, gain.float(), bias.float(), self.eps).to(x.dtype)
+
+        return at_precision(self.precision, norm, x, gain, bias)

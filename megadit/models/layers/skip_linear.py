@@ -13,8 +13,7 @@ from megadit.models.layers.linear import MuLinear
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import (
-    begin_gather_channels,
-    begin_gather_rows,
+    begin_gather,
     begin_sum_and_scatter_rows,
     channels_together,
     own_channels,
@@ -101,7 +100,7 @@ class _OwnChannels(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         parts = scaled_linear(rows, _side_by_side(weight).t(), None, ctx.alpha)
         of_x, of_skip = parts.view(*joined.shape[:-1], 2, -1).unbind(-2)
-        gathered = begin_gather_channels(of_x, ctx.layout)
+        gathered = begin_gather(of_x, ctx.layout)
         of_weight = scaled_linear(rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
         stacked = of_weight.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
         return channels_together(gathered.wait()), of_skip.contiguous(), stacked, None, None
@@ -123,7 +122,7 @@ class _OwnTokens(torch.autograd.Function):
     def forward(
         ctx: Any, joined: Tensor, share: Tensor, bias: Tensor | None, alpha: float, layout: TensorLayout, keep: bool
     ) -> Tensor:
-        weight = begin_gather_rows(share, layout, later=False).wait().flatten(0, 1)
+        weight = begin_gather(share, layout, later=False).wait().flatten(0, 1)
         ctx.save_for_backward(joined, weight if keep else share)
         ctx.alpha, ctx.layout, ctx.keep = alpha, layout, keep
         return scaled_linear(joined, weight, bias, alpha)
@@ -133,7 +132,7 @@ class _OwnTokens(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         joined, held = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        gathered = None if ctx.keep else begin_gather_rows(held, ctx.layout)
+        gathered = None if ctx.keep else begin_gather(held, ctx.layout)
         of_weight = scaled_linear(rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
         summed = begin_sum_and_scatter_rows(of_weight, ctx.layout)
         weight = held if gathered is None else gathered.wait().flatten(0, 1)

@@ -17,7 +17,7 @@ from typing import Any
 
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError, say
 from megadit.parallel.environment import child_environment
-from megadit.parallel.lifetime import die_with_parent
+from megadit.parallel.launcher import die_with_parent
 from megadit.plugins import loaded
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command, say
 from megadit.parallel.environment import prepare_environment
-from megadit.parallel.lifetime import die_with_launcher, die_with_parent
+from megadit.parallel.launcher import die_with_launcher, die_with_parent
 from megadit.plugins import load_plugins
 from megadit.search.storage.identity import this_worker
 from megadit.search.study.study import Study, load_study
