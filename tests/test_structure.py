@@ -39,6 +39,28 @@ MAY_IMPORT: dict[str, set[str]] = {
 APPLICATIONS = {"compare", "doctor", "search", "evaluate", "convert"}
 COMMANDS = {"cli", "__main__"}
 
+# Folders of tests that are about no one room.
+ACROSS = {"bad_input", "fuzz", "kernels", "pins"}
+# Rooms whose folders follow one grammar, so that a file of the same name plays the same part in each.
+ONE_GRAMMAR = {
+    "models": {"family", "model", "presets", "init", "convert"},  # the families
+    "data": {"encoder", "folders"},  # text and features: networks of others
+    "engine": {"pipeline"},  # the engine, and the DeepSpeed class that it is made of
+}
+SHIM = '''#!/usr/bin/env python
+"""``python -m megadit {name}`` without installing: see megadit/cli/{name}.py."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
+
+from megadit.cli.main import run  # noqa: E402
+
+if __name__ == "__main__":
+    run("{name}")
+'''
+
 LAZY = {"deepspeed", "diffusers", "transformers", "matplotlib", "sklearn", "scipy", "optuna", "wandb", "tensorboard"}
 PUBLIC_DEEPSPEED = {"deepspeed", "deepspeed.accelerator", "deepspeed.ops.adam"}
 DEEPSPEED_INTERNALS = re.compile(
@@ -302,7 +324,83 @@ def test_folders_of_tests_are_no_packages():
     assert [path.parent for path in (ROOT / "tests").rglob("__init__.py")] == [plugin]
 
 
-def test_scripts_are_thin():
+def test_scripts_are_shims_of_their_commands():
     for path in [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= 14, f"{path.relative_to(ROOT)} has {lines} lines: commands stand in megadit/cli"
+        assert path.read_text(encoding="utf-8") == SHIM.format(name=path.stem), f"{path.name}: commands stand in cli"
+        assert (ROOT / "megadit" / "cli" / path.name).is_file()
+
+
+def modules() -> dict[str, ast.Module]:
+    """The modules of megadit by their full names."""
+    found = {}
+    for path in (ROOT / "megadit").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def targets(tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of megadit that one imports anywhere, also inside functions and for types alone."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & known or {node.module}
+    return found & known
+
+
+def circles(imported: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that import one another, through whatever others: sets of two and more."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = [start]
+        while left:
+            new = imported[left.pop()] - seen
+            seen |= new
+            left += new
+        return seen
+
+    all_reached = {name: reached(name) for name in imported}
+    found = {frozenset(other for other in r if name in all_reached[other]) for name, r in all_reached.items()}
+    return [set(circle) for circle in found if len(circle) > 1]
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    trees = modules()
+    found = circles({name: targets(tree, set(trees)) for name, tree in trees.items()})
+    assert not found, f"these import one another, at module level or inside functions: {found}"
+
+
+def test_a_circle_is_noticed():
+    imported = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
+    assert circles(imported) == [{"b", "c"}]
+    tree = ast.parse("def f():\n    from megadit.x import y, z\nif TYPE_CHECKING:\n    import megadit.w")
+    assert targets(tree, {"megadit.x", "megadit.x.y", "megadit.w"}) == {"megadit.x.y", "megadit.w"}
+
+
+def test_a_name_says_one_thing_in_its_room():
+    """Two files of one name in a part of megadit are two answers to where a subject stands."""
+    for part in {path.parts[0] for path in in_package()}:
+        names = [path.stem for path in in_package() if path.parts[0] == part and path.stem != "__init__"]
+        twice = {name for name in names if names.count(name) > 1} - ONE_GRAMMAR.get(part, set())
+        assert not twice, f"megadit/{part} has several files called {', '.join(sorted(twice))}"
+
+
+def in_package() -> list[Path]:
+    return [path.relative_to(ROOT / "megadit") for path in (ROOT / "megadit").glob("*/**/*.py")]
+
+
+def test_every_package_says_what_is_in_it():
+    for path in (ROOT / "megadit").rglob("__init__.py"):
+        told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert len(told.split()) > 4, f"{path.relative_to(ROOT)}: say in its docstring what stands in the package"
+
+
+def test_tests_mirror_the_package():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        room = path.relative_to(ROOT / "tests").parent
+        mirrored = (room.parts[:1] and room.parts[0] in ACROSS) or (ROOT / "megadit" / room).is_dir()
+        assert mirrored, f"tests/{room} mirrors no folder of megadit"
