@@ -51,8 +51,8 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
 
     from megadit.config import load_config
     from megadit.parallel.topology import balanced_cuts
-    from megadit.plan.activations import count_passages
     from megadit.plan.flops import stage_flops
+    from megadit.plan.memory import count_passages
 
     config = load_config(path)
     flops = stage_flops(config.model)
@@ -72,9 +72,9 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
 def _step(counted: dict[str, Any], world: int, micro: int, args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
     """What this layout takes of ``world`` GPUs, if it goes."""
     from megadit.config.deepspeed.gradients import bucket_bytes
-    from megadit.plan.bubble import idle_share
     from megadit.plan.communication import data_bytes, tensor_bytes
-    from megadit.plan.state import state_bytes
+    from megadit.plan.bubble import idle_share
+    from megadit.plan.memory import state_bytes
 
     tensor, stages, work = counted["tensor"], counted["stages"], counted["work"]
     batch, averages = counted["config"].train.global_batch, len(counted["config"].ema.names)

@@ -7,10 +7,11 @@ turns into a single sentence and exit code 2: it names the key, the value and th
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from megadit.streams import lost_output, steady_streams
@@ -48,6 +49,12 @@ def _fit_to_print(message: str) -> str:
     if left_out <= 0:
         return message
     return f"{message[: _MOST_LETTERS * 3 // 4]} … [{left_out:,} characters] … {message[-_MOST_LETTERS // 4 :]}"
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """ "did you mean NEAREST?", of what is ``known``; ``otherwise`` where none is near, None: ask all the same."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6 if otherwise else 0.0)
+    return f"did you mean {near[0]}?" if near else otherwise or ""
 
 
 def few_lines(sentences: Sequence[str]) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any, Generic, TypeVar
 
-from megadit.errors import UserError
+from megadit.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -65,8 +64,7 @@ class Registry(Generic[T]):
             return self._added[name]
         builtin = load_object(self._builtin)
         if name not in builtin:
-            near = difflib.get_close_matches(str(name), self.names(), n=1, cutoff=0.0)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"{self.key}: {name!r} is no {self.kind}; {hint}A plugin's needs --plugins MODULE")
+            hint = did_you_mean(str(name), self.names())
+            raise UserError(f"{self.key}: {name!r} is no {self.kind}; {hint} A plugin's needs --plugins MODULE")
         value: T = load_object(builtin[name])
         return value

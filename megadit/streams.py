@@ -114,9 +114,9 @@ def lost_output() -> OSError | None:
 
 def _steady(stream: TextIO | None, number: int, *, closed: bool) -> SteadyText:
     failure = OSError(errno.EBADF, "it is closed") if closed else None
-    if not isinstance(stream, io.TextIOWrapper):
-        return SteadyText(SteadyRaw(number, failure), "utf-8", line_buffering=True, write_through=False)
     raw = SteadyRaw(number, failure)
+    if not isinstance(stream, io.TextIOWrapper):
+        return SteadyText(raw, "utf-8", line_buffering=True, write_through=False)
     return SteadyText(
         raw, stream.encoding, line_buffering=stream.line_buffering, write_through=bool(stream.write_through)
     )

@@ -16,8 +16,8 @@ from megadit.doctor import Check, Report, format_report
 from megadit.doctor import machine as machine_checks
 from megadit.doctor import software as software_checks
 from megadit.doctor import training as training_checks
-from megadit.doctor.devices import check_backends
-from megadit.doctor.quiet import quiet
+from megadit.doctor.machine import check_backends
+from megadit.doctor.report import quiet
 
 OK = Check("machine", "python", "ok", "3.11", needed=True)
 CPU = Check("backends", "cuda", "missing", "this torch is a CPU build")

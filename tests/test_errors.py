@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.ranks import ROOT
-from megadit.errors import UserError, run_command, why_unreadable
+from megadit.errors import UserError, did_you_mean, run_command, why_unreadable
 
 START = "import sys; from megadit.errors import UserError, run_command\n"
 MUCH = START + "run_command(lambda argv: print('x\\n' * 500_000) or 0)"
@@ -127,3 +127,11 @@ def test_a_file_that_may_not_be_read_needs_no_repair():
     told = why_unreadable(PermissionError(13, "Permission denied"), "copy it again")
     assert told == "(Permission denied); give yourself the right to read it"
     assert why_unreadable(OSError(5, "Input/output error"), "copy it again") == "(Input/output error); copy it again"
+
+
+def test_the_nearest_word_is_offered():
+    assert did_you_mean("lerning", ["learning", "width"], "it has two") == "did you mean learning?"
+    assert did_you_mean("zzz", ["learning", "width"], "it has two") == "it has two"
+    assert did_you_mean("widht", ["learning", "width"]) == "did you mean width?"
+    assert did_you_mean("zzz", ["learning", "width"]).startswith("did you mean ")
+    assert did_you_mean("zzz", []) == ""

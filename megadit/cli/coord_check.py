@@ -15,15 +15,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, say
 from megadit.files.paths import check_folder
 from megadit.streams import result_is_saved
-
-if TYPE_CHECKING:
-    from megadit.parallel.tensor import TensorLayout
 
 # At a rate that turns everything over in a few steps, slopes tell of the rate: the narrow models, whose updates are the
 # largest, bend them at correct rules. Small steps are linear in the rate, and a wrong rule bends these too.
@@ -90,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from error
+    import torch.distributed as dist
+
     from megadit.diffusion import build_objective
     from megadit.diffusion.objectives.repa import alignment_loss
     from megadit.models import build_model
@@ -98,12 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.mup.coord_check.verdict import judge
     from megadit.mup.example import example_conditioning
     from megadit.optional import defer_compiler
-    from megadit.parallel import stop_processes
+    from megadit.parallel import start_processes, stop_processes
     from megadit.parallel.launcher import run_copies
+    from megadit.parallel.tensor import WHOLE, TensorLayout
 
     if args.tp > 1 and ranks == 1:
         return run_copies(args.tp, ["-m", "megadit", "coord_check", *(sys.argv[1:] if argv is None else argv)])
-    layout = _join(args.tp)
+    # This process's place among those that share every layer.
+    layout = WHOLE if args.tp == 1 else TensorLayout(args.tp, start_processes().rank, group=dist.group.WORLD)
     defer_compiler()
     parametrization = args.param or config.model.parametrization
     readings = coordinate_readings(
@@ -130,16 +130,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(plain) if args.json else format_verdict(verdict))
     say(f"written to {args.out}: coords.csv, verdict.json, coord_check.png")
     return code
-
-
-def _join(size: int) -> TensorLayout:
-    """This process's place among ``size`` that share every layer."""
-    from megadit.parallel import start_processes
-    from megadit.parallel.tensor import WHOLE, TensorLayout
-
-    if size == 1:
-        return WHOLE
-    import torch.distributed as dist
-
-    context = start_processes()
-    return TensorLayout(size, context.rank, group=dist.group.WORLD)

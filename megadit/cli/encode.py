@@ -71,15 +71,13 @@ def _add_common(p: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Encode, or fit a codec."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == [FIT]:
-        args = fit_parser().parse_intermixed_args(arguments[1:])
-    else:
-        args = parser().parse_intermixed_args(arguments)
+    fit = arguments[:1] == [FIT]
+    args = (fit_parser() if fit else parser()).parse_intermixed_args(arguments[int(fit) :])
     from megadit.parallel.environment import refuse_ranks
 
     refuse_ranks("tools/encode.py")
     import_plugins(args)
-    return _fit(args) if arguments[:1] == [FIT] else _encode(args)
+    return _fit(args) if fit else _encode(args)
 
 
 def _encode(args: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megadit import cli
-from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError, run_command
+from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, UserError, did_you_mean, run_command
 
 _COLUMNS = 100  # of the listing at most
 
@@ -47,8 +46,7 @@ def _list_commands(argv: Sequence[str] | None = None) -> int:
     """Print all commands, a line each. Raises UserError where another one was asked for."""
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] not in ("-h", "--help"):
-        near = difflib.get_close_matches(words[0], names(), n=1, cutoff=0.0)
-        raise UserError(f"{words[0]!r} is not a command; did you mean {near[0]}? --help lists all")
+        raise UserError(f"{words[0]!r} is not a command; {did_you_mean(words[0], names())} --help lists all")
     width = max(map(len, names()))
     room = min(shutil.get_terminal_size().columns, _COLUMNS) - width - 4
     print("usage: python -m megadit COMMAND [...]\n")

@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.checkpoint.find import load_model
     from megadit.config.schema.sampling import scheduler_name
     from megadit.data.codecs.codec import build_codec, vae_at
+    from megadit.data.shards.options import device_of
     from megadit.diffusion.sampling.classes import read_notice
     from megadit.diffusion.sampling.grid import save_npz
     from megadit.diffusion.sampling.pictures import sample_pictures, save_subject_grid
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config, model = load_model(args.run_dir, checkpoint=args.checkpoint, weights=args.ema)
     config = _with_settings(config, args)
-    device = _device(args.device)
+    device = device_of(args.device)
     subjects = chosen_subjects(
         args.run_dir, config, classes=args.classes, prompts=args.prompt, prompts_file=args.prompts, device=device
     )
@@ -131,41 +132,3 @@ def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     except ValidationError as error:
         raise UserError("--" + explain(error, SampleConfig, {}).replace("\n", "; --")) from error
     return config.model_copy(update={"sample": settings})
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device: {name} is not one of auto, cpu, cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device: {name} is not available here; use cpu")
-    return name
-
-
-def _check_outputs(grid: Path, npz: Path | None) -> None:
-    """Refuse, before the work, what could not be written after it, or would replace what is no earlier result.
-
-    Raises:
-        UserError: one is a folder, cannot be written, is a file of another kind, or both are one.
-    """
-    from megadit.files.paths import ARRAYS, PNG, check_output
-
-    check_output(grid, "--out", "PNG picture", PNG)
-    if npz is not None:
-        check_output(npz, "--npz", "file of pictures", ARRAYS)
-        if npz.absolute() == grid.absolute():
-            raise UserError(f"--npz: '{npz}' is where --out writes the grid; give it a name of its own")
-    for path, key, suffix in ((grid, "--out", ".png"), (npz, "--npz", ".npz")):
-        if path is not None and path.suffix.lower() != suffix and not path.is_dir():
-            raise UserError(f"{key}: '{path}' does not end in {suffix}, the one format that is written; rename it")
-    for path in (grid, npz):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give the name of a file")
-        existing = next(parent for parent in path.absolute().parents if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"{path}: {existing} is not a folder that can be written; choose another place")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megadit.config.loading.sources import display
-from megadit.errors import EXIT_OK, UserError
+from megadit.errors import EXIT_OK, UserError, did_you_mean
 from megadit.files.json_text import parse_json
 from megadit.train.run_dir import is_number, read_rows
 
@@ -76,8 +75,7 @@ def read_curve(folder: str | Path, key: str = "loss") -> Curve:
     if not found:
         numbers = {name for row in rows for name, value in row.items() if is_number(value)}
         known = sorted(numbers - {"step", "samples_seen"})
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'no numbers at all'}"
+        hint = did_you_mean(key, known, f"it has {', '.join(known) or 'no numbers at all'}")
         raise UserError(f"--key {key}: {display(folder / 'metrics.jsonl')} has no such number; {hint}")
     steps = sorted(found)
     return Curve(

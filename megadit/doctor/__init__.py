@@ -6,8 +6,7 @@ broken: that is when it is needed.
 
 from __future__ import annotations
 
-from megadit.doctor.devices import check_backends
-from megadit.doctor.machine import check_machine
+from megadit.doctor.machine import check_backends, check_machine
 from megadit.doctor.report import Check, Report, format_report
 from megadit.doctor.software import check_software
 from megadit.doctor.training import check_distributed, check_step, start_step

@@ -1,4 +1,4 @@
-"""Python, cores, memory, disk, compiler: what torch does not know about."""
+"""The machine: Python, cores, memory, disk, compiler, GPUs, and each kernel backend by one tiny call."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megadit.doctor.quiet import one_line
-from megadit.doctor.report import Check, State
+from megadit.extensions import FUSED_OPS
+from megadit.doctor.report import Check, State, one_line, quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 STALE_LOCK_S = 900.0  # DeepSpeed's ops take under six minutes to compile on two cores
@@ -101,18 +101,14 @@ def _compiler() -> Check:
     return Check("machine", "C++ compiler", "ok", str(compiler))
 
 
-def extensions_root() -> Path:
-    """Where torch builds C++ extensions (DeepSpeed's ops among them)."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
-
-
 def _extension_locks() -> Check:
     """Locks of C++ builds that were killed: the next build of the same op waits on them for ever."""
+    # Where torch builds C++ extensions, DeepSpeed's ops among them.
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     now = time.time()
     locks: list[tuple[Path, float]] = []
     for pattern in ("*/lock", "*/*/lock"):
-        for path in extensions_root().glob(pattern):
+        for path in root.glob(pattern):
             with contextlib.suppress(OSError):
                 locks.append((path, now - path.stat().st_mtime))
     stale = [str(path) for path, age in locks if age > STALE_LOCK_S]
@@ -120,3 +116,48 @@ def _extension_locks() -> Check:
         detail = f"{len(stale)} left by a build that was killed; DeepSpeed would wait on it for ever"
         return Check("machine", "build locks", "broken", detail, f"rm {' '.join(stale)}")
     return Check("machine", "build locks", "ok", f"{len(locks)} build(s) in progress" if locks else "none")
+
+
+def check_backends() -> Iterator[Check]:
+    """Devices, and each kernel backend by one tiny call."""
+    yield from _nvidia()
+    try:
+        from megadit_kernels.backends import backend, backend_names
+    except Exception as error:  # the package itself imports torch
+        yield Check("backends", "kernels", "broken", one_line(error), "make setup", needed=True)
+        return
+    for name in backend_names():
+        with quiet():
+            found = backend(name)
+        yield Check("backends", name, found.state, found.detail, found.remedy)
+    device = "cuda" if backend("cuda").works else "cpu"
+    for name in FUSED_OPS.names():
+        yield Check("backends", name, "ok", f"{FUSED_OPS.get(name).backend_on(device)} on {device}")
+
+
+def _nvidia() -> Iterator[Check]:
+    """GPUs that the driver sees, with their memory, whatever torch thinks of them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield Check("backends", "NVIDIA driver", "missing", "no nvidia-smi: no NVIDIA GPU, or no driver")
+        return
+    query = ["--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
+    try:
+        command = [program, *query]
+        answer = subprocess.run(
+            command, check=True, capture_output=True, timeout=30, encoding="utf-8", errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Check(
+            "backends", "NVIDIA driver", "broken", f"nvidia-smi: {one_line(error)}", "reload or update the driver"
+        )
+        return
+    for number, line in enumerate(answer.stdout.strip().splitlines()):
+        model, total, free, driver = (part.strip() for part in line.rsplit(",", 3))
+        yield Check("backends", f"GPU {number}", "ok", f"{model}, {free} free of {total}, driver {driver}")
+    with contextlib.suppress(Exception):
+        import torch
+
+        if torch.version.cuda is None:
+            remedy = "install a CUDA build of torch, as its own site tells, then make setup"
+            yield Check("backends", "torch on GPU", "broken", "there is a GPU, but torch is a CPU build", remedy)

@@ -1,7 +1,11 @@
-"""What a check found, and what all of them say together."""
+"""What a check found, what all of them say together, and how checks keep quiet meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -61,3 +65,29 @@ def format_report(report: Report) -> str:
         if check.remedy and check.state != "ok":
             lines.append(f"  {'':<{width}}  {'':<7}  -> {check.remedy}")
     return "\n".join([*lines[1:], "", report.verdict])
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line of at most 200 characters; of a failed program, the end of what it said."""
+    said = getattr(error, "stderr", None)
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said or str(error)
+    lines = text.strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1] if said else lines[0]}"[:200]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what imports and probes print (both descriptors: C++ code writes there too), so that the table stays one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [(stream, os.dup(stream)) for stream in (1, 2)]
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            for stream, _ in saved:
+                os.dup2(nowhere.fileno(), stream)
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                yield
+    finally:
+        for stream, copy in saved:
+            os.dup2(copy, stream)
+            os.close(copy)

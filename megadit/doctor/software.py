@@ -8,8 +8,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from megadit.doctor.quiet import one_line, quiet
-from megadit.doctor.report import Check
+from megadit.doctor.report import Check, one_line, quiet
 
 _NEEDED = (
     ("torch", "torch"),

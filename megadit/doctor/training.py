@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from megadit.doctor.quiet import one_line, quiet
-from megadit.doctor.report import Check, State
+from megadit.doctor.report import Check, State, one_line, quiet
 from megadit.errors import UserError
 from megadit.parallel.environment import child_environment, read_ranks
 
@@ -102,15 +101,9 @@ def _accelerator(has_cuda: bool) -> Check:
 def start_step() -> subprocess.Popen[str]:
     """Start one optimizer step in a process of its own, so that a hang or a crash is only reported."""
     command = [sys.executable, "-c", "from megadit.doctor.training import training_step; training_step()"]
+    environment, nothing, pipe = child_environment(os.environ), subprocess.DEVNULL, subprocess.PIPE
     return subprocess.Popen(
-        command,
-        env=child_environment(os.environ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
+        command, env=environment, stdin=nothing, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace"
     )
 
 

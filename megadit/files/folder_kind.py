@@ -5,11 +5,11 @@ Readers ask here once a folder is not what they wanted. Nothing but names is loo
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from megadit.files.file_kind import instead, kind_of_file
-from megadit.files.hub_cache import snapshot_of
 
 _WEIGHTS = ("torch", "old-torch", "safetensors")  # ids of files
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -79,3 +79,29 @@ def _is_diffusers(path: Path) -> bool:
         return b'"_class_name"' in (path / "config.json").read_bytes()[:65536]
     except OSError:
         return False
+
+
+def snapshot_of(folder: Path) -> str | None:
+    """The remedy where ``folder`` is a model's folder in the cache (``models--OWNER--NAME``); None where it is not.
+
+    The snapshot is that of ``refs/main``, else the last one by name.
+    """
+    if not (folder / "snapshots").is_dir():
+        return None
+    snapshots = sorted(inner for inner in (folder / "snapshots").iterdir() if inner.is_dir())
+    if not snapshots:
+        return "is a cache of the Hugging Face hub without a snapshot; download the model again"
+    try:
+        with open(folder / "refs" / "main", encoding="utf-8") as file:
+            main = file.read(256).strip()
+    except (OSError, ValueError):
+        main = ""
+    meant = next((inner for inner in snapshots if inner.name == main), snapshots[-1])
+    return f"is a cache of the Hugging Face hub; give its snapshot '{meant}'"
+
+
+def broken_link(path: Path) -> str | None:
+    """What is wrong where ``path`` is a link to nothing, as in a snapshot copied alone; None where it is not."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"is a link to '{os.readlink(path)}', which is missing; copy with what links point to (cp -L)"

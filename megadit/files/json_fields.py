@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any, TypeVar, cast
 
 from megadit.errors import UserError
 from megadit.files.file_kind import HEAD_BYTES, file_instead, instead, kind_of
@@ -23,18 +23,15 @@ _SHOWN = 60  # characters of a value in a sentence
 _AGAIN = "correct the file, or fetch it again"
 
 
-class _Required:
-    """No default: the key must be there."""
-
-
-REQUIRED = _Required()
+REQUIRED: Any = object()  # no default: the key must be there
+D = TypeVar("D")
 
 
 class Fields:
     """The keys and values of one JSON object.
 
     ``where`` names it in messages, with the option or key that it came by: ``IN: 'x/config.json'``. A key whose value
-    is null is refused unless the reader says ``null=True``, and then is None.
+    is null is refused unless the reader says ``null=True``, and then is None; so let the default be None, too.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -95,23 +92,13 @@ class Fields:
         self._read.add(key)
         return self._values.get(key, default)
 
-    @overload
-    def whole(self, key: str, default: int | _Required = ..., *, least: int = ..., most: int = ...) -> int: ...
-    @overload
-    def whole(self, key: str, default: int | None, *, least: int = ..., most: int = ..., null: bool) -> int | None: ...
     def whole(
-        self,
-        key: str,
-        default: int | _Required | None = REQUIRED,
-        *,
-        least: int = 0,
-        most: int = _LARGEST,
-        null: bool = False,
-    ) -> int | None:
+        self, key: str, default: D = REQUIRED, *, least: int = 0, most: int = _LARGEST, null: bool = False
+    ) -> int | D:
         """A whole number from ``least`` to ``most``; 32.0 is one. Raises UserError for anything else."""
         value = self._value(key, default, null)
         if value is None:
-            return None
+            return cast(D, None)
         if not _is_number(value) or value != value // 1:
             raise self.refused(key, value, "a whole number")
         if not least <= value <= most:
@@ -119,51 +106,32 @@ class Fields:
             raise self.refused(key, value, f"a whole number {bounds}")
         return int(value)
 
-    @overload
-    def number(self, key: str, default: float | _Required = ..., *, above: float = ...) -> float: ...
-    @overload
-    def number(self, key: str, default: float | None, *, above: float = ..., null: bool) -> float | None: ...
-    def number(
-        self,
-        key: str,
-        default: float | _Required | None = REQUIRED,
-        *,
-        above: float = -math.inf,
-        null: bool = False,
-    ) -> float | None:
+    def number(self, key: str, default: D = REQUIRED, *, above: float = -math.inf, null: bool = False) -> float | D:
         """A finite number larger than ``above``. Raises UserError for anything else."""
         value = self._value(key, default, null)
         if value is None:
-            return None
+            return cast(D, None)
         if not _is_number(value):
             raise self.refused(key, value, "a finite number")
         if not value > above:
             raise self.refused(key, value, f"a number above {above:g}")
         return float(value)
 
-    @overload
-    def text(self, key: str, default: str | _Required = ...) -> str: ...
-    @overload
-    def text(self, key: str, default: str | None, *, null: bool) -> str | None: ...
-    def text(self, key: str, default: str | _Required | None = REQUIRED, *, null: bool = False) -> str | None:
+    def text(self, key: str, default: D = REQUIRED, *, null: bool = False) -> str | D:
         """A text. Raises UserError for anything else."""
         value = self._value(key, default, null)
         if value is None or isinstance(value, str):
-            return value
+            return cast("str | D", value)
         raise self.refused(key, value, "a text")
 
-    @overload
-    def flag(self, key: str, default: bool | _Required = ...) -> bool: ...
-    @overload
-    def flag(self, key: str, default: bool | None, *, null: bool) -> bool | None: ...
-    def flag(self, key: str, default: bool | _Required | None = REQUIRED, *, null: bool = False) -> bool | None:
+    def flag(self, key: str, default: D = REQUIRED, *, null: bool = False) -> bool | D:
         """True or false. Raises UserError for anything else."""
         value = self._value(key, default, null)
         if value is None or isinstance(value, bool):
-            return value
+            return cast("bool | D", value)
         raise self.refused(key, value, "true or false")
 
-    def items(self, key: str, default: Sequence[Any] | _Required = REQUIRED, *, null: bool = False) -> list[Any]:
+    def items(self, key: str, default: Sequence[Any] = REQUIRED, *, null: bool = False) -> list[Any]:
         """A list; null, where it is allowed, is an empty one. Raises UserError for anything else."""
         value = self._value(key, default, null)
         if value is None:
@@ -172,7 +140,7 @@ class Fields:
             return list(value)
         raise self.refused(key, value, "a list")
 
-    def section(self, key: str, default: Mapping[str, Any] | _Required = REQUIRED, *, null: bool = False) -> Fields:
+    def section(self, key: str, default: Mapping[str, Any] = REQUIRED, *, null: bool = False) -> Fields:
         """An object within; null, where it is allowed, is an empty one. Raises UserError for anything else."""
         value = self._value(key, default, null)
         if value is None:

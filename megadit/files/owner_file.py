@@ -1,6 +1,9 @@
 """``owner.json``: who owns a folder, and the acts on that file which only one process can do, whoever else tries.
 
 No lock of the kernel is behind them: they are links and renames, which network file systems do in one act too.
+
+A process is named by host, kernel start, process-id namespace, process id and the process's start time, so that a
+number that the system has given to another process is not taken for it.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import secrets
@@ -18,8 +22,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from megadit.files.process_id import start_of, state_of, view_of_processes
 
 FILE = "owner.json"
 BEAT_S = 5.0  # between two advances of an owner's counter
@@ -188,3 +190,45 @@ def _write_new(path: Path, owner: Owner) -> None:
         file.write(owner.text())
         file.flush()
         os.fsync(file.fileno())
+
+
+@functools.cache
+def view_of_processes() -> str:
+    """What process ids of the calling process mean: host, kernel start and namespace. Equal: the same processes."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def start_of(pid: int) -> str | None:
+    """A mark of when the process started; None when there is none, or only its exit status waits to be read."""
+    if Path("/proc/self/stat").is_file():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+    except psutil.Error:
+        return None
+
+
+def state_of(pid: int, started: str) -> Literal["running", "gone", "unknown"]:
+    """Whether the process of this view with that number and start lives; unknown where the system hides it."""
+    found = start_of(pid)
+    if found is not None:
+        return "running" if found == started else "gone"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except (PermissionError, OverflowError):
+        return "unknown"  # of another user, where /proc shows only one's own
+    return "unknown" if not Path(f"/proc/{pid}").exists() else "gone"  # the latter: it ended, and nobody has asked how

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
-from megadit.files.hub_cache import broken_link
+from megadit.files.folder_kind import broken_link
 from megadit.files.json_fields import shown
 from megadit.files.json_text import JsonError, parse_json
 from megadit.files.paths import is_file_name

@@ -78,6 +78,10 @@ def _phrase(error: yaml.YAMLError) -> str:
     return f"{error.problem or error.context}{hint} (line {error.problem_mark.line + 1})"
 
 
+def _problem(what: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, mark)
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with another idea of scalars, and bounds: keys once and of text, no cycles, few aliases.
 
@@ -96,11 +100,9 @@ class _Loader(yaml.SafeLoader):
         self._depth, self._nodes = self._depth + 1, self._nodes + 1
         if self._depth > _DEEPEST:
             what = f"is nested too deeply: more than {_DEEPEST} levels"
-            raise yaml.constructor.ConstructorError(None, None, what, self.peek_event().start_mark)
+            raise _problem(what, self.peek_event().start_mark)
         if self._nodes > _MOST_NODES:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"holds more than {_MOST_NODES} values", self.peek_event().start_mark
-            )
+            raise _problem(f"holds more than {_MOST_NODES} values", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -115,18 +117,16 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
         """A dict whose keys are the texts that were written. Raises ConstructorError for one that is there twice."""
         if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, "what is tagged as a section is none", node.start_mark)
+            raise _problem("what is tagged as a section is none", node.start_mark)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or a section", key.start_mark)
+                raise _problem("a key is a list or a section", key.start_mark)
             if key.tag == f"{_TAG}merge":
                 continue
             key.tag = f"{_TAG}str"
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} is there twice", key.start_mark
-                )
+                raise _problem(f"the key {key.value} is there twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -138,7 +138,7 @@ def _count(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """
     found = known.get(id(node))
     if found == _INSIDE:
-        raise yaml.constructor.ConstructorError(None, None, "an alias stands inside what it repeats", node.start_mark)
+        raise _problem("an alias stands inside what it repeats", node.start_mark)
     if found is not None:
         return found
     known[id(node)] = _INSIDE
@@ -151,7 +151,7 @@ def _count(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     limit = (_MOST_NODES, "values") if total > _MOST_NODES else (_DEEPEST, "levels") if levels >= _DEEPEST else None
     if limit is not None:
         what = f"more than {limit[0]} {limit[1]} once its aliases are followed"
-        raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        raise _problem(what, node.start_mark)
     known[id(node)] = total, levels + 1
     return known[id(node)]
 
@@ -159,14 +159,12 @@ def _count(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     text = str(loader.construct_scalar(node))  # which refuses a list or section that a tag calls text
     if has_half_pair(text):  # by an escape, "\ud83d"
-        raise yaml.constructor.ConstructorError(
-            None, None, "a text holds half a surrogate pair, which is no character", node.start_mark
-        )
+        raise _problem("a text holds half a surrogate pair, which is no character", node.start_mark)
     return Plain(text) if node.style is None else text
 
 
 def _refused(loader: _Loader, node: yaml.Node) -> Any:
-    raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is not read here", node.start_mark)
+    raise _problem(f"the tag {node.tag} is not read here", node.start_mark)
 
 
 _Loader.add_implicit_resolver(f"{_TAG}null", re.compile(r"(~|null|Null|NULL|)\Z"), ["~", "n", "N", ""])

@@ -3,7 +3,7 @@
 from megadit.plan.describe import describe_plan
 from megadit.plan.flops import forward_flops, peak_flops, training_flops
 from megadit.plan.layout import LayoutPlan, StagePlan, plan_layout
-from megadit.plan.state import state_bytes
+from megadit.plan.memory import state_bytes
 
 __all__ = [
     "LayoutPlan",

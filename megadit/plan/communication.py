@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in one optimizer step, by kind, and what they would be at the least.
+"""Bytes that a rank sends in one optimizer step, by kind.
 
 Counted as rings send them (``ring_bytes``), whatever algorithm a library takes. What DeepSpeed does for data
 parallelism was counted on its collectives, version 0.19: ZeRO 1 and 2 sum whole gradients with all-reduce, stage 2
@@ -62,10 +62,3 @@ def data_bytes(
 def share_that_stays(elements: int, recompute: bool, reuse: int) -> float:
     """Of ``elements`` that ZeRO 3 gathers for the forward pass, the share that stays for the backward pass."""
     return min(1.0, reuse / max(1, (3 if recompute else 2) * elements))
-
-
-def least_data_bytes(parameters: int, item: int, replicas: int, gradient: int | None = None) -> float:
-    """The least between replicas: a sum of which each has a share, and the new weights back (Rajbhandari et al. 2020,
-    section 7)."""
-    sums = ring_bytes("reduce_scatter", parameters * (gradient or item), replicas)
-    return sums + ring_bytes("all_gather", parameters * item, replicas)

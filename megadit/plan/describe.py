@@ -8,7 +8,7 @@ from torch import nn
 
 from megadit.config import RunConfig
 from megadit.plan.flops import forward_flops
-from megadit.plan.layout import LayoutPlan, plan_layout, table
+from megadit.plan.layout import LayoutPlan, StagePlan, plan_layout
 
 
 def describe_plan(
@@ -60,3 +60,69 @@ def _memory_line(plan: LayoutPlan) -> str:
     parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in fullest.bytes.items())
     where = "per rank" if len(plan.stages) == 1 else "on a rank of the fullest stage"
     return f"{parts} GB {where} ({fullest.total / 1e9:.3g} in all, beside buffers of libraries)"
+
+
+def table(plan: LayoutPlan) -> str:
+    """The plan as lines: where ranks stand, how long stages wait, then two tables with a row for each stage: what one
+    of its ranks holds, and what it sends."""
+    share = f"tensor {plan.tensor}{' with sequence' if plan.sequence else ''}"
+    lines = [f"{share} x pipeline {plan.pipeline} x data {plan.data}, ZeRO {plan.zero_stage}"]
+    if plan.tensor * plan.pipeline > 1:
+        groups = ", ".join(_span(group[0], group[-1]) for group in plan.tensor_groups[:8])
+        more = ", ..." if len(plan.tensor_groups) > 8 else ""
+        lines.append(f"rank = (stage x {plan.data} + replica) x {plan.tensor} + share; replica 0 is {groups}{more}")
+    if plan.pipeline > 1:
+        waits, idles = (f"{100 * part:.1f}%" for part in (plan.bubble, plan.idle))
+        lines.append(f"waiting: {waits} of a step were all stages equally fast, {idles} by their FLOPs")
+    name, unit = ("MB", 1e6) if max(stage.total for stage in plan.stages) < 1e9 else ("GB", 1e9)
+    head = ("stage", "ranks", "holds", "FLOPs", "parameters", *plan.stages[0].bytes, "total")
+    lines += [
+        "",
+        f"a rank of each stage holds, in {name}:",
+        *_aligned([head, *(_held(stage, unit) for stage in plan.stages)]),
+    ]
+    kinds = list(dict.fromkeys(kind for stage in plan.stages for kind in stage.sent))
+    if kinds:
+        sent = [
+            (
+                str(stage.stage),
+                *(_amount(stage.sent.get(kind, 0.0), unit) for kind in kinds),
+                _amount(sum(stage.sent.values()), unit),
+            )
+            for stage in plan.stages
+        ]
+        lines += ["", f"and sends in a step, in {name}:", *_aligned([("stage", *kinds, "total"), *sent])]
+    return "\n".join(lines)
+
+
+def _held(stage: StagePlan, unit: float) -> tuple[str, ...]:
+    first, last = stage.blocks
+    held = [f"block{'s' if first < last else ''} {_span(first, last)}"] if last else []
+    if "embedding" in stage.ends:
+        held.insert(0, "embedding")
+    if "readout" in stage.ends:
+        held.append("readout")
+    return (
+        str(stage.stage),
+        _span(*stage.ranks),
+        ", ".join(held),
+        f"{100 * stage.flops_share:.1f}%",
+        f"{stage.parameters:,}",
+        *(_amount(size, unit) for size in stage.bytes.values()),
+        _amount(stage.total, unit),
+    )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _amount(size: float, unit: float) -> str:
+    """To three decimals, one of large numbers."""
+    value = size / unit
+    return "0" if size == 0 else "<0.001" if value < 1e-3 else f"{value:.3f}" if value < 10 else f"{value:.1f}"

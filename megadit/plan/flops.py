@@ -19,19 +19,8 @@ _PEAKS = {
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """FLOPs of one image's forward pass (a multiply-add counts two), by torch's FlopCounterMode on meta tensors.
-
-    The REPA projector counts where the model has one; the encoder of its targets does not.
-    """
-    from megadit.models import build_model
-
-    model = build_model(config, device="meta")
-    x = torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta")
-    t = torch.empty(1, device="meta")
-    cond = example_conditioning(config, [0]).to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t, cond, project=config.repa is not None)
-    return int(counter.get_total_flops())
+    """FLOPs of one image's forward pass, as ``stage_flops`` counts them."""
+    return sum(stage_flops(config))
 
 
 def training_flops(config: RunConfig, steps: int) -> float:
@@ -42,7 +31,8 @@ def training_flops(config: RunConfig, steps: int) -> float:
 def stage_flops(config: ModelConfig) -> list[int]:
     """FLOPs of one image's forward pass by stage of the model (``StagedModel.stages``), embedding and final layer too.
 
-    The REPA projector counts with the block that it reads.
+    A multiply-add counts two, by torch's FlopCounterMode on meta tensors. The REPA projector counts with the block that
+    it reads; the encoder of its targets does not.
     """
     from megadit.models import build_model
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megadit.errors import UserError
+from megadit.errors import UserError, did_you_mean
 from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
 from megadit.search.study.spec import ScoreSpec
 from megadit.transfer.ties import lowest, nearest
@@ -85,8 +84,7 @@ def _known(option: str, value: str | None, names: Sequence[str]) -> str:
     if value is None:
         return names[0]
     if value not in names:
-        near = difflib.get_close_matches(value, names, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(filter(None, names)) or 'none'}"
+        remedy = did_you_mean(value, names, f"choose one of {', '.join(filter(None, names)) or 'none'}")
         raise UserError(f"{option}: the study has no {value}; {remedy}")
     return value
 

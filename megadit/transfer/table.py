@@ -7,7 +7,6 @@ infinite or says "diverged" is a run that diverged; an empty one was not measure
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import math
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config.schema.values import number
-from megadit.errors import UserError
+from megadit.errors import UserError, did_you_mean
 from megadit.files.file_kind import text_instead
 from megadit.files.text import decode, why_no_text
 from megadit.transfer.ties import nearest, same_hps
@@ -115,8 +114,7 @@ def _check_columns(path: Path, columns: Columns, names: list[str]) -> None:
     asked = {"--scale": columns.scale, "--hp": columns.hp, "--score": columns.score, "--seed": columns.seed}
     for option, column in asked.items():
         if column is not None and column not in names:
-            near = difflib.get_close_matches(column, names, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}"
+            remedy = did_you_mean(column, names, f"it has {', '.join(names) or 'none'}")
             raise UserError(f"{option}: {path} has no column {column}; {remedy}")
         if column is not None and names.count(column) > 1:
             raise UserError(f"{option}: {path} has {names.count(column)} columns {column}; rename all but one")

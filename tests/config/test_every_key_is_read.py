@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from megadit.config import RunConfig, load, merge_ds_config
-from megadit.config.loading.merge import merge
+from megadit.config.loading.layers import merge
 from megadit.config.loading.sources import configs_dir, override_layer, read_layers
 from megadit.config.schema.reads import READ_WHERE, Choice, choices_of, settle
 from megadit.config.schema.registered import registered_names

@@ -12,7 +12,8 @@ from torch import Tensor
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
-from megadit.mup.coord_check.measure import Build, CoordPlan, Objective, coordinate_readings
+from megadit.mup.coord_check.measure import Build, Objective, coordinate_readings
+from megadit.mup.coord_check.plan import CoordPlan
 from megadit.mup.coord_check.verdict import CoordVerdict, judge
 from megadit.mup.example import example_conditioning
 from megadit.mup.groups import param_groups

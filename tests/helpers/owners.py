@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megadit.files.owner_file import FILE, Owner, OwnerFile
-from megadit.files.process_id import start_of
+from megadit.files.owner_file import FILE, Owner, OwnerFile, start_of
 
 ROOT = Path(__file__).resolve().parents[2]
 _OWN = """

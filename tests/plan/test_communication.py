@@ -24,13 +24,20 @@ from megadit.mup.example import example_conditioning, example_images
 from megadit.parallel.collectives import ring_bytes
 from megadit.parallel.tensor import TensorLayout
 from megadit.plan import plan_layout
-from megadit.plan.activations import count_passages
-from megadit.plan.communication import data_bytes, least_data_bytes, tensor_bytes
+from megadit.plan.communication import data_bytes, tensor_bytes
+from megadit.plan.memory import count_passages
 
 BATCH, TEXT = 5, 10  # of which no two sizes in the tables are equal
 MADE = {"dit": tiny_config, "pixart": tiny_pixart, "uvit": tiny_uvit, "mmdit": tiny_mmdit}
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"
 REAL = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+
+
+def least_data_bytes(parameters: int, item: int, replicas: int, gradient: int | None = None) -> float:
+    """The least between replicas: a sum of which each has a share, and the new weights back (Rajbhandari et al. 2020,
+    section 7)."""
+    sums = ring_bytes("reduce_scatter", parameters * (gradient or item), replicas)
+    return sums + ring_bytes("all_gather", parameters * item, replicas)
 
 
 def note_calls() -> Counter[tuple[str, int]]:

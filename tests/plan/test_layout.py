@@ -16,7 +16,7 @@ from megadit.config import RunConfig, load_config
 from megadit.errors import UserError
 from megadit.models import build_model, count_parameters
 from megadit.plan import LayoutPlan, plan_layout, state_bytes
-from megadit.plan.layout import table
+from megadit.plan.describe import table
 
 
 def planned(world: int, train: dict[str, object] | None = None, **parallel: object) -> LayoutPlan:

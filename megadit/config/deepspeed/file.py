@@ -6,15 +6,14 @@ it gives a warning. Unknown ZeRO keys, which DeepSpeed answers with a traceback,
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megadit.config.loading.sources import display, find_config
-from megadit.errors import UserError
+from megadit.errors import UserError, did_you_mean
 from megadit.files.json_text import JsonError, parse_json
 
 AUTO = "auto"
@@ -87,11 +86,15 @@ class DsFile:
     label: str
     warnings: tuple[str, ...] = ()
 
+    def error(self, sentence: str) -> UserError:
+        """What is wrong in the file, which is named at the end."""
+        return UserError(f"{sentence} (in {self.label})")
+
     def block(self, name: str) -> dict[str, Any]:
         """The block called ``name``, {} if it is not there. Raises UserError if it is no object."""
         value = self.values.get(name, {})
         if not isinstance(value, dict):
-            raise UserError(f"{name}: {json.dumps(value)} is not an object of keys and values (in {self.label})")
+            raise self.error(f"{name}: {json.dumps(value)} is not an object of keys and values")
         return value
 
 
@@ -110,10 +113,10 @@ def read_ds_config(ds: Mapping[str, Any] | str | Path | None) -> DsFile:
     values = _without_auto(values)
     if "bfloat16" in values:  # DeepSpeed's older name of the block
         values.setdefault("bf16", values.pop("bfloat16"))
-    _refuse_blocks(values, label)
-    file = DsFile(values, label, tuple(_unknown_keys(values, label)))
+    file = DsFile(values, label)
+    _refuse_blocks(file)
     _check_zero(file)
-    return file
+    return replace(file, warnings=tuple(_unknown_keys(values, label)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -140,21 +143,20 @@ def _without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _refuse_blocks(values: dict[str, Any], label: str) -> None:
-    for name, reason in REFUSED_BLOCKS.items():
-        if name not in values:
-            continue
+def _refuse_blocks(file: DsFile) -> None:
+    values = file.values
+    for name in [name for name in REFUSED_BLOCKS if name in values]:
         if _is_on(name, values[name]):
-            raise UserError(f"{name}: {reason} (in {label})")
+            raise file.error(f"{name}: {REFUSED_BLOCKS[name]}")
         del values[name]
     if values.get("sequence_parallel_size", 1) != 1:
         size = values["sequence_parallel_size"]
-        raise UserError(f"sequence_parallel_size: {size} is not supported; take it out (in {label})")
+        raise file.error(f"sequence_parallel_size: {size} is not supported; take it out")
     if values.get("gradient_allreduce_op", "mean") != "mean":
         op = values["gradient_allreduce_op"]
-        raise UserError(f"gradient_allreduce_op: {op} would scale gradients by the ranks; set mean (in {label})")
+        raise file.error(f"gradient_allreduce_op: {op} would scale gradients by the ranks; set mean")
     if values.get("managed_gradient_accumulation", True) is not True:
-        raise UserError(f"managed_gradient_accumulation: false is not supported; take it out (in {label})")
+        raise file.error("managed_gradient_accumulation: false is not supported; take it out")
 
 
 def _is_on(name: str, block: Any) -> bool:
@@ -171,8 +173,7 @@ def _unknown_keys(values: Mapping[str, Any], label: str) -> list[str]:
         if key in IDLE_BLOCKS:
             warnings.append(f"{key}: {IDLE_BLOCKS[key]} (in {label})")
         if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "it has no effect"
+            hint = did_you_mean(key, KNOWN_KEYS, "it has no effect")
             warnings.append(f"{key}: DeepSpeed has no such key and ignores it; {hint} (in {label})")
     return warnings
 
@@ -181,31 +182,25 @@ def _check_zero(file: DsFile) -> None:
     zero = file.block("zero_optimization")
     for key in zero:
         if key not in ZERO_KEYS:
-            near = difflib.get_close_matches(key, ZERO_KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "take it out"
-            raise UserError(f"zero_optimization.{key}: DeepSpeed has no such key; {hint} (in {file.label})")
+            hint = did_you_mean(key, ZERO_KEYS, "take it out")
+            raise file.error(f"zero_optimization.{key}: DeepSpeed has no such key; {hint}")
     if zero.get("zenflow"):
-        raise UserError(
-            f"zero_optimization.zenflow: it replaces the optimizer's step, which is megadit's; take it out "
-            f"(in {file.label})"
-        )
+        raise file.error("zero_optimization.zenflow: it replaces the optimizer's step, which is megadit's; take it out")
     if zero.get("compute_grad_norm", True) is not True:
-        raise UserError(
-            f"zero_optimization.compute_grad_norm: false, but megadit logs the norm; take it out (in {file.label})"
-        )
+        raise file.error("zero_optimization.compute_grad_norm: false, but megadit logs the norm; take it out")
     for name, what in (("offload_optimizer", "the master weights"), ("offload_param", "the weights")):
         block = zero.get(name)
         if isinstance(block, dict) and block.get("device") == "nvme":
-            raise UserError(
+            raise file.error(
                 f"zero_optimization.{name}.device: nvme swaps out {what} that checkpoints are made from and restored "
-                f"to; set cpu (in {file.label})"
+                f"to; set cpu"
             )
     offload = zero.get("offload_optimizer")
     for key, plain in (("ratio", 1.0), ("super_offload", False)):
         if isinstance(offload, dict) and offload.get(key, plain) != plain:
-            raise UserError(
+            raise file.error(
                 f"zero_optimization.offload_optimizer.{key}: {json.dumps(offload[key])} hands a part of the update to "
-                f"an optimizer of DeepSpeed's own, which has not muP's learning rates; take it out (in {file.label})"
+                f"an optimizer of DeepSpeed's own, which has not muP's learning rates; take it out"
             )
 
 

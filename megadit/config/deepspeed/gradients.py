@@ -18,7 +18,6 @@ from typing import Any
 
 from megadit.config.deepspeed.file import DsFile, offloads_optimizer
 from megadit.config.schema.run import RunConfig
-from megadit.errors import UserError
 
 _NAMES = {
     "fp32": ("fp32", "float32", "float", "torch.float32"),
@@ -37,14 +36,13 @@ def sum_keys(file: DsFile, config: RunConfig, micro_batches: int) -> dict[str, A
     told, precision = file.block("data_types").get("grad_accum_dtype"), config.train.precision
     kind = _kind(told)
     if told is not None and kind is None:
-        raise UserError(
-            f"data_types.grad_accum_dtype: {json.dumps(told)} is not a type of DeepSpeed's; write fp32, bf16 or fp16 "
-            f"(in {file.label})"
+        raise file.error(
+            f"data_types.grad_accum_dtype: {json.dumps(told)} is not a type of DeepSpeed's; write fp32, bf16 or fp16"
         )
     if kind not in (None, "fp32", precision):
-        raise UserError(
+        raise file.error(
             f"data_types.grad_accum_dtype: {told} would round the gradients of train.precision: {precision} once more; "
-            f"leave it out, or write fp32 (in {file.label})"
+            f"leave it out, or write fp32"
         )
     if precision != "bf16" or kind == "bf16" or (kind is None and not _adds_up(config, micro_batches)):
         return {}

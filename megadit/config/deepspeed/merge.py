@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _granted(wanted: list[Wish], loaded: LoadedConfig, file: DsFile) -> dict[str
     for wish in wanted:
         by_epochs = wish.key == "train.steps" and loaded.config.train.epochs is not None
         key = "train.epochs" if by_epochs else wish.key
-        present = _value(loaded.config, key)
+        present = attrgetter(key)(loaded.config)
         if _is_user_set(key, present, loaded) and (key != wish.key or not _same(present, wish.value)):
             conflicts.append(_conflict(key, present, loaded, wish.ds_key, wish.ds_value, file))
     if conflicts:
@@ -139,7 +140,7 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
 
 def _asked(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> Size | None:
     """A batch size that the user or the file asks for. Raises UserError if they ask for different ones."""
-    present = _value(loaded.config, key)
+    present = attrgetter(key)(loaded.config)
     theirs = Size(present, key, f"in {loaded.user_set[key]}") if _is_user_set(key, present, loaded) else None
     explicit = _ds_size(ds_key, file)
     if theirs is not None and explicit is not None and theirs.value != explicit.value:
@@ -152,7 +153,7 @@ def _ds_size(ds_key: str, file: DsFile) -> Size | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f'{ds_key}: {_shown(value)} is not a whole number of at least 1, or "auto" (in {file.label})')
+        raise file.error(f'{ds_key}: {_shown(value)} is not a whole number of at least 1, or "auto"')
     return Size(value, ds_key, f"in {file.label}")
 
 
@@ -170,9 +171,9 @@ def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> d
         return {}
     present = config.optim.implementation
     if present == "deepspeed-fused":
-        raise UserError(
+        raise file.error(
             "optim.implementation: deepspeed-fused steps on the GPU, but zero_optimization.offload_optimizer keeps the "
-            f"state on the CPU; set optim.implementation=auto or deepspeed-cpu (in {file.label})"
+            "state on the CPU; set optim.implementation=auto or deepspeed-cpu"
         )
     if file.values.get("zero_force_ds_cpu_optimizer") is not True or present == "deepspeed-cpu":
         return {}
@@ -210,19 +211,12 @@ def _zero_block(file: DsFile, config: RunConfig) -> dict[str, Any]:
     zero = {**file.block("zero_optimization"), "stage": config.parallel.zero_stage}
     if config.train.activation_checkpointing == "selective" and config.parallel.zero_stage == 3:
         if zero.get("memory_efficient_linear"):
-            raise UserError(
+            raise file.error(
                 "zero_optimization.memory_efficient_linear: true adds biases in place, which does not go with "
-                f"train.activation_checkpointing: selective; take it out, or set full (in {file.label})"
+                "train.activation_checkpointing: selective; take it out, or set full"
             )
         zero["memory_efficient_linear"] = False
     return zero
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -7,7 +7,6 @@ parameter groups that muP consists of.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from megadit.config.deepspeed.file import DsFile, offloads_optimizer
 from megadit.config.schema.run import RunConfig
-from megadit.errors import UserError
+from megadit.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,19 @@ def _precision(file: DsFile, config: RunConfig) -> Iterator[Wish]:
     flags = {name: file.block(name).get("enabled") for name in ("bf16", "fp16")}
     for name, flag in flags.items():
         if flag not in (None, True, False):
-            raise UserError(f"{name}.enabled: {json.dumps(flag)} is not true or false (in {file.label})")
+            raise file.error(f"{name}.enabled: {json.dumps(flag)} is not true or false")
         if file.block(name).get(f"{name}_master_weights_and_grads"):
-            raise UserError(
+            raise file.error(
                 f"{name}.{name}_master_weights_and_grads: true leaves no float32 master weights, which training under "
-                f"muP and checkpoints need; take it out (in {file.label})"
+                f"muP and checkpoints need; take it out"
             )
     if file.block("fp16").get("auto_cast"):
-        raise UserError(
-            f"fp16.auto_cast: true rounds timesteps to half precision on their way into the model, which casts its own "
-            f"inputs; take it out (in {file.label})"
+        raise file.error(
+            "fp16.auto_cast: true rounds timesteps to half precision on their way into the model, which casts its own "
+            "inputs; take it out"
         )
     if flags["bf16"] and flags["fp16"]:
-        raise UserError(f"bf16.enabled: true and fp16.enabled: true exclude each other; keep one (in {file.label})")
+        raise file.error("bf16.enabled: true and fp16.enabled: true exclude each other; keep one")
     for name, flag in flags.items():
         if flag:
             yield Wish("train.precision", name, f"{name}.enabled", True)
@@ -66,7 +65,7 @@ def _stage(file: DsFile) -> Iterator[Wish]:
     if stage is None:
         return
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise UserError(f"zero_optimization.stage: {json.dumps(stage)} is not 0, 1, 2 or 3 (in {file.label})")
+        raise file.error(f"zero_optimization.stage: {json.dumps(stage)} is not 0, 1, 2 or 3")
     yield Wish("parallel.zero_stage", int(stage), "zero_optimization.stage", stage)
 
 
@@ -97,9 +96,8 @@ def _optimizer(file: DsFile, config: RunConfig) -> Iterator[Wish]:
     kind, params = _kind_and_params(block, "optimizer", file)
     name = kind.lower()
     if name and name not in _TORCH_OR_DEEPSPEED and name not in _IMPLEMENTATION_OF:
-        raise UserError(
-            f"optimizer.type: {kind} has no muP rules in megadit; use AdamW, or take the optimizer block out "
-            f"(in {file.label})"
+        raise file.error(
+            f"optimizer.type: {kind} has no muP rules in megadit; use AdamW, or take the optimizer block out"
         )
     _check_optimizer_params(params, name, file)
     for key, run_key in _ADAM_KEYS.items():
@@ -115,7 +113,7 @@ def _optimizer(file: DsFile, config: RunConfig) -> Iterator[Wish]:
 def _kind_and_params(block: dict[str, Any], name: str, file: DsFile) -> tuple[str, dict[str, Any]]:
     kind, params = block.get("type", ""), block.get("params", {})
     if not isinstance(kind, str) or not isinstance(params, dict):
-        raise UserError(f'{name}: {json.dumps(block)} is not {{"type": NAME, "params": {{…}}}} (in {file.label})')
+        raise file.error(f'{name}: {json.dumps(block)} is not {{"type": NAME, "params": {{…}}}}')
     return kind, params
 
 
@@ -123,23 +121,18 @@ def _check_optimizer_params(params: dict[str, Any], name: str, file: DsFile) -> 
     known = (*_ADAM_KEYS, *_MODE_KEYS, *_FIXED)
     for key, value in params.items():
         if key == "max_grad_norm":
-            raise UserError(
-                f"optimizer.params.max_grad_norm: DeepSpeed refuses it; set gradient_clipping (in {file.label})"
-            )
+            raise file.error("optimizer.params.max_grad_norm: DeepSpeed refuses it; set gradient_clipping")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"megadit translates {', '.join(_ADAM_KEYS)}"
-            raise UserError(f"optimizer.params.{key}: is not a parameter of AdamW; {hint} (in {file.label})")
+            hint = did_you_mean(key, known, f"megadit translates {', '.join(_ADAM_KEYS)}")
+            raise file.error(f"optimizer.params.{key}: is not a parameter of AdamW; {hint}")
         if key in _FIXED and value is not _FIXED[key]:
             wanted = json.dumps(_FIXED[key])
-            raise UserError(
-                f"optimizer.params.{key}: {json.dumps(value)} is not supported; set {wanted} (in {file.label})"
-            )
+            raise file.error(f"optimizer.params.{key}: {json.dumps(value)} is not supported; set {wanted}")
     decoupled = name in ("adamw", "muadamw") or params.get("adam_w_mode", params.get("adamw_mode", name != "muadam"))
     if not decoupled and params.get("weight_decay"):
-        raise UserError(
+        raise file.error(
             f"optimizer.params.weight_decay: {params['weight_decay']} would be added to the gradient under this "
-            f"optimizer; megadit decays weights directly: use AdamW (in {file.label})"
+            f"optimizer; megadit decays weights directly: use AdamW"
         )
 
 
@@ -149,7 +142,7 @@ def _adam_value(key: str, value: Any, file: DsFile) -> Any:
         _check_number(name, value, file)
         return float(value)
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise UserError(f"{name}: {json.dumps(value)} is not a list of two numbers (in {file.label})")
+        raise file.error(f"{name}: {json.dumps(value)} is not a list of two numbers")
     for beta in value:
         _check_number(name, beta, file)
     return tuple(float(beta) for beta in value)
@@ -174,9 +167,9 @@ def _implementation(name: str, params: dict[str, Any], file: DsFile, config: Run
 def _mup_package(kind: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> Iterator[Wish]:
     """MuAdam and MuAdamW of the mup package: its decay reaches vectors too, and is constant if decoupled_wd."""
     if config.model.parametrization != "mup":
-        raise UserError(
+        raise file.error(
             f"optimizer.type: {kind} needs a muP model, but model.parametrization is sp; set model.parametrization=mup "
-            f"or use AdamW (in {file.label})"
+            f"or use AdamW"
         )
     if params.get("weight_decay"):
         mode = "constant" if params.get("decoupled_wd") else "independent"
@@ -216,45 +209,42 @@ def _scheduler(file: DsFile) -> Iterator[Wish]:
 def _steps_wish(run_key: str, key: str, params: dict[str, Any], file: DsFile) -> Wish:
     value = params[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UserError(f"scheduler.params.{key}: {json.dumps(value)} is not a number of steps (in {file.label})")
+        raise file.error(f"scheduler.params.{key}: {json.dumps(value)} is not a number of steps")
     return Wish(run_key, value, f"scheduler.params.{key}", value)
 
 
 def _check_scheduler(kind: str, params: dict[str, Any], file: DsFile) -> None:
     one_rate = "writes one learning rate into all parameter groups, which flattens the ratios of muP"
     if kind in _FLATTENS:
-        raise UserError(
-            f"scheduler.type: {kind} {one_rate}; take the block out and use {_FLATTENS[kind]} (in {file.label})"
-        )
+        raise file.error(f"scheduler.type: {kind} {one_rate}; take the block out and use {_FLATTENS[kind]}")
     if kind and kind not in _WARMUP_KEYS:
-        raise UserError(
+        raise file.error(
             f"scheduler.type: {kind} is not known; use WarmupLR or WarmupCosineLR, or take the block out and set "
-            f"optim.schedule (in {file.label})"
+            f"optim.schedule"
         )
     known = _WARMUP_KEYS.get(kind, sum(_WARMUP_KEYS.values(), ()))
     for key in params:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{kind} has {', '.join(known)}"
-            raise UserError(f"scheduler.params.{key}: is not a parameter of {kind}; {hint} (in {file.label})")
+            hint = did_you_mean(key, known, f"{kind} has {', '.join(known)}")
+            raise file.error(f"scheduler.params.{key}: is not a parameter of {kind}; {hint}")
     if params.get("warmup_max_lr") is not None:
-        raise UserError(
+        raise file.error(
             f"scheduler.params.warmup_max_lr: {json.dumps(params['warmup_max_lr'])} {one_rate}; leave it out: the peak "
-            f"is optim.lr times each group's multiplier (in {file.label})"
+            f"is optim.lr times each group's multiplier"
         )
     for key in ("warmup_min_lr", "warmup_min_ratio"):
         if params.get(key):
-            raise UserError(
+            raise file.error(
                 f"scheduler.params.{key}: {json.dumps(params[key])} is not supported; the warm-up starts from zero: "
-                f"set 0 (in {file.label})"
+                f"set 0"
             )
     if params.get("warmup_type", "linear") != "linear":
         shown = json.dumps(params["warmup_type"])
-        raise UserError(f'scheduler.params.warmup_type: {shown} is not supported; set "linear" (in {file.label})')
+        raise file.error(f'scheduler.params.warmup_type: {shown} is not supported; set "linear"')
 
 
 def _check_number(key: str, value: Any, file: DsFile, least: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{key}: {json.dumps(value)} is not a number (in {file.label})")
+        raise file.error(f"{key}: {json.dumps(value)} is not a number")
     if least is not None and value < least:
-        raise UserError(f"{key}: {json.dumps(value)} is not at least {least:g} (in {file.label})")
+        raise file.error(f"{key}: {json.dumps(value)} is not at least {least:g}")

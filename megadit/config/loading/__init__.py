@@ -1,1 +1,1 @@
-"""From files and overrides to a checked configuration: sources, merge, loader, and messages of what is wrong."""
+"""From files and overrides to a checked configuration: sources, layers, loader, and messages of what is wrong."""

@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from megadit.config.loading.merge import Merged, merge
-from megadit.config.loading.messages import explain
+from megadit.config.loading.layers import Merged, merge
+from megadit.config.loading.messages import checked
 from megadit.config.loading.sources import (
     RESOLVED,
     Layer,
@@ -104,10 +102,7 @@ def _validated(merged: Merged) -> RunConfig:
     values = nested(merged.values) | {"plugins": tuple(map(asdict, loaded()))}
     for section in ("model", "train"):  # so that an empty file names the keys that are missing in these
         values.setdefault(section, {})
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(explain(error, RunConfig, merged.sources)) from None
+    return checked(RunConfig, values, merged.sources)
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -146,10 +141,7 @@ def load_data(path: str | None, overrides: Sequence[str]) -> DataConfig:
     merged = merge([*layers, override_layer(overrides)], RunConfig)
     settle(merged.values, merged.sources, merged.order, merged.resolved, only="data.")
     values = {key: value for key, value in merged.values.items() if key.split(".")[0] == "data"}
-    try:
-        return _DataOnly.model_validate(nested(values)).data
-    except ValidationError as error:
-        raise UserError(explain(error, _DataOnly, merged.sources)) from None
+    return checked(_DataOnly, nested(values), merged.sources).data
 
 
 def text_length(path: str | None) -> int | None:

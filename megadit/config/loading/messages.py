@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from megadit.config.schema.section import Section, unknown_key
 from megadit.config.schema.values import shown
-from megadit.errors import few_lines
+from megadit.errors import UserError, few_lines
 
+S = TypeVar("S", bound=Section)
 _WANTED = {
-    "int_type": "is not a whole number",
-    "int_from_float": "is not a whole number",
-    "int_parsing": "is not a whole number",
-    "float_type": "is not a number",
-    "float_parsing": "is not a number",
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "is not a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "is not a number"),
     "finite_number": "is not a finite number",
-    "bool_type": "is not true or false",
-    "bool_parsing": "is not true or false",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "is not true or false"),
     "string_type": "is not a text; put it in quotes",
-    "tuple_type": "is not a list",
-    "list_type": "is not a list",
+    **dict.fromkeys(("tuple_type", "list_type"), "is not a list"),
     "model_type": "is not a section; give key: value pairs",
 }
 
@@ -33,6 +29,14 @@ _RELATIONS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+
+
+def checked(schema: type[S], values: Mapping[str, Any], sources: Mapping[str, str]) -> S:
+    """``values`` as the section ``schema``. Raises UserError as ``explain`` says it."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, schema, sources)) from None
 
 
 def explain(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -58,28 +58,22 @@ def reference() -> str:
 
 
 def _section_tables(schema: type[Section], prefix: str) -> Iterator[str]:
-    rows = []
-    nested: list[tuple[str, type[Section]]] = []
-    repeated: dict[type[Section], list[str]] = {}
+    rows: list[str] = []
+    sections: dict[type[Section], list[str]] = {}  # one that stands at several keys has one table
     for name, field in schema.model_fields.items():
         section = section_of(field.annotation)
         if section is None:
             rows.append(_row(name, field))
-            continue
-        if section in repeated:
-            repeated[section].append(name)
-            continue
-        repeated[section] = [name]
-        nested.append((name, section))
+        else:
+            sections.setdefault(section, []).append(name)
     if rows:
         yield f"### `{prefix.rstrip('.') or 'top level'}`\n"
         yield f"{' '.join((schema.__doc__ or '').replace('``', '`').split())}\n"
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         yield from rows
         yield ""
-    for name, section in nested:
-        names = repeated[section]
-        label = name if len(names) == 1 else f"{{{', '.join(names)}}}"
+    for section, names in sections.items():
+        label = names[0] if len(names) == 1 else f"{{{', '.join(names)}}}"
         yield from _section_tables(section, f"{prefix}{label}.")
 
 
@@ -109,6 +103,8 @@ def _type_name(annotation: Any) -> str:
         return " / ".join(f"`{value}`" for value in get_args(annotation))
     if annotation == Share:
         return "share"
+    if origin is Annotated:
+        return _type_name(get_args(annotation)[0])
     names = {int: "integer", float: "number", str: "text", bool: "true / false", type(None): "null"}
     if origin is dict:
         return "name: value"
@@ -116,6 +112,6 @@ def _type_name(annotation: Any) -> str:
         kinds = get_args(annotation)
         if get_origin(kinds[0]) is tuple:
             return f"list of [{', '.join(names[kind] for kind in get_args(kinds[0]))}]"
-        listed = names.get(kinds[0], "text")  # names of plugins
+        listed = names.get(kinds[0], "text")  # names of weights, and of plugins
         return f"list of {listed}" if Ellipsis in kinds else f"list of {len(kinds)} numbers"
     return names.get(annotation, str(annotation))

@@ -16,6 +16,7 @@ from typing import Any
 
 from megadit.config.family import family_spec
 from megadit.config.schema.model import OF_SOME_FAMILIES
+from megadit.config.schema.optim import ClipGroups
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import section_of, walk
 from megadit.config.schema.values import shown
@@ -55,10 +56,6 @@ def _positive(value: Any) -> bool:
     return value is not None and value > 0
 
 
-def _some(value: Any) -> bool:
-    return bool(value)
-
-
 def _by_source(key: str, remedy: str) -> Choice:
     """Whether the data source reads ``data.<key>``; a name that is none is refused as that."""
     read = lambda name: name not in DATA_SOURCES or key in DATA_SOURCES.get(name).reads  # noqa: E731
@@ -82,7 +79,7 @@ _NORMAL = Choice("objective.time_sampling", ("logit_normal",))
 _MUP = Choice("model.parametrization", ("mup",))
 _BASE = Choice("model.parametrization", ("mup",), where_said=True)
 _VALIDATED = Choice("train.validation_images", holds=_positive, remedy="train.validation_images above 0")
-_AVERAGED = Choice("ema.decays", holds=_some, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
+_AVERAGED = Choice("ema.decays", holds=bool, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
 _HELD_OUT = Choice("data.val_fraction", holds=_positive, remedy="data.val_fraction above 0")
 
 # Key, or section with all in it: the choices under which it is read, each of which must hold.
@@ -117,28 +114,21 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
     "ema.every": (_AVERAGED,),
     "train.validate_every": (_VALIDATED, _HELD_OUT),
     "train.validate_with": (_VALIDATED, _HELD_OUT),
-    "train.init_from_ema": (Choice("train.init_from", holds=_some, remedy="train.init_from"),),
+    "train.init_from_ema": (Choice("train.init_from", holds=bool, remedy="train.init_from"),),
     "sample.prompts": (_TEXT,),
 }
 
 # Keys that their own section refuses, with a sentence of its own.
 JUDGED_THERE = frozenset(
-    [
-        *(f"model.{key}" for key in OF_SOME_FAMILIES),
-        "objective.prediction",
-        "objective.weighting",
-        "objective.beta_schedule",
-        "objective.time_sampling",
-        "objective.shift",
-        "optim.decay_steps",
-        "optim.clip.groups.input",
-        "optim.clip.groups.hidden",
-        "optim.clip.groups.vector",
-        "optim.clip.groups.output",
-        "optim.clip.groups.finite",
-        "train.init_from_ema",
-        "sample.prompts",
-    ]
+    f"{section}.{key}"
+    for section, keys in {
+        "model": OF_SOME_FAMILIES,
+        "objective": ("prediction", "weighting", "beta_schedule", "time_sampling", "shift"),
+        "optim": ("decay_steps", *(f"clip.groups.{role}" for role in ClipGroups.model_fields)),
+        "train": ("init_from_ema",),
+        "sample": ("prompts",),
+    }.items()
+    for key in keys
 )
 
 # What a DeepSpeed file may still choose; such keys are judged when it has been merged.

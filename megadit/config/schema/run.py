@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megadit.config.schema.data import DataConfig
 from megadit.config.schema.layout import ParallelConfig, layout_problem
@@ -64,6 +64,9 @@ def _weights_name(value: Any) -> Any:
     """An average's name where it is a number, however that is written: 0.99990 is "0.9999"."""
     found = number(value) if isinstance(value, str) else value
     return repr(found) if isinstance(found, float) else value
+
+
+WeightsName = Annotated[str, BeforeValidator(_weights_name)]
 
 
 class EmaConfig(Section):
@@ -133,14 +136,16 @@ class TrainConfig(Section):
     init_from: str | None = Field(
         None, description="checkpoint or run directory whose weights alone begin a new run; all else starts afresh"
     )
-    init_from_ema: str | None = Field(None, description="init_from: take this average's weights; null: the online ones")
+    init_from_ema: WeightsName | None = Field(
+        None, description="init_from: take this average's weights; null: the online ones"
+    )
     skip_samples: tuple[tuple[int, int], ...] = Field(
         (), description="windows [first, stop) of global sample numbers to leave out; all others keep image and noise"
     )
     sample_every: int | None = Field(None, ge=1, description="default: at the end only")
     validate_every: int | None = Field(None, ge=1, description="default: at the end only")
     validation_images: int = Field(256, ge=0, description="0: no validation loss")
-    validate_with: tuple[str, ...] = Field(
+    validate_with: tuple[WeightsName, ...] = Field(
         (ONLINE,), description="weights that get a validation loss: online, and names of averages (see ema)"
     )
     tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
@@ -158,16 +163,6 @@ class TrainConfig(Section):
         if not isinstance(value, list | tuple):
             return value
         return tuple(tuple(window) if isinstance(window, list) else window for window in value)
-
-    @field_validator("init_from_ema", mode="before")
-    @classmethod
-    def _name(cls, value: Any) -> Any:
-        return _weights_name(value)
-
-    @field_validator("validate_with", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return tuple(map(_weights_name, value)) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -228,13 +223,8 @@ class SampleConfig(Section):
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first k channels (DiT: 3)")
     count: int = Field(64, ge=1, description="pictures in a grid")
     seed: int = Field(0, ge=0, description="of the starting noise")
-    weights: str = Field(ONLINE, description="online, or the name of an average (see ema)")
+    weights: WeightsName = Field(ONLINE, description="online, or the name of an average (see ema)")
     prompts: tuple[str, ...] = Field((), description="texts to draw, in turn; default: held-out captions of the data")
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _name(cls, value: Any) -> Any:
-        return _weights_name(value)
 
 
 class RunConfig(Section):

@@ -6,7 +6,7 @@ import difflib
 import types
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -42,9 +42,11 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def options(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; of anything else, the one it is."""
+    """The alternatives of a union, without what ``Annotated`` adds to them; of anything else, the one it is."""
+    if get_origin(annotation) is Annotated:
+        return options(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return get_args(annotation)
+        return tuple(inner for option in get_args(annotation) for inner in options(option))
     return (annotation,)
 
 

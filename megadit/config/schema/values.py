@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-import types
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from megadit.config.schema.section import section_of
+from megadit.config.schema.section import options, section_of
 from megadit.files.yaml_text import Plain
 
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
@@ -99,7 +98,7 @@ def too_large(value: Any) -> bool:
 
 
 def _coerce(value: Any, annotation: Any) -> Any:
-    wanted = _alternatives(annotation)
+    wanted = options(annotation)
     if isinstance(value, list):
         return _items(value, wanted)
     if isinstance(value, Mapping):
@@ -110,15 +109,6 @@ def _coerce(value: Any, annotation: Any) -> Any:
         found = number(value)
         value = value if found is None else found
     return _whole(value, wanted)
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, without what ``Annotated`` adds to them."""
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(inner for option in get_args(annotation) for inner in _alternatives(option))
-    return (annotation,)
 
 
 def _items(value: list[Any], wanted: tuple[Any, ...]) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.files.hub_cache import broken_link, snapshot_of
+from megadit.files.folder_kind import broken_link, snapshot_of
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion.key_maps import listed
 

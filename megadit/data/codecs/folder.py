@@ -11,7 +11,7 @@ from megadit.config.schema.data import VaeConfig
 from megadit.errors import UserError
 from megadit.extensions import CODECS
 from megadit.files.file_kind import refuse_broken
-from megadit.files.hub_cache import broken_link, snapshot_of
+from megadit.files.folder_kind import broken_link, snapshot_of
 from megadit.files.json_fields import Fields, shown
 
 VAE_CLASS = "AutoencoderKL"

@@ -14,7 +14,7 @@ from typing import Any
 from megadit.config.schema.data import TextSource
 from megadit.errors import UserError
 from megadit.files.file_kind import other_among, refuse_broken
-from megadit.files.hub_cache import broken_link, snapshot_of
+from megadit.files.folder_kind import broken_link, snapshot_of
 from megadit.files.json_fields import Fields, shown
 from megadit.files.weight_files import check_indices
 from megadit.optional import import_transformers

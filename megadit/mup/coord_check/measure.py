@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
-from megadit.mup.coord_check.plan import CoordPlan, at_width, check_shares
+from megadit.mup.coord_check.plan import CoordPlan, at_width
 from megadit.mup.coord_check.record import Reading, Recorder
 from megadit.mup.example import example_conditioning, example_features, example_images
 from megadit.mup.groups import param_groups
-
-__all__ = ["Alignment", "Build", "CoordPlan", "Objective", "at_width", "check_shares", "coordinate_readings"]
 
 _EPS = 1e-20  # small against any gradient that matters, large against the root of float32's smallest square
 _ROUNDING = 2.0**-40  # of a tensor's largest gradient: far above float64's rounding, far below what moves anything

@@ -55,18 +55,6 @@ def _size(value: Tensor) -> Tensor:
     return value.detach().abs().mean(dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """A reading of this rank's coordinates alone."""
-
-    step: int
-    module: str
-    role: str
-    quantity: str
-    value: Tensor
-    by: Tensor
-
-
 class Recorder:
     """Readings of one model as it trains, against its start. Sizes are mean absolute coordinates on the probe.
 
@@ -95,7 +83,8 @@ class Recorder:
         }
         self.first: dict[str, Tensor] = {}
         self.readings: list[Reading] = []
-        self._waiting: list[_Waiting] = []
+        # What this rank read: step, module, role and quantity, their size, and what it is measured by.
+        self._waiting: list[tuple[tuple[int, str, str, str], Tensor, Tensor]] = []
 
     @torch.no_grad()
     def read(self, step: int) -> None:
@@ -148,16 +137,16 @@ class Recorder:
         sizes = [_size(part) for part in entering if part.is_floating_point()]
         if sizes:  # of a long skip the mean of both halves
             by = torch.stack(sizes).mean()
-        self._waiting.append(_Waiting(step, name, role, quantity, _size(value), by))
+        self._waiting.append(((step, name, role, quantity), _size(value), by))
 
     def _settle(self) -> None:
         """Make readings of what waits; over all ranks at once, each of which holds as much of everything."""
-        sizes = torch.stack([size for waiting in self._waiting for size in (waiting.value, waiting.by)])
+        sizes = torch.stack([size for _, *sizes in self._waiting for size in sizes])
         if self.layout.size > 1:
             dist.all_reduce(sizes, group=self.layout.group)
-        for waiting, (value, by) in zip(self._waiting, (sizes / self.layout.size).view(-1, 2).tolist(), strict=True):
-            place = (self.width, self.seed, waiting.step, waiting.module, waiting.role, waiting.quantity)
-            self.readings.append(Reading(*place, value / (by or 1.0)))
+        means = (sizes / self.layout.size).view(-1, 2).tolist()
+        for (what, _, _), (value, by) in zip(self._waiting, means, strict=True):
+            self.readings.append(Reading(self.width, self.seed, *what, value / (by or 1.0)))
         self._waiting.clear()
 
     def _run_probe(self) -> tuple[dict[str, tuple[Any, ...]], dict[str, Tensor]]:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import re
+from collections import defaultdict
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from megadit.mup.coord_check.plot import plot_coordinates
+from megadit.files.text import plain_label
 from megadit.mup.coord_check.record import Reading
 from megadit.mup.coord_check.verdict import GROWS, SHRINKS, CoordVerdict, ModuleVerdict
 
 _COLUMNS = ("activation", "change", "gain", "update.weight", "update.bias")
+_PANELS = {
+    "activation": "|activation|",
+    "change": "|change since step 0|",
+    "update.weight": "|update by weight| / |input|",
+    "update.bias": "|update by bias|",
+}
 
 
 def write_report(folder: Path, readings: Sequence[Reading], verdict: CoordVerdict, title: str = "") -> dict[str, Any]:
@@ -71,3 +81,93 @@ def _cell(module: ModuleVerdict, quantity: str) -> str:
     if growth is None or first is None:
         return "-"
     return f"{first if first < -SHRINKS else growth:+.2f}"
+
+
+def module_kind(name: str) -> str:
+    """A module's name without its block's number: all blocks share a panel."""
+    return re.sub(r"\b(\w*blocks)\.\d+", r"\1.*", name)
+
+
+def plot_coordinates(
+    readings: Sequence[Reading], verdict: CoordVerdict, path: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Write a PNG: rows are kinds of modules (means over blocks and seeds), columns quantities, both axes log2.
+
+    Flat lines are right. The name of a kind with a broken module is red, with an affected one orange.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    curves = _curves(readings)
+    kinds = list(dict.fromkeys(module_kind(module.module) for module in verdict.modules))
+    steps = sorted({reading.step for reading in readings})
+    figure = Figure(figsize=(9.5, 1.45 * len(kinds) + 1.0), layout="constrained")
+    axes: Any = figure.subplots(len(kinds), len(_PANELS), squeeze=False)
+    colours = matplotlib.colormaps["viridis"]
+    for row, kind in enumerate(kinds):
+        for column, (quantity, label) in enumerate(_PANELS.items()):
+            axis = axes[row][column]
+            for step in steps:
+                points = [(w, v) for w, v in curves[kind, quantity].get(step, []) if v > 0 and isfinite(v)]
+                if points:
+                    colour = colours(step / max(steps[-1], 1))
+                    axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=2.5, linewidth=1.1)
+            _dress(axis, verdict.widths)
+            if row == 0:
+                axis.set_title(label, fontsize=8.5)
+        axes[row][0].set_ylabel(_wrapped(kind), fontsize=8, color=_colour(kind, verdict))
+    _legend(figure, steps, colours)
+    named = ": " + (", ".join(verdict.broken[:4]) or "the output") if verdict.outcome == "broken" else ""
+    outcome = verdict.outcome + named
+    more = f" and {len(verdict.broken) - 4} more" if len(verdict.broken) > 4 else ""
+    figure.suptitle(plain_label(f"{title}: {outcome}{more}" if title else outcome + more), fontsize=11)
+    figure.supxlabel("width", fontsize=9)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _curves(readings: Sequence[Reading]) -> dict[tuple[str, str], dict[int, list[tuple[int, float]]]]:
+    """Mean over blocks and seeds: (kind, quantity) -> step -> [(width, size)]."""
+    values: dict[tuple[str, str, int, int], list[float]] = defaultdict(list)
+    for r in readings:
+        values[module_kind(r.module), r.quantity, r.step, r.width].append(r.value)
+    curves: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for (kind, quantity, step, width), sizes in sorted(values.items()):
+        curves[kind, quantity][step].append((width, sum(sizes) / len(sizes)))
+    return curves
+
+
+def _colour(kind: str, verdict: CoordVerdict) -> str:
+    found = {module.verdict for module in verdict.modules if module_kind(module.module) == kind}
+    return "crimson" if "broken" in found else "darkorange" if "affected" in found else "black"
+
+
+def _wrapped(kind: str) -> str:
+    """A long dotted name over two or three lines."""
+    return kind.replace("blocks.*.", "blocks.*\n").replace("_embedder.", "_embedder\n").replace("_layer.", "_layer\n")
+
+
+def _dress(axis: Any, widths: Sequence[int]) -> None:
+    """Axes of one panel: log2 both ways, at least four powers of two high so that flat looks flat."""
+    if not axis.lines:
+        axis.set_axis_off()
+        return
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    low, high = axis.get_ylim()
+    if high / low < 16:
+        middle = (low * high) ** 0.5
+        axis.set_ylim(middle / 4, middle * 4)
+    axis.set_xticks(widths, [str(width) for width in widths])
+    axis.tick_params(labelsize=6.5)
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+
+
+def _legend(figure: Any, steps: Sequence[int], colours: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    shown = steps if len(steps) <= 12 else [steps[i * (len(steps) - 1) // 11] for i in range(12)]
+    lines = [Line2D([], [], color=colours(step / max(steps[-1], 1)), label=f"step {step}") for step in shown]
+    figure.legend(handles=lines, loc="outside right center", fontsize=7, frameon=False)

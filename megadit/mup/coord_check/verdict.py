@@ -19,25 +19,32 @@ Growth is asked at the first step that moves the quantity, and of the median ove
 only, or where most steps read zero at some width. Single late steps are not asked: a rate that is large for the narrow
 models bends them either way.
 
-A size that is rounding beside the module's own later ones is not reached yet and no part of a slope: ``coord_reach``
-says which. Unreached: a parameter's ``update``, a module's ``change`` or the ``pull`` that is never reached within the
-steps. It is neither right nor wrong, so the module is named.
+A size that is rounding beside the module's own later ones is not reached yet and no part of a slope: see
+``reached_sizes``. Unreached: a parameter's ``update``, a module's ``change`` or the ``pull`` that is never reached
+within the steps. It is neither right nor wrong, so the module is named.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import linear_regression, median
 from typing import Any, Literal
 
-from megadit.mup.coord_check.reach import Series, reached_sizes
 from megadit.mup.coord_check.record import OUTPUT, Reading
 
 GROWS = 0.3
 SHRINKS = 0.6
+ROUNDING = 1e-4  # measured: float32 noise of 6e-6 of the later sizes at most; real first steps not below 7e-3 of them
+WINDOW = 4  # steps that the gradient may need to reach a layer, and one more; real sizes grow by 5^3 in that time
+FLOAT32 = 2.0**-20  # eight times float32's epsilon
+
+Series = tuple[int, int]  # width and seed
+
+
+Sizes = tuple[tuple[int, float], ...]  # (width, mean size over seeds), widths ascending
 
 Verdict = Literal["ok", "unreached", "affected", "broken"]
 Outcome = Literal["passes", "broken", "not judged"]
@@ -54,10 +61,10 @@ class ModuleVerdict:
     module: str
     role: str
     verdict: Verdict = "ok"
-    slopes: dict[str, list[float | None]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     effects: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    slopes: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def updates(self) -> list[str]:
@@ -129,16 +136,8 @@ class CoordVerdict:
             "broken": self.broken,
             "unreached": self.unreached,
             "modules": [
-                {
-                    "module": m.module,
-                    "role": m.role,
-                    "verdict": m.verdict,
-                    "reasons": m.reasons,
-                    "effects": m.effects,
-                    "unreached": m.unreached,
-                    "slopes": {quantity: [_plain(s) for s in values] for quantity, values in m.slopes.items()},
-                }
-                for m in self.modules
+                asdict(module) | {"slopes": {name: list(map(_plain, slopes)) for name, slopes in module.slopes.items()}}
+                for module in self.modules
             ],
         }
 
@@ -158,10 +157,63 @@ def fit_slope(sizes: Sequence[tuple[int, float]]) -> float | None:
     zeros = sum(size == 0.0 for _, size in sizes)
     if zeros:
         return None if zeros == len(sizes) else -math.inf
-    points = [(math.log2(width), math.log2(size)) for width, size in sizes]
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    widths, values = zip(*sizes, strict=True)
+    return linear_regression(list(map(math.log2, widths)), list(map(math.log2, values))).slope
+
+
+def reached_sizes(readings: Mapping[Series, Sequence[float]]) -> list[Sizes | None]:
+    """The judged sizes of one quantity of one module by step, None where it is not reached yet.
+
+    Behind a zero readout and zero gates a layer gets no gradient at first. What is read of it then is zero, or what
+    two passes of the same weights differ by: the last bits of this machine's matrix products. A slope through such
+    sizes tells of the library, not of the model. So a size is *not reached yet* as long as it, and each one before
+    it, is
+
+    - zero;
+    - below ``ROUNDING`` of the sizes that the same quantity of the same module has within the next ``WINDOW`` steps
+      (the median over widths and seeds, so that one width that dies or blows up decides nothing for the others); or
+    - below ``FLOAT32`` at a step at which other widths read zero: the rounding of recordings made in float32.
+
+    A quantity is judged from the first step on at which all widths and seeds that ever reach it have done so. A width
+    that never does while others do counts as zero: it is dead, which is a fault. If none does, the quantity is never
+    reached.
+
+    Args:
+        readings: the quantity's sizes by step, of every width and seed.
+
+    Raises:
+        ValueError: the widths and seeds were not read at equally many steps.
+    """
+    counts = {len(sizes) for sizes in readings.values()}
+    if len(counts) != 1:
+        raise ValueError(f"coordinates: widths and seeds were read at different numbers of steps ({sorted(counts)})")
+    count = counts.pop()
+    bounds = [_bound(readings, step) for step in range(count)]
+    begins = {series: _begin(sizes, bounds) for series, sizes in readings.items()}
+    first = max((begin for begin in begins.values() if begin < count), default=count)
+    dead = {series for series, begin in begins.items() if begin == count}
+    return [None if step < first else _means(readings, step, dead) for step in range(count)]
+
+
+def _bound(readings: Mapping[Series, Sequence[float]], step: int) -> float:
+    """The size up to which one of this step is rounding."""
+    later = [max(filter(math.isfinite, sizes[step : step + WINDOW + 1]), default=0.0) for sizes in readings.values()]
+    some_zero = any(sizes[step] == 0.0 for sizes in readings.values())
+    return max(ROUNDING * median(later), FLOAT32 if some_zero else 0.0)
+
+
+def _begin(sizes: Sequence[float], bounds: Sequence[float]) -> int:
+    """The first step that is above rounding; the number of steps if none is. What is not finite is above."""
+    return next((i for i, (size, bound) in enumerate(zip(sizes, bounds, strict=True)) if not size <= bound), len(sizes))
+
+
+def _means(readings: Mapping[Series, Sequence[float]], step: int, dead: set[Series]) -> Sizes:
+    """Means over seeds; zero at a width of which any seed is dead."""
+    by_width: dict[int, list[float]] = {}
+    for (width, _), sizes in sorted(readings.items()):
+        by_width.setdefault(width, []).append(sizes[step])
+    widths_dead = {width for width, _ in dead}
+    return tuple((w, 0.0 if w in widths_dead else sum(sizes) / len(sizes)) for w, sizes in by_width.items())
 
 
 def judge(readings: Iterable[Reading]) -> CoordVerdict:

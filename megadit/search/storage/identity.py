@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.files.json_text import parse_json
-from megadit.files.process_id import start_of, view_of_processes
+from megadit.files.owner_file import start_of, view_of_processes
 from megadit.train.run_dir import write_json
 
 

@@ -5,22 +5,21 @@ What needs the base configuration (do the keys exist, are the values allowed) is
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from megadit.config.loading.merge import merge
-from megadit.config.loading.messages import explain
+from megadit.config.loading.layers import merge
+from megadit.config.loading.messages import checked
 from megadit.config.loading.sources import Layer, display, nested, read_yaml
 from megadit.config.schema.registered import Plugins
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import Section, walk
 from megadit.config.schema.values import coerce, meaning, number
-from megadit.errors import UserError
+from megadit.errors import UserError, did_you_mean
 
 LISTED = ("grid", "choice")
 KINDS = (*LISTED, "uniform", "log_uniform")
@@ -81,8 +80,7 @@ class Entry(Section):
     def _known_keys(cls, values: Any) -> Any:
         for key in values if isinstance(values, Mapping) else ():
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(cls.model_fields)}"
+                remedy = did_you_mean(str(key), cls.model_fields, f"give one of {', '.join(cls.model_fields)}")
                 raise ValueError(f"{key}: no such key; {remedy}")
         return values
 
@@ -329,8 +327,8 @@ class StudySpec(Section):
         if len(set(names)) < len(names):
             return f"scores: {', '.join(names)} has a name twice; give each score its own"
         if self.select.score is not None and self.select.score not in names:
-            near = difflib.get_close_matches(self.select.score, names, n=1, cutoff=0.0)
-            return f"select.score: {self.select.score} is not among the scores; did you mean {near[0]}?"
+            hint = did_you_mean(self.select.score, names)
+            return f"select.score: {self.select.score} is not among the scores; {hint}"
         if self.select.rule == "conservative" and (len(self.seeds) < 2 or self.sampler == "tpe"):
             why = "of which sampler tpe gives each point one" if self.sampler == "tpe" else "so give more seeds"
             return f"select.rule: conservative needs the spread over two or more seeds, {why}; or use best"
@@ -387,10 +385,7 @@ def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
             changes["space"] = _searched(values.get("space"), changes["space"])
         layers.append(Layer(changes, "an override"))
     merged = merge(layers, StudySpec)
-    try:
-        return StudySpec.model_validate(nested(merged.values))
-    except ValidationError as error:
-        raise UserError(explain(error, StudySpec, merged.sources)) from None
+    return checked(StudySpec, nested(merged.values), merged.sources)
 
 
 def _searched(space: Any, given: dict[str, Any]) -> dict[str, Any]:

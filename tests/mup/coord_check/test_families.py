@@ -23,7 +23,8 @@ from megadit.diffusion import build_objective
 from megadit.diffusion.objectives.repa import alignment_loss
 from megadit.models import StagedModel, build_model
 from megadit.mup import ParamSpec
-from megadit.mup.coord_check.measure import Build, CoordPlan, coordinate_readings
+from megadit.mup.coord_check.measure import Build, coordinate_readings
+from megadit.mup.coord_check.plan import CoordPlan
 from megadit.mup.coord_check.verdict import CoordVerdict, ModuleVerdict
 from megadit.mup.init import init_parameters
 

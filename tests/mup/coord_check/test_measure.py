@@ -17,7 +17,7 @@ from megadit.config import ModelConfig, OptimConfig
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup import ParamSpec
-from megadit.mup.coord_check.measure import CoordPlan, at_width
+from megadit.mup.coord_check.plan import CoordPlan, at_width
 from megadit.mup.coord_check.record import Reading, Recorder
 from megadit.mup.coord_check.verdict import CoordVerdict, fit_slope, judge
 from megadit.mup.init import init_parameters

@@ -17,10 +17,9 @@ from megadit.diffusion import build_objective
 from megadit.models import build_model
 from megadit.mup.coord_check.measure import coordinate_readings
 from megadit.mup.coord_check.plan import CoordPlan, at_width
-from megadit.mup.coord_check.reach import reached_sizes
 from megadit.mup.coord_check.record import Reading
 from megadit.mup.coord_check.report import format_verdict
-from megadit.mup.coord_check.verdict import CoordVerdict, judge
+from megadit.mup.coord_check.verdict import CoordVerdict, judge, reached_sizes
 
 _WIDTHS = (32, 64, 128)
 ROUNDING = (0.0, 0.0, 1.9e-7)  # read of MMDiT's joint_blocks.0.context_block.attn.proj on an AVX-512 machine

@@ -22,7 +22,8 @@ from megadit.diffusion import build_objective
 from megadit.diffusion.objectives.repa import alignment_loss
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.mup.coord_check.measure import CoordPlan, check_shares, coordinate_readings
+from megadit.mup.coord_check.measure import coordinate_readings
+from megadit.mup.coord_check.plan import CoordPlan, check_shares
 from megadit.mup.coord_check.record import Reading
 from megadit.mup.coord_check.verdict import judge
 from megadit.mup.example import example_conditioning

@@ -15,8 +15,8 @@ from megadit.config import ModelConfig
 from megadit.models import build_model
 from megadit.models.chunk import build_chunk
 from megadit.mup.example import example_conditioning, example_images
-from megadit.plan.activations import LiveBytes, count_passages
 from megadit.plan.bubble import bubble_share, idle_share
+from megadit.plan.memory import LiveBytes, count_passages
 
 BATCH = 5
 REPA = {"block": 1, "feature_dim": 24, "hidden": 32}

@@ -1,5 +1,6 @@
-"""What forward and backward hold in memory, counted on the meta device on which they run without memory.
+"""What a rank holds: its share of the training state under ZeRO, and what forward and backward hold besides.
 
+The latter is counted on the meta device, on which the two run without memory.
 No formula of a block can be forgotten when the block changes: the model itself runs, sharded as it would be, and every
 tensor that it makes is counted from its making to its end. Attention counts as one fused operation, which keeps
 its operands, its result and one number per query and head, as on the devices that such models are trained on. Counted
@@ -28,6 +29,8 @@ from megadit.mup.example import example_conditioning
 from megadit.parallel.collectives import Kind, Rehearsal
 from megadit.parallel.recompute import Recompute
 from megadit.parallel.tensor import TensorLayout
+
+_FULL = 4  # bytes of float32
 
 
 class LiveBytes(TorchDispatchMode):
@@ -163,3 +166,25 @@ def _pass(chunk: ModelChunk, wire: Carrier, rehearsal: Rehearsal, *, first: bool
         backward=backward,
     )
     return passage, tuple(torch.empty_like(part.detach()) for part in outputs)
+
+
+def state_bytes(
+    parameters: int, ranks: int, zero_stage: int, precision: str, averages: int, gradient: int | None = None
+) -> dict[str, float]:
+    """Bytes per rank of weights, gradients, optimizer (fp32 masters and two moments) and averages under ZeRO.
+
+    Stage 1 shards optimizer and averages, stage 2 gradients too, stage 3 also the weights (Rajbhandari et al. 2020).
+    At stage 0 in float32 the weights are their own masters. ``gradient``: bytes of an element of the gradients as they
+    are added up, None for those of the weights; where these differ, a micro batch's own live until they are added.
+    Activations are not counted.
+    """
+    working = _FULL if precision == "fp32" else 2
+    masters = 0 if zero_stage == 0 and precision == "fp32" else _FULL
+    held = {
+        "weights": parameters * working / (ranks if zero_stage == 3 else 1),
+        "gradients": parameters * (gradient or working) / (ranks if zero_stage >= 2 else 1),
+        "optimizer": parameters * (2 * _FULL + masters) / (ranks if zero_stage >= 1 else 1),
+    }
+    if averages:
+        held["averages"] = averages * parameters * _FULL / (ranks if zero_stage >= 1 else 1)
+    return held
