@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadit.config.data_source import DataSource
 from megadit.config.schema.data import DataConfig
-from megadit.errors import UserError
+from megadit.data.sources.image_folder.tree import image_root
 
 if TYPE_CHECKING:
     from megadit.data.sources.image_folder.folder_set import FolderSet
-
-
-def image_root(config: DataConfig) -> Path:
-    """The folder ``data.path``. Raises UserError if it is not given or no folder."""
-    if config.path is None:
-        raise UserError("data.path: not given; image-folder needs the folder that holds the images")
-    root = Path(config.path)
-    if not root.is_dir():
-        raise UserError(f"data.path: {config.path} is not a folder; give the folder that holds the images")
-    return root
 
 
 def load(config: DataConfig, num_classes: int | None) -> FolderSet:

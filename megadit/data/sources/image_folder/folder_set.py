@@ -14,10 +14,9 @@ from megadit.config.schema.data import Crop, DataConfig
 from megadit.data.crop import read_image
 from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.data.listing import Listing, sizes_of
-from megadit.data.sources.image_folder import image_root
 from megadit.data.sources.image_folder.metadata import METADATA, check_listed, read_metadata
 from megadit.data.sources.image_folder.side_files import read_side_files
-from megadit.data.sources.image_folder.tree import EXTENSIONS, Findings, entries, images_below, same_folders
+from megadit.data.sources.image_folder.tree import EXTENSIONS, Findings, entries, image_root, images_below, same_folders
 from megadit.errors import UserError
 from megadit.files.text import name_bytes, whole_text
 
