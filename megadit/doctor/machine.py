@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megadit.extensions import FUSED_OPS
 from megadit.doctor.report import Check, State, one_line, quiet
+from megadit.extensions import FUSED_OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 STALE_LOCK_S = 900.0  # DeepSpeed's ops take under six minutes to compile on two cores
