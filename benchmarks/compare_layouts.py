@@ -72,8 +72,8 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
 def _step(counted: dict[str, Any], world: int, micro: int, args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
     """What this layout takes of ``world`` GPUs, if it goes."""
     from megadit.config.deepspeed.gradients import bucket_bytes
-    from megadit.plan.communication import data_bytes, tensor_bytes
     from megadit.plan.bubble import idle_share
+    from megadit.plan.communication import data_bytes, tensor_bytes
     from megadit.plan.memory import state_bytes
 
     tensor, stages, work = counted["tensor"], counted["stages"], counted["work"]
