@@ -40,7 +40,7 @@ APPLICATIONS = {"compare", "doctor", "search", "evaluate", "convert"}
 COMMANDS = {"cli", "__main__"}
 
 # Folders of tests that are about no one room.
-ACROSS = {"bad_input", "fuzz", "kernels", "pins"}
+ACROSS = {"bad_input", "fuzz", "kernels", "pins", "plugins"}
 # Rooms whose folders follow one grammar, so that a file of the same name plays the same part in each.
 ONE_GRAMMAR = {
     "models": {"family", "model", "presets", "init", "convert"},  # the families
