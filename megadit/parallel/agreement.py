@@ -56,15 +56,6 @@ def differences(facts: Sequence[Mapping[str, str]]) -> list[str]:
     return told
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found
-
-
 @cache
 def code_facts() -> dict[str, str]:
     """Versions of megadit, torch and DeepSpeed, and a short digest of every source file of megadit, by its name."""

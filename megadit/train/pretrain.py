@@ -16,13 +16,14 @@ from typing import Any
 
 from megadit.checkpoint.format import cannot_write
 from megadit.checkpoint.names import saved_step
+from megadit.config.loading.sources import flat
 from megadit.data import ImageSet, check_images
 from megadit.errors import EXIT_FAILURE, EXIT_OK, UserError, harmless, say
 from megadit.files.ownership import Claim, Occupied, OwnershipLost
 from megadit.files.paths import check_folder
 from megadit.optional import defer_compiler
 from megadit.parallel import ProcessContext, start_processes, stop_processes
-from megadit.parallel.agreement import check_agreement, flat
+from megadit.parallel.agreement import check_agreement
 from megadit.parallel.last_words import explain_timeout, of_another_rank
 from megadit.parallel.processes import RendezvousFailed
 from megadit.train.callbacks import Callback, default_callbacks, make_callbacks

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from helpers.ranks import run_ranks
+from megadit.config.loading.sources import flat
 from megadit.errors import UserError
 from megadit.parallel import agreement, start_processes
-from megadit.parallel.agreement import check_agreement, code_facts, differences, flat
+from megadit.parallel.agreement import check_agreement, code_facts, differences
 
 
 def agree(changes: dict[int, dict[str, Any]], code: dict[int, dict[str, str]]) -> str:
