@@ -3,7 +3,25 @@
 For programs there are ``from_official``, ``to_official``, ``from_diffusers`` and ``to_diffusers``, from state dicts to
 state dicts; ``conversion.convert`` does files.
 
-==================  ====================================================="""
+==================  ============================================================
+conversion          ``convert``: from one format to another, checked on the way
+request             what a conversion was asked for, and the place of what it makes
+contents            what a checkpoint of any format holds, named and lazily read; values that are NaN or infinite
+dispatch            the four functions for programs, by family (megadit/models/FAMILY/convert.py)
+defaults            the run configuration of a model that came without one
+run_checkpoints     megadit's own (DESIGN: one logical format for every layout)
+state_dicts         whole weights: safetensors and torch files, sharded or not
+official            torch files and safetensors of the families' own code
+wrappings           where the weights stand in what a trainer saved: which file of a folder, which names of a file
+foreign_names       what is no whole model, by its names
+deepspeed/          DeepSpeed's own: native (ZeRO 1 to 3), plain (stage 0), universal; files: what they have in common
+diffusers/          pipeline folders, where their parts lie (index), their schedulers as objectives of a run and back
+                    (scheduler_keys: which keys tell of training), difference to the model here
+torch_files/        read without running what they hold (safe_load, stand_ins), written tensor by tensor
+safetensors_file    safetensors, header by header and tensor by tensor
+deferred            tensors that are read when their values are needed
+==================  ============================================================
+"""
 
 from __future__ import annotations
 

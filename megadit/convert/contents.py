@@ -1,14 +1,14 @@
-"""What a checkpoint of any format holds: named parameters, their values by kind, and where the training stood."""
+"""What a checkpoint of any format holds: named parameters, their values by kind, and where the training stood.
+
+Values are looked at while they pass from reader to writer, for those that are not finite, or not in float32.
+"""
 
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ from torch import Tensor
 from megadit.checkpoint.format import WEIGHTS, Position
 from megadit.config import ModelConfig, RunConfig
 from megadit.convert.deferred import deferred, loaded
-from megadit.convert.request import check_free
+from megadit.convert.torch_files.safe_load import odd_kind
 from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
-from megadit.files.ownership import own
+from megadit.finite import Tally
+
+if TYPE_CHECKING:
+    from megadit.convert.diffusers.difference import Difference
 
 Part = tuple[int, Tensor]  # first element in the flattened parameter, and 1-D values from there on
 
@@ -32,6 +35,7 @@ class Contents:
     never used. ``adam_step`` counts the updates behind the moments. ``config`` is None where the format has none;
     ``model`` is then what the weights themselves say, if they say it, and ``known`` what else the source tells, by
     section. ``extras`` are buffers of the model by name, such as PixArt's null caption; ``classes`` names by label.
+    ``difference`` is how far the model here is from the class in diffusers that it was read from.
     """
 
     what: str
@@ -48,11 +52,26 @@ class Contents:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    difference: Difference | None = None
+
+    @classmethod
+    def of_weights(cls, what: str, state: Mapping[str, Tensor], **rest: Any) -> Contents:
+        """Contents of weights alone, which are there by name, deferred or in memory."""
+
+        def read(kind: str, name: str) -> list[Part]:
+            return [(0, state[name].reshape(-1))]
+
+        return cls(what, {name: tuple(value.shape) for name, value in state.items()}, (WEIGHTS,), read, **rest)
 
     @property
     def has_moments(self) -> bool:
         """Whether Adam's state is there, without which a run cannot be resumed."""
         return set(MOMENTS) <= set(self.kinds)
+
+    @property
+    def moments_left(self) -> list[str]:
+        """What a writer of weights alone says."""
+        return ["weights only: this format holds no optimizer state"] if self.has_moments else []
 
     def weights_only(self, reason: str) -> Contents:
         """The same without optimizer state, for a reason that is told."""
@@ -100,44 +119,56 @@ def group_facts(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return facts
 
 
-def save_file(value: Any, path: Path) -> None:
-    """``torch.save``, its failures to write told as OSError."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(value, file)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(str(error).splitlines()[0]) from error
+class ValueCheck:
+    """Looks at every tensor that is read, once, whatever is made of it afterwards."""
 
+    def __init__(self) -> None:
+        self._tally = Tally()
+        self._seen: set[tuple[str, int]] = set()
 
-@contextmanager
-def fresh(target: Path) -> Iterator[Path]:
-    """A name beside ``target`` to write to, which becomes ``target`` when all went well and vanishes otherwise.
+    def watched(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors by name, which are looked at when they are first loaded.
 
-    Raises:
-        UserError: ``target`` holds something already, cannot be written, or another process is writing it.
-    """
-    check_free(target)
-    temporary = target.with_name(f".tmp-{target.name}")  # a writer goes by the ending
-    with own(target.parent, "converting", "OUT", name=target.name) as ownership:
-        check_free(target)  # which another process may just have written
-        try:
-            _remove(temporary)
-            yield temporary
-            ownership.check()
-            if target.is_dir():
-                target.rmdir()
-            temporary.rename(target)
-        except OSError as error:
-            raise UserError(
-                f"OUT: '{target}' cannot be written ({error.strerror or error}); free space, or choose another place"
-            ) from error
-        finally:
-            if ownership.holds():
-                _remove(temporary)
+        Raises:
+            UserError: a tensor has no values that could be copied: it is sparse, quantized or larger than its memory.
+        """
+        for name, values in state.items():
+            kind = odd_kind(values)
+            if kind is not None:
+                raise UserError(f"IN: '{name}' is {kind}; save the checkpoint anew with plain tensors")
+        return {name: self._watched(name, values, 0) for name, values in state.items()}
 
+    def watched_contents(self, contents: Contents) -> Contents:
+        """The same contents, whose values are looked at when they are loaded."""
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        def read(kind: str, name: str) -> Sequence[Part]:
+            label = name if kind == WEIGHTS else f"{kind} of {name}"
+            return [(start, self._watched(label, part, start)) for start, part in contents.read(kind, name)]
+
+        return replace(contents, read=read, extras=self.watched(contents.extras))
+
+    def notes(self, allowed: bool) -> list[str]:
+        """What was found, for people, where that is ``allowed``; nothing where all values are finite.
+
+        Raises:
+            UserError: there are such values, and they are not allowed.
+        """
+        found = str(self._tally)
+        if not found:
+            return []
+        if allowed:
+            return [f"{found}; they are written as they are, or as infinity where float32 ends"]
+        raise UserError(
+            f"IN: {found}; what is computed with them is NaN, so nothing is converted: use an earlier checkpoint, or "
+            "convert them as they are with --allow-nonfinite"
+        )
+
+    def _watched(self, name: str, values: Tensor, start: int) -> Tensor:
+        def load() -> Tensor:
+            found: Tensor = loaded(values)
+            if (name, start) not in self._seen:  # which is read again where it is cut, or compared with diffusers
+                self._seen.add((name, start))
+                self._tally.add(name, found)
+            return found.contiguous()
+
+        return deferred(values.shape, values.dtype, load)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ import torch
 from megadit.checkpoint.format import WEIGHTS
 from megadit.checkpoint.read import shape_problem, shapes_of
 from megadit.config import RunConfig
-from megadit.convert import official
-from megadit.convert.contents import Contents, fresh
+from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.deepspeed.native import read_native
 from megadit.convert.deepspeed.plain import write_plain
 from megadit.convert.deepspeed.universal import read_universal, write_universal
 from megadit.convert.defaults import check_same_model, default_run
 from megadit.convert.diffusers.difference import Difference
 from megadit.convert.diffusers.folder import read_diffusers, write_diffusers
-from megadit.convert.nonfinite import ValueCheck
-from megadit.convert.request import OWN, Request, check_request
+from megadit.convert.official import read_official, write_official
+from megadit.convert.request import OWN, Request, check_request, fresh
 from megadit.convert.run_checkpoints import read_run, write_run
 from megadit.convert.state_dicts import (
     read_fp32_state_dict,
@@ -38,30 +38,26 @@ from megadit.errors import UserError
 from megadit.models.conversion import conversion_of
 
 DIFFUSERS = "diffusers"
-_Read = Callable[[Path, Request, ValueCheck], tuple[Contents, Difference | None]]
+_Read = Callable[[Path, Request, ValueCheck], Contents]
 _Write = Callable[[Contents, Path, Request, ValueCheck], tuple[list[str], Difference | None]]
 
 
-def _of_weights(read: Callable[[Path, ValueCheck, Request], Contents]) -> _Read:
-    return lambda path, request, check: (read(path, check, request), None)
-
-
 def _of_training(read: Callable[[Path], Contents]) -> _Read:
-    return lambda path, request, check: (check.watched_contents(read(path)), None)
+    return lambda path, request, check: check.watched_contents(read(path))
 
 
-def _writer(write: Callable[[Contents, Path, RunConfig | None], list[str]]) -> _Write:
-    return lambda contents, target, request, check: (write(contents, target, contents.config), None)
+def _writer(write: Callable[[Contents, Path], list[str]]) -> _Write:
+    return lambda contents, target, request, check: (write(contents, target), None)
 
 
 _WITH_CONFIG = (OWN, "safetensors")  # formats that hold a run's configuration
 _FORMATS: Mapping[str, tuple[_Read, _Write]] = {
     OWN: (
-        lambda path, request, check: (check.watched_contents(read_run(path, request.ema)), None),
+        lambda path, request, check: check.watched_contents(read_run(path, request.ema)),
         _writer(write_run),
     ),
-    "safetensors": (_of_weights(read_safetensors), _writer(write_safetensors)),
-    "fp32-state-dict": (_of_weights(read_fp32_state_dict), _writer(write_fp32_state_dict)),
+    "safetensors": (read_safetensors, _writer(write_safetensors)),
+    "fp32-state-dict": (read_fp32_state_dict, _writer(write_fp32_state_dict)),
     "deepspeed": (_of_training(read_native), _writer(write_plain)),
     "deepspeed-universal": (_of_training(read_universal), _writer(write_universal)),
     DIFFUSERS: (read_diffusers, write_diffusers),
@@ -73,8 +69,7 @@ def of_format(name: str) -> tuple[_Read, _Write]:
     if name in _FORMATS:
         return _FORMATS[name]
     family = name.removeprefix("official-")
-    read, write = official.reader(family), official.writer(family)
-    return lambda p, r, check: (read(p, r, check), None), lambda c, p, r, check: (write(c, p, r), None)
+    return partial(read_official, family), _writer(partial(write_official, family))
 
 
 @dataclass(frozen=True)
@@ -126,10 +121,10 @@ def convert(
     request = Request(config, ema, hints or {}, tuple(overrides), allow_inexact, allow_nonfinite)
     check = ValueCheck()
     check_request(source_format, target_format, source, target, request)
-    contents, read_difference = of_format(source_format)[0](source, request, check)
-    contents = _with_config(contents, request, target_format)
+    (read, _), (_, write) = of_format(source_format), of_format(target_format)
+    contents = _with_config(read(source, request, check), request, target_format)
     with fresh(target) as temporary:
-        notes, written_difference = of_format(target_format)[1](contents, temporary, request, check)
+        notes, difference = write(contents, temporary, request, check)
         values_told = check.notes(allow_nonfinite)  # all have been read, and OUT has no name yet
     return Outcome(
         contents.what,
@@ -139,7 +134,7 @@ def convert(
         contents.kinds,
         contents.position.step,
         (*contents.notes, *_types_told(contents), *notes, *values_told),
-        written_difference or read_difference,
+        difference or contents.difference,
     )
 
 

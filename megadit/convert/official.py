@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,13 @@ from torch import Tensor
 
 from megadit.checkpoint.format import WEIGHTS
 from megadit.config.schema.model import ModelConfig
-from megadit.convert.contents import Contents, Part
+from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.dispatch import from_official, to_official
-from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
 from megadit.convert.state_dicts import is_sharded, joined_weights, load_tensors, write_one
 from megadit.convert.torch_files.safe_load import load_deferred
 from megadit.convert.torch_files.write import save_streaming
-from megadit.convert.weight_folders import weights_file
-from megadit.convert.wrappings import weights_of
+from megadit.convert.wrappings import weights_file, weights_of
 from megadit.errors import UserError
 from megadit.models.conversion import conversion_of
 from megadit.models.conversion.key_maps import model_shapes, readout_mult
@@ -27,76 +25,47 @@ _ENDINGS = (".pt", ".pth", ".safetensors")
 _OF_CONFIG = ("input_size", "pos_scale")  # hints that a --config answers, beside the heads and the text's length
 
 
-def reader(family: str) -> Callable[[Path, Request, ValueCheck], Contents]:
-    """``read(path, request, check) -> Contents`` of the family's official files, whose values ``check`` looks at.
+def read_official(family: str, path: Path, request: Request, check: ValueCheck) -> Contents:
+    """The contents of the family's official file, or of a folder that a trainer wrote; ``check`` looks at the values.
 
-    It raises UserError for a file that is broken, holds more than data, or is not this family's.
+    Raises:
+        UserError: a file is broken, holds more than data, or is not this family's.
     """
-
-    def read(path: Path, request: Request, check: ValueCheck) -> Contents:
-        state, notes = _weights(path, request, family)
-        state = check.watched(state)
-        hints = _with_config(family, request)
-        model, own = from_official(family, state, **hints)
-        return contents_of(f"official {family} checkpoint '{path}'", model, own, notes)
-
-    return read
+    state, notes = _weights(path, request, family)
+    model, own = from_official(family, check.watched(state), **_with_config(family, request))
+    return contents_of(f"official {family} checkpoint '{path}'", model, own, notes=tuple(notes))
 
 
-def writer(family: str) -> Callable[[Contents, Path, Request], list[str]]:
-    """``write(contents, target, request) -> notes`` of an official file: ``.pt``, ``.pth`` or ``.safetensors``.
+def write_official(family: str, contents: Contents, target: Path) -> list[str]:
+    """Write an official file, ``.pt``, ``.pth`` or ``.safetensors``; returns what people should know.
 
-    It raises UserError where the name has another ending, or the model is not of this family or cannot be written.
+    Raises:
+        UserError: the name has another ending, or the model is not of this family or cannot be written.
     """
-
-    def write(contents: Contents, target: Path, request: Request) -> list[str]:
-        if not target.name.endswith(_ENDINGS):
-            name = target.name.removeprefix(".tmp-")  # under which it is written first
-            raise UserError(f"OUT: '{name}' has none of the endings {', '.join(_ENDINGS)}; give it one")
-        model = model_of(contents)
-        if model.family != family:
-            raise UserError(
-                f"--to: official-{family} is asked for, but the model is of family {model.family}; give the format of "
-                "its own family"
-            )
-        official = to_official(model, whole_state(contents))
-        official = {name: value.float().contiguous() for name, value in official.items()}
-        if target.name.endswith(".safetensors"):
-            write_one(target, official)
-        else:
-            key = conversion_of(family).wrapped_in
-            save_streaming(official if key is None else {key: official}, target)
-        return _left_out(contents, model)
-
-    return write
+    if not target.name.endswith(_ENDINGS):
+        name = target.name.removeprefix(".tmp-")  # under which it is written first
+        raise UserError(f"OUT: '{name}' has none of the endings {', '.join(_ENDINGS)}; give it one")
+    model = model_of(contents)
+    if model.family != family:
+        raise UserError(
+            f"--to: official-{family} is asked for, but the model is of family {model.family}; give the format of "
+            "its own family"
+        )
+    official = to_official(model, whole_state(contents))
+    official = {name: value.float().contiguous() for name, value in official.items()}
+    if target.name.endswith(".safetensors"):
+        write_one(target, official)
+    else:
+        key = conversion_of(family).wrapped_in
+        save_streaming(official if key is None else {key: official}, target)
+    return contents.moments_left + folded_notes(model)
 
 
-def contents_of(
-    what: str,
-    model: ModelConfig,
-    state: Mapping[str, Tensor],
-    notes: list[str],
-    known: Mapping[str, Mapping[str, Any]] | None = None,
-    classes: Sequence[str] = (),
-) -> Contents:
+def contents_of(what: str, model: ModelConfig, state: Mapping[str, Tensor], **rest: Any) -> Contents:
     """Contents of a model whose parameters and buffers are there by name, deferred or in memory."""
-
-    def read(kind: str, name: str) -> list[Part]:
-        return [(0, state[name].reshape(-1))]
-
     shapes = model_shapes(model)
     extras = {name: value.float() for name, value in state.items() if name not in shapes}
-    return Contents(
-        what,
-        shapes,
-        (WEIGHTS,),
-        read,
-        notes=tuple(notes),
-        model=model,
-        extras=extras,
-        known=known or {},
-        classes=tuple(classes),
-    )
+    return Contents.of_weights(what, {name: state[name] for name in shapes}, model=model, extras=extras, **rest)
 
 
 def model_of(contents: Contents) -> ModelConfig:
@@ -111,11 +80,6 @@ def model_of(contents: Contents) -> ModelConfig:
 def whole_state(contents: Contents) -> dict[str, Tensor]:
     """All weights in float32, each read when it is needed, and the buffers that the source holds."""
     return {name: contents.deferred(WEIGHTS, name) for name in contents.shapes} | dict(contents.extras)
-
-
-def _left_out(contents: Contents, model: ModelConfig) -> list[str]:
-    notes = ["weights only: this format holds no optimizer state"] if contents.has_moments else []
-    return notes + folded_notes(model)
 
 
 def folded_notes(model: ModelConfig) -> list[str]:

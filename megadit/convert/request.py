@@ -1,14 +1,17 @@
-"""What a conversion was asked for, beside its formats and places."""
+"""What a conversion was asked for, and the place of what it makes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megadit.config import RunConfig
 from megadit.errors import UserError
+from megadit.files.ownership import own
 
 OWN = "megadit"
 _NAMED = ("safetensors", "fp32-state-dict")  # formats that may hold averages under names of their own
@@ -50,3 +53,37 @@ def check_free(target: Path) -> None:
     """Raise UserError unless nothing, or an empty folder, is at ``target``."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"OUT: '{target}' exists already; choose another name, or take it away first")
+
+
+@contextmanager
+def fresh(target: Path) -> Iterator[Path]:
+    """A name beside ``target`` to write to, which becomes ``target`` when all went well and vanishes otherwise.
+
+    Raises:
+        UserError: ``target`` holds something already, cannot be written, or another process is writing it.
+    """
+    check_free(target)
+    temporary = target.with_name(f".tmp-{target.name}")  # a writer goes by the ending
+    with own(target.parent, "converting", "OUT", name=target.name) as ownership:
+        check_free(target)  # which another process may just have written
+        try:
+            _remove(temporary)
+            yield temporary
+            ownership.check()
+            if target.is_dir():
+                target.rmdir()
+            temporary.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"OUT: '{target}' cannot be written ({error.strerror or error}); free space, or choose another place"
+            ) from error
+        finally:
+            if ownership.holds():
+                _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -138,7 +138,7 @@ class _Imported:
         return self._contents.loss_scale
 
 
-def write_run(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+def write_run(contents: Contents, target: Path) -> list[str]:
     """Make ``target`` a run directory with one checkpoint, from which --resume and train.init_from go on.
 
     Learning rates and weight decay are the config's: what the other program had is told. Returns what people should
@@ -147,6 +147,7 @@ def write_run(contents: Contents, target: Path, config: RunConfig | None) -> lis
     Raises:
         UserError: no config is given.
     """
+    config = contents.config
     if config is None:
         raise UserError("--config: is needed to write a megadit checkpoint; give the YAML file of the model's run")
     position = contents.position

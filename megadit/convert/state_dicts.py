@@ -22,9 +22,8 @@ from torch import Tensor
 from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
 from megadit.config.family import families
-from megadit.convert.contents import Contents, Part
+from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.deferred import deferred
-from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
 from megadit.convert.safetensors_file import SafetensorsFile
 from megadit.convert.torch_files.safe_load import load_deferred
@@ -45,7 +44,7 @@ _NAME_ONE = "name one of them"
 _CONFIG_KEY = "megadit_config"  # of a safetensors file's metadata: the run's configuration as JSON
 
 
-def read_safetensors(path: Path, check: ValueCheck, request: Request) -> Contents:
+def read_safetensors(path: Path, request: Request, check: ValueCheck) -> Contents:
     """The weights in a safetensors file, or in a folder of one or several; the request's ``--ema`` is a prefix.
 
     Raises:
@@ -53,22 +52,22 @@ def read_safetensors(path: Path, check: ValueCheck, request: Request) -> Content
             not clear.
     """
     found = find_weights(path, *_SAFE, _NAME_ONE)
-    contents = _contents(path, "safetensors", found, check, request)
+    contents = _contents(path, "safetensors", found, request, check)
     assert found is not None  # else there would be no contents
     return replace(contents, config=_config(found.files[0]))
 
 
-def read_fp32_state_dict(path: Path, check: ValueCheck, request: Request) -> Contents:
+def read_fp32_state_dict(path: Path, request: Request, check: ValueCheck) -> Contents:
     """The weights that zero_to_fp32 wrote, as torch files or with ``--safe_serialization``: a file or a folder.
 
     Raises:
         UserError: as ``read_safetensors``, or it holds more than tensors by name.
     """
     found = find_weights(path, *_TORCH, _NAME_ONE) or find_weights(path, *_SAFE, _NAME_ONE)
-    return _contents(path, "fp32 state dict", found, check, request)
+    return _contents(path, "fp32 state dict", found, request, check)
 
 
-def _contents(path: Path, kind: str, found: WeightFiles | None, check: ValueCheck, request: Request) -> Contents:
+def _contents(path: Path, kind: str, found: WeightFiles | None, request: Request, check: ValueCheck) -> Contents:
     if found is None:
         wanted = ("torch", "old-torch", "safetensors")  # under another ending
         if path.is_dir():
@@ -90,12 +89,7 @@ def _contents(path: Path, kind: str, found: WeightFiles | None, check: ValueChec
     kept = {name: value for name, value in tensors.items() if value.is_floating_point()}
     buffers = [spec.null_caption for spec in families() if spec.null_caption in kept]  # beside the parameters
     extras = {name: kept.pop(name).float() for name in buffers}
-
-    def read(kind: str, name: str) -> list[Part]:
-        return [(0, kept[name].reshape(-1))]
-
-    shapes = {name: tuple(value.shape) for name, value in kept.items()}
-    return Contents(f"{kind} '{path}'", shapes, (WEIGHTS,), read, notes=tuple(notes), extras=extras)
+    return Contents.of_weights(f"{kind} '{path}'", kept, notes=tuple(notes), extras=extras)
 
 
 def load_weights(found: WeightFiles, check: ValueCheck) -> tuple[dict[str, Tensor], list[str]]:
@@ -159,9 +153,9 @@ def _config(file: Path) -> RunConfig | None:
         return None
 
 
-def write_safetensors(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+def write_safetensors(contents: Contents, target: Path) -> list[str]:
     """Write float32 weights into one ``….safetensors`` file or, under another name, into a folder of shards."""
-    metadata = {} if config is None else {_CONFIG_KEY: config.model_dump_json()}
+    metadata = {} if contents.config is None else {_CONFIG_KEY: contents.config.model_dump_json()}
     return _write(contents, target, ".safetensors", "model", partial(_stream, metadata=metadata))
 
 
@@ -176,7 +170,7 @@ def write_folder(folder: Path, name: str, tensors: Mapping[str, Tensor], limit: 
     _sharded_files(folder, name, ".safetensors", shapes, tensors.__getitem__, limit, _stream)
 
 
-def write_fp32_state_dict(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+def write_fp32_state_dict(contents: Contents, target: Path) -> list[str]:
     """Write float32 weights as torch files that ``load_state_dict`` takes: one ``….bin``, or a folder of shards."""
     return _write(contents, target, ".bin", "pytorch_model", _stream_torch)
 
@@ -186,14 +180,12 @@ def _write(contents: Contents, target: Path, ending: str, name: str, write: _Wri
         return contents.extras[name] if name in contents.extras else contents.whole(WEIGHTS, name)
 
     shapes = {**contents.shapes, **{name: tuple(value.shape) for name, value in contents.extras.items()}}
-
-    notes = ["weights only: this format holds no optimizer state"] if contents.has_moments else []
     if target.name.endswith(ending):
         write(target, shapes, get)
-        return notes
-    target.mkdir()
-    _sharded_files(target, name, ending, shapes, get, SHARD_BYTES, write)
-    return notes
+    else:
+        target.mkdir()
+        _sharded_files(target, name, ending, shapes, get, SHARD_BYTES, write)
+    return contents.moments_left
 
 
 def _sharded_files(

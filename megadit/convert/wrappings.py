@@ -1,5 +1,8 @@
 """Where a model's weights stand in what a training program saved, told by names alone; no tensor is read.
 
+Of a folder, one file holds them: U-ViT's ``500000.ckpt`` has ``nnet.pth`` and ``nnet_ema.pth`` beside the optimizer's,
+accelerate's folders ``model.safetensors`` or ``pytorch_model.bin``.
+
 A file may hold sets of weights below keys (``state_dict``, ``ema``), beside optimizers and settings. Within a set,
 names carry parts of wrappers (``module`` of DDP, ``_orig_mod`` of torch.compile, FSDP's) and the prefix of the
 attribute under which a trainer keeps the model (``model.``, ``net.``, ``ema_model.``, ``model.diffusion_model.``).
@@ -13,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +30,7 @@ from megadit.convert.foreign_names import (
     refuse_other_models,
 )
 from megadit.errors import UserError
+from megadit.files.folder_kind import folder_instead
 from megadit.models.conversion import conversions
 from megadit.models.conversion.key_maps import listed
 
@@ -41,7 +46,16 @@ _MODULE = "module"  # of DistributedDataParallel, torch's AveragedModel, timm's 
 # Keys below which weights stand, the first that is there: those that are trained before their averages.
 _TRAINED = ("", "current_model_state", "state_dict", "model", "module", "model_state_dict", "net", "nnet", "network")
 _AVERAGES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "nnet_ema")
-_AVERAGE = re.compile(r"(?:^|[_.])(?:ema|avg|averaged?|averaging|shadow|slow|swa|polyak|teacher|target)(?:[_.]|$)")
+_AVERAGE = re.compile(  # in keys, prefixes and names of files
+    r"(?:^|[_.-])(?:ema|avg|averaged?|averaging|shadow|slow|swa|polyak|teacher|target)(?:[_.-]|$|\d)"
+)
+_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+# Names of files of a training's state that are no weights of a model.
+_STATE = re.compile(
+    r"(?:^|[_.-])(?:optim\w*|opt|scheduler\w*|lr_scheduler|scaler|sampler|dl_state_dict|rng\w*|random_states\w*|"
+    r"training_args|step|custom_checkpoint\w*|metadata|loss\w*|args|config)(?:[_.-]|$)"
+)
+_USUAL = ("model", "pytorch_model", "diffusion_pytorch_model", "nnet", "net")  # files of weights
 _LIGHTNING = "current_model_state"  # beside which Lightning's WeightAveraging has its average as state_dict
 _DEPTH = 4  # of dicts in dicts that are looked into
 _ITEMS = 10_000  # of a dict that is no set of weights
@@ -55,6 +69,42 @@ class _Set:
 
     weights: Mapping[str, Tensor]
     others: list[str]
+
+
+def weights_file(path: Path, choice: str | None) -> tuple[Path, list[str], str | None]:
+    """The file of weights in the folder ``path``, what people should know of the choice, and what is left of ``--ema``.
+
+    ``choice``, ``--ema``, may be the name of a file without its ending; else it is for what the file holds.
+
+    Raises:
+        UserError: none or several are there, or the folder is a checkpoint of another kind.
+    """
+    told = folder_instead(path)
+    if told is not None:
+        raise UserError(f"IN: '{path}' {told}")
+    files = {file.stem: file for file in _weight_files(path)}
+    if choice is not None and choice in files:
+        return files[choice], [f"the weights in {files[choice].name} are taken"], None
+    trained = [stem for stem in files if not _AVERAGE.search(stem)] or list(files)
+    usual = [stem for stem in _USUAL if stem in trained] or trained
+    if not files or (usual is trained and len(trained) > 1):
+        held = f"holds {listed([file.name for file in files.values()])}" if files else "holds no file of weights"
+        raise UserError(f"IN: '{path}' is a folder that {held}; give the file that holds the model's weights")
+    taken = files[usual[0]]
+    others = "".join(f"; --ema {stem} takes those in {file.name}" for stem, file in files.items() if file != taken)
+    return taken, [f"the weights in {taken.name} are taken{others}"], choice
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Files that may hold weights; of two formats of the same, safetensors."""
+    files = [
+        file
+        for file in sorted(path.iterdir())
+        if file.name.endswith(_ENDINGS) and file.is_file() and not _STATE.search(file.name)
+    ]
+    return [
+        file for file in files if file.suffix == ".safetensors" or not (path / f"{file.stem}.safetensors").is_file()
+    ]
 
 
 def weights_of(

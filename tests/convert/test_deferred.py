@@ -19,9 +19,9 @@ from helpers.tiny_pixart import tiny_pixart
 from helpers.tiny_uvit import tiny_uvit
 from megadit.config import ModelConfig
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
+from megadit.convert.contents import ValueCheck
 from megadit.convert.conversion import convert
 from megadit.convert.deferred import DeferredTensor, deferred, loaded
-from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.state_dicts import load_tensors
 from megadit.models import build_model
 

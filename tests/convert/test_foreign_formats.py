@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -348,7 +349,7 @@ def test_an_untrained_model_shows_no_difference_and_that_is_told(tmp_path: Path)
 
 
 def test_models_too_large_to_compare_are_told_so(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(difference, "_free_memory", lambda: 1e5)
+    monkeypatch.setattr(difference.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e5))
     with pytest.raises(UserError, match="half - 1 in place of half; not measured, since a model of it takes"):
         convert("megadit", "diffusers", runs["dit"], tmp_path / "out")
     outcome = convert("megadit", "diffusers", runs["pixart"], tmp_path / "out")

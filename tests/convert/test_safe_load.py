@@ -21,9 +21,10 @@ from helpers.foreign import CONFIG
 from helpers.official_releases import release
 from megadit.cli import convert_checkpoint
 from megadit.convert import formats
-from megadit.convert.contents import Contents, fresh
+from megadit.convert.contents import Contents
 from megadit.convert.conversion import convert, of_format
 from megadit.convert.deferred import loaded
+from megadit.convert.request import fresh
 from megadit.convert.torch_files.safe_load import load_deferred, load_file
 from megadit.convert.torch_files.stand_ins import StandIn
 from megadit.errors import UserError

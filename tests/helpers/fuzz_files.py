@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from megadit.convert.contents import Contents
+from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.conversion import of_format
-from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.request import Request
 
 STATE = {
@@ -62,7 +61,7 @@ def torch_files(mark: Path) -> list[bytes]:
 def converted(kind: str, path: Path, request: Request | None = None) -> Contents:
     """All that a conversion from the format ``kind`` would read of ``path``."""
     check = ValueCheck()
-    contents, _ = of_format(kind)[0](path, request or Request(), check)
+    contents = of_format(kind)[0](path, request or Request(), check)
     for name, shape in contents.shapes.items():
         for part in contents.kinds:
             assert contents.whole(part, name).shape == torch.Size(shape)

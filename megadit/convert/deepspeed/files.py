@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megadit.checkpoint.format import Position
-from megadit.convert.contents import Contents, Part
+from megadit.convert.contents import Contents
 from megadit.convert.torch_files.safe_load import load_file, odd_kind
 from megadit.convert.wrappings import plain_names
 from megadit.engine.deepspeed.partitions import MOMENTS
@@ -103,39 +102,32 @@ def model_state(file: Path) -> dict[str, Any]:
     return state
 
 
-def with_plain_names(contents: Contents) -> Contents:
-    """The same under the names of the model's own, out of what a trainer's wrappers and attributes put before them.
+def read_checkpoint(path: Path, pointer: str, kind: str, read: Callable[[Path], Contents]) -> Contents:
+    """What ``read`` makes of the folder that holds the files, under the names of the model's own.
+
+    DeepSpeed's files hold trees of its own making, without a scheme that they could be held against beforehand: what
+    is not where it writes it is told in a sentence.
 
     Raises:
-        UserError: two names become one, or it is not clear which of several models is meant.
+        UserError: no such checkpoint is there, something in its trees is missing or of another kind, two names become
+            one, or it is not clear which of several models is meant.
     """
+    folder = find_folder(path, pointer, kind)
+    try:
+        contents = read(folder)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"{kind} checkpoint '{folder}': lacks what DeepSpeed 0.19 writes ({' '.join(repr(error).split())[:200]}); "
+            "save it anew with a present DeepSpeed, or convert it with its zero_to_fp32.py"
+        ) from error
     names, notes = plain_names(contents.shapes, contents.what)
     if all(new == old for new, old in names.items()) and len(names) == len(contents.shapes):
         return contents
-
-    def read(kind: str, name: str) -> Sequence[Part]:
-        return contents.read(kind, names[name])
-
     shapes = {new: contents.shapes[old] for new, old in names.items()}
-    return replace(contents, shapes=shapes, read=read, notes=(*contents.notes, *notes))
-
-
-@contextmanager
-def as_written(what: str) -> Iterator[None]:
-    """In the block, what is not where DeepSpeed writes it is told in a sentence; ``what`` names the checkpoint.
-
-    DeepSpeed's files hold trees of its own making, without a scheme that they could be held against beforehand.
-
-    Raises:
-        UserError: something in the tree is missing or of another kind.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(
-            f"{what}: lacks what DeepSpeed 0.19 writes ({' '.join(repr(error).split())[:200]}); save it anew with a "
-            "present DeepSpeed, or convert it with its zero_to_fp32.py"
-        ) from error
+    notes = [*contents.notes, *notes]
+    return replace(
+        contents, shapes=shapes, read=lambda kind, name: contents.read(kind, names[name]), notes=tuple(notes)
+    )
 
 
 def check_tensors(values: Iterable[Any]) -> None:

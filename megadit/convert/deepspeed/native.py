@@ -28,15 +28,13 @@ from megadit.checkpoint.format import WEIGHTS
 from megadit.convert.contents import Contents, Part
 from megadit.convert.deepspeed.files import (
     adam_step,
-    as_written,
     check_tensors,
-    find_folder,
     model_files,
     model_state,
     position_of,
+    read_checkpoint,
     shape_of,
     version_of,
-    with_plain_names,
 )
 from megadit.convert.deepspeed.plain import read_plain
 from megadit.convert.torch_files.safe_load import load_file
@@ -91,13 +89,7 @@ def read_native(path: Path) -> Contents:
     Raises:
         UserError: none is there, a rank's file is missing or broken, or it is of tensor or pipeline parallelism.
     """
-    return with_plain_names(_read(path))
-
-
-def _read(path: Path) -> Contents:
-    folder = find_folder(path, "latest", "DeepSpeed")
-    with as_written(f"DeepSpeed checkpoint '{folder}'"):
-        return _read_folder(folder)
+    return read_checkpoint(path, "latest", "DeepSpeed", _read_folder)
 
 
 def _read_folder(folder: Path) -> Contents:

@@ -75,7 +75,7 @@ def _names(groups: Sequence[Mapping[str, Any]], module: Sequence[str]) -> list[l
     return named if covered and [len(names) for names in named] == counts else None
 
 
-def write_plain(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+def write_plain(contents: Contents, target: Path) -> list[str]:
     """Write a folder that ``engine.load_checkpoint`` reads at stage 0 in float32, on any number of ranks.
 
     Other stages read its weights with ``load_module_only=True``. The optimizer's state is in the order of megadit's
@@ -88,9 +88,9 @@ def write_plain(contents: Contents, target: Path, config: RunConfig | None) -> l
     (target / tag).mkdir(parents=True)
     optimizer = None
     if contents.has_moments:
-        if config is None:
+        if contents.config is None:
             raise UserError("--config: is needed to write optimizer groups for deepspeed; give the run's YAML file")
-        optimizer = _optimizer(contents, config)
+        optimizer = _optimizer(contents, contents.config)
     state = {
         **model_header(contents),
         "module": {name: contents.deferred(WEIGHTS, name) for name in contents.shapes},

@@ -19,22 +19,20 @@ import torch
 from torch import Tensor
 
 from megadit.checkpoint.format import WEIGHTS
-from megadit.config import RunConfig
-from megadit.convert.contents import Contents, Part, save_file
+from megadit.convert.contents import Contents, Part
 from megadit.convert.deepspeed.files import (
     adam_step,
-    as_written,
     check_tensors,
-    find_folder,
     model_files,
     model_state,
     position_of,
+    read_checkpoint,
     shape_of,
     version_of,
-    with_plain_names,
 )
 from megadit.convert.deepspeed.plain import TAG, model_header
 from megadit.convert.torch_files.safe_load import load_file
+from megadit.convert.torch_files.write import save_streaming
 from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
 
@@ -47,13 +45,7 @@ def read_universal(path: Path) -> Contents:
     Raises:
         UserError: none is there, or a file is missing or broken.
     """
-    return with_plain_names(_read(path))
-
-
-def _read(path: Path) -> Contents:
-    folder = find_folder(path, "latest_universal", "universal DeepSpeed")
-    with as_written(f"universal DeepSpeed checkpoint '{folder}'"):
-        return _read_folder(folder)
+    return read_checkpoint(path, "latest_universal", "universal DeepSpeed", _read_folder)
 
 
 def _read_folder(folder: Path) -> Contents:
@@ -110,7 +102,7 @@ def _step(folder: Path, names: Sequence[str], shared: dict[str, Any]) -> tuple[i
     return adam_step([{**moments, **state} for state in states] or [moments], groups)
 
 
-def write_universal(contents: Contents, target: Path, config: RunConfig | None) -> list[str]:
+def write_universal(contents: Contents, target: Path) -> list[str]:
     """Write a folder that ``engine.load_checkpoint`` reads at ZeRO 1, 2 and 3 on any number of ranks.
 
     Weights alone get the moments of an Adam that has not stepped, zeros, since stage 3 loads nothing without moments.
@@ -128,8 +120,8 @@ def write_universal(contents: Contents, target: Path, config: RunConfig | None) 
         (zero / name).mkdir(parents=True)
         for kind, file in _FILES.items():
             value = contents.whole(kind, name) if kind in contents.kinds else torch.zeros(contents.shapes[name])
-            save_file({"param": value, "cat_dim": 0}, zero / name / file)
-        save_file(step, zero / name / "step.pt")
+            save_streaming({"param": value, "cat_dim": 0}, zero / name / file)
+        save_streaming(step, zero / name / "step.pt")
     header = model_header(contents)
     groups: list[dict[str, Any]] = [{} for _ in contents.shapes]
     common = {
@@ -137,11 +129,11 @@ def write_universal(contents: Contents, target: Path, config: RunConfig | None) 
         "param_groups": groups,
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
     }
-    save_file(common, zero / "optimizer_state.pt")
+    save_streaming(common, zero / "optimizer_state.pt")
     shapes = [{name: torch.Size(shape) for name, shape in contents.shapes.items()}]
     state = {**header, "module": {}, "optimizer": None, "param_shapes": shapes, "universal_checkpoint_info": {}}
     for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        save_file(state, target / tag / file)
+        save_streaming(state, target / tag / file)
     for pointer in ("latest_universal", "latest"):
         (target / pointer).write_text(tag, encoding="utf-8")
     how = 'load it with engine.load_checkpoint(OUT), "checkpoint": {"load_universal": true} and ZeRO stage 1, 2 or 3'

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -86,19 +86,10 @@ def not_measured(model: ModelConfig, elements: int) -> str | None:
     if tokens > _MOST_TOKENS:
         return f"its images of {model.input_size} x {model.input_size} have {tokens:,} tokens, too many to try out"
     activations = len(_TIMES) * tokens * model.width * (2 + model.mlp_ratio)  # of one block
-    needed, free = 4 * (_MEMORY * elements + activations), _free_memory()
-    if free is None or needed <= free:
+    needed, free = 4 * (_MEMORY * elements + activations), psutil.virtual_memory().available
+    if needed <= free:
         return None
     return f"a model of it takes {needed / 1e9:.1f} GB, this machine has {free / 1e9:.1f} GB of memory free"
-
-
-def _free_memory() -> float | None:
-    """Bytes that can be used without swapping, as Linux tells; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _ours(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:

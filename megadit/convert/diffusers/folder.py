@@ -17,7 +17,7 @@ from torch import Tensor
 from megadit.config.family import family_spec
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.run import ObjectiveConfig, RunConfig
-from megadit.convert.contents import Contents
+from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.diffusers.difference import Difference, measure, not_measured
 from megadit.convert.diffusers.index import (
     CONFIG,
@@ -39,7 +39,6 @@ from megadit.convert.diffusers.schedulers import (
     scheduler_notes,
 )
 from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
-from megadit.convert.nonfinite import ValueCheck
 from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
 from megadit.convert.request import Request
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
@@ -59,7 +58,7 @@ _NULL_FILE = f"{_NULL_KEY}.safetensors"
 _SIGMA_LENGTH = 300  # tokens of PixArt-Sigma's captions, which its transformer does not tell from PixArt-alpha's
 
 
-def read_diffusers(path: Path, request: Request, check: ValueCheck) -> tuple[Contents, Difference | None]:
+def read_diffusers(path: Path, request: Request, check: ValueCheck) -> Contents:
     """The transformer of a pipeline folder, or of a folder of its own, and how far the model here differs from it.
 
     Raises:
@@ -97,8 +96,9 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> tuple[Con
     known, told = _known(pipeline, model, request)
     classes, of_classes = class_names(pipeline, model.num_classes)
     difference, compared = _compared(request, model, state, config_json, stored, check)
-    notes = [*shards_told, *compared, *notes, *told, *of_classes, *left_out(pipeline)]
-    return contents_of(f"diffusers model '{folder}'", model, state, notes, known, classes), difference
+    all_notes = (*shards_told, *compared, *notes, *told, *of_classes, *left_out(pipeline))
+    what = f"diffusers model '{folder}'"
+    return contents_of(what, model, state, notes=all_notes, known=known, classes=classes, difference=difference)
 
 
 def write_diffusers(
@@ -118,7 +118,7 @@ def write_diffusers(
     config_json, state = to_diffusers(model, own)
     state = {name: value.float().contiguous() for name, value in state.items()}
     difference, notes = _compared(request, model, own, config_json, state, check)
-    notes = [*(["weights only: this format holds no optimizer state"] if contents.has_moments else []), *notes]
+    notes = [*contents.moments_left, *notes]
     notes += [] if inexact is None else [inexact]
     notes += scheduler_notes(model.family, objective)
     target.mkdir()
