@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from helpers.tiny_dit import tiny_config, tiny_inputs
 from megadit.errors import UserError
 from megadit.extensions import FUSED_OPS
 from megadit.models import build_model
+from megadit.plugins import load_plugins
 from megadit.registry import load_object
 from megadit_kernels import OPS, Op, gated_residual
 
@@ -77,6 +80,18 @@ def test_every_op_is_listed_and_a_plugin_adds_one_under_a_new_name(twice: Any) -
         assert FUSED_OPS.names() == (*OPS, "twice") and FUSED_OPS.get("twice") is twice
     finally:
         FUSED_OPS.discard("twice")
+
+
+def test_a_name_that_a_plugin_finds_taken_is_told_in_a_sentence(tmp_path: Path, monkeypatch: Any) -> None:
+    text = """
+        def register():
+            from megadit_kernels import gated_residual
+            gated_residual.implementation("torch", works=lambda: True)
+        """
+    (tmp_path / "op_that_is_taken.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be registered .*there is an implementation 'torch' already"):
+        load_plugins(["op_that_is_taken"], "--plugins")
 
 
 @pytest.fixture

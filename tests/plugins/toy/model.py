@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning
 from megadit.config import ModelConfig
-from megadit.models import Carrier, Stage, StagedModel
-from megadit.models.grid import SquareReadoutStage, check_square, labels_of, patches_of, side_of
+from megadit.models import Stage, StagedModel
+from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, labels_of, patches_of, side_of
 from megadit.models.layers import (
     AdaLNReadout,
     LabelEmbedder,
@@ -20,6 +20,7 @@ from megadit.models.layers import (
     SinCosPositions,
     TimestepEmbedder,
 )
+from megadit.models.stages import ModelInputs
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import enter_blocks
@@ -27,8 +28,9 @@ from megadit.parallel.tensor import tensor_layout
 
 
 class Block(Stage):
-    """(tokens (B, T, n), SiLU(c) (B, n)) -> the same."""
+    """The condition is SiLU(c)."""
 
+    takes = ConditionedTokens
     is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int, hidden: Dim) -> None:
@@ -37,15 +39,17 @@ class Block(Stage):
         self.pool = float(config.options.get("pool", 1.0))
         self.mlp = Mlp(param.width_dim(), hidden, param)
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: ConditionedTokens) -> ConditionedTokens:
         """Tokens plus an MLP of them, their mean and the condition."""
-        x, c = carrier
+        x = state.tokens
         mixed = x + self.pool * x.mean(1, keepdim=True)
-        return x + self.mlp(F.layer_norm(mixed, mixed.shape[-1:])), c
+        return ConditionedTokens(x + self.mlp(F.layer_norm(mixed, mixed.shape[-1:])), state.condition)
 
 
 class Embed(Stage):
-    """(x, t, labels) -> (tokens, SiLU(c)); the condition is added to every token, too."""
+    """The condition is added to every token, too."""
+
+    takes = ModelInputs
 
     def __init__(self, model: Toy) -> None:
         super().__init__()
@@ -53,11 +57,11 @@ class Embed(Stage):
         self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
         self.layout = tensor_layout()
 
-    def forward(self, carrier: Carrier) -> Carrier:
+    def run(self, state: ModelInputs) -> ConditionedTokens:
         """c = features of the time + row of the class."""
-        x, t, labels = carrier
-        c = F.silu(self.t_embedder(t) + self.y_embedder(labels))
-        return self.pos_embed(self.x_embedder(x)) + c[:, None], enter_blocks(c, self.layout)
+        c = F.silu(self.t_embedder(state.t) + self.y_embedder(state.labels))
+        tokens = self.pos_embed(self.x_embedder(state.x)) + c[:, None]
+        return ConditionedTokens(tokens, enter_blocks(c, self.layout))
 
 
 class Toy(StagedModel):
@@ -89,10 +93,10 @@ class Toy(StagedModel):
         first, last = self._ends
         return [first, *cast("Iterable[Stage]", self.blocks), last]
 
-    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
-        """(x, t, labels)."""
+    def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
+        """With labels."""
         check_square(x, self.config)
-        return x, t.float(), labels_of(cond, self.config)
+        return ModelInputs(x, t.float(), labels=labels_of(cond, self.config))
 
 
 class FaultyToy(Toy):
