@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
-from megadit.models.layers import unpatchify
+from megadit.models.layers import SelfAttention, unpatchify
 from megadit.models.stages import ModelOutput, Stage, StageState
+from megadit.mup.rules import Parametrization
 from megadit.parallel.collectives import all_tokens
 from megadit.parallel.tensor import tensor_layout
 
@@ -38,6 +39,20 @@ def labels_of(cond: Conditioning, config: ModelConfig) -> Tensor:
             f"cond.labels: this model is class-conditional; give labels ({config.num_classes} is the null one)"
         )
     return cond.labels
+
+
+def self_attention(config: ModelConfig, param: Parametrization, tokens: int) -> SelfAttention:
+    """A block's attention among ``tokens`` tokens, as the configuration asks for it."""
+    return SelfAttention(
+        param.width_dim(),
+        config.num_heads,
+        param,
+        qk_norm=config.qk_norm == "rms",
+        qkv_bias=config.qkv_bias,
+        precision=config.attention_precision,
+        norm_precision=config.norm_precision,
+        tokens=tokens,
+    )
 
 
 @dataclass(frozen=True)

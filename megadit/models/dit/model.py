@@ -13,14 +13,21 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
-from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, labels_of, patches_of, side_of
+from megadit.models.grid import (
+    ConditionedTokens,
+    SquareReadoutStage,
+    check_square,
+    labels_of,
+    patches_of,
+    self_attention,
+    side_of,
+)
 from megadit.models.layers import (
     AdaLNReadout,
     LabelEmbedder,
     Mlp,
     ModulatedNorm,
     PatchEmbedder,
-    SelfAttention,
     SinCosPositions,
     TimestepEmbedder,
     adaln_modulation,
@@ -44,16 +51,7 @@ class DiTBlock(Stage):
         super().__init__()
         width = param.width_dim()
         self.prefix = f"blocks.{index}."
-        self.attn = SelfAttention(
-            width,
-            config.num_heads,
-            param,
-            qk_norm=config.qk_norm == "rms",
-            qkv_bias=config.qkv_bias,
-            precision=config.attention_precision,
-            norm_precision=config.norm_precision,
-            tokens=patches_of(config),
-        )
+        self.attn = self_attention(config, param, patches_of(config))
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=patches_of(config))
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
         self.adaLN_modulation = adaln_modulation(width, 6, param)

@@ -2,7 +2,7 @@
 
 from megadit.models.layers.adaln import AdaLNReadout, adaln_modulation
 from megadit.models.layers.attention import CrossAttention, SelfAttention, StreamAttention, attend, joint_attention
-from megadit.models.layers.conv import MuConv, MuPatchProjection
+from megadit.models.layers.conv import MuConv
 from megadit.models.layers.embed import (
     CaptionEmbedder,
     LabelEmbedder,
@@ -29,7 +29,6 @@ __all__ = [
     "MuConv",
     "MuEmbedding",
     "MuLayerNorm",
-    "MuPatchProjection",
     "MuRMSNorm",
     "MuTokens",
     "PatchEmbedder",

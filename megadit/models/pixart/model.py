@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig, TextInput
-from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, patches_of, side_of
+from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, patches_of, self_attention, side_of
 from megadit.models.layers import (
     CaptionEmbedder,
     ColumnParallelLinear,
@@ -25,7 +25,6 @@ from megadit.models.layers import (
     ModulatedNorm,
     PatchEmbedder,
     ReplicatedLinear,
-    SelfAttention,
     SinCosPositions,
     TimestepEmbedder,
 )
@@ -74,16 +73,7 @@ class PixArtBlock(Stage):
         self.last = index == config.depth - 1
         self.layout = tensor_layout()
         self.scale_shift_table, self.param_specs = _table(6, width, param)
-        self.attn = SelfAttention(
-            width,
-            heads,
-            param,
-            qk_norm=config.qk_norm == "rms",
-            qkv_bias=config.qkv_bias,
-            precision=config.attention_precision,
-            norm_precision=config.norm_precision,
-            tokens=tokens,
-        )
+        self.attn = self_attention(config, param, tokens)
         self.cross_attn = CrossAttention(width, heads, param, bias=config.qkv_bias, tokens=tokens)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)

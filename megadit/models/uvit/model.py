@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig, TextInput
-from megadit.models.grid import check_square, labels_of, patches_of, side_of
+from megadit.models.grid import check_square, labels_of, patches_of, self_attention, side_of
 from megadit.models.layers import (
     ColumnParallelLinear,
     Mlp,
@@ -39,7 +39,6 @@ from megadit.models.layers import (
     PatchEmbedder,
     ReplicatedLinear,
     RowParallelLinear,
-    SelfAttention,
     timestep_features,
     unpatchify,
 )
@@ -100,16 +99,7 @@ class UViTBlock(Stage):
         else:
             self.prefix = f"in_blocks.{index}." if index < half else "mid_block."
         self.norm1 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
-        self.attn = SelfAttention(
-            width,
-            config.num_heads,
-            param,
-            qk_norm=config.qk_norm == "rms",
-            qkv_bias=config.qkv_bias,
-            precision=config.attention_precision,
-            norm_precision=config.norm_precision,
-            tokens=tokens,
-        )
+        self.attn = self_attention(config, param, tokens)
         self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
         self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if joins else None
