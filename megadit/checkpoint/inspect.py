@@ -12,18 +12,9 @@ from torch import Tensor
 
 from megadit.checkpoint.find import Found, open_checkpoint
 from megadit.checkpoint.format import kinds_of
-from megadit.checkpoint.io import BrokenCheckpoint, PieceReader
+from megadit.checkpoint.io import PieceReader
 from megadit.checkpoint.read import StoredCheckpoint, differences
 from megadit.errors import UserError
-
-__all__ = [
-    "BrokenCheckpoint",
-    "compare",
-    "describe_comparison",
-    "describe_summary",
-    "open_for_people",
-    "summary",
-]
 
 _CHUNK = 1 << 22  # elements compared at once
 _COUNTERS = ("step", "samples_seen", "skipped_steps", "adam_step", "loss_scale")

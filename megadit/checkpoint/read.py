@@ -17,6 +17,7 @@ from megadit.checkpoint.format import FLOAT_BYTES, WEIGHTS, Index, Position, Sta
 from megadit.checkpoint.io import BrokenCheckpoint, Piece, PieceReader
 from megadit.checkpoint.names import STATE
 from megadit.config import RunConfig
+from megadit.config.loading.sources import flat
 from megadit.config.schema.run import ONLINE
 from megadit.data.windows import joined
 from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
@@ -132,7 +133,7 @@ class StoredCheckpoint:
                 )
 
     def _other_model_remedy(self, config: RunConfig) -> str:
-        if self._shape_problem(shapes_of(config)):
+        if shape_problem(self.parameters, shapes_of(config)):
             return (
                 "muP transfers hyperparameters, not weights: train the larger model from its own initialization (leave "
                 "--resume out and give another --run_dir), or resume with the checkpoint's own config"
@@ -148,7 +149,10 @@ class StoredCheckpoint:
         Raises:
             UserError: naming a parameter that is missing, is too many or has another shape.
         """
-        problem = self._shape_problem(shapes)
+        self._refuse_other_shapes(self.parameters, shapes)
+
+    def _refuse_other_shapes(self, stored: Mapping[str, Sequence[int]], needed: Mapping[str, Sequence[int]]) -> None:
+        problem = shape_problem(stored, needed)
         if problem:
             raise UserError(f"checkpoint {self.path}: {problem}; give a checkpoint of a model of the same shape")
 
@@ -161,15 +165,10 @@ class StoredCheckpoint:
         if stored == needed:
             self.check_shapes(shapes)
             return None
-        problem = shape_problem(_without_projector(self.parameters), _without_projector(shapes))
-        if problem:
-            raise UserError(f"checkpoint {self.path}: {problem}; give a checkpoint of a model of the same shape")
+        self._refuse_other_shapes(_without_projector(self.parameters), _without_projector(shapes))
         if needed:
             return "the projector of REPA is not in the checkpoint and starts afresh"
         return "the projector of REPA in the checkpoint is left out, since model.repa is not set"
-
-    def _shape_problem(self, shapes: dict[str, list[int]]) -> str | None:
-        return shape_problem(self.parameters, shapes)
 
     def changes(self, config: RunConfig) -> list[str]:
         """Every key whose value in ``config`` is not the stored one, as ``key old → new``; layout keys left out."""
@@ -362,7 +361,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def changed_values(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The (old, new) values of keys of two run configs that differ; layout keys left out."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     keys = [key for key in new if key in old and key not in _LAYOUT_KEYS]
     return {key: (old[key], new[key]) for key in keys if old[key] != new[key]}
 
@@ -398,10 +397,3 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
         return RunConfig.model_validate_json(json.dumps(stored)).model_dump(mode="json")
     except ValidationError:
         return stored
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,7 @@ def save_checkpoint(
             plugins=[plugin.model_dump() for plugin in config.plugins],
         )
         state = {
-            "step": position.step,
-            "samples_seen": position.samples_seen,
-            "skipped_steps": position.skipped_steps,
+            **asdict(position),
             "adam_step": partitions.adam_step(),
             "loss_scale": partitions.loss_scale_state(),
             "groups": groups,
@@ -142,8 +142,6 @@ def _publish(
 
 def write_index(folder: Path, index: Index, state: dict[str, Any]) -> None:
     """Write ``state.json`` and ``index.json`` beside the fragment files, and flush the folder."""
-    import json
-
     index.files[STATE] = write_text(folder / STATE, json.dumps(state, indent=1))
     write_text(folder / INDEX, index.to_json())
     flush_folder(folder)

@@ -44,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in filter(None, (args.checkpoint, args.diff)):
         check_named(path, "checkpoint")  # refused before torch is imported
     from megadit.checkpoint import inspect
+    from megadit.checkpoint.io import BrokenCheckpoint
 
     try:
         found = inspect.open_for_people(args.checkpoint)
         stored = found.stored
         told: dict[str, Any] = {"summary": inspect.summary(stored, args.norms)}
-    except inspect.BrokenCheckpoint as error:
+    except BrokenCheckpoint as error:
         if not args.verify:
             raise
         print(json.dumps({"problems": [str(error)]}) if args.json else error)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megadit.config import OptimConfig
+from megadit.config import RunConfig
 from megadit.config.deepspeed.gradients import with_bucket
-from megadit.config.schema.run import ONLINE, EmaConfig
+from megadit.config.schema.run import ONLINE
 from megadit.data import Batch
 from megadit.diffusion import LossTerms, NoisyBatch
 from megadit.engine.deepspeed.grad_accumulation import float32_sums
@@ -56,11 +56,10 @@ class TrainingEngine:
         self,
         model: nn.Module,
         loss: TrainingLoss,
-        optim: OptimConfig,
+        config: RunConfig,
         schedule: Schedule,
         ds_config: dict[str, Any],
         context: ProcessContext,
-        ema: EmaConfig,
         groups: Groups | None = None,
     ) -> None:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -71,8 +70,8 @@ class TrainingEngine:
         forget_groups()
         self.context, self.loss = context, loss
         ds_config = with_bucket(ds_config, sum(p.numel() for p in model.parameters()))
-        self._engine, self.optimizer, self.partitions = self._wrap(model, optim, schedule, ds_config, groups)
-        self.ema = Ema(self.partitions, ema)
+        self._engine, self.optimizer, self.partitions = self._wrap(model, config, schedule, ds_config, groups)
+        self.ema = Ema(self.partitions, config.ema)
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
         self._losses: list[BatchLosses] = []  # of the step under way
@@ -81,11 +80,11 @@ class TrainingEngine:
         self._checked_step = False
 
     def _wrap(
-        self, model: nn.Module, optim: OptimConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
+        self, model: nn.Module, config: RunConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
     ) -> tuple[Any, MuOptimizer, Partitions]:
         import deepspeed
 
-        optimizer = MuOptimizer(model, optim, schedule, self.context.device)
+        optimizer = MuOptimizer(model, config.optim, schedule, self.context.device)
         mpu = None if groups is None else ModelParallelUnit(groups)
         with float32_sums():
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.inner, config=dict(ds_config), mpu=mpu)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
-from megadit.config import OptimConfig
-from megadit.config.schema.run import EmaConfig
+from megadit.config import RunConfig
 from megadit.data import Batch
 from megadit.diffusion import NoisyBatch
 from megadit.engine.deepspeed.partitions import Partitions
@@ -21,15 +21,16 @@ from megadit.engine.engine import StepResult, TrainingEngine
 from megadit.engine.loss import TrainingLoss
 from megadit.engine.optimizer import MuOptimizer
 from megadit.engine.schedule import Schedule
+from megadit.models import build_model
 from megadit.models.chunk import ModelChunk
 from megadit.models.stages import Carrier
-from megadit.mup.spec import ParamSpec
+from megadit.mup.spec import param_specs
 from megadit.parallel import ProcessContext
 from megadit.parallel.topology import Groups
 
 
 class PipelineTrainingEngine(TrainingEngine):
-    """``TrainingEngine`` over the chunk of a model that this rank runs; ``specs`` are the whole model's.
+    """``TrainingEngine`` over the chunk of a model that this rank runs.
 
     The first stage takes the noisy images from a micro batch and the last what the loss needs; stages between them
     never draw one. The loss is computed on the last stage only.
@@ -38,25 +39,22 @@ class PipelineTrainingEngine(TrainingEngine):
     def __init__(
         self,
         chunk: ModelChunk,
-        specs: Mapping[str, ParamSpec],
         loss: TrainingLoss,
-        optim: OptimConfig,
+        config: RunConfig,
         schedule: Schedule,
         ds_config: dict[str, Any],
         context: ProcessContext,
-        ema: EmaConfig,
         groups: Groups,
     ) -> None:
-        self._chunk, self._specs, self._groups = chunk, specs, groups
-        self._samples = SampleQueue()
-        super().__init__(chunk.model, loss, optim, schedule, ds_config, context, ema, groups)
+        self._chunk, self._groups, self._samples = chunk, groups, SampleQueue()
+        super().__init__(chunk.model, loss, config, schedule, ds_config, context, groups)
 
     def _wrap(
-        self, model: nn.Module, optim: OptimConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
+        self, model: nn.Module, config: RunConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
     ) -> tuple[Any, MuOptimizer, Partitions]:
         assert groups is not None
-        device = self.context.device
-        optimizer = MuOptimizer(model, optim, schedule, device, self._specs, self._chunk.pad)
+        specs = param_specs(build_model(config.model, device="meta"))
+        optimizer = MuOptimizer(model, config.optim, schedule, self.context.device, specs, self._chunk.pad)
         engine = pipeline_engine(self._chunk, self._last_stage_loss, optimizer.inner, dict(ds_config), groups.topology)
         return engine, optimizer, Partitions(engine, optimizer.clip, groups.topology, model)
 
@@ -153,32 +151,31 @@ class PipelineForward(nn.Module):
         return found if project else found[0]
 
     def _send(self, tensors: Carrier, rank: int) -> None:
-        import torch.distributed as dist
-
-        kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-        dist.send_object_list([kinds], rank, group=self._group, device=self._device)
+        dist.send_object_list([_kinds(tensors)], rank, group=self._group, device=self._device)
         for tensor in tensors:
             dist.send(tensor.contiguous(), rank, group=self._group)
 
     def _receive(self, rank: int) -> Carrier:
-        import torch.distributed as dist
-
         box: list[Any] = [None]
         dist.recv_object_list(box, rank, group=self._group, device=self._device)
-        tensors = tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in box[0])
+        tensors = self._empty(box[0])
         for tensor in tensors:
             dist.recv(tensor, rank, group=self._group)
         return tensors
 
     def _from_last(self, tensors: Carrier) -> Carrier:
-        import torch.distributed as dist
-
         source = self._ranks[-1]
-        box: list[Any] = [[(tuple(tensor.shape), tensor.dtype) for tensor in tensors]]
+        box: list[Any] = [_kinds(tensors)]
         dist.broadcast_object_list(box, source, group=self._group, device=self._device)
-        if not tensors:
-            tensors = tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in box[0])
-        tensors = tuple(tensor.contiguous() for tensor in tensors)
+        tensors = tuple(tensor.contiguous() for tensor in tensors) or self._empty(box[0])
         for tensor in tensors:
             dist.broadcast(tensor, source, group=self._group)
         return tensors
+
+    def _empty(self, kinds: list[Any]) -> Carrier:
+        return tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in kinds)
+
+
+def _kinds(tensors: Carrier) -> list[Any]:
+    """What a rank must know of tensors before it can receive them."""
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

@@ -30,7 +30,9 @@ class LossSums:
     device: torch.device
     total: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
-    bins: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.bins = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device)
 
     def add(self, terms: LossTerms, time01: Tensor) -> None:
         """Add a micro batch; nothing waits for the device. ``time01``: (B,) position in [0, 1]."""
@@ -38,8 +40,6 @@ class LossSums:
         for name, values in named.items():
             part = values.detach().double().sum()
             self.total[name] = self.total[name] + part if name in self.total else part
-        if self.bins is None:
-            self.bins = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device)
         index = (time01 * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
         self.bins[0].index_add_(0, index, terms.total.detach().double())
         self.bins[1].index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
@@ -49,8 +49,7 @@ class LossSums:
         """Add what another has summed."""
         for name, part in other.total.items():
             self.total[name] = self.total[name] + part if name in self.total else part
-        if other.bins is not None:
-            self.bins = other.bins if self.bins is None else self.bins + other.bins
+        self.bins += other.bins
         self.count += other.count
 
     def reduce(self, context: ProcessContext, steps: Sequence[Tensor] = ()) -> tuple[dict[str, Any], list[float]]:
@@ -62,10 +61,9 @@ class LossSums:
         names = sorted({name for names in context.gather_objects(list(self.total)) for name in names})
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         head = torch.stack([self.total.get(name, nothing) for name in names])
-        own = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.device) if self.bins is None else self.bins
         count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.device)
         per_step = torch.stack(list(steps)) if steps else head[:0]
-        values = context.sum(torch.cat([count, head, own.flatten(), per_step])).tolist()
+        values = context.sum(torch.cat([count, head, self.bins.flatten(), per_step])).tolist()
         samples, sums, bins = values[0], values[1 : 1 + len(names)], values[1 + len(names) :]
         means = [total * len(steps) / samples for total in bins[2 * TIME_BINS :]]
         result: dict[str, Any] = {}

@@ -33,7 +33,9 @@ def draw_samples(run: TrainingRun) -> Path | None:
     mine = [min(number, count - 1) for number in range(run.layout.rank, padded, copies)]
     subjects = run_subjects(run)
     with run.engine.sampling_model(run.config.sample.weights) as model:
-        drawn = sample_pictures(model, run.config, run.codec, subjects=subjects, numbers=mine, device=context.device)
+        drawn = sample_pictures(
+            model, run.config, run.engine.loss.codec, subjects=subjects, numbers=mine, device=context.device
+        )
     shares = context.gather_objects((mine, drawn))
     if not context.is_main:
         return None
@@ -46,10 +48,10 @@ def draw_samples(run: TrainingRun) -> Path | None:
 
 def run_subjects(run: TrainingRun) -> Subjects:
     """What the pictures of a run show: its classes, or its prompts (held-out captions unless they are given)."""
-    prompts = run.conditions.prompts
-    if prompts is None:
+    conditions = run.engine.loss.conditions
+    if conditions.prompts is None:
         return class_subjects(run.config, run.train_set.classes)
-    return text_subjects(run.config, prompts.texts, prompts.cond, run.conditions.null)
+    return text_subjects(run.config, conditions.prompts.texts, conditions.prompts.cond, conditions.null)
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from megadit.data import ImageSet
     from megadit.train.resume import DataRecord
 
+    Datasets = Callable[[DataConfig, int], tuple[ImageSet, ImageSet]]  # sets to train on and held out
+
 
 @dataclass(frozen=True)
 class Job:
@@ -67,7 +69,7 @@ def check_job(
     ds_config: str | None,
     folder: Path,
     resume: str,
-    datasets: Callable[[DataConfig, int], tuple[ImageSet, ImageSet]] | None = None,
+    datasets: Datasets | None = None,
     *,
     dry: bool = False,
 ) -> Job:
@@ -120,12 +122,7 @@ def check_here(config: RunConfig, folder: Path, resume: str) -> None:
         check_named(config.train.init_from, "train.init_from")
 
 
-def check_data(
-    merged: MergedConfig,
-    folder: Path,
-    resume: str,
-    datasets: Callable[[DataConfig, int], tuple[ImageSet, ImageSet]] | None = None,
-) -> Job:
+def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datasets | None = None) -> Job:
     """The job of a resolved configuration, with its data.
 
     Raises:
@@ -235,9 +232,13 @@ def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
     start, stored = resume_point(job)
     if start.step >= steps or (dry and stored is None):
         return start
-    from megadit.train.resume import data_record
+    from megadit.data.identity import identify
+    from megadit.train.resume import DataRecord, held_against
 
-    return replace(start, data=data_record(stored, job.config, job.train_set, job.val_set))
+    record = DataRecord(identify(job.config, job.train_set, job.val_set))
+    if stored is not None:
+        record = held_against(stored, record, job.config, job.train_set)
+    return replace(start, data=record)
 
 
 def resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:

@@ -25,7 +25,7 @@ from megadit.config import OptimConfig, RunConfig
 from megadit.config.schema.run import ONLINE
 from megadit.config.schema.values import plain_text
 from megadit.data import ImageSet
-from megadit.data.identity import Identity, config_differences, crop_note, differences, identify
+from megadit.data.identity import Identity, config_differences, crop_note, differences
 from megadit.data.windows import Window, before, joined, shown, without
 from megadit.engine.engine import TrainingEngine
 from megadit.engine.schedule import Schedule, steps_of_epochs
@@ -273,20 +273,12 @@ class DataRecord:
         return {_IDENTITY: self.identity, _CHANGES: list(self.changes)}
 
 
-def data_record(
-    stored: StoredCheckpoint | None, config: RunConfig, train_set: ImageSet, val_set: ImageSet
-) -> DataRecord:
-    """The record of a run that goes on from ``stored`` (None: it begins) with these sets. Tells what it accepts.
+def held_against(stored: StoredCheckpoint, record: DataRecord, config: RunConfig, train_set: ImageSet) -> DataRecord:
+    """``record`` of the present sets with the history of ``stored``, from which the run goes on. Tells what it accepts.
 
     Raises:
         UserError: the data are others than the checkpoint's, and ``data.on_change`` is not accept.
     """
-    record = DataRecord(identify(config, train_set, val_set))
-    return record if stored is None else held_against(stored, record, config, train_set)
-
-
-def held_against(stored: StoredCheckpoint, record: DataRecord, config: RunConfig, train_set: ImageSet) -> DataRecord:
-    """``record`` of the present sets with the history of ``stored``. Raises UserError as ``data_record`` does."""
     before = stored.state.get(_IDENTITY)
     history = tuple(stored.state.get(_CHANGES, ()))
     if before is None:

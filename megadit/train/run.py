@@ -10,7 +10,7 @@ from megadit.checkpoint.format import Position
 from megadit.checkpoint.write import save_checkpoint
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, ImageSet, describe
-from megadit.data.codecs.codec import Codec, build_codec
+from megadit.data.codecs.codec import build_codec
 from megadit.data.conditions import Conditions, build_conditions, kept_null
 from megadit.data.features import TargetFeatures
 from megadit.data.windows import Window, before, joined
@@ -22,7 +22,6 @@ from megadit.engine.schedule import Schedule
 from megadit.models import build_model
 from megadit.models.chunk import ModelChunk, build_chunk
 from megadit.models.stages import StagedModel
-from megadit.mup.spec import param_specs
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext
 from megadit.parallel.topology import Groups, Topology, balanced_cuts
@@ -43,8 +42,6 @@ class TrainingRun:
     config: RunConfig
     context: ProcessContext
     engine: TrainingEngine
-    codec: Codec
-    conditions: Conditions
     train_set: ImageSet
     val_set: ImageSet
     layout: BatchLayout
@@ -118,14 +115,18 @@ def build_run(
         _build_features(config, context) if computes_loss else None,
         config.objective.repa_weight,
     )
-    engine = _build_engine(job, model, loss, total_steps, context, groups)
+    schedule = Schedule.from_config(config.optim, total_steps)
+    engine: TrainingEngine
+    if isinstance(model, ModelChunk):
+        assert groups is not None  # a chunk is one of a group
+        engine = PipelineTrainingEngine(model, loss, config, schedule, job.ds_config, context, groups)
+    else:
+        engine = TrainingEngine(model, loss, config, schedule, job.ds_config, context, groups)
     position, data, left_out = _restore(job, start, engine, directory, context, total_steps)
     return TrainingRun(
         config=config,
         context=context,
         engine=engine,
-        codec=codec,
-        conditions=conditions,
         train_set=job.train_set,
         val_set=job.val_set,
         layout=BatchLayout(config.train.global_batch, place.data, place.data_rank, job.micro_batch, left_out),
@@ -181,25 +182,6 @@ def _build_features(config: RunConfig, context: ProcessContext) -> TargetFeature
         return None
     assert config.data.features is not None  # the configuration holds the two together
     return TargetFeatures(config.data.features, config.model.input_size // config.model.patch_size, context.device)
-
-
-def _build_engine(
-    job: Job,
-    model: StagedModel | ModelChunk,
-    loss: TrainingLoss,
-    total_steps: int,
-    context: ProcessContext,
-    groups: Groups | None,
-) -> TrainingEngine:
-    config = job.config
-    schedule = Schedule.from_config(config.optim, total_steps)
-    if not isinstance(model, ModelChunk):
-        return TrainingEngine(model, loss, config.optim, schedule, job.ds_config, context, config.ema, groups)
-    assert groups is not None  # a chunk is one of a group
-    specs = param_specs(build_model(config.model, device="meta"))
-    return PipelineTrainingEngine(
-        model, specs, loss, config.optim, schedule, job.ds_config, context, config.ema, groups
-    )
 
 
 def _restore(

@@ -182,12 +182,10 @@ class RunDirectory:
                 f"warning: '{self.metrics}' has {len(found.broken)} lines that are no rows of metrics, first line "
                 f"{found.broken[0]}; they are left out"
             )
-        temporary = self.metrics.with_name("metrics.jsonl.tmp")
-        with open(temporary, "wb") as file:
+        with whole_file(self.metrics) as temporary, open(temporary, "wb") as file:
             file.write(b"".join(line + b"\n" for line in kept))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.metrics)
 
     def flush_metrics(self) -> None:
         """Bring the metrics written so far to the disk."""

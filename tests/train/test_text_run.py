@@ -65,7 +65,7 @@ def test_it_trains_validates_and_draws_held_out_captions(run):
     assert validation_losses(run) == validation_losses(run) != {}
     with Image.open(draw_samples(run)) as sheet:
         assert sheet.width > 64
-    assert run.conditions.prompts.texts[0].startswith("the handwritten digit")
+    assert run.engine.loss.conditions.prompts.texts[0].startswith("the handwritten digit")
     assert {NULL_TEXT_FILE, PROMPTS_FILE} <= {path.name for path in run.directory.path.iterdir()}
 
 
@@ -78,7 +78,7 @@ def test_prompts_are_drawn_by_the_command(run, tmp_path, capsys):
         )
         return json.loads(capsys.readouterr().out)
 
-    assert told()["prompts"] == list(run[0].conditions.prompts.texts)
+    assert told()["prompts"] == list(run[0].engine.loss.conditions.prompts.texts)
     (tmp_path / "texts.txt").write_text("the digit seven\n\n red apple \n")
     both = told("--prompt", "cat", "--prompts", str(tmp_path / "texts.txt"))
     assert both["prompts"] == ["cat", "the digit seven", "red apple", "cat"] and both["labels"] is None

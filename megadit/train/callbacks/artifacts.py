@@ -39,7 +39,7 @@ class Samples(Callback):
 
         The pictures are dealt to the ranks. After the checkpoint, so that no failure costs it.
         """
-        if run.codec.decodes and due(run.position.step, run.config.train.sample_every, run.total_steps):
+        if run.engine.loss.codec.decodes and due(run.position.step, run.config.train.sample_every, run.total_steps):
             from megadit.train.pictures import draw_samples
 
             draw_samples(run)
