@@ -27,10 +27,10 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, key: str, builtin: str) -> None:
         self.kind, self.key = kind, key
         self._builtin = builtin
-        self._added: dict[str, T] = {}
+        self._added: dict[str, T | str] = {}
 
-    def add(self, name: str, value: T) -> None:
-        """Add what a plugin brings.
+    def add(self, name: str, value: T | str) -> None:
+        """Add what a plugin brings, or where it is, ``module:attribute``, for what is to be imported when it is used.
 
         Raises:
             UserError: the name is taken.
@@ -60,11 +60,10 @@ class Registry(Generic[T]):
         Raises:
             UserError: there is none; the message names the nearest and the remedy.
         """
-        if name in self._added:
-            return self._added[name]
-        builtin = load_object(self._builtin)
-        if name not in builtin:
+        values = {**load_object(self._builtin), **self._added}
+        if name not in values:
             hint = did_you_mean(str(name), self.names())
             raise UserError(f"{self.key}: {name!r} is no {self.kind}; {hint} A plugin's needs --plugins MODULE")
-        value: T = load_object(builtin[name])
+        found = values[name]
+        value: T = load_object(found) if isinstance(found, str) else found
         return value

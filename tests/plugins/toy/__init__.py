@@ -1,4 +1,4 @@
-"""A plugin with one of every kind: a family (and one with a fault), a data source, a schedule, a callback, a metric.
+"""A plugin with one of every kind: families (one with a fault), a data source, codec, schedule, callback and metric.
 
 Nothing here imports torch before it is used.
 """
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from megadit.config.data_source import DataSource
 from megadit.config.family import FamilySpec
 from megadit.evaluate.metrics import Metric
-from megadit.extensions import CALLBACKS, DATA_SOURCES, FAMILIES, METRICS, SCHEDULES
+from megadit.extensions import CALLBACKS, CODECS, DATA_SOURCES, FAMILIES, METRICS, SCHEDULES
 from megadit.train.callbacks import Callback
 
 if TYPE_CHECKING:
-    from megadit.config import DataConfig
+    from megadit.config.schema.data import DataConfig
     from megadit.data.dataset import ArraySet
     from megadit.engine.schedule import Schedule
     from megadit.train.run import TrainingRun
@@ -97,6 +97,7 @@ def register() -> None:
     """Add them all."""
     FAMILIES.add("toy", family("toy", "Toy"))
     FAMILIES.add("toy-faulty", family("toy-faulty", "FaultyToy"))
+    CODECS.add("BlockMeans", "toy.codec:BlockMeans")
     DATA_SOURCES.add("stripes", DataSource(load_stripes, own_classes=True))
     SCHEDULES.add("inverse-sqrt", inverse_sqrt)
     CALLBACKS.add("countdown", Countdown)

@@ -40,14 +40,14 @@ class Block(Stage):
         self.mlp = Mlp(param.width_dim(), hidden, param)
 
     def run(self, state: ConditionedTokens) -> ConditionedTokens:
-        """Tokens plus an MLP of them, their mean and the condition."""
+        """Tokens plus an MLP of them and of their mean."""
         x = state.tokens
         mixed = x + self.pool * x.mean(1, keepdim=True)
         return ConditionedTokens(x + self.mlp(F.layer_norm(mixed, mixed.shape[-1:])), state.condition)
 
 
 class Embed(Stage):
-    """The condition is added to every token, too."""
+    """The condition is carried for the readout, and added to every token."""
 
     takes = ModelInputs
 
