@@ -22,15 +22,13 @@ if TYPE_CHECKING:
 
 __version__ = "1.0"
 
-ORIGINAL: dict[str, Any] = {}  # every purpose starts as it does by fan-in
-
 
 def family(name: str, model: str) -> FamilySpec:
     """A mixer of pooled tokens: see ``model``."""
     return FamilySpec(
         name=name,
         model=f"toy.model:{model}",
-        init={"original": "toy:ORIGINAL"},
+        init={"original": "megadit.mup.rules:FAN_IN_SCHEME"},  # it has no other start
         presets={"toy-s": {"width": 64, "depth": 2, "head_dim": 16}} if name == "toy" else {},
         options={"pool": 1.0} if name == "toy" else {},
         layouts=("tensor", "pipeline"),
