@@ -16,10 +16,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megadit.cli import add_plugins, import_plugins
-from megadit.errors import EXIT_OK
+from megadit.cli.make_shards import in_range, progress_bar, sentences, sharding_of, summary
+from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
+
+if TYPE_CHECKING:
+    from megadit.config.schema.data import DataConfig
 
 FIT = "fit-pca"
 FIT_HELP = """Fit a PCA patch codec in closed form on the training part of a data set; measure it on the held-out part.
@@ -83,34 +88,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _encode(args: argparse.Namespace) -> int:
     from megadit.config.loading.loader import load_data, text_length
     from megadit.data.places import check_data_places
-    from megadit.data.shards import options as telling
 
-    sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
+    sharding = sharding_of(args.name, args.out, args.samples, args.max_mb)
     config = load_data(args.config, args.overrides)
     check_data_places(config)
-    telling.check_encode_options(config, args.posterior, args.seed, args.max_length)
+    check_encode_options(config, args.posterior, args.seed, args.max_length)
     length = args.max_length
     if length is not None:
-        telling.in_range("--max_length", length, 1, None)
+        in_range("--max_length", length, 1, None)
     elif config.condition == "text":
         length = text_length(args.config)
     from megadit.data.shards.encoding import Encoding, encode_set
 
     encoding = Encoding(args.dtype, args.posterior or "moments", length, args.seed or 0)
-    with telling.progress_bar("samples") as progress:
-        manifest = encode_set(config, args.out, sharding, encoding, telling.device_of(args.device), progress)
+    with progress_bar("samples") as progress:
+        manifest = encode_set(config, args.out, sharding, encoding, device_of(args.device), progress)
     result_is_saved(as_json=args.json)
-    print(json.dumps(telling.summary(manifest, args.out)) if args.json else telling.sentences(manifest, args.out))
+    print(json.dumps(summary(manifest, args.out)) if args.json else sentences(manifest, args.out))
     return EXIT_OK
 
 
 def _fit(args: argparse.Namespace) -> int:
     from megadit.config.loading.loader import load_data
-    from megadit.data.shards import options as telling
     from megadit.extensions import DATA_SOURCES
 
     for option in ("factor", "channels", "images"):
-        telling.in_range(f"--{option}", getattr(args, option), 1, None)
+        in_range(f"--{option}", getattr(args, option), 1, None)
     config = load_data(args.config, args.overrides)
     DATA_SOURCES.get(config.name).check(config)
     from megadit.data.codecs.pca import fit_and_save
@@ -124,3 +127,31 @@ def _fit(args: argparse.Namespace) -> int:
         json.dumps(told) if args.json else f"{args.out}: fitted on {told['fitted_on']} images, {psnr}\n  {told['use']}"
     )
     return EXIT_OK
+
+
+def device_of(name: str) -> str:
+    """--device as torch names it. Raises UserError where it is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device: {name} is not one of auto, cpu, cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device: {name} is not available here; use cpu")
+    return name
+
+
+def check_encode_options(config: DataConfig, posterior: str | None, seed: int | None, max_length: int | None) -> None:
+    """Raise UserError for an option of ``tools/encode.py`` (None: not given) that nothing reads for ``config``."""
+    from megadit.data.codecs.folder import VAE_CLASS, codec_facts
+
+    if seed is not None and posterior != "sample":
+        raise UserError(f"--seed: {seed} is not read without --posterior sample, the one that draws; leave it out")
+    if posterior is not None and (config.vae is None or codec_facts(config.vae).name != VAE_CLASS):
+        raise UserError(f"--posterior: {posterior} is of an AutoencoderKL, and data.vae gives none; leave it out")
+    if max_length is not None and config.condition != "text":
+        raise UserError(
+            f"--max_length: {max_length} is of texts, and data.condition is {config.condition}; leave it out, or set "
+            "data.condition=text"
+        )

@@ -12,12 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
+
+if TYPE_CHECKING:
+    from megadit.data.shards.layout import Progress, Sharding
+    from megadit.data.shards.manifest import Manifest
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,20 +52,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_ranks("tools/make_shards.py")
     import_plugins(args)
     from megadit.config.loading.loader import load_data
-    from megadit.data.shards import options as telling
     from megadit.extensions import DATA_SOURCES
 
-    sharding = telling.sharding_of(args.name, args.out, args.samples, args.max_mb)
-    quality = telling.in_range("--quality", 95 if args.quality is None else args.quality, 1, 100)
+    sharding = sharding_of(args.name, args.out, args.samples, args.max_mb)
+    quality = in_range("--quality", 95 if args.quality is None else args.quality, 1, 100)
     if args.quality is not None and args.image != "jpg":
         raise UserError(f"--quality: {args.quality} is not read where --image is {args.image}; add --image jpg")
     config = load_data(args.config, args.overrides)
     DATA_SOURCES.get(config.name).check(config)
-    from megadit.data.shards.making import make_shards
+    from megadit.data.shards.writing import make_shards
 
-    with telling.progress_bar("images") as progress:
+    with progress_bar("images") as progress:
         manifest = make_shards(config, args.out, sharding, args.image, quality, progress)
-    told = telling.summary(manifest, args.out)
+    told = summary(manifest, args.out)
     result_is_saved(as_json=args.json)
-    print(json.dumps(told) if args.json else telling.sentences(manifest, args.out))
+    print(json.dumps(told) if args.json else sentences(manifest, args.out))
     return EXIT_OK
+
+
+def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None) -> Sharding:
+    """How tars are cut, from --name, --out, --samples and --max_mb. Raises UserError for values that cannot be."""
+    from megadit.data.shards.layout import Sharding
+
+    prefix = name or out.absolute().name
+    if not prefix or prefix.startswith(".") or any(sign in prefix for sign in "/\\{}"):
+        raise UserError(f"--name: '{prefix}' cannot begin the names of tars; give a plain word")
+    in_range("--samples", samples, 1, None)
+    if max_mb is not None and not 0 < max_mb < math.inf:
+        raise UserError(f"--max_mb: {max_mb:g} is not above 0, or has no end; give the megabytes of a tar")
+    return Sharding(prefix, samples, None if max_mb is None else int(max_mb * 1e6))
+
+
+def in_range(option: str, value: int, lowest: int, highest: int | None) -> int:
+    """``value`` if it lies in the range. Raises UserError that names ``option`` if not."""
+    if value < lowest or (highest is not None and value > highest):
+        upto = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise UserError(f"{option}: {value} is not {upto}; choose another value")
+    return value
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Progress]:
+    """A bar on stderr, silent where that is no terminal; what is given takes (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(unit=f" {unit}", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
+    """What was written, for --json."""
+    return {
+        "out": str(out),
+        "name": manifest.name,
+        "samples": manifest.samples,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "classes": len(manifest.classes),
+        "holds": holds(manifest),
+    }
+
+
+def holds(manifest: Manifest) -> list[str]:
+    """What is in the tars, in words."""
+    stored = manifest.stored
+    if stored is None:
+        return [f"images of {manifest.image_size} pixels"]
+    found = [f"images of {manifest.image_size} pixels"] if not stored.channels else []
+    if stored.channels:
+        kind = "posteriors of latents" if stored.moments else "latents"
+        found.append(f"{kind}, {stored.channels}x{stored.size}x{stored.size}, scale {stored.scale:g}, {stored.codec}")
+    if stored.text_dim:
+        pooled = f" and pooled {stored.pooled_dim}" if stored.pooled_dim else ""
+        found.append(f"text of up to {stored.text_length} tokens x {stored.text_dim}{pooled}, {stored.text_encoder}")
+    if stored.feature_dim:
+        found.append(f"features of {stored.feature_dim} channels, {stored.feature_encoder}")
+    return [*found, "all of mirrored images too"] if stored.mirrored else found
+
+
+def sentences(manifest: Manifest, out: Path) -> str:
+    """What was written, for people."""
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    first = f"{out}: {manifest.samples} samples of {manifest.name} in {len(manifest.shards)} tars, {size:.1f} MB"
+    return "\n  ".join([first, *holds(manifest), f"train on them with data.name=webdataset data.path={out}"])

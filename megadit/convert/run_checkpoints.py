@@ -22,7 +22,7 @@ from megadit.config.family import family_spec
 from megadit.config.schema.run import ONLINE
 from megadit.convert.contents import Contents, Part, group_facts
 from megadit.convert.deferred import deferred, loaded
-from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions, save_conditions
+from megadit.data.conditions import NULL_TEXT_FILE, load_conditions, save_conditions
 from megadit.diffusion.sampling.classes import CLASSES_FILE, read_classes
 from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
 from megadit.errors import UserError, say

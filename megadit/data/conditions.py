@@ -1,7 +1,8 @@
-"""``Conditions``: what a run's model is conditioned on, from batches of its data."""
+"""``Conditions``: what a run's model is conditioned on, from batches of its data, and the files that keep them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ from megadit.config.family import family_spec
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.config.schema.run import RunConfig
 from megadit.data.batch import Batch
-from megadit.data.captions import check_captions
-from megadit.data.dataset import ImageSet
-from megadit.data.text import TextEncoder, TextTable, build_encoder, build_table, cache_folder, check_lengths
-from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
+from megadit.data.dataset import ImageSet, even_choice
+from megadit.data.text.encoders import TextEncoder, build_encoder, check_lengths
+from megadit.data.text.table import TextTable, build_table, cache_folder
+from megadit.data.verify import check_captions
 from megadit.errors import UserError
+from megadit.files.file_kind import file_instead
+from megadit.files.json_text import parse_json
+from megadit.files.paths import save_tensors
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,33 @@ def _prompts(config: RunConfig, held_out: ImageSet, table: TextTable | None, enc
     return Prompts(texts, stored_text({name: torch.stack([e[name] for e in extras]) for name in extras[0]}, text))
 
 
-def even_choice(items: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]:
-    """At most ``count`` of the items, evenly spaced."""
-    shown = min(count, len(items))
-    return [items[number * len(items) // shown] for number in range(shown)]
+NULL_TEXT_FILE, PROMPTS_FILE = "null_text.safetensors", "prompts.safetensors"
+
+
+def save_conditions(path: Path, cond: Conditioning, texts: Sequence[str] = ("",)) -> None:
+    """Write text, text_mask and pooled of ``texts``, as far as they are given."""
+    given = {name: getattr(cond, name) for name in ("text", "text_mask", "pooled")}
+    tensors = {name: value.cpu().contiguous() for name, value in given.items() if value is not None}
+    save_tensors(path, tensors, {"texts": json.dumps(list(texts))})
+
+
+def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
+    """What ``save_conditions`` wrote. Raises UserError if the file is missing or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = set(file.keys()) & {"text", "text_mask", "pooled"}
+            texts = parse_json((file.metadata() or {})["texts"])
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its texts are no list of texts")
+            cond = Conditioning(**{name: file.get_tensor(name) for name in names})
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        other = file_instead(path, "safetensors")
+        if other is not None:
+            raise UserError(f"'{path}' cannot be read: {other}") from error
+        raise UserError(
+            f"'{path}' is missing or damaged ({' '.join(str(error).split())[:120]}); start the run's training command "
+            "again, which writes it"
+        ) from error
+    return cond, texts

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from megadit.data.listing import Listing
 from megadit.errors import say
+
+T = TypeVar("T")
 
 # text (L, D), text_mask bool (L,) and pooled (P,): features of the caption. features (F, h, w): of the image, for REPA.
 EXTRAS = ("text", "text_mask", "pooled", "features")
@@ -43,27 +45,22 @@ class ImageSet(Protocol):
     @property
     def name(self) -> str:
         """The set's name, as in ``data.name``."""
-        ...
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names by label; empty when images have no labels."""
-        ...
 
     @property
     def channels(self) -> int:
         """1 (grey) or 3 (RGB)."""
-        ...
 
     @property
     def image_size(self) -> int:
         """Side of the square images, in pixels."""
-        ...
 
     @property
     def notice(self) -> str:
         """Licence and attribution to show beside pictures; empty if there is none."""
-        ...
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -71,52 +68,41 @@ class ImageSet(Protocol):
 
         A sentence each, which names the place; told once as ``note:`` where a command begins (``tell_remarks``).
         """
-        ...
 
     def __len__(self) -> int: ...
 
     @property
     def stores_latents(self) -> bool:
         """Whether ``image`` gives latents, scaled as the model takes them, in place of pixels."""
-        ...
 
     @property
     def stored(self) -> StoredFacts | None:
         """What is stored besides pixels; None: nothing is."""
-        ...
 
     @property
     def mirrored(self) -> ImageSet | None:
         """The same set with what was made of mirrored images (latents, features), where it is stored; else None."""
-        ...
 
     def image(self, i: int) -> Tensor:
         """uint8 (C, H, W), or latents in any floating dtype. Raises ``UserError`` when its file cannot be read."""
-        ...
 
     def label(self, i: int) -> int:
         """Class index; 0 when there are no classes."""
-        ...
 
     def caption(self, i: int) -> str:
         """A description in words; may be empty."""
-        ...
 
     def source_of(self, i: int) -> str:
         """Where image i comes from, for people: its file, or its place in one."""
-        ...
 
     def extras(self, i: int) -> dict[str, Tensor]:
         """What is stored beside the image: any of ``EXTRAS``; the same ones for every image of a set."""
-        ...
 
     def null_extras(self) -> dict[str, Tensor]:
         """text, text_mask and pooled of the empty caption, shaped as in ``extras``, where they are stored; else {}."""
-        ...
 
     def listing(self) -> Listing:
         """What the whole set is read from, in its order; asks the file system, and opens nothing."""
-        ...
 
 
 class WholeSet(ImageSet, Protocol):
@@ -125,11 +111,26 @@ class WholeSet(ImageSet, Protocol):
     @property
     def bases(self) -> Sequence[str]:
         """A base name per image: those with the same one are variants of one picture, and held out together."""
-        ...
+
+
+class PixelSet:
+    """What a set of pixels answers that stores nothing beside them: a base of image sets."""
+
+    stores_latents = False
+    stored: StoredFacts | None = None
+    mirrored: ImageSet | None = None
+
+    def extras(self, i: int) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def null_extras(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
-class ArraySet:
+class ArraySet(PixelSet):
     """A set held in memory as one uint8 tensor (N, C, h, w), resized to ``image_size`` when that differs from h."""
 
     name: str
@@ -140,9 +141,6 @@ class ArraySet:
     labels: Tensor
     captions: tuple[str, ...]
     bases: tuple[str, ...]  # base names: images with the same one are variants of one picture
-    stores_latents: bool = False
-    stored: StoredFacts | None = None
-    mirrored: ImageSet | None = None
     files: tuple[tuple[str, int], ...] = ()  # names and bytes of what it was read from; empty: one file of the pixels
     remarks: tuple[str, ...] = ()
 
@@ -165,12 +163,6 @@ class ArraySet:
 
     def source_of(self, i: int) -> str:
         return f"image {i} of {self.name}"
-
-    def extras(self, i: int) -> dict[str, Tensor]:
-        return {}
-
-    def null_extras(self) -> dict[str, Tensor]:
-        return {}
 
     def listing(self) -> Listing:
         files = self.files or ((self.name, self.images.nbytes),)
@@ -297,6 +289,17 @@ def tell_remarks(images: ImageSet) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for remark in images.remarks:
             say(f"note: {remark}")
+
+
+def origin(images: ImageSet) -> tuple[ImageSet, Sequence[int]]:
+    """The set that ``images`` were chosen from, and their places in it; itself, if they are none of another."""
+    return (images.source, images.indices) if isinstance(images, Subset) else (images, range(len(images)))
+
+
+def even_choice(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of the items, evenly spaced."""
+    shown = min(count, len(items))
+    return [items[number * len(items) // shown] for number in range(shown)]
 
 
 def stack_images(dataset: ImageSet, indices: Sequence[int]) -> Tensor:

@@ -15,9 +15,9 @@ import numpy as np
 
 from megadit.config import RunConfig
 from megadit.config.schema.values import plain_text
-from megadit.data.codecs.codec import codec_identity, codec_scale
+from megadit.data.codecs.codec import codec_identity, scale_and_shift
 from megadit.data.codecs.folder import codec_facts
-from megadit.data.dataset import ImageSet, Subset
+from megadit.data.dataset import ImageSet, origin
 from megadit.data.listing import digest, first_difference, record, same_files
 from megadit.data.shards.tar_set import cut_before_crop
 from megadit.data.text.encoders import build_encoder
@@ -40,7 +40,7 @@ def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Ident
         UserError: an encoder's or a codec's folder cannot be read.
     """
     listing = train_set.listing()
-    parts = _indices(train_set), _indices(val_set)
+    parts = [np.array(origin(images)[1], dtype="<i8") for images in (train_set, val_set)]
     data = config.data
     texts = data.condition == "text" and listing.captions is not None
     return {
@@ -59,20 +59,12 @@ def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Ident
         else "",
         "image_size": train_set.image_size,
         "flip": data.flip,
-        "crop": None if train_set.stores_latents else getattr(_source(train_set), "crop", None),
+        "crop": None if train_set.stores_latents else getattr(origin(train_set)[0], "crop", None),
         "stored": None if train_set.stored is None else asdict(train_set.stored),
         "text_encoder": _text_encoder(config, train_set),
         "autoencoder": _autoencoder(config, train_set),
         "feature_encoder": _feature_encoder(config),
     }
-
-
-def _source(images: ImageSet) -> ImageSet:
-    return images.source if isinstance(images, Subset) else images
-
-
-def _indices(images: ImageSet) -> np.ndarray:
-    return np.array(images.indices if isinstance(images, Subset) else range(len(images)), dtype="<i8")
 
 
 def _text_encoder(config: RunConfig, images: ImageSet) -> str | None:
@@ -85,7 +77,8 @@ def _autoencoder(config: RunConfig, images: ImageSet) -> dict[str, Any] | None:
     vae = config.data.vae
     if vae is None or images.stores_latents:
         return None
-    facts, (scale, shift) = codec_facts(vae), codec_scale(vae)
+    facts = codec_facts(vae)
+    scale, shift = scale_and_shift(vae, facts)
     return {"codec": codec_identity(vae), "factor": facts.factor, "scale": scale, "shift": shift}
 
 

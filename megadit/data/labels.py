@@ -1,4 +1,4 @@
-"""Labels that other people wrote: a name or a whole number from 0, checked before a class is made of any.
+"""Labels and class names that other people wrote: checked before a class is made of any, and found by what a text says.
 
 The largest number says how many classes there are, so that one wrong number would make billions of names. It is held
 against ``model.num_classes`` or, where no model is known, against the number of labels.
@@ -6,6 +6,9 @@ against ``model.num_classes`` or, where no model is known, against the number of
 
 from __future__ import annotations
 
+import difflib
+import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,13 +75,13 @@ def class_names_of_numbers(numbers: Sequence[int], where: Where, num_classes: in
     lowest, highest = min(numbers), max(numbers)
     if lowest < 0:
         raise UserError(
-            f"data.path: {where(_first(numbers, lowest))} has the label {_shown(lowest)}; number classes from 0"
+            f"data.path: {where(numbers.index(lowest))} has the label {_shown(lowest)}; number classes from 0"
         )
     plausible = min(max(len(numbers), _PLAUSIBLE), _MOST)
     allowed = plausible if num_classes is None else min(num_classes, _MOST)
     if highest < allowed:
         return tuple(map(str, range(highest + 1)))
-    place = where(_first(numbers, highest))
+    place = where(numbers.index(highest))
     if num_classes is not None and highest >= num_classes:
         more = f", or set model.num_classes={highest + 1}" if highest < plausible else ""
         raise UserError(
@@ -91,10 +94,6 @@ def class_names_of_numbers(numbers: Sequence[int], where: Where, num_classes: in
     )
 
 
-def _first(numbers: Sequence[int], wanted: int) -> int:
-    return next(i for i, number in enumerate(numbers) if number == wanted)
-
-
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -102,3 +101,62 @@ def _shown(value: Any) -> str:
         return "a number of more than 64 bits"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+_SHOWN = 60  # characters of a text in a message
+
+
+def _composed(text: str) -> str:
+    """Without space around it, and with accents as one code point each: macOS splits them in names of files."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", _composed(text).casefold())
+
+
+# From the strictest on; a text names what it names in the first form in which it names any.
+_FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, _composed, _folded)
+
+
+class ClassNames:
+    """The names of classes, by label. Two classes may have one name, or names that differ in case alone."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._labels: list[dict[str, list[int]]] = []
+        for form in _FORMS:
+            found: dict[str, list[int]] = {}
+            for label, name in enumerate(self.names):
+                found.setdefault(form(name), []).append(label)
+            self._labels.append(found)
+
+    def exact(self, text: str) -> list[int]:
+        """Labels of the classes called so, letter for letter; else but for space around the name."""
+        return self._labels[0].get(text) or self._labels[1].get(text.strip(), [])
+
+    def same_letters(self, text: str) -> list[int]:
+        """As ``exact``; else of those whose letters are other code points (``é`` as one, or as two)."""
+        return self.exact(text) or self._labels[2].get(_composed(text), [])
+
+    def any_case(self, text: str) -> list[int]:
+        """As ``same_letters``; else of those called so in another case. Several labels: the text is ambiguous."""
+        return self.same_letters(text) or self._labels[3].get(_folded(text), [])
+
+    def nearest(self, text: str, cutoff: float = 0.6) -> str | None:
+        """The name most like a text that names none."""
+        folded = list(self._labels[3])
+        near = difflib.get_close_matches(_folded(text[:1000]), folded, n=1, cutoff=cutoff)
+        return self.names[self._labels[3][near[0]][0]] if near else None
+
+    def listed(self, labels: Sequence[int]) -> str:
+        """ "Cat (label 0) and cat (label 3)"."""
+        some = [f"{quoted(self.names[label])} (label {label})" for label in labels[:4]]
+        return " and ".join(some) if len(labels) < 4 else ", ".join(some) + (", …" if len(labels) > 4 else "")
+
+
+def quoted(text: str) -> str:
+    """A name for a message: as it is, or quoted where it has commas, letters that are not seen, or space around it."""
+    text = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+    plain = text and text == text.strip() and text.isprintable() and not set(text) & set(",\"'")
+    return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from megadit.files.text import name_bytes
+
 _MARKS = 1024  # places that a record keeps: every entry of a set that has no more
 _THREADS, _PER_THREAD = 16, 4096  # a file system in the network answers many questions at once
 MISSING = -1  # the size of a file that is not there
@@ -115,7 +117,7 @@ def first_difference(before: Mapping[str, Any], listing: Listing) -> str:
     present = _text(listing.names[mark.place])
     if present == mark.name:
         return f"{present} has {_bytes(listing.sizes[mark.place])} and had {_bytes(mark.size)}"
-    if _raw(mark.name) not in set(listing.names):
+    if name_bytes(mark.name) not in set(listing.names):
         return f"{mark.name} is gone"
     return f"{present} is {'in the place of ' + mark.name if any(m.name == present for m in marks) else 'new'}"
 
@@ -135,10 +137,6 @@ class _Mark:
 
 def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
-
-
-def _raw(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _bytes(size: int) -> str:

@@ -6,9 +6,9 @@ A slip in a path then costs a fraction of a second. What the files hold is for t
 from __future__ import annotations
 
 from megadit.config import RunConfig
-from megadit.config.schema.data import DataConfig, FeatureSource
+from megadit.config.schema.data import DataConfig
 from megadit.data.codecs.folder import codec_folder
-from megadit.data.features.folders import check_folder, check_packages
+from megadit.data.features.folders import check_dinov2, check_packages
 from megadit.data.text.folders import check_source
 from megadit.extensions import DATA_SOURCES
 
@@ -37,11 +37,7 @@ def _check(data: DataConfig, *, text: bool, features: bool) -> None:
     if text:
         check_source(data.text)
     if features and data.features is not None:
-        _check_features(data.features)
-
-
-def _check_features(source: FeatureSource) -> None:
-    if source.encoder == "dinov2":
-        check_folder(source.path, source.image_size)
-    elif source.encoder == "efficientnet-lite0":
-        check_packages()
+        if data.features.encoder == "dinov2":
+            check_dinov2(data.features.path, data.features.image_size)
+        elif data.features.encoder == "efficientnet-lite0":
+            check_packages()

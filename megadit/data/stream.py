@@ -1,16 +1,31 @@
-"""``BatchStream``: the endless sequence of a rank's micro batches, read here or ahead of time by workers.
+"""``BatchStream``: the endless sequence of a rank's micro batches, read here or ahead of time by worker processes.
 
 The main process resolves sample numbers to indices and sends both to the workers, which only read,
 decode and mirror. So the batches are the same, in the same order, for any number of workers.
+
+Workers are safe beside DeepSpeed. A fork of the training process copies locks that its threads (gloo, NCCL, OpenMP,
+TensorBoard) may hold at that moment, and deadlocks; CUDA cannot be used after one at all. So workers are forked from a
+server process that has only imported torch, and never from the training process.
+
+Slurm and terminals send SIGUSR1, SIGTERM and SIGINT to every process of a job step. The run answers them
+with a checkpoint, for which it still needs its workers: so these have them blocked, and end when the
+stream is closed or their parent is gone.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -20,7 +35,6 @@ from megadit.config.schema.data import OnCorrupt
 from megadit.data.batch import Batch, RawBatch, UnreadableSample, finish, read_samples
 from megadit.data.dataset import ImageSet
 from megadit.data.order import BatchLayout, SampleOrder
-from megadit.data.workers import prepare_worker, worker_context
 from megadit.errors import UserError
 
 
@@ -167,3 +181,44 @@ def _close_at_exit(reference: weakref.ref[BatchStream]) -> None:
     stream = reference()
     if stream is not None:
         stream.close()
+
+
+_SHIELDED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+_PRELOAD = ["torch", "megadit.data.stream"]
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block the shielded signals in this thread: children inherit it, and none is lost (it waits until after)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def worker_context() -> ForkServerContext:
+    """The context to start workers from; its server is running and holds torch when this returns."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    resource_tracker.ensure_running()  # first: it unblocks SIGINT and SIGTERM of this thread on its way out
+    with _signals_blocked():
+        forkserver.ensure_running()
+    return context
+
+
+def prepare_worker(worker_id: int) -> None:
+    """DataLoader's ``worker_init_fn``: block the signals here too, and end when the training process is gone.
+
+    DataLoader's own watch is on the parent process, here the fork server, which in turn lives as long
+    as a worker does: without ours, both would outlive a training process that was killed.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)  # should another part have started the server
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -12,7 +12,7 @@ from megadit.conditioning import Conditioning
 from megadit.data import Batch
 from megadit.data.codecs.codec import Codec
 from megadit.data.conditions import Conditions
-from megadit.data.features import TargetFeatures
+from megadit.data.features.targets import TargetFeatures
 from megadit.diffusion import LossTerms, NoisyBatch, Objective
 from megadit.diffusion.objectives.repa import alignment_loss, with_alignment
 from megadit.rng import sample_keys

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadit.data.npy import read_header
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
+from megadit.files.npy import read_header
 
 # An npz of real pictures unpacks to a few times its size; flat colours to a thousand times, which is harmless if small.
 _PACKED, _LARGE = 100, 2**30

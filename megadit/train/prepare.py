@@ -132,7 +132,7 @@ def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datase
     from megadit.data.checks import check_codec, draws_no_pictures, with_stored_codec
     from megadit.data.conditions import check_text
     from megadit.data.dataset import tell_remarks
-    from megadit.data.features import check_features
+    from megadit.data.features.targets import check_features
     from megadit.data.shards.tar_set import cut_before_crop
 
     train_set, val_set = (datasets or build_datasets)(merged.config.data, merged.config.model.num_classes)

@@ -12,7 +12,7 @@ from megadit.config import RunConfig
 from megadit.data import BatchLayout, ImageSet, describe
 from megadit.data.codecs.codec import build_codec
 from megadit.data.conditions import Conditions, build_conditions, kept_null
-from megadit.data.features import TargetFeatures
+from megadit.data.features.targets import TargetFeatures
 from megadit.data.windows import Window, before, joined
 from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine

@@ -107,7 +107,7 @@ def test_official_there_and_back_is_bit_exact(runs: dict[str, Path], tmp_path: P
         stored = torch.load(file, weights_only=True)
         assert (list(stored) == ["state_dict"]) == (family == "pixart")
     if family == "pixart":
-        from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions
+        from megadit.data.conditions import NULL_TEXT_FILE, load_conditions
 
         kept = [load_conditions(run / NULL_TEXT_FILE)[0].text for run in (runs[family], tmp_path / "back")]
         assert kept[0] is not None and kept[1] is not None and torch.equal(kept[0], kept[1])

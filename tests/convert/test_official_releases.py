@@ -29,7 +29,7 @@ from megadit.cli import convert_checkpoint
 from megadit.config import ModelConfig
 from megadit.convert.conversion import convert
 from megadit.convert.wrappings import weights_file
-from megadit.data.text.condition_files import NULL_TEXT_FILE, load_conditions
+from megadit.data.conditions import NULL_TEXT_FILE, load_conditions
 from megadit.errors import UserError
 from megadit.mup.example import example_conditioning, example_images
 

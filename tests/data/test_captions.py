@@ -11,11 +11,11 @@ from helpers.tars import png, write_tar
 from helpers.training import small_config
 from megadit.config import DataConfig
 from megadit.data import ImageSet, build_datasets
-from megadit.data.captions import check_captions
 from megadit.data.conditions import check_text
 from megadit.data.shards.encoding import Encoding, encode_set
 from megadit.data.shards.layout import Sharding
-from megadit.data.shards.making import make_shards
+from megadit.data.shards.writing import make_shards
+from megadit.data.verify import check_captions
 from megadit.errors import UserError
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,10 +13,18 @@ from megadit.conditioning import Conditioning, null_caption
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.config.schema.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 from megadit.data.batch import Batch
-from megadit.data.conditions import build_conditions, check_text, even_choice, kept_null
+from megadit.data.conditions import (
+    NULL_TEXT_FILE,
+    PROMPTS_FILE,
+    build_conditions,
+    check_text,
+    even_choice,
+    kept_null,
+    load_conditions,
+    save_conditions,
+)
 from megadit.data.dataset import ArraySet, StoredFacts, Subset
-from megadit.data.text import build_encoder
-from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions, save_conditions
+from megadit.data.text.encoders import build_encoder
 from megadit.errors import UserError
 
 LENGTH = 12
@@ -132,7 +139,7 @@ def test_a_null_caption_goes_with_the_weights_that_know_it(folders, tmp_path):
 class Stored(ArraySet):
     """Features beside the images: every token of image i is i, of i + 1 tokens in 8."""
 
-    facts: dict[str, Any] = field(default_factory=dict)
+    stored: StoredFacts | None = None
 
     def extras(self, i: int) -> dict[str, Tensor]:
         mask = torch.arange(8) <= i

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from megadit.config.schema.data import VaeConfig
 from megadit.data.codecs.folder import codec_facts
-from megadit.data.features.folders import check_folder
+from megadit.data.conditions import load_conditions
+from megadit.data.features.folders import check_dinov2
 from megadit.data.shards.manifest import load_manifest
-from megadit.data.text.condition_files import load_conditions
 from megadit.data.text.encoders import CLIPTextEncoder, MiniLMEncoder, T5TextEncoder
 from megadit.errors import UserError
 
@@ -45,7 +45,7 @@ READERS: dict[str, tuple[dict[str, Any], Any]] = {
     "minilm": (BERT, MiniLMEncoder),
     "t5": (T5, T5TextEncoder),
     "clip": (CLIP, CLIPTextEncoder),
-    "dinov2": (DINO, lambda folder: check_folder(str(folder), 28)),
+    "dinov2": (DINO, lambda folder: check_dinov2(str(folder), 28)),
 }
 WHOLE_NUMBERS = [None, "8", True, 1.5, math.nan, [8], {"a": 1}, -1, 0, 10**12]
 KEYS = [
@@ -188,9 +188,9 @@ def test_dinov2_of_other_pictures(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps({"image_mean": mean}))
         with pytest.raises(UserError, match=rf"^data\.features\.path: '.*preprocessor_config\.json' {words}"):
-            check_folder(str(folder), 28)
+            check_dinov2(str(folder), 28)
     file.write_text(json.dumps({"image_mean": [0.485, 0.456, 0.406], "image_std": None}))
-    check_folder(str(folder), 28)
+    check_dinov2(str(folder), 28)
 
 
 @pytest.mark.parametrize("kind", ["vae", "t5", "dinov2"])

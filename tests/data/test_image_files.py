@@ -15,9 +15,9 @@ from PIL import EpsImagePlugin, Image, ImageFile
 
 from megadit.config import DataConfig
 from megadit.data import image_files
-from megadit.data.crop import check_header, read_image
+from megadit.data.image_files import check_header, read_image
 from megadit.data.shards.members import read_picture
-from megadit.data.sources.image_folder.folder_set import load_folder
+from megadit.data.sources.image_folder import load as load_folder
 from megadit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,13 +12,13 @@ from PIL import Image
 from helpers.training import small_config
 from megadit.config import DataConfig
 from megadit.data import build_datasets, check_images
+from megadit.data.build import held_out
 from megadit.data.dataset import Subset
 from megadit.data.identity import differences, identify
 from megadit.data.listing import MISSING
 from megadit.data.shards.layout import INDEX, MANIFEST
-from megadit.data.shards.making import Sharding, make_shards
 from megadit.data.shards.tar_set import load_tars
-from megadit.data.split import held_out
+from megadit.data.shards.writing import Sharding, make_shards
 from megadit.errors import UserError
 
 LATIN = b"caf\xe9"  # in Latin-1; no UTF-8

@@ -19,7 +19,8 @@ from megadit.config import DataConfig
 from megadit.data.batch import Batch
 from megadit.data.dataset import ArraySet
 from megadit.data.order import BatchLayout
-from megadit.data.sources.image_folder.folder_set import FolderSet, load_folder
+from megadit.data.sources.image_folder import load as load_folder
+from megadit.data.sources.image_folder.folder_set import FolderSet
 from megadit.data.stream import BatchStream
 from megadit.errors import UserError
 

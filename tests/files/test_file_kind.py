@@ -27,9 +27,9 @@ from megadit.config import DataConfig
 from megadit.config.deepspeed.file import read_ds_config
 from megadit.config.loading.sources import read_yaml
 from megadit.convert.torch_files.safe_load import load_file as load_torch
+from megadit.data.conditions import load_conditions
 from megadit.data.sources import digits as digits_set
 from megadit.data.sources.fashion_mnist import read_idx
-from megadit.data.text.condition_files import load_conditions
 from megadit.diffusion.sampling.classes import read_classes
 from megadit.diffusion.sampling.prompts import read_prompts
 from megadit.errors import UserError

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from helpers.fuzz import efforts, hunt, mutated
-from megadit.data.crop import check_header, read_image
+from megadit.data.image_files import check_header, read_image
 from megadit.data.shards.members import read_array, read_picture
 from megadit.errors import UserError
 

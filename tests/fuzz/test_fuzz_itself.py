@@ -110,14 +110,13 @@ HUNTED = {
         "search/workers/scores.py",
         "search/workers/trial.py",
         "train/divergence.py",
-        "train/metric_rows.py",
         "train/run_dir.py",
     ),
     "checkpoint": (
         "checkpoint/format.py",
         "checkpoint/read.py",
         "checkpoint/io.py",
-        "train/same_data.py",
+        "train/resume.py",
     ),
     "data": (
         "data/sources/fashion_mnist.py",
@@ -125,7 +124,7 @@ HUNTED = {
         "data/shards/index.py",
         "data/shards/manifest.py",
         "data/shards/members.py",
-        "data/shards/survey.py",
+        "data/shards/scanning.py",
         "data/shards/tar_set.py",
     ),
     "images": ("data/image_files.py",),
@@ -145,8 +144,8 @@ HUNTED = {
         "files/weight_files.py",
     ),
     "small_files": (
-        "data/features/cache.py",
-        "data/text/condition_files.py",
+        "data/features/encoders.py",
+        "data/conditions.py",
         "data/text/table.py",
         "evaluate/pictures.py",
         "files/file_kind.py",
@@ -156,7 +155,6 @@ HUNTED = {
 NOT_HUNTED = {
     "cli/convert_checkpoint.py": "a hint that somebody typed as an option",
     "data/sources/digits.py": "a table of scikit-learn",
-    "data/features/efficientnet.py": "the weights of an installed package",
     "data/codecs/vae.py": "diffusers builds the autoencoder, and whatever it raises is told",
 }
 

@@ -22,7 +22,7 @@ from megadit.config.schema.data import VaeConfig
 from megadit.convert.request import Request
 from megadit.data.codecs.folder import codec_facts
 from megadit.data.codecs.pca import PatchPca, load_pca, save_pca
-from megadit.data.features.folders import check_folder
+from megadit.data.features.folders import check_dinov2
 from megadit.data.text.folders import read_config
 from megadit.models import build_model
 
@@ -188,6 +188,6 @@ def test_folders_of_features(effort: str, tmp_path: Path) -> None:
     def read(drawn: tuple[str, bytes]) -> None:
         for name, values in whole.items():
             (tmp_path / name).write_bytes(drawn[1] if name == drawn[0] else json_bytes(values))
-        check_folder(str(tmp_path), 28)
+        check_dinov2(str(tmp_path), 28)
 
     hunt(effort, st.one_of(*(st.tuples(st.just(name), odd_json([values])) for name, values in whole.items())), read)

@@ -13,9 +13,9 @@ from safetensors.torch import save
 
 from helpers.fuzz import efforts, hunt, mutated
 from helpers.fuzz_files import HEADER_WORDS, STATE, Runs, torch_files
-from megadit.data.features.cache import CachedEncoder
+from megadit.data.conditions import load_conditions
+from megadit.data.features.encoders import CachedEncoder
 from megadit.data.text import table
-from megadit.data.text.condition_files import load_conditions
 from megadit.evaluate.pictures import read_pictures
 from megadit.files.file_kind import file_instead, kind_of
 

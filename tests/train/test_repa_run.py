@@ -15,7 +15,7 @@ from helpers.training import assemble_rank, merge_weights, small_config, train_o
 from megadit.conditioning import Conditioning
 from megadit.config import LoadedConfig, RunConfig
 from megadit.data import BatchLayout, SampleOrder, build_datasets, make_batch
-from megadit.data.features import TargetFeatures
+from megadit.data.features.targets import TargetFeatures
 from megadit.diffusion import build_objective
 from megadit.engine.schedule import Schedule
 from megadit.errors import UserError

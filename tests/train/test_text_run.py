@@ -13,7 +13,7 @@ from helpers.tiny_text import bert_folder
 from helpers.training import assemble_rank, small_config, train_on, train_rank
 from megadit.cli import sample
 from megadit.config import RunConfig
-from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE
+from megadit.data.conditions import NULL_TEXT_FILE, PROMPTS_FILE
 from megadit.errors import UserError
 from megadit.parallel import stop_processes
 from megadit.train.pictures import draw_samples

@@ -12,7 +12,7 @@ from megadit.config import DataConfig
 from megadit.config.schema.run import RunConfig
 from megadit.data.codecs.pca import fit_and_save
 from megadit.data.shards.encoding import Encoding, encode_set
-from megadit.data.shards.making import Sharding, make_shards
+from megadit.data.shards.writing import Sharding, make_shards
 
 STEPS = 6
 SHARDING = Sharding("digits", 500)

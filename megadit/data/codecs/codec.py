@@ -137,11 +137,6 @@ def vae_at(config: VaeConfig | None, path: str | None) -> VaeConfig | None:
     return given
 
 
-def codec_scale(config: VaeConfig) -> tuple[float, float]:
-    """(scale, shift) that ``data.vae`` comes to. Raises UserError if the folder is no codec's, or it contradicts."""
-    return scale_and_shift(config, codec_facts(config))
-
-
 def codec_identity(config: VaeConfig) -> str:
     """Class and SHA-256 (16 digits) of the weights at ``data.vae.path``."""
     folder = codec_folder(config)

@@ -24,7 +24,7 @@ from megadit.data.batch import scale_images
 from megadit.data.build import build_datasets
 from megadit.data.codecs.codec import Codec, scale_and_shift
 from megadit.data.codecs.folder import codec_folder, read_facts
-from megadit.data.dataset import ImageSet, stack_images, tell_remarks
+from megadit.data.dataset import ImageSet, even_choice, stack_images, tell_remarks
 from megadit.errors import UserError
 from megadit.files.file_kind import other_among
 from megadit.files.ownership import is_lock, own
@@ -212,17 +212,11 @@ def _fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, 
     tell_remarks(train)
     if train.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents; give images to fit on")
-    chosen = _even(len(train), most)
+    chosen = even_choice(range(len(train)), most)
     codec = fit_pca(train, chosen, factor, channels)
-    measured = _even(len(held_out), most)
+    measured = even_choice(range(len(held_out)), most)
     psnr = round(measure_psnr(codec, held_out, measured), 3) if measured else None
     facts = {"fitted_on": len(chosen), "data": train.name, "held_out": len(measured), "psnr": psnr}
     save_pca(codec, folder, facts)
     use = f"data.vae.path={folder} data.vae.factor={factor} model.in_channels={channels}"
     return {"out": str(folder), **facts, "scale": codec.scale, "use": use}
-
-
-def _even(size: int, most: int) -> list[int]:
-    """At most ``most`` of so many indices, evenly spaced."""
-    shown = min(size, most)
-    return [number * size // shown for number in range(shown)]

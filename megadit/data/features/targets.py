@@ -12,11 +12,8 @@ from megadit.config.schema.data import FeatureSource
 from megadit.config.schema.run import RunConfig
 from megadit.data.batch import Batch
 from megadit.data.dataset import ImageSet
-from megadit.data.features.cache import CachedEncoder
-from megadit.data.features.dinov2 import Dinov2
-from megadit.data.features.efficientnet import DIM, EfficientNetLite0
-from megadit.data.features.encoder import FeatureEncoder
-from megadit.data.features.folders import check_folder, check_packages
+from megadit.data.features.encoders import DIM, CachedEncoder, Dinov2, EfficientNetLite0, FeatureEncoder
+from megadit.data.features.folders import check_dinov2, check_packages
 from megadit.data.text.folders import size
 from megadit.errors import UserError
 
@@ -88,7 +85,7 @@ def _dim(source: FeatureSource, images: ImageSet, flip: bool) -> int:
             "features beside them and choose stored"
         )
     if source.encoder == "dinov2":
-        return size(check_folder(source.path, source.image_size), "hidden_size")
+        return size(check_dinov2(source.path, source.image_size), "hidden_size")
     check_packages()
     return DIM
 

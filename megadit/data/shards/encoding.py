@@ -19,8 +19,8 @@ from torch import Tensor
 from megadit.config import DataConfig
 from megadit.data.batch import scale_images
 from megadit.data.build import whole_set
-from megadit.data.captions import check_captions
-from megadit.data.codecs.codec import Codec, GaussianCodec, build_codec, check_vae, codec_identity, codec_scale
+from megadit.data.codecs.codec import Codec, GaussianCodec, build_codec, check_vae, codec_identity, scale_and_shift
+from megadit.data.codecs.folder import codec_facts
 from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
 from megadit.data.shards import members
 from megadit.data.shards.layout import (  # fmt: skip
@@ -34,17 +34,17 @@ from megadit.data.shards.layout import (  # fmt: skip
     Progress,
     Sharding,
 )
-from megadit.data.shards.making import facts_of, key_of, set_writer, settings, words
 from megadit.data.shards.manifest import Manifest
-from megadit.data.verify import check_files
+from megadit.data.shards.writing import facts_of, key_of, set_writer, settings, words
+from megadit.data.verify import check_captions, check_files
 from megadit.errors import UserError
 from megadit.files.ownership import refuse_occupied
 from megadit.files.paths import save_tensors
 from megadit.rng import sample_keys
 
 if TYPE_CHECKING:
-    from megadit.data.features import FeatureEncoder
-    from megadit.data.text import TextEncoder
+    from megadit.data.features.encoders import FeatureEncoder
+    from megadit.data.text.encoders import TextEncoder
 
 _CHUNK = 64  # images at once
 
@@ -124,7 +124,7 @@ def _encoders(config: DataConfig, encoding: Encoding, images: ImageSet, device: 
     check_vae(config.vae, image_channels=images.channels)
     text: TextEncoder | None = None
     if config.condition == "text":
-        from megadit.data.text import build_encoder
+        from megadit.data.text.encoders import build_encoder
 
         text = build_encoder(config.text, device)
         if encoding.max_length is None:
@@ -135,7 +135,7 @@ def _encoders(config: DataConfig, encoding: Encoding, images: ImageSet, device: 
             )
     seen: FeatureEncoder | None = None
     if features and config.features is not None:
-        from megadit.data.features import build_encoder as build_features
+        from megadit.data.features.targets import build_encoder as build_features
 
         seen = build_features(config.features.model_copy(update={"cache": None}), device)
     return _Encoders(None if config.vae is None else build_codec(config.vae, device), text, seen)
@@ -150,7 +150,7 @@ def _facts(config: DataConfig, encoding: Encoding, images: ImageSet, encoders: _
                 f"data.image_size: {images.image_size} is not a multiple of {codec.factor}, the codec's factor; "
                 "choose one that is"
             )
-        scale, shift = codec_scale(config.vae)
+        scale, shift = scale_and_shift(config.vae, codec_facts(config.vae))
         facts = replace(
             facts, channels=int(codec.channels or 0), size=images.image_size // codec.factor, factor=codec.factor,
             scale=scale, shift=shift, codec=codec_identity(config.vae),

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megadit.data.shards.handles import ShardFile, shown_name
-from megadit.data.shards.layout import JSON, KNOWN, LABEL
-from megadit.data.shards.scanning import Entry, scan
-from megadit.data.shards.survey import Survey
+from megadit.data.shards.layout import JSON, KNOWN, LABEL, ShardFile, shown_name
+from megadit.data.shards.scanning import Entry, Survey, scan
 from megadit.errors import UserError
 from megadit.files.paths import whole_file
 from megadit.files.text import name_bytes

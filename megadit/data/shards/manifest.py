@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.data.dataset import StoredFacts
-from megadit.data.shards.handles import ShardFile
-from megadit.data.shards.layout import INDEX, MANIFEST
+from megadit.data.shards.layout import INDEX, MANIFEST, ShardFile
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.files.paths import is_file_name, whole_file

@@ -12,12 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from megadit.config.schema.data import Crop
-from megadit.data.crop import centre_crop
-from megadit.data.image_files import decode
-from megadit.data.npy import array_of
+from megadit.data.image_files import centre_crop, decode
 from megadit.errors import UserError
 from megadit.files.file_kind import bytes_instead, text_instead
 from megadit.files.json_text import JsonError, parse_json
+from megadit.files.npy import array_of
 from megadit.files.text import decode as decode_text
 from megadit.files.text import json_bytes, why_no_text
 

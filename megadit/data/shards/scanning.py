@@ -6,20 +6,108 @@ and refused where it would refuse them or give halves of samples.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any
 
 from megadit.data.labels import label_of
-from megadit.data.shards.handles import ShardFile, shown_name
 from megadit.data.shards.headers import Member, TarHeaders
-from megadit.data.shards.layout import CAPTION, IMAGES, JSON, KNOWN, LABEL, PICKLED, split_member
+from megadit.data.shards.layout import CAPTION, IMAGES, JSON, KNOWN, LABEL, PICKLED, ShardFile, shown_name, split_member
 from megadit.data.shards.members import read_json
-from megadit.data.shards.survey import Survey
 from megadit.errors import UserError
 from megadit.files.json_fields import shown
+
+_EXAMPLES = 3  # names that a sentence gives of each kind
+_READ = ", ".join((*IMAGES, JSON, LABEL, CAPTION))
+# Why members are left out, after their number.
+_REASONS = {
+    "extension": f"whose extension, all after the first dot of the name, is none of {_READ}",
+    "bare": "without an extension",
+    "hidden": "whose name begins with . or __",
+    "special": "which are links or devices",
+}
+
+
+@dataclass
+class Survey:
+    """What a scan has seen besides samples. A cached index keeps it, so that every start tells it.
+
+    members: files of the tars, folders aside.  skipped: how many were left out, and the first of them, by reason.
+
+    empty: tars without a sample.  zeros: bytes of zeros behind the last member, where tar writes no such number.
+    bad_label: the sentence about the first label that is none; it matters to runs that read labels.
+    """
+
+    members: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+    zeros: dict[str, int] = field(default_factory=dict)
+    bad_label: str = ""
+
+    def skip(self, reason: str, name: str, tar: str) -> None:
+        """Count a member that is left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(f"{shown_name(name)} in {tar}")
+
+    def add(self, other: Survey) -> None:
+        """Take in what was seen of a further tar."""
+        self.members += other.members
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+            own = self.examples.setdefault(reason, [])
+            own.extend(other.examples[reason][: _EXAMPLES - len(own)])
+        self.empty += other.empty
+        self.zeros |= other.zeros
+        self.note_label(other.bad_label)
+
+    def note_label(self, sentence: str) -> None:
+        """Keep the first sentence about a label."""
+        self.bad_label = self.bad_label or sentence
+
+    def skipped_words(self) -> str:
+        """What was left out, by reason and with examples."""
+        return "; ".join(
+            f"{self.skipped[reason]:,} {words} ({', '.join(self.examples[reason])}"
+            f"{', …' if self.skipped[reason] > len(self.examples[reason]) else ''})"
+            for reason, words in _REASONS.items()
+            if reason in self.skipped
+        )
+
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence for each thing that people should know of."""
+        found = []
+        if count := sum(self.skipped.values()):
+            found.append(f"{count:,} of {self.members:,} members of the tars are not read: {self.skipped_words()}")
+        if self.empty:
+            more = f" and {len(self.empty) - 1:,} other tars have" if len(self.empty) > 1 else " has"
+            found.append(f"{self.empty[0]}{more} no samples")
+        if self.zeros:
+            tar, size = next(iter(self.zeros.items()))
+            more = f" (and so in {len(self.zeros) - 1:,} other tars)" if len(self.zeros) > 1 else ""
+            found.append(
+                f"{tar} ends with {size:,} zero bytes behind its last member, which is not how tar pads{more}: "
+                "preallocated files have them, and copies that were cut off; compare it with its source"
+            )
+        return tuple(found)
+
+    def to_json(self) -> str:
+        """For the file of an index."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Survey:
+        """What ``to_json`` wrote. Raises ValueError, KeyError or TypeError if it is damaged."""
+        values = json.loads(text)
+        found = cls(**{entry.name: values[entry.name] for entry in fields(cls)})
+        found.remarks()
+        return found
+
 
 _MOST_TEXT = 2**24  # bytes of a json, cls or txt member
 _TEXTS = (JSON, LABEL, CAPTION)
@@ -190,14 +278,21 @@ def _entry(shard: ShardFile, group: _Group, survey: Survey) -> Entry:
     if JSON in group.places:
         facts = read_json(shard.read(*group.places[JSON]), where(JSON))
     base = _base(facts, group.key, where(JSON))
-    if LABEL not in group.places:
-        return Entry(group.key, base, _json_label(facts, where(JSON), survey), group.places)
-    label, other = _label(shard.read(*group.places[LABEL]), where(LABEL), survey), facts.get("label")
-    if isinstance(label, int) and isinstance(other, int) and not isinstance(other, bool) and label != other:
-        survey.note_label(
-            f"data.path: the label is {label} in {where(LABEL)} and {shown_name(str(other))} in its json; correct one "
-            "of them"
-        )
+    written = shard.read(*group.places[LABEL]) if LABEL in group.places else None
+    other, label = facts.get("label"), None
+    try:
+        if written is not None:
+            label = _within(_label(written, where(LABEL)), where(LABEL))
+        elif "label" in facts:
+            label = _within(label_of(other, where(JSON)), where(JSON))
+        both = written is not None and isinstance(label, int) and isinstance(other, int)
+        if both and not isinstance(other, bool) and label != other:
+            survey.note_label(
+                f"data.path: the label is {label} in {where(LABEL)} and {shown_name(str(other))} in its json; correct "
+                "one of them"
+            )
+    except UserError as error:
+        survey.note_label(str(error))
     return Entry(group.key, base, label, group.places)
 
 
@@ -213,32 +308,17 @@ def _base(facts: dict[str, Any], key: str, where: str) -> str:
     return str(base)
 
 
-def _json_label(facts: dict[str, Any], where: str, survey: Survey) -> int | str | None:
-    if "label" not in facts:
-        return None
-    try:
-        return _within(label_of(facts["label"], where), where)
-    except UserError as error:
-        survey.note_label(str(error))
-        return None
-
-
-def _label(data: bytes, where: str, survey: Survey) -> int | str | None:
+def _label(data: bytes, where: str) -> int | str:
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        survey.note_label(f"data.path: {where} is not UTF-8 text ({error.reason}); write the label as UTF-8")
-        return None
-    try:
-        if _WHOLE.fullmatch(text):
-            return _within(int(text), where)
-        if _NO_NAME.fullmatch(text):
-            told = f"is {shown_name(shown(text))}" if text else "is empty"
-            raise UserError(f"data.path: {where} {told}; a label is one whole number from 0, or a name")
-        return _within(text, where)
-    except UserError as error:
-        survey.note_label(str(error))
-        return None
+        raise UserError(f"data.path: {where} is not UTF-8 text ({error.reason}); write the label as UTF-8") from None
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    if _NO_NAME.fullmatch(text):
+        told = f"is {shown_name(shown(text))}" if text else "is empty"
+        raise UserError(f"data.path: {where} {told}; a label is one whole number from 0, or a name")
+    return text
 
 
 def _within(label: int | str, where: str) -> int | str:

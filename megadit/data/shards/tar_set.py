@@ -22,7 +22,6 @@ from megadit.data.dataset import ImageSet, StoredFacts
 from megadit.data.labels import class_names_of_numbers
 from megadit.data.listing import Listing, digest
 from megadit.data.shards import members
-from megadit.data.shards.handles import ShardFile, shown_name
 from megadit.data.shards.index import SampleIndex, cached_index, load_index
 from megadit.data.shards.layout import (  # fmt: skip
     CAPTION,
@@ -38,12 +37,15 @@ from megadit.data.shards.layout import (  # fmt: skip
     POOLED,
     RECIPE,
     TEXT,
+    ShardFile,
     find_shards,
     overlooked,
+    shown_name,
 )
 from megadit.data.shards.manifest import Manifest, check_sizes, load_manifest
 from megadit.data.sources.image_folder.folder_set import DEFAULT_SIZE
 from megadit.errors import UserError
+from megadit.extensions import DATA_SOURCES
 from megadit.files.file_kind import file_instead
 from megadit.files.json_fields import shown
 from megadit.files.text import whole_text
@@ -262,7 +264,7 @@ def _check_crop(config: DataConfig, manifest: Manifest, folder: Path) -> None:
 
 def cut_before_crop(config: DataConfig) -> str | None:
     """What people should know of a set that was cut from a folder of images before ``data.crop`` was a key."""
-    if config.name != "webdataset" or config.crop == "adm":
+    if not DATA_SOURCES.get(config.name).may_store or config.crop == "adm":
         return None
     folder = find_shards(config.path)[0]
     manifest = load_manifest(folder)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megadit.conditioning import Conditioning
-from megadit.data.text.encoder import TextEncoder, pad
+from megadit.data.text.encoders import TextEncoder, pad
 from megadit.errors import UserError
 from megadit.files.paths import check_folder, save_tensors
 

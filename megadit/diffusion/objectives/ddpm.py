@@ -108,10 +108,8 @@ class DDPMObjective(Objective):
     def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise; the model's time is 1000 t / T, so t at 1000 steps."""
         steps = discrete_steps(t01, self.schedule.steps)
-        x = (
-            self.schedule.at("sqrt_bar", steps, x0.dim()) * x0
-            + self.schedule.at("sqrt_one_minus_bar", steps, x0.dim()) * noise
-        )
+        signal, sigma = self._coefficients(steps, x0.dim())
+        x = signal * x0 + sigma * noise
         time01 = steps.float() / self.schedule.steps
         t = steps.float() * (MODEL_TIME / self.schedule.steps)
         return NoisyBatch(x=x, t=t, cond=cond, x0=x0, noise=noise, time01=time01, steps=steps)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megadit.data.class_names import ClassNames, quoted
+from megadit.data.labels import ClassNames, quoted
 from megadit.errors import UserError, say
 from megadit.files.json_text import JsonError, parse_json
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning, null_label
 from megadit.config.schema.run import RunConfig
 from megadit.data.codecs.codec import Codec
+from megadit.data.dataset import even_choice
 from megadit.diffusion.sampling.grid import grid_columns, save_grid, to_uint8
 from megadit.diffusion.sampling.sample import sample
 
@@ -75,9 +76,7 @@ def text_subjects(config: RunConfig, texts: Sequence[str], cond: Conditioning, n
 
 def grid_labels(classes: int, count: int) -> list[int]:
     """The classes shown by a grid of ``count`` pictures: all in turn, or, if too many, an even choice of them."""
-    if classes <= count:
-        return list(range(classes))
-    return [number * classes // count for number in range(count)]
+    return even_choice(range(classes), count)
 
 
 def sample_pictures(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadit.config.schema.run import RunConfig
-from megadit.data.class_names import quoted
+from megadit.data.labels import quoted
 from megadit.diffusion.sampling.classes import chosen_classes
 from megadit.errors import UserError
 from megadit.files.file_kind import text_instead
@@ -48,9 +48,8 @@ def chosen_subjects(
 
 
 def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:
-    from megadit.data.conditions import as_seen, check_encoder
-    from megadit.data.text import build_encoder, check_lengths
-    from megadit.data.text.condition_files import NULL_TEXT_FILE, PROMPTS_FILE, load_conditions
+    from megadit.data.conditions import NULL_TEXT_FILE, PROMPTS_FILE, as_seen, check_encoder, load_conditions
+    from megadit.data.text.encoders import build_encoder, check_lengths
     from megadit.diffusion.sampling.pictures import text_subjects
 
     assert config.model.text is not None

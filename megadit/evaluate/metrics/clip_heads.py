@@ -23,9 +23,9 @@ from megadit.config.schema.data import DataConfig, TextSource
 from megadit.data import build_datasets
 from megadit.data.batch import scale_images
 from megadit.data.dataset import ImageSet, stack_images
-from megadit.data.features.efficientnet import load_network, preprocessed
-from megadit.data.features.encoder import resized
-from megadit.data.text import build_encoder, cache_folder
+from megadit.data.features.encoders import load_efficientnet, preprocessed, resized
+from megadit.data.text.encoders import build_encoder
+from megadit.data.text.table import cache_folder
 from megadit.errors import UserError
 from megadit.files.paths import save_tensors
 
@@ -97,7 +97,7 @@ class EmojiClip:
 @torch.no_grad()
 def image_features(images: Tensor) -> Tensor:
     """EfficientNet-Lite0's last features, averaged over the picture: uint8 (B, C, H, W) -> float32 (B, 1280)."""
-    network = load_network()
+    network = load_efficientnet()
     parts = []
     for part in images.expand(-1, 3, -1, -1).split(64):
         grid = network.extract_features(preprocessed(resized(scale_images(part), _SIDE)))

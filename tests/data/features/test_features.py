@@ -18,10 +18,8 @@ from helpers.training import small_config
 from megadit.config import RunConfig
 from megadit.config.schema.data import FeatureSource
 from megadit.data import Batch, build_datasets
-from megadit.data.features import TargetFeatures, build_encoder, check_features
-from megadit.data.features.cache import CachedEncoder
-from megadit.data.features.encoder import FeatureEncoder
-from megadit.data.features.targets import on_grid
+from megadit.data.features.encoders import CachedEncoder, FeatureEncoder
+from megadit.data.features.targets import TargetFeatures, build_encoder, check_features, on_grid
 from megadit.errors import UserError
 from megadit.optional import import_transformers
 
@@ -56,9 +54,9 @@ def test_efficientnet_gives_its_middle_at_stride_16() -> None:
     assert features.shape == (2, encoder.dim, 8, 8) and features.dtype == torch.float32 and not features.requires_grad
 
     # The network as its package runs it, on bytes, with the rest of its blocks cut off.
-    from megadit.data.features.efficientnet import load_network
+    from megadit.data.features.encoders import load_efficientnet
 
-    network = load_network()
+    network = load_efficientnet()
     kept: list[Tensor] = []
     handle = network._blocks[10].register_forward_hook(lambda _m, _i, out: kept.append(out))
     network.extract_features(((images + 1) * 127.5 - 127) / 128)

@@ -21,11 +21,11 @@ from megadit.data.codecs.pca import fit_and_save
 from megadit.data.codecs.vae import VaeCodec
 from megadit.data.conditions import Conditions, stored_text
 from megadit.data.dataset import DatasetFacts, StoredFacts
-from megadit.data.features import FeatureEncoder
+from megadit.data.features.encoders import FeatureEncoder
 from megadit.data.shards.encoding import Encoding, encode_set
-from megadit.data.shards.making import Sharding, make_shards
 from megadit.data.shards.tar_set import load_tars
-from megadit.data.text.encoder import NetworkEncoder
+from megadit.data.shards.writing import Sharding, make_shards
+from megadit.data.text.encoders import NetworkEncoder
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import normal, sample_keys, stream_key
@@ -176,8 +176,8 @@ class Corners(FeatureEncoder):
 
 @pytest.fixture
 def encoders(monkeypatch):
-    monkeypatch.setattr("megadit.data.text.build_encoder", lambda *_: Words())
-    monkeypatch.setattr("megadit.data.features.build_encoder", lambda *_: Corners())
+    monkeypatch.setattr("megadit.data.text.encoders.build_encoder", lambda *_: Words())
+    monkeypatch.setattr("megadit.data.features.targets.build_encoder", lambda *_: Corners())
 
 
 def test_text_and_features_travel_with_the_images(shards, codec, tmp_path, encoders):

@@ -14,9 +14,9 @@ from PIL import Image
 
 from megadit.config import DataConfig
 from megadit.data import build_datasets, describe
+from megadit.data.build import split
 from megadit.data.dataset import ArraySet, ImageSet
 from megadit.data.sources import emoji as module
-from megadit.data.split import split
 from megadit.errors import UserError
 
 

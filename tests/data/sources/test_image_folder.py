@@ -9,9 +9,10 @@ import pytest
 from helpers.folders import config, metadata, picture
 from megadit.config import DataConfig
 from megadit.data import build_datasets, check_images, describe
+from megadit.data.build import held_out
 from megadit.data.dataset import Subset
-from megadit.data.sources.image_folder.folder_set import FolderSet, load_folder
-from megadit.data.split import held_out
+from megadit.data.sources.image_folder import load as load_folder
+from megadit.data.sources.image_folder.folder_set import FolderSet
 from megadit.errors import UserError
 
 

@@ -20,12 +20,11 @@ import webdataset
 from helpers.tars import png, write_tar
 from megadit.config import DataConfig
 from megadit.data import BatchLayout, BatchStream, build_datasets, check_images, describe
-from megadit.data.shards import handles
-from megadit.data.shards.handles import ShardFile
+from megadit.data.shards import layout
 from megadit.data.shards.index import build_index, scan
-from megadit.data.shards.layout import expand, split_member
-from megadit.data.shards.making import Sharding, make_shards
+from megadit.data.shards.layout import ShardFile, expand, split_member
 from megadit.data.shards.tar_set import TarSet, load_tars
+from megadit.data.shards.writing import Sharding, make_shards
 from megadit.errors import UserError
 
 DIGITS = DataConfig(name="digits")
@@ -144,7 +143,7 @@ def test_the_index_of_many_samples_opens_at_once(tmp_path: Path) -> None:
 
 
 def test_sets_travel_to_processes_and_files_stay_few(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handles._opened.cache_clear()
+    layout._opened.cache_clear()
     tars = load_tars(config(made))
     first = tars.image(0)
     other = pickle.loads(pickle.dumps(tars))
@@ -154,9 +153,9 @@ def test_sets_travel_to_processes_and_files_stay_few(made: Path, monkeypatch: py
         os._exit(0 if all(torch.equal(tars.image(i), other.image(i)) for i in (0, 600, 1200, 1700)) else 1)
     assert all(torch.equal(tars.image(i), other.image(i)) for i in (1700, 1200, 600, 0))
     assert os.waitpid(child, 0)[1] == 0
-    assert handles._opened.cache_info().currsize == 4 and handles._opened.cache_info().maxsize == 64
+    assert layout._opened.cache_info().currsize == 4 and layout._opened.cache_info().maxsize == 64
     before = len(os.listdir("/proc/self/fd"))
-    handles._opened.cache_clear()
+    layout._opened.cache_clear()
     assert len(os.listdir("/proc/self/fd")) == before - 4
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_text import CAPTIONS, bert_folder, clip_folder, t5_folder
 from megadit.config.schema.data import TextSource
-from megadit.data.text import build_encoder, check_lengths
+from megadit.data.text.encoders import build_encoder, check_lengths
 from megadit.errors import UserError
 from megadit.optional import import_transformers
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadit.data.text.encoder import TextEncoder, cut
+from megadit.data.text.encoders import TextEncoder, cut
 from megadit.data.text.table import build_table, cache_folder
 from megadit.errors import UserError
 

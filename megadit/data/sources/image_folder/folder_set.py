@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from megadit.config.schema.data import Crop, DataConfig
-from megadit.data.crop import read_image
-from megadit.data.dataset import ImageSet, StoredFacts
+from megadit.data.dataset import PixelSet
+from megadit.data.image_files import read_image
 from megadit.data.listing import Listing, sizes_of
 from megadit.data.sources.image_folder.metadata import METADATA, check_listed, read_metadata
 from megadit.data.sources.image_folder.side_files import read_side_files
-from megadit.data.sources.image_folder.tree import EXTENSIONS, Findings, entries, image_root, images_below, same_folders
+from megadit.data.sources.image_folder.tree import EXTENSIONS, Findings, entries, images_below, same_folders
 from megadit.errors import UserError
 from megadit.files.text import name_bytes, whole_text
 
@@ -27,7 +27,7 @@ _SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True)
-class FolderSet:
+class FolderSet(PixelSet):
     """Image files under ``root``, each decoded and centre-cropped to ``image_size`` on access."""
 
     root: str
@@ -41,9 +41,6 @@ class FolderSet:
     name: str = "image-folder"
     channels: int = 3
     notice: str = ""
-    stores_latents: bool = False
-    stored: StoredFacts | None = None
-    mirrored: ImageSet | None = None
     remarks: tuple[str, ...] = ()
     lines: tuple[int, ...] = ()  # of metadata.jsonl, where images come from it
     unread: tuple[str, ...] = ()  # keys of metadata.jsonl that nothing reads, or files in its place
@@ -73,28 +70,21 @@ class FolderSet:
     def caption(self, i: int) -> str:
         return self.captions[i]
 
-    def extras(self, i: int) -> dict[str, Tensor]:
-        return {}
-
-    def null_extras(self) -> dict[str, Tensor]:
-        return {}
-
     def listing(self) -> Listing:
         names, sizes = tuple(map(name_bytes, self.files)), sizes_of(self.root, self.files)
         return Listing("image", names, sizes, np.array(self.labels, dtype=np.int64), self.captions)
 
 
-def load_folder(config: DataConfig, num_classes: int | None = None) -> FolderSet:
-    """List the images under ``data.path``. Of its files ``metadata.jsonl`` is opened, which decides alone if it is
+def load_folder(config: DataConfig, root: Path, num_classes: int | None) -> FolderSet:
+    """List the images under ``root``. Of its files ``metadata.jsonl`` is opened, which decides alone if it is
     there, and files of captions.
 
     ``data.condition`` says whether classes or captions are wanted; without both all images below the folder are taken.
     ``num_classes``: the model's, where it is known and all classes are meant.
 
-    Raises ``UserError`` for a missing folder, no images, folders that cannot be read, links that lead nowhere, or a
+    Raises ``UserError`` for no images, folders that cannot be read, links that lead nowhere, or a
     metadata line that cannot be used.
     """
-    root = image_root(config)
     size = config.image_size or DEFAULT_SIZE
     labelled, captioned = config.condition == "class", config.condition == "text"
     if os.path.lexists(root / METADATA):

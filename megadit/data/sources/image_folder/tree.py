@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megadit.config.schema.data import DataConfig
 from megadit.data.image_files import FORMATS
 from megadit.errors import UserError
 
@@ -43,16 +42,6 @@ _SENTENCES = {  # for one and for more of what was counted
 }
 
 _Key = tuple[int, int]  # st_dev, st_ino: what a folder is, by whatever path
-
-
-def image_root(config: DataConfig) -> Path:
-    """The folder ``data.path``. Raises UserError if it is not given or no folder."""
-    if config.path is None:
-        raise UserError("data.path: not given; image-folder needs the folder that holds the images")
-    root = Path(config.path)
-    if not root.is_dir():
-        raise UserError(f"data.path: {config.path} is not a folder; give the folder that holds the images")
-    return root
 
 
 @dataclass

@@ -8,9 +8,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megadit.data.npy import array_of
 from megadit.data.shards.members import read_array
 from megadit.errors import UserError
+from megadit.files.npy import array_of
 
 
 def npy(shape: str, kind: str = "<f4", data: bytes = b"abcd", version: bytes = b"\1\0") -> bytes:
