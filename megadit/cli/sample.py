@@ -82,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen_classes(args.run_dir, args.classes, of_run.num_classes, tell=False)
 
     from megadit.checkpoint.find import load_model
+    from megadit.cli.encode import device_of
     from megadit.config.schema.sampling import scheduler_name
     from megadit.data.codecs.codec import build_codec, vae_at
-    from megadit.data.shards.options import device_of
     from megadit.diffusion.sampling.classes import read_notice
     from megadit.diffusion.sampling.grid import save_npz
     from megadit.diffusion.sampling.pictures import sample_pictures, save_subject_grid
