@@ -304,7 +304,7 @@ def test_names_and_bad_values():
 
 
 def test_the_plan_counts_averages():
-    from megadit.plan import state_bytes
+    from megadit.plan.memory import state_bytes
 
     none, two = (state_bytes(1000, 4, 2, "bf16", averages) for averages in (0, 2))
     assert two == {**none, "averages": 2 * 4 * 1000 / 4}

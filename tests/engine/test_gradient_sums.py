@@ -12,7 +12,7 @@ from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, layout_of, small_config, train_on, train_rank
 from megadit.config import RunConfig
 from megadit.config.deepspeed.gradients import gradient_bytes
-from megadit.plan import state_bytes
+from megadit.plan.memory import state_bytes
 
 BF16 = {"data_types": {"grad_accum_dtype": "bf16"}}
 MICRO_BATCHES = 64

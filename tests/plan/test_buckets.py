@@ -12,7 +12,7 @@ from helpers.training import assemble_rank, layout_of, small_config, train_on
 from megadit.config import RunConfig
 from megadit.config.deepspeed.gradients import bucket_bytes, with_bucket
 from megadit.models import count_parameters
-from megadit.plan import StagePlan, plan_layout
+from megadit.plan.layout import StagePlan, plan_layout
 
 
 def config_of(precision: str = "bf16", **parallel: Any) -> RunConfig:

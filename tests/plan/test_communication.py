@@ -23,8 +23,8 @@ from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
 from megadit.parallel.collectives import ring_bytes
 from megadit.parallel.tensor import TensorLayout
-from megadit.plan import plan_layout
 from megadit.plan.communication import data_bytes, tensor_bytes
+from megadit.plan.layout import plan_layout
 from megadit.plan.memory import count_passages
 
 BATCH, TEXT = 5, 10  # of which no two sizes in the tables are equal

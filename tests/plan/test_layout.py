@@ -15,8 +15,9 @@ from helpers.training import layout_of
 from megadit.config import RunConfig, load_config
 from megadit.errors import UserError
 from megadit.models import build_model, count_parameters
-from megadit.plan import LayoutPlan, plan_layout, state_bytes
 from megadit.plan.describe import table
+from megadit.plan.layout import LayoutPlan, plan_layout
+from megadit.plan.memory import state_bytes
 
 
 def planned(world: int, train: dict[str, object] | None = None, **parallel: object) -> LayoutPlan:
