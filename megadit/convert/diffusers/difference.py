@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
+from megadit.models.conversion import diffusers_of
 
 TOLERANCE = 2e-5  # of float32 outputs, relative to the largest where that is above 1
 _TIMES = (1.0, 250.0, 951.0)  # one sample each
@@ -64,11 +64,12 @@ def measure(
 
     numbers = range(len(_TIMES))
     x, cond, t = example_images(config, numbers), example_conditioning(config, numbers), torch.tensor(_TIMES)
-    if config_json["_class_name"] == "SD3Transformer2DModel":  # which takes no mask
-        cond = Conditioning(text=cond.text, pooled=cond.pooled)
+    diffusers = diffusers_of(config.family)
+    if diffusers.sees_padding:  # and so takes no mask
+        cond = cond.without_mask()
     with torch.no_grad():
         expected = _ours(config, state)(x, t, cond)  # and the model is gone before the other is built
-        found = _CALLS[config_json["_class_name"]](_theirs(config_json, diffusers_state), x, t, cond)
+        (found,) = _theirs(config_json, diffusers_state)(x, return_dict=False, **diffusers.arguments(t, cond))
     if found.shape != expected.shape:
         raise UserError(
             f"config.json: diffusers' {config_json['_class_name']} gives outputs of shape {list(found.shape)}, the "
@@ -120,37 +121,3 @@ def _theirs(config_json: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.M
             f"config.json: diffusers' {name} does not take it ({reason}); the file is of another version"
         ) from error
     return model.float().eval()
-
-
-def _dit(model: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    output: Tensor = model(x, timestep=t.long(), class_labels=cond.labels, return_dict=False)[0]
-    return output
-
-
-def _pixart(model: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    output: Tensor = model(
-        x,
-        encoder_hidden_states=cond.text,
-        encoder_attention_mask=cond.text_mask,
-        timestep=t,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        return_dict=False,
-    )[0]
-    return output
-
-
-def _sd3(model: nn.Module, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    pooled = cond.pooled
-    if pooled is None:  # a model without pooled text is exported as one that is given zeros
-        pooled = torch.zeros(len(x), int(model.config.pooled_projection_dim))  # type: ignore[union-attr, arg-type]
-    output: Tensor = model(
-        x, encoder_hidden_states=cond.text, pooled_projections=pooled, timestep=t, return_dict=False
-    )[0]
-    return output
-
-
-_CALLS: Mapping[str, Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]] = {
-    "DiTTransformer2DModel": _dit,
-    "PixArtTransformer2DModel": _pixart,
-    "SD3Transformer2DModel": _sd3,
-}

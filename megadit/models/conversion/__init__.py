@@ -19,6 +19,8 @@ from megadit.registry import load_object
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megadit.conditioning import Conditioning
+
     _State = Mapping[str, Tensor]
 
 LATENT_CHANNELS = (4, 16)  # of the autoencoders that these models are trained on
@@ -33,6 +35,7 @@ class DiffusersModel:
     from_diffusers: (config.json, weights, where=…) -> (config, weights); of a family with a null caption also with
         ``max_length=``, tokens of a text or None.
     gap: (config.json, where) -> why the class computes something else than the model here; None: it does not.
+    arguments: (timesteps in [0, 1000], conditioning) -> what its forward takes by name beside the image.
     pipeline, components: its class, and those of its parts that are not written here, as in ``model_index.json``.
     of_betas: the class of the scheduler by which it draws from a model that is not a flow.
     runs_flows: whether it can draw by a flow's scheduler; others lack scale_model_input and init_noise_sigma for it.
@@ -44,6 +47,7 @@ class DiffusersModel:
     defaults: Mapping[str, Any]
     to_diffusers: Callable[[ModelConfig, _State], tuple[dict[str, Any], dict[str, Tensor]]]
     from_diffusers: Callable[..., tuple[ModelConfig, dict[str, Tensor]]]
+    arguments: Callable[[Tensor, Conditioning], dict[str, Any]]
     pipeline: str
     components: Mapping[str, list[str]] = field(default_factory=dict)
     of_betas: str = "DPMSolverMultistepScheduler"

@@ -16,21 +16,8 @@ from torch import Tensor
 from megadit.config.schema.model import LARGEST, ModelConfig
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion import Conversion, DiffusersModel
+from megadit.models.conversion import Conversion, DiffusersModel, key_maps
 from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, filled, image_size
-from megadit.models.conversion.key_maps import (
-    blocks,
-    check,
-    check_positions,
-    fold_readout,
-    heads_of,
-    input_size,
-    learns_sigma,
-    model_shapes,
-    needed,
-    parametrized,
-    refuse_lacking,
-)
 from megadit.models.layers import sincos_2d
 
 _OFFICIAL = "an official DiT checkpoint"
@@ -78,28 +65,28 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     Raises:
         UserError: names, shapes, types or the position table are not those of a DiT, or a hint is needed or wrong.
     """
-    patch_weight = needed(state, "x_embedder.proj.weight", _OFFICIAL, 4)
+    patch_weight = key_maps.needed(state, "x_embedder.proj.weight", _OFFICIAL, 4)
     width, channels, patch, _ = patch_weight.shape
-    classes = len(needed(state, "y_embedder.embedding_table.weight", _OFFICIAL, 2)) - 1
-    hidden = len(needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
-    out = len(needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
-    heads = heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
+    classes = len(key_maps.needed(state, "y_embedder.embedding_table.weight", _OFFICIAL, 2)) - 1
+    hidden = len(key_maps.needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    heads = key_maps.heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
     keys: dict[str, Any] = {
         "width": width,
-        "depth": blocks(state, "blocks."),
+        "depth": key_maps.blocks(state, "blocks."),
         "patch_size": patch,
         "in_channels": channels,
         "num_classes": classes,
-        "learn_sigma": learns_sigma(out, channels, "a DiT"),
+        "learn_sigma": key_maps.learns_sigma(out, channels, "a DiT"),
         "mlp_ratio": hidden / width,
-        "input_size": input_size(state.get("pos_embed"), patch, hints.get("input_size")),
+        "input_size": key_maps.input_size(state.get("pos_embed"), patch, hints.get("input_size")),
     }
-    config = ModelConfig(family="dit", **keys, **parametrized(hints, width, heads))
+    config = ModelConfig(family="dit", **keys, **key_maps.parametrized(hints, width, heads))
     state = dict(state)
     stored = state.pop("pos_embed", None)
     if stored is not None:
-        check_positions(stored, _positions(config), "pos_embed")
-    check(state, model_shapes(config), _OFFICIAL)
+        key_maps.check_positions(stored, _positions(config), "pos_embed")
+    key_maps.check(state, key_maps.model_shapes(config), _OFFICIAL)
     return config, state
 
 
@@ -110,7 +97,7 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
         UserError: the official class has no place for something of this model.
     """
     _refuse(config, "the official DiT", ("gelu_tanh",))
-    official = {**state, _READOUT: fold_readout(config, state[_READOUT])}
+    official = {**state, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
     return {"pos_embed": _positions(config), **official}
 
 
@@ -123,7 +110,7 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     _refuse(config, f"diffusers' {_CLASS}", ("gelu_tanh", "gelu"))
     if config.mlp_ratio != 4.0:
         raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but diffusers' {_CLASS} has 4 alone; nothing is done")
-    folded = {**state, _READOUT: fold_readout(config, state[_READOUT])}
+    folded = {**state, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
     shared = {there: folded.pop(here) for here, there in _EMBEDDERS.items()}
     out = _NAMES.there(folded)
     for index in range(config.depth):
@@ -143,11 +130,11 @@ def from_diffusers(
             asks for something that this model does not have.
     """
     fields = filled(_CLASS_DEFAULTS, config_json, where)
-    check_depth(fields, blocks(state, "transformer_blocks."))
+    check_depth(fields, key_maps.blocks(state, "transformer_blocks."))
     config = _from_json(fields)
-    shapes = model_shapes(config)
+    shapes = key_maps.model_shapes(config)
     _, there = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    check(state, {name: tuple(value.shape) for name, value in there.items()}, _DIFFUSERS)
+    key_maps.check(state, {name: tuple(value.shape) for name, value in there.items()}, _DIFFUSERS)
     ours = _NAMES.here(shapes.keys() - _EMBEDDERS.keys(), state)
     ours |= {here: _common(state, name, config.depth) for here, name in _EMBEDDERS.items()}
     return config, {name: ours[name] for name in shapes}
@@ -173,7 +160,7 @@ def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...]) -> None
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.num_classes: 0": not config.num_classes,
     }
-    refuse_lacking(lacking, who)
+    key_maps.refuse_lacking(lacking, who)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -221,7 +208,7 @@ def _from_json(fields: Fields) -> ModelConfig:
         patch_size=patch,
         in_channels=channels,
         input_size=image_size(fields, patch),
-        learn_sigma=learns_sigma(out or channels, channels, "a DiT"),
+        learn_sigma=key_maps.learns_sigma(out or channels, channels, "a DiT"),
         mlp=_ACTIVATIONS[activation],
         num_classes=fields.whole("num_embeds_ada_norm", least=1),
     )
@@ -256,6 +243,7 @@ CONVERSION = Conversion(
         _CLASS_DEFAULTS,
         to_diffusers,
         from_diffusers,
+        lambda t, cond: {"timestep": t.long(), "class_labels": cond.labels},
         pipeline="DiTPipeline",
         of_betas="DDIMScheduler",
         null_label=1000,

@@ -17,20 +17,8 @@ from torch import Tensor
 from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion import Conversion, DiffusersModel
+from megadit.models.conversion import Conversion, DiffusersModel, key_maps
 from megadit.models.conversion.diffusers_class import WHERE, Renaming, check_depth, filled, image_size
-from megadit.models.conversion.key_maps import (
-    blocks,
-    check,
-    check_positions,
-    fitting_heads,
-    fold_readout,
-    learns_sigma,
-    listed,
-    model_shapes,
-    needed,
-    size_needed,
-)
 from megadit.models.layers import CroppedPositions
 
 _OFFICIAL = "an official SD3 checkpoint"
@@ -92,39 +80,39 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     second = [name for name in state if ".attn2." in name]
     if second:
         raise UserError(
-            f"IN: has a second attention in its image blocks ({listed(second)}), as Stable Diffusion 3.5 Medium; "
-            "this model has none, so it cannot be read"
+            f"IN: has a second attention in its image blocks ({key_maps.listed(second)}), as Stable Diffusion 3.5 "
+            "Medium; this model has none, so it cannot be read"
         )
-    width, channels, patch, _ = needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
-    hidden = len(needed(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
+    width, channels, patch, _ = key_maps.needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(key_maps.needed(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
     pooled = state.get("y_embedder.mlp.0.weight")
-    heads = fitting_heads(width, int(hints.get("heads", width // _HEAD_DIM)) or 1)
+    heads = key_maps.fitting_heads(width, int(hints.get("heads", width // _HEAD_DIM)) or 1)
     table = state.pop("pos_embed", None)
     config = ModelConfig(
         family="mmdit",
         width=width,
-        depth=blocks(state, "joint_blocks."),
+        depth=key_maps.blocks(state, "joint_blocks."),
         heads=heads,
         patch_size=patch,
         in_channels=channels,
         input_size=_input_size(table, patch, hints.get("input_size")),
         pos_embed_max_size=None if table is None else math.isqrt(table.shape[1]),
-        learn_sigma=len(needed(state, _READOUT, _OFFICIAL, 2)) == 2 * channels * patch**2,
+        learn_sigma=len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) == 2 * channels * patch**2,
         mlp_ratio=hidden / width,
         qk_norm="rms" if "joint_blocks.0.x_block.attn.ln_q.weight" in state else "none",
         qkv_bias="joint_blocks.0.x_block.attn.qkv.bias" in state,
         num_classes=0,
         text={  # type: ignore[arg-type]
-            "dim": needed(state, "context_embedder.weight", _OFFICIAL, 2).shape[1],
+            "dim": key_maps.needed(state, "context_embedder.weight", _OFFICIAL, 2).shape[1],
             "max_length": _TOKENS,
             "pooled_dim": 0 if pooled is None else pooled.shape[-1],
             "mask": False,
         },
     )
     if table is not None:
-        check_positions(table, _positions(config), "pos_embed")
-    shapes = model_shapes(config)
-    check(state, shapes, _OFFICIAL)
+        key_maps.check_positions(table, _positions(config), "pos_embed")
+    shapes = key_maps.model_shapes(config)
+    key_maps.check(state, shapes, _OFFICIAL)
     return config, {name: state[name] for name in shapes}
 
 
@@ -173,16 +161,16 @@ def from_diffusers(
             something that this model does not have.
     """
     fields = filled(_CLASS_DEFAULTS, config_json, where)
-    check_depth(fields, blocks(state, "transformer_blocks."))
+    check_depth(fields, key_maps.blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     state = dict(state)
     _check_table(state.pop(_TABLE, None), config, where)
-    shapes = model_shapes(config)
+    shapes = key_maps.model_shapes(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for name, (rows, *rest) in shapes.items():
         places = _NAMES.places(name)
         wanted |= {place: (rows // len(places), *rest) for place in places}
-    check(state, wanted, _DIFFUSERS)
+    key_maps.check(state, wanted, _DIFFUSERS)
     return config, _swapped(_NAMES.here(shapes, state), config.depth)
 
 
@@ -202,7 +190,7 @@ def _check_table(table: Tensor | None, config: ModelConfig, where: str) -> None:
             f"patch_size) and width {config.width}, but {_TABLE} has shape {list(table.shape)}; give the config of "
             "these weights"
         )
-    check_positions(table, _positions(config), _TABLE)
+    key_maps.check_positions(table, _positions(config), _TABLE)
 
 
 def _refuse_activation(config: ModelConfig, who: str) -> None:
@@ -213,7 +201,7 @@ def _refuse_activation(config: ModelConfig, who: str) -> None:
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that make pictures, without REPA's projector; the readout's multiplier is folded."""
     kept = {name: value for name, value in state.items() if not name.startswith("repa.")}
-    return {**kept, _READOUT: fold_readout(config, state[_READOUT])}
+    return {**kept, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
 
 
 def _swapped(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -238,10 +226,10 @@ def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
     if hint is not None:
         return int(hint)
     if table is None:
-        raise size_needed("the file has no pos_embed that would tell")
+        raise key_maps.size_needed("the file has no pos_embed that would tell")
     side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
     if side < 2:
-        raise size_needed(f"pos_embed of shape {list(table.shape)} does not tell")
+        raise key_maps.size_needed(f"pos_embed of shape {list(table.shape)} does not tell")
     sine = min(1.0, max(0.0, float(table[0, 1, 0])))
     return max(1, round(side * math.asin(sine))) * patch
 
@@ -297,7 +285,7 @@ def _from_json(fields: Fields) -> ModelConfig:
         in_channels=channels,
         input_size=image_size(fields, patch),
         pos_embed_max_size=fields.whole("pos_embed_max_size", None, least=1, most=LARGEST, null=True),
-        learn_sigma=learns_sigma(out or channels, channels, "an MMDiT"),
+        learn_sigma=key_maps.learns_sigma(out or channels, channels, "an MMDiT"),
         qk_norm="none" if norm is None else "rms",
         num_classes=0,
         text=TextInput(
@@ -335,6 +323,7 @@ CONVERSION = Conversion(
         _CLASS_DEFAULTS,
         to_diffusers,
         from_diffusers,
+        lambda t, cond: {"timestep": t, "encoder_hidden_states": cond.text, "pooled_projections": cond.pooled},
         pipeline="StableDiffusion3Pipeline",
         components={
             "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -17,21 +17,8 @@ from megadit.conditioning import null_caption
 from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.models.conversion import Conversion, DiffusersModel
+from megadit.models.conversion import Conversion, DiffusersModel, key_maps
 from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, filled, image_size
-from megadit.models.conversion.key_maps import (
-    blocks,
-    check,
-    fold_readout,
-    fold_roles,
-    heads_of,
-    input_size,
-    learns_sigma,
-    model_shapes,
-    needed,
-    parametrized,
-    refuse_lacking,
-)
 from megadit.models.layers import sincos_2d
 
 NULL_CAPTION = "y_embedder.y_embedding"
@@ -89,33 +76,33 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
             needed or wrong.
     """
     _refuse_micro_conditions(state, _MICRO)
-    width, channels, patch, _ = needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
-    hidden = len(needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
-    out = len(needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
-    text_dim = needed(state, "y_embedder.y_proj.fc1.weight", _OFFICIAL, 2).shape[1]
+    width, channels, patch, _ = key_maps.needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(key_maps.needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    text_dim = key_maps.needed(state, "y_embedder.y_proj.fc1.weight", _OFFICIAL, 2).shape[1]
     length = int(hints.get("text_max_length", _MAX_LENGTH))
     if NULL_CAPTION in state:
-        length = len(needed(state, NULL_CAPTION, _OFFICIAL, 2))
+        length = len(key_maps.needed(state, NULL_CAPTION, _OFFICIAL, 2))
     size, scale = _grid(state.get("pos_embed"), patch, hints)
-    heads = heads_of(width, hints.get("heads"), {}, _HEAD_DIMS)
+    heads = key_maps.heads_of(width, hints.get("heads"), {}, _HEAD_DIMS)
     keys: dict[str, Any] = {
         "family": "pixart",
         "width": width,
-        "depth": blocks(state, "blocks."),
+        "depth": key_maps.blocks(state, "blocks."),
         "patch_size": patch,
         "in_channels": channels,
         "input_size": size,
-        "learn_sigma": learns_sigma(out, channels, "a PixArt"),
+        "learn_sigma": key_maps.learns_sigma(out, channels, "a PixArt"),
         "mlp_ratio": hidden / width,
         "num_classes": 0,
         "text": {"dim": text_dim, "max_length": length},
         "pos_scale": scale,
-        **parametrized(hints, width, heads),
+        **key_maps.parametrized(hints, width, heads),
     }
     config = ModelConfig.model_validate(keys)
     weights = {name: value for name, value in state.items() if name != "pos_embed"}
     weights.setdefault(NULL_CAPTION, _null(config, {}))
-    check(weights, _shapes(config), _OFFICIAL)
+    key_maps.check(weights, _shapes(config), _OFFICIAL)
     return config, weights
 
 
@@ -162,19 +149,19 @@ def from_diffusers(
     """
     _refuse_micro_conditions(state, _DIFFUSERS_MICRO)
     fields = filled(_CLASS_DEFAULTS, config_json, where)
-    check_depth(fields, blocks(state, "transformer_blocks."))
+    check_depth(fields, key_maps.blocks(state, "transformer_blocks."))
     config = _from_json(fields, max_length)
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
-    shapes = model_shapes(config)
+    shapes = key_maps.model_shapes(config)
     _, there_all = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    check(state, {name: tuple(value.shape) for name, value in there_all.items()}, _DIFFUSERS)
+    key_maps.check(state, {name: tuple(value.shape) for name, value in there_all.items()}, _DIFFUSERS)
     return config, {**_NAMES.here(shapes, state), NULL_CAPTION: _null(config, {})}
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all that the model's state dict holds: parameters and the null caption."""
     assert config.text is not None
-    return {**model_shapes(config), NULL_CAPTION: (config.text.max_length, config.text.dim)}
+    return {**key_maps.model_shapes(config), NULL_CAPTION: (config.text.max_length, config.text.dim)}
 
 
 def _null(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
@@ -186,13 +173,13 @@ def _null(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
 def _folded(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters alone, without a REPA projector and the null caption, multipliers folded in."""
     own = {name: value for name, value in state.items() if name != NULL_CAPTION and not name.startswith("repa.")}
-    _, folded = fold_roles(config, own)
-    return {**folded, _READOUT: fold_readout(config, folded[_READOUT])}
+    _, folded = key_maps.fold_roles(config, own)
+    return {**folded, _READOUT: key_maps.fold_readout(config, folded[_READOUT])}
 
 
 def _grid(table: Tensor | None, patch: int, hints: Mapping[str, Any]) -> tuple[int, float]:
     """(side of the image, scale of the positions): of the stored table, which hints must agree with, or the hints."""
-    size = input_size(table, patch, hints.get("input_size"))
+    size = key_maps.input_size(table, patch, hints.get("input_size"))
     if table is None:
         return size, float(hints.get("pos_scale", 1.0))
     side, width = size // patch, table.shape[-1]
@@ -225,7 +212,7 @@ def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...], *, bias
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.qkv_bias: false": bias and not config.qkv_bias,
     }
-    refuse_lacking(lacking, who)
+    key_maps.refuse_lacking(lacking, who)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -288,7 +275,7 @@ def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
         patch_size=patch,
         in_channels=channels,
         input_size=size,
-        learn_sigma=learns_sigma(out or channels, channels, "a PixArt"),
+        learn_sigma=key_maps.learns_sigma(out or channels, channels, "a PixArt"),
         mlp=_ACTIVATIONS[activation],
         qkv_bias=fields.flag("attention_bias"),
         num_classes=0,
@@ -324,6 +311,12 @@ CONVERSION = Conversion(
         _CLASS_DEFAULTS,
         to_diffusers,
         from_diffusers,
+        lambda t, cond: {
+            "timestep": t,
+            "encoder_hidden_states": cond.text,
+            "encoder_attention_mask": cond.text_mask,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
         pipeline="PixArtAlphaPipeline",
         components={
             "tokenizer": ["transformers", "T5Tokenizer"],

@@ -14,17 +14,7 @@ from torch import Tensor
 
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
-from megadit.models.conversion import LATENT_CHANNELS, Conversion
-from megadit.models.conversion.key_maps import (
-    blocks,
-    check,
-    fold_readout,
-    heads_of,
-    learns_sigma,
-    model_shapes,
-    needed,
-    refuse_lacking,
-)
+from megadit.models.conversion import LATENT_CHANNELS, Conversion, key_maps
 
 _OFFICIAL = "an official U-ViT checkpoint"
 _HEADS = {1152: 16, 1024: 16, 768: 12, 512: 8}  # the published sizes, by width
@@ -47,32 +37,32 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     Raises:
         UserError: names, shapes or types are not those of a U-ViT, or a hint is needed or wrong.
     """
-    width, channels, patch, _ = needed(state, "patch_embed.proj.weight", _OFFICIAL, 4).shape
-    hidden = len(needed(state, "mid_block.mlp.fc1.weight", _OFFICIAL, 2))
-    out = len(needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
-    positions = needed(state, _POSITIONS[0], _OFFICIAL, 3).shape[1]
+    width, channels, patch, _ = key_maps.needed(state, "patch_embed.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(key_maps.needed(state, "mid_block.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    positions = key_maps.needed(state, _POSITIONS[0], _OFFICIAL, 3).shape[1]
     state = {_POSITIONS[1] if name == _POSITIONS[0] else name: value for name, value in state.items()}
     state = _with_null(state, _truth(hints.get("null_class", True)))
     text: dict[str, Any] | None = None
-    classes = len(needed(state, _TABLE, _OFFICIAL, 2)) - 1 if _TABLE in state else 0
+    classes = len(key_maps.needed(state, _TABLE, _OFFICIAL, 2)) - 1 if _TABLE in state else 0
     side, length = _layout(positions, patch, classes, "context_embed.weight" in state, hints)
     if length:
         text = {
-            "dim": needed(state, "context_embed.weight", _OFFICIAL, 2).shape[1],
+            "dim": key_maps.needed(state, "context_embed.weight", _OFFICIAL, 2).shape[1],
             "max_length": length,
             "mask": False,  # the original sees all of CLIP's tokens
         }
-    heads = heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
+    heads = key_maps.heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
     config = ModelConfig.model_validate(
         {
             "family": "uvit",
             "width": width,
-            "depth": 2 * blocks(state, "in_blocks."),
+            "depth": 2 * key_maps.blocks(state, "in_blocks."),
             "heads": heads,
             "patch_size": patch,
             "in_channels": channels,
             "input_size": side * patch,
-            "learn_sigma": learns_sigma(out, channels, "a U-ViT"),
+            "learn_sigma": key_maps.learns_sigma(out, channels, "a U-ViT"),
             "mlp": "gelu",
             "mlp_ratio": hidden / width,
             "qkv_bias": "mid_block.attn.qkv.bias" in state,
@@ -82,8 +72,8 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
             "mlp_time_embed": "time_embed.0.weight" in state,
         }
     )
-    shapes = model_shapes(config)
-    check(state, shapes, _OFFICIAL)
+    shapes = key_maps.model_shapes(config)
+    key_maps.check(state, shapes, _OFFICIAL)
     return config, {name: state[name] for name in shapes}
 
 
@@ -98,8 +88,8 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
         f"model.mlp: {config.mlp}": config.mlp != "gelu",
         "model.learn_sigma: true": config.learn_sigma,
     }
-    refuse_lacking(lacking, "the official U-ViT")
-    official = {**state, _READOUT: fold_readout(config, state[_READOUT])}
+    key_maps.refuse_lacking(lacking, "the official U-ViT")
+    official = {**state, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
     return {_POSITIONS[0] if name == _POSITIONS[1] else name: value for name, value in official.items()}
 
 
