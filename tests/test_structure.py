@@ -44,7 +44,7 @@ ACROSS = {"bad_input", "fuzz", "kernels", "pins", "plugins"}
 # Rooms whose folders follow one grammar, so that a file of the same name plays the same part in each.
 ONE_GRAMMAR = {
     "models": {"family", "model", "presets", "init", "convert"},  # the families
-    "data": {"encoder", "folders"},  # text and features: networks of others
+    "data": {"encoders", "folders"},  # text and features: networks of others
     "engine": {"pipeline"},  # the engine, and the DeepSpeed class that it is made of
 }
 SHIM = '''#!/usr/bin/env python

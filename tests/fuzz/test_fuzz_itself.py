@@ -101,7 +101,7 @@ HUNTED = {
         "config/loading/sources.py",
         "search/study/spec.py",
     ),
-    "study": ("search/storage/identity.py", "search/storage/locking.py"),
+    "study": ("search/storage/identity.py", "search/storage/locking.py", "search/study/study.py"),
     "run_dir": (
         "diffusion/sampling/classes.py",
         "files/owner_file.py",
@@ -128,7 +128,12 @@ HUNTED = {
         "data/shards/tar_set.py",
     ),
     "images": ("data/image_files.py",),
-    "weights": ("convert/torch_files/safe_load.py", "convert/safetensors_file.py", "convert/torch_files/stand_ins.py"),
+    "weights": (
+        "convert/safetensors_file.py",
+        "convert/state_dicts.py",
+        "convert/torch_files/safe_load.py",
+        "convert/torch_files/stand_ins.py",
+    ),
     "torch_trees": (
         "convert/deepspeed/files.py",
         "convert/deepspeed/native.py",
@@ -153,6 +158,7 @@ HUNTED = {
 }
 # Those that read nothing of a user's, or leave it to a library whose every error they tell.
 NOT_HUNTED = {
+    "evaluate/metrics/clip_heads.py": "a cache of its own, made anew where it cannot be read",
     "cli/convert_checkpoint.py": "a hint that somebody typed as an option",
     "data/sources/digits.py": "a table of scikit-learn",
     "data/codecs/vae.py": "diffusers builds the autoencoder, and whatever it raises is told",
