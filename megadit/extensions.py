@@ -5,7 +5,7 @@ A plugin is a Python module with a function ``register()`` that adds to these:
     from megadit.extensions import METRICS
 
     def register() -> None:
-        METRICS.add("brightness", Brightness())
+        METRICS.add("brightness", Brightness)
 
 megadit's own extensions are listed by the packages that are named here, one file or folder each.
 """

@@ -84,8 +84,9 @@ def _load(name: str, source: str) -> Plugin:
         raise UserError(f"{source}: {name} cannot be imported ({_where(error)})") from error
     register = getattr(module, "register", None)
     if not callable(register):
+        place = getattr(module, "__file__", None) or "no file of Python's"
         raise UserError(
-            f"{source}: {name} ({module.__file__}) is no plugin: it has no register(); docs/extending.md has examples"
+            f"{source}: {name} ({place}) is no plugin: it has no register(); docs/extending.md has examples"
         )
     try:
         register()
@@ -131,6 +132,8 @@ def _digest(module: ModuleType) -> str:
     """SHA-256 over the Python files of a package, or of the module: their names below it and their contents."""
     spec = module.__spec__
     package = module if hasattr(module, "__path__") else sys.modules.get(spec.parent or "") if spec else None
+    if getattr(package, "__file__", None) is None:  # a folder without __init__.py, which other distributions may share
+        package = None
     file = Path(str((package or module).__file__))
     found = sorted(file.parent.rglob("*.py")) if package is not None else [file]
     total = hashlib.sha256()
@@ -182,7 +185,7 @@ def require(records: Sequence[Mapping[str, str]], source: str) -> None:
         told = " and ".join(shown(record["name"], record["version"], "") for record in missing)
         raise UserError(
             f"plugins: {source} names {told}, and reading it imports nothing; if you trust the module, give --plugins "
-            f"{','.join(record['name'] for record in missing)}"
+            f"{','.join([*PLUGINS, *(record['name'] for record in missing)])}"
         )
 
 

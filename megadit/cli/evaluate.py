@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_plugins(first)
-    import_plugins(first.parse_known_args(words)[0])
+    first.add_argument("score", nargs="?")
+    asked, _ = first.parse_known_args(words)
+    import_plugins(asked)
+    if asked.score is not None:
+        METRICS.get(asked.score)  # refuses in a sentence what is none
     args = parser().parse_args(words)
     from megadit.parallel.environment import refuse_ranks
 

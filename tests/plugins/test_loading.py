@@ -85,6 +85,13 @@ def test_what_is_no_plugin_is_refused_with_its_line(home: Path, name: str, text:
     assert "\n" not in str(raised.value) and loaded() == ()
 
 
+@pytest.mark.parametrize("name", ["sys", "broken_plugin"])
+def test_a_module_without_a_file_is_no_plugin(home: Path, name: str) -> None:
+    (home / "broken_plugin").mkdir()  # a folder without __init__.py
+    with pytest.raises(UserError, match=rf"^--plugins: {name} \(no file of Python's\) is no plugin: it has no"):
+        load_plugins([name])
+
+
 def test_two_plugins_that_take_one_name(home: Path) -> None:
     write_plugin(home, TOY, "other_plugin")
     with pytest.raises(UserError, match=r"other_plugin cannot be registered: schedule 'half': there is one"):
@@ -114,6 +121,21 @@ class TestDigest:
                 assert whole.sha256 == module.sha256  # a module of a package is nothing without the rest
                 digests.append(whole.sha256)
         assert digests[0] == digests[1] != digests[2]
+
+    def test_a_module_in_a_folder_that_is_no_package_counts_alone(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for part in ("here", "there", "path/other_plugin"):
+            (home / part).mkdir(parents=True)
+        (home / "here" / "unrelated.py").write_text("")
+        data = b"def register():\n    pass\n"
+        (home / "path" / "other_plugin" / "main.py").write_bytes(data)
+        for part in ("here", "there"):
+            with plugins_taken_back(), monkeypatch.context() as patch:
+                patch.syspath_prepend(str(home / "path"))
+                patch.chdir(home / part)
+                load_plugins(["other_plugin.main"])
+                assert loaded()[0].sha256 == hashlib.sha256(f"main.py\0{len(data)}\0".encode() + data).hexdigest()
 
 
 class TestConfiguration:
@@ -168,6 +190,13 @@ class TestConfiguration:
     def test_several_that_are_missing_are_named_in_one_sentence(self) -> None:
         records = [{"name": "a", "version": "1", "sha256": ""}, {"name": "b", "version": "", "sha256": "0"}]
         with pytest.raises(UserError, match=r"^plugins: RUN names a 1 and b, and .* give --plugins a,b$"):
+            require(records, "RUN")
+
+    def test_the_option_that_is_told_is_whole(self, home: Path) -> None:
+        """Those that were given stand in it, too."""
+        load_plugins(["toy_plugin"])
+        records = [{"name": name, "version": "", "sha256": ""} for name in ("toy_plugin", "b")]
+        with pytest.raises(UserError, match=r"^plugins: RUN names b, and .* give --plugins toy_plugin,b$"):
             require(records, "RUN")
 
 

@@ -160,6 +160,8 @@ class TestAfterTraining:
         assert told == {"brightness": pytest.approx(np.load(pictures)["arr_0"].mean(), rel=1e-4)}
         assert evaluate.main(["--plugins", "toy", "brightness", str(pictures)]) == 0
         assert capsys.readouterr().out.startswith("brightness ")
+        with pytest.raises(UserError, match=r"^evaluate: 'bright' is no metric; did you mean brightness\? A plugin's "):
+            evaluate.main(["bright", str(pictures)])
 
     def test_it_converts_to_safetensors_and_back(
         self, run: Path, toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
