@@ -65,7 +65,7 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
                 "tensor": tensor,
                 "name": name,
                 "work": [sum(flops[a:b]) for a, b in pairwise(cuts)],
-                "stages": [(sum(p.numel() for p in segment.parameters()), passage) for segment, passage in passages],
+                "stages": [(sum(p.numel() for p in chunk.parameters()), passage) for chunk, passage in passages],
             }
 
 

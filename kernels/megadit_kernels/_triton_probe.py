@@ -1,4 +1,7 @@
-"""The smallest Triton kernel: it tells whether Triton compiles and launches here. Imported by its probe only."""
+"""The smallest Triton kernel: it tells whether Triton compiles and launches here.
+
+The probe of ``megadit_kernels.backends`` imports it and nothing else may, since it needs Triton.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def _double(x, y, n, block: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def double(x: Tensor) -> Tensor:
-    """2 x for a flat float32 CUDA tensor of at most 64 elements."""
+    """``2 * x`` of a flat, contiguous float32 CUDA tensor of at most 64 elements, by one program of the kernel."""
     out = x.new_empty(x.shape)
     _double[(1,)](x, out, x.numel(), block=64)
     return out

@@ -1,4 +1,4 @@
-"""One measured key of a run over its steps and samples, read from ``metrics.jsonl``, and laid on shared grids."""
+"""One key of ``metrics.jsonl`` as a curve over a run's steps and samples, and the positions that curves share."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ AXES: tuple[Axis, ...] = ("steps", "samples")
 class Curve:
     """A run's values of ``key``: all arrays (N,), ascending in steps; a value that was not finite is nan.
 
-    ``windowed`` says that a value is the mean since the row before it (the training losses) and not a
-    measurement at its step (``val_loss``). ``stopped`` is why the run ended short of its length, empty if it did not
-    (or still trains): the last values of a diverged run are not those of a finished one.
+    steps: optimizer steps, int64.  samples: images seen by then, int64; 0 where a row does not say.  stopped: why the
+    run ended short of its length, empty if it did not (or still trains): the last values of a diverged run are not
+    those of a finished one.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Curve:
 
     @property
     def windowed(self) -> bool:
-        """Whether values are means over the window that ends at their step."""
+        """Whether a value is the mean since the row before it (training losses), not one measured at its step."""
         return self.key.startswith("loss")
 
     def at(self, axis: Axis) -> np.ndarray:
@@ -45,7 +45,7 @@ class Curve:
         return self.steps if axis == "steps" else self.samples
 
     def on(self, grid: np.ndarray, axis: Axis) -> np.ndarray:
-        """The values on ``grid``, positions that this curve has all of; (len(grid),).
+        """The values at ``grid``, ascending positions of which this curve has every one; (len(grid),).
 
         Windows of a finer log are joined: the mean since the grid's previous position, so that runs that
         log at different intervals are compared over the same stretches of training.
@@ -101,7 +101,7 @@ def common_grid(curves: Sequence[Curve], axis: Axis) -> np.ndarray:
 
 
 def extended_grid(curves: Sequence[Curve], axis: Axis, common: np.ndarray) -> np.ndarray:
-    """``common``, and what these curves share beyond its end, at the same spacing and with their last position."""
+    """``common``, and beyond its end what these curves share: at the same spacing or more, the last position always."""
     own = common_grid(curves, axis)
     if not len(common):
         return own
@@ -130,6 +130,7 @@ def smoothed(values: np.ndarray, points: int) -> np.ndarray:
 
 
 def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a run directory's ``metrics.jsonl``, at least one. Raises UserError otherwise."""
     file = folder / "metrics.jsonl"
     if not folder.is_dir():
         raise UserError(f"run directory: no folder {folder}; name a run directory, which holds metrics.jsonl")

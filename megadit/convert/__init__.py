@@ -9,7 +9,7 @@ request             what a conversion was asked for, and the place of what it ma
 contents            what a checkpoint of any format holds, named and lazily read; values that are NaN or infinite
 dispatch            the four functions for programs, by family (megadit/models/FAMILY/convert.py)
 defaults            the run configuration of a model that came without one
-run_checkpoints     megadit's own (DESIGN: one logical format for every layout)
+run_checkpoints     megadit's own, of runs (docs/checkpoints.md)
 state_dicts         whole weights: safetensors and torch files, sharded or not
 official            torch files and safetensors of the families' own code
 wrappings           where the weights stand in what a trainer saved: which file of a folder, which names of a file

@@ -1,7 +1,8 @@
-"""Models of other programs to megadit's and back, by family: the library's side of ``tools/convert_checkpoint.py``.
+"""Models of other programs to megadit's and back, in memory: the calls are dispatched to the family's ``convert.py``.
 
-A model is a config and a state dict of its parameters by name; nothing is written and nothing is shared: tensors may
-be those that were given.
+A model is a config and a state dict of its parameters by name. Nothing is read from disk or written, and nothing is
+copied without need: tensors of a result may be those that were given. Files are read and written by
+``megadit.convert.official`` and ``megadit.convert.diffusers.folder``, which call these functions.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from megadit.models.conversion.diffusers_class import WHERE, class_config
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WHOLE = {"heads", "input_size", "base_width", "text_max_length", "max_length", "pos_embed_max_size"}  # hints
+# Names of hints, of any family, by the kind of value that they take; ``parametrization`` is checked by itself.
+_WHOLE = {"heads", "input_size", "base_width", "text_max_length", "max_length", "pos_embed_max_size"}
 _REAL = {"output_mult", "pos_scale"}
-_REPA = "repa."  # the projector: of training alone, and no other program's
+_REPA = "repa."  # how names of the projector's parameters begin: it serves training alone, and no other program has it
 
 
 def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -81,7 +83,8 @@ def from_diffusers(
     known, _ = class_config(Fields(config_json, where))
     family = diffusers_classes()[known["_class_name"]]
     check_types(state_dict)
-    options = {"max_length": max_length} if family_spec(family).null_caption else {}  # which is as long as a text
+    # A null caption is as long as a text, so that a family that has one must know the length to make it.
+    options = {"max_length": max_length} if family_spec(family).null_caption else {}
     config, state = _called(diffusers_of(family).from_diffusers, known, state_dict, where=where, **options)
     if max_length is not None and config.text is not None:
         config = config.model_copy(update={"text": config.text.model_copy(update={"max_length": max_length})})
@@ -103,7 +106,11 @@ def to_diffusers(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> tuple
 
 
 def diffusers_gap(config_json: Mapping[str, Any], where: str = WHERE) -> str | None:
-    """Why diffusers' class with this config cannot compute what this model does; None where it is the same."""
+    """Why diffusers' class with this config.json cannot compute what the model here does; None where it is the same.
+
+    Raises:
+        UserError: its ``_class_name`` is not known, or a value is none of its type.
+    """
     known, _ = class_config(Fields(config_json, where))
     return diffusers_of(diffusers_classes()[known["_class_name"]]).gap(known, where)
 
@@ -127,7 +134,7 @@ def _check_hints(hints: Mapping[str, Any]) -> None:
 
 
 def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
-    """The function's result; a config that cannot be, and names that it looked for in vain, are told as UserError."""
+    """The result of a family's function. A config that cannot be, and a name missing in the weights, are UserErrors."""
     try:
         return function(*values, **hints)
     except ValidationError as error:
@@ -148,7 +155,7 @@ def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) ->
 
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model as others know it: without REPA's projector and without multipliers but the readout's."""
+    """The model as others know it: without REPA's projector, multipliers folded into the weights but the readout's."""
     from megadit.models.conversion.key_maps import fold_roles
 
     kept = {name: value for name, value in state.items() if not name.startswith(_REPA)}

@@ -1,4 +1,4 @@
-"""Pictures to be scored: what ``launch/sample.py --npz`` wrote."""
+"""Pictures to be scored, from an npz: what ``launch/sample.py --npz`` wrote, in the form that ADM's evaluator reads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from megadit.files.file_kind import file_instead
 from megadit.files.npy import read_header
 
 # An npz of real pictures unpacks to a few times its size; flat colours to a thousand times, which is harmless if small.
-_PACKED, _LARGE = 100, 2**30
+# Refused is what is larger than _LARGE bytes when unpacked, and more than _RATIO times the file.
+_RATIO, _LARGE = 100, 2**30
 
 
 def read_pictures(path: Path) -> Tensor:
-    """``arr_0`` of an npz that ``launch/sample.py --npz`` wrote, as uint8 (N, 3, H, W). Raises UserError otherwise."""
+    """``arr_0``, uint8 (N, H, W, 3) in the file, as uint8 (N, 3, H, W).
+
+    Raises:
+        UserError: there is no such file, it is damaged, holds another array or none, or no pictures.
+    """
     remedy = "give what launch/sample.py --npz wrote"
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; {remedy}")
@@ -51,7 +56,7 @@ def _check_header(path: Path, remedy: str) -> None:
         raise UserError(f"{path}: arr_0 is not uint8 (N, H, W, 3); {remedy}")
     if 0 in shape:
         raise UserError(f"{path}: arr_0 holds no pictures; {remedy}")
-    if entry.file_size > _LARGE and entry.file_size > _PACKED * path.stat().st_size:
+    if entry.file_size > _LARGE and entry.file_size > _RATIO * path.stat().st_size:
         raise UserError(
             f"{path}: its {path.stat().st_size:,} bytes unpack to {entry.file_size:,}, as no real pictures do; {remedy}"
         )

@@ -1,4 +1,4 @@
-"""``.npy`` arrays of anybody: the header is held against the bytes that are there before anything of its size is made.
+"""``.npy`` files from anywhere: a header is compared with the bytes that are there before an array of its size is made.
 
 numpy's own reader makes the array first, so that a header of a few bytes may ask for any memory. Arrays of objects,
 which are pickles, are refused. The format: numpy.lib.format.
@@ -20,25 +20,27 @@ _READERS: dict[tuple[int, int], Callable[[IO[bytes]], Any]] = {
 
 
 def read_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """(shape, whether columns come first, dtype) of a file of ``size`` bytes; the stream is left at the values.
+    """(shape, whether it is in Fortran order, dtype) of a file of ``size`` bytes; the stream is left at the values.
 
-    Raises ValueError if it holds other bytes than promised, or objects; and what numpy raises about damage.
+    Raises:
+        ValueError: the values are more or fewer bytes than the header says, or objects, or its version is another.
+            About a damaged header numpy raises this and nearly anything else.
     """
     version = np.lib.format.read_magic(stream)
     if version not in _READERS:
         raise ValueError(f"its format has version {version[0]}.{version[1]}, and 1.0 and 2.0 are read")
-    shape, column_first, dtype = _READERS[version](stream)
+    shape, fortran_order, dtype = _READERS[version](stream)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects, which could run anything when loaded")
     promised, there = math.prod(shape) * dtype.itemsize, size - stream.tell()
     if promised != there:
         raise ValueError(f"it holds {there:,} bytes where its header, {dtype} of shape {shape}, promises {promised:,}")
-    return shape, column_first, dtype
+    return shape, fortran_order, dtype
 
 
 def array_of(data: bytes) -> np.ndarray:
     """The array of a file's bytes, a copy in C order. Raises as ``read_header`` does."""
     stream = io.BytesIO(data)
-    shape, column_first, dtype = read_header(stream, len(data))
-    array: np.ndarray = np.ndarray(shape, dtype, data, stream.tell(), order="F" if column_first else "C")
+    shape, fortran_order, dtype = read_header(stream, len(data))
+    array: np.ndarray = np.ndarray(shape, dtype, data, stream.tell(), order="F" if fortran_order else "C")
     return np.array(array, order="C")

@@ -15,18 +15,21 @@ from megadit.parallel.tensor import TensorLayout, mark_shards
 
 
 class ModelChunk(nn.Module):
-    """Stages [low, high) of ``model``, of which everything else is taken out: ``forward(stage_io) -> stage_io``.
+    """Stages [low, high) of ``model``: ``forward(stage_io) -> stage_io``.
 
-    The parameters that are left keep their canonical names in ``model``. What goes in and out is the packed state
-    between two stages and, where ``project`` is set and block ``model.repa_block`` lies behind, the REPA projection in
-    front of it. The last chunk puts out the model's output, or with ``project`` (output, projection). ``blocks``: how
-    many it has.
+    ``model`` is changed: everything that other stages need is taken out of it. The parameters that are left keep their
+    canonical names in it. What goes in and out is the packed state between two stages and, where ``project`` is set and
+    block ``model.repa_block`` lies behind, the REPA projection (B, T, F) as one tensor before it. The last chunk puts
+    out the model's output, or with ``project`` (output, projection).
+
+    project: whether the REPA projection is made and passed on; the engine sets it before a pass.  blocks: how many of
+    the stages are blocks.
     """
 
     def __init__(self, model: StagedModel, low: int, high: int) -> None:
         super().__init__()
         stages = model.stages()
-        blocks = [sum(stage.is_block for stage in stages[:place]) for place in range(len(stages) + 1)]
+        blocks = [sum(stage.is_block for stage in stages[:cut]) for cut in range(len(stages) + 1)]  # before each cut
         self.is_first, self.is_last = low == 0, high == len(stages)
         self.project = False
         self.blocks = blocks[high] - blocks[low]
@@ -48,7 +51,7 @@ class ModelChunk(nn.Module):
     def forward(self, stage_io: Carrier | Tensor) -> Carrier | Tensor:
         """Run the stages, the blocks recomputed as ``model.recompute`` says."""
         state = (stage_io,) if isinstance(stage_io, Tensor) else stage_io
-        repa_projection: Carrier = ()  # of one tensor, once there is one
+        repa_projection: Carrier = ()  # one tensor, once block ``repa_block`` has run here or on an earlier rank
         block, repa_block = self._blocks_before, self.model.repa_block if self.project else 0
         if 0 < repa_block <= block:
             repa_projection, state = state[:1], state[1:]
@@ -63,7 +66,7 @@ class ModelChunk(nn.Module):
 
 
 def _take_out(module: nn.Module, kept: set[int]) -> None:
-    """Replace every submodule that is neither kept nor holds one that is by an empty one."""
+    """Put ``nn.Identity`` for every submodule that is not kept (by its id) and holds none that is."""
     for name, child in list(module.named_children()):
         if id(child) in kept:
             continue
@@ -82,7 +85,18 @@ def build_chunk(
     *,
     device: torch.device | str = "cpu",
 ) -> ModelChunk:
-    """Build chunk ``place`` of a model that is cut at ``cuts``; only its own parameters are made and drawn."""
+    """Build chunk ``place``, counted from 0: stages [cuts[place], cuts[place + 1]) of the whole model.
+
+    Only its own parameters are made and drawn, in float32; values depend on ``seed`` and a parameter's name alone, so
+    they are those of ``build_model``.
+
+    cuts: ascending indices of stages, from 0 to their number; see ``megadit.parallel.topology.balanced_cuts``.
+    layout: a tensor-parallel rank's share of every layer; None: whole layers.  device: on ``"meta"`` nothing is
+    allocated or drawn.
+
+    Raises:
+        ValueError: the layout's ranks do not divide the model's heads or channels.
+    """
     model = build_model(config, layout, device="meta")
     chunk = ModelChunk(model, cuts[place], cuts[place + 1])
     if torch.device(device).type != "meta":

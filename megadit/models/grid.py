@@ -1,4 +1,7 @@
-"""What families whose tokens are patches of a square image share: their grid, what they are given, the readout."""
+"""What the families share whose image tokens are patches on a square grid: its size, checks of inputs, the readout.
+
+Sheets of pictures, which are grids too, are drawn by ``megadit.diffusion.sampling.grid``.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from megadit.parallel.tensor import tensor_layout
 
 
 def side_of(config: ModelConfig) -> int:
-    """Patches along a side of an image of ``input_size``."""
+    """How many patches lie along a side of an image of ``input_size``."""
     return config.input_size // config.patch_size
 
 
 def patches_of(config: ModelConfig) -> int:
-    """Patches, and so image tokens, of an image of ``input_size``."""
+    """How many patches, and so image tokens, an image of ``input_size`` has."""
     return side_of(config) ** 2
 
 
@@ -33,7 +36,7 @@ def check_square(x: Tensor, config: ModelConfig) -> None:
 
 
 def labels_of(cond: Conditioning, config: ModelConfig) -> Tensor:
-    """int64 (B,). Raises ValueError: there are none."""
+    """The class of each image, int64 (B,). Raises ValueError where the condition has no labels."""
     if cond.labels is None:
         raise ValueError(
             f"cond.labels: this model is class-conditional; give labels ({config.num_classes} is the null one)"
@@ -57,14 +60,18 @@ def self_attention(config: ModelConfig, param: Parametrization, tokens: int) -> 
 
 @dataclass(frozen=True)
 class ConditionedTokens(StageState):
-    """tokens (B, T, n), condition (B, n)."""
+    """What blocks modulated by one vector per image pass on: tokens (B, T, n), condition (B, n); n is the width."""
 
     tokens: Tensor
     condition: Tensor
 
 
 class SquareReadoutStage(Stage):
-    """The image, by the model's ``final_layer``."""
+    """From tokens (B, T, n) to the image (B, C, H, W), by ``final_layer(tokens, condition)`` -> (B, T, p * p * C).
+
+    T is all of the image's patches, or with sequence parallelism this rank's share of them; p is ``patch_size``, C
+    ``out_channels``.
+    """
 
     takes = ConditionedTokens
 
@@ -75,7 +82,7 @@ class SquareReadoutStage(Stage):
         self.layout = tensor_layout()
 
     def run(self, state: ConditionedTokens) -> ModelOutput:
-        """Read out the patches and put the image together."""
+        """Read out the patches, gather those of other ranks and put the image together."""
         config, side = self.config, side_of(self.config)
         patches = all_tokens(self.final_layer(state.tokens, state.condition), self.layout, side * side)
         return ModelOutput(unpatchify(patches, side, side, config.patch_size, config.out_channels))

@@ -89,18 +89,16 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
         sequence=parallel.sequence,
     )
     stages, blocks = [], 0
-    for stage, (segment, passage) in enumerate(passages):
-        sizes = [p.numel() for p in segment.parameters()]
-        own, in_flight = segment.blocks, min(parallel.pipeline - stage, many)
+    for stage, (chunk, passage) in enumerate(passages):
+        sizes = [p.numel() for p in chunk.parameters()]
+        own, in_flight = chunk.blocks, min(parallel.pipeline - stage, many)
         held, sent = _costs(config, sizes, passage, place.data, in_flight, ds_config)
         stages.append(
             StagePlan(
                 stage=stage,
                 ranks=(stage * place.data * place.tensor, (stage + 1) * place.data * place.tensor - 1),
                 blocks=(blocks + 1, blocks + own) if own else (0, 0),
-                ends=tuple(
-                    name for name, has in (("embedding", segment.is_first), ("readout", segment.is_last)) if has
-                ),
+                ends=tuple(name for name, has in (("embedding", chunk.is_first), ("readout", chunk.is_last)) if has),
                 flops_share=sum(flops[cuts[stage] : cuts[stage + 1]]) / sum(flops),
                 parameters=sum(sizes),
                 in_flight=in_flight,

@@ -1,1 +1,1 @@
-"""Training: the DeepSpeed engine, the muP optimizer wrapper, checkpoints, the loop and its callbacks."""
+"""From a configuration to a finished run: what is checked first, the loop and its callbacks, resume, and the end."""

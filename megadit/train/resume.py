@@ -187,7 +187,7 @@ def _rate_note(
 
     None where the run is longer or shorter at the same rates, or where its former length is not known.
     """
-    old_total = _old_total(stored, total)
+    old_total = _old_total(stored)
     old = _old_schedule(stored, old_total)
     if old is None or old_total is None:
         return None
@@ -211,7 +211,7 @@ def _rate_note(
     return None
 
 
-def _old_total(stored: StoredCheckpoint, total: int) -> int | None:
+def _old_total(stored: StoredCheckpoint) -> int | None:
     """The length that the checkpoint's run was to have; None where it followed from data that are not known."""
     train = stored.config["train"]
     if train.get("steps") is not None:

@@ -39,9 +39,7 @@ def plant(rank: int, step: int, kind: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return plain(*args)
 
-    from megadit.models import chunk as segment
-
-    stages.run_block = segment.run_block = run_block  # type: ignore[assignment]
+    stages.run_block = run_block  # type: ignore[assignment]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""MMDiT under muP: the table of DESIGN section 5, equality with the mup package, and the coordinate check."""
+"""MMDiT under muP: its table of roles and factors, equality with the mup package, and the coordinate check."""
 
 from __future__ import annotations
 

@@ -51,7 +51,6 @@ def come_to_grief(config: RunConfig, folder: str, fault: Callable[[], None]) -> 
     """Train; in the third micro batch's second block the last rank has ``fault``. How others end goes to a file."""
     import torch.distributed as dist
 
-    from megadit.models import chunk as segment
     from megadit.models import stages
 
     run = assemble_rank(config, folder)
@@ -63,7 +62,7 @@ def come_to_grief(config: RunConfig, folder: str, fault: Callable[[], None]) -> 
             fault()
         return plain(*args)
 
-    stages.run_block = segment.run_block = run_block  # type: ignore[assignment]
+    stages.run_block = run_block  # type: ignore[assignment]
     begin = time.monotonic()
     try:
         train_on(run, 50)

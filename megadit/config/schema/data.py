@@ -82,10 +82,19 @@ class DataConfig(Section):
         0.5, ge=0, le=1, description="share of images without a caption up to which a run is warned and not refused"
     )
     features: FeatureSource | None = Field(None, description="target features of the REPA loss; null: none")
-
     options: dict[str, Scalar] = Field({}, description="name: value pairs that a plugin's data source declares")
+    on_change: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="a run that resumes with other images, classes or encoders than its checkpoint's: refuse it, or "
+        "accept, go on and record it",
+    )
+    on_corrupt: OnCorrupt = Field(
+        "stop",
+        description="an image that cannot be read: stop, naming file, sample and step. Nothing else yet, since to pass "
+        "over an image gives all later samples other numbers, and so other noise",
+    )
 
-    def __hash__(self) -> int:  # of a part of it: options are a dict
+    def __hash__(self) -> int:  # of some keys, since options, a dict, has no hash; ``==`` compares all of them
         return hash((self.name, self.path, self.image_size, self.condition))
 
     @field_validator("options")
@@ -103,17 +112,6 @@ class DataConfig(Section):
         if value == ():
             raise ValueError("classes: [] keeps no class; name those to keep, or set null for all")
         return value
-
-    on_change: Literal["refuse", "accept"] = Field(
-        "refuse",
-        description="a run that resumes with other images, classes or encoders than its checkpoint's: refuse it, or "
-        "accept, go on and record it",
-    )
-    on_corrupt: OnCorrupt = Field(
-        "stop",
-        description="an image that cannot be read: stop, naming file, sample and step. Nothing else yet, since to pass "
-        "over an image gives all later samples other numbers, and so other noise",
-    )
 
     @field_validator("on_corrupt", mode="before")
     @classmethod

@@ -18,13 +18,18 @@ VAE_CLASS = "AutoencoderKL"
 _KEY = "data.vae.path"
 _MOST_LEVELS = 16  # of an autoencoder; published ones have 4 or 5
 _MOST = 2**16  # channels, and pixels of a patch
-_MOST_LAYERS, _MOST_WIDTH = 64, 2**13  # of a level: so much is built before the weights are compared with it
+_MOST_LAYERS, _MOST_WIDTH = 64, 2**13  # of a level: diffusers builds that much before it looks at the weights
 _PER_CHANNEL = ("latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
 class CodecFacts:
-    """What a codec's ``config.json`` says."""
+    """What a codec's ``config.json`` says.
+
+    name: its ``_class_name``.  factor: image pixels per latent pixel along a side.  channels: of latents.
+    image_channels: of the images that it takes.  scale, shift: latents are (z - shift) * scale, z what
+    its weights give.
+    """
 
     name: str
     factor: int
@@ -51,7 +56,9 @@ def codec_folder(config: VaeConfig) -> Path:
 
 
 def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
-    """What the ``config.json`` of a codec's folder says; ``key`` brought it.
+    """What the ``config.json`` of a codec's folder says; a class that is no codec here is read as an AutoencoderKL.
+
+    ``key`` is what the folder was given by, for messages.
 
     Raises:
         UserError: it cannot be read, a value is none of its type, or latents are scaled by a number per channel.
@@ -79,7 +86,7 @@ def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
 
 
 def _levels(fields: Fields) -> int:
-    """Resolutions of an AutoencoderKL, each half of the one before."""
+    """How many resolutions an AutoencoderKL has, each half of the one before; the keys that say so are checked."""
     blocks = fields.items("block_out_channels", (64,))
     sizes = _each(fields, "block_out_channels", blocks)
     if not 1 <= len(blocks) <= _MOST_LEVELS:
@@ -117,6 +124,7 @@ def _check_rest(fields: Fields) -> None:
 
 
 def _check(folder: Path) -> None:
+    """Refuse a folder without a codec's ``config.json`` and whole safetensors weights. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{_KEY}: {folder} is not a folder; give the folder of a diffusers {VAE_CLASS} on this machine")
     config = folder / "config.json"

@@ -1,4 +1,7 @@
-"""From the bytes of a member to a value. Nothing here unpickles: arrays of objects are refused."""
+"""The bytes of a tar's member and its value, both ways: arrays, pictures, JSON and texts.
+
+Nothing here unpickles: arrays of objects are refused. In messages ``where`` names the member and its tar.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +40,14 @@ def read_array(data: bytes, where: str) -> Tensor:
 
 
 def write_array(value: Tensor) -> bytes:
-    """A tensor as the bytes of a ``.npy`` file; bfloat16, which numpy has not, is not among what it may hold."""
+    """A CPU tensor as the bytes of a ``.npy`` file. Raises TypeError for bfloat16, which numpy does not have."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, value.contiguous().numpy(), allow_pickle=False)
     return buffer.getvalue()
 
 
 def read_picture(data: bytes, channels: int, size: int, where: str, crop: Crop = "adm") -> Tensor:
-    """An image member as uint8 (channels, size, size), centre-cropped if it has another size.
+    """An image member as uint8 (channels, size, size), cut to a centred square as ``crop`` says if its size differs.
 
     Raises UserError that names ``where`` when it cannot be decoded.
     """
@@ -56,7 +59,7 @@ def read_picture(data: bytes, channels: int, size: int, where: str, crop: Crop =
 
 
 def write_picture(image: Tensor, kind: str, quality: int) -> bytes:
-    """uint8 (1 or 3, H, W) as the bytes of a png, or a jpg of that quality."""
+    """uint8 (1 or 3, H, W) as the bytes of a png, or for any other ``kind`` of a jpg of that quality (1 to 100)."""
     pixels = image.numpy()
     picture = Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     buffer = io.BytesIO()
@@ -91,11 +94,11 @@ def read_text(data: bytes, where: str) -> str:
         raise UserError(f"data.path: {where} is not UTF-8 text ({why_no_text(error)}); {_REMEDY}") from None
 
 
-def _remedy(other: str | None) -> str:
-    """The end of a sentence on a member, ``other`` being what it is in place of what was wanted."""
-    return f"; {_REMEDY}" if other is None else f": {other}, and {_REMEDY}"
-
-
 def write_json(value: dict[str, Any]) -> bytes:
     """A JSON object as UTF-8 bytes, keys in the order given; names that are not UTF-8 by escapes."""
     return json_bytes(json.dumps(value, ensure_ascii=False))
+
+
+def _remedy(other: str | None) -> str:
+    """The end of a sentence about a member; ``other`` says what was found in its place, None: not known."""
+    return f"; {_REMEDY}" if other is None else f": {other}, and {_REMEDY}"

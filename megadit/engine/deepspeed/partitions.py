@@ -1,9 +1,9 @@
-"""The one adapter to DeepSpeed's internals: which piece of which parameter this rank owns, in float32.
+"""Where DeepSpeed keeps its state: which piece of which parameter this rank owns, in float32.
 
 DeepSpeed keeps master weights and Adam moments in flat buffers that differ by ZeRO stage. Checkpoints (and
 whatever else must follow the master weights) speak of *fragments* instead: a canonical parameter name and an
-index range of the flattened parameter. Gradient norms are in ``partitions_norms``, and what keeps an update from being
-made in ``partitions_guard``. Written against DeepSpeed 0.19.
+index range of the flattened parameter. Gradient norms are in ``norms``, and what keeps an update from being made in
+``guard``. Written against DeepSpeed 0.19.
 
 =====  =========================================================  ==========================
 stage  where the float32 values live                              fragments of a rank
