@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels")]
 
-from megadit.errors import run_command  # noqa: E402
+from megadit.cli.main import run  # noqa: E402
 
 
 class PlantedError(Exception):
@@ -46,10 +46,7 @@ def main() -> None:
     """Plant the fault and run."""
     rank, call, kind = os.environ["FAULT"].split(":")
     plant(int(rank), int(call), kind)
-    sys.path.insert(0, str(ROOT / "launch"))
-    import pretrain
-
-    run_command(pretrain.main)
+    run("pretrain")
 
 
 if __name__ == "__main__":
