@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from megadit.lazy import exports
 
 if TYPE_CHECKING:
+    from megadit.conditioning import Conditioning
     from megadit.models.build import build_model, count_parameters
     from megadit.models.stages import Carrier, Stage, StagedModel
 
-__all__ = ["FAMILIES", "Carrier", "Stage", "StagedModel", "build_model", "count_parameters"]
+__all__ = ["FAMILIES", "Carrier", "Conditioning", "Stage", "StagedModel", "build_model", "count_parameters"]
 
 # What each knows of itself, by ``model.family``.
 FAMILIES: Mapping[str, str] = {
@@ -27,6 +28,6 @@ __getattr__ = exports(
     __name__,
     {
         **dict.fromkeys(("build_model", "count_parameters"), "build"),
-        **dict.fromkeys(("Carrier", "Stage", "StagedModel"), "stages"),
+        **dict.fromkeys(("Carrier", "Conditioning", "Stage", "StagedModel"), "stages"),
     },
 )

@@ -92,9 +92,9 @@ def one_mark_missing() -> None:
 
 
 def _change_specs(change: Callable[[str, Any], None]) -> None:
-    from megadit.models import registry
+    from megadit.models import build
 
-    plain = registry.init_parameters
+    plain = build.init_parameters
 
     def init_parameters(model: torch.nn.Module, seed: int) -> None:
         for name, module in model.named_modules():
@@ -102,7 +102,7 @@ def _change_specs(change: Callable[[str, Any], None]) -> None:
                 change(name, module)
         plain(model, seed)
 
-    registry.init_parameters = init_parameters
+    build.init_parameters = init_parameters
 
 
 def no_multiplier() -> None:

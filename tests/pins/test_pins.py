@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -123,3 +124,19 @@ def test_exit_codes(make: Any) -> None:
 def test_exit_codes_of_commands_that_train(make: Any) -> None:
     pinned = exit_codes(training=True)
     assert make.exit_codes(pinned) == pinned
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("megadit.config", "load_config preset RunConfig ModelConfig"),
+        ("megadit.models", "build_model Conditioning"),
+        ("megadit.convert", "from_official to_official from_diffusers to_diffusers"),
+        ("megadit.mup", "ParamSpec param_specs"),
+    ],
+)
+def test_programs_import_what_they_imported(module: str, names: str) -> None:
+    package = importlib.import_module(module)
+    for name in names.split():
+        assert name in package.__all__
+        assert callable(getattr(package, name))
