@@ -179,6 +179,10 @@ _Loader.add_constructor(None, _refused)
 class _Dumper(yaml.SafeDumper):
     """``yaml.SafeDumper`` that writes ``Plain`` as it stood, and quotes each text that may read as something else."""
 
+    def ignore_aliases(self, data: Any) -> bool:
+        """A value that stands twice is written twice: ``&id001`` is nothing that people edit."""
+        return True
+
 
 def _write_plain(dumper: _Dumper, value: Plain) -> yaml.ScalarNode:
     node = dumper.represent_scalar(f"{_TAG}str", str(value))

@@ -323,3 +323,9 @@ def test_every_short_text_of_the_alphabet_is_read_as_it_stands() -> None:
 def test_bytes_of_no_encoding_are_refused() -> None:
     with pytest.raises(UnicodeDecodeError):
         decode(b"\xff")
+
+
+def test_what_stands_twice_is_written_twice():
+    shared = [{"name": "toy"}]
+    text = dump_yaml({"base": shared, "top": shared})
+    assert "id001" not in text and parse_yaml(text) == {"base": shared, "top": shared}
