@@ -19,7 +19,7 @@ PAPER: dict[str, tuple[int, int, str, float, int]] = {
     "proxy-576-mup": (576, 8, "mup", 2**-10, 200_000),
 }
 
-COMMON: dict[str, dict[str, Any]] = {
+COMMON: dict[str, Any] = {
     "objective": {
         "kind": "ddpm", "prediction": "eps", "diffusion_steps": 1000, "beta_schedule": "linear",
         "time_sampling": "uniform", "weighting": "none",
@@ -29,7 +29,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "data": {
         "name": "image-folder", "path": None, "image_size": 256, "condition": "class", "flip": True, "crop": "adm",
         "val_fraction": 0.0, "skin_tones": False, "classes": None, "on_change": "refuse", "on_corrupt": "stop",
-        "max_missing_captions": 0.5,
+        "options": {}, "max_missing_captions": 0.5,
         "workers": 4, "vae": {"path": None, "scale": 0.18215, "shift": None, "factor": 8}, "features": None,
         "text": {"encoder": "minilm", "path": None, "pooled": "none", "pooled_path": None, "precision": "fp32",
                  "cache": None},

@@ -18,7 +18,7 @@ PAPER: dict[str, tuple[int, int, str, float, float, int, float]] = {
     "proxy-mup": (512, 8, "mup", 2.5e-4, 1.0, 30_000, 0.183),
 }
 
-COMMON: dict[str, dict[str, Any]] = {
+COMMON: dict[str, Any] = {
     "objective": {
         "kind": "flow", "prediction": "eps", "diffusion_steps": 1000, "beta_schedule": "linear",
         "time_sampling": "uniform", "weighting": "none",
@@ -28,7 +28,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "data": {
         "name": "webdataset", "path": None, "image_size": 256, "condition": "text", "flip": False, "crop": "adm",
         "val_fraction": 0.001, "skin_tones": False, "classes": None, "on_change": "refuse", "on_corrupt": "stop",
-        "max_missing_captions": 0.5,
+        "options": {}, "max_missing_captions": 0.5,
         "workers": 4, "vae": {"path": None, "scale": None, "shift": None, "factor": 8},
         "features": {"encoder": "stored", "path": None, "image_size": 128, "cache": None},
         "text": {

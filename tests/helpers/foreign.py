@@ -53,6 +53,7 @@ def engine_of(case: Case, seed: int = 1) -> Any:
     """A DeepSpeed engine over the model of CONFIG, with torch's AdamW (or SGD)."""
     import deepspeed
 
+    from megadit.engine.deepspeed.partitions import forget_groups
     from megadit.models import build_model
 
     model = build_model(CONFIG.model, seed=seed)
@@ -71,6 +72,7 @@ def engine_of(case: Case, seed: int = 1) -> Any:
         **({"bf16": {"enabled": True}} if case.bf16 else {}),
         **case.ds,
     }
+    forget_groups()  # of a run in the process that this one was forked from
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 

@@ -25,7 +25,7 @@ MODEL = {"family": "uvit", "depth": 2, "mlp": "gelu", "qkv_bias": False}
 def uvit_config(**sections: dict[str, Any]) -> RunConfig:
     """The small digits run with a U-ViT; ``sections`` change keys."""
     base = small_config().model_dump()
-    changed = {name: {**values, **sections.get(name, {})} for name, values in base.items()}
+    changed = base | {name: {**base[name], **values} for name, values in sections.items()}
     changed["model"] |= MODEL
     return RunConfig.model_validate(changed)
 
