@@ -24,8 +24,8 @@ from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
 
 if TYPE_CHECKING:
-    from megadit.data.shards.layout import Progress, Sharding
     from megadit.data.shards.manifest import Manifest
+    from megadit.data.shards.shard_files import Progress, Sharding
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None) -> Sharding:
     """How tars are cut, from --name, --out, --samples and --max_mb. Raises UserError for values that cannot be."""
-    from megadit.data.shards.layout import Sharding
+    from megadit.data.shards.shard_files import Sharding
 
     prefix = name or out.absolute().name
     if not prefix or prefix.startswith(".") or any(sign in prefix for sign in "/\\{}"):

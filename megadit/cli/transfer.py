@@ -156,7 +156,7 @@ def _limits(args: argparse.Namespace) -> Limits:
 
 
 def _of_table(args: argparse.Namespace, limits: Limits) -> Verdict:
-    from megadit.transfer.table import Columns, lower_is_better, verify_table
+    from megadit.transfer.score_table import Columns, lower_is_better, verify_table
 
     if args.studies:
         raise UserError(f"--table: is given beside the study {args.studies[0]}; verify one or the other")

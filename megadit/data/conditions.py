@@ -17,7 +17,7 @@ from megadit.config.schema.run import RunConfig
 from megadit.data.batch import Batch
 from megadit.data.dataset import ImageSet, even_choice
 from megadit.data.text.encoders import TextEncoder, build_encoder, check_lengths
-from megadit.data.text.table import TextTable, build_table, cache_folder
+from megadit.data.text.feature_table import TextTable, build_table, cache_folder
 from megadit.data.verify import check_captions
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead

@@ -16,7 +16,7 @@ from megadit.data.build import held_out
 from megadit.data.dataset import Subset
 from megadit.data.identity import differences, identify
 from megadit.data.listing import MISSING
-from megadit.data.shards.layout import INDEX, MANIFEST
+from megadit.data.shards.shard_files import INDEX, MANIFEST
 from megadit.data.shards.tar_set import load_tars
 from megadit.data.shards.writing import Sharding, make_shards
 from megadit.errors import UserError

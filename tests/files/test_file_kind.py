@@ -46,7 +46,7 @@ from megadit.files.file_kind import (
 )
 from megadit.files.json_fields import Fields
 from megadit.search.storage.locking import open_storage
-from megadit.transfer.table import Columns, verify_table
+from megadit.transfer.score_table import Columns, verify_table
 
 
 def _torch(legacy: bool) -> bytes:

@@ -14,7 +14,7 @@ from megadit.config.deepspeed.file import is_plain
 from megadit.config.deepspeed.merge import merge_ds_config
 from megadit.config.loading.loader import load, to_yaml
 from megadit.config.loading.sources import configs_dir
-from megadit.config.schema.layout import layout_problem
+from megadit.config.schema.parallel import layout_problem
 
 
 def _values() -> list[dict[str, Any]]:

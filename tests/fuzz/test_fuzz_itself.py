@@ -106,7 +106,7 @@ HUNTED = {
         "diffusion/sampling/classes.py",
         "files/owner_file.py",
         "compare/curves.py",
-        "transfer/table.py",
+        "transfer/score_table.py",
         "search/workers/scores.py",
         "search/workers/trial.py",
         "train/divergence.py",
@@ -151,7 +151,7 @@ HUNTED = {
     "small_files": (
         "data/features/encoders.py",
         "data/conditions.py",
-        "data/text/table.py",
+        "data/text/feature_table.py",
         "evaluate/pictures.py",
         "files/file_kind.py",
     ),

@@ -20,7 +20,7 @@ from megadit.search.workers.scores import _value
 from megadit.search.workers.trial import _why_diverged
 from megadit.train.divergence import notes_of_earlier_ends, recorded
 from megadit.train.run_dir import RunDirectory
-from megadit.transfer.table import Columns, verify_table
+from megadit.transfer.score_table import Columns, verify_table
 
 ROWS: list[dict[str, Any]] = [
     {

@@ -15,7 +15,7 @@ from helpers.fuzz import efforts, hunt, mutated
 from helpers.fuzz_files import HEADER_WORDS, STATE, Runs, torch_files
 from megadit.data.conditions import load_conditions
 from megadit.data.features.encoders import CachedEncoder
-from megadit.data.text import table
+from megadit.data.text import feature_table as table
 from megadit.evaluate.pictures import read_pictures
 from megadit.files.file_kind import file_instead, kind_of
 

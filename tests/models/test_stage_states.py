@@ -12,8 +12,8 @@ from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
 from helpers.tiny_pixart import pixart_inputs, tiny_pixart
 from helpers.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.models import build_model
-from megadit.models.grid import ConditionedTokens
 from megadit.models.mmdit.model import MMDiTReadout, MMDiTState
+from megadit.models.patches import ConditionedTokens
 from megadit.models.pixart.model import PixArtState
 from megadit.models.stages import ModelInputs, ModelOutput
 from megadit.models.uvit.model import UViTState

@@ -11,7 +11,7 @@ import pytest
 
 from megadit.cli import transfer
 from megadit.config import load_config
-from megadit.transfer.table import Columns, lower_is_better, verify_table
+from megadit.transfer.score_table import Columns, lower_is_better, verify_table
 from megadit.transfer.verdict import Verdict
 
 PAPER = Path(__file__).resolve().parents[1] / "data" / "paper"

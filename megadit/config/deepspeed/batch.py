@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import log2
 
-from megadit.config.schema.layout import layout_problem
+from megadit.config.schema.parallel import layout_problem
 from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megadit.config.schema.data import DataConfig
-from megadit.config.schema.layout import ParallelConfig, layout_problem
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
+from megadit.config.schema.parallel import ParallelConfig, layout_problem
 from megadit.config.schema.registered import Plugins
 from megadit.config.schema.section import Section
 from megadit.config.schema.values import number

@@ -23,7 +23,8 @@ from megadit.data.codecs.codec import Codec, GaussianCodec, build_codec, check_v
 from megadit.data.codecs.folder import codec_facts
 from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
 from megadit.data.shards import members
-from megadit.data.shards.layout import (  # fmt: skip
+from megadit.data.shards.manifest import Manifest
+from megadit.data.shards.shard_files import (
     FEATURES,
     FEATURES_MIRRORED,
     LATENT,
@@ -34,7 +35,6 @@ from megadit.data.shards.layout import (  # fmt: skip
     Progress,
     Sharding,
 )
-from megadit.data.shards.manifest import Manifest
 from megadit.data.shards.writing import facts_of, key_of, set_writer, settings, words
 from megadit.data.verify import check_captions, check_files
 from megadit.errors import UserError

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from megadit.data.shards.layout import ShardFile, shown_name
+from megadit.data.shards.shard_files import ShardFile, shown_name
 from megadit.errors import UserError, why_unreadable
 from megadit.files.file_kind import file_instead
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megadit.data.shards.layout import JSON, KNOWN, LABEL, ShardFile, shown_name
 from megadit.data.shards.scanning import Entry, Survey, scan
+from megadit.data.shards.shard_files import JSON, KNOWN, LABEL, ShardFile, shown_name
 from megadit.errors import UserError
 from megadit.files.paths import whole_file
 from megadit.files.text import name_bytes

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.data.dataset import StoredFacts
-from megadit.data.shards.layout import INDEX, MANIFEST, ShardFile
+from megadit.data.shards.shard_files import INDEX, MANIFEST, ShardFile
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.files.paths import is_file_name, whole_file

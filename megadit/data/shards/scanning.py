@@ -15,8 +15,18 @@ from typing import Any
 
 from megadit.data.labels import label_of
 from megadit.data.shards.headers import Member, TarHeaders
-from megadit.data.shards.layout import CAPTION, IMAGES, JSON, KNOWN, LABEL, PICKLED, ShardFile, shown_name, split_member
 from megadit.data.shards.members import read_json
+from megadit.data.shards.shard_files import (
+    CAPTION,
+    IMAGES,
+    JSON,
+    KNOWN,
+    LABEL,
+    PICKLED,
+    ShardFile,
+    shown_name,
+    split_member,
+)
 from megadit.errors import UserError
 from megadit.files.json_fields import shown
 

@@ -23,7 +23,8 @@ from megadit.data.labels import class_names_of_numbers
 from megadit.data.listing import Listing, digest
 from megadit.data.shards import members
 from megadit.data.shards.index import SampleIndex, cached_index, load_index
-from megadit.data.shards.layout import (  # fmt: skip
+from megadit.data.shards.manifest import Manifest, check_sizes, load_manifest
+from megadit.data.shards.shard_files import (
     CAPTION,
     FEATURES,
     FEATURES_MIRRORED,
@@ -42,7 +43,6 @@ from megadit.data.shards.layout import (  # fmt: skip
     overlooked,
     shown_name,
 )
-from megadit.data.shards.manifest import Manifest, check_sizes, load_manifest
 from megadit.data.sources.image_folder.folder_set import DEFAULT_SIZE
 from megadit.errors import UserError
 from megadit.extensions import DATA_SOURCES

@@ -22,7 +22,8 @@ from megadit.data.build import whole_set
 from megadit.data.dataset import ImageSet, tell_remarks
 from megadit.data.shards import members
 from megadit.data.shards.index import Entry, build_index, save_index, scan
-from megadit.data.shards.layout import (
+from megadit.data.shards.manifest import Manifest, ShardFacts, save_manifest, sha256_of
+from megadit.data.shards.shard_files import (
     CAPTION,
     INDEX,
     JSON,
@@ -34,7 +35,6 @@ from megadit.data.shards.layout import (
     Sharding,
     shard_name,
 )
-from megadit.data.shards.manifest import Manifest, ShardFacts, save_manifest, sha256_of
 from megadit.data.verify import check_captions, check_files
 from megadit.errors import UserError
 from megadit.files.ownership import is_lock, own, refuse_occupied

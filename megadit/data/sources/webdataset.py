@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megadit.config.data_source import DataSource
 from megadit.config.schema.data import DataConfig
-from megadit.data.shards.layout import find_shards
+from megadit.data.shards.shard_files import find_shards
 
 if TYPE_CHECKING:
     from megadit.data.shards.tar_set import TarSet

@@ -25,7 +25,7 @@ from megadit.data.batch import scale_images
 from megadit.data.dataset import ImageSet, stack_images
 from megadit.data.features.encoders import load_efficientnet, preprocessed, resized
 from megadit.data.text.encoders import build_encoder
-from megadit.data.text.table import cache_folder
+from megadit.data.text.feature_table import cache_folder
 from megadit.errors import UserError
 from megadit.files.paths import save_tensors
 

@@ -13,15 +13,6 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
-from megadit.models.grid import (
-    ConditionedTokens,
-    SquareReadoutStage,
-    check_square,
-    labels_of,
-    patches_of,
-    self_attention,
-    side_of,
-)
 from megadit.models.layers import (
     AdaLNReadout,
     LabelEmbedder,
@@ -31,6 +22,15 @@ from megadit.models.layers import (
     SinCosPositions,
     TimestepEmbedder,
     adaln_modulation,
+)
+from megadit.models.patches import (
+    ConditionedTokens,
+    SquareReadoutStage,
+    check_square,
+    labels_of,
+    patches_of,
+    self_attention,
+    side_of,
 )
 from megadit.models.stages import ModelInputs, Stage, StagedModel
 from megadit.mup.rules import Parametrization

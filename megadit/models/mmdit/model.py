@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig
-from megadit.models.grid import patches_of, side_of
 from megadit.models.layers import (
     AdaLNReadout,
     ColumnParallelLinear,
@@ -33,6 +32,7 @@ from megadit.models.layers import (
     joint_attention,
     unpatchify,
 )
+from megadit.models.patches import patches_of, side_of
 from megadit.models.stages import Carrier, ModelInputs, ModelOutput, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig, TextInput
-from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, patches_of, self_attention, side_of
 from megadit.models.layers import (
     CaptionEmbedder,
     ColumnParallelLinear,
@@ -27,6 +26,14 @@ from megadit.models.layers import (
     ReplicatedLinear,
     SinCosPositions,
     TimestepEmbedder,
+)
+from megadit.models.patches import (
+    ConditionedTokens,
+    SquareReadoutStage,
+    check_square,
+    patches_of,
+    self_attention,
+    side_of,
 )
 from megadit.models.stages import ModelInputs, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization

@@ -28,7 +28,6 @@ from torch.nn import functional as F
 
 from megadit.conditioning import Conditioning, seen_text
 from megadit.config.schema.model import ModelConfig, TextInput
-from megadit.models.grid import check_square, labels_of, patches_of, self_attention, side_of
 from megadit.models.layers import (
     ColumnParallelLinear,
     Mlp,
@@ -43,6 +42,7 @@ from megadit.models.layers import (
     unpatchify,
 )
 from megadit.models.layers.skip_linear import skip_for_sharded_linear, skip_linear
+from megadit.models.patches import check_square, labels_of, patches_of, self_attention, side_of
 from megadit.models.stages import Carrier, ModelInputs, ModelOutput, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim

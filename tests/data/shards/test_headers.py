@@ -13,8 +13,8 @@ import pytest
 
 from helpers.tars import END, block, padded, png, samples, tar_bytes, write_tar
 from megadit.data.shards.index import scan
-from megadit.data.shards.layout import ShardFile
 from megadit.data.shards.scanning import Survey
+from megadit.data.shards.shard_files import ShardFile
 from megadit.errors import UserError
 
 WHOLE = tar_bytes(samples(0, 4))

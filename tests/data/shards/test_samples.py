@@ -12,8 +12,8 @@ import webdataset
 from helpers.tars import png, samples, write_tar
 from megadit.config import DataConfig
 from megadit.data.shards.index import load_index, save_index, scan
-from megadit.data.shards.layout import KNOWN, ShardFile
 from megadit.data.shards.scanning import Survey
+from megadit.data.shards.shard_files import KNOWN, ShardFile
 from megadit.data.shards.tar_set import TarSet, load_tars
 from megadit.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.owners import elsewhere, killed_owner, leave_owner, living_owner
 from megadit.config import DataConfig
-from megadit.data.shards.layout import MANIFEST
+from megadit.data.shards.shard_files import MANIFEST
 from megadit.data.shards.writing import SetWriter, Sharding, make_shards
 from megadit.files.owner_file import FILE
 from megadit.files.ownership import TIMEOUT, Occupied, OwnershipLost

@@ -20,9 +20,9 @@ import webdataset
 from helpers.tars import png, write_tar
 from megadit.config import DataConfig
 from megadit.data import BatchLayout, BatchStream, build_datasets, check_images, describe
-from megadit.data.shards import layout
+from megadit.data.shards import shard_files as layout
 from megadit.data.shards.index import build_index, scan
-from megadit.data.shards.layout import ShardFile, expand, split_member
+from megadit.data.shards.shard_files import ShardFile, expand, split_member
 from megadit.data.shards.tar_set import TarSet, load_tars
 from megadit.data.shards.writing import Sharding, make_shards
 from megadit.errors import UserError

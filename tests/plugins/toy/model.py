@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from megadit.conditioning import Conditioning
 from megadit.config import ModelConfig
 from megadit.models import Stage, StagedModel
-from megadit.models.grid import ConditionedTokens, SquareReadoutStage, check_square, labels_of, patches_of, side_of
 from megadit.models.layers import (
     AdaLNReadout,
     LabelEmbedder,
@@ -20,6 +19,7 @@ from megadit.models.layers import (
     SinCosPositions,
     TimestepEmbedder,
 )
+from megadit.models.patches import ConditionedTokens, SquareReadoutStage, check_square, labels_of, patches_of, side_of
 from megadit.models.stages import ModelInputs
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megadit.data.text.encoders import TextEncoder, cut
-from megadit.data.text.table import build_table, cache_folder
+from megadit.data.text.feature_table import build_table, cache_folder
 from megadit.errors import UserError
 
 

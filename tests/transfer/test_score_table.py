@@ -8,7 +8,7 @@ import pytest
 
 from megadit.errors import UserError
 from megadit.transfer.plot import plot_verdict
-from megadit.transfer.table import Columns, lower_is_better, verify_table
+from megadit.transfer.score_table import Columns, lower_is_better, verify_table
 
 GOOD = Columns("width", "lr", "loss")
 CURVE = (0.70, 0.62, 0.60, 0.61, 0.68)

@@ -1,7 +1,4 @@
-"""What the families share whose image tokens are patches on a square grid: its size, checks of inputs, the readout.
-
-Sheets of pictures, which are grids too, are drawn by ``megadit.diffusion.sampling.grid``.
-"""
+"""What the families share whose image tokens are patches on a square grid: its size, checks of inputs, the readout."""
 
 from __future__ import annotations
 
