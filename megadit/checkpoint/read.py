@@ -25,6 +25,7 @@ from megadit.engine.ema import KIND as EMA_KIND
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
 from megadit.finite import all_finite, not_finite
+from megadit.models.repa import PREFIX, without_projector
 from megadit.parallel import ProcessContext
 from megadit.plugins import require
 from megadit.slices import Wanted, runs
@@ -34,7 +35,6 @@ _LAYOUT_KEYS = (
     *(f"parallel.{key}" for key in ("tensor", "pipeline", "sequence", "zero_stage")),
     "train.micro_batch",
 )
-_PROJECTOR = "repa."  # what the model is trained with and not drawn from
 # Of the model section, what leaves the weights' meaning the same: how they are computed with, and how they began.
 _NOT_THE_MODEL = {"attention_precision", "norm_precision", "init", "adaln_init"}
 
@@ -161,7 +161,7 @@ class StoredCheckpoint:
 
         Returns what is to be told of the projector. Raises UserError as ``check_shapes`` does.
         """
-        stored, needed = (any(name.startswith(_PROJECTOR) for name in names) for names in (self.parameters, shapes))
+        stored, needed = (any(name.startswith(PREFIX) for name in names) for names in (self.parameters, shapes))
         if stored == needed:
             self.check_shapes(shapes)
             return None
@@ -231,7 +231,7 @@ class StoredCheckpoint:
                 for values in source.tensors(f).values():
                     values.copy_(f.values)
 
-        self._fill(partitions, context, fill, lacking=_PROJECTOR)
+        self._fill(partitions, context, fill, lacking=PREFIX)
         partitions.publish_masters()
 
     def _fill(
@@ -380,7 +380,7 @@ def shape_problem(stored: Mapping[str, Sequence[int]], needed: Mapping[str, Sequ
 
 
 def _without_projector(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    return {name: shape for name, shape in shapes.items() if not name.startswith(_PROJECTOR)}
+    return without_projector(shapes)
 
 
 def shapes_of(config: RunConfig) -> dict[str, list[int]]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 # Names of hints, of any family, by the kind of value that they take; ``parametrization`` is checked by itself.
 _WHOLE = {"heads", "input_size", "base_width", "text_max_length", "max_length", "pos_embed_max_size"}
 _REAL = {"output_mult", "pos_scale"}
-_REPA = "repa."  # how names of the projector's parameters begin: it serves training alone, and no other program has it
 
 
 def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -157,8 +156,9 @@ def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) ->
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model as others know it: without REPA's projector, multipliers folded into the weights but the readout's."""
     from megadit.models.conversion.key_maps import fold_roles
+    from megadit.models.repa import without_projector
 
-    kept = {name: value for name, value in state.items() if not name.startswith(_REPA)}
+    kept = without_projector(state)
     config = config.model_copy(update={"repa": None})
     _check_whole(config, kept, f"a {config.family} model of this config")
     return fold_roles(config, kept)

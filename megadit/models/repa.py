@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +17,15 @@ from megadit.mup.spec import Dim
 # width, as products of a random readout do (m^-1/2). Beside a bias of std .58 products of a tenth leave it in place.
 _BESIDE_BIAS = InitRule("fan_in", 0.1)
 _BIAS = InitRule("kaiming_uniform")
+
+PREFIX = "repa."  # how the names of its parameters in a model begin
+
+T = TypeVar("T")
+
+
+def without_projector(named: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to all parameters but the projector's: it serves training alone, and no other program has it."""
+    return {name: value for name, value in named.items() if not name.startswith(PREFIX)}
 
 
 class RepaProjector(nn.Module):

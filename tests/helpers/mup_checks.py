@@ -12,12 +12,16 @@ from torch import Tensor
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
+from megadit.mup import ParamSpec
 from megadit.mup.coord_check.measure import Build, Objective, coordinate_readings
 from megadit.mup.coord_check.plan import CoordPlan
 from megadit.mup.coord_check.verdict import CoordVerdict, judge
 from megadit.mup.example import example_conditioning
 from megadit.mup.groups import param_groups
+from megadit.mup.init import init_parameters
 from megadit.mup.interop import attach_infshapes
+
+Fault = Callable[[ParamSpec, float], ParamSpec]
 
 BASE = 32
 OPTIM = OptimConfig(lr=0.01, weight_decay=0.3, wd_vectors=True)
@@ -136,3 +140,17 @@ def coordinate_verdict(
         alignment=alignment,
     )
     return judge(readings)
+
+
+def plant_spec(parameter: str, fault: Fault) -> Build:
+    """A builder whose model has one wrong spec; ``fault`` gets the right one and m."""
+
+    def build(config: ModelConfig, seed: int) -> StagedModel:
+        model = build_model(config, seed=seed)
+        layer, _, local = parameter.rpartition(".")
+        specs: dict[str, ParamSpec] = model.get_submodule(layer).param_specs  # type: ignore[assignment]
+        specs[local] = fault(specs[local], config.width_mult)
+        init_parameters(model, seed)
+        return model
+
+    return build

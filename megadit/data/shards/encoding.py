@@ -18,10 +18,9 @@ from torch import Tensor
 
 from megadit.config import DataConfig
 from megadit.data.batch import scale_images
-from megadit.data.build import whole_set
 from megadit.data.codecs.codec import Codec, GaussianCodec, build_codec, check_vae, codec_identity, scale_and_shift
 from megadit.data.codecs.folder import codec_facts
-from megadit.data.dataset import ImageSet, StoredFacts, stack_images, tell_remarks
+from megadit.data.dataset import ImageSet, StoredFacts, stack_images
 from megadit.data.shards import members
 from megadit.data.shards.manifest import Manifest
 from megadit.data.shards.shard_files import (
@@ -35,10 +34,8 @@ from megadit.data.shards.shard_files import (
     Progress,
     Sharding,
 )
-from megadit.data.shards.writing import facts_of, key_of, set_writer, settings, words
-from megadit.data.verify import check_captions, check_files
+from megadit.data.shards.writing import facts_of, key_of, set_to_write, set_writer, settings, words
 from megadit.errors import UserError
-from megadit.files.ownership import refuse_occupied
 from megadit.files.paths import save_tensors
 from megadit.rng import sample_keys
 
@@ -84,12 +81,7 @@ def encode_set(
 
     A start that was cut off is gone on with. Raises UserError as ``build_datasets``, the encoders and ``SetWriter`` do.
     """
-    refuse_occupied(folder)
-    images, bases = whole_set(config)
-    tell_remarks(images)
-    check_files(images)
-    if config.condition == "text":
-        check_captions(config.max_missing_captions, images)
+    images, bases = set_to_write(config, folder)
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
     made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}

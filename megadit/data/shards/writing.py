@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 from megadit.config import DataConfig
 from megadit.data.build import whole_set
-from megadit.data.dataset import ImageSet, tell_remarks
+from megadit.data.dataset import ImageSet, Subset, tell_remarks
 from megadit.data.shards import members
 from megadit.data.shards.index import Entry, build_index, save_index, scan
 from megadit.data.shards.manifest import Manifest, ShardFacts, save_manifest, sha256_of
@@ -216,6 +216,21 @@ class _Hashed:
                 os.fsync(self._file.fileno())
 
 
+def set_to_write(config: DataConfig, folder: Path) -> tuple[Subset, list[str]]:
+    """The whole set of ``config`` and its base names, looked at before any of it is written into ``folder``.
+
+    Raises UserError as ``build_datasets`` does, where another process owns the folder, or for files or captions that
+    are missing.
+    """
+    refuse_occupied(folder)
+    images, bases = whole_set(config)
+    tell_remarks(images)
+    check_files(images)
+    if config.condition == "text":
+        check_captions(config.max_missing_captions, images)
+    return images, bases
+
+
 def make_shards(
     config: DataConfig,
     folder: Path,
@@ -228,12 +243,7 @@ def make_shards(
 
     A start that was cut off is gone on with. Raises UserError as ``build_datasets`` and ``SetWriter`` do.
     """
-    refuse_occupied(folder)
-    images, bases = whole_set(config)
-    tell_remarks(images)
-    check_files(images)
-    if config.condition == "text":
-        check_captions(config.max_missing_captions, images)
+    images, bases = set_to_write(config, folder)
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
     made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}

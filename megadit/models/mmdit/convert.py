@@ -20,6 +20,7 @@ from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
 from megadit.models.conversion.diffusers_class import WHERE, Renaming, check_depth, filled, image_size
 from megadit.models.layers import CroppedPositions
+from megadit.models.repa import without_projector
 
 _OFFICIAL = "an official SD3 checkpoint"
 _CLASS = "SD3Transformer2DModel"
@@ -200,8 +201,7 @@ def _refuse_activation(config: ModelConfig, who: str) -> None:
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that make pictures, without REPA's projector; the readout's multiplier is folded."""
-    kept = {name: value for name, value in state.items() if not name.startswith("repa.")}
-    return {**kept, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
+    return {**without_projector(state), _READOUT: key_maps.fold_readout(config, state[_READOUT])}
 
 
 def _swapped(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:

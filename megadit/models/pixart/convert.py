@@ -20,6 +20,7 @@ from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
 from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, filled, image_size
 from megadit.models.layers import sincos_2d
+from megadit.models.repa import without_projector
 
 NULL_CAPTION = "y_embedder.y_embedding"
 _OFFICIAL = "an official PixArt checkpoint"
@@ -172,7 +173,7 @@ def _null(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
 
 def _folded(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters alone, without a REPA projector and the null caption, multipliers folded in."""
-    own = {name: value for name, value in state.items() if name != NULL_CAPTION and not name.startswith("repa.")}
+    own = {name: value for name, value in without_projector(state).items() if name != NULL_CAPTION}
     _, folded = key_maps.fold_roles(config, own)
     return {**folded, _READOUT: key_maps.fold_readout(config, folded[_READOUT])}
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from helpers.mup_checks import coordinate_verdict
+from helpers.mup_checks import Fault, coordinate_verdict, plant_spec
 from helpers.tiny_dit import tiny_mup_config
 from helpers.tiny_mmdit import tiny_mup_mmdit
 from helpers.tiny_pixart import tiny_pixart_mup
@@ -26,11 +25,9 @@ from megadit.mup import ParamSpec
 from megadit.mup.coord_check.measure import Build, coordinate_readings
 from megadit.mup.coord_check.plan import CoordPlan
 from megadit.mup.coord_check.verdict import CoordVerdict, ModuleVerdict
-from megadit.mup.init import init_parameters
 
 _BASE = 64
 _WIDTHS = (32, 64, 128)
-Fault = Callable[[ParamSpec, float], ParamSpec]
 
 
 def _repa(block: int, norm: str = "none") -> dict[str, Any]:
@@ -99,20 +96,6 @@ def test_sp_fails(family: str) -> None:
 def test_the_norm_of_the_projector_passes_too() -> None:
     verdict = _check(_family("dit", repa=_repa(1, "rms")))
     assert verdict.passed, _wrong(verdict)
-
-
-def _plant(parameter: str, fault: Fault) -> Build:
-    """A builder whose model has one wrong spec; ``fault`` gets the right one and m."""
-
-    def build(config: ModelConfig, seed: int) -> StagedModel:
-        model = build_model(config, seed=seed)
-        layer, _, local = parameter.rpartition(".")
-        specs: dict[str, ParamSpec] = model.get_submodule(layer).param_specs  # type: ignore[assignment]
-        specs[local] = fault(specs[local], config.width_mult)
-        init_parameters(model, seed)
-        return model
-
-    return build
 
 
 def lr_of_sp(spec: ParamSpec, m: float) -> ParamSpec:
@@ -188,7 +171,7 @@ def _ids(faults: list[tuple[str, str, Fault, str]]) -> list[str]:
 
 
 def _assert_caught(family: str, parameter: str, fault: Fault, words: str) -> None:
-    verdict = _check(_family(family), _plant(parameter, fault))
+    verdict = _check(_family(family), plant_spec(parameter, fault))
     layer = parameter.rpartition(".")[0]
     assert layer in verdict.broken, _wrong(verdict)
     assert any(words in reason for reason in _module(verdict, layer).reasons)
@@ -209,7 +192,7 @@ def test_every_fault_is_caught_in_its_layer(family: str, parameter: str, fault: 
 @pytest.mark.parametrize("fault", [as_hidden, ten_times], ids=lambda fault: fault.__name__)
 def test_a_projection_that_starts_at_random_alone_pulls_too_hard(fault: Fault) -> None:
     """As hidden, or with random products that outweigh the bias: either way the gradient into block k grows."""
-    verdict = _check(_family("dit"), _plant("repa.fc1.weight", fault))
+    verdict = _check(_family("dit"), plant_spec("repa.fc1.weight", fault))
     assert "repa" in verdict.broken and "pulls its block too hard" in _module(verdict, "repa").reasons[0]
 
 

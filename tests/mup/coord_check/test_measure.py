@@ -11,21 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.mup_checks import coordinate_verdict
+from helpers.mup_checks import Fault, coordinate_verdict, plant_spec
 from helpers.tiny_dit import tiny_config, tiny_mup_config
 from megadit.config import ModelConfig, OptimConfig
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.mup import ParamSpec
 from megadit.mup.coord_check.plan import CoordPlan, at_width
 from megadit.mup.coord_check.record import Reading, Recorder
 from megadit.mup.coord_check.verdict import CoordVerdict, fit_slope, judge
-from megadit.mup.init import init_parameters
 from megadit.parallel.tensor import TensorLayout
 
 _BASE = 64
 _WIDE = (32, 64, 128, 256)
-Fault = Callable[[ParamSpec, float], ParamSpec]
 
 
 def _check(
@@ -53,20 +50,6 @@ def test_mup_passes_and_sp_fails(init: str) -> None:
     assert [module.module for module in hidden if module.verdict != "broken"] == []
     assert all((module.growth("update.weight") or 0) >= 0.5 for module in hidden)
     assert next(module for module in sp.modules if module.module == "output").verdict == "affected"
-
-
-def _plant(parameter: str, fault: Fault) -> Callable[[ModelConfig, int], nn.Module]:
-    """A builder whose model has one wrong spec; ``fault`` gets the right one and m."""
-
-    def build(config: ModelConfig, seed: int) -> nn.Module:
-        model = build_model(config, seed=seed)
-        layer, _, local = parameter.rpartition(".")
-        specs: dict[str, ParamSpec] = model.get_submodule(layer).param_specs  # type: ignore[assignment]
-        specs[local] = fault(specs[local], config.width_mult)
-        init_parameters(model, seed)
-        return model
-
-    return build
 
 
 _FAULTS: list[tuple[str, str, Fault, str]] = [
@@ -103,7 +86,7 @@ _FAULTS: list[tuple[str, str, Fault, str]] = [
 
 @pytest.mark.parametrize(("parameter", "fault", "words"), [f[1:] for f in _FAULTS], ids=[f[0] for f in _FAULTS])
 def test_a_planted_fault_is_caught_and_named(parameter: str, fault: Fault, words: str) -> None:
-    verdict = _check(tiny_mup_config(64, _BASE), (32, 64, 128), build=_plant(parameter, fault))
+    verdict = _check(tiny_mup_config(64, _BASE), (32, 64, 128), build=plant_spec(parameter, fault))
     assert not verdict.passed
     assert verdict.broken == [parameter.rpartition(".")[0]]
     reasons = next(module.reasons for module in verdict.modules if module.verdict == "broken")
@@ -112,7 +95,7 @@ def test_a_planted_fault_is_caught_and_named(parameter: str, fault: Fault, words
 
 def test_nonzero_readout_may_shrink_at_the_start() -> None:
     """Constant std with the multiplier 1/m gives an output that starts as m^-1/2: that is muP, not a fault."""
-    build = _plant("final_layer.linear.weight", lambda spec, m: dataclasses.replace(spec, init_std=0.1))
+    build = plant_spec("final_layer.linear.weight", lambda spec, m: dataclasses.replace(spec, init_std=0.1))
     verdict = _check(tiny_mup_config(64, _BASE), (32, 64, 128), build=build)
     readout = next(module for module in verdict.modules if module.module == "final_layer.linear")
     assert verdict.passed and readout.first("gain") == pytest.approx(-0.5, abs=0.15)
