@@ -24,37 +24,57 @@ _PATH_BYTES = 4000  # of a whole path; Linux takes 4095, and files will lie in t
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, first: bool = False) -> Iterator[Path]:
     """``with whole_file(path) as temporary``: write ``temporary``; at the end it takes the name ``path``.
 
     A reader sees the old file or the whole new one, whoever else writes it, on this host or another. After an error
     the old one stays and nothing else is left. The folder must exist. Not fsynced: for what a crash of the machine
-    may lose, not for checkpoints.
+    may lose, not for checkpoints. ``first``: a file that has the name by then stays, and what was written is dropped.
     """
     # Containers may share both their host's name and the numbers of processes.
     own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     temporary = path.with_name(f".{path.stem}.{own}{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if first:
+            with contextlib.suppress(FileExistsError):
+                _link_or_replace(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # gone to its name, or the folder itself is not there
             temporary.unlink()
 
 
+def _link_or_replace(temporary: Path, path: Path) -> None:
+    """Give the file its name. Raises FileExistsError where that is taken, on file systems that have hard links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no links here; a lack of rights or of space shows at the next call
+        os.replace(temporary, path)
+
+
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, sync: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    sync: bool = False,
+    first: bool = False,
 ) -> None:
     """Write safetensors as a whole file that whoever may read other new files in its folder may read too.
 
     ``safetensors.torch.save_file`` makes its file its owner's alone, so that nobody else could share a cache. The
     tensors must be contiguous and share no memory. ``sync``: fsync it, where a crash of the machine should not
-    cost what was long in computing. Raises OSError where the file cannot be written, also for a full disk.
+    cost what was long in computing. ``first``: as of ``whole_file``.
+    Raises OSError where the file cannot be written, also for a full disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with whole_file(path) as temporary:
+    with whole_file(path, first=first) as temporary:
         temporary.touch()  # with the rights that the user's umask and the folder give
         rights = temporary.stat().st_mode & 0o777
         try:

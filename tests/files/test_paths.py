@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -22,6 +23,20 @@ def test_the_file_has_its_name_only_at_the_end(tmp_path: Path) -> None:
         temporary.write_text("new")
         assert path.read_text() == "old" and temporary.suffix == ".yaml"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_file_of_a_name_may_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "a.yaml"
+    for text in ("one", "two"):
+        with whole_file(path, first=True) as temporary:
+            temporary.write_text(text)
+    assert path.read_text() == ("one" if links else "two") and list(tmp_path.iterdir()) == [path]
 
 
 def test_after_an_error_the_old_file_stays_alone(tmp_path: Path) -> None:

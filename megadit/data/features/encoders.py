@@ -148,7 +148,10 @@ class CachedEncoder(FeatureEncoder):
     or cropping that led to the picture, and nothing needs to be computed before a run: what one run computes, the next
     one reads. For millions of pictures store features in shards.
 
-    Any number of processes may share the folder. Raises UserError if it cannot be written.
+    Any number of processes may share the folder: of a picture that several compute at once the first one's features are
+    everybody's, since those of a batch of another size differ in their last bits.
+
+    Raises UserError if it cannot be written.
     """
 
     def __init__(self, encoder: FeatureEncoder, folder: Path) -> None:
@@ -166,8 +169,7 @@ class CachedEncoder(FeatureEncoder):
         if missing:
             computed = self.encoder.encode(images[missing]).half().cpu()
             for index, features in zip(missing, computed, strict=True):
-                found[index] = features
-                self._write(files[index], features)
+                found[index] = self._shared(files[index], features)
         return torch.stack([found[index] for index in range(len(files))]).to(images.device).float()
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -189,12 +191,18 @@ class CachedEncoder(FeatureEncoder):
             return None
         return features if features.dim() == 3 and features.shape[0] == self.dim else None
 
-    def _write(self, file: Path, features: Tensor) -> None:
+    def _shared(self, file: Path, features: Tensor) -> Tensor:
+        """What the file holds in the end: these features, or those of a process that was there before."""
+
         def write() -> None:
             file.parent.mkdir(exist_ok=True)
-            save_tensors(file, {"features": features.contiguous()})
+            if self._read(file) is None:
+                file.unlink(missing_ok=True)  # a damaged one
+            save_tensors(file, {"features": features.contiguous()}, first=True)
 
         self._refuse_errors(write)
+        stored = self._read(file)
+        return features if stored is None else stored
 
     def _refuse_errors(self, write: Callable[[], object]) -> None:
         try:

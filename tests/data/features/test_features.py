@@ -160,6 +160,26 @@ def test_cache_gives_the_same_numbers_and_computes_once(tmp_path: Path) -> None:
     torch.testing.assert_close(mixed[1], F.avg_pool2d(images[0].flip(-1), 4), rtol=1e-3, atol=1e-3)
 
 
+def test_of_processes_that_compute_the_same_picture_the_first_is_right(tmp_path: Path) -> None:
+    """Ranks that hold one model must have the same targets, to the bit, and a second run those of the first."""
+
+    class Late(Mean):
+        """Another process, whose batch is another one, has the picture first."""
+
+        def _encode(self, images: Tensor) -> Tensor:
+            CachedEncoder(Early(), tmp_path).encode(images)
+            return super()._encode(images)
+
+    class Early(Mean):
+        def _encode(self, images: Tensor) -> Tensor:
+            return super()._encode(images) * (1 + 2**-10)
+
+    images = pictures(2, 8)
+    got = CachedEncoder(Late(), tmp_path).encode(images)
+    assert torch.equal(got, CachedEncoder(Mean(), tmp_path).encode(images))
+    assert not torch.equal(got, Mean().encode(images).half().float())
+
+
 def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
     images = pictures(1, 8)
     wanted = CachedEncoder(Mean(), tmp_path).encode(images)
