@@ -12,6 +12,7 @@ from megadit.config.schema.model import Role
 from megadit.config.schema.optim import OptimConfig
 from megadit.mup.rules import clip_mult, eps_mult, wd_mult
 from megadit.mup.spec import ParamSpec, param_specs
+from megadit.tables import aligned
 
 _BLOCK = re.compile(r"(?<![^.])(\w*blocks)\.\d+\.")  # blocks.7., in_blocks.3., joint_blocks.0.
 _ROLES: tuple[Role, ...] = get_args(Role)
@@ -56,15 +57,8 @@ def by_role(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def format_rows(table: Sequence[Mapping[str, Any]]) -> str:
     """Aligned text of the result of ``rows`` or ``by_role``: a header, a rule and one line per row."""
-    lines = [list(COLUMNS), *([_cell(row[column]) for column in COLUMNS] for row in table)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    text = ["  ".join(_align(cell, i, widths[i]) for i, cell in enumerate(line)) for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in text)
-
-
-def _align(cell: str, column: int, width: int) -> str:
-    return cell.ljust(width) if column < 3 else cell.rjust(width)
+    cells = [[_cell(row[column]) for column in COLUMNS] for row in table]
+    return aligned(COLUMNS, cells, left=3, rule=True)
 
 
 def _cell(value: Any) -> str:
