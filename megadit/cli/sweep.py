@@ -25,7 +25,7 @@ from megadit.streams import result_is_saved
 if TYPE_CHECKING:
     from megadit.search.storage.store import StudyStore
     from megadit.search.study.study import Study
-    from megadit.search.workers.pool import Place, Pool
+    from megadit.search.workers.pool import DeviceSlot, WorkerPool
 
 _SHOW_S = 1.0  # how often the store is asked while workers run, at most
 _SHARE = 50  # of the time, asking takes at most one part in so many: the cores are the workers'
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from megadit.files.ownership import own
     from megadit.search.storage.store import StudyStore
     from megadit.search.study.study import changed_plugins, load_study
-    from megadit.search.workers.pool import Pool, places, this_machine
+    from megadit.search.workers.pool import WorkerPool, assign_devices, available_devices
     from megadit.search.workers.worker import STOP
 
     study = load_study(_source(args), args.study_dir, args.overrides)
@@ -114,13 +114,13 @@ def run(args: argparse.Namespace) -> int:
         count = args.workers if args.workers is not None else asked.count
         if count < 1:
             raise UserError(f"--workers: {count} is not at least 1")
-        cores, gpus = this_machine(asked.gpus > 0)
-        slots = places(asked, count, cores, gpus)
+        cores, gpus = available_devices(asked.gpus > 0)
+        slots = assign_devices(asked, count, cores, gpus)
         store = StudyStore.create_or_open(study, retry_failed=args.retry_failed)
         store.refuse_other_hosts()
         (study.folder / STOP).unlink(missing_ok=True)
         _announce(study, slots, cores)
-        with contextlib.closing(Progress(store, len(slots))) as progress, Pool(study, slots) as pool:
+        with contextlib.closing(Progress(store, len(slots))) as progress, WorkerPool(study, slots) as pool:
             pool.run(lambda: store.counts().ended_well, progress.tick)
         if pool.bad_input is not None:
             raise UserError(pool.bad_input)
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         return _conclude(study, store, pool)
 
 
-def _announce(study: Study, slots: Sequence[Place], cores: Sequence[int]) -> None:
+def _announce(study: Study, slots: Sequence[DeviceSlot], cores: Sequence[int]) -> None:
     each = f"{len(slots[0].cores)} core{'s' if len(slots[0].cores) > 1 else ''}"
     if slots[0].gpus:
         each += f" and {len(slots[0].gpus)} GPU{'s' if len(slots[0].gpus) > 1 else ''}"
@@ -141,7 +141,7 @@ def _announce(study: Study, slots: Sequence[Place], cores: Sequence[int]) -> Non
         )
 
 
-def _conclude(study: Study, store: StudyStore, pool: Pool) -> int:
+def _conclude(study: Study, store: StudyStore, pool: WorkerPool) -> int:
     """Give back what killed workers ran, report, and say how it went."""
     from megadit.search.report import write_report
     from megadit.search.status import best_text, counts_text, status_of
@@ -160,8 +160,8 @@ def _conclude(study: Study, store: StudyStore, pool: Pool) -> int:
         say(f"  runs       {study.folder / 'trials'}", sys.stdout)
     say(f"  study      {study.folder}", sys.stdout)
     if counts.done < counts.planned:
-        if pool.lost is not None:
-            say(f"error: no worker could be kept alive; see {pool.lost}")
+        if pool.failed_worker_log is not None:
+            say(f"error: no worker could be kept alive; see {pool.failed_worker_log}")
             return EXIT_FAILURE
         say("stopped with trials left; the same command goes on")
         return EXIT_PREEMPTED
@@ -293,9 +293,9 @@ def _source(args: argparse.Namespace) -> str:
         raise UserError("--config: is missing; name a study file, e.g. configs/sweeps/dit-width-mini.yaml")
     import_plugins(args)
     if args.config is not None:
-        from megadit.search.study.study import import_named
+        from megadit.search.study.study import import_study_plugins
 
-        import_named(args.config)
+        import_study_plugins(args.config)
     return source
 
 

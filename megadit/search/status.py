@@ -11,7 +11,7 @@ from typing import Any
 from megadit.errors import UserError
 from megadit.search.results import Counts, TrialResult
 from megadit.search.selection import Choice, select
-from megadit.search.storage.states import Running
+from megadit.search.storage.records import RunningTrial
 from megadit.search.storage.store import StudyStore
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
@@ -27,7 +27,7 @@ class Status:
 
     study: Study
     counts: Counts
-    running: tuple[Running, ...]
+    running: tuple[RunningTrial, ...]
     trials: tuple[TrialResult, ...]
     best: Choice | None
     eta_s: float | None
@@ -51,7 +51,7 @@ class Status:
 
 def status_of(store: StudyStore, workers: int | None = None) -> Status:
     """The present status; only reads. ``workers`` (default: as many as run now) share what is left."""
-    study, seen = store.study, store.overview()
+    study, seen = store.study, store.snapshot()
     trials = seen.results.trials
     try:
         best = select(seen.results)
@@ -63,7 +63,7 @@ def status_of(store: StudyStore, workers: int | None = None) -> Status:
 
 
 def seconds_left(
-    study: Study, planned: Sequence[PlannedTrial], trials: Sequence[TrialResult], running: Sequence[Running]
+    study: Study, planned: Sequence[PlannedTrial], trials: Sequence[TrialResult], running: Sequence[RunningTrial]
 ) -> float | None:
     """Worker-seconds of what has not ended: per cell as its trials took so far, else in proportion to its FLOPs."""
     took: defaultdict[tuple[str, Any], list[float]] = defaultdict(list)

@@ -45,7 +45,7 @@ def finished(folder: Path, monkeypatch: pytest.MonkeyPatch, outcome: str = "comp
     store, me = StudyStore.create_or_open(study), this_worker()
     while (claim := store.claim(me)) is not None:
         assert store.finish(claim, result_for(claim, outcome=outcome), me)
-    monkeypatch.setattr("megadit.search.workers.pool.Pool.run", lambda *_: None)
+    monkeypatch.setattr("megadit.search.workers.pool.WorkerPool.run", lambda *_: None)
     return sweep("run", folder, "--workers", "1")
 
 

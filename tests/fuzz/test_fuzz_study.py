@@ -17,7 +17,7 @@ from megadit.files.yaml_text import dump_yaml
 from megadit.search.status import format_status, status_of
 from megadit.search.storage.identity import Heartbeats, this_worker
 from megadit.search.storage.store import load_results, open_readonly
-from megadit.search.study.plan import plan
+from megadit.search.study.plan import plan_trials
 from megadit.search.study.study import load_study
 
 STUDIES: list[dict[str, Any]] = [
@@ -68,7 +68,7 @@ def test_a_study_file(effort: str, tmp_path: Path) -> None:
 
     def read(data: bytes) -> None:
         file.write_bytes(data)
-        plan(load_study(file, tmp_path / "here"))
+        plan_trials(load_study(file, tmp_path / "here"))
 
     odd = odd_values(STUDIES, extra=("2^-10", "optim.lr", "train.seed", "model.width", 10**6, 10**9)).map(json_bytes)
     hunt(effort, st.one_of(odd, odd, mutated([*shipped, *written], YAML_WORDS)), read)
@@ -98,7 +98,7 @@ def test_overrides_of_a_study(effort: str, tmp_path: Path) -> None:
     )
 
     def read(overrides: list[str]) -> None:
-        plan(load_study(file, tmp_path / "here", overrides))
+        plan_trials(load_study(file, tmp_path / "here", overrides))
 
     hunt(effort, st.lists(override, min_size=1, max_size=3), read)
 

@@ -14,7 +14,7 @@ from megadit.config import ModelConfig
 from megadit.models import count_parameters
 from megadit.plan import forward_flops
 from megadit.search.results import COMPLETE, DIVERGED, StudyResults, TrialResult
-from megadit.search.study.plan import PlannedTrial, plan
+from megadit.search.study.plan import PlannedTrial, plan_trials
 from megadit.search.study.study import Study, load_study
 
 # (trial, scale: the trial's, or one of its horizons) -> the loss, None for a diverged run
@@ -69,7 +69,7 @@ def valley(drift: float = 0.0, best: float = -7.0, seeds: Mapping[int, float] | 
 
 def fabricate(study: Study, loss: Loss, keep: Callable[[PlannedTrial], bool] = lambda trial: True) -> StudyResults:
     """All planned trials finished with every score at ``loss``; those that ``keep`` refuses still wait."""
-    planned = plan(study)
+    planned = plan_trials(study)
     done = tuple(_finished(study, trial, loss) for trial in planned if keep(trial))
     return StudyResults(study, done, len(planned), 0, len(planned) - len(done))
 

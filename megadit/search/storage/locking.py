@@ -84,7 +84,7 @@ def _drop_torn_line(journal: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_of(file: Path) -> Iterator[None]:
+def damage_as_user_error(file: Path) -> Iterator[None]:
     """In the block, what optuna, SQLAlchemy or SQLite raise over a damaged ``file``, or a full disk, is a sentence.
 
     optuna checks little of what it reads, and raises whatever that leads to. So reading belongs into the block and
@@ -122,7 +122,7 @@ def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     file = folder / FILES[kind]
-    with told_of(file):
+    with damage_as_user_error(file):
         if kind == "journal":
             lock = JournalFileOpenLock(str(file), grace_period=_BROKEN_AFTER_S)
             return get_storage(JournalStorage(JournalFileBackend(str(file), lock_obj=lock)))

@@ -18,9 +18,17 @@ from megadit.errors import UserError
 from megadit.search.results import DIVERGED, FAILED, PRUNED, Counts, StudyResults, TrialResult
 from megadit.search.storage.cells import ask_tpe, open_cell, shown_distributions
 from megadit.search.storage.identity import Heartbeats, WorkerId
-from megadit.search.storage.locking import FILES, open_storage, study_lock, told_of
-from megadit.search.storage.states import Claim, History, Overview, attributes, check_start, restored, stored
-from megadit.search.study.plan import PlannedTrial, plan
+from megadit.search.storage.locking import FILES, damage_as_user_error, open_storage, study_lock
+from megadit.search.storage.records import (
+    ClaimedTrial,
+    StudySnapshot,
+    TrialHistory,
+    attributes,
+    check_start,
+    restored,
+    stored,
+)
+from megadit.search.study.plan import PlannedTrial, plan_trials
 from megadit.search.study.study import Study, check_against_frozen, load_study, make_folder, save_study
 
 _UNOWNED_S = 60.0  # a running trial without an owner for so long was claimed by a process that died at once
@@ -39,11 +47,11 @@ class StudyStore:
         self._cells = {}
         self._file = folder / FILES[kind]
         for cell in study.cells:
-            with told_of(self._file):
+            with damage_as_user_error(self._file):
                 found = open_cell(study, self._storage, f"{study.spec.name} {cell.label}", create)
             if found is not None:
                 self._cells[cell.variant, cell.scale] = found
-        self._plan = {trial.key: trial for trial in plan(study)}
+        self._plan = {trial.key: trial for trial in plan_trials(study)}
 
     @classmethod
     def create_or_open(cls, study: Study, *, retry_failed: bool = False) -> StudyStore:
@@ -93,7 +101,7 @@ class StudyStore:
                     "set storage: journal in the study file and choose another --study_dir"
                 )
 
-    def claim(self, worker: WorkerId) -> Claim | None:
+    def claim(self, worker: WorkerId) -> ClaimedTrial | None:
         """The next waiting trial, from now on the worker's; None when none waits (others may still be running)."""
         from optuna.trial import TrialState
 
@@ -110,18 +118,18 @@ class StudyStore:
                 if self.study.spec.sampler == "tpe":
                     hps = ask_tpe(self.study, self._cells[attrs["variant"], attrs["scale"]], self._storage, trial)
                     self._storage.set_trial_user_attr(trial._trial_id, "hps", hps)
-                return Claim(
+                return ClaimedTrial(
                     history.number, attrs["attempt"], attrs["variant"], attrs["scale"], hps, attrs["seed"],
                     trial._trial_id,
                 )  # fmt: skip
         return None
 
-    def owns(self, claim: Claim, worker: WorkerId) -> bool:
+    def owns(self, claim: ClaimedTrial, worker: WorkerId) -> bool:
         """Whether the trial is still the worker's: one that was silent for too long has lost it."""
         trial = self._storage.get_trial(claim.trial_id)
         return trial.state.name == "RUNNING" and trial.user_attrs.get("worker") == worker.to_json()
 
-    def report(self, claim: Claim, step: int, loss: float) -> bool:
+    def report(self, claim: ClaimedTrial, step: int, loss: float) -> bool:
         """Note the training loss at a step; True when the pruner ends the trial."""
         from optuna.trial import Trial
 
@@ -130,7 +138,7 @@ class StudyStore:
             trial.report(self.study.spec.scores[0].sign * loss, step)
             return bool(trial.should_prune())
 
-    def finish(self, claim: Claim, result: TrialResult, worker: WorkerId) -> bool:
+    def finish(self, claim: ClaimedTrial, result: TrialResult, worker: WorkerId) -> bool:
         """Store the result; False, and nothing is stored, when the trial is no longer the worker's."""
         with self._lock():
             if not self.owns(claim, worker):
@@ -139,7 +147,7 @@ class StudyStore:
             self._tell(claim.trial_id, result)
             return True
 
-    def release(self, claim: Claim, worker: WorkerId, reason: str, *, counts: bool) -> None:
+    def release(self, claim: ClaimedTrial, worker: WorkerId, reason: str, *, counts: bool) -> None:
         """Give the trial back to the queue; ``counts``: as an attempt that failed, for ``reason``."""
         with self._lock():
             if self.owns(claim, worker):
@@ -154,31 +162,31 @@ class StudyStore:
                 self._fill()
             return numbers
 
-    def overview(self) -> Overview:
+    def snapshot(self) -> StudySnapshot:
         """How every trial stands, from one reading of the storage; writes nothing."""
         histories = sorted(self._histories().values(), key=lambda history: history.number)
         ended = tuple(history.result() for history in histories if history.outcome is not None)
         running = tuple(history.running() for history in histories if history.is_running)
         waiting = len(self._plan) - len(running) - len(ended)  # a trial between two attempts counts as waiting
-        return Overview(StudyResults(self.study, ended, len(self._plan), len(running), waiting), running)
+        return StudySnapshot(StudyResults(self.study, ended, len(self._plan), len(running), waiting), running)
 
     def counts(self) -> Counts:
         """How many trials stand how; only reads."""
-        return self.overview().results.counts
+        return self.snapshot().results.counts
 
     # What follows is called with the lock held, or only reads.
 
-    def _histories(self) -> dict[str, History]:
+    def _histories(self) -> dict[str, TrialHistory]:
         """All starts of every trial of the plan that was ever queued, by key, the last one last."""
-        found: dict[str, History] = {}
+        found: dict[str, TrialHistory] = {}
         for cell in self._cells.values():
-            with told_of(self._file):
+            with damage_as_user_error(self._file):
                 trials = cell.get_trials(deepcopy=False)
                 known = [trial for trial in trials if trial.user_attrs.get("key") in self._plan]
                 for trial in known:
                     check_start(trial.user_attrs)
             for trial in known:
-                found.setdefault(trial.user_attrs["key"], History([])).starts.append(trial)
+                found.setdefault(trial.user_attrs["key"], TrialHistory([])).starts.append(trial)
         return found
 
     def _fill(self) -> None:
@@ -218,7 +226,7 @@ class StudyStore:
         )
         cell.add_trial(trial)
 
-    def _give_up(self, history: History, attempts: int) -> None:
+    def _give_up(self, history: TrialHistory, attempts: int) -> None:
         """End a trial whose every attempt was lost."""
         from optuna.trial import TrialState, create_trial
 
@@ -287,4 +295,4 @@ def _refuse_missing(study: Study) -> None:
 
 def load_results(source: str | Path) -> StudyResults:
     """The results in the study directory (or of the study) ``source``; only reads. Raises UserError for none."""
-    return open_readonly(load_study(source)).overview().results
+    return open_readonly(load_study(source)).snapshot().results

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megadit.search.study.space import Point
+from megadit.search.study.space import HPValues
 from megadit.search.study.study import Cell, Study
 
 
@@ -25,7 +25,7 @@ class PlannedTrial:
     key: str
 
 
-def plan(study: Study) -> list[PlannedTrial]:
+def plan_trials(study: Study) -> list[PlannedTrial]:
     """All runs: a whole seed before the next, in it big runs first, so that no large one is left for the end.
 
     Under sampler tpe the points are not known before runs have finished: ``hps`` is empty, one run a point, the
@@ -33,20 +33,20 @@ def plan(study: Study) -> list[PlannedTrial]:
     """
     if study.spec.sampler == "tpe":
         return _slots(study)
-    found = points(study)
+    hp_points = planned_points(study)
     cells = sorted(study.cells, key=lambda cell: -(cell.scale or 0))  # stable: variants stay in their order
     order = []
     for seed in study.spec.seeds:
         for scale in dict.fromkeys(cell.scale for cell in cells):
             alike = [cell for cell in cells if cell.scale == scale]
-            order += [(cell, hps, seed) for hps in found for cell in alike]
+            order += [(cell, hps, seed) for hps in hp_points for cell in alike]
     return [
         PlannedTrial(number, cell, hps, seed, trial_key(cell, hps, seed))
         for number, (cell, hps, seed) in enumerate(order)
     ]
 
 
-def points(study: Study) -> list[Point]:
+def planned_points(study: Study) -> list[HPValues]:
     """The points of the space that the study runs (grid, random and qmc), in the sampler's order."""
     spec = study.spec
     if spec.sampler == "grid":

@@ -19,9 +19,9 @@ from pydantic.fields import FieldInfo
 from megadit.config import RunConfig
 from megadit.config.schema.section import options, section_of, unknown_key, walk
 from megadit.errors import UserError
-from megadit.search.study.spec import LISTED, DimensionSpec, as_taken
+from megadit.search.study.spec import LISTED, DimensionSpec, as_config_value
 
-Point = dict[str, Any]
+HPValues = dict[str, Any]
 
 _DIGITS = 6  # significant digits of drawn values: finer than any search, and readable in tables
 _DRAWS_PER_POINT = 64  # draws after which a listed space is taken to be used up
@@ -91,16 +91,16 @@ class Space:
         """The dimension of the searched key ``key``."""
         return next(dimension for dimension in self.dimensions if dimension.key == key)
 
-    def at(self, quantiles: Mapping[str, float]) -> Point:
+    def at(self, quantiles: Mapping[str, float]) -> HPValues:
         """The point at one quantile per key."""
         return {dimension.key: dimension.at(quantiles[dimension.key]) for dimension in self.dimensions}
 
-    def grid(self) -> list[Point]:
+    def grid(self) -> list[HPValues]:
         """Every point, the last dimension fastest; all dimensions are listed ones."""
         lists = [dimension.values for dimension in self.dimensions]
         return [dict(zip(self.keys, values, strict=True)) for values in itertools.product(*lists)]
 
-    def corners(self) -> Iterator[Point]:
+    def corners(self) -> Iterator[HPValues]:
         """A first point and, one dimension at a time, every other listed value or bound: for checking them."""
         first = {dimension.key: dimension.values[0] for dimension in self.dimensions}
         yield first
@@ -108,28 +108,28 @@ class Space:
             for value in dimension.values[1:]:
                 yield first | {dimension.key: value}
 
-    def random(self, count: int, seed: int) -> list[Point]:
+    def random(self, count: int, seed: int) -> list[HPValues]:
         """The first ``count`` different points of the random sequence of ``seed``."""
         from megadit.rng import stream_key, uniform
 
-        def draw(number: int) -> Point:
+        def draw(number: int) -> HPValues:
             # 1 - u: the generator draws from (0, 1], quantiles of lists are wanted from [0, 1).
             return self.at({k: 1.0 - float(uniform(stream_key(seed, "search", k, number), ())) for k in self.keys})
 
         return self._different(map(draw, itertools.count()), count)
 
-    def quasi_random(self, count: int, seed: int) -> list[Point]:
+    def quasi_random(self, count: int, seed: int) -> list[HPValues]:
         """The first ``count`` different points of optuna's scrambled Sobol sequence of ``seed``."""
         return self._different(map(self.at, _sobol(self.keys, seed)), count)
 
-    def _different(self, points: Iterator[Point], count: int) -> list[Point]:
+    def _different(self, points: Iterator[HPValues], count: int) -> list[HPValues]:
         """The first ``count`` different ones. Raises UserError when a listed space has fewer."""
         size = self.size
         if size is not None and count > size:
             raise UserError(
                 f"trials: {count} is more than the {size} points of the space; lower it, or use sampler grid"
             )
-        found: dict[str, Point] = {}
+        found: dict[str, HPValues] = {}
         limit = None if size is None else _DRAWS_PER_POINT * size
         for point in itertools.islice(points, limit):
             found.setdefault(repr(point), point)
@@ -150,7 +150,7 @@ class Space:
             for dimension in self.dimensions
         }
 
-    def from_optuna(self, params: Mapping[str, Any]) -> Point:
+    def from_optuna(self, params: Mapping[str, Any]) -> HPValues:
         """The point that values of ``distributions`` mean."""
         return {
             dimension.key: dimension.values[params[dimension.key]] if dimension.listed else params[dimension.key]
@@ -183,7 +183,7 @@ def _dimension(key: str, spec: DimensionSpec, fields: Mapping[str, FieldInfo]) -
 
 def _as_held(key: str, value: Any, is_float: bool) -> Any:
     """``value`` as the configuration will hold it, so that 1 and 1.0 are one value."""
-    taken = as_taken(key, value)
+    taken = as_config_value(key, value)
     return float(taken) if is_float and isinstance(taken, int) and not isinstance(taken, bool) else taken
 
 

@@ -41,7 +41,7 @@ def _numbers(value: Any) -> Any:
     return meaning(value) if found is None else found
 
 
-def as_taken(key: str, value: Any) -> Any:
+def as_config_value(key: str, value: Any) -> Any:
     """A value as the configuration key ``key`` takes it; a list stays a list for JSON."""
     field = dict(walk(RunConfig)).get(key)
     taken = meaning(value) if field is None else coerce(value, field)
@@ -51,7 +51,7 @@ def as_taken(key: str, value: Any) -> Any:
 def _changes(changes: Any) -> Any:
     if not isinstance(changes, Mapping):
         return changes
-    return {key: as_taken(key, value) for key, value in changes.items()}
+    return {key: as_config_value(key, value) for key, value in changes.items()}
 
 
 def _dimensions(space: Any) -> Any:
@@ -63,7 +63,9 @@ def _dimensions(space: Any) -> Any:
 
 def _listed(key: str, dimension: Mapping[str, Any]) -> dict[str, Any]:
     lists = {kind for kind in LISTED if isinstance(dimension.get(kind), list | tuple)}
-    return {k: [as_taken(key, value) for value in given] if k in lists else given for k, given in dimension.items()}
+    return {
+        k: [as_config_value(key, value) for value in given] if k in lists else given for k, given in dimension.items()
+    }
 
 
 Values = Annotated[tuple[Any, ...], BeforeValidator(_plain)]

@@ -161,7 +161,7 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     return study
 
 
-def import_named(source: str | Path) -> None:
+def import_study_plugins(source: str | Path) -> None:
     """Import the plugins that a study file names; what megadit wrote into a study directory is no reason to.
 
     Raises UserError.

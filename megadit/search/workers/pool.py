@@ -32,14 +32,14 @@ _LOG_TAIL = 2000
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceSlot:
     """What a worker is bound to: CPU cores and GPUs, by number (the latter as CUDA_VISIBLE_DEVICES names them)."""
 
     cores: tuple[int, ...]
     gpus: tuple[str, ...]
 
 
-def places(workers: WorkersSpec, count: int, cores: list[int], gpus: list[str]) -> list[Place]:
+def assign_devices(workers: WorkersSpec, count: int, cores: list[int], gpus: list[str]) -> list[DeviceSlot]:
     """One place for each of ``count`` workers, among this machine's cores and GPUs.
 
     Cores are dealt in turn where there are too few. Raises UserError where there are too few GPUs.
@@ -54,11 +54,11 @@ def places(workers: WorkersSpec, count: int, cores: list[int], gpus: list[str]) 
     for index in range(count):
         first = index * workers.cores
         own = {cores[(first + i) % len(cores)] for i in range(workers.cores)}
-        found.append(Place(tuple(sorted(own)), tuple(gpus[index * workers.gpus : (index + 1) * workers.gpus])))
+        found.append(DeviceSlot(tuple(sorted(own)), tuple(gpus[index * workers.gpus : (index + 1) * workers.gpus])))
     return found
 
 
-def this_machine(want_gpus: bool) -> tuple[list[int], list[str]]:
+def available_devices(want_gpus: bool) -> tuple[list[int], list[str]]:
     """The cores that this process may use and, when wanted, the GPUs that it sees."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if not want_gpus:
@@ -73,7 +73,7 @@ def this_machine(want_gpus: bool) -> tuple[list[int], list[str]]:
 
 @dataclass
 class _Slot:
-    place: Place
+    place: DeviceSlot
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
     deaths: int = 0  # in a row, without a trial that ended well meanwhile
@@ -82,13 +82,13 @@ class _Slot:
     over: bool = False
 
 
-class Pool:
+class WorkerPool:
     """The workers of one ``run``. Use it in a ``with`` block: leaving it ends them all.
 
     In the block SIGINT and SIGTERM end the workers after the running step, a second one ends them at once.
     """
 
-    def __init__(self, study: Study, slots: list[Place]) -> None:
+    def __init__(self, study: Study, slots: list[DeviceSlot]) -> None:
         self.study = study
         self._slots = [_Slot(place) for place in slots]
         self._logs = study.folder / "workers"
@@ -96,9 +96,9 @@ class Pool:
         self._signalled = False
         self._handlers: dict[int, Any] = {}  # of before the block
         self.bad_input: str | None = None  # what a worker refused
-        self.lost: Path | None = None  # the log of a worker that was given up
+        self.failed_worker_log: Path | None = None  # the log of a worker that was given up
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -161,7 +161,7 @@ class Pool:
         if slot.deaths >= _MAX_DEATHS:
             say(f"\na worker ended {how}, again; it is not restarted. The end of its log, {slot.log}:\n"
                 f"{self._tail(slot.log)}")  # fmt: skip
-            slot.over, self.lost = True, slot.log
+            slot.over, self.failed_worker_log = True, slot.log
             return
         say(f"\na worker ended {how} and is restarted; its log: {slot.log}")
         slot.restart_at = time.monotonic() + _RESTART_S
@@ -210,7 +210,7 @@ def worker_command(folder: Path, gpus: int) -> list[str]:
     return [sys.executable, *module]
 
 
-def worker_environment(place: Place, env: Mapping[str, str] | None = None) -> dict[str, str]:
+def worker_environment(place: DeviceSlot, env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a worker: its threads, its GPUs, and where this megadit is; nothing of a launcher's."""
     # Its own group is a worker's whole world, even where `run` is a task of Slurm's.
     made = child_environment(os.environ if env is None else env)
@@ -219,7 +219,7 @@ def worker_environment(place: Place, env: Mapping[str, str] | None = None) -> di
     return made
 
 
-def _bind(place: Place, parent: int) -> Callable[[], None]:
+def _bind(place: DeviceSlot, parent: int) -> Callable[[], None]:
     """What the worker's process does before it becomes the worker: take its cores, and tie its life to ``parent``."""
     libc = ctypes.CDLL(None)  # loaded before the fork
 

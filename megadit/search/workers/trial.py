@@ -26,7 +26,7 @@ from megadit.models import count_parameters
 from megadit.parallel import ProcessContext
 from megadit.plan import training_flops
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
-from megadit.search.storage.states import Claim
+from megadit.search.storage.records import ClaimedTrial
 from megadit.search.study.study import Study
 from megadit.search.workers import scores
 from megadit.train.callbacks import Callback, Record, RunStopped, make_callbacks
@@ -42,17 +42,17 @@ _PRUNED, _STOPPED = "pruned", "stopped"
 
 
 @dataclass(frozen=True)
-class Judge:
+class TrialHooks:
     """What rank 0 asks at every logged step: is the worker to stop, and (step, loss) is the trial to be pruned."""
 
-    stops: Callable[[], bool]
-    prunes: Callable[[int, float], bool]
+    should_stop: Callable[[], bool]
+    should_prune: Callable[[int, float], bool]
 
 
-class TrialWatch(Callback):
+class TrialCallback(Callback):
     """Ends a trial early when asked to, and measures what of it is training."""
 
-    def __init__(self, study: Study, judge: Judge) -> None:
+    def __init__(self, study: Study, judge: TrialHooks) -> None:
         self._pruning = study.spec.pruning
         self._judge = judge
         self._rows: list[Record] = []
@@ -88,19 +88,19 @@ class TrialWatch(Callback):
             self.training_s, self._begin = time.monotonic() - self._begin, None
 
     def _decide(self, step: int, total: int) -> str | None:
-        if step < total and self._judge.stops():
+        if step < total and self._judge.should_stop():
             return _STOPPED
         rule = self._pruning
         due = rule.rule != "none" and rule.after <= step < total and step % rule.every == 0
         if due:
             loss = scores.train_loss(self._rows, step, rule.every)
-            if loss is not None and self._judge.prunes(step, loss):
+            if loss is not None and self._judge.should_prune(step, loss):
                 return _PRUNED
         return None
 
 
 def run_trial(
-    study: Study, claim: Claim, context: ProcessContext, datasets: Datasets, judge: Judge, began: float
+    study: Study, claim: ClaimedTrial, context: ProcessContext, datasets: Datasets, judge: TrialHooks, began: float
 ) -> TrialResult | None:
     """Train the claimed trial on all ranks and give its result on rank 0 (its own on the others means nothing).
 
@@ -109,7 +109,7 @@ def run_trial(
     """
     folder = study.trial_folder(claim.number)
     cell = next(cell for cell in study.cells if (cell.variant, cell.scale) == (claim.variant, claim.scale))
-    watch = TrialWatch(study, judge)
+    watch = TrialCallback(study, judge)
     job, sentence, code = None, "", EXIT_OK
     try:
         config = study.config(cell, claim.hps, claim.seed)
@@ -144,7 +144,7 @@ def _make_room(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _callbacks(study: Study, watch: TrialWatch) -> list[Callback]:
+def _callbacks(study: Study, watch: TrialCallback) -> list[Callback]:
     """Metrics always; of the rest what the study keeps, or a command that scores the run needs."""
     keep = study.spec.keep
     optional = {
@@ -167,7 +167,7 @@ def _collect() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _result(study: Study, claim: Claim, job: Job, watch: TrialWatch, code: int) -> TrialResult:
+def _result(study: Study, claim: ClaimedTrial, job: Job, watch: TrialCallback, code: int) -> TrialResult:
     """The outcome and scores of a run that ended by itself or was pruned."""
     config, spec = job.config, study.spec
     rows = RunDirectory(job.run_dir).read_metrics()

@@ -29,7 +29,7 @@ from megadit.train.preemption import hand_over
 
 if TYPE_CHECKING:
     from megadit.parallel import ProcessContext
-    from megadit.search.storage.states import Claim
+    from megadit.search.storage.records import ClaimedTrial
 
 STOP = "stop"  # the flag file of a study directory; its text says whether running trials end too
 NOW, AFTER = "now", "after the running trial"
@@ -46,7 +46,7 @@ def request_stop(study: Study, now: bool) -> None:
     (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n", encoding="utf-8")
 
 
-class Interrupt:
+class StopSignal:
     """Whether the worker is to end: by a signal, the study's flag, or because it lost its trial."""
 
     def __init__(self, study: Study) -> None:
@@ -96,12 +96,12 @@ class Interrupt:
 class Worker:
     """The loop of one worker. Rank 0 speaks with the store; what it decides, all ranks do."""
 
-    def __init__(self, study: Study, context: ProcessContext, interrupt: Interrupt, began: float) -> None:
+    def __init__(self, study: Study, context: ProcessContext, interrupt: StopSignal, began: float) -> None:
         # Imported before a trial is claimed: an installation that is broken costs no trial an attempt.
         from megadit.data import build_datasets
-        from megadit.search.workers.trial import Judge, run_trial
+        from megadit.search.workers.trial import TrialHooks, run_trial
 
-        self._judge, self._run_trial = Judge, run_trial
+        self._judge, self._run_trial = TrialHooks, run_trial
         self.study, self.context, self.interrupt = study, context, interrupt
         self._began = began  # of the work for the next trial
         self._me = this_worker()
@@ -131,7 +131,7 @@ class Worker:
         stack.enter_context(self._store.heartbeats.beating(self._me, every))
         _say(f"worker {self._me.label} joins study {self.study.spec.name} in {self.study.folder}")
 
-    def _next(self) -> tuple[str, Claim | None]:
+    def _next(self) -> tuple[str, ClaimedTrial | None]:
         """On rank 0: ("run", claim), "wait" while others run the last trials, "stop" or "end"."""
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
@@ -155,7 +155,7 @@ class Worker:
         flag = self.study.folder / STOP
         return f"stopped by launch/sweep.py stop; the next run goes on, as do workers once {flag} is removed"
 
-    def _run(self, claim: Claim) -> None:
+    def _run(self, claim: ClaimedTrial) -> None:
         began = self._began
         if self.context.is_main:
             _say(f"trial {claim.number} begins: {describe(claim)}")
@@ -181,7 +181,7 @@ class Worker:
         else:
             _say(f"trial {claim.number} had been given to another worker; its result is dropped")
 
-    def _is_over(self, claim: Claim) -> bool:
+    def _is_over(self, claim: ClaimedTrial) -> bool:
         """Asked at every logged step: a flag, a signal, or (looked up now and then) the trial is another's."""
         if self.interrupt.now:
             return True
@@ -191,7 +191,7 @@ class Worker:
         return not self._store.owns(claim, self._me)
 
 
-def describe(claim: Claim) -> str:
+def describe(claim: ClaimedTrial) -> str:
     """A claim in words: variant, scale, hyperparameters, seed and, after a lost start, the attempt."""
     scale = "" if claim.scale is None else f"scale {claim.scale}"
     attempt = f"attempt {claim.attempt}" if claim.attempt > 1 else ""
@@ -213,7 +213,7 @@ def work(study: Study) -> int:
     from megadit.parallel import start_processes, stop_processes
     from megadit.search.workers.scores import COMMAND_TIMEOUT_S
 
-    began, interrupt = time.monotonic(), Interrupt(study)
+    began, interrupt = time.monotonic(), StopSignal(study)
     with interrupt.signals():
         # Other ranks wait in a collective while rank 0 runs a score's command.
         context = start_processes(COMMAND_TIMEOUT_S + 600) if study.spec.has_commands else start_processes()

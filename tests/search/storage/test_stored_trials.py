@@ -8,7 +8,7 @@ import pytest
 
 from helpers.studies import a_trial
 from megadit.search.storage.identity import WorkerId
-from megadit.search.storage.states import check_start, restored, stored
+from megadit.search.storage.records import check_start, restored, stored
 
 RESULT = stored(a_trial(3, 0.5, horizons={100: {"loss": 0.6}, 200: {"loss": None}}))
 WORKER = WorkerId("host", "place", 5, "1").to_json()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megadit.search.study.plan import PlannedTrial, plan
+from megadit.search.study.plan import PlannedTrial, plan_trials
 from megadit.search.study.study import load_study
 
 VARIANTS = {"mup": {"model.parametrization": "mup"}, "sp": {"model.parametrization": "sp"}}
@@ -20,7 +20,7 @@ def planned(tmp_path: Path):
     def _planned(**keys: Any) -> list[PlannedTrial]:
         values = {"base": "quickstart/digits.yaml", "space": {"optim.lr": {"grid": ["2^-8", 0.5]}}, "sampler": "grid"}
         (tmp_path / "s.yaml").write_text(yaml.safe_dump(values | keys))
-        return plan(load_study(tmp_path / "s.yaml"))
+        return plan_trials(load_study(tmp_path / "s.yaml"))
 
     return _planned
 

@@ -11,11 +11,10 @@ import pytest
 import yaml
 
 from megadit.errors import UserError
-from megadit.search.study.space import Point
 from megadit.search.study.spec import read_spec
 from megadit.search.study.study import Study, load_study, save_study
 
-LR: Point = {"optim.lr": {"grid": ["2^-8", "2^-7"]}}
+LR: dict[str, Any] = {"optim.lr": {"grid": ["2^-8", "2^-7"]}}
 BASE: dict[str, Any] = {
     "base": "quickstart/digits.yaml",
     "space": LR,

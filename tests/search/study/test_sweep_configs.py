@@ -8,7 +8,7 @@ import pytest
 
 from megadit.config import RunConfig, load_config
 from megadit.config.loading.sources import configs_dir
-from megadit.search.study.plan import plan
+from megadit.search.study.plan import plan_trials
 from megadit.search.study.spec import StudySpec, read_spec
 from megadit.search.study.study import load_study
 
@@ -47,7 +47,7 @@ def test_the_dit_studies(name: str):
     assert (study.spec.scale.key, study.spec.scale.values, study.spec.seeds) == (scaled, scales, (0,))
     in_one_run = scaled == "train.steps"
     assert study.horizons == (scales if in_one_run else ())
-    assert len(plan(study)) == len(values) * (1 if in_one_run else len(scales))
+    assert len(plan_trials(study)) == len(values) * (1 if in_one_run else len(scales))
     for cell in study.cells:
         config = study.config(cell, {key: values[0]}, 0)
         assert config.model.width == (cell.scale if scaled == "model.width" else 288)
@@ -79,7 +79,7 @@ def test_pixart_lr():
     assert (model.family, model.width, model.parametrization, model.base_width) == ("pixart", 288, "mup", 288)
     assert (train.epochs, train.global_batch, study.spec.proxy.batch) == (5, 176 * 8, 176 * 8)
     assert (optim.weight_decay, optim.eps, optim.clip.value) == (0.03, 1e-10, 0.01)
-    assert len(plan(study)) == 5
+    assert len(plan_trials(study)) == 5
 
 
 def test_mmdit_80():
@@ -92,7 +92,7 @@ def test_mmdit_80():
         "optim.warmup_steps": ("uniform", (1.0, 20_000.0)),
     }
     assert (spec.sampler, spec.trials, spec.proxy.steps, spec.proxy.batch) == ("random", 80, 30_000, 4096)
-    assert len(plan(study)) == 80 and spec.pruning.rule == "none"
+    assert len(plan_trials(study)) == 80 and spec.pruning.rule == "none"
     is_the_mmdit_proxy(study.base)
 
 
@@ -128,7 +128,7 @@ def test_minis_search_the_same_on_built_in_data(name: str, tmp_path: Path):
         assert mini.base.data.condition == "text" and mini.base.data.text.encoder == "minilm"
     assert (mini.base.model.repa is not None) == (mini.base.objective.repa_weight > 0) == name.startswith("mmdit")
     steps = max((mini.base.train.steps or 300), *mini.horizons, 0)
-    assert steps <= 700 and mini.spec.workers.count == 2 and len(plan(mini)) <= 120
+    assert steps <= 700 and mini.spec.workers.count == 2 and len(plan_trials(mini)) <= 120
 
 
 def test_the_mini_of_the_width_study_shows_both_parametrizations():

@@ -25,13 +25,13 @@ from megadit.search.storage.identity import this_worker
 from megadit.search.storage.store import StudyStore, load_results
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.workers import worker as worker_module
-from megadit.search.workers.pool import Place, places, worker_command, worker_environment
+from megadit.search.workers.pool import DeviceSlot, assign_devices, worker_command, worker_environment
 from megadit.search.workers.scores import train_loss
-from megadit.search.workers.trial import Judge, run_trial
+from megadit.search.workers.trial import TrialHooks, run_trial
 from megadit.search.workers.worker import NOW, STOP, work
 
 ONE = {"space": {"optim.lr": {"grid": [0.002]}}}
-NEVER = Judge(lambda: False, lambda step, loss: False)
+NEVER = TrialHooks(lambda: False, lambda step, loss: False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -179,7 +179,7 @@ def test_what_the_study_keeps_is_kept(tmp_path):
 def one_trial(study, logs=None):
     """Claim and run a trial; stop it at its ``logs``-th logged step."""
     store, asked = StudyStore.create_or_open(study), iter(range(1, 100))
-    judge = NEVER if logs is None else Judge(lambda: next(asked) >= logs, lambda step, loss: False)
+    judge = NEVER if logs is None else TrialHooks(lambda: next(asked) >= logs, lambda step, loss: False)
     claim = store.claim(this_worker())
     result = run_trial(study, claim, start_processes(), build_datasets, judge, time.monotonic())
     if result is None:
@@ -256,7 +256,7 @@ def test_a_worker_that_lost_its_trial_drops_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StudyStore, "owns", owns)
     assert forked(work, study) == 0
-    assert [(t.number, t.outcome, t.attempts) for t in store.overview().results.trials] == [
+    assert [(t.number, t.outcome, t.attempts) for t in store.snapshot().results.trials] == [
         (0, "complete", 2), (1, "complete", 1), (2, "complete", 1),
     ]  # fmt: skip
 
@@ -287,16 +287,18 @@ def test_thirty_trials_of_one_process_cost_no_memory(tmp_path):
 
 def test_places_bind_cores_in_turn_and_gpus_once():
     spec = WorkersSpec(count=2, cores=2, gpus=1)
-    assert places(spec, 2, [0, 1, 2, 3], ["4", "5"]) == [Place((0, 1), ("4",)), Place((2, 3), ("5",))]
-    assert [place.cores for place in places(WorkersSpec(), 3, [6, 7], [])] == [(6,), (7,), (6,)]
+    assert assign_devices(spec, 2, [0, 1, 2, 3], ["4", "5"]) == [DeviceSlot((0, 1), ("4",)), DeviceSlot((2, 3), ("5",))]
+    assert [place.cores for place in assign_devices(WorkersSpec(), 3, [6, 7], [])] == [(6,), (7,), (6,)]
     with pytest.raises(Exception, match=r"workers.gpus: 3 workers with 1 each need 3 GPUs, and there are 2 here"):
-        places(spec, 3, [0], ["0", "1"])
+        assign_devices(spec, 3, [0], ["0", "1"])
 
 
 def test_the_command_and_environment_of_a_worker():
-    env = worker_environment(Place((0, 1), ()), {"RANK": "3", "SLURM_NTASKS": "8", "PYTHONPATH": "/x", "HOME": "/h"})
+    env = worker_environment(
+        DeviceSlot((0, 1), ()), {"RANK": "3", "SLURM_NTASKS": "8", "PYTHONPATH": "/x", "HOME": "/h"}
+    )
     assert (env["OMP_NUM_THREADS"], env["CUDA_VISIBLE_DEVICES"], env["HOME"]) == ("2", "", "/h")
     assert "RANK" not in env and "SLURM_NTASKS" not in env and env["PYTHONPATH"].endswith(f"{os.pathsep}/x")
-    assert worker_environment(Place((0, 1, 2, 3), ("1", "7")), {})["CUDA_VISIBLE_DEVICES"] == "1,7"
+    assert worker_environment(DeviceSlot((0, 1, 2, 3), ("1", "7")), {})["CUDA_VISIBLE_DEVICES"] == "1,7"
     assert "--nproc_per_node=2" in worker_command(Path("s"), 2)
     assert worker_command(Path("s"), 1)[1:] == ["-m", "megadit.search.workers.worker", "s"]

@@ -13,7 +13,7 @@ from megadit.search.study.plan import PlannedTrial
 
 
 @dataclass(frozen=True)
-class Claim:
+class ClaimedTrial:
     """A trial that a worker is to run; ``attempt`` counts from 1. ``trial_id`` is optuna's."""
 
     number: int
@@ -26,7 +26,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningTrial:
     """A trial that is being run, by whom and since when (seconds)."""
 
     number: int
@@ -37,15 +37,15 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Overview:
+class StudySnapshot:
     """A study's trials at one moment: what has ended, and what runs, by number."""
 
     results: StudyResults
-    running: tuple[Running, ...]
+    running: tuple[RunningTrial, ...]
 
 
 @dataclass
-class History:
+class TrialHistory:
     """All starts of one trial, as optuna's frozen trials, in order."""
 
     starts: list[Any]
@@ -93,12 +93,12 @@ class History:
                 count += 1
         return count
 
-    def running(self) -> Running:
+    def running(self) -> RunningTrial:
         """Who runs it; it must be running."""
         attrs, start = self.last.user_attrs, self.last.datetime_start
         label = WorkerId.from_json(attrs["worker"]).label if "worker" in attrs else "?"
         seconds = 0.0 if start is None else max(0.0, time.time() - start.timestamp())
-        return Running(self.number, attrs["variant"], attrs["scale"], label, seconds)
+        return RunningTrial(self.number, attrs["variant"], attrs["scale"], label, seconds)
 
     def result(self) -> TrialResult:
         """The result; there must be one."""
