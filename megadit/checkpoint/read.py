@@ -19,7 +19,7 @@ from megadit.checkpoint.names import STATE
 from megadit.config import RunConfig
 from megadit.config.loading.sources import flat
 from megadit.config.schema.run import ONLINE
-from megadit.data.windows import joined
+from megadit.data.windows import merge_windows
 from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
 from megadit.engine.ema import KIND as EMA_KIND
 from megadit.errors import UserError
@@ -64,7 +64,7 @@ class StoredCheckpoint:
             # Before samples could be left out the numbers were those of the samples seen.
             samples = self.state.get("samples") or {"next": self.position.samples_seen, "left_out": []}
             self.next_sample = int(samples["next"])
-            self.left_out = joined((int(first), int(stop)) for first, stop in samples["left_out"])
+            self.left_out = merge_windows((int(first), int(stop)) for first, stop in samples["left_out"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BrokenCheckpoint(
                 f"checkpoint {path}: {STATE} cannot be read ({told(error, path / STATE)}); use an earlier one"

@@ -87,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from megadit.config.loading.loader import load_data, text_length
-    from megadit.data.places import check_data_places
+    from megadit.data.prerequisites import check_data_prerequisites
 
     sharding = sharding_of(args.name, args.out, args.samples, args.max_mb)
     config = load_data(args.config, args.overrides)
-    check_data_places(config)
+    check_data_prerequisites(config)
     check_encode_options(config, args.posterior, args.seed, args.max_length)
     length = args.max_length
     if length is not None:

@@ -31,7 +31,7 @@ class DataSource:
 
     Its module imports torch inside of functions, so that a wrong configuration is refused at once.
 
-    load: the whole set of the ``data`` section, a ``megadit.data.dataset.WholeSet``, of which ``ArraySet`` is one in
+    load: the whole set of the ``data`` section, a ``megadit.data.dataset.UnsplitSet``, of which ``ArraySet`` is one in
         memory. Its caller holds images out, and leaves classes out as ``data.condition`` and ``data.classes`` say.
         ``num_classes``: the model's, against which labels that are numbers are held; None: not known.
         Raises UserError that names the key.

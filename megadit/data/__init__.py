@@ -26,7 +26,7 @@ __all__ = [
     "make_batch",
 ]
 
-# What is missing is refused before torch is imported (see places): the package itself imports nothing.
+# What is missing is refused before torch is imported (see prerequisites): the package itself imports nothing.
 __getattr__ = exports(
     __name__,
     {

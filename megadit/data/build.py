@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megadit.config import DataConfig
-from megadit.data.dataset import ImageSet, Subset, WholeSet
+from megadit.data.dataset import ImageSet, Subset, UnsplitSet
 from megadit.data.labels import ClassNames, quoted
 from megadit.errors import UserError
 from megadit.extensions import DATA_SOURCES
@@ -28,7 +28,7 @@ def build_datasets(config: DataConfig, num_classes: int | None = None) -> tuple[
     return _parts(config, _whole(config, num_classes), config.val_fraction)
 
 
-def whole_set(config: DataConfig) -> tuple[Subset, list[str]]:
+def load_unsplit(config: DataConfig) -> tuple[Subset, list[str]]:
     """All images (of ``data.classes``) in the set's own order, nothing held out, and the base name of each.
 
     Raises ``UserError`` as ``build_datasets`` does.
@@ -38,13 +38,13 @@ def whole_set(config: DataConfig) -> tuple[Subset, list[str]]:
     return part, [whole.bases[i] for i in part.indices]
 
 
-def _whole(config: DataConfig, num_classes: int | None) -> WholeSet:
+def _whole(config: DataConfig, num_classes: int | None) -> UnsplitSet:
     known = None if config.classes is not None else num_classes  # data.classes chooses some of the set's
-    whole: WholeSet = DATA_SOURCES.get(config.name).load(config, known)
+    whole: UnsplitSet = DATA_SOURCES.get(config.name).load(config, known)
     return whole
 
 
-def _parts(config: DataConfig, whole: WholeSet, fraction: float) -> tuple[Subset, Subset]:
+def _parts(config: DataConfig, whole: UnsplitSet, fraction: float) -> tuple[Subset, Subset]:
     return split(whole, whole.bases, fraction, labelled=config.condition == "class", classes=config.classes)
 
 

@@ -43,7 +43,7 @@ def with_stored_codec(facts: DatasetFacts, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"vae": whole})})
 
 
-def draws_no_pictures(facts: DatasetFacts, config: RunConfig) -> str | None:
+def missing_decoder_note(facts: DatasetFacts, config: RunConfig) -> str | None:
     """What to tell where stored latents come without the codec that makes pictures of them; else None."""
     if facts.stored is None or not facts.stored.channels or (config.data.vae and config.data.vae.path):
         return None

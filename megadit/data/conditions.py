@@ -15,7 +15,7 @@ from megadit.config.family import family_spec
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.config.schema.run import RunConfig
 from megadit.data.batch import Batch
-from megadit.data.dataset import ImageSet, even_choice
+from megadit.data.dataset import ImageSet, evenly_spaced
 from megadit.data.text.encoders import TextEncoder, build_encoder, check_lengths
 from megadit.data.text.feature_table import TextTable, build_table, cache_folder
 from megadit.data.verify import check_captions
@@ -48,15 +48,15 @@ class Conditions:
     ) -> None:
         """``null`` of a model with classes is its null label; ``table`` serves batches that bring no text features."""
         self._text, self._table = model.text, table
-        self.null = null_label(model.num_classes) if null is None else as_seen(null, model.text)
-        self.prompts = None if prompts is None else Prompts(prompts.texts, as_seen(prompts.cond, model.text))
+        self.null = null_label(model.num_classes) if null is None else drop_unused_mask(null, model.text)
+        self.prompts = None if prompts is None else Prompts(prompts.texts, drop_unused_mask(prompts.cond, model.text))
 
     def of(self, batch: Batch, device: torch.device | str = "cpu") -> Conditioning:
         """The conditions of a batch, on ``device``."""
         if self._text is not None:
             table = self._table
             cond = stored_text(batch.extras, self._text) if table is None else table.of(batch.captions)
-            return as_seen(cond, self._text).to(device)
+            return drop_unused_mask(cond, self._text).to(device)
         if self.null is None:
             return Conditioning()
         return Conditioning(labels=batch.labels).to(device)
@@ -69,7 +69,7 @@ class Conditions:
             save_conditions(run_dir / PROMPTS_FILE, self.prompts.cond, self.prompts.texts)
 
 
-def as_seen(cond: Conditioning, text: TextInput | None) -> Conditioning:
+def drop_unused_mask(cond: Conditioning, text: TextInput | None) -> Conditioning:
     """The conditions as a model is given them: without a mask where it sees padding (``model.text.mask: false``)."""
     return cond if text is None or text.mask else cond.without_mask()
 
@@ -98,7 +98,7 @@ def build_conditions(
 ) -> Conditions:
     """The conditions of a run. Captions are encoded, once per host, unless the set stores their features.
 
-    ``null``: the null text, where the model has one already (``kept_null``).
+    ``null``: the null text, where the model has one already (``trained_null_caption``).
 
     Raises UserError as ``check_text`` does, or where encoder or cache fail.
     """
@@ -118,7 +118,7 @@ def build_conditions(
     return Conditions(config.model, null, table, prompts)
 
 
-def kept_null(config: RunConfig, run_dir: Path | None) -> tuple[Conditioning | None, str]:
+def trained_null_caption(config: RunConfig, run_dir: Path | None) -> tuple[Conditioning | None, str]:
     """The null caption that the model of ``run_dir`` was trained with, and what to tell of it; None where it has none.
 
     It is no parameter, so that checkpoints leave it to the run's directory. One of another length cannot be used.
@@ -247,7 +247,7 @@ def _prompts(config: RunConfig, held_out: ImageSet, table: TextTable | None, enc
     for i in range(len(held_out)):
         first.setdefault(held_out.caption(i), i)
     first.pop("", None)
-    chosen = even_choice(list(first.items()), config.sample.count)
+    chosen = evenly_spaced(list(first.items()), config.sample.count)
     texts = tuple(caption for caption, _ in chosen)
     if table is not None:
         return Prompts(texts, table.of(texts))

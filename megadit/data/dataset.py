@@ -66,7 +66,7 @@ class ImageSet(Protocol):
     def remarks(self) -> tuple[str, ...]:
         """What people should know of how the set was read: files left out, captions that are missing.
 
-        A sentence each, which names the place; told once as ``note:`` where a command begins (``tell_remarks``).
+        A sentence each, which names the place; printed once as ``note:`` where a command begins (``print_remarks``).
         """
 
     def __len__(self) -> int: ...
@@ -105,7 +105,7 @@ class ImageSet(Protocol):
         """What the whole set is read from, in its order; asks the file system, and opens nothing."""
 
 
-class WholeSet(ImageSet, Protocol):
+class UnsplitSet(ImageSet, Protocol):
     """What a data source loads: nothing is held out yet."""
 
     @property
@@ -284,19 +284,19 @@ def describe(dataset: ImageSet) -> DatasetFacts:
     )
 
 
-def tell_remarks(images: ImageSet) -> None:
+def print_remarks(images: ImageSet) -> None:
     """Print the remarks of a set to stderr, each as a ``note:``, unless another process of this host does."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for remark in images.remarks:
             say(f"note: {remark}")
 
 
-def origin(images: ImageSet) -> tuple[ImageSet, Sequence[int]]:
+def source_and_indices(images: ImageSet) -> tuple[ImageSet, Sequence[int]]:
     """The set that ``images`` were chosen from, and their places in it; itself, if they are none of another."""
     return (images.source, images.indices) if isinstance(images, Subset) else (images, range(len(images)))
 
 
-def even_choice(items: Sequence[T], count: int) -> list[T]:
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """At most ``count`` of the items, evenly spaced."""
     shown = min(count, len(items))
     return [items[number * len(items) // shown] for number in range(shown)]

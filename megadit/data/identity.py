@@ -17,7 +17,7 @@ from megadit.config import RunConfig
 from megadit.config.schema.values import plain_text
 from megadit.data.codecs.codec import codec_identity, scale_and_shift
 from megadit.data.codecs.folder import codec_facts
-from megadit.data.dataset import ImageSet, origin
+from megadit.data.dataset import ImageSet, source_and_indices
 from megadit.data.listing import digest, first_difference, record, same_files
 from megadit.data.shards.tar_set import cut_before_crop
 from megadit.data.text.encoders import build_encoder
@@ -40,7 +40,7 @@ def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Ident
         UserError: an encoder's or a codec's folder cannot be read.
     """
     listing = train_set.listing()
-    parts = [np.array(origin(images)[1], dtype="<i8") for images in (train_set, val_set)]
+    parts = [np.array(source_and_indices(images)[1], dtype="<i8") for images in (train_set, val_set)]
     data = config.data
     texts = data.condition == "text" and listing.captions is not None
     return {
@@ -59,7 +59,7 @@ def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Ident
         else "",
         "image_size": train_set.image_size,
         "flip": data.flip,
-        "crop": None if train_set.stores_latents else getattr(origin(train_set)[0], "crop", None),
+        "crop": None if train_set.stores_latents else getattr(source_and_indices(train_set)[0], "crop", None),
         "stored": None if train_set.stored is None else asdict(train_set.stored),
         "text_encoder": _text_encoder(config, train_set),
         "autoencoder": _autoencoder(config, train_set),

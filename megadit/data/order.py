@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megadit.data.windows import Window, kept
+from megadit.data.windows import Window, remaining_windows
 from megadit.errors import UserError
 from megadit.rng import permutation, stream_key
 
@@ -92,17 +92,17 @@ class BatchLayout:
         if not 0 <= micro < self.accumulation:
             raise ValueError(f"micro batch {micro} is not one of the {self.accumulation} of a step")
         start = step * self.global_batch + (micro * self.ranks + self.rank) * self.micro_batch
-        return [n for window in kept(start, self.micro_batch, self.left_out) for n in range(*window)]
+        return [n for window in remaining_windows(start, self.micro_batch, self.left_out) for n in range(*window)]
 
     def windows(self, step: int) -> list[Window]:
         """The sample numbers of all ranks in optimizer step ``step``, as windows."""
-        return kept(step * self.global_batch, self.global_batch, self.left_out)
+        return remaining_windows(step * self.global_batch, self.global_batch, self.left_out)
 
     def next_number(self, step: int) -> int:
         """The number after the last one that the first ``step`` steps take."""
         return self.windows(step - 1)[-1][1] if step else 0
 
-    def jumped(self, step: int) -> list[Window]:
+    def newly_skipped(self, step: int) -> list[Window]:
         """The windows that step ``step`` is the first to leave behind."""
         begin, end = self.next_number(step), self.next_number(step + 1)
         return [window for window in self.left_out if begin <= window[0] < end]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megadit.data.dataset import ImageSet, origin
+from megadit.data.dataset import ImageSet, source_and_indices
 from megadit.data.image_files import check_header, read_rgb
 from megadit.data.shards.manifest import sha256_of
 from megadit.data.shards.tar_set import TarSet
@@ -37,7 +37,7 @@ def check_images(dataset: ImageSet, *, seconds: float = 10.0, files: int = 100_0
     samples are read whole and as many checksums compared as the time allows. Sets that are held in memory have nothing
     left to check. Raises ``UserError`` that names the first empty, corrupt or missing file.
     """
-    source, positions = origin(dataset)
+    source, positions = source_and_indices(dataset)
     if isinstance(source, TarSet):
         return _check_tars(source, positions, seconds, decode)
     if not isinstance(source, FolderSet):
@@ -61,7 +61,7 @@ def check_images(dataset: ImageSet, *, seconds: float = 10.0, files: int = 100_0
 
 def check_files(dataset: ImageSet) -> None:
     """Whether the files that a metadata.jsonl names are there. Raises UserError that names the first that is not."""
-    source, _ = origin(dataset)
+    source, _ = source_and_indices(dataset)
     if isinstance(source, FolderSet):
         source.check_files()
 
@@ -146,7 +146,7 @@ def _judge(missing: list[_Place], count: int, most_missing: float) -> None:
 
 def _hint(images: ImageSet, i: int) -> str:
     """Where captions are read from, and what lies there that is not read."""
-    source, places = origin(images)
+    source, places = source_and_indices(images)
     i = places[i]
     if isinstance(source, TarSet):
         return " as .txt members, or as caption in .json members"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 Window = tuple[int, int]
 
 
-def joined(windows: Iterable[Window]) -> tuple[Window, ...]:
+def merge_windows(windows: Iterable[Window]) -> tuple[Window, ...]:
     """The same numbers as sorted windows that neither overlap nor touch."""
     found: list[Window] = []
     for first, stop in sorted(windows):
@@ -23,7 +23,7 @@ def joined(windows: Iterable[Window]) -> tuple[Window, ...]:
     return tuple(found)
 
 
-def kept(start: int, count: int, left_out: Sequence[Window]) -> list[Window]:
+def remaining_windows(start: int, count: int, left_out: Sequence[Window]) -> list[Window]:
     """The ``count`` numbers that follow the first ``start`` of those outside ``left_out`` (joined), as windows."""
     windows = iter(left_out)
     number, window = start, next(windows, None)
@@ -41,10 +41,10 @@ def kept(start: int, count: int, left_out: Sequence[Window]) -> list[Window]:
     return found
 
 
-def without(windows: Iterable[Window], others: Iterable[Window]) -> tuple[Window, ...]:
+def subtract_windows(windows: Iterable[Window], others: Iterable[Window]) -> tuple[Window, ...]:
     """The numbers of ``windows`` that are in none of ``others``."""
-    rest = list(joined(windows))
-    for first, stop in joined(others):
+    rest = list(merge_windows(windows))
+    for first, stop in merge_windows(others):
         rest = [
             part
             for low, high in rest
@@ -54,18 +54,18 @@ def without(windows: Iterable[Window], others: Iterable[Window]) -> tuple[Window
     return tuple(rest)
 
 
-def before(windows: Iterable[Window], number: int) -> tuple[Window, ...]:
+def windows_before(windows: Iterable[Window], number: int) -> tuple[Window, ...]:
     """The part of the windows that lies before ``number``."""
-    return tuple((first, min(stop, number)) for first, stop in joined(windows) if first < number)
+    return tuple((first, min(stop, number)) for first, stop in merge_windows(windows) if first < number)
 
 
-def shown(windows: Iterable[Window]) -> str:
+def format_windows(windows: Iterable[Window]) -> str:
     """E.g. ``sample 7``, ``samples 9216 to 9471`` or ``samples 0 to 3, 8``; both ends are meant."""
     parts = [str(first) if stop == first + 1 else f"{first} to {stop - 1}" for first, stop in windows]
     single = len(parts) == 1 and "to" not in parts[0]
     return f"sample{'' if single else 's'} {', '.join(parts)}"
 
 
-def as_value(windows: Iterable[Window]) -> str:
+def windows_option(windows: Iterable[Window]) -> str:
     """As ``train.skip_samples`` takes them: ``[[9216, 9472]]``, here without spaces for a command line."""
     return "[" + ",".join(f"[{first},{stop}]" for first, stop in windows) + "]"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.data.order import BatchLayout, SampleOrder
-from megadit.data.windows import Window, as_value, joined, shown, without
+from megadit.data.windows import Window, format_windows, merge_windows, subtract_windows, windows_option
 from megadit.files.json_text import JsonError, parse_json
 from megadit.mup.spec import Role
 from megadit.train.run_dir import write_json
@@ -56,22 +56,23 @@ def describe(
     windows = layout.windows(step - 1)
     event: dict[str, Any] = {"kind": EVENT, "step": step, "samples": [list(window) for window in windows]}
     if broken:
-        samples = joined((number, number + 1) for number in broken)
+        samples = merge_windows((number, number + 1) for number in broken)
         images = order.indices(list(broken)[:_IMAGES_TOLD])
         value = "nan" if any(map(math.isnan, broken.values())) else str(next(iter(broken.values())))
         event |= {"what": "loss", "value": value, "broken_samples": [list(w) for w in samples], "images": images}
         some = f"{len(broken)} of the step's {layout.global_batch}"
         which = f"image {images[0]} of the training set" if len(broken) == 1 else some
-        what = f"the loss at step {step} is {value} for {shown(samples)} ({which})"
+        what = f"the loss at step {step} is {value} for {format_windows(samples)} ({which})"
     else:
-        samples = joined(windows)
+        samples = merge_windows(windows)
         event |= {"what": "gradients", "roles": list(roles)}
         where = f" (of {', '.join(roles)} parameters)" if 0 < len(roles) < len(all_roles) else ""
         scale = "" if at_scale is None else f" at the smallest loss scale, {at_scale:g}"
         what = (
-            f"the gradients at step {step} are not finite{scale}{where}, though its loss is; it took {shown(samples)}"
+            f"the gradients at step {step} are not finite{scale}{where}, though its loss is; it took "
+            f"{format_windows(samples)}"
         )
-    value = as_value(joined((*layout.left_out, *samples)))
+    value = windows_option(merge_windows((*layout.left_out, *samples)))
     return TrainingDiverged(
         f"{what}. That update was not made, and nothing is saved after it. Look at these samples; "
         f"train.skip_samples={value} leaves them out after a resume",
@@ -109,15 +110,16 @@ def notes_of_earlier_ends(run_dirs: Iterable[Path], next_number: int, left_out: 
     """What a start says that is about to take samples at which an earlier one ended."""
     notes = []
     for event in {json.dumps(event): event for run_dir in run_dirs for event in recorded(run_dir)}.values():
-        samples = joined((int(first), int(stop)) for first, stop in event.get("broken_samples") or event["samples"])
-        ahead = without(samples, [(0, next_number)])
+        windows = event.get("broken_samples") or event["samples"]
+        samples = merge_windows((int(first), int(stop)) for first, stop in windows)
+        ahead = subtract_windows(samples, [(0, next_number)])
         if not ahead:
             continue
-        rest, step, what = without(ahead, left_out), event["step"], event["what"]
+        rest, step, what = subtract_windows(ahead, left_out), event["step"], event["what"]
         verb = "were" if what == "gradients" else "was"
-        said = f"an earlier start ended at step {step}, where the {what} of {shown(samples)} {verb} not finite"
+        said = f"an earlier start ended at step {step}, where the {what} of {format_windows(samples)} {verb} not finite"
         if rest:
-            value = as_value(joined((*left_out, *rest)))
+            value = windows_option(merge_windows((*left_out, *rest)))
             notes.append(f"{said}; this run will take them again: train.skip_samples={value} leaves them out")
         else:
             notes.append(f"{said}; train.skip_samples leaves them out")

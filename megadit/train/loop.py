@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from megadit.checkpoint.format import Position
 from megadit.data import Batch, BatchStream, SampleOrder
-from megadit.data.windows import shown
+from megadit.data.windows import format_windows
 from megadit.engine.deepspeed.guard import Reading
 from megadit.engine.engine import StepResult
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, harmless, say
@@ -183,9 +183,9 @@ class Trainer:
     def _left_out(self, step: int) -> list[dict[str, Any]]:
         """Events of the windows of samples that optimizer step ``step`` is the first to leave behind."""
         run = self._run
-        windows = run.layout.jumped(step - 1) if run.layout.left_out else []
+        windows = run.layout.newly_skipped(step - 1) if run.layout.left_out else []
         if windows and run.context.is_main:
-            say(f"note: step {step} leaves out {shown(windows)} (train.skip_samples)")
+            say(f"note: step {step} leaves out {format_windows(windows)} (train.skip_samples)")
         return [{"kind": LEFT_OUT, "step": step, "samples": [list(window)]} for window in windows]
 
     def _spikes(self) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ class Trainer:
             if self._run.context.is_main:
                 say(
                     f"warning: the loss at step {spike.step} is {spike.loss:.4g} after {spike.median:.4g} (median of "
-                    f"{spike.count} before); the step took {shown(windows)}"
+                    f"{spike.count} before); the step took {format_windows(windows)}"
                 )
             samples = [list(window) for window in windows]
             told = {"kind": SPIKE, "step": spike.step, "loss": spike.loss, "median": spike.median}

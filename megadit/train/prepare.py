@@ -19,8 +19,8 @@ from megadit.config import DataConfig, LoadedConfig, RunConfig
 from megadit.config.deepspeed.file import offloads_optimizer
 from megadit.config.deepspeed.merge import MergedConfig, merge_ds_config
 from megadit.config.schema.sampling import check_sampling
-from megadit.data.places import check_places
-from megadit.data.windows import Window, joined
+from megadit.data.prerequisites import check_prerequisites
+from megadit.data.windows import Window, merge_windows
 from megadit.engine.deepspeed.check import check_ds_config
 from megadit.engine.schedule import Schedule, steps_of_epochs
 from megadit.errors import UserError
@@ -115,7 +115,7 @@ def check_here(config: RunConfig, folder: Path, resume: str) -> None:
     Raises:
         UserError: data, a network or a checkpoint is missing.
     """
-    check_places(config)
+    check_prerequisites(config)
     if resume not in ("auto", "never"):
         check_named(resume, "--resume")
     elif config.train.init_from is not None and not has_checkpoints(folder):
@@ -129,14 +129,14 @@ def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datase
         UserError: data are missing, or are none for this model.
     """
     from megadit.data import build_datasets, check_against_model, describe
-    from megadit.data.checks import check_codec, draws_no_pictures, with_stored_codec
+    from megadit.data.checks import check_codec, missing_decoder_note, with_stored_codec
     from megadit.data.conditions import check_text
-    from megadit.data.dataset import tell_remarks
+    from megadit.data.dataset import print_remarks
     from megadit.data.features.targets import check_features
     from megadit.data.shards.tar_set import cut_before_crop
 
     train_set, val_set = (datasets or build_datasets)(merged.config.data, merged.config.model.num_classes)
-    tell_remarks(train_set)
+    print_remarks(train_set)
     facts = describe(train_set)
     check_against_model(facts, merged.config)
     check_codec(facts, merged.config)
@@ -144,7 +144,7 @@ def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datase
     check_text(merged.config, train_set, val_set, begun=resume != "never" and has_checkpoints(folder))
     if merged.config.train.steps is None:
         _check_schedule(merged.config, total_steps(merged.config, len(train_set)))
-    for note in (draws_no_pictures(facts, merged.config), cut_before_crop(merged.config.data)):
+    for note in (missing_decoder_note(facts, merged.config), cut_before_crop(merged.config.data)):
         if note and is_local_main():
             print(f"note: {note}", file=sys.stderr)
     return Job(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
@@ -269,7 +269,7 @@ def resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
                 "another --run_dir, or --resume auto to go on with these"
             )
     if found is None:
-        left_out = joined(job.config.train.skip_samples)
+        left_out = merge_windows(job.config.train.skip_samples)
         return Start(weights_from=check_weights_start(job.config), left_out=left_out), None
     stored = found.stored
     stored.check_same_model(job.config)

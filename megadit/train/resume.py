@@ -26,7 +26,7 @@ from megadit.config.schema.run import ONLINE
 from megadit.config.schema.values import plain_text
 from megadit.data import ImageSet
 from megadit.data.identity import Identity, config_differences, crop_note, differences
-from megadit.data.windows import Window, before, joined, shown, without
+from megadit.data.windows import Window, format_windows, merge_windows, subtract_windows, windows_before
 from megadit.engine.engine import TrainingEngine
 from megadit.engine.schedule import Schedule, steps_of_epochs
 from megadit.errors import UserError
@@ -96,14 +96,14 @@ def samples_left_out(stored: StoredCheckpoint, config: RunConfig) -> tuple[Windo
     Raises:
         UserError: train.skip_samples names samples that were trained on.
     """
-    asked, upto = joined(config.train.skip_samples), stored.next_sample
-    late = without(before(asked, upto), stored.left_out)
+    asked, upto = merge_windows(config.train.skip_samples), stored.next_sample
+    late = subtract_windows(windows_before(asked, upto), stored.left_out)
     if late:
         raise UserError(
-            f"train.skip_samples: {shown(late)} come before sample {upto}, where checkpoint {stored.path} goes on, and "
-            "have been trained on; name samples from there on, or --resume an earlier checkpoint"
+            f"train.skip_samples: {format_windows(late)} come before sample {upto}, where checkpoint {stored.path} "
+            "goes on, and have been trained on; name samples from there on, or --resume an earlier checkpoint"
         )
-    return joined((*stored.left_out, *without(asked, [(0, upto)])))
+    return merge_windows((*stored.left_out, *subtract_windows(asked, [(0, upto)])))
 
 
 def check_weights_start(config: RunConfig) -> Path | None:

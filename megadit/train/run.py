@@ -11,9 +11,9 @@ from megadit.checkpoint.write import save_checkpoint
 from megadit.config import RunConfig
 from megadit.data import BatchLayout, ImageSet, describe
 from megadit.data.codecs.codec import build_codec
-from megadit.data.conditions import Conditions, build_conditions, kept_null
+from megadit.data.conditions import Conditions, build_conditions, trained_null_caption
 from megadit.data.features.targets import TargetFeatures
-from megadit.data.windows import Window, before, joined
+from megadit.data.windows import Window, merge_windows, windows_before
 from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine
 from megadit.engine.loss import TrainingLoss
@@ -70,7 +70,7 @@ class TrainingRun:
         if self.context.is_main:
             self.directory.flush_metrics()  # after a crash there is a row for every step that the checkpoint holds
         upto = self.layout.next_number(self.position.step)
-        samples = {"next": upto, "left_out": [list(window) for window in before(self.layout.left_out, upto)]}
+        samples = {"next": upto, "left_out": [list(window) for window in windows_before(self.layout.left_out, upto)]}
         path = save_checkpoint(
             self.directory.path,
             self.engine.partitions,
@@ -138,7 +138,7 @@ def build_run(
 
 
 def _build_conditions(job: Job, start: Start, context: ProcessContext) -> Conditions:
-    null, note = kept_null(job.config, start.source)
+    null, note = trained_null_caption(job.config, start.source)
     if note and context.is_main:
         print(f"note: {note}", file=sys.stderr)
     return build_conditions(job.config, job.train_set, job.val_set, context.device, null=null)
@@ -200,4 +200,4 @@ def _restore(
         return stored.position, data, samples_left_out(stored, config)
     if start.weights_from is not None:
         start_from_weights(start.weights_from, engine, config, context)
-    return Position(), start.data, joined(config.train.skip_samples)
+    return Position(), start.data, merge_windows(config.train.skip_samples)

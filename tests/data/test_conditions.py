@@ -18,10 +18,10 @@ from megadit.data.conditions import (
     PROMPTS_FILE,
     build_conditions,
     check_text,
-    even_choice,
-    kept_null,
+    evenly_spaced,
     load_conditions,
     save_conditions,
+    trained_null_caption,
 )
 from megadit.data.dataset import ArraySet, StoredFacts, Subset
 from megadit.data.text.encoders import build_encoder
@@ -100,7 +100,7 @@ def test_prompts_are_held_out_captions_or_those_given(folders):
     assert given.cond.text_mask.sum(1).tolist() == [3, 4]
     nothing_held_out = build_conditions(config(folders), sets[0], Subset(sets[1].source, ()))
     assert nothing_held_out.prompts.texts == tuple(CAPTIONS[number] for number in (0, 1, 2, 3))
-    assert even_choice([("a", 0), ("b", 1), ("c", 2)], 2) == [("a", 0), ("b", 1)]
+    assert evenly_spaced([("a", 0), ("b", 1), ("c", 2)], 2) == [("a", 0), ("b", 1)]
 
 
 def test_pixart_has_a_null_caption_of_its_own_and_keeps_the_mask(folders):
@@ -123,15 +123,15 @@ def test_a_model_that_sees_padding_is_given_no_mask(folders):
 
 def test_a_null_caption_goes_with_the_weights_that_know_it(folders, tmp_path):
     run = config(folders, family="pixart", pooled="none")
-    assert kept_null(run, None) == kept_null(run, tmp_path) == (None, "")
+    assert trained_null_caption(run, None) == trained_null_caption(run, tmp_path) == (None, "")
     own = torch.randn(1, LENGTH, 16)
     save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=own))
-    null, told = kept_null(run, tmp_path)
+    null, told = trained_null_caption(run, tmp_path)
     assert null is not None and null.text.equal(own) and "with which the model was trained" in told
     assert build_conditions(run, *parts(image_set()), null=null).null.text.equal(own)
-    assert kept_null(config(folders), tmp_path) == (None, "")  # whose null text is the empty one
+    assert trained_null_caption(config(folders), tmp_path) == (None, "")  # whose null text is the empty one
     save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=own[:, :2]))
-    null, told = kept_null(run, tmp_path)
+    null, told = trained_null_caption(run, tmp_path)
     assert null is None and f"has 2 tokens and model.text.max_length is {LENGTH}" in told
 
 

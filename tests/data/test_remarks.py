@@ -8,7 +8,7 @@ import pytest
 
 from megadit.config import DataConfig
 from megadit.data import build_datasets, describe
-from megadit.data.dataset import Subset, tell_remarks
+from megadit.data.dataset import Subset, print_remarks
 
 
 def test_remarks_are_told_once_on_a_host(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,8 +17,8 @@ def test_remarks_are_told_once_on_a_host(monkeypatch: pytest.MonkeyPatch, capsys
     assert isinstance(train, Subset)
     told = replace(train, source=replace(train.source, remarks=("data.path: caf\udce9.npy is passed over", "two")))
     assert len(describe(told).notice) and told.remarks[1] == "two"
-    tell_remarks(told)
+    print_remarks(told)
     assert capsys.readouterr().err == "note: data.path: caf\\udce9.npy is passed over\nnote: two\n"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    tell_remarks(told)
+    print_remarks(told)
     assert capsys.readouterr().err == ""

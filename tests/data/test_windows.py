@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from megadit.data import BatchLayout, BatchStream
-from megadit.data.windows import as_value, before, joined, kept, shown, without
+from megadit.data.windows import (
+    format_windows,
+    merge_windows,
+    remaining_windows,
+    subtract_windows,
+    windows_before,
+    windows_option,
+)
 
 WINDOWS = ((3, 5), (8, 24), (40, 41))
 
@@ -18,10 +25,11 @@ def numbers_of(windows):
 def test_what_is_kept_are_the_numbers_outside_all_windows():
     draw = random.Random(0)
     for _ in range(200):
-        windows = joined((first, first + draw.randint(1, 9)) for first in draw.choices(range(60), k=draw.randint(0, 4)))
+        starts = draw.choices(range(60), k=draw.randint(0, 4))
+        windows = merge_windows((first, first + draw.randint(1, 9)) for first in starts)
         rest = [number for number in range(200) if number not in numbers_of(windows)]
         start, count = draw.randint(0, 60), draw.randint(1, 40)
-        assert numbers_of(kept(start, count, windows)) == rest[start : start + count]
+        assert numbers_of(remaining_windows(start, count, windows)) == rest[start : start + count]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 2), (4, 1)])
@@ -36,7 +44,7 @@ def test_every_layout_takes_the_same_numbers(ranks, micro_batch):
 
 def test_each_window_is_left_behind_by_one_step():
     layout = BatchLayout(8, 1, 0, 8, WINDOWS)
-    assert [layout.jumped(step) for step in range(5)] == [[(3, 5), (8, 24)], [], [(40, 41)], [], []]
+    assert [layout.newly_skipped(step) for step in range(5)] == [[(3, 5), (8, 24)], [], [(40, 41)], [], []]
     assert [layout.next_number(step) for step in range(4)] == [0, 26, 34, 43]
 
 
@@ -57,9 +65,9 @@ def test_samples_that_stay_keep_their_image():
 
 
 def test_windows_as_sets_and_as_text():
-    assert joined([(5, 7), (0, 2), (2, 3), (6, 9)]) == ((0, 3), (5, 9))
-    assert without([(0, 10)], [(2, 4), (8, 12)]) == ((0, 2), (4, 8))
-    assert without([(0, 2)], [(0, 9)]) == ()
-    assert before([(0, 4), (6, 9)], 7) == ((0, 4), (6, 7))
-    assert shown([(7, 8)]) == "sample 7" and shown([(0, 4), (8, 9)]) == "samples 0 to 3, 8"
-    assert as_value([(0, 4), (8, 9)]) == "[[0,4],[8,9]]"
+    assert merge_windows([(5, 7), (0, 2), (2, 3), (6, 9)]) == ((0, 3), (5, 9))
+    assert subtract_windows([(0, 10)], [(2, 4), (8, 12)]) == ((0, 2), (4, 8))
+    assert subtract_windows([(0, 2)], [(0, 9)]) == ()
+    assert windows_before([(0, 4), (6, 9)], 7) == ((0, 4), (6, 7))
+    assert format_windows([(7, 8)]) == "sample 7" and format_windows([(0, 4), (8, 9)]) == "samples 0 to 3, 8"
+    assert windows_option([(0, 4), (8, 9)]) == "[[0,4],[8,9]]"

@@ -24,7 +24,7 @@ from megadit.data.batch import scale_images
 from megadit.data.build import build_datasets
 from megadit.data.codecs.codec import Codec, scale_and_shift
 from megadit.data.codecs.folder import codec_folder, read_facts
-from megadit.data.dataset import ImageSet, even_choice, stack_images, tell_remarks
+from megadit.data.dataset import ImageSet, evenly_spaced, print_remarks, stack_images
 from megadit.errors import UserError
 from megadit.files.file_kind import other_among
 from megadit.files.ownership import is_lock, own
@@ -209,12 +209,12 @@ def _fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, 
     if any(not is_lock(path.name) for path in folder.iterdir()):
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     train, held_out = build_datasets(config)
-    tell_remarks(train)
+    print_remarks(train)
     if train.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents; give images to fit on")
-    chosen = even_choice(range(len(train)), most)
+    chosen = evenly_spaced(range(len(train)), most)
     codec = fit_pca(train, chosen, factor, channels)
-    measured = even_choice(range(len(held_out)), most)
+    measured = evenly_spaced(range(len(held_out)), most)
     psnr = round(measure_psnr(codec, held_out, measured), 3) if measured else None
     facts = {"fitted_on": len(chosen), "data": train.name, "held_out": len(measured), "psnr": psnr}
     save_pca(codec, folder, facts)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megadit.config import DataConfig
-from megadit.data.build import whole_set
-from megadit.data.dataset import ImageSet, Subset, tell_remarks
+from megadit.data.build import load_unsplit
+from megadit.data.dataset import ImageSet, Subset, print_remarks
 from megadit.data.shards import members
 from megadit.data.shards.index import Entry, build_index, save_index, scan
 from megadit.data.shards.manifest import Manifest, ShardFacts, save_manifest, sha256_of
@@ -223,8 +223,8 @@ def set_to_write(config: DataConfig, folder: Path) -> tuple[Subset, list[str]]:
     are missing.
     """
     refuse_occupied(folder)
-    images, bases = whole_set(config)
-    tell_remarks(images)
+    images, bases = load_unsplit(config)
+    print_remarks(images)
     check_files(images)
     if config.condition == "text":
         check_captions(config.max_missing_captions, images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megadit.conditioning import Conditioning, null_label
 from megadit.config.schema.run import RunConfig
 from megadit.data.codecs.codec import Codec
-from megadit.data.dataset import even_choice
+from megadit.data.dataset import evenly_spaced
 from megadit.diffusion.sampling.grid import grid_columns, save_grid, to_uint8
 from megadit.diffusion.sampling.sample import sample
 
@@ -76,7 +76,7 @@ def text_subjects(config: RunConfig, texts: Sequence[str], cond: Conditioning, n
 
 def grid_labels(classes: int, count: int) -> list[int]:
     """The classes shown by a grid of ``count`` pictures: all in turn, or, if too many, an even choice of them."""
-    return even_choice(range(classes), count)
+    return evenly_spaced(range(classes), count)
 
 
 def sample_pictures(

@@ -48,7 +48,7 @@ def chosen_subjects(
 
 
 def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:
-    from megadit.data.conditions import NULL_TEXT_FILE, PROMPTS_FILE, as_seen, check_encoder, load_conditions
+    from megadit.data.conditions import NULL_TEXT_FILE, PROMPTS_FILE, check_encoder, drop_unused_mask, load_conditions
     from megadit.data.text.encoders import build_encoder, check_lengths
     from megadit.diffusion.sampling.pictures import text_subjects
 
@@ -61,15 +61,15 @@ def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: tor
     if not texts:
         null, _ = load_conditions(run_dir / NULL_TEXT_FILE)
         cond, own = load_conditions(run_dir / PROMPTS_FILE)
-        cond, null = as_seen(cond, config.model.text), as_seen(null, config.model.text)
+        cond, null = drop_unused_mask(cond, config.model.text), drop_unused_mask(null, config.model.text)
         return text_subjects(config, own, cond, null)
     encoder = build_encoder(config.data.text, device)
     check_encoder(encoder, config.model.text)
     check_lengths(encoder, texts, length, "--prompt")
     # A converted run keeps no null text, where the model has none of its own: it is the empty text, as in training.
     null = load_conditions(run_dir / NULL_TEXT_FILE)[0] if kept else encoder.encode([""], length)
-    cond = as_seen(encoder.encode(texts, length), config.model.text)
-    return text_subjects(config, texts, cond, as_seen(null, config.model.text))
+    cond = drop_unused_mask(encoder.encode(texts, length), config.model.text)
+    return text_subjects(config, texts, cond, drop_unused_mask(null, config.model.text))
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ from megadit.conditioning import Conditioning
 from megadit.config import DataConfig, RunConfig
 from megadit.config.schema.data import VaeConfig
 from megadit.data import BatchLayout, BatchStream, build_datasets, describe
-from megadit.data.checks import check_against_model, check_codec, draws_no_pictures, with_stored_codec
+from megadit.data.checks import check_against_model, check_codec, missing_decoder_note, with_stored_codec
 from megadit.data.codecs.codec import StoredCodec, build_codec, vae_at
 from megadit.data.codecs.pca import fit_and_save
 from megadit.data.codecs.vae import VaeCodec
@@ -261,7 +261,7 @@ def test_a_run_without_the_codec_says_so_and_keeps_what_drawing_needs(codec: Pat
     config = run_config()
     check_against_model(LATENTS, config)
     check_codec(LATENTS, config)
-    assert "no pictures will be drawn" in str(draws_no_pictures(LATENTS, config))
+    assert "no pictures will be drawn" in str(missing_decoder_note(LATENTS, config))
     kept = with_stored_codec(LATENTS, config).data.vae
     assert kept == VaeConfig(path=None, scale=0.9, shift=0.0, factor=4)
     coder = build_codec(kept, "cpu", LATENTS.stored)

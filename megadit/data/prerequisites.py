@@ -13,7 +13,7 @@ from megadit.data.text.folders import check_source
 from megadit.extensions import DATA_SOURCES
 
 
-def check_places(config: RunConfig) -> None:
+def check_prerequisites(config: RunConfig) -> None:
     """Look for the images, the codec, the text encoder and the feature network of a run.
 
     Raises:
@@ -22,7 +22,7 @@ def check_places(config: RunConfig) -> None:
     _check(config.data, text=config.model.text is not None, features=config.model.repa is not None)
 
 
-def check_data_places(data: DataConfig) -> None:
+def check_data_prerequisites(data: DataConfig) -> None:
     """The same for a ``data`` section alone, all of which is wanted. Raises UserError likewise."""
     _check(data, text=data.condition == "text", features=True)
 
