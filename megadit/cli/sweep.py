@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         store.refuse_other_hosts()
         (study.folder / STOP).unlink(missing_ok=True)
         _announce(study, slots, cores)
-        with contextlib.closing(Progress(store, len(slots))) as progress, WorkerPool(study, slots) as pool:
+        with contextlib.closing(StudyProgress(store, len(slots))) as progress, WorkerPool(study, slots) as pool:
             pool.run(lambda: store.counts().ended_well, progress.tick)
         if pool.bad_input is not None:
             raise UserError(pool.bad_input)
@@ -175,7 +175,7 @@ def _conclude(study: Study, store: StudyStore, pool: WorkerPool) -> int:
     return EXIT_OK
 
 
-class Progress:
+class StudyProgress:
     """A bar over the trials of a study; plain lines, when something has ended and now and then, without a terminal."""
 
     def __init__(self, store: StudyStore, workers: int) -> None:

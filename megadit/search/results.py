@@ -65,7 +65,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Counts:
+class TrialCounts:
     """How the trials of a plan stand."""
 
     planned: int
@@ -103,10 +103,10 @@ class StudyResults:
         return len(self.trials) >= self.planned and not self.running and not self.waiting
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> TrialCounts:
         """How many trials stand how."""
         ended = Counter(trial.outcome for trial in self.trials)
-        return Counts(
+        return TrialCounts(
             self.planned, self.waiting, self.running, *(ended[name] for name in (COMPLETE, DIVERGED, PRUNED, FAILED))
         )
 

@@ -18,8 +18,8 @@ from megadit.transfer.ties import at_most, lowest, ranks
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The chosen point: ``value`` is the mean of ``score`` over ``seeds`` seeds, ``trials`` the runs behind it."""
+class SelectedPoint:
+    """The point that a rule chose: ``value`` is the mean of ``score`` over its ``seeds``, ``trials`` its runs."""
 
     hps: dict[str, Any]
     rule: str
@@ -41,7 +41,7 @@ class _Candidate:
         return statistics.fmean(self.losses[score])
 
 
-def select(results: StudyResults, variant: str | None = None, scale: float | None = None) -> Choice:
+def select(results: StudyResults, variant: str | None = None, scale: float | None = None) -> SelectedPoint:
     """The point that the study's rule chooses, of the judged variant at the proxy's scale unless told otherwise.
 
     A point with a run that diverged, failed or was pruned, or with fewer seeds than others have, never wins.
@@ -63,7 +63,7 @@ def select(results: StudyResults, variant: str | None = None, scale: float | Non
             "on, or widen the space"
         )
     chosen = _RULES[spec.select.rule](candidates, score, scores)
-    return Choice(
+    return SelectedPoint(
         hps=chosen.hps,
         rule=spec.select.rule,
         score=score.name,

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import Counts, TrialResult
-from megadit.search.selection import Choice, select
+from megadit.search.results import TrialCounts, TrialResult
+from megadit.search.selection import SelectedPoint, select
 from megadit.search.storage.records import RunningTrial
 from megadit.search.storage.store import StudyStore
 from megadit.search.study.plan import PlannedTrial
@@ -26,10 +26,10 @@ class Status:
     """A study at one moment. ``eta_s`` is None before the first trial has ended."""
 
     study: Study
-    counts: Counts
+    counts: TrialCounts
     running: tuple[RunningTrial, ...]
     trials: tuple[TrialResult, ...]
-    best: Choice | None
+    best: SelectedPoint | None
     eta_s: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -98,14 +98,14 @@ def step_of(study: Study, number: int) -> int | None:
     return int(rows[-1]["step"]) if rows else None
 
 
-def counts_text(counts: Counts) -> str:
+def counts_text(counts: TrialCounts) -> str:
     """E.g. ``12 of 30 done (1 diverged, 2 failed), 2 running, 16 waiting``."""
     unlike = [f"{getattr(counts, name)} {name}" for name in ("diverged", "pruned", "failed") if getattr(counts, name)]
     done = f"{counts.done} of {counts.planned} done" + (f" ({', '.join(unlike)})" if unlike else "")
     return f"{done}, {counts.running} running, {counts.waiting} waiting"
 
 
-def best_text(best: Choice) -> str:
+def best_text(best: SelectedPoint) -> str:
     """The best point with its score."""
     trials = ", ".join(str(number) for number in best.trials)
     return (

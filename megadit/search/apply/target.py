@@ -21,7 +21,7 @@ from megadit.search.apply.cost import cost, run_steps
 from megadit.search.apply.target_config import base_changes, fit_target, write_target
 from megadit.search.apply.untransferred import Note, untransferred
 from megadit.search.results import StudyResults
-from megadit.search.selection import Choice, select
+from megadit.search.selection import SelectedPoint, select
 from megadit.search.verify_study import proxy_of
 from megadit.transfer.budget import Cost
 
@@ -67,7 +67,7 @@ class Applied:
     results: StudyResults
     variant: str
     scale: int | None
-    choice: Choice
+    choice: SelectedPoint
     backings: tuple[Backing, ...]
     forced: str | None
     proxy: RunConfig
@@ -162,7 +162,7 @@ def apply(
     return applied
 
 
-def proxy_config(results: StudyResults, choice: Choice, variant: str, proxy_scale: int | None) -> RunConfig:
+def proxy_config(results: StudyResults, choice: SelectedPoint, variant: str, proxy_scale: int | None) -> RunConfig:
     """The run at the proxy's scale that ``choice`` speaks of.
 
     Raises:
@@ -207,7 +207,7 @@ def _groups(config: RunConfig) -> dict[str, list[tuple[str, tuple[float, float, 
     return found
 
 
-def _refusal(results: StudyResults, found: Sequence[Backing], choice: Choice) -> str | None:
+def _refusal(results: StudyResults, found: Sequence[Backing], choice: SelectedPoint) -> str | None:
     """Why nothing should be applied, as a sentence; None when every verdict is "transfers"."""
     remedy = "--force writes the target all the same"
     for backing in found:

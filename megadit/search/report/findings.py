@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megadit.errors import UserError
 from megadit.search.report.rendering import Badge
 from megadit.search.results import StudyResults
-from megadit.search.selection import Choice, select
+from megadit.search.selection import SelectedPoint, select
 from megadit.search.verify_study import proxy_of, verify_study
 from megadit.transfer.verdict import Verdict
 
@@ -24,7 +24,7 @@ class Findings:
 
     verdicts: Mapping[tuple[str, str], Verdict]
     no_verdict: Mapping[str, list[str]]
-    choice: Choice | None
+    choice: SelectedPoint | None
     no_choice: str
     chosen_at: int | None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import DIVERGED, FAILED, PRUNED, Counts, StudyResults, TrialResult
+from megadit.search.results import DIVERGED, FAILED, PRUNED, StudyResults, TrialCounts, TrialResult
 from megadit.search.storage.cells import ask_tpe, open_cell, shown_distributions
 from megadit.search.storage.identity import Heartbeats, WorkerId
 from megadit.search.storage.locking import FILES, damage_as_user_error, open_storage, study_lock
@@ -170,7 +170,7 @@ class StudyStore:
         waiting = len(self._plan) - len(running) - len(ended)  # a trial between two attempts counts as waiting
         return StudySnapshot(StudyResults(self.study, ended, len(self._plan), len(running), waiting), running)
 
-    def counts(self) -> Counts:
+    def counts(self) -> TrialCounts:
         """How many trials stand how; only reads."""
         return self.snapshot().results.counts
 
