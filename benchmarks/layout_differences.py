@@ -18,7 +18,7 @@ KINDS = ("loss", "norm", "norms by role", "gradients", "weights", "average")
 
 def main(families: list[str]) -> None:
     """Print a row per layout, the worst of the families, and one per family and layout."""
-    from helpers.layout_matrix import FAMILIES, LAYOUTS, Matrix, drifts, gaps
+    from helpers.layouts.matrix import FAMILIES, LAYOUTS, Matrix, drifts, gaps
 
     worst: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:

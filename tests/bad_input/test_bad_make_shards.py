@@ -1,7 +1,7 @@
 """tools/make_shards.py refuses bad input in one sentence."""
 
 from helpers.bad_input import Case, case, each
-from helpers.tars import samples, tar_bytes
+from helpers.data.tars import samples, tar_bytes
 
 DIGITS = "--out shards data.name=digits"
 

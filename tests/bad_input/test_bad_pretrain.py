@@ -8,7 +8,7 @@ import struct
 from zlib import crc32
 
 from helpers.bad_input import Case, case, each
-from helpers.tars import samples, tar_bytes
+from helpers.data.tars import samples, tar_bytes
 
 DIGITS = "--config quickstart/digits.yaml"
 DRY = f"{DIGITS} --dry_run"

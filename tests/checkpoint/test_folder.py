@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers.no_model import ALONE, NoPartitions
+from helpers.models.no_model import ALONE, NoPartitions
 from helpers.training import small_config
 from megadit.checkpoint import write as module
 from megadit.checkpoint.find import find_checkpoint

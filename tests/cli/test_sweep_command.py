@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from helpers.ranks import ROOT, free_port, run_command
-from helpers.tiny_study import tiny_study
+from helpers.studies.tiny_study import tiny_study
 from megadit.cli import sweep as sweep_command
 from megadit.errors import UserError
 

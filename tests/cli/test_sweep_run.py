@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.owners import killed_owner, leave_owner, parent
-from helpers.tiny_study import result_for, tiny_study
+from helpers.studies.tiny_study import result_for, tiny_study
 from megadit.cli.sweep import main
 from megadit.errors import UserError
 from megadit.files.owner_file import FILE

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.fabricated import fabricate, make_study, store, valley
+from helpers.studies.fabricated import fabricate, make_study, store, valley
 from megadit.cli import transfer
 from megadit.config import load_config
 from megadit.errors import UserError

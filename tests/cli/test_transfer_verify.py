@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.fabricated import fabricate, make_study, valley
 from helpers.ranks import run_command
+from helpers.studies.fabricated import fabricate, make_study, valley
 from megadit.cli import transfer
 from megadit.errors import UserError
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.foreign import CONFIG, KINDS, Case, save_all
+from helpers.foreign.deepspeed_program import CONFIG, KINDS, Case, save_all
 from helpers.ranks import run_ranks
 from megadit.checkpoint.find import find_checkpoint
 from megadit.checkpoint.read import StoredCheckpoint

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from helpers.tiny_dit import randomize, tiny_config
-from helpers.tiny_mmdit import tiny_mmdit
-from helpers.tiny_pixart import tiny_pixart
-from helpers.tiny_uvit import tiny_uvit
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_mmdit import tiny_mmdit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
 from megadit.convert.contents import ValueCheck
@@ -26,7 +27,7 @@ from megadit.convert.state_dicts import load_tensors
 from megadit.models import build_model
 
 MODELS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
-    "dit": (tiny_config(depth=12), {"heads": 2}),
+    "dit": (tiny_dit(depth=12), {"heads": 2}),
     "pixart": (tiny_pixart(depth=12), {"heads": 2}),
     "uvit": (tiny_uvit("class"), {"heads": 2}),
     "mmdit": (tiny_mmdit(depth=12, pooled=12), {"heads": 2, "input_size": 8}),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
+from helpers.models.tiny_dit import dit_inputs, tiny_dit, tiny_mup_dit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig, preset
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
 from megadit.convert.diffusers.difference import measure
@@ -28,7 +29,7 @@ def output(config: ModelConfig, state: dict[str, Tensor]) -> Tensor:
     model = build_model(config)
     model.load_state_dict(state)
     with torch.no_grad():
-        return model(*tiny_inputs(config))
+        return model(*dit_inputs(config))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -41,7 +42,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     ids=["usual", "no-variance", "pixels"],
 )
 def test_official_there_and_back_is_bit_exact(changes: dict[str, Any]) -> None:
-    config = tiny_config(**changes)
+    config = tiny_dit(**changes)
     state = random_state(config)
     official = to_official(config, state)
     assert official["pos_embed"].shape == (1, (8 // config.patch_size) ** 2, 48)
@@ -53,7 +54,7 @@ def test_official_there_and_back_is_bit_exact(changes: dict[str, Any]) -> None:
 def test_multipliers_are_folded() -> None:
     roles = {"hidden": {"mult": 1.5}, "input": {"mult": 0.5}}
     for changes in ({"output_mult": 3.0}, {"output_mult": 0.7, "role_hps": roles}):
-        config = tiny_mup_config(64, **changes)
+        config = tiny_mup_dit(64, **changes)
         state = random_state(config)
         found, back = from_official("dit", to_official(config, state), heads=4)
         assert (found.parametrization, found.output_mult, found.role_hps.hidden.mult) == ("sp", 1.0, 1.0)
@@ -64,7 +65,7 @@ def test_multipliers_are_folded() -> None:
 
 
 def test_the_mup_repository_keeps_its_multiplier_in_the_forward_pass() -> None:
-    config = tiny_config(width=144, heads=None, head_dim=72, parametrization="mup", base_width=288, output_mult=4.0)
+    config = tiny_dit(width=144, heads=None, head_dim=72, parametrization="mup", base_width=288, output_mult=4.0)
     state = random_state(config)
     stored = {"pos_embed": to_official(config, state)["pos_embed"], **state}  # MuReadout folds nothing
     found, back = from_official("dit", stored, parametrization="mup", output_mult=4.0)
@@ -81,7 +82,7 @@ def test_published_sizes_need_no_hints() -> None:
 
 
 def test_heads_and_size_are_asked_for_where_nothing_tells() -> None:
-    state = to_official(tiny_config(), random_state(tiny_config()))
+    state = to_official(tiny_dit(), random_state(tiny_dit()))
     with pytest.raises(UserError, match="--hint heads: is needed.*width of 48"):
         from_official("dit", state)
     with pytest.raises(UserError, match="--hint heads: 5 does not divide the width 48"):
@@ -119,7 +120,7 @@ def test_a_file_of_another_family_is_named(name: str, family: str) -> None:
 
 
 def damaged(what: str) -> dict[str, Tensor]:
-    state = to_official(tiny_config(), random_state(tiny_config()))
+    state = to_official(tiny_dit(), random_state(tiny_dit()))
     if what == "missing":
         return {name: value for name, value in state.items() if ".mlp.fc2" not in name and "attn.proj" not in name}
     if what == "unexpected":
@@ -155,7 +156,7 @@ def test_other_files_are_refused(what: str, words: str) -> None:
 @pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "learn_sigma": False}], ids=["usual", "erf"])
 def test_diffusers_there_and_back_and_its_one_difference(changes: dict[str, Any], monkeypatch: Any) -> None:
     diffusers = pytest.importorskip("diffusers")
-    config = tiny_config(**changes)
+    config = tiny_dit(**changes)
     state = random_state(config)
     config_json, theirs = to_diffusers(config, state)
     gap = diffusers_gap(config_json)
@@ -178,7 +179,7 @@ def test_diffusers_there_and_back_and_its_one_difference(changes: dict[str, Any]
 
 
 def test_other_diffusers_models_are_refused() -> None:
-    config = tiny_config()
+    config = tiny_dit()
     config_json, theirs = to_diffusers(config, random_state(config))
     cases: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
         ({"_class_name": "UNet2DModel"}, {}, "_class_name UNet2DModel; known are DiTTransformer2DModel, PixArt"),
@@ -211,7 +212,7 @@ def test_other_diffusers_models_are_refused() -> None:
 def test_what_others_cannot_represent_is_refused(
     changes: dict[str, Any], official: str | None, diffusers: str | None
 ) -> None:
-    config = tiny_config(**changes)
+    config = tiny_dit(**changes)
     state = random_state(config)
     for function, words in ((to_official, official), (to_diffusers, diffusers)):
         if words is None:
@@ -225,4 +226,4 @@ def test_unknown_families_and_weights_of_another_config_are_told() -> None:
     with pytest.raises(UserError, match="family: 'sit' is not known; known are dit, pixart, uvit, mmdit"):
         from_official("sit", {})
     with pytest.raises(UserError, match="missing are blocks.2"):
-        to_official(tiny_config(depth=3), random_state(tiny_config()))
+        to_official(tiny_dit(depth=3), random_state(tiny_dit()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.foreign import CONFIG, LR, Case, engine_of, state_of, train
+from helpers.foreign.deepspeed_program import CONFIG, LR, Case, engine_of, state_of, train
 from helpers.ranks import run_ranks
 from helpers.training import small_config
 from megadit.checkpoint.find import find_checkpoint, load_model

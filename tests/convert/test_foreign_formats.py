@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.models.tiny_dit import tiny_dit, tiny_mup_dit
+from helpers.models.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
+from helpers.models.tiny_pixart import tiny_mup_pixart, tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit
+from helpers.models.weights import randomize
 from helpers.owners import leave_owner, parent
-from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
-from helpers.tiny_mmdit import tiny_mmdit, tiny_mup_mmdit
-from helpers.tiny_pixart import tiny_pixart, tiny_pixart_mup
-from helpers.tiny_uvit import tiny_uvit
 from megadit.checkpoint.find import load_model
 from megadit.checkpoint.read import StoredCheckpoint, shapes_of
 from megadit.cli import convert_checkpoint, sample
@@ -47,14 +48,14 @@ class Case:
 
 
 SP = {
-    "dit": Case(tiny_config(), {"heads": 2}),
+    "dit": Case(tiny_dit(), {"heads": 2}),
     "pixart": Case(tiny_pixart(), {"heads": 2}),
     "uvit": Case(tiny_uvit("class"), {"heads": 2}),
     "mmdit": Case(tiny_mmdit(pooled=12), {"heads": 2, "input_size": 8}),
 }
 MUP = {
-    "dit": Case(tiny_mup_config(64, output_mult=3.0), {"heads": 4}),
-    "pixart": Case(tiny_pixart_mup(64, output_mult=3.0), {"heads": 4}),
+    "dit": Case(tiny_mup_dit(64, output_mult=3.0), {"heads": 4}),
+    "pixart": Case(tiny_mup_pixart(64, output_mult=3.0), {"heads": 4}),
     "mmdit": Case(tiny_mup_mmdit(64, pooled=12, output_mult=3.0), {"heads": 4, "input_size": 8}),
 }
 
@@ -114,7 +115,7 @@ def test_official_there_and_back_is_bit_exact(runs: dict[str, Path], tmp_path: P
 
 
 def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
-    model = tiny_config(in_channels=1, learn_sigma=False)
+    model = tiny_dit(in_channels=1, learn_sigma=False)
     convert("megadit", "official-dit", make_run(tmp_path / "made", model), tmp_path / "x.pt")
     changes = ["objective.kind=flow", "data.name=digits", "sample.count=3", "sample.steps=2"]
     convert("official-dit", "megadit", tmp_path / "x.pt", tmp_path / "run", hints={"heads": 2}, overrides=changes)
@@ -133,7 +134,7 @@ def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"repa\.fc1"):
         stored.check_shapes(shapes_of(with_projector))
     with pytest.raises(UserError, match="the model needs"):
-        stored.check_start(shapes_of(config.model_copy(update={"model": tiny_config(in_channels=1, depth=3)})))
+        stored.check_start(shapes_of(config.model_copy(update={"model": tiny_dit(in_channels=1, depth=3)})))
 
 
 @pytest.mark.parametrize("family", MUP)
@@ -182,7 +183,7 @@ def test_a_pipeline_loads_and_draws(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)  # factor 1
     vae.save_pretrained(tmp_path / "vae")
-    run = make_run(tmp_path, tiny_config(), data={"vae": {"path": str(tmp_path / "vae")}})
+    run = make_run(tmp_path, tiny_dit(), data={"vae": {"path": str(tmp_path / "vae")}})
     (run / "classes.json").write_text(json.dumps([f"class {label}" for label in range(10)]))
     out = convert("megadit", "diffusers", run, tmp_path / "out", allow_inexact=True)
     assert any("label 1000 as the null one and this model has 10 classes" in note for note in out.notes)
@@ -218,9 +219,7 @@ def test_the_scheduler_is_that_of_the_objective(
     assert load_model(tmp_path / "back")[0].objective == load_model(run)[0].objective
 
 
-@pytest.mark.parametrize(
-    "model", [tiny_config(learn_sigma=False), tiny_pixart(learn_sigma=False)], ids=["dit", "pixart"]
-)
+@pytest.mark.parametrize("model", [tiny_dit(learn_sigma=False), tiny_pixart(learn_sigma=False)], ids=["dit", "pixart"])
 def test_a_pipeline_of_a_flow_draws_and_old_ones_still_come_in(tmp_path: Path, monkeypatch: Any, model: Any) -> None:
     """Both pipelines raise AttributeError with FlowMatchEulerDiscreteScheduler, which earlier exports had."""
     diffusers = pytest.importorskip("diffusers")
@@ -315,7 +314,7 @@ def test_files_and_configs_of_other_models_are_refused(
 ) -> None:
     convert("megadit", "official-dit", runs["dit"], tmp_path / "model.dit.pt")
     hints = options.pop("hints", {})
-    given = default_run(tiny_config(**options)) if options or hints else None
+    given = default_run(tiny_dit(**options)) if options or hints else None
     with pytest.raises(UserError, match=words):
         convert(kind, "megadit", tmp_path / "model.dit.pt", tmp_path / "out", given, hints=hints)
     assert [path.name for path in tmp_path.iterdir()] == ["model.dit.pt"]
@@ -342,7 +341,7 @@ def test_broken_files_and_wrong_targets_are_refused(runs: dict[str, Path], tmp_p
 
 def test_an_untrained_model_shows_no_difference_and_that_is_told(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    config = tiny_config()
+    config = tiny_dit()
     save_file(build_model(config).state_dict(), tmp_path / "x.safetensors")  # whose readout is zero
     with pytest.raises(UserError, match="half - 1 .* not measurable, since these weights, as of an untrained model"):
         convert("safetensors", "diffusers", tmp_path / "x.safetensors", tmp_path / "out", default_run(config))

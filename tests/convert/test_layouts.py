@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.layout_matrix import FAMILIES, matrix_config
+from helpers.layouts.matrix import FAMILIES, matrix_config
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, train_rank
 from megadit.checkpoint.read import StoredCheckpoint

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.errors import UserError
 from megadit.models import StagedModel, build_model

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers.foreign import CONFIG
-from helpers.official_releases import release
-from helpers.tiny_dit import randomize, tiny_config
-from helpers.tiny_pixart import tiny_pixart
+from helpers.foreign.deepspeed_program import CONFIG
+from helpers.foreign.official_releases import release
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.weights import randomize
 from megadit.cli import convert_checkpoint
 from megadit.config import ModelConfig
 from megadit.convert import to_diffusers, to_official
@@ -49,7 +50,7 @@ def make(kind: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """A checkpoint of the kind, with two NaN and one infinite value in one tensor; and what its conversion takes."""
     if kind.startswith("deepspeed"):
         return deepspeed(folder, {kind.partition("/")[2] or "weights"}), {"config": CONFIG}
-    model = tiny_pixart() if kind in ("diffusers", "null caption") else tiny_config()
+    model = tiny_pixart() if kind in ("diffusers", "null caption") else tiny_dit()
     state = state_of(model)
     if kind == "diffusers":
         config_json, stored = to_diffusers(model, state)

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from helpers.dit_reference import reference_dit
-from helpers.mmdit_reference import reference_mmdit
-from helpers.official_releases import State, release
-from helpers.pixart_reference import reference_pixart
-from helpers.uvit_reference import reference_uvit
+from helpers.foreign.official_releases import State, release
+from helpers.models.reference_dit import reference_dit
+from helpers.models.reference_mmdit import reference_mmdit
+from helpers.models.reference_pixart import reference_pixart
+from helpers.models.reference_uvit import reference_uvit
 from megadit.checkpoint.find import load_model
 from megadit.cli import convert_checkpoint
 from megadit.config import ModelConfig

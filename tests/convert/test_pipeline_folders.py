@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize, tiny_config
-from helpers.tiny_mmdit import tiny_mmdit
-from helpers.tiny_pixart import tiny_pixart
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_mmdit import tiny_mmdit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.weights import randomize
 from megadit.checkpoint.find import load_model
 from megadit.config import ModelConfig
 from megadit.convert import to_diffusers
@@ -26,7 +27,7 @@ from megadit.convert.state_dicts import write_one
 from megadit.errors import UserError
 from megadit.models import build_model
 
-MODELS = {"dit": tiny_config(), "pixart": tiny_pixart(), "mmdit": tiny_mmdit(pooled=12, pos_embed_max_size=12)}
+MODELS = {"dit": tiny_dit(), "pixart": tiny_pixart(), "mmdit": tiny_mmdit(pooled=12, pos_embed_max_size=12)}
 PIPELINES = {"dit": "DiTPipeline", "pixart": "PixArtAlphaPipeline", "mmdit": "StableDiffusion3Pipeline"}
 SCHEDULERS = {
     "dit": {"_class_name": "DDIMScheduler", "clip_sample": False},

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import tiny_config
+from helpers.models.tiny_dit import tiny_dit
 from megadit.config.schema.run import ObjectiveConfig, SampleConfig
 from megadit.convert.diffusers import scheduler_keys
 from megadit.convert.diffusers.scheduler_keys import DRAWING, SCHEDULERS, SWITCHED, TRAINING
@@ -24,7 +24,7 @@ from megadit.files.json_fields import Fields
 from megadit.models.conversion import diffusers_classes, diffusers_of
 
 WHERE = "IN: 'p/scheduler/scheduler_config.json'"
-PLAIN = tiny_config(learn_sigma=False)
+PLAIN = tiny_dit(learn_sigma=False)
 DDPM = {"kind": "ddpm", "prediction": "eps", "beta_schedule": "linear", "diffusion_steps": 1000}
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -150,7 +150,7 @@ def test_the_scheduler_of_a_flow_draws_what_the_sampler_here_does(family: str, s
 def test_published_files_say_nothing_needless() -> None:
     """DiT-XL/2's, PixArt-alpha's and Stable Diffusion 3's, and a flow on a solver as SANA has it."""
     dit = {"clip_sample": False, "steps_offset": 0, "set_alpha_to_one": True, "trained_betas": None}
-    assert read("DDIMScheduler", dit, model=tiny_config()) == (DDPM, [])
+    assert read("DDIMScheduler", dit, model=tiny_dit()) == (DDPM, [])
     pixart = {
         "algorithm_type": "dpmsolver++", "euler_at_final": False, "lambda_min_clipped": -math.inf, "solver_order": 2,
         "sample_max_value": 1.0, "thresholding": False, "use_karras_sigmas": False, "variance_type": None,
@@ -171,7 +171,7 @@ def test_what_is_trained_alike_is_carried_over_and_drawing_is_told() -> None:
     ]
     betas = schedule_betas("linear", 1000).float().tolist()
     assert read("DDPMScheduler", {"trained_betas": betas, "clip_sample": False}) == (DDPM, [])
-    assert read("DDPMScheduler", {"variance_type": "learned_range"}, model=tiny_config()) == (DDPM, [])
+    assert read("DDPMScheduler", {"variance_type": "learned_range"}, model=tiny_dit()) == (DDPM, [])
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -219,7 +219,7 @@ def test_what_no_run_can_be_configured_for_is_refused(name: str, values: dict[st
 
 def test_a_flow_with_a_variance_is_refused() -> None:
     with pytest.raises(UserError, match="its transformer has output channels for a variance"):
-        read("FlowMatchEulerDiscreteScheduler", {}, model=tiny_config())
+        read("FlowMatchEulerDiscreteScheduler", {}, model=tiny_dit())
 
 
 def test_other_numbers_of_steps_mean_other_times_and_need_consent() -> None:

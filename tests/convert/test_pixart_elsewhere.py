@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
+from helpers.models.tiny_pixart import pixart_inputs, tiny_mup_pixart, tiny_pixart
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.errors import UserError
@@ -65,7 +65,7 @@ def test_official_without_positions_or_null_caption_takes_hints() -> None:
 
 def test_multipliers_are_folded_on_export() -> None:
     hps = RoleHPs(hidden=RoleHP(mult=1.5, lr=2.0), input=RoleHP(mult=0.5))
-    config = tiny_pixart_mup(64, output_mult=3.0, role_hps=hps)
+    config = tiny_mup_pixart(64, output_mult=3.0, role_hps=hps)
     model, state = _random(config)
     with torch.no_grad():
         expected = model(*pixart_inputs(config))
@@ -78,7 +78,7 @@ def test_multipliers_are_folded_on_export() -> None:
 
 
 def test_checkpoints_of_the_mup_repository_keep_their_multiplier() -> None:
-    config = tiny_pixart_mup(64, output_mult=3.0)
+    config = tiny_mup_pixart(64, output_mult=3.0)
     _, state = _random(config)
     table = sincos_2d(64, 4, 4)[None]
     again, weights = from_official(

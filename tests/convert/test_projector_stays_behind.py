@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize, tiny_config
-from helpers.tiny_mmdit import tiny_mmdit
-from helpers.tiny_pixart import tiny_pixart
-from helpers.tiny_uvit import tiny_uvit
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_mmdit import tiny_mmdit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
 from megadit.models import build_model
 
 _REPA: dict[str, Any] = {"repa": {"block": 1, "feature_dim": 8, "hidden": 16}}
 _CONFIGS = {
-    "dit": tiny_config(**_REPA),
+    "dit": tiny_dit(**_REPA),
     "pixart": tiny_pixart(**_REPA),
     "uvit": tiny_uvit("class", **_REPA),
     "mmdit": tiny_mmdit(pooled=12, **_REPA),

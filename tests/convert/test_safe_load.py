@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers.foreign import CONFIG
-from helpers.official_releases import release
+from helpers.foreign.deepspeed_program import CONFIG
+from helpers.foreign.official_releases import release
 from megadit.cli import convert_checkpoint
 from megadit.convert import formats
 from megadit.convert.contents import Contents

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
-from helpers.uvit_reference import reference_uvit
+from helpers.models.reference_uvit import reference_uvit
+from helpers.models.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig, preset
 from megadit.errors import UserError
 from megadit.models import StagedModel, build_model

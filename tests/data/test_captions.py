@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.folders import config, metadata, picture
-from helpers.tars import png, write_tar
+from helpers.data.image_folders import config, metadata, picture
+from helpers.data.tars import png, write_tar
 from helpers.training import small_config
 from megadit.config import DataConfig
 from megadit.data import ImageSet, build_datasets

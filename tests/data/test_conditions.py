@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.tiny_text import CAPTIONS, bert_folder, clip_folder
+from helpers.models.tiny_text import CAPTIONS, bert_folder, clip_folder
 from megadit.conditioning import Conditioning, null_caption
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.config.schema.run import DataConfig, RunConfig, SampleConfig, TrainConfig

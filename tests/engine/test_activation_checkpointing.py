@@ -6,8 +6,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
+from helpers.models.weights import randomize
 from helpers.ranks import run_ranks
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
 from helpers.training import merge_weights, small_config, train_rank
 from megadit.config import LoadedConfig
 from megadit.config.deepspeed.merge import merge_ds_config
@@ -41,11 +42,11 @@ class Allocations(TorchDispatchMode):
 
 def step(mode, **changes):
     """Loss, gradients and the bytes that the forward kept for the backward, of one model under ``mode``."""
-    config = tiny_config(**{"depth": 4, "qk_norm": "rms", **changes})
+    config = tiny_dit(**{"depth": 4, "qk_norm": "rms", **changes})
     model = build_model(config)
     randomize(model)
     model.recompute = mode
-    x, t, cond = tiny_inputs(config, 8)
+    x, t, cond = dit_inputs(config, 8)
     with Allocations(*model.parameters()) as memory:
         loss = model(x, t, cond).square().mean()
         kept = memory.alive()
@@ -64,14 +65,14 @@ def test_same_bits_and_less_memory(changes):
 
 
 def test_evaluation_recomputes_nothing():
-    config = tiny_config()
+    config = tiny_dit()
     model = build_model(config)
     randomize(model)
-    expected = model(*tiny_inputs(config)).detach()
+    expected = model(*dit_inputs(config)).detach()
     model.recompute = "full"
     with torch.no_grad():
-        assert torch.equal(model(*tiny_inputs(config)), expected)
-    output, taps = model(*tiny_inputs(config), taps=(1, 2))
+        assert torch.equal(model(*dit_inputs(config)), expected)
+    output, taps = model(*dit_inputs(config), taps=(1, 2))
     assert torch.equal(output, expected) and len(taps) == 2
 
 

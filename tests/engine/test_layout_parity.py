@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.layout_parity import MOVED
+from helpers.layouts.parity import MOVED
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, plain_torch_run, small_config, train_rank
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from helpers.fuzz import efforts, hunt, json_bytes, mutated, odd_values
+from helpers.fuzz.hunt import efforts, hunt, json_bytes, mutated, odd_values
 from helpers.ranks import run_ranks
 from helpers.training import small_config, train_rank
 from megadit.checkpoint.find import find_checkpoint, open_checkpoint

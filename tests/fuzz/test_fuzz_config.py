@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
+from helpers.fuzz.hunt import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from helpers.training import small_config
 from megadit.config import RunConfig
 from megadit.config.deepspeed.file import is_plain

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.fuzz import efforts, hunt, json_bytes, mutated, odd_json, odd_values
+from helpers.fuzz.hunt import efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from megadit.config import DataConfig
 from megadit.data.dataset import ImageSet
 from megadit.data.shards.tar_set import load_tars

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.fuzz import efforts, hunt, mutated
+from helpers.fuzz.hunt import efforts, hunt, mutated
 from megadit.data.image_files import check_header, read_image
 from megadit.data.shards.members import read_array, read_picture
 from megadit.errors import UserError

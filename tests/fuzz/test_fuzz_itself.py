@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from helpers import fuzz
-from helpers.fuzz import QUICK, OverTime, hunt, mutated, odd_json
+from helpers.fuzz import hunt as fuzz
+from helpers.fuzz.hunt import QUICK, OverTime, hunt, mutated, odd_json
 from megadit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

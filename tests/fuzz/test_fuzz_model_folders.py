@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from helpers.fuzz import efforts, hunt, json_bytes, odd_json
-from helpers.fuzz_files import converted
-from helpers.tiny_dit import randomize, tiny_config
-from helpers.tiny_mmdit import tiny_mmdit
-from helpers.tiny_pixart import tiny_pixart
+from helpers.fuzz.hunt import efforts, hunt, json_bytes, odd_json
+from helpers.fuzz.weight_files import converted
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_mmdit import tiny_mmdit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.config.schema.data import VaeConfig
 from megadit.convert.request import Request
@@ -33,7 +34,7 @@ def model_state(model: ModelConfig) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in built.state_dict().items()}
 
 
-MODELS = {"dit": tiny_config(), "pixart": tiny_pixart(), "mmdit": tiny_mmdit(pooled=12)}
+MODELS = {"dit": tiny_dit(), "pixart": tiny_pixart(), "mmdit": tiny_mmdit(pooled=12)}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from helpers.fuzz import efforts, hunt, json_bytes, mutated, odd_json, odd_values
+from helpers.fuzz.hunt import efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from helpers.training import small_config
 from megadit.checkpoint.names import run_config, saved_step
 from megadit.compare.curves import read_curve

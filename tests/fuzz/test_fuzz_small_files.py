@@ -11,8 +11,8 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from helpers.fuzz import efforts, hunt, mutated
-from helpers.fuzz_files import HEADER_WORDS, STATE, Runs, torch_files
+from helpers.fuzz.hunt import efforts, hunt, mutated
+from helpers.fuzz.weight_files import HEADER_WORDS, STATE, Runs, torch_files
 from megadit.data.conditions import load_conditions
 from megadit.data.features.encoders import CachedEncoder
 from megadit.data.text import feature_table as table

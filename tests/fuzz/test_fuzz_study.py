@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from helpers.fabricated import fabricate, make_study, store, valley
-from helpers.fuzz import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
+from helpers.fuzz.hunt import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
+from helpers.studies.fabricated import fabricate, make_study, store, valley
 from megadit.config.loading.sources import configs_dir
 from megadit.files.yaml_text import dump_yaml
 from megadit.search.status import format_status, status_of

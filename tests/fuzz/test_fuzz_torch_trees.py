@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from helpers.foreign import Case, save_all
-from helpers.fuzz import efforts, hunt, odd_trees
-from helpers.fuzz_files import converted
+from helpers.foreign.deepspeed_program import Case, save_all
+from helpers.fuzz.hunt import efforts, hunt, odd_trees
+from helpers.fuzz.weight_files import converted
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_mmdit import tiny_mmdit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit
+from helpers.models.weights import randomize
 from helpers.ranks import run_ranks
-from helpers.tiny_dit import randomize, tiny_config
-from helpers.tiny_mmdit import tiny_mmdit
-from helpers.tiny_pixart import tiny_pixart
-from helpers.tiny_uvit import tiny_uvit
 from megadit.convert import to_official
 from megadit.convert.request import Request
 from megadit.convert.torch_files.safe_load import load_file
@@ -47,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 MODELS = {
-    "dit": (tiny_config(), {"heads": 2}),
+    "dit": (tiny_dit(), {"heads": 2}),
     "pixart": (tiny_pixart(), {"heads": 2}),
     "uvit": (tiny_uvit("class"), {"heads": 2}),
     "mmdit": (tiny_mmdit(pooled=12), {"heads": 2, "input_size": 8}),

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from helpers.fuzz import efforts, hunt, mutated, odd_json
-from helpers.fuzz_files import HEADER_WORDS, STATE, converted, torch_files
+from helpers.fuzz.hunt import efforts, hunt, mutated, odd_json
+from helpers.fuzz.weight_files import HEADER_WORDS, STATE, converted, torch_files
 from megadit.convert.torch_files.safe_load import load_file
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.tiny_dit import tiny_config, tiny_inputs
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
 from megadit.errors import UserError
 from megadit.extensions import FUSED_OPS
 from megadit.models import build_model
@@ -116,10 +116,10 @@ def counted() -> Iterator[list[str]]:
 
 
 def test_layers_call_what_is_dispatched(counted: list[str]) -> None:
-    config = tiny_config(depth=1)
+    config = tiny_dit(depth=1)
     model = build_model(config)
     with torch.no_grad():
-        model(*tiny_inputs(config))
+        model(*dit_inputs(config))
     # Patches, 2 linears of the timestep, 4 and a modulation of the block, the readout and its modulation.
     assert {name: counted.count(name) for name in OPS} == {
         "scaled_linear": 10,

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helpers.layouts.tensor_shards import this_rank
 from helpers.ranks import run_ranks
-from helpers.shards import this_rank
 from megadit.models.layers import linear as module
 from megadit.models.layers.linear import column_linear
 from megadit.parallel.collectives import Rehearsal, own_tokens

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.models import build_model
 
@@ -81,12 +82,12 @@ def _gradient(theirs: dict[str, Tensor], name: str, depth: int) -> Tensor:
 
 
 def test_outputs_and_all_gradients_equal_diffusers() -> None:
-    config = tiny_config(width=144, depth=3)
+    config = tiny_dit(width=144, depth=3)
     ours = build_model(config)
     randomize(ours, 0.05)
     theirs = _corrected_diffusers(config)
     _load(theirs, ours, config.depth)
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     t = t.round()
     out = ours(x, t, cond)
     expected = theirs(x, timestep=t, class_labels=cond.labels).sample

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
+from helpers.models.weights import randomize
 from megadit.conditioning import Conditioning
 from megadit.models import build_model
 from megadit.mup import param_specs
@@ -15,10 +16,10 @@ from megadit.mup.init import init_parameters
 
 
 def test_stages_fold_to_forward_and_name_every_parameter() -> None:
-    config = tiny_config()
+    config = tiny_dit()
     model = build_model(config)
     randomize(model)
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     carrier = model.carrier(x, t, cond)
     for stage in model.stages():
         kinds = [tensor.is_floating_point() for tensor in carrier]
@@ -33,10 +34,10 @@ def test_stages_fold_to_forward_and_name_every_parameter() -> None:
 
 
 def test_taps_are_tokens_after_block_k_in_the_order_asked() -> None:
-    config = tiny_config(depth=3)
+    config = tiny_dit(depth=3)
     model = build_model(config)
     randomize(model)
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     out, (third, first) = model(x, t, cond, taps=(3, 1))
     assert torch.equal(out, model(x, t, cond))
     embed, block, *_ = model.stages()
@@ -47,9 +48,9 @@ def test_taps_are_tokens_after_block_k_in_the_order_asked() -> None:
 
 
 def test_missing_labels_and_wrong_size_are_named() -> None:
-    config = tiny_config()
+    config = tiny_dit()
     model = build_model(config)
-    x, t, _ = tiny_inputs(config)
+    x, t, _ = dit_inputs(config)
     with pytest.raises(ValueError, match=r"cond\.labels"):
         model(x, t, Conditioning())
     with pytest.raises(ValueError, match="input_size"):
@@ -57,10 +58,10 @@ def test_missing_labels_and_wrong_size_are_named() -> None:
 
 
 def test_half_precision_keeps_neighbouring_timesteps_apart() -> None:
-    config = tiny_config(num_classes=0)
+    config = tiny_dit(num_classes=0)
     model = build_model(config)
     randomize(model, 0.2)
-    x, _, _ = tiny_inputs(config)
+    x, _, _ = dit_inputs(config)
     t = torch.tensor([997.0, 998.0, 999.0])  # one bf16 step is 4 here
     exact = model(x[:1].expand(3, -1, -1, -1), t)
     half = model.bfloat16()(x[:1].expand(3, -1, -1, -1), t)
@@ -70,9 +71,9 @@ def test_half_precision_keeps_neighbouring_timesteps_apart() -> None:
 
 
 def test_deepcopy_and_to_empty_keep_specs_and_rebuild() -> None:
-    config = tiny_config(parametrization="mup", base_width=24)
+    config = tiny_dit(parametrization="mup", base_width=24)
     model = build_model(config, seed=3)
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     twin = copy.deepcopy(model)
     randomize(twin)
     assert param_specs(twin) == param_specs(model)
@@ -87,7 +88,7 @@ def test_deepcopy_and_to_empty_keep_specs_and_rebuild() -> None:
 
 
 def test_only_weights_are_saved() -> None:
-    model = build_model(tiny_config())
+    model = build_model(tiny_dit())
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     assert {"x_embedder.proj.weight", "blocks.1.adaLN_modulation.1.bias", "y_embedder.embedding_table.weight"} <= set(
         model.state_dict()
@@ -95,8 +96,8 @@ def test_only_weights_are_saved() -> None:
 
 
 def test_zero_adaln_and_zero_readout_start_at_zero_output() -> None:
-    config = tiny_config()
-    x, t, cond = tiny_inputs(config)
+    config = tiny_dit()
+    x, t, cond = dit_inputs(config)
     out, (tokens,) = build_model(config)(x, t, cond, taps=(2,))
     model = build_model(config)
     assert torch.count_nonzero(out) == 0

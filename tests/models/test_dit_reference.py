@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.dit_reference import reference_dit, reference_positions
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
+from helpers.models.reference_dit import reference_dit, reference_positions
+from helpers.models.tiny_dit import dit_inputs, tiny_dit, tiny_mup_dit
+from helpers.models.weights import randomize
 from megadit.models import build_model
 from megadit.models.layers import sincos_2d
 
@@ -23,18 +24,18 @@ _OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", _OPTIONS, ids=str)
 def test_outputs_and_gradients_in_float64(options: dict[str, Any]) -> None:
-    _compare(tiny_config(**options))
+    _compare(tiny_dit(**options))
 
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_readout_multiplier_under_mup(width: int) -> None:
-    _compare(tiny_mup_config(width, output_mult=2.0))
+    _compare(tiny_mup_dit(width, output_mult=2.0))
 
 
 def _compare(config: Any) -> None:
     model = build_model(config).double()
     randomize(model, 0.2)
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     weights = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
     out, expected = model(x, t, cond), reference_dit(config, weights, x, t, cond.labels)
     assert out.shape == expected.shape == (3, config.out_channels, 8, 8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from helpers.tiny_dit import randomize
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.config.schema.model import RepaProjector, Role, RoleHP, TextInput
 from megadit.models import build_model

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.models.weights import randomize
 from megadit.conditioning import Conditioning
 from megadit.config import ModelConfig, preset
 from megadit.models import build_model, count_parameters

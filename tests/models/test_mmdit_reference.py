@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.mmdit_reference import mmdit_positions, reference_mmdit
-from helpers.tiny_dit import randomize
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit, tiny_mup_mmdit
+from helpers.models.reference_mmdit import mmdit_positions, reference_mmdit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit, tiny_mup_mmdit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.models import build_model
 from megadit.models.layers import CroppedPositions

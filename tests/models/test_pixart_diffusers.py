@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.models.weights import randomize
 from megadit.models import build_model
 from megadit.models.pixart.convert import to_diffusers
 

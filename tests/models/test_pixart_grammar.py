@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.models.weights import randomize
 from megadit.conditioning import Conditioning, null_caption
 from megadit.config import ModelConfig, preset
 from megadit.models import build_model, count_parameters

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.pixart_reference import reference_pixart
-from helpers.tiny_dit import randomize
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
+from helpers.models.reference_pixart import reference_pixart
+from helpers.models.tiny_pixart import pixart_inputs, tiny_mup_pixart, tiny_pixart
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.models import build_model
 
@@ -29,7 +29,7 @@ def test_outputs_and_gradients_in_float64(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_readout_multiplier_under_mup(width: int) -> None:
-    _compare(tiny_pixart_mup(width, output_mult=2.0))
+    _compare(tiny_mup_pixart(width, output_mult=2.0))
 
 
 def test_without_a_mask_all_tokens_are_seen() -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart
-from helpers.tiny_uvit import tiny_uvit, uvit_inputs
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit, uvit_inputs
+from helpers.models.weights import randomize
 from megadit.models import build_model
 from megadit.models.build import parametrization
 from megadit.models.layers import ModulatedNorm, SelfAttention, attend
@@ -37,7 +38,7 @@ def test_norm_is_rounded_once():
 
 
 def test_qk_norm_is_rounded_once():
-    param = parametrization(tiny_config())
+    param = parametrization(tiny_dit())
     plain, once = MuRMSNorm(Dim(24), param), MuRMSNorm(Dim(24), param, precision="fp32")
     x, gain = normals(8, 24).bfloat16(), (1 + 0.1 * normals(24)).bfloat16()
     for norm in (plain, once):
@@ -51,7 +52,7 @@ def test_qk_norm_is_rounded_once():
 def test_attention_is_rounded_once():
     layers = []
     for precision in ("auto", "fp32"):
-        layer = SelfAttention(Dim(48), 2, parametrization(tiny_config()), precision=precision)
+        layer = SelfAttention(Dim(48), 2, parametrization(tiny_dit()), precision=precision)
         randomize(layer, 0.5)
         layers.append(layer.bfloat16())
     q, k, v = (normals(4, 2, 64, 24).bfloat16() for _ in range(3))
@@ -66,10 +67,10 @@ def test_attention_is_rounded_once():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_whole_model_keeps_its_dtype_and_float32_its_bits(autocast):
-    plain, exact = build_model(tiny_config(qk_norm="rms")), build_model(tiny_config(qk_norm="rms", **FP32))
+    plain, exact = build_model(tiny_dit(qk_norm="rms")), build_model(tiny_dit(qk_norm="rms", **FP32))
     for model in (plain, exact):
         randomize(model)
-    x, t, cond = tiny_inputs(plain.config)
+    x, t, cond = dit_inputs(plain.config)
     with torch.no_grad():
         expected = plain(x, t, cond)
         assert torch.equal(exact(x, t, cond), expected)
@@ -89,7 +90,7 @@ PIXART_TEXT = {"dim": 20, "max_length": 7}  # 16 patches attend to themselves, a
 @pytest.mark.parametrize(
     ("config", "inputs", "expected"),
     [
-        (tiny_config(attention_precision="fp32"), tiny_inputs, {FLOAT32}),
+        (tiny_dit(attention_precision="fp32"), dit_inputs, {FLOAT32}),
         (tiny_uvit("text", attention_precision="fp32"), uvit_inputs, {FLOAT32}),
         (tiny_mmdit(attention_precision="fp32"), mmdit_inputs, {FLOAT32}),
         (tiny_pixart(attention_precision="fp32", text=PIXART_TEXT), pixart_inputs, {(16, FLOAT32), (7, BF16)}),
@@ -117,10 +118,10 @@ def test_what_attention_is_computed_in(config, inputs, expected, autocast, monke
 
 
 def test_gradients_flow_in_the_weights_dtype():
-    config = tiny_config(qk_norm="rms", **FP32)
+    config = tiny_dit(qk_norm="rms", **FP32)
     model = build_model(config)
     randomize(model)
     model.bfloat16()
-    model(*tiny_inputs(config)).float().square().mean().backward()
+    model(*dit_inputs(config)).float().square().mean().backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
+from helpers.models.tiny_dit import dit_inputs, tiny_dit, tiny_mup_dit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.config.schema.optim import OptimConfig
 from megadit.models import build_model, count_parameters
@@ -20,10 +21,10 @@ REPA = {"block": 1, "feature_dim": 20, "hidden": 40}
 
 @pytest.mark.parametrize("norm", ["none", "rms"])
 def test_it_is_three_linears_with_silu_on_block_k(norm: str) -> None:
-    config = tiny_config(repa={**REPA, "norm": norm})
+    config = tiny_dit(repa={**REPA, "norm": norm})
     model = build_model(config)
     randomize(model)
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     output, projected = model(x, t, cond, project=True)
     plain, [first, _] = model(x, t, cond, taps=(1, 2))
     assert torch.equal(output, plain) and projected.shape == (3, 16, 20)
@@ -38,7 +39,7 @@ def test_it_is_three_linears_with_silu_on_block_k(norm: str) -> None:
 
 
 def test_the_rest_of_the_model_is_the_same_without_it() -> None:
-    alone, beside = build_model(tiny_config(), seed=5), build_model(tiny_config(repa=REPA), seed=5)
+    alone, beside = build_model(tiny_dit(), seed=5), build_model(tiny_dit(repa=REPA), seed=5)
     others = {name: p for name, p in beside.named_parameters() if not name.startswith("repa.")}
     assert others.keys() == dict(alone.named_parameters()).keys()
     assert all(torch.equal(others[name], p) for name, p in alone.named_parameters())
@@ -46,7 +47,7 @@ def test_the_rest_of_the_model_is_the_same_without_it() -> None:
 
 
 def test_it_is_in_every_list() -> None:
-    config = tiny_mup_config(64, repa={**REPA, "norm": "rms"})
+    config = tiny_mup_dit(64, repa={**REPA, "norm": "rms"})
     model = build_model(config)
     names = [f"repa.{name}" for name in ("fc1.weight", "fc1.bias", "norm.weight", "fc2.weight", "fc3.bias")]
     assert set(names) < set(param_specs(model))
@@ -57,7 +58,7 @@ def test_it_is_in_every_list() -> None:
 
 
 def test_its_first_linear_is_a_readout_that_starts_at_random() -> None:
-    wide, base = (param_specs(build_model(tiny_mup_config(w, 64, repa=REPA))) for w in (256, 64))
+    wide, base = (param_specs(build_model(tiny_mup_dit(w, 64, repa=REPA))) for w in (256, 64))
     first = wide["repa.fc1.weight"]
     assert (first.role, first.forward_mult, first.lr_mult, first.wd_mult) == ("output", 0.25, 1.0, 1.0)
     assert first.init_std == base["repa.fc1.weight"].init_std == pytest.approx(0.1 * 64**-0.5)
@@ -68,28 +69,28 @@ def test_its_first_linear_is_a_readout_that_starts_at_random() -> None:
 
 
 def test_the_readout_multiplier_is_not_its() -> None:
-    specs = param_specs(build_model(tiny_mup_config(128, 64, repa=REPA, output_mult=8.0)))
+    specs = param_specs(build_model(tiny_mup_dit(128, 64, repa=REPA, output_mult=8.0)))
     assert specs["final_layer.linear.weight"].forward_mult == 4.0
     assert specs["repa.fc1.weight"].forward_mult == 0.5
 
 
 def test_sp_and_mup_are_one_model_at_the_base_width() -> None:
     changes = {"repa": REPA, "init": "fan_in"}
-    mup = build_model(tiny_mup_config(64, 64, **changes))
-    sp = build_model(tiny_config(width=64, heads=None, head_dim=16, **changes))
+    mup = build_model(tiny_mup_dit(64, 64, **changes))
+    sp = build_model(tiny_dit(width=64, heads=None, head_dim=16, **changes))
     assert all(torch.equal(a, b) for a, b in zip(mup.parameters(), sp.parameters(), strict=True))
     assert param_specs(mup)["repa.fc1.weight"].forward_mult == 1.0
 
 
 def test_without_a_projector_it_is_refused() -> None:
-    config = tiny_config()
-    x, t, cond = tiny_inputs(config)
+    config = tiny_dit()
+    x, t, cond = dit_inputs(config)
     with pytest.raises(ValueError, match="no REPA projector"):
         build_model(config)(x, t, cond, project=True)
 
 
 def test_it_lies_on_the_meta_device_too() -> None:
-    config = ModelConfig(**{**tiny_config().model_dump(), "repa": REPA})
+    config = ModelConfig(**{**tiny_dit().model_dump(), "repa": REPA})
     model = build_model(config, device="meta")
     assert isinstance(model.repa, nn.Module) and model.repa_block == 1
     assert all(parameter.is_meta for parameter in model.repa.parameters())

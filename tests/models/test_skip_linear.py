@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helpers.layouts.tensor_shards import share_of, this_rank
+from helpers.models.tiny_uvit import tiny_mup_uvit
 from helpers.ranks import run_ranks
-from helpers.shards import share_of, this_rank
-from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.models import build_model
 from megadit.models.build import parametrization
 from megadit.models.layers import skip_linear as module

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import tiny_config, tiny_inputs
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart
-from helpers.tiny_uvit import tiny_uvit, uvit_inputs
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.models import build_model
 from megadit.models.mmdit.model import MMDiTReadout, MMDiTState
 from megadit.models.patches import ConditionedTokens
@@ -78,7 +78,7 @@ def test_skips_travel_between_the_tokens_and_the_mask(order: str) -> None:
 # Batch 3; 16 patches and 48 channels; text of 7 tokens (PixArt) or 5; shapes by stage, integers by their dtype.
 X, T = (3, 4, 8, 8), (3,)
 STAGES: dict[str, tuple[Any, Any, list[list[Any]]]] = {
-    "dit": (tiny_config(), tiny_inputs, [[X, T, torch.int64], *[[(3, 16, 48), (3, 48)]] * 3]),
+    "dit": (tiny_dit(), dit_inputs, [[X, T, torch.int64], *[[(3, 16, 48), (3, 48)]] * 3]),
     "pixart": (
         tiny_pixart(),
         pixart_inputs,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_uvit import KINDS, tiny_uvit, uvit_inputs
+from helpers.models.tiny_uvit import KINDS, tiny_uvit, uvit_inputs
+from helpers.models.weights import randomize
 from megadit.conditioning import Conditioning
 from megadit.config import ModelConfig, preset
 from megadit.models import build_model, count_parameters

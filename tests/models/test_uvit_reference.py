@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import randomize
-from helpers.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
-from helpers.uvit_reference import reference_uvit
+from helpers.models.reference_uvit import reference_uvit
+from helpers.models.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.models import build_model
 

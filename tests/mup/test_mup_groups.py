@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tiny_dit import tiny_mup_config
+from helpers.models.tiny_dit import tiny_mup_dit
 from megadit.config import OptimConfig
 from megadit.models import build_model
 from megadit.mup import param_specs
@@ -16,7 +16,7 @@ _OPTIM = OptimConfig(lr=0.5, weight_decay=0.25, eps=1e-6, eps_mode="scaled")
 
 
 def test_groups_carry_values_of_their_rows() -> None:
-    model = build_model(tiny_mup_config(128))
+    model = build_model(tiny_mup_dit(128))
     groups = {group["name"]: group for group in param_groups(model, _OPTIM)}
     hidden = groups["hidden"]
     assert (hidden["lr_mult"], hidden["wd_mult"], hidden["eps_mult"]) == (0.25, 4.0, 0.25)
@@ -29,7 +29,7 @@ def test_groups_carry_values_of_their_rows() -> None:
 
 
 def test_a_part_of_the_model_pads_its_groups() -> None:
-    model = build_model(tiny_mup_config(64))
+    model = build_model(tiny_mup_dit(64))
     whole = param_groups(model, _OPTIM)
     part = nn.ModuleDict({"final_layer": model.final_layer})
     groups = param_groups(part, _OPTIM, param_specs(model))
@@ -41,14 +41,14 @@ def test_a_part_of_the_model_pads_its_groups() -> None:
 
 
 def test_frozen_parameters_are_left_out() -> None:
-    model = build_model(tiny_mup_config(64))
+    model = build_model(tiny_mup_dit(64))
     model.x_embedder.requires_grad_(False)
     names = {name for group in param_groups(model, _OPTIM) for name in group["param_names"]}
     assert names == {name for name, param in model.named_parameters() if param.requires_grad}
 
 
 def test_a_parameter_without_spec_is_named() -> None:
-    model = build_model(tiny_mup_config(64))
+    model = build_model(tiny_mup_dit(64))
     model.extra = nn.Linear(2, 2)
     with pytest.raises(LookupError, match=r"extra\.weight of Linear has no ParamSpec"):
         param_specs(model)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
+from helpers.models.tiny_dit import dit_inputs, tiny_dit, tiny_mup_dit
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig, OptimConfig
 from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.models import StagedModel, build_model
@@ -19,7 +20,7 @@ from megadit.mup.spec import walk_specs
 
 def _train(model: StagedModel, config: ModelConfig, groups: list[dict[str, Any]], steps: int) -> list[Tensor]:
     """Losses of AdamW on one fixed regression batch."""
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     target = torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view_as(x)
     optimizer = torch.optim.AdamW(groups)
     losses = []
@@ -39,7 +40,7 @@ def test_mup_at_the_base_width_is_sp_bit_for_bit(init: str, weight_decay: float)
     optim = OptimConfig(lr=0.003, weight_decay=weight_decay, eps_mode="scaled", wd_mode="sqrt")
     results = []
     for changes in ({"parametrization": "mup", "base_width": 48}, {"parametrization": "sp"}):
-        config = tiny_config(init=init, role_hps=hps, output_mult=2.0, **changes)
+        config = tiny_dit(init=init, role_hps=hps, output_mult=2.0, **changes)
         model = build_model(config, seed=4)
         start = [param.detach().clone() for param in model.parameters()]
         losses = _train(model, config, param_groups(model, optim), 4)
@@ -75,7 +76,7 @@ def test_multiplier_trades_for_init_lr_eps_and_decay(role: str, weight_decay: fl
     changes: dict[str, Any] = {}
     if role != "output":  # the readout has its 1/m already
         changes["role_hps"] = RoleHPs(**{role: RoleHP(mult=1 / m)})
-    config = tiny_mup_config(64, 16, **changes)
+    config = tiny_mup_dit(64, 16, **changes)
     optim = OptimConfig(lr=0.01, weight_decay=weight_decay, eps=1e-4)
     runs = []
     for shifted in (False, True):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit, tiny_mup_mmdit
+from helpers.models.weights import randomize
 from helpers.mup_checks import (
     BASE,
     assert_equals_the_package,
@@ -15,8 +17,6 @@ from helpers.mup_checks import (
     coordinate_verdict,
     package_model,
 )
-from helpers.tiny_dit import randomize
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit, tiny_mup_mmdit
 from megadit.models import StagedModel, build_model
 from megadit.mup import param_specs
 from megadit.mup.example import example_conditioning

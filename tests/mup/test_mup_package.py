@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.models.tiny_dit import tiny_dit, tiny_mup_dit
+from helpers.models.weights import randomize
 from helpers.mup_checks import (
     BASE,
     assert_equals_the_package,
@@ -16,7 +18,6 @@ from helpers.mup_checks import (
     infshapes,
     package_model,
 )
-from helpers.tiny_dit import randomize, tiny_config, tiny_mup_config
 from megadit.models import StagedModel, build_model
 from megadit.mup.interop import save_base_shapes
 
@@ -29,7 +30,7 @@ def _theirs(width: int, **options: Any) -> StagedModel:
     """An SP model whose infshapes the mup package finds by comparing a base and a delta model."""
 
     def sp(size: int) -> StagedModel:
-        return build_model(tiny_config(width=size, heads=None, head_dim=16, init="fan_in", **options))
+        return build_model(tiny_dit(width=size, heads=None, head_dim=16, init="fan_in", **options))
 
     return package_model(sp, width)
 
@@ -37,19 +38,19 @@ def _theirs(width: int, **options: Any) -> StagedModel:
 @pytest.mark.parametrize("width", _WIDTHS)
 @pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "qk_norm": "rms"}], ids=str)
 def test_lr_wd_and_shapes_equal_the_package(width: int, options: dict[str, Any]) -> None:
-    assert_equals_the_package(build_model(tiny_mup_config(width, BASE, **options)), _theirs(width, **options))
+    assert_equals_the_package(build_model(tiny_mup_dit(width, BASE, **options)), _theirs(width, **options))
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
 def test_readout_equals_mu_readout(width: int) -> None:
-    ours = build_model(tiny_mup_config(width, BASE, output_mult=2.5))
+    ours = build_model(tiny_mup_dit(width, BASE, output_mult=2.5))
     randomize(ours)
     assert_readout_is_mu_readout(ours, ours.final_layer.linear, 2.5)
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
 def test_base_shape_file_is_what_the_package_reads(width: int, tmp_path: Path) -> None:
-    ours = build_model(tiny_mup_config(width, BASE, qk_norm="rms"))
+    ours = build_model(tiny_mup_dit(width, BASE, qk_norm="rms"))
     path = tmp_path / "dit.bsh"
     save_base_shapes(ours, path)
     theirs = _theirs(width, qk_norm="rms")
@@ -63,7 +64,7 @@ def test_mu_adamw_trains_our_model_as_our_groups_do() -> None:
     """One optimizer step from the package's groups and one from ours end in the same weights."""
 
     def drawn() -> StagedModel:
-        model = build_model(tiny_mup_config(64, BASE))
+        model = build_model(tiny_mup_dit(64, BASE))
         randomize(model)
         return model
 

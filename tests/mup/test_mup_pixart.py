@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from helpers.models.tiny_pixart import pixart_inputs, tiny_mup_pixart, tiny_pixart
+from helpers.models.weights import randomize
 from helpers.mup_checks import (
     BASE,
     assert_equals_the_package,
@@ -17,8 +19,6 @@ from helpers.mup_checks import (
     infshapes,
     package_model,
 )
-from helpers.tiny_dit import randomize
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
 from megadit.config import preset
 from megadit.models import StagedModel, build_model
 from megadit.mup import param_specs
@@ -31,7 +31,7 @@ _OPTIONS: list[dict[str, Any]] = [{}, {"mlp": "swiglu", "qk_norm": "rms"}]
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_roles_and_factors(width: int) -> None:
     m = width / BASE
-    specs = param_specs(build_model(tiny_pixart_mup(width, text=_TEXT, output_mult=2.0), device="meta"))
+    specs = param_specs(build_model(tiny_mup_pixart(width, text=_TEXT, output_mult=2.0), device="meta"))
     table = {  # role, LR, weight decay, forward multiplier, init std, and that of one block for all
         "x_embedder.proj": ("input", 1.0, 1.0, 1.0, 0.25),
         "t_embedder.mlp.0": ("input", 1.0, 1.0, 1.0, 1 / 16),
@@ -79,7 +79,7 @@ def test_lr_wd_and_shapes_equal_the_package(width: int, options: dict[str, Any],
 
     theirs = package_model(sp, width)
     shapes = infshapes(theirs)
-    ours = build_model(tiny_pixart_mup(width, BASE, text=_TEXT, **options))
+    ours = build_model(tiny_mup_pixart(width, BASE, text=_TEXT, **options))
     assert_equals_the_package(ours, theirs)
     save_base_shapes(ours, tmp_path / "pixart.bsh")
     pytest.importorskip("mup").set_base_shapes(ours, str(tmp_path / "pixart.bsh"))
@@ -87,7 +87,7 @@ def test_lr_wd_and_shapes_equal_the_package(width: int, options: dict[str, Any],
 
 
 def test_mu_adamw_trains_our_model_as_our_groups_do() -> None:
-    config = tiny_pixart_mup(64, BASE)
+    config = tiny_mup_pixart(64, BASE)
 
     def drawn() -> StagedModel:
         model = build_model(config)
@@ -107,7 +107,7 @@ def test_mup_at_the_base_width_is_sp_bit_for_bit(init: str) -> None:
 
 @pytest.mark.parametrize("init", ["fan_in", "original", "authors"])
 def test_coordinate_check_passes_mup_and_fails_sp(init: str) -> None:
-    model = tiny_pixart_mup(64, 64, init=init)
+    model = tiny_mup_pixart(64, 64, init=init)
     mup = coordinate_verdict(model)
     assert mup.passed, [(m.module, m.reasons, m.effects) for m in mup.modules if m.verdict != "ok"]
     tables = [m for m in mup.modules if "update.scale_shift_table" in m.slopes]

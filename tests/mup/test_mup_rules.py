@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.tiny_dit import tiny_config, tiny_mup_config
+from helpers.models.tiny_dit import tiny_dit, tiny_mup_dit
 from megadit.config import ModelConfig, OptimConfig
 from megadit.config.schema.model import RoleHP, RoleHPs
 from megadit.models import build_model
@@ -39,7 +39,7 @@ def test_xl_2_mup_numbers_of_the_paper() -> None:
 
 
 def test_roles_follow_declared_dims() -> None:
-    specs = param_specs(build_model(tiny_mup_config(64, qk_norm="rms"), device="meta"))
+    specs = param_specs(build_model(tiny_mup_dit(64, qk_norm="rms"), device="meta"))
     assert {name: specs[name].role for name in specs if "blocks" not in name} == {
         "x_embedder.proj.weight": "input",
         "x_embedder.proj.bias": "vector",
@@ -60,7 +60,7 @@ def test_roles_follow_declared_dims() -> None:
 
 def test_width_equal_to_a_finite_size_does_not_confuse_roles() -> None:
     """Width 32, 32 patch outputs, 256 = 8 x 32 features: only the declaration can tell them apart."""
-    specs = param_specs(build_model(tiny_mup_config(32, num_classes=31), device="meta"))
+    specs = param_specs(build_model(tiny_mup_dit(32, num_classes=31), device="meta"))
     assert specs["final_layer.linear.weight"].role == "output"
     assert specs["final_layer.linear.weight"].base_shape == (None, 32)
     assert specs["y_embedder.embedding_table.weight"].base_shape == (None, 32)
@@ -70,7 +70,7 @@ def test_width_equal_to_a_finite_size_does_not_confuse_roles() -> None:
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_factors_under_mup(width: int) -> None:
     m = width / 32
-    specs = param_specs(build_model(tiny_mup_config(width, output_mult=4.0), device="meta"))
+    specs = param_specs(build_model(tiny_mup_dit(width, output_mult=4.0), device="meta"))
     qkv, readout = specs["blocks.0.attn.qkv.weight"], specs["final_layer.linear.weight"]
     assert (qkv.fan_in, qkv.fan_out, qkv.base_fan_in, qkv.base_fan_out) == (width, 3 * width, 32, 96)
     assert (qkv.lr_mult, qkv.wd_mult, qkv.forward_mult) == (1 / m, m, 1.0)
@@ -86,7 +86,7 @@ def test_factors_under_mup(width: int) -> None:
 
 def test_sp_has_no_factors_whatever_the_base_width() -> None:
     for base_width in (None, 16):
-        specs = param_specs(build_model(tiny_config(base_width=base_width, output_mult=2.0), device="meta"))
+        specs = param_specs(build_model(tiny_dit(base_width=base_width, output_mult=2.0), device="meta"))
         for name, spec in specs.items():
             assert spec.lr_mult == 1.0 and spec.wd_mult in (0.0, 1.0)
             assert spec.forward_mult == (2.0 if name == "final_layer.linear.weight" else 1.0)
@@ -114,8 +114,8 @@ def test_original_init_is_the_official_one() -> None:
 
 
 def test_original_init_under_mup_is_taken_at_the_base_and_scaled() -> None:
-    base = param_specs(build_model(tiny_mup_config(32, init="original"), device="meta"))
-    wide = param_specs(build_model(tiny_mup_config(128, init="original"), device="meta"))
+    base = param_specs(build_model(tiny_mup_dit(32, init="original"), device="meta"))
+    wide = param_specs(build_model(tiny_mup_dit(128, init="original"), device="meta"))
     for name, spec in wide.items():
         shrink = 0.5 if spec.role == "hidden" else 1.0
         assert spec.init_std == pytest.approx(base[name].init_std * shrink, rel=1e-12)
@@ -123,8 +123,8 @@ def test_original_init_under_mup_is_taken_at_the_base_and_scaled() -> None:
 
 def test_adaln_init_is_an_option_of_its_own() -> None:
     name = "blocks.0.adaLN_modulation.1.weight"
-    zero = param_specs(build_model(tiny_mup_config(64, adaln_init="zero"), device="meta"))[name]
-    drawn = param_specs(build_model(tiny_config(width=64, adaln_init="fan_in"), device="meta"))[name]
+    zero = param_specs(build_model(tiny_mup_dit(64, adaln_init="zero"), device="meta"))[name]
+    drawn = param_specs(build_model(tiny_dit(width=64, adaln_init="fan_in"), device="meta"))[name]
     assert (zero.init_std, drawn.init_std) == (0.0, 0.125)
 
 
@@ -136,8 +136,8 @@ def test_role_hyperparameters_are_factors() -> None:
         finite=RoleHP(lr=16.0),
         output=RoleHP(lr=32.0),
     )
-    plain = param_specs(build_model(tiny_mup_config(64), device="meta"))
-    specs = param_specs(build_model(tiny_mup_config(64, role_hps=hps), device="meta"))
+    plain = param_specs(build_model(tiny_mup_dit(64), device="meta"))
+    specs = param_specs(build_model(tiny_mup_dit(64, role_hps=hps), device="meta"))
     lr = {"input": 0.5, "hidden": 4.0, "vector": 8.0, "finite": 16.0, "output": 32.0}
     mult = {"input": 3.0, "hidden": 2.0, "vector": 1.0, "finite": 1.0, "output": 1.0}
     for name, spec in specs.items():
@@ -148,7 +148,7 @@ def test_role_hyperparameters_are_factors() -> None:
 
 
 def test_groups_are_named_ordered_and_complete() -> None:
-    specs = param_specs(build_model(tiny_mup_config(64, qk_norm="rms"), device="meta"))
+    specs = param_specs(build_model(tiny_mup_dit(64, qk_norm="rms"), device="meta"))
     plans = plan_groups(specs, OptimConfig(weight_decay=0.1))
     assert [plan.name for plan in plans] == ["input", "input/no_decay", "hidden", "vector", "output", "finite"]
     assert sorted(name for plan in plans for name in plan.param_names) == sorted(specs)
@@ -160,7 +160,7 @@ def test_groups_are_named_ordered_and_complete() -> None:
 
 def test_group_names_stay_unique_when_width_ratios_differ() -> None:
     """mlp_ratio 2.7 at 48 and 32 gives hidden sizes 129 and 86: another ratio than 48 / 32."""
-    specs = param_specs(build_model(tiny_mup_config(48, mlp_ratio=2.7), device="meta"))
+    specs = param_specs(build_model(tiny_mup_dit(48, mlp_ratio=2.7), device="meta"))
     plans = plan_groups(specs, OptimConfig(eps_mode="scaled"))
     names = [plan.name for plan in plans]
     assert len(set(names)) == len(names)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from helpers.models.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
+from helpers.models.weights import randomize
 from helpers.mup_checks import (
     BASE,
     assert_equals_the_package,
@@ -15,8 +17,6 @@ from helpers.mup_checks import (
     coordinate_verdict,
     package_model,
 )
-from helpers.tiny_dit import randomize
-from helpers.tiny_uvit import KINDS, tiny_mup_uvit, tiny_uvit, uvit_inputs
 from megadit.config import ModelConfig, ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.tiny_dit import tiny_config, tiny_inputs
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
 from megadit.models import build_model
 from megadit.models.chunk import build_chunk
 from megadit.mup.example import example_conditioning
@@ -38,7 +38,7 @@ def test_bubble_of_the_schedule():
 
 
 def test_the_stages_cost_what_the_model_does():
-    config = tiny_config(depth=3)
+    config = tiny_dit(depth=3)
     model = build_model(config, device="meta")
     x = torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -47,7 +47,7 @@ def test_the_stages_cost_what_the_model_does():
 
 
 def test_chunks_hold_each_parameter_once_and_compute_the_model():
-    config = tiny_config(depth=3)
+    config = tiny_dit(depth=3)
     whole = build_model(config, seed=2)
     cuts = [0, 2, 4, 5]
     chunks = [build_chunk(config, cuts, place, seed=2) for place in range(3)]
@@ -56,7 +56,7 @@ def test_chunks_hold_each_parameter_once_and_compute_the_model():
     for own in held:
         for name, p in own.items():
             assert torch.equal(p, whole.get_parameter(name))
-    x, t, cond = tiny_inputs(config)
+    x, t, cond = dit_inputs(config)
     wire = whole.carrier(x, t, cond)
     for chunk in chunks:
         wire = chunk(wire)
@@ -65,7 +65,7 @@ def test_chunks_hold_each_parameter_once_and_compute_the_model():
 
 def test_shares_of_a_chunk_are_marked():
     """``to_empty`` makes new parameters, which know nothing of the marks of the old ones."""
-    chunk = build_chunk(tiny_config(depth=3), [0, 2, 5], 0, TensorLayout(2, 0))
+    chunk = build_chunk(tiny_dit(depth=3), [0, 2, 5], 0, TensorLayout(2, 0))
     marked = {name for name, p in chunk.model.named_parameters() if is_shard(p)}
     assert "blocks.0.attn.qkv.weight" in marked and "x_embedder.proj.weight" not in marked
 

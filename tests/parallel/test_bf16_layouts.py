@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layout_parity import AVERAGE, distance
+from helpers.layouts.parity import AVERAGE, distance
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, small_config, train_rank
 from megadit.config import RunConfig

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.layouts.tensor_shards import relative_gap, share_model, share_of
+from helpers.models.tiny_dit import dit_inputs, tiny_mup_dit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
+from helpers.models.tiny_pixart import pixart_inputs, tiny_mup_pixart
+from helpers.models.tiny_uvit import tiny_mup_uvit, uvit_inputs
+from helpers.models.weights import randomize
 from helpers.ranks import run_ranks
-from helpers.shards import relative_gap, share_model, share_of
-from helpers.tiny_dit import randomize, tiny_inputs, tiny_mup_config
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart_mup
-from helpers.tiny_uvit import tiny_mup_uvit, uvit_inputs
 from megadit.models import build_model
 from megadit.models.chunk import ModelChunk
 from megadit.models.stages import Carrier
@@ -28,8 +29,8 @@ SIZES: dict[str, Any] = {
     "repa": {"block": 2, "feature_dim": 12, "hidden": 24},
 }
 MODELS: dict[str, tuple[Any, Any]] = {
-    "dit": (tiny_mup_config(**SIZES, mlp="swiglu"), tiny_inputs),
-    "pixart": (tiny_pixart_mup(**SIZES), pixart_inputs),
+    "dit": (tiny_mup_dit(**SIZES, mlp="swiglu"), dit_inputs),
+    "pixart": (tiny_mup_pixart(**SIZES), pixart_inputs),
     "uvit": (tiny_mup_uvit(**SIZES, kind="text", qkv_bias=True, mlp_time_embed=True), uvit_inputs),
     "mmdit": (tiny_mup_mmdit(**SIZES, pooled=12), mmdit_inputs),
 }

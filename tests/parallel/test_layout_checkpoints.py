@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers.layout_matrix import matrix_config
-from helpers.layout_parity import MOVED, TOLERANCE, gap_of
+from helpers.layouts.matrix import matrix_config
+from helpers.layouts.parity import MOVED, TOLERANCE, gap_of
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, train_rank
 from megadit.checkpoint.find import load_model

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.layout_matrix import FAMILIES, LAYOUTS, Matrix, drifts, gaps
-from helpers.layout_parity import MOVED, TOLERANCE
+from helpers.layouts.matrix import FAMILIES, LAYOUTS, Matrix, drifts, gaps
+from helpers.layouts.parity import MOVED, TOLERANCE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layout_matrix import gaps
-from helpers.layout_parity import TOLERANCE
+from helpers.layouts.matrix import gaps
+from helpers.layouts.parity import TOLERANCE
 from helpers.ranks import run_ranks
 from helpers.training import small_config, train_rank
 from megadit.config import RunConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from helpers.layout_matrix import matrix_config
-from helpers.layout_parity import TOLERANCE
+from helpers.layouts.matrix import matrix_config
+from helpers.layouts.parity import TOLERANCE
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank
 from megadit.config import RunConfig

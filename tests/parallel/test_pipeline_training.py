@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.layout_parity import STEPS, TOLERANCE, assert_same_training, config_of, reference_run, run_alone
+from helpers.layouts.parity import STEPS, TOLERANCE, assert_same_training, config_of, reference_run, run_alone
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, train_on, train_rank
 from megadit.checkpoint.read import StoredCheckpoint

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
+from helpers.layouts.tensor_shards import assert_shares_compute_the_whole, gaps_of_shares
+from helpers.models.tiny_pixart import pixart_inputs, tiny_mup_pixart, tiny_pixart
 from helpers.ranks import run_ranks
-from helpers.shards import assert_shares_compute_the_whole, gaps_of_shares
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart, tiny_pixart_mup
 from megadit.models.pixart import model as pixart
 
 TOLERANCE = 1e-10  # of float64
@@ -16,7 +16,7 @@ TOLERANCE = 1e-10  # of float64
 
 CONFIGS = {
     # 16 tokens with all kinds of gains, and 9, which neither 2 nor 4 ranks divide; texts of different lengths or whole.
-    "masked": (tiny_pixart_mup(64, qk_norm="rms", output_mult=3.0), True),
+    "masked": (tiny_mup_pixart(64, qk_norm="rms", output_mult=3.0), True),
     "whole": (tiny_pixart(width=64, heads=4, mlp="swiglu", input_size=6, qkv_bias=False), False),
 }
 

@@ -7,20 +7,21 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.layouts.tensor_shards import this_rank
+from helpers.models.tiny_dit import dit_inputs, tiny_mup_dit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
+from helpers.models.tiny_pixart import pixart_inputs, tiny_mup_pixart
+from helpers.models.tiny_uvit import tiny_mup_uvit, uvit_inputs
+from helpers.models.weights import randomize
 from helpers.ranks import run_ranks
-from helpers.shards import this_rank
-from helpers.tiny_dit import randomize, tiny_inputs, tiny_mup_config
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mup_mmdit
-from helpers.tiny_pixart import pixart_inputs, tiny_pixart_mup
-from helpers.tiny_uvit import tiny_mup_uvit, uvit_inputs
 from megadit.models import build_model
 from megadit.mup.spec import walk_slices
 
 REPA = {"block": 1, "feature_dim": 12, "hidden": 24}
 # 9 image tokens, which neither 2 nor 4 ranks divide; every kind of gain and bias.
 MODELS: dict[str, tuple[Any, Any]] = {
-    "dit": (tiny_mup_config(64, input_size=6, qk_norm="rms", mlp="swiglu", repa=REPA), tiny_inputs),
-    "pixart": (tiny_pixart_mup(64, input_size=6, qk_norm="rms", repa=REPA), pixart_inputs),
+    "dit": (tiny_mup_dit(64, input_size=6, qk_norm="rms", mlp="swiglu", repa=REPA), dit_inputs),
+    "pixart": (tiny_mup_pixart(64, input_size=6, qk_norm="rms", repa=REPA), pixart_inputs),
     "uvit": (tiny_mup_uvit(64, kind="text", input_size=6, qk_norm="rms", qkv_bias=True, repa=REPA), uvit_inputs),
     "mmdit": (tiny_mup_mmdit(64, input_size=6, qk_norm="rms", pooled=12, repa=REPA), mmdit_inputs),
 }

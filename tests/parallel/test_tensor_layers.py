@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.layouts.tensor_shards import share_of, this_rank
+from helpers.models.tiny_dit import dit_inputs, tiny_dit, tiny_mup_dit
+from helpers.models.tiny_mmdit import tiny_mup_mmdit
+from helpers.models.tiny_pixart import tiny_mup_pixart
+from helpers.models.tiny_uvit import tiny_mup_uvit
+from helpers.models.weights import randomize
 from helpers.ranks import run_ranks
-from helpers.shards import share_of, this_rank
-from helpers.tiny_dit import randomize, tiny_config, tiny_inputs, tiny_mup_config
-from helpers.tiny_mmdit import tiny_mup_mmdit
-from helpers.tiny_pixart import tiny_pixart_mup
-from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.models import build_model
 from megadit.mup.init import init_parameters
 from megadit.mup.spec import param_specs, walk_slices
@@ -21,8 +22,8 @@ TOLERANCE = 1e-10  # of float64; measured: 7e-15
 
 CONFIGS = {
     # 16 tokens in a muP model with all kinds of gains, and 9 tokens, which neither 2 nor 4 ranks divide.
-    "qk-norm": tiny_mup_config(64, qk_norm="rms", output_mult=3.0),
-    "swiglu": tiny_config(width=64, heads=4, mlp="swiglu", input_size=6, num_classes=0, learn_sigma=False),
+    "qk-norm": tiny_mup_dit(64, qk_norm="rms", output_mult=3.0),
+    "swiglu": tiny_dit(width=64, heads=4, mlp="swiglu", input_size=6, num_classes=0, learn_sigma=False),
 }
 
 
@@ -41,7 +42,7 @@ def gaps(name, sequence, faults=()):
     for fault in faults:
         fault(sharded)
     for model in (whole, sharded):
-        x, t, cond = tiny_inputs(config)
+        x, t, cond = dit_inputs(config)
         x = x.double().requires_grad_()
         out, [tokens] = model(x, t, cond, taps=(1,))
         (out.square().sum() + tokens.sin().sum()).backward()
@@ -101,9 +102,9 @@ def test_a_sum_or_multiplier_left_out_is_seen(kind, name, sequence):
 
 
 DRAWN = (
-    tiny_mup_config(64),
-    tiny_config(width=64, heads=4, mlp="swiglu", init="original"),
-    tiny_pixart_mup(64, adaln_init="fan_in"),
+    tiny_mup_dit(64),
+    tiny_dit(width=64, heads=4, mlp="swiglu", init="original"),
+    tiny_mup_pixart(64, adaln_init="fan_in"),
     tiny_mup_uvit(64, mlp_time_embed=True),
     tiny_mup_mmdit(64, pooled=12, mlp="swiglu", adaln_init="fan_in"),
 )
@@ -119,7 +120,7 @@ def test_a_share_is_drawn_as_the_same_elements_of_the_whole(ranks):
 
 
 def test_shares_are_marked_and_keep_global_specs():
-    config = tiny_mup_config(64, qk_norm="rms")
+    config = tiny_mup_dit(64, qk_norm="rms")
     whole, share = build_model(config), build_model(config, TensorLayout(2, 1), device="meta")
     assert param_specs(share) == param_specs(whole)
     for name, p, spec, boxes in walk_slices(share):
@@ -139,12 +140,12 @@ def test_shares_are_marked_and_keep_global_specs():
 
 def test_ranks_that_do_not_divide_the_heads_are_refused():
     with pytest.raises(ValueError, match="3 tensor-parallel ranks do not divide 2 attention heads"):
-        build_model(tiny_config(), TensorLayout(3, 0), device="meta")
+        build_model(tiny_dit(), TensorLayout(3, 0), device="meta")
 
 
 def test_a_share_made_on_meta_is_filled_as_one_made_at_once():
     layout = TensorLayout(2, 1)
-    late = build_model(tiny_config(), layout, device="meta").to_empty(device="cpu")
+    late = build_model(tiny_dit(), layout, device="meta").to_empty(device="cpu")
     init_parameters(late, 4)
-    at_once = dict(build_model(tiny_config(), layout, seed=4).named_parameters())
+    at_once = dict(build_model(tiny_dit(), layout, seed=4).named_parameters())
     assert all(torch.equal(p, at_once[name]) for name, p in late.named_parameters())

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
+from helpers.layouts.tensor_shards import assert_shares_compute_the_whole, gaps_of_shares, this_rank
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit, tiny_mup_mmdit
 from helpers.ranks import run_ranks
-from helpers.shards import assert_shares_compute_the_whole, gaps_of_shares, this_rank
-from helpers.tiny_mmdit import mmdit_inputs, tiny_mmdit, tiny_mup_mmdit
 from megadit.models import build_model
 from megadit.models.mmdit import model as mmdit
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.layout_parity import (
+from helpers.layouts.parity import (
     MOVED,
     SECTIONS,
     STEPS,

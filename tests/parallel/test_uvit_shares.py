@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.layouts.tensor_shards import assert_shares_compute_the_whole, gaps_of_shares
+from helpers.models.tiny_uvit import KINDS, tiny_mup_uvit, uvit_inputs
 from helpers.ranks import run_ranks
-from helpers.shards import assert_shares_compute_the_whole, gaps_of_shares
-from helpers.tiny_uvit import KINDS, tiny_mup_uvit, uvit_inputs
 from megadit.models.layers import skip_linear
 from megadit.parallel.collectives import Pending, own_channels
 from megadit.parallel.tensor import TensorLayout

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 from helpers.help_texts import ask_all  # noqa: E402
 from helpers.ranks import free_port, run_command, run_ranks  # noqa: E402
-from helpers.tiny_study import result_for  # noqa: E402
+from helpers.studies.tiny_study import result_for  # noqa: E402
 
 CONFIG = HERE / "digits.yaml"
 LAYOUTS = {
@@ -75,7 +75,7 @@ def losses_of(run_dir: Path) -> list[float]:
 
 def family_losses() -> dict[str, list[float]]:
     """Losses of 20 steps of each family, alone, by the real command."""
-    from helpers.tiny_text import bert_folder
+    from helpers.models.tiny_text import bert_folder
 
     losses = {}
     with tempfile.TemporaryDirectory() as folder:

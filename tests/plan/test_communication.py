@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_mmdit import tiny_mmdit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit
 from helpers.ranks import run_ranks
-from helpers.tiny_dit import tiny_config
-from helpers.tiny_mmdit import tiny_mmdit
-from helpers.tiny_pixart import tiny_pixart
-from helpers.tiny_uvit import tiny_uvit
 from helpers.training import assemble_rank, layout_of, small_config, train_on
 from megadit.config import ModelConfig
 from megadit.config.deepspeed.gradients import gradient_bytes
@@ -28,7 +28,7 @@ from megadit.plan.layout import plan_layout
 from megadit.plan.memory import count_passages
 
 BATCH, TEXT = 5, 10  # of which no two sizes in the tables are equal
-MADE = {"dit": tiny_config, "pixart": tiny_pixart, "uvit": tiny_uvit, "mmdit": tiny_mmdit}
+MADE = {"dit": tiny_dit, "pixart": tiny_pixart, "uvit": tiny_uvit, "mmdit": tiny_mmdit}
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"
 REAL = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 

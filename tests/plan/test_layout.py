@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from helpers.layout_parity import config_of
+from helpers.layouts.parity import config_of
 from helpers.ranks import ROOT
 from helpers.training import layout_of
 from megadit.config import RunConfig, load_config

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny_dit import tiny_config
-from helpers.tiny_mmdit import tiny_mmdit
-from helpers.tiny_pixart import tiny_pixart
-from helpers.tiny_uvit import tiny_uvit
+from helpers.models.tiny_dit import tiny_dit
+from helpers.models.tiny_mmdit import tiny_mmdit
+from helpers.models.tiny_pixart import tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit
 from megadit.config import ModelConfig
 from megadit.models import build_model
 from megadit.models.chunk import build_chunk
@@ -21,7 +21,7 @@ from megadit.plan.memory import LiveBytes, count_passages
 BATCH = 5
 REPA = {"block": 1, "feature_dim": 24, "hidden": 32}
 FAMILIES = {
-    "dit": tiny_config(qk_norm="rms"),
+    "dit": tiny_dit(qk_norm="rms"),
     "pixart": tiny_pixart(mlp="swiglu"),
     "uvit": tiny_uvit("text"),
     "mmdit": tiny_mmdit(mlp="swiglu", repa=REPA),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from helpers.studies import a_study, a_trial
+from helpers.studies.handwritten import a_study, a_trial
 from megadit.search.results import StudyResults
 
 STEPS = {"scale": {"key": "train.steps", "values": [100, 200]}}

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from helpers.fabricated import fabricate, make_study, valley
+from helpers.studies.fabricated import fabricate, make_study, valley
 from megadit.errors import UserError
 from megadit.search.results import StudyResults
 from megadit.search.verify_study import verify_study

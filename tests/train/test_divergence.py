@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from helpers.planted import files, infinite_gradient, nan_sample, whole_run
+from helpers.nonfinite_runs import files, infinite_gradient, nan_sample, whole_run
 from helpers.ranks import run_ranks
 from helpers.training import small_config
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.no_model import ALONE
+from helpers.models.no_model import ALONE
 from helpers.ranks import RankError, run_ranks
 from helpers.training import layout_of, small_config
 from megadit.checkpoint import io as fragment_io

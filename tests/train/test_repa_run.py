@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layout_parity import MOVED
+from helpers.layouts.parity import MOVED
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, small_config, train_on, train_rank
 from megadit.conditioning import Conditioning

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.layout_parity import MOVED
+from helpers.layouts.parity import MOVED
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, small_config, train_rank
 from megadit.checkpoint.find import find_checkpoint, load_model

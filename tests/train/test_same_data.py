@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from helpers.no_model import ALONE, NoPartitions
+from helpers.models.no_model import ALONE, NoPartitions
 from helpers.ranks import run_ranks
 from helpers.training import small_config
 from megadit.checkpoint.format import Index, Position

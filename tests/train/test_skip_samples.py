@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from helpers.planted import files, nan_sample, whole_run
+from helpers.nonfinite_runs import files, nan_sample, whole_run
 from helpers.ranks import run_ranks
 from helpers.training import small_config
 from megadit.errors import UserError

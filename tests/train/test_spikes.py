@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from helpers.planted import files, loud_sample, whole_run
+from helpers.nonfinite_runs import files, loud_sample, whole_run
 from helpers.ranks import run_ranks
 from helpers.training import small_config
 from megadit.train.divergence import Spike, SpikeDetector

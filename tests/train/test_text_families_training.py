@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layout_parity import MOVED, gap_of
+from helpers.layouts.parity import MOVED, gap_of
+from helpers.models.tiny_text import bert_folder
 from helpers.ranks import run_ranks
-from helpers.tiny_text import bert_folder
 from helpers.training import merge_weights, plain_torch_run, small_config, train_rank
 from megadit.config import RunConfig
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers.models.tiny_text import bert_folder
 from helpers.ranks import run_ranks
-from helpers.tiny_text import bert_folder
 from helpers.training import assemble_rank, small_config, train_on, train_rank
 from megadit.cli import sample
 from megadit.config import RunConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layout_parity import MOVED
+from helpers.layouts.parity import MOVED
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, merge_weights, plain_torch_run, small_config, train_rank
 from megadit.cli import sample

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from helpers.surfaces import WIDTHS, surface
+from helpers.studies.loss_surfaces import WIDTHS, surface
 from megadit.transfer.estimate import Basin, Noise, Optimum, Sample, basins, locate, measure_noise
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from helpers.surfaces import GRID, surface
+from helpers.studies.loss_surfaces import GRID, surface
 from megadit.compare.runs import Side, _crossings, _reach
 from megadit.search.report.importance import measure_importance
 from megadit.transfer.ties import at_most, difference, lowest, ranks, same_hps

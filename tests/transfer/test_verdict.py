@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from helpers.surfaces import surface
+from helpers.studies.loss_surfaces import surface
 from megadit.transfer.verdict import Limits, Sample, Verdict, judge, worst
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tars import END, block, padded, png, samples, tar_bytes, write_tar
+from helpers.data.tars import END, block, padded, png, samples, tar_bytes, write_tar
 from megadit.data.shards.index import scan
 from megadit.data.shards.scanning import Survey
 from megadit.data.shards.shard_files import ShardFile

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import webdataset
 
-from helpers.tars import png, samples, write_tar
+from helpers.data.tars import png, samples, write_tar
 from megadit.config import DataConfig
 from megadit.data.shards.index import load_index, save_index, scan
 from megadit.data.shards.scanning import Survey

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.folders import config, metadata, picture
+from helpers.data.image_folders import config, metadata, picture
 from megadit.config import DataConfig
 from megadit.data import build_datasets, check_images, describe
 from megadit.data.build import held_out

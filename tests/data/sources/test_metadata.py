@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.folders import config, metadata, picture
+from helpers.data.image_folders import config, metadata, picture
 from megadit.data import ImageSet, build_datasets, check_images
 from megadit.errors import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.folders import config, picture
+from helpers.data.image_folders import config, picture
 from megadit.data import build_datasets
 from megadit.data.dataset import Subset
 from megadit.data.sources.image_folder.folder_set import FolderSet

@@ -17,7 +17,7 @@ import pytest
 import torch
 import webdataset
 
-from helpers.tars import png, write_tar
+from helpers.data.tars import png, write_tar
 from megadit.config import DataConfig
 from megadit.data import BatchLayout, BatchStream, build_datasets, check_images, describe
 from megadit.data.shards import shard_files as layout

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.tiny_text import CAPTIONS, bert_folder, clip_folder, t5_folder
+from helpers.models.tiny_text import CAPTIONS, bert_folder, clip_folder, t5_folder
 from megadit.config.schema.data import TextSource
 from megadit.data.text.encoders import build_encoder, check_lengths
 from megadit.errors import UserError

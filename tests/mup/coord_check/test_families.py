@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from helpers.models.tiny_dit import tiny_mup_dit
+from helpers.models.tiny_mmdit import tiny_mup_mmdit
+from helpers.models.tiny_pixart import tiny_mup_pixart
+from helpers.models.tiny_uvit import tiny_mup_uvit
 from helpers.mup_checks import Fault, coordinate_verdict, plant_spec
-from helpers.tiny_dit import tiny_mup_config
-from helpers.tiny_mmdit import tiny_mup_mmdit
-from helpers.tiny_pixart import tiny_pixart_mup
-from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.diffusion.objectives.repa import alignment_loss
@@ -37,9 +37,9 @@ def _repa(block: int, norm: str = "none") -> dict[str, Any]:
 def _family(name: str, **changes: Any) -> ModelConfig:
     """A tiny muP model of a family, with everything that it can have and REPA in the middle."""
     if name == "dit":
-        return tiny_mup_config(64, _BASE, **{"repa": _repa(1), **changes})
+        return tiny_mup_dit(64, _BASE, **{"repa": _repa(1), **changes})
     if name == "pixart":
-        return tiny_pixart_mup(64, _BASE, **{"repa": _repa(1), **changes})
+        return tiny_mup_pixart(64, _BASE, **{"repa": _repa(1), **changes})
     if name == "uvit":
         options = {"depth": 2, "qk_norm": "rms", "mlp_time_embed": True, "repa": _repa(2)}
         return tiny_mup_uvit(64, _BASE, "text", **{**options, **changes})

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.models.tiny_dit import tiny_dit, tiny_mup_dit
 from helpers.mup_checks import Fault, coordinate_verdict, plant_spec
-from helpers.tiny_dit import tiny_config, tiny_mup_config
 from megadit.config import ModelConfig, OptimConfig
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -39,12 +39,12 @@ def _check(
 
 @pytest.mark.parametrize("init", ["fan_in", "original"])
 def test_mup_passes_and_sp_fails(init: str) -> None:
-    mup = _check(tiny_mup_config(64, _BASE, init=init), seeds=2)
+    mup = _check(tiny_mup_dit(64, _BASE, init=init), seeds=2)
     assert mup.passed and mup.broken == []
     growths = [module.growth(quantity) for module in mup.modules for quantity in module.slopes]
     assert max(slope for slope in growths if slope is not None) <= 0.15
 
-    sp = _check(tiny_mup_config(64, _BASE, init=init), seeds=1, parametrization="sp")
+    sp = _check(tiny_mup_dit(64, _BASE, init=init), seeds=1, parametrization="sp")
     assert not sp.passed
     hidden = [module for module in sp.modules if module.role in ("hidden", "output") and module.module != "output"]
     assert [module.module for module in hidden if module.verdict != "broken"] == []
@@ -86,7 +86,7 @@ _FAULTS: list[tuple[str, str, Fault, str]] = [
 
 @pytest.mark.parametrize(("parameter", "fault", "words"), [f[1:] for f in _FAULTS], ids=[f[0] for f in _FAULTS])
 def test_a_planted_fault_is_caught_and_named(parameter: str, fault: Fault, words: str) -> None:
-    verdict = _check(tiny_mup_config(64, _BASE), (32, 64, 128), build=plant_spec(parameter, fault))
+    verdict = _check(tiny_mup_dit(64, _BASE), (32, 64, 128), build=plant_spec(parameter, fault))
     assert not verdict.passed
     assert verdict.broken == [parameter.rpartition(".")[0]]
     reasons = next(module.reasons for module in verdict.modules if module.verdict == "broken")
@@ -96,14 +96,14 @@ def test_a_planted_fault_is_caught_and_named(parameter: str, fault: Fault, words
 def test_nonzero_readout_may_shrink_at_the_start() -> None:
     """Constant std with the multiplier 1/m gives an output that starts as m^-1/2: that is muP, not a fault."""
     build = plant_spec("final_layer.linear.weight", lambda spec, m: dataclasses.replace(spec, init_std=0.1))
-    verdict = _check(tiny_mup_config(64, _BASE), (32, 64, 128), build=build)
+    verdict = _check(tiny_mup_dit(64, _BASE), (32, 64, 128), build=build)
     readout = next(module for module in verdict.modules if module.module == "final_layer.linear")
     assert verdict.passed and readout.first("gain") == pytest.approx(-0.5, abs=0.15)
 
 
 def test_readings_measure_what_they_say() -> None:
     """One layer, moved by hand."""
-    model = build_model(tiny_config(width=16, num_classes=0))
+    model = build_model(tiny_dit(width=16, num_classes=0))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0])
     recorder = Recorder(model, lambda: model(x, t), width=16, seed=0)
     recorder.read(0)
@@ -124,7 +124,7 @@ def test_readings_measure_what_they_say() -> None:
 
 
 def test_padded_tokens_are_not_read() -> None:
-    model = build_model(tiny_mup_config(64), TensorLayout(2, 0, sequence=True), device="meta")
+    model = build_model(tiny_mup_dit(64), TensorLayout(2, 0, sequence=True), device="meta")
     with pytest.raises(ValueError, match="sequence parallelism"):
         Recorder(model, lambda: torch.zeros(1), 64, 0)
 
@@ -145,12 +145,12 @@ def test_a_model_that_blows_up_is_broken_and_written_as_json() -> None:
 
 
 def test_widths_keep_head_dim_and_base_width() -> None:
-    wide = at_width(tiny_mup_config(64, 32), 128, "mup", (64, 128))
+    wide = at_width(tiny_mup_dit(64, 32), 128, "mup", (64, 128))
     assert (wide.num_heads, wide.head_channels, wide.base_width) == (8, 16, 32)
-    assert at_width(tiny_config(), 96, "mup", (48, 96)).base_width == 48
-    assert at_width(tiny_mup_config(64, 32), 128, "sp", (64, 128)).base_width is None
+    assert at_width(tiny_dit(), 96, "mup", (48, 96)).base_width == 48
+    assert at_width(tiny_mup_dit(64, 32), 128, "sp", (64, 128)).base_width is None
     with pytest.raises(UserError, match="multiples of 24"):
-        at_width(tiny_config(), 64, "sp", (48, 64))
+        at_width(tiny_dit(), 64, "sp", (48, 64))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 from torch import nn
 
+from helpers.models.tiny_dit import tiny_mup_dit
+from helpers.models.tiny_mmdit import tiny_mup_mmdit
 from helpers.mup_checks import coordinate_verdict
 from helpers.rounding import reversed_sums
-from helpers.tiny_dit import tiny_mup_config
-from helpers.tiny_mmdit import tiny_mup_mmdit
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import build_model
@@ -124,7 +124,7 @@ def test_nothing_reached_is_no_pass() -> None:
 
 def test_a_gradient_of_rounding_alone_moves_nothing() -> None:
     """Scores lose what all keys share, so that a key bias has no gradient but rounding: Adam must not follow it."""
-    model = tiny_mup_config(64, 64, depth=1)
+    model = tiny_mup_dit(64, 64, depth=1)
     plan = CoordPlan(_WIDTHS, steps=5, seeds=1, batch=4)
     trained: list[nn.Module] = []
 
@@ -141,7 +141,7 @@ def test_a_gradient_of_rounding_alone_moves_nothing() -> None:
 
 def test_the_check_computes_in_float64_whatever_the_config_asks_of_norms() -> None:
     """fp32 attention and norms, as in the paper's PixArt, would bring float32's rounding back."""
-    model = tiny_mup_config(64, 64, attention_precision="fp32", norm_precision="fp32")
+    model = tiny_mup_dit(64, 64, attention_precision="fp32", norm_precision="fp32")
     config = at_width(model, 128, "mup", _WIDTHS)
     assert (config.attention_precision, config.norm_precision) == ("auto", "auto")
 

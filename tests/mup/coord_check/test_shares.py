@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.layouts.tensor_shards import this_rank
+from helpers.models.tiny_dit import tiny_mup_dit
+from helpers.models.tiny_mmdit import tiny_mup_mmdit
+from helpers.models.tiny_pixart import tiny_mup_pixart
+from helpers.models.tiny_uvit import tiny_mup_uvit
 from helpers.ranks import ROOT, run_command, run_ranks
-from helpers.shards import this_rank
-from helpers.tiny_dit import tiny_mup_config
-from helpers.tiny_mmdit import tiny_mup_mmdit
-from helpers.tiny_pixart import tiny_pixart_mup
-from helpers.tiny_uvit import tiny_mup_uvit
 from megadit.cli import coord_check
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
@@ -32,8 +32,8 @@ REPA = {"block": 1, "feature_dim": 24, "hidden": 64}
 PLAN = CoordPlan((32, 64, 96), steps=5, seeds=1, batch=4)
 TEXT = {"dim": 20, "max_length": 6}  # of 7 all example texts would have one token, and queries no gradient
 FAMILIES: dict[str, ModelConfig] = {
-    "dit": tiny_mup_config(64, 32, repa=REPA, qk_norm="rms"),
-    "pixart": tiny_pixart_mup(64, repa=REPA, qk_norm="rms", qkv_bias=False, text=TEXT),
+    "dit": tiny_mup_dit(64, 32, repa=REPA, qk_norm="rms"),
+    "pixart": tiny_mup_pixart(64, repa=REPA, qk_norm="rms", qkv_bias=False, text=TEXT),
     "uvit": tiny_mup_uvit(64, kind="text", depth=2, repa=REPA, qk_norm="rms", mlp_time_embed=True),
     "mmdit": tiny_mup_mmdit(64, depth=2, pooled=12, repa=REPA, qk_norm="rms", mlp="swiglu"),
 }

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from helpers.fabricated import fabricate, make_study, valley
+from helpers.studies.fabricated import fabricate, make_study, valley
 from megadit.config import load_config
 from megadit.models import count_parameters
 from megadit.plan import forward_flops, training_flops

@@ -8,7 +8,7 @@ import math
 import pytest
 import yaml
 
-from helpers.fabricated import BASE, fabricate, make_study, valley
+from helpers.studies.fabricated import BASE, fabricate, make_study, valley
 from megadit.config import RunConfig, load, load_config
 from megadit.errors import UserError
 from megadit.search.apply.summary import describe, to_json, value_words

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.fabricated import BASE, fabricate, make_study, valley
+from helpers.studies.fabricated import BASE, fabricate, make_study, valley
 from megadit.errors import UserError
 from megadit.search.report import compose, write_report, write_results
 from megadit.search.results import FAILED, PRUNED

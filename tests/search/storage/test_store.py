@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.tiny_study import result_for, tiny_study
+from helpers.studies.tiny_study import result_for, tiny_study
 from megadit.errors import UserError
 from megadit.search.storage import store as store_module
 from megadit.search.storage.identity import WorkerId, this_worker

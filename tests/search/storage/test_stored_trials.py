@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from helpers.studies import a_trial
+from helpers.studies.handwritten import a_trial
 from megadit.search.storage.identity import WorkerId
 from megadit.search.storage.records import check_start, restored, stored
 

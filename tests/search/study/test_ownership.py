@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny_study import tiny_study
+from helpers.studies.tiny_study import tiny_study
 from megadit.errors import UserError
 from megadit.search.storage.store import StudyStore
 from megadit.search.study.study import find_study, is_frozen, load_study, save_study

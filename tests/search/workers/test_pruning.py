@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.ranks import run_ranks
-from helpers.tiny_study import result_for, tiny_study
+from helpers.studies.tiny_study import result_for, tiny_study
 from megadit.errors import UserError
 from megadit.search.storage.identity import this_worker
 from megadit.search.storage.store import StudyStore, load_results

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.ranks import run_ranks
-from helpers.tiny_study import TINY, tiny_study
+from helpers.studies.tiny_study import TINY, tiny_study
 from megadit.config import DataConfig, LoadedConfig, load_config
 from megadit.data import build_datasets
 from megadit.parallel import start_processes

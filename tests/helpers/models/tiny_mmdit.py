@@ -1,4 +1,4 @@
-"""Tiny MMDiTs and inputs for them; weights come from ``tiny_dit.randomize``."""
+"""Tiny MMDiTs and inputs for them; weights come from ``weights.randomize``."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def tiny_pixart(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def tiny_pixart_mup(width: int, base_width: int = 32, **changes: Any) -> ModelConfig:
+def tiny_mup_pixart(width: int, base_width: int = 32, **changes: Any) -> ModelConfig:
     """The same under muP at a fixed head_dim of 16."""
     return tiny_pixart(width=width, heads=None, head_dim=16, parametrization="mup", base_width=base_width, **changes)
 

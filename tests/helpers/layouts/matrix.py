@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from helpers.layout_parity import gap_of
+from helpers.layouts.parity import gap_of
+from helpers.models.tiny_text import bert_folder
 from helpers.ranks import run_ranks
-from helpers.tiny_text import bert_folder
 from helpers.training import merge_weights, small_config, train_rank
 from megadit.config import RunConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from helpers.tiny_dit import tiny_inputs
+from helpers.models.tiny_dit import dit_inputs
 from megadit.conditioning import Conditioning
 from megadit.config import ModelConfig
 from megadit.mup.example import example_conditioning
@@ -36,5 +36,5 @@ def tiny_mup_uvit(width: int, base_width: int = 32, kind: str = "class", **chang
 
 def uvit_inputs(config: ModelConfig, batch: int = 3) -> tuple[Tensor, Tensor, Conditioning]:
     """(x, t, cond): labels with the null one among them, or texts of several lengths with their mask."""
-    x, t, cond = tiny_inputs(config, batch)
+    x, t, cond = dit_inputs(config, batch)
     return (x, t, cond) if config.text is None else (x, t, example_conditioning(config, range(batch)))

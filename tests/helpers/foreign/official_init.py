@@ -1,7 +1,7 @@
 """The initialisers of the originals and of the paper's authors, written a second time on torch's own modules.
 
-``starts`` runs one without drawing: it records what each parameter would be drawn from. Modules hold the parameters of
-a model under megadit's names and compute nothing.
+``initial_distributions`` runs one without drawing: it records what each parameter would be drawn from. Modules hold
+the parameters of a model under megadit's names and compute nothing.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialDistribution:
     """A distribution of mean 0 (``normal``, ``uniform``) and its standard deviation, or a ``constant`` value."""
 
     kind: str
     value: float
 
 
-def starts(build: Callable[[], nn.Module], then: Callable[[nn.Module], None] | None = None) -> dict[str, Start]:
-    """What every parameter of ``build()`` starts from, by name; ``then`` is run on the model after it was built."""
+def initial_distributions(
+    build: Callable[[], nn.Module], then: Callable[[nn.Module], None] | None = None
+) -> dict[str, InitialDistribution]:
+    """The distribution of every parameter of ``build()``, by name; ``then`` is run on the model after it was built."""
     recorder = _Recorder()
     with recorder, torch.device("meta"):
         model = build()
         if then is not None:
             then(model)
-    return {name: recorder.start_of(param) for name, param in model.named_parameters()}
+    return {name: recorder.distribution_of(param) for name, param in model.named_parameters()}
 
 
 class _Recorder(TorchDispatchMode):
@@ -39,10 +41,10 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._starts: dict[int, Start] = {}
+        self._starts: dict[int, InitialDistribution] = {}
         self._alive: list[Tensor] = []  # so that no storage's number is given twice
 
-    def start_of(self, tensor: Tensor) -> Start:
+    def distribution_of(self, tensor: Tensor) -> InitialDistribution:
         return self._starts[_storage(tensor)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,19 +59,23 @@ class _Recorder(TorchDispatchMode):
         return out
 
     @staticmethod
-    def _after(name: str, args: Any, kwargs: dict[str, Any], before: Start | None) -> Start | None:
+    def _after(
+        name: str, args: Any, kwargs: dict[str, Any], before: InitialDistribution | None
+    ) -> InitialDistribution | None:
         if name == "uniform_":
             low, high = (*args, *(kwargs.get(key) for key in ("from", "to")))[:2]
             assert low == -high
-            return Start("uniform", high / math.sqrt(3))
+            return InitialDistribution("uniform", high / math.sqrt(3))
         if name == "normal_":
-            return Start("normal", float((*args, 0.0, 1.0)[1] if len(args) > 1 else kwargs.get("std", 1.0)))
+            return InitialDistribution(
+                "normal", float((*args, 0.0, 1.0)[1] if len(args) > 1 else kwargs.get("std", 1.0))
+            )
         if name in ("fill_", "zero_"):
-            return Start("constant", float(args[0]) if args else 0.0)
+            return InitialDistribution("constant", float(args[0]) if args else 0.0)
         if name in ("zeros", "ones"):
-            return Start("constant", float(name == "ones"))
+            return InitialDistribution("constant", float(name == "ones"))
         if name == "randn":
-            return Start("normal", 1.0)
+            return InitialDistribution("normal", 1.0)
         if before is not None and name in ("mul_", "mul", "div_", "div"):
             factor = float(args[0])
             return replace(before, value=before.value * factor if name.startswith("mul") else before.value / factor)

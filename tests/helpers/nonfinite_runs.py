@@ -1,4 +1,4 @@
-"""Runs into which a number that is none was planted, and what they leave behind."""
+"""Runs with a NaN, an infinite gradient or a loud sample planted in them, and the files that they leave behind."""
 
 from __future__ import annotations
 

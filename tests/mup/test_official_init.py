@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import official_starts as official
-from helpers.official_starts import Start, starts
-from helpers.tiny_pixart import tiny_pixart_mup
+from helpers.foreign import official_init as official
+from helpers.foreign.official_init import InitialDistribution, initial_distributions
+from helpers.models.tiny_pixart import tiny_mup_pixart
 from megadit.config import ModelConfig, load, load_config, preset
 from megadit.errors import UserError
 from megadit.models import build_model
@@ -21,25 +21,27 @@ WIDTHS = (288, 1152)
 BASE = 288
 
 
-def ours(family: str, width: int, **changes: Any) -> dict[str, Start]:
+def ours(family: str, width: int, **changes: Any) -> dict[str, InitialDistribution]:
     """What megadit's parameters start from: two blocks, or one where the originals' shapes here have one."""
     values: dict[str, Any] = {"family": family, "width": width, "depth": 1, "head_dim": 72}
     if family in ("pixart", "mmdit"):
         values |= {"num_classes": 0, "text": {"dim": 4096}}
     specs = param_specs(build_model(ModelConfig(**{**values, **changes}), device="meta"))
     return {
-        name: Start(spec.init_dist, spec.init_std) if spec.init_std else Start("constant", spec.init_value)
+        name: InitialDistribution(spec.init_dist, spec.init_std)
+        if spec.init_std
+        else InitialDistribution("constant", spec.init_value)
         for name, spec in specs.items()
     }
 
 
-def assert_same(found: dict[str, Start], expected: dict[str, Start]) -> None:
+def assert_same(found: dict[str, InitialDistribution], expected: dict[str, InitialDistribution]) -> None:
     assert set(found) == set(expected)
     for name, start in expected.items():
         assert (found[name].kind, found[name].value) == (start.kind, pytest.approx(start.value, rel=1e-12)), name
 
 
-def under_mup(shapes: Any, width: int, draw: Any) -> dict[str, Start]:
+def under_mup(shapes: Any, width: int, draw: Any) -> dict[str, InitialDistribution]:
     """The start of a muP model of base width 288 whose infshapes the package finds; ``draw`` takes the model."""
     mup = pytest.importorskip("mup")
 
@@ -51,7 +53,7 @@ def under_mup(shapes: Any, width: int, draw: Any) -> dict[str, Start]:
         mup.set_base_shapes(model, base, delta=delta)
         return model
 
-    return starts(build, None if draw is official.authors_dit else lambda model: draw(model, mup.init))
+    return initial_distributions(build, None if draw is official.authors_dit else lambda model: draw(model, mup.init))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -86,7 +88,7 @@ SP: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("family", SP)
 def test_sp_starts_as_the_original_does(family: str, width: int) -> None:
     shapes, draw, changes = SP[family]
-    assert_same(ours(family, width, **changes), starts(lambda: shapes(width), draw))
+    assert_same(ours(family, width, **changes), initial_distributions(lambda: shapes(width), draw))
 
 
 def test_the_papers_files_have_the_authors_numbers() -> None:
@@ -158,9 +160,9 @@ def test_other_families_have_no_such_start(file: str) -> None:
 
 def test_options_beside_it() -> None:
     """A factor per role and a start of the modulation of one's own."""
-    plain = param_specs(build_model(tiny_pixart_mup(64, init="authors"), device="meta"))
+    plain = param_specs(build_model(tiny_mup_pixart(64, init="authors"), device="meta"))
     options = {"adaln_init": "zero", "role_hps": {"hidden": {"init_std": 0.5}}}
-    changed = param_specs(build_model(tiny_pixart_mup(64, init="authors", **options), device="meta"))
+    changed = param_specs(build_model(tiny_mup_pixart(64, init="authors", **options), device="meta"))
     for name, spec in changed.items():
         factor = 0.5 if spec.role == "hidden" else 1.0
         expected = 0.0 if name == "t_block.1.weight" else factor * plain[name].init_std

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from helpers.dit_reference import reference_positions
+from helpers.models.reference_dit import reference_positions
 
 State = dict[str, Tensor]
 _N, _HIDDEN, _PATCH, _CHANNELS = 48, 192, 2, 4

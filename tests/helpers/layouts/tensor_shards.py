@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.tiny_dit import randomize
+from helpers.models.weights import randomize
 from megadit.config import ModelConfig
 from megadit.models import build_model
 from megadit.mup.spec import walk_slices

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from helpers.fabricated import make_study
+from helpers.studies.fabricated import make_study
 from megadit.search.results import TrialResult
 from megadit.search.study.study import Study
 
