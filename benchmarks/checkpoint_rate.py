@@ -40,22 +40,26 @@ def arms(folder: Path, elements: int, size: int) -> tuple[dict[str, Callable[[],
     """The four things to time, by name, and the bytes that each moves."""
     import torch
 
-    from megadit.checkpoint.io import Piece, PieceReader, write_pieces
+    from megadit.checkpoint.format import StoredFragment
+    from megadit.checkpoint.fragment_files import write_fragments
+    from megadit.checkpoint.fragment_reader import FragmentReader
 
     names = [f"blocks.{i}.weight" for i in range(max(1, elements // size))]
     tensors = {f"{kind}/{name}": torch.randn(size) for name in names for kind in KINDS}
-    pieces = [Piece(kind, name, 0, size, "ours") for name in names for kind in KINDS]
+    fragments = [StoredFragment(kind, name, 0, size, "ours") for name in names for kind in KINDS]
     targets = {key: torch.empty(size) for key in tensors}
     index: list[Any] = []
 
     def save() -> None:
-        index[:] = write_pieces(folder / "ours", [(piece, tensors[f"{piece.kind}/{piece.name}"]) for piece in pieces])
+        index[:] = write_fragments(
+            folder / "ours", [(fragment, tensors[f"{fragment.kind}/{fragment.name}"]) for fragment in fragments]
+        )
 
     def load() -> None:
         record, written = index
-        with PieceReader(folder, {key: [size] for key in names}, written, {"ours": record}) as reader:
-            for piece in pieces:
-                reader.read_into(targets[f"{piece.kind}/{piece.name}"], piece.kind, piece.name)
+        with FragmentReader(folder, {key: [size] for key in names}, written, {"ours": record}) as reader:
+            for fragment in fragments:
+                reader.read_into(targets[f"{fragment.kind}/{fragment.name}"], fragment.kind, fragment.name)
 
     def torch_save() -> None:
         with open(folder / "theirs", "wb") as file:

@@ -146,7 +146,7 @@ def say(text: str, stream: IO[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def harmless(what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def warn_on_failure(what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """In the block a failure of ``what`` is a warning: for what follows when the work is done and saved.
 
     Exceptions of the types ``passing`` are raised.

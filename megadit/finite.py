@@ -13,7 +13,7 @@ _PIECE = 1 << 24  # values that are counted at once
 
 
 @dataclass
-class Count:
+class NonFiniteCount:
     """Values of one tensor: all, and those that are NaN, infinite, or beyond float32's largest."""
 
     total: int = 0
@@ -43,15 +43,15 @@ class Count:
 
 
 @dataclass
-class Tally:
+class NonFiniteCounts:
     """Counts by name; tensors that are not of floating point are passed over."""
 
-    counts: dict[str, Count] = field(default_factory=dict)
+    counts: dict[str, NonFiniteCount] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor) -> None:
         """Count the values of a tensor, or of a part of it."""
         if values.is_floating_point():
-            self.counts.setdefault(name, Count()).add(values)
+            self.counts.setdefault(name, NonFiniteCount()).add(values)
 
     def __str__(self) -> str:
         """ "'x' holds 2 NaN of 9 values, and so do 3 more tensors"; empty where all values are finite."""
@@ -70,10 +70,10 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
-def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Which of the tensors hold values that are not finite, as ``str(Tally)`` says it; empty where none does."""
-    tally = Tally()
+def describe_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """``str(NonFiniteCounts)`` of the tensors, those on the meta device left out; empty where all values are finite."""
+    counts = NonFiniteCounts()
     for name, values in tensors:
         if values.is_floating_point() and values.device.type != "meta":
-            tally.add(name, values)
-    return str(tally)
+            counts.add(name, values)
+    return str(counts)

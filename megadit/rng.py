@@ -74,7 +74,7 @@ def _draw(keys: Tensor, start: int, count: int, transform: Callable[[Tensor], Te
     return values[:, offset : offset + count]
 
 
-def _draw_runs(key: int, firsts: Tensor, length: int, transform: Callable[[Tensor], Tensor]) -> Tensor:
+def _draw_spans(key: int, firsts: Tensor, length: int, transform: Callable[[Tensor], Tensor]) -> Tensor:
     """Elements [first, first + length) of a stream for every first: (R,) int64 -> (R, length) float32."""
     blocks = firsts[:, None] // 4 + torch.arange(length // 4 + 2, dtype=torch.int64, device=firsts.device)
     words = _philox(_single(key, firsts.device)[:, None], blocks.flatten())[0]
@@ -96,14 +96,14 @@ def uniform(key: int, shape: Sequence[int], *, start: int = 0, device: torch.dev
     return _draw(_single(key, device), start, math.prod(shape), _unit)[0].reshape(tuple(shape))
 
 
-def normal_runs(key: int, firsts: Tensor, length: int) -> Tensor:
+def normal_spans(key: int, firsts: Tensor, length: int) -> Tensor:
     """Standard normals, float32 (R, length): of each run the stream's elements from ``firsts``, int64 (R,), onward."""
-    return _draw_runs(key, firsts, length, _gauss)
+    return _draw_spans(key, firsts, length, _gauss)
 
 
-def uniform_runs(key: int, firsts: Tensor, length: int) -> Tensor:
+def uniform_spans(key: int, firsts: Tensor, length: int) -> Tensor:
     """Uniforms in (0, 1], float32 (R, length): of each run the stream's elements from ``firsts`` onward."""
-    return _draw_runs(key, firsts, length, _unit)
+    return _draw_spans(key, firsts, length, _unit)
 
 
 def batch_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadit.checkpoint.io import BrokenCheckpoint
+from megadit.checkpoint.format import BrokenCheckpoint
 from megadit.checkpoint.names import (
     INDEX,
     LATEST,
-    check_named,
+    check_checkpoint_path,
     checkpoint_root,
     run_config,
     step_folders,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
+class OpenedCheckpoint:
     """An opened checkpoint, and those before it, newest first, should its tensors prove to be broken.
 
     ``problems`` is what was wrong with ``latest`` and with newer ones, where it takes their place.
@@ -45,7 +45,7 @@ def find_checkpoint(run_dir: Path, wanted: str = LATEST) -> Path | None:
     return None if found is None else found.stored.path
 
 
-def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") -> Found | None:
+def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") -> OpenedCheckpoint | None:
     """The run's latest sound checkpoint, or the one named by a path; None if the run has saved none.
 
     A path to a run directory means its latest. What is passed over is told on stderr. ``key`` is what an error calls
@@ -60,24 +60,24 @@ def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") 
     path = Path(wanted)
     if checkpoint_root(path).is_dir():
         return _open_newest(path)
-    check_named(wanted, key)
-    return Found(StoredCheckpoint(path))
+    check_checkpoint_path(wanted, key)
+    return OpenedCheckpoint(StoredCheckpoint(path))
 
 
-def _open_newest(run_dir: Path) -> Found | None:
+def _open_newest(run_dir: Path) -> OpenedCheckpoint | None:
     paths, problem = _candidates(checkpoint_root(run_dir))
     problems = [problem] if problem else []
     for number, path in enumerate(paths):
         try:
-            found = Found(StoredCheckpoint(path), tuple(paths[number + 1 :]), tuple(problems))
+            found = OpenedCheckpoint(StoredCheckpoint(path), tuple(paths[number + 1 :]), tuple(problems))
         except BrokenCheckpoint as error:
             problems.append(str(error))
             continue
         for problem in problems:
-            tell_fallback(problem, path)
+            warn_fallback(problem, path)
         return found
     if problems:
-        raise none_sound(problems[0])
+        raise no_sound_checkpoint(problems[0])
     return None
 
 
@@ -95,12 +95,12 @@ def _candidates(root: Path) -> tuple[list[Path], str]:
     return upto, problem
 
 
-def tell_fallback(problem: str, path: Path) -> None:
+def warn_fallback(problem: str, path: Path) -> None:
     """Say on stderr that an earlier checkpoint takes the place of a broken one."""
     print(f"warning: {problem.removesuffix('; use an earlier one')}; going on from {path.name}", file=sys.stderr)
 
 
-def none_sound(problem: str) -> BrokenCheckpoint:
+def no_sound_checkpoint(problem: str) -> BrokenCheckpoint:
     """The sentence for a run none of whose checkpoints can be read."""
     return BrokenCheckpoint(
         f"{problem.removesuffix('; use an earlier one')}, and no earlier checkpoint of the run is sound; give one of "

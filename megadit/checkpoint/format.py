@@ -21,20 +21,75 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megadit.checkpoint.io import BLOCK, BrokenCheckpoint, FileRecord, Piece
 from megadit.checkpoint.names import INDEX
 from megadit.engine.deepspeed.partitions import Fragment
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
 from megadit.files.paths import is_file_name
+from megadit.slices import ShardRegions
 
 FORMAT = "megadit-checkpoint"
 VERSION = 2  # 1 had neither checksums nor sizes
 WEIGHTS = "weights"
 FLOAT_BYTES = 4  # of a stored element
+BLOCK = 1 << 20  # bytes that share a checksum
 _LARGEST = 2**63 - 1
 _MOST_BLOCK = 2**30  # bytes that share a checksum: a reader holds one block at a time
 _COUNTERS = ("step", "samples_seen", "skipped_steps", "adam_step")
+
+
+class BrokenCheckpoint(UserError):
+    """A checkpoint whose files are not what was written: torn, corrupt or incomplete. An earlier one may be sound."""
+
+
+@dataclass(frozen=True)
+class StoredFragment:
+    """Where elements [start, stop) of a flattened tensor of ``kind`` (weights, exp_avg, …) lie on the disk.
+
+    They are counted in the parameter ``name``, or in its shard ``shard_regions`` (megadit.slices). ``crc32`` has one
+    checksum per block of the fragment's bytes; None in files of format version 1.
+    """
+
+    kind: str
+    name: str
+    start: int
+    stop: int
+    file: str
+    shard_regions: ShardRegions | None = None
+    crc32: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """The tensor's key in its safetensors file."""
+        return f"{self.kind}/{self.name}@{self.start}"
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return (self.stop - self.start) * FLOAT_BYTES
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for the index, in which the regions are called boxes; what is None is left out."""
+        values = {"boxes" if key == "shard_regions" else key: value for key, value in vars(self).items()}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StoredFragment:
+        """What ``to_json`` gave, after its passage through JSON."""
+        regions, checksums = values.get("boxes"), values.get("crc32")
+        return cls(
+            **{key: values[key] for key in ("kind", "name", "start", "stop", "file")},
+            shard_regions=None if regions is None else tuple(tuple(map(tuple, region)) for region in regions),
+            crc32=None if checksums is None else tuple(checksums),
+        )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the index says of a file: its size, and the checksum of its safetensors header or, elsewhere, of all."""
+
+    bytes: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -56,10 +111,10 @@ class StateSource(Protocol):
 
 @dataclass(frozen=True)
 class Index:
-    """What ``index.json`` says. ``files`` is empty and pieces have no checksums in version 1."""
+    """What ``index.json`` says. ``files`` is empty and fragments have no checksums in version 1."""
 
     parameters: dict[str, list[int]]
-    pieces: list[Piece]
+    fragments: list[StoredFragment]
     files: dict[str, FileRecord]
     block: int = BLOCK
     version: int = VERSION
@@ -73,7 +128,7 @@ class Index:
             "block": self.block,
             "files": {name: asdict(record) for name, record in self.files.items()},
             "parameters": self.parameters,
-            "pieces": [piece.to_json() for piece in self.pieces],
+            "pieces": [fragment.to_json() for fragment in self.fragments],
             **({"plugins": list(self.plugins)} if self.plugins else {}),
         }
         return json.dumps({**body, "crc32": _sum_of(body)})
@@ -91,15 +146,20 @@ class Index:
             name, version = body.get("format"), body.get("version")
             if name == FORMAT and version == 1:
                 check_index(body)
-                return cls(body["parameters"], [Piece.from_json(piece) for piece in body["pieces"]], {}, version=1)
+                return cls(
+                    body["parameters"],
+                    [StoredFragment.from_json(fragment) for fragment in body["pieces"]],
+                    {},
+                    version=1,
+                )
             if name == FORMAT and version == VERSION:
                 expected = body.pop("crc32")
                 if expected != _sum_of(body):
                     raise ValueError("its checksum is wrong")
                 check_index(body)
                 files = {key: FileRecord(**record) for key, record in body["files"].items()}
-                pieces = [Piece.from_json(piece) for piece in body["pieces"]]
-                return cls(body["parameters"], pieces, files, body["block"], plugins=body.get("plugins", ()))
+                fragments = [StoredFragment.from_json(fragment) for fragment in body["pieces"]]
+                return cls(body["parameters"], fragments, files, body["block"], plugins=body.get("plugins", ()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BrokenCheckpoint(
                 f"checkpoint {folder}: its index cannot be read ({told(error, folder / INDEX)}); use an earlier one"
@@ -152,18 +212,18 @@ def cannot_write(target: Path, reason: str) -> UserError:
     return UserError(f"{target}: cannot be written ({reason}); free space or change --run_dir")
 
 
-def kinds_of(pieces: Iterable[Piece]) -> dict[str, int]:
+def kinds_of(fragments: Iterable[StoredFragment]) -> dict[str, int]:
     """Bytes by kind, weights first and the others as they come."""
     sizes: dict[str, int] = {}
-    for piece in pieces:
-        sizes[piece.kind] = sizes.get(piece.kind, 0) + piece.bytes
+    for fragment in fragments:
+        sizes[fragment.kind] = sizes.get(fragment.kind, 0) + fragment.bytes
     return sizes
 
 
 def check_index(body: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the key, unless the pieces of ``body`` lie in its parameters and its folder."""
-    parameters, pieces, files = body["parameters"], body["pieces"], body.get("files", {})
-    if not isinstance(parameters, dict) or not isinstance(pieces, list) or not isinstance(files, dict):
+    """Raise ValueError, naming the key, unless the fragments of ``body`` lie in its parameters and its folder."""
+    parameters, fragments, files = body["parameters"], body["pieces"], body.get("files", {})
+    if not isinstance(parameters, dict) or not isinstance(fragments, list) or not isinstance(files, dict):
         raise ValueError("its parameters, pieces or files are no lists of them")
     for name, shape in parameters.items():
         if not isinstance(shape, list) or not all(map(_is_count, shape)) or math.prod(shape) > _LARGEST:
@@ -178,27 +238,29 @@ def check_index(body: Mapping[str, Any]) -> None:
     plugins = body.get("plugins", [])
     if not isinstance(plugins, list) or not all(map(_is_plugin, plugins)):
         raise ValueError(f"plugins is {str(plugins)[:60]}")
-    for number, piece in enumerate(pieces):
-        problem = _piece_problem(piece, parameters)
+    for number, fragment in enumerate(fragments):
+        problem = _piece_problem(fragment, parameters)
         if problem:
             raise ValueError(f"piece {number} {problem}")
 
 
-def _piece_problem(piece: Any, parameters: Mapping[str, Any]) -> str | None:
-    if not isinstance(piece, dict) or not all(isinstance(piece.get(key), str) for key in ("kind", "name", "file")):
+def _piece_problem(fragment: Any, parameters: Mapping[str, Any]) -> str | None:
+    if not isinstance(fragment, dict) or not all(
+        isinstance(fragment.get(key), str) for key in ("kind", "name", "file")
+    ):
         return "has no kind, name or file"
-    if piece["name"] not in parameters:
-        return f"is of '{piece['name'][:60]}', which is no parameter"
-    if not is_file_name(piece["file"]):
-        return f"lies in '{piece['file'][:60]}', which is no name of a file in this folder"
-    shape, boxes, sums = parameters[piece["name"]], piece.get("boxes"), piece.get("crc32", [])
+    if fragment["name"] not in parameters:
+        return f"is of '{fragment['name'][:60]}', which is no parameter"
+    if not is_file_name(fragment["file"]):
+        return f"lies in '{fragment['file'][:60]}', which is no name of a file in this folder"
+    shape, shard_regions, sums = parameters[fragment["name"]], fragment.get("boxes"), fragment.get("crc32", [])
     size = math.prod(shape)
-    if boxes is not None:
-        if not isinstance(boxes, list) or not all(_is_box(box, shape) for box in boxes):
+    if shard_regions is not None:
+        if not isinstance(shard_regions, list) or not all(_is_box(box, shape) for box in shard_regions):
             return "has boxes that do not lie in its parameter"
-        size = sum(math.prod(high - low for low, high in box) for box in boxes)
-    start: Any = piece.get("start")
-    stop: Any = piece.get("stop")
+        size = sum(math.prod(high - low for low, high in box) for box in shard_regions)
+    start: Any = fragment.get("start")
+    stop: Any = fragment.get("stop")
     if not (_is_count(start) and _is_count(stop) and start <= stop <= size):
         return f"has the elements {str(start)[:30]} to {str(stop)[:30]} of {size}"
     if not isinstance(sums, list) or not all(map(_is_count, sums)):

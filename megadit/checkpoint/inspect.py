@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadit.checkpoint.find import Found, open_checkpoint
+from megadit.checkpoint.find import OpenedCheckpoint, open_checkpoint
 from megadit.checkpoint.format import kinds_of
-from megadit.checkpoint.io import PieceReader
+from megadit.checkpoint.fragment_reader import FragmentReader
 from megadit.checkpoint.read import StoredCheckpoint, differences
 from megadit.errors import UserError
 
@@ -20,7 +20,7 @@ _CHUNK = 1 << 22  # elements compared at once
 _COUNTERS = ("step", "samples_seen", "skipped_steps", "adam_step", "loss_scale")
 
 
-def open_for_people(path: str) -> Found:
+def open_for_people(path: str) -> OpenedCheckpoint:
     """A checkpoint folder, or a run directory's newest sound one.
 
     Raises:
@@ -42,9 +42,9 @@ def summary(stored: StoredCheckpoint, norms: bool = False) -> dict[str, Any]:
         "layout": stored.state.get("layout"),
         "parameters": len(stored.parameters),
         "elements": sum(math.prod(shape) for shape in stored.parameters.values()),
-        "pieces": len(stored.index.pieces),
-        "bytes": kinds_of(stored.index.pieces),
-        "files": len({piece.file for piece in stored.index.pieces}),
+        "pieces": len(stored.index.fragments),
+        "bytes": kinds_of(stored.index.fragments),
+        "files": len({fragment.file for fragment in stored.index.fragments}),
         "groups": stored.state.get("groups", []),
     }
     if norms:
@@ -56,12 +56,12 @@ def summary(stored: StoredCheckpoint, norms: bool = False) -> dict[str, Any]:
     return found
 
 
-def _norm(reader: PieceReader, kind: str, name: str, shape: list[int]) -> float | None:
+def _norm(reader: FragmentReader, kind: str, name: str, shape: list[int]) -> float | None:
     squares = [float(values.double().square().sum()) for values in _chunks(reader, kind, name, shape)]
     return _finite(math.sqrt(sum(squares)))
 
 
-def _chunks(reader: PieceReader, kind: str, name: str, shape: list[int]) -> Iterator[Tensor]:
+def _chunks(reader: FragmentReader, kind: str, name: str, shape: list[int]) -> Iterator[Tensor]:
     count = math.prod(shape)
     for start in range(0, count, _CHUNK):
         values = torch.empty(min(_CHUNK, count - start))
@@ -102,7 +102,7 @@ def compare(a: StoredCheckpoint, b: StoredCheckpoint) -> dict[str, Any]:
     }
 
 
-def _distance(a: PieceReader, b: PieceReader, kind: str, name: str, shape: list[int]) -> dict[str, Any]:
+def _distance(a: FragmentReader, b: FragmentReader, kind: str, name: str, shape: list[int]) -> dict[str, Any]:
     largest = scale = 0.0
     equal = True
     for left, right in zip(_chunks(a, kind, name, shape), _chunks(b, kind, name, shape), strict=True):

@@ -47,7 +47,7 @@ def saved_step(run_dir: Path) -> int:
         return 0
 
 
-def check_named(wanted: str, key: str) -> None:
+def check_checkpoint_path(wanted: str, key: str) -> None:
     """Raise UserError unless the path ``wanted`` looks like a checkpoint or a run directory; ``key`` is its origin."""
     path = Path(wanted)
     if not (checkpoint_root(path).is_dir() or (path / INDEX).is_file()):

@@ -13,8 +13,18 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megadit.checkpoint.format import FLOAT_BYTES, WEIGHTS, Index, Position, StateSource, check_state, told
-from megadit.checkpoint.io import BrokenCheckpoint, Piece, PieceReader
+from megadit.checkpoint.format import (
+    FLOAT_BYTES,
+    WEIGHTS,
+    BrokenCheckpoint,
+    Index,
+    Position,
+    StateSource,
+    StoredFragment,
+    check_state,
+    told,
+)
+from megadit.checkpoint.fragment_reader import FragmentReader
 from megadit.checkpoint.names import STATE
 from megadit.config import RunConfig
 from megadit.config.loading.sources import flat
@@ -24,11 +34,11 @@ from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
 from megadit.engine.ema import KIND as EMA_KIND
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
-from megadit.finite import all_finite, not_finite
+from megadit.finite import all_finite, describe_nonfinite
 from megadit.models.repa import PREFIX, without_projector
 from megadit.parallel import ProcessContext
 from megadit.plugins import require
-from megadit.slices import Wanted, runs
+from megadit.slices import PendingSpans, contiguous_spans
 
 # Any layout trains the same model.
 _LAYOUT_KEYS = (
@@ -81,7 +91,7 @@ class StoredCheckpoint:
                 what += f" ({other})" if other is not None else ""
                 raise BrokenCheckpoint(f"checkpoint {self.path}: {name} {what}; use an earlier one")
         needed = sum(math.prod(shape) for shape in self.parameters.values()) * FLOAT_BYTES
-        files = [self.path / name for name in dict.fromkeys(piece.file for piece in self.index.pieces)]
+        files = [self.path / name for name in dict.fromkeys(fragment.file for fragment in self.index.fragments)]
         stored = sum(file.stat().st_size for file in files if file.is_file())
         if stored < needed:
             raise BrokenCheckpoint(
@@ -96,17 +106,17 @@ class StoredCheckpoint:
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """What is stored of the parameters: weights, exp_avg, exp_avg_sq, ema/NAME, …"""
-        return tuple(dict.fromkeys(piece.kind for piece in self.index.pieces))
+        return tuple(dict.fromkeys(fragment.kind for fragment in self.index.fragments))
 
     @property
     def averages(self) -> tuple[str, ...]:
         """Names of the stored moving averages."""
         return tuple(kind.removeprefix(EMA_KIND) for kind in self.kinds if kind.startswith(EMA_KIND))
 
-    def reader(self) -> PieceReader:
+    def reader(self) -> FragmentReader:
         """Opens the tensors; to be used in a ``with``."""
         index = self.index
-        return PieceReader(self.path, index.parameters, index.pieces, index.files, index.block)
+        return FragmentReader(self.path, index.parameters, index.fragments, index.files, index.block)
 
     def check_same_model(self, config: RunConfig) -> None:
         """Refuse a checkpoint of another model: what differs is named.
@@ -191,14 +201,14 @@ class StoredCheckpoint:
             )
         lacking: set[str] = set()
 
-        def fill(reader: PieceReader, f: Fragment) -> None:
+        def fill(reader: FragmentReader, f: Fragment) -> None:
             for kind, values in {WEIGHTS: f.values, **partitions.moments(f)}.items():
-                reader.read_into(values, kind, f.name, f.start, f.boxes)
+                reader.read_into(values, kind, f.name, f.start, f.shard_regions)
                 self._check_finite(kind, f.name, values)
             for source in sources:
                 for kind, values in source.tensors(f).items():
                     if kind in self.kinds:
-                        reader.read_into(values, kind, f.name, f.start, f.boxes)
+                        reader.read_into(values, kind, f.name, f.start, f.shard_regions)
                     else:
                         lacking.add(kind)
                         values.copy_(f.values)
@@ -223,9 +233,9 @@ class StoredCheckpoint:
         """
         stored = self.kind_of(weights)
 
-        def fill(reader: PieceReader, f: Fragment) -> None:
+        def fill(reader: FragmentReader, f: Fragment) -> None:
             if f.name in self.parameters:
-                reader.read_into(f.values, stored, f.name, f.start, f.boxes)
+                reader.read_into(f.values, stored, f.name, f.start, f.shard_regions)
                 self._check_finite(stored, f.name, f.values)
             for source in sources:
                 for values in source.tensors(f).values():
@@ -238,7 +248,7 @@ class StoredCheckpoint:
         self,
         partitions: Partitions,
         context: ProcessContext,
-        fill: Callable[[PieceReader, Fragment], None],
+        fill: Callable[[FragmentReader, Fragment], None],
         *,
         lacking: str | None = None,
     ) -> None:
@@ -254,7 +264,7 @@ class StoredCheckpoint:
                     fill(reader, fragment)
         except BrokenCheckpoint as error:
             problem = str(error)
-        agree(context, problem)
+        raise_on_all_ranks(context, problem)
 
     def _notes(self, partitions: Partitions, sources: Sequence[StateSource], lacking: set[str]) -> list[str]:
         notes = [f"{kind} is not in the checkpoint and starts from its weights" for kind in sorted(lacking)]
@@ -295,7 +305,7 @@ class StoredCheckpoint:
 
     def _check_finite(self, kind: str, name: str, values: Tensor) -> None:
         """Raise BrokenCheckpoint for values with which everything that is computed is NaN, whoever wrote them."""
-        problem = "" if all_finite(values) else not_finite([(name, values)])
+        problem = "" if all_finite(values) else describe_nonfinite([(name, values)])
         if problem:
             raise BrokenCheckpoint(
                 f"checkpoint {self.path}: of its {kind}, {problem}, from which nothing goes on; use an earlier one"
@@ -305,29 +315,29 @@ class StoredCheckpoint:
         """Read everything and tell what is not as it was written; of version 1 only what its sizes betray."""
         problems = []
         with self.reader() as reader:
-            for piece in self.index.pieces:
+            for fragment in self.index.fragments:
                 try:
-                    reader.check(piece)
+                    reader.check(fragment)
                 except BrokenCheckpoint as error:
                     problems.append(str(error))
         return list(dict.fromkeys(problems + self._gaps()))
 
     def _gaps(self) -> list[str]:
-        stored: dict[tuple[str, str], list[Piece]] = {}
-        for piece in self.index.pieces:
-            stored.setdefault((piece.kind, piece.name), []).append(piece)
+        stored: dict[tuple[str, str], list[StoredFragment]] = {}
+        for fragment in self.index.fragments:
+            stored.setdefault((fragment.kind, fragment.name), []).append(fragment)
         found = []
         for kind in self.kinds:
             for name, shape in self.parameters.items():
-                wanted = Wanted(runs(shape, None, 0, math.prod(shape)))
-                for piece in stored.get((kind, name), ()):
-                    wanted.take(runs(shape, piece.boxes, piece.start, piece.stop))
+                wanted = PendingSpans(contiguous_spans(shape, None, 0, math.prod(shape)))
+                for fragment in stored.get((kind, name), ()):
+                    wanted.take(contiguous_spans(shape, fragment.shard_regions, fragment.start, fragment.stop))
                 if wanted.left:
                     found.append(f"checkpoint {self.path}: {wanted.left} elements of {kind} of '{name}' are missing")
         return found
 
 
-def open_everywhere(path: Path, context: ProcessContext) -> StoredCheckpoint:
+def open_on_all_ranks(path: Path, context: ProcessContext) -> StoredCheckpoint:
     """Open a checkpoint on all ranks, or on none.
 
     Raises:
@@ -338,12 +348,12 @@ def open_everywhere(path: Path, context: ProcessContext) -> StoredCheckpoint:
         stored = StoredCheckpoint(path)
     except BrokenCheckpoint as error:
         problem = str(error)
-    agree(context, problem)
+    raise_on_all_ranks(context, problem)
     assert stored is not None
     return stored
 
 
-def agree(context: ProcessContext, problem: str) -> None:
+def raise_on_all_ranks(context: ProcessContext, problem: str) -> None:
     """Let what one rank found be every rank's.
 
     Raises:

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from megadit.checkpoint.format import (
     WEIGHTS,
+    FileRecord,
     Index,
     Position,
     StateSource,
+    StoredFragment,
     cannot_write,
     flush_folder,
     refuse_disk_errors,
     write_text,
 )
-from megadit.checkpoint.io import FileRecord, Piece, write_pieces
+from megadit.checkpoint.fragment_files import write_fragments
 from megadit.checkpoint.names import INDEX, LATEST, STATE, checkpoint_root, step_folder, step_folders, step_of
 from megadit.config import RunConfig
 from megadit.engine.deepspeed.partitions import Fragment, Partitions
@@ -59,13 +61,15 @@ def save_checkpoint(
     owned = partitions.to_save()
     file, problem = f"fragments-{context.rank:05d}.safetensors", ""
     records: dict[str, FileRecord] = {}
-    pieces: list[Piece] = []
+    fragments: list[StoredFragment] = []
     try:
         if owned:
-            records[file], pieces = write_pieces(temporary / file, list(_tensors(partitions, sources, owned, file)))
+            records[file], fragments = write_fragments(
+                temporary / file, list(_tensors(partitions, sources, owned, file))
+            )
     except OSError as error:
         problem = f"rank {context.rank}: {error.strerror or error}"
-    reports = context.gather_objects((problem, records, pieces, {f.name: list(f.shape) for f in owned}))
+    reports = context.gather_objects((problem, records, fragments, {f.name: list(f.shape) for f in owned}))
 
     def publish() -> None:
         problems = [report[0] for report in reports if report[0]]
@@ -74,7 +78,7 @@ def save_checkpoint(
             raise cannot_write(final, "; ".join(problems))
         index = Index(
             parameters={name: shape for report in reports for name, shape in report[3].items()},
-            pieces=[piece for report in reports for piece in report[2]],
+            fragments=[fragment for report in reports for fragment in report[2]],
             files={name: record for report in reports for name, record in report[1].items()},
             plugins=[plugin.model_dump() for plugin in config.plugins],
         )
@@ -117,13 +121,13 @@ def _prepare(final: Path, ownership: Ownership | None) -> Path:
 
 def _tensors(
     partitions: Partitions, sources: Sequence[StateSource], fragments: list[Fragment], file: str
-) -> Iterator[tuple[Piece, Tensor]]:
+) -> Iterator[tuple[StoredFragment, Tensor]]:
     for f in fragments:
         kinds = {WEIGHTS: f.values, **partitions.moments(f)}
         for source in sources:
             kinds |= source.tensors(f)
         for kind, values in kinds.items():
-            yield Piece(kind, f.name, f.start, f.stop, file, f.boxes), values
+            yield StoredFragment(kind, f.name, f.start, f.stop, file, f.shard_regions), values
 
 
 def _publish(
@@ -159,7 +163,7 @@ def _rename(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def take_up(run_dir: Path, checkpoint: Path) -> None:
+def set_latest(run_dir: Path, checkpoint: Path) -> None:
     """Let ``latest`` name the checkpoint of its own that a run goes on from.
 
     So that a run which was taken back, or which passed over a broken checkpoint, and is killed before it saves goes on

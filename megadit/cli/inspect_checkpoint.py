@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     refuse_ranks("tools/inspect_checkpoint.py")
     import_plugins(args)
-    from megadit.checkpoint.names import check_named
+    from megadit.checkpoint.names import check_checkpoint_path
 
     for path in filter(None, (args.checkpoint, args.diff)):
-        check_named(path, "checkpoint")  # refused before torch is imported
+        check_checkpoint_path(path, "checkpoint")  # refused before torch is imported
     from megadit.checkpoint import inspect
-    from megadit.checkpoint.io import BrokenCheckpoint
+    from megadit.checkpoint.format import BrokenCheckpoint
 
     try:
         found = inspect.open_for_people(args.checkpoint)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadit.cli import add_plugins, import_plugins
-from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, harmless, say
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, say, warn_on_failure
 from megadit.streams import result_is_saved
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def run(args: argparse.Namespace) -> int:
     command goes on.
 
     Raises:
-        UserError: the study cannot work, another ``run`` works on it (Occupied), or a worker refused to join it.
+        UserError: the study cannot work, another ``run`` works on it (FolderInUse), or a worker refused to join it.
     """
-    from megadit.files.ownership import own
+    from megadit.files.ownership import acquire_folder
     from megadit.search.storage.store import StudyStore
     from megadit.search.study.study import changed_plugins, load_study
     from megadit.search.workers.pool import WorkerPool, assign_devices, available_devices
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     for change in changed_plugins(study.folder):
         say(f"warning: {change}")
     remedy = "add workers to it with launch/sweep.py worker, wait for it, or choose another --study_dir"
-    with own(study.folder, "running a study", "--study_dir", remedy) as ownership:
+    with acquire_folder(study.folder, "running a study", "--study_dir", remedy) as ownership:
         asked = study.spec.workers
         count = args.workers if args.workers is not None else asked.count
         if count < 1:
@@ -152,7 +152,7 @@ def _conclude(study: Study, store: StudyStore, pool: WorkerPool) -> int:
     counts = status.counts
     say(f"study {study.spec.name}: {counts_text(counts)}", sys.stdout)
     if counts.done:
-        with harmless("the report"):
+        with warn_on_failure("the report"):
             html, markdown = write_report(study.folder)
             say(f"  report     {html}\n             {markdown}", sys.stdout)
     if status.best is not None:

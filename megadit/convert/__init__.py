@@ -28,14 +28,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megadit.extensions import FAMILIES
-from megadit.lazy import exports
+from megadit.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from megadit.convert.dispatch import from_diffusers, from_official, to_diffusers, to_official
 
 __all__ = ["formats", "from_diffusers", "from_official", "to_diffusers", "to_official"]
 
-__getattr__ = exports(
+__getattr__ = lazy_exports(
     __name__, dict.fromkeys(("from_diffusers", "from_official", "to_diffusers", "to_official"), "dispatch")
 )
 

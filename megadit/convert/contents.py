@@ -19,7 +19,7 @@ from megadit.convert.deferred import deferred, loaded
 from megadit.convert.torch_files.safe_load import odd_kind
 from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
-from megadit.finite import Tally
+from megadit.finite import NonFiniteCounts
 
 if TYPE_CHECKING:
     from megadit.convert.diffusers.difference import Difference
@@ -123,7 +123,7 @@ class ValueCheck:
     """Looks at every tensor that is read, once, whatever is made of it afterwards."""
 
     def __init__(self) -> None:
-        self._tally = Tally()
+        self._tally = NonFiniteCounts()
         self._seen: set[tuple[str, int]] = set()
 
     def watched(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

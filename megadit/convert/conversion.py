@@ -73,7 +73,7 @@ def of_format(name: str) -> tuple[_Read, _Write]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConversionResult:
     """What a conversion read and wrote. ``kinds`` are those of the source that were read; ``notes`` are for people.
 
     ``difference`` is how far diffusers' class and the model here are apart, where one of them was converted to the
@@ -106,7 +106,7 @@ def convert(
     overrides: Sequence[str] = (),
     allow_inexact: bool = False,
     allow_nonfinite: bool = False,
-) -> Outcome:
+) -> ConversionResult:
     """Read ``source`` and write ``target``, which must not exist yet; after an error there is no ``target``.
 
     ``config`` is the run's; needed where the source has none and the target or its parameters' shapes ask for one.
@@ -126,7 +126,7 @@ def convert(
     with fresh(target) as temporary:
         notes, difference = write(contents, temporary, request, check)
         values_told = check.notes(allow_nonfinite)  # all have been read, and OUT has no name yet
-    return Outcome(
+    return ConversionResult(
         contents.what,
         str(target),
         len(contents.shapes),

@@ -11,7 +11,7 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.errors import UserError
-from megadit.files.ownership import own
+from megadit.files.ownership import acquire_folder
 
 OWN = "megadit"
 _NAMED = ("safetensors", "fp32-state-dict")  # formats that may hold averages under names of their own
@@ -64,7 +64,7 @@ def fresh(target: Path) -> Iterator[Path]:
     """
     check_free(target)
     temporary = target.with_name(f".tmp-{target.name}")  # a writer goes by the ending
-    with own(target.parent, "converting", "OUT", name=target.name) as ownership:
+    with acquire_folder(target.parent, "converting", "OUT", name=target.name) as ownership:
         check_free(target)  # which another process may just have written
         try:
             _remove(temporary)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megadit.lazy import exports
+from megadit.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from megadit.data.batch import Batch, make_batch
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # What is missing is refused before torch is imported (see prerequisites): the package itself imports nothing.
-__getattr__ = exports(
+__getattr__ = lazy_exports(
     __name__,
     {
         **dict.fromkeys(("Batch", "make_batch"), "batch"),

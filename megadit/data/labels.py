@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.files.text import has_half_pair
+from megadit.files.text import has_lone_surrogate
 
 # A part of a large set, such as eight images of ImageNet-21k, names classes that it has no image of.
 _PLAUSIBLE = 100_000
@@ -27,7 +27,7 @@ def label_of(value: Any, where: str) -> int | str:
     none: true, null, a fraction, a list, a text of white space, or with half a surrogate pair or a NUL.
     """
     if isinstance(value, str) and value.strip():
-        if has_half_pair(value):  # two such names could not be told apart
+        if has_lone_surrogate(value):  # two such names could not be told apart
             raise UserError(f"data.path: {where}: the label {_shown(value)} holds half a surrogate pair; correct it")
         if "\0" in value:  # which ends a name in the index of tars
             raise UserError(f"data.path: {where}: the label {_shown(value)} holds a NUL and is no text; mend it")

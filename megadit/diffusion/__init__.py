@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megadit.lazy import exports
+from megadit.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from megadit.diffusion.objectives import build_objective
@@ -11,4 +11,4 @@ if TYPE_CHECKING:
 __all__ = ["LossTerms", "NoisyBatch", "Objective", "build_objective"]
 
 _OBJECTIVE = dict.fromkeys(("LossTerms", "NoisyBatch", "Objective"), "objectives.objective")
-__getattr__ = exports(__name__, {"build_objective": "objectives", **_OBJECTIVE})
+__getattr__ = lazy_exports(__name__, {"build_objective": "objectives", **_OBJECTIVE})

@@ -34,7 +34,7 @@ _LOOK_S = 0.1
 _MOST_VANISHED = 50  # a file that one cannot make and cannot read so often is a dangling link, or another such thing
 
 
-class Occupied(UserError):
+class FolderInUse(UserError):
     """Another process that lives owns the folder."""
 
 
@@ -44,7 +44,7 @@ class OwnershipLost(UserError):
     code = EXIT_FAILURE
 
 
-class Claim:
+class OwnershipRequest:
     """The way to owning ``folder``, which is made; ``attempt`` is called until it gives the ``Ownership``.
 
     purpose: what is done there, in a word or two.  key: the option that names the folder.  remedy: what else to do
@@ -73,11 +73,11 @@ class Claim:
         self._seen, self._seen_since = "", 0.0
         self._told = False
 
-    def attempt(self, patience_s: float = math.inf) -> Ownership | None:
+    def try_acquire(self, patience_s: float = math.inf) -> Ownership | None:
         """Own the folder; None where a silent owner must be watched for longer than ``patience_s``.
 
         Raises:
-            Occupied: another process owns it and lives.
+            FolderInUse: another process owns it and lives.
             UserError: the folder cannot be made or written.
         """
         deadline = time.monotonic() + patience_s
@@ -108,7 +108,7 @@ class Claim:
             raise
 
     def refuse_living(self) -> None:
-        """Only look: raises Occupied if another process owns the folder and is seen to live."""
+        """Only look: raises FolderInUse if another process owns the folder and is seen to live."""
         with contextlib.suppress(OSError):
             text = self._file.read()
             if text is not None:
@@ -132,7 +132,7 @@ class Claim:
         return self._me
 
     def _why_gone(self, text: str, me: Owner) -> str | None:
-        """Why the owner that ``text`` names has ended; None while that is not known. Raises Occupied if it lives."""
+        """Why the owner that ``text`` names has ended; None while that is not known. Raises FolderInUse if it lives."""
         owner = Owner.parse(text)
         if owner is not None:
             if owner.is_here():
@@ -162,17 +162,17 @@ class Claim:
                 say(f"note: waiting up to {limit:g} s to see whether {who} '{self._shown}'")
         return f"silent for {limit:g} s" if now - self._seen_since > limit else None
 
-    def _occupied(self, owner: Owner) -> Occupied:
-        return Occupied(f"{self.key}: '{self._shown}' is in use by {owner.describe()}; {self._remedy}")
+    def _occupied(self, owner: Owner) -> FolderInUse:
+        return FolderInUse(f"{self.key}: '{self._shown}' is in use by {owner.describe()}; {self._remedy}")
 
     def _take_over(self, text: str, me: Owner) -> bool:
         """Replace the file if it still is as ``text``. Takers are kept apart by a lock file like this one."""
-        guard = Claim(self.folder, "takeover", self.key, beat_s=0)
+        guard = OwnershipRequest(self.folder, "takeover", self.key, beat_s=0)
         guard._file, guard._me = OwnerFile(self._file.path.with_name(f"{self._file.path.name}.takeover")), me
         guard._told = True
         try:
-            held = guard.attempt(self._timeout_s + 1)
-        except Occupied:
+            held = guard.try_acquire(self._timeout_s + 1)
+        except FolderInUse:
             return False  # somebody else is just taking it over
         if held is None:
             return False
@@ -198,11 +198,13 @@ class Ownership:
     sure: whether the owner before has certainly ended, so that what it left unfinished is nobody's.
     """
 
-    def __init__(self, claim: Claim, owner: Owner, file: OwnerFile, made: list[Path], *, sure: bool = True) -> None:
-        self.folder, self.token, self.sure = claim.folder, owner.token, sure
-        self._key, self._owner, self._file, self._made = claim.key, owner, file, made
+    def __init__(
+        self, request: OwnershipRequest, owner: Owner, file: OwnerFile, made: list[Path], *, sure: bool = True
+    ) -> None:
+        self.folder, self.token, self.sure = request.folder, owner.token, sure
+        self._key, self._owner, self._file, self._made = request.key, owner, file, made
         self._stop = threading.Event()
-        if claim.beat_s > 0:
+        if request.beat_s > 0:
             threading.Thread(target=self._beat, name="owner", daemon=True).start()
 
     def __enter__(self) -> Ownership:
@@ -257,27 +259,27 @@ class Ownership:
                 self._file.advance(self._owner, count)
 
 
-def own(folder: Path, purpose: str, key: str = "--out", remedy: str = "", *, name: str = "") -> Ownership:
+def acquire_folder(folder: Path, purpose: str, key: str = "--out", remedy: str = "", *, name: str = "") -> Ownership:
     """Own ``folder``, which is made, after watching a silent owner for as long as it takes; for a ``with`` block.
 
     ``name``: of one entry of the folder, which is then all that is owned.
 
     Raises:
-        Occupied: another process owns it and lives.
+        FolderInUse: another process owns it and lives.
         UserError: the folder cannot be made or written.
     """
-    ownership = Claim(folder, purpose, key, remedy, name=name).attempt()
+    ownership = OwnershipRequest(folder, purpose, key, remedy, name=name).try_acquire()
     assert ownership is not None
     return ownership
 
 
-def refuse_occupied(folder: Path, key: str = "--out") -> None:
-    """A cheap look before dear work: Raises Occupied if a process that is seen to live owns ``folder``."""
+def refuse_folder_in_use(folder: Path, key: str = "--out") -> None:
+    """A cheap look before dear work: Raises FolderInUse if a process that is seen to live owns ``folder``."""
     if (folder / FILE).is_file():
-        Claim(folder, "", key).refuse_living()
+        OwnershipRequest(folder, "", key).refuse_living()
 
 
-def is_another_s(folder: Path, token: str | None = None) -> bool:
+def is_owned_by_other(folder: Path, token: str | None = None) -> bool:
     """Whether a process that is not known to have ended owns the folder, other than the holder of ``token``."""
     try:
         text = OwnerFile(folder / FILE).read()
@@ -291,7 +293,7 @@ def is_another_s(folder: Path, token: str | None = None) -> bool:
     return owner.token != token and not owner.is_here() and owner.state() != "gone"
 
 
-def is_lock(name: str) -> bool:
+def is_lock_file(name: str) -> bool:
     """Whether a file of that name belongs to a lock, and not to what the folder holds."""
     return name.startswith((FILE, f".{FILE}"))
 

@@ -24,7 +24,7 @@ _PATH_BYTES = 4000  # of a whole path; Linux takes 4095, and files will lie in t
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, first: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, first: bool = False) -> Iterator[Path]:
     """``with whole_file(path) as temporary``: write ``temporary``; at the end it takes the name ``path``.
 
     A reader sees the old file or the whole new one, whoever else writes it, on this host or another. After an error
@@ -68,13 +68,13 @@ def save_tensors(
 
     ``safetensors.torch.save_file`` makes its file its owner's alone, so that nobody else could share a cache. The
     tensors must be contiguous and share no memory. ``sync``: fsync it, where a crash of the machine should not
-    cost what was long in computing. ``first``: as of ``whole_file``.
+    cost what was long in computing. ``first``: as of ``atomic_write``.
     Raises OSError where the file cannot be written, also for a full disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with whole_file(path, first=first) as temporary:
+    with atomic_write(path, first=first) as temporary:
         temporary.touch()  # with the rights that the user's umask and the folder give
         rights = temporary.stat().st_mode & 0o777
         try:

@@ -65,19 +65,19 @@ def split_lines(text: str) -> list[str]:
     return [part.removeprefix(_MARK).removesuffix("\r") for part in parts]
 
 
-def has_half_pair(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Whether ``text`` holds half a surrogate pair."""
     return _SURROGATE.search(text) is not None
 
 
-def whole_text(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """``text`` with U+FFFD in the place of each half of a surrogate pair."""
     return _SURROGATE.sub(REPLACED, text)
 
 
 def plain_label(text: str) -> str:
     """``text`` as matplotlib draws it letter by letter: whole, and no formula between dollar signs."""
-    return whole_text(text).replace("$", r"\$")
+    return replace_surrogates(text).replace("$", r"\$")
 
 
 def name_bytes(name: str) -> bytes:

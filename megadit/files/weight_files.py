@@ -48,7 +48,7 @@ class WeightFiles:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _WeightSet:
     """One set of weights in a folder: a file, the shards ``i of n`` by number, or an index of them."""
 
     stem: str
@@ -110,7 +110,7 @@ def find_weights(path: Path, stem: str, endings: Sequence[str], others: str) -> 
     return WeightFiles(result.files, result.places, result.index, result.total, (*result.notes, note))
 
 
-def _index_of(folder: Path, chosen: _Found, found: Sequence[_Found]) -> _Found | None:
+def _index_of(folder: Path, chosen: _WeightSet, found: Sequence[_WeightSet]) -> _WeightSet | None:
     """The index, whatever it is called, that names the shards of ``chosen``; None if there is none.
 
     Raises:
@@ -134,18 +134,18 @@ def _mentions(index: Path, names: Sequence[bytes]) -> bool:
     return any(name in text for name in names)
 
 
-def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[_Found]:
+def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[_WeightSet]:
     """All sets of weights in a folder, by name."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
         return []
-    found: list[_Found] = []
+    found: list[_WeightSet] = []
     shards: dict[tuple[str, str | None, int, str], dict[int, Path]] = {}
     for name in names:
         head = _index_head(name, endings)
         if head:
-            found.append(_Found(*head, index=folder / name))
+            found.append(_WeightSet(*head, index=folder / name))
             continue
         bare = _without_ending(name, endings)
         part = None if bare is None else _NAME.fullmatch(bare)
@@ -153,11 +153,11 @@ def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[_Found]:
             continue
         number, count = part["a"] or part["b"], part["a_of"] or part["b_of"]
         if number is None or (part["a"] and part["b"]):
-            found.append(_Found(part["stem"], part["variant"], file=folder / name))
+            found.append(_WeightSet(part["stem"], part["variant"], file=folder / name))
             continue
         key = part["stem"], part["variant"], int(count), name[len(bare) :]
         shards.setdefault(key, {})[int(number)] = folder / name
-    found += [_Found(stem, kind, shards=files, count=n) for (stem, kind, n, _), files in shards.items()]
+    found += [_WeightSet(stem, kind, shards=files, count=n) for (stem, kind, n, _), files in shards.items()]
     return found
 
 
@@ -173,7 +173,7 @@ def _without_ending(name: str, endings: tuple[str, ...]) -> str | None:
     return None if ending is None else name.removesuffix(ending)
 
 
-def _unindexed(found: _Found) -> WeightFiles:
+def _unindexed(found: _WeightSet) -> WeightFiles:
     """A file, or shards whose names alone say which there are."""
     if found.file is not None:
         return WeightFiles((found.file,))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from megadit.files.text import has_half_pair
+from megadit.files.text import has_lone_surrogate
 
 _MOST_NODES = 100_000  # after aliases are followed; the largest study of ours has hundreds
 _DEEPEST = 100  # lists and sections inside one another; what walks over values later calls itself for each
@@ -158,7 +158,7 @@ def _count(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     text = str(loader.construct_scalar(node))  # which refuses a list or section that a tag calls text
-    if has_half_pair(text):  # by an escape, "\ud83d"
+    if has_lone_surrogate(text):  # by an escape, "\ud83d"
         raise _problem("a text holds half a surrogate pair, which is no character", node.start_mark)
     return Plain(text) if node.style is None else text
 

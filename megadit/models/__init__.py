@@ -7,7 +7,7 @@ this package loads no torch.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megadit.lazy import exports
+from megadit.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from megadit.conditioning import Conditioning
@@ -24,7 +24,7 @@ FAMILIES: Mapping[str, str] = {
     "mmdit": "megadit.models.mmdit.family:FAMILY",
 }
 
-__getattr__ = exports(
+__getattr__ = lazy_exports(
     __name__,
     {
         **dict.fromkeys(("build_model", "count_parameters"), "build"),

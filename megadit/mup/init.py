@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megadit import rng
 from megadit.mup.spec import ParamSpec, walk_slices
-from megadit.slices import Boxes, runs
+from megadit.slices import ShardRegions, contiguous_spans
 
 _CHUNK = 1 << 20  # elements drawn at a time: bounds the generator's temporaries to some tens of megabytes
 
@@ -45,34 +45,34 @@ def init_values(
 
 
 def slice_values(
-    spec: ParamSpec, name: str, seed: int, boxes: Boxes, *, device: torch.device | str | None = None
+    spec: ParamSpec, name: str, seed: int, shard_regions: ShardRegions, *, device: torch.device | str | None = None
 ) -> Tensor:
     """Initial values of a slice of parameter ``name`` (see ``megadit.slices``), flat float32, and of nothing else.
 
     Equal, bit for bit, to the same elements of ``init_values``.
     """
-    pieces = sorted(runs(spec.shape, boxes, 0, spec.numel), key=lambda run: run.at)
-    count = sum(run.length for run in pieces)
+    spans = sorted(contiguous_spans(spec.shape, shard_regions, 0, spec.numel), key=lambda span: span.offset)
+    count = sum(span.length for span in spans)
     if spec.init_std == 0.0:
         return init_values(spec, name, seed, count=count, device=device)
-    if any(run.length != pieces[0].length for run in pieces):
+    if any(span.length != spans[0].length for span in spans):
         return torch.cat(
-            [init_values(spec, name, seed, start=run.first, count=run.length, device=device) for run in pieces]
+            [init_values(spec, name, seed, start=span.first, count=span.length, device=device) for span in spans]
         )
-    length = pieces[0].length
+    length = spans[0].length
     if length >= _CHUNK // 4:
-        parts = [init_values(spec, name, seed, start=run.first, count=length, device=device) for run in pieces]
+        parts = [init_values(spec, name, seed, start=span.first, count=length, device=device) for span in spans]
         return torch.cat(parts)
     key = rng.stream_key(seed, "init", name)
-    firsts = torch.tensor([run.first for run in pieces], dtype=torch.int64, device=device)
-    out = torch.empty(len(pieces), length, dtype=torch.float32, device=device)
+    firsts = torch.tensor([span.first for span in spans], dtype=torch.int64, device=device)
+    out = torch.empty(len(spans), length, dtype=torch.float32, device=device)
     rows = max(_CHUNK // length, 1)
-    for low in range(0, len(pieces), rows):
+    for low in range(0, len(spans), rows):
         some = firsts[low : low + rows]
         if spec.init_dist == "uniform":
-            out[low : low + rows] = _spread(rng.uniform_runs(key, some, length), spec)
+            out[low : low + rows] = _spread(rng.uniform_spans(key, some, length), spec)
         else:
-            out[low : low + rows] = rng.normal_runs(key, some, length).mul_(spec.init_std)
+            out[low : low + rows] = rng.normal_spans(key, some, length).mul_(spec.init_std)
     return out.flatten()
 
 
@@ -88,11 +88,11 @@ def init_parameters(model: nn.Module, seed: int) -> None:
     Parameters must be on a real device and of global shape, or the slice that their module declares; any floating
     dtype.
     """
-    for name, param, spec, boxes in walk_slices(model):
+    for name, param, spec, shard_regions in walk_slices(model):
         if spec.init_std == 0.0:
             param.fill_(spec.init_value)
-        elif boxes is not None:
-            param.copy_(slice_values(spec, name, seed, boxes, device=param.device).view(param.shape))
+        elif shard_regions is not None:
+            param.copy_(slice_values(spec, name, seed, shard_regions, device=param.device).view(param.shape))
         else:
             param.copy_(init_values(spec, name, seed, device=param.device).view(param.shape))
     for module in model.modules():

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from megadit.files.paths import begins_with, whole_file
+from megadit.files.paths import atomic_write, begins_with
 from megadit.mup.spec import param_specs, walk_specs
 
 _HEADER = "# Base shapes for the mup package: null marks a finite dimension, a number the size in the base model.\n"
@@ -34,7 +34,7 @@ def is_base_shapes(path: Path) -> bool:
 def save_base_shapes(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the base shapes of ``model`` as a ``.bsh`` file that mup.set_base_shapes(model, path) accepts."""
     shapes = {name: list(spec.base_shape) for name, spec in param_specs(model).items()}
-    with whole_file(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         temporary.write_text(
             _HEADER + yaml.safe_dump(shapes, sort_keys=False, default_flow_style=None), encoding="utf-8"
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from megadit.slices import Boxes
+from megadit.slices import ShardRegions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,8 +99,8 @@ def walk_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]
         yield name, param, spec
 
 
-def walk_slices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec, Boxes | None]]:
-    """``walk_specs`` with the slice of the parameter that this rank holds (the module's ``param_boxes``; None: all).
+def walk_slices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec, ShardRegions | None]]:
+    """``walk_specs`` with the slice of the parameter that this rank holds (the module's ``param_regions``; None: all).
 
     Raises:
         LookupError: a parameter whose module declares no spec for it.
@@ -114,8 +114,8 @@ def walk_slices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec
                 f"parameter {name} of {type(modules[owner]).__name__} has no ParamSpec; "
                 f"declare it in the module's param_specs when it is built"
             )
-        boxes: dict[str, Boxes] = getattr(modules[owner], "param_boxes", {})
-        yield name, param, declared[local], boxes.get(local)
+        shard_regions: dict[str, ShardRegions] = getattr(modules[owner], "param_regions", {})
+        yield name, param, declared[local], shard_regions.get(local)
 
 
 def param_specs(model: nn.Module) -> dict[str, ParamSpec]:

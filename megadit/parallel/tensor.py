@@ -2,8 +2,8 @@
 
 A model is built the same way for any layout: inside ``with building(layout)`` the layers that can be cut ask for the
 layout and make their share of their parameters; what they declare (``ParamSpec``) stays global. Which elements a share
-holds is said by boxes (``megadit.slices``) in the layer's ``param_boxes``, by the parameter's local name; a parameter
-that is not named there is whole on every rank.
+holds is said by shard regions (``megadit.slices``) in the layer's ``param_regions``, by the parameter's local name; a
+parameter that is not named there is whole on every rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from megadit.slices import Boxes
+from megadit.slices import ShardRegions
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def tensor_layout() -> TensorLayout:
     return _building.get()
 
 
-def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) -> tuple[tuple[int, ...], Boxes]:
-    """This rank's share of a parameter of global ``shape``, cut along ``dim``: its local shape and its boxes.
+def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) -> tuple[tuple[int, ...], ShardRegions]:
+    """This rank's share of a parameter of global ``shape``, cut along ``dim``: its local shape and its shard regions.
 
     ``parts``: how many matrices stand side by side along ``dim`` (3 for q, k and v, 2 for gate and up), each of which
     is cut by itself. Along another dimension than the first a share's pieces lie one after the other, and its shape has
@@ -79,11 +79,11 @@ def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) ->
     part = shape[dim] // parts
     share = layout.share(part, f"channels of a parameter of shape {tuple(shape)}")
     spans = [(p * part + layout.rank * share, p * part + (layout.rank + 1) * share) for p in range(parts)]
-    boxes = tuple(tuple(span if d == dim else (0, size) for d, size in enumerate(shape)) for span in spans)
+    shard_regions = tuple(tuple(span if d == dim else (0, size) for d, size in enumerate(shape)) for span in spans)
     piece = tuple(share if d == dim else size for d, size in enumerate(shape))
     if parts == 1 or dim:
-        return (parts, *piece) if parts > 1 else piece, boxes
-    return (parts * share, *piece[1:]), boxes
+        return (parts, *piece) if parts > 1 else piece, shard_regions
+    return (parts * share, *piece[1:]), shard_regions
 
 
 def mark_shards(module: nn.Module) -> None:
@@ -92,7 +92,7 @@ def mark_shards(module: nn.Module) -> None:
     DeepSpeed (and megadit's stage 0) counts an unmarked parameter on the first tensor-parallel rank alone: without the
     mark the gradient norm is too small, and clipping too weak, without an error.
     """
-    for name in getattr(module, "param_boxes", {}):
+    for name in getattr(module, "param_regions", {}):
         getattr(module, name).tensor_model_parallel = True
 
 

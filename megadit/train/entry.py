@@ -17,7 +17,7 @@ from pathlib import Path
 from megadit.checkpoint.names import saved_step
 from megadit.config import LoadedConfig, load
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
-from megadit.files.ownership import refuse_occupied
+from megadit.files.ownership import refuse_folder_in_use
 from megadit.files.paths import check_folder
 from megadit.parallel import prepare_environment
 from megadit.parallel.environment import is_local_main
@@ -70,7 +70,7 @@ def run(
         check_folder(folder, "--run_dir")
         refuse_foreign(folder)
         if not dry and os.environ["WORLD_SIZE"] == "1":  # of several ranks only some may see the owner's process
-            refuse_occupied(folder, "--run_dir")
+            refuse_folder_in_use(folder, "--run_dir")
         job = check_job(_load(config, overrides, plugins), ds_config, folder, resume, dry=dry)
         if dry:
             from megadit.train.dry_run import dry_run

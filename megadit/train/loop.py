@@ -12,7 +12,7 @@ from megadit.data import Batch, BatchStream, SampleOrder
 from megadit.data.windows import format_windows
 from megadit.engine.deepspeed.guard import Reading
 from megadit.engine.engine import StepResult
-from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, harmless, say
+from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, say, warn_on_failure
 from megadit.files.ownership import OwnershipLost
 from megadit.train.callbacks import Callback, Record, RunStopped
 from megadit.train.callbacks.base import due
@@ -66,7 +66,7 @@ class Trainer:
                     preempted = not complete and self._agree_on(interrupt.raised)
                     self._after_step(result, log, preempted)
                 for callback in self._callbacks:
-                    with harmless(_name(callback), _PASSING):
+                    with warn_on_failure(_name(callback), _PASSING):
                         callback.on_end(run)
         except TrainingDiverged as error:
             if run.context.is_main:
@@ -101,7 +101,7 @@ class Trainer:
         try:
             yield iter(stream)
         finally:
-            with harmless("closing the data"):
+            with warn_on_failure("closing the data"):
                 stream.close()
 
     @contextlib.contextmanager
@@ -110,7 +110,9 @@ class Trainer:
             yield
         finally:
             for callback in self._callbacks:
-                with harmless(f"closing {_name(callback)}"):  # nor may it take the place of the error that ended it
+                with warn_on_failure(
+                    f"closing {_name(callback)}"
+                ):  # nor may it take the place of the error that ended it
                     callback.close()
 
     def _take(self, result: StepResult) -> None:
@@ -154,7 +156,7 @@ class Trainer:
                 callback.on_log(run, record)
         for callback in self._callbacks:
             over = preempted or run.saved_step == run.position.step == run.total_steps
-            with harmless(_name(callback), _PASSING) if over else contextlib.nullcontext():
+            with warn_on_failure(_name(callback), _PASSING) if over else contextlib.nullcontext():
                 callback.after_log(run)
         if preempted and run.saved_step != run.position.step:
             run.save()

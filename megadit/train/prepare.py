@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadit.checkpoint.names import check_named, checkpoint_root, has_checkpoints
+from megadit.checkpoint.names import check_checkpoint_path, checkpoint_root, has_checkpoints
 from megadit.config import DataConfig, LoadedConfig, RunConfig
 from megadit.config.deepspeed.file import offloads_optimizer
 from megadit.config.deepspeed.merge import MergedConfig, merge_ds_config
@@ -117,9 +117,9 @@ def check_here(config: RunConfig, folder: Path, resume: str) -> None:
     """
     check_prerequisites(config)
     if resume not in ("auto", "never"):
-        check_named(resume, "--resume")
+        check_checkpoint_path(resume, "--resume")
     elif config.train.init_from is not None and not has_checkpoints(folder):
-        check_named(config.train.init_from, "train.init_from")
+        check_checkpoint_path(config.train.init_from, "train.init_from")
 
 
 def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datasets | None = None) -> Job:

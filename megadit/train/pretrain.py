@@ -18,8 +18,8 @@ from megadit.checkpoint.format import cannot_write
 from megadit.checkpoint.names import saved_step
 from megadit.config.loading.sources import flat
 from megadit.data import ImageSet, check_images
-from megadit.errors import EXIT_FAILURE, EXIT_OK, UserError, harmless, say
-from megadit.files.ownership import Claim, Occupied, OwnershipLost
+from megadit.errors import EXIT_FAILURE, EXIT_OK, UserError, say, warn_on_failure
+from megadit.files.ownership import FolderInUse, OwnershipLost, OwnershipRequest
 from megadit.files.paths import check_folder
 from megadit.optional import defer_compiler
 from megadit.parallel import ProcessContext, start_processes, stop_processes
@@ -48,7 +48,7 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
     The run directory is owned from before the first look at its checkpoints to the end.
 
     Raises:
-        Occupied: a run that lives owns the run directory.
+        FolderInUse: a run that lives owns the run directory.
         OwnershipLost: another took it over, since this one was silent for too long.
         UserError: bad input, found before any step or (a broken image) while reading.
     """
@@ -65,10 +65,10 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
                 chosen = default_callbacks() if callbacks is None else callbacks
                 code, reason = Trainer(run, [*chosen, *make_callbacks(*job.config.train.callbacks)]).fit()
                 if context.is_main:
-                    with harmless("exit.json"):
+                    with warn_on_failure("exit.json"):
                         directory.write_exit(code, reason, run.position.step)
         if not keep_group:
-            with harmless("leaving the process group"):
+            with warn_on_failure("leaving the process group"):
                 stop_processes()
         return code
 
@@ -129,12 +129,12 @@ def _begin(job: Job, context: ProcessContext, directory: RunDirectory, steps: in
     try:
         check_agreement(context, _facts(job))
         check_folder(job.run_dir, "--run_dir")
-        claim = Claim(job.run_dir, "training")
+        ownership_request = OwnershipRequest(job.run_dir, "training")
         # The other ranks wait in a collective, which has a time limit, while rank 0 watches a silent owner.
         patience_s = min(_PATIENCE_S, job.config.parallel.timeout_s / 4)
         start: Start | None = None
         while start is None:
-            start = context.on_main(lambda: _prepare_directory(claim, directory, job, steps, patience_s))
+            start = context.on_main(lambda: _prepare_directory(ownership_request, directory, job, steps, patience_s))
     except UserError as error:
         if context.is_main:
             directory.write_refusal(str(error), saved_step(job.run_dir))
@@ -143,18 +143,20 @@ def _begin(job: Job, context: ProcessContext, directory: RunDirectory, steps: in
     return start
 
 
-def _prepare_directory(claim: Claim, directory: RunDirectory, job: Job, steps: int, patience_s: float) -> Start | None:
+def _prepare_directory(
+    ownership_request: OwnershipRequest, directory: RunDirectory, job: Job, steps: int, patience_s: float
+) -> Start | None:
     """On rank 0: where to begin; an owned, writable run directory, unless nothing is left to do.
 
     None when the owner before must be watched for longer.
     """
     unwritable: UserError | None = None
     try:
-        directory.ownership = claim.attempt(patience_s)
+        directory.ownership = ownership_request.try_acquire(patience_s)
         if directory.ownership is None:
             return None
         directory.token = directory.ownership.token
-    except Occupied:
+    except FolderInUse:
         raise
     except UserError as error:  # no obstacle to a run that is complete
         unwritable = error

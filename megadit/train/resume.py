@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megadit.checkpoint.find import none_sound, open_checkpoint, tell_fallback
-from megadit.checkpoint.io import BrokenCheckpoint
-from megadit.checkpoint.read import StoredCheckpoint, changed_values, open_everywhere, shapes_of
-from megadit.checkpoint.write import take_up
+from megadit.checkpoint.find import no_sound_checkpoint, open_checkpoint, warn_fallback
+from megadit.checkpoint.format import BrokenCheckpoint
+from megadit.checkpoint.read import StoredCheckpoint, changed_values, open_on_all_ranks, shapes_of
+from megadit.checkpoint.write import set_latest
 from megadit.config import OptimConfig, RunConfig
 from megadit.config.schema.run import ONLINE
 from megadit.config.schema.values import plain_text
@@ -65,7 +65,7 @@ def restore(
     first_problem = ""
     for number, path in enumerate(paths):
         try:
-            stored = open_everywhere(path, context)
+            stored = open_on_all_ranks(path, context)
             stored.check_same_model(config)
             stored.check_shapes(shapes_of(config))  # on every rank alike, where each will see its own parameters only
             if number and data is not None:
@@ -76,10 +76,10 @@ def restore(
                 raise
             first_problem = first_problem or str(error)
             if context.is_main and number + 1 < len(paths):
-                tell_fallback(str(error), paths[number + 1])
+                warn_fallback(str(error), paths[number + 1])
             continue
         engine.restored(stored.position.step)
-        context.on_main(functools.partial(take_up, directory.path, path))
+        context.on_main(functools.partial(set_latest, directory.path, path))
         if context.is_main:
             print(f"resuming from {path} at step {stored.position.step}", file=sys.stderr)
             notes += config_notes(stored, config, total)
@@ -87,7 +87,7 @@ def restore(
             _tell(notes)
             directory.record_changes(stored.position.step, path, () if data is None else data.new, notes)
         return stored, data
-    raise none_sound(first_problem)
+    raise no_sound_checkpoint(first_problem)
 
 
 def samples_left_out(stored: StoredCheckpoint, config: RunConfig) -> tuple[Window, ...]:
@@ -129,7 +129,7 @@ def start_from_weights(path: Path, engine: TrainingEngine, config: RunConfig, co
     Raises:
         UserError: it is broken or of another shape.
     """
-    stored = open_everywhere(path, context)
+    stored = open_on_all_ranks(path, context)
     weights = config.train.init_from_ema or ONLINE
     stored.start_from(engine.partitions, [engine.ema], context, weights)
     if context.is_main:

@@ -26,9 +26,9 @@ from megadit.config import RunConfig, save_config
 from megadit.config.loading.sources import is_resolved
 from megadit.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_PREEMPTED, UserError, say
 from megadit.files.json_text import JsonError, parse_json
-from megadit.files.ownership import Ownership, is_another_s
-from megadit.files.paths import whole_file
-from megadit.files.text import whole_text
+from megadit.files.ownership import Ownership, is_owned_by_other
+from megadit.files.paths import atomic_write
+from megadit.files.text import replace_surrogates
 from megadit.plugins import loaded
 
 _LARGEST_COUNT = 2**63 - 1  # of steps and samples in a row of metrics
@@ -36,7 +36,7 @@ _LARGEST_COUNT = 2**63 - 1  # of steps and samples in a row of metrics
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, whoever else writes it."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
@@ -140,7 +140,7 @@ class RunDirectory:
         if classes:
             write_json(self.path / "classes.json", list(classes))
         if notice:
-            (self.path / "DATA-NOTICE.txt").write_text(whole_text(notice) + "\n", encoding="utf-8")
+            (self.path / "DATA-NOTICE.txt").write_text(replace_surrogates(notice) + "\n", encoding="utf-8")
         write_json(self.path / "environment.json", {**_environment(), **layout})
 
     def wandb_id(self) -> str:
@@ -182,7 +182,7 @@ class RunDirectory:
                 f"warning: '{self.metrics}' has {len(found.broken)} lines that are no rows of metrics, first line "
                 f"{found.broken[0]}; they are left out"
             )
-        with whole_file(self.metrics) as temporary, open(temporary, "wb") as file:
+        with atomic_write(self.metrics) as temporary, open(temporary, "wb") as file:
             file.write(b"".join(line + b"\n" for line in kept))
             file.flush()
             os.fsync(file.fileno())
@@ -199,7 +199,7 @@ class RunDirectory:
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
         """Record how the run ended (rank 0, or the rank that failed); a directory that is another's is left alone."""
-        if is_another_s(self.path, self.token):
+        if is_owned_by_other(self.path, self.token):
             return
         ended = {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")}
         write_json(self.path / "exit.json", ended)

@@ -12,7 +12,7 @@ from megadit.checkpoint.find import find_checkpoint
 from megadit.checkpoint.format import Index, Position
 from megadit.checkpoint.names import saved_step
 from megadit.checkpoint.read import StoredCheckpoint
-from megadit.checkpoint.write import save_checkpoint, take_up, write_index
+from megadit.checkpoint.write import save_checkpoint, set_latest, write_index
 from megadit.errors import UserError
 from megadit.train.prepare import resume_point, total_steps
 
@@ -116,7 +116,7 @@ def test_a_latest_that_points_nowhere_means_the_newest_complete_one(tmp_path, ca
     pointer.write_bytes(b"step-\xff\xfe")
     assert begins_at(job(tmp_path)) == (second, 20)
     assert "latest: cannot be read" in told(capsys) and saved_step(tmp_path) == 0
-    take_up(tmp_path, second)
+    set_latest(tmp_path, second)
     assert saved_step(tmp_path) == 20
     pointer.write_text("step-00000010\n")  # killed between the folder's last rename and this
     assert begins_at(job(tmp_path)) == (first, 10)

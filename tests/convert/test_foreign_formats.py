@@ -25,7 +25,7 @@ from megadit.checkpoint.read import StoredCheckpoint, shapes_of
 from megadit.cli import convert_checkpoint, sample
 from megadit.config import ModelConfig, save_config
 from megadit.config.schema.model import RepaProjector
-from megadit.convert.conversion import Outcome, convert
+from megadit.convert.conversion import ConversionResult, convert
 from megadit.convert.defaults import default_run
 from megadit.convert.diffusers import difference
 from megadit.convert.diffusers import folder as diffusers_folder
@@ -259,7 +259,7 @@ def test_wrappings_prefixes_and_averages(runs: dict[str, Path], tmp_path: Path) 
     stored = {"model": model, "ema": ema, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4), "step": 5}
     torch.save(stored, tmp_path / "train.pt")
 
-    def back(name: str, **options: Any) -> Outcome:
+    def back(name: str, **options: Any) -> ConversionResult:
         return convert("official-dit", "megadit", tmp_path / "train.pt", tmp_path / name, hints={"heads": 2}, **options)
 
     told = " ".join(back("online").notes)

@@ -23,7 +23,7 @@ from megadit.config import ModelConfig
 from megadit.convert import to_diffusers, to_official
 from megadit.convert.conversion import convert
 from megadit.errors import UserError
-from megadit.finite import all_finite, not_finite
+from megadit.finite import all_finite, describe_nonfinite
 from megadit.models import build_model
 from megadit.models.pixart.convert import NULL_CAPTION
 
@@ -211,8 +211,8 @@ def test_tensors_without_plain_values_are_refused(tmp_path: Path, make_odd: Any)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float64])
 def test_one_pass_finds_them_in_every_type(dtype: torch.dtype) -> None:
     good = torch.arange(-3.0, 3.0).to(dtype)
-    assert not not_finite([("x", good)])
+    assert not describe_nonfinite([("x", good)])
     for bad in (NAN, INF, -INF):
-        found = not_finite([("good", good), ("x", spoilt(good.float(), bad).to(dtype))])
+        found = describe_nonfinite([("good", good), ("x", spoilt(good.float(), bad).to(dtype))])
         assert found == f"'x' holds 1 {'NaN' if bad != bad else 'infinite'} of 6 values"
-    assert all_finite(torch.empty(0)) and not not_finite([("count", torch.tensor([1]))])
+    assert all_finite(torch.empty(0)) and not describe_nonfinite([("count", torch.tensor([1]))])

@@ -19,7 +19,7 @@ from helpers.models.weights import randomize
 from megadit.checkpoint.find import load_model
 from megadit.config import ModelConfig
 from megadit.convert import to_diffusers
-from megadit.convert.conversion import Outcome, convert
+from megadit.convert.conversion import ConversionResult, convert
 from megadit.convert.defaults import default_run
 from megadit.convert.diffusers import folder as diffusers_folder
 from megadit.convert.diffusers.difference import Difference
@@ -74,7 +74,7 @@ def change(file: Path, **values: Any) -> None:
     write(file, {**json.loads(file.read_text()), **values})
 
 
-def come_in(folder: Path, **options: Any) -> Outcome:
+def come_in(folder: Path, **options: Any) -> ConversionResult:
     shutil.rmtree(folder.parent / "out", ignore_errors=True)
     return convert("diffusers", "megadit", folder, folder.parent / "out", **{"allow_inexact": True, **options})
 
@@ -90,7 +90,7 @@ def refused(folder: Path, words: str, **options: Any) -> None:
 USUAL = ("start from it with", "diffusers' ", "the model's configuration is", "texts are cut or padded")
 
 
-def told(outcome: Outcome) -> list[str]:
+def told(outcome: ConversionResult) -> list[str]:
     """What is said beyond what every conversion says."""
     return [note for note in outcome.notes if not note.startswith(USUAL)]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megadit.convert.conversion import Outcome, convert
+from megadit.convert.conversion import ConversionResult, convert
 from megadit.errors import UserError
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -34,7 +34,7 @@ def write_index(file: Path, places: Any, **more: Any) -> None:
     file.write_text(json.dumps({"weight_map": places, **more}))
 
 
-def read(source: Path, kind: str = "safetensors") -> tuple[dict[str, Tensor], Outcome]:
+def read(source: Path, kind: str = "safetensors") -> tuple[dict[str, Tensor], ConversionResult]:
     """What a conversion makes of ``source``."""
     target = source.parent / "out.safetensors"
     outcome = convert(kind, "safetensors", source, target)

@@ -225,7 +225,7 @@ def swap_rank(config, folder, ds):
     again = validation_losses(run)  # settles what the exception left
     intact = intact and same(before, state()) and again == online
     expected = [
-        (f.name, f.shape, f.start, f.stop, engine.ema.tensors(f)[f"ema/{name}"].clone(), f.boxes)
+        (f.name, f.shape, f.start, f.stop, engine.ema.tensors(f)[f"ema/{name}"].clone(), f.shard_regions)
         for f in engine.partitions.fragments()
     ]
     with pytest.raises(ZeroDivisionError), engine.evaluation(name):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from megadit.checkpoint.names import check_named, run_config
+from megadit.checkpoint.names import check_checkpoint_path, run_config
 from megadit.config import DataConfig
 from megadit.config.deepspeed.file import read_ds_config
 from megadit.config.loading.sources import read_yaml
@@ -255,7 +255,7 @@ BINARY_READERS: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
     "npz": (_as("x.npz", read_pictures), "x.npz: is no npz file: "),
     "null text": (_as("null_text.safetensors", load_conditions), "null_text.safetensors' cannot be read: "),
     "study": (_as("study.db", lambda path: open_storage(path.parent, "sqlite")), "is not a study's storage: "),
-    "init_from": (_as("x.pt", lambda path: check_named(str(path), "train.init_from")), "init_from: .*: "),
+    "init_from": (_as("x.pt", lambda path: check_checkpoint_path(str(path), "train.init_from")), "init_from: .*: "),
     "run": (_as("run", run_config), "run' is no run directory .*: "),
     "torch": (_as("x.pt", load_torch), "x.pt: cannot be read as a torch file: "),
 }  # fmt: skip
@@ -309,7 +309,7 @@ def test_a_folder_of_another_program_in_place_of_a_run(names: list[str], told: s
 def test_weights_in_place_of_a_run_are_to_be_converted(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(_torch(legacy=False))
     with pytest.raises(UserError, match="it is a torch file; tools/convert_checkpoint.py makes a run"):
-        check_named(str(tmp_path / "x.pt"), "--resume")
+        check_checkpoint_path(str(tmp_path / "x.pt"), "--resume")
 
 
 def test_folders_pipes_and_what_is_not_there(tmp_path: Path) -> None:

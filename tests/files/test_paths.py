@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from megadit.errors import UserError
-from megadit.files.paths import ARRAYS, PNG, check_folder, check_output, is_file_name, save_tensors, whole_file
+from megadit.files.paths import ARRAYS, PNG, atomic_write, check_folder, check_output, is_file_name, save_tensors
 
 
 def test_the_file_has_its_name_only_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("old")
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old" and temporary.suffix == ".yaml"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
@@ -34,7 +34,7 @@ def test_the_first_file_of_a_name_may_stay(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(os, "link", no_links)
     path = tmp_path / "a.yaml"
     for text in ("one", "two"):
-        with whole_file(path, first=True) as temporary:
+        with atomic_write(path, first=True) as temporary:
             temporary.write_text(text)
     assert path.read_text() == ("one" if links else "two") and list(tmp_path.iterdir()) == [path]
 
@@ -42,14 +42,14 @@ def test_the_first_file_of_a_name_may_stay(tmp_path: Path, monkeypatch: pytest.M
 def test_after_an_error_the_old_file_stays_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
         temporary.write_text("new")
         raise ZeroDivisionError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "nowhere" / "a.yaml") as temporary:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "nowhere" / "a.yaml") as temporary:
         temporary.write_text("new")
 
 

@@ -8,7 +8,15 @@ import os
 
 import pytest
 
-from megadit.files.text import decode, has_half_pair, json_bytes, name_bytes, split_lines, whole_text, why_no_text
+from megadit.files.text import (
+    decode,
+    has_lone_surrogate,
+    json_bytes,
+    name_bytes,
+    replace_surrogates,
+    split_lines,
+    why_no_text,
+)
 from megadit.keys import stream_key
 
 
@@ -40,9 +48,9 @@ def test_lines_end_at_line_feeds_alone() -> None:
 
 def test_names_have_the_bytes_that_the_file_system_has() -> None:
     name = os.fsdecode(b"caf\xe9.png")
-    assert has_half_pair(name) and name_bytes(name) == b"caf\xe9.png" and name_bytes("é") == "é".encode()
+    assert has_lone_surrogate(name) and name_bytes(name) == b"caf\xe9.png" and name_bytes("é") == "é".encode()
     assert name_bytes("\ud800") != name_bytes("\ud801")  # of no file
-    assert whole_text(name) == "caf\ufffd.png" and whole_text("é😀") == "é😀"
+    assert replace_surrogates(name) == "caf\ufffd.png" and replace_surrogates("é😀") == "é😀"
 
 
 def test_json_is_written_as_it_was_for_text_and_with_escapes_for_names() -> None:

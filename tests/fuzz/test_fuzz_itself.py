@@ -115,7 +115,8 @@ HUNTED = {
     "checkpoint": (
         "checkpoint/format.py",
         "checkpoint/read.py",
-        "checkpoint/io.py",
+        "checkpoint/fragment_files.py",
+        "checkpoint/fragment_reader.py",
         "train/resume.py",
     ),
     "data": (

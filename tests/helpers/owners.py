@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _OWN = """
 import sys
 from pathlib import Path
-from megadit.files.ownership import own
-ownership = own(Path(sys.argv[1]), "training", "--run_dir")
+from megadit.files.ownership import acquire_folder
+ownership = acquire_folder(Path(sys.argv[1]), "training", "--run_dir")
 print("owned", flush=True)
 sys.stdin.readline()
 ownership.check()

@@ -12,7 +12,7 @@ from megadit.config import LoadedConfig, RunConfig
 from megadit.config.deepspeed.merge import merge_ds_config
 from megadit.data import BatchLayout, BatchStream, build_datasets
 from megadit.engine.schedule import Schedule
-from megadit.slices import runs
+from megadit.slices import contiguous_spans
 
 if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
@@ -103,11 +103,11 @@ def train_rank(
     records = train_on(run, steps or run.total_steps)
     saved = run.save()
     fragments = run.engine.partitions.fragments()
-    pieces = [(f.name, f.shape, f.start, f.stop, f.values.detach().clone(), f.boxes) for f in fragments]
+    pieces = [(f.name, f.shape, f.start, f.stop, f.values.detach().clone(), f.shard_regions) for f in fragments]
     averages: dict[str, list[tuple[Any, ...]]] = {}
     for f in fragments:
         for kind, values in {**run.engine.ema.tensors(f), **run.engine.partitions.moments(f)}.items():
-            averages.setdefault(kind, []).append((f.name, f.shape, f.start, f.stop, values.clone(), f.boxes))
+            averages.setdefault(kind, []).append((f.name, f.shape, f.start, f.stop, values.clone(), f.shard_regions))
     working = {n: p.detach().float().clone() for n, p in run.engine.module.named_parameters() if p.numel()}
     return {
         "losses": [r["loss"] for r in records],
@@ -128,10 +128,10 @@ def merge_weights(results: list[dict[str, Any]], kind: str = "pieces") -> dict[s
     """Whole parameters (or averages, ``ema/NAME``) from all ranks' fragments; every element must be covered."""
     whole: dict[str, torch.Tensor] = {}
     for result in results:
-        for name, shape, start, stop, values, boxes in result[kind]:
+        for name, shape, start, stop, values, shard_regions in result[kind]:
             flat = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
-            for run in runs(shape, boxes, start, stop):
-                flat[run.first : run.first + run.length] = values[run.at : run.at + run.length]
+            for span in contiguous_spans(shape, shard_regions, start, stop):
+                flat[span.first : span.first + span.length] = values[span.offset : span.offset + span.length]
     for name, flat in whole.items():
         assert not flat.isnan().any(), f"{name} is not covered by the ranks' fragments"
     return whole

@@ -48,9 +48,9 @@ def gaps(sequence: bool, alpha: float, recompute: Recompute, autocast: bool = Fa
     x, skip, weight, bias, grad = [part.float() if autocast else part for part in operands()]
     made = layer(layout).to(x.dtype)
     made.param_specs["weight"] = dataclasses.replace(made.param_specs["weight"], forward_mult=alpha)
-    boxes = made.param_boxes["weight"]
+    shard_regions = made.param_regions["weight"]
     with torch.no_grad():
-        made.weight.copy_(share_of(weight, boxes).view(made.weight.shape))
+        made.weight.copy_(share_of(weight, shard_regions).view(made.weight.shape))
         assert made.bias is not None
         made.bias.copy_(bias)
     leaves = [part.clone().requires_grad_() for part in (x, skip)]
@@ -72,7 +72,7 @@ def gaps(sequence: bool, alpha: float, recompute: Recompute, autocast: bool = Fa
         "out": (found, expected),
         "x": (leaves[0].grad, whole[0]),
         "skip": (leaves[1].grad, whole[1]),
-        "weight": (made.weight.grad.flatten(), share_of(whole[2], boxes)),
+        "weight": (made.weight.grad.flatten(), share_of(whole[2], shard_regions)),
         "bias": (made.bias.grad, whole[3]),
     }
     return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}
@@ -212,15 +212,15 @@ def test_shares_are_the_elements_of_the_whole_and_together_all_of_them(sequence:
     name = "out_blocks.1.skip_linear.weight"
     found: list[int] = []
     for rank in range(4):
-        for key, p, _, boxes in walk_slices(build_model(config, TensorLayout(4, rank, sequence), seed=3)):
-            assert torch.equal(p.flatten(), share_of(whole[key], boxes)), key
+        for key, p, _, shard_regions in walk_slices(build_model(config, TensorLayout(4, rank, sequence), seed=3)):
+            assert torch.equal(p.flatten(), share_of(whole[key], shard_regions)), key
             if key == name:
                 assert p.shape == ((WIDTH // 4, 2 * WIDTH) if sequence else (2, WIDTH, WIDTH // 4))
                 numbers = torch.arange(whole[name].numel()).view(whole[name].shape)
-                found += share_of(numbers, boxes).tolist()
+                found += share_of(numbers, shard_regions).tolist()
     assert sorted(found) == list(range(2 * WIDTH**2))
 
 
 def test_parts_along_a_later_dimension_are_stacked() -> None:
-    shape, boxes = cut((3, 8), TensorLayout(2, 1), 1, 2)
-    assert shape == (2, 3, 2) and boxes == (((0, 3), (2, 4)), ((0, 3), (6, 8)))
+    shape, shard_regions = cut((3, 8), TensorLayout(2, 1), 1, 2)
+    assert shape == (2, 3, 2) and shard_regions == (((0, 3), (2, 4)), ((0, 3), (6, 8)))

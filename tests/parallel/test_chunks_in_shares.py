@@ -77,9 +77,9 @@ def gaps(sequence: bool, recompute: str) -> dict[str, dict[str, float]]:
             chunks[-1].project = True
         run_chunks(chunks, chunks[0].model.carrier(x.double(), t, cond))
         found[family] = {
-            key: relative_gap(p.grad.flatten(), share_of(wanted[key].grad, boxes))
+            key: relative_gap(p.grad.flatten(), share_of(wanted[key].grad, shard_regions))
             for chunk in chunks
-            for key, p, _, boxes in walk_slices(chunk.model)
+            for key, p, _, shard_regions in walk_slices(chunk.model)
         }
         assert found[family].keys() == wanted.keys()
     return found

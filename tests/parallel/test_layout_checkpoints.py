@@ -74,7 +74,7 @@ def test_other_layouts_go_on(spread: Spread, tmp_path: Path, world: int, paralle
 def test_every_element_is_stored_once_and_told(spread: Spread, capsys: pytest.CaptureFixture[str]) -> None:
     stored = StoredCheckpoint(spread.run_dir / "checkpoints" / "step-00000003")
     assert stored.verify() == []
-    held = sum(piece.stop - piece.start for piece in stored.index.pieces if piece.kind == "weights")
+    held = sum(fragment.stop - fragment.start for fragment in stored.index.fragments if fragment.kind == "weights")
     assert held == sum(torch.Size(shape).numel() for shape in stored.parameters.values())
     assert stored.parameters.keys() == merge_weights([spread.alone]).keys()
     assert inspect_checkpoint.main([str(spread.run_dir)]) == 0

@@ -37,7 +37,9 @@ def gradients(sequence: bool) -> dict[str, dict[str, torch.Tensor]]:
         out, projected = model(*inputs(config), project=True)
         (out.square().mean() + projected.sin().mean()).backward()
         found[family] = {
-            name: p.grad for name, p, _, boxes in walk_slices(model) if boxes is None and p.grad is not None
+            name: p.grad
+            for name, p, _, shard_regions in walk_slices(model)
+            if shard_regions is None and p.grad is not None
         }
     return found
 

@@ -37,8 +37,8 @@ def gaps(name, sequence, faults=()):
     sharded = build_model(config, this_rank(sequence)).double()
     wanted = dict(whole.named_parameters())
     with torch.no_grad():
-        for key, p, _, boxes in walk_slices(sharded):
-            p.copy_(share_of(wanted[key], boxes).view(p.shape))
+        for key, p, _, shard_regions in walk_slices(sharded):
+            p.copy_(share_of(wanted[key], shard_regions).view(p.shape))
     for fault in faults:
         fault(sharded)
     for model in (whole, sharded):
@@ -48,8 +48,8 @@ def gaps(name, sequence, faults=()):
         (out.square().sum() + tokens.sin().sum()).backward()
         outcomes.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
     found = {key: relative(outcomes[1][key], outcomes[0][key]) for key in outcomes[0]}
-    for key, p, _, boxes in walk_slices(sharded):
-        found[key] = relative(p.grad.flatten(), share_of(wanted[key].grad, boxes))
+    for key, p, _, shard_regions in walk_slices(sharded):
+        found[key] = relative(p.grad.flatten(), share_of(wanted[key].grad, shard_regions))
     return found
 
 
@@ -115,17 +115,17 @@ def test_a_share_is_drawn_as_the_same_elements_of_the_whole(ranks):
     for rank in range(ranks):
         for config in DRAWN:
             whole = dict(build_model(config, seed=3).named_parameters())
-            for name, p, _, boxes in walk_slices(build_model(config, TensorLayout(ranks, rank), seed=3)):
-                assert torch.equal(p.flatten(), share_of(whole[name], boxes)), name
+            for name, p, _, shard_regions in walk_slices(build_model(config, TensorLayout(ranks, rank), seed=3)):
+                assert torch.equal(p.flatten(), share_of(whole[name], shard_regions)), name
 
 
 def test_shares_are_marked_and_keep_global_specs():
     config = tiny_mup_dit(64, qk_norm="rms")
     whole, share = build_model(config), build_model(config, TensorLayout(2, 1), device="meta")
     assert param_specs(share) == param_specs(whole)
-    for name, p, spec, boxes in walk_slices(share):
-        assert is_shard(p) == (boxes is not None) == (p.numel() * 2 == spec.numel), name
-    cut = {name for name, _, _, boxes in walk_slices(share) if boxes}
+    for name, p, spec, shard_regions in walk_slices(share):
+        assert is_shard(p) == (shard_regions is not None) == (p.numel() * 2 == spec.numel), name
+    cut = {name for name, _, _, shard_regions in walk_slices(share) if shard_regions}
     assert {name.split(".", 2)[2] for name in cut if name.startswith("blocks.0.")} == {
         "attn.qkv.weight",
         "attn.qkv.bias",

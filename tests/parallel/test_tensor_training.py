@@ -54,7 +54,7 @@ def test_ranks_that_share_layers_train_what_one_does(reference, alone, tmp_path,
     results = run_ranks(world, train_rank, config_of(**parallel), str(tmp_path))
     assert_same_training(results, reference, alone)
     size = parallel["tensor"]
-    shares = {piece[0] for result in results for piece in result["pieces"] if piece[-1] is not None}
+    shares = {fragment[0] for result in results for fragment in result["pieces"] if fragment[-1] is not None}
     for first in range(0, world, size):
         for peer in results[first : first + size]:
             assert peer["losses"] == results[first]["losses"]
@@ -74,7 +74,7 @@ def test_a_run_goes_on_in_another_layout(reference, alone, tmp_path, before, aft
     half = run_ranks(first, train_rank, config_of(**parallel), str(tmp_path), 3)
     stored = StoredCheckpoint(tmp_path / "checkpoints" / "step-00000003")
     assert stored.verify() == []
-    held = sum(piece.stop - piece.start for piece in stored.index.pieces if piece.kind == "weights")
+    held = sum(fragment.stop - fragment.start for fragment in stored.index.fragments if fragment.kind == "weights")
     assert held == sum(p.numel() for p in reference["weights"].values()), "an element is stored twice or not at all"
     rest = run_ranks(second, train_rank, config_of(**other), str(tmp_path), None, half[0]["saved"])
     assert_same_training(rest, reference, alone, skip=3)

@@ -15,7 +15,7 @@ import torch
 from helpers.models.no_model import ALONE
 from helpers.ranks import RankError, run_ranks
 from helpers.training import layout_of, small_config
-from megadit.checkpoint import io as fragment_io
+from megadit.checkpoint import fragment_files
 from megadit.checkpoint import write as checkpoint_write
 from megadit.checkpoint.find import open_checkpoint
 from megadit.checkpoint.format import Position
@@ -67,7 +67,7 @@ def die_before_operation(number):
     for owner, name in (
         *((os, name) for name in ("fsync", "replace", "unlink", "mkdir", "rmdir")),
         (shutil, "rmtree"),
-        (fragment_io, "_write_all"),
+        (fragment_files, "_write_all"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
 
@@ -249,7 +249,7 @@ def test_ranks_killed_inside_a_save_leave_no_seam(tmp_path):
     config = small_config(**KILLED, train={"steps": 9, "checkpoint_every": 3})
     assert not killed(config, tmp_path / "straight", None)
     # Rank 1 in the second save, when its data is written; then rank 0 there, before the folder gets its last name.
-    assert killed(config, tmp_path / "run", (1, 5, "write_pieces"))
+    assert killed(config, tmp_path / "run", (1, 5, "write_fragments"))
     assert open_checkpoint(tmp_path / "run").stored.position.step == 3
     assert killed(config, tmp_path / "run", (0, 5, "write_index"))
     assert open_checkpoint(tmp_path / "run").stored.position.step == 3

@@ -16,7 +16,7 @@ from helpers.ranks import run_ranks
 from helpers.training import layout_of, small_config, train_rank
 from megadit.checkpoint.find import find_checkpoint, load_model
 from megadit.checkpoint.format import Index
-from megadit.checkpoint.io import write_pieces
+from megadit.checkpoint.fragment_files import write_fragments
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.write import write_index
 from megadit.config.schema.data import FeatureSource
@@ -96,12 +96,12 @@ def test_a_bit_that_one_rank_finds_changed_sends_all_to_the_one_before(trained, 
 def spoil(checkpoint, rank, kind):
     """Put a NaN among a rank's values of ``kind``, as training that went wrong would have written it."""
     index, name = Index.read(checkpoint), f"fragments-{rank:05d}.safetensors"
-    pieces = [piece for piece in index.pieces if piece.file == name]
+    fragments = [fragment for fragment in index.fragments if fragment.file == name]
     values = {key: value.clone() for key, value in load_file(checkpoint / name).items()}  # which is overwritten
-    next(values[piece.key] for piece in pieces if piece.kind == kind)[0] = float("nan")
-    record, written = write_pieces(checkpoint / name, [(piece, values[piece.key]) for piece in pieces])
-    others = [piece for piece in index.pieces if piece.file != name]
-    changed = replace(index, pieces=[*others, *written], files={**index.files, name: record})
+    next(values[fragment.key] for fragment in fragments if fragment.kind == kind)[0] = float("nan")
+    record, written = write_fragments(checkpoint / name, [(fragment, values[fragment.key]) for fragment in fragments])
+    others = [fragment for fragment in index.fragments if fragment.file != name]
+    changed = replace(index, fragments=[*others, *written], files={**index.files, name: record})
     write_index(checkpoint, changed, json.loads((checkpoint / "state.json").read_text()))
 
 
@@ -234,7 +234,7 @@ def _rewrite(checkpoint, change):
 
 def _without(kinds):
     def change(index):
-        kept = [piece for piece in index.pieces if not piece.kind.startswith(kinds)]
+        kept = [fragment for fragment in index.fragments if not fragment.kind.startswith(kinds)]
         return Index(index.parameters, kept, index.files, index.block)
 
     return change
@@ -257,7 +257,7 @@ def test_missing_pieces_and_weights_alone_are_no_state_to_go_on_from(copy):
     folder, config = copy
     four = folder / "checkpoints/step-00000004"
     whole = Index.read(four)
-    _rewrite(four, lambda index: Index(index.parameters, index.pieces[:-1], index.files, index.block))
+    _rewrite(four, lambda index: Index(index.parameters, index.fragments[:-1], index.files, index.block))
     assert any("are missing" in problem for problem in StoredCheckpoint(four).verify())
     _rewrite(four, lambda _: _without("exp_avg")(whole))
     out = run_ranks(1, start, config, str(folder))[0][0]
@@ -271,8 +271,8 @@ def test_format_1_is_still_read(trained, copy):
     four = folder / "checkpoints/step-00000004"
     index = Index.read(four)
     names = ("kind", "name", "start", "stop", "file")
-    pieces = [{name: getattr(piece, name) for name in names} for piece in index.pieces]
-    old = {"format": "megadit-checkpoint", "version": 1, "parameters": index.parameters, "pieces": pieces}
+    fragments = [{name: getattr(fragment, name) for name in names} for fragment in index.fragments]
+    old = {"format": "megadit-checkpoint", "version": 1, "parameters": index.parameters, "pieces": fragments}
     (four / "index.json").write_text(json.dumps(old))
     code, said = run_ranks(2, start, config, str(folder))[0]
     assert code == 0 and "at step 4" in said

@@ -23,7 +23,7 @@ from megadit.config.schema.reads import settle
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import Section
 from megadit.errors import UserError
-from megadit.files.paths import whole_file
+from megadit.files.paths import atomic_write
 from megadit.files.yaml_text import dump_yaml
 from megadit.plugins import load_plugins, loaded, records_of, require
 
@@ -113,7 +113,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     from megadit import __version__
 
     text = f"{RESOLVED}, written by megadit {__version__}.\n" + to_yaml(config)
-    with whole_file(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

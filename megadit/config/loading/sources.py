@@ -16,7 +16,7 @@ from megadit.config.schema.values import meaning
 from megadit.errors import UserError
 from megadit.files.file_kind import text_instead
 from megadit.files.paths import begins_with
-from megadit.files.text import decode, has_half_pair, why_no_text
+from megadit.files.text import decode, has_lone_surrogate, why_no_text
 from megadit.files.yaml_text import YamlError, parse_yaml, shortened
 
 OVERRIDES = "an override"
@@ -137,7 +137,7 @@ def override_layer(overrides: Sequence[str]) -> Layer:
             raise UserError(f"override: {override!r} is not of the form section.key=value, e.g. optim.lr=2^-10")
         if len(key) > _LONGEST_KEY:
             raise UserError(f"override: {shortened(key)!r} is no key of a configuration; write section.key=value")
-        if has_half_pair(override):  # what Python makes of bytes of another encoding
+        if has_lone_surrogate(override):  # what Python makes of bytes of another encoding
             raise UserError(
                 f"{shortened(key)}: {shortened(text)!r} is not UTF-8; where it names a file or folder, rename that or "
                 "give a link to it"

@@ -27,10 +27,10 @@ from megadit.data.codecs.folder import codec_folder, read_facts
 from megadit.data.dataset import ImageSet, evenly_spaced, print_remarks, stack_images
 from megadit.errors import UserError
 from megadit.files.file_kind import other_among
-from megadit.files.ownership import is_lock, own
-from megadit.files.paths import save_tensors, whole_file
+from megadit.files.ownership import acquire_folder, is_lock_file
+from megadit.files.paths import atomic_write, save_tensors
 from megadit.files.text import json_bytes
-from megadit.finite import not_finite
+from megadit.finite import describe_nonfinite
 
 PCA_CLASS = "PcaPatchCodec"
 _WEIGHTS = "codec.safetensors"
@@ -167,7 +167,7 @@ def save_pca(codec: PatchPca, folder: Path, facts: dict[str, Any]) -> None:
         "shift_factor": 0.0,
         **facts,
     }
-    with whole_file(folder / "config.json") as temporary:  # last: a folder without it is no codec
+    with atomic_write(folder / "config.json") as temporary:  # last: a folder without it is no codec
         temporary.write_bytes(json_bytes(json.dumps(config, indent=1, ensure_ascii=False) + "\n"))
 
 
@@ -182,7 +182,7 @@ def load_pca(folder: Path) -> PatchPca:
         size = codec.image_channels * codec.factor**2
         if codec.mean.shape != (size,) or codec.components.shape != (facts.channels, size):
             raise ValueError("its weights have other sizes than its config.json")
-        problem = not_finite(tensors.items())
+        problem = describe_nonfinite(tensors.items())
         if problem:
             raise ValueError(problem)
     except Exception as error:  # whatever json and safetensors say about damaged files
@@ -201,12 +201,12 @@ def fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, m
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: '{folder}' is a file; choose another folder")
-    with own(folder, "fitting a codec"):
+    with acquire_folder(folder, "fitting a codec"):
         return _fit_and_save(config, folder, factor, channels, most)
 
 
 def _fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, most: int) -> dict[str, Any]:
-    if any(not is_lock(path.name) for path in folder.iterdir()):
+    if any(not is_lock_file(path.name) for path in folder.iterdir()):
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     train, held_out = build_datasets(config)
     print_remarks(train)

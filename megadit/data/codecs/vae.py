@@ -15,7 +15,7 @@ from megadit.data.codecs.folder import VAE_CLASS, codec_folder, read_facts
 from megadit.errors import UserError
 from megadit.files.file_kind import other_among
 from megadit.files.weight_files import check_indices
-from megadit.finite import not_finite
+from megadit.finite import describe_nonfinite
 from megadit.optional import import_diffusers
 
 _PER_PASS = 16  # images through the autoencoder at once: its activations are far larger than its latents
@@ -82,7 +82,7 @@ def _load(folder: Path) -> Any:
         raise UserError(
             f"data.vae.path: {folder} does not load as an {VAE_CLASS} ({reason}); fetch it again"
         ) from error
-    problem = not_finite(vae.state_dict().items())
+    problem = describe_nonfinite(vae.state_dict().items())
     if problem:
         raise UserError(f"data.vae.path: of the weights in {folder}, {problem}; latents would be NaN: fetch it again")
     return vae

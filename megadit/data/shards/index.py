@@ -15,7 +15,7 @@ import numpy as np
 from megadit.data.shards.scanning import Entry, Survey, scan
 from megadit.data.shards.shard_files import JSON, KNOWN, LABEL, ShardFile, shown_name
 from megadit.errors import UserError
-from megadit.files.paths import whole_file
+from megadit.files.paths import atomic_write
 from megadit.files.text import name_bytes
 
 _VERSION = "1"  # of the file
@@ -149,7 +149,7 @@ def save_index(index: SampleIndex, path: Path) -> None:
     arrays |= {name: getattr(index, name) for name in _NUMBERS}
     if index.survey != Survey():
         arrays[_SURVEY] = np.frombuffer(index.survey.to_json().encode(), dtype=np.uint8)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(save(arrays, {"version": _VERSION}))  # save_file would make it its owner's alone
 
 

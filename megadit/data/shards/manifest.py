@@ -14,7 +14,7 @@ from megadit.data.dataset import StoredFacts
 from megadit.data.shards.shard_files import INDEX, MANIFEST, ShardFile
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
-from megadit.files.paths import is_file_name, whole_file
+from megadit.files.paths import atomic_write, is_file_name
 from megadit.files.text import json_bytes
 
 _FORMAT, _VERSION = "megadit tars", 1
@@ -61,7 +61,7 @@ class Manifest:
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write ``manifest.json``; with it the set is complete."""
     values = {"format": _FORMAT, "version": _VERSION, "index": INDEX, **asdict(manifest)}
-    with whole_file(folder / MANIFEST) as temporary:
+    with atomic_write(folder / MANIFEST) as temporary:
         temporary.write_bytes(json_bytes(json.dumps(values, indent=1, ensure_ascii=False) + "\n"))
 
 

@@ -48,7 +48,7 @@ from megadit.errors import UserError
 from megadit.extensions import DATA_SOURCES
 from megadit.files.file_kind import file_instead
 from megadit.files.json_fields import shown
-from megadit.files.text import whole_text
+from megadit.files.text import replace_surrogates
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class TarSet:
             facts = members.read_json(self.member(i, JSON), self.where(i, JSON))
             caption = facts.get("caption")
             if isinstance(caption, str):
-                return whole_text(caption)
+                return replace_surrogates(caption)
             if caption is not None:  # null, as img2dataset writes it: there is none
                 raise UserError(
                     f"data.path: {self.where(i, JSON)} has caption {shown_name(shown(caption))}, which must be a text; "
@@ -113,7 +113,7 @@ class TarSet:
         if self.index.place(i, CAPTION):
             return members.read_text(self.member(i, CAPTION), self.where(i, CAPTION))
         text = facts.get("text")  # as Hugging Face's data sets call it
-        return whole_text(text) if isinstance(text, str) else ""
+        return replace_surrogates(text) if isinstance(text, str) else ""
 
     def source_of(self, i: int) -> str:
         return f"{self.index.keys[i]} in {self.shards[int(self.index.shard[i])].path}"

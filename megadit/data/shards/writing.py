@@ -37,8 +37,8 @@ from megadit.data.shards.shard_files import (
 )
 from megadit.data.verify import check_captions, check_files
 from megadit.errors import UserError
-from megadit.files.ownership import is_lock, own, refuse_occupied
-from megadit.files.paths import whole_file
+from megadit.files.ownership import acquire_folder, is_lock_file, refuse_folder_in_use
+from megadit.files.paths import atomic_write
 from megadit.files.text import json_bytes
 
 _HEADER = 512  # of a member in a tar
@@ -52,7 +52,7 @@ class SetWriter:
     prefix: of the tars' names.  per_shard: the most samples of a tar.  max_bytes: a tar that would grow beyond it ends
     before.  recipe: all that decides what is written; an unfinished set of another recipe is not gone on with.
 
-    Raises UserError if the folder holds anything else, cannot be written, or is another writer's (Occupied).
+    Raises UserError if the folder holds anything else, cannot be written, or is another writer's (FolderInUse).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SetWriter:
         self._entries: list[list[Entry]] = []
         self._facts: list[ShardFacts] = []
         self._shard: _Shard | None = None
-        self._ownership = own(folder, "writing tars")
+        self._ownership = acquire_folder(folder, "writing tars")
         with self._writing():
             _begin(folder, {**recipe, "prefix": prefix, "per_shard": per_shard, "max_bytes": max_bytes})
             self._take_over()
@@ -153,10 +153,10 @@ def _begin(folder: Path, recipe: Mapping[str, Any]) -> None:
                 f"--out: '{folder}' holds a set that another command began; give the same command to go on with it, "
                 "choose another folder, or remove it"
             )
-    elif any(not is_lock(path.name) for path in folder.iterdir()):
+    elif any(not is_lock_file(path.name) for path in folder.iterdir()):
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     else:
-        with whole_file(own) as temporary:
+        with atomic_write(own) as temporary:
             temporary.write_bytes(text)
 
 
@@ -222,7 +222,7 @@ def set_to_write(config: DataConfig, folder: Path) -> tuple[Subset, list[str]]:
     Raises UserError as ``build_datasets`` does, where another process owns the folder, or for files or captions that
     are missing.
     """
-    refuse_occupied(folder)
+    refuse_folder_in_use(folder)
     images, bases = load_unsplit(config)
     print_remarks(images)
     check_files(images)

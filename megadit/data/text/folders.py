@@ -178,7 +178,7 @@ def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
     Raises UserError, naming ``key``, if the weights are damaged or do not fill the model.
     """
     transformers = import_transformers()
-    from megadit.finite import not_finite
+    from megadit.finite import describe_nonfinite
 
     safe = any(path.suffix == ".safetensors" for path in weights_files(folder))
     check_indices(folder, ".safetensors", ".bin")
@@ -197,7 +197,7 @@ def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
             f"{key}: the weights in '{folder}' lack {len(missing)} of a {class_name}'s tensors, {missing[0]} among "
             "them; fetch it again"
         )
-    problem = not_finite(model.state_dict().items())
+    problem = describe_nonfinite(model.state_dict().items())
     if problem:
         raise UserError(f"{key}: of the weights in '{folder}', {problem}; features would be NaN: fetch it again")
     return model.eval().requires_grad_(False)

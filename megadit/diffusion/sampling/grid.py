@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megadit.errors import UserError
-from megadit.files.paths import whole_file
-from megadit.files.text import whole_text
+from megadit.files.paths import atomic_write
+from megadit.files.text import replace_surrogates
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,7 +71,7 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> Path:
     """Let ``write`` fill a temporary file, then give it its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             write(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
@@ -158,7 +158,7 @@ class _Text:
         """At most ``lines`` lines; what does not fit is cut off with dots."""
         limit = width or self.width
         most = lines * int(limit) // _NARROWEST + 1  # all that is left is measured for every line, word by word
-        rest = " ".join(whole_text(text[: 8 * most]).split())[:most]
+        rest = " ".join(replace_surrogates(text[: 8 * most]).split())[:most]
         result: list[str] = []
         while rest and len(result) < lines:
             taken = self._longest(rest, limit)

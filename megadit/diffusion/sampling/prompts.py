@@ -11,7 +11,7 @@ from megadit.data.labels import quoted
 from megadit.diffusion.sampling.classes import chosen_classes
 from megadit.errors import UserError
 from megadit.files.file_kind import text_instead
-from megadit.files.text import decode, has_half_pair, split_lines, why_no_text
+from megadit.files.text import decode, has_lone_surrogate, split_lines, why_no_text
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +98,6 @@ def read_prompts(path: Path) -> list[str]:
 
 def check_prompts(texts: Sequence[str]) -> None:
     """Raise UserError for a ``--prompt`` that is not UTF-8, as a terminal of another encoding may give it."""
-    strange = next((text for text in texts if has_half_pair(text)), None)
+    strange = next((text for text in texts if has_lone_surrogate(text)), None)
     if strange is not None:
         raise UserError(f"--prompt: {strange[:60]!r} is not UTF-8; write it into a file in UTF-8 for --prompts FILE")

@@ -30,7 +30,7 @@ from megadit.engine.deepspeed.guard import UpdateGuard
 from megadit.engine.deepspeed.norms import RoleNorms, hold_loss_scale
 from megadit.mup.spec import walk_slices
 from megadit.parallel.topology import Topology
-from megadit.slices import Boxes
+from megadit.slices import ShardRegions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's scaler changes as it runs
@@ -41,7 +41,7 @@ class Fragment:
     """Elements [start, stop) of the flattened parameter ``name``, whose global shape is ``shape``.
 
     ``values`` is a writable 1-D float32 view into ``flat``, the tensor that the optimizer steps, beginning
-    at ``offset``. A rank that holds a slice of the parameter (tensor parallelism) names it by ``boxes``
+    at ``offset``. A rank that holds a slice of the parameter (tensor parallelism) names it by ``shard_regions``
     (megadit.slices), and start and stop count in it.
     """
 
@@ -52,7 +52,7 @@ class Fragment:
     values: Tensor
     flat: Tensor
     offset: int
-    boxes: Boxes | None = None
+    shard_regions: ShardRegions | None = None
 
 
 def avoid_shm_build() -> None:
@@ -108,8 +108,8 @@ class Partitions:
         if self._dynamic_scaler() is not None:
             hold_loss_scale(engine.optimizer)
         self._known = {
-            id(p): (name, spec.shape, boxes)
-            for name, p, spec, boxes in walk_slices(engine.module if model is None else model)
+            id(p): (name, spec.shape, shard_regions)
+            for name, p, spec, shard_regions in walk_slices(engine.module if model is None else model)
             if p.requires_grad
         }
 
@@ -123,7 +123,7 @@ class Partitions:
         """Of ``fragments`` those that this rank saves: all ranks together hold each element once."""
         if self.stage == 0 and self._place.data_rank > 0:
             return []
-        return [f for f in self.fragments() if f.boxes is not None or self._place.tensor_rank == 0]
+        return [f for f in self.fragments() if f.shard_regions is not None or self._place.tensor_rank == 0]
 
     def fragments(self) -> list[Fragment]:
         """All fragments that this rank owns, in a fixed order."""
@@ -133,8 +133,8 @@ class Partitions:
     def _whole_parameters(self) -> Iterator[Fragment]:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                name, shape, boxes = self._known[id(p)]
-                yield Fragment(name, shape, 0, p.numel(), p.data.view(-1), p, 0, boxes)
+                name, shape, shard_regions = self._known[id(p)]
+                yield Fragment(name, shape, 0, p.numel(), p.data.view(-1), p, 0, shard_regions)
 
     def _group_runs(self) -> Iterator[Fragment]:
         # Not by DeepSpeed's own map, _hp_mapping: with round_robin_gradients it names the wrong parameters, since it
@@ -146,8 +146,8 @@ class Partitions:
                 low, high = max(first, begin), min(first + p.numel(), begin + flat.numel())
                 if low < high and id(p) in self._known:  # the padding of an empty group is nobody's
                     values = flat.data.narrow(0, low - begin, high - low)
-                    name, shape, boxes = self._known[id(p)]
-                    yield Fragment(name, shape, low - first, high - first, values, flat, low - begin, boxes)
+                    name, shape, shard_regions = self._known[id(p)]
+                    yield Fragment(name, shape, low - first, high - first, values, flat, low - begin, shard_regions)
 
     def _parameter_shares(self) -> Iterator[Fragment]:
         zero = self._engine.optimizer
@@ -160,8 +160,8 @@ class Partitions:
                 stop = min(start + share, p.ds_numel)  # the last shares are padded beyond the parameter
                 if stop > start:
                     values = flat.data.narrow(0, offset, stop - start)
-                    name, shape, boxes = self._known[id(p)]
-                    yield Fragment(name, shape, start, stop, values, flat, offset, boxes)
+                    name, shape, shard_regions = self._known[id(p)]
+                    yield Fragment(name, shape, start, stop, values, flat, offset, shard_regions)
                 offset += share
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:

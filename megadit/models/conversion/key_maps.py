@@ -13,7 +13,7 @@ from torch import Tensor
 from megadit.config.presets import MUP_BASE_WIDTH
 from megadit.config.schema.model import ModelConfig, RoleHPs
 from megadit.errors import UserError
-from megadit.finite import not_finite
+from megadit.finite import describe_nonfinite
 from megadit.models.conversion import conversions
 
 _SHOWN = 5  # names that a sentence lists before it counts the rest
@@ -101,7 +101,7 @@ def buffer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def check_positions(stored: Tensor, wanted: Tensor, name: str) -> None:
     """Refuse a stored table of positions that is not the fixed one this model adds. Raises UserError."""
-    told = not_finite([(name, stored)])
+    told = describe_nonfinite([(name, stored)])
     if told:
         raise UserError(f"IN: {told}, and it is the table of positions; use an earlier checkpoint")
     tolerance = 1e-5 if stored.dtype in (torch.float32, torch.float64) else 1e-2

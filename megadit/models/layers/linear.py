@@ -28,7 +28,7 @@ from megadit.parallel.collectives import (
 )
 from megadit.parallel.recompute import is_recomputed
 from megadit.parallel.tensor import TensorLayout, cut, mark_shards, tensor_layout
-from megadit.slices import Boxes
+from megadit.slices import ShardRegions
 from megadit_kernels import for_autocast, scaled_linear
 
 
@@ -65,11 +65,11 @@ class MuLinear(nn.Module):
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((out_dim, in_dim), init)}
         if bias:
             self.param_specs["bias"] = param.spec((out_dim,), bias_init)
-        self.param_boxes: dict[str, Boxes] = {}
+        self.param_regions: dict[str, ShardRegions] = {}
         for name, spec in self.param_specs.items():
             shape = spec.shape
             if self.layout.size > 1 and name in self.split:
-                shape, self.param_boxes[name] = cut(shape, self.layout, self.split[name], parts)
+                shape, self.param_regions[name] = cut(shape, self.layout, self.split[name], parts)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         if not bias:
             self.register_parameter("bias", None)

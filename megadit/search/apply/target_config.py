@@ -16,7 +16,7 @@ from megadit.config import LoadedConfig, RunConfig, load_config, replace
 from megadit.config.loading.sources import OVERRIDES, flat, nested
 from megadit.config.schema.reads import is_read
 from megadit.errors import UserError
-from megadit.files.paths import whole_file
+from megadit.files.paths import atomic_write
 from megadit.files.yaml_text import dump_yaml
 from megadit.search.apply.cost import run_steps
 from megadit.search.apply.untransferred import Note
@@ -137,7 +137,7 @@ def write_target(
     text = mark + comment + dump_yaml({"base": link, **values})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
             if load_config(temporary) != expected:
                 raise RuntimeError(f"{path} would not give the configuration that was checked:\n{text}")

@@ -11,8 +11,8 @@ from typing import Any
 from megadit import __version__
 from megadit.config.loading.sources import display
 from megadit.errors import UserError
-from megadit.files.paths import whole_file
-from megadit.files.text import whole_text
+from megadit.files.paths import atomic_write
+from megadit.files.text import replace_surrogates
 from megadit.files.yaml_text import dump_yaml
 from megadit.search.report import tables
 from megadit.search.report.curves import curve_figure
@@ -49,8 +49,8 @@ def write_results(results: StudyResults) -> tuple[Path, Path]:
     try:
         _write_plots(folder / "plots", report.drawn)
         for path in (page, text):
-            with whole_file(path) as temporary:
-                temporary.write_bytes(whole_text(report.render(path.suffix[1:])).encode())
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(replace_surrogates(report.render(path.suffix[1:])).encode())
     except OSError as error:
         raise UserError(f"--study_dir: cannot write the report into '{folder}' ({error.strerror})") from None
     return page, text
@@ -124,7 +124,7 @@ def _write_plots(folder: Path, figures: list[Figure]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {f"{figure.name}.png" for figure in figures}
     for figure in figures:
-        with whole_file(folder / f"{figure.name}.png") as temporary:
+        with atomic_write(folder / f"{figure.name}.png") as temporary:
             figure.canvas.savefig(temporary, dpi=130, format="png")
     for old in folder.glob("*.png"):
         if old.name not in wanted and old.name.startswith(("curves-", "slices", "parallel", "importance")):

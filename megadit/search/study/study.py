@@ -28,7 +28,7 @@ from megadit.config.loading.sources import (
 )
 from megadit.config.schema.reads import check_late
 from megadit.errors import UserError
-from megadit.files.paths import begins_with, check_folder, whole_file
+from megadit.files.paths import atomic_write, begins_with, check_folder
 from megadit.files.yaml_text import dump_yaml
 from megadit.plugins import changes_since, load_plugins, records_of, require
 from megadit.search.storage.locking import FILES
@@ -205,7 +205,7 @@ def save_study(study: Study) -> Path:
     target = study.folder / FROZEN
     make_folder(study.folder)
     try:
-        with whole_file(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--study_dir: cannot write '{target}' ({error.strerror}); choose another folder") from None

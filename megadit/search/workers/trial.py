@@ -21,7 +21,7 @@ from megadit.config import DataConfig, LoadedConfig
 from megadit.data import ImageSet
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.files.json_text import parse_json
-from megadit.files.ownership import Occupied, OwnershipLost
+from megadit.files.ownership import FolderInUse, OwnershipLost
 from megadit.models import count_parameters
 from megadit.parallel import ProcessContext
 from megadit.plan import training_flops
@@ -117,7 +117,7 @@ def run_trial(
         check_machine(job)
         context.on_main(lambda: _make_room(folder))
         code = pretrain(job, _callbacks(study, watch), keep_group=True)
-    except (Occupied, OwnershipLost):
+    except (FolderInUse, OwnershipLost):
         raise  # no result of this trial: its folder is another process's
     except UserError as error:
         if job is not None and context.world_size > 1 and not error.everywhere:

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from megadit.config.schema.run import ONLINE
-from megadit.errors import harmless, say
+from megadit.errors import say, warn_on_failure
 from megadit.models import count_parameters
 from megadit.train.callbacks.base import Callback, Record, due
 from megadit.train.run_dir import write_json
@@ -84,9 +84,9 @@ class Summary(Callback):
             "seconds": round(seconds, 1),
             "parameters": count_parameters(run.config.model, fixed=False),
         }
-        with harmless("summary.json"):
+        with warn_on_failure("summary.json"):
             write_json(run.directory.path / "summary.json", summary)
-        with harmless("drawing curves.png"):
+        with warn_on_failure("drawing curves.png"):
             from megadit.train.pictures import draw_curves
 
             draw_curves(rows, run.directory.curves)

@@ -10,7 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from megadit.errors import UserError, say
-from megadit.files.text import has_half_pair
+from megadit.files.text import has_lone_surrogate
 from megadit.train.callbacks.base import Callback, Record, due
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class TensorBoard(RecordCallback):
         """Open the event file; entries beyond a resumed step are purged by the viewer."""
         if run.context.is_main and run.config.train.tensorboard:
             folder = str(run.directory.tensorboard)
-            if has_half_pair(folder):
+            if has_lone_surrogate(folder):
                 say(f"warning: train.tensorboard: TensorBoard cannot write into {folder}, whose name is not UTF-8")
                 return
             from torch.utils.tensorboard import SummaryWriter

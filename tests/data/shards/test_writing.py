@@ -11,7 +11,7 @@ from megadit.config import DataConfig
 from megadit.data.shards.shard_files import MANIFEST
 from megadit.data.shards.writing import SetWriter, Sharding, make_shards
 from megadit.files.owner_file import FILE
-from megadit.files.ownership import TIMEOUT, Occupied, OwnershipLost
+from megadit.files.ownership import TIMEOUT, FolderInUse, OwnershipLost
 
 
 def writer(folder: Path) -> SetWriter:
@@ -37,9 +37,9 @@ def test_a_second_writer_is_refused_and_cleans_nothing_away(tmp_path: Path) -> N
     part = tmp_path / ".x-000001.tar.0123456789abcdef.part"
     part.write_bytes(b"of the first")
     with living_owner(tmp_path) as first:
-        with pytest.raises(Occupied, match=f"--out: '{tmp_path}' is in use by process {first.pid} on"):
+        with pytest.raises(FolderInUse, match=f"--out: '{tmp_path}' is in use by process {first.pid} on"):
             writer(tmp_path)
-        with pytest.raises(Occupied, match=f"process {first.pid} on"):  # before the data are looked for
+        with pytest.raises(FolderInUse, match=f"process {first.pid} on"):  # before the data are looked for
             make_shards(
                 DataConfig(name="image-folder", path=str(tmp_path / "no"), image_size=8), tmp_path, Sharding("x", 2)
             )

@@ -16,15 +16,17 @@ from megadit.config import ModelConfig
 from megadit.models import build_model
 from megadit.mup.spec import walk_slices
 from megadit.parallel.tensor import TensorLayout
-from megadit.slices import Boxes, runs
+from megadit.slices import ShardRegions, contiguous_spans
 
 
-def share_of(whole: Tensor, boxes: Boxes | None) -> Tensor:
-    """The elements of ``whole`` in ``boxes``, flat, in the order of the share; all of it for None."""
-    if boxes is None:
+def share_of(whole: Tensor, shard_regions: ShardRegions | None) -> Tensor:
+    """The elements of ``whole`` in ``shard_regions``, flat, in the order of the share; all of it for None."""
+    if shard_regions is None:
         return whole.flatten()
-    pieces = sorted(runs(whole.shape, boxes, 0, math.prod(whole.shape)), key=lambda run: run.at)
-    return torch.cat([whole.flatten()[run.first : run.first + run.length] for run in pieces])
+    spans = contiguous_spans(whole.shape, shard_regions, 0, math.prod(whole.shape))
+    return torch.cat(
+        [whole.flatten()[span.first : span.first + span.length] for span in sorted(spans, key=lambda span: span.offset)]
+    )
 
 
 def this_rank(sequence: bool = False) -> TensorLayout:
@@ -38,8 +40,8 @@ def share_model(config: ModelConfig, wanted: Mapping[str, Tensor], sequence: boo
     """This rank's share, in float64, of the model whose parameters are ``wanted``."""
     model = build_model(config, this_rank(sequence)).double()
     with torch.no_grad():
-        for key, p, _, boxes in walk_slices(model):
-            p.copy_(share_of(wanted[key], boxes).view(p.shape))
+        for key, p, _, shard_regions in walk_slices(model):
+            p.copy_(share_of(wanted[key], shard_regions).view(p.shape))
     return model
 
 
@@ -63,8 +65,8 @@ def gaps_of_shares(
         assert x.grad is not None
         results.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
     found = {key: relative_gap(results[1][key], results[0][key]) for key in results[0]}
-    for key, p, _, boxes in walk_slices(sharded):
-        found[key] = relative_gap(p.grad.flatten(), share_of(wanted[key].grad, boxes))
+    for key, p, _, shard_regions in walk_slices(sharded):
+        found[key] = relative_gap(p.grad.flatten(), share_of(wanted[key].grad, shard_regions))
     return found
 
 

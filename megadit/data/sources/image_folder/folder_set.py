@@ -18,7 +18,7 @@ from megadit.data.sources.image_folder.metadata import METADATA, check_listed, r
 from megadit.data.sources.image_folder.side_files import read_side_files
 from megadit.data.sources.image_folder.tree import EXTENSIONS, Findings, entries, images_below, same_folders
 from megadit.errors import UserError
-from megadit.files.text import name_bytes, whole_text
+from megadit.files.text import name_bytes, replace_surrogates
 
 DEFAULT_SIZE = 256
 # How the parts of a set are called where each has a folder of its own.
@@ -124,7 +124,7 @@ def _from_classes(root: Path, size: int) -> FolderSet:
         classes=tuple(classes),
         files=tuple(files),
         labels=tuple(labels),
-        captions=tuple(whole_text(classes[label]).replace("_", " ") for label in labels),
+        captions=tuple(replace_surrogates(classes[label]).replace("_", " ") for label in labels),
         bases=tuple(f"{classes[label]}/{_stem(name)}" for name, label in zip(files, labels, strict=True)),
         remarks=(*found.remarks(), *_class_remarks(root, classes)),
     )

@@ -17,7 +17,7 @@ from megadit.data.listing import MISSING, sizes_of
 from megadit.errors import UserError, why_unreadable
 from megadit.files.file_kind import text_instead
 from megadit.files.json_text import JsonError, parse_json
-from megadit.files.text import decode, split_lines, whole_text, why_no_text
+from megadit.files.text import decode, replace_surrogates, split_lines, why_no_text
 
 METADATA = "metadata.jsonl"
 _SHOWN_KEYS = 8
@@ -82,7 +82,7 @@ def read_metadata(root: Path, *, captioned: bool) -> Lines:
             by_text.append(number)
         numbers.append(number)
         files.append(name)
-        captions.append(whole_text(caption))
+        captions.append(replace_surrogates(caption))
         given.append(entry.get("label", _ABSENT))
         if not entry.keys() <= _READ:
             keys.update(key for key in entry if key not in _READ)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megadit.data.sources.image_folder.tree import CAPTIONS
 from megadit.errors import UserError, why_unreadable
 from megadit.files.file_kind import text_instead
-from megadit.files.text import decode, whole_text, why_no_text
+from megadit.files.text import decode, replace_surrogates, why_no_text
 
 _THREADS = 16  # a file system in the network answers many questions at once
 
@@ -67,7 +67,7 @@ def _read(root: Path, name: str) -> str:
     if other is not None:
         raise UserError(f"data.path: the caption {path} cannot be read: {other}")
     try:
-        return whole_text(decode(data)).strip()
+        return replace_surrogates(decode(data)).strip()
     except UnicodeDecodeError as error:
         raise UserError(f"data.path: the caption {path} is not text ({why_no_text(error)}); save it as UTF-8") from None
 

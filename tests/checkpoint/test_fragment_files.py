@@ -10,54 +10,55 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks
-from megadit.checkpoint import io as fragment_io
-from megadit.checkpoint.io import BrokenCheckpoint, Piece, PieceReader, write_pieces
-from megadit.slices import Wanted, runs
+from megadit.checkpoint import fragment_files
+from megadit.checkpoint.format import BLOCK, BrokenCheckpoint, StoredFragment
+from megadit.checkpoint.fragment_files import write_fragments
+from megadit.checkpoint.fragment_reader import FragmentReader
+from megadit.slices import PendingSpans, contiguous_spans
 
 SHAPES = {"block.w": [1000]}
 
 
-def store(folder, tensors, shapes):
-    """Write pieces (with values) to the files that they name; a reader for them."""
-    records, pieces = {}, []
-    for file in sorted({piece.file for piece, _ in tensors}):
-        records[file], written = write_pieces(folder / file, [t for t in tensors if t[0].file == file])
-        pieces += written
-    return PieceReader(folder, shapes, pieces, records)
+def store(folder, tensors, shapes, block=BLOCK):
+    """Write fragments (with values) to the files that they name; a reader for them."""
+    records, fragments = {}, []
+    for file in sorted({fragment.file for fragment, _ in tensors}):
+        records[file], written = write_fragments(folder / file, [t for t in tensors if t[0].file == file])
+        fragments += written
+    return FragmentReader(folder, shapes, fragments, records, block)
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """One tensor of 1000 elements in three pieces over two files."""
+    """One tensor of 1000 elements in three fragments over two files."""
     values = torch.randn(1000)
     cuts = [(0, 300, "a"), (300, 301, "b"), (301, 1000, "a")]
-    pieces = [Piece("weights", "block.w", low, high, f"{name}.safetensors") for low, high, name in cuts]
-    return tmp_path, store(tmp_path, [(p, values[p.start : p.stop]) for p in pieces], SHAPES), pieces, values
+    fragments = [StoredFragment("weights", "block.w", low, high, f"{name}.safetensors") for low, high, name in cuts]
+    return tmp_path, store(tmp_path, [(p, values[p.start : p.stop]) for p in fragments], SHAPES), fragments, values
 
 
 def test_files_are_plain_safetensors(stored):
-    folder, _, pieces, values = stored
+    folder, _, fragments, values = stored
     tensors = load_file(folder / "a.safetensors")
-    assert set(tensors) == {pieces[0].key, pieces[2].key}
-    assert torch.equal(tensors[pieces[2].key], values[301:])
+    assert set(tensors) == {fragments[0].key, fragments[2].key}
+    assert torch.equal(tensors[fragments[2].key], values[301:])
 
 
 @pytest.mark.parametrize("block", [8, 64, 1 << 20])
 @pytest.mark.parametrize(("start", "count"), [(0, 1000), (299, 3), (300, 1), (150, 600), (999, 1)])
 def test_any_range_reads_back(tmp_path, monkeypatch, block, start, count):
-    monkeypatch.setattr(fragment_io, "BLOCK", block)
+    monkeypatch.setattr(fragment_files, "BLOCK", block)
     values = torch.randn(1000)
     cuts = [(0, 300), (300, 301), (301, 1000)]
-    pieces = [(Piece("weights", "block.w", low, high, "a"), values[low:high]) for low, high in cuts]
-    reader = store(tmp_path, pieces, SHAPES)
-    reader._block = block
+    fragments = [(StoredFragment("weights", "block.w", low, high, "a"), values[low:high]) for low, high in cuts]
+    reader = store(tmp_path, fragments, SHAPES, block)
     target = torch.full((count,), torch.nan)
     with reader:
         reader.read_into(target, "weights", "block.w", start)
     assert torch.equal(target, values[start : start + count])
 
 
-def test_a_missing_piece_is_told(stored):
+def test_a_missing_fragment_is_reported(stored):
     _, reader, _, _ = stored
     del reader._by_tensor["weights", "block.w"][2]  # by file: the single element
     with reader, pytest.raises(BrokenCheckpoint, match="1 of 1000 elements of weights of 'block.w'"):
@@ -88,10 +89,9 @@ def test_every_changed_or_lost_byte_is_found(stored):
 
 def test_only_what_is_read_is_checked(tmp_path, monkeypatch):
     """A rank that needs a part reads and checks the blocks of that part: damage elsewhere is another rank's to find."""
-    monkeypatch.setattr(fragment_io, "BLOCK", 64)
+    monkeypatch.setattr(fragment_files, "BLOCK", 64)
     values = torch.randn(100)
-    reader = store(tmp_path, [(Piece("weights", "w", 0, 100, "f"), values)], {"w": [100]})
-    reader._block = 64
+    reader = store(tmp_path, [(StoredFragment("weights", "w", 0, 100, "f"), values)], {"w": [100]}, 64)
     data = bytearray((tmp_path / "f").read_bytes())
     data[-1] ^= 1
     (tmp_path / "f").write_bytes(bytes(data))
@@ -120,14 +120,14 @@ def layouts(shape):
         [((part * third + head * third // 2, part * third + (head + 1) * third // 2), everything) for part in range(3)]
         for head in (0, 1)
     ]
-    yield [tuple(boxes) for boxes in heads]
+    yield [tuple(shard_regions) for shard_regions in heads]
     yield [(((0, half), (0, 3)), ((half, rows), (3, columns))), (((0, half), (3, columns)), ((half, rows), (0, 3)))]
 
 
-def part_of(whole, boxes):
-    if boxes is None:
+def part_of(whole, shard_regions):
+    if shard_regions is None:
         return whole.flatten()
-    return torch.cat([whole[tuple(slice(*sides) for sides in box)].flatten() for box in boxes])
+    return torch.cat([whole[tuple(slice(*sides) for sides in box)].flatten() for box in shard_regions])
 
 
 @pytest.mark.parametrize("saved", range(5))
@@ -137,24 +137,24 @@ def test_what_one_slicing_wrote_any_other_reads(tmp_path, saved):
     shape = [12, 8]
     whole = torch.randn(shape)
     tensors = []
-    for rank, boxes in enumerate(list(layouts(shape))[saved]):
-        values = part_of(whole, boxes)
+    for rank, shard_regions in enumerate(list(layouts(shape))[saved]):
+        values = part_of(whole, shard_regions)
         for low, high in split(len(values), 4):
-            tensors.append((Piece("weights", "w", low, high, f"f{rank}", boxes), values[low:high]))
+            tensors.append((StoredFragment("weights", "w", low, high, f"f{rank}", shard_regions), values[low:high]))
     with store(tmp_path, tensors, {"w": shape}) as reader:
-        for boxes in itertools.chain(*layouts(shape)):
-            expected = part_of(whole, boxes)
+        for shard_regions in itertools.chain(*layouts(shape)):
+            expected = part_of(whole, shard_regions)
             for low, high in split(len(expected), 5):
                 target = torch.full((high - low,), torch.nan)
-                reader.read_into(target, "weights", "w", low, boxes)
+                reader.read_into(target, "weights", "w", low, shard_regions)
                 assert torch.equal(target, expected[low:high])
 
 
-def test_pieces_that_overlap_are_read_once():
-    wanted = Wanted(runs([10], None, 2, 9))
-    assert wanted.take(runs([10], None, 0, 5)) == [(2, 0, 3)]
-    assert wanted.take(runs([10], None, 0, 7)) == [(5, 3, 2)]
-    assert wanted.left == 2
+def test_fragments_that_overlap_are_read_once():
+    pending = PendingSpans(contiguous_spans([10], None, 2, 9))
+    assert pending.take(contiguous_spans([10], None, 0, 5)) == [(2, 0, 3)]
+    assert pending.take(contiguous_spans([10], None, 0, 7)) == [(5, 3, 2)]
+    assert pending.left == 2
 
 
 MEGABYTES, FRAGMENTS = 8, 12  # a fragment, and how many
@@ -164,8 +164,8 @@ def _peaks(folder):
     """How far the resident memory rose (MB) over writing and over reading all fragments."""
     size = MEGABYTES << 18
     tensors = [torch.randn(size) for _ in range(FRAGMENTS)]
-    pieces = [Piece("weights", f"w{i}", 0, size, "f") for i in range(FRAGMENTS)]
-    shapes = {piece.name: [size] for piece in pieces}
+    fragments = [StoredFragment("weights", f"w{i}", 0, size, "f") for i in range(FRAGMENTS)]
+    shapes = {fragment.name: [size] for fragment in fragments}
 
     def rise(action):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -174,13 +174,13 @@ def _peaks(folder):
         return (_status("VmHWM") - before) / 1024
 
     written = []
-    up = rise(lambda: written.append(write_pieces(Path(folder) / "f", list(zip(pieces, tensors, strict=True)))))
+    up = rise(lambda: written.append(write_fragments(Path(folder) / "f", list(zip(fragments, tensors, strict=True)))))
     record, done = written[0]
 
     def read():
-        with PieceReader(Path(folder), shapes, done, {"f": record}) as reader:
-            for piece, tensor in zip(done, tensors, strict=True):
-                reader.read_into(tensor, "weights", piece.name)
+        with FragmentReader(Path(folder), shapes, done, {"f": record}) as reader:
+            for fragment, tensor in zip(done, tensors, strict=True):
+                reader.read_into(tensor, "weights", fragment.name)
 
     return up, rise(read)
 
@@ -197,11 +197,11 @@ def test_memory_is_bounded_by_a_fragment(tmp_path):
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
-    """The limit on a file's size stands for the disk's: what write_pieces meets is what the caller tells."""
+    """The limit on a file's size stands for the disk's: what write_fragments meets is what the caller tells."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            write_pieces(tmp_path / "f", [(Piece("weights", "w", 0, 1000, "f"), torch.randn(1000))])
+            write_fragments(tmp_path / "f", [(StoredFragment("weights", "w", 0, 1000, "f"), torch.randn(1000))])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
