@@ -52,14 +52,14 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
     from megadit.config import load_config
     from megadit.parallel.topology import balanced_cuts
     from megadit.plan.flops import stage_flops
-    from megadit.plan.memory import count_passages
+    from megadit.plan.memory import stage_costs
 
     config = load_config(path)
     flops = stage_flops(config.model)
     for name, sequence in SHARES:
         for pipeline in STAGES:
             tensor, cuts = int(name[0]), balanced_cuts(flops, pipeline)
-            passages = count_passages(config.model, cuts, MICRO[0], torch.bfloat16, "none", tensor, sequence=sequence)
+            passages = stage_costs(config.model, cuts, MICRO[0], torch.bfloat16, "none", tensor, sequence=sequence)
             yield {
                 "config": config,
                 "tensor": tensor,

@@ -58,7 +58,7 @@ def save_checkpoint(
     root = checkpoint_root(run_dir)
     final = step_folder(root, position.step)
     temporary: Path = context.on_main(lambda: refuse_disk_errors(final, lambda: _prepare(final, ownership)))
-    owned = partitions.to_save()
+    owned = partitions.fragments_to_save()
     file, problem = f"fragments-{context.rank:05d}.safetensors", ""
     records: dict[str, FileRecord] = {}
     fragments: list[StoredFragment] = []

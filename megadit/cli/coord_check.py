@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     widths = _widths(args.widths)
     if args.tp < 1:
         raise UserError(f"--tp {args.tp}: not a number of ranks; give 1 or more")
-    from megadit.parallel.launcher import ranks_started
+    from megadit.parallel.launcher import check_rank_count
 
-    ranks = ranks_started(args.tp, "--tp")
+    ranks = check_rank_count(args.tp, "--tp")
     import_plugins(args)
     from megadit.config import load_config
     from megadit.mup.coord_check.plan import CoordPlan, check_report_place, check_shares
@@ -97,13 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.mup.example import example_conditioning
     from megadit.optional import defer_compiler
     from megadit.parallel import start_processes, stop_processes
-    from megadit.parallel.launcher import run_copies
-    from megadit.parallel.tensor import WHOLE, TensorLayout
+    from megadit.parallel.launcher import run_local_ranks
+    from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
     if args.tp > 1 and ranks == 1:
-        return run_copies(args.tp, ["-m", "megadit", "coord_check", *(sys.argv[1:] if argv is None else argv)])
+        return run_local_ranks(args.tp, ["-m", "megadit", "coord_check", *(sys.argv[1:] if argv is None else argv)])
     # This process's place among those that share every layer.
-    layout = WHOLE if args.tp == 1 else TensorLayout(args.tp, start_processes().rank, group=dist.group.WORLD)
+    layout = UNSHARDED if args.tp == 1 else TensorLayout(args.tp, start_processes().rank, group=dist.group.WORLD)
     defer_compiler()
     parametrization = args.param or config.model.parametrization
     readings = coordinate_readings(

@@ -226,12 +226,12 @@ class StudyProgress:
 def worker(args: argparse.Namespace) -> int:
     """Join a study, made first where there is none; also as one of several ranks. Returns as ``work``."""
     from megadit.parallel import prepare_environment, start_processes
-    from megadit.parallel.launcher import die_with_launcher
+    from megadit.parallel.launcher import exit_with_launcher
     from megadit.search.study.study import FROZEN, load_study, study_folder
     from megadit.search.workers.worker import work
 
     ranks = prepare_environment()
-    die_with_launcher(ranks)
+    exit_with_launcher(ranks)
     if ranks.note:
         print(f"note: {ranks.note}", file=sys.stderr)
     source = _source(args)

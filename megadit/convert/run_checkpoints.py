@@ -109,7 +109,7 @@ class _Imported:
             for start, values in self._contents.parts(WEIGHTS, name)
         ]
 
-    def to_save(self) -> list[Fragment]:
+    def fragments_to_save(self) -> list[Fragment]:
         """All of them: there is one rank."""
         return self.fragments()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megadit.doctor.report import Check, State, one_line, quiet
 from megadit.errors import UserError
-from megadit.parallel.environment import child_environment, read_ranks
+from megadit.parallel.environment import child_environment, read_rank_variables
 
 STEP_TIMEOUT_S = 120.0
 NAMES_TIMEOUT_S = 3.0
@@ -42,7 +42,7 @@ def check_distributed() -> Iterator[Check]:
 def _launcher() -> Check:
     """What the environment says of a launcher; a command would refuse what contradicts itself."""
     try:
-        ranks = read_ranks()
+        ranks = read_rank_variables()
     except UserError as error:
         said, _, remedy = str(error).partition("; ")
         return Check("distributed", "launcher", "broken", said, remedy)

@@ -70,10 +70,10 @@ class Ema:
         return tuple(self._kept)
 
     @torch.no_grad()
-    def update(self, count: int, made: Tensor | None = None) -> None:
+    def update(self, count: int, applied: Tensor | None = None) -> None:
         """Follow the masters after the ``count``-th update that changed them (counted from 1 over the whole run).
 
-        made: () float32 on the device, 0 where that update was left out after all; None where it is known to be made.
+        applied: () float32 on the device, 1 where the update was applied and 0 where it was skipped; None: it was applied.
         """
         self._refuse_while_shown("updated")
         masters = self._masters() if count % self._every == 0 else []
@@ -81,10 +81,10 @@ class Ema:
             if not masters:  # a rank may own nothing
                 continue
             weight = 1 - kept(count)
-            if made is None:
+            if applied is None:
                 torch._foreach_lerp_(self._averages[name], masters, weight)
             else:
-                torch._foreach_lerp_(self._averages[name], masters, [made * weight] * len(masters))
+                torch._foreach_lerp_(self._averages[name], masters, [applied * weight] * len(masters))
 
     def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
         """``{"ema/NAME": values}`` of a fragment, as writable 1-D float32 views."""
@@ -102,7 +102,7 @@ class Ema:
 
         Values change places, so that nothing is copied beyond a small piece at a time and what comes back is what was
         there, bit for bit. Nothing may be trained or saved inside. All ranks must enter and leave. After an exception
-        the masters are back at once; the working weights, whose gathering needs all ranks, at ``settle``.
+        the masters are back at once; the working weights, whose gathering needs all ranks, at ``publish_if_stale``.
         """
         if name not in self._averages:
             raise KeyError(f"there is no average '{name}'; there are {list(self.names)}")
@@ -110,15 +110,15 @@ class Ema:
         self._exchange(name)
         self._shown, self._unpublished = name, True
         try:
-            self.settle()
+            self.publish_if_stale()
             yield
         except BaseException:
             self._put_back(name)
             raise
         self._put_back(name)
-        self.settle()
+        self.publish_if_stale()
 
-    def settle(self) -> None:
+    def publish_if_stale(self) -> None:
         """Give the working weights the masters' values where an exception kept that from being done (collective)."""
         if self._unpublished:
             self._partitions.publish_masters()

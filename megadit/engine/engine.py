@@ -20,29 +20,29 @@ from megadit.config.deepspeed.gradients import with_bucket
 from megadit.config.schema.run import ONLINE
 from megadit.data import Batch
 from megadit.diffusion import LossTerms, NoisyBatch
-from megadit.engine.deepspeed.grad_accumulation import float32_sums
-from megadit.engine.deepspeed.guard import LossScaleExhausted, Reading
+from megadit.engine.deepspeed.grad_accumulation import force_zero_optimizer
+from megadit.engine.deepspeed.guard import LossScaleExhausted, UpdateStatus
 from megadit.engine.deepspeed.partitions import Partitions, avoid_shm_build, forget_groups, restore_linear
 from megadit.engine.ema import Ema
 from megadit.engine.loss import BatchLosses, TrainingLoss
 from megadit.engine.optimizer import MuOptimizer
 from megadit.engine.schedule import Schedule
 from megadit.parallel import ProcessContext
-from megadit.parallel.topology import Groups, ModelParallelUnit
+from megadit.parallel.topology import ModelParallelUnit, ProcessGroups
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step told this rank.
+    """Result of one optimizer step on this rank.
 
     losses: of its micro batches, in order; empty on a rank that computes none.  grad_norm: over all parameters, before
-    clipping; None where it was not asked for.  reading: what the device says of the update, on its way to the host.
+    clipping; None where it was not asked for.  update_status: whether the update was applied, on its way to the host.
     exhausted_scale: fp16's smallest loss scale, where gradients overflowed at it: no update was made.
     """
 
     losses: Sequence[BatchLosses]
     grad_norm: float | None = None
-    reading: Reading = field(default_factory=Reading)
+    update_status: UpdateStatus = field(default_factory=UpdateStatus)
     exhausted_scale: float | None = None
 
 
@@ -60,7 +60,7 @@ class TrainingEngine:
         schedule: Schedule,
         ds_config: dict[str, Any],
         context: ProcessContext,
-        groups: Groups | None = None,
+        groups: ProcessGroups | None = None,
     ) -> None:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         avoid_shm_build()
@@ -80,13 +80,18 @@ class TrainingEngine:
         self._checked_step = False
 
     def _wrap(
-        self, model: nn.Module, config: RunConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        schedule: Schedule,
+        ds_config: dict[str, Any],
+        groups: ProcessGroups | None,
     ) -> tuple[Any, MuOptimizer, Partitions]:
         import deepspeed
 
         optimizer = MuOptimizer(model, config.optim, schedule, self.context.device)
         mpu = None if groups is None else ModelParallelUnit(groups)
-        with float32_sums():
+        with force_zero_optimizer():
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.inner, config=dict(ds_config), mpu=mpu)
         return engine, optimizer, Partitions(engine, optimizer.clip, groups.topology if groups else None)
 
@@ -120,10 +125,10 @@ class TrainingEngine:
 
         The global gradient norm is taken if ``want_norm`` is set.
         """
-        self.ema.settle()
+        self.ema.publish_if_stale()
         for number, batch in enumerate(batches, start=1):
             noisy = self.loss.prepare(batch)
-            outputs = self._engine(noisy.x, noisy.t, noisy.cond, project=self.loss.projects)
+            outputs = self._engine(noisy.x, noisy.t, noisy.cond, project=self.loss.needs_projection)
             self._engine.backward(self._mean_loss(outputs, batch, noisy))
             if number < self.accumulation:
                 self._engine.step()
@@ -156,21 +161,21 @@ class TrainingEngine:
         if exhausted is not None:
             return StepResult(losses, exhausted_scale=exhausted)
         if self.update_applied:
-            self.ema.update(step + 1 - self.skipped_steps, self.partitions.guard.made)
-        reading = self._read()
+            self.ema.update(step + 1 - self.skipped_steps, self.partitions.guard.applied)
+        update_status = self._update_status()
         if not self._checked_step:
             self.optimizer.check_table(step, "after the first step")
             self._checked_step = True
-        return StepResult(losses, self.partitions.gradient_norm() if want_norm else None, reading)
+        return StepResult(losses, self.partitions.gradient_norm() if want_norm else None, update_status)
 
-    def _read(self) -> Reading:
+    def _update_status(self) -> UpdateStatus:
         """What the last step was like. fp16's skipped updates are normal, unless a loss was not finite (collective)."""
         if not self._loss_scaled:
-            return self.partitions.guard.reading()
+            return self.partitions.guard.update_status()
         finite, self._losses_finite = self._losses_finite, torch.ones_like(self._losses_finite)
-        return Reading(masked=not self.update_applied and self.context.any(not bool(finite)))
+        return UpdateStatus(masked=not self.update_applied and self.context.any(not bool(finite)))
 
-    def restored(self, step: int) -> None:
+    def after_restore(self, step: int) -> None:
         """Say that a checkpoint was loaded: learning rates come from the config, never from the checkpoint."""
         self.optimizer.apply(step)
         self.optimizer.check_table(step, "after resume")
@@ -182,7 +187,7 @@ class TrainingEngine:
 
         weights: online, or the name of an average, which takes their place meanwhile. All ranks must enter.
         """
-        self.ema.settle()
+        self.ema.publish_if_stale()
         with nullcontext() if weights == ONLINE else self.ema.swapped(weights), torch.no_grad():
             self._engine.eval()
             try:
@@ -196,7 +201,7 @@ class TrainingEngine:
         Empty on a rank that computes none. ``noisy`` was made from ``batch``; a rank that reads no data has neither.
         """
         inputs = () if noisy is None else (noisy.x, noisy.t, noisy.cond)
-        outputs = self._whole_model()(*inputs, project=self.loss.projects)
+        outputs = self._full_model()(*inputs, project=self.loss.needs_projection)
         if not self.computes_loss:
             return {}
         assert batch is not None and noisy is not None
@@ -206,7 +211,7 @@ class TrainingEngine:
     def sampling_model(self, weights: str = ONLINE) -> Iterator[nn.Module]:
         """``with engine.sampling_model() as model:`` the whole model as a sampler calls it, in ``evaluation``."""
         with self.evaluation(weights):
-            yield self._whole_model()
+            yield self._full_model()
 
-    def _whole_model(self) -> nn.Module:
+    def _full_model(self) -> nn.Module:
         return self.module

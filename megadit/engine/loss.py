@@ -47,7 +47,7 @@ class TrainingLoss:
     repa_weight: float = 0.0
 
     @property
-    def projects(self) -> bool:
+    def needs_projection(self) -> bool:
         """Whether the loss needs the model's REPA tokens beside its output."""
         return self.repa_weight > 0
 
@@ -68,7 +68,7 @@ class TrainingLoss:
     def of(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> LossTerms:
         """What training minimises, from the model's ``outputs`` for ``noisy``, which was made from ``batch``.
 
-        outputs: float (B, C or 2C, H, W); where the loss ``projects``, a pair of it and the projected tokens (B, T, F).
+        outputs: float (B, C or 2C, H, W); a pair of it and the projected tokens (B, T, F) if ``needs_projection``.
         """
         if self.features is None:
             return self.objective.loss(outputs, noisy)

@@ -23,10 +23,10 @@ from megadit.engine.optimizer import MuOptimizer
 from megadit.engine.schedule import Schedule
 from megadit.models import build_model
 from megadit.models.chunk import ModelChunk
-from megadit.models.stages import Carrier
+from megadit.models.stages import StageIO
 from megadit.mup.spec import param_specs
 from megadit.parallel import ProcessContext
-from megadit.parallel.topology import Groups
+from megadit.parallel.topology import ProcessGroups
 
 
 class PipelineTrainingEngine(TrainingEngine):
@@ -44,13 +44,18 @@ class PipelineTrainingEngine(TrainingEngine):
         schedule: Schedule,
         ds_config: dict[str, Any],
         context: ProcessContext,
-        groups: Groups,
+        groups: ProcessGroups,
     ) -> None:
         self._chunk, self._groups, self._samples = chunk, groups, SampleQueue()
         super().__init__(chunk.model, loss, config, schedule, ds_config, context, groups)
 
     def _wrap(
-        self, model: nn.Module, config: RunConfig, schedule: Schedule, ds_config: dict[str, Any], groups: Groups | None
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        schedule: Schedule,
+        ds_config: dict[str, Any],
+        groups: ProcessGroups | None,
     ) -> tuple[Any, MuOptimizer, Partitions]:
         assert groups is not None
         specs = param_specs(build_model(config.model, device="meta"))
@@ -75,24 +80,24 @@ class PipelineTrainingEngine(TrainingEngine):
 
     def train_batch(self, step: int, batches: Iterable[Batch], want_norm: bool) -> StepResult:
         """As ``TrainingEngine.train_batch``; DeepSpeed's schedule takes the micro batches and runs them."""
-        self.ema.settle()
-        self._chunk.project = self.loss.projects
+        self.ema.publish_if_stale()
+        self._chunk.project = self.loss.needs_projection
         self._samples.clear()  # of a step that an exception cut short
         return self._update(step, partial(self._engine.train_batch, self._feed(batches)), want_norm)
 
-    def _feed(self, batches: Iterable[Batch]) -> Iterator[tuple[Carrier, tuple[Tensor, ...]]]:
+    def _feed(self, batches: Iterable[Batch]) -> Iterator[tuple[StageIO, tuple[Tensor, ...]]]:
         """The first stage's inputs, for DeepSpeed, which asks for as many on the last stage."""
         for batch in batches:
             noisy = self.loss.prepare(batch)
             if self._chunk.is_last:
                 self._samples.put(batch, noisy)
             first = self._chunk.is_first
-            yield self._chunk.model.carrier(noisy.x, noisy.t, noisy.cond) if first else (), ()
+            yield self._chunk.model.packed_inputs(noisy.x, noisy.t, noisy.cond) if first else (), ()
 
     def _last_stage_loss(self, outputs: Any, _labels: Any) -> Tensor:
         return self._mean_loss(outputs, *self._samples.take())
 
-    def _whole_model(self) -> nn.Module:
+    def _full_model(self) -> nn.Module:
         return PipelineForward(self._chunk, self._groups, self.context.device).eval()
 
 
@@ -122,7 +127,7 @@ class SampleQueue:
 class PipelineForward(nn.Module):
     """A model in chunks as a function of whole inputs: every stage calls it alike and gets the last one's output."""
 
-    def __init__(self, chunk: ModelChunk, groups: Groups, device: torch.device) -> None:
+    def __init__(self, chunk: ModelChunk, groups: ProcessGroups, device: torch.device) -> None:
         super().__init__()
         self._chunk, self._device = chunk, device
         self._group, self._ranks = groups.group("pipeline"), groups.ranks("pipeline")
@@ -140,7 +145,7 @@ class PipelineForward(nn.Module):
         chunk.project = project
         if chunk.is_first:
             assert x is not None and t is not None
-            wire = chunk.model.carrier(x, t, Conditioning() if cond is None else cond)
+            wire = chunk.model.packed_inputs(x, t, Conditioning() if cond is None else cond)
         else:
             wire = self._receive(ranks[self._place - 1])
         outputs = chunk(wire)
@@ -150,12 +155,12 @@ class PipelineForward(nn.Module):
         found = self._from_last(tensors if chunk.is_last else ())
         return found if project else found[0]
 
-    def _send(self, tensors: Carrier, rank: int) -> None:
+    def _send(self, tensors: StageIO, rank: int) -> None:
         dist.send_object_list([_kinds(tensors)], rank, group=self._group, device=self._device)
         for tensor in tensors:
             dist.send(tensor.contiguous(), rank, group=self._group)
 
-    def _receive(self, rank: int) -> Carrier:
+    def _receive(self, rank: int) -> StageIO:
         box: list[Any] = [None]
         dist.recv_object_list(box, rank, group=self._group, device=self._device)
         tensors = self._empty(box[0])
@@ -163,7 +168,7 @@ class PipelineForward(nn.Module):
             dist.recv(tensor, rank, group=self._group)
         return tensors
 
-    def _from_last(self, tensors: Carrier) -> Carrier:
+    def _from_last(self, tensors: StageIO) -> StageIO:
         source = self._ranks[-1]
         box: list[Any] = [_kinds(tensors)]
         dist.broadcast_object_list(box, source, group=self._group, device=self._device)
@@ -172,10 +177,10 @@ class PipelineForward(nn.Module):
             dist.broadcast(tensor, source, group=self._group)
         return tensors
 
-    def _empty(self, kinds: list[Any]) -> Carrier:
+    def _empty(self, kinds: list[Any]) -> StageIO:
         return tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in kinds)
 
 
-def _kinds(tensors: Carrier) -> list[Any]:
+def _kinds(tensors: StageIO) -> list[Any]:
     """What a rank must know of tensors before it can receive them."""
     return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

@@ -12,9 +12,9 @@ from megadit.lazy import lazy_exports
 if TYPE_CHECKING:
     from megadit.conditioning import Conditioning
     from megadit.models.build import build_model, count_parameters
-    from megadit.models.stages import Carrier, Stage, StagedModel
+    from megadit.models.stages import Stage, StagedModel, StageIO
 
-__all__ = ["FAMILIES", "Carrier", "Conditioning", "Stage", "StagedModel", "build_model", "count_parameters"]
+__all__ = ["FAMILIES", "Conditioning", "Stage", "StageIO", "StagedModel", "build_model", "count_parameters"]
 
 # What each knows of itself, by ``model.family``.
 FAMILIES: Mapping[str, str] = {
@@ -28,6 +28,6 @@ __getattr__ = lazy_exports(
     __name__,
     {
         **dict.fromkeys(("build_model", "count_parameters"), "build"),
-        **dict.fromkeys(("Carrier", "Conditioning", "Stage", "StagedModel"), "stages"),
+        **dict.fromkeys(("StageIO", "Conditioning", "Stage", "StagedModel"), "stages"),
     },
 )

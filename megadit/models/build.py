@@ -11,7 +11,7 @@ from megadit.models.repa import RepaProjector
 from megadit.models.stages import StagedModel
 from megadit.mup.init import init_parameters
 from megadit.mup.rules import FAN_IN_SCHEME, Parametrization
-from megadit.parallel.tensor import WHOLE, TensorLayout, building
+from megadit.parallel.tensor import UNSHARDED, TensorLayout, building
 from megadit.registry import load_object
 
 
@@ -42,7 +42,7 @@ def build_model(
         model: StagedModel = load_object(family_spec(config.family).model)(config, param)
         if config.repa is not None:
             model.repa, model.repa_block = RepaProjector(config.repa, param), config.repa.block
-        model.layout = parallel or WHOLE
+        model.layout = parallel or UNSHARDED
         if device.type != "meta":
             init_parameters(model, seed)
     return model

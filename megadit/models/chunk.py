@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megadit.config.schema.model import ModelConfig
 from megadit.models.build import build_model
-from megadit.models.stages import Carrier, StagedModel
+from megadit.models.stages import StagedModel, StageIO
 from megadit.mup.init import init_parameters
 from megadit.parallel.tensor import TensorLayout, mark_shards
 
@@ -48,10 +48,10 @@ class ModelChunk(nn.Module):
         self.padding.append(nn.Parameter(torch.zeros(2)))
         return self.padding[-1]
 
-    def forward(self, stage_io: Carrier | Tensor) -> Carrier | Tensor:
+    def forward(self, stage_io: StageIO | Tensor) -> StageIO | Tensor:
         """Run the stages, the blocks recomputed as ``model.recompute`` says."""
         state = (stage_io,) if isinstance(stage_io, Tensor) else stage_io
-        repa_projection: Carrier = ()  # one tensor, once block ``repa_block`` has run here or on an earlier rank
+        repa_projection: StageIO = ()  # one tensor, once block ``repa_block`` has run here or on an earlier rank
         block, repa_block = self._blocks_before, self.model.repa_block if self.project else 0
         if 0 < repa_block <= block:
             repa_projection, state = state[:1], state[1:]

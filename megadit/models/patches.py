@@ -11,7 +11,7 @@ from megadit.config.schema.model import ModelConfig
 from megadit.models.layers import SelfAttention, unpatchify
 from megadit.models.stages import ModelOutput, Stage, StageState
 from megadit.mup.rules import Parametrization
-from megadit.parallel.collectives import all_tokens
+from megadit.parallel.collectives import gather_sequence
 from megadit.parallel.tensor import tensor_layout
 
 
@@ -81,5 +81,5 @@ class SquareReadoutStage(Stage):
     def run(self, state: ConditionedTokens) -> ModelOutput:
         """Read out the patches, gather those of other ranks and put the image together."""
         config, side = self.config, side_of(self.config)
-        patches = all_tokens(self.final_layer(state.tokens, state.condition), self.layout, side * side)
+        patches = gather_sequence(self.final_layer(state.tokens, state.condition), self.layout, side * side)
         return ModelOutput(unpatchify(patches, side, side, config.patch_size, config.out_channels))

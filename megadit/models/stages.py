@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
-from megadit.parallel.collectives import all_tokens
+from megadit.parallel.collectives import gather_sequence
 from megadit.parallel.recompute import Recompute, run_block
-from megadit.parallel.tensor import WHOLE, TensorLayout
+from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
-Carrier = tuple[Tensor, ...]  # a packed state, as it travels
+StageIO = tuple[Tensor, ...]  # a packed state, as it travels
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class StageState:
     whose last fields are not the only such ones says in ``unpack`` which are there.
     """
 
-    def pack(self) -> Carrier:
+    def pack(self) -> StageIO:
         """The tensors in order."""
         flat: list[Tensor] = []
         for value in vars(self).values():
@@ -39,7 +39,7 @@ class StageState:
         return tuple(flat)
 
     @classmethod
-    def unpack(cls, tensors: Carrier) -> Self:
+    def unpack(cls, tensors: StageIO) -> Self:
         """The state of which ``pack`` made these."""
         return cls(*tensors)
 
@@ -59,7 +59,7 @@ class ModelInputs(StageState):
     text_mask: Tensor | None = None
 
     @classmethod
-    def unpack(cls, tensors: Carrier) -> Self:
+    def unpack(cls, tensors: StageIO) -> Self:
         """Told apart by kind: a text has a dimension more than its pooled feature, a mask is of bools."""
         x, t, *given = tensors
         named: dict[str, Tensor] = {}
@@ -90,11 +90,11 @@ class Stage(nn.Module):
     prefix: str = ""
     is_block: bool = False
 
-    def forward(self, tensors: Carrier) -> Carrier:
+    def forward(self, tensors: StageIO) -> StageIO:
         """Unpack the state, run the stage and pack what it gives."""
         return self.run(self.takes.unpack(tensors)).pack()
 
-    def recomputed(self, tensors: Carrier, how: Recompute) -> Carrier:
+    def recomputed(self, tensors: StageIO, how: Recompute) -> StageIO:
         """``forward``, of which a block keeps for its backward pass what ``how`` says."""
         return run_block(self, tensors, how if self.is_block else "none")
 
@@ -115,7 +115,7 @@ class StagedModel(nn.Module):
     """
 
     counted_tables: tuple[str, ...] = ()
-    layout: TensorLayout = WHOLE
+    layout: TensorLayout = UNSHARDED
     stream_tokens: int | None = None
     recompute: Recompute = "none"
     repa: nn.Module | None
@@ -129,7 +129,7 @@ class StagedModel(nn.Module):
         """The first stage's state. Raises ValueError: x or the condition does not fit the model."""
         raise TypeError(f"{type(self).__name__} does not say what its inputs are")
 
-    def carrier(self, x: Tensor, t: Tensor, cond: Conditioning) -> Carrier:
+    def packed_inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> StageIO:
         """``inputs``, packed."""
         return self.inputs(x, t, cond).pack()
 
@@ -165,25 +165,25 @@ class StagedModel(nn.Module):
                 raise ValueError("project: the model has no REPA projector (model.repa), or taps are asked for too")
             output, [tokens] = self.forward(x, t, cond, taps=(self.repa_block,))
             return output, self._project(tokens)
-        carrier = self.carrier(x, t, Conditioning() if cond is None else cond)
+        stage_io = self.packed_inputs(x, t, Conditioning() if cond is None else cond)
         tapped: dict[int, Tensor] = {}
         blocks = 0
         for stage in self.stages():
-            carrier = stage.recomputed(carrier, self.recompute)
+            stage_io = stage.recomputed(stage_io, self.recompute)
             if stage.is_block:
                 blocks += 1
                 if blocks in taps:
-                    tapped[blocks] = self.whole_stream(carrier[0])
+                    tapped[blocks] = self.whole_stream(stage_io[0])
         if not taps:
-            return carrier[0]
+            return stage_io[0]
         missing = [k for k in taps if k not in tapped]
         if missing:
             raise ValueError(f"taps: {missing} are not blocks of this model, which has blocks 1 to {blocks}")
-        return carrier[0], [tapped[k] for k in taps]
+        return stage_io[0], [tapped[k] for k in taps]
 
     def whole_stream(self, tokens: Tensor) -> Tensor:
         """All tokens of a block's output, of which sequence parallelism leaves a rank its own."""
-        return tokens if self.stream_tokens is None else all_tokens(tokens, self.layout, self.stream_tokens)
+        return tokens if self.stream_tokens is None else gather_sequence(tokens, self.layout, self.stream_tokens)
 
     def projected(self, tokens: Tensor) -> Tensor:
         """The REPA projection (B, T, F) of the image tokens after block ``repa_block``, from a rank's tokens."""

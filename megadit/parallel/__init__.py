@@ -2,7 +2,7 @@
 
 environment, launcher   which launcher started this rank, and what happens when it is gone
 processes, agreement    the process group and its end; whether all ranks run the same thing
-last_words              what is told of a rank that ends with an error
+failure_messages              what is told of a rank that ends with an error
 topology                every rank's place: pipeline, replica, share; where stages are cut
 tensor, collectives     a rank's share of heads, channels and tokens, and the sums with their gradients
 recompute, compilation  how blocks run: recomputed, compiled

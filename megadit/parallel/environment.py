@@ -54,7 +54,7 @@ class RankVariables:
     note: str | None = None  # for people: what this process leaves unused
 
 
-def read_ranks(env: Mapping[str, str] | None = None) -> RankVariables:
+def read_rank_variables(env: Mapping[str, str] | None = None) -> RankVariables:
     """The place of this process, from the variables of its launcher.
 
     Raises:
@@ -249,10 +249,10 @@ def prepare_environment(env: MutableMapping[str, str] | None = None) -> RankVari
     the job, so that ranks agree and jobs that share a host do not meet. Plain ``python`` is a single process.
 
     Raises:
-        UserError: as ``read_ranks``; or where rank 0 can be found is not told.
+        UserError: as ``read_rank_variables``; or where rank 0 can be found is not told.
     """
     env = os.environ if env is None else env
-    ranks = read_ranks(env)
+    ranks = read_rank_variables(env)
     if ranks.world_size == 1:
         host, port = "127.0.0.1", ranks.master_port or free_port()
     elif ranks.launcher == "srun":
@@ -309,9 +309,9 @@ def refuse_ranks(command: str, env: Mapping[str, str] | None = None) -> None:
     """Refuse a command of one process where a launcher started several: each would do all of the work.
 
     Raises:
-        UserError: as ``read_ranks``; or this is one of several ranks.
+        UserError: as ``read_rank_variables``; or this is one of several ranks.
     """
-    ranks = read_ranks(env)
+    ranks = read_rank_variables(env)
     if ranks.world_size > 1:
         raise UserError(
             f"{command}: works as one process, and this is rank {ranks.rank} of {ranks.world_size}"
@@ -325,7 +325,7 @@ def is_rank_variable(name: str) -> bool:
     return _RANK_NAMES.fullmatch(name) is not None
 
 
-def without_ranks(env: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:
+def without_rank_variables(env: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:
     """The environment for a process that is no rank of this one's group (without the names in ``also``, too)."""
     dropped = set(also)
     return {name: value for name, value in env.items() if not is_rank_variable(name) and name not in dropped}
@@ -337,7 +337,7 @@ def child_environment(env: Mapping[str, str]) -> dict[str, str]:
     """
     found = filter(None, (importlib.util.find_spec(name) for name in ("megadit", "megadit_kernels")))
     paths = [str(Path(str(spec.origin)).resolve().parents[1]) for spec in found]
-    made = without_ranks(env)
+    made = without_rank_variables(env)
     made["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [env.get("PYTHONPATH")])])
     return made
 

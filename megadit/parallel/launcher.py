@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.parallel.environment import RankVariables, child_environment, free_port, read_ranks
+from megadit.parallel.environment import RankVariables, child_environment, free_port, read_rank_variables
 
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 1.0
@@ -29,13 +29,13 @@ _POLL_S = 0.1
 _GRACE_S = 5.0  # for the others to end by themselves, and tell why
 
 
-def die_with_parent(number: int = signal.SIGTERM, libc: Any = None) -> None:
+def set_parent_death_signal(number: int = signal.SIGTERM, libc: Any = None) -> None:
     """Have the kernel send this process the signal when the thread that started it ends, however that is (Linux)."""
     if sys.platform == "linux":
         (libc or ctypes.CDLL(None)).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def die_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = None) -> bool:
+def exit_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = None) -> bool:
     """End with the launcher, by SIGKILL: before the process group is up, too, and in the middle of a step.
 
     Never under plain ``python`` or from a shell inside a task of Slurm's: what ``nohup`` and ``tmux`` protect lives on.
@@ -47,7 +47,7 @@ def die_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = None
     if ranks.launcher == "srun" and env.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
         return False
     parent = os.getppid()
-    die_with_parent(signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent or (parent == 1 and not _LAUNCHER_PROGRAM.search(_program(1))):
         told = "error: the launcher of this rank ended before the rank began, and so it ends, too"
         os.write(2, f"{told}\n".encode())
@@ -89,22 +89,22 @@ def _program(pid: int) -> str:
     return " ".join(Path(word).name for word in words)
 
 
-def ranks_started(size: int, option: str) -> int:
+def check_rank_count(size: int, option: str) -> int:
     """How many ranks a launcher started, where ``option`` asks for ``size``; their lives are tied to it.
 
     Raises:
         UserError: they are neither one nor ``size``.
     """
-    ranks = read_ranks()
+    ranks = read_rank_variables()
     if ranks.world_size not in (1, size):
         raise UserError(
             f"{option} {size}: {ranks.world_size} processes were started; start {size}, or none by a launcher"
         )
-    die_with_launcher(ranks)
+    exit_with_launcher(ranks)
     return ranks.world_size
 
 
-def run_copies(count: int, argv: Sequence[str]) -> int:
+def run_local_ranks(count: int, argv: Sequence[str]) -> int:
     """Run ``python ARGV`` as ``count`` ranks of one group and wait; the first exit code that is not that of success.
 
     When one ends with an error, the others are ended too. Only rank 0 keeps its standard output.

@@ -127,7 +127,7 @@ def start_processes(timeout_s: float = 1800.0, rendezvous_s: float | None = None
         backend = "nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
         # One process needs no connection, and one of torch's waits for name servers, who tell it its own address.
-        store = dist.HashStore() if world == 1 else meet(ranks, rendezvous_s or min(timeout_s, _RENDEZVOUS_S))
+        store = dist.HashStore() if world == 1 else rendezvous(ranks, rendezvous_s or min(timeout_s, _RENDEZVOUS_S))
         store.set_timeout(limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         _bound_new_groups(limit)
@@ -164,7 +164,7 @@ class RendezvousFailed(Exception):
     """Not all ranks came: a sentence for people with the address, who is missing and what to do (exit code 1)."""
 
 
-def meet(ranks: RankVariables, limit_s: float) -> Any:
+def rendezvous(ranks: RankVariables, limit_s: float) -> Any:
     """A store that all ranks share, once all of them are here: rank 0 serves it, or torchrun's agent does.
 
     ``ranks`` holds the completed address; ``limit_s`` bounds the whole in seconds.
@@ -173,13 +173,13 @@ def meet(ranks: RankVariables, limit_s: float) -> Any:
         UserError: MASTER_ADDR has no address, or MASTER_PORT is taken on rank 0's host.
         RendezvousFailed: ranks are missing after ``limit_s``, or rank 0 ended.
     """
-    meeting = _Meeting(ranks, limit_s)
+    meeting = _Rendezvous(ranks, limit_s)
     store = meeting.join()
     meeting.wait_for_all(store)
     return store
 
 
-class _Meeting:
+class _Rendezvous:
     def __init__(self, ranks: RankVariables, limit_s: float) -> None:
         assert ranks.master_addr is not None and ranks.master_port is not None  # of a completed environment
         self.rank, self.world = ranks.rank, ranks.world_size

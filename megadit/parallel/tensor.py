@@ -23,8 +23,8 @@ from megadit.slices import ShardRegions
 class TensorLayout:
     """This rank, ``rank`` of ``size`` that share every layer.
 
-    ``sequence``: between the layers that are cut by channels, token streams are cut by tokens. ``group`` is the process
-    group of the ``size`` ranks; None builds shapes without being able to run, and a ``Rehearsal`` runs on the meta
+    ``sequence``: sequence parallelism: between tensor-parallel layers token streams are sharded by tokens. ``group`` is
+    the process group of the ``size`` ranks; None builds shapes that cannot run, a ``CollectiveRecorder`` runs on the meta
     device.
     """
 
@@ -36,7 +36,7 @@ class TensorLayout:
     def __deepcopy__(self, _memo: Any) -> TensorLayout:
         return self  # a process group cannot be copied, and a copied model lives in the same one
 
-    def share(self, size: int, what: str) -> int:
+    def local_size(self, size: int, what: str) -> int:
         """``size`` / ranks.
 
         Raises:
@@ -47,14 +47,14 @@ class TensorLayout:
         return size // self.size
 
 
-WHOLE = TensorLayout()
-_building: ContextVar[TensorLayout] = ContextVar("tensor_layout", default=WHOLE)
+UNSHARDED = TensorLayout()
+_building: ContextVar[TensorLayout] = ContextVar("tensor_layout", default=UNSHARDED)
 
 
 @contextmanager
 def building(layout: TensorLayout | None) -> Iterator[None]:
     """Models built inside hold one rank's share of their parameters (None: all of them)."""
-    token = _building.set(layout or WHOLE)
+    token = _building.set(layout or UNSHARDED)
     try:
         yield
     finally:
@@ -66,7 +66,9 @@ def tensor_layout() -> TensorLayout:
     return _building.get()
 
 
-def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) -> tuple[tuple[int, ...], ShardRegions]:
+def shard_shape(
+    shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1
+) -> tuple[tuple[int, ...], ShardRegions]:
     """This rank's share of a parameter of global ``shape``, cut along ``dim``: its local shape and its shard regions.
 
     ``parts``: how many matrices stand side by side along ``dim`` (3 for q, k and v, 2 for gate and up), each of which
@@ -77,7 +79,7 @@ def cut(shape: Sequence[int], layout: TensorLayout, dim: int, parts: int = 1) ->
         ValueError: the ranks do not divide a part.
     """
     part = shape[dim] // parts
-    share = layout.share(part, f"channels of a parameter of shape {tuple(shape)}")
+    share = layout.local_size(part, f"channels of a parameter of shape {tuple(shape)}")
     spans = [(p * part + layout.rank * share, p * part + (layout.rank + 1) * share) for p in range(parts)]
     shard_regions = tuple(tuple(span if d == dim else (0, size) for d, size in enumerate(shape)) for span in spans)
     piece = tuple(share if d == dim else size for d, size in enumerate(shape))

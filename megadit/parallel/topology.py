@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megadit.parallel.tensor import WHOLE, TensorLayout
+from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Topology:
         return list(keys.values())
 
 
-class Groups:
+class ProcessGroups:
     """The process groups of a topology. All ranks must make them, in the same order."""
 
     def __init__(self, topology: Topology) -> None:
@@ -88,7 +88,7 @@ class Groups:
         """What layers need to know."""
         place = self.topology
         if place.tensor == 1:
-            return WHOLE
+            return UNSHARDED
         return TensorLayout(place.tensor, place.tensor_rank, place.sequence, self.group("tensor"))
 
 
@@ -106,7 +106,7 @@ def _own_group(lists: Sequence[Sequence[int]], rank: int) -> Any:
 class ModelParallelUnit:
     """A topology in the words of DeepSpeed (Megatron-LM's mpu): model parallel means tensor parallel here."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: ProcessGroups) -> None:
         self._groups, self._place = groups, groups.topology
 
     def get_model_parallel_rank(self) -> int:

@@ -50,7 +50,7 @@ def data_bytes(
         return {"data all_reduce of gradients": summed}
     if zero_stage == 3:
         rest = parameters - small
-        gathered = rest * (2 - share_that_stays(rest, recompute, reuse)) * micro_batches + small
+        gathered = rest * (2 - retained_share(rest, recompute, reuse)) * micro_batches + small
         return {
             "data all_gather of weights": gathered / parameters * half,
             "data reduce_scatter of gradients": ring_bytes("reduce_scatter", sums, replicas) * micro_batches,
@@ -59,6 +59,6 @@ def data_bytes(
     return {"data all_reduce of gradients": summed * times, "data all_gather of weights": half}
 
 
-def share_that_stays(elements: int, recompute: bool, reuse: int) -> float:
+def retained_share(elements: int, recompute: bool, reuse: int) -> float:
     """Of ``elements`` that ZeRO 3 gathers for the forward pass, the share that stays for the backward pass."""
     return min(1.0, reuse / max(1, (3 if recompute else 2) * elements))

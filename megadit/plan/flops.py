@@ -38,14 +38,14 @@ def stage_flops(config: ModelConfig) -> list[int]:
 
     model = build_model(config, device="meta")
     x = torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta")
-    carrier = model.carrier(x, torch.empty(1, device="meta"), example_conditioning(config, [0]).to("meta"))
+    stage_io = model.packed_inputs(x, torch.empty(1, device="meta"), example_conditioning(config, [0]).to("meta"))
     costs, blocks = [], 0
     for stage in model.stages():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            carrier = stage(carrier)
+            stage_io = stage(stage_io)
             blocks += stage.is_block
             if model.repa is not None and stage.is_block and blocks == model.repa_block:
-                model.projected(carrier[0])
+                model.projected(stage_io[0])
         costs.append(int(counter.get_total_flops()))
     return costs
 

@@ -12,9 +12,9 @@ from megadit.config import RunConfig
 from megadit.config.deepspeed.gradients import bucket_bytes, gradient_bytes
 from megadit.parallel.topology import Topology, balanced_cuts
 from megadit.plan.bubble import bubble_share, idle_share
-from megadit.plan.communication import data_bytes, share_that_stays, tensor_bytes
+from megadit.plan.communication import data_bytes, retained_share, tensor_bytes
 from megadit.plan.flops import stage_flops
-from megadit.plan.memory import Passage, count_passages, state_bytes
+from megadit.plan.memory import MicroBatchCost, stage_costs, state_bytes
 
 # DeepSpeed's own stage3_param_persistence_threshold, stage3_max_reuse_distance and stage3_max_live_parameters.
 _SMALL, _REUSE, _LIVE = 10**5, 10**9, 10**9
@@ -79,7 +79,7 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
     cuts = balanced_cuts(flops, parallel.pipeline)
     micro, many = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
     place = Topology(world, 0, parallel.tensor, parallel.pipeline)
-    passages = count_passages(
+    passages = stage_costs(
         config.model,
         cuts,
         micro,
@@ -126,7 +126,12 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
 
 
 def _costs(
-    config: RunConfig, sizes: list[int], passage: Passage, replicas: int, in_flight: int, ds_config: dict[str, Any]
+    config: RunConfig,
+    sizes: list[int],
+    passage: MicroBatchCost,
+    replicas: int,
+    in_flight: int,
+    ds_config: dict[str, Any],
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that a rank holds, and those that it sends in a step; ``sizes``: elements of each parameter of its own."""
     precision, zero = config.train.precision, ds_config["zero_optimization"]
@@ -143,7 +148,7 @@ def _costs(
     if buckets:
         held["buckets"] = buckets
     if stage == 3 and replicas > 1:
-        stay = (own - small) * share_that_stays(own - small, recompute, reuse)
+        stay = (own - small) * retained_share(own - small, recompute, reuse)
         if zero.get("stage3_prefetch_bucket_size") != 0:  # every layer fetches more, faster than they are let go
             stay = max(stay, zero.get("stage3_max_live_parameters", _LIVE))
         held["gathered weights"] = (small + min(own - small, stay)) * item

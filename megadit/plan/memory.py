@@ -24,16 +24,16 @@ from torch.utils._pytree import tree_leaves
 
 from megadit.config import ModelConfig
 from megadit.models.chunk import ModelChunk, build_chunk
-from megadit.models.stages import Carrier
+from megadit.models.stages import StageIO
 from megadit.mup.example import example_conditioning
-from megadit.parallel.collectives import Kind, Rehearsal
+from megadit.parallel.collectives import CollectiveRecorder, Kind
 from megadit.parallel.recompute import Recompute
 from megadit.parallel.tensor import TensorLayout
 
 _FULL = 4  # bytes of float32
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveByteCounter(TorchDispatchMode):
     """Counts the bytes of all storages that were made inside and are still alive: ``now``, and at most ``peak``.
 
     Those of ``known`` tensors (weights, gradients) count nothing.
@@ -90,7 +90,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Passage:
+class MicroBatchCost:
     """One micro batch through one pipeline stage, on one rank; all in bytes.
 
     kept: from its forward pass until its backward pass. peak: the most that is held during the two, ``kept`` included;
@@ -107,7 +107,7 @@ class Passage:
     backward: Counter[tuple[Kind, int]]
 
 
-def count_passages(
+def stage_costs(
     config: ModelConfig,
     cuts: Sequence[int],
     batch: int,
@@ -116,13 +116,13 @@ def count_passages(
     tensor: int = 1,
     *,
     sequence: bool = False,
-) -> Iterator[tuple[ModelChunk, Passage]]:
+) -> Iterator[tuple[ModelChunk, MicroBatchCost]]:
     """Every chunk of a model cut at ``cuts``, on the meta device as one of ``tensor`` ranks holds it, and what
     ``batch`` images cost it. The text comes with its mask.
     """
-    rehearsal = Rehearsal()
-    layout = TensorLayout(tensor, 0, sequence, rehearsal) if tensor > 1 else None
-    wire: Carrier = ()
+    recorder = CollectiveRecorder()
+    layout = TensorLayout(tensor, 0, sequence, recorder) if tensor > 1 else None
+    wire: StageIO = ()
     for place in range(len(cuts) - 1):
         chunk = build_chunk(config, cuts, place, layout, device="meta")
         chunk.model.to(dtype)
@@ -131,18 +131,20 @@ def count_passages(
         if not place:
             x = torch.empty(batch, config.in_channels, config.input_size, config.input_size, device="meta")
             cond = example_conditioning(config, [0]).repeat(batch).to("meta")
-            wire = chunk.model.carrier(x, torch.empty(batch, device="meta"), cond)
-        passage, wire = _pass(chunk, wire, rehearsal, first=place == 0)
+            wire = chunk.model.packed_inputs(x, torch.empty(batch, device="meta"), cond)
+        passage, wire = _pass(chunk, wire, recorder, first=place == 0)
         yield chunk, passage
 
 
-def _pass(chunk: ModelChunk, wire: Carrier, rehearsal: Rehearsal, *, first: bool) -> tuple[Passage, Carrier]:
+def _pass(
+    chunk: ModelChunk, wire: StageIO, recorder: CollectiveRecorder, *, first: bool
+) -> tuple[MicroBatchCost, StageIO]:
     known = [*chunk.parameters(), *chunk.buffers()]
     for p in chunk.parameters():
         p.grad = torch.empty_like(p)  # from the second micro batch on a gradient is added to
         known.append(p.grad)
-    rehearsal.taken()
-    with LiveBytes(known) as live, fused_attention():
+    recorder.pop_calls()
+    with LiveByteCounter(known) as live, fused_attention():
         inputs = tuple(torch.empty_like(part) for part in wire)
         if not first:
             for part in inputs:
@@ -150,13 +152,13 @@ def _pass(chunk: ModelChunk, wire: Carrier, rehearsal: Rehearsal, *, first: bool
         out = chunk(inputs)
         outputs = (out,) if isinstance(out, Tensor) else tuple(out)
         del out
-        kept, forward = live.now, rehearsal.taken()
+        kept, forward = live.now, recorder.pop_calls()
         moving = [part for part in outputs if part.requires_grad]
         torch.autograd.backward(moving, [torch.empty_like(part) for part in moving])
-        backward = rehearsal.taken()
+        backward = recorder.pop_calls()
         peak = live.peak
     last = chunk.is_last
-    passage = Passage(
+    passage = MicroBatchCost(
         kept=kept,
         peak=peak,
         wire_in=0 if first else sum(part.nbytes for part in wire),

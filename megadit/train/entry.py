@@ -21,8 +21,8 @@ from megadit.files.ownership import refuse_folder_in_use
 from megadit.files.paths import check_folder
 from megadit.parallel import prepare_environment
 from megadit.parallel.environment import is_local_main
-from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
-from megadit.parallel.launcher import die_with_launcher
+from megadit.parallel.failure_messages import explain_timeout, peer_failure, summary, write_torchelastic_error
+from megadit.parallel.launcher import exit_with_launcher
 from megadit.parallel.processes import RendezvousFailed
 from megadit.plugins import load_plugins
 from megadit.streams import result_is_saved
@@ -82,7 +82,7 @@ def run(
         # One of the ranks alone may meet it; thousands that do write it once or a few times.
         if not dry and (os.environ["RANK"] == "0" or not directory.recorded_since(time.time() - _ONE_START_S)):
             directory.write_refusal(str(error), saved_step(directory.path))
-        tell_launcher(f"error: {error}")
+        write_torchelastic_error(f"error: {error}")
         if is_local_main():
             raise
         return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
@@ -111,9 +111,9 @@ def _enter(folder: Path, dry: bool) -> None:
     except UserError as error:
         if not dry:
             RunDirectory(folder).write_refusal(str(error), saved_step(folder))
-        tell_launcher(f"error: {error}")
+        write_torchelastic_error(f"error: {error}")
         raise
-    die_with_launcher(ranks)
+    exit_with_launcher(ranks)
     if ranks.note:
         print(f"note: {ranks.note}", file=sys.stderr)
 
@@ -130,19 +130,19 @@ def _errors_told(job: Job) -> Iterator[_End]:
     try:
         yield end
     except UserError as error:
-        tell_launcher(f"error: {error}")
+        write_torchelastic_error(f"error: {error}")
         where = "" if os.environ["WORLD_SIZE"] == "1" or error.everywhere else f"[rank {rank}] "
         if not error.everywhere or rank == "0":
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
         end.code = error.code
     except RendezvousFailed as error:
-        tell_launcher(f"error: {error}")
+        write_torchelastic_error(f"error: {error}")
         if is_local_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
     except Exception as error:
-        told = of_another_rank(error)
+        told = peer_failure(error)
         if told is None:
             explain_timeout(error, job.config.parallel.timeout_s)
-            tell_launcher(summary(error))
+            write_torchelastic_error(summary(error))
             raise
         print(f"[rank {rank}] {told}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from megadit.checkpoint.format import Position
 from megadit.data import Batch, BatchStream, SampleOrder
 from megadit.data.windows import format_windows
-from megadit.engine.deepspeed.guard import Reading
+from megadit.engine.deepspeed.guard import UpdateStatus
 from megadit.engine.engine import StepResult
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, say, warn_on_failure
 from megadit.files.ownership import OwnershipLost
@@ -38,7 +38,7 @@ class Trainer:
     def __init__(self, run: TrainingRun, callbacks: Sequence[Callback]) -> None:
         self._run, self._callbacks = run, callbacks
         self._meter: Meter  # from the first step on
-        self._reading = Reading()  # of the last step
+        self._last_update = UpdateStatus()  # of the last step
         self._events: list[dict[str, Any]] = []  # since the last record
 
     def fit(self) -> Outcome:
@@ -118,16 +118,18 @@ class Trainer:
     def _take(self, result: StepResult) -> None:
         """Count the step that was made, unless the one before proves not to have been finite."""
         run, exhausted = self._run, result.exhausted_scale is not None
-        if self._reading.bad() and not exhausted:  # the device had this step to do while the host waited for the answer
-            self._diverge(self._reading)
+        if (
+            self._last_update.skipped() and not exhausted
+        ):  # the device had this step to do while the host waited for the answer
+            self._diverge(self._last_update)
         self._meter.add(result.losses)
         if not exhausted:
             self._events += self._left_out(run.position.step + 1)
         samples = run.position.samples_seen + run.config.train.global_batch
         run.position = Position(run.position.step + 1, samples, run.engine.skipped_steps)
         if exhausted:
-            self._diverge(Reading(), result.exhausted_scale)
-        self._reading = result.reading
+            self._diverge(UpdateStatus(), result.exhausted_scale)
+        self._last_update = result.update_status
 
     def _agree_on(self, stop: bool) -> bool:
         """Whether some rank is to ``stop``; asked every few steps, since it waits for the device."""
@@ -143,8 +145,8 @@ class Trainer:
         run, record = self._run, None
         # The step before a checkpoint is always logged: a window is never cut in two, and what is saved is finite.
         if log or preempted:
-            if self._reading.bad():
-                self._diverge(self._reading)
+            if self._last_update.skipped():
+                self._diverge(self._last_update)
             record = self._record(result.grad_norm)
         for callback in self._callbacks:
             addition = callback.on_step(run)
@@ -169,7 +171,7 @@ class Trainer:
         events, self._events = [*self._events, *self._spikes()], []
         return record | ({"events": events} if events else {})
 
-    def _diverge(self, reading: Reading, at_scale: float | None = None) -> NoReturn:
+    def _diverge(self, update_status: UpdateStatus, at_scale: float | None = None) -> NoReturn:
         """Log the step where the run stands, which was not finite, and raise (all ranks alike)."""
         run, clip = self._run, self._run.engine.optimizer.clip
         broken = self._meter.broken_samples()
@@ -177,7 +179,9 @@ class Trainer:
         record = self._meter.record(math.inf) | {"grad_norms": None}
         events = [*self._events, *self._spikes()]
         order = SampleOrder(len(run.train_set), run.config.train.seed)
-        error = describe(run.position.step, run.layout, order, broken, reading.bad_roles(), set(clip.roles), at_scale)
+        error = describe(
+            run.position.step, run.layout, order, broken, update_status.nonfinite_roles(), set(clip.roles), at_scale
+        )
         for callback in self._callbacks:
             callback.on_divergence(run, record | {"events": [*events, error.event]})
         raise error

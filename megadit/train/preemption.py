@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megadit.errors import EXIT_FAILURE, EXIT_PREEMPTED
-from megadit.parallel.last_words import peer_told_launcher
+from megadit.parallel.failure_messages import peer_wrote_torchelastic_error
 
 INSIST_S = 5.0  # a second SIGTERM within it is the same request, which launchers and Slurm may both pass on
 INSIST_BY_HAND_S = 0.5  # a second Ctrl-C after it is a person's
@@ -149,7 +149,7 @@ def end_before_training(folder: Path, asked: Preempted) -> int:
 
     directory, alone = RunDirectory(folder), os.environ.get("WORLD_SIZE", "1") == "1"
     unclear = asked.number == signal.SIGTERM and not alone
-    if unclear and (peer_told_launcher() or directory.recorded_since(asked.began)):
+    if unclear and (peer_wrote_torchelastic_error() or directory.recorded_since(asked.began)):
         _say(f"[rank {os.environ['RANK']}] another rank has ended, and so this one does: see its error")
         return EXIT_FAILURE
     if os.environ.get("RANK", "0") == "0":

@@ -23,8 +23,8 @@ from megadit.files.ownership import FolderInUse, OwnershipLost, OwnershipRequest
 from megadit.files.paths import check_folder
 from megadit.optional import defer_compiler
 from megadit.parallel import ProcessContext, start_processes, stop_processes
-from megadit.parallel.agreement import check_agreement
-from megadit.parallel.last_words import explain_timeout, of_another_rank
+from megadit.parallel.consistency_check import check_consistency
+from megadit.parallel.failure_messages import explain_timeout, peer_failure
 from megadit.parallel.processes import RendezvousFailed
 from megadit.train.callbacks import Callback, default_callbacks, make_callbacks
 from megadit.train.divergence import notes_of_earlier_ends
@@ -85,7 +85,7 @@ def _failures_recorded(job: Job, directory: RunDirectory, step: Callable[[], int
         code = told.code if isinstance(told, UserError) else EXIT_FAILURE
         explain_timeout(told, job.config.parallel.timeout_s)
         said = [f"{type(told).__name__}: {told}", *getattr(told, "__notes__", ())]
-        reason = of_another_rank(told) or " ".join(said)
+        reason = peer_failure(told) or " ".join(said)
         if not isinstance(told, OwnershipLost):
             directory.write_failure(code, reason, step())
         if told is error:
@@ -127,7 +127,7 @@ def _begin(job: Job, context: ProcessContext, directory: RunDirectory, steps: in
         UserError: ranks differ, the directory is another run's or cannot be written, or as ``resume_point`` does.
     """
     try:
-        check_agreement(context, _facts(job))
+        check_consistency(context, _facts(job))
         check_folder(job.run_dir, "--run_dir")
         ownership_request = OwnershipRequest(job.run_dir, "training")
         # The other ranks wait in a collective, which has a time limit, while rank 0 watches a silent owner.

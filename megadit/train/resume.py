@@ -78,7 +78,7 @@ def restore(
             if context.is_main and number + 1 < len(paths):
                 warn_fallback(str(error), paths[number + 1])
             continue
-        engine.restored(stored.position.step)
+        engine.after_restore(stored.position.step)
         context.on_main(functools.partial(set_latest, directory.path, path))
         if context.is_main:
             print(f"resuming from {path} at step {stored.position.step}", file=sys.stderr)

@@ -24,7 +24,7 @@ from megadit.models.chunk import ModelChunk, build_chunk
 from megadit.models.stages import StagedModel
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext
-from megadit.parallel.topology import Groups, Topology, balanced_cuts
+from megadit.parallel.topology import ProcessGroups, Topology, balanced_cuts
 from megadit.plan.flops import stage_flops
 from megadit.train.divergence import TrainingDiverged
 from megadit.train.prepare import Job, Start
@@ -60,7 +60,7 @@ class TrainingRun:
                 can make of it.
             UserError: the disk does not take it.
         """
-        found = self.engine.partitions.not_finite([self.engine.ema.tensors])
+        found = self.engine.partitions.nonfinite_parameters([self.engine.ema.tensors])
         names = sorted({name for names in self.context.gather_objects(found) for name in names})
         if names:
             raise TrainingDiverged(
@@ -98,7 +98,7 @@ def build_run(
     place = Topology(
         context.world_size, context.rank, config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
     )
-    groups = Groups(place) if place.data < place.world else None  # else every rank has a whole model
+    groups = ProcessGroups(place) if place.data < place.world else None  # else every rank has a whole model
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = _build_conditions(job, start, context)
     model = _build_model(config, groups)
@@ -144,7 +144,7 @@ def _build_conditions(job: Job, start: Start, context: ProcessContext) -> Condit
     return build_conditions(job.config, job.train_set, job.val_set, context.device, null=null)
 
 
-def _build_model(config: RunConfig, groups: Groups | None) -> StagedModel | ModelChunk:
+def _build_model(config: RunConfig, groups: ProcessGroups | None) -> StagedModel | ModelChunk:
     """What this rank holds of the model, initialised, with its ways of running set."""
     seed = config.train.seed
     layout = None if groups is None else groups.tensor_layout

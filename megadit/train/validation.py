@@ -36,7 +36,7 @@ def validation_losses(run: TrainingRun, weights: str = ONLINE) -> dict[str, floa
         return {}
     world, rank, size = run.layout.ranks, run.layout.rank, run.layout.micro_batch
     passes = -(-count // (world * size))
-    names = ["loss", "repa"] if run.engine.loss.projects else ["loss"]
+    names = ["loss", "repa"] if run.engine.loss.needs_projection else ["loss"]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.context.device)
     # epoch 0 of this order is a fixed shuffle, so that the first images are a fair sample of all classes
     order = SampleOrder(len(run.val_set), _SEED)

@@ -273,8 +273,8 @@ def test_a_lone_failure_needs_no_other_rank():
         assert float(parts.published[-1].sum()) == 0.0
         raise ZeroDivisionError
     assert len(parts.published) == 1 and torch.equal(parts.flat.detach(), torch.full((7,), 2.0))
-    ema.settle()
-    ema.settle()
+    ema.publish_if_stale()
+    ema.publish_if_stale()
     assert len(parts.published) == 2 and torch.equal(parts.published[-1], torch.full((7,), 2.0))
     with pytest.raises(KeyError, match=r"'0\.7'"), ema.swapped("0.7"):
         pass

@@ -84,7 +84,7 @@ def train_on(run: TrainingRun, until: int) -> list[dict[str, Any]]:
         meter.add(result.losses)
         step = run.position.step + 1
         run.position = Position(step, step * size, run.engine.skipped_steps)
-        records.append(meter.record(result.grad_norm) | {"reading": result.reading})
+        records.append(meter.record(result.grad_norm) | {"update_status": result.update_status})
     return records
 
 

@@ -14,7 +14,7 @@ from helpers.layouts.tensor_shards import this_rank
 from helpers.ranks import run_ranks
 from megadit.models.layers import linear as module
 from megadit.models.layers.linear import column_linear
-from megadit.parallel.collectives import Rehearsal, own_tokens
+from megadit.parallel.collectives import CollectiveRecorder, scatter_sequence
 from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import TensorLayout
 from megadit_kernels import scaled_linear
@@ -41,7 +41,7 @@ def layer_gaps(tokens: int, sequence: bool, alpha: float, autocast: bool = False
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = scaled_linear(whole_x, whole_weight, whole_bias, alpha)
         tokens_cut = tokens if sequence else None
-        found = column_linear(own_tokens(own_x, layout), own_weight, own_bias, alpha, layout, tokens_cut)
+        found = column_linear(scatter_sequence(own_x, layout), own_weight, own_bias, alpha, layout, tokens_cut)
     assert found.dtype == expected.dtype == (torch.bfloat16 if autocast else torch.float64)
     wanted = torch.autograd.grad(expected, (whole_x, whole_weight, whole_bias), grad.to(expected.dtype))
     given = torch.autograd.grad(found, (own_x, own_weight, own_bias), grad[..., share].to(found.dtype))
@@ -103,7 +103,7 @@ def order_of_backward(sequence: bool) -> list[str]:
 
     layout = this_rank(sequence)
     x, weight, bias, grad = operands(5)
-    leaf = own_tokens(x, layout).requires_grad_()
+    leaf = scatter_sequence(x, layout).requires_grad_()
     out = column_linear(
         leaf, weight[:OUT].requires_grad_(), bias[:OUT].requires_grad_(), ALPHA, layout, 5 if sequence else None
     )
@@ -139,8 +139,8 @@ def test_tokens_are_gathered_while_the_gradient_of_the_input_is_computed() -> No
 
 def rehearsed(recompute: Recompute, *, train_weight: bool = True, train_x: bool = True) -> tuple[Any, Any, Any]:
     """Shapes that a sequence-parallel column layer of 6 tokens keeps, and its collectives forward and backward."""
-    rehearsal = Rehearsal()
-    layout = TensorLayout(2, 0, True, rehearsal)
+    recorder = CollectiveRecorder()
+    layout = TensorLayout(2, 0, True, recorder)
     weight = torch.empty(OUT, WIDTH, device="meta", requires_grad=train_weight)
     x = torch.empty(BATCH, 3, WIDTH, device="meta", requires_grad=train_x)
     kept = []
@@ -154,9 +154,9 @@ def rehearsed(recompute: Recompute, *, train_weight: bool = True, train_x: bool 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         [out] = run_block(block, (x,), recompute)
-    forward = rehearsal.taken()
+    forward = recorder.pop_calls()
     out.sum().backward()
-    return kept, forward, rehearsal.taken()
+    return kept, forward, recorder.pop_calls()
 
 
 GATHER, SCATTER = ("all_gather", BATCH * 6 * WIDTH * 4), ("reduce_scatter", BATCH * 6 * WIDTH * 4)

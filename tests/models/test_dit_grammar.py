@@ -20,12 +20,12 @@ def test_stages_fold_to_forward_and_name_every_parameter() -> None:
     model = build_model(config)
     randomize(model)
     x, t, cond = dit_inputs(config)
-    carrier = model.carrier(x, t, cond)
+    stage_io = model.packed_inputs(x, t, cond)
     for stage in model.stages():
-        kinds = [tensor.is_floating_point() for tensor in carrier]
+        kinds = [tensor.is_floating_point() for tensor in stage_io]
         assert kinds == sorted(kinds, reverse=True)  # floats first
-        carrier = stage(carrier)
-    assert torch.equal(carrier[0], model(x, t, cond))
+        stage_io = stage(stage_io)
+    assert torch.equal(stage_io[0], model(x, t, cond))
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
     own = dict(model.named_parameters())
@@ -41,7 +41,7 @@ def test_taps_are_tokens_after_block_k_in_the_order_asked() -> None:
     out, (third, first) = model(x, t, cond, taps=(3, 1))
     assert torch.equal(out, model(x, t, cond))
     embed, block, *_ = model.stages()
-    assert torch.equal(first, block(embed(model.carrier(x, t, cond)))[0])
+    assert torch.equal(first, block(embed(model.packed_inputs(x, t, cond)))[0])
     assert third.shape == first.shape == (3, 16, 48) and not torch.equal(third, first)
     with pytest.raises(ValueError, match="blocks 1 to 3"):
         model(x, t, cond, taps=(0,))

@@ -1,4 +1,4 @@
-"""The stages, carrier, padding, sizes, dtypes, recomputation, counts and errors of MMDiT."""
+"""The stages, stage states, padding, sizes, dtypes, recomputation, counts and errors of MMDiT."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def test_stages_fold_to_forward_and_name_every_parameter(pooled: int, lengths: l
     model = build_model(config)
     randomize(model)
     x, t, cond = mmdit_inputs(config, lengths=lengths)
-    carrier = model.carrier(x, t, cond)
+    stage_io = model.packed_inputs(x, t, cond)
     lives = []
     for stage in model.stages():
-        kinds = [tensor.is_floating_point() for tensor in carrier]
+        kinds = [tensor.is_floating_point() for tensor in stage_io]
         assert kinds == sorted(kinds, reverse=True)  # floats first
-        carrier = stage(carrier)
-        lives.append(len(carrier))
+        stage_io = stage(stage_io)
+        lives.append(len(stage_io))
     assert lives == [5 if lengths else 4] * config.depth + [3, 1]  # the last block drops the context and its mask
-    assert torch.equal(carrier[0], model(x, t, cond))
+    assert torch.equal(stage_io[0], model(x, t, cond))
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
     own = dict(model.named_parameters())

@@ -38,12 +38,12 @@ def test_stages_fold_to_forward_and_name_every_parameter(masked: bool) -> None:
     model = build_model(config)
     randomize(model)
     x, t, cond = pixart_inputs(config, masked=masked)
-    carrier = model.carrier(x, t, cond)
+    stage_io = model.packed_inputs(x, t, cond)
     for stage in model.stages():
-        kinds = [tensor.is_floating_point() for tensor in carrier]
+        kinds = [tensor.is_floating_point() for tensor in stage_io]
         assert kinds == sorted(kinds, reverse=True)  # floats first
-        carrier = stage(carrier)
-    assert torch.equal(carrier[0], model(x, t, cond))
+        stage_io = stage(stage_io)
+    assert torch.equal(stage_io[0], model(x, t, cond))
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
     own = dict(model.named_parameters())
@@ -52,20 +52,20 @@ def test_stages_fold_to_forward_and_name_every_parameter(masked: bool) -> None:
 
 
 def test_every_carried_float_reaches_the_output() -> None:
-    """A pipeline sends gradients back along the carrier, so nothing may travel that a later stage does not use."""
+    """A pipeline sends gradients back between stages, so nothing may travel that a later stage does not use."""
     config = tiny_pixart()
     model = build_model(config)
     randomize(model)
     stages = model.stages()
-    carrier = model.carrier(*pixart_inputs(config))
+    stage_io = model.packed_inputs(*pixart_inputs(config))
     for index, stage in enumerate(stages):
-        carrier = tuple(v.detach().requires_grad_() if v.is_floating_point() else v for v in stage(carrier))
-        rest = carrier
+        stage_io = tuple(v.detach().requires_grad_() if v.is_floating_point() else v for v in stage(stage_io))
+        rest = stage_io
         for later in stages[index + 1 :]:
             rest = later(rest)
         if index < len(stages) - 1:
             rest[0].square().mean().backward()
-            assert all(v.grad is not None and v.grad.any() for v in carrier if v.is_floating_point()), index
+            assert all(v.grad is not None and v.grad.any() for v in stage_io if v.is_floating_point()), index
 
 
 def test_padding_does_not_change_the_result() -> None:
@@ -96,7 +96,7 @@ def test_taps_are_tokens_after_block_k() -> None:
     out, (second, first) = model(x, t, cond, taps=(2, 1))
     assert torch.equal(out, model(x, t, cond))
     embed, block, *_ = model.stages()
-    assert torch.equal(first, block(embed(model.carrier(x, t, cond)))[0])
+    assert torch.equal(first, block(embed(model.packed_inputs(x, t, cond)))[0])
     assert second.shape == (3, 16, 48) and not torch.equal(second, first)
 
 

@@ -19,9 +19,9 @@ from megadit.models.build import parametrization
 from megadit.models.layers import skip_linear as module
 from megadit.models.layers.skip_linear import SkipLinear, skip_for_sharded_linear, skip_linear
 from megadit.mup.spec import walk_slices
-from megadit.parallel.collectives import Rehearsal, all_tokens, own_tokens
+from megadit.parallel.collectives import CollectiveRecorder, gather_sequence, scatter_sequence
 from megadit.parallel.recompute import Recompute, run_block
-from megadit.parallel.tensor import TensorLayout, building, cut
+from megadit.parallel.tensor import TensorLayout, building, shard_shape
 from megadit_kernels import scaled_linear
 
 BATCH, TOKENS, WIDTH, ALPHA = 2, 5, 64, 0.5
@@ -62,9 +62,9 @@ def gaps(sequence: bool, alpha: float, recompute: Recompute, autocast: bool = Fa
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         joined = torch.cat(wanted[:2], dim=-1)
         expected = scaled_linear(joined, wanted[2], wanted[3], alpha)
-        mine = [own_tokens(part, layout) for part in leaves]
+        mine = [scatter_sequence(part, layout) for part in leaves]
         [out] = run_block(block, (mine[0], skip_for_sharded_linear(mine[1], layout)), recompute)
-        found = all_tokens(out, layout, TOKENS)
+        found = gather_sequence(out, layout, TOKENS)
     found.backward(grad.to(found.dtype))
     whole = torch.autograd.grad(expected, wanted, grad.to(expected.dtype))
     assert made.weight.grad is not None
@@ -128,14 +128,14 @@ def order_of_backward(sequence: bool) -> list[str]:
     made = layer(layout).double()
     torch.nn.init.zeros_(made.weight)
     x, skip, *_, grad = operands()
-    carried = skip_for_sharded_linear(own_tokens(skip, layout), layout).detach()
-    mine = own_tokens(x, layout).requires_grad_(), carried.requires_grad_()
+    carried = skip_for_sharded_linear(scatter_sequence(skip, layout), layout).detach()
+    mine = scatter_sequence(x, layout).requires_grad_(), carried.requires_grad_()
     out = made(*mine)
     with pytest.MonkeyPatch.context() as monkey:
         for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
             monkey.setattr(dist, name, watched(name, getattr(dist, name)))
         monkey.setattr(module, "scaled_linear", product)
-        out.backward(own_tokens(grad, layout))
+        out.backward(scatter_sequence(grad, layout))
     return events
 
 
@@ -164,8 +164,8 @@ def test_weights_come_and_their_gradient_goes_while_products_are_computed() -> N
 
 def rehearsed(recompute: Recompute, sequence: bool) -> tuple[Any, Any, Any]:
     """Shapes that a layer of 6 tokens keeps on one of two ranks, and its collectives forward and backward."""
-    rehearsal = Rehearsal()
-    layout = TensorLayout(2, 0, sequence, rehearsal)
+    recorder = CollectiveRecorder()
+    layout = TensorLayout(2, 0, sequence, recorder)
     with torch.device("meta"):
         made = layer(layout)
         x = torch.empty(BATCH, 3 if sequence else 6, WIDTH, requires_grad=True)
@@ -178,9 +178,9 @@ def rehearsed(recompute: Recompute, sequence: bool) -> tuple[Any, Any, Any]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         [out] = run_block(lambda tensors: (made(*tensors).sin(),), (x, skip), recompute)
-    forward = rehearsal.taken()
+    forward = recorder.pop_calls()
     out.sum().backward()
-    return kept, forward, rehearsal.taken()
+    return kept, forward, recorder.pop_calls()
 
 
 STREAM, WEIGHT, BIAS = (4 * BATCH * 6 * WIDTH, 4 * WIDTH * 2 * WIDTH, 4 * WIDTH)
@@ -222,5 +222,5 @@ def test_shares_are_the_elements_of_the_whole_and_together_all_of_them(sequence:
 
 
 def test_parts_along_a_later_dimension_are_stacked() -> None:
-    shape, shard_regions = cut((3, 8), TensorLayout(2, 1), 1, 2)
+    shape, shard_regions = shard_shape((3, 8), TensorLayout(2, 1), 1, 2)
     assert shape == (2, 3, 2) and shard_regions == (((0, 3), (2, 4)), ((0, 3), (6, 8)))

@@ -104,22 +104,22 @@ STAGES: dict[str, tuple[Any, Any, list[list[Any]]]] = {
 def test_every_stage_gets_and_gives_them_so(family: str) -> None:
     config, inputs, expected = STAGES[family]
     model = build_model(config)
-    wire = model.carrier(*inputs(config))
+    stage_io = model.packed_inputs(*inputs(config))
     for stage, kinds in zip(model.stages(), expected, strict=True):
-        assert [tuple(v.shape) if v.is_floating_point() else v.dtype for v in wire] == kinds
-        wire = stage(wire)
-    assert [v.dim() for v in wire] == [4]
+        assert [tuple(v.shape) if v.is_floating_point() else v.dtype for v in stage_io] == kinds
+        stage_io = stage(stage_io)
+    assert [v.dim() for v in stage_io] == [4]
 
 
 def test_uvit_carries_one_skip_more_a_block_and_then_one_less() -> None:
     config = tiny_uvit("text")
     model = build_model(config)
-    wire = model.carrier(*uvit_inputs(config))
-    assert [v.is_floating_point() for v in wire] == [True, True, True, False]
+    stage_io = model.packed_inputs(*uvit_inputs(config))
+    assert [v.is_floating_point() for v in stage_io] == [True, True, True, False]
     skips = []
     for stage in model.stages()[:-1]:
-        wire = stage(wire)
-        assert wire[-1].dtype == torch.bool
-        skips.append(len(wire) - 2)
+        stage_io = stage(stage_io)
+        assert stage_io[-1].dtype == torch.bool
+        skips.append(len(stage_io) - 2)
     half = config.depth // 2
     assert skips == [0, *range(half + 1), *reversed(range(half))]

@@ -1,4 +1,4 @@
-"""Stages, carrier, masks, taps and errors of U-ViT; its published sizes."""
+"""Stages, stage states, masks, taps and errors of U-ViT; its published sizes."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def test_stages_fold_to_forward_and_name_every_parameter(kind: str) -> None:
     model = build_model(config)
     randomize(model)
     x, t, cond = uvit_inputs(config)
-    carrier = model.carrier(x, t, cond)
+    stage_io = model.packed_inputs(x, t, cond)
     skips, shapes = [], []
     for stage in model.stages():
-        kinds = [tensor.is_floating_point() for tensor in carrier]
+        kinds = [tensor.is_floating_point() for tensor in stage_io]
         assert kinds == sorted(kinds, reverse=True)  # floats first
-        assert len({id(tensor) for tensor in carrier}) == len(carrier)  # nothing is sent twice
-        carrier = stage(carrier)
+        assert len({id(tensor) for tensor in stage_io}) == len(stage_io)  # nothing is sent twice
+        stage_io = stage(stage_io)
         if stage.is_block:
-            skips.append(sum(tensor.is_floating_point() for tensor in carrier) - 1)
-            shapes.append({tuple(tensor.shape) for tensor in carrier if tensor.is_floating_point()})
-    assert torch.equal(carrier[0], model(x, t, cond))
+            skips.append(sum(tensor.is_floating_point() for tensor in stage_io) - 1)
+            shapes.append({tuple(tensor.shape) for tensor in stage_io if tensor.is_floating_point()})
+    assert torch.equal(stage_io[0], model(x, t, cond))
     assert skips == [0, 1, 2, 3, 2, 1, 0]
     assert all(shape == {(3, model.extras + 16, 48)} for shape in shapes)
 

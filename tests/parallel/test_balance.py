@@ -57,10 +57,10 @@ def test_chunks_hold_each_parameter_once_and_compute_the_model():
         for name, p in own.items():
             assert torch.equal(p, whole.get_parameter(name))
     x, t, cond = dit_inputs(config)
-    wire = whole.carrier(x, t, cond)
+    stage_io = whole.packed_inputs(x, t, cond)
     for chunk in chunks:
-        wire = chunk(wire)
-    assert torch.equal(wire, whole(x, t, cond))
+        stage_io = chunk(stage_io)
+    assert torch.equal(stage_io, whole(x, t, cond))
 
 
 def test_shares_of_a_chunk_are_marked():

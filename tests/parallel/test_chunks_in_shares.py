@@ -17,7 +17,7 @@ from helpers.models.weights import randomize
 from helpers.ranks import run_ranks
 from megadit.models import build_model
 from megadit.models.chunk import ModelChunk
-from megadit.models.stages import Carrier
+from megadit.models.stages import StageIO
 from megadit.mup.spec import walk_slices
 
 # REPA's block is the first of the second stage, so that its projection crosses two wires; 9 image tokens.
@@ -40,17 +40,17 @@ def loss_of(output: Tensor, projected: Tensor) -> Tensor:
     return output.square().mean() + projected.sin().mean()
 
 
-def floats(wire: Carrier) -> list[Tensor]:
-    return [tensor for tensor in wire if tensor.is_floating_point()]
+def floats(stage_io: StageIO) -> list[Tensor]:
+    return [tensor for tensor in stage_io if tensor.is_floating_point()]
 
 
-def run_chunks(chunks: list[Any], wire: Carrier) -> None:
-    """Forward and backward, with nothing between two chunks but the wire and the gradients of its floats."""
+def run_chunks(chunks: list[Any], stage_io: StageIO) -> None:
+    """Forward and backward, with nothing between two chunks but the packed state and the gradients of its floats."""
     tape = []
     for chunk in chunks:
-        taken = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in wire)
-        wire = chunk(taken)
-        tape.append((taken, wire))
+        taken = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in stage_io)
+        stage_io = chunk(taken)
+        tape.append((taken, stage_io))
     gradients: list[Any] = [None]
     for taken, given in reversed(tape):
         last = gradients == [None]
@@ -75,7 +75,7 @@ def gaps(sequence: bool, recompute: str) -> dict[str, dict[str, float]]:
             model.recompute = recompute
             chunks.append(ModelChunk(model, low, high))
             chunks[-1].project = True
-        run_chunks(chunks, chunks[0].model.carrier(x.double(), t, cond))
+        run_chunks(chunks, chunks[0].model.packed_inputs(x.double(), t, cond))
         found[family] = {
             key: relative_gap(p.grad.flatten(), share_of(wanted[key].grad, shard_regions))
             for chunk in chunks

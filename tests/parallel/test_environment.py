@@ -8,9 +8,9 @@ from megadit.errors import UserError
 from megadit.parallel.environment import (
     is_rank_variable,
     prepare_environment,
-    read_ranks,
+    read_rank_variables,
     refuse_ranks,
-    without_ranks,
+    without_rank_variables,
 )
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -55,7 +55,7 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ],
 )
 def test_each_launcher_tells_a_rank_its_place(env, launcher, place):
-    ranks = read_ranks(env)
+    ranks = read_rank_variables(env)
     assert (ranks.launcher, (ranks.rank, ranks.world_size, ranks.local_rank)) == (launcher, place)
 
 
@@ -107,7 +107,7 @@ def test_each_launcher_tells_a_rank_its_place(env, launcher, place):
 )
 def test_what_cannot_be_a_place_is_refused_by_name(env, said):
     with pytest.raises(UserError) as refused:
-        read_ranks(env)
+        read_rank_variables(env)
     text = str(refused.value)
     assert text.startswith(said) and "; " in text and "\n" not in text
 
@@ -123,15 +123,15 @@ def test_what_cannot_be_a_place_is_refused_by_name(env, said):
     ],
 )
 def test_plain_python_in_an_allocation_of_several_tasks_is_one_process_and_says_so(env):
-    ranks = read_ranks(env)
+    ranks = read_rank_variables(env)
     assert (ranks.launcher, ranks.world_size) == ("python", 1)
     assert ranks.note is not None and "allocation of 4 tasks" in ranks.note and "srun" in ranks.note
 
 
 def test_a_task_with_a_terminal_is_a_rank_and_an_allocation_of_one_task_says_nothing():
     direct = STEP | {"SLURM_PTY_PORT": "40000", "SLURM_TASK_PID": str(os.getpid())}
-    assert read_ranks(direct).launcher == "srun"
-    assert read_ranks({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).note is None
+    assert read_rank_variables(direct).launcher == "srun"
+    assert read_rank_variables({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).note is None
 
 
 def test_ranks_of_mpirun_agree_on_where_to_meet_and_jobs_do_not_share_it():
@@ -171,8 +171,8 @@ def test_a_completed_environment_reads_as_the_same_place(env):
 
 def test_a_process_of_its_own_gets_nothing_of_a_launchers():
     everything = TORCHRUN | DEEPSPEED | OPENMPI | HYDRA | TASK_3 | ADDRESS | {"ROLE_RANK": "1", "HOME": "/h"}
-    kept = without_ranks(everything, also=["HOME"])
-    assert read_ranks(kept).launcher == "python" and kept.keys() == {
+    kept = without_rank_variables(everything, also=["HOME"])
+    assert read_rank_variables(kept).launcher == "python" and kept.keys() == {
         "SLURM_JOB_ID",
         "SLURM_TASK_PID",
         "SLURM_STEP_NODELIST",

@@ -124,8 +124,8 @@ COMMAND += ["parallel.tensor=2"]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT"],
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "PORT"],
-    "plain": [sys.executable, "-c", "from megadit.parallel.launcher import run_copies; import sys; "
-              "sys.exit(run_copies(2, sys.argv[1:]))"],
+    "plain": [sys.executable, "-c", "from megadit.parallel.launcher import run_local_ranks; import sys; "
+              "sys.exit(run_local_ranks(2, sys.argv[1:]))"],
 }  # fmt: skip
 
 

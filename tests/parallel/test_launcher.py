@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's si
 # A launcher: starts the rank, writes its process id and waits.
 AGENT = "import subprocess, sys; r = subprocess.Popen(sys.argv[2:]); open(sys.argv[1], 'w').write(str(r.pid)); r.wait()"
 RANK = (
-    "import sys, time; from megadit.parallel.environment import read_ranks; "
-    "from megadit.parallel.launcher import die_with_launcher; "
-    "print(die_with_launcher(read_ranks()), flush=True); time.sleep(120)"
+    "import sys, time; from megadit.parallel.environment import read_rank_variables; "
+    "from megadit.parallel.launcher import exit_with_launcher; "
+    "print(exit_with_launcher(read_rank_variables()), flush=True); time.sleep(120)"
 )
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}

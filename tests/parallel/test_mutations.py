@@ -42,45 +42,45 @@ def no_sum_of_rows() -> None:
     """A row layer's products stay what each rank has."""
     from megadit.models.layers import linear
 
-    linear.sum_over_ranks = _same
+    linear.reduce_from_tensor_parallel_region = _same
 
 
 def no_sum_of_input_gradients() -> None:
     """The gradient of a column layer's input stays what each rank's channels say."""
     from megadit.models.layers import linear
-    from megadit.parallel.collectives import Pending
+    from megadit.parallel.collectives import AsyncCollective
 
-    linear.begin_sum = lambda x, _layout: Pending(x, None)
+    linear.start_all_reduce = lambda x, _layout: AsyncCollective(x, None)
 
 
 def no_sum_of_the_condition() -> None:
     """The gradient of what all blocks are modulated by stays what each rank's rows of their modulations say."""
     from megadit.models.dit import model as dit
 
-    dit.enter_blocks = _same
+    dit.shared_block_input = _same
 
 
 def no_sum_of_head_gains() -> None:
     """The gain of all heads has the gradient of this rank's."""
     from megadit.models.layers import norm
 
-    norm.copy_to_ranks = _same
+    norm.copy_to_tensor_parallel_region = _same
 
 
 def no_sum_of_scattered_tokens() -> None:
     """Under sequence parallelism a rank takes its tokens of its own products alone."""
     from megadit.models.layers import linear
-    from megadit.parallel.collectives import scatter_tokens
+    from megadit.parallel.collectives import scatter_to_sequence_parallel_region
 
-    linear.sum_and_scatter_tokens = scatter_tokens
+    linear.reduce_scatter_to_sequence_parallel_region = scatter_to_sequence_parallel_region
 
 
 def no_sum_of_row_bias() -> None:
     """Under sequence parallelism a row layer's bias has the gradient of this rank's tokens."""
     from megadit.models.layers import linear
 
-    plain = linear.copy_to_ranks
-    linear.copy_to_ranks = lambda x, layout: x if x.dim() == 1 else plain(x, layout)
+    plain = linear.copy_to_tensor_parallel_region
+    linear.copy_to_tensor_parallel_region = lambda x, layout: x if x.dim() == 1 else plain(x, layout)
 
 
 def one_mark_missing() -> None:

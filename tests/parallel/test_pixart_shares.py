@@ -39,7 +39,7 @@ def test_shares_compute_what_the_whole_does(ranks: int, sequence: bool) -> None:
 
 def without_the_sum_of_entry(sequence: bool) -> dict[str, float]:
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(pixart, "enter_blocks", lambda x, _layout: x)
+        monkey.setattr(pixart, "shared_block_input", lambda x, _layout: x)
         return gaps("masked", sequence)
 
 

@@ -45,7 +45,7 @@ def test_shares_compute_what_the_whole_does(ranks: int, sequence: bool) -> None:
 
 def without_the_sum_of_entry(sequence: bool) -> dict[str, float]:
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(mmdit, "enter_blocks", lambda x, _layout: x)
+        monkey.setattr(mmdit, "shared_block_input", lambda x, _layout: x)
         return gaps("masked", sequence)
 
 

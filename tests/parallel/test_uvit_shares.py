@@ -12,7 +12,7 @@ from helpers.layouts.tensor_shards import assert_shares_compute_the_whole, gaps_
 from helpers.models.tiny_uvit import KINDS, tiny_mup_uvit, uvit_inputs
 from helpers.ranks import run_ranks
 from megadit.models.layers import skip_linear
-from megadit.parallel.collectives import Pending, own_channels
+from megadit.parallel.collectives import AsyncCollective, local_channels
 from megadit.parallel.tensor import TensorLayout
 
 SEQUENCE = skip_linear.SequenceParallelSkipLinear
@@ -40,15 +40,21 @@ def same(x: torch.Tensor, *_args: Any) -> torch.Tensor:
     return x
 
 
-def own_rows(x: torch.Tensor, layout: TensorLayout) -> Pending:
-    return Pending(x.unflatten(0, (layout.size, -1))[layout.rank], None)
+def own_rows(x: torch.Tensor, layout: TensorLayout) -> AsyncCollective:
+    return AsyncCollective(x.unflatten(0, (layout.size, -1))[layout.rank], None)
 
 
 # What of a long skip is left out, whether under sequence parallelism, and what alone it changes, if that is one thing.
 LEFT_OUT: list[tuple[Any, str, Any, bool, str]] = [
-    (skip_linear, "sum_over_ranks", same, False, ""),
-    (skip_linear, "scatter_channels", lambda x, layout: own_channels(x, layout).contiguous(), False, ""),
-    (skip_linear, "begin_sum_and_scatter_rows", own_rows, True, "skip_linear.weight"),
+    (skip_linear, "reduce_from_tensor_parallel_region", same, False, ""),
+    (
+        skip_linear,
+        "scatter_to_tensor_parallel_region",
+        lambda x, layout: local_channels(x, layout).contiguous(),
+        False,
+        "",
+    ),
+    (skip_linear, "start_reduce_scatter", own_rows, True, "skip_linear.weight"),
     (SEQUENCE, "bias_of_own_tokens", lambda layer: layer.bias, True, "skip_linear.bias"),
 ]
 

@@ -25,7 +25,7 @@ from megadit.parallel.collectives import ring_bytes
 from megadit.parallel.tensor import TensorLayout
 from megadit.plan.communication import data_bytes, tensor_bytes
 from megadit.plan.layout import plan_layout
-from megadit.plan.memory import count_passages
+from megadit.plan.memory import stage_costs
 
 BATCH, TEXT = 5, 10  # of which no two sizes in the tables are equal
 MADE = {"dit": tiny_dit, "pixart": tiny_pixart, "uvit": tiny_uvit, "mmdit": tiny_mmdit}
@@ -77,7 +77,7 @@ def run_once(config: ModelConfig, recompute: Any, sequence: bool) -> Counter[tup
 def test_ranks_call_what_the_plan_counts(family, sequence):
     for recompute in ("none", "full") if family in ("dit", "mmdit") else ("none",):
         config = MADE[family](width=64, heads=4)
-        [(_, planned)] = count_passages(
+        [(_, planned)] = stage_costs(
             config, (0, config.blocks + 2), BATCH, torch.float32, recompute, 2, sequence=sequence
         )
         for called in run_ranks(2, run_once, config, recompute, sequence):
@@ -117,7 +117,7 @@ def counted(family: str, layout: str) -> tuple[list[Counter[tuple[str, int]]], d
     found: list[Counter[Any]] = []
     for depth in (2, 4):
         config = MADE[family](width=64, heads=4, depth=depth, **per.get(family, {}))
-        [(chunk, passage)] = count_passages(
+        [(chunk, passage)] = stage_costs(
             config, (0, config.blocks + 2), BATCH, torch.float32, "none", 2, sequence=layout == "sequence"
         )
         found += [passage.forward, passage.backward]

@@ -16,7 +16,7 @@ from megadit.models import build_model
 from megadit.models.chunk import build_chunk
 from megadit.mup.example import example_conditioning, example_images
 from megadit.plan.bubble import bubble_share, idle_share
-from megadit.plan.memory import LiveBytes, count_passages
+from megadit.plan.memory import LiveByteCounter, stage_costs
 
 BATCH = 5
 REPA = {"block": 1, "feature_dim": 24, "hidden": 32}
@@ -30,7 +30,7 @@ FAMILIES = {
 
 def passage(config: ModelConfig, recompute: Any = "none", cuts: tuple[int, ...] | None = None) -> list[Any]:
     whole = cuts or (0, config.blocks + 2)
-    return [found for _, found in count_passages(config, whole, BATCH, torch.float32, recompute)]
+    return [found for _, found in stage_costs(config, whole, BATCH, torch.float32, recompute)]
 
 
 def inputs(config: ModelConfig) -> tuple[Any, ...]:
@@ -47,12 +47,12 @@ def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
     config = FAMILIES[family]
     chunk = build_chunk(config, (0, config.blocks + 2), 0)
     chunk.model.recompute, chunk.project = recompute, config.repa is not None
-    carrier = chunk.model.carrier(*inputs(config))
+    carrier = chunk.model.packed_inputs(*inputs(config))
     known = [*chunk.parameters(), *chunk.buffers()]
     for p in chunk.parameters():
         p.grad = torch.zeros_like(p)
         known.append(p.grad)
-    with LiveBytes(known) as live:
+    with LiveByteCounter(known) as live:
         wire = tuple(part.clone() for part in carrier)  # a pipeline holds it until the backward pass
         out = moving(chunk(wire))
         kept = live.now
@@ -68,7 +68,7 @@ def test_parts_in_float32_of_a_half_precision_model_are_counted(family):
     found = {}
     for precision in ("auto", "fp32"):
         config = FAMILIES[family].model_copy(update={"attention_precision": precision, "norm_precision": precision})
-        [(_, found[precision])] = count_passages(config, (0, config.blocks + 2), BATCH, torch.bfloat16, "none")
+        [(_, found[precision])] = stage_costs(config, (0, config.blocks + 2), BATCH, torch.bfloat16, "none")
     assert found["fp32"].kept > found["auto"].kept
 
 

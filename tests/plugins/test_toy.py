@@ -293,13 +293,13 @@ def write_study(folder: Path, **keys: Any) -> Path:
 def agreed(folders: list[str]) -> str:
     """What this rank is told, with the plugin of its own folder."""
     from megadit.parallel import start_processes
-    from megadit.parallel.agreement import check_agreement
+    from megadit.parallel.consistency_check import check_consistency
 
     context = start_processes()
     sys.path.insert(0, folders[context.rank])
     load_plugins(["other_plugin"])
     try:
-        check_agreement(context, {})
+        check_consistency(context, {})
     except UserError as error:
         return str(error)
     return ""

@@ -31,7 +31,7 @@ class OneWeight:
     def __init__(self, value):
         self.state = torch.full((3, 500), float(value))
 
-    def to_save(self):
+    def fragments_to_save(self):
         return [Fragment("w", (500,), 0, 500, self.state[0], self.state[0], 0)]
 
     def moments(self, fragment):

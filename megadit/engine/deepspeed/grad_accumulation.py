@@ -15,7 +15,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def float32_sums() -> Iterator[None]:
+def force_zero_optimizer() -> Iterator[None]:
     """While it lasts engines are made with the ZeRO optimizer where DeepSpeed would take ``BF16_Optimizer``."""
     from deepspeed.runtime.constants import BFLOAT16
     from deepspeed.runtime.engine import DeepSpeedEngine

@@ -32,7 +32,7 @@ class LossScaleExhausted(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Reading:
+class UpdateStatus:
     """What the device says of one step, on its way to the host. ``roles`` belong to the entries of ``flags``."""
 
     roles: tuple[Role, ...] = ()
@@ -40,11 +40,11 @@ class Reading:
     event: Any = None
     masked: bool = False  # known without the device
 
-    def bad(self) -> bool:
+    def skipped(self) -> bool:
         """Whether the update was left out (waits until the device has made the step)."""
         return self.masked or any(self._values())
 
-    def bad_roles(self) -> tuple[Role, ...]:
+    def nonfinite_roles(self) -> tuple[Role, ...]:
         """Roles whose gradients were not finite; empty where only the norm over all was taken."""
         return tuple(role for role, flag in zip(self.roles, self._values(), strict=False) if flag)
 
@@ -80,7 +80,7 @@ class UpdateGuard:
             zero.check_grad_overflow = True  # which stage 3 does not read: it always asks
 
     @property
-    def made(self) -> Tensor | None:
+    def applied(self) -> Tensor | None:
         """() float32, 1 where the last update was made and 0 where not; None where DeepSpeed tells the host of it."""
         return 1 - self._found if self._on_device or self._stage == 0 else None
 
@@ -107,19 +107,19 @@ class UpdateGuard:
         self._flags = ~stacked.square().isfinite() | (stacked < 0)
         self._found.copy_(self._flags.any())
 
-    def reading(self) -> Reading:
+    def update_status(self) -> UpdateStatus:
         """After the update: what the device will say of it. Nothing waits."""
         if self._scaled:
-            return Reading()
+            return UpdateStatus()
         # None where DeepSpeed found an overflow before it took a norm.
         skipped = not self._engine.was_step_applied()
         if self._flags is None or not self._flags.is_cuda:
-            return Reading(self._roles, self._flags, None, skipped)
+            return UpdateStatus(self._roles, self._flags, None, skipped)
         flags = torch.empty(self._flags.shape, dtype=torch.bool, pin_memory=True)
         flags.copy_(self._flags, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return Reading(self._roles, flags, event, skipped)
+        return UpdateStatus(self._roles, flags, event, skipped)
 
     def _asking(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def asking(*args: Any, **kwargs: Any) -> Any:

@@ -119,7 +119,7 @@ class Partitions:
         wrapped = self._engine.optimizer
         return wrapped.optimizer if self.stage > 0 else wrapped
 
-    def to_save(self) -> list[Fragment]:
+    def fragments_to_save(self) -> list[Fragment]:
         """Of ``fragments`` those that this rank saves: all ranks together hold each element once."""
         if self.stage == 0 and self._place.data_rank > 0:
             return []
@@ -172,7 +172,7 @@ class Partitions:
         count = fragment.stop - fragment.start
         return {key: state[key].view(-1).narrow(0, fragment.offset, count) for key in MOMENTS}
 
-    def not_finite(self, sources: Sequence[Callable[[Fragment], dict[str, Tensor]]]) -> list[str]:
+    def nonfinite_parameters(self, sources: Sequence[Callable[[Fragment], dict[str, Tensor]]]) -> list[str]:
         """Names of this rank's parameters of which a weight, a moment or a value of ``sources`` is not finite."""
         names, extremes = [], []
         for f in self.fragments():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megadit.engine.deepspeed.grad_accumulation import float32_sums
+from megadit.engine.deepspeed.grad_accumulation import force_zero_optimizer
 from megadit.parallel.topology import Topology
 
 
@@ -37,7 +37,7 @@ def pipeline_engine(
     axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
     # One layer a stage: the chunk is cut already, and what other ranks run has nothing to be built here.
     layers = [chunk if place == topology.pipeline_rank else nn.Identity() for place in range(topology.pipeline)]
-    with contextlib.redirect_stdout(io.StringIO()), float32_sums():
+    with contextlib.redirect_stdout(io.StringIO()), force_zero_optimizer():
         module = PipelineModule(layers, topology=axes, loss_fn=loss, partition_method="uniform")
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
     engine._allocate_or_extend_buffers = lambda _index, shape, dtype: engine._allocate_zeros(shape, dtype=dtype)

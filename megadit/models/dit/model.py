@@ -34,7 +34,7 @@ from megadit.models.patches import (
 )
 from megadit.models.stages import ModelInputs, Stage, StagedModel
 from megadit.mup.rules import Parametrization
-from megadit.parallel.collectives import enter_blocks, own_tokens
+from megadit.parallel.collectives import scatter_sequence, shared_block_input
 from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
@@ -82,7 +82,7 @@ class DiTEmbedStage(Stage):
         c = self.t_embedder(state.t)
         if self.y_embedder is not None:
             c = c + self.y_embedder(state.labels)
-        return ConditionedTokens(own_tokens(tokens, self.layout), enter_blocks(F.silu(c), self.layout))
+        return ConditionedTokens(scatter_sequence(tokens, self.layout), shared_block_input(F.silu(c), self.layout))
 
 
 class DiT(StagedModel):

@@ -14,7 +14,7 @@ def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequ
     """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``.
 
     Tensor-parallel ranks share out its 6 n^2 elements, a third of a block's, and gather the result, one row a sample.
-    All blocks have one c, so that it comes by ``enter_blocks``.
+    All blocks have one c, so that it comes by ``shared_block_input``.
     """
     out = Dim(chunks * width.size, chunks * width.base_size)
     linear = ColumnParallelLinear(width, out, param, init="adaln", gather_output=True, skip_input_grad_reduce=True)

@@ -35,7 +35,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width.size // heads
-        self.local_heads = tensor_layout().share(heads, "attention heads")
+        self.local_heads = tensor_layout().local_size(heads, "attention heads")
         self.precision = precision
         tripled = Dim(3 * width.size, 3 * width.base_size)
         self.qkv = ColumnParallelLinear(width, tripled, param, bias=qkv_bias, parts=3, tokens=tokens)
@@ -72,7 +72,7 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = width.size // heads
-        self.local_heads = tensor_layout().share(heads, "attention heads")
+        self.local_heads = tensor_layout().local_size(heads, "attention heads")
         doubled = Dim(2 * width.size, 2 * width.base_size)
         self.q_linear = ColumnParallelLinear(width, width, param, bias=bias, tokens=tokens)
         self.kv_linear = ColumnParallelLinear(width, doubled, param, bias=bias, parts=2, skip_input_grad_reduce=True)
@@ -114,7 +114,7 @@ class StreamAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = width.size // heads
-        self.local_heads = tensor_layout().share(heads, "attention heads")
+        self.local_heads = tensor_layout().local_size(heads, "attention heads")
         tripled, gain = Dim(3 * width.size, 3 * width.base_size), Dim(self.head_dim)
         self.qkv = ColumnParallelLinear(width, tripled, param, bias=qkv_bias, parts=3, tokens=tokens)
         self.ln_q = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None

@@ -16,18 +16,18 @@ from torch.autograd.function import once_differentiable
 from megadit.mup.rules import InitRule, Parametrization, Purpose
 from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import (
-    Pending,
-    begin_gather,
-    begin_sum,
-    begin_sum_and_scatter_tokens,
-    copy_to_ranks,
-    gather_channels,
-    sum_and_scatter_tokens,
-    sum_over_ranks,
-    tokens_together,
+    AsyncCollective,
+    concat_tokens,
+    copy_to_tensor_parallel_region,
+    gather_from_tensor_parallel_region,
+    reduce_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter_tokens,
 )
 from megadit.parallel.recompute import is_recomputed
-from megadit.parallel.tensor import TensorLayout, cut, mark_shards, tensor_layout
+from megadit.parallel.tensor import TensorLayout, mark_shards, shard_shape, tensor_layout
 from megadit.slices import ShardRegions
 from megadit_kernels import for_autocast, scaled_linear
 
@@ -57,7 +57,7 @@ class MuLinear(nn.Module):
         parts: int = 1,
         bias_init: Purpose | InitRule = "zero",
     ) -> None:
-        """``parts``: how many matrices stand side by side along the cut dimension, each cut by itself (see ``cut``)."""
+        """``parts``: matrices side by side along the sharded dimension, each sharded by itself (see ``shard_shape``)."""
         super().__init__()
         self.in_features, self.out_features = in_dim.size, out_dim.size
         self.layout = tensor_layout()
@@ -69,7 +69,7 @@ class MuLinear(nn.Module):
         for name, spec in self.param_specs.items():
             shape = spec.shape
             if self.layout.size > 1 and name in self.split:
-                shape, self.param_regions[name] = cut(shape, self.layout, self.split[name], parts)
+                shape, self.param_regions[name] = shard_shape(shape, self.layout, self.split[name], parts)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         if not bias:
             self.register_parameter("bias", None)
@@ -86,7 +86,7 @@ class MuLinear(nn.Module):
 
     def bias_of_own_tokens(self) -> Tensor | None:
         """The bias where each rank adds it to its own tokens, so that its gradient is a sum over ranks."""
-        return None if self.bias is None else copy_to_ranks(self.bias, self.layout)
+        return None if self.bias is None else copy_to_tensor_parallel_region(self.bias, self.layout)
 
     def extra_repr(self) -> str:
         spec = self.param_specs["weight"]
@@ -100,7 +100,7 @@ class ReplicatedLinear(MuLinear):
         """(..., in) -> (..., out), of all tokens or of a rank's own."""
         if self.tokens is None:
             return super().forward(x)
-        weight = copy_to_ranks(self.weight, self.layout)
+        weight = copy_to_tensor_parallel_region(self.weight, self.layout)
         return scaled_linear(x, weight, self.bias_of_own_tokens(), self.forward_mult)
 
 
@@ -108,7 +108,7 @@ class ColumnParallelLinear(MuLinear):
     """A rank holds a share of the outputs, and computes it from the whole input.
 
     ``gather_output``: every rank gets all outputs, to use on what it holds of the tokens. ``skip_input_grad_reduce``:
-    several layers have this input, and ``enter_blocks`` sums its gradient for all of them.
+    several layers have this input, and ``shared_block_input`` sums its gradient for all of them.
     """
 
     split: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
@@ -136,7 +136,11 @@ class ColumnParallelLinear(MuLinear):
             out = column_linear(x, self.weight, self.bias, self.forward_mult, self.layout, self.tokens)
         else:
             out = super().forward(x)
-        return gather_channels(out, self.layout, partial=self.layout.sequence) if self.gather_output else out
+        return (
+            gather_from_tensor_parallel_region(out, self.layout, partial=self.layout.sequence)
+            if self.gather_output
+            else out
+        )
 
 
 class RowParallelLinear(MuLinear):
@@ -152,9 +156,13 @@ class RowParallelLinear(MuLinear):
         if self.layout.size == 1:
             return super().forward(x)
         product = scaled_linear(x, self.weight, None, self.forward_mult)
-        own_tokens = self.tokens is not None
-        out = sum_and_scatter_tokens(product, self.layout) if own_tokens else sum_over_ranks(product, self.layout)
-        bias = self.bias_of_own_tokens() if own_tokens else self.bias
+        sequence = self.tokens is not None
+        out = (
+            reduce_scatter_to_sequence_parallel_region(product, self.layout)
+            if sequence
+            else reduce_from_tensor_parallel_region(product, self.layout)
+        )
+        bias = self.bias_of_own_tokens() if sequence else self.bias
         return out if bias is None else out + bias
 
 
@@ -188,7 +196,7 @@ class _ColumnLinear(torch.autograd.Function):
         tokens: int | None,
         keep: bool,
     ) -> Tensor:
-        whole = x if tokens is None else tokens_together(begin_gather(x, layout, later=False).wait(), tokens)
+        whole = x if tokens is None else concat_tokens(start_all_gather(x, layout, async_op=False).wait(), tokens)
         ctx.save_for_backward(whole if keep else x, weight)
         ctx.alpha, ctx.layout, ctx.tokens, ctx.gathers = alpha, layout, tokens, tokens is not None and not keep
         return scaled_linear(whole, weight, bias, alpha)
@@ -199,14 +207,14 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows = grad.reshape(-1, grad.shape[-1])
-        gathered = begin_gather(x, ctx.layout) if ctx.gathers and need_weight else None
-        summed: Pending | None = None
+        gathered = start_all_gather(x, ctx.layout) if ctx.gathers and need_weight else None
+        summed: AsyncCollective | None = None
         if need_x:
-            begin = begin_sum if ctx.tokens is None else begin_sum_and_scatter_tokens
+            begin = start_all_reduce if ctx.tokens is None else start_reduce_scatter_tokens
             summed = begin(scaled_linear(rows, weight.t(), None, ctx.alpha).view(*grad.shape[:-1], -1), ctx.layout)
         grad_weight = grad_bias = None
         if need_weight:
-            whole = x if gathered is None else tokens_together(gathered.wait(), ctx.tokens)
+            whole = x if gathered is None else concat_tokens(gathered.wait(), ctx.tokens)
             grad_weight = scaled_linear(rows.t(), whole.reshape(-1, whole.shape[-1]).t(), None, ctx.alpha)
         if need_bias:
             grad_bias = rows.sum(0)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
-from megadit.parallel.collectives import copy_to_ranks
+from megadit.parallel.collectives import copy_to_tensor_parallel_region
 from megadit.parallel.tensor import TensorLayout, tensor_layout
 from megadit_kernels import layer_norm_modulate
 
@@ -85,7 +85,7 @@ class MuRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in x's dtype."""
-        gain = self.weight if self.layout is None else copy_to_ranks(self.weight, self.layout)
+        gain = self.weight if self.layout is None else copy_to_tensor_parallel_region(self.weight, self.layout)
         return at_precision(self.precision, lambda x, gain: F.rms_norm(x, gain.shape, gain, self.eps), x, gain)
 
 
@@ -119,7 +119,10 @@ class MuLayerNorm(nn.Module):
         gain: Tensor = self.weight
         bias: Tensor = self.bias
         if self.layout is not None:
-            gain, bias = copy_to_ranks(gain, self.layout), copy_to_ranks(bias, self.layout)
+            gain, bias = (
+                copy_to_tensor_parallel_region(gain, self.layout),
+                copy_to_tensor_parallel_region(bias, self.layout),
+            )
 
         def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(x, gain.shape, gain, bias, self.eps)

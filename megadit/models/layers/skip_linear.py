@@ -13,12 +13,12 @@ from megadit.models.layers.linear import MuLinear
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import (
-    begin_gather,
-    begin_sum_and_scatter_rows,
-    channels_together,
-    own_channels,
-    scatter_channels,
-    sum_over_ranks,
+    concat_channels,
+    local_channels,
+    reduce_from_tensor_parallel_region,
+    scatter_to_tensor_parallel_region,
+    start_all_gather,
+    start_reduce_scatter,
 )
 from megadit.parallel.recompute import is_recomputed
 from megadit.parallel.tensor import TensorLayout, tensor_layout
@@ -38,7 +38,7 @@ def skip_linear(width: Dim, joined: Dim, param: Parametrization, tokens: int) ->
 def skip_for_sharded_linear(x: Tensor, layout: TensorLayout) -> Tensor:
     """What is carried of x (B, T, n) to a ``SkipLinear``: this rank's channels; without tensor parallelism, or where
     tokens are cut, x itself."""
-    return scatter_channels(x, layout) if layout.size > 1 and not layout.sequence else x
+    return scatter_to_tensor_parallel_region(x, layout) if layout.size > 1 and not layout.sequence else x
 
 
 class SkipLinear(MuLinear):
@@ -61,7 +61,7 @@ class TensorParallelSkipLinear(SkipLinear):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
         """x (B, T, n), skip (B, T, n / ranks) -> (B, T, n)."""
         product: Tensor = _OwnChannels.apply(*for_autocast(x, skip, self.weight), self.forward_mult, self.layout)
-        out = sum_over_ranks(product, self.layout)
+        out = reduce_from_tensor_parallel_region(product, self.layout)
         return out if self.bias is None else out + self.bias
 
 
@@ -88,7 +88,7 @@ class _OwnChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor, weight: Tensor, alpha: float, layout: TensorLayout) -> Tensor:
-        joined = torch.cat([own_channels(x, layout), skip], dim=-1)
+        joined = torch.cat([local_channels(x, layout), skip], dim=-1)
         ctx.save_for_backward(joined, weight)
         ctx.alpha, ctx.layout = alpha, layout
         return scaled_linear(joined, _side_by_side(weight), None, alpha)
@@ -100,10 +100,10 @@ class _OwnChannels(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         parts = scaled_linear(rows, _side_by_side(weight).t(), None, ctx.alpha)
         of_x, of_skip = parts.view(*joined.shape[:-1], 2, -1).unbind(-2)
-        gathered = begin_gather(of_x, ctx.layout)
+        gathered = start_all_gather(of_x, ctx.layout)
         of_weight = scaled_linear(rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
         stacked = of_weight.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
-        return channels_together(gathered.wait()), of_skip.contiguous(), stacked, None, None
+        return concat_channels(gathered.wait()), of_skip.contiguous(), stacked, None, None
 
 
 def _side_by_side(weight: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class _OwnTokens(torch.autograd.Function):
     def forward(
         ctx: Any, joined: Tensor, share: Tensor, bias: Tensor | None, alpha: float, layout: TensorLayout, keep: bool
     ) -> Tensor:
-        weight = begin_gather(share, layout, later=False).wait().flatten(0, 1)
+        weight = start_all_gather(share, layout, async_op=False).wait().flatten(0, 1)
         ctx.save_for_backward(joined, weight if keep else share)
         ctx.alpha, ctx.layout, ctx.keep = alpha, layout, keep
         return scaled_linear(joined, weight, bias, alpha)
@@ -132,9 +132,9 @@ class _OwnTokens(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         joined, held = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        gathered = None if ctx.keep else begin_gather(held, ctx.layout)
+        gathered = None if ctx.keep else start_all_gather(held, ctx.layout)
         of_weight = scaled_linear(rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
-        summed = begin_sum_and_scatter_rows(of_weight, ctx.layout)
+        summed = start_reduce_scatter(of_weight, ctx.layout)
         weight = held if gathered is None else gathered.wait().flatten(0, 1)
         of_joined = scaled_linear(rows, weight.t(), None, ctx.alpha).view_as(joined)
         of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None

@@ -33,10 +33,10 @@ from megadit.models.layers import (
     unpatchify,
 )
 from megadit.models.patches import patches_of, side_of
-from megadit.models.stages import Carrier, ModelInputs, ModelOutput, Stage, StagedModel, StageState
+from megadit.models.stages import ModelInputs, ModelOutput, Stage, StagedModel, StageIO, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
-from megadit.parallel.collectives import all_tokens, enter_blocks, own_tokens
+from megadit.parallel.collectives import gather_sequence, scatter_sequence, shared_block_input
 from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import gated_residual
 
@@ -102,7 +102,7 @@ class MMDiTState(StageState):
     grid: Tensor
 
     @classmethod
-    def unpack(cls, tensors: Carrier) -> MMDiTState:
+    def unpack(cls, tensors: StageIO) -> MMDiTState:
         """The grid is last, whether there is a mask or not."""
         tokens, context, condition, *seen, grid = tensors
         return cls(tokens, context, condition, seen[0] if seen else None, grid)
@@ -185,8 +185,8 @@ class MMDiTEmbedStage(Stage):
         if self.y_embedder is not None:
             c = c + self.y_embedder(state.pooled)
         grid = torch.zeros(rows, columns, dtype=torch.uint8, device=tokens.device)
-        tokens, context = own_tokens(tokens, self.layout), own_tokens(context, self.layout)
-        c, seen = enter_blocks(F.silu(c), self.layout), state.text_mask
+        tokens, context = scatter_sequence(tokens, self.layout), scatter_sequence(context, self.layout)
+        c, seen = shared_block_input(F.silu(c), self.layout), state.text_mask
         if seen is not None:
             seen = torch.cat([seen.new_ones(len(seen), rows * columns), seen], dim=1)[:, None, None]
         return MMDiTState(tokens, context, c, seen, grid)
@@ -206,7 +206,7 @@ class MMDiTFinalStage(Stage):
     def run(self, state: MMDiTReadout) -> ModelOutput:
         """Read out the patches and put the image together."""
         rows, columns = state.grid.shape
-        patches = all_tokens(self.final_layer(state.tokens, state.condition), self.layout, rows * columns)
+        patches = gather_sequence(self.final_layer(state.tokens, state.condition), self.layout, rows * columns)
         return ModelOutput(unpatchify(patches, rows, columns, self.config.patch_size, self.config.out_channels))
 
 

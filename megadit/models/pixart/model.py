@@ -38,7 +38,7 @@ from megadit.models.patches import (
 from megadit.models.stages import ModelInputs, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
-from megadit.parallel.collectives import copy_to_ranks, enter_blocks, own_tokens
+from megadit.parallel.collectives import copy_to_tensor_parallel_region, scatter_sequence, shared_block_input
 from megadit.parallel.tensor import TensorLayout, tensor_layout
 from megadit_kernels import gated_residual
 
@@ -47,7 +47,7 @@ _LN_EPS = 1e-6
 
 def _for_own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
     """x, the same on all ranks, where each uses it on its own tokens alone: under sequence parallelism."""
-    return copy_to_ranks(x, layout) if layout.sequence else x
+    return copy_to_tensor_parallel_region(x, layout) if layout.sequence else x
 
 
 def _table(rows: int, width: Dim, param: Parametrization) -> tuple[nn.Parameter, dict[str, ParamSpec]]:
@@ -132,8 +132,8 @@ class PixArtEmbedStage(Stage):
         tokens = self.pos_embed(self.x_embedder(state.x))
         t_emb = self.t_embedder(state.t)
         t0 = self.t_block(t_emb)
-        text = enter_blocks(self.y_embedder(state.text), self.layout)
-        own = own_tokens(tokens, self.layout)
+        text = shared_block_input(self.y_embedder(state.text), self.layout)
+        own = scatter_sequence(tokens, self.layout)
         return PixArtState(own, t0, _for_own_tokens(t_emb, self.layout), text, state.text_mask)
 
 

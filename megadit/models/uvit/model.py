@@ -43,10 +43,10 @@ from megadit.models.layers import (
 )
 from megadit.models.layers.skip_linear import skip_for_sharded_linear, skip_linear
 from megadit.models.patches import check_square, labels_of, patches_of, self_attention, side_of
-from megadit.models.stages import Carrier, ModelInputs, ModelOutput, Stage, StagedModel, StageState
+from megadit.models.stages import ModelInputs, ModelOutput, Stage, StagedModel, StageIO, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
-from megadit.parallel.collectives import all_tokens, own_tokens
+from megadit.parallel.collectives import gather_sequence, scatter_sequence
 from megadit.parallel.tensor import tensor_layout
 
 _LN_EPS = 1e-5
@@ -73,7 +73,7 @@ class UViTState(StageState):
     key_mask: Tensor | None = None
 
     @classmethod
-    def unpack(cls, tensors: Carrier) -> UViTState:
+    def unpack(cls, tensors: StageIO) -> UViTState:
         """All floats behind the tokens are skips."""
         if tensors[-1].is_floating_point():
             return cls(tensors[0], tensors[1:])
@@ -143,7 +143,7 @@ class UViTEmbedStage(Stage):
             tokens.insert(1, self.context_embed(state.text.to(patches.dtype)))
         if mask is not None:
             mask = F.pad(mask, (1, patches.shape[1]), value=True)
-        return UViTState(own_tokens(self.pos_embed(torch.cat(tokens, dim=1)), self.layout), key_mask=mask)
+        return UViTState(scatter_sequence(self.pos_embed(torch.cat(tokens, dim=1)), self.layout), key_mask=mask)
 
 
 class UViTFinalStage(Stage):
@@ -164,7 +164,7 @@ class UViTFinalStage(Stage):
         tokens = state.tokens
         if not self.layout.sequence:  # where a rank holds all of them, only what is read out goes on
             tokens = tokens[:, self.extras :]
-        read = all_tokens(self.decoder_pred(self.norm(tokens)), self.layout, _tokens(config))
+        read = gather_sequence(self.decoder_pred(self.norm(tokens)), self.layout, _tokens(config))
         patches = read[:, -side * side :]
         image = unpatchify(patches, side, side, config.patch_size, config.out_channels)
         return ModelOutput(image if self.final_layer is None else self.final_layer(image))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megadit.mup.spec import ParamSpec
-from megadit.parallel.tensor import WHOLE, TensorLayout
+from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
 OUTPUT = "output"  # the model's own result, as a module of that name
 PROJECTOR = "repa"
@@ -46,7 +46,7 @@ def watched_modules(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _first_tensor(value: Any) -> Tensor:
-    """The tensor that a module puts out; a block's carrier begins with its tokens."""
+    """The tensor that a module puts out; a block's packed state begins with its tokens."""
     return value[0] if isinstance(value, tuple) else value
 
 
@@ -73,7 +73,7 @@ class Recorder:
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
         """``probe`` runs the model on the fixed probe batch and returns its output."""
         self.model, self.probe, self.width, self.seed = model, probe, width, seed
-        self.layout: TensorLayout = getattr(model, "layout", WHOLE)
+        self.layout: TensorLayout = getattr(model, "layout", UNSHARDED)
         if self.layout.sequence:
             raise ValueError("coordinates are not read under sequence parallelism, whose padding would be among them")
         self.watched = watched_modules(model)

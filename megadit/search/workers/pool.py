@@ -17,7 +17,7 @@ from typing import Any
 
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError, say
 from megadit.parallel.environment import child_environment
-from megadit.parallel.launcher import die_with_parent
+from megadit.parallel.launcher import set_parent_death_signal
 from megadit.plugins import loaded
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study
@@ -226,7 +226,7 @@ def _bind(place: DeviceSlot, parent: int) -> Callable[[], None]:
     def bind() -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, place.cores)
-        die_with_parent(libc=libc)
+        set_parent_death_signal(libc=libc)
         if os.getppid() != parent:  # it died before the tie was made
             os._exit(1)
 

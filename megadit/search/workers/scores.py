@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadit.errors import UserError
 from megadit.files.json_text import JsonError, parse_json
-from megadit.parallel.environment import without_ranks
+from megadit.parallel.environment import without_rank_variables
 from megadit.train.run_dir import is_number
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def command_score(spec: ScoreSpec, run_dir: Path, timeout_s: float = COMMAND_TIM
     words = [word.replace("{run_dir}", str(run_dir)) for word in spec.command or ()]
     label = f"scores.{spec.name}: '{' '.join(words)}'"
     # The command is one process: it must not take itself for a rank of the worker's group.
-    env = without_ranks(os.environ)
+    env = without_rank_variables(os.environ)
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadit.errors import EXIT_OK, EXIT_PREEMPTED, run_command, say
 from megadit.parallel.environment import prepare_environment
-from megadit.parallel.launcher import die_with_launcher, die_with_parent
+from megadit.parallel.launcher import exit_with_launcher, set_parent_death_signal
 from megadit.plugins import load_plugins
 from megadit.search.storage.identity import this_worker
 from megadit.search.study.study import Study, load_study
@@ -228,8 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Also under torchrun, which takes any code but 0 for a crash.
     """
     ranks = prepare_environment()
-    if not die_with_launcher(ranks):  # this is no rank of torchrun's, and `run` itself is the parent
-        die_with_parent()
+    if not exit_with_launcher(ranks):  # this is no rank of torchrun's, and `run` itself is the parent
+        set_parent_death_signal()
     folder, *plugins = sys.argv[1:] if argv is None else argv
     load_plugins(plugins)
     code = work(load_study(Path(folder)))

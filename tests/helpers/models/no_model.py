@@ -12,7 +12,7 @@ class NoPartitions:
 
     stage, replicated = 0, True
 
-    def to_save(self):
+    def fragments_to_save(self):
         return []
 
     def adam_step(self):

@@ -23,7 +23,7 @@ from megadit.models.patches import ConditionedTokens, SquareReadoutStage, check_
 from megadit.models.stages import ModelInputs
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
-from megadit.parallel.collectives import enter_blocks
+from megadit.parallel.collectives import shared_block_input
 from megadit.parallel.tensor import tensor_layout
 
 
@@ -61,7 +61,7 @@ class Embed(Stage):
         """c = features of the time + row of the class."""
         c = F.silu(self.t_embedder(state.t) + self.y_embedder(state.labels))
         tokens = self.pos_embed(self.x_embedder(state.x)) + c[:, None]
-        return ConditionedTokens(tokens, enter_blocks(c, self.layout))
+        return ConditionedTokens(tokens, shared_block_input(c, self.layout))
 
 
 class Toy(StagedModel):

@@ -9,17 +9,17 @@ import pytest
 from helpers.ranks import run_ranks
 from megadit.config.loading.sources import flat
 from megadit.errors import UserError
-from megadit.parallel import agreement, start_processes
-from megadit.parallel.agreement import check_agreement, code_facts, differences
+from megadit.parallel import consistency_check, start_processes
+from megadit.parallel.consistency_check import check_consistency, code_facts, differences
 
 
 def agree(changes: dict[int, dict[str, Any]], code: dict[int, dict[str, str]]) -> str:
     context = start_processes()
     facts = {**flat({"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}), **changes.get(context.rank, {})}
     own = {**code_facts(), **code.get(context.rank, {})}
-    agreement.code_facts = lambda: own  # type: ignore[assignment]
+    consistency_check.code_facts = lambda: own  # type: ignore[assignment]
     try:
-        check_agreement(context, facts)
+        check_consistency(context, facts)
     except UserError as error:
         assert error.everywhere
         return str(error)
@@ -46,8 +46,8 @@ def test_every_rank_tells_what_differs() -> None:
 def test_long_values_are_cut_and_many_differences_counted() -> None:
     assert differences([{"a": "1"}, {"a": "1"}]) == []
     assert differences([{"a": "1"}, {}, {"a": "1"}]) == ["a is 1 on ranks 0, 2, missing on rank 1"]
-    assert len(agreement._shown("x" * 500)) < 60
-    assert agreement._shown("x" * 500) != agreement._shown("x" * 499)
+    assert len(consistency_check._shown("x" * 500)) < 60
+    assert consistency_check._shown("x" * 500) != consistency_check._shown("x" * 499)
 
 
 def test_a_changed_source_file_has_another_digest() -> None:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megadit.parallel.last_words import explain_timeout, of_another_rank, summary, tell_launcher
+from megadit.parallel.failure_messages import explain_timeout, peer_failure, summary, write_torchelastic_error
 
 GONE = "[../third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:26117"
 LATE = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation"
 
 
 def test_what_follows_from_another_rank_is_one_line() -> None:
-    told = of_another_rank(RuntimeError(GONE))
+    told = peer_failure(RuntimeError(GONE))
     assert told is not None and "another rank has ended (Connection closed by peer)" in told and "\n" not in told
-    assert of_another_rank(ValueError(GONE)) is None and of_another_rank(RuntimeError("shapes differ")) is None
-    assert of_another_rank(RuntimeError(LATE)) is None  # the first error where a rank hangs
+    assert peer_failure(ValueError(GONE)) is None and peer_failure(RuntimeError("shapes differ")) is None
+    assert peer_failure(RuntimeError(LATE)) is None  # the first error where a rank hangs
 
 
 def test_a_timeout_names_its_key() -> None:
@@ -36,8 +36,8 @@ def test_the_launcher_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     try:
         raise ValueError("planted")
     except ValueError as error:
-        tell_launcher(summary(error))
+        write_torchelastic_error(summary(error))
     assert json.loads(file.read_text())["message"].startswith("ValueError: planted (file ")
     assert "ValueError: planted" in ProcessFailure(0, 1, 1, str(file)).message
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
-    tell_launcher("nobody reads this")
+    write_torchelastic_error("nobody reads this")

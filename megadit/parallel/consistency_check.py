@@ -23,7 +23,7 @@ from megadit.plugins import loaded
 _TOLD = 4  # differences that the error names
 
 
-def check_agreement(context: ProcessContext, facts: Mapping[str, Any]) -> None:
+def check_consistency(context: ProcessContext, facts: Mapping[str, Any]) -> None:
     """Compare ``facts`` (name -> plain value), the code and the plugins over all ranks (collective).
 
     Raises:

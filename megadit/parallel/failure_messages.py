@@ -21,7 +21,7 @@ _GONE = re.compile(
 _LATE = re.compile(r"(?i)timed out waiting|timeout caused pair closure|ran for \d+ milliseconds before timing out")
 
 
-def of_another_rank(error: BaseException) -> str | None:
+def peer_failure(error: BaseException) -> str | None:
     """One line for an error that only says that another rank has ended; None for any other."""
     found = _GONE.search(str(error)) if isinstance(error, RuntimeError | OSError) else None
     return None if found is None else f"another rank has ended ({found.group()}), and so this one does: see its error"
@@ -36,7 +36,7 @@ def explain_timeout(error: BaseException, limit_s: float) -> None:
         )
 
 
-def tell_launcher(text: str) -> None:
+def write_torchelastic_error(text: str) -> None:
     """Let torchrun's summary, the last lines of a failed run, say why this rank ended: it reads a file for that."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
@@ -44,7 +44,7 @@ def tell_launcher(text: str) -> None:
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
 
 
-def peer_told_launcher() -> bool:
+def peer_wrote_torchelastic_error() -> bool:
     """Whether another rank of this host has told torchrun why it ended."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
