@@ -73,7 +73,7 @@ class Ema:
     def update(self, count: int, applied: Tensor | None = None) -> None:
         """Follow the masters after the ``count``-th update that changed them (counted from 1 over the whole run).
 
-        applied: () float32 on the device, 1 where the update was applied and 0 where it was skipped; None: it was applied.
+        applied: () float32 on the device, 1 where the update was applied and 0 where it was skipped; None: applied.
         """
         self._refuse_while_shown("updated")
         masters = self._masters() if count % self._every == 0 else []

@@ -24,8 +24,8 @@ class TensorLayout:
     """This rank, ``rank`` of ``size`` that share every layer.
 
     ``sequence``: sequence parallelism: between tensor-parallel layers token streams are sharded by tokens. ``group`` is
-    the process group of the ``size`` ranks; None builds shapes that cannot run, a ``CollectiveRecorder`` runs on the meta
-    device.
+    the process group of the ``size`` ranks; None builds shapes that cannot run, a ``CollectiveRecorder`` runs on the
+    meta device.
     """
 
     size: int = 1

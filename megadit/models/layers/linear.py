@@ -57,7 +57,7 @@ class MuLinear(nn.Module):
         parts: int = 1,
         bias_init: Purpose | InitRule = "zero",
     ) -> None:
-        """``parts``: matrices side by side along the sharded dimension, each sharded by itself (see ``shard_shape``)."""
+        """``parts``: matrices side by side along the sharded dimension, sharded one by one (see ``shard_shape``)."""
         super().__init__()
         self.in_features, self.out_features = in_dim.size, out_dim.size
         self.layout = tensor_layout()
