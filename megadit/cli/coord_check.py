@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.diffusion import build_objective
     from megadit.diffusion.objectives.repa import alignment_loss
     from megadit.models import build_model
-    from megadit.mup.coord_check.measure import coordinate_readings
+    from megadit.mup.coord_check.measure import measure_coordinates
     from megadit.mup.coord_check.report import format_verdict, write_report
     from megadit.mup.coord_check.verdict import judge
     from megadit.mup.example import example_conditioning
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = UNSHARDED if args.tp == 1 else TensorLayout(args.tp, start_processes().rank, group=dist.group.WORLD)
     defer_compiler()
     parametrization = args.param or config.model.parametrization
-    readings = coordinate_readings(
+    measurements = measure_coordinates(
         config.model,
         config.optim.model_copy(update={"lr": rate}),
         plan,
@@ -118,14 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         alignment=None if config.model.repa is None else lambda one, other: weight * alignment_loss(one, other),
         progress=lambda line: None if layout.rank else print(line, file=sys.stderr),
     )
-    verdict = judge(readings)
+    verdict = judge(measurements)
     code = {"passes": EXIT_OK, "broken": EXIT_VERDICT_NO, "not judged": EXIT_FAILURE}[verdict.outcome]
     if layout.size > 1:
         stop_processes()
     if layout.rank:
         return code
     title = f"{config.model.family} under {'muP' if parametrization == 'mup' else 'SP'}"
-    plain = write_report(args.out, readings, verdict, title)
+    plain = write_report(args.out, measurements, verdict, title)
     result_is_saved(as_json=args.json)
     print(json.dumps(plain) if args.json else format_verdict(verdict))
     say(f"written to {args.out}: coords.csv, verdict.json, coord_check.png")

@@ -22,7 +22,7 @@ from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_VERDICT_NO, UserError, sa
 from megadit.streams import result_is_saved
 
 if TYPE_CHECKING:
-    from megadit.transfer.verdict import Limits, Verdict
+    from megadit.transfer.verdict import Limits, TransferVerdict
 
 EXITS = {"transfers": EXIT_OK, "does not transfer": EXIT_VERDICT_NO, "inconclusive": EXIT_FAILURE}
 
@@ -155,7 +155,7 @@ def _limits(args: argparse.Namespace) -> Limits:
     return Limits(**given)
 
 
-def _of_table(args: argparse.Namespace, limits: Limits) -> Verdict:
+def _of_table(args: argparse.Namespace, limits: Limits) -> TransferVerdict:
     from megadit.transfer.score_table import Columns, lower_is_better, verify_table
 
     if args.studies:
@@ -176,7 +176,7 @@ def _of_table(args: argparse.Namespace, limits: Limits) -> Verdict:
     return verify_table(args.table, columns, lower=lower, proxy=args.proxy, limits=limits)
 
 
-def _of_studies(args: argparse.Namespace, limits: Limits) -> list[Verdict]:
+def _of_studies(args: argparse.Namespace, limits: Limits) -> list[TransferVerdict]:
     for option in ("scale", "seed", "lower_is_better", "higher_is_better"):
         if getattr(args, option):
             name = option.replace("_", "-")
@@ -210,7 +210,7 @@ def apply(args: argparse.Namespace) -> int:
     except target.NotVerifiedError as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         if args.json:
-            verdicts = [backing.to_json() for backing in refusal.found]
+            verdicts = [each.to_json() for each in refusal.study_verdicts]
             print(json.dumps({"written": None, "refused": str(refusal), "verdicts": verdicts}, allow_nan=False))
         return EXIT_VERDICT_NO
     if applied.not_verified:

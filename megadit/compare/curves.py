@@ -20,7 +20,7 @@ AXES: tuple[Axis, ...] = ("steps", "samples")
 
 
 @dataclass(frozen=True)
-class Curve:
+class MetricCurve:
     """A run's values of ``key``: all arrays (N,), ascending in steps; a value that was not finite is nan.
 
     steps: optimizer steps, int64.  samples: images seen by then, int64; 0 where a row does not say.  stopped: why the
@@ -62,7 +62,7 @@ class Curve:
         return joined
 
 
-def read_curve(folder: str | Path, key: str = "loss") -> Curve:
+def read_curve(folder: str | Path, key: str = "loss") -> MetricCurve:
     """The values of ``key`` in the run directory ``folder``; a run killed while writing loses its torn last line.
 
     Raises:
@@ -78,7 +78,7 @@ def read_curve(folder: str | Path, key: str = "loss") -> Curve:
         hint = did_you_mean(key, known, f"it has {', '.join(known) or 'no numbers at all'}")
         raise UserError(f"--key {key}: {display(folder / 'metrics.jsonl')} has no such number; {hint}")
     steps = sorted(found)
-    return Curve(
+    return MetricCurve(
         run_name(folder),
         key,
         np.array(steps, dtype=np.int64),
@@ -94,13 +94,13 @@ def run_name(folder: Path) -> str:
     return f"{folder.parents[1].name} {folder.name}" if folder.parent.name == "trials" else folder.name
 
 
-def common_grid(curves: Sequence[Curve], axis: Axis) -> np.ndarray:
+def common_grid(curves: Sequence[MetricCurve], axis: Axis) -> np.ndarray:
     """The positions, ascending and above 0, where every curve has a value; empty if there is none."""
     shared: np.ndarray = reduce(np.intersect1d, [curve.at(axis) for curve in curves])
     return shared[shared > 0]
 
 
-def extended_grid(curves: Sequence[Curve], axis: Axis, common: np.ndarray) -> np.ndarray:
+def extended_grid(curves: Sequence[MetricCurve], axis: Axis, common: np.ndarray) -> np.ndarray:
     """``common``, and beyond its end what these curves share: at the same spacing or more, the last position always."""
     own = common_grid(curves, axis)
     if not len(common):

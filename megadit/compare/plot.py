@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megadit.compare.runs import Comparison, Gap, Side
+from megadit.compare.runs import Comparison, Gap, MeanCurve
 from megadit.files.text import plain_label
 
 _A, _B, _GAP = "tab:blue", "tab:orange", "black"
@@ -36,7 +36,7 @@ def plot_comparison(result: Comparison, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _curve(axis: Any, side: Side, colour: str, label: str) -> None:
+def _curve(axis: Any, side: MeanCurve, colour: str, label: str) -> None:
     marker = "o" if len(side.at) < 30 else None
     axis.plot(side.at, side.mean, color=colour, label=label, linewidth=1.3, marker=marker, markersize=3)
     if np.isfinite(side.sd).any():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megadit.compare.curves import AXES, Axis, Curve, common_grid, extended_grid, read_curve, smoothed
+from megadit.compare.curves import AXES, Axis, MetricCurve, common_grid, extended_grid, read_curve, smoothed
 from megadit.config.loading.sources import display
 from megadit.errors import UserError
 from megadit.transfer.ties import SAME
@@ -24,7 +24,7 @@ _SMOOTHING_SHARE = 20  # by default an average spans a twentieth of the common p
 
 
 @dataclass(frozen=True)
-class Side:
+class MeanCurve:
     """One side's smoothed mean over its seeds on its whole length: arrays (N,); ``sd`` over seeds, nan for one."""
 
     at: np.ndarray
@@ -47,7 +47,7 @@ class Crossing:
 
 
 @dataclass(frozen=True)
-class Reach:
+class TimeToTarget:
     """When one side comes down to the other's final value: ``at`` of ``of``; a ratio above 1 is faster.
 
     ``at`` is None where the side never comes so low.
@@ -68,14 +68,14 @@ class Gap:
     """B − A over one axis. ``at``, ``gap`` (smoothed) and ``se`` (over seeds; nan for one): (N,) common positions."""
 
     axis: Axis
-    a: Side
-    b: Side
+    a: MeanCurve
+    b: MeanCurve
     at: np.ndarray
     gap: np.ndarray
     se: np.ndarray
     crossings: tuple[Crossing, ...]
-    b_reaches_a: Reach
-    a_reaches_b: Reach
+    b_reaches_a: TimeToTarget
+    a_reaches_b: TimeToTarget
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Comparison:
 
     key: str
     smooth: int
-    a: tuple[Curve, ...]
-    b: tuple[Curve, ...]
+    a: tuple[MetricCurve, ...]
+    b: tuple[MetricCurve, ...]
     over: dict[Axis, Gap]
 
     @property
@@ -170,20 +170,20 @@ def describe(result: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _gap(a: Sequence[Curve], b: Sequence[Curve], axis: Axis, common: np.ndarray, points: int) -> Gap:
+def _gap(a: Sequence[MetricCurve], b: Sequence[MetricCurve], axis: Axis, common: np.ndarray, points: int) -> Gap:
     raw_a, raw_b = (np.stack([curve.on(common, axis) for curve in side]) for side in (a, b))
     gap = smoothed(raw_b.mean(0) - raw_a.mean(0), points)
     level = smoothed(raw_a.mean(0), points)
     error = np.sqrt(_variance(raw_a, points) / len(raw_a) + _variance(raw_b, points) / len(raw_b))
-    left, right = (_side(side, axis, common, points) for side in (a, b))
+    left, right = (_mean_curve(side, axis, common, points) for side in (a, b))
     found = _crossings(common, gap, level)
-    return Gap(axis, left, right, common, gap, error, found, _reach(right, left), _reach(left, right))
+    return Gap(axis, left, right, common, gap, error, found, _time_to_target(right, left), _time_to_target(left, right))
 
 
-def _side(curves: Sequence[Curve], axis: Axis, common: np.ndarray, points: int) -> Side:
+def _mean_curve(curves: Sequence[MetricCurve], axis: Axis, common: np.ndarray, points: int) -> MeanCurve:
     grid = extended_grid(curves, axis, common)
     raw = np.stack([curve.on(grid, axis) for curve in curves])
-    return Side(grid, smoothed(raw.mean(0), points), np.sqrt(_variance(raw, points)))
+    return MeanCurve(grid, smoothed(raw.mean(0), points), np.sqrt(_variance(raw, points)))
 
 
 def _variance(raw: np.ndarray, points: int) -> np.ndarray:
@@ -212,26 +212,26 @@ def _crossings(at: np.ndarray, gap: np.ndarray, level: np.ndarray) -> tuple[Cros
     return tuple(found)
 
 
-def _reach(who: Side, other: Side) -> Reach:
+def _time_to_target(who: MeanCurve, other: MeanCurve) -> TimeToTarget:
     """When ``who`` comes down to the final value of ``other``."""
     target, of = other.final, float(other.at[-1])
     below = np.flatnonzero(who.mean <= target + SAME * abs(target))
     if not len(below):
-        return Reach(target, of, None)
+        return TimeToTarget(target, of, None)
     first = int(below[0])
     high = float(who.mean[first - 1]) if first else math.nan
     if not math.isfinite(high):
-        return Reach(target, of, float(who.at[first]))
+        return TimeToTarget(target, of, float(who.at[first]))
     share = min((high - target) / (high - float(who.mean[first])), 1.0)
-    return Reach(target, of, float(who.at[first - 1] + share * (who.at[first] - who.at[first - 1])))
+    return TimeToTarget(target, of, float(who.at[first - 1] + share * (who.at[first] - who.at[first - 1])))
 
 
-def _extent(curves: Sequence[Curve], folders: Sequence[Path]) -> str:
+def _extent(curves: Sequence[MetricCurve], folders: Sequence[Path]) -> str:
     curve = curves[0]
     return f"{display(folders[0])} has {len(curve.steps)} from step {curve.steps[0]} to {curve.steps[-1]}"
 
 
-def _names(curves: Sequence[Curve]) -> str:
+def _names(curves: Sequence[MetricCurve]) -> str:
     return ", ".join(curve.name for curve in curves) + (f" ({len(curves)} seeds)" if len(curves) > 1 else "")
 
 

@@ -10,7 +10,7 @@ from megadit.errors import UserError, did_you_mean
 from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
 from megadit.search.study.spec import ScoreSpec
 from megadit.transfer.ties import lowest, nearest
-from megadit.transfer.verdict import Limits, Sample, Verdict, judge
+from megadit.transfer.verdict import Limits, RunScore, TransferVerdict, judge
 
 
 def verify_study(
@@ -21,7 +21,7 @@ def verify_study(
     hp: str | None = None,
     proxy: float | None = None,
     limits: Limits | None = None,
-) -> Verdict:
+) -> TransferVerdict:
     """Whether the optimum of a searched hyperparameter transfers over the study's scale.
 
     With several searched keys (a full grid) one is judged, each of its values at the best of all the others.
@@ -73,7 +73,7 @@ def verify_study(
     return replace(verdict, best=nearest(values, verdict.best_log2), reasons=(*verdict.reasons, *notes))
 
 
-def proxy_of(results: StudyResults, verdict: Verdict | None) -> int | None:
+def proxy_of(results: StudyResults, verdict: TransferVerdict | None) -> int | None:
     """The scale at which to choose: the verdict's proxy where the study's own smallest scale is an exception to it."""
     if verdict is None or verdict.verdict != "transfers" or verdict.proxy is None:
         return results.study.proxy_scale
@@ -89,9 +89,9 @@ def _known(option: str, value: str | None, names: Sequence[str]) -> str:
     return value
 
 
-def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[Sample]:
+def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[RunScore]:
     """One sample per run that counts; with further keys, of each value's best combination with the others."""
-    groups: dict[tuple[float, float], dict[str, list[Sample]]] = {}
+    groups: dict[tuple[float, float], dict[str, list[RunScore]]] = {}
     for run in observations:
         if run.outcome not in (COMPLETE, DIVERGED):
             continue
@@ -107,9 +107,9 @@ def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, na
         number = math.nan if run.outcome == DIVERGED or measured is None else float(measured)
         others = repr(sorted((other, setting) for other, setting in run.hps.items() if other != key))
         place = groups.setdefault((float(run.scale), math.log2(value)), {})
-        place.setdefault(others, []).append(Sample(float(run.scale), math.log2(value), run.seed, number))
+        place.setdefault(others, []).append(RunScore(float(run.scale), math.log2(value), run.seed, number))
 
-    def cost(runs: list[Sample]) -> float:
+    def cost(runs: list[RunScore]) -> float:
         mean = score.sign * sum(run.score for run in runs) / len(runs)
         return mean if math.isfinite(mean) else math.inf
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from megadit.errors import UserError
 
-Stage = tuple[float, float, float]  # trials, parameters, samples of each
+TuningStage = tuple[float, float, float]  # trials, parameters, samples of each
 
 
 def tuning_cost_ratio(
-    stages: Sequence[Stage], target: tuple[float, float], manual_multiple: float | None = None
+    stages: Sequence[TuningStage], target: tuple[float, float], manual_multiple: float | None = None
 ) -> float:
     """Cost of all tuning stages over that of training the target once, in the S·B·T form of Eq. 1.
 
@@ -36,22 +36,22 @@ def tuning_cost_ratio(
     parameters, samples = target
     if not (parameters > 0 and samples > 0):
         raise UserError(f"target: {target} must be (parameters, samples), both above 0")
-    spent = sum(trials * size * seen for trials, size, seen in stages)
-    return spent / (parameters * samples * _multiple(manual_multiple))
+    tuning = sum(trials * size * samples_each for trials, size, samples_each in stages)
+    return tuning / (parameters * samples * _multiple(manual_multiple))
 
 
 @dataclass(frozen=True)
-class Spent:
+class TrialCost:
     """What a set of trials cost: ``flops`` executed, and the stages of the S·B·T form (samples are images)."""
 
     trials: int
     flops: float
-    stages: tuple[Stage, ...]
+    stages: tuple[TuningStage, ...]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The bill of a transfer: ``search`` at the proxy alone, ``all`` with every trial of every study used.
+class TuningCost:
+    """What tuning for a transfer cost: ``search`` at the proxy alone, ``all`` with every trial of every study used.
 
     ``target`` is (parameters, images) and ``target_flops`` one training; None where its length is not known.
 
@@ -59,8 +59,8 @@ class Cost:
         UserError: ``manual_multiple`` is not above 0.
     """
 
-    search: Spent
-    all: Spent
+    search: TrialCost
+    all: TrialCost
     target: tuple[float, float] | None
     target_flops: float | None
     manual_multiple: float | None = None
@@ -68,12 +68,12 @@ class Cost:
     def __post_init__(self) -> None:
         _multiple(self.manual_multiple)
 
-    def ratios(self, spent: Spent) -> tuple[float, float] | None:
-        """(by executed FLOPs, by S·B·T) of ``spent`` over the target, or over ``manual_multiple`` trainings of it."""
+    def ratios(self, trial_cost: TrialCost) -> tuple[float, float] | None:
+        """(by executed FLOPs, by S·B·T) of ``trial_cost`` over the target, or over ``manual_multiple`` trainings."""
         if self.target is None or self.target_flops is None:
             return None
-        by_flops = spent.flops / (self.target_flops * _multiple(self.manual_multiple))
-        return by_flops, tuning_cost_ratio(spent.stages, self.target, self.manual_multiple)
+        by_flops = trial_cost.flops / (self.target_flops * _multiple(self.manual_multiple))
+        return by_flops, tuning_cost_ratio(trial_cost.stages, self.target, self.manual_multiple)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; a ratio is null where the target's length is not known."""
@@ -82,28 +82,28 @@ class Cost:
             "manual_multiple": self.manual_multiple,
             "target": {"flops": self.target_flops, "parameters": parameters, "samples": samples},
         }
-        for name, spent in (("search", self.search), ("all", self.all)):
-            by_flops, by_samples = self.ratios(spent) or (None, None)
-            plain[name] = {**asdict(spent), "ratio_flops": by_flops, "ratio_sbt": by_samples}
+        for name, trial_cost in (("search", self.search), ("all", self.all)):
+            by_flops, by_samples = self.ratios(trial_cost) or (None, None)
+            plain[name] = {**asdict(trial_cost), "ratio_flops": by_flops, "ratio_sbt": by_samples}
         return plain
 
 
-def describe_cost(bill: Cost) -> list[str]:
-    """The bill as sentences."""
+def describe_tuning_cost(cost: TuningCost) -> list[str]:
+    """The cost as sentences."""
     lines = []
-    multiple = bill.manual_multiple
+    multiple = cost.manual_multiple
     against = "one training" if multiple is None else f"{multiple:g} trainings by hand"
-    for name, spent in (("search at the proxy", bill.search), ("every trial of every study used", bill.all)):
-        text = f"{name}: {spent.trials} trials, {spent.flops:.3g} FLOPs"
-        ratios = bill.ratios(spent)
+    for name, trial_cost in (("search at the proxy", cost.search), ("every trial of every study used", cost.all)):
+        text = f"{name}: {trial_cost.trials} trials, {trial_cost.flops:.3g} FLOPs"
+        ratios = cost.ratios(trial_cost)
         if ratios is not None:
             by_flops, by_samples = (f"{100 * share:.3g}%" for share in ratios)
             text += f", {by_flops} of {against} (S·B·T form of Eq. 1: {by_samples})"
         lines.append(text)
-    if bill.target_flops is None:
+    if cost.target_flops is None:
         lines.append("the target's length follows from epochs of data that is not here; give train.steps for the ratio")
     else:
-        lines.append(f"one training of the target: {bill.target_flops:.3g} FLOPs")
+        lines.append(f"one training of the target: {cost.target_flops:.3g} FLOPs")
     return lines
 
 

@@ -40,7 +40,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Sample:
+class RunScore:
     """One measured run: ``hp`` in log2 units; ``score`` NaN if the run diverged."""
 
     scale: float
@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """All seeds at one value of the hyperparameter; ``scores`` are finite and lower is better here."""
 
     hp: float
@@ -69,33 +69,33 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Noise:
+class ScoreNoise:
     """Standard deviation of one run's score, from how many degrees of freedom, and from where.
 
     What a seed shifts alike at every value is no part of it: it cancels in the differences that are judged.
     """
 
     sd: float
-    freedom: int
+    degrees_of_freedom: int
     source: Literal["seeds", "residuals", "none"]
 
-    def of_difference(self, a: Point, b: Point) -> float:
+    def standard_error(self, a: GridPoint, b: GridPoint) -> float:
         """Standard error of the difference of two points' means."""
         return 0.0 if a is b else self.sd * math.sqrt(1 / len(a.scores) + 1 / len(b.scores))
 
-    def inflation(self, errors: float) -> float:
+    def t_inflation(self, errors: float) -> float:
         """By how much Student's t exceeds a normal quantile of ``errors`` (first order in 1 / freedom)."""
-        return 1.0 + (errors**2 + 1) / (4 * self.freedom) if self.freedom else 1.0
+        return 1.0 + (errors**2 + 1) / (4 * self.degrees_of_freedom) if self.degrees_of_freedom else 1.0
 
 
 @dataclass(frozen=True)
-class Basin:
+class ScaleCurve:
     """One scale's points: ``stable`` is the run of stable points, without a gap, that holds the best one."""
 
     scale: float
-    points: tuple[Point, ...]
-    stable: tuple[Point, ...]
-    best: Point
+    points: tuple[GridPoint, ...]
+    stable: tuple[GridPoint, ...]
+    best: GridPoint
     low: Side
     high: Side
 
@@ -122,7 +122,7 @@ class Basin:
         return span + sum(min(gap, span / max(1, len(stable) - 1)) for gap in gaps)
 
     @property
-    def near(self) -> tuple[Point, ...]:
+    def near(self) -> tuple[GridPoint, ...]:
         """The best point and its stable neighbours."""
         at = self.stable.index(self.best)
         return self.stable[max(0, at - 1) : at + 2]
@@ -138,17 +138,17 @@ class Basin:
             return {}
         return {seed: sum(point.scores[seed] - point.mean for point in self.near) / len(self.near) for seed in seeds}
 
-    def point(self, hp: float) -> Point | None:
+    def point(self, hp: float) -> GridPoint | None:
         """The measured point at ``hp``."""
         return next((point for point in self.points if math.isclose(point.hp, hp, abs_tol=SAME_HP)), None)
 
-    def excess(self, point: Point) -> float:
+    def excess(self, point: GridPoint) -> float:
         """By how much a point is worse than the best; 0 where the two are the same score."""
         return difference(point.mean, self.best.mean)
 
 
 @dataclass(frozen=True)
-class Curve:
+class Parabola:
     """``a + b·d + c·d²`` with d = log2 hp − centre; c > 0."""
 
     centre: float
@@ -170,41 +170,41 @@ class Curve:
 class Optimum:
     """The optimum of one scale in log2 units: estimate, interval, the parabola if there is one, bootstrap draws."""
 
-    basin: Basin
+    curve: ScaleCurve
     at: float
     interval: tuple[float, float]
-    curve: Curve | None
+    parabola: Parabola | None
     draws: Array
 
     @property
     def open(self) -> bool:
         """Whether the grid ends at the best point with nothing measured beyond: the optimum is only a bound."""
-        return "open" in (self.basin.low, self.basin.high)
+        return "open" in (self.curve.low, self.curve.high)
 
 
-def basins(samples: Sequence[Sample], lower_is_better: bool) -> dict[float, Basin | None]:
+def scale_curves(samples: Sequence[RunScore], lower_is_better: bool) -> dict[float, ScaleCurve | None]:
     """Points by scale, ascending; None for a scale at which every run diverged."""
     sign = 1.0 if lower_is_better else -1.0
     hps = same_hps(sample.hp for sample in samples)
-    found: dict[float, Basin | None] = {}
+    found: dict[float, ScaleCurve | None] = {}
     for scale in sorted({sample.scale for sample in samples}):
-        by_hp: dict[float, list[Sample]] = {}
+        by_hp: dict[float, list[RunScore]] = {}
         for sample in samples:
             if sample.scale == scale:
                 by_hp.setdefault(hps[sample.hp], []).append(sample)
         points = tuple(
-            Point(
+            GridPoint(
                 hp,
                 {s.seed: sign * s.score for s in sorted(runs, key=lambda run: run.seed) if math.isfinite(s.score)},
                 sum(not math.isfinite(s.score) for s in runs),
             )
             for hp, runs in sorted(by_hp.items())
         )
-        found[scale] = _basin(scale, points)
+        found[scale] = _scale_curve(scale, points)
     return found
 
 
-def _basin(scale: float, points: tuple[Point, ...]) -> Basin | None:
+def _scale_curve(scale: float, points: tuple[GridPoint, ...]) -> ScaleCurve | None:
     stable = [i for i, point in enumerate(points) if point.stable]
     if not stable:
         return None
@@ -216,41 +216,41 @@ def _basin(scale: float, points: tuple[Point, ...]) -> Basin | None:
         last += 1
     low: Side = "inside" if best > first else "edge" if first else "open"
     high: Side = "inside" if best < last else "edge" if last + 1 < len(points) else "open"
-    return Basin(scale, points, points[first : last + 1], points[best], low, high)
+    return ScaleCurve(scale, points, points[first : last + 1], points[best], low, high)
 
 
-def measure_noise(found: Sequence[Basin]) -> Noise:
+def estimate_noise(found: Sequence[ScaleCurve]) -> ScoreNoise:
     """The noise between seeds, pooled over scales.
 
     From repeated seeds at each scale's best point and its neighbours (far from the optimum runs differ more); where no
     point has two seeds, from how far the points lie off their parabolas (restricted maximum likelihood).
     """
-    squares, freedom = 0.0, 0
-    for basin in found:
-        effects = basin.seed_effects
-        for point in basin.near:
+    squares, degrees_of_freedom = 0.0, 0
+    for curve in found:
+        effects = curve.seed_effects
+        for point in curve.near:
             squares += sum((score - effects.get(seed, 0.0) - point.mean) ** 2 for seed, score in point.scores.items())
-            freedom += len(point.scores) - 1
-        freedom -= max(len(effects) - 1, 0)
-    if freedom >= 2:
-        return Noise(math.sqrt(squares / freedom), freedom, "seeds")
-    fitted = [basin for basin in found if len(basin.stable) > MIN_POINTS]
+            degrees_of_freedom += len(point.scores) - 1
+        degrees_of_freedom -= max(len(effects) - 1, 0)
+    if degrees_of_freedom >= 2:
+        return ScoreNoise(math.sqrt(squares / degrees_of_freedom), degrees_of_freedom, "seeds")
+    fitted = [curve for curve in found if len(curve.stable) > MIN_POINTS]
     if not fitted:
-        return Noise(0.0, 0, "none")
+        return ScoreNoise(0.0, 0, "none")
     size = max(max(abs(b.best.mean), b.stable[0].mean - b.best.mean, b.stable[-1].mean - b.best.mean) for b in fitted)
     trials = np.geomspace(1e-5, 1.0, 81) * (size or 1.0)
-    likelihood = np.sum([_likelihood(basin, trials) for basin in fitted], axis=0)
+    likelihood = np.sum([_likelihood(curve, trials) for curve in fitted], axis=0)
     best = int(np.argmax(likelihood))
-    return Noise(float(trials[best]), sum(len(b.stable) - 3 for b in fitted), "residuals")
+    return ScoreNoise(float(trials[best]), sum(len(b.stable) - 3 for b in fitted), "residuals")
 
 
-def _design(basin: Basin, sd: float | Array, misfit: float = MISFIT) -> tuple[Array, Array, Array]:
+def _design(curve: ScaleCurve, sd: float | Array, misfit: float = MISFIT) -> tuple[Array, Array, Array]:
     """Design matrix, means and variances of the basin's points; with a column of ``sd``, a row of variances each."""
-    d = np.array([point.hp - basin.best.hp for point in basin.stable])
-    y = np.array([point.mean for point in basin.stable])
-    counts = np.array([len(point.scores) for point in basin.stable])
-    floor = (1e-9 * (abs(basin.best.mean) + float(np.ptp(y)) + 1e-30)) ** 2
-    variance = sd**2 / counts + (misfit * (y - basin.best.mean)) ** 2 + floor
+    d = np.array([point.hp - curve.best.hp for point in curve.stable])
+    y = np.array([point.mean for point in curve.stable])
+    counts = np.array([len(point.scores) for point in curve.stable])
+    floor = (1e-9 * (abs(curve.best.mean) + float(np.ptp(y)) + 1e-30)) ** 2
+    variance = sd**2 / counts + (misfit * (y - curve.best.mean)) ** 2 + floor
     return np.stack([np.ones_like(d), d, d * d], axis=1), y, variance
 
 
@@ -260,16 +260,16 @@ def _operator(design: Array, variance: Array) -> Array:
     return np.asarray(np.linalg.pinv(design * weight[..., None], rcond=1e-13) * weight[..., None, :])
 
 
-def _likelihood(basin: Basin, trials: Array) -> Array:
+def _likelihood(curve: ScaleCurve, trials: Array) -> Array:
     """Restricted log likelihood of every noise in ``trials`` at one scale."""
-    design, y, variance = _design(basin, trials[:, None], NOISE_MISFIT)
+    design, y, variance = _design(curve, trials[:, None], NOISE_MISFIT)
     operator = _operator(design, variance)
     residual = y - (operator @ y) @ design.T
     _, spread = np.linalg.slogdet(np.einsum("np,tn,nq->tpq", design, 1 / variance, design))
     return np.asarray(-0.5 * (np.log(variance).sum(axis=1) + spread + (residual**2 / variance).sum(axis=1)))
 
 
-def locate(found: Sequence[Basin], noise: Noise, allowance: float) -> list[Optimum]:
+def locate_optima(found: Sequence[ScaleCurve], noise: ScoreNoise, allowance: float) -> list[Optimum]:
     """The optimum of every scale with its interval; ``allowance``: how many standard errors of a difference are noise.
 
     The optimum may lie half a step beyond the points that cannot be told from the best, and never beyond the stable
@@ -277,20 +277,20 @@ def locate(found: Sequence[Basin], noise: Noise, allowance: float) -> list[Optim
     """
     rng = np.random.default_rng(0)
     residuals = _pooled_residuals(found, noise)
-    return [_locate(basin, noise, allowance, residuals, rng) for basin in found]
+    return [_locate_optimum(curve, noise, allowance, residuals, rng) for curve in found]
 
 
-def _pooled_residuals(found: Sequence[Basin], noise: Noise) -> Array:
+def _pooled_residuals(found: Sequence[ScaleCurve], noise: ScoreNoise) -> Array:
     """Residuals of all (hp, seed) points in units of their expected size, centred, inflated for the fits' freedom."""
     pooled: list[float] = []
     parameters = 0
-    for basin in found:
-        if len(basin.stable) < MIN_POINTS:
+    for curve in found:
+        if len(curve.stable) < MIN_POINTS:
             continue
-        effects = basin.seed_effects
-        design, means, variance = _design(basin, noise.sd)
+        effects = curve.seed_effects
+        design, means, variance = _design(curve, noise.sd)
         fit = design @ (_operator(design, variance) @ means)
-        for point, value, mean_variance in zip(basin.stable, fit, variance, strict=True):
+        for point, value, mean_variance in zip(curve.stable, fit, variance, strict=True):
             single = mean_variance + noise.sd**2 * (1 - 1 / len(point.scores))
             pooled += [(y - effects.get(seed, 0.0) - value) / math.sqrt(single) for seed, y in point.scores.items()]
         parameters += 3
@@ -300,61 +300,63 @@ def _pooled_residuals(found: Sequence[Basin], noise: Noise) -> Array:
     return np.asarray((values - values.mean()) * math.sqrt(len(pooled) / (len(pooled) - parameters)))
 
 
-def _locate(basin: Basin, noise: Noise, allowance: float, residuals: Array, rng: np.random.Generator) -> Optimum:
-    below, above = basin.steps
-    design, y, variance = _design(basin, noise.sd)
-    near = [p for p in basin.stable if basin.excess(p) <= allowance * noise.of_difference(p, basin.best)]
-    low = max(near[0].hp - below / 2, basin.stable[0].hp)
-    high = min(near[-1].hp + above / 2, basin.stable[-1].hp)
-    if len(basin.stable) < MIN_POINTS:
-        at, curve, spread = basin.best.hp, None, rng.uniform(-1, 1, DRAWS) * max(below, above)
+def _locate_optimum(
+    curve: ScaleCurve, noise: ScoreNoise, allowance: float, residuals: Array, rng: np.random.Generator
+) -> Optimum:
+    below, above = curve.steps
+    design, y, variance = _design(curve, noise.sd)
+    near = [p for p in curve.stable if curve.excess(p) <= allowance * noise.standard_error(p, curve.best)]
+    low = max(near[0].hp - below / 2, curve.stable[0].hp)
+    high = min(near[-1].hp + above / 2, curve.stable[-1].hp)
+    if len(curve.stable) < MIN_POINTS:
+        at, parabola, spread = curve.best.hp, None, rng.uniform(-1, 1, DRAWS) * max(below, above)
         draws = at + spread
     else:
         operator = _operator(design, variance)
         a, b, c = (float(value) for value in operator @ y)
-        flat = _flat(basin)
-        curve = Curve(basin.best.hp, a, b, c) if c > flat else None
-        at = basin.best.hp if curve is None else min(max(curve.vertex, low), high)
-        drawn = _resampled(basin, design @ (operator @ y), y, curve is None, variance, noise, residuals, rng)
+        flat = _flat(curve)
+        parabola = Parabola(curve.best.hp, a, b, c) if c > flat else None
+        at = curve.best.hp if parabola is None else min(max(parabola.vertex, low), high)
+        drawn = _resampled(curve, design @ (operator @ y), y, parabola is None, variance, noise, residuals, rng)
         coefficients = drawn @ operator.T
         with np.errstate(divide="ignore", invalid="ignore"):
-            vertices = basin.best.hp - coefficients[:, 1] / (2 * coefficients[:, 2])
-        same = drawn <= drawn.min(axis=1, keepdims=True) + SAME * abs(basin.best.mean)
-        deepest = design[np.argmax(same, axis=1), 1] + basin.best.hp
+            vertices = curve.best.hp - coefficients[:, 1] / (2 * coefficients[:, 2])
+        same = drawn <= drawn.min(axis=1, keepdims=True) + SAME * abs(curve.best.mean)
+        deepest = design[np.argmax(same, axis=1), 1] + curve.best.hp
         draws = np.clip(np.where(coefficients[:, 2] > flat, vertices, deepest), low, high)
-        jitter = rng.uniform(-0.5, 0.5, DRAWS) if curve is None else rng.uniform(-0.25, 0.25, DRAWS)
+        jitter = rng.uniform(-0.5, 0.5, DRAWS) if parabola is None else rng.uniform(-0.25, 0.25, DRAWS)
         draws = draws + jitter * np.where(jitter < 0, below, above)
     tail = 50 * (1 - LEVEL)
     ends = np.percentile(draws, [tail, 100 - tail])
-    return Optimum(basin, at, (min(float(ends[0]), at), max(float(ends[1]), at)), curve, draws)
+    return Optimum(curve, at, (min(float(ends[0]), at), max(float(ends[1]), at)), parabola, draws)
 
 
-def _flat(basin: Basin) -> float:
+def _flat(curve: ScaleCurve) -> float:
     """The curvature that lifts the ends of the stable range by no more than rounding: none at all."""
-    half = (basin.stable[-1].hp - basin.stable[0].hp) / 2
-    return SAME * abs(basin.best.mean) / (half * half) if half else 0.0
+    half = (curve.stable[-1].hp - curve.stable[0].hp) / 2
+    return SAME * abs(curve.best.mean) / (half * half) if half else 0.0
 
 
 def _resampled(
-    basin: Basin,
+    curve: ScaleCurve,
     fit: Array,
     y: Array,
     no_curve: bool,
     variance: Array,
-    noise: Noise,
+    noise: ScoreNoise,
     residuals: Array,
     rng: np.random.Generator,
 ) -> Array:
     """(DRAWS, points) bootstrap means: whole seeds where there are enough of them, else residuals around the fit."""
-    seeds = sorted(set.intersection(*(set(point.scores) for point in basin.stable)))
+    seeds = sorted(set.intersection(*(set(point.scores) for point in curve.stable)))
     if len(seeds) >= SEEDS_TO_RESAMPLE:
-        table = np.array([[point.scores[seed] for seed in seeds] for point in basin.stable])
+        table = np.array([[point.scores[seed] for seed in seeds] for point in curve.stable])
         means = table[:, rng.integers(0, len(seeds), (DRAWS, len(seeds)))].mean(axis=2).T
         # Seeds share the curve, so resampling them says nothing of how badly a parabola fits it.
-        misfit = MISFIT * (y - basin.best.mean)
+        misfit = MISFIT * (y - curve.best.mean)
         return np.asarray(means + (0.0 if no_curve else misfit * rng.standard_normal((DRAWS, len(y)))))
-    drawn = np.empty((DRAWS, len(basin.stable)))
-    for i, point in enumerate(basin.stable):
+    drawn = np.empty((DRAWS, len(curve.stable)))
+    for i, point in enumerate(curve.stable):
         count = len(point.scores)
         centre, single = fit[i], math.sqrt(float(variance[i]) + noise.sd**2 * (1 - 1 / count))
         if no_curve:  # the parabola is no description of these points: noise around the means instead

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from megadit.transfer.estimate import LEVEL, MIN_POINTS, Basin, Optimum, locate, measure_noise
+from megadit.transfer.estimate import LEVEL, MIN_POINTS, Optimum, ScaleCurve, estimate_noise, locate_optima
 from megadit.transfer.ties import SAME_HP, at_most, difference
 
 Status = Literal["proxy", "agrees", "disagrees", "undecided"]
@@ -75,17 +75,17 @@ class ScaleVerdict:
 class Evidence:
     """Everything measured, with each scale's optimum located once."""
 
-    found: Mapping[float, Basin | None]
+    found: Mapping[float, ScaleCurve | None]
     lower_is_better: bool
     limits: Limits
     labels: dict[str, str]
 
     def __post_init__(self) -> None:
-        present = [basin for basin in self.found.values() if basin is not None]
-        self.noise = measure_noise(present)
-        self.allowance = self.limits.allowance * self.noise.inflation(self.limits.allowance)
-        located = locate(present, self.noise, self.allowance)
-        self.optima = {optimum.basin.scale: optimum for optimum in located}
+        present = [curve for curve in self.found.values() if curve is not None]
+        self.noise = estimate_noise(present)
+        self.allowance = self.limits.allowance * self.noise.t_inflation(self.limits.allowance)
+        located = locate_optima(present, self.noise, self.allowance)
+        self.optima = {optimum.curve.scale: optimum for optimum in located}
 
     def _located(self, scales: Sequence[float]) -> list[Optimum]:
         return [self.optima[scale] for scale in scales if scale in self.optima]
@@ -96,16 +96,16 @@ class Evidence:
 
     def compare(self, scale: float, proxy: float, good: Sequence[float] = ()) -> ScaleVerdict:
         """One scale against the proxy's best point; ``good``: a basin in which the place does not matter."""
-        optimum, home = self.optima.get(scale), self.optima.get(proxy)
-        if home is None:
+        optimum, proxy_optimum = self.optima.get(scale), self.optima.get(proxy)
+        if proxy_optimum is None:
             return ScaleVerdict(scale, "undecided", "every run diverged at the proxy", optimum)
-        carried = home.basin.best.hp
+        carried = proxy_optimum.curve.best.hp
         if optimum is None:
-            basin = self.found[scale]
-            assert basin is None
+            curve = self.found[scale]
+            assert curve is None
             return ScaleVerdict(scale, "disagrees", "every run diverged", None, regret=math.inf)
         sign = 1.0 if self.lower_is_better else -1.0
-        best = optimum.basin.best
+        best = optimum.curve.best
         at, regret, noise = self._regret(optimum, carried)
         entry = ScaleVerdict(
             scale,
@@ -118,49 +118,49 @@ class Evidence:
             regret=regret,
             regret_noise=noise,
         )
-        status, why = self._status(entry, optimum, home, good)
+        status, why = self._status(entry, optimum, proxy_optimum, good)
         return replace(entry, status=status, why=why)
 
     def _regret(self, optimum: Optimum, hp: float) -> tuple[float | None, float | None, float | None]:
         """(score at ``hp``, regret, its standard error); infinite if ``hp`` diverges here, None if unknown."""
-        basin = optimum.basin
-        point = basin.point(hp)
+        curve = optimum.curve
+        point = curve.point(hp)
         if point is not None and not point.stable:
             return None, math.inf, None
         if point is not None:
-            return point.mean, basin.excess(point), self.noise.of_difference(point, basin.best)
-        if optimum.curve is not None and basin.stable[0].hp <= hp <= basin.stable[-1].hp:
+            return point.mean, curve.excess(point), self.noise.standard_error(point, curve.best)
+        if optimum.parabola is not None and curve.stable[0].hp <= hp <= curve.stable[-1].hp:
             # Between measured points: the parabola near the optimum, the straight line where the parabola is off.
-            line = float(np.interp(hp, [p.hp for p in basin.stable], [p.mean for p in basin.stable]))
-            at = min(line, max(optimum.curve(hp), basin.best.mean))
-            return at, difference(at, basin.best.mean), self.noise.sd * math.sqrt(2 / len(basin.best.scores))
-        unstable = [p.hp for p in basin.points if not p.stable]
-        beyond = any(basin.best.hp < u <= hp or hp <= u < basin.best.hp for u in unstable)
+            line = float(np.interp(hp, [p.hp for p in curve.stable], [p.mean for p in curve.stable]))
+            at = min(line, max(optimum.parabola(hp), curve.best.mean))
+            return at, difference(at, curve.best.mean), self.noise.sd * math.sqrt(2 / len(curve.best.scores))
+        unstable = [p.hp for p in curve.points if not p.stable]
+        beyond = any(curve.best.hp < u <= hp or hp <= u < curve.best.hp for u in unstable)
         return None, math.inf if beyond else None, None
 
     def _status(
-        self, entry: ScaleVerdict, optimum: Optimum, home: Optimum, good: Sequence[float]
+        self, entry: ScaleVerdict, optimum: Optimum, proxy_optimum: Optimum, good: Sequence[float]
     ) -> tuple[Status, str]:
-        basin = optimum.basin
-        best, carried = power(basin.best.hp), power(home.basin.best.hp)
+        curve = optimum.curve
+        best, carried = power(curve.best.hp), power(proxy_optimum.curve.best.hp)
         if entry.regret == math.inf:
             return "disagrees", f"the proxy's best {carried} diverges; the best here is {best}"
         if entry.regret is None:
             return "undecided", f"the proxy's best {carried} was not measured; add it to the values tried here"
         cost = f"the proxy's best {carried} costs {regret_text(entry.regret, entry.regret_relative)} more than {best}"
         noise = entry.regret_noise or 0.0
-        clear = not at_most(entry.regret, self.allowance * noise, basin.best.mean)
+        clear = not at_most(entry.regret, self.allowance * noise, curve.best.mean)
         small = entry.small(self.limits)
-        gap = np.percentile(optimum.draws - home.draws, [50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL)])
+        gap = np.percentile(optimum.draws - proxy_optimum.draws, [50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL)])
         apart = not gap[0] <= 0 <= gap[1]
-        hidden = self._hidden(basin)
-        if clear and not small and not hidden and (apart or not _neighbours(basin, home.basin.best.hp)):
+        hidden = self._hidden(curve)
+        if clear and not small and not hidden and (apart or not _neighbours(curve, proxy_optimum.curve.best.hp)):
             return "disagrees", cost + (f" (standard error {noise:.2g})" if noise else "")
-        if (count := len(basin.stable)) < MIN_POINTS:
+        if (count := len(curve.stable)) < MIN_POINTS:
             points = f"{count} stable point{'s' if count > 1 else ''}"
             return "undecided", f"only {points} next to each other; at least {MIN_POINTS} are needed"
         if optimum.open:
-            end, where = ("below", "lowest") if basin.low == "open" else ("above", "highest")
+            end, where = ("below", "lowest") if curve.low == "open" else ("above", "highest")
             known = f"{cost}, and " if entry.regret else ""
             return "undecided", f"{known}the best point {best} is the {where} that was tried; measure {end} it"
         if hidden:
@@ -171,27 +171,27 @@ class Evidence:
             return "agrees", cost if entry.regret else f"the proxy's best {carried} is the best here too"
         if clear:
             return "undecided", f"{cost}, its neighbour, though the optima coincide; try values between"
-        if apart and not any(math.isclose(home.basin.best.hp, hp, abs_tol=SAME_HP) for hp in good):
+        if apart and not any(math.isclose(proxy_optimum.curve.best.hp, hp, abs_tol=SAME_HP) for hp in good):
             return (
                 "undecided",
                 f"{cost}, not clearly above the noise (standard error {noise:.2g}), but the optima lie apart",
             )
         return "agrees", f"{cost}, within the noise (standard error {noise:.2g})"
 
-    def _hidden(self, basin: Basin) -> bool:
+    def _hidden(self, curve: ScaleCurve) -> bool:
         """Whether noise could make half of all the differences between values that were seen at this scale."""
-        seen = [point.mean for point in basin.points if point.stable]
+        seen = [point.mean for point in curve.points if point.stable]
         # Residuals hold misfit beside noise, so theirs is not made larger still for the few of them.
         errors = self.allowance if self.noise.source == "seeds" else self.limits.allowance
-        noise = errors * self.noise.sd * math.sqrt(2 / len(basin.best.scores))
-        return not at_most(noise, (max(seen) - min(seen)) / 2, basin.best.mean)
+        noise = errors * self.noise.sd * math.sqrt(2 / len(curve.best.scores))
+        return not at_most(noise, (max(seen) - min(seen)) / 2, curve.best.mean)
 
     def drift(self, scales: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
         """Weighted slope of log2 optimum against log2 scale, with its bootstrap interval."""
         optima = self._located(scales)
         if len(optima) < 2:
             return None, None
-        x = np.log2([optimum.basin.scale for optimum in optima])
+        x = np.log2([optimum.curve.scale for optimum in optima])
         weight = 1 / (np.array([optimum.draws.var() for optimum in optima]) + 1e-12)
         centred = weight * (x - np.average(x, weights=weight))
         operator = centred / (centred @ x)
@@ -212,11 +212,11 @@ class Evidence:
         if beyond(interval[0], limit) or beyond(-interval[1], limit):
             if _bound(optima, drift):
                 return [], [f"{said}, but the open optimum may change that"], []
-            if any(self._hidden(optimum.basin) for optimum in optima):
+            if any(self._hidden(optimum.curve) for optimum in optima):
                 return [], [f"{said}, but noise hides what the value does"], []
             return [said], [], []
         span = math.log2(max(scales) / min(scales))
-        tried = min(optimum.basin.reach for optimum in optima)
+        tried = min(optimum.curve.reach for optimum in optima)
         doubt = ""
         if (interval[1] - interval[0]) / 2 * span > self.limits.max_blur * tried:
             doubt = "too uncertain; run more seeds, or more values near the optimum"
@@ -236,15 +236,15 @@ class Evidence:
         """Values that at every scale cannot be told from the best, if there are three or more: a flat basin."""
         if any(scale not in self.optima for scale in scales):
             return []
-        basins_here = [self.optima[scale].basin for scale in scales]
+        basins_here = [self.optima[scale].curve for scale in scales]
         good = [
             point.hp
             for point in basins_here[0].stable
             if all(
-                (other := basin.point(point.hp)) is not None
+                (other := curve.point(point.hp)) is not None
                 and other.stable
-                and basin.excess(other) <= self.allowance * self.noise.of_difference(other, basin.best)
-                for basin in basins_here
+                and curve.excess(other) <= self.allowance * self.noise.standard_error(other, curve.best)
+                for curve in basins_here
             )
         ]
         return good if len(good) >= MIN_POINTS else []
@@ -252,14 +252,14 @@ class Evidence:
     def common(self, scales: Sequence[float]) -> float | None:
         """The value measured and stable at all these scales with the lowest mean regret (relative where it can be)."""
         costs: dict[float, float] = {}
-        basins_here = [self.optima[scale].basin for scale in scales]
+        basins_here = [self.optima[scale].curve for scale in scales]
         for candidate in basins_here[0].points:
-            points = [basin.point(candidate.hp) for basin in basins_here]
+            points = [curve.point(candidate.hp) for curve in basins_here]
             stable = [point for point in points if point is not None and point.stable]
             if len(stable) == len(basins_here):
                 costs[candidate.hp] = sum(
-                    basin.excess(point) / (abs(basin.best.mean) or 1.0)
-                    for point, basin in zip(stable, basins_here, strict=True)
+                    curve.excess(point) / (abs(curve.best.mean) or 1.0)
+                    for point, curve in zip(stable, basins_here, strict=True)
                 )
         # Costs are parts of scores, so they are the same where they differ by rounding of the scores.
         least = min(costs.values(), default=0.0)
@@ -269,14 +269,14 @@ class Evidence:
         """Whether at each value every larger scale is at least as good, noise aside; and where it is not."""
         compared, worse = 0, []
         for small, large in itertools.pairwise(self._located(scales)):
-            for point in small.basin.points:
-                other = large.basin.point(point.hp)
+            for point in small.curve.points:
+                other = large.curve.point(point.hp)
                 if other is None or not point.stable:
                     continue
                 compared += 1
-                allowed = self.allowance * (self.noise.of_difference(point, other) if other.stable else 0.0)
+                allowed = self.allowance * (self.noise.standard_error(point, other) if other.stable else 0.0)
                 if not other.stable or difference(other.mean, point.mean) > allowed:
-                    worse.append((point.hp, small.basin.scale, large.basin.scale))
+                    worse.append((point.hp, small.curve.scale, large.curve.scale))
         return (not worse if compared else None), tuple(worse)
 
 
@@ -285,10 +285,10 @@ def beyond(drift: float, limit: float) -> bool:
     return drift > limit + _SAME_DRIFT
 
 
-def _neighbours(basin: Basin, hp: float) -> bool:
+def _neighbours(curve: ScaleCurve, hp: float) -> bool:
     """Whether nothing was measured between the basin's best point and ``hp``."""
-    low, high = sorted((basin.best.hp, hp))
-    return not any(low + SAME_HP < point.hp < high - SAME_HP for point in basin.points)
+    low, high = sorted((curve.best.hp, hp))
+    return not any(low + SAME_HP < point.hp < high - SAME_HP for point in curve.points)
 
 
 def regret_text(regret: float, relative: float | None) -> str:
@@ -298,10 +298,10 @@ def regret_text(regret: float, relative: float | None) -> str:
 
 def _bound(optima: Sequence[Optimum], drift: float) -> bool:
     """Whether an open optimum, once found, could make the drift smaller."""
-    middle = float(np.mean([math.log2(optimum.basin.scale) for optimum in optima]))
+    middle = float(np.mean([math.log2(optimum.curve.scale) for optimum in optima]))
     for optimum in optima:
-        below, above = (side == "open" for side in (optimum.basin.low, optimum.basin.high))
-        turn = (math.log2(optimum.basin.scale) - middle) * drift
+        below, above = (side == "open" for side in (optimum.curve.low, optimum.curve.high))
+        turn = (math.log2(optimum.curve.scale) - middle) * drift
         if (below and turn > 0) or (above and turn < 0):
             return True
     return False

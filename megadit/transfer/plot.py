@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from megadit.files.text import plain_label
-from megadit.transfer.estimate import Curve, Optimum
+from megadit.transfer.estimate import Optimum, Parabola
 from megadit.transfer.evidence import ScaleVerdict, power
-from megadit.transfer.verdict import Verdict
+from megadit.transfer.verdict import TransferVerdict
 
 
-def plot_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
+def plot_verdict(verdict: TransferVerdict, path: str | os.PathLike[str]) -> None:
     """Write a PNG: score against the hyperparameter, a curve per scale; beside it log2 optimum against scale.
 
     Dots are single runs, lines their means, dashes the parabola near the optimum, diamonds the optimum with its
@@ -32,32 +32,32 @@ def plot_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def draw_curves(axis: Any, verdict: Verdict) -> None:
+def draw_curves(axis: Any, verdict: TransferVerdict) -> None:
     """Score against log2 of the hyperparameter on matplotlib's ``axis``, a colour per scale."""
     sign = 1.0 if verdict.lower_is_better else -1.0
     shown = _located(verdict)
-    means = [point.mean for _, optimum, _ in shown for point in optimum.basin.stable]
+    means = [point.mean for _, optimum, _ in shown for point in optimum.curve.stable]
     for entry, optimum, colour in shown:
-        basin = optimum.basin
-        xs = [point.hp for point in basin.stable]
-        axis.plot(xs, [sign * p.mean for p in basin.stable], color=colour, lw=1.4, label=_label(entry))
-        dots = [(point.hp, sign * score) for point in basin.points for score in point.scores.values()]
+        curve = optimum.curve
+        xs = [point.hp for point in curve.stable]
+        axis.plot(xs, [sign * p.mean for p in curve.stable], color=colour, lw=1.4, label=_label(entry))
+        dots = [(point.hp, sign * score) for point in curve.points for score in point.scores.values()]
         axis.plot(*zip(*dots, strict=True), "o", color=colour, ms=3.5, alpha=0.6)
-        gone = [point.hp for point in basin.points if not point.stable]
+        gone = [point.hp for point in curve.points if not point.stable]
         axis.plot(gone, [0.97] * len(gone), "x", color=colour, ms=7, transform=axis.get_xaxis_transform())
-        if optimum.curve is not None:
-            _parabola(axis, optimum, optimum.curve, sign, colour)
+        if optimum.parabola is not None:
+            _draw_parabola(axis, optimum, optimum.parabola, sign, colour)
     if verdict.proxy is not None:
-        home = next((entry for entry in verdict.scales if entry.scale == verdict.proxy), None)
-        if home is not None and home.best_hp is not None:
-            axis.axvline(home.best_hp, color="0.5", lw=0.9, ls=":", zorder=0)
+        proxy_optimum = next((entry for entry in verdict.scales if entry.scale == verdict.proxy), None)
+        if proxy_optimum is not None and proxy_optimum.best_hp is not None:
+            axis.axvline(proxy_optimum.best_hp, color="0.5", lw=0.9, ls=":", zorder=0)
     # Far walls would flatten what is near the optima: show three times the range of the lower half of all points.
     low, middle, high = min(means), float(np.median(means)), max(means)
     top = min(high, low + 3 * (middle - low)) if middle > low else high
     pad = 0.06 * (top - low) or 1e-9
     limits = sorted((sign * (low - pad), sign * (top + 2 * pad)))
     axis.set_ylim(*limits)
-    ticks = sorted({point.hp for _, optimum, _ in shown for point in optimum.basin.points})
+    ticks = sorted({point.hp for _, optimum, _ in shown for point in optimum.curve.points})
     if len(ticks) <= 12:
         axis.set_xticks(ticks, [power(tick) for tick in ticks])
     axis.set_xlabel(plain_label(verdict.labels.get("hp", "hyperparameter").removeprefix("log2_")))
@@ -66,7 +66,7 @@ def draw_curves(axis: Any, verdict: Verdict) -> None:
     axis.legend(fontsize=8, frameon=False, title=plain_label(verdict.labels.get("scale", "")), title_fontsize=8)
 
 
-def draw_optima(axis: Any, verdict: Verdict) -> None:
+def draw_optima(axis: Any, verdict: TransferVerdict) -> None:
     """log2 optimum against scale with intervals; the line is the drift, arrows mark optima that are only bounds."""
     shown = _located(verdict)
     judged: list[tuple[float, float]] = []
@@ -76,7 +76,7 @@ def draw_optima(axis: Any, verdict: Verdict) -> None:
         filled = colour if not entry.exception else "none"
         errors = [[optimum.at - low], [high - optimum.at]]
         axis.errorbar(x, optimum.at, errors, fmt="D", color=colour, mfc=filled, ms=6, capsize=4, lw=1.4)
-        for side, marker in ((optimum.basin.low, "v"), (optimum.basin.high, "^")):
+        for side, marker in ((optimum.curve.low, "v"), (optimum.curve.high, "^")):
             if side == "open":
                 axis.plot(x, low if marker == "v" else high, marker, color=colour, ms=9)
         if not entry.exception:
@@ -95,15 +95,15 @@ def draw_optima(axis: Any, verdict: Verdict) -> None:
     axis.grid(alpha=0.25)
 
 
-def _parabola(axis: Any, optimum: Optimum, curve: Curve, sign: float, colour: Any) -> None:
+def _draw_parabola(axis: Any, optimum: Optimum, parabola: Parabola, sign: float, colour: Any) -> None:
     """The fit over one step around its optimum, and the optimum with its interval on it."""
-    basin = optimum.basin
-    reach = 1.25 * max(basin.steps)
+    curve = optimum.curve
+    reach = 1.25 * max(curve.steps)
     xs = np.linspace(optimum.at - reach, optimum.at + reach, 61)
-    xs = xs[(xs >= basin.stable[0].hp) & (xs <= basin.stable[-1].hp)]
-    axis.plot(xs, [sign * curve(float(x)) for x in xs], color=colour, lw=1.0, ls="--", alpha=0.8)
+    xs = xs[(xs >= curve.stable[0].hp) & (xs <= curve.stable[-1].hp)]
+    axis.plot(xs, [sign * parabola(float(x)) for x in xs], color=colour, lw=1.0, ls="--", alpha=0.8)
     low, high = optimum.interval
-    y = sign * curve(optimum.at)
+    y = sign * parabola(optimum.at)
     axis.errorbar(optimum.at, y, xerr=[[optimum.at - low], [high - optimum.at]], fmt="D", color=colour, ms=5, capsize=3)
 
 
@@ -111,7 +111,7 @@ def _label(entry: ScaleVerdict) -> str:
     return f"{entry.scale:.12g}" + (" (exception)" if entry.exception else "")
 
 
-def _located(verdict: Verdict) -> list[tuple[ScaleVerdict, Optimum, Any]]:
+def _located(verdict: TransferVerdict) -> list[tuple[ScaleVerdict, Optimum, Any]]:
     """The scales that have an optimum, each with it and its colour, dark to light with scale."""
     from matplotlib import colormaps
 

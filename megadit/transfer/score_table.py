@@ -20,7 +20,7 @@ from megadit.errors import UserError, did_you_mean
 from megadit.files.file_kind import text_instead
 from megadit.files.text import decode, why_no_text
 from megadit.transfer.ties import nearest, same_hps
-from megadit.transfer.verdict import Limits, Sample, Verdict, judge
+from megadit.transfer.verdict import Limits, RunScore, TransferVerdict, judge
 
 _LOWER = {"loss", "fid", "sfid", "kid", "fdd", "cmmd", "mse", "mae", "rmse", "error", "nll", "perplexity", "ppl", "bpd"}
 _HIGHER = {"inception", "is", "precision", "recall", "geneval", "clip", "clipscore", "accuracy", "acc", "psnr", "ssim"}
@@ -49,7 +49,7 @@ def lower_is_better(score: str) -> bool | None:
 
 def verify_table(
     path: str | Path, columns: Columns, *, lower: bool, proxy: float | None = None, limits: Limits | None = None
-) -> Verdict:
+) -> TransferVerdict:
     """The verdict on a CSV file; ``best`` is in the column's own units, ``proxy`` too.
 
     Raises:
@@ -57,7 +57,7 @@ def verify_table(
     """
     rows = _read(Path(path).expanduser(), columns)
     hps = same_hps(_log2(row, columns.hp, line) for line, row in rows if _clean(row[columns.score]))
-    samples: list[Sample] = []
+    samples: list[RunScore] = []
     seen: dict[tuple[float, float], int] = {}
     for line, row in rows:
         text = _clean(row[columns.score])
@@ -68,7 +68,7 @@ def verify_table(
         seen[place] = seen.get(place, -1) + 1
         seed = seen[place] if columns.seed is None else int(_number(row, columns.seed, line))
         score = math.nan if text.lower() in _DIVERGED else _number(row, columns.score, line)
-        samples.append(Sample(2.0**scale if _exponents(columns.scale) else scale, hp, seed, score))
+        samples.append(RunScore(2.0**scale if _exponents(columns.scale) else scale, hp, seed, score))
     if not samples:
         raise UserError(f"--table: {path} has no row with a {columns.score}; name another --score")
     if proxy is not None:
@@ -158,7 +158,7 @@ def _log2(row: Mapping[str, str], column: str, line: int) -> float:
     return value if _exponents(column) else math.log2(value)
 
 
-def _proxy(proxy: float, columns: Columns, samples: list[Sample]) -> float:
+def _proxy(proxy: float, columns: Columns, samples: list[RunScore]) -> float:
     at = 2.0**proxy if _exponents(columns.scale) else proxy
     scales = sorted({sample.scale for sample in samples})
     if at not in scales:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from megadit.transfer.estimate import Noise
+from megadit.transfer.estimate import ScoreNoise
 from megadit.transfer.evidence import ScaleVerdict, power, regret_text
-from megadit.transfer.verdict import Verdict
+from megadit.transfer.verdict import TransferVerdict
 
 _EDGES = {"inside": "", "edge": "diverges", "open": "grid ends"}
 
 
-def format_verdict(verdict: Verdict) -> str:
+def format_verdict(verdict: TransferVerdict) -> str:
     """The verdict as text: title, table over scales, answer, reasons, what was noticed beside."""
     labels = verdict.labels
     scale = labels.get("scale", "scale")
@@ -36,7 +36,7 @@ def format_verdict(verdict: Verdict) -> str:
     return "\n".join([*lines, f"verdict: {answer}", *(f"  {reason}" for reason in verdict.reasons)])
 
 
-def _title(verdict: Verdict) -> str:
+def _title(verdict: TransferVerdict) -> str:
     labels = verdict.labels
     what = f"{labels.get('score', 'score')} against {labels.get('hp', 'hyperparameter')}"
     of = f", variant {labels['variant']}" if labels.get("variant") else ""
@@ -49,9 +49,9 @@ def _row(entry: ScaleVerdict) -> tuple[str, ...]:
     name = f"{entry.scale:.12g}"
     if entry.optimum is None or entry.best_hp is None or entry.best_score is None:
         return (name, "", "-", "-", "-", "all diverge", "diverges", "infinite", says)
-    basin, (low, high) = entry.optimum.basin, entry.optimum.interval
-    runs = str(sum(len(point.scores) + point.diverged for point in basin.points))
-    edges = [f"{_EDGES[side]} {word}" for side, word in ((basin.low, "below"), (basin.high, "above")) if _EDGES[side]]
+    curve, (low, high) = entry.optimum.curve, entry.optimum.interval
+    runs = str(sum(len(point.scores) + point.diverged for point in curve.points))
+    edges = [f"{_EDGES[side]} {word}" for side, word in ((curve.low, "below"), (curve.high, "above")) if _EDGES[side]]
     carried = "-" if entry.score_at_proxy_best is None else f"{entry.score_at_proxy_best:.4g}"
     if entry.regret == math.inf:
         carried = "diverges"
@@ -60,21 +60,21 @@ def _row(entry: ScaleVerdict) -> tuple[str, ...]:
     return (name, runs, *best, optimum, ", ".join(edges), carried, _regret(entry), says)
 
 
-def _regret(judged: ScaleVerdict | Verdict) -> str:
+def _regret(judged: ScaleVerdict | TransferVerdict) -> str:
     if judged.regret is None:
         return "unknown"
     return "infinite" if math.isinf(judged.regret) else regret_text(judged.regret, judged.regret_relative)
 
 
-def _noise(noise: Noise) -> str:
+def _noise(noise: ScoreNoise) -> str:
     if noise.source == "none":
         return "noise of one run: not measurable from one seed and so few values"
     source = {"seeds": "repeated seeds", "residuals": "the residuals"}[noise.source]
-    degrees = f"{noise.freedom} degree{'s' if noise.freedom > 1 else ''} of freedom"
+    degrees = f"{noise.degrees_of_freedom} degree{'s' if noise.degrees_of_freedom > 1 else ''} of freedom"
     return f"noise of one run {noise.sd:.3g} (from {source}, {degrees})"
 
 
-def _larger(verdict: Verdict) -> str:
+def _larger(verdict: TransferVerdict) -> str:
     """Whether more of the scale was better at every value: under muP it should be."""
     if verdict.wider_is_better is None:
         return "larger is better: not measurable"

@@ -31,16 +31,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megadit.transfer.estimate import Noise, Sample, basins
+from megadit.transfer.estimate import RunScore, ScoreNoise, scale_curves
 from megadit.transfer.evidence import Evidence, Limits, ScaleVerdict, beyond
 
-__all__ = ["Limits", "Sample", "ScaleVerdict", "Verdict", "judge", "worst"]
+__all__ = ["Limits", "RunScore", "ScaleVerdict", "TransferVerdict", "judge", "worst"]
 
 Answer = Literal["transfers", "does not transfer", "inconclusive"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TransferVerdict:
     """The answer and the numbers that made it. ``best`` and ``best_log2`` hold the value that transfers.
 
     That is the value with the lowest mean relative regret over the judged scales; where the verdict is not
@@ -57,7 +57,7 @@ class Verdict:
     drift_interval: tuple[float, float] | None
     regret: float | None
     regret_relative: float | None
-    noise: Noise
+    noise: ScoreNoise
     lower_is_better: bool
     limits: Limits
     exceptions: tuple[float, ...] = ()
@@ -84,7 +84,11 @@ class Verdict:
                 {"log2_hp": hp, "scale": _whole(small), "larger_scale": _whole(large)}
                 for hp, small, large in self.not_better
             ],
-            "noise": {"sd": _plain(self.noise.sd), "degrees_of_freedom": self.noise.freedom, "from": self.noise.source},
+            "noise": {
+                "sd": _plain(self.noise.sd),
+                "degrees_of_freedom": self.noise.degrees_of_freedom,
+                "from": self.noise.source,
+            },
             "lower_is_better": self.lower_is_better,
             "limits": dict(vars(self.limits)),
             **{key: value for key, value in self.labels.items() if value},
@@ -100,7 +104,7 @@ def _whole(value: float | None) -> float | int | None:
     return int(value) if value is not None and float(value).is_integer() else value
 
 
-def _scale_json(scale: ScaleVerdict, verdict: Verdict) -> dict[str, Any]:
+def _scale_json(scale: ScaleVerdict, verdict: TransferVerdict) -> dict[str, Any]:
     sign = 1.0 if verdict.lower_is_better else -1.0
     optimum = scale.optimum
     found: dict[str, Any] = {
@@ -117,13 +121,13 @@ def _scale_json(scale: ScaleVerdict, verdict: Verdict) -> dict[str, Any]:
         "proxy_best_diverges": scale.regret == math.inf,
     }
     if optimum is not None:
-        curve = optimum.curve
+        parabola = optimum.parabola
         found |= {
             "optimum_log2": optimum.at,
             "interval_log2": list(optimum.interval),
             "open": optimum.open,
-            "edges": {"low": optimum.basin.low, "high": optimum.basin.high},
-            "curvature": None if curve is None else _plain(sign * curve.c),
+            "edges": {"low": optimum.curve.low, "high": optimum.curve.high},
+            "curvature": None if parabola is None else _plain(sign * parabola.c),
             "points": [
                 {
                     "log2_hp": point.hp,
@@ -131,20 +135,20 @@ def _scale_json(scale: ScaleVerdict, verdict: Verdict) -> dict[str, Any]:
                     "seeds": len(point.scores) + point.diverged,
                     "diverged": point.diverged,
                 }
-                for point in optimum.basin.points
+                for point in optimum.curve.points
             ],
         }
     return found
 
 
 def judge(
-    samples: Sequence[Sample],
+    samples: Sequence[RunScore],
     *,
     lower_is_better: bool = True,
     proxy: float | None = None,
     limits: Limits | None = None,
     labels: Mapping[str, str] | None = None,
-) -> Verdict:
+) -> TransferVerdict:
     """The verdict over all scales of ``samples``.
 
     Args:
@@ -155,28 +159,28 @@ def judge(
         labels: words for people: what ``scale``, ``hp`` and ``score`` are called.
     """
     limits = limits or Limits()
-    found = basins(samples, lower_is_better)
-    bench = Evidence(found, lower_is_better, limits, dict(labels or {}))
+    found = scale_curves(samples, lower_is_better)
+    evidence = Evidence(found, lower_is_better, limits, dict(labels or {}))
     scales = list(found)
-    whole = _verdict(bench, scales, proxy)
+    whole = _verdict(evidence, scales, proxy)
     if whole.verdict == "transfers":
         return whole
     for count in range(1, (len(scales) - 1) // 2 + 1):
         left_out = scales[:count]
         if proxy in left_out:
             break
-        part = _verdict(bench, scales[count:], proxy)
-        limit = bench.drift_limit(scales[count:])
+        part = _verdict(evidence, scales[count:], proxy)
+        limit = evidence.drift_limit(scales[count:])
         if part.verdict != "transfers" or part.drift is None or beyond(abs(part.drift), limit):
             continue
         assert part.proxy is not None
-        exceptions = [bench.compare(scale, part.proxy) for scale in left_out]
+        exceptions = [evidence.compare(scale, part.proxy) for scale in left_out]
         if any(scale.small(limits) for scale in exceptions):
             continue
         marked = tuple(replace(scale, exception=True) for scale in exceptions)
-        names = ", ".join(bench.name(scale) for scale in left_out)
-        reasons = [f"transfers from {bench.name(scales[count])} on; exception: {names}"]
-        reasons += [f"{bench.name(scale.scale)}: {scale.why}" for scale in marked]
+        names = ", ".join(evidence.name(scale) for scale in left_out)
+        reasons = [f"transfers from {evidence.name(scales[count])} on; exception: {names}"]
+        reasons += [f"{evidence.name(scale.scale)}: {scale.why}" for scale in marked]
         return replace(
             part,
             scales=(*marked, *part.scales),
@@ -186,30 +190,30 @@ def judge(
     return whole
 
 
-def _verdict(bench: Evidence, scales: Sequence[float], proxy: float | None) -> Verdict:
+def _verdict(evidence: Evidence, scales: Sequence[float], proxy: float | None) -> TransferVerdict:
     """The verdict over these scales, exceptions not considered."""
     proxy = proxy if proxy is not None else min(scales, default=None)
-    if proxy is None or proxy not in bench.found:
+    if proxy is None or proxy not in evidence.found:
         raise ValueError(f"proxy {proxy} is not among the scales")
-    good = bench.indistinguishable(scales)
-    compared = [bench.compare(scale, proxy, good) for scale in scales]
-    no = [f"{bench.name(s.scale)}: {s.why}" for s in compared if s.status == "disagrees"]
-    unsure = [f"{bench.name(s.scale)}: {s.why}" for s in compared if s.status == "undecided"]
+    good = evidence.indistinguishable(scales)
+    compared = [evidence.compare(scale, proxy, good) for scale in scales]
+    no = [f"{evidence.name(s.scale)}: {s.why}" for s in compared if s.status == "disagrees"]
+    unsure = [f"{evidence.name(s.scale)}: {s.why}" for s in compared if s.status == "undecided"]
     if len(scales) < 2:
         unsure.append("only one scale was measured, so nothing says how the optimum moves")
-    drift, interval = bench.drift(scales)
-    drift_no, drift_unsure, drift_fine = bench.judge_drift(scales, drift, interval, good)
+    drift, interval = evidence.drift(scales)
+    drift_no, drift_unsure, drift_fine = evidence.judge_drift(scales, drift, interval, good)
     no, unsure = no + drift_no, unsure + drift_unsure
     answer: Answer = "does not transfer" if no else "inconclusive" if unsure else "transfers"
-    agreed = [f"{bench.name(s.scale)}: {s.why}" for s in compared if s.status in ("proxy", "agrees")]
+    agreed = [f"{evidence.name(s.scale)}: {s.why}" for s in compared if s.status in ("proxy", "agrees")]
     regrets = [s for s in compared if s.regret is not None and s.status != "proxy"]
     largest = max(regrets, key=lambda s: s.regret or 0.0, default=None)
     relative = [s.regret_relative for s in regrets if s.regret_relative is not None]
-    better, violations = bench.wider(scales)
-    home = bench.optima.get(proxy)
-    best = bench.common(scales) if answer == "transfers" else None
-    best = best if best is not None else home.basin.best.hp if home else None
-    return Verdict(
+    better, violations = evidence.wider(scales)
+    proxy_optimum = evidence.optima.get(proxy)
+    best = evidence.common(scales) if answer == "transfers" else None
+    best = best if best is not None else proxy_optimum.curve.best.hp if proxy_optimum else None
+    return TransferVerdict(
         verdict=answer,
         reasons=tuple([*no, *unsure, *agreed, *drift_fine]),
         scales=tuple(compared),
@@ -220,16 +224,16 @@ def _verdict(bench: Evidence, scales: Sequence[float], proxy: float | None) -> V
         drift_interval=interval,
         regret=largest.regret if largest else None,
         regret_relative=max(relative, default=None),
-        noise=bench.noise,
-        lower_is_better=bench.lower_is_better,
-        limits=bench.limits,
+        noise=evidence.noise,
+        lower_is_better=evidence.lower_is_better,
+        limits=evidence.limits,
         wider_is_better=better,
         not_better=violations,
-        labels=bench.labels,
+        labels=evidence.labels,
     )
 
 
-def worst(verdicts: Sequence[Verdict]) -> Answer:
+def worst(verdicts: Sequence[TransferVerdict]) -> Answer:
     """The answer of several studies together: that of the least favourable one."""
     order: tuple[Answer, ...] = ("transfers", "inconclusive", "does not transfer")
     return max((verdict.verdict for verdict in verdicts), key=order.index)

@@ -9,7 +9,7 @@ import pytest
 from helpers.bad_input import script
 from megadit.files.paths import PNG, check_output
 from megadit.mup.coord_check.plan import check_report_place
-from megadit.mup.coord_check.record import Reading
+from megadit.mup.coord_check.record import CoordMeasurement
 from megadit.mup.coord_check.report import write_report
 from megadit.mup.coord_check.verdict import judge
 
@@ -25,13 +25,13 @@ def test_base_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_report_of_a_coordinate_check(tmp_path: Path) -> None:
-    readings = [
-        Reading(width, seed, step, "head", "output", quantity, 1.0)
+    measurements = [
+        CoordMeasurement(width, seed, step, "head", "output", quantity, 1.0)
         for width in (32, 64, 128)
         for seed in (0, 1)
         for step in (1, 2, 3, 4, 5)
         for quantity in ("output", "update", "weight")
     ]
-    write_report(tmp_path, readings, judge(readings), "a check")
+    write_report(tmp_path, measurements, judge(measurements), "a check")
     check_report_place(tmp_path)
     check_output(tmp_path / "coord_check.png", "--out", "picture", PNG)

@@ -13,7 +13,7 @@ from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import StagedModel, build_model
 from megadit.mup import ParamSpec
-from megadit.mup.coord_check.measure import Build, Objective, coordinate_readings
+from megadit.mup.coord_check.measure import Build, TrainingObjective, measure_coordinates
 from megadit.mup.coord_check.plan import CoordPlan
 from megadit.mup.coord_check.verdict import CoordVerdict, judge
 from megadit.mup.example import example_conditioning
@@ -118,7 +118,7 @@ def coordinate_verdict(
     batch: int = 16,
     optim: OptimConfig | None = None,
     build: Build = lambda config, seed: build_model(config, seed=seed),
-    objective: Objective | None = None,
+    objective: TrainingObjective | None = None,
     alignment: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> CoordVerdict:
     """The coordinate check of five steps; by default DDPM where the model learns a variance, else flow matching."""
@@ -130,7 +130,7 @@ def coordinate_verdict(
             null=None if model.text is None else example_conditioning(model, [0]),
         )
     plan = CoordPlan(widths, steps=5, seeds=seeds, batch=batch)
-    readings = coordinate_readings(
+    measurements = measure_coordinates(
         model,
         optim or OptimConfig(lr=2.0**-9),
         plan,
@@ -139,7 +139,7 @@ def coordinate_verdict(
         parametrization=parametrization,
         alignment=alignment,
     )
-    return judge(readings)
+    return judge(measurements)
 
 
 def plant_spec(parameter: str, fault: Fault) -> Build:

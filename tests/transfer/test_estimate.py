@@ -8,21 +8,29 @@ import numpy as np
 import pytest
 
 from helpers.studies.loss_surfaces import WIDTHS, surface
-from megadit.transfer.estimate import Basin, Noise, Optimum, Sample, basins, locate, measure_noise
+from megadit.transfer.estimate import (
+    Optimum,
+    RunScore,
+    ScaleCurve,
+    ScoreNoise,
+    estimate_noise,
+    locate_optima,
+    scale_curves,
+)
 
 
-def located(samples: list[Sample], lower: bool = True) -> tuple[list[Optimum], Noise]:
-    found = [basin for basin in basins(samples, lower).values() if basin is not None]
-    noise = measure_noise(found)
-    return locate(found, noise, 2.5), noise
+def located(samples: list[RunScore], lower: bool = True) -> tuple[list[Optimum], ScoreNoise]:
+    found = [curve for curve in scale_curves(samples, lower).values() if curve is not None]
+    noise = estimate_noise(found)
+    return locate_optima(found, noise, 2.5), noise
 
 
-def one(scores: list[float], first: float = -10.0) -> Basin:
+def one(scores: list[float], first: float = -10.0) -> ScaleCurve:
     """A single scale with one seed, on a grid of whole octaves from ``first``."""
-    samples = [Sample(64.0, first + i, 0, score) for i, score in enumerate(scores)]
-    (basin,) = basins(samples, True).values()
-    assert basin is not None
-    return basin
+    samples = [RunScore(64.0, first + i, 0, score) for i, score in enumerate(scores)]
+    (curve,) = scale_curves(samples, True).values()
+    assert curve is not None
+    return curve
 
 
 @pytest.mark.parametrize("best", [-7.5, -7.3, -7.0, -6.6])
@@ -50,7 +58,7 @@ def test_drifting_optima_are_followed():
 
 def test_the_steep_side_has_no_say():
     """A wall a hundred times the basin's depth moves the optimum by less than a quarter of a step."""
-    samples = [s if s.hp < -5 else Sample(s.scale, s.hp, s.seed, s.score + 3.0) for s in surface(best=-7.3)]
+    samples = [s if s.hp < -5 else RunScore(s.scale, s.hp, s.seed, s.score + 3.0) for s in surface(best=-7.3)]
     for optimum in located(samples)[0]:
         assert optimum.at == pytest.approx(-7.3, abs=0.02)
 
@@ -77,9 +85,9 @@ def test_noise_is_measured_from_seeds_else_from_residuals():
 
 
 def test_what_a_seed_shifts_everywhere_is_no_noise():
-    shifted = [Sample(s.scale, s.hp, s.seed, s.score + 0.3 * s.seed) for s in surface(seeds=3, noise=0.005)]
+    shifted = [RunScore(s.scale, s.hp, s.seed, s.score + 0.3 * s.seed) for s in surface(seeds=3, noise=0.005)]
     plain, noise = located(shifted)
-    assert noise.sd == pytest.approx(0.005, rel=0.3) and noise.freedom == 4 * (3 - 1) * (3 - 1)
+    assert noise.sd == pytest.approx(0.005, rel=0.3) and noise.degrees_of_freedom == 4 * (3 - 1) * (3 - 1)
     assert max(optimum.interval[1] - optimum.interval[0] for optimum in plain) < 0.8
 
 
@@ -103,38 +111,38 @@ def test_edges_are_told_from_ends():
 
 
 def test_the_optimum_stays_in_the_stable_range():
-    (optimum,) = locate([one([0.90, 0.70, 0.55, 0.45, math.nan])], Noise(0.0, 0, "none"), 2.5)
+    (optimum,) = locate_optima([one([0.90, 0.70, 0.55, 0.45, math.nan])], ScoreNoise(0.0, 0, "none"), 2.5)
     assert optimum.at == -7.0  # the parabola would have it where runs diverge
     assert -7.0 < optimum.interval[1] <= -6.75
     assert not optimum.open
 
 
 def test_what_lies_beyond_a_divergence_does_not_count():
-    basin = one([0.70, 0.62, 0.60, math.nan, 0.65])
-    assert [point.hp for point in basin.stable] == [-10.0, -9.0, -8.0]
+    curve = one([0.70, 0.62, 0.60, math.nan, 0.65])
+    assert [point.hp for point in curve.stable] == [-10.0, -9.0, -8.0]
 
 
 def test_one_diverged_seed_makes_a_value_unstable():
-    samples = [Sample(64.0, hp, seed, 0.6 + 0.1 * abs(hp + 8)) for hp in (-10.0, -9.0, -8.0, -7.0) for seed in (0, 1)]
-    samples.append(Sample(64.0, -8.0, 2, math.nan))
-    (basin,) = basins(samples, True).values()
-    assert basin is not None and basin.best.hp != -8.0
+    samples = [RunScore(64.0, hp, seed, 0.6 + 0.1 * abs(hp + 8)) for hp in (-10.0, -9.0, -8.0, -7.0) for seed in (0, 1)]
+    samples.append(RunScore(64.0, -8.0, 2, math.nan))
+    (curve,) = scale_curves(samples, True).values()
+    assert curve is not None and curve.best.hp != -8.0
 
 
 def test_without_curvature_the_best_point_is_the_optimum():
-    (optimum,) = locate([one([0.62, 0.60, 0.601, 0.600, 0.598, 0.60][::-1])], Noise(0.002, 5, "seeds"), 2.5)
+    (optimum,) = locate_optima([one([0.62, 0.60, 0.601, 0.600, 0.598, 0.60][::-1])], ScoreNoise(0.002, 5, "seeds"), 2.5)
     low, high = optimum.interval
     assert high - low > 1.0
 
 
 def test_higher_is_better_is_the_mirror_image():
-    mirrored = [Sample(s.scale, s.hp, s.seed, -s.score) for s in surface(-0.3)]
+    mirrored = [RunScore(s.scale, s.hp, s.seed, -s.score) for s in surface(-0.3)]
     ours, theirs = located(surface(-0.3))[0], located(mirrored, lower=False)[0]
     assert [o.at for o in ours] == [o.at for o in theirs] and [o.interval for o in ours] == [o.interval for o in theirs]
 
 
 def test_all_diverged_is_no_basin():
-    found = basins([Sample(float(w), -6.0, 0, math.nan if w == 256 else 0.5) for w in WIDTHS], True)
+    found = scale_curves([RunScore(float(w), -6.0, 0, math.nan if w == 256 else 0.5) for w in WIDTHS], True)
     assert found[256.0] is None and found[32.0] is not None
 
 
@@ -149,7 +157,7 @@ def test_points_that_diverge_far_beyond_do_not_widen_the_tried_range():
     assert one([3, 2, 1, 2, 3]).reach == 4
     assert one([3, 2, 1, 2, nan]).reach == 4 == one([nan, 2, 1, 2, nan]).reach
     assert one([3, 2, 1, 2, nan, nan, nan, nan]).reach == 4
-    far = [Sample(64.0, hp, 0, score) for hp, score in ((-9.0, 2.0), (-8.0, 1.0), (-7.0, 2.0), (3.0, nan))]
-    (basin,) = basins(far, True).values()
-    assert basin is not None and basin.reach == 3
+    far = [RunScore(64.0, hp, 0, score) for hp, score in ((-9.0, 2.0), (-8.0, 1.0), (-7.0, 2.0), (3.0, nan))]
+    (curve,) = scale_curves(far, True).values()
+    assert curve is not None and curve.reach == 3
     assert one([nan, 1, nan]).reach == 0

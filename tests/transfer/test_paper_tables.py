@@ -12,7 +12,7 @@ import pytest
 from megadit.cli import transfer
 from megadit.config import load_config
 from megadit.transfer.score_table import Columns, lower_is_better, verify_table
-from megadit.transfer.verdict import Verdict
+from megadit.transfer.verdict import TransferVerdict
 
 PAPER = Path(__file__).resolve().parents[1] / "data" / "paper"
 TABLES = {
@@ -25,7 +25,7 @@ TABLES = {
 BASE = {7: 288, 8: 256, 9: 200_000, 10: 288, 11: 200_000}  # the setting of the paper's proxy
 
 
-def verdict_on(table: int, score: str = "fid50k", proxy: float | None = None) -> Verdict:
+def verdict_on(table: int, score: str = "fid50k", proxy: float | None = None) -> TransferVerdict:
     name, scale, hp = TABLES[table]
     lower = lower_is_better(score)
     assert lower is not None
@@ -56,7 +56,7 @@ def test_divergence_above_the_best_is_a_measured_edge():
     verdict = verdict_on(7)
     for entry in verdict.scales:
         assert entry.optimum is not None
-        assert entry.optimum.basin.high == "edge" and not entry.optimum.open
+        assert entry.optimum.curve.high == "edge" and not entry.optimum.open
 
 
 @pytest.mark.parametrize("score", ["sfid50k", "inception_score", "precision", "recall"])

@@ -51,8 +51,8 @@ def test_markup_divergence_and_what_was_not_measured(tmp_path):
     assert verdict.verdict == "transfers"
     optimum = verdict.scales[0].optimum
     assert optimum is not None
-    assert [point.stable for point in optimum.basin.points] == [True, True, True, True, False]
-    assert optimum.basin.best.mean == 0.60
+    assert [point.stable for point in optimum.curve.points] == [True, True, True, True, False]
+    assert optimum.curve.best.mean == 0.60
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["seed column", "equal rows"])
@@ -68,7 +68,7 @@ def test_seeds(tmp_path, named):
     assert verdict.noise.source == "seeds"
     optimum = verdict.scales[0].optimum
     assert optimum is not None
-    assert list(optimum.basin.best.scores) == ([7, 8] if named else [0, 1])
+    assert list(optimum.curve.best.scores) == ([7, 8] if named else [0, 1])
 
 
 @pytest.mark.parametrize(

@@ -10,30 +10,30 @@ import numpy as np
 import pytest
 
 from helpers.studies.loss_surfaces import GRID, surface
-from megadit.compare.runs import Side, _crossings, _reach
+from megadit.compare.runs import MeanCurve, _crossings, _time_to_target
 from megadit.search.report.importance import measure_importance
 from megadit.transfer.ties import at_most, difference, lowest, ranks, same_hps
-from megadit.transfer.verdict import Limits, Sample, Verdict, judge
+from megadit.transfer.verdict import Limits, RunScore, TransferVerdict, judge
 
 SCALES = (32.0, 64.0, 128.0)
 
 
-def shaken(samples: Sequence[Sample], seed: int, size: float = 2e-7) -> list[Sample]:
+def shaken(samples: Sequence[RunScore], seed: int, size: float = 2e-7) -> list[RunScore]:
     """The scores as another CPU gives them: float32's last bits are others."""
     draw = np.random.default_rng(seed)
     return [replace(sample, score=sample.score * (1 + size * draw.uniform(-1, 1))) for sample in samples]
 
 
-def rows(table: Sequence[Sequence[float]], scales: Sequence[float] = SCALES, first: float = -9.0) -> list[Sample]:
+def rows(table: Sequence[Sequence[float]], scales: Sequence[float] = SCALES, first: float = -9.0) -> list[RunScore]:
     """A row of scores per scale, over whole octaves."""
     return [
-        Sample(scale, first + i, 0, score)
+        RunScore(scale, first + i, 0, score)
         for scale, scores in zip(scales, table, strict=True)
         for i, score in enumerate(scores)
     ]
 
 
-def told(verdict: Verdict) -> tuple[object, ...]:
+def told(verdict: TransferVerdict) -> tuple[object, ...]:
     """What a reader takes from it."""
     scales = [(scale.scale, scale.status, scale.best_hp, scale.exception) for scale in verdict.scales]
     return verdict.verdict, verdict.best_log2, verdict.wider_is_better, verdict.exceptions, scales
@@ -93,7 +93,7 @@ def test_values_that_differ_by_rounding_are_one_value() -> None:
     two_values = [replace(s, hp=s.hp + 3e-7) if s.seed else s for s in exact]
     for samples in (written, two_values):
         assert told(judge(samples)) == told(judge(exact))
-        assert [len(scale.optimum.basin.points) for scale in judge(samples).scales] == [len(GRID)] * 4
+        assert [len(scale.optimum.curve.points) for scale in judge(samples).scales] == [len(GRID)] * 4
 
 
 def test_a_true_difference_is_none_of_rounding() -> None:
@@ -141,6 +141,6 @@ def test_runs_that_differ_by_rounding_do_not_cross(sign: float) -> None:
 @pytest.mark.parametrize("last_bits", [0.0, 1e-9, -1e-9])
 def test_a_run_reaches_the_value_of_its_twin(last_bits: float) -> None:
     at, none = np.arange(1, 6), np.full(5, math.nan)
-    curve = np.array([1.0, 0.9, 0.8, 0.7, 0.6])
-    reach = _reach(Side(at, curve + last_bits, none), Side(at, curve, none))
+    parabola = np.array([1.0, 0.9, 0.8, 0.7, 0.6])
+    reach = _time_to_target(MeanCurve(at, parabola + last_bits, none), MeanCurve(at, parabola, none))
     assert reach.at == pytest.approx(5.0, abs=1e-6) and reach.at <= 5.0

@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 
 from helpers.studies.loss_surfaces import surface
-from megadit.transfer.verdict import Limits, Sample, Verdict, judge, worst
+from megadit.transfer.verdict import Limits, RunScore, TransferVerdict, judge, worst
 
 
-def samples(rows: dict[float, list[float]], first: float = -11.0) -> list[Sample]:
+def samples(rows: dict[float, list[float]], first: float = -11.0) -> list[RunScore]:
     """One seed per cell, on a grid of whole octaves from ``first``."""
-    return [Sample(float(w), first + i, 0, score) for w, scores in rows.items() for i, score in enumerate(scores)]
+    return [RunScore(float(w), first + i, 0, score) for w, scores in rows.items() for i, score in enumerate(scores)]
 
 
 def rates(drift: float, count: int = 20, **keys: object) -> Counter[str]:
@@ -148,7 +148,7 @@ def test_a_small_scale_may_be_an_exception():
 def test_a_flat_basin_transfers_wherever_its_optimum_is():
     """Walls on both sides and noise between them, as for the paper's output multipliers."""
     rows = [
-        Sample(s.scale, s.hp, s.seed, s.score + (1.0 if s.hp in (-11, -10, -5, -4) else 0.0))
+        RunScore(s.scale, s.hp, s.seed, s.score + (1.0 if s.hp in (-11, -10, -5, -4) else 0.0))
         for s in surface(curvature=0.0, noise=0.02, rng=3)
     ]
     verdict = judge(rows)
@@ -170,7 +170,7 @@ def test_wider_is_not_better_is_told_where():
 
 def test_higher_is_better_is_the_mirror_image():
     rows = surface(-0.6, best=-5.5, seeds=2, noise=0.003)
-    mirrored = judge([Sample(s.scale, s.hp, s.seed, -s.score) for s in rows], lower_is_better=False)
+    mirrored = judge([RunScore(s.scale, s.hp, s.seed, -s.score) for s in rows], lower_is_better=False)
     ours = judge(rows)
     assert mirrored.verdict == ours.verdict and mirrored.drift == ours.drift and mirrored.regret == ours.regret
     assert mirrored.to_json()["per_scale"][0]["best_score"] == -ours.to_json()["per_scale"][0]["best_score"]
@@ -192,9 +192,9 @@ def test_json_has_what_scripts_read():
 
 
 def test_the_worst_of_several():
-    yes: Verdict = judge(surface(seeds=2, noise=0.003))
-    no: Verdict = judge(surface(-0.75, best=-5.2, seeds=2, noise=0.003))
-    unsure: Verdict = judge(surface(scales=(64,)))
+    yes: TransferVerdict = judge(surface(seeds=2, noise=0.003))
+    no: TransferVerdict = judge(surface(-0.75, best=-5.2, seeds=2, noise=0.003))
+    unsure: TransferVerdict = judge(surface(scales=(64,)))
     assert worst([yes]) == "transfers"
     assert worst([yes, unsure]) == "inconclusive"
     assert worst([no, unsure, yes]) == "does not transfer"

@@ -24,7 +24,7 @@ from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
 from megadit.mup.coord_check.plan import CoordPlan, at_width
-from megadit.mup.coord_check.record import Reading, Recorder
+from megadit.mup.coord_check.record import CoordMeasurement, Recorder
 from megadit.mup.example import example_conditioning, example_features, example_images
 from megadit.mup.groups import param_groups
 
@@ -33,7 +33,7 @@ _ROUNDING = 2.0**-40  # of a tensor's largest gradient: far above float64's roun
 _PROBE = 1 << 40  # sample numbers of the probe: far from those that are trained on
 
 
-class Objective(Protocol):
+class TrainingObjective(Protocol):
     """The two calls of ``megadit.diffusion.Objective`` that a training step makes."""
 
     def prepare(self, x0: Tensor, cond: Conditioning, numbers: Tensor, seed: int) -> Any: ...
@@ -45,17 +45,17 @@ Build = Callable[[ModelConfig, int], nn.Module]
 Alignment = Callable[[Tensor, Tensor], Tensor]
 
 
-def coordinate_readings(
+def measure_coordinates(
     model: ModelConfig,
     optim: OptimConfig,
     plan: CoordPlan,
     *,
     build: Build,
-    objective: Objective,
+    objective: TrainingObjective,
     parametrization: str | None = None,
     alignment: Alignment | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Reading]:
+) -> list[CoordMeasurement]:
     """Train one model per width and seed on keyed normal images and read its coordinates after every step.
 
     ``build(config, seed)`` makes an initialised model, which is trained in float64; ``parametrization`` overrides the
@@ -64,13 +64,15 @@ def coordinate_readings(
     """
     if (model.repa is None) != (alignment is None):
         raise ValueError("alignment: belongs to a model with a REPA projector, and to no other")
-    readings: list[Reading] = []
+    measurements: list[CoordMeasurement] = []
     for width in sorted(set(plan.widths)):
         config = at_width(model, width, parametrization or model.parametrization, plan.widths)
         for seed in range(plan.seeds):
             progress(f"width {width}, seed {seed}: {plan.steps} steps")
-            readings += _Trainer(build(config, seed).double(), config, optim, plan, objective, alignment).readings(seed)
-    return readings
+            measurements += _Trainer(
+                build(config, seed).double(), config, optim, plan, objective, alignment
+            ).measurements(seed)
+    return measurements
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ class _Trainer:
     config: ModelConfig
     optim: OptimConfig
     plan: CoordPlan
-    objective: Objective
+    objective: TrainingObjective
     alignment: Alignment | None
 
-    def readings(self, seed: int) -> list[Reading]:
+    def measurements(self, seed: int) -> list[CoordMeasurement]:
         """Train, and read before the first step and after every one."""
         groups = [{**group, "eps": _EPS, "weight_decay": 0.0} for group in param_groups(self.model, self.optim)]
         optimizer = torch.optim.AdamW(groups, betas=self.optim.betas)
@@ -98,7 +100,7 @@ class _Trainer:
             _drop_rounding(self.model)
             optimizer.step()
             recorder.read(step + 1)
-        return recorder.readings
+        return recorder.measurements
 
     def _loss(self, numbers: range, recorder: Recorder, step: int) -> Tensor:
         """The loss of these samples; what REPA's part of it asks of its block is read on the way."""
@@ -133,7 +135,7 @@ def _drop_rounding(model: nn.Module) -> None:
             param.grad.masked_fill_(size <= _ROUNDING * size.max(), 0.0)
 
 
-def _noisy(config: ModelConfig, objective: Objective, numbers: range) -> Any:
+def _noisy(config: ModelConfig, objective: TrainingObjective, numbers: range) -> Any:
     """The noisy batch of these sample numbers, with example conditions: the same for every width and seed."""
     ids = torch.tensor(list(numbers), dtype=torch.int64)
     return objective.prepare(example_images(config, numbers), example_conditioning(config, numbers), ids, 0)

@@ -19,7 +19,7 @@ PROJECTOR = "repa"
 
 
 @dataclass(frozen=True)
-class Reading:
+class CoordMeasurement:
     """One number. ``quantity``: see ``Recorder``; ``role``: that of a layer's weight, else block or output."""
 
     width: int
@@ -82,7 +82,7 @@ class Recorder:
             for name, (module, _) in self.watched.items()
         }
         self.first: dict[str, Tensor] = {}
-        self.readings: list[Reading] = []
+        self.measurements: list[CoordMeasurement] = []
         # What this rank read: step, module, role and quantity, their size, and what it is measured by.
         self._waiting: list[tuple[tuple[int, str, str, str], Tensor, Tensor]] = []
 
@@ -140,13 +140,13 @@ class Recorder:
         self._waiting.append(((step, name, role, quantity), _size(value), by))
 
     def _settle(self) -> None:
-        """Make readings of what waits; over all ranks at once, each of which holds as much of everything."""
+        """Measurements of what waits, by one all-reduce over the ranks, each of which holds as much of everything."""
         sizes = torch.stack([size for _, *sizes in self._waiting for size in sizes])
         if self.layout.size > 1:
             dist.all_reduce(sizes, group=self.layout.group)
         means = (sizes / self.layout.size).view(-1, 2).tolist()
         for (what, _, _), (value, by) in zip(self._waiting, means, strict=True):
-            self.readings.append(Reading(self.width, self.seed, *what, value / (by or 1.0)))
+            self.measurements.append(CoordMeasurement(self.width, self.seed, *what, value / (by or 1.0)))
         self._waiting.clear()
 
     def _run_probe(self) -> tuple[dict[str, tuple[Any, ...]], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.files.text import plain_label
-from megadit.mup.coord_check.record import Reading
+from megadit.mup.coord_check.record import CoordMeasurement
 from megadit.mup.coord_check.verdict import GROWS, SHRINKS, CoordVerdict, ModuleVerdict
 
 _COLUMNS = ("activation", "change", "gain", "update.weight", "update.bias")
@@ -26,21 +26,23 @@ _PANELS = {
 }
 
 
-def write_report(folder: Path, readings: Sequence[Reading], verdict: CoordVerdict, title: str = "") -> dict[str, Any]:
+def write_report(
+    folder: Path, measurements: Sequence[CoordMeasurement], verdict: CoordVerdict, title: str = ""
+) -> dict[str, Any]:
     """Write the three files into ``folder`` (made if absent) and return the verdict as plain data.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fields = [field.name for field in dataclasses.fields(Reading)]
+    fields = [field.name for field in dataclasses.fields(CoordMeasurement)]
     with open(folder / "coords.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(fields)
-        writer.writerows([getattr(reading, name) for name in fields] for reading in readings)
-    plain = verdict.as_json()
+        writer.writerows([getattr(measurement, name) for name in fields] for measurement in measurements)
+    plain = verdict.to_json()
     (folder / "verdict.json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    plot_coordinates(readings, verdict, folder / "coord_check.png", title)
+    plot_coordinates(measurements, verdict, folder / "coord_check.png", title)
     return plain
 
 
@@ -89,7 +91,7 @@ def module_kind(name: str) -> str:
 
 
 def plot_coordinates(
-    readings: Sequence[Reading], verdict: CoordVerdict, path: str | os.PathLike[str], title: str = ""
+    measurements: Sequence[CoordMeasurement], verdict: CoordVerdict, path: str | os.PathLike[str], title: str = ""
 ) -> None:
     """Write a PNG: rows are kinds of modules (means over blocks and seeds), columns quantities, both axes log2.
 
@@ -100,9 +102,9 @@ def plot_coordinates(
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
-    curves = _curves(readings)
+    curves = _curves(measurements)
     kinds = list(dict.fromkeys(module_kind(module.module) for module in verdict.modules))
-    steps = sorted({reading.step for reading in readings})
+    steps = sorted({measurement.step for measurement in measurements})
     figure = Figure(figsize=(9.5, 1.45 * len(kinds) + 1.0), layout="constrained")
     axes: Any = figure.subplots(len(kinds), len(_PANELS), squeeze=False)
     colours = matplotlib.colormaps["viridis"]
@@ -127,10 +129,10 @@ def plot_coordinates(
     figure.savefig(path, dpi=110, format="png")
 
 
-def _curves(readings: Sequence[Reading]) -> dict[tuple[str, str], dict[int, list[tuple[int, float]]]]:
+def _curves(measurements: Sequence[CoordMeasurement]) -> dict[tuple[str, str], dict[int, list[tuple[int, float]]]]:
     """Mean over blocks and seeds: (kind, quantity) -> step -> [(width, size)]."""
     values: dict[tuple[str, str, int, int], list[float]] = defaultdict(list)
-    for r in readings:
+    for r in measurements:
         values[module_kind(r.module), r.quantity, r.step, r.width].append(r.value)
     curves: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for (kind, quantity, step, width), sizes in sorted(values.items()):

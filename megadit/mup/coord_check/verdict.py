@@ -1,4 +1,4 @@
-"""From readings to slopes and a verdict per module.
+"""From measurements to slopes and a verdict per module.
 
 A slope is that of log2(size) against log2(width), sizes averaged over seeds. A wrong rule of the table bends
 it by at least 1/2 (an incoherent sum of n terms grows as n^1/2, a coherent one as n); at the widths that one
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import linear_regression, median
 from typing import Any, Literal
 
-from megadit.mup.coord_check.record import OUTPUT, Reading
+from megadit.mup.coord_check.record import OUTPUT, CoordMeasurement
 
 GROWS = 0.3
 SHRINKS = 0.6
@@ -46,8 +46,8 @@ Series = tuple[int, int]  # width and seed
 
 Sizes = tuple[tuple[int, float], ...]  # (width, mean size over seeds), widths ascending
 
-Verdict = Literal["ok", "unreached", "affected", "broken"]
-Outcome = Literal["passes", "broken", "not judged"]
+ModuleStatus = Literal["ok", "unreached", "affected", "broken"]
+CoordOutcome = Literal["passes", "broken", "not judged"]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class ModuleVerdict:
 
     module: str
     role: str
-    verdict: Verdict = "ok"
+    verdict: ModuleStatus = "ok"
     reasons: list[str] = field(default_factory=list)
     effects: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
@@ -110,7 +110,7 @@ class CoordVerdict:
         return self.outcome == "passes"
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> CoordOutcome:
         """The verdict in words; "not judged" if nothing moved, so that nothing was seen of how it learns."""
         if any(module.verdict in ("broken", "affected") for module in self.modules):
             return "broken"
@@ -127,7 +127,7 @@ class CoordVerdict:
         """Modules at fault themselves, in the model's order."""
         return [module.module for module in self.modules if module.verdict == "broken"]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Plain data: verdict, limits, widths, broken, modules."""
         return {
             "verdict": self.outcome,
@@ -161,7 +161,7 @@ def fit_slope(sizes: Sequence[tuple[int, float]]) -> float | None:
     return linear_regression(list(map(math.log2, widths)), list(map(math.log2, values))).slope
 
 
-def reached_sizes(readings: Mapping[Series, Sequence[float]]) -> list[Sizes | None]:
+def reached_sizes(measurements: Mapping[Series, Sequence[float]]) -> list[Sizes | None]:
     """The judged sizes of one quantity of one module by step, None where it is not reached yet.
 
     Behind a zero readout and zero gates a layer gets no gradient at first. What is read of it then is zero, or what
@@ -179,26 +179,28 @@ def reached_sizes(readings: Mapping[Series, Sequence[float]]) -> list[Sizes | No
     reached.
 
     Args:
-        readings: the quantity's sizes by step, of every width and seed.
+        measurements: the quantity's sizes by step, of every width and seed.
 
     Raises:
         ValueError: the widths and seeds were not read at equally many steps.
     """
-    counts = {len(sizes) for sizes in readings.values()}
+    counts = {len(sizes) for sizes in measurements.values()}
     if len(counts) != 1:
         raise ValueError(f"coordinates: widths and seeds were read at different numbers of steps ({sorted(counts)})")
     count = counts.pop()
-    bounds = [_bound(readings, step) for step in range(count)]
-    begins = {series: _begin(sizes, bounds) for series, sizes in readings.items()}
+    bounds = [_bound(measurements, step) for step in range(count)]
+    begins = {series: _begin(sizes, bounds) for series, sizes in measurements.items()}
     first = max((begin for begin in begins.values() if begin < count), default=count)
     dead = {series for series, begin in begins.items() if begin == count}
-    return [None if step < first else _means(readings, step, dead) for step in range(count)]
+    return [None if step < first else _means(measurements, step, dead) for step in range(count)]
 
 
-def _bound(readings: Mapping[Series, Sequence[float]], step: int) -> float:
+def _bound(measurements: Mapping[Series, Sequence[float]], step: int) -> float:
     """The size up to which one of this step is rounding."""
-    later = [max(filter(math.isfinite, sizes[step : step + WINDOW + 1]), default=0.0) for sizes in readings.values()]
-    some_zero = any(sizes[step] == 0.0 for sizes in readings.values())
+    later = [
+        max(filter(math.isfinite, sizes[step : step + WINDOW + 1]), default=0.0) for sizes in measurements.values()
+    ]
+    some_zero = any(sizes[step] == 0.0 for sizes in measurements.values())
     return max(ROUNDING * median(later), FLOAT32 if some_zero else 0.0)
 
 
@@ -207,24 +209,24 @@ def _begin(sizes: Sequence[float], bounds: Sequence[float]) -> int:
     return next((i for i, (size, bound) in enumerate(zip(sizes, bounds, strict=True)) if not size <= bound), len(sizes))
 
 
-def _means(readings: Mapping[Series, Sequence[float]], step: int, dead: set[Series]) -> Sizes:
+def _means(measurements: Mapping[Series, Sequence[float]], step: int, dead: set[Series]) -> Sizes:
     """Means over seeds; zero at a width of which any seed is dead."""
     by_width: dict[int, list[float]] = {}
-    for (width, _), sizes in sorted(readings.items()):
+    for (width, _), sizes in sorted(measurements.items()):
         by_width.setdefault(width, []).append(sizes[step])
     widths_dead = {width for width, _ in dead}
     return tuple((w, 0.0 if w in widths_dead else sum(sizes) / len(sizes)) for w, sizes in by_width.items())
 
 
-def judge(readings: Iterable[Reading]) -> CoordVerdict:
+def judge(measurements: Iterable[CoordMeasurement]) -> CoordVerdict:
     """Slopes and verdicts of all modules, in the order in which they were read."""
     series: dict[tuple[str, str], dict[Series, list[float]]] = defaultdict(lambda: defaultdict(list))
     roles: dict[str, str] = {}
     widths: set[int] = set()
-    for reading in sorted(readings, key=lambda reading: reading.step):
-        series[reading.module, reading.quantity][reading.width, reading.seed].append(reading.value)
-        roles.setdefault(reading.module, reading.role)
-        widths.add(reading.width)
+    for measurement in sorted(measurements, key=lambda measurement: measurement.step):
+        series[measurement.module, measurement.quantity][measurement.width, measurement.seed].append(measurement.value)
+        roles.setdefault(measurement.module, measurement.role)
+        widths.add(measurement.width)
     verdicts = {name: ModuleVerdict(name, role) for name, role in roles.items()}
     for (name, quantity), sizes in series.items():
         steps = reached_sizes(sizes)
@@ -259,7 +261,7 @@ def _decide(module: ModuleVerdict) -> None:
     if module.module == OUTPUT and moved is not None and moved < -SHRINKS:
         module.effects.append(f"change {_words(moved)}")
     module.unreached = [quantity for quantity, reached in module.moving.items() if not reached]
-    wrong: Verdict = "broken" if module.reasons else "affected"
+    wrong: ModuleStatus = "broken" if module.reasons else "affected"
     module.verdict = wrong if module.reasons or module.effects else "unreached" if module.unreached else "ok"
 
 

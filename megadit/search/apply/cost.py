@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megadit.config import RunConfig
 from megadit.errors import UserError
 from megadit.search.results import StudyResults, TrialResult
-from megadit.transfer.budget import Cost, Spent
+from megadit.transfer.budget import TrialCost, TuningCost
 
 
 def run_steps(config: RunConfig) -> int | None:
@@ -34,8 +34,8 @@ def cost(
     variant: str,
     manual_multiple: float | None = None,
     proxy_scale: int | None = None,
-) -> Cost:
-    """The bill of ``results``' search for ``target`` (of ``steps`` steps), and of ``others``, which verified it.
+) -> TuningCost:
+    """The cost of ``results``' search for ``target`` (of ``steps`` steps), and of ``others``, which verified it.
 
     The search is ``variant``'s trials at ``proxy_scale``, by default the study's; all is every trial of every study,
     other variants and scales too.
@@ -52,12 +52,12 @@ def cost(
     search = _spent([(results, at_proxy_alone)])
     every = _spent([(used, used.trials) for used in (results, *others)])
     if steps is None:
-        return Cost(search, every, None, None, manual_multiple)
+        return TuningCost(search, every, None, None, manual_multiple)
     size = float(count_parameters(target.model, fixed=False)), float(steps * target.train.global_batch)
-    return Cost(search, every, size, training_flops(target, steps), manual_multiple)
+    return TuningCost(search, every, size, training_flops(target, steps), manual_multiple)
 
 
-def _spent(used: Sequence[tuple[StudyResults, Sequence[TrialResult]]]) -> Spent:
+def _spent(used: Sequence[tuple[StudyResults, Sequence[TrialResult]]]) -> TrialCost:
     """What these trials of each study cost; one that failed before its model was built cost nothing."""
     stages: Counter[tuple[float, float]] = Counter()
     for results, trials in used:
@@ -71,7 +71,7 @@ def _spent(used: Sequence[tuple[StudyResults, Sequence[TrialResult]]]) -> Spent:
                 steps = trial.hps.get("train.steps") or lengths.get((trial.variant, trial.scale)) or trial.steps
                 stages[float(trial.parameters), float(steps * trial.global_batch)] += 1
     every = [trial for _, trials in used for trial in trials]
-    return Spent(
+    return TrialCost(
         len(every),
         math.fsum(trial.flops for trial in every),
         tuple((float(number), size, seen) for (size, seen), number in sorted(stages.items())),

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 from megadit.config.loading.sources import display
-from megadit.search.apply.target import Applied
+from megadit.search.apply.target import WrittenTarget
 from megadit.search.wording import value_text
-from megadit.transfer.budget import describe_cost
+from megadit.transfer.budget import describe_tuning_cost
 
 
-def to_json(applied: Applied) -> dict[str, Any]:
+def to_json(applied: WrittenTarget) -> dict[str, Any]:
     """Everything that ``describe`` tells, as plain data."""
     choice, model = applied.choice, applied.target.model
     return {
@@ -26,9 +26,9 @@ def to_json(applied: Applied) -> dict[str, Any]:
         "seeds": choice.seeds,
         "trials": list(choice.trials),
         "hps": dict(choice.hps),
-        "backed_by": {key: [b.name for b in applied.backed_by(key)] for key in choice.hps},
+        "backed_by": {key: [b.name for b in applied.verified_by(key)] for key in choice.hps},
         "not_verified": applied.not_verified,
-        "verdicts": [backing.to_json() for backing in applied.backings],
+        "verdicts": [each.to_json() for each in applied.study_verdicts],
         "forced": applied.forced,
         "changes": applied.changes,
         "scaled": applied.scaled,
@@ -37,12 +37,12 @@ def to_json(applied: Applied) -> dict[str, Any]:
         "width": {"proxy": applied.proxy.model.width, "target": model.width},
         "base_width": model.base_width,
         "groups": [row.to_json() for row in applied.groups],
-        "untransferred": [vars(note) for note in applied.notes],
-        "cost": applied.bill.to_json(),
+        "untransferred": [vars(caveat) for caveat in applied.caveats],
+        "cost": applied.tuning_cost.to_json(),
     }
 
 
-def describe(applied: Applied) -> str:
+def describe(applied: WrittenTarget) -> str:
     """The transfer as lines: what was chosen and why, rates by group, what does not transfer, cost, the file."""
     choice, spec = applied.choice, applied.results.study.spec
     scale = "" if spec.scale is None else f" at {spec.scale.key} {applied.scale}"
@@ -51,12 +51,12 @@ def describe(applied: Applied) -> str:
     lines = [
         f"study {spec.name}{variant}: rule {choice.rule}{scale}, {choice.score} {choice.value:.5g} over {choice.seeds} "
         f"seed(s), trial(s) {trials}",
-        *(f"verdict of {backing.name} on {backing.hp}: {backing.answer}" for backing in applied.backings),
+        *(f"verdict of {each.name} on {each.hp}: {each.answer}" for each in applied.study_verdicts),
     ]
     if applied.forced:
         lines.append(f"forced: {applied.forced}")
     lines += ["", "base hyperparameters"]
-    lines += [f"  {key} = {value_words(value)}: {applied.backing_words(key)}" for key, value in choice.hps.items()]
+    lines += [f"  {key} = {value_words(value)}: {applied.verification(key)}" for key, value in choice.hps.items()]
     lines += [f"  {key} is written as {words}" for key, words in applied.scaled.items()]
     lines += [f"  {line}" for line in _other_best(applied)]
     for key, old in applied.replaced.items():
@@ -64,9 +64,9 @@ def describe(applied: Applied) -> str:
             new, said = value_words(applied.changes[key]), value_words(old)
             lines.append(f"  {key} = {new}: the study's, with which these are valid; the target said {said}")
     lines += ["", *_group_table(applied)]
-    if applied.notes:
-        lines += ["", "does not transfer by itself", *(f"  - {note.text}" for note in applied.notes)]
-    lines += ["", "cost of the search", *(f"  {line}" for line in describe_cost(applied.bill))]
+    if applied.caveats:
+        lines += ["", "does not transfer by itself", *(f"  - {caveat.text}" for caveat in applied.caveats)]
+    lines += ["", "cost of the search", *(f"  {line}" for line in describe_tuning_cost(applied.tuning_cost))]
     shown = display(applied.path)
     lines += ["", f"written to {shown}; train it with: python launch/pretrain.py --config {shown}"]
     return "\n".join(lines)
@@ -78,19 +78,19 @@ def value_words(value: Any) -> str:
     return f"{value:.6g} ({text})" if isinstance(value, float) and text.startswith("2^") else text
 
 
-def _other_best(applied: Applied) -> list[str]:
+def _other_best(applied: WrittenTarget) -> list[str]:
     """Where a verdict's own best value over all its scales is not what the rule chose at the proxy."""
     lines = []
     for key, chosen in applied.choice.hps.items():
-        for backing in applied.backed_by(key):
-            best = backing.verdict.best if backing.verdict is not None else None
+        for judged in applied.verified_by(key):
+            best = judged.verdict.best if judged.verdict is not None else None
             if best is None or not isinstance(chosen, int | float) or math.isclose(best, chosen, rel_tol=1e-6):
                 continue
-            lines.append(f"{key}: over all its scales {backing.name} finds {value_words(best)} best")
+            lines.append(f"{key}: over all its scales {judged.name} finds {value_words(best)} best")
     return lines
 
 
-def _group_table(applied: Applied) -> list[str]:
+def _group_table(applied: WrittenTarget) -> list[str]:
     """Learning rate, weight decay and epsilon of every group at the proxy and at the target, side by side."""
     one, other = applied.proxy.model, applied.target.model
     head = [

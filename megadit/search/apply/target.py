@@ -16,22 +16,22 @@ from typing import Any
 from megadit.config import LoadedConfig, RunConfig, replace
 from megadit.config.loading.sources import display, flat, override_layer
 from megadit.errors import UserError
-from megadit.search.apply.backing import TRANSFERS, Backing, backings
 from megadit.search.apply.cost import cost, run_steps
+from megadit.search.apply.study_verdicts import TRANSFERS, StudyVerdict, study_verdicts
 from megadit.search.apply.target_config import base_changes, fit_target, write_target
-from megadit.search.apply.untransferred import Note, untransferred
+from megadit.search.apply.untransferred import Caveat, untransferred
 from megadit.search.results import StudyResults
 from megadit.search.selection import SelectedPoint, select
 from megadit.search.verify_study import proxy_of
-from megadit.transfer.budget import Cost
+from megadit.transfer.budget import TuningCost
 
 
 class NotVerifiedError(Exception):
     """No verdict "transfers" for what is to be applied: one sentence with the remedy (exit code 3)."""
 
-    def __init__(self, message: str, found: Sequence[Backing]) -> None:
+    def __init__(self, message: str, study_verdicts: Sequence[StudyVerdict]) -> None:
         super().__init__(message)
-        self.found = tuple(found)
+        self.study_verdicts = tuple(study_verdicts)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GroupRow:
 
 
 @dataclass(frozen=True)
-class Applied:
+class WrittenTarget:
     """A target that was written to ``path``.
 
     ``scale``: where the point was chosen. ``replaced``: what the target said of keys that now have the study's.
@@ -68,24 +68,24 @@ class Applied:
     variant: str
     scale: int | None
     choice: SelectedPoint
-    backings: tuple[Backing, ...]
+    study_verdicts: tuple[StudyVerdict, ...]
     forced: str | None
     proxy: RunConfig
     target: RunConfig
     changes: dict[str, Any]
     replaced: dict[str, Any]
     groups: tuple[GroupRow, ...]
-    notes: tuple[Note, ...]
-    bill: Cost
+    caveats: tuple[Caveat, ...]
+    tuning_cost: TuningCost
     scaled: dict[str, str]
 
-    def backed_by(self, key: str) -> list[Backing]:
+    def verified_by(self, key: str) -> list[StudyVerdict]:
         """The studies that verified the transfer of ``key``."""
-        return [backing for backing in self.backings if backing.transfers and backing.hp == key]
+        return [each for each in self.study_verdicts if each.transfers and each.hp == key]
 
-    def backing_words(self, key: str) -> str:
+    def verification(self, key: str) -> str:
         """Which studies verified the transfer of ``key``, or that none did."""
-        spans = [span for backing in self.backed_by(key) if (span := backing.span) is not None]
+        spans = [each.span for each in self.verified_by(key) if each.span is not None]
         if not spans:
             return "NOT verified: transfer verified by no study given"
         words = (f"{span.study} over {span.key} {span.low:g} to {span.high:g}" for span in spans)
@@ -94,7 +94,7 @@ class Applied:
     @property
     def not_verified(self) -> list[str]:
         """The base hyperparameters that were applied though no study's verdict stands behind them."""
-        return [key for key in self.choice.hps if not self.backed_by(key)]
+        return [key for key in self.choice.hps if not self.verified_by(key)]
 
 
 def apply(
@@ -107,7 +107,7 @@ def apply(
     force: bool = False,
     manual_multiple: float | None = None,
     overrides: Sequence[str] = (),
-) -> Applied:
+) -> WrittenTarget:
     """Write the target's configuration with the base hyperparameters that a study found.
 
     Args:
@@ -129,33 +129,36 @@ def apply(
         )
     study = results.study
     variant = study.variants[0]
-    found = backings(results, others, study.spec.selection_score.name, variant, force)
-    scale = proxy_of(results, next((backing.verdict for backing in found if backing.results is results), None))
+    judged = study_verdicts(results, others, study.spec.selection_score.name, variant, force)
+    scale = proxy_of(results, next((each.verdict for each in judged if each.results is results), None))
     choice = select(results, variant, scale)
     proxy = proxy_config(results, choice, variant, scale)
     fitted = fit_target(loaded, base_changes(proxy, loaded.config, choice.hps), study.spec.name, run_steps(proxy))
     target, changes, lengths = fitted.config, fitted.changes, fitted.lengths
-    bill = cost(results, others, target, lengths[1], variant, manual_multiple, scale)
-    refusal = _refusal(results, found, choice)
+    tuning_cost = cost(results, others, target, lengths[1], variant, manual_multiple, scale)
+    refusal = _refusal(results, judged, choice)
     if refusal and not force:
-        raise NotVerifiedError(refusal, found)
+        raise NotVerifiedError(refusal, judged)
     said = flat(loaded.config.model_dump())
-    applied = Applied(
+    applied = WrittenTarget(
         path=Path(out).expanduser() if out is not None else study.folder / "target.yaml",
         base=base,
         results=results,
         variant=variant,
         scale=scale,
         choice=choice,
-        backings=found,
+        study_verdicts=judged,
         forced=refusal,
         proxy=proxy,
         target=target,
         changes=changes,
         replaced={key: said.get(key) for key, value in changes.items() if said.get(key) != value},
         groups=tuple(group_rows(proxy, target)),
-        notes=(*untransferred(proxy, target, lengths, [b.span for b in found if b.span is not None]), *fitted.notes),
-        bill=bill,
+        caveats=(
+            *untransferred(proxy, target, lengths, [each.span for each in judged if each.span is not None]),
+            *fitted.caveats,
+        ),
+        tuning_cost=tuning_cost,
         scaled=fitted.scaled,
     )
     write_target(applied.path, base, override_layer(overrides).values, changes, _header(applied, overrides), target)
@@ -207,34 +210,34 @@ def _groups(config: RunConfig) -> dict[str, list[tuple[str, tuple[float, float, 
     return found
 
 
-def _refusal(results: StudyResults, found: Sequence[Backing], choice: SelectedPoint) -> str | None:
+def _refusal(results: StudyResults, judged: Sequence[StudyVerdict], choice: SelectedPoint) -> str | None:
     """Why nothing should be applied, as a sentence; None when every verdict is "transfers"."""
     remedy = "--force writes the target all the same"
-    for backing in found:
-        if not backing.transfers:
-            answer = backing.answer + (f" ({backing.reasons[0]})" if backing.reasons else "")
-            return f'study {backing.name}, {backing.hp}: the verdict is not "{TRANSFERS}" but {answer}; {remedy}'
+    for each in judged:
+        if not each.transfers:
+            answer = each.answer + (f" ({each.reasons[0]})" if each.reasons else "")
+            return f'study {each.name}, {each.hp}: the verdict is not "{TRANSFERS}" but {answer}; {remedy}'
     name = results.study.spec.name
-    if not found:
+    if not judged:
         return (
             f"study {name} has no scale, so it has no verdict of its own; name studies that verified the transfer "
             f"(--verified-by STUDY), or {remedy}"
         )
-    if not any(backing.hp in choice.hps for backing in found):  # of which each transfers
-        verified = ", ".join(f"{backing.name}: {backing.hp}" for backing in found)
+    if not any(each.hp in choice.hps for each in judged):  # of which each transfers
+        verified = ", ".join(f"{each.name}: {each.hp}" for each in judged)
         return f"no study given verified any of {', '.join(choice.hps)} ({verified}); name others, or {remedy}"
     return None
 
 
-def _header(applied: Applied, overrides: Sequence[str]) -> list[str]:
+def _header(applied: WrittenTarget, overrides: Sequence[str]) -> list[str]:
     choice, spec = applied.choice, applied.results.study.spec
     variant = f", variant {applied.variant}" if applied.variant else ""
     lines = [
         f"Study {spec.name}{variant}, rule {choice.rule}: {choice.score} {choice.value:.6g} over {choice.seeds} "
         f"seed(s), trial(s) {', '.join(map(str, choice.trials))}.",
     ]
-    lines += [f"Verdict of {backing.name} on {backing.hp}: {backing.answer}." for backing in applied.backings]
-    lines += [f"{key}: {applied.backing_words(key)}." for key in choice.hps]
+    lines += [f"Verdict of {each.name} on {each.hp}: {each.answer}." for each in applied.study_verdicts]
+    lines += [f"{key}: {applied.verification(key)}." for key in choice.hps]
     lines += [f"{key}: written as {words}." for key, words in applied.scaled.items()]
     if applied.not_verified:
         lines.append(f"NOT verified: {', '.join(applied.not_verified)}.")

@@ -19,7 +19,7 @@ from megadit.errors import UserError
 from megadit.files.paths import atomic_write
 from megadit.files.yaml_text import dump_yaml
 from megadit.search.apply.cost import run_steps
-from megadit.search.apply.untransferred import Note
+from megadit.search.apply.untransferred import Caveat
 
 _MARK = "# Written by megadit"
 _LENGTHS = ("optim.warmup_steps", "optim.decay_steps")
@@ -60,7 +60,7 @@ class FittedTarget:
     changes: dict[str, Any]
     lengths: tuple[int | None, int | None]
     scaled: dict[str, str] = field(default_factory=dict)
-    notes: tuple[Note, ...] = ()
+    caveats: tuple[Caveat, ...] = ()
 
 
 def fit_target(loaded: LoadedConfig, changes: dict[str, Any], study: str, proxy_steps: int | None) -> FittedTarget:
@@ -85,8 +85,8 @@ def fit_target(loaded: LoadedConfig, changes: dict[str, Any], study: str, proxy_
                 for key, share in shares.items()
             }
             return FittedTarget(fitted, {**changes, **shares}, lengths, told)
-    note = Note("schedule", f"schedule of the target: {problem}", *lengths)
-    return FittedTarget(target, changes, lengths, notes=(note,))
+    caveat = Caveat("schedule", f"schedule of the target: {problem}", *lengths)
+    return FittedTarget(target, changes, lengths, caveats=(caveat,))
 
 
 def _changed(target: LoadedConfig, changes: Mapping[str, Any], study: str) -> RunConfig:

@@ -25,7 +25,7 @@ _SILENT = re.compile(
 
 
 @dataclass(frozen=True)
-class Note:
+class Caveat:
     """One thing that does not transfer by itself; ``proxy`` and ``target`` are its two values."""
 
     topic: str
@@ -35,7 +35,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Range:
+class VerifiedRange:
     """The span of a scale key over which a study's verdict is "transfers"."""
 
     key: str
@@ -48,15 +48,18 @@ class Range:
 
 
 def untransferred(
-    proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None], ranges: Collection[Range] = ()
-) -> list[Note]:
+    proxy: RunConfig,
+    target: RunConfig,
+    lengths: tuple[int | None, int | None],
+    verified: Collection[VerifiedRange] = (),
+) -> list[Caveat]:
     """Every difference between the proxy's run and the target's that the base HPs are not known to survive.
 
     ``target`` has the study's values already; ``lengths``: optimizer steps of both, None where not known;
-    ``ranges``: what was verified.
+    ``verified``: over which scales transfer was verified.
     """
     return [
-        *_scales(proxy, target, lengths, ranges),
+        *_scales(proxy, target, lengths, verified),
         *_weight_decay(proxy, target, lengths),
         *_shares(proxy, target, lengths),
         *_shape(proxy, target),
@@ -65,26 +68,26 @@ def untransferred(
 
 
 def _scales(
-    proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None], ranges: Collection[Range]
-) -> Iterator[Note]:
+    proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None], verified: Collection[VerifiedRange]
+) -> Iterator[Caveat]:
     """Width, length and batch, over which a study may have verified the transfer; beyond its span is extrapolation."""
     width = proxy.model.width, target.model.width
-    if why := _unverified("model.width", "width", *width, ranges):
-        yield Note("width", f"width: {width[0]} at the proxy, {width[1]} at the target; {why}", *width)
+    if why := _unverified("model.width", "width", *width, verified):
+        yield Caveat("width", f"width: {width[0]} at the proxy, {width[1]} at the target; {why}", *width)
     ours, theirs = lengths
     text = f"training length: {_length(proxy, ours)} at the proxy, {_length(target, theirs)} at the target"
     if theirs is None or ours is None:
-        yield Note("horizon", f"{text}; the optimum may move with it", ours, theirs)
-    elif why := _unverified("train.steps", "steps", ours, theirs, ranges):
-        yield Note("horizon", f"{text}, {theirs / ours:.3g} times the steps; {why}", ours, theirs)
+        yield Caveat("horizon", f"{text}; the optimum may move with it", ours, theirs)
+    elif why := _unverified("train.steps", "steps", ours, theirs, verified):
+        yield Caveat("horizon", f"{text}, {theirs / ours:.3g} times the steps; {why}", ours, theirs)
     batch = proxy.train.global_batch, target.train.global_batch
-    if why := _unverified("train.global_batch", "batch sizes", *batch, ranges):
-        yield Note("batch", f"batch: {batch[0]} at the proxy, {batch[1]} at the target; {why}", *batch)
+    if why := _unverified("train.global_batch", "batch sizes", *batch, verified):
+        yield Caveat("batch", f"batch: {batch[0]} at the proxy, {batch[1]} at the target; {why}", *batch)
 
 
-def _unverified(key: str, what: str, ours: int, theirs: int, ranges: Collection[Range]) -> str:
+def _unverified(key: str, what: str, ours: int, theirs: int, verified: Collection[VerifiedRange]) -> str:
     """Why transfer over ``key`` from ``ours`` to ``theirs`` is not known to hold; empty where it is."""
-    known = [span for span in ranges if span.key == key]
+    known = [span for span in verified if span.key == key]
     if ours == theirs or any(span.low <= theirs <= span.high for span in known):
         return ""
     if not known:
@@ -92,7 +95,7 @@ def _unverified(key: str, what: str, ours: int, theirs: int, ranges: Collection[
     return f"transfer was verified from {' and from '.join(map(str, known))}, and beyond is extrapolation"
 
 
-def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Note]:
+def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Caveat]:
     ours, theirs = proxy.optim, target.optim
     if not (ours.weight_decay or theirs.weight_decay):
         return
@@ -101,7 +104,7 @@ def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None
         if abs(one - other) > 0.05 * max(one, other):
             keep = f"; optim.weight_decay={one / (theirs.lr * lengths[1]):.4g} keeps it" if one else ""
             text = f"weight decay over the run: lr x wd x steps is {one:.4g} at the proxy, {other:.4g} at the target"
-            yield Note("weight_decay", text + keep, one, other)
+            yield Caveat("weight_decay", text + keep, one, other)
     m, m_target = proxy.model.width_mult, target.model.width_mult
     if theirs.wd_mode != "independent" and m != m_target:
         power = 1.0 if theirs.wd_mode == "constant" else 0.5
@@ -110,10 +113,10 @@ def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None
             f"weight decay per step: under wd_mode {theirs.wd_mode} a hidden weight decays by {one:.4g} at the proxy, "
             f"{other:.4g} at the target; wd_mode independent keeps it equal"
         )
-        yield Note("weight_decay", text, one, other)
+        yield Caveat("weight_decay", text, one, other)
 
 
-def _shares(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Note]:
+def _shares(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Caveat]:
     """What warm-up and the final decay are of the run changes with its length, where they are given in steps."""
     ours, theirs = lengths
     if ours is None or theirs is None:
@@ -134,20 +137,20 @@ def _shares(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int 
             f"{topic}: {one:,} of {ours:,} steps ({100 * share:.3g}%) at the proxy, {other:,} of "
             f"{theirs:,} ({100 * share_target:.3g}%) at the target; {remedy}"
         )
-        yield Note(topic.replace(" ", "_").replace("-", ""), text, one, other)
+        yield Caveat(topic.replace(" ", "_").replace("-", ""), text, one, other)
 
 
-def _shape(proxy: RunConfig, target: RunConfig) -> Iterator[Note]:
+def _shape(proxy: RunConfig, target: RunConfig) -> Iterator[Caveat]:
     one, other = proxy.model, target.model
     if one.depth != other.depth:
         text = f"depth: {one.depth} blocks at the proxy, {other.depth} at the target; muP scales width, not depth"
-        yield Note("depth", text, one.depth, other.depth)
+        yield Caveat("depth", text, one.depth, other.depth)
     if one.head_channels != other.head_channels:
         text = (
             f"head dim: {one.head_channels} at the proxy, {other.head_channels} at the target; transfer over width "
             f"assumes a constant one: model.head_dim={one.head_channels} keeps it"
         )
-        yield Note("head_dim", text, one.head_channels, other.head_channels)
+        yield Caveat("head_dim", text, one.head_channels, other.head_channels)
     tokens = [(model.input_size // model.patch_size) ** 2 for model in (one, other)]
     if (one.input_size, tokens[0]) != (other.input_size, tokens[1]):
         text = (
@@ -155,21 +158,21 @@ def _shape(proxy: RunConfig, target: RunConfig) -> Iterator[Note]:
             f"{other.input_size} x {other.input_size}, {tokens[1]} at the target; the noise level and the optimum "
             "depend on it"
         )
-        yield Note("resolution", text, one.input_size, other.input_size)
+        yield Caveat("resolution", text, one.input_size, other.input_size)
 
 
-def _others(proxy: RunConfig, target: RunConfig) -> list[Note]:
+def _others(proxy: RunConfig, target: RunConfig) -> list[Caveat]:
     """Every other key that differs: data, objective, precision, optimizer, schedule, architecture."""
     one, other = flat(proxy.model_dump()), flat(target.model_dump())
-    notes = []
+    caveats = []
     for key in dict.fromkeys([*one, *other]):
         ours, theirs = one.get(key), other.get(key)
         section = any(name.startswith(f"{key}.") for name in (*one, *other))  # null here, filled in there
         if ours == theirs or section or _SILENT.fullmatch(key):
             continue
         shown = [value_text(list(v) if isinstance(v, tuple) else v, 6) for v in (ours, theirs)]
-        notes.append(Note(key, f"{key}: {shown[0]} at the proxy, {shown[1]} at the target", ours, theirs))
-    return notes
+        caveats.append(Caveat(key, f"{key}: {shown[0]} at the proxy, {shown[1]} at the target", ours, theirs))
+    return caveats
 
 
 def _length(config: RunConfig, steps: int | None) -> str:

@@ -9,10 +9,10 @@ from megadit.files.text import plain_label
 from megadit.search.report.figure import SOFT, Figure, Sheet, ValueAxis, axis_of, dress
 from megadit.search.report.points import Gathered, Point
 from megadit.search.wording import counted, number_text, value_text
-from megadit.transfer.verdict import Verdict
+from megadit.transfer.verdict import TransferVerdict
 
 
-def curve_figure(gathered: Gathered, key: str, verdicts: Mapping[str, Verdict]) -> Figure | None:
+def curve_figure(gathered: Gathered, key: str, verdicts: Mapping[str, TransferVerdict]) -> Figure | None:
     """Score against ``key``, best over the other searched keys; None when no point has a score.
 
     Below the curves, where a verdict located the optimum of each scale, the optimum against scale: its slope is the
@@ -71,7 +71,7 @@ def _draw_curve(sheet: Sheet, panel: Any, values: ValueAxis, curve: Sequence[Poi
         sheet.mark(panel, x, point, **({"marker": "*", "markersize": 13} if point in best else {}))
 
 
-def _draw_optima(sheet: Sheet, panel: Any, values: ValueAxis, verdict: Verdict | None) -> None:
+def _draw_optima(sheet: Sheet, panel: Any, values: ValueAxis, verdict: TransferVerdict | None) -> None:
     """Scale upwards, optimum with its interval across: a vertical line is transfer."""
     scales = sheet.gathered.scales
     found = [(entry, entry.optimum) for entry in (verdict.scales if verdict else ()) if entry.optimum]

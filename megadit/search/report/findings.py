@@ -10,7 +10,7 @@ from megadit.search.report.rendering import Badge
 from megadit.search.results import StudyResults
 from megadit.search.selection import SelectedPoint, select
 from megadit.search.verify_study import proxy_of, verify_study
-from megadit.transfer.verdict import Verdict
+from megadit.transfer.verdict import TransferVerdict
 
 VERDICT_BADGES = {"transfers": "good", "does not transfer": "bad", "inconclusive": "unsure"}
 
@@ -22,7 +22,7 @@ class Findings:
     ``chosen_at``: the scale of the choice, where ``apply`` chooses too.
     """
 
-    verdicts: Mapping[tuple[str, str], Verdict]
+    verdicts: Mapping[tuple[str, str], TransferVerdict]
     no_verdict: Mapping[str, list[str]]
     choice: SelectedPoint | None
     no_choice: str
@@ -31,7 +31,7 @@ class Findings:
 
 def conclude(results: StudyResults) -> Findings:
     """Judge every variant and searched key, and choose a point, by the study's own score and rule."""
-    verdicts: dict[tuple[str, str], Verdict] = {}
+    verdicts: dict[tuple[str, str], TransferVerdict] = {}
     missing: dict[str, list[str]] = {}
     score = results.study.spec.selection_score.name
     for variant in results.study.variants if results.study.spec.scale is not None else ():

@@ -15,7 +15,7 @@ from megadit.search.report.rendering import Badge, Cell, Code, Number
 from megadit.search.results import DIVERGED, TrialResult
 from megadit.search.wording import duration_text, hps_text, number_text, share_text, value_text
 from megadit.transfer.ties import ranks
-from megadit.transfer.verdict import Verdict
+from megadit.transfer.verdict import TransferVerdict
 
 _FEW = 4  # points below which a rank correlation says nothing
 Row = dict[str, Cell]
@@ -67,7 +67,7 @@ def _power(log2: float | None) -> Number:
     return Number(log2, "–" if log2 is None else value_text(2.0**log2))
 
 
-def _drift(verdict: Verdict) -> Number:
+def _drift(verdict: TransferVerdict) -> Number:
     ends = verdict.drift_interval
     between = f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else ""
     return Number(verdict.drift, "–" if verdict.drift is None else f"{verdict.drift:+.2f}{between}")
@@ -79,7 +79,7 @@ def _regret(regret: float | None, relative: float | None) -> Number:
     return Number(regret, number_text(regret, 3) + ("" if relative is None else f" ({100 * relative:.1f} %)"))
 
 
-def by_scale(gathered: Gathered, verdict: Verdict) -> Table:
+def by_scale(gathered: Gathered, verdict: TransferVerdict) -> Table:
     """The numbers of a verdict at each scale."""
     rows: list[Row] = []
     for entry in verdict.scales:

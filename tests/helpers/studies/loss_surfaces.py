@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megadit.transfer.estimate import Sample
+from megadit.transfer.estimate import RunScore
 
 WIDTHS = (32, 64, 128, 256)
 GRID = tuple(range(-11, -3))
@@ -25,7 +25,7 @@ def surface(
     seeds: int = 1,
     edge: float = math.inf,
     rng: int = 0,
-) -> list[Sample]:
+) -> list[RunScore]:
     """Losses around .6 that fall with scale; the optimum is ``best`` at the first scale and moves by ``drift``
     octaves per octave. ``steep``: how much steeper the upper side is an octave away; above ``edge`` octaves from the
     optimum runs diverge."""
@@ -38,5 +38,5 @@ def surface(
             wall = 1 + steep * max(away, 0.0)
             for seed in range(seeds):
                 loss = 0.6 - 0.02 * octaves + curvature * away**2 * wall + noise * draw.standard_normal()
-                found.append(Sample(float(scale), float(hp), seed, math.nan if away > edge else float(loss)))
+                found.append(RunScore(float(scale), float(hp), seed, math.nan if away > edge else float(loss)))
     return found

@@ -22,7 +22,7 @@ from megadit.diffusion import build_objective
 from megadit.diffusion.objectives.repa import alignment_loss
 from megadit.models import StagedModel, build_model
 from megadit.mup import ParamSpec
-from megadit.mup.coord_check.measure import Build, coordinate_readings
+from megadit.mup.coord_check.measure import Build, measure_coordinates
 from megadit.mup.coord_check.plan import CoordPlan
 from megadit.mup.coord_check.verdict import CoordVerdict, ModuleVerdict
 
@@ -198,7 +198,7 @@ def test_a_projection_that_starts_at_random_alone_pulls_too_hard(fault: Fault) -
 
 def test_models_with_a_projector_need_an_alignment() -> None:
     with pytest.raises(ValueError, match="belongs to a model with a REPA projector"):
-        coordinate_readings(
+        measure_coordinates(
             _family("dit"),
             OptimConfig(),
             CoordPlan(_WIDTHS),

@@ -17,7 +17,7 @@ from megadit.config import ModelConfig, OptimConfig
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.mup.coord_check.plan import CoordPlan, at_width
-from megadit.mup.coord_check.record import Reading, Recorder
+from megadit.mup.coord_check.record import CoordMeasurement, Recorder
 from megadit.mup.coord_check.verdict import CoordVerdict, fit_slope, judge
 from megadit.parallel.tensor import TensorLayout
 
@@ -113,7 +113,7 @@ def test_readings_measure_what_they_say() -> None:
         layer.bias += 0.25
         layer.weight *= 3.0
     recorder.read(1)
-    got = {(r.step, r.quantity): r.value for r in recorder.readings if r.module == "x_embedder.proj"}
+    got = {(r.step, r.quantity): r.value for r in recorder.measurements if r.module == "x_embedder.proj"}
     size = float(x.abs().mean())
     assert got[0, "activation"] == pytest.approx(float(tokens.abs().mean()), rel=1e-5)
     assert got[0, "gain"] == pytest.approx(float(tokens.abs().mean()) / size, rel=1e-5)
@@ -138,10 +138,12 @@ def test_slopes() -> None:
 
 
 def test_a_model_that_blows_up_is_broken_and_written_as_json() -> None:
-    readings = [Reading(w, 0, 1, "layer", "hidden", "update.weight", 1.0 if w < 128 else math.nan) for w in _WIDE]
-    verdict = judge(readings)
+    measurements = [
+        CoordMeasurement(w, 0, 1, "layer", "hidden", "update.weight", 1.0 if w < 128 else math.nan) for w in _WIDE
+    ]
+    verdict = judge(measurements)
     assert verdict.broken == ["layer"] and "not finite" in verdict.modules[0].reasons[0]
-    assert verdict.as_json()["modules"][0]["slopes"] == {"update.weight": ["inf"]}
+    assert verdict.to_json()["modules"][0]["slopes"] == {"update.weight": ["inf"]}
 
 
 def test_widths_keep_head_dim_and_base_width() -> None:

@@ -15,9 +15,9 @@ from helpers.rounding import reversed_sums
 from megadit.config import ModelConfig, ObjectiveConfig, OptimConfig
 from megadit.diffusion import build_objective
 from megadit.models import build_model
-from megadit.mup.coord_check.measure import coordinate_readings
+from megadit.mup.coord_check.measure import measure_coordinates
 from megadit.mup.coord_check.plan import CoordPlan, at_width
-from megadit.mup.coord_check.record import Reading
+from megadit.mup.coord_check.record import CoordMeasurement
 from megadit.mup.coord_check.report import format_verdict
 from megadit.mup.coord_check.verdict import CoordVerdict, judge, reached_sizes
 
@@ -29,14 +29,14 @@ QUANTITIES = ("update.weight", "update.bias", "change", "activation", "pull")
 
 def _verdict(*steps: Sequence[float], quantity: str = "update.weight", seeds: int = 1) -> CoordVerdict:
     """The verdict on one layer, and on another one that is right; ``steps``: sizes at the three widths, by step."""
-    readings = [
-        Reading(width, seed, step, module, "hidden", quantity, size)
+    measurements = [
+        CoordMeasurement(width, seed, step, module, "hidden", quantity, size)
         for module, rows in (("layer", steps), ("right", [REAL] * len(steps)))
         for step, sizes in enumerate(rows, 1)
         for width, size in zip(_WIDTHS, sizes, strict=True)
         for seed in range(seeds)
     ]
-    return judge(readings)
+    return judge(measurements)
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
@@ -109,17 +109,19 @@ def test_one_dead_seed_is_a_dead_width() -> None:
 def test_what_is_never_reached_is_named_and_does_not_fail(sizes: Sequence[float]) -> None:
     verdict = _verdict(sizes, sizes, sizes, sizes)
     assert verdict.passed and verdict.unreached == ["layer"] and verdict.modules[0].verdict == "unreached"
-    assert verdict.as_json()["unreached"] == ["layer"]
-    assert verdict.as_json()["modules"][0]["unreached"] == ["update.weight"]
+    assert verdict.to_json()["unreached"] == ["layer"]
+    assert verdict.to_json()["modules"][0]["unreached"] == ["update.weight"]
     assert "layer is not judged: training does not reach it within the steps (update of weight)" in format_verdict(
         verdict
     )
 
 
 def test_nothing_reached_is_no_pass() -> None:
-    readings = [Reading(w, 0, s, "layer", "hidden", "update.weight", 0.0) for s in range(1, 6) for w in _WIDTHS]
-    verdict = judge(readings)
-    assert not verdict.passed and verdict.as_json()["verdict"] == "not judged"
+    measurements = [
+        CoordMeasurement(w, 0, s, "layer", "hidden", "update.weight", 0.0) for s in range(1, 6) for w in _WIDTHS
+    ]
+    verdict = judge(measurements)
+    assert not verdict.passed and verdict.to_json()["verdict"] == "not judged"
 
 
 def test_a_gradient_of_rounding_alone_moves_nothing() -> None:
@@ -133,7 +135,7 @@ def test_a_gradient_of_rounding_alone_moves_nothing() -> None:
         return trained[-1]
 
     objective = build_objective(ObjectiveConfig(kind="ddpm"), learn_sigma=True)
-    coordinate_readings(model, OptimConfig(lr=2.0**-9), plan, build=build, objective=objective)
+    measure_coordinates(model, OptimConfig(lr=2.0**-9), plan, build=build, objective=objective)
     for one in trained:
         query, key, value = one.blocks[0].attn.qkv.bias.chunk(3)  # type: ignore[union-attr, index]
         assert not key.any() and query.all() and value.all()

@@ -22,9 +22,9 @@ from megadit.diffusion import build_objective
 from megadit.diffusion.objectives.repa import alignment_loss
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.mup.coord_check.measure import coordinate_readings
+from megadit.mup.coord_check.measure import measure_coordinates
 from megadit.mup.coord_check.plan import CoordPlan, check_shares
-from megadit.mup.coord_check.record import Reading
+from megadit.mup.coord_check.record import CoordMeasurement
 from megadit.mup.coord_check.verdict import judge
 from megadit.mup.example import example_conditioning
 
@@ -39,14 +39,14 @@ FAMILIES: dict[str, ModelConfig] = {
 }
 
 
-def readings(shared: bool) -> dict[str, list[Reading]]:
+def measurements(shared: bool) -> dict[str, list[CoordMeasurement]]:
     torch.set_num_threads(1)
     layout = this_rank() if shared else None
     found = {}
     for name, model in FAMILIES.items():
         null = example_conditioning(model, [0])
         kind = "ddpm" if model.learn_sigma else "flow"
-        found[name] = coordinate_readings(
+        found[name] = measure_coordinates(
             model,
             OptimConfig(lr=2.0**-9),
             PLAN,
@@ -59,8 +59,8 @@ def readings(shared: bool) -> dict[str, list[Reading]]:
 
 @pytest.mark.distributed
 def test_two_ranks_read_what_one_reads() -> None:
-    [whole] = run_ranks(1, readings, False)
-    for shared in run_ranks(2, readings, True):
+    [whole] = run_ranks(1, measurements, False)
+    for shared in run_ranks(2, measurements, True):
         for name, expected in whole.items():
             assert len(shared[name]) == len(expected)
             for one, other in zip(shared[name], expected, strict=True):

@@ -11,7 +11,7 @@ from megadit.config import load_config
 from megadit.models import count_parameters
 from megadit.plan import forward_flops, training_flops
 from megadit.search.apply.cost import cost, run_steps
-from megadit.transfer.budget import describe_cost
+from megadit.transfer.budget import describe_tuning_cost
 
 
 def test_bill_counts_what_was_run(root, tmp_path):
@@ -19,30 +19,30 @@ def test_bill_counts_what_was_run(root, tmp_path):
     results = fabricate(study, valley(best=-9.0))  # 2^-5 diverges, after a quarter of its steps
     target = load_config(root / "configs/quickstart/digits.yaml", ["model.width=256", "train.steps=1000"])
     assert run_steps(target) == 1000
-    bill = cost(results, [results], target, 1000, "", manual_multiple=2.0)
-    assert (bill.search.trials, bill.all.trials) == (12, 2 * 36)
+    tuning_cost = cost(results, [results], target, 1000, "", manual_multiple=2.0)
+    assert (tuning_cost.search.trials, tuning_cost.all.trials) == (12, 2 * 36)
     proxy = study.config(study.cells[0], {"optim.lr": 2**-7}, 0)
     assert proxy.model.width == 32
     image = 3 * forward_flops(proxy.model)
-    assert bill.search.flops == pytest.approx(image * 32 * (10 * 200 + 2 * 50))
-    assert bill.search.stages == ((12.0, float(count_parameters(proxy.model, fixed=False)), 200 * 32.0),)
-    assert len(bill.all.stages) == 3 and {stage[0] for stage in bill.all.stages} == {24.0}
-    assert bill.target_flops == training_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
-    by_flops, by_samples = bill.ratios(bill.search)
-    assert by_flops == pytest.approx(bill.search.flops / bill.target_flops / 2)
+    assert tuning_cost.search.flops == pytest.approx(image * 32 * (10 * 200 + 2 * 50))
+    assert tuning_cost.search.stages == ((12.0, float(count_parameters(proxy.model, fixed=False)), 200 * 32.0),)
+    assert len(tuning_cost.all.stages) == 3 and {stage[0] for stage in tuning_cost.all.stages} == {24.0}
+    assert tuning_cost.target_flops == training_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
+    by_flops, by_samples = tuning_cost.ratios(tuning_cost.search)
+    assert by_flops == pytest.approx(tuning_cost.search.flops / tuning_cost.target_flops / 2)
     small, large = (count_parameters(config.model, fixed=False) for config in (proxy, target))
     expected = 12 * small * 200 / (large * 1000) / 2
     assert by_samples == pytest.approx(expected)
-    assert "2 trainings by hand" in "\n".join(describe_cost(bill))
-    assert bill.to_json()["search"]["ratio_sbt"] == by_samples
+    assert "2 trainings by hand" in "\n".join(describe_tuning_cost(tuning_cost))
+    assert tuning_cost.to_json()["search"]["ratio_sbt"] == by_samples
 
 
 def test_variants_and_diverged_trials_are_told_apart(tmp_path, root):
     variants = {"mup": {"model.parametrization": "mup"}, "sp": {"model.parametrization": "sp"}}
     results = fabricate(make_study(tmp_path, variants=variants), valley())
     target = load_config(root / "configs/quickstart/digits.yaml")
-    bill = cost(results, [], target, 300, "mup")
-    assert (bill.search.trials, bill.all.trials) == (12, 72)
+    tuning_cost = cost(results, [], target, 300, "mup")
+    assert (tuning_cost.search.trials, tuning_cost.all.trials) == (12, 72)
     shorter = dataclasses.replace(results, trials=results.trials[:5])
     assert cost(shorter, [], target, 300, "mup").all.trials == 5
 
@@ -53,8 +53,8 @@ def test_one_run_for_all_horizons_counts_once(tmp_path, root):
     assert study.horizons
     loss = valley()
     results = fabricate(study, lambda trial, scale: loss(trial, 64.0))
-    bill = cost(results, [], load_config(root / "configs/quickstart/digits.yaml"), 300, "")
-    assert bill.search.stages == ((12.0, float(count_parameters(study.base.model, fixed=False)), 200 * 32.0),)
+    tuning_cost = cost(results, [], load_config(root / "configs/quickstart/digits.yaml"), 300, "")
+    assert tuning_cost.search.stages == ((12.0, float(count_parameters(study.base.model, fixed=False)), 200 * 32.0),)
 
 
 def test_length_in_epochs_is_resolved_where_the_data_is(root, tmp_path):
@@ -65,6 +65,6 @@ def test_length_in_epochs_is_resolved_where_the_data_is(root, tmp_path):
     )
     assert run_steps(elsewhere) is None
     results = fabricate(make_study(tmp_path), valley())
-    bill = cost(results, [], elsewhere, None, "")
-    assert bill.ratios(bill.search) is None and bill.to_json()["search"]["ratio_flops"] is None
-    assert "give train.steps" in describe_cost(bill)[-1]
+    tuning_cost = cost(results, [], elsewhere, None, "")
+    assert tuning_cost.ratios(tuning_cost.search) is None and tuning_cost.to_json()["search"]["ratio_flops"] is None
+    assert "give train.steps" in describe_tuning_cost(tuning_cost)[-1]

@@ -94,7 +94,7 @@ def test_study_that_does_not_transfer_is_refused_unless_forced(tmp_path, target)
         NotVerifiedError, match=r'verdict is not "transfers" but does not transfer .*--force'
     ) as refusal:
         transfer(results, target)
-    assert [backing.answer for backing in refusal.value.found] == ["does not transfer"]
+    assert [judged.answer for judged in refusal.value.study_verdicts] == ["does not transfer"]
     assert not study.folder.exists() or not list(study.folder.iterdir())
     applied = transfer(results, target, force=True)
     assert applied.forced and "# Written with --force: study widths" in applied.path.read_text()
@@ -108,7 +108,7 @@ def test_incomplete_study_is_bad_input_unless_forced(tmp_path, target):
     with pytest.raises(UserError):
         transfer(results, target)
     applied = transfer(results, target, force=True)
-    assert applied.backings[0].verdict is None and "no verdict" in describe(applied)
+    assert applied.study_verdicts[0].verdict is None and "no verdict" in describe(applied)
 
 
 def test_search_without_scale_needs_a_study_that_verified(tmp_path, target):
@@ -146,7 +146,7 @@ def test_warm_up_that_does_not_fit_the_targets_run_becomes_its_share(tmp_path, t
     told = "optim.warmup_steps is written as 30% of the run: the study's 60 of 200 steps do not fit the target's 50"
     assert told in describe(applied) and to_json(applied)["scaled"] == applied.scaled
     assert "# optim.warmup_steps: written as 30% of the run" in applied.path.read_text()
-    assert "warmup" not in {note.topic for note in applied.notes}
+    assert "warmup" not in {caveat.topic for caveat in applied.caveats}
     fits = transfer(search, target, force=True, overrides=[short[0], "train.steps=100"])
     assert fits.changes["optim.warmup_steps"] == 60 and fits.scaled == {}
 
@@ -156,9 +156,9 @@ def test_schedule_that_fits_by_no_share_is_told(tmp_path, target):
     grid = {**WARMUPS, "space": {**RANDOM["space"], "optim.warmup_steps": {"grid": [500]}}}
     search = fabricate(make_study(tmp_path, "search", **grid), lambda trial, scale: loss(trial, 64.0))
     applied = transfer(search, target, force=True, overrides=["train.steps=100"])
-    notes = {note.topic: note.text for note in applied.notes}
+    caveats = {caveat.topic: caveat.text for caveat in applied.caveats}
     assert applied.changes["optim.warmup_steps"] == 500 and applied.scaled == {}
-    assert "ends at 20% of optim.lr" in notes["schedule"] and "choose a warm-up anew" in notes["warmup"]
+    assert "ends at 20% of optim.lr" in caveats["schedule"] and "choose a warm-up anew" in caveats["warmup"]
 
 
 def test_studies_of_another_base_or_another_value_do_not_verify(tmp_path, target):
@@ -217,7 +217,7 @@ def test_steps_study_applies_from_its_shortest_run(tmp_path, target):
     )
     applied = transfer(fabricate(study, lambda trial, scale: loss(trial, 64.0)), target)
     assert applied.proxy.train.steps == 100
-    topics = {note.topic: note.text for note in applied.notes}
+    topics = {caveat.topic: caveat.text for caveat in applied.caveats}
     assert "verified from 100 to 200 (widths)" in topics["horizon"]
     assert "no study given verified transfer over width" in topics["width"]
 
@@ -260,7 +260,7 @@ def test_text_and_json_tell_the_same(tmp_path, target):
     assert row[1:3] == ["0.015625", "0.00195312"]
     hidden = next(group for group in plain["groups"] if group["name"] == "hidden")
     assert (hidden["proxy"]["lr"], hidden["target"]["lr"], hidden["lr_mult"]) == (2**-6, 2**-9, 0.25)
-    assert [note["topic"] for note in plain["untransferred"]] == ["width", "horizon"]
+    assert [caveat["topic"] for caveat in plain["untransferred"]] == ["width", "horizon"]
     assert "of 5 trainings by hand" in text and plain["cost"]["manual_multiple"] == 5.0
     assert plain["verdicts"][0]["verified"] == {"key": "model.width", "low": 32.0, "high": 128.0}
     assert f"--config {applied.path}" in text
@@ -277,13 +277,15 @@ def test_below_the_minimum_scale_the_next_one_is_the_proxy(tmp_path, target):
 
     space = {"optim.lr": {"grid": [f"2^{n}" for n in range(-12, -3)]}}
     applied = transfer(fabricate(make_study(tmp_path, space=space), loss), target)
-    verdict = applied.backings[0].verdict
+    verdict = applied.study_verdicts[0].verdict
     assert verdict is not None and verdict.exceptions == (32.0,) and verdict.proxy == 64
     assert applied.choice.hps == {"optim.lr": 2**-7} and applied.proxy.model.width == 64
     assert "verified by widths over model.width 64 to 128" in applied.path.read_text()
     assert "rule best at model.width 64, train_loss 0.6 over 2 seed(s)" in describe(applied)
     at_64 = [trial for trial in applied.results.trials if trial.scale == 64]
-    assert applied.bill.search.trials == len(at_64) and applied.bill.search.flops == sum(t.flops for t in at_64)
+    assert applied.tuning_cost.search.trials == len(at_64) and applied.tuning_cost.search.flops == sum(
+        t.flops for t in at_64
+    )
     scale = {"key": "model.width", "values": [32, 64, 128], "proxy": 32}
     with pytest.raises(NotVerifiedError):  # a proxy that the study names stays
         transfer(fabricate(make_study(tmp_path, "named", space=space, scale=scale), loss), target)

@@ -6,10 +6,10 @@ import pytest
 
 from megadit.config import load_config, replace
 from megadit.config.loading.sources import flat
-from megadit.search.apply.untransferred import Range, untransferred
+from megadit.search.apply.untransferred import VerifiedRange, untransferred
 
 QUICK = "quickstart/digits.yaml"
-WIDTH = Range("model.width", 32, 256, "widths")
+WIDTH = VerifiedRange("model.width", 32, 256, "widths")
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,10 @@ def proxy():
     return load_config(QUICK, changes)
 
 
-def notes(proxy, changes, ranges=(WIDTH,), steps=None):
+def caveats(proxy, changes, verified=(WIDTH,), steps=None):
     target = replace(proxy, changes)
     lengths = proxy.train.steps, target.train.steps if steps is None else steps
-    return {note.topic: note for note in untransferred(proxy, target, lengths, ranges)}
+    return {caveat.topic: caveat for caveat in untransferred(proxy, target, lengths, verified)}
 
 
 def test_nothing_is_said_where_only_the_verified_differs(proxy):
@@ -33,20 +33,20 @@ def test_nothing_is_said_where_only_the_verified_differs(proxy):
         "sample.count": 3,
         "data.workers": 2,
     }
-    assert notes(proxy, silent) == {}
+    assert caveats(proxy, silent) == {}
 
 
 def test_width_beyond_the_verified_span_is_extrapolation(proxy):
-    found = notes(proxy, {"model.width": 512})
+    found = caveats(proxy, {"model.width": 512})
     assert found["width"].text == (
         "width: 64 at the proxy, 512 at the target; transfer was verified from 32 to 256 (widths), "
         "and beyond is extrapolation"
     )
-    assert "no study given verified transfer over width" in notes(proxy, {"model.width": 512}, ())["width"].text
+    assert "no study given verified transfer over width" in caveats(proxy, {"model.width": 512}, ())["width"].text
 
 
 def test_longer_training(proxy):
-    found = notes(proxy, {"train.steps": 2000})
+    found = caveats(proxy, {"train.steps": 2000})
     assert set(found) == {"horizon", "weight_decay", "warmup"}
     assert "200 steps (6,400 images) at the proxy, 2,000 steps (64,000 images)" in found["horizon"].text
     decay = found["weight_decay"]
@@ -54,24 +54,24 @@ def test_longer_training(proxy):
     assert "optim.weight_decay=0.01 keeps it" in decay.text
     assert "20 of 200 steps (10%) at the proxy, 20 of 2,000 (1%)" in found["warmup"].text
     assert "optim.warmup_steps=200 keeps the share" in found["warmup"].text
-    kept = notes(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": 200})
+    kept = caveats(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": 200})
     assert set(kept) == {"horizon", "optim.weight_decay"}
-    inside = Range("train.steps", 100, 4000, "steps")
-    assert "horizon" not in notes(proxy, {"train.steps": 2000}, (inside,))
-    beyond = notes(proxy, {"train.steps": 8000}, (inside,))["horizon"]
+    inside = VerifiedRange("train.steps", 100, 4000, "steps")
+    assert "horizon" not in caveats(proxy, {"train.steps": 2000}, (inside,))
+    beyond = caveats(proxy, {"train.steps": 8000}, (inside,))["horizon"]
     assert "verified from 100 to 4000 (steps), and beyond" in beyond.text
 
 
 def test_shares_keep_themselves(proxy):
     share = replace(proxy, {"optim.warmup_steps": "10%"})
-    assert set(notes(share, {"train.steps": 2003, "optim.weight_decay": 0.01})) == {"horizon", "optim.weight_decay"}
-    found = notes(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": "5%"})
+    assert set(caveats(share, {"train.steps": 2003, "optim.weight_decay": 0.01})) == {"horizon", "optim.weight_decay"}
+    found = caveats(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": "5%"})
     assert "20 of 200 steps (10%) at the proxy, 100 of 2,000 (5%) at the target" in found["warmup"].text
 
 
 def test_a_warm_up_beyond_the_proxys_run_is_not_suggested_to_the_target(proxy):
     longer = replace(proxy, {"optim.warmup_steps": 500})
-    text = notes(longer, {"train.steps": 100, "optim.weight_decay": 0.2})["warmup"].text
+    text = caveats(longer, {"train.steps": 100, "optim.weight_decay": 0.2})["warmup"].text
     assert text == (
         "warm-up: 500 of 200 steps (250%) at the proxy, 500 of 100 (500%) at the target; the proxy's rate ended before "
         "it, at 40% of optim.lr: choose a warm-up anew"
@@ -79,14 +79,16 @@ def test_a_warm_up_beyond_the_proxys_run_is_not_suggested_to_the_target(proxy):
 
 
 def test_batch_beyond_what_was_verified(proxy):
-    assert "no study given verified transfer over batch sizes" in notes(proxy, {"train.global_batch": 64})["batch"].text
-    span = Range("train.global_batch", 32, 64, "batches")
-    assert notes(proxy, {"train.global_batch": 64}, (span,)) == {}
-    assert "verified from 32 to 64 (batches)" in notes(proxy, {"train.global_batch": 128}, (span,))["batch"].text
+    assert (
+        "no study given verified transfer over batch sizes" in caveats(proxy, {"train.global_batch": 64})["batch"].text
+    )
+    span = VerifiedRange("train.global_batch", 32, 64, "batches")
+    assert caveats(proxy, {"train.global_batch": 64}, (span,)) == {}
+    assert "verified from 32 to 64 (batches)" in caveats(proxy, {"train.global_batch": 128}, (span,))["batch"].text
 
 
 def test_shape_of_the_model(proxy):
-    found = notes(proxy, {"model.depth": 28, "model.head_dim": 32, "model.input_size": 16, "data.image_size": 16})
+    found = caveats(proxy, {"model.depth": 28, "model.head_dim": 32, "model.input_size": 16, "data.image_size": 16})
     assert {"depth", "head_dim", "resolution"} <= set(found)
     assert "4 blocks at the proxy, 28" in found["depth"].text
     assert "model.head_dim=16 keeps it" in found["head_dim"].text
@@ -95,13 +97,13 @@ def test_shape_of_the_model(proxy):
 
 def test_weight_decay_rules_that_change_with_width(proxy):
     base = replace(proxy, {"optim.wd_mode": "constant"})
-    (note,) = notes(base, {"model.width": 256}).values()
-    assert note.proxy == pytest.approx(2**-7 * 0.1) and note.target == pytest.approx(2**-7 * 0.1 / 4)
-    assert "wd_mode independent keeps it equal" in note.text
+    (caveat,) = caveats(base, {"model.width": 256}).values()
+    assert caveat.proxy == pytest.approx(2**-7 * 0.1) and caveat.target == pytest.approx(2**-7 * 0.1 / 4)
+    assert "wd_mode independent keeps it equal" in caveat.text
 
 
 def test_every_other_difference_is_named_with_both_values(proxy):
-    found = notes(
+    found = caveats(
         proxy,
         {
             "objective.time_sampling": "logit_normal",
@@ -112,7 +114,7 @@ def test_every_other_difference_is_named_with_both_values(proxy):
             "data.flip": True,
         },
     )
-    assert {note.text for note in found.values()} == {
+    assert {caveat.text for caveat in found.values()} == {
         "objective.time_sampling: uniform at the proxy, logit_normal at the target",
         "train.precision: fp32 at the proxy, bf16 at the target",
         "optim.betas: [0.9, 0.999] at the proxy, [0.9, 0.95] at the target",
@@ -124,15 +126,15 @@ def test_every_other_difference_is_named_with_both_values(proxy):
 
 def test_a_section_that_only_one_has_is_told_by_its_values(proxy):
     other = {"data.vae.scale": 0.5, "model.input_size": 8, "data.image_size": 64}
-    found = notes(proxy, other)
+    found = caveats(proxy, other)
     assert found["data.vae.scale"].text == "data.vae.scale: null at the proxy, 0.5 at the target"
     assert "data.vae" not in found
 
 
 def test_length_that_is_not_known(proxy):
     target = replace(proxy, {"train.epochs": 5})
-    (note,) = untransferred(proxy, target, (200, None), (WIDTH,))
-    assert note.topic == "horizon" and "5 epochs at the target" in note.text
+    (caveat,) = untransferred(proxy, target, (200, None), (WIDTH,))
+    assert caveat.topic == "horizon" and "5 epochs at the target" in caveat.text
 
 
 def test_flat():

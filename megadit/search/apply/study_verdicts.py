@@ -8,21 +8,21 @@ from typing import Any
 
 from megadit.config import ModelConfig
 from megadit.errors import UserError
-from megadit.search.apply.untransferred import Range
+from megadit.search.apply.untransferred import VerifiedRange
 from megadit.search.results import StudyResults
 from megadit.search.verify_study import verify_study
-from megadit.transfer.verdict import Verdict
+from megadit.transfer.verdict import TransferVerdict
 
 TRANSFERS = "transfers"
 
 
 @dataclass(frozen=True)
-class Backing:
+class StudyVerdict:
     """One study's word on the transfer of ``hp``. ``verdict`` is None where it has none, and ``why`` says why not."""
 
     results: StudyResults
     hp: str
-    verdict: Verdict | None
+    verdict: TransferVerdict | None
     why: str = ""
 
     @property
@@ -46,13 +46,13 @@ class Backing:
         return () if self.verdict is None else self.verdict.reasons
 
     @property
-    def span(self) -> Range | None:
+    def span(self) -> VerifiedRange | None:
         """The scales over which it transfers, exceptions left out; None where it does not."""
         scale = self.results.study.spec.scale
         if self.verdict is None or not self.transfers or scale is None:
             return None
         judged = [entry.scale for entry in self.verdict.scales if not entry.exception]
-        return Range(scale.key, min(judged), max(judged), self.name)
+        return VerifiedRange(scale.key, min(judged), max(judged), self.name)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -67,9 +67,9 @@ class Backing:
         }
 
 
-def backings(
+def study_verdicts(
     results: StudyResults, others: Sequence[StudyResults], score: str, variant: str, force: bool
-) -> tuple[Backing, ...]:
+) -> tuple[StudyVerdict, ...]:
     """The verdicts of the study itself, where it has a scale, and of the studies that are named as verifying it.
 
     A grid over several keys has one for each that has an order and is positive.
@@ -78,7 +78,7 @@ def backings(
         UserError: another study's runs have another base width or family, it has no scale, or it is incomplete;
             with ``force`` an incomplete study has no verdict, and why.
     """
-    found: list[Backing] = []
+    found: list[StudyVerdict] = []
     if results.study.spec.scale is not None:
         found += _judge(results, score, variant, force)
     ours = _judged_model(results)
@@ -95,17 +95,17 @@ def backings(
     return tuple(found)
 
 
-def _judge(results: StudyResults, score: str | None, variant: str | None, force: bool) -> list[Backing]:
+def _judge(results: StudyResults, score: str | None, variant: str | None, force: bool) -> list[StudyVerdict]:
     space = results.study.space
     ordered = [d.key for d in space.dimensions if d.numeric and min(d.values) > 0]
     found = []
     for key in ordered or space.keys[:1]:
         try:
-            found.append(Backing(results, key, verify_study(results, score, variant, hp=key)))
+            found.append(StudyVerdict(results, key, verify_study(results, score, variant, hp=key)))
         except UserError as error:
             if not force:
                 raise
-            found.append(Backing(results, key, None, str(error)))
+            found.append(StudyVerdict(results, key, None, str(error)))
     return found
 
 
