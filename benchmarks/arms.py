@@ -28,7 +28,7 @@ def assemble_run(overrides: Sequence[str], folder: str) -> tuple[Any, Any]:
     """The emoji quickstart with ``overrides`` as ``launch/pretrain.py`` assembles it in ``folder``, and its config."""
     from megadit.config import load
     from megadit.parallel import prepare_environment, start_processes
-    from megadit.train.prepare import Start, check_job
+    from megadit.train.prepare import StartPoint, check_job
     from megadit.train.run import build_run
     from megadit.train.run_dir import RunDirectory
 
@@ -36,4 +36,4 @@ def assemble_run(overrides: Sequence[str], folder: str) -> tuple[Any, Any]:
     job = check_job(load("configs/quickstart/emoji.yaml", list(overrides)), None, Path(folder), "never")
     directory = RunDirectory(Path(folder))
     directory.create()
-    return build_run(job, start_processes(), directory, 10**6, Start()), job.config
+    return build_run(job, start_processes(), directory, 10**6, StartPoint()), job.config

@@ -76,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do one of the commands."""
     args = parse(argv)
     if args.command == "worker":
-        from megadit.train.preemption import Preempted, preemption_signals
+        from megadit.train.preemption import PreemptedAtStart, preemption_signals
 
         with preemption_signals("starting"):  # until it takes trials, and answers signals in its own way
             try:
                 return worker(args)
-            except Preempted:
+            except PreemptedAtStart:
                 print("\nstopped before a trial was taken; start the same command again", file=sys.stderr)
                 return EXIT_PREEMPTED
     from megadit.parallel.environment import refuse_ranks

@@ -14,18 +14,18 @@ from megadit.errors import EXIT_OK, UserError
 from megadit.optional import defer_compiler
 from megadit.parallel.environment import is_local_main
 from megadit.train.prepare import (
-    Job,
-    Start,
+    StartPoint,
+    TrainingJob,
     check_data,
     check_here,
     check_machine,
-    checked_start,
+    checked_start_point,
     resolve,
     total_steps,
 )
 
 
-def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:
+def dry_run(job: TrainingJob, *, as_json: bool = False, full: bool = False) -> int:
     """Print the layout, its memory and messages, and the muP table (``full``: of every parameter); train nothing.
 
     Raises:
@@ -34,7 +34,7 @@ def dry_run(job: Job, *, as_json: bool = False, full: bool = False) -> int:
     if not is_local_main():
         return EXIT_OK
     steps = total_steps(job.config, len(job.train_set))
-    start = checked_start(job, steps, dry=True)
+    start = checked_start_point(job, steps, dry=True)
     _warn_of_machine(job)
     from megadit.data import check_images
 
@@ -70,7 +70,7 @@ def dry_run_elsewhere(
         check_here(merged.config, folder, resume)
         job = check_data(merged, folder, resume)
         steps = total_steps(job.config, len(job.train_set))
-        lines = [f"run_dir      {folder}{_beginning(checked_start(job, steps, dry=True))}"]
+        lines = [f"run_dir      {folder}{_beginning(checked_start_point(job, steps, dry=True))}"]
         _warn_of_machine(job)
     except UserError as error:
         _warn(error)
@@ -102,7 +102,7 @@ def _report(
     print("\n".join([text, *lines, "", format_rows(table if full else by_role(table))]))
 
 
-def _warn_of_machine(job: Job) -> None:
+def _warn_of_machine(job: TrainingJob) -> None:
     try:
         check_machine(job)
     except UserError as error:
@@ -113,7 +113,7 @@ def _warn(error: UserError) -> None:
     print(f"warning: on this machine the run would end here: {error}", file=sys.stderr)
 
 
-def _beginning(start: Start) -> str:
+def _beginning(start: StartPoint) -> str:
     if start.checkpoint is not None:
         return f", going on from step {start.step} ({start.checkpoint})"
     return f", beginning with the weights of {start.weights_from}" if start.weights_from is not None else ""

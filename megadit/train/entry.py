@@ -26,7 +26,7 @@ from megadit.parallel.launcher import exit_with_launcher
 from megadit.parallel.processes import RendezvousFailed
 from megadit.plugins import load_plugins
 from megadit.streams import result_is_saved
-from megadit.train.prepare import Job, check_job, check_machine, run_folder
+from megadit.train.prepare import TrainingJob, check_job, check_machine, run_folder
 from megadit.train.run_dir import RunDirectory, refuse_foreign
 
 _ONE_START_S = 60.0  # within which ranks that meet the same error are those of one start
@@ -124,7 +124,7 @@ class _End:
 
 
 @contextlib.contextmanager
-def _errors_told(job: Job) -> Iterator[_End]:
+def _errors_told(job: TrainingJob) -> Iterator[_End]:
     """An error of the training that only this rank met is told with its rank, and that of another rank in one line."""
     end, rank = _End(), os.environ["RANK"]
     try:

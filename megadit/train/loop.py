@@ -25,7 +25,7 @@ _PREEMPTION_CHECK_STEPS = 10
 _PASSING = (RunStopped, OwnershipLost)  # these are no failures of a callback
 
 
-class Outcome(NamedTuple):
+class RunEnd(NamedTuple):
     """How a run ended: what ``exit.json`` tells."""
 
     code: int
@@ -41,7 +41,7 @@ class Trainer:
         self._last_update = UpdateStatus()  # of the last step
         self._events: list[dict[str, Any]] = []  # since the last record
 
-    def fit(self) -> Outcome:
+    def fit(self) -> RunEnd:
         """Train from ``run.position`` to ``run.total_steps``; closes the data and the callbacks in every case.
 
         A run that is preempted is saved first, unless no step was made. Of a step whose loss or gradients were not
@@ -50,12 +50,12 @@ class Trainer:
         """
         run = self._run
         try:
-            with self._batches() as batches, self._closing_callbacks(), preemption_signals() as interrupt:
+            with self._batches() as batches, self._closing_callbacks(), preemption_signals() as stop_request:
                 run.context.on_main(run.directory.check_ownership)
                 for callback in self._callbacks:
                     callback.on_start(run)
                 complete = run.position.step >= run.total_steps
-                preempted = not complete and run.context.any(interrupt.raised)
+                preempted = not complete and run.context.any(stop_request.received)
                 if not preempted:  # else nothing was trained since the start, and so nothing is to be saved
                     self._meter = Meter(run, run.context.on_main(self._logged_losses))
                 while not (complete or preempted):
@@ -63,7 +63,7 @@ class Trainer:
                     result = run.engine.train_batch(run.position.step, self._meter.clocked(batches), log)
                     self._take(result)
                     complete = run.position.step >= run.total_steps
-                    preempted = not complete and self._agree_on(interrupt.raised)
+                    preempted = not complete and self._agree_on(stop_request.received)
                     self._after_step(result, log, preempted)
                 for callback in self._callbacks:
                     with warn_on_failure(_name(callback), _PASSING):
@@ -73,17 +73,17 @@ class Trainer:
                 say(f"error: {error}")
                 if error.event is not None:
                     remember(run.directory.path, error.event)
-            return Outcome(EXIT_FAILURE, f"diverged: {error}")
+            return RunEnd(EXIT_FAILURE, f"diverged: {error}")
         except RunStopped as stop:
-            return Outcome(stop.code, stop.reason)
+            return RunEnd(stop.code, stop.reason)
         if not preempted:
-            return Outcome(EXIT_OK, "complete")
+            return RunEnd(EXIT_OK, "complete")
         if run.context.is_main:
             saved = f"saved step {run.position.step} in {run.directory.path / 'checkpoints'}"
             if run.saved_step is None:
                 saved = "before the first step: nothing to save"
             say(f"preempted: {saved}; to go on, start the same command with --resume auto")
-        return Outcome(EXIT_PREEMPTED, "preempted")
+        return RunEnd(EXIT_PREEMPTED, "preempted")
 
     @contextlib.contextmanager
     def _batches(self) -> Iterator[Iterator[Batch]]:

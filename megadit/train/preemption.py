@@ -20,14 +20,14 @@ from typing import Any, Literal
 from megadit.errors import EXIT_FAILURE, EXIT_PREEMPTED
 from megadit.parallel.failure_messages import peer_wrote_torchelastic_error
 
-INSIST_S = 5.0  # a second SIGTERM within it is the same request, which launchers and Slurm may both pass on
-INSIST_BY_HAND_S = 0.5  # a second Ctrl-C after it is a person's
-_GIVE_UP_S = 10.0  # for a start that hears no signal since it waits in another library's code
+REPEAT_WINDOW_S = 5.0  # a second SIGTERM within it is the same request, which launchers and Slurm may both pass on
+KEYBOARD_REPEAT_WINDOW_S = 0.5  # a second Ctrl-C after it is a person's
+_STARTUP_TIMEOUT_S = 10.0  # for a start that hears no signal since it waits in another library's code
 
 Phase = Literal["starting", "training", "ending"]
 
 
-class Preempted(BaseException):
+class PreemptedAtStart(BaseException):
     """A signal asked for the end before the training began; no Exception, since none may take it for its own.
 
     ``number`` is the signal's, and ``began`` when the process began to answer (``time.time()``).
@@ -38,38 +38,38 @@ class Preempted(BaseException):
         self.number, self.began = number, began
 
 
-class Interrupt:
+class StopRequest:
     """Whether a signal asked for the run's end, and the answer to it: a handler for ``signal.signal``.
 
-    While starting it raises ``Preempted``; while training it is noted, and the loop looks at ``raised``.
+    While starting it raises ``PreemptedAtStart``; while training it is noted, and the loop looks at ``received``.
     """
 
     def __init__(self, phase: Phase = "training") -> None:
-        self.raised = False
+        self.received = False
         self.phase: Phase = phase
         self.began = time.time()
 
     def __call__(self, number: int, frame: Any = None) -> None:
         """Answer one signal (in the main thread)."""
-        first, self.raised = not self.raised, True
+        first, self.received = not self.received, True
         if self.phase == "starting":
             self.phase = "ending"
-            raise Preempted(number, self.began)
+            raise PreemptedAtStart(number, self.began)
         if first and self.phase == "training" and os.environ.get("RANK", "0") == "0":
             again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
             _say(f"{signal.Signals(number).name} noted: saving at the next step{again}")
 
 
 @contextmanager
-def preemption_signals(phase: Phase = "training") -> Iterator[Interrupt]:
+def preemption_signals(phase: Phase = "training") -> Iterator[StopRequest]:
     """Answer SIGUSR1, which Slurm sends ahead of a preemption (``--signal=USR1@…``), SIGTERM and SIGINT in the block.
 
     The latter two only where nobody in this process has taken them before (a study's worker has). A later second one
     ends the process at once, as it would have by default: for a run that cannot reach its next step. Within a block
-    that was entered while starting, the training goes on with its ``Interrupt``.
+    that was entered while starting, the training goes on with its ``StopRequest``.
     """
     outer = signal.getsignal(signal.SIGUSR1)
-    if isinstance(outer, Interrupt):
+    if isinstance(outer, StopRequest):
         outer.phase = phase
         try:
             yield outer
@@ -77,9 +77,9 @@ def preemption_signals(phase: Phase = "training") -> Iterator[Interrupt]:
             outer.phase = "ending"
         return
     if threading.current_thread() is not threading.main_thread():
-        yield Interrupt(phase)  # only the main thread may take signals
+        yield StopRequest(phase)  # only the main thread may take signals
         return
-    state = Interrupt(phase)
+    state = StopRequest(phase)
     taken = [signal.SIGUSR1]
     taken += [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else []
     taken += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
@@ -93,15 +93,15 @@ def preemption_signals(phase: Phase = "training") -> Iterator[Interrupt]:
                 signal.signal(number, handler)
 
 
-def hand_over() -> None:
+def stop_handling_signals() -> None:
     """From here on others answer the signals in this process: whoever waited for them while starting does no more."""
     outer = signal.getsignal(signal.SIGUSR1)
-    if isinstance(outer, Interrupt):
+    if isinstance(outer, StopRequest):
         outer.phase = "ending"
 
 
 @contextmanager
-def _second_ends(state: Interrupt, numbers: frozenset[int]) -> Iterator[None]:
+def _second_ends(state: StopRequest, numbers: frozenset[int]) -> Iterator[None]:
     """Watch for a second signal in a thread: the main one may wait where Python hears none, as in a collective."""
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
@@ -117,11 +117,11 @@ def _second_ends(state: Interrupt, numbers: frozenset[int]) -> Iterator[None]:
         os.close(ear)
 
 
-def _watch(ear: int, state: Interrupt, numbers: frozenset[int]) -> None:
+def _watch(ear: int, state: StopRequest, numbers: frozenset[int]) -> None:
     first: tuple[int, float] | None = None
     while True:
         waits = first is not None and state.phase == "starting"
-        if not select.select([ear], [], [], _GIVE_UP_S if waits else None)[0]:
+        if not select.select([ear], [], [], _STARTUP_TIMEOUT_S if waits else None)[0]:
             if state.phase == "starting":
                 os.write(2, b"preempted before the first step, in a wait that hears no signal: ends at once\n")
                 os._exit(EXIT_PREEMPTED)
@@ -134,12 +134,12 @@ def _watch(ear: int, state: Interrupt, numbers: frozenset[int]) -> None:
             first = (number, now)
         elif number in numbers:
             by_hand = number == first[0] == signal.SIGINT
-            if now - first[1] > (INSIST_BY_HAND_S if by_hand else INSIST_S):
+            if now - first[1] > (KEYBOARD_REPEAT_WINDOW_S if by_hand else REPEAT_WINDOW_S):
                 ctypes.CDLL(None).signal(number, 0)  # SIG_DFL; Python lets only the main thread set it
                 os.kill(os.getpid(), number)
 
 
-def end_before_training(folder: Path, asked: Preempted) -> int:
+def end_before_training(folder: Path, asked: PreemptedAtStart) -> int:
     """Say and record, on rank 0, that the run was asked to end before its first step; returns exit code 85.
 
     A launcher also ends ranks by SIGTERM because another one failed: where that is to be seen, it is a failure.

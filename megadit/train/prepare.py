@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What the command line asked for: a resolved config, DeepSpeed's dict, where to write, how to resume."""
 
     config: RunConfig
@@ -72,7 +72,7 @@ def check_job(
     datasets: Datasets | None = None,
     *,
     dry: bool = False,
-) -> Job:
+) -> TrainingJob:
     """The job of a loaded configuration, checked, in the environment that ``prepare_environment`` completed.
 
     ``datasets`` takes the place of ``build_datasets`` (a process that trains many jobs keeps their data).
@@ -122,7 +122,7 @@ def check_here(config: RunConfig, folder: Path, resume: str) -> None:
         check_checkpoint_path(config.train.init_from, "train.init_from")
 
 
-def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datasets | None = None) -> Job:
+def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datasets | None = None) -> TrainingJob:
     """The job of a resolved configuration, with its data.
 
     Raises:
@@ -147,10 +147,10 @@ def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datase
     for note in (missing_decoder_note(facts, merged.config), cut_before_crop(merged.config.data)):
         if note and is_local_main():
             print(f"note: {note}", file=sys.stderr)
-    return Job(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
+    return TrainingJob(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
 
 
-def check_machine(job: Job) -> None:
+def check_machine(job: TrainingJob) -> None:
     """Whether this machine can do what the configuration asks.
 
     Raises:
@@ -182,7 +182,7 @@ def check_machine(job: Job) -> None:
     _check_micro_batch(job)
 
 
-def _check_micro_batch(job: Job) -> None:
+def _check_micro_batch(job: TrainingJob) -> None:
     """Refuse a micro batch whose images alone, in float32, are more than this machine's memory."""
     config, micro = job.config, job.micro_batch
     needed = 4 * micro * config.model.in_channels * config.model.input_size**2
@@ -197,7 +197,7 @@ def _check_micro_batch(job: Job) -> None:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartPoint:
     """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
 
     ``weights_from`` is the checkpoint whose weights alone a new run takes. Of the sample numbers those from
@@ -221,27 +221,27 @@ class Start:
         return None if checkpoint is None else checkpoint.parent.parent
 
 
-def checked_start(job: Job, steps: int, *, dry: bool = False) -> Start:
-    """``resume_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
+def checked_start_point(job: TrainingJob, steps: int, *, dry: bool = False) -> StartPoint:
+    """``find_start_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
 
     dry: no checkpoint will be written, so that the data of a new run need no record.
 
     Raises:
-        UserError: as ``resume_point`` does, or the data are others than those of the checkpoint.
+        UserError: as ``find_start_point`` does, or the data are others than those of the checkpoint.
     """
-    start, stored = resume_point(job)
+    start, stored = find_start_point(job)
     if start.step >= steps or (dry and stored is None):
         return start
     from megadit.data.identity import identify
-    from megadit.train.resume import DataRecord, held_against
+    from megadit.train.resume import DataRecord, check_data_against
 
     record = DataRecord(identify(job.config, job.train_set, job.val_set))
     if stored is not None:
-        record = held_against(stored, record, job.config, job.train_set)
+        record = check_data_against(stored, record, job.config, job.train_set)
     return replace(start, data=record)
 
 
-def resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
+def find_start_point(job: TrainingJob) -> tuple[StartPoint, StoredCheckpoint | None]:
     """Where the job begins, and the checkpoint that it goes on from; only reads.
 
     Raises:
@@ -270,9 +270,9 @@ def resume_point(job: Job) -> tuple[Start, StoredCheckpoint | None]:
             )
     if found is None:
         left_out = merge_windows(job.config.train.skip_samples)
-        return Start(weights_from=check_weights_start(job.config), left_out=left_out), None
+        return StartPoint(weights_from=check_weights_start(job.config), left_out=left_out), None
     stored = found.stored
     stored.check_same_model(job.config)
     left_out = samples_left_out(stored, job.config)
     step, upto = stored.position.step, stored.next_sample
-    return Start(stored.path, step, found.earlier, next_sample=upto, left_out=left_out), stored
+    return StartPoint(stored.path, step, found.earlier, next_sample=upto, left_out=left_out), stored

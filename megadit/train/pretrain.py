@@ -29,8 +29,8 @@ from megadit.parallel.processes import RendezvousFailed
 from megadit.train.callbacks import Callback, default_callbacks, make_callbacks
 from megadit.train.divergence import notes_of_earlier_ends
 from megadit.train.loop import Trainer
-from megadit.train.preemption import Preempted
-from megadit.train.prepare import Job, Start, checked_start, total_steps
+from megadit.train.preemption import PreemptedAtStart
+from megadit.train.prepare import StartPoint, TrainingJob, checked_start_point, total_steps
 from megadit.train.run import build_run
 from megadit.train.run_dir import RunDirectory
 
@@ -39,7 +39,7 @@ _IMAGE_CHECK_S = 5.0  # for a look at the files before anything is written; what
 _checked: weakref.WeakSet[ImageSet] = weakref.WeakSet()  # sets that an earlier job of this process has looked at
 
 
-def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_group: bool = False) -> int:
+def pretrain(job: TrainingJob, callbacks: Sequence[Callback] | None = None, *, keep_group: bool = False) -> int:
     """Run the job in this process, one of WORLD_SIZE; returns the exit code.
 
     ``callbacks`` takes the place of the default ones; those of ``train.callbacks`` follow. With ``keep_group`` the
@@ -74,11 +74,11 @@ def pretrain(job: Job, callbacks: Sequence[Callback] | None = None, *, keep_grou
 
 
 @contextlib.contextmanager
-def _failures_recorded(job: Job, directory: RunDirectory, step: Callable[[], int]) -> Iterator[None]:
+def _failures_recorded(job: TrainingJob, directory: RunDirectory, step: Callable[[], int]) -> Iterator[None]:
     """Record an error that ends the block, and ``step()``, in ``exit.json``, and tell it as people can use it."""
     try:
         yield
-    except Preempted:
+    except PreemptedAtStart:
         raise
     except BaseException as error:
         told = _full_disk(error, job.run_dir) or error
@@ -93,7 +93,7 @@ def _failures_recorded(job: Job, directory: RunDirectory, step: Callable[[], int
         raise told from error
 
 
-def _join(job: Job, directory: RunDirectory) -> ProcessContext:
+def _join(job: TrainingJob, directory: RunDirectory) -> ProcessContext:
     """The process group, once all ranks are there; where they do not meet, a record of why."""
     limits = job.config.parallel
     try:
@@ -106,7 +106,7 @@ def _join(job: Job, directory: RunDirectory) -> ProcessContext:
         raise
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _facts(job: TrainingJob) -> dict[str, Any]:
     """What all ranks must have in common: the configuration, and how many samples the data hold for each."""
     # Plugins are compared with the code.
     found = {**flat(job.config.model_dump(mode="json", exclude={"plugins"})), **flat(job.ds_config, "ds_config.")}
@@ -120,11 +120,11 @@ def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:
     return None
 
 
-def _begin(job: Job, context: ProcessContext, directory: RunDirectory, steps: int) -> Start:
+def _begin(job: TrainingJob, context: ProcessContext, directory: RunDirectory, steps: int) -> StartPoint:
     """Own the run directory and find where to begin (all ranks must call). A refusal is recorded.
 
     Raises:
-        UserError: ranks differ, the directory is another run's or cannot be written, or as ``resume_point`` does.
+        UserError: ranks differ, the directory is another run's or cannot be written, or as ``find_start_point`` does.
     """
     try:
         check_consistency(context, _facts(job))
@@ -132,7 +132,7 @@ def _begin(job: Job, context: ProcessContext, directory: RunDirectory, steps: in
         ownership_request = OwnershipRequest(job.run_dir, "training")
         # The other ranks wait in a collective, which has a time limit, while rank 0 watches a silent owner.
         patience_s = min(_PATIENCE_S, job.config.parallel.timeout_s / 4)
-        start: Start | None = None
+        start: StartPoint | None = None
         while start is None:
             start = context.on_main(lambda: _prepare_directory(ownership_request, directory, job, steps, patience_s))
     except UserError as error:
@@ -144,8 +144,8 @@ def _begin(job: Job, context: ProcessContext, directory: RunDirectory, steps: in
 
 
 def _prepare_directory(
-    ownership_request: OwnershipRequest, directory: RunDirectory, job: Job, steps: int, patience_s: float
-) -> Start | None:
+    ownership_request: OwnershipRequest, directory: RunDirectory, job: TrainingJob, steps: int, patience_s: float
+) -> StartPoint | None:
     """On rank 0: where to begin; an owned, writable run directory, unless nothing is left to do.
 
     None when the owner before must be watched for longer.
@@ -160,7 +160,7 @@ def _prepare_directory(
         raise
     except UserError as error:  # no obstacle to a run that is complete
         unwritable = error
-    start = checked_start(job, steps)
+    start = checked_start_point(job, steps)
     if start.step >= steps:
         say(
             f"{job.run_dir}: already trained to step {start.step} of {steps}; raise train.steps, "

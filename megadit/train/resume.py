@@ -69,7 +69,7 @@ def restore(
             stored.check_same_model(config)
             stored.check_shapes(shapes_of(config))  # on every rank alike, where each will see its own parameters only
             if number and data is not None:
-                data = context.on_main(functools.partial(held_against, stored, data, config, train_set))
+                data = context.on_main(functools.partial(check_data_against, stored, data, config, train_set))
             notes = stored.restore(engine.partitions, [engine.ema], context)
         except BrokenCheckpoint as error:
             if len(paths) == 1:
@@ -273,7 +273,9 @@ class DataRecord:
         return {_IDENTITY: self.identity, _CHANGES: list(self.changes)}
 
 
-def held_against(stored: StoredCheckpoint, record: DataRecord, config: RunConfig, train_set: ImageSet) -> DataRecord:
+def check_data_against(
+    stored: StoredCheckpoint, record: DataRecord, config: RunConfig, train_set: ImageSet
+) -> DataRecord:
     """``record`` of the present sets with the history of ``stored``, from which the run goes on. Tells what it accepts.
 
     Raises:

@@ -27,7 +27,7 @@ from megadit.parallel import ProcessContext
 from megadit.parallel.topology import ProcessGroups, Topology, balanced_cuts
 from megadit.plan.flops import stage_flops
 from megadit.train.divergence import TrainingDiverged
-from megadit.train.prepare import Job, Start
+from megadit.train.prepare import StartPoint, TrainingJob
 from megadit.train.resume import DataRecord, restore, samples_left_out, start_from_weights
 from megadit.train.run_dir import RunDirectory
 
@@ -87,7 +87,7 @@ class TrainingRun:
 
 
 def build_run(
-    job: Job, context: ProcessContext, directory: RunDirectory, total_steps: int, start: Start
+    job: TrainingJob, context: ProcessContext, directory: RunDirectory, total_steps: int, start: StartPoint
 ) -> TrainingRun:
     """The parts of a job on this rank, where ``start`` says that it begins (all ranks must call).
 
@@ -137,7 +137,7 @@ def build_run(
     )
 
 
-def _build_conditions(job: Job, start: Start, context: ProcessContext) -> Conditions:
+def _build_conditions(job: TrainingJob, start: StartPoint, context: ProcessContext) -> Conditions:
     null, note = trained_null_caption(job.config, start.source)
     if note and context.is_main:
         print(f"note: {note}", file=sys.stderr)
@@ -162,7 +162,7 @@ def _build_model(config: RunConfig, groups: ProcessGroups | None) -> StagedModel
     return chunk
 
 
-def _describe(job: Job, directory: RunDirectory, place: Topology) -> None:
+def _describe(job: TrainingJob, directory: RunDirectory, place: Topology) -> None:
     """Write into the run directory what the run is."""
     table = rows(build_model(job.config.model, device="meta"), job.config.optim)
     layout = {
@@ -185,8 +185,8 @@ def _build_features(config: RunConfig, context: ProcessContext) -> TargetFeature
 
 
 def _restore(
-    job: Job,
-    start: Start,
+    job: TrainingJob,
+    start: StartPoint,
     engine: TrainingEngine,
     directory: RunDirectory,
     context: ProcessContext,

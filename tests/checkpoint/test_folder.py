@@ -14,7 +14,7 @@ from megadit.checkpoint.names import saved_step
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.write import save_checkpoint, set_latest, write_index
 from megadit.errors import UserError
-from megadit.train.prepare import resume_point, total_steps
+from megadit.train.prepare import find_start_point, total_steps
 
 
 def save(run_dir, step, **train):
@@ -80,7 +80,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 
 
 def begins_at(job):
-    start, _ = resume_point(job)
+    start, _ = find_start_point(job)
     return start.checkpoint, start.step
 
 
@@ -90,16 +90,16 @@ def test_the_point_of_resumption(tmp_path):
     first, second = save(run_dir, 10), save(run_dir, 20)
     elsewhere = save(other, 5)
     assert begins_at(job(run_dir)) == (second, 20)
-    assert resume_point(job(run_dir))[0].earlier == (first,)
+    assert find_start_point(job(run_dir))[0].earlier == (first,)
     assert begins_at(job(run_dir, str(first))) == (first, 10)
-    assert resume_point(job(run_dir, str(first)))[0].earlier == ()
+    assert find_start_point(job(run_dir, str(first)))[0].earlier == ()
     assert begins_at(job(tmp_path / "new", str(other))) == (elsewhere, 5)
     with pytest.raises(UserError, match="--resume: never"):
-        resume_point(job(run_dir, "never"))
+        find_start_point(job(run_dir, "never"))
     with pytest.raises(UserError, match="of another run, but .* has checkpoints of its own"):
-        resume_point(job(run_dir, str(elsewhere)))
+        find_start_point(job(run_dir, str(elsewhere)))
     with pytest.raises(UserError, match=r"train\.seed: 4 differs from 3"):
-        resume_point(job(run_dir, config=small_config(train={"seed": 4})))
+        find_start_point(job(run_dir, config=small_config(train={"seed": 4})))
 
 
 def test_a_latest_that_points_nowhere_means_the_newest_complete_one(tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_a_latest_that_points_nowhere_means_the_newest_complete_one(tmp_path, ca
     assert begins_at(job(tmp_path)) == (second, 20)
     assert "latest: cannot be read" in told(capsys)
     with pytest.raises(UserError, match="has checkpoints of its own"):  # which the other's course would drop
-        resume_point(job(tmp_path, str(save(tmp_path / "other", 5))))
+        find_start_point(job(tmp_path, str(save(tmp_path / "other", 5))))
     pointer.write_bytes(b"step-\xff\xfe")
     assert begins_at(job(tmp_path)) == (second, 20)
     assert "latest: cannot be read" in told(capsys) and saved_step(tmp_path) == 0
@@ -151,7 +151,7 @@ def test_a_broken_newest_gives_way_unless_it_was_named(tmp_path, capsys, what):
     said = told(capsys)
     assert said.startswith("warning: ") and said.endswith("; going on from step-00000010\n") and said.count("\n") == 1
     with pytest.raises(UserError, match="step-00000020"):
-        resume_point(job(tmp_path, str(second)))
+        find_start_point(job(tmp_path, str(second)))
     third = save(tmp_path / "other", 5)
     third.rename(first.with_name(third.name))
     (first / "state.json").unlink()
@@ -159,7 +159,7 @@ def test_a_broken_newest_gives_way_unless_it_was_named(tmp_path, capsys, what):
     assert told(capsys).count("going on from step-00000005") == 2  # each that is passed over is told
     (first.with_name(third.name) / "state.json").unlink()
     with pytest.raises(UserError, match="no earlier checkpoint of the run is sound"):
-        resume_point(job(tmp_path))
+        find_start_point(job(tmp_path))
 
 
 def test_a_newer_format_is_no_broken_checkpoint(tmp_path):
@@ -167,7 +167,7 @@ def test_a_newer_format_is_no_broken_checkpoint(tmp_path):
     index = save(tmp_path, 20) / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "version": 3}))
     with pytest.raises(UserError, match="version 3 is not megadit-checkpoint version 1 to 2"):
-        resume_point(job(tmp_path))
+        find_start_point(job(tmp_path))
 
 
 def test_multiples_of_keep_every_stay(tmp_path):
@@ -210,7 +210,7 @@ def test_the_base_width_of_sp_is_read_by_nothing(tmp_path):
 def test_another_width_is_refused_with_the_reason(tmp_path):
     path = save(tmp_path, 10)
     with pytest.raises(UserError, match=r"model\.width 32 → 64.*muP transfers hyperparameters, not weights"):
-        resume_point(job(tmp_path, str(path), small_config(model={"width": 64, "heads": 4})))
+        find_start_point(job(tmp_path, str(path), small_config(model={"width": 64, "heads": 4})))
 
 
 def test_changed_keys_are_named_and_layout_is_not_one(tmp_path):

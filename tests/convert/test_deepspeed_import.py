@@ -14,7 +14,7 @@ from megadit.checkpoint.find import find_checkpoint
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.convert.conversion import convert
 from megadit.errors import UserError
-from megadit.train.prepare import resume_point
+from megadit.train.prepare import find_start_point
 from megadit.train.resume import check_weights_start
 
 pytestmark = pytest.mark.distributed
@@ -87,7 +87,7 @@ def test_native_checkpoints_come_in_bit_for_bit(written, tmp_path, ranks, name):
     if name != "z1-elastic":  # which does not store its groups
         assert "lr 0.003, weight_decay 0.02" in told and "from the config" in told
     assert stored.state["groups"][0]["name"] == "input"  # megadit's own, from the config
-    assert resume_point(SimpleNamespace(run_dir=tmp_path / "run", resume="auto", config=CONFIG))[0].step == 2
+    assert find_start_point(SimpleNamespace(run_dir=tmp_path / "run", resume="auto", config=CONFIG))[0].step == 2
 
 
 @pytest.mark.parametrize(

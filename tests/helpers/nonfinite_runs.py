@@ -96,8 +96,8 @@ def whole_run(
     from megadit.data import build_datasets
     from megadit.train.callbacks import Callback
     from megadit.train.callbacks.artifacts import Checkpoints
-    from megadit.train.callbacks.logging import JsonLines, Progress
-    from megadit.train.prepare import Job
+    from megadit.train.callbacks.logging import JsonLines, ProgressBar
+    from megadit.train.prepare import TrainingJob
     from megadit.train.pretrain import pretrain
 
     class Watch(Callback):
@@ -112,9 +112,9 @@ def whole_run(
     if plant is not None:
         plant()
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]), ds)
-    job, watch = Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)), Watch()
+    job, watch = TrainingJob(config, ds_config, Path(folder), "auto", *build_datasets(config.data)), Watch()
     with contextlib.redirect_stderr(io.StringIO()) as told:
-        code = pretrain(job, [Progress(), JsonLines(), Checkpoints(), watch], keep_group=True)
+        code = pretrain(job, [ProgressBar(), JsonLines(), Checkpoints(), watch], keep_group=True)
     return {
         "code": code,
         "told": told.getvalue(),

@@ -55,18 +55,18 @@ def assemble_rank(
 ) -> TrainingRun:
     """This rank's part of a run, as the command assembles it, from ``checkpoint`` if given."""
     from megadit.parallel import start_processes
-    from megadit.train.prepare import Job, Start
+    from megadit.train.prepare import StartPoint, TrainingJob
     from megadit.train.run import build_run
     from megadit.train.run_dir import RunDirectory
 
     context = start_processes()
     config, ds_config = layout_of(config, context.world_size, ds)
     train_set, val_set = build_datasets(config.data)
-    job = Job(config, ds_config, Path(folder), "auto", train_set, val_set)
+    job = TrainingJob(config, ds_config, Path(folder), "auto", train_set, val_set)
     directory = RunDirectory(Path(folder))
     context.on_main(directory.create)
     assert config.train.steps is not None
-    start = Start(Path(checkpoint) if checkpoint else None)
+    start = StartPoint(Path(checkpoint) if checkpoint else None)
     return build_run(job, context, directory, config.train.steps, start)
 
 

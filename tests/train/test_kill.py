@@ -177,7 +177,7 @@ def life(config, folder, plan=None):
     from megadit.data import build_datasets
     from megadit.engine.engine import TrainingEngine
     from megadit.engine.loss import TrainingLoss
-    from megadit.train.prepare import Job
+    from megadit.train.prepare import TrainingJob
     from megadit.train.pretrain import pretrain
 
     rank = int(os.environ["RANK"])
@@ -202,7 +202,7 @@ def life(config, folder, plan=None):
 
     TrainingLoss.prepare, TrainingEngine.train_batch = noted, doomed
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
-    return pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
+    return pretrain(TrainingJob(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
 
 
 def killed(config, folder, plan, limit=100):

@@ -13,7 +13,7 @@ import pytest
 from helpers.ranks import ROOT, run_ranks
 from helpers.training import layout_of, small_config
 from megadit.cli import pretrain
-from megadit.train.preemption import Interrupt, Preempted, end_before_training, preemption_signals
+from megadit.train.preemption import PreemptedAtStart, StopRequest, end_before_training, preemption_signals
 from megadit.train.run_dir import RunDirectory
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -42,7 +42,7 @@ def main():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_before_training_ends_the_start(number):
-    with pytest.raises(Preempted) as asked, preemption_signals("starting"):
+    with pytest.raises(PreemptedAtStart) as asked, preemption_signals("starting"):
         send(number)
     assert asked.value.number == number and not isinstance(asked.value, Exception)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
@@ -51,10 +51,10 @@ def test_a_signal_before_training_ends_the_start(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_training_is_noted_and_said(number, capfd):
-    with preemption_signals() as interrupt:
+    with preemption_signals() as stop_request:
         send(number)
         send(number)  # launchers pass one on twice
-        assert interrupt.raised
+        assert stop_request.received
     said = capfd.readouterr().err
     assert said.count(f"{signal.Signals(number).name} noted: saving at the next step") == 1
     assert ("press Ctrl-C again" in said) == (number == signal.SIGINT)
@@ -62,8 +62,8 @@ def test_a_signal_while_training_is_noted_and_said(number, capfd):
 
 def test_training_goes_on_with_the_interrupt_of_the_start_and_the_end_hears_no_more():
     with preemption_signals("starting") as outer:
-        with preemption_signals() as interrupt:
-            assert interrupt is outer and outer.phase == "training"
+        with preemption_signals() as stop_request:
+            assert stop_request is outer and outer.phase == "training"
         send(signal.SIGTERM)  # saved and done: nothing is left to end
         assert outer.phase == "ending"
 
@@ -73,17 +73,17 @@ def test_what_others_answer_is_left_to_them():
     heard = []
     signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with preemption_signals() as interrupt:
+    with preemption_signals() as stop_request:
         send(signal.SIGTERM)
         send(signal.SIGINT)
-        assert heard == [signal.SIGTERM] and not interrupt.raised
+        assert heard == [signal.SIGTERM] and not stop_request.received
 
 
 # A step that neither ends nor returns to Python, where no handler runs; a thread says that it has begun.
 HANGS = """
 import hashlib, sys, threading
 from megadit.train import preemption
-preemption.INSIST_S = 0.2
+preemption.REPEAT_WINDOW_S = 0.2
 with preemption.preemption_signals({phase!r}):
     threading.Timer(0.5, print, ["begun"], {{"flush": True}}).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -109,7 +109,7 @@ def test_a_second_signal_ends_a_step_that_hangs(number):
 
 
 def test_a_start_that_hangs_is_given_up():
-    program = HANGS.format(phase="starting").replace("INSIST_S = 0.2", "_GIVE_UP_S = 0.3")
+    program = HANGS.format(phase="starting").replace("REPEAT_WINDOW_S = 0.2", "_STARTUP_TIMEOUT_S = 0.3")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -140,7 +140,7 @@ def test_a_dry_run_is_ended_as_any_command(main, monkeypatch):
 
 
 def asked(number=signal.SIGTERM):
-    return Preempted(number, time.time() - 5)
+    return PreemptedAtStart(number, time.time() - 5)
 
 
 def test_sigterm_for_another_ranks_failure_is_no_preemption(tmp_path, monkeypatch, capfd):
@@ -175,21 +175,21 @@ def test_only_the_first_rank_records_it(tmp_path, monkeypatch):
 def _rank(config, folder, number):
     from megadit.data import build_datasets
     from megadit.train import loop
-    from megadit.train.prepare import Job
+    from megadit.train.prepare import TrainingJob
     from megadit.train.pretrain import pretrain
 
     signals = loop.preemption_signals
 
     @contextlib.contextmanager
     def with_signal():
-        with signals() as interrupt:
+        with signals() as stop_request:
             if os.environ["RANK"] == "0":
                 send(number)
-            yield interrupt
+            yield stop_request
 
     loop.preemption_signals = with_signal
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
-    return pretrain(Job(config, ds_config, folder, "auto", *build_datasets(config.data)))
+    return pretrain(TrainingJob(config, ds_config, folder, "auto", *build_datasets(config.data)))
 
 
 @pytest.mark.distributed
@@ -202,6 +202,6 @@ def test_a_signal_to_one_rank_as_the_training_begins_makes_no_step(tmp_path):
 
 
 def test_an_interrupt_is_a_handler():
-    interrupt = Interrupt()
-    interrupt(signal.SIGTERM)
-    assert interrupt.raised
+    stop_request = StopRequest()
+    stop_request(signal.SIGTERM)
+    assert stop_request.received

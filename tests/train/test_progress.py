@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megadit.train.callbacks.logging import Progress
+from megadit.train.callbacks.logging import ProgressBar
 from megadit.train.metrics import Clock
 
 
@@ -26,7 +26,7 @@ def record(step: int, waited: float, *, seconds: float = 4.12) -> dict[str, Any]
 
 
 def lines(capsys: pytest.CaptureFixture[str], *records: dict[str, Any]) -> list[str]:
-    progress, run = Progress(), run_at()
+    progress, run = ProgressBar(), run_at()
     progress.on_start(run)
     for entry in records:
         progress.on_log(run, entry)

@@ -33,7 +33,7 @@ def start(config, folder, resume="auto", patch=None):
     import io
 
     from megadit.data import build_datasets
-    from megadit.train.prepare import Job
+    from megadit.train.prepare import TrainingJob
     from megadit.train.pretrain import pretrain
 
     if patch is not None:
@@ -42,7 +42,7 @@ def start(config, folder, resume="auto", patch=None):
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            outcome = pretrain(Job(config, ds_config, Path(folder), resume, *build_datasets(config.data)))
+            outcome = pretrain(TrainingJob(config, ds_config, Path(folder), resume, *build_datasets(config.data)))
         except UserError as error:
             outcome = str(error)
     return outcome, said.getvalue()
@@ -206,13 +206,13 @@ def test_weights_alone_are_those_of_the_checkpoint(trained, tmp_path, stage):
 def test_weights_that_do_not_fit_are_refused(trained, tmp_path):
     from types import SimpleNamespace
 
-    from megadit.train.prepare import resume_point
+    from megadit.train.prepare import find_start_point
 
     source, _ = trained
 
     def refused(**sections):
         with pytest.raises(UserError) as caught:
-            resume_point(SimpleNamespace(run_dir=tmp_path / "new", resume="auto", config=small_config(**sections)))
+            find_start_point(SimpleNamespace(run_dir=tmp_path / "new", resume="auto", config=small_config(**sections)))
         return str(caught.value)
 
     given = {"init_from": str(source)}
@@ -224,7 +224,7 @@ def test_weights_that_do_not_fit_are_refused(trained, tmp_path):
         small_config(train={"init_from_ema": 0.9})
     other = small_config(model={"output_mult": 2.0})  # the same shapes: another function of the same weights
     with pytest.raises(UserError, match=r"model\.output_mult 1.0 → 2.0.*train\.init_from="):
-        resume_point(SimpleNamespace(run_dir=tmp_path / "new", resume=str(source), config=other))
+        find_start_point(SimpleNamespace(run_dir=tmp_path / "new", resume=str(source), config=other))
 
 
 def _rewrite(checkpoint, change):

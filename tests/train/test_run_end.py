@@ -15,7 +15,7 @@ from helpers.training import layout_of, small_config
 def pretrain_rank(config, folder, patch=None):
     """A whole run on one rank, with ``patch()`` applied first; its exit code or what it raised, and its files."""
     from megadit.data import build_datasets
-    from megadit.train.prepare import Job
+    from megadit.train.prepare import TrainingJob
     from megadit.train.pretrain import pretrain
 
     sys.stderr = open(Path(folder).parent / "told.txt", "a", buffering=1)  # noqa: SIM115
@@ -23,7 +23,7 @@ def pretrain_rank(config, folder, patch=None):
         patch()
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
     try:
-        code = pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
+        code = pretrain(TrainingJob(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
     except Exception as error:
         code = f"{type(error).__name__}: {error}"
     return code

@@ -22,7 +22,7 @@ def pretrain_rank(config, folder, patch=None, resume="auto"):
     from megadit.data import build_datasets
     from megadit.train.callbacks.artifacts import Checkpoints
     from megadit.train.callbacks.logging import JsonLines, Wandb
-    from megadit.train.prepare import Job
+    from megadit.train.prepare import TrainingJob
     from megadit.train.pretrain import pretrain
 
     if os.environ["RANK"] == "0":
@@ -32,7 +32,7 @@ def pretrain_rank(config, folder, patch=None, resume="auto"):
         patch(Path(folder))
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
     try:
-        job = Job(config, ds_config, Path(folder), resume, *build_datasets(config.data))
+        job = TrainingJob(config, ds_config, Path(folder), resume, *build_datasets(config.data))
         return pretrain(job, [JsonLines(), Checkpoints(), Wandb()])
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -20,7 +20,7 @@ from megadit.config import LoadedConfig
 from megadit.config import replace as change
 from megadit.data import build_datasets
 from megadit.errors import UserError
-from megadit.train.prepare import Job, checked_start
+from megadit.train.prepare import TrainingJob, checked_start_point
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def of_folder(path, steps=4, **data):
 
 
 def job_of(run_dir, config, resume="auto"):
-    return Job(config, {}, run_dir, resume, *build_datasets(config.data))
+    return TrainingJob(config, {}, run_dir, resume, *build_datasets(config.data))
 
 
 def save(job, step, data):
@@ -54,7 +54,7 @@ def save(job, step, data):
 def begun(run_dir, config):
     """A run with a checkpoint of step 2."""
     job = job_of(run_dir, config)
-    return save(job, 2, checked_start(job, 4).data)
+    return save(job, 2, checked_start_point(job, 4).data)
 
 
 def swap_classes(folder):
@@ -66,7 +66,7 @@ def test_the_same_data_go_on_without_a_word(pictures, tmp_path, capsys):
     kept = json.loads((saved / "state.json").read_text())
     assert kept["data"]["classes"] == ["ant", "cat", "dog"] and kept["data_changes"] == []
     moved = shutil.move(pictures, tmp_path / "moved")
-    start = checked_start(job_of(tmp_path / "run", of_folder(tmp_path / "moved"), str(saved)), 4)
+    start = checked_start_point(job_of(tmp_path / "run", of_folder(tmp_path / "moved"), str(saved)), 4)
     assert moved and (start.checkpoint, start.step, start.data.new) == (saved, 2, ())
     assert capsys.readouterr().err == ""
 
@@ -75,7 +75,7 @@ def test_others_are_refused_by_name_with_the_remedy(pictures, tmp_path):
     saved = begun(tmp_path / "run", of_folder(pictures))
     swap_classes(pictures)
     with pytest.raises(UserError) as refusal:
-        checked_start(job_of(tmp_path / "run", of_folder(pictures)), 4)
+        checked_start_point(job_of(tmp_path / "run", of_folder(pictures)), 4)
     said = str(refusal.value)
     assert said.startswith(
         f"data.on_change: refuse, and the data are not those of checkpoint {saved}: class 1 was 'cat' "
@@ -83,13 +83,13 @@ def test_others_are_refused_by_name_with_the_remedy(pictures, tmp_path):
     assert "(first difference: cat/0.png is gone)" in said
     assert said.endswith("set data.on_change=accept to go on with these") and "\n" not in said
     with pytest.raises(UserError, match="class 1 was 'cat' and is 'dog'"):  # whatever run the checkpoint is of
-        checked_start(job_of(tmp_path / "other", of_folder(pictures), str(saved)), 4)
+        checked_start_point(job_of(tmp_path / "other", of_folder(pictures), str(saved)), 4)
 
 
 def test_a_run_with_nothing_left_to_do_is_not_asked(pictures, tmp_path):
     begun(tmp_path / "run", of_folder(pictures))
     swap_classes(pictures)
-    assert checked_start(job_of(tmp_path / "run", of_folder(pictures)), 2).step == 2
+    assert checked_start_point(job_of(tmp_path / "run", of_folder(pictures)), 2).step == 2
 
 
 def test_accepted_changes_are_told_once_and_stay_on_record(pictures, tmp_path, capsys):
@@ -98,18 +98,18 @@ def test_accepted_changes_are_told_once_and_stay_on_record(pictures, tmp_path, c
     assert capsys.readouterr().err == ""
     swap_classes(pictures)
     job = job_of(tmp_path / "run", config)
-    start = checked_start(job, 8)
+    start = checked_start_point(job, 8)
     err = capsys.readouterr().err
     assert err.startswith("note: data.on_change accept: going on with other data: class 1 was 'cat' and is 'dog'")
     save(job, 4, start.data)
     Image.new("RGB", (8, 8)).save(pictures / "ant/8.png")
-    later = checked_start(job_of(tmp_path / "run", config), 8)  # compared with the newest data alone
+    later = checked_start_point(job_of(tmp_path / "run", config), 8)  # compared with the newest data alone
     assert "ant/8.png is new" in capsys.readouterr().err
     saved = save(job, 6, later.data)
     history = StoredCheckpoint(saved).state["data_changes"]
     assert [change["step"] for change in history] == [2, 4]
     assert "class 1 was 'cat'" in history[0]["changes"][0] and "ant/8.png" in history[1]["changes"][0]
-    strict = checked_start(job_of(tmp_path / "run", of_folder(pictures)), 8)
+    strict = checked_start_point(job_of(tmp_path / "run", of_folder(pictures)), 8)
     assert capsys.readouterr().err == "" and len(strict.data.changes) == 2
 
 
@@ -129,30 +129,30 @@ def test_an_older_checkpoint_goes_on_with_one_note(pictures, tmp_path, capsys):
     saved = begun(tmp_path / "run", of_folder(pictures))
     as_before(saved)
     job = job_of(tmp_path / "run", of_folder(pictures))
-    start = checked_start(job, 4)
+    start = checked_start_point(job, 4)
     err = capsys.readouterr().err
     assert err.startswith(f"note: {saved} does not keep what it was trained on") and err.count("\n") == 1
     save(job, 3, start.data)
-    assert checked_start(job, 4).data.identity == start.data.identity and capsys.readouterr().err == ""
+    assert checked_start_point(job, 4).data.identity == start.data.identity and capsys.readouterr().err == ""
 
 
 def test_an_older_checkpoint_is_held_against_what_its_run_tells(pictures, tmp_path, capsys):
     saved = begun(tmp_path / "run", of_folder(pictures))
     as_before(saved)
     with pytest.raises(UserError, match="data.flip was false and is true"):
-        checked_start(job_of(tmp_path / "run", of_folder(pictures, flip=True)), 4)
+        checked_start_point(job_of(tmp_path / "run", of_folder(pictures, flip=True)), 4)
     (tmp_path / "run/classes.json").write_text(json.dumps(["ant", "cat", "dog"]))
     swap_classes(pictures)
     with pytest.raises(UserError, match="class 1 was 'cat' and is 'dog'"):
-        checked_start(job_of(tmp_path / "run", of_folder(pictures)), 4)
+        checked_start_point(job_of(tmp_path / "run", of_folder(pictures)), 4)
     assert capsys.readouterr().err.count("note: ") == 2
 
 
 def test_images_of_before_data_crop_were_cut_by_adm(pictures, tmp_path):
     as_before(begun(tmp_path / "run", of_folder(pictures)))
-    assert checked_start(job_of(tmp_path / "run", of_folder(pictures)), 4).step == 2
+    assert checked_start_point(job_of(tmp_path / "run", of_folder(pictures)), 4).step == 2
     with pytest.raises(UserError, match=r"data\.crop was adm and is center; give it"):
-        checked_start(job_of(tmp_path / "run", of_folder(pictures, crop="center")), 4)
+        checked_start_point(job_of(tmp_path / "run", of_folder(pictures, crop="center")), 4)
 
 
 def test_of_tars_only_reading_would_tell_and_so_it_is_a_note(pictures, tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_of_tars_only_reading_would_tell_and_so_it_is_a_note(pictures, tmp_path,
     as_before(begun(tmp_path / "run", config))
     for crop, told in (("adm", False), ("center", True)):
         capsys.readouterr()
-        assert checked_start(job_of(tmp_path / "run", change(config, {"data.crop": crop})), 4).step == 2
+        assert checked_start_point(job_of(tmp_path / "run", change(config, {"data.crop": crop})), 4).step == 2
         assert ("note: data.crop: center cuts images of another size" in capsys.readouterr().err) is told
 
 

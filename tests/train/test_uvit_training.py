@@ -100,11 +100,11 @@ def test_bf16_follows_float32(expected: dict[str, dict[str, Any]], tmp_path: Pat
 def _whole_run(config: RunConfig, folder: str) -> int:
     """A whole run on one rank; its exit code."""
     from megadit.data import build_datasets
-    from megadit.train.prepare import Job
+    from megadit.train.prepare import TrainingJob
     from megadit.train.pretrain import pretrain
 
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
-    return pretrain(Job(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
+    return pretrain(TrainingJob(config, ds_config, Path(folder), "auto", *build_datasets(config.data)))
 
 
 @pytest.mark.distributed

@@ -30,7 +30,7 @@ from megadit.search.storage.records import ClaimedTrial
 from megadit.search.study.study import Study
 from megadit.search.workers import scores
 from megadit.train.callbacks import Callback, Record, RunStopped, make_callbacks
-from megadit.train.prepare import Job, check_job, check_machine, total_steps
+from megadit.train.prepare import TrainingJob, check_job, check_machine, total_steps
 from megadit.train.pretrain import pretrain
 from megadit.train.run_dir import RunDirectory
 
@@ -167,7 +167,7 @@ def _collect() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _result(study: Study, claim: ClaimedTrial, job: Job, watch: TrialCallback, code: int) -> TrialResult:
+def _result(study: Study, claim: ClaimedTrial, job: TrainingJob, watch: TrialCallback, code: int) -> TrialResult:
     """The outcome and scores of a run that ended by itself or was pruned."""
     config, spec = job.config, study.spec
     rows = RunDirectory(job.run_dir).read_metrics()

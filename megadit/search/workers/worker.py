@@ -25,7 +25,7 @@ from megadit.plugins import load_plugins
 from megadit.search.storage.identity import this_worker
 from megadit.search.study.study import Study, load_study
 from megadit.search.wording import point_text
-from megadit.train.preemption import hand_over
+from megadit.train.preemption import stop_handling_signals
 
 if TYPE_CHECKING:
     from megadit.parallel import ProcessContext
@@ -65,7 +65,7 @@ class StopSignal:
                 os.kill(os.getpid(), number)
             self.signalled = True
 
-        hand_over()
+        stop_handling_signals()
         before = {number: signal.signal(number, note) for number in SIGNALS}
         try:
             yield

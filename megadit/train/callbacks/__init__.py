@@ -7,7 +7,7 @@ from megadit.train.callbacks.base import Callback, Record, RunStopped
 # which may fail, that.
 CALLBACKS = {
     "validation": "megadit.train.callbacks.artifacts:Validation",
-    "progress": "megadit.train.callbacks.logging:Progress",
+    "progress": "megadit.train.callbacks.logging:ProgressBar",
     "json-lines": "megadit.train.callbacks.logging:JsonLines",
     "checkpoints": "megadit.train.callbacks.artifacts:Checkpoints",
     "samples": "megadit.train.callbacks.artifacts:Samples",

@@ -28,7 +28,7 @@ class RecordCallback(Callback):
         self.on_log(run, record)
 
 
-class Progress(RecordCallback):
+class ProgressBar(RecordCallback):
     """A bar with loss, learning rate, images/s, ETA and waiting for data; plain lines where stderr is no terminal."""
 
     def __init__(self) -> None:
