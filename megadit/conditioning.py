@@ -92,7 +92,7 @@ class Conditioning:
         return Conditioning(**changed)
 
 
-def seen_text(cond: Conditioning, dim: int, max_length: int | None) -> tuple[Tensor, Tensor | None]:
+def checked_text(cond: Conditioning, dim: int, max_length: int | None) -> tuple[Tensor, Tensor | None]:
     """What a model reads of a text: features (B, L, ``dim``) and the mask, bool (B, L); None where all tokens count.
 
     ``max_length``: the most tokens that the model takes, None: any number.

@@ -17,7 +17,7 @@ MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 90
 
 FOUNDATIONS = {
-    "errors", "extensions", "files", "finite", "keys", "lazy", "registry", "rng", "optional", "tables",
+    "errors", "extensions", "files", "finite", "keys", "lazy", "nested", "registry", "rng", "optional", "tables",
     "conditioning", "plugins", "slices", "streams", "__version__",
 }  # fmt: skip
 # What each part of megadit may import, its own modules and the foundations aside, in the order of dependence: nothing

@@ -27,7 +27,6 @@ from megadit.checkpoint.format import (
 from megadit.checkpoint.fragment_reader import FragmentReader
 from megadit.checkpoint.names import STATE
 from megadit.config import RunConfig
-from megadit.config.loading.sources import flat
 from megadit.config.schema.run import ONLINE
 from megadit.data.windows import merge_windows
 from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
@@ -36,6 +35,7 @@ from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
 from megadit.finite import all_finite, describe_nonfinite
 from megadit.models.repa import PREFIX, without_projector
+from megadit.nested import flatten
 from megadit.parallel import ProcessContext
 from megadit.plugins import require
 from megadit.slices import PendingSpans, contiguous_spans
@@ -371,7 +371,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def changed_values(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The (old, new) values of keys of two run configs that differ; layout keys left out."""
-    old, new = flat(before), flat(after)
+    old, new = flatten(before), flatten(after)
     keys = [key for key in new if key in old and key not in _LAYOUT_KEYS]
     return {key: (old[key], new[key]) for key in keys if old[key] != new[key]}
 

@@ -110,13 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _hint(text: str) -> tuple[str, Any]:
     """``heads=16`` as a name and a value, which is read as YAML reads it."""
-    from megadit.config.schema.values import meaning
+    from megadit.config.schema.values import resolve_scalars
     from megadit.files.yaml_text import YamlError, parse_yaml
 
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise UserError(f"--hint: {text!r} is not KEY=VALUE; write it like heads=16")
     try:
-        return name, meaning(parse_yaml(value, comments=False))
+        return name, resolve_scalars(parse_yaml(value, comments=False))
     except YamlError as error:
         raise UserError(f"--hint {name}: {value!r} cannot be read; write it like heads=16") from error

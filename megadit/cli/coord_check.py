@@ -52,9 +52,9 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def _rate(text: str | None, default: float) -> float:
-    from megadit.config.schema.values import number
+    from megadit.config.schema.values import parse_number
 
-    rate = default if text is None else number(text)
+    rate = default if text is None else parse_number(text)
     if rate is None or not 0.0 < rate < float("inf"):
         raise UserError(f"--lr {text}: not a learning rate; give a number above 0, e.g. 1e-3 or 2^-10")
     return rate

@@ -114,7 +114,7 @@ def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """The run's configuration with what the command line says about sampling."""
     from pydantic import ValidationError
 
-    from megadit.config.loading.messages import explain
+    from megadit.config.loading.messages import validation_message
     from megadit.config.schema.run import SampleConfig
 
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
@@ -130,7 +130,7 @@ def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     try:
         settings = SampleConfig.model_validate(config.sample.model_dump() | given)
     except ValidationError as error:
-        raise UserError("--" + explain(error, SampleConfig, {}).replace("\n", "; --")) from error
+        raise UserError("--" + validation_message(error, SampleConfig, {}).replace("\n", "; --")) from error
     return config.model_copy(update={"sample": settings})
 
 

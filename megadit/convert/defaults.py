@@ -27,7 +27,7 @@ def default_run(
         UserError: an override is wrong.
     """
     from megadit.config.loading.loader import load_layers
-    from megadit.config.loading.sources import Layer, override_layer
+    from megadit.config.loading.sources import ConfigLayer, override_layer
 
     known = known or {}
     condition = "class" if model.num_classes else "none" if model.text is None else "text"
@@ -43,7 +43,7 @@ def default_run(
         sections["sample"]["guidance"] = 1.0
     for section, values in known.items():
         sections[section] = {**sections.get(section, {}), **values}
-    layers = [Layer({"model": model.model_dump(), **sections}, "the defaults of a converted model")]
+    layers = [ConfigLayer({"model": model.model_dump(), **sections}, "the defaults of a converted model")]
     return load_layers([*layers, override_layer(overrides)])
 
 
@@ -80,4 +80,4 @@ def _told(model: ModelConfig) -> dict[str, Any]:
     keys = {key: value for key, value in model.model_dump(mode="json").items() if key not in _FREE}
     if keys["text"] is not None:
         keys["text"] = {**keys["text"], "mask": None}
-    return conversion_of(model.family).told(model, keys)
+    return conversion_of(model.family).comparable_keys(model, keys)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megadit.config.family import family_spec
-from megadit.config.loading.messages import explain
+from megadit.config.loading.messages import validation_message
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields
@@ -111,7 +111,7 @@ def diffusers_gap(config_json: Mapping[str, Any], where: str = WHERE) -> str | N
         UserError: its ``_class_name`` is not known, or a value is none of its type.
     """
     known, _ = class_config(Fields(config_json, where))
-    return diffusers_of(diffusers_classes()[known["_class_name"]]).gap(known, where)
+    return diffusers_of(diffusers_classes()[known["_class_name"]]).mismatch(known, where)
 
 
 def _check_hints(hints: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
     try:
         return function(*values, **hints)
     except ValidationError as error:
-        told = explain(error, ModelConfig, {}).replace("\n", "; ")
+        told = validation_message(error, ModelConfig, {}).replace("\n", "; ")
         raise UserError(f"{hints.get('where', 'IN')}: cannot be this family's model: {told}") from error
     except KeyError as error:
         raise UserError(
@@ -147,10 +147,10 @@ def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
 
 def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) -> None:
     """Refuse a state dict without all parameters, or with more than these and the model's buffers."""
-    from megadit.models.conversion.key_maps import buffer_shapes, check, model_shapes
+    from megadit.models.conversion.key_maps import buffer_shapes, check_state, model_shapes
 
     buffers = {name: shape for name, shape in buffer_shapes(config).items() if name in state}
-    check(state, model_shapes(config) | buffers, what)
+    check_state(state, model_shapes(config) | buffers, what)
 
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

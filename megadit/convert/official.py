@@ -56,7 +56,7 @@ def write_official(family: str, contents: Contents, target: Path) -> list[str]:
     if target.name.endswith(".safetensors"):
         write_one(target, official)
     else:
-        key = conversion_of(family).wrapped_in
+        key = conversion_of(family).weights_key
         save_streaming(official if key is None else {key: official}, target)
     return contents.moments_left + folded_notes(model)
 

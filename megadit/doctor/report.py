@@ -25,7 +25,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class MachineReport:
     """All checks, and what follows from them."""
 
     checks: tuple[Check, ...]
@@ -52,7 +52,7 @@ class Report:
         return {"ready": self.ready, "verdict": self.verdict, "checks": [asdict(check) for check in self.checks]}
 
 
-def format_report(report: Report) -> str:
+def format_report(report: MachineReport) -> str:
     """An aligned table, section by section; a remedy stands below the line that needs it."""
     width = max(len(check.name) for check in report.checks)
     lines: list[str] = []

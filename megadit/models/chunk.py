@@ -59,7 +59,7 @@ class ModelChunk(nn.Module):
             state = stage.recomputed(state, self.model.recompute)
             block += stage.is_block
             if stage.is_block and block == repa_block:
-                repa_projection = (self.model.projected(state[0]),)
+                repa_projection = (self.model.project_tokens(state[0]),)
         if self.is_last:
             return (*state, *repa_projection) if repa_projection else state[0]
         return (*repa_projection, *state)

@@ -15,14 +15,14 @@ from megadit.parallel.collectives import gather_sequence
 from megadit.parallel.tensor import tensor_layout
 
 
-def side_of(config: ModelConfig) -> int:
+def patches_per_side(config: ModelConfig) -> int:
     """How many patches lie along a side of an image of ``input_size``."""
     return config.input_size // config.patch_size
 
 
-def patches_of(config: ModelConfig) -> int:
+def num_patches(config: ModelConfig) -> int:
     """How many patches, and so image tokens, an image of ``input_size`` has."""
-    return side_of(config) ** 2
+    return patches_per_side(config) ** 2
 
 
 def check_square(x: Tensor, config: ModelConfig) -> None:
@@ -32,7 +32,7 @@ def check_square(x: Tensor, config: ModelConfig) -> None:
         raise ValueError(f"x: {tuple(x.shape)} is not an image of {size} x {size}, the model's input_size")
 
 
-def labels_of(cond: Conditioning, config: ModelConfig) -> Tensor:
+def class_labels(cond: Conditioning, config: ModelConfig) -> Tensor:
     """The class of each image, int64 (B,). Raises ValueError where the condition has no labels."""
     if cond.labels is None:
         raise ValueError(
@@ -80,6 +80,6 @@ class SquareReadoutStage(Stage):
 
     def run(self, state: ConditionedTokens) -> ModelOutput:
         """Read out the patches, gather those of other ranks and put the image together."""
-        config, side = self.config, side_of(self.config)
+        config, side = self.config, patches_per_side(self.config)
         patches = gather_sequence(self.final_layer(state.tokens, state.condition), self.layout, side * side)
         return ModelOutput(unpatchify(patches, side, side, config.patch_size, config.out_channels))

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.config.schema.model import RepaProjector as RepaConfig
+from megadit.config.schema.model import RepaConfig
 from megadit.models.layers import MuRMSNorm, ReplicatedLinear
 from megadit.mup.rules import InitRule, Parametrization
 from megadit.mup.spec import Dim

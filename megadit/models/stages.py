@@ -164,7 +164,7 @@ class StagedModel(nn.Module):
             if self.repa is None or taps:
                 raise ValueError("project: the model has no REPA projector (model.repa), or taps are asked for too")
             output, [tokens] = self.forward(x, t, cond, taps=(self.repa_block,))
-            return output, self._project(tokens)
+            return output, self._project_image_tokens(tokens)
         stage_io = self.packed_inputs(x, t, Conditioning() if cond is None else cond)
         tapped: dict[int, Tensor] = {}
         blocks = 0
@@ -173,7 +173,7 @@ class StagedModel(nn.Module):
             if stage.is_block:
                 blocks += 1
                 if blocks in taps:
-                    tapped[blocks] = self.whole_stream(stage_io[0])
+                    tapped[blocks] = self.gather_tokens(stage_io[0])
         if not taps:
             return stage_io[0]
         missing = [k for k in taps if k not in tapped]
@@ -181,15 +181,15 @@ class StagedModel(nn.Module):
             raise ValueError(f"taps: {missing} are not blocks of this model, which has blocks 1 to {blocks}")
         return stage_io[0], [tapped[k] for k in taps]
 
-    def whole_stream(self, tokens: Tensor) -> Tensor:
+    def gather_tokens(self, tokens: Tensor) -> Tensor:
         """All tokens of a block's output, of which sequence parallelism leaves a rank its own."""
         return tokens if self.stream_tokens is None else gather_sequence(tokens, self.layout, self.stream_tokens)
 
-    def projected(self, tokens: Tensor) -> Tensor:
+    def project_tokens(self, tokens: Tensor) -> Tensor:
         """The REPA projection (B, T, F) of the image tokens after block ``repa_block``, from a rank's tokens."""
-        return self._project(self.whole_stream(tokens))
+        return self._project_image_tokens(self.gather_tokens(tokens))
 
-    def _project(self, tokens: Tensor) -> Tensor:
+    def _project_image_tokens(self, tokens: Tensor) -> Tensor:
         assert self.repa is not None  # who asks has looked
         projection: Tensor = self.repa(self.image_tokens(tokens))
         return projection

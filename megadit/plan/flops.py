@@ -45,7 +45,7 @@ def stage_flops(config: ModelConfig) -> list[int]:
             stage_io = stage(stage_io)
             blocks += stage.is_block
             if model.repa is not None and stage.is_block and blocks == model.repa_block:
-                model.projected(stage_io[0])
+                model.project_tokens(stage_io[0])
         costs.append(int(counter.get_total_flops()))
     return costs
 

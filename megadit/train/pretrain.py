@@ -16,11 +16,11 @@ from typing import Any
 
 from megadit.checkpoint.format import cannot_write
 from megadit.checkpoint.names import saved_step
-from megadit.config.loading.sources import flat
 from megadit.data import ImageSet, check_images
 from megadit.errors import EXIT_FAILURE, EXIT_OK, UserError, say, warn_on_failure
 from megadit.files.ownership import FolderInUse, OwnershipLost, OwnershipRequest
 from megadit.files.paths import check_folder
+from megadit.nested import flatten
 from megadit.optional import defer_compiler
 from megadit.parallel import ProcessContext, start_processes, stop_processes
 from megadit.parallel.consistency_check import check_consistency
@@ -109,7 +109,7 @@ def _join(job: TrainingJob, directory: RunDirectory) -> ProcessContext:
 def _facts(job: TrainingJob) -> dict[str, Any]:
     """What all ranks must have in common: the configuration, and how many samples the data hold for each."""
     # Plugins are compared with the code.
-    found = {**flat(job.config.model_dump(mode="json", exclude={"plugins"})), **flat(job.ds_config, "ds_config.")}
+    found = {**flatten(job.config.model_dump(mode="json", exclude={"plugins"})), **flatten(job.ds_config, "ds_config.")}
     return {**found, "images to train on": len(job.train_set), "images held out": len(job.val_set)}
 
 

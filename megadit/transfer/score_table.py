@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megadit.config.schema.values import number
+from megadit.config.schema.values import parse_number
 from megadit.errors import UserError, did_you_mean
 from megadit.files.file_kind import text_instead
 from megadit.files.text import decode, why_no_text
@@ -135,7 +135,7 @@ def _clean(text: str) -> str:
 
 def _number(row: Mapping[str, str], column: str, line: int) -> float:
     text = _clean(row[column])
-    value = number(text.replace(",", ""))
+    value = parse_number(text.replace(",", ""))
     if value is None:
         raise UserError(f"--table: {column} in line {line} is {text!r}, not a number; correct it or empty the score")
     return float(value)

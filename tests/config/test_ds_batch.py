@@ -7,12 +7,12 @@ import itertools
 import pytest
 
 from megadit.config import LoadedConfig, RunConfig, merge_ds_config
-from megadit.config.deepspeed.batch import BatchPlan, Size, plan_batch
+from megadit.config.deepspeed.batch import BatchPlan, BatchSize, plan_batch
 from megadit.errors import UserError
 
 
-def size(value: int | None, key: str = "k") -> Size | None:
-    return None if value is None else Size(value, key, "in a file")
+def size(value: int | None, key: str = "k") -> BatchSize | None:
+    return None if value is None else BatchSize(value, key, "in a file")
 
 
 def plan(world: int, total: int | None, micro: int | None, steps: int | None, default: int, default_micro: int | None):
@@ -21,7 +21,7 @@ def plan(world: int, total: int | None, micro: int | None, steps: int | None, de
         global_batch=size(total, "train_batch_size"),
         micro_batch=size(micro, "train_micro_batch_size_per_gpu"),
         accumulation=size(steps, "gradient_accumulation_steps"),
-        default_global=Size(default, "train.global_batch", "a default"),
+        default_global=BatchSize(default, "train.global_batch", "a default"),
         default_micro=default_micro,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megadit.config import load
-from megadit.config.deepspeed.file import PLAIN, is_plain
+from megadit.config.deepspeed.file import KNOWN_VALID, is_known_valid
 from megadit.config.deepspeed.merge import merge_ds_config
 from megadit.engine.deepspeed.check import check_ds_config
 from megadit.errors import UserError
@@ -56,13 +56,13 @@ def plain_values(judge: Any) -> Iterator[Any]:
         yield from (sample for sample in SAMPLES if judge(sample))
 
 
-@pytest.mark.parametrize("key", [key for key in PLAIN if key not in BASE or key == "zero_optimization"])
+@pytest.mark.parametrize("key", [key for key in KNOWN_VALID if key not in BASE or key == "zero_optimization"])
 def test_deepspeed_takes_what_counts_as_plain(key):
-    values = list(plain_values(PLAIN[key]))
+    values = list(plain_values(KNOWN_VALID[key]))
     assert values, "no sample is plain: add one"
     for value in values:
         ds_config = {**BASE, key: value}
-        assert is_plain(ds_config)
+        assert is_known_valid(ds_config)
         check_ds_config(ds_config)
 
 
@@ -70,13 +70,13 @@ def test_deepspeed_takes_what_counts_as_plain(key):
 def test_files_that_come_with_megadit_are_plain(file):
     values = json.loads(file.read_text(encoding="utf-8"))
     sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
-    assert is_plain(merge_ds_config(load("configs/quickstart/digits.yaml", []), {**values, **sizes}, 2).ds_config)
+    assert is_known_valid(merge_ds_config(load("configs/quickstart/digits.yaml", []), {**values, **sizes}, 2).ds_config)
 
 
 def test_what_megadit_makes_is_plain():
-    assert is_plain(merge_ds_config(load("configs/quickstart/digits.yaml", []), None, 1).ds_config)
+    assert is_known_valid(merge_ds_config(load("configs/quickstart/digits.yaml", []), None, 1).ds_config)
     pipeline = load("configs/quickstart/emoji.yaml", ["parallel.pipeline=2", "train.precision=bf16"])
-    assert is_plain(merge_ds_config(pipeline, None, 4).ds_config)
+    assert is_known_valid(merge_ds_config(pipeline, None, 4).ds_config)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_what_megadit_makes_is_plain():
     ],
 )
 def test_all_others_are_asked_about(odd):
-    assert not is_plain({**BASE, **odd})
+    assert not is_known_valid({**BASE, **odd})
 
 
 def test_what_deepspeed_does_not_take_is_not_plain():

@@ -12,7 +12,7 @@ import pytest
 from megadit.config import RunConfig, load, merge_ds_config
 from megadit.config.loading.layers import merge
 from megadit.config.loading.sources import configs_dir, override_layer, read_layers
-from megadit.config.schema.reads import READ_WHERE, Choice, choices_of, settle
+from megadit.config.schema.reads import READ_WHERE, ReadCondition, drop_unread, read_conditions
 from megadit.config.schema.registered import registered_names
 from megadit.config.schema.section import options, section_of, walk
 from megadit.errors import UserError
@@ -71,7 +71,7 @@ ALWAYS = {
     ),
 }  # fmt: skip
 READ_BY_ALL = [key for keys in ALWAYS.values() for key in keys.split()]
-CONDITIONAL = [key for key in LEAVES if choices_of(key)]
+CONDITIONAL = [key for key in LEAVES if read_conditions(key)]
 
 # A value that is not the default, where the kind of the field does not tell one.
 OTHER = {
@@ -124,7 +124,7 @@ def other_value(key: str) -> str:
     raise AssertionError(f"enter a value of {key} in OTHER")
 
 
-def sides(choice: Choice) -> tuple[list[str], list[str]]:
+def sides(choice: ReadCondition) -> tuple[list[str], list[str]]:
     """The values of the choice's key under which a key is read, and those under which it is not."""
     if choice.key in ON_AND_OFF:
         on, off = ON_AND_OFF[choice.key]
@@ -133,7 +133,7 @@ def sides(choice: Choice) -> tuple[list[str], list[str]]:
     return [str(v) for v in known if choice.reads(v)], [str(v) for v in known if not choice.reads(v)]
 
 
-def making(choice: Choice, value: str) -> tuple[str, list[str]]:
+def making(choice: ReadCondition, value: str) -> tuple[str, list[str]]:
     """A configuration and the overrides with which the choice's key has the value."""
     pair = (choice.key, value)
     if pair in OURS:
@@ -144,7 +144,7 @@ def making(choice: Choice, value: str) -> tuple[str, list[str]]:
 def settled(config: str, overrides: list[str]) -> dict[str, Any]:
     """What the rule leaves of a configuration, whatever else may be wrong with it."""
     merged = merge([*layers(config), override_layer(overrides)], RunConfig)
-    settle(merged.values, merged.sources, merged.order, merged.resolved)
+    drop_unread(merged.values, merged.sources, merged.order, merged.resolved)
     return merged.values
 
 
@@ -153,16 +153,16 @@ def layers(config: str) -> tuple[Any, ...]:
     return tuple(read_layers(configs_dir() / config))
 
 
-def unread() -> list[tuple[str, Choice, str]]:
+def unread() -> list[tuple[str, ReadCondition, str]]:
     """Every key with every value of every choice under which it is not read, but for those of ``TestBaseWidth``."""
-    hangs = [(key, choice) for key in CONDITIONAL for choice in choices_of(key) if not choice.where_said]
+    hangs = [(key, choice) for key in CONDITIONAL for choice in read_conditions(key) if not choice.where_said]
     return [(key, choice, value) for key, choice in hangs for value in sides(choice)[1]]
 
 
-def combined(key: str, held: Choice, value: str) -> tuple[str, list[str]]:
+def combined(key: str, held: ReadCondition, value: str) -> tuple[str, list[str]]:
     """As ``making``, with all other choices on which the key hangs made as it needs them."""
     config, overrides = making(held, value)
-    for choice in choices_of(key):
+    for choice in read_conditions(key):
         if choice.key != held.key:
             file, more = making(choice, sides(choice)[0][0])
             config = config if config != DIGITS else file
@@ -175,9 +175,9 @@ def test_every_key_is_classified_once() -> None:
 
 
 @pytest.mark.parametrize(("key", "choice", "value"), unread(), ids=lambda item: getattr(item, "key", str(item)))
-def test_a_choice_that_does_not_read_it_refuses_it(key: str, choice: Choice, value: str) -> None:
+def test_a_choice_that_does_not_read_it_refuses_it(key: str, choice: ReadCondition, value: str) -> None:
     config, overrides = making(choice, value)
-    if choice != choices_of(key)[0]:  # the first is told of first
+    if choice != read_conditions(key)[0]:  # the first is told of first
         config, overrides = combined(key, choice, value)
     with pytest.raises(UserError) as raised:
         # A DeepSpeed file may still choose the schedule, so that one is judged with what it says.
@@ -190,7 +190,7 @@ def test_a_choice_that_does_not_read_it_refuses_it(key: str, choice: Choice, val
 
 @pytest.mark.parametrize("key", CONDITIONAL)
 def test_every_choice_that_reads_it_takes_it(key: str) -> None:
-    for choice in choices_of(key):
+    for choice in read_conditions(key):
         for value in sides(choice)[0]:
             config, overrides = combined(key, choice, value)
             assert key in settled(config, [*overrides, f"{key}={other_value(key)}"])

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.training import small_config
 from megadit.config import LoadedConfig, merge_ds_config
-from megadit.config.deepspeed.batch import replicas
+from megadit.config.deepspeed.batch import data_parallel_size
 from megadit.errors import UserError
 
 SIX = {"model": {"width": 96, "heads": 6}}
@@ -87,7 +87,7 @@ def test_one_rank_to_a_layer_is_offered_without_cut_tokens():
 
 def test_the_batch_is_shared_by_replicas_alone():
     config = small_config(parallel={"tensor": 2, "pipeline": 2}, train={"micro_batch": 2})
-    assert replicas(config, 8) == 2
+    assert data_parallel_size(config, 8) == 2
     merged = merge_ds_config(LoadedConfig(config), None, 8)
     assert merged.ds_config["gradient_accumulation_steps"] == 4
     assert merged.config.parallel.zero_stage == 1

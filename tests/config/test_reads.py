@@ -10,7 +10,7 @@ import pytest
 from megadit.config import LoadedConfig, RunConfig, load, load_config, merge_ds_config, replace, save_config, to_yaml
 from megadit.config.loading.loader import load_data
 from megadit.config.loading.sources import configs_dir
-from megadit.config.schema.reads import JUDGED_THERE, READ_WHERE, choices_of
+from megadit.config.schema.reads import CHECKED_BY_SECTION, READ_WHERE, read_conditions
 from megadit.config.schema.section import walk
 from megadit.errors import UserError
 
@@ -64,9 +64,9 @@ def test_every_key_at_its_default_is_taken(tmp_path: Path) -> None:
 
 def test_the_table_names_keys_and_values_of_the_schema() -> None:
     fields = dict(walk(RunConfig))
-    assert set(READ_WHERE) | JUDGED_THERE <= set(fields)
+    assert set(READ_WHERE) | CHECKED_BY_SECTION <= set(fields)
     for key in READ_WHERE:
-        for choice in choices_of(key):
+        for choice in read_conditions(key):
             assert choice.key in fields and choice.key != key
             known = getattr(fields[choice.key].annotation, "__args__", ())
             assert set(choice.values) <= set(known)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megadit.config import load, load_config, merge_ds_config, replace, save_config
-from megadit.config.schema.values import meaning
+from megadit.config.schema.values import resolve_scalars
 from megadit.errors import UserError
 from megadit.files.json_text import JsonError, parse_json
 from megadit.files.text import decode
@@ -184,7 +184,7 @@ class TestFiles:
     def test_merge_keys_and_anchors_work(self, tmp_path: Path) -> None:
         text = MINIMAL + "optim: &o {lr: 1e-3, eps: 1e-6}\n"
         values = parse_yaml(text + "other:\n  <<: *o\n  lr: 1e-2\n")
-        assert meaning(values["other"]) == {"lr": 1e-2, "eps": 1e-6}
+        assert resolve_scalars(values["other"]) == {"lr": 1e-2, "eps": 1e-6}
 
     def test_a_key_in_one_word_and_in_capitals(self, tmp_path: Path) -> None:
         message = refusal(tmp_path, MINIMAL + "optim.lr: 1e-3\n")
@@ -199,7 +199,7 @@ class TestFiles:
         values |= {"numbers": [0, -3, 1e-5, 1e22, 0.1, 2**62], "truth": [True, False, None]}
         text = dump_yaml(values)
         assert yaml.safe_load(text) == values
-        back = meaning(parse_yaml(text))
+        back = resolve_scalars(parse_yaml(text))
         assert back == values and all(type(value) is str for value in back["010"][:1])
 
 
@@ -241,7 +241,8 @@ class TestStudies:
         assert spec.variants["a"] == {"data.classes": ["no", "007"], "data.flip": True}
         again = parse_yaml(dump_yaml(spec.model_dump(mode="json")))
         assert (
-            meaning(again["variants"]["a"]["data.flip"]) is True and again["variants"]["a"]["data.classes"][1] == "007"
+            resolve_scalars(again["variants"]["a"]["data.flip"]) is True
+            and again["variants"]["a"]["data.classes"][1] == "007"
         )
 
 
@@ -311,7 +312,7 @@ def test_every_short_text_of_the_alphabet_is_read_as_it_stands() -> None:
                 assert ":" in text or text.startswith("-") or text == "~"
                 continue
             assert value == text
-            read = meaning(value)
+            read = resolve_scalars(value)
             if isinstance(read, str):
                 assert read == text
             elif isinstance(read, int) and "x" not in text and "o" not in text and "e" not in text.lower():

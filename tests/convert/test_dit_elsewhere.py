@@ -16,7 +16,7 @@ from megadit.convert.diffusers.difference import measure
 from megadit.convert.dispatch import diffusers_gap
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit.models.conversion.key_maps import heads_of, model_shapes
+from megadit.models.conversion.key_maps import infer_heads, model_shapes
 
 
 def random_state(config: ModelConfig) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def test_heads_and_size_are_asked_for_where_nothing_tells() -> None:
     assert from_official("dit", state, heads=2, input_size=16)[0].input_size == 16
     with pytest.raises(UserError, match="cannot be this family's model: patch_size: 2 does not divide input_size 7"):
         from_official("dit", state, heads=2, input_size=7)
-    assert heads_of(144, None, {}, (72, 64)) == heads_of(128, None, {}, (72, 64)) == 2
+    assert infer_heads(144, None, {}, (72, 64)) == infer_heads(128, None, {}, (72, 64)) == 2
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from megadit.checkpoint.find import load_model
 from megadit.checkpoint.read import StoredCheckpoint, shapes_of
 from megadit.cli import convert_checkpoint, sample
 from megadit.config import ModelConfig, save_config
-from megadit.config.schema.model import RepaProjector
+from megadit.config.schema.model import RepaConfig
 from megadit.convert.conversion import ConversionResult, convert
 from megadit.convert.defaults import default_run
 from megadit.convert.diffusers import difference
@@ -125,7 +125,7 @@ def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
     train = config.train.model_copy(update={"init_from": str(tmp_path / "run")})
     found = check_weights_start(config.model_copy(update={"train": train}))
     assert found is not None and found.parent.parent == tmp_path / "run"
-    projector = RepaProjector(block=1, feature_dim=8, hidden=16)
+    projector = RepaConfig(block=1, feature_dim=8, hidden=16)
     with_projector = config.model_copy(update={"train": train, "model": model.model_copy(update={"repa": projector})})
     assert check_weights_start(with_projector) == found
     stored = StoredCheckpoint(found)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from helpers.ranks import run_command
-from megadit.doctor import Check, Report, format_report
+from megadit.doctor import Check, MachineReport, format_report
 from megadit.doctor import machine as machine_checks
 from megadit.doctor import software as software_checks
 from megadit.doctor import training as training_checks
@@ -24,31 +24,35 @@ CPU = Check("backends", "cuda", "missing", "this torch is a CPU build")
 
 
 def test_the_report_is_ready_without_what_is_only_useful():
-    report = Report((OK, CPU, Check("software", "wandb", "missing", "not installed", "pip install wandb")))
+    report = MachineReport((OK, CPU, Check("software", "wandb", "missing", "not installed", "pip install wandb")))
     assert report.ready
     assert report.verdict == "ready for CPU training; GPU: none (this torch is a CPU build)"
 
 
 def test_a_working_gpu_is_in_the_verdict():
-    report = Report((OK, Check("backends", "cuda", "ok", "CUDA 13.0, 8 x A100")))
+    report = MachineReport((OK, Check("backends", "cuda", "ok", "CUDA 13.0, 8 x A100")))
     assert report.verdict == "ready for GPU training; GPU: CUDA 13.0, 8 x A100"
 
 
 @pytest.mark.parametrize("state", ["missing", "broken"])
 def test_whatever_is_needed_and_does_not_work_makes_it_not_ready(state):
-    report = Report((OK, CPU, Check("software", "deepspeed", state, "does not import", "make setup", needed=True)))
+    report = MachineReport(
+        (OK, CPU, Check("software", "deepspeed", state, "does not import", "make setup", needed=True))
+    )
     assert not report.ready
     assert report.verdict.startswith("not ready for training: deepspeed;")
 
 
 def test_the_table_is_aligned_and_shows_remedies_only_where_they_help():
-    report = Report((OK, Check("machine", "numactl", "missing", "not installed", "apt-get install numactl"), CPU))
+    report = MachineReport(
+        (OK, Check("machine", "numactl", "missing", "not installed", "apt-get install numactl"), CPU)
+    )
     lines = format_report(report).splitlines()
     assert lines[0] == "machine"
     assert lines[1].index("ok") == lines[2].index("missing") == lines[6].index("missing")
     assert lines[3].strip() == "-> apt-get install numactl"
     assert lines[-1] == report.verdict
-    healthy = Report((Check("machine", "numactl", "ok", "/usr/bin/numactl", "apt-get install numactl"),))
+    healthy = MachineReport((Check("machine", "numactl", "ok", "/usr/bin/numactl", "apt-get install numactl"),))
     assert "->" not in format_report(healthy)
 
 

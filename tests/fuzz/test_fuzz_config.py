@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers.fuzz.hunt import YAML_WORDS, efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from helpers.training import small_config
 from megadit.config import RunConfig
-from megadit.config.deepspeed.file import is_plain
+from megadit.config.deepspeed.file import is_known_valid
 from megadit.config.deepspeed.merge import merge_ds_config
 from megadit.config.loading.loader import load, to_yaml
 from megadit.config.loading.sources import configs_dir
@@ -144,7 +144,7 @@ def test_a_deepspeed_file(effort: str, tmp_path: Path) -> None:
     def read(data: bytes) -> None:
         file.write_bytes(data)
         merged = merge_ds_config(loaded, file, 2)
-        is_plain(merged.ds_config)
+        is_known_valid(merged.ds_config)
 
     hunt(
         effort,

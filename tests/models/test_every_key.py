@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from helpers.models.weights import randomize
 from megadit.config import ModelConfig
-from megadit.config.schema.model import RepaProjector, Role, RoleHP, TextInput
+from megadit.config.schema.model import RepaConfig, Role, RoleHP, TextInput
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning, example_images
 from megadit.mup.spec import walk_specs
@@ -135,4 +135,4 @@ def test_every_key_works_or_is_refused(name: str) -> None:
 
 def test_no_key_is_left_out() -> None:
     assert set(OTHER) | {"family", "options", "role_hps"} == set(ModelConfig.model_fields)
-    assert set(TEXTS) == set(TextInput.model_fields) and set(PROJECTOR) == set(RepaProjector.model_fields)
+    assert set(TEXTS) == set(TextInput.model_fields) and set(PROJECTOR) == set(RepaConfig.model_fields)

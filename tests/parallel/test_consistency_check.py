@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from helpers.ranks import run_ranks
-from megadit.config.loading.sources import flat
 from megadit.errors import UserError
+from megadit.nested import flatten
 from megadit.parallel import consistency_check, start_processes
 from megadit.parallel.consistency_check import check_consistency, code_facts, differences
 
 
 def agree(changes: dict[int, dict[str, Any]], code: dict[int, dict[str, str]]) -> str:
     context = start_processes()
-    facts = {**flat({"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}), **changes.get(context.rank, {})}
+    facts = {**flatten({"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}), **changes.get(context.rank, {})}
     own = {**code_facts(), **code.get(context.rank, {})}
     consistency_check.code_facts = lambda: own  # type: ignore[assignment]
     try:

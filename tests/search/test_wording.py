@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megadit.config.schema.values import number
+from megadit.config.schema.values import parse_number
 from megadit.search.wording import point_text, value_text
 
 
@@ -24,4 +24,4 @@ def test_a_point_can_be_copied_onto_a_command_line():
     point = {"optim.lr": 2.0**-8, "optim.clip.value": 0.0123456, "optim.warmup_steps": 1200000}
     text = point_text(point)
     assert text == "optim.lr=2^-8 optim.clip.value=0.0123456 optim.warmup_steps=1200000"
-    assert [number(word.partition("=")[2]) for word in text.split()] == list(point.values())
+    assert [parse_number(word.partition("=")[2]) for word in text.split()] == list(point.values())

@@ -20,7 +20,7 @@ from megadit.checkpoint.fragment_files import write_fragments
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.write import write_index
 from megadit.config.schema.data import FeatureSource
-from megadit.config.schema.model import RepaProjector
+from megadit.config.schema.model import RepaConfig
 from megadit.errors import UserError
 from megadit.models import build_model
 
@@ -164,7 +164,7 @@ def test_weights_alone_begin_a_run_and_only_once(trained, tmp_path):
 def test_a_projector_that_the_weights_lack_starts_afresh(trained, tmp_path, stage):
     source, config = trained
     train = config.train.model_copy(update={"init_from": str(source), "steps": 1, "checkpoint_every": None})
-    model = config.model.model_copy(update={"repa": RepaProjector(block=1, feature_dim=112, hidden=16)})
+    model = config.model.model_copy(update={"repa": RepaConfig(block=1, feature_dim=112, hidden=16)})
     objective = config.objective.model_copy(update={"repa_weight": 0.5})
     features = FeatureSource(image_size=32)
     changes = {"train": train, "model": model, "objective": objective}

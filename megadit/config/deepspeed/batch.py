@@ -12,7 +12,7 @@ from megadit.errors import UserError
 
 
 @dataclass(frozen=True)
-class Size:
+class BatchSize:
     """A batch size and how to speak of it: its key, and where its value comes from (``in FILE``, ``a default``)."""
 
     value: int
@@ -35,10 +35,10 @@ class BatchPlan:
 def plan_batch(
     world_size: int,
     *,
-    global_batch: Size | None,
-    micro_batch: Size | None,
-    accumulation: Size | None,
-    default_global: Size,
+    global_batch: BatchSize | None,
+    micro_batch: BatchSize | None,
+    accumulation: BatchSize | None,
+    default_global: BatchSize,
     default_micro: int | None,
     shared: int = 1,
 ) -> BatchPlan:
@@ -73,7 +73,7 @@ def plan_batch(
     return BatchPlan(total, micro, share // micro)
 
 
-def _misfit(total: Size, given: list[Size], unit: int, world_size: int, shared: int) -> str:
+def _misfit(total: BatchSize, given: list[BatchSize], unit: int, world_size: int, shared: int) -> str:
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     if shared > 1:
         processes = f"{world_size} data-parallel replica{'s' if world_size > 1 else ''} of {shared} processes each"
@@ -86,7 +86,7 @@ def _misfit(total: Size, given: list[Size], unit: int, world_size: int, shared: 
     return f"{total} is not a multiple of {over}; the nearest possible {nearest}"
 
 
-def replicas(config: RunConfig, world_size: int, fits: Callable[[int], bool] = lambda copies: True) -> int:
+def data_parallel_size(config: RunConfig, world_size: int, fits: Callable[[int], bool] = lambda copies: True) -> int:
     """Data-parallel replicas of ``world_size`` processes; ``fits``: whether that many could share the batch.
 
     Raises:

@@ -219,7 +219,7 @@ def _offloads(block: Any) -> bool:
     return isinstance(block, dict) and block.get("device", "none") not in (None, "none")
 
 
-Judge = Callable[[Any], bool]
+Predicate = Callable[[Any], bool]
 
 
 def _flag(value: Any) -> bool:
@@ -234,14 +234,14 @@ def _size(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < float("inf")
 
 
-def _one_of(*values: Any) -> Judge:
+def _one_of(*values: Any) -> Predicate:
     return lambda value: any(value is own or (type(value) is type(own) and value == own) for own in values)
 
 
 # fmt: off
-OFFLOAD: dict[str, Judge] = {"device": _one_of("none", "cpu"), "pin_memory": _flag, "buffer_count": _count}
+OFFLOAD: dict[str, Predicate] = {"device": _one_of("none", "cpu"), "pin_memory": _flag, "buffer_count": _count}
 # What each block may hold; a plain judge is a top-level key's.
-PLAIN: dict[str, Judge | dict[str, Judge | dict[str, Judge]]] = {
+KNOWN_VALID: dict[str, Predicate | dict[str, Predicate | dict[str, Predicate]]] = {
     **dict.fromkeys((
         "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print",
     ), _count),
@@ -278,12 +278,12 @@ PLAIN: dict[str, Judge | dict[str, Judge | dict[str, Judge]]] = {
 # fmt: on
 
 
-def is_plain(ds_config: Mapping[str, Any]) -> bool:
+def is_known_valid(ds_config: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed takes the merged dict for sure; False where only DeepSpeed knows."""
-    return _fits(ds_config, PLAIN)
+    return _fits(ds_config, KNOWN_VALID)
 
 
-def _fits(value: Any, judge: Judge | Mapping[str, Any]) -> bool:
+def _fits(value: Any, judge: Predicate | Mapping[str, Any]) -> bool:
     if not isinstance(judge, Mapping):
         return judge(value)
     return isinstance(value, Mapping) and all(key in judge and _fits(own, judge[key]) for key, own in value.items())

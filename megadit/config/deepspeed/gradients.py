@@ -28,7 +28,7 @@ _BUCKET = 5 * 10**8  # elements; DeepSpeed's own
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def sum_keys(file: DsFile, config: RunConfig, micro_batches: int) -> dict[str, Any]:
+def accumulation_keys(file: DsFile, config: RunConfig, micro_batches: int) -> dict[str, Any]:
     """The keys of DeepSpeed's dict that say so for a step of ``micro_batches``: what the file says, or megadit chooses.
 
     Raises UserError for a type that DeepSpeed does not know, and for 16 bits that are not those of the gradients.
@@ -52,7 +52,7 @@ def sum_keys(file: DsFile, config: RunConfig, micro_batches: int) -> dict[str, A
     return keys
 
 
-def sum_warnings(file: DsFile, config: RunConfig, micro_batches: int) -> list[str]:
+def accumulation_warnings(file: DsFile, config: RunConfig, micro_batches: int) -> list[str]:
     """What to tell of a file that asks for sums in 16 bits under bf16."""
     told = file.block("data_types").get("grad_accum_dtype")
     if config.train.precision != "bf16" or _kind(told) != "bf16" or not _adds_up(config, micro_batches):

@@ -15,12 +15,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megadit.config.deepspeed.batch import BatchPlan, Size, nearest_layout, plan_batch, replicas
+from megadit.config.deepspeed.batch import BatchPlan, BatchSize, data_parallel_size, nearest_layout, plan_batch
 from megadit.config.deepspeed.file import DsFile, offloads_optimizer, offloads_parameters, read_ds_config
-from megadit.config.deepspeed.gradients import sum_keys, sum_warnings
-from megadit.config.deepspeed.translate import Wish, wishes
+from megadit.config.deepspeed.gradients import accumulation_keys, accumulation_warnings
+from megadit.config.deepspeed.translate import RequestedValue, requested_values
 from megadit.config.loading.loader import LoadedConfig, replace
-from megadit.config.schema.reads import check_late
+from megadit.config.schema.reads import check_deferred
 from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 
@@ -47,7 +47,7 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
     batch sizes that do not multiply up, and for what would break muP or megadit's optimizer.
     """
     file = read_ds_config(ds)
-    changes = _granted(list(wishes(file, loaded.config)), loaded, file)
+    changes = resolve_conflicts(list(requested_values(file, loaded.config)), loaded, file)
     if changes.get("optim.schedule", "wsd") != "wsd" and "optim.decay_steps" not in loaded.user_set:
         changes["optim.decay_steps"] = None  # of the quickstart's schedule, which the file's takes the place of
     config = replace(loaded.config, changes, source=file.label)
@@ -59,11 +59,11 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
         "parallel.zero_stage": stage,
     }
     config = replace(config, resolved | _offload_changes(file, loaded, config), source=file.label)
-    check_late(
+    check_deferred(
         {"optim.schedule": config.optim.schedule, "optim.min_lr_ratio": config.optim.min_lr_ratio},
         {key: source for key, source in loaded.user_set.items() if key not in loaded.resolved},
     )
-    warnings = [*file.warnings, *sum_warnings(file, config, plan.accumulation)]
+    warnings = [*file.warnings, *accumulation_warnings(file, config, plan.accumulation)]
     if stage == 0 and offloads_optimizer(file.block("zero_optimization")):
         warnings.append(
             f"zero_optimization.offload_optimizer: has no effect at ZeRO stage 0; set stage 1, 2 or 3 (in {file.label})"
@@ -75,8 +75,8 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
     return MergedConfig(config, _ds_dict(file, config, plan), tuple(warnings))
 
 
-def _granted(wanted: list[Wish], loaded: LoadedConfig, file: DsFile) -> dict[str, Any]:
-    """The wishes as changes of the run config. Raises UserError that lists all contradictions."""
+def resolve_conflicts(wanted: list[RequestedValue], loaded: LoadedConfig, file: DsFile) -> dict[str, Any]:
+    """The requested values as changes of the run config. Raises UserError that lists all contradictions."""
     conflicts = []
     for wish in wanted:
         by_epochs = wish.key == "train.steps" and loaded.config.train.epochs is not None
@@ -104,8 +104,8 @@ def _conflict(key: str, value: Any, loaded: LoadedConfig, ds_key: str, ds_value:
 
 
 def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int) -> BatchPlan:
-    total = _asked("train.global_batch", "train_batch_size", file, loaded)
-    micro = _asked("train.micro_batch", "train_micro_batch_size_per_gpu", file, loaded)
+    total = _requested_size("train.global_batch", "train_batch_size", file, loaded)
+    micro = _requested_size("train.micro_batch", "train_micro_batch_size_per_gpu", file, loaded)
     accumulation = _ds_size("gradient_accumulation_steps", file)
     stages = config.parallel.pipeline
 
@@ -119,7 +119,7 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
             global_batch=total,
             micro_batch=micro,
             accumulation=accumulation,
-            default_global=Size(config.train.global_batch, "train.global_batch", "a default"),
+            default_global=BatchSize(config.train.global_batch, "train.global_batch", "a default"),
             default_micro=default_micro,
         )
 
@@ -130,7 +130,7 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
             return False
         return True
 
-    copies = replicas(config, world_size, fits)
+    copies = data_parallel_size(config, world_size, fits)
     try:
         return planned(copies)
     except UserError as error:
@@ -138,23 +138,23 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
         raise UserError(f"{error}, or the layout {layout}" if layout else str(error)) from None
 
 
-def _asked(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> Size | None:
+def _requested_size(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> BatchSize | None:
     """A batch size that the user or the file asks for. Raises UserError if they ask for different ones."""
     present = attrgetter(key)(loaded.config)
-    theirs = Size(present, key, f"in {loaded.user_set[key]}") if _is_user_set(key, present, loaded) else None
+    theirs = BatchSize(present, key, f"in {loaded.user_set[key]}") if _is_user_set(key, present, loaded) else None
     explicit = _ds_size(ds_key, file)
     if theirs is not None and explicit is not None and theirs.value != explicit.value:
         raise UserError(_conflict(key, theirs.value, loaded, ds_key, explicit.value, file))
     return theirs or explicit
 
 
-def _ds_size(ds_key: str, file: DsFile) -> Size | None:
+def _ds_size(ds_key: str, file: DsFile) -> BatchSize | None:
     value = file.values.get(ds_key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise file.error(f'{ds_key}: {_shown(value)} is not a whole number of at least 1, or "auto"')
-    return Size(value, ds_key, f"in {file.label}")
+    return BatchSize(value, ds_key, f"in {file.label}")
 
 
 def _zero_stage(config: RunConfig, world_size: int) -> int:
@@ -195,7 +195,7 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         "bf16": {**file.block("bf16"), "enabled": precision == "bf16"},
         "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},
         "steps_per_print": _QUIET,
-        **sum_keys(file, config, plan.accumulation),
+        **accumulation_keys(file, config, plan.accumulation),
     }
     if config.parallel.pipeline > 1:
         # Partitioned wires may hold one tensor; megadit recomputes blocks itself.

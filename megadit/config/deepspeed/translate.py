@@ -18,7 +18,7 @@ from megadit.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Wish:
+class RequestedValue:
     """The run key ``key`` should be ``value``, because the file says ``ds_value`` at ``ds_key``."""
 
     key: str
@@ -27,8 +27,8 @@ class Wish:
     ds_value: Any
 
 
-def wishes(file: DsFile, config: RunConfig) -> Iterator[Wish]:
-    """All wishes of ``file`` but the batch sizes. Raises UserError for what cannot be granted."""
+def requested_values(file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
+    """All requests of ``file`` but the batch sizes. Raises UserError for what megadit cannot do."""
     yield from _precision(file, config)
     yield from _stage(file)
     yield from _clipping(file, config)
@@ -36,7 +36,7 @@ def wishes(file: DsFile, config: RunConfig) -> Iterator[Wish]:
     yield from _scheduler(file)
 
 
-def _precision(file: DsFile, config: RunConfig) -> Iterator[Wish]:
+def _precision(file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
     flags = {name: file.block(name).get("enabled") for name in ("bf16", "fp16")}
     for name, flag in flags.items():
         if flag not in (None, True, False):
@@ -55,21 +55,21 @@ def _precision(file: DsFile, config: RunConfig) -> Iterator[Wish]:
         raise file.error("bf16.enabled: true and fp16.enabled: true exclude each other; keep one")
     for name, flag in flags.items():
         if flag:
-            yield Wish("train.precision", name, f"{name}.enabled", True)
+            yield RequestedValue("train.precision", name, f"{name}.enabled", True)
         elif flag is False and config.train.precision == name and not any(flags.values()):
-            yield Wish("train.precision", "fp32", f"{name}.enabled", False)
+            yield RequestedValue("train.precision", "fp32", f"{name}.enabled", False)
 
 
-def _stage(file: DsFile) -> Iterator[Wish]:
+def _stage(file: DsFile) -> Iterator[RequestedValue]:
     stage = file.block("zero_optimization").get("stage")
     if stage is None:
         return
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise file.error(f"zero_optimization.stage: {json.dumps(stage)} is not 0, 1, 2 or 3")
-    yield Wish("parallel.zero_stage", int(stage), "zero_optimization.stage", stage)
+    yield RequestedValue("parallel.zero_stage", int(stage), "zero_optimization.stage", stage)
 
 
-def _clipping(file: DsFile, config: RunConfig) -> Iterator[Wish]:
+def _clipping(file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
     value = file.values.get("gradient_clipping")
     if value is not None and config.optim.clip.mode == "per_group":
         raise UserError(
@@ -78,7 +78,7 @@ def _clipping(file: DsFile, config: RunConfig) -> Iterator[Wish]:
         )
     if value is not None:
         _check_number("gradient_clipping", value, file, least=0.0)
-        yield Wish("optim.clip.value", float(value) or None, "gradient_clipping", value)
+        yield RequestedValue("optim.clip.value", float(value) or None, "gradient_clipping", value)
 
 
 # Optimizers that are AdamW once translated. muadam and adam differ from AdamW by coupled decay only.
@@ -89,7 +89,7 @@ _MODE_KEYS = ("torch_adam", "adam_w_mode", "adamw_mode", "foreach", "fused", "de
 _FIXED = {"amsgrad": False, "bias_correction": True, "maximize": False}
 
 
-def _optimizer(file: DsFile, config: RunConfig) -> Iterator[Wish]:
+def _optimizer(file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
     block = file.block("optimizer")
     if not block:
         return
@@ -102,7 +102,7 @@ def _optimizer(file: DsFile, config: RunConfig) -> Iterator[Wish]:
     _check_optimizer_params(params, name, file)
     for key, run_key in _ADAM_KEYS.items():
         if key in params:
-            yield Wish(run_key, _adam_value(key, params[key], file), f"optimizer.params.{key}", params[key])
+            yield RequestedValue(run_key, _adam_value(key, params[key], file), f"optimizer.params.{key}", params[key])
     implementation = _implementation(name, params, file, config)
     if implementation is not None:
         yield implementation
@@ -148,23 +148,23 @@ def _adam_value(key: str, value: Any, file: DsFile) -> Any:
     return tuple(float(beta) for beta in value)
 
 
-def _implementation(name: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> Wish | None:
+def _implementation(name: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> RequestedValue | None:
     key = "optim.implementation"
     if name in _IMPLEMENTATION_OF:
-        return Wish(key, _IMPLEMENTATION_OF[name], "optimizer.type", name)
+        return RequestedValue(key, _IMPLEMENTATION_OF[name], "optimizer.type", name)
     if params.get("foreach"):
-        return Wish(key, "torch-foreach", "optimizer.params.foreach", True)
+        return RequestedValue(key, "torch-foreach", "optimizer.params.foreach", True)
     if params.get("fused"):
-        return Wish(key, "torch-fused", "optimizer.params.fused", True)
+        return RequestedValue(key, "torch-fused", "optimizer.params.fused", True)
     if params.get("torch_adam") is True and config.optim.implementation.startswith("deepspeed"):
-        return Wish(key, "torch-fused", "optimizer.params.torch_adam", True)
+        return RequestedValue(key, "torch-fused", "optimizer.params.torch_adam", True)
     if params.get("torch_adam") is False:
         own = "deepspeed-cpu" if offloads_optimizer(file.block("zero_optimization")) else "deepspeed-fused"
-        return Wish(key, own, "optimizer.params.torch_adam", False)
+        return RequestedValue(key, own, "optimizer.params.torch_adam", False)
     return None
 
 
-def _mup_package(kind: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> Iterator[Wish]:
+def _mup_package(kind: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
     """MuAdam and MuAdamW of the mup package: its decay reaches vectors too, and is constant if decoupled_wd."""
     if config.model.parametrization != "mup":
         raise file.error(
@@ -173,8 +173,8 @@ def _mup_package(kind: str, params: dict[str, Any], file: DsFile, config: RunCon
         )
     if params.get("weight_decay"):
         mode = "constant" if params.get("decoupled_wd") else "independent"
-        yield Wish("optim.wd_vectors", True, "optimizer.type", kind)
-        yield Wish("optim.wd_mode", mode, "optimizer.params.decoupled_wd", bool(params.get("decoupled_wd")))
+        yield RequestedValue("optim.wd_vectors", True, "optimizer.type", kind)
+        yield RequestedValue("optim.wd_mode", mode, "optimizer.params.decoupled_wd", bool(params.get("decoupled_wd")))
 
 
 _FLATTENS = {
@@ -188,29 +188,31 @@ _WARMUP_KEYS = {
 }
 
 
-def _scheduler(file: DsFile) -> Iterator[Wish]:
+def _scheduler(file: DsFile) -> Iterator[RequestedValue]:
     block = file.block("scheduler")
     if not block:
         return
     kind, params = _kind_and_params(block, "scheduler", file)
     _check_scheduler(kind, params, file)
     if kind:
-        yield Wish("optim.schedule", "cosine" if kind == "WarmupCosineLR" else "constant", "scheduler.type", kind)
+        yield RequestedValue(
+            "optim.schedule", "cosine" if kind == "WarmupCosineLR" else "constant", "scheduler.type", kind
+        )
     if params.get("warmup_num_steps") is not None:
-        yield _steps_wish("optim.warmup_steps", "warmup_num_steps", params, file)
+        yield _requested_steps("optim.warmup_steps", "warmup_num_steps", params, file)
     if params.get("total_num_steps") is not None:
-        yield _steps_wish("train.steps", "total_num_steps", params, file)
+        yield _requested_steps("train.steps", "total_num_steps", params, file)
     if params.get("cos_min_ratio") is not None:
         key = "scheduler.params.cos_min_ratio"
         _check_number(key, params["cos_min_ratio"], file, least=0.0)
-        yield Wish("optim.min_lr_ratio", float(params["cos_min_ratio"]), key, params["cos_min_ratio"])
+        yield RequestedValue("optim.min_lr_ratio", float(params["cos_min_ratio"]), key, params["cos_min_ratio"])
 
 
-def _steps_wish(run_key: str, key: str, params: dict[str, Any], file: DsFile) -> Wish:
+def _requested_steps(run_key: str, key: str, params: dict[str, Any], file: DsFile) -> RequestedValue:
     value = params[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise file.error(f"scheduler.params.{key}: {json.dumps(value)} is not a number of steps")
-    return Wish(run_key, value, f"scheduler.params.{key}", value)
+    return RequestedValue(run_key, value, f"scheduler.params.{key}", value)
 
 
 def _check_scheduler(kind: str, params: dict[str, Any], file: DsFile) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from megadit.config.loading.sources import Layer
+from megadit.config.loading.sources import ConfigLayer
 from megadit.config.options import Scalar
 from megadit.config.presets import PRESET_KEYS, preset_values
 from megadit.config.schema.section import Section, all_keys, options, section_of, unknown_key
-from megadit.config.schema.values import coerce, meaning, too_large
+from megadit.config.schema.values import coerce, resolve_scalars, too_large
 from megadit.errors import UserError, few_lines
 from megadit.extensions import DATA_SOURCES
 
@@ -17,7 +17,7 @@ from megadit.extensions import DATA_SOURCES
 ALTERNATIVES = (("model.heads", "model.head_dim"), ("train.steps", "train.epochs"))
 
 
-class Merged:
+class MergedLayers:
     """Flat values (``{"optim.lr": 1e-4}``) and, key by key, the source each came from."""
 
     def __init__(self, schema: type[Section]) -> None:
@@ -29,7 +29,7 @@ class Merged:
         self._layers = 0
         self._preset_init = False  # whether model.init is what the preset said, and no file since
 
-    def add(self, layer: Layer) -> None:
+    def add(self, layer: ConfigLayer) -> None:
         """Lay ``layer`` over what is there. Raises UserError for keys that the schema does not have."""
         new, name = _flatten(layer, self.schema)
         if name is not None:
@@ -74,9 +74,9 @@ class Merged:
             del self.values[name], self.sources[name]
 
 
-def merge(layers: Iterable[Layer], schema: type[Section]) -> Merged:
+def merge(layers: Iterable[ConfigLayer], schema: type[Section]) -> MergedLayers:
     """All ``layers``, the first lowest. Raises UserError for unknown keys and presets, naming the layer."""
-    merged = Merged(schema)
+    merged = MergedLayers(schema)
     for layer in layers:
         merged.add(layer)
     return merged
@@ -91,7 +91,7 @@ def _without_overruled(given: Mapping[str, Any], new: dict[str, Any]) -> dict[st
     return extra | new
 
 
-def _flatten(layer: Layer, schema: type[Section]) -> tuple[dict[str, Any], str | None]:
+def _flatten(layer: ConfigLayer, schema: type[Section]) -> tuple[dict[str, Any], str | None]:
     """The layer's values by dotted key, as the schema may take them, and the preset that it names."""
     problems: list[str] = []
     flat: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def _leaves(
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key == "model.preset":
-            yield key, meaning(value)
+            yield key, resolve_scalars(value)
             continue
         field = schema.model_fields.get(str(name))
         if field is None:
@@ -135,7 +135,9 @@ def _leaves(
         elif value is None or value == {}:
             yield key, {}
         else:
-            problems.append(f"{key}: {meaning(value)!r} is not a section; give {key}.KEY: value pairs (in {source})")
+            problems.append(
+                f"{key}: {resolve_scalars(value)!r} is not a section; give {key}.KEY: value pairs (in {source})"
+            )
 
 
 def _one_word(key: str, prefix: str) -> str:

@@ -7,24 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megadit.config.loading.layers import Merged, merge
-from megadit.config.loading.messages import checked
-from megadit.config.loading.sources import (
-    RESOLVED,
-    Layer,
-    configs_dir,
-    find_config,
-    nested,
-    override_layer,
-    read_layers,
-)
+from megadit.config.loading.layers import MergedLayers, merge
+from megadit.config.loading.messages import validated
+from megadit.config.loading.sources import RESOLVED, ConfigLayer, configs_dir, find_config, override_layer, read_layers
 from megadit.config.schema.data import DataConfig
-from megadit.config.schema.reads import settle
+from megadit.config.schema.reads import drop_unread
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import Section
 from megadit.errors import UserError
 from megadit.files.paths import atomic_write
 from megadit.files.yaml_text import dump_yaml
+from megadit.nested import unflatten
 from megadit.plugins import load_plugins, loaded, records_of, require
 
 QUICKSTART = "quickstart/emoji.yaml"  # what runs when no --config is given
@@ -73,7 +66,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return load(path, overrides).config
 
 
-def load_layers(layers: Sequence[Layer]) -> RunConfig:
+def load_layers(layers: Sequence[ConfigLayer]) -> RunConfig:
     """The checked configuration that ``layers`` make, the first lowest. Raises UserError."""
     require_plugins(layers)
     return _validated(merge(layers, RunConfig))
@@ -87,22 +80,22 @@ def replace(
     ``source`` is what error messages call the origin of the changes; ``resolved``: they come from another whole
     configuration, so that a key among them that nothing reads is no mistake. Raises UserError.
     """
-    whole = Layer(config.model_dump(), "the configuration", resolved=True)
-    return _validated(merge([whole, Layer(nested(changes), source, resolved)], RunConfig))
+    whole = ConfigLayer(config.model_dump(), "the configuration", resolved=True)
+    return _validated(merge([whole, ConfigLayer(unflatten(changes), source, resolved)], RunConfig))
 
 
-def require_plugins(layers: Sequence[Layer]) -> None:
+def require_plugins(layers: Sequence[ConfigLayer]) -> None:
     """Refuse, before their values mean anything, layers that name plugins which nobody imported. Raises UserError."""
     for layer in layers:
         require(records_of(layer.values.get("plugins") or []), layer.source)
 
 
-def _validated(merged: Merged) -> RunConfig:
-    settle(merged.values, merged.sources, merged.order, merged.resolved)
-    values = nested(merged.values) | {"plugins": tuple(map(asdict, loaded()))}
+def _validated(merged: MergedLayers) -> RunConfig:
+    drop_unread(merged.values, merged.sources, merged.order, merged.resolved)
+    values = unflatten(merged.values) | {"plugins": tuple(map(asdict, loaded()))}
     for section in ("model", "train"):  # so that an empty file names the keys that are missing in these
         values.setdefault(section, {})
-    return checked(RunConfig, values, merged.sources)
+    return validated(RunConfig, values, merged.sources)
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -139,9 +132,9 @@ def load_data(path: str | None, overrides: Sequence[str]) -> DataConfig:
     layers = read_layers(find_config(path)) if path is not None else []
     require_plugins(layers)
     merged = merge([*layers, override_layer(overrides)], RunConfig)
-    settle(merged.values, merged.sources, merged.order, merged.resolved, only="data.")
+    drop_unread(merged.values, merged.sources, merged.order, merged.resolved, only="data.")
     values = {key: value for key, value in merged.values.items() if key.split(".")[0] == "data"}
-    return checked(_DataOnly, nested(values), merged.sources).data
+    return validated(_DataOnly, unflatten(values), merged.sources).data
 
 
 def text_length(path: str | None) -> int | None:

@@ -31,15 +31,15 @@ _RELATIONS = {
 }
 
 
-def checked(schema: type[S], values: Mapping[str, Any], sources: Mapping[str, str]) -> S:
-    """``values`` as the section ``schema``. Raises UserError as ``explain`` says it."""
+def validated(schema: type[S], values: Mapping[str, Any], sources: Mapping[str, str]) -> S:
+    """``values`` as the section ``schema``. Raises UserError with its ``validation_message``."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, schema, sources)) from None
+        raise UserError(validation_message(error, schema, sources)) from None
 
 
-def explain(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
+def validation_message(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
     """All findings of ``error``, one sentence a line; ``sources`` maps dotted keys to where they were written."""
     seen: dict[str, None] = {}
     for finding in error.errors(include_url=False):

@@ -1,6 +1,6 @@
 """Where configuration values come from: YAML files with ``base:`` inheritance, and dotted overrides.
 
-Every file and the command line become one ``Layer`` each, bases before the files that name them; ``merge``
+Every file and the command line become one ``ConfigLayer`` each, bases before the files that name them; ``merge``
 lays them over one another. Values are kept flat (``{"optim.lr": 1e-4}``) so that each remembers its source.
 """
 
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadit.config.schema.values import meaning
+from megadit.config.schema.values import resolve_scalars
 from megadit.errors import UserError
 from megadit.files.file_kind import text_instead
 from megadit.files.paths import begins_with
 from megadit.files.text import decode, has_lone_surrogate, why_no_text
 from megadit.files.yaml_text import YamlError, parse_yaml, shortened
+from megadit.nested import set_nested
 
 OVERRIDES = "an override"
 RESOLVED = "# Resolved run configuration, every key"  # how such a file begins
@@ -26,7 +27,7 @@ _WRITTEN = (RESOLVED.encode(), b"# Written by megadit")  # the second: targets o
 
 
 @dataclass(frozen=True)
-class Layer:
+class ConfigLayer:
     """The values of one file, or of all overrides together, as nested mappings, and what to call it in messages.
 
     ``resolved``: they are a whole configuration, written by megadit with every key, of which nobody asked for each.
@@ -66,21 +67,21 @@ def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml
     raise UserError(f"{option}: no file {path}; {hint}")
 
 
-def read_layers(path: Path) -> list[Layer]:
+def read_layers(path: Path) -> list[ConfigLayer]:
     """The file at ``path`` and all that it inherits from, outermost base first. Raises UserError."""
     return _read_layers(path, ())
 
 
-def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[Layer]:
+def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[ConfigLayer]:
     resolved = path.resolve()
     if resolved in chain:
         names = " -> ".join(display(file) for file in (*chain[chain.index(resolved) :], resolved))
         raise UserError(f"base: {names} is a circle; take one of the base keys out")
     values = read_yaml(path)
-    layers: list[Layer] = []
+    layers: list[ConfigLayer] = []
     for base in _bases(values.pop("base", None), path):
         layers += _read_layers(base, (*chain, resolved))
-    return [*layers, Layer(values, display(path), is_resolved(path))]
+    return [*layers, ConfigLayer(values, display(path), is_resolved(path))]
 
 
 def is_resolved(path: Path) -> bool:
@@ -89,7 +90,7 @@ def is_resolved(path: Path) -> bool:
 
 
 def _bases(value: Any, path: Path) -> list[Path]:
-    value = meaning(value)
+    value = resolve_scalars(value)
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"base: {value!r} is not a file name or a list of them (in {display(path)})")
@@ -127,7 +128,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def override_layer(overrides: Sequence[str]) -> Layer:
+def override_layer(overrides: Sequence[str]) -> ConfigLayer:
     """``["optim.lr=2^-10", "optim.betas=[0.9, 0.95]"]`` as one layer; values are read as YAML. Raises UserError."""
     values: dict[str, Any] = {}
     for override in overrides:
@@ -152,41 +153,8 @@ def override_layer(overrides: Sequence[str]) -> Layer:
             value = parse_yaml(text, comments=False)
         except YamlError as error:
             raise UserError(f"{key}: {shortened(text)!r} is not a YAML value: {error}") from None
-        _place(values, key, value)
-    return Layer(values, OVERRIDES)
-
-
-def _place(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, leaf = key.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, dict):
-            inner = values[section] = {}
-        values = inner
-    if isinstance(value, dict) and isinstance(values.get(leaf), dict):
-        for name, inner_value in value.items():
-            _place(values[leaf], str(name), inner_value)
-    else:
-        values[leaf] = value
-
-
-def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"optim.lr": 1}`` as ``{"optim": {"lr": 1}}``."""
-    values: dict[str, Any] = {}
-    for key, value in dotted.items():
-        _place(values, key, value)
-    return values
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"optim": {"lr": 1}}`` as ``{"optim.lr": 1}``: the inverse of ``nested``. An empty section stays a value."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
+        set_nested(values, key, value)
+    return ConfigLayer(values, OVERRIDES)
 
 
 def display(path: Path) -> str:

@@ -53,7 +53,7 @@ class TextInput(Section):
     )
 
 
-class RepaProjector(Section):
+class RepaConfig(Section):
     """REPA's projector (arXiv 2410.06940): from a block's image tokens to the features of a pretrained encoder."""
 
     block: int = Field(8, ge=1, le=LARGEST, description="the block whose tokens are projected, counted from 1")
@@ -87,7 +87,7 @@ class ModelConfig(Section):
     qkv_bias: bool = Field(True, description="bias of the queries, keys and values (uvit's originals have none)")
     num_classes: int = Field(1000, ge=0, le=2**31, description="0: no classes; the null label is num_classes")
     text: TextInput | None = Field(None, description="pixart, uvit, mmdit: text conditioning; null: none")
-    repa: RepaProjector | None = Field(None, description="projector of the REPA loss; null: none")
+    repa: RepaConfig | None = Field(None, description="projector of the REPA loss; null: none")
     pos_scale: float = Field(1.0, gt=0, description="pixart: coordinates of positions are divided by this")
     pos_embed_max_size: int | None = Field(
         None,

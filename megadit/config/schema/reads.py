@@ -25,7 +25,7 @@ from megadit.extensions import DATA_SOURCES, FAMILIES
 
 
 @dataclass(frozen=True)
-class Choice:
+class ReadCondition:
     """The value of ``key`` decides: one of ``values``, or for numbers and optional sections ``holds``."""
 
     key: str
@@ -56,42 +56,42 @@ def _positive(value: Any) -> bool:
     return value is not None and value > 0
 
 
-def _by_source(key: str, remedy: str) -> Choice:
+def _by_source(key: str, remedy: str) -> ReadCondition:
     """Whether the data source reads ``data.<key>``; a name that is none is refused as that."""
     read = lambda name: name not in DATA_SOURCES or key in DATA_SOURCES.get(name).reads  # noqa: E731
-    return Choice("data.name", holds=read, remedy=remedy)
+    return ReadCondition("data.name", holds=read, remedy=remedy)
 
 
-def _by_family(key: str) -> Choice:
+def _by_family(key: str) -> ReadCondition:
     """Whether the family reads ``model.<key>``; a name that is none is refused as that."""
-    return Choice("model.family", holds=lambda name: name not in FAMILIES or key in family_spec(name).keys)
+    return ReadCondition("model.family", holds=lambda name: name not in FAMILIES or key in family_spec(name).keys)
 
 
-def _but_for(key: str, values: tuple[str, ...], remedy: str) -> Choice:
+def _but_for(key: str, values: tuple[str, ...], remedy: str) -> ReadCondition:
     """Read under all values but these: a plugin's may read it."""
-    return Choice(key, holds=lambda value: value not in values, remedy=remedy)
+    return ReadCondition(key, holds=lambda value: value not in values, remedy=remedy)
 
 
-_TEXT = Choice("data.condition", ("text",))
-_SEEN = Choice("data.features.encoder", ("efficientnet-lite0", "dinov2"))
-_FLOW, _DDPM = Choice("objective.kind", ("flow",)), Choice("objective.kind", ("ddpm",))
-_NORMAL = Choice("objective.time_sampling", ("logit_normal",))
-_MUP = Choice("model.parametrization", ("mup",))
-_BASE = Choice("model.parametrization", ("mup",), where_said=True)
-_VALIDATED = Choice("train.validation_images", holds=_positive, remedy="train.validation_images above 0")
-_AVERAGED = Choice("ema.decays", holds=bool, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
-_HELD_OUT = Choice("data.val_fraction", holds=_positive, remedy="data.val_fraction above 0")
+_TEXT = ReadCondition("data.condition", ("text",))
+_SEEN = ReadCondition("data.features.encoder", ("efficientnet-lite0", "dinov2"))
+_FLOW, _DDPM = ReadCondition("objective.kind", ("flow",)), ReadCondition("objective.kind", ("ddpm",))
+_NORMAL = ReadCondition("objective.time_sampling", ("logit_normal",))
+_MUP = ReadCondition("model.parametrization", ("mup",))
+_BASE = ReadCondition("model.parametrization", ("mup",), where_said=True)
+_VALIDATED = ReadCondition("train.validation_images", holds=_positive, remedy="train.validation_images above 0")
+_AVERAGED = ReadCondition("ema.decays", holds=bool, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
+_HELD_OUT = ReadCondition("data.val_fraction", holds=_positive, remedy="data.val_fraction above 0")
 
 # Key, or section with all in it: the choices under which it is read, each of which must hold.
-READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
+READ_WHERE: Mapping[str, tuple[ReadCondition, ...]] = {
     "data.path": (_by_source("path", "data.name=image-folder"),),
     "data.skin_tones": (_by_source("skin_tones", "data.name=emoji"),),
     "data.crop": (_by_source("crop", "data.name=image-folder"),),
     "data.text": (_TEXT,),
     "data.max_missing_captions": (_TEXT,),
-    "data.text.pooled_path": (_TEXT, Choice("data.text.pooled", ("clip",))),
-    "data.features": (Choice("objective.repa_weight", holds=_positive, remedy="objective.repa_weight above 0"),),
-    "data.features.path": (Choice("data.features.encoder", ("dinov2",)),),
+    "data.text.pooled_path": (_TEXT, ReadCondition("data.text.pooled", ("clip",))),
+    "data.features": (ReadCondition("objective.repa_weight", holds=_positive, remedy="objective.repa_weight above 0"),),
+    "data.features.path": (ReadCondition("data.features.encoder", ("dinov2",)),),
     "data.features.image_size": (_SEEN,),
     "data.features.cache": (_SEEN,),
     **{f"model.{key}": (_by_family(key),) for key in OF_SOME_FAMILIES},
@@ -100,26 +100,26 @@ READ_WHERE: Mapping[str, tuple[Choice, ...]] = {
     "objective.diffusion_steps": (_DDPM,),
     "objective.beta_schedule": (_DDPM,),
     "objective.weighting": (_DDPM,),
-    "objective.min_snr_gamma": (_DDPM, Choice("objective.weighting", ("min_snr",))),
+    "objective.min_snr_gamma": (_DDPM, ReadCondition("objective.weighting", ("min_snr",))),
     "objective.time_sampling": (_FLOW,),
     "objective.logit_mean": (_FLOW, _NORMAL),
     "objective.logit_std": (_FLOW, _NORMAL),
     "objective.shift": (_FLOW,),
-    "objective.label_dropout": (Choice("data.condition", ("class", "text")),),
+    "objective.label_dropout": (ReadCondition("data.condition", ("class", "text")),),
     "optim.eps_mode": (_MUP,),
     "optim.wd_mode": (_MUP,),
     "optim.decay_steps": (_but_for("optim.schedule", ("constant", "cosine"), "optim.schedule=wsd"),),
     "optim.min_lr_ratio": (_but_for("optim.schedule", ("constant",), "optim.schedule=cosine"),),
-    "optim.clip.groups": (Choice("optim.clip.mode", ("per_group",)),),
+    "optim.clip.groups": (ReadCondition("optim.clip.mode", ("per_group",)),),
     "ema.every": (_AVERAGED,),
     "train.validate_every": (_VALIDATED, _HELD_OUT),
     "train.validate_with": (_VALIDATED, _HELD_OUT),
-    "train.init_from_ema": (Choice("train.init_from", holds=bool, remedy="train.init_from"),),
+    "train.init_from_ema": (ReadCondition("train.init_from", holds=bool, remedy="train.init_from"),),
     "sample.prompts": (_TEXT,),
 }
 
 # Keys that their own section refuses, with a sentence of its own.
-JUDGED_THERE = frozenset(
+CHECKED_BY_SECTION = frozenset(
     f"{section}.{key}"
     for section, keys in {
         "model": OF_SOME_FAMILIES,
@@ -132,10 +132,10 @@ JUDGED_THERE = frozenset(
 )
 
 # What a DeepSpeed file may still choose; such keys are judged when it has been merged.
-_LATE = "optim.schedule"
+_DEFERRED = "optim.schedule"
 
 
-def choices_of(key: str) -> tuple[Choice, ...]:
+def read_conditions(key: str) -> tuple[ReadCondition, ...]:
     """The choices on which ``key`` hangs, those of the sections that hold it first; none if it is always read."""
     pieces = key.split(".")
     above = (".".join(pieces[:count]) for count in range(1, len(pieces) + 1))
@@ -146,10 +146,10 @@ def choices_of(key: str) -> tuple[Choice, ...]:
 def is_read(key: str, values: Mapping[str, Any]) -> bool:
     """Whether a run of the flat ``values`` reads ``key``; what they leave out is at its default."""
     fields = dict(walk(RunConfig))
-    return all(_holds(choice, values, fields) for choice in choices_of(key))
+    return all(_holds(choice, values, fields) for choice in read_conditions(key))
 
 
-def settle(
+def drop_unread(
     values: dict[str, Any], sources: dict[str, str], order: Mapping[str, int], resolved: frozenset[str], only: str = ""
 ) -> None:
     """Take the keys out of the merged ``values`` (and ``sources``) that nothing would read.
@@ -170,8 +170,8 @@ def settle(
     for key in list(values):
         if key not in fields or key in resolved or _is_default(key, values[key], fields):
             continue
-        for choice in choices_of(key):
-            later = choice.key == _LATE and key not in JUDGED_THERE
+        for choice in read_conditions(key):
+            later = choice.key == _DEFERRED and key not in CHECKED_BY_SECTION
             said = max(order.get(name, -1) for name in choice.keys)
             undecided = later or not choice.key.startswith(only) or (choice.where_said and said < 0)
             if undecided or _holds(choice, values, fields):
@@ -179,15 +179,15 @@ def settle(
             if said > order[key] or (choice.where_said and said == order[key]):
                 if not choice.where_said:
                     del values[key], sources[key]
-            elif key not in JUDGED_THERE:
+            elif key not in CHECKED_BY_SECTION:
                 problems.append(_refusal(key, values[key], choice, _value(choice.key, values, fields), sources[key]))
             break
     if problems:
         raise UserError(few_lines(problems))
 
 
-def check_late(values: Mapping[str, Any], asked: Mapping[str, str]) -> None:
-    """As ``settle``, of the keys that a DeepSpeed file may give or take a reader; ``asked``: where each was said.
+def check_deferred(values: Mapping[str, Any], asked: Mapping[str, str]) -> None:
+    """As ``drop_unread``, of the keys that a DeepSpeed file may give or take a reader; ``asked``: where each was said.
 
     ``values``: the flat configuration with what that file says. Raises UserError.
     """
@@ -195,13 +195,13 @@ def check_late(values: Mapping[str, Any], asked: Mapping[str, str]) -> None:
     for key, choices in READ_WHERE.items():
         for choice in choices:
             chosen = values.get(choice.key)
-            if choice.key != _LATE or key not in asked or choice.reads(chosen) or key in JUDGED_THERE:
+            if choice.key != _DEFERRED or key not in asked or choice.reads(chosen) or key in CHECKED_BY_SECTION:
                 continue
             if not _is_default(key, values[key], fields):
                 raise UserError(_refusal(key, values[key], choice, chosen, asked[key]))
 
 
-def _holds(choice: Choice, values: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+def _holds(choice: ReadCondition, values: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
     return any(choice.reads(_value(key, values, fields)) for key in choice.keys)
 
 
@@ -215,7 +215,7 @@ def _is_default(key: str, value: Any, fields: Mapping[str, Any]) -> bool:
     return bool(value == fields[key].default)
 
 
-def _refusal(key: str, value: Any, choice: Choice, chosen: Any, source: str) -> str:
+def _refusal(key: str, value: Any, choice: ReadCondition, chosen: Any, source: str) -> str:
     return (
         f"{key}: {shown(value)} is not read where {choice.key} is {shown(chosen).strip(chr(39))}; leave it out, or set "
         f"{choice.advice} (in {source})"

@@ -13,7 +13,7 @@ from megadit.config.schema.optim import OptimConfig
 from megadit.config.schema.parallel import ParallelConfig, layout_problem
 from megadit.config.schema.registered import Plugins
 from megadit.config.schema.section import Section
-from megadit.config.schema.values import number
+from megadit.config.schema.values import parse_number
 from megadit.extensions import CALLBACKS
 
 
@@ -62,7 +62,7 @@ ONLINE = "online"  # the name of the weights that are trained, beside those of t
 
 def _weights_name(value: Any) -> Any:
     """An average's name where it is a number, however that is written: 0.99990 is "0.9999"."""
-    found = number(value) if isinstance(value, str) else value
+    found = parse_number(value) if isinstance(value, str) else value
     return repr(found) if isinstance(found, float) else value
 
 

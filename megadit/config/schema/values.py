@@ -29,7 +29,7 @@ _TRUTH = {"true": True, "false": False}
 _WORDS = {**_TRUTH, "yes": True, "no": False, "on": True, "off": False}
 
 
-def number(text: str) -> int | float | None:
+def parse_number(text: str) -> int | float | None:
     """The number that ``text`` writes (``10``, ``1e-4``, ``2^-10``, ``2**9``), or None if it writes none.
 
     ``010`` is 10, ``1e400`` infinite, and what is too small for a float (``1e-400``) no number rather than 0.
@@ -51,16 +51,16 @@ def number(text: str) -> int | float | None:
     return None if lost else value
 
 
-def meaning(value: Any) -> Any:
+def resolve_scalars(value: Any) -> Any:
     """``value`` where no schema says what is wanted: ``Plain`` as YAML 1.2 reads it, ``2^-10`` too; all else stays."""
     if isinstance(value, Plain):
         truth = _TRUTH.get(_folded(value))
-        found = number(value) if truth is None else truth
+        found = parse_number(value) if truth is None else truth
         return str(value) if found is None else found
     if isinstance(value, list | tuple):
-        return type(value)(meaning(item) for item in value)
+        return type(value)(resolve_scalars(item) for item in value)
     if isinstance(value, Mapping):
-        return {str(key): meaning(item) for key, item in value.items()}
+        return {str(key): resolve_scalars(item) for key, item in value.items()}
     return value
 
 
@@ -106,7 +106,7 @@ def _coerce(value: Any, annotation: Any) -> Any:
     if isinstance(value, Plain):
         return _scalar(value, wanted)
     if isinstance(value, str) and (int in wanted or float in wanted):
-        found = number(value)
+        found = parse_number(value)
         value = value if found is None else found
     return _whole(value, wanted)
 
@@ -120,7 +120,7 @@ def _items(value: list[Any], wanted: tuple[Any, ...]) -> Any:
             return tuple(_coerce(item, kind) for item, kind in zip(value, padded, strict=False))
         if get_origin(option) is list:
             return [_coerce(item, get_args(option)[0]) for item in value]
-    return value if Any in wanted else meaning(value)
+    return value if Any in wanted else resolve_scalars(value)
 
 
 def _mapping(value: Mapping[Any, Any], wanted: tuple[Any, ...]) -> Any:
@@ -128,10 +128,12 @@ def _mapping(value: Mapping[Any, Any], wanted: tuple[Any, ...]) -> Any:
         section = section_of(option)
         if section is not None:
             fields = section.model_fields
-            return {k: _coerce(v, fields[k].annotation) if k in fields else meaning(v) for k, v in value.items()}
+            return {
+                k: _coerce(v, fields[k].annotation) if k in fields else resolve_scalars(v) for k, v in value.items()
+            }
         if get_origin(option) is dict:
             return {key: _coerce(item, get_args(option)[1]) for key, item in value.items()}
-    return value if Any in wanted else meaning(value)
+    return value if Any in wanted else resolve_scalars(value)
 
 
 def _scalar(text: Plain, wanted: tuple[Any, ...]) -> Any:
@@ -140,9 +142,9 @@ def _scalar(text: Plain, wanted: tuple[Any, ...]) -> Any:
     if bool in wanted and _folded(text) in _WORDS:
         return _WORDS[_folded(text)]
     if (int in wanted or float in wanted) or not any(kind is str or get_origin(kind) is Literal for kind in wanted):
-        return _whole(meaning(text), wanted)
+        return _whole(resolve_scalars(text), wanted)
     named = [name for kind in wanted if get_origin(kind) is Literal for name in get_args(kind)]
-    return str(text) if str in wanted or all(isinstance(name, str) for name in named) else meaning(text)
+    return str(text) if str in wanted or all(isinstance(name, str) for name in named) else resolve_scalars(text)
 
 
 def _whole(value: Any, wanted: tuple[Any, ...]) -> Any:

@@ -65,7 +65,7 @@ def measure(
     numbers = range(len(_TIMES))
     x, cond, t = example_images(config, numbers), example_conditioning(config, numbers), torch.tensor(_TIMES)
     diffusers = diffusers_of(config.family)
-    if diffusers.sees_padding:  # and so takes no mask
+    if diffusers.attends_to_padding:  # and so takes no mask
         cond = cond.without_mask()
     with torch.no_grad():
         expected = _ours(config, state)(x, t, cond)  # and the model is gone before the other is built

@@ -147,7 +147,7 @@ def write_diffusers(
     if missing:
         given = ", ".join(f"{name}=…" for name in missing)
         notes.append(f"not in the folder are {', '.join(missing)}: {pipeline}.from_pretrained(OUT, {given}) takes them")
-    if theirs.sees_padding and model.text is not None and model.text.mask:
+    if theirs.attends_to_padding and model.text is not None and model.text.mask:
         notes.append(f"{pipeline} lets images see the padding of a text, which is masked here")
     if family_spec(model.family).null_caption:
         notes.append(_write_null_caption(contents, target))

@@ -43,7 +43,7 @@ def objective_gap(objective: ObjectiveConfig) -> str | None:
 def scheduler_json(family: str, objective: ObjectiveConfig) -> dict[str, Any]:
     """scheduler_config.json of the objective, without the version."""
     model = diffusers_of(family)
-    if objective.kind == "flow" and not model.runs_flows:
+    if objective.kind == "flow" and not model.supports_flow:
         flow = {"use_flow_sigmas": True, "prediction_type": _FLOW_PREDICTION, "flow_shift": objective.shift}
         return {"_class_name": _SOLVER, "num_train_timesteps": STEPS, **flow, **_ORDER_1}
     if objective.kind == "flow":
@@ -51,21 +51,21 @@ def scheduler_json(family: str, objective: ObjectiveConfig) -> dict[str, Any]:
         return {**head, "shift": objective.shift}
     first, last = beta_ends(objective.beta_schedule, objective.diffusion_steps)
     head = {
-        "_class_name": model.of_betas,
+        "_class_name": model.ddpm_scheduler,
         "num_train_timesteps": objective.diffusion_steps,
         "beta_start": first,
         "beta_end": last,
         "beta_schedule": objective.beta_schedule,
         "prediction_type": "v_prediction" if objective.prediction == "v" else "epsilon",
     }
-    if model.of_betas == _SOLVER:
+    if model.ddpm_scheduler == _SOLVER:
         return {**head, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
     return {**head, "clip_sample": False, "set_alpha_to_one": True}
 
 
 def scheduler_notes(family: str, objective: ObjectiveConfig) -> list[str]:
     """What people should know of the scheduler of ``scheduler_json``."""
-    if objective.kind != "flow" or diffusers_of(family).runs_flows:
+    if objective.kind != "flow" or diffusers_of(family).supports_flow:
         return []
     return [
         f"its pipeline cannot run FlowMatchEulerDiscreteScheduler: the scheduler is {_SOLVER} of order 1 with "

@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from megadit.config.deepspeed.file import is_plain
+from megadit.config.deepspeed.file import is_known_valid
 from megadit.errors import UserError
 
 
@@ -19,7 +19,7 @@ def check_ds_config(ds_config: dict[str, Any], *, dry: bool = False) -> None:
     Raises:
         UserError: an unknown key of a block, or a value that DeepSpeed cannot take.
     """
-    if dry and is_plain(ds_config):
+    if dry and is_known_valid(ds_config):
         return
     import torch
     from pydantic import ValidationError

@@ -32,15 +32,17 @@ class DiffusersModel:
 
     class_name, defaults: ``_class_name`` of its config.json, and what the keys stand for that are left out of it.
     to_diffusers: (config, weights) -> (config.json, weights).
-    from_diffusers: (config.json, weights, where=…) -> (config, weights); of a family with a null caption also with
+    from_diffusers: (config.json, weights, where=…) -> (config, weights); for a family with a null caption also with
         ``max_length=``, tokens of a text or None.
-    gap: (config.json, where) -> why the class computes something else than the model here; None: it does not.
-    arguments: (timesteps in [0, 1000], conditioning) -> what its forward takes by name beside the image.
-    pipeline, components: its class, and those of its parts that are not written here, as in ``model_index.json``.
-    of_betas: the class of the scheduler by which it draws from a model that is not a flow.
-    runs_flows: whether it can draw by a flow's scheduler; others lack scale_model_input and init_noise_sigma for it.
-    null_label: the label that it takes as the null one; None: it takes none.
-    sees_padding: whether images see the padding of a text there.
+    mismatch: (config.json, where) -> why the class computes something else than the model here; None: it does not.
+    arguments: (timesteps in [0, 1000], conditioning) -> the keyword arguments of its forward beside the image.
+    pipeline, components: the pipeline class, and the classes of the components that megadit does not write, as in
+        ``model_index.json``.
+    ddpm_scheduler: class of the scheduler that samples a model of ``objective.kind`` ddpm.
+    supports_flow: whether the pipeline can run a flow's scheduler, which has neither scale_model_input nor
+        init_noise_sigma.
+    null_label: the label that stands for no class; None: the pipeline has none.
+    attends_to_padding: whether image tokens attend to the padding of a text.
     """
 
     class_name: str
@@ -50,11 +52,11 @@ class DiffusersModel:
     arguments: Callable[[Tensor, Conditioning], dict[str, Any]]
     pipeline: str
     components: Mapping[str, list[str]] = field(default_factory=dict)
-    of_betas: str = "DPMSolverMultistepScheduler"
-    runs_flows: bool = False
+    ddpm_scheduler: str = "DPMSolverMultistepScheduler"
+    supports_flow: bool = False
     null_label: int | None = None
-    sees_padding: bool = False
-    gap: Callable[[Mapping[str, Any], str], str | None] = lambda config_json, where: None
+    attends_to_padding: bool = False
+    mismatch: Callable[[Mapping[str, Any], str], str | None] = lambda config_json, where: None
 
 
 @dataclass(frozen=True)
@@ -62,29 +64,29 @@ class Conversion:
     """A family's models in the files of its authors' code, and in diffusers.
 
     from_official: (weights, **hints) -> (config, weights); to_official: (config, weights) -> weights.
-    anchor: the parameter whose name ends alike wherever the model stands in a file.
-    sign: how names begin that no other family has.
-    defaults: sections of the run of a model that came without one: the objective and guidance of its originals.
-    hints: names of those that ``from_official`` takes: what the weights cannot tell.
-    wrapped_in: the key below which the authors' loader looks for the weights.
-    notes: what a run here does otherwise than the originals without saying so.
-    told: the dumped keys of a model without what its weights leave open.
+    anchor: a parameter that every model of the family has; a prefix before its name is that of the whole model.
+    name_prefix: how parameter names of this family, and of no other, begin.
+    defaults: sections of the run of a model that came without a config: objective and guidance of the originals.
+    hints: the hints that ``from_official`` takes, which say what the weights cannot tell.
+    weights_key: the key below which the authors' loader looks for the weights.
+    notes: differences between a run here and the originals, logged with every conversion.
+    comparable_keys: (config, its dump) -> the dump without what the weights leave open.
     """
 
     from_official: Callable[..., tuple[ModelConfig, dict[str, Tensor]]]
     to_official: Callable[[ModelConfig, _State], dict[str, Tensor]]
     anchor: str
-    sign: str
+    name_prefix: str
     defaults: Callable[[ModelConfig], dict[str, dict[str, Any]]]
     hints: tuple[str, ...] = ()
-    wrapped_in: str | None = None
+    weights_key: str | None = None
     notes: tuple[str, ...] = ()
-    told: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] = lambda config, keys: keys
+    comparable_keys: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] = lambda config, keys: keys
     diffusers: DiffusersModel | None = None
 
 
 def conversion_of(family: str) -> Conversion:
-    """That of a family. Raises UserError where no other program knows its models, or there is no such family."""
+    """The ``Conversion`` of a family. Raises UserError for an unknown family, and one that no other program has."""
     if family not in FAMILIES:
         raise UserError(f"family: {family!r} is not known; known are {', '.join(FAMILIES.names())}")
     found = conversions().get(family)
@@ -102,10 +104,10 @@ def diffusers_of(family: str) -> DiffusersModel:
 
 
 def conversions() -> dict[str, Conversion]:
-    """Those of all families that have one, by the family's name."""
+    """The ``Conversion`` of every family that has one, by the family's name."""
     return {spec.name: load_object(spec.conversion) for spec in families() if spec.conversion is not None}
 
 
 def diffusers_classes() -> dict[str, str]:
-    """The families whose models diffusers has, by the class's name."""
+    """Name of the family by name of its class in diffusers."""
     return {c.diffusers.class_name: name for name, c in conversions().items() if c.diffusers is not None}

@@ -76,7 +76,7 @@ def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
     return {**kept, "_class_name": name}, notes
 
 
-def filled(defaults: Mapping[str, Any], config_json: Mapping[str, Any], where: str) -> Fields:
+def class_fields(defaults: Mapping[str, Any], config_json: Mapping[str, Any], where: str) -> Fields:
     """The keys of a ``class_config`` with the ``defaults`` of its class for those that are left out."""
     return Fields({**defaults, **config_json}, where)
 
@@ -130,35 +130,35 @@ def _class_name(fields: Fields) -> str:
 
 @dataclass(frozen=True)
 class Renaming:
-    """Parameters here and in a class of diffusers, where one of here may be several, cut along its first dimension.
+    """Parameter names here and in a class of diffusers, where a tensor of here may be several, cut along dimension 0.
 
-    ends, block: by the name of a module, or of a parameter, here: the names there, with spaces between pieces; outside
-    of blocks and in one. blocks: how the names of blocks begin here.
+    ends, block: by the name of a module, or of a parameter, here: its names in diffusers, separated by spaces; outside
+    of blocks and inside of one. blocks: how the names of blocks begin here.
     """
 
     ends: Mapping[str, str]
     block: Mapping[str, str]
     blocks: str = "blocks."
 
-    def places(self, name: str) -> list[str]:
-        """Where the parameter ``name`` stands there."""
+    def target_names(self, name: str) -> list[str]:
+        """The names in diffusers of the pieces of the parameter ``name``, in order."""
         table, prefix, local = self.ends, "", name
         if name.startswith(self.blocks):
             index, _, local = name.removeprefix(self.blocks).partition(".")
             table, prefix = self.block, f"transformer_blocks.{index}."
-        module, _, part = local.rpartition(".")
-        names = table[local].split() if local in table else [f"{there}.{part}" for there in table[module].split()]
-        return [prefix + there for there in names]
+        module, _, parameter = local.rpartition(".")
+        targets = table[local].split() if local in table else [f"{t}.{parameter}" for t in table[module].split()]
+        return [prefix + target for target in targets]
 
-    def there(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters by their names there."""
-        out: dict[str, Tensor] = {}
+    def to_diffusers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters, cut and renamed."""
+        renamed: dict[str, Tensor] = {}
         for name, value in state.items():
-            places = self.places(name)
-            out |= dict(zip(places, value.chunk(len(places)), strict=True))
-        return out
+            targets = self.target_names(name)
+            renamed |= dict(zip(targets, value.chunk(len(targets)), strict=True))
+        return renamed
 
-    def here(self, names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters ``names`` out of what stands there."""
-        parts = {name: [state[place] for place in self.places(name)] for name in names}
-        return {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in parts.items()}
+    def from_diffusers(self, names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters ``names`` of here, joined from the tensors of diffusers' ``state``."""
+        pieces = {name: [state[target] for target in self.target_names(name)] for name in names}
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}

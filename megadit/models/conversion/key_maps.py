@@ -25,7 +25,7 @@ def listed(names: Collection[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
-def needed(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tensor:
+def required(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tensor:
     """The tensor called ``name``, which has ``dims`` dimensions. Raises UserError that names it and ``what`` it is of.
 
     ``what`` says what the state dict should be, such as "an official DiT checkpoint".
@@ -34,7 +34,7 @@ def needed(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tens
     if value is None:
         first = f"; it begins with {listed(list(state)[:3])}" if state else ""
         known = conversions().items()
-        found = next((family for family, c in known if any(each.startswith(c.sign) for each in state)), None)
+        found = next((family for family, c in known if any(each.startswith(c.name_prefix) for each in state)), None)
         remedy = "name the format that it has with --from"
         if found is not None:
             remedy = f"read it with --from official-{found}; if that was given, give the whole model's state_dict()"
@@ -46,13 +46,13 @@ def needed(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tens
     return value
 
 
-def blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     """How many modules ``prefix``0, ``prefix``1, … the names speak of: the highest number and one."""
     numbers = [name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)]
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
-def check(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]], what: str) -> None:
+def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]], what: str) -> None:
     """Refuse a state dict that has not exactly the names and shapes ``wanted``, all of floating point.
 
     Raises:
@@ -112,14 +112,14 @@ def check_positions(stored: Tensor, wanted: Tensor, name: str) -> None:
         )
 
 
-def heads_of(width: int, hint: int | None, published: Mapping[int, int], head_dims: Sequence[int]) -> int:
+def infer_heads(width: int, hint: int | None, published: Mapping[int, int], head_dims: Sequence[int]) -> int:
     """The number of heads: the hint, that of the published size with this width, or the only one of ``head_dims``.
 
     Raises:
         UserError: none or several of ``head_dims`` divide the width and there is no hint, or the hint does not.
     """
     if hint is not None:
-        return fitting_heads(width, int(hint))
+        return checked_heads(width, int(hint))
     if width in published:
         return published[width]
     fitting = [width // dim for dim in head_dims if width % dim == 0]
@@ -131,14 +131,14 @@ def heads_of(width: int, hint: int | None, published: Mapping[int, int], head_di
     return fitting[0]
 
 
-def fitting_heads(width: int, heads: int) -> int:
+def checked_heads(width: int, heads: int) -> int:
     """``heads``, which the width must be a multiple of. Raises UserError where it is not."""
     if width % heads:
         raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
     return heads
 
 
-def parametrized(hints: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
+def parametrization_keys(hints: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
     """Keys of ``model.*`` by the hints ``parametrization``, ``base_width`` and ``output_mult``."""
     keys: dict[str, Any] = {"heads": heads, "output_mult": float(hints.get("output_mult", 1.0))}
     if hints.get("parametrization", "sp") == "sp":
@@ -161,7 +161,7 @@ def learns_sigma(out: int, channels: int, what: str) -> bool:
     return out == 2 * channels
 
 
-def input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
+def infer_input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
     """Side of the image: the hint, or of the stored positions (1, tokens, width), which a hint must agree with.
 
     Raises:
@@ -169,7 +169,7 @@ def input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
     """
     if table is None:
         if hint is None:
-            raise size_needed("the file has no pos_embed that would tell")
+            raise size_required("the file has no pos_embed that would tell")
         return int(hint)
     side = math.isqrt(table.shape[1]) * patch if table.dim() == 3 else 0
     if hint is not None and int(hint) != side:
@@ -177,14 +177,14 @@ def input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
     return side
 
 
-def size_needed(why: str) -> UserError:
+def size_required(why: str) -> UserError:
     """The error that asks for the size of the image."""
     return UserError(
         f"--hint input_size: is needed, since {why}; give --hint input_size=N, the side of the (latent) image"
     )
 
 
-def refuse_lacking(lacking: Mapping[str, bool], who: str) -> None:
+def refuse_unsupported(lacking: Mapping[str, bool], who: str) -> None:
     """Raise UserError with the first of the model's keys and values that is found and ``who`` has no place for."""
     for what, found in lacking.items():
         if found:

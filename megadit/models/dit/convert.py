@@ -17,7 +17,14 @@ from megadit.config.schema.model import LARGEST, ModelConfig
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
-from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, filled, image_size
+from megadit.models.conversion.diffusers_class import (
+    LEGACY_DEFAULTS,
+    WHERE,
+    Renaming,
+    check_depth,
+    class_fields,
+    image_size,
+)
 from megadit.models.layers import sincos_2d
 
 _OFFICIAL = "an official DiT checkpoint"
@@ -65,28 +72,28 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     Raises:
         UserError: names, shapes, types or the position table are not those of a DiT, or a hint is needed or wrong.
     """
-    patch_weight = key_maps.needed(state, "x_embedder.proj.weight", _OFFICIAL, 4)
+    patch_weight = key_maps.required(state, "x_embedder.proj.weight", _OFFICIAL, 4)
     width, channels, patch, _ = patch_weight.shape
-    classes = len(key_maps.needed(state, "y_embedder.embedding_table.weight", _OFFICIAL, 2)) - 1
-    hidden = len(key_maps.needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
-    out = len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
-    heads = key_maps.heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
+    classes = len(key_maps.required(state, "y_embedder.embedding_table.weight", _OFFICIAL, 2)) - 1
+    hidden = len(key_maps.required(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(key_maps.required(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    heads = key_maps.infer_heads(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
     keys: dict[str, Any] = {
         "width": width,
-        "depth": key_maps.blocks(state, "blocks."),
+        "depth": key_maps.count_blocks(state, "blocks."),
         "patch_size": patch,
         "in_channels": channels,
         "num_classes": classes,
         "learn_sigma": key_maps.learns_sigma(out, channels, "a DiT"),
         "mlp_ratio": hidden / width,
-        "input_size": key_maps.input_size(state.get("pos_embed"), patch, hints.get("input_size")),
+        "input_size": key_maps.infer_input_size(state.get("pos_embed"), patch, hints.get("input_size")),
     }
-    config = ModelConfig(family="dit", **keys, **key_maps.parametrized(hints, width, heads))
+    config = ModelConfig(family="dit", **keys, **key_maps.parametrization_keys(hints, width, heads))
     state = dict(state)
     stored = state.pop("pos_embed", None)
     if stored is not None:
         key_maps.check_positions(stored, _positions(config), "pos_embed")
-    key_maps.check(state, key_maps.model_shapes(config), _OFFICIAL)
+    key_maps.check_state(state, key_maps.model_shapes(config), _OFFICIAL)
     return config, state
 
 
@@ -112,7 +119,7 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
         raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but diffusers' {_CLASS} has 4 alone; nothing is done")
     folded = {**state, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
     shared = {there: folded.pop(here) for here, there in _EMBEDDERS.items()}
-    out = _NAMES.there(folded)
+    out = _NAMES.to_diffusers(folded)
     for index in range(config.depth):
         out |= {f"transformer_blocks.{index}.{there}": value for there, value in shared.items()}
     return _to_json(config), out
@@ -129,22 +136,22 @@ def from_diffusers(
         UserError: names or shapes differ from what the config says, blocks hold different embedders, or the config
             asks for something that this model does not have.
     """
-    fields = filled(_CLASS_DEFAULTS, config_json, where)
-    check_depth(fields, key_maps.blocks(state, "transformer_blocks."))
+    fields = class_fields(_CLASS_DEFAULTS, config_json, where)
+    check_depth(fields, key_maps.count_blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     shapes = key_maps.model_shapes(config)
     _, there = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    key_maps.check(state, {name: tuple(value.shape) for name, value in there.items()}, _DIFFUSERS)
-    ours = _NAMES.here(shapes.keys() - _EMBEDDERS.keys(), state)
+    key_maps.check_state(state, {name: tuple(value.shape) for name, value in there.items()}, _DIFFUSERS)
+    ours = _NAMES.from_diffusers(shapes.keys() - _EMBEDDERS.keys(), state)
     ours |= {here: _common(state, name, config.depth) for here, name in _EMBEDDERS.items()}
     return config, {name: ours[name] for name in shapes}
 
 
 def diffusers_gap(config_json: Mapping[str, Any], where: str) -> str | None:
     """Why the class of diffusers with this config computes something else than this model does."""
-    gap = "its class spaces the timestep's frequencies by half - 1 in place of half"
-    eps = filled(_CLASS_DEFAULTS, config_json, where).number("norm_eps")
-    return gap if eps == 1e-6 else f"{gap}, and its norm_eps is {eps:g} in place of 1e-06"
+    mismatch = "its class spaces the timestep's frequencies by half - 1 in place of half"
+    eps = class_fields(_CLASS_DEFAULTS, config_json, where).number("norm_eps")
+    return mismatch if eps == 1e-6 else f"{mismatch}, and its norm_eps is {eps:g} in place of 1e-06"
 
 
 def _positions(config: ModelConfig) -> Tensor:
@@ -160,7 +167,7 @@ def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...]) -> None
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.num_classes: 0": not config.num_classes,
     }
-    key_maps.refuse_lacking(lacking, who)
+    key_maps.refuse_unsupported(lacking, who)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -185,7 +192,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_json(fields: Fields) -> ModelConfig:
-    """The config of a ``filled`` config.json. Raises UserError for what a DiT here does not have."""
+    """The config of a config.json, read by ``class_fields``. Raises UserError for what a DiT here does not have."""
     for key, wanted in (("norm_type", "ada_norm_zero"), ("attention_bias", True), ("norm_elementwise_affine", False)):
         value = fields.text(key) if isinstance(wanted, str) else fields.flag(key)
         if value != wanted:
@@ -235,7 +242,7 @@ CONVERSION = Conversion(
     from_official,
     to_official,
     anchor="x_embedder.proj.weight",
-    sign="y_embedder.embedding_table.",
+    name_prefix="y_embedder.embedding_table.",
     defaults=_defaults,
     hints=("heads", "input_size", "parametrization", "base_width", "output_mult"),
     diffusers=DiffusersModel(
@@ -245,8 +252,8 @@ CONVERSION = Conversion(
         from_diffusers,
         lambda t, cond: {"timestep": t.long(), "class_labels": cond.labels},
         pipeline="DiTPipeline",
-        of_betas="DDIMScheduler",
+        ddpm_scheduler="DDIMScheduler",
         null_label=1000,
-        gap=diffusers_gap,
+        mismatch=diffusers_gap,
     ),
 )

@@ -27,10 +27,10 @@ from megadit.models.patches import (
     ConditionedTokens,
     SquareReadoutStage,
     check_square,
-    labels_of,
-    patches_of,
+    class_labels,
+    num_patches,
+    patches_per_side,
     self_attention,
-    side_of,
 )
 from megadit.models.stages import ModelInputs, Stage, StagedModel
 from megadit.mup.rules import Parametrization
@@ -51,8 +51,8 @@ class DiTBlock(Stage):
         super().__init__()
         width = param.width_dim()
         self.prefix = f"blocks.{index}."
-        self.attn = self_attention(config, param, patches_of(config))
-        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=patches_of(config))
+        self.attn = self_attention(config, param, num_patches(config))
+        self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=num_patches(config))
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
         self.adaLN_modulation = adaln_modulation(width, 6, param)
 
@@ -94,12 +94,12 @@ class DiT(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
         super().__init__()
         self.config = config
-        self.stream_tokens = patches_of(config)
+        self.stream_tokens = num_patches(config)
         width = param.width_dim()
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)
         self.y_embedder = LabelEmbedder(config.num_classes, width, param) if config.num_classes else None
-        self.pos_embed = SinCosPositions(config.width, side_of(config))
+        self.pos_embed = SinCosPositions(config.width, patches_per_side(config))
         self.blocks = nn.ModuleList(DiTBlock(config, param, index) for index in range(config.depth))
         out = config.patch_size**2 * config.out_channels
         self.final_layer = AdaLNReadout(width, out, param, _LN_EPS, config.norm_precision, self.stream_tokens)
@@ -114,4 +114,4 @@ class DiT(StagedModel):
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
         """With labels, but for an unconditional model."""
         check_square(x, self.config)
-        return ModelInputs(x, t.float(), labels=labels_of(cond, self.config) if self.config.num_classes else None)
+        return ModelInputs(x, t.float(), labels=class_labels(cond, self.config) if self.config.num_classes else None)

@@ -18,7 +18,7 @@ from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
-from megadit.models.conversion.diffusers_class import WHERE, Renaming, check_depth, filled, image_size
+from megadit.models.conversion.diffusers_class import WHERE, Renaming, check_depth, class_fields, image_size
 from megadit.models.layers import CroppedPositions
 from megadit.models.repa import without_projector
 
@@ -84,27 +84,27 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
             f"IN: has a second attention in its image blocks ({key_maps.listed(second)}), as Stable Diffusion 3.5 "
             "Medium; this model has none, so it cannot be read"
         )
-    width, channels, patch, _ = key_maps.needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
-    hidden = len(key_maps.needed(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
+    width, channels, patch, _ = key_maps.required(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(key_maps.required(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
     pooled = state.get("y_embedder.mlp.0.weight")
-    heads = key_maps.fitting_heads(width, int(hints.get("heads", width // _HEAD_DIM)) or 1)
+    heads = key_maps.checked_heads(width, int(hints.get("heads", width // _HEAD_DIM)) or 1)
     table = state.pop("pos_embed", None)
     config = ModelConfig(
         family="mmdit",
         width=width,
-        depth=key_maps.blocks(state, "joint_blocks."),
+        depth=key_maps.count_blocks(state, "joint_blocks."),
         heads=heads,
         patch_size=patch,
         in_channels=channels,
         input_size=_input_size(table, patch, hints.get("input_size")),
         pos_embed_max_size=None if table is None else math.isqrt(table.shape[1]),
-        learn_sigma=len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) == 2 * channels * patch**2,
+        learn_sigma=len(key_maps.required(state, _READOUT, _OFFICIAL, 2)) == 2 * channels * patch**2,
         mlp_ratio=hidden / width,
         qk_norm="rms" if "joint_blocks.0.x_block.attn.ln_q.weight" in state else "none",
         qkv_bias="joint_blocks.0.x_block.attn.qkv.bias" in state,
         num_classes=0,
         text={  # type: ignore[arg-type]
-            "dim": key_maps.needed(state, "context_embedder.weight", _OFFICIAL, 2).shape[1],
+            "dim": key_maps.required(state, "context_embedder.weight", _OFFICIAL, 2).shape[1],
             "max_length": _TOKENS,
             "pooled_dim": 0 if pooled is None else pooled.shape[-1],
             "mask": False,
@@ -113,7 +113,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     if table is not None:
         key_maps.check_positions(table, _positions(config), "pos_embed")
     shapes = key_maps.model_shapes(config)
-    key_maps.check(state, shapes, _OFFICIAL)
+    key_maps.check_state(state, shapes, _OFFICIAL)
     return config, {name: state[name] for name in shapes}
 
 
@@ -141,9 +141,9 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     if not config.text.pooled_dim:
         raise UserError(f"model.text.pooled_dim: 0, but {who} always takes a pooled text feature; {_REMEDY}")
     state = _swapped(_exported(config, state), config.depth)
-    out = _NAMES.there(state)
+    out = _NAMES.to_diffusers(state)
     if not config.qkv_bias:
-        qkv = (place for name in state if name.endswith("attn.qkv.weight") for place in _NAMES.places(name))
+        qkv = (place for name in state if name.endswith("attn.qkv.weight") for place in _NAMES.target_names(name))
         out |= {f"{place.removesuffix('weight')}bias": out[place].new_zeros(len(out[place])) for place in qkv}
     if config.pos_embed_max_size is not None:
         out[_TABLE] = _positions(config).to(state[_READOUT])
@@ -161,18 +161,18 @@ def from_diffusers(
         UserError: names, shapes or the position table differ from what the config says, or the config asks for
             something that this model does not have.
     """
-    fields = filled(_CLASS_DEFAULTS, config_json, where)
-    check_depth(fields, key_maps.blocks(state, "transformer_blocks."))
+    fields = class_fields(_CLASS_DEFAULTS, config_json, where)
+    check_depth(fields, key_maps.count_blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     state = dict(state)
     _check_table(state.pop(_TABLE, None), config, where)
     shapes = key_maps.model_shapes(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for name, (rows, *rest) in shapes.items():
-        places = _NAMES.places(name)
+        places = _NAMES.target_names(name)
         wanted |= {place: (rows // len(places), *rest) for place in places}
-    key_maps.check(state, wanted, _DIFFUSERS)
-    return config, _swapped(_NAMES.here(shapes, state), config.depth)
+    key_maps.check_state(state, wanted, _DIFFUSERS)
+    return config, _swapped(_NAMES.from_diffusers(shapes, state), config.depth)
 
 
 def _check_table(table: Tensor | None, config: ModelConfig, where: str) -> None:
@@ -226,10 +226,10 @@ def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
     if hint is not None:
         return int(hint)
     if table is None:
-        raise key_maps.size_needed("the file has no pos_embed that would tell")
+        raise key_maps.size_required("the file has no pos_embed that would tell")
     side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
     if side < 2:
-        raise key_maps.size_needed(f"pos_embed of shape {list(table.shape)} does not tell")
+        raise key_maps.size_required(f"pos_embed of shape {list(table.shape)} does not tell")
     sine = min(1.0, max(0.0, float(table[0, 1, 0])))
     return max(1, round(side * math.asin(sine))) * patch
 
@@ -255,7 +255,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_json(fields: Fields) -> ModelConfig:
-    """The config of a ``filled`` config.json. Raises UserError for what an MMDiT here does not have."""
+    """The config of a config.json, read by ``class_fields``. Raises UserError for what an MMDiT here does not have."""
     dual = fields.items("dual_attention_layers", null=True)
     if dual:
         raise UserError(
@@ -310,14 +310,14 @@ CONVERSION = Conversion(
     from_official,
     to_official,
     anchor="x_embedder.proj.weight",
-    sign="joint_blocks.",
+    name_prefix="joint_blocks.",
     defaults=lambda model: {"objective": {"kind": "flow"}, "sample": {"guidance": 5.0}},
     hints=("heads", "input_size"),
     notes=(
         "texts are cut or padded to model.text.max_length; their padding is seen, as in SD3, but holds zeros where a "
         "text encoder here makes it (model.text.mask=true leaves it out)",
     ),
-    told=_told,
+    comparable_keys=_told,
     diffusers=DiffusersModel(
         _CLASS,
         _CLASS_DEFAULTS,
@@ -333,7 +333,7 @@ CONVERSION = Conversion(
             "tokenizer_3": ["transformers", "T5TokenizerFast"],
             "text_encoder_3": ["transformers", "T5EncoderModel"],
         },
-        runs_flows=True,
-        sees_padding=True,
+        supports_flow=True,
+        attends_to_padding=True,
     ),
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.conditioning import Conditioning, seen_text
+from megadit.conditioning import Conditioning, checked_text
 from megadit.config.schema.model import ModelConfig
 from megadit.models.layers import (
     AdaLNReadout,
@@ -32,7 +32,7 @@ from megadit.models.layers import (
     joint_attention,
     unpatchify,
 )
-from megadit.models.patches import patches_of, side_of
+from megadit.models.patches import num_patches, patches_per_side
 from megadit.models.stages import ModelInputs, ModelOutput, Stage, StagedModel, StageIO, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
@@ -129,7 +129,7 @@ class MMDiTBlock(Stage):
         self.last = index == config.depth - 1
         self.precision = config.attention_precision
         self.context_block = MMDiTStream(config, param, _text_tokens(config), pre_only=self.last)
-        self.x_block = MMDiTStream(config, param, patches_of(config))
+        self.x_block = MMDiTStream(config, param, num_patches(config))
 
     def run(self, state: MMDiTState) -> StageState:
         """Joint attention, then each stream's own MLP."""
@@ -217,14 +217,14 @@ class MMDiT(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
         super().__init__()
         self.config = config
-        self.stream_tokens = patches_of(config)
+        self.stream_tokens = num_patches(config)
         assert config.text is not None  # held by the configuration
         width = param.width_dim()
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)
         self.y_embedder = PooledEmbedder(config.text.pooled_dim, width, param) if config.text.pooled_dim else None
         self.context_embedder = ReplicatedLinear(Dim(config.text.dim), width, param, init="text")
-        self.pos_embed = CroppedPositions(config.width, side_of(config), config.pos_embed_max_size)
+        self.pos_embed = CroppedPositions(config.width, patches_per_side(config), config.pos_embed_max_size)
         self.joint_blocks = nn.ModuleList(MMDiTBlock(config, param, index) for index in range(config.depth))
         out = config.patch_size**2 * config.out_channels
         self.final_layer = AdaLNReadout(width, out, param, _LN_EPS, config.norm_precision, self.stream_tokens)
@@ -245,7 +245,7 @@ class MMDiT(StagedModel):
         self._check_size(x)
         text = self.config.text
         assert text is not None
-        states, mask = seen_text(cond, text.dim, None)
+        states, mask = checked_text(cond, text.dim, None)
         if self.layout.sequence and states.shape[1] != text.max_length:
             raise ValueError(
                 f"cond.text: {tuple(states.shape)} has not {text.max_length} tokens (text.max_length), as sequence "

@@ -18,7 +18,14 @@ from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
-from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, filled, image_size
+from megadit.models.conversion.diffusers_class import (
+    LEGACY_DEFAULTS,
+    WHERE,
+    Renaming,
+    check_depth,
+    class_fields,
+    image_size,
+)
 from megadit.models.layers import sincos_2d
 from megadit.models.repa import without_projector
 
@@ -77,19 +84,19 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
             needed or wrong.
     """
     _refuse_micro_conditions(state, _MICRO)
-    width, channels, patch, _ = key_maps.needed(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
-    hidden = len(key_maps.needed(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
-    out = len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
-    text_dim = key_maps.needed(state, "y_embedder.y_proj.fc1.weight", _OFFICIAL, 2).shape[1]
+    width, channels, patch, _ = key_maps.required(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(key_maps.required(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(key_maps.required(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    text_dim = key_maps.required(state, "y_embedder.y_proj.fc1.weight", _OFFICIAL, 2).shape[1]
     length = int(hints.get("text_max_length", _MAX_LENGTH))
     if NULL_CAPTION in state:
-        length = len(key_maps.needed(state, NULL_CAPTION, _OFFICIAL, 2))
+        length = len(key_maps.required(state, NULL_CAPTION, _OFFICIAL, 2))
     size, scale = _grid(state.get("pos_embed"), patch, hints)
-    heads = key_maps.heads_of(width, hints.get("heads"), {}, _HEAD_DIMS)
+    heads = key_maps.infer_heads(width, hints.get("heads"), {}, _HEAD_DIMS)
     keys: dict[str, Any] = {
         "family": "pixart",
         "width": width,
-        "depth": key_maps.blocks(state, "blocks."),
+        "depth": key_maps.count_blocks(state, "blocks."),
         "patch_size": patch,
         "in_channels": channels,
         "input_size": size,
@@ -98,12 +105,12 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         "num_classes": 0,
         "text": {"dim": text_dim, "max_length": length},
         "pos_scale": scale,
-        **key_maps.parametrized(hints, width, heads),
+        **key_maps.parametrization_keys(hints, width, heads),
     }
     config = ModelConfig.model_validate(keys)
     weights = {name: value for name, value in state.items() if name != "pos_embed"}
     weights.setdefault(NULL_CAPTION, _null(config, {}))
-    key_maps.check(weights, _shapes(config), _OFFICIAL)
+    key_maps.check_state(weights, _shapes(config), _OFFICIAL)
     return config, weights
 
 
@@ -132,7 +139,7 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     _refuse(config, f"diffusers' {_CLASS}", ("gelu_tanh", "gelu"), bias=False)
     if config.mlp_ratio != 4.0:
         raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but diffusers' {_CLASS} has 4 alone; nothing is done")
-    return _to_json(config), _NAMES.there(_folded(config, state))
+    return _to_json(config), _NAMES.to_diffusers(_folded(config, state))
 
 
 def from_diffusers(
@@ -149,14 +156,14 @@ def from_diffusers(
             does not have.
     """
     _refuse_micro_conditions(state, _DIFFUSERS_MICRO)
-    fields = filled(_CLASS_DEFAULTS, config_json, where)
-    check_depth(fields, key_maps.blocks(state, "transformer_blocks."))
+    fields = class_fields(_CLASS_DEFAULTS, config_json, where)
+    check_depth(fields, key_maps.count_blocks(state, "transformer_blocks."))
     config = _from_json(fields, max_length)
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
     shapes = key_maps.model_shapes(config)
     _, there_all = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    key_maps.check(state, {name: tuple(value.shape) for name, value in there_all.items()}, _DIFFUSERS)
-    return config, {**_NAMES.here(shapes, state), NULL_CAPTION: _null(config, {})}
+    key_maps.check_state(state, {name: tuple(value.shape) for name, value in there_all.items()}, _DIFFUSERS)
+    return config, {**_NAMES.from_diffusers(shapes, state), NULL_CAPTION: _null(config, {})}
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -180,7 +187,7 @@ def _folded(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def _grid(table: Tensor | None, patch: int, hints: Mapping[str, Any]) -> tuple[int, float]:
     """(side of the image, scale of the positions): of the stored table, which hints must agree with, or the hints."""
-    size = key_maps.input_size(table, patch, hints.get("input_size"))
+    size = key_maps.infer_input_size(table, patch, hints.get("input_size"))
     if table is None:
         return size, float(hints.get("pos_scale", 1.0))
     side, width = size // patch, table.shape[-1]
@@ -213,7 +220,7 @@ def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...], *, bias
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.qkv_bias: false": bias and not config.qkv_bias,
     }
-    key_maps.refuse_lacking(lacking, who)
+    key_maps.refuse_unsupported(lacking, who)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -245,7 +252,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
-    """The config of a ``filled`` config.json. Raises UserError for what a PixArt here does not have."""
+    """The config of a config.json, read by ``class_fields``. Raises UserError for what a PixArt here does not have."""
     channels, patch, heads = (
         fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
     )
@@ -303,10 +310,10 @@ CONVERSION = Conversion(
     from_official,
     to_official,
     anchor="x_embedder.proj.weight",
-    sign="y_embedder.y_proj.",
+    name_prefix="y_embedder.y_proj.",
     defaults=lambda model: {"objective": {"kind": "ddpm"}, "sample": {"guidance": 4.5}},
     hints=("heads", "input_size", "text_max_length", "pos_scale", "parametrization", "base_width", "output_mult"),
-    wrapped_in="state_dict",
+    weights_key="state_dict",
     diffusers=DiffusersModel(
         _CLASS,
         _CLASS_DEFAULTS,

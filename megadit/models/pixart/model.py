@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megadit.conditioning import Conditioning, seen_text
+from megadit.conditioning import Conditioning, checked_text
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.models.layers import (
     CaptionEmbedder,
@@ -31,9 +31,9 @@ from megadit.models.patches import (
     ConditionedTokens,
     SquareReadoutStage,
     check_square,
-    patches_of,
+    num_patches,
+    patches_per_side,
     self_attention,
-    side_of,
 )
 from megadit.models.stages import ModelInputs, Stage, StagedModel, StageState
 from megadit.mup.rules import Parametrization
@@ -75,7 +75,7 @@ class PixArtBlock(Stage):
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
-        width, heads, tokens = param.width_dim(), config.num_heads, patches_of(config)
+        width, heads, tokens = param.width_dim(), config.num_heads, num_patches(config)
         self.prefix = f"blocks.{index}."
         self.last = index == config.depth - 1
         self.layout = tensor_layout()
@@ -104,7 +104,7 @@ class PixArtFinalLayer(nn.Module):
         width = param.width_dim()
         out = Dim(config.patch_size**2 * config.out_channels)
         self.layout = tensor_layout()
-        self.linear = ReplicatedLinear(width, out, param, init="readout", tokens=patches_of(config))
+        self.linear = ReplicatedLinear(width, out, param, init="readout", tokens=num_patches(config))
         self.scale_shift_table, self.param_specs = _table(2, width, param)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
@@ -144,7 +144,7 @@ class PixArt(StagedModel):
         """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
         super().__init__()
         self.config = config
-        self.stream_tokens = patches_of(config)
+        self.stream_tokens = num_patches(config)
         self.text = cast("TextInput", config.text)  # held by the configuration
         width = param.width_dim()
         sixfold = Dim(6 * width.size, 6 * width.base_size)
@@ -154,7 +154,7 @@ class PixArt(StagedModel):
             nn.SiLU(), ColumnParallelLinear(width, sixfold, param, init="adaln", gather_output=True)
         )
         self.y_embedder = CaptionEmbedder(self.text.dim, self.text.max_length, width, param)
-        self.pos_embed = SinCosPositions(config.width, side_of(config), config.pos_scale)
+        self.pos_embed = SinCosPositions(config.width, patches_per_side(config), config.pos_scale)
         self.blocks = nn.ModuleList(PixArtBlock(config, param, index) for index in range(config.depth))
         self.final_layer = PixArtFinalLayer(config, param)
         # In a tuple, so that they are not registered: their parameters are the model's own.
@@ -171,5 +171,5 @@ class PixArt(StagedModel):
         A text may have fewer tokens than ``max_length``; padded and masked it gives the same picture.
         """
         check_square(x, self.config)
-        text, mask = seen_text(cond, self.text.dim, self.text.max_length)
+        text, mask = checked_text(cond, self.text.dim, self.text.max_length)
         return ModelInputs(x, t.float(), text, text_mask=mask)

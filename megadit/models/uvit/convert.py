@@ -37,27 +37,27 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     Raises:
         UserError: names, shapes or types are not those of a U-ViT, or a hint is needed or wrong.
     """
-    width, channels, patch, _ = key_maps.needed(state, "patch_embed.proj.weight", _OFFICIAL, 4).shape
-    hidden = len(key_maps.needed(state, "mid_block.mlp.fc1.weight", _OFFICIAL, 2))
-    out = len(key_maps.needed(state, _READOUT, _OFFICIAL, 2)) // patch**2
-    positions = key_maps.needed(state, _POSITIONS[0], _OFFICIAL, 3).shape[1]
+    width, channels, patch, _ = key_maps.required(state, "patch_embed.proj.weight", _OFFICIAL, 4).shape
+    hidden = len(key_maps.required(state, "mid_block.mlp.fc1.weight", _OFFICIAL, 2))
+    out = len(key_maps.required(state, _READOUT, _OFFICIAL, 2)) // patch**2
+    positions = key_maps.required(state, _POSITIONS[0], _OFFICIAL, 3).shape[1]
     state = {_POSITIONS[1] if name == _POSITIONS[0] else name: value for name, value in state.items()}
     state = _with_null(state, _truth(hints.get("null_class", True)))
     text: dict[str, Any] | None = None
-    classes = len(key_maps.needed(state, _TABLE, _OFFICIAL, 2)) - 1 if _TABLE in state else 0
+    classes = len(key_maps.required(state, _TABLE, _OFFICIAL, 2)) - 1 if _TABLE in state else 0
     side, length = _layout(positions, patch, classes, "context_embed.weight" in state, hints)
     if length:
         text = {
-            "dim": key_maps.needed(state, "context_embed.weight", _OFFICIAL, 2).shape[1],
+            "dim": key_maps.required(state, "context_embed.weight", _OFFICIAL, 2).shape[1],
             "max_length": length,
             "mask": False,  # the original sees all of CLIP's tokens
         }
-    heads = key_maps.heads_of(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
+    heads = key_maps.infer_heads(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
     config = ModelConfig.model_validate(
         {
             "family": "uvit",
             "width": width,
-            "depth": 2 * key_maps.blocks(state, "in_blocks."),
+            "depth": 2 * key_maps.count_blocks(state, "in_blocks."),
             "heads": heads,
             "patch_size": patch,
             "in_channels": channels,
@@ -73,7 +73,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         }
     )
     shapes = key_maps.model_shapes(config)
-    key_maps.check(state, shapes, _OFFICIAL)
+    key_maps.check_state(state, shapes, _OFFICIAL)
     return config, {name: state[name] for name in shapes}
 
 
@@ -88,7 +88,7 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
         f"model.mlp: {config.mlp}": config.mlp != "gelu",
         "model.learn_sigma: true": config.learn_sigma,
     }
-    key_maps.refuse_lacking(lacking, "the official U-ViT")
+    key_maps.refuse_unsupported(lacking, "the official U-ViT")
     official = {**state, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
     return {_POSITIONS[0] if name == _POSITIONS[1] else name: value for name, value in official.items()}
 
@@ -105,11 +105,11 @@ def _layout(positions: int, patch: int, classes: int, text: bool, hints: Mapping
     side = math.isqrt(max(rest - length, 0))
     wrong_size = given.get("input_size", side * patch) != side * patch
     if (text and length < 1) or side < 1 or side**2 != rest - length or wrong_size:
-        told = ", ".join(f"{key}={value}" for key, value in given.items())
+        given_hints = ", ".join(f"{key}={value}" for key, value in given.items())
         remedy = "give --hint text_max_length=N or --hint input_size=N that fit" if text else "give other hints or none"
         raise UserError(
             f"IN: pos_embed has {positions} positions, which are no square of patches beside the other tokens"
-            f"{f' with {told}' if told else f', {length} of them text' if text else ''}; {remedy}"
+            f"{f' with {given_hints}' if given_hints else f', {length} of them text' if text else ''}; {remedy}"
         )
     return side, length
 
@@ -137,7 +137,7 @@ CONVERSION = Conversion(
     from_official,
     to_official,
     anchor="patch_embed.proj.weight",
-    sign="in_blocks.",
+    name_prefix="in_blocks.",
     defaults=_defaults,
     hints=("heads", "input_size", "text_max_length", "null_class"),
     notes=(

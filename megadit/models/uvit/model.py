@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megadit.conditioning import Conditioning, seen_text
+from megadit.conditioning import Conditioning, checked_text
 from megadit.config.schema.model import ModelConfig, TextInput
 from megadit.models.layers import (
     ColumnParallelLinear,
@@ -42,7 +42,7 @@ from megadit.models.layers import (
     unpatchify,
 )
 from megadit.models.layers.skip_linear import skip_for_sharded_linear, skip_linear
-from megadit.models.patches import check_square, labels_of, patches_of, self_attention, side_of
+from megadit.models.patches import check_square, class_labels, num_patches, patches_per_side, self_attention
 from megadit.models.stages import ModelInputs, ModelOutput, Stage, StagedModel, StageIO, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
@@ -58,7 +58,7 @@ def _extras(config: ModelConfig) -> int:
 
 
 def _tokens(config: ModelConfig) -> int:
-    return _extras(config) + patches_of(config)
+    return _extras(config) + num_patches(config)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class UViTFinalStage(Stage):
     def run(self, state: UViTState) -> ModelOutput:
         """Read out the patches, put the image together, and let the convolution smooth what patches tore apart."""
         config = self.config
-        side = side_of(config)
+        side = patches_per_side(config)
         tokens = state.tokens
         if not self.layout.sequence:  # where a rank holds all of them, only what is read out goes on
             tokens = tokens[:, self.extras :]
@@ -212,7 +212,7 @@ class UViT(StagedModel):
         """
         check_square(x, self.config)
         if self.label_emb is not None:
-            return ModelInputs(x, t.float(), labels=labels_of(cond, self.config))
+            return ModelInputs(x, t.float(), labels=class_labels(cond, self.config))
         if self.config.text is None:
             return ModelInputs(x, t.float())
         text, mask = _full_text(cond, self.config.text)
@@ -231,7 +231,7 @@ def _time_mlp(param: Parametrization) -> nn.Sequential:
 
 def _full_text(cond: Conditioning, given: TextInput) -> tuple[Tensor, Tensor | None]:
     """Text (B, length, dim) and mask (B, length). Raises ValueError for a text that is missing or does not fit."""
-    text, mask = seen_text(cond, given.dim, given.max_length)
+    text, mask = checked_text(cond, given.dim, given.max_length)
     missing = given.max_length - text.shape[1]
     if missing and given.mask and mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config import LoadedConfig, RunConfig, replace
-from megadit.config.loading.sources import display, flat, override_layer
+from megadit.config.loading.sources import display, override_layer
 from megadit.errors import UserError
+from megadit.nested import flatten
 from megadit.search.apply.cost import cost, run_steps
 from megadit.search.apply.study_verdicts import TRANSFERS, StudyVerdict, study_verdicts
 from megadit.search.apply.target_config import base_changes, fit_target, write_target
@@ -139,7 +140,7 @@ def apply(
     refusal = _refusal(results, judged, choice)
     if refusal and not force:
         raise NotVerifiedError(refusal, judged)
-    said = flat(loaded.config.model_dump())
+    said = flatten(loaded.config.model_dump())
     applied = WrittenTarget(
         path=Path(out).expanduser() if out is not None else study.folder / "target.yaml",
         base=base,

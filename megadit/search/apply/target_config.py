@@ -13,11 +13,12 @@ from typing import Any
 
 from megadit import __version__
 from megadit.config import LoadedConfig, RunConfig, load_config, replace
-from megadit.config.loading.sources import OVERRIDES, flat, nested
+from megadit.config.loading.sources import OVERRIDES
 from megadit.config.schema.reads import is_read
 from megadit.errors import UserError
 from megadit.files.paths import atomic_write
 from megadit.files.yaml_text import dump_yaml
+from megadit.nested import flatten, unflatten
 from megadit.search.apply.cost import run_steps
 from megadit.search.apply.untransferred import Caveat
 
@@ -42,7 +43,7 @@ def base_changes(proxy: RunConfig, target: RunConfig, hps: Mapping[str, Any]) ->
     Of the latter (base width, readout and role multipliers, init, rules of decay and epsilon) only what differs and
     what the target reads.
     """
-    ours, theirs = flat(proxy.model_dump()), flat(target.model_dump())
+    ours, theirs = flatten(proxy.model_dump()), flatten(target.model_dump())
     shared = [key for key in ours if key.startswith(tuple(f"{name}." for name in _PARAMETRIZATION))]
     carried = {key: ours[key] for key in (*_PARAMETRIZATION, *shared) if key in ours and ours[key] != theirs.get(key)}
     carried = {**carried, **hps}
@@ -90,7 +91,7 @@ def fit_target(loaded: LoadedConfig, changes: dict[str, Any], study: str, proxy_
 
 
 def _changed(target: LoadedConfig, changes: Mapping[str, Any], study: str) -> RunConfig:
-    values = flat(target.config.model_dump())
+    values = flatten(target.config.model_dump())
     for key, value in changes.items():
         if target.user_set.get(key) == OVERRIDES and values.get(key) != value:
             raise UserError(f"{key}: the override {values.get(key)} is not what study {study} found, {value}; drop it")
@@ -131,7 +132,7 @@ def write_target(
     """
     _check_free(path)
     link = os.path.relpath(base.resolve(), path.parent.resolve())
-    values = nested({**flat(overrides), **changes})
+    values = unflatten({**flatten(overrides), **changes})
     comment = "".join(f"# {' '.join(line.split())}\n" for line in header)
     mark = f"{_MARK} {__version__} (tools/transfer.py apply): base hyperparameters found on a proxy.\n"
     text = mark + comment + dump_yaml({"base": link, **values})

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadit.config import RunConfig
-from megadit.config.loading.sources import flat
 from megadit.config.schema.lengths import steps_of
+from megadit.nested import flatten
 from megadit.search.wording import value_text
 
 # Keys that change neither the optimum nor the loss, and those that a sentence of their own speaks of.
@@ -163,7 +163,7 @@ def _shape(proxy: RunConfig, target: RunConfig) -> Iterator[Caveat]:
 
 def _others(proxy: RunConfig, target: RunConfig) -> list[Caveat]:
     """Every other key that differs: data, objective, precision, optimizer, schedule, architecture."""
-    one, other = flat(proxy.model_dump()), flat(target.model_dump())
+    one, other = flatten(proxy.model_dump()), flatten(target.model_dump())
     caveats = []
     for key in dict.fromkeys([*one, *other]):
         ours, theirs = one.get(key), other.get(key)

@@ -13,13 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from megadit.config.loading.layers import merge
-from megadit.config.loading.messages import checked
-from megadit.config.loading.sources import Layer, display, nested, read_yaml
+from megadit.config.loading.messages import validated
+from megadit.config.loading.sources import ConfigLayer, display, read_yaml
 from megadit.config.schema.registered import Plugins
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import Section, walk
-from megadit.config.schema.values import coerce, meaning, number
+from megadit.config.schema.values import coerce, parse_number, resolve_scalars
 from megadit.errors import UserError, did_you_mean
+from megadit.nested import unflatten
 
 LISTED = ("grid", "choice")
 KINDS = (*LISTED, "uniform", "log_uniform")
@@ -30,21 +31,21 @@ _NAME = re.compile(r"[\w.+-]+")
 
 def _plain(value: Any) -> Any:
     """A value whose key is not known, lists as tuples."""
-    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else meaning(value)
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else resolve_scalars(value)
 
 
 def _numbers(value: Any) -> Any:
     """Bounds: ``2^-10`` and ``1e-4`` are numbers with quotes too, lists tuples."""
     if isinstance(value, list | tuple):
         return tuple(_numbers(item) for item in value)
-    found = number(value) if isinstance(value, str) else None
-    return meaning(value) if found is None else found
+    found = parse_number(value) if isinstance(value, str) else None
+    return resolve_scalars(value) if found is None else found
 
 
 def as_config_value(key: str, value: Any) -> Any:
     """A value as the configuration key ``key`` takes it; a list stays a list for JSON."""
     field = dict(walk(RunConfig)).get(key)
-    taken = meaning(value) if field is None else coerce(value, field)
+    taken = resolve_scalars(value) if field is None else coerce(value, field)
     return list(taken) if isinstance(taken, tuple) else taken
 
 
@@ -380,14 +381,14 @@ def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
             f"--config: {display(file)} is a run's configuration, not a study; name a study, whose base it may be"
         )
     values.setdefault("name", file.stem)
-    layers = [Layer(values, display(file))]
+    layers = [ConfigLayer(values, display(file))]
     if overrides:
-        changes = nested(overrides)
+        changes = unflatten(overrides)
         if isinstance(changes.get("space"), dict):
             changes["space"] = _searched(values.get("space"), changes["space"])
-        layers.append(Layer(changes, "an override"))
+        layers.append(ConfigLayer(changes, "an override"))
     merged = merge(layers, StudySpec)
-    return checked(StudySpec, nested(merged.values), merged.sources)
+    return validated(StudySpec, unflatten(merged.values), merged.sources)
 
 
 def _searched(space: Any, given: dict[str, Any]) -> dict[str, Any]:

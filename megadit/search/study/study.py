@@ -16,20 +16,19 @@ from megadit.config import RunConfig, replace
 from megadit.config.loading.loader import load_layers
 from megadit.config.loading.sources import (
     OVERRIDES,
-    Layer,
+    ConfigLayer,
     configs_dir,
     display,
     find_config,
-    flat,
-    nested,
     override_layer,
     read_layers,
     read_yaml,
 )
-from megadit.config.schema.reads import check_late
+from megadit.config.schema.reads import check_deferred
 from megadit.errors import UserError
 from megadit.files.paths import atomic_write, begins_with, check_folder
 from megadit.files.yaml_text import dump_yaml
+from megadit.nested import flatten, unflatten
 from megadit.plugins import changes_since, load_plugins, records_of, require
 from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
@@ -155,7 +154,7 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     _refuse_foreign(folder)
     frozen = folder / FROZEN
     if not (is_frozen(file) or frozen.is_file()):  # one that has begun goes on, whatever it says
-        _check_reads(study, flat(of_base))
+        _check_reads(study, flatten(of_base))
     if frozen.is_file() and (overrides or frozen.resolve() != file.resolve()):
         check_against_frozen(study)
     return study
@@ -280,17 +279,19 @@ def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunCo
         beside = file.parent / Path(spec.base).expanduser()
         layers = read_layers(beside if beside.is_file() else find_config(spec.base, "base"))
     else:
-        layers = [Layer(nested(spec.base), f"{name}, base", is_frozen(file))]
-    layers.append(Layer(nested(spec.overrides), f"{name}, overrides"))
+        layers = [ConfigLayer(unflatten(spec.base), f"{name}, base", is_frozen(file))]
+    layers.append(ConfigLayer(unflatten(spec.overrides), f"{name}, overrides"))
     sizes = {"train.steps": spec.proxy.steps, "train.global_batch": spec.proxy.batch}
-    layers.append(Layer(nested({key: size for key, size in sizes.items() if size is not None}), f"{name}, proxy"))
+    layers.append(
+        ConfigLayer(unflatten({key: size for key, size in sizes.items() if size is not None}), f"{name}, proxy")
+    )
     if spec.scale is not None:  # a base whose length is what is scaled needs none of its own
-        layers.append(Layer(nested({spec.scale.key: spec.scale.proxy_value}), f"{name}, scale"))
-    for key in flat(of_base):
+        layers.append(ConfigLayer(unflatten({spec.scale.key: spec.scale.proxy_value}), f"{name}, scale"))
+    for key in flatten(of_base):
         taken = spec.taken(key)
         if taken:
             raise UserError(f"{key}: is set by {taken} of the study {spec.name}; change it there")
-    return load_layers([*layers, Layer(of_base, OVERRIDES)])
+    return load_layers([*layers, ConfigLayer(of_base, OVERRIDES)])
 
 
 def _horizons(spec: StudySpec, base: RunConfig) -> tuple[int, ...]:
@@ -374,7 +375,7 @@ def _check_reads(study: Study, of_command_line: Iterable[str]) -> None:
     for _, run in study.runs():
         decides = {"optim.schedule": run.optim.schedule, "optim.min_lr_ratio": run.optim.min_lr_ratio}
         try:
-            check_late(decides, asked)  # a study has no DeepSpeed file, which could choose another schedule
+            check_deferred(decides, asked)  # a study has no DeepSpeed file, which could choose another schedule
         except UserError as error:
             refusal = refusal or error
         else:

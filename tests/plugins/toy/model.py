@@ -19,7 +19,14 @@ from megadit.models.layers import (
     SinCosPositions,
     TimestepEmbedder,
 )
-from megadit.models.patches import ConditionedTokens, SquareReadoutStage, check_square, labels_of, patches_of, side_of
+from megadit.models.patches import (
+    ConditionedTokens,
+    SquareReadoutStage,
+    check_square,
+    class_labels,
+    num_patches,
+    patches_per_side,
+)
 from megadit.models.stages import ModelInputs
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
@@ -76,12 +83,12 @@ class Toy(StagedModel):
         self.x_embedder = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.t_embedder = TimestepEmbedder(width, param)
         self.y_embedder = LabelEmbedder(config.num_classes, width, param)
-        self.pos_embed = SinCosPositions(config.width, side_of(config))
+        self.pos_embed = SinCosPositions(config.width, patches_per_side(config))
         self.blocks = nn.ModuleList(
             Block(config, param, index, self.hidden(config, param)) for index in range(config.depth)
         )
         out = config.patch_size**2 * config.out_channels
-        self.final_layer = AdaLNReadout(width, out, param, 1e-6, config.norm_precision, patches_of(config))
+        self.final_layer = AdaLNReadout(width, out, param, 1e-6, config.norm_precision, num_patches(config))
         self._ends = (Embed(self), SquareReadoutStage(config, self.final_layer))
 
     def hidden(self, config: ModelConfig, param: Parametrization) -> Dim:
@@ -96,7 +103,7 @@ class Toy(StagedModel):
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
         """With labels."""
         check_square(x, self.config)
-        return ModelInputs(x, t.float(), labels=labels_of(cond, self.config))
+        return ModelInputs(x, t.float(), labels=class_labels(cond, self.config))
 
 
 class FaultyToy(Toy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadit.config import load_config, replace
-from megadit.config.loading.sources import flat
+from megadit.nested import flatten
 from megadit.search.apply.untransferred import VerifiedRange, untransferred
 
 QUICK = "quickstart/digits.yaml"
@@ -138,4 +138,4 @@ def test_length_that_is_not_known(proxy):
 
 
 def test_flat():
-    assert flat({"a": {"b": 1, "c": {}}, "d": None}) == {"a.b": 1, "a.c": {}, "d": None}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": None}) == {"a.b": 1, "a.c": {}, "d": None}
