@@ -18,6 +18,7 @@ from megadit.checkpoint.names import (
     step_of,
 )
 from megadit.checkpoint.read import StoredCheckpoint
+from megadit.checkpoint.restore import load_weights
 from megadit.config import RunConfig
 from megadit.config.schema.run import ONLINE
 from megadit.errors import UserError, say
@@ -128,5 +129,5 @@ def load_model(
     for change in changes_since(found.stored.index.plugins):
         say(f"warning: {change}")
     model = build_model(config.model)
-    found.stored.load_weights(model, config.sample.weights if weights is None else weights)
+    load_weights(found.stored, model, config.sample.weights if weights is None else weights)
     return config, model.eval()

@@ -162,7 +162,8 @@ class Index:
                 return cls(body["parameters"], fragments, files, body["block"], plugins=body.get("plugins", ()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BrokenCheckpoint(
-                f"checkpoint {folder}: its index cannot be read ({told(error, folder / INDEX)}); use an earlier one"
+                f"checkpoint {folder}: its index cannot be read ({json_problem(error, folder / INDEX)}); use an "
+                "earlier one"
             ) from error
         raise UserError(
             f"checkpoint {folder}: format {name} version {version} is not {FORMAT} version 1 to {VERSION}; "
@@ -268,7 +269,7 @@ def _piece_problem(fragment: Any, parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
-def told(error: Exception, file: Path | None = None) -> str:
+def json_problem(error: Exception, file: Path | None = None) -> str:
     """What was wrong with a JSON file, for people: what it is instead, or why it cannot be read."""
     other = None if file is None else file_instead(file, "json", "text")
     if other is not None:

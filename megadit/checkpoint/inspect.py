@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadit.checkpoint.compatibility import describe_changes
 from megadit.checkpoint.find import OpenedCheckpoint, open_checkpoint
-from megadit.checkpoint.format import kinds_of
+from megadit.checkpoint.format import BrokenCheckpoint, StoredFragment, kinds_of
 from megadit.checkpoint.fragment_reader import FragmentReader
-from megadit.checkpoint.read import StoredCheckpoint, differences
+from megadit.checkpoint.read import StoredCheckpoint
 from megadit.errors import UserError
+from megadit.slices import PendingSpans, contiguous_spans
 
 _CHUNK = 1 << 22  # elements compared at once
 _COUNTERS = ("step", "samples_seen", "skipped_steps", "adam_step", "loss_scale")
@@ -69,6 +71,35 @@ def _chunks(reader: FragmentReader, kind: str, name: str, shape: list[int]) -> I
         yield values
 
 
+def verify(checkpoint: StoredCheckpoint) -> list[str]:
+    """Read everything; returns what is not as it was written, of format version 1 only what its sizes betray."""
+    problems = []
+    with checkpoint.reader() as reader:
+        for fragment in checkpoint.index.fragments:
+            try:
+                reader.check(fragment)
+            except BrokenCheckpoint as error:
+                problems.append(str(error))
+    return list(dict.fromkeys(problems + _missing_elements(checkpoint)))
+
+
+def _missing_elements(checkpoint: StoredCheckpoint) -> list[str]:
+    fragments: dict[tuple[str, str], list[StoredFragment]] = {}
+    for fragment in checkpoint.index.fragments:
+        fragments.setdefault((fragment.kind, fragment.name), []).append(fragment)
+    problems = []
+    for kind in checkpoint.kinds:
+        for name, shape in checkpoint.parameters.items():
+            pending = PendingSpans(contiguous_spans(shape, None, 0, math.prod(shape)))
+            for stored in fragments.get((kind, name), ()):
+                pending.take(contiguous_spans(shape, stored.shard_regions, stored.start, stored.stop))
+            if pending.left:
+                problems.append(
+                    f"checkpoint {checkpoint.path}: {pending.left} elements of {kind} of '{name}' are missing"
+                )
+    return problems
+
+
 def compare(a: StoredCheckpoint, b: StoredCheckpoint) -> dict[str, Any]:
     """How B differs from A.
 
@@ -98,7 +129,7 @@ def compare(a: StoredCheckpoint, b: StoredCheckpoint) -> dict[str, Any]:
         "not_in_both": missing,
         "kinds": {kind: _worst([row for row in rows if row["kind"] == kind]) for kind in kinds},
         "tensors": different,
-        "config": differences(a.config, b.config),
+        "config": describe_changes(a.config, b.config),
     }
 
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [inspect.describe_summary(told["summary"])]
     code = EXIT_OK
     if args.verify:
-        told["problems"] = [*found.problems, *stored.verify()]
+        told["problems"] = [*found.problems, *inspect.verify(stored)]
         what = "sizes only: format 1 has no checksums" if stored.index.version == 1 else "all checksums agree"
         lines += told["problems"] or [f"verified: {what}"]
         code = EXIT_VERDICT_NO if told["problems"] else code

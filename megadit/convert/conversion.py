@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from megadit.checkpoint.compatibility import shape_problem, shapes_of
 from megadit.checkpoint.format import WEIGHTS
-from megadit.checkpoint.read import shape_problem, shapes_of
 from megadit.config import RunConfig
 from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.deepspeed.native import read_native

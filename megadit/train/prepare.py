@@ -248,6 +248,7 @@ def find_start_point(job: TrainingJob) -> tuple[StartPoint, StoredCheckpoint | N
         UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
             train.init_from does, at a first start.
     """
+    from megadit.checkpoint.compatibility import check_same_model
     from megadit.checkpoint.find import open_checkpoint
     from megadit.train.resume import check_weights_start, samples_left_out
 
@@ -272,7 +273,7 @@ def find_start_point(job: TrainingJob) -> tuple[StartPoint, StoredCheckpoint | N
         left_out = merge_windows(job.config.train.skip_samples)
         return StartPoint(weights_from=check_weights_start(job.config), left_out=left_out), None
     stored = found.stored
-    stored.check_same_model(job.config)
+    check_same_model(stored, job.config)
     left_out = samples_left_out(stored, job.config)
     step, upto = stored.position.step, stored.next_sample
     return StartPoint(stored.path, step, found.earlier, next_sample=upto, left_out=left_out), stored

@@ -17,9 +17,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megadit.checkpoint.compatibility import (
+    changed_values,
+    check_initial_weights,
+    check_same_model,
+    check_shapes,
+    describe_changes,
+    shapes_of,
+)
 from megadit.checkpoint.find import no_sound_checkpoint, open_checkpoint, warn_fallback
 from megadit.checkpoint.format import BrokenCheckpoint
-from megadit.checkpoint.read import StoredCheckpoint, changed_values, open_on_all_ranks, shapes_of
+from megadit.checkpoint.read import StoredCheckpoint
+from megadit.checkpoint.restore import open_on_all_ranks, restore_training_state, restore_weights
 from megadit.checkpoint.write import set_latest
 from megadit.config import OptimConfig, RunConfig
 from megadit.config.schema.run import ONLINE
@@ -66,11 +75,11 @@ def restore(
     for number, path in enumerate(paths):
         try:
             stored = open_on_all_ranks(path, context)
-            stored.check_same_model(config)
-            stored.check_shapes(shapes_of(config))  # on every rank alike, where each will see its own parameters only
+            check_same_model(stored, config)
+            check_shapes(stored, shapes_of(config))  # on every rank alike, where each will see its own parameters only
             if number and data is not None:
                 data = context.on_main(functools.partial(check_data_against, stored, data, config, train_set))
-            notes = stored.restore(engine.partitions, [engine.ema], context)
+            notes = restore_training_state(stored, engine.partitions, [engine.ema], context)
         except BrokenCheckpoint as error:
             if len(paths) == 1:
                 raise
@@ -119,7 +128,7 @@ def check_weights_start(config: RunConfig) -> Path | None:
     if found is None:
         raise UserError(f"train.init_from: '{path}' has no checkpoint yet; give one that has")
     found.stored.kind_of(config.train.init_from_ema or ONLINE)
-    found.stored.check_start(shapes_of(config))
+    check_initial_weights(found.stored, shapes_of(config))
     return found.stored.path
 
 
@@ -131,13 +140,14 @@ def start_from_weights(path: Path, engine: TrainingEngine, config: RunConfig, co
     """
     stored = open_on_all_ranks(path, context)
     weights = config.train.init_from_ema or ONLINE
-    stored.start_from(engine.partitions, [engine.ema], context, weights)
+    restore_weights(stored, engine.partitions, [engine.ema], context, weights)
     if context.is_main:
         what = "weights" if weights == ONLINE else f"weights (average {weights})"
         print(f"beginning at step 0 with the {what} of {path}, step {stored.position.step}", file=sys.stderr)
-        projector = stored.check_start(shapes_of(config))
+        projector = check_initial_weights(stored, shapes_of(config))
         _tell([projector] if projector is not None else [])
-        _tell([f"the model differs: {change}" for change in stored.changes(config) if change.startswith("model.")])
+        changes = describe_changes(stored.config, config.model_dump(mode="json"))
+        _tell([f"the model differs: {change}" for change in changes if change.startswith("model.")])
 
 
 def _tell(notes: Sequence[str]) -> None:

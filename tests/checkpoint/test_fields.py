@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadit.checkpoint.format import check_index, check_state, told
+from megadit.checkpoint.format import check_index, check_state, json_problem
 
 INDEX: dict[str, Any] = {
     "format": "megadit-checkpoint",
@@ -100,6 +100,6 @@ def test_a_state_that_no_writer_wrote(path: str, value: Any, says: str) -> None:
 
 
 def test_what_is_told_of_an_error() -> None:
-    assert told(KeyError("pieces")) == "it has no pieces"
-    assert told(RecursionError("maximum recursion depth exceeded")) == "it is nested too deeply"
-    assert told(ValueError("x")) == "x"
+    assert json_problem(KeyError("pieces")) == "it has no pieces"
+    assert json_problem(RecursionError("maximum recursion depth exceeded")) == "it is nested too deeply"
+    assert json_problem(ValueError("x")) == "x"

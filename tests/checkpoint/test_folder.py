@@ -8,6 +8,7 @@ import pytest
 from helpers.models.no_model import ALONE, NoPartitions
 from helpers.training import small_config
 from megadit.checkpoint import write as module
+from megadit.checkpoint.compatibility import check_same_model, describe_changes
 from megadit.checkpoint.find import find_checkpoint
 from megadit.checkpoint.format import Index, Position
 from megadit.checkpoint.names import saved_step
@@ -188,8 +189,8 @@ def test_a_checkpoint_older_than_a_key_is_of_the_same_model(tmp_path):
     path = save(tmp_path, 10)
     change_state(path, lambda state: state["config"]["model"].pop("mlp_ratio"))
     stored = StoredCheckpoint(path)
-    stored.check_same_model(small_config())
-    assert stored.changes(small_config()) == []
+    check_same_model(stored, small_config())
+    assert describe_changes(stored.config, small_config().model_dump(mode="json")) == []
     change_state(path, dict.clear)
     with pytest.raises(UserError, match="state.json cannot be read"):
         StoredCheckpoint(path)
@@ -201,10 +202,10 @@ def test_the_base_width_of_sp_is_read_by_nothing(tmp_path):
     sp, mup = (small_config(model={"parametrization": kind}).model for kind in ("sp", "mup"))
     without = small_config().model_copy(update={"model": sp.model_copy(update={"base_width": None})})
     with pytest.raises(UserError, match=r"model\.base_width \d+ → None"):
-        StoredCheckpoint(path).check_same_model(without)
+        check_same_model(StoredCheckpoint(path), without)
     change_state(path, lambda state: state["config"]["model"].update(sp.model_dump(mode="json")))
     assert mup.base_width is not None and StoredCheckpoint(path).config["model"]["base_width"] == mup.base_width
-    StoredCheckpoint(path).check_same_model(without)
+    check_same_model(StoredCheckpoint(path), without)
 
 
 def test_another_width_is_refused_with_the_reason(tmp_path):
@@ -215,9 +216,12 @@ def test_another_width_is_refused_with_the_reason(tmp_path):
 
 def test_changed_keys_are_named_and_layout_is_not_one(tmp_path):
     stored = StoredCheckpoint(save(tmp_path, 10))
-    assert stored.changes(small_config()) == []
+    assert describe_changes(stored.config, small_config().model_dump(mode="json")) == []
     changed = small_config(optim={"lr": 1e-3}, train={"steps": 20, "micro_batch": 2}, parallel={"zero_stage": 1})
-    assert stored.changes(changed) == ["optim.lr 0.004 → 0.001", "train.steps 10 → 20"]
+    assert describe_changes(stored.config, changed.model_dump(mode="json")) == [
+        "optim.lr 0.004 → 0.001",
+        "train.steps 10 → 20",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from helpers.foreign.deepspeed_program import CONFIG, KINDS, Case, save_all
 from helpers.ranks import run_ranks
 from megadit.checkpoint.find import find_checkpoint
+from megadit.checkpoint.inspect import verify
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.convert.conversion import convert
 from megadit.errors import UserError
@@ -80,7 +81,7 @@ def test_native_checkpoints_come_in_bit_for_bit(written, tmp_path, ranks, name):
     root, states = written
     stored, outcome = bring(root / str(ranks) / name, tmp_path / "run")
     assert_same(stored, states[ranks][name])
-    assert stored.verify() == []
+    assert verify(stored) == []
     assert stored.position.step == outcome.step == stored.state["adam_step"] - (name == "z0-bf16") == 2
     assert stored.position.samples_seen == 2 * CONFIG.train.global_batch
     told = " ".join(outcome.notes)

@@ -20,8 +20,9 @@ from helpers.models.tiny_pixart import tiny_mup_pixart, tiny_pixart
 from helpers.models.tiny_uvit import tiny_uvit
 from helpers.models.weights import randomize
 from helpers.owners import leave_owner, parent
+from megadit.checkpoint.compatibility import check_initial_weights, check_shapes, shapes_of
 from megadit.checkpoint.find import load_model
-from megadit.checkpoint.read import StoredCheckpoint, shapes_of
+from megadit.checkpoint.read import StoredCheckpoint
 from megadit.cli import convert_checkpoint, sample
 from megadit.config import ModelConfig, save_config
 from megadit.config.schema.model import RepaConfig
@@ -129,12 +130,12 @@ def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
     with_projector = config.model_copy(update={"train": train, "model": model.model_copy(update={"repa": projector})})
     assert check_weights_start(with_projector) == found
     stored = StoredCheckpoint(found)
-    assert "starts afresh" in str(stored.check_start(shapes_of(with_projector)))
-    assert stored.check_start(shapes_of(config)) is None
+    assert "starts afresh" in str(check_initial_weights(stored, shapes_of(with_projector)))
+    assert check_initial_weights(stored, shapes_of(config)) is None
     with pytest.raises(UserError, match=r"repa\.fc1"):
-        stored.check_shapes(shapes_of(with_projector))
+        check_shapes(stored, shapes_of(with_projector))
     with pytest.raises(UserError, match="the model needs"):
-        stored.check_start(shapes_of(config.model_copy(update={"model": tiny_dit(in_channels=1, depth=3)})))
+        check_initial_weights(stored, shapes_of(config.model_copy(update={"model": tiny_dit(in_channels=1, depth=3)})))
 
 
 @pytest.mark.parametrize("family", MUP)

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from helpers.fuzz.hunt import efforts, hunt, json_bytes, mutated, odd_values
 from helpers.ranks import run_ranks
 from helpers.training import small_config, train_rank
+from megadit.checkpoint.compatibility import check_same_model, describe_changes
 from megadit.checkpoint.find import find_checkpoint, open_checkpoint
 from megadit.checkpoint.format import _sum_of
-from megadit.checkpoint.inspect import compare, describe_comparison, describe_summary, open_for_people, summary
+from megadit.checkpoint.inspect import compare, describe_comparison, describe_summary, open_for_people, summary, verify
 from megadit.checkpoint.read import StoredCheckpoint
+from megadit.checkpoint.restore import load_weights
 from megadit.config import RunConfig
 from megadit.models import build_model
 
@@ -42,10 +44,10 @@ def look_at(run: Path) -> None:
         return
     stored = found.stored
     describe_summary(summary(stored, norms=True))
-    stored.verify()
-    stored.check_same_model(CONFIG)
-    stored.changes(CONFIG)
-    stored.load_weights(build_model(CONFIG.model), "0.9")
+    verify(stored)
+    check_same_model(stored, CONFIG)
+    describe_changes(stored.config, CONFIG.model_dump(mode="json"))
+    load_weights(stored, build_model(CONFIG.model), "0.9")
 
 
 @efforts

@@ -17,6 +17,7 @@ from helpers.training import layout_of, small_config, train_rank
 from megadit.checkpoint.find import find_checkpoint, load_model
 from megadit.checkpoint.format import Index
 from megadit.checkpoint.fragment_files import write_fragments
+from megadit.checkpoint.inspect import verify
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.write import write_index
 from megadit.config.schema.data import FeatureSource
@@ -90,7 +91,7 @@ def test_a_bit_that_one_rank_finds_changed_sends_all_to_the_one_before(trained, 
     assert re.search(r"warning: .*step-00000004.*wrong checksum; going on from step-00000002", said)
     assert "at step 2" in said and silent == ""
     assert rows(folder) == rows(trained[0])  # bit for bit, each step once
-    assert StoredCheckpoint(find_checkpoint(folder)).verify() == []
+    assert verify(StoredCheckpoint(find_checkpoint(folder))) == []
 
 
 def spoil(checkpoint, rank, kind):
@@ -258,7 +259,7 @@ def test_missing_pieces_and_weights_alone_are_no_state_to_go_on_from(copy):
     four = folder / "checkpoints/step-00000004"
     whole = Index.read(four)
     _rewrite(four, lambda index: Index(index.parameters, index.fragments[:-1], index.files, index.block))
-    assert any("are missing" in problem for problem in StoredCheckpoint(four).verify())
+    assert any("are missing" in problem for problem in verify(StoredCheckpoint(four)))
     _rewrite(four, lambda _: _without("exp_avg")(whole))
     out = run_ranks(1, start, config, str(folder))[0][0]
     assert "holds weights without optimizer state" in out and "train.init_from=" in out
