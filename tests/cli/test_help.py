@@ -1,4 +1,4 @@
-"""Every command explains itself at once: --help exits with 0, imports the standard library alone, prints in ASCII."""
+"""Every command and benchmark explains itself at once: --help exits with 0 and imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.help_texts import ask_all, ask_help
+from helpers.help_texts import BENCHMARKS, ask_all, ask_help
 from helpers.ranks import run_command
 
 
@@ -26,8 +26,18 @@ def test_help_imports_nothing_but_the_standard_library(answers):
     assert {name: found["foreign"] for name, found in answers.items() if found["foreign"]} == {}
 
 
-def test_help_is_complete(answers):
-    for name, found in answers.items():
+@pytest.fixture(scope="module")
+def benchmarks() -> dict[str, dict[str, Any]]:
+    return ask_help({script: [] for script in BENCHMARKS})
+
+
+def test_help_of_a_benchmark_imports_nothing_but_the_standard_library(benchmarks):
+    assert len(benchmarks) >= 10
+    assert {name: found["foreign"] for name, found in benchmarks.items() if found["foreign"]} == {}
+
+
+def test_help_is_complete(answers, benchmarks):
+    for name, found in (answers | benchmarks).items():
         assert found["code"] == 0, name
         assert found["text"].startswith("usage:") and "--help" in found["text"], name
         described = [part for part in found["text"].split("\n\n", 2)[1:2] if part.strip()]

@@ -11,6 +11,11 @@ from helpers.ranks import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(str(path.relative_to(ROOT)) for part in ("launch", "tools") for path in (ROOT / part).glob("*.py"))
+BENCHMARKS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
 # Asked beside those that argparse knows of as sub-commands.
 ALSO = {"tools/encode.py": ["fit-pca"]}
 
