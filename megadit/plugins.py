@@ -39,17 +39,27 @@ class Plugin:
     sha256: str
 
     def __str__(self) -> str:
-        return shown(self.name, self.version, self.sha256)
+        return describe_plugin(self.name, self.version, self.sha256)
 
 
-def loaded() -> tuple[Plugin, ...]:
+def loaded_plugins() -> tuple[Plugin, ...]:
     """The plugins of this process, in the order of their import."""
     return tuple(PLUGINS.values())
 
 
-def split(options: Iterable[str]) -> list[str]:
-    """The modules that ``--plugins a,b --plugins c`` names."""
-    return [name.strip() for option in options for name in option.split(",") if name.strip()]
+def plugin_names(options: Iterable[str]) -> list[str]:
+    """The modules that ``--plugins a,b --plugins c`` names.
+
+    Raises:
+        UserError: an option names none.
+    """
+    names: list[str] = []
+    for option in options:
+        named = [name.strip() for name in option.split(",") if name.strip()]
+        if not named:
+            raise UserError(f"--plugins: {option!r} names no module; give one or more, or leave the option out")
+        names += named
+    return names
 
 
 def load_plugins(names: Iterable[str], source: str = "--plugins") -> None:
@@ -70,18 +80,18 @@ def _load(name: str, source: str) -> Plugin:
     if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
         remedy = f"write {Path(name).stem}" if name.endswith(".py") else "write it as import does, such as my_plugin"
         raise UserError(f"{source}: {name!r} is not the name of a Python module; {remedy}")
-    _look_here_last()
+    _search_current_folder_last()
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise UserError(f"{source}: {name} cannot be imported ({_where(error)})") from error
+            raise UserError(f"{source}: {name} cannot be imported ({_error_with_line(error)})") from error
         raise UserError(
             f"{source}: there is no module {name} on PYTHONPATH or in the current folder; correct the name, or add its "
             "folder to PYTHONPATH"
         ) from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"{source}: {name} cannot be imported ({_where(error)})") from error
+        raise UserError(f"{source}: {name} cannot be imported ({_error_with_line(error)})") from error
     register = getattr(module, "register", None)
     if not callable(register):
         place = getattr(module, "__file__", None) or "no file of Python's"
@@ -93,11 +103,11 @@ def _load(name: str, source: str) -> Plugin:
     except UserError as error:
         raise UserError(f"{source}: {name} cannot be registered: {error}") from error
     except Exception as error:
-        raise UserError(f"{source}: {name} cannot be registered ({_where(error)})") from error
+        raise UserError(f"{source}: {name} cannot be registered ({_error_with_line(error)})") from error
     return Plugin(name, _version(module), _digest(module))
 
 
-def _look_here_last() -> None:
+def _search_current_folder_last() -> None:
     """Let modules be found in the current folder after everywhere else, whatever started this process.
 
     ``python -m`` puts the folder first, where a file of it would shadow an installed package; a script leaves it out.
@@ -109,7 +119,7 @@ def _look_here_last() -> None:
     sys.path[:] = [*(part for part in sys.path if part not in ("", here)), here]
 
 
-def _where(error: BaseException) -> str:
+def _error_with_line(error: BaseException) -> str:
     """An exception with the line that raised it, on one line."""
     frames = traceback.extract_tb(error.__traceback__)
     of_import = (__file__, "<frozen", os.path.dirname(importlib.__file__))
@@ -147,13 +157,13 @@ def _digest(module: ModuleType) -> str:
     return total.hexdigest()
 
 
-def shown(name: str, version: str, sha256: str) -> str:
+def describe_plugin(name: str, version: str, sha256: str) -> str:
     """A plugin in a sentence: ``toy 1.2 (sha256 0123456789ab)``."""
     text = f"{name} {version}".rstrip()
     return f"{text} (sha256 {sha256[:_SHORT]})" if sha256 else text
 
 
-def records_of(values: Any) -> list[dict[str, str]]:
+def plugin_records(values: Any) -> list[dict[str, str]]:
     """What ``plugins`` of a file holds, names and records alike, as name, version and sha256.
 
     Raises:
@@ -174,7 +184,7 @@ def records_of(values: Any) -> list[dict[str, str]]:
     return found
 
 
-def require(records: Sequence[Mapping[str, str]], source: str) -> None:
+def require_imported(records: Sequence[Mapping[str, str]], source: str) -> None:
     """Refuse what was made with plugins that this process has not imported; nothing is imported for it.
 
     Raises:
@@ -182,18 +192,18 @@ def require(records: Sequence[Mapping[str, str]], source: str) -> None:
     """
     missing = [record for record in records if record["name"] not in PLUGINS]
     if missing:
-        told = " and ".join(shown(record["name"], record["version"], "") for record in missing)
+        told = " and ".join(describe_plugin(record["name"], record["version"], "") for record in missing)
         raise UserError(
             f"plugins: {source} names {told}, and reading it imports nothing; if you trust the module, give --plugins "
             f"{','.join([*PLUGINS, *(record['name'] for record in missing)])}"
         )
 
 
-def changes_since(records: Sequence[Mapping[str, str]]) -> list[str]:
+def plugin_changes(records: Sequence[Mapping[str, str]]) -> list[str]:
     """A sentence for each plugin that is imported with other sources than recorded."""
     return [
         f"plugin {PLUGINS[record['name']]} is not what was recorded, "
-        f"{shown(record['name'], record['version'], record['sha256'])}"
+        f"{describe_plugin(record['name'], record['version'], record['sha256'])}"
         for record in records
         if record["name"] in PLUGINS and record["sha256"] not in ("", PLUGINS[record["name"]].sha256)
     ]

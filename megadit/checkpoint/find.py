@@ -22,7 +22,7 @@ from megadit.checkpoint.restore import load_weights
 from megadit.config import RunConfig
 from megadit.config.schema.run import ONLINE
 from megadit.errors import UserError, say
-from megadit.plugins import changes_since
+from megadit.plugins import plugin_changes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,7 +126,7 @@ def load_model(
     found = open_checkpoint(run_dir, checkpoint, "--checkpoint")
     if found is None:
         raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")
-    for change in changes_since(found.stored.index.plugins):
+    for change in plugin_changes(found.stored.index.plugins):
         say(f"warning: {change}")
     model = build_model(config.model)
     load_weights(found.stored, model, config.sample.weights if weights is None else weights)

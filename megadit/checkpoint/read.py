@@ -24,7 +24,7 @@ from megadit.data.windows import merge_windows
 from megadit.engine.ema import KIND as EMA_KIND
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
-from megadit.plugins import require
+from megadit.plugins import require_imported
 
 
 class StoredCheckpoint:
@@ -38,7 +38,7 @@ class StoredCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = Index.read(path)
-        require(self.index.plugins, f"checkpoint {path}")
+        require_imported(self.index.plugins, f"checkpoint {path}")
         self._check_sizes()
         try:
             text = (path / STATE).read_bytes()

@@ -18,6 +18,6 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
 
 def import_plugins(args: argparse.Namespace) -> None:
     """Import what ``--plugins`` names. Raises UserError."""
-    from megadit.plugins import load_plugins, split
+    from megadit.plugins import load_plugins, plugin_names
 
-    load_plugins(split(args.plugins))
+    load_plugins(plugin_names(args.plugins))

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A dry run has nothing to save, and a signal ends it as any command.
     with contextlib.nullcontext() if args.dry_run else preemption_signals("starting"):
         try:
-            from megadit.plugins import split
+            from megadit.plugins import plugin_names
             from megadit.train import entry
 
             return entry.run(
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 world_size=args.world_size,
                 as_json=args.json,
                 full=args.full,
-                plugins=split(args.plugins),
+                plugins=plugin_names(args.plugins),
             )
         except PreemptedAtStart as asked:
             from megadit.train.prepare import run_folder

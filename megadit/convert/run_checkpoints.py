@@ -28,7 +28,7 @@ from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
 from megadit.errors import UserError, say
 from megadit.extensions import FAMILIES
 from megadit.parallel import ProcessContext
-from megadit.plugins import changes_since
+from megadit.plugins import plugin_changes
 
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 
@@ -66,7 +66,7 @@ def read_run(path: Path, ema: str | None = None) -> Contents:
         extras=_extras(stored),
         classes=tuple(read_classes(stored.path.parent.parent)),
     )
-    for change in changes_since(stored.index.plugins):
+    for change in plugin_changes(stored.index.plugins):
         say(f"warning: {change}")
     if ema is not None:
         return contents.weights_only(f"these are the average {ema}")

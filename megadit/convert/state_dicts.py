@@ -33,7 +33,7 @@ from megadit.errors import UserError, say
 from megadit.files.file_kind import instead, kind_of_file
 from megadit.files.folder_kind import folder_instead
 from megadit.files.weight_files import WeightFiles, find_weights, joined
-from megadit.plugins import changes_since, records_of, require
+from megadit.plugins import plugin_changes, plugin_records, require_imported
 
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
 _BYTES = 4  # float32
@@ -144,9 +144,9 @@ def _config(file: Path) -> RunConfig | None:
     text = SafetensorsFile(file).metadata.get(_CONFIG_KEY)
     try:
         found = None if text is None else json.loads(text)
-        plugins = records_of(found.get("plugins", [])) if isinstance(found, dict) else []
-        require(plugins, str(file))
-        for change in changes_since(plugins):
+        plugins = plugin_records(found.get("plugins", [])) if isinstance(found, dict) else []
+        require_imported(plugins, str(file))
+        for change in plugin_changes(plugins):
             say(f"warning: {change}")
         return None if text is None else RunConfig.model_validate_json(text)
     except (ValueError, RecursionError):  # of another version of megadit; --config can say what it was

@@ -18,7 +18,7 @@ from megadit import __version__
 from megadit.errors import UserError
 from megadit.files.text import name_bytes
 from megadit.parallel.processes import ProcessContext
-from megadit.plugins import loaded
+from megadit.plugins import loaded_plugins
 
 _TOLD = 4  # differences that the error names
 
@@ -31,7 +31,7 @@ def check_consistency(context: ProcessContext, facts: Mapping[str, Any]) -> None
     """
     if context.world_size == 1:
         return
-    own = {**facts, **code_facts(), **{f"plugin {plugin.name}": str(plugin) for plugin in loaded()}}
+    own = {**facts, **code_facts(), **{f"plugin {plugin.name}": str(plugin) for plugin in loaded_plugins()}}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
     if len(set(context.gather_objects(digest))) == 1:
         return

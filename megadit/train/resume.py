@@ -41,7 +41,7 @@ from megadit.engine.schedule import Schedule, steps_of_epochs
 from megadit.errors import UserError
 from megadit.files.json_text import JsonError, parse_json
 from megadit.parallel import ProcessContext
-from megadit.plugins import changes_since, loaded
+from megadit.plugins import loaded_plugins, plugin_changes
 from megadit.train.run_dir import RunDirectory
 
 # Of what the rate at a step is made, beside lr_mult; and what says where files lie, which changes nothing.
@@ -159,10 +159,10 @@ def config_notes(stored: StoredCheckpoint, config: RunConfig, total: int) -> lis
     """What differs between the checkpoint's config and ``config``, of a run of ``total`` steps; nothing twice."""
     changed = changed_values(stored.config, config.model_dump(mode="json"))
     plugins = stored.config.get("plugins", [])
-    step, notes = stored.position.step, changes_since(plugins)
+    step, notes = stored.position.step, plugin_changes(plugins)
     changed.pop("plugins", None)
     known = {record["name"] for record in plugins}
-    notes += [f"plugin {plugin} was not there before" for plugin in loaded() if plugin.name not in known]
+    notes += [f"plugin {plugin} was not there before" for plugin in loaded_plugins() if plugin.name not in known]
     rate = _rate_note(stored, config, total, changed)
     if rate is not None:  # nothing to tell where the same course is written otherwise: 5% of 1000 steps for 50
         notes += [rate] * bool(rate)

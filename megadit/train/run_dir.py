@@ -29,7 +29,7 @@ from megadit.files.json_text import JsonError, parse_json
 from megadit.files.ownership import Ownership, is_owned_by_other
 from megadit.files.paths import atomic_write
 from megadit.files.text import replace_surrogates
-from megadit.plugins import loaded
+from megadit.plugins import loaded_plugins
 
 _LARGEST_COUNT = 2**63 - 1  # of steps and samples in a row of metrics
 
@@ -262,7 +262,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
-        "plugins": list(map(asdict, loaded())),
+        "plugins": list(map(asdict, loaded_plugins())),
         "device": cuda or platform.processor() or platform.machine(),
         "started": time.strftime("%FT%T%z"),
     }

@@ -14,7 +14,7 @@ from helpers.plugins import plugins_taken_back, write_plugin
 from megadit.config import load, load_config, save_config
 from megadit.errors import UserError
 from megadit.extensions import SCHEDULES
-from megadit.plugins import load_plugins, loaded, require, split
+from megadit.plugins import load_plugins, loaded_plugins, plugin_names, require_imported
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
@@ -48,13 +48,19 @@ def test_what_a_plugin_brings_is_there_once_it_is_imported(home: Path) -> None:
     load_plugins(["toy_plugin"])  # once
     assert load_config(None, ["optim.schedule=half"]).optim.schedule == "half"
     assert SCHEDULES.get("half")(3, None) == 0.5
-    (plugin,) = loaded()
+    (plugin,) = loaded_plugins()
     assert (plugin.name, plugin.version, len(plugin.sha256)) == ("toy_plugin", "1.5", 64)
     assert str(plugin) == f"toy_plugin 1.5 (sha256 {plugin.sha256[:12]})"
 
 
 def test_modules_are_listed_with_commas_and_by_repeating_the_option() -> None:
-    assert split(["a,b", " c ", "d,"]) == ["a", "b", "c", "d"]
+    assert plugin_names(["a,b", " c ", "d,"]) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("option", ["", ",", " , "])
+def test_an_option_that_names_no_module_is_refused(option: str) -> None:
+    with pytest.raises(UserError, match=r"^--plugins: '[ ,]*' names no module; give one or more, or leave the option"):
+        plugin_names(["a", option])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,7 @@ def test_what_is_no_plugin_is_refused_with_its_line(home: Path, name: str, text:
         write_plugin(home, text, "broken_plugin")
     with pytest.raises(UserError, match=rf"^--plugins: .*{said}") as raised:
         load_plugins([name])
-    assert "\n" not in str(raised.value) and loaded() == ()
+    assert "\n" not in str(raised.value) and loaded_plugins() == ()
 
 
 @pytest.mark.parametrize("name", ["sys", "broken_plugin"])
@@ -103,7 +109,7 @@ class TestDigest:
         load_plugins(["toy_plugin"])
         data = (home / "toy_plugin.py").read_bytes()
         expected = hashlib.sha256(f"toy_plugin.py\0{len(data)}\0".encode() + data).hexdigest()
-        assert loaded()[0].sha256 == expected
+        assert loaded_plugins()[0].sha256 == expected
 
     def test_a_package_counts_with_all_of_its_python_files(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         digests = []
@@ -117,7 +123,7 @@ class TestDigest:
             with plugins_taken_back(), monkeypatch.context() as patch:
                 patch.syspath_prepend(str(home / part))
                 load_plugins(["other_plugin", "other_plugin.main"])
-                whole, module = loaded()
+                whole, module = loaded_plugins()
                 assert whole.sha256 == module.sha256  # a module of a package is nothing without the rest
                 digests.append(whole.sha256)
         assert digests[0] == digests[1] != digests[2]
@@ -135,7 +141,8 @@ class TestDigest:
                 patch.syspath_prepend(str(home / "path"))
                 patch.chdir(home / part)
                 load_plugins(["other_plugin.main"])
-                assert loaded()[0].sha256 == hashlib.sha256(f"main.py\0{len(data)}\0".encode() + data).hexdigest()
+                digest = hashlib.sha256(f"main.py\0{len(data)}\0".encode() + data).hexdigest()
+                assert loaded_plugins()[0].sha256 == digest
 
 
 class TestConfiguration:
@@ -147,7 +154,7 @@ class TestConfiguration:
             load_config(file)
         assert not (home / "imported").exists()
         loaded_config = load(file, may_import=True).config
-        assert [plugin.model_dump() for plugin in loaded_config.plugins] == [vars(loaded()[0])]
+        assert [plugin.model_dump() for plugin in loaded_config.plugins] == [vars(loaded_plugins()[0])]
         save_config(loaded_config, home / "saved.yaml")
         assert load_config(home / "saved.yaml") == loaded_config
 
@@ -190,14 +197,14 @@ class TestConfiguration:
     def test_several_that_are_missing_are_named_in_one_sentence(self) -> None:
         records = [{"name": "a", "version": "1", "sha256": ""}, {"name": "b", "version": "", "sha256": "0"}]
         with pytest.raises(UserError, match=r"^plugins: RUN names a 1 and b, and .* give --plugins a,b$"):
-            require(records, "RUN")
+            require_imported(records, "RUN")
 
     def test_the_option_that_is_told_is_whole(self, home: Path) -> None:
         """Those that were given stand in it, too."""
         load_plugins(["toy_plugin"])
         records = [{"name": name, "version": "", "sha256": ""} for name in ("toy_plugin", "b")]
         with pytest.raises(UserError, match=r"^plugins: RUN names b, and .* give --plugins toy_plugin,b$"):
-            require(records, "RUN")
+            require_imported(records, "RUN")
 
 
 def test_the_current_folder_is_looked_in_last(home: Path) -> None:

@@ -36,7 +36,7 @@ from megadit.data.codecs.codec import build_codec
 from megadit.errors import UserError
 from megadit.extensions import PLUGINS
 from megadit.files.paths import save_tensors
-from megadit.plugins import Plugin, load_plugins, loaded
+from megadit.plugins import Plugin, load_plugins, loaded_plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -107,7 +107,7 @@ class TestTraining:
         assert json.loads((run / "classes.json").read_text()) == ["lying", "standing"]
 
     def test_what_it_was_trained_with_is_recorded(self, run: Path, toy: None) -> None:
-        (plugin,) = loaded()
+        (plugin,) = loaded_plugins()
         index = json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "index.json").read_text())
         environment = json.loads((run / "environment.json").read_text())
         saved = yaml.safe_load((run / "config.yaml").read_text())
@@ -180,7 +180,7 @@ class TestAfterTraining:
     def test_other_sources_than_recorded_are_told(
         self, config: Path, run: Path, toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        was, now = loaded()[0], Plugin("toy", "1.1", "f" * 64)
+        was, now = loaded_plugins()[0], Plugin("toy", "1.1", "f" * 64)
         PLUGINS["toy"] = now
         copy = tmp_path / "run"
         shutil.copytree(run, copy)

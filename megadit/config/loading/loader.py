@@ -18,7 +18,7 @@ from megadit.errors import UserError
 from megadit.files.paths import atomic_write
 from megadit.files.yaml_text import dump_yaml
 from megadit.nested import unflatten
-from megadit.plugins import load_plugins, loaded, records_of, require
+from megadit.plugins import load_plugins, loaded_plugins, plugin_records, require_imported
 
 QUICKSTART = "quickstart/emoji.yaml"  # what runs when no --config is given
 
@@ -48,7 +48,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = (), *, may_i
     file = find_config(path) if path is not None else configs_dir() / QUICKSTART
     layers = read_layers(file)
     if may_import and not layers[-1].resolved:
-        named = records_of(layers[-1].values.get("plugins") or [])
+        named = plugin_records(layers[-1].values.get("plugins") or [])
         load_plugins((record["name"] for record in named), f"plugins in {layers[-1].source}")
     require_plugins(layers)
     defaults = {layer.source for layer in layers} if path is None else set()
@@ -87,12 +87,12 @@ def replace(
 def require_plugins(layers: Sequence[ConfigLayer]) -> None:
     """Refuse, before their values mean anything, layers that name plugins which nobody imported. Raises UserError."""
     for layer in layers:
-        require(records_of(layer.values.get("plugins") or []), layer.source)
+        require_imported(plugin_records(layer.values.get("plugins") or []), layer.source)
 
 
 def _validated(merged: MergedLayers) -> RunConfig:
     drop_unread(merged.values, merged.sources, merged.order, merged.resolved)
-    values = unflatten(merged.values) | {"plugins": tuple(map(asdict, loaded()))}
+    values = unflatten(merged.values) | {"plugins": tuple(map(asdict, loaded_plugins()))}
     for section in ("model", "train"):  # so that an empty file names the keys that are missing in these
         values.setdefault(section, {})
     return validated(RunConfig, values, merged.sources)

@@ -29,7 +29,7 @@ from megadit.errors import UserError
 from megadit.files.paths import atomic_write, begins_with, check_folder
 from megadit.files.yaml_text import dump_yaml
 from megadit.nested import flatten, unflatten
-from megadit.plugins import changes_since, load_plugins, records_of, require
+from megadit.plugins import load_plugins, plugin_changes, plugin_records, require_imported
 from megadit.search.storage.locking import FILES
 from megadit.search.study.extend import check_extends
 from megadit.search.study.space import Space, build_space
@@ -167,14 +167,14 @@ def import_study_plugins(source: str | Path) -> None:
     """
     file, _ = find_study(source, None)
     if not is_frozen(file):
-        named = records_of(read_yaml(file).get("plugins") or [])
+        named = plugin_records(read_yaml(file).get("plugins") or [])
         load_plugins((record["name"] for record in named), f"plugins in {display(file)}")
 
 
 def changed_plugins(folder: Path) -> list[str]:
     """A sentence for each plugin that is imported with other sources than those of the study in ``folder``, if any."""
     frozen = folder / FROZEN
-    return changes_since(records_of(read_yaml(frozen).get("plugins") or [])) if frozen.is_file() else []
+    return plugin_changes(plugin_records(read_yaml(frozen).get("plugins") or [])) if frozen.is_file() else []
 
 
 def check_against_frozen(study: Study) -> None:
@@ -274,7 +274,7 @@ def existing_study(source: str | Path, study_dir: str | Path | None) -> Study:
 def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunConfig:
     """The base with overrides, proxy and the command line's ``of_base`` laid over it, in this order."""
     name = display(file)
-    require([plugin.model_dump() for plugin in spec.plugins], name)
+    require_imported([plugin.model_dump() for plugin in spec.plugins], name)
     if isinstance(spec.base, str):
         beside = file.parent / Path(spec.base).expanduser()
         layers = read_layers(beside if beside.is_file() else find_config(spec.base, "base"))

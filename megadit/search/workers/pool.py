@@ -18,7 +18,7 @@ from typing import Any
 from megadit.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED, UserError, say
 from megadit.parallel.environment import child_environment
 from megadit.parallel.launcher import set_parent_death_signal
-from megadit.plugins import loaded
+from megadit.plugins import loaded_plugins
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study
 from megadit.search.workers.worker import STOP
@@ -204,7 +204,7 @@ class WorkerPool:
 
 def worker_command(folder: Path, gpus: int) -> list[str]:
     """The command line of a worker; with several GPUs one rank for each, through torchrun."""
-    module = ["-m", "megadit.search.workers.worker", str(folder), *(plugin.name for plugin in loaded())]
+    module = ["-m", "megadit.search.workers.worker", str(folder), *(plugin.name for plugin in loaded_plugins())]
     if gpus > 1:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *module]
     return [sys.executable, *module]
