@@ -51,6 +51,11 @@ def _fit_to_print(message: str) -> str:
     return f"{message[: _MOST_LETTERS * 3 // 4]} … [{left_out:,} characters] … {message[-_MOST_LETTERS // 4 :]}"
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of an exception on one line of at most ``most`` characters; its class where it is empty."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """ "did you mean NEAREST?", of what is ``known``; ``otherwise`` where none is near, None: ask all the same."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6 if otherwise else 0.0)

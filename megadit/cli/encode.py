@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadit.cli import add_plugins, import_plugins
-from megadit.cli.make_shards import in_range, progress_bar, sentences, sharding_of, summary
+from megadit.cli.make_shards import add_sharding, in_range, print_set, progress_bar, sharding_of
 from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
 
@@ -39,9 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of encoding."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_common(p)
-    p.add_argument("--name", metavar="NAME", help="what the tars' names begin with; default: the folder's name")
-    p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
-    p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
+    add_sharding(p)
     p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
     p.add_argument(
         "--posterior", choices=("moments", "sample"),
@@ -103,8 +101,7 @@ def _encode(args: argparse.Namespace) -> int:
     encoding = Encoding(args.dtype, args.posterior or "moments", length, args.seed or 0)
     with progress_bar("samples") as progress:
         manifest = encode_set(config, args.out, sharding, encoding, device_of(args.device), progress)
-    result_is_saved(as_json=args.json)
-    print(json.dumps(summary(manifest, args.out)) if args.json else sentences(manifest, args.out))
+    print_set(manifest, args.out, as_json=args.json)
     return EXIT_OK
 
 
@@ -118,19 +115,16 @@ def _fit(args: argparse.Namespace) -> int:
     DATA_SOURCES.get(config.name).check(config)
     from megadit.data.codecs.pca import fit_and_save
 
-    told = fit_and_save(config, args.out, args.factor, args.channels, args.images)
-    psnr = (
-        "no images held out" if told["psnr"] is None else f"PSNR {told['psnr']:.2f} dB on {told['held_out']} held out"
-    )
+    fit = fit_and_save(config, args.out, args.factor, args.channels, args.images)
+    psnr = "no images held out" if fit["psnr"] is None else f"PSNR {fit['psnr']:.2f} dB on {fit['held_out']} held out"
+    text = f"{args.out}: fitted on {fit['fitted_on']} images, {psnr}\n  {fit['use']}"
     result_is_saved(as_json=args.json)
-    print(
-        json.dumps(told) if args.json else f"{args.out}: fitted on {told['fitted_on']} images, {psnr}\n  {told['use']}"
-    )
+    print(json.dumps(fit) if args.json else text)
     return EXIT_OK
 
 
 def device_of(name: str) -> str:
-    """--device as torch names it. Raises UserError where it is not there."""
+    """--device as torch names it; auto: cuda where there is a GPU. Raises UserError where it is not available."""
     import torch
 
     if name == "auto":

@@ -24,8 +24,9 @@ from megadit.errors import EXIT_OK, UserError
 from megadit.streams import result_is_saved
 
 if TYPE_CHECKING:
+    from megadit.data.dataset import ProgressCallback
     from megadit.data.shards.manifest import Manifest
-    from megadit.data.shards.shard_files import Progress, Sharding
+    from megadit.data.shards.naming import Sharding
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must be empty or unfinished")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML) whose data section to start from")
     add_plugins(p)
-    p.add_argument("--name", metavar="NAME", help="what the tars' names begin with; default: the folder's name")
-    p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
-    p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
+    add_sharding(p)
     p.add_argument("--image", choices=("png", "jpg"), default="png", help="png (exact; default) or jpg")
     p.add_argument("--quality", type=int, metavar="1-100", help="of --image jpg; default 95")
     p.add_argument("--json", action="store_true", help="print one JSON object: samples, shards, bytes, out")
@@ -64,15 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with progress_bar("images") as progress:
         manifest = make_shards(config, args.out, sharding, args.image, quality, progress)
-    told = summary(manifest, args.out)
-    result_is_saved(as_json=args.json)
-    print(json.dumps(told) if args.json else sentences(manifest, args.out))
+    print_set(manifest, args.out, as_json=args.json)
     return EXIT_OK
 
 
+def add_sharding(p: argparse.ArgumentParser) -> None:
+    """Add the options that ``sharding_of`` takes."""
+    p.add_argument("--name", metavar="NAME", help="what the tars' names begin with; default: the folder's name")
+    p.add_argument("--samples", type=int, default=10_000, metavar="N", help="most samples of a tar; default 10000")
+    p.add_argument("--max_mb", type=float, metavar="MB", help="most megabytes (10^6) of a tar; default: no limit")
+
+
 def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None) -> Sharding:
-    """How tars are cut, from --name, --out, --samples and --max_mb. Raises UserError for values that cannot be."""
-    from megadit.data.shards.shard_files import Sharding
+    """The ``Sharding`` of --name, --out, --samples and --max_mb. Raises UserError for values out of range."""
+    from megadit.data.shards.naming import Sharding
 
     prefix = name or out.absolute().name
     if not prefix or prefix.startswith(".") or any(sign in prefix for sign in "/\\{}"):
@@ -86,14 +90,14 @@ def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None)
 def in_range(option: str, value: int, lowest: int, highest: int | None) -> int:
     """``value`` if it lies in the range. Raises UserError that names ``option`` if not."""
     if value < lowest or (highest is not None and value > highest):
-        upto = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise UserError(f"{option}: {value} is not {upto}; choose another value")
+        limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise UserError(f"{option}: {value} is not {limits}; choose another value")
     return value
 
 
 @contextmanager
-def progress_bar(unit: str) -> Iterator[Progress]:
-    """A bar on stderr, silent where that is no terminal; what is given takes (done, total)."""
+def progress_bar(unit: str) -> Iterator[ProgressCallback]:
+    """The callback of a progress bar on stderr, which is shown only in a terminal."""
     from tqdm import tqdm
 
     with tqdm(unit=f" {unit}", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
@@ -105,6 +109,12 @@ def progress_bar(unit: str) -> Iterator[Progress]:
         yield show
 
 
+def print_set(manifest: Manifest, out: Path, *, as_json: bool) -> None:
+    """Print what was written, as a JSON object or as text."""
+    result_is_saved(as_json=as_json)
+    print(json.dumps(summary(manifest, out)) if as_json else summary_text(manifest, out))
+
+
 def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
     """What was written, for --json."""
     return {
@@ -114,29 +124,30 @@ def summary(manifest: Manifest, out: Path) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "classes": len(manifest.classes),
-        "holds": holds(manifest),
+        "holds": contents(manifest),
     }
 
 
-def holds(manifest: Manifest) -> list[str]:
-    """What is in the tars, in words."""
+def contents(manifest: Manifest) -> list[str]:
+    """What the tars hold: images or latents, text features, target features."""
     stored = manifest.stored
-    if stored is None:
-        return [f"images of {manifest.image_size} pixels"]
-    found = [f"images of {manifest.image_size} pixels"] if not stored.channels else []
-    if stored.channels:
+    if stored is None or not stored.channels:
+        parts = [f"images of {manifest.image_size} pixels"]
+    else:
         kind = "posteriors of latents" if stored.moments else "latents"
-        found.append(f"{kind}, {stored.channels}x{stored.size}x{stored.size}, scale {stored.scale:g}, {stored.codec}")
+        parts = [f"{kind}, {stored.channels}x{stored.size}x{stored.size}, scale {stored.scale:g}, {stored.codec}"]
+    if stored is None:
+        return parts
     if stored.text_dim:
         pooled = f" and pooled {stored.pooled_dim}" if stored.pooled_dim else ""
-        found.append(f"text of up to {stored.text_length} tokens x {stored.text_dim}{pooled}, {stored.text_encoder}")
+        parts.append(f"text of up to {stored.text_length} tokens x {stored.text_dim}{pooled}, {stored.text_encoder}")
     if stored.feature_dim:
-        found.append(f"features of {stored.feature_dim} channels, {stored.feature_encoder}")
-    return [*found, "all of mirrored images too"] if stored.mirrored else found
+        parts.append(f"features of {stored.feature_dim} channels, {stored.feature_encoder}")
+    return [*parts, "all of mirrored images too"] if stored.mirrored else parts
 
 
-def sentences(manifest: Manifest, out: Path) -> str:
-    """What was written, for people."""
+def summary_text(manifest: Manifest, out: Path) -> str:
+    """What was written, a line for each thing."""
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     first = f"{out}: {manifest.samples} samples of {manifest.name} in {len(manifest.shards)} tars, {size:.1f} MB"
-    return "\n  ".join([first, *holds(manifest), f"train on them with data.name=webdataset data.path={out}"])
+    return "\n  ".join([first, *contents(manifest), f"train on them with data.name=webdataset data.path={out}"])

@@ -19,7 +19,7 @@ from megadit.data.dataset import ImageSet, evenly_spaced
 from megadit.data.text.encoders import TextEncoder, build_encoder, check_lengths
 from megadit.data.text.feature_table import TextTable, build_table, cache_folder
 from megadit.data.verify import check_captions
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 from megadit.files.file_kind import file_instead
 from megadit.files.json_text import parse_json
 from megadit.files.paths import save_tensors
@@ -281,7 +281,7 @@ def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
         if other is not None:
             raise UserError(f"'{path}' cannot be read: {other}") from error
         raise UserError(
-            f"'{path}' is missing or damaged ({' '.join(str(error).split())[:120]}); start the run's training command "
+            f"'{path}' is missing or damaged ({one_line(error, 120)}); start the run's training command "
             "again, which writes it"
         ) from error
     return cond, texts

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,21 +15,26 @@ from megadit.errors import say
 
 T = TypeVar("T")
 
+ProgressCallback = Callable[[int, int], None]  # items done, items in all
+
 # text (L, D), text_mask bool (L,) and pooled (P,): features of the caption. features (F, h, w): of the image, for REPA.
 EXTRAS = ("text", "text_mask", "pooled", "features")
 
 
 @dataclass(frozen=True)
 class StoredFacts:
-    """What a set holds ready-made in place of pixels and beside them. Sizes are 0 and names empty where nothing is."""
+    """What a set stores in place of pixels (latents) and beside them (text features, target features of REPA).
+
+    Sizes are 0 and names empty where nothing is stored.
+    """
 
     channels: int = 0  # of the latents; 0: the set holds pixels
     size: int = 0  # side of the latents
     factor: int = 1  # image pixels per latent pixel
-    scale: float = 1.0  # what is stored was multiplied by it already
+    scale: float = 1.0  # by which latents are multiplied already
     shift: float = 0.0
-    moments: bool = False  # mean and standard deviation of a posterior, (2 channels, h, w), to be drawn from
-    mirrored: bool = False  # whether latents and features of the mirrored image are there too
+    moments: bool = False  # mean and standard deviation of a posterior, (2 channels, h, w), to be sampled
+    mirrored: bool = False  # whether latents and features of the mirrored images are stored too
     codec: str = ""  # class and hash of the weights, as megadit.data.codecs.codec.codec_identity gives them
     text_dim: int = 0
     text_length: int = 0  # tokens of the longest text
@@ -39,8 +44,13 @@ class StoredFacts:
     feature_encoder: str = ""
 
 
+def latents_of(stored: StoredFacts | None) -> StoredFacts | None:
+    """The facts of a set that stores latents; None of a set of pixels."""
+    return stored if stored is not None and stored.channels else None
+
+
 class ImageSet(Protocol):
-    """Images by index. Everything is a pure function of the index, so any process can ask for any image."""
+    """Images by index. Everything is a pure function of the index, so any process can read any image."""
 
     @property
     def name(self) -> str:
@@ -64,24 +74,24 @@ class ImageSet(Protocol):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What people should know of how the set was read: files left out, captions that are missing.
+        """Notes on how the set was read, a sentence each, with the path: files left out, captions that are missing.
 
-        A sentence each, which names the place; printed once as ``note:`` where a command begins (``print_remarks``).
+        Printed once as ``note:`` where a command begins (``print_remarks``).
         """
 
     def __len__(self) -> int: ...
 
     @property
     def stores_latents(self) -> bool:
-        """Whether ``image`` gives latents, scaled as the model takes them, in place of pixels."""
+        """Whether ``image`` gives latents, scaled as the model takes them, instead of pixels."""
 
     @property
     def stored(self) -> StoredFacts | None:
-        """What is stored besides pixels; None: nothing is."""
+        """What is stored besides pixels; None: nothing."""
 
     @property
     def mirrored(self) -> ImageSet | None:
-        """The same set with what was made of mirrored images (latents, features), where it is stored; else None."""
+        """The same set with latents and features of the mirrored images, where these are stored; else None."""
 
     def image(self, i: int) -> Tensor:
         """uint8 (C, H, W), or latents in any floating dtype. Raises ``UserError`` when its file cannot be read."""
@@ -90,48 +100,49 @@ class ImageSet(Protocol):
         """Class index; 0 when there are no classes."""
 
     def caption(self, i: int) -> str:
-        """A description in words; may be empty."""
+        """The caption; may be empty."""
 
     def source_of(self, i: int) -> str:
-        """Where image i comes from, for people: its file, or its place in one."""
+        """Where image i comes from, for messages: its file, or its key and tar."""
 
     def extras(self, i: int) -> dict[str, Tensor]:
-        """What is stored beside the image: any of ``EXTRAS``; the same ones for every image of a set."""
+        """Tensors stored beside the image: any of ``EXTRAS``, the same ones for every image of a set."""
 
     def null_extras(self) -> dict[str, Tensor]:
-        """text, text_mask and pooled of the empty caption, shaped as in ``extras``, where they are stored; else {}."""
+        """text, text_mask and pooled of the empty caption, with shapes as in ``extras``, if stored; else {}."""
 
     def listing(self) -> Listing:
-        """What the whole set is read from, in its order; asks the file system, and opens nothing."""
+        """The files that the whole set is read from, in order, with their sizes; opens none."""
 
 
 class UnsplitSet(ImageSet, Protocol):
-    """What a data source loads: nothing is held out yet."""
+    """What a data source loads: all images, before any are held out for validation."""
 
     @property
     def bases(self) -> Sequence[str]:
-        """A base name per image: those with the same one are variants of one picture, and held out together."""
+        """A base name per image; images with the same one are variants of one picture, and held out together."""
 
 
 class PixelSet:
-    """What a set of pixels answers that stores nothing beside them: a base of image sets."""
+    """A base class of sets that store pixels alone."""
 
     stores_latents = False
     stored: StoredFacts | None = None
     mirrored: ImageSet | None = None
 
     def extras(self, i: int) -> dict[str, Tensor]:
-        """None."""
         return {}
 
     def null_extras(self) -> dict[str, Tensor]:
-        """None."""
         return {}
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySet(PixelSet):
-    """A set held in memory as one uint8 tensor (N, C, h, w), resized to ``image_size`` when that differs from h."""
+    """A set in memory as one uint8 tensor (N, C, h, w), resized to ``image_size`` on access where that is not h.
+
+    files: names and bytes of the files that it was read from; empty: one, of the pixels.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -140,8 +151,8 @@ class ArraySet(PixelSet):
     images: Tensor
     labels: Tensor
     captions: tuple[str, ...]
-    bases: tuple[str, ...]  # base names: images with the same one are variants of one picture
-    files: tuple[tuple[str, int], ...] = ()  # names and bytes of what it was read from; empty: one file of the pixels
+    bases: tuple[str, ...]
+    files: tuple[tuple[str, int], ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -179,51 +190,45 @@ def _resize(image: Tensor, size: int) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
 
 
+class _OfSource(Generic[T]):
+    """An attribute of a ``Subset`` that is the one of its source."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, subset: Subset, owner: type | None = None) -> T:
+        value: T = getattr(subset.source, self.name)
+        return value
+
+
 @dataclass(frozen=True, eq=False)
 class Subset:
     """The images ``indices`` of another set, in that order; without classes when ``labelled`` is False.
 
-    ``kept`` are the source's labels that occur, by new label; None keeps all labels as they are.
+    ``labels_kept`` are the source's labels that occur, by new label; None keeps all labels as they are.
     """
 
     source: ImageSet
     indices: tuple[int, ...]
     labelled: bool = True
-    kept: tuple[int, ...] | None = None
+    labels_kept: tuple[int, ...] | None = None
 
-    @property
-    def name(self) -> str:
-        return self.source.name
+    name = _OfSource[str]()
+    channels = _OfSource[int]()
+    image_size = _OfSource[int]()
+    notice = _OfSource[str]()
+    remarks = _OfSource[tuple[str, ...]]()
+    stores_latents = _OfSource[bool]()
+    stored = _OfSource[StoredFacts | None]()
+    null_extras = _OfSource[Callable[[], dict[str, Tensor]]]()
+    listing = _OfSource[Callable[[], Listing]]()
 
     @property
     def classes(self) -> tuple[str, ...]:
+        names, kept = self.source.classes, self.labels_kept
         if not self.labelled:
             return ()
-        return self.source.classes if self.kept is None else tuple(self.source.classes[label] for label in self.kept)
-
-    @property
-    def channels(self) -> int:
-        return self.source.channels
-
-    @property
-    def image_size(self) -> int:
-        return self.source.image_size
-
-    @property
-    def notice(self) -> str:
-        return self.source.notice
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return self.source.remarks
-
-    @property
-    def stores_latents(self) -> bool:
-        return self.source.stores_latents
-
-    @property
-    def stored(self) -> StoredFacts | None:
-        return self.source.stored
+        return names if kept is None else tuple(names[label] for label in kept)
 
     @property
     def mirrored(self) -> ImageSet | None:
@@ -240,7 +245,7 @@ class Subset:
         if not self.labelled:
             return 0
         label = self.source.label(self.indices[i])
-        return label if self.kept is None else self.kept.index(label)
+        return label if self.labels_kept is None else self.labels_kept.index(label)
 
     def caption(self, i: int) -> str:
         return self.source.caption(self.indices[i])
@@ -251,16 +256,10 @@ class Subset:
     def extras(self, i: int) -> dict[str, Tensor]:
         return self.source.extras(self.indices[i])
 
-    def null_extras(self) -> dict[str, Tensor]:
-        return self.source.null_extras()
-
-    def listing(self) -> Listing:
-        return self.source.listing()
-
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What a model must agree with (see ``megadit.data.checks``) and what a summary tells."""
+    """What the model must fit (see ``megadit.data.checks``), and what a summary of the data prints."""
 
     name: str
     channels: int
@@ -272,7 +271,7 @@ class DatasetFacts:
 
 
 def describe(dataset: ImageSet) -> DatasetFacts:
-    """The facts of a set, without touching an image."""
+    """The facts of a set; reads no image."""
     return DatasetFacts(
         name=dataset.name,
         channels=dataset.channels,
@@ -292,14 +291,14 @@ def print_remarks(images: ImageSet) -> None:
 
 
 def source_and_indices(images: ImageSet) -> tuple[ImageSet, Sequence[int]]:
-    """The set that ``images`` were chosen from, and their places in it; itself, if they are none of another."""
+    """The set that a ``Subset`` was chosen from, and its indices there; of another set itself and all indices."""
     return (images.source, images.indices) if isinstance(images, Subset) else (images, range(len(images)))
 
 
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """At most ``count`` of the items, evenly spaced."""
-    shown = min(count, len(items))
-    return [items[number * len(items) // shown] for number in range(shown)]
+    chosen = min(count, len(items))
+    return [items[number * len(items) // chosen] for number in range(chosen)]
 
 
 def stack_images(dataset: ImageSet, indices: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from megadit.config.schema.data import Crop
-from megadit.errors import UserError, why_unreadable
+from megadit.errors import UserError, one_line, why_unreadable
 from megadit.files.file_kind import PICTURES, bytes_instead, file_instead
 
 
@@ -235,7 +235,7 @@ def _reason(error: Exception) -> str:
         return f"it has {many} pixels, and pictures of more than {MOST_PIXELS:,} are not decoded"
     if _LONG_TEXT in str(error):
         return "a text or a colour profile in it is too large when unpacked"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)
 
 
 def _known_remedy(error: Exception) -> str | None:

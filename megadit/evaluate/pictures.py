@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 from megadit.files.file_kind import file_instead
 from megadit.files.npy import read_header
 
@@ -39,7 +39,7 @@ def read_pictures(path: Path) -> Tensor:
         other = file_instead(path, "npz", "zip")
         raise UserError(f"{path}: holds no arr_0{f': {other}' if other else f'; {remedy}'}") from None
     except (OSError, EOFError, ValueError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: arr_0 cannot be read ({' '.join(str(error).split())[:200]}); {remedy}") from error
+        raise UserError(f"{path}: arr_0 cannot be read ({one_line(error)}); {remedy}") from error
     return pictures.permute(0, 3, 1, 2).contiguous()
 
 

@@ -140,6 +140,11 @@ class Fields:
             return list(value)
         raise self.refused(key, value, "a list")
 
+    def elements(self, key: str, default: Sequence[Any] = REQUIRED, *, null: bool = False) -> Fields:
+        """The elements of a list as fields ``KEY[0]``, ``KEY[1]``, ... Raises UserError as ``items``."""
+        items = enumerate(self.items(key, default, null=null))
+        return Fields({f"{key}[{number}]": value for number, value in items}, self.where)
+
     def section(self, key: str, default: Mapping[str, Any] = REQUIRED, *, null: bool = False) -> Fields:
         """An object within; null, where it is allowed, is an empty one. Raises UserError for anything else."""
         value = self._value(key, default, null)

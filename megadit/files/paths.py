@@ -87,6 +87,11 @@ def save_tensors(
                 os.fsync(file.fileno())
 
 
+def user_cache() -> Path:
+    """megadit's folder in the user's cache ($XDG_CACHE_HOME, else ~/.cache); it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megadit"
+
+
 def is_file_name(name: str) -> bool:
     """Whether a folder could hold a file of that name, so that it leads nowhere else: a name and no path."""
     try:

@@ -13,7 +13,7 @@ from megadit.config import DataConfig
 from megadit.data import ImageSet, build_datasets
 from megadit.data.conditions import check_text
 from megadit.data.shards.encoding import Encoding, encode_set
-from megadit.data.shards.shard_files import Sharding
+from megadit.data.shards.naming import Sharding
 from megadit.data.shards.writing import make_shards
 from megadit.data.verify import check_captions
 from megadit.errors import UserError

@@ -17,8 +17,9 @@ from megadit.config import DataConfig
 from megadit.config.schema.data import Crop
 from megadit.data import build_datasets
 from megadit.data.image_files import LONGEST, centre_crop, check_header, read_image
+from megadit.data.shards.naming import Sharding
 from megadit.data.shards.tar_set import cut_before_crop
-from megadit.data.shards.writing import Sharding, make_shards, recipe_of
+from megadit.data.shards.writing import make_shards, recipe_of
 from megadit.errors import UserError
 
 

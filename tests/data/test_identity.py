@@ -14,8 +14,9 @@ from helpers.training import small_config
 from megadit.config import DataConfig, RunConfig
 from megadit.data import build_datasets
 from megadit.data.identity import config_differences, crop_note, differences, identify
+from megadit.data.shards.naming import Sharding
 from megadit.data.shards.tar_set import TarSet
-from megadit.data.shards.writing import Sharding, make_shards
+from megadit.data.shards.writing import make_shards
 
 CLASSES = ("ant", "cat", "dog")
 

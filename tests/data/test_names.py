@@ -16,9 +16,9 @@ from megadit.data.build import held_out
 from megadit.data.dataset import Subset
 from megadit.data.identity import differences, identify
 from megadit.data.listing import MISSING
-from megadit.data.shards.shard_files import INDEX, MANIFEST
+from megadit.data.shards.naming import INDEX, MANIFEST, Sharding
 from megadit.data.shards.tar_set import load_tars
-from megadit.data.shards.writing import Sharding, make_shards
+from megadit.data.shards.writing import make_shards
 from megadit.errors import UserError
 
 LATIN = b"caf\xe9"  # in Latin-1; no UTF-8

@@ -19,8 +19,9 @@ from PIL import Image
 from helpers.fuzz.hunt import efforts, hunt, json_bytes, mutated, odd_json, odd_values
 from megadit.config import DataConfig
 from megadit.data.dataset import ImageSet
+from megadit.data.shards.naming import Sharding
 from megadit.data.shards.tar_set import load_tars
-from megadit.data.shards.writing import Sharding, make_shards
+from megadit.data.shards.writing import make_shards
 from megadit.data.sources.fashion_mnist import load as load_fashion
 from megadit.data.sources.image_folder import load as load_folder
 from megadit.errors import UserError

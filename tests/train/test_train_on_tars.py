@@ -12,7 +12,8 @@ from megadit.config import DataConfig
 from megadit.config.schema.run import RunConfig
 from megadit.data.codecs.pca import fit_and_save
 from megadit.data.shards.encoding import Encoding, encode_set
-from megadit.data.shards.writing import Sharding, make_shards
+from megadit.data.shards.naming import Sharding
+from megadit.data.shards.writing import make_shards
 
 STEPS = 6
 SHARDING = Sharding("digits", 500)

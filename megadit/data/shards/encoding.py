@@ -1,9 +1,9 @@
 """From a set to tars of what a run would compute from it: latents, text features, REPA's target features.
 
-What is stored is what the run would have: a VAE's posterior as mean and standard deviation, so that every epoch draws
-anew by the run's own keyed noise (PixArt's practice; ``posterior="sample"`` keeps one draw, as DiT's feature
-extraction does), and, with ``data.flip``, the same of the mirrored image, since a mirrored latent is not the latent of
-the mirrored image.
+A run on these tars trains on the same tensors. Of a VAE, mean and standard deviation of the posterior are stored, so
+that every epoch samples anew by the run's own keyed noise (PixArt's practice; ``posterior="sample"`` stores one sample,
+as DiT's feature extraction does), and with ``data.flip`` also those of the mirrored image, since a mirrored latent is
+not the latent of the mirrored image.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from megadit.config import DataConfig
 from megadit.data.batch import scale_images
 from megadit.data.codecs.codec import Codec, GaussianCodec, build_codec, check_vae, codec_identity, scale_and_shift
 from megadit.data.codecs.folder import codec_facts
-from megadit.data.dataset import ImageSet, StoredFacts, stack_images
-from megadit.data.shards import members
+from megadit.data.dataset import ImageSet, ProgressCallback, StoredFacts, stack_images
+from megadit.data.shards import members, naming
 from megadit.data.shards.manifest import Manifest
-from megadit.data.shards.shard_files import (
-    FEATURES,
-    FEATURES_MIRRORED,
-    LATENT,
-    LATENT_MIRRORED,
-    NULL_TEXT,
-    POOLED,
-    TEXT,
-    Progress,
-    Sharding,
+from megadit.data.shards.naming import Sharding
+from megadit.data.shards.writing import (
+    SetWriter,
+    data_settings,
+    new_manifest,
+    recipe_of,
+    sample_key,
+    set_to_write,
+    text_members,
 )
-from megadit.data.shards.writing import facts_of, key_of, set_to_write, set_writer, settings, words
 from megadit.errors import UserError
 from megadit.files.paths import save_tensors
 from megadit.rng import sample_keys
@@ -50,7 +48,7 @@ _CHUNK = 64  # images at once
 class Encoding:
     """How features are stored. posterior: of an AutoencoderKL.  max_length: tokens of a text; longer ones are cut.
 
-    seed: of the one draw of ``posterior="sample"``.
+    seed: of the samples of ``posterior="sample"``.
     """
 
     dtype: Literal["float16", "float32"] = "float16"
@@ -61,7 +59,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class _Encoders:
-    """What is computed; None: not asked for."""
+    """The networks whose outputs are stored; None: not stored."""
 
     codec: Codec | None
     text: TextEncoder | None
@@ -74,34 +72,30 @@ def encode_set(
     sharding: Sharding,
     encoding: Encoding,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Write the whole set of ``config`` as tars of what its ``vae``, ``text`` (with condition text) and ``features``
-    ask for; images themselves where there is no ``vae``.
+    """Write the whole set of ``config`` as tars: latents of its ``vae`` (images where there is none), features of its
+    ``text`` encoder (with condition text) and of ``features``.
 
-    A start that was cut off is gone on with. Raises UserError as ``build_datasets``, the encoders and ``SetWriter`` do.
+    An interrupted set is resumed. Raises UserError as ``build_datasets``, the encoders and ``SetWriter`` do.
     """
     images, bases = set_to_write(config, folder)
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
-    made = {"command": "encode", "data": settings(config), **asdict(encoding), "stored": asdict(stored)}
-    writer = set_writer(folder, sharding, made)
-    try:
+    made = {"command": "encode", "data": data_settings(config), **asdict(encoding), "stored": asdict(stored)}
+    with SetWriter(folder, sharding, recipe_of(made)) as writer:
         done = writer.done
-        start = done // _CHUNK * _CHUNK  # the same chunks as in one go, so that rounding is the same
+        start = done // _CHUNK * _CHUNK  # the same chunks as without an interruption, so that rounding is the same
         for first in range(start, len(images), _CHUNK):
             numbers = range(first, min(first + _CHUNK, len(images)))
             for i, arrays in zip(numbers, _chunk(images, numbers, encoders, encoding, stored), strict=True):
                 if i >= done:
-                    writer.add(key_of(i), {**arrays, **words(images, bases, i)})
+                    writer.add(sample_key(i), {**arrays, **text_members(images, bases, i)})
             if progress is not None:
                 progress(numbers.stop, len(images))
         if encoders.text is not None:
-            _save_null(encoders.text, encoding, folder)
-    except BaseException:
-        writer.abandon()
-        raise
-    return writer.finish(replace(facts_of(images, made), stored=stored))
+            _save_null_text(encoders.text, encoding, folder)
+        return writer.finish(replace(new_manifest(images, made), stored=stored))
 
 
 def _encoders(config: DataConfig, encoding: Encoding, images: ImageSet, device: str) -> _Encoders:
@@ -125,12 +119,12 @@ def _encoders(config: DataConfig, encoding: Encoding, images: ImageSet, device: 
             raise UserError(
                 f"--max_length: {encoding.max_length}, but data.text.encoder takes {text.longest} tokens; lower it"
             )
-    seen: FeatureEncoder | None = None
+    feature_encoder: FeatureEncoder | None = None
     if features and config.features is not None:
         from megadit.data.features.targets import build_encoder as build_features
 
-        seen = build_features(config.features.model_copy(update={"cache": None}), device)
-    return _Encoders(None if config.vae is None else build_codec(config.vae, device), text, seen)
+        feature_encoder = build_features(config.features.model_copy(update={"cache": None}), device)
+    return _Encoders(None if config.vae is None else build_codec(config.vae, device), text, feature_encoder)
 
 
 def _facts(config: DataConfig, encoding: Encoding, images: ImageSet, encoders: _Encoders) -> StoredFacts:
@@ -163,21 +157,23 @@ def _facts(config: DataConfig, encoding: Encoding, images: ImageSet, encoders: _
 def _chunk(
     images: ImageSet, numbers: range, encoders: _Encoders, encoding: Encoding, stored: StoredFacts
 ) -> Iterator[dict[str, bytes]]:
-    """The members, without the words, of these samples."""
+    """The members with arrays, or images, of each of these samples."""
     raw = stack_images(images, numbers)
     pixels = scale_images(raw)
     columns: dict[str, list[Tensor]] = {}
     for turned in (False, True) if stored.mirrored else (False,):
-        seen = pixels.flip(-1) if turned else pixels
+        inputs = pixels.flip(-1) if turned else pixels
         if encoders.codec is not None:
-            columns[LATENT_MIRRORED if turned else LATENT] = list(_latents(encoders.codec, seen, numbers, encoding))
+            name = naming.LATENT_MIRRORED if turned else naming.LATENT
+            columns[name] = list(_latents(encoders.codec, inputs, numbers, encoding))
         if encoders.features is not None:
-            columns[FEATURES_MIRRORED if turned else FEATURES] = list(encoders.features.encode(seen))
+            name = naming.FEATURES_MIRRORED if turned else naming.FEATURES
+            columns[name] = list(encoders.features.encode(inputs))
     if encoders.text is not None and encoding.max_length is not None:
-        found = list(encoders.text.features([images.caption(i) for i in numbers], encoding.max_length))
-        columns[TEXT] = [state for state, _ in found]
+        features = list(encoders.text.features([images.caption(i) for i in numbers], encoding.max_length))
+        columns[naming.TEXT] = [states for states, _ in features]
         if stored.pooled_dim:
-            columns[POOLED] = [vector for _, vector in found]
+            columns[naming.POOLED] = [pooled for _, pooled in features]
     for row in range(len(numbers)):
         arrays = {name: _array(values[row], encoding.dtype, name) for name, values in columns.items()}
         yield arrays if encoders.codec is not None else {"png": members.write_picture(raw[row], "png", 0), **arrays}
@@ -193,13 +189,14 @@ def _array(value: Tensor, dtype: str, name: str) -> bytes:
     value = value.detach().cpu()
     stored = value.to(getattr(torch, dtype))
     if not bool(stored.isfinite().all()):
-        why = "is beyond float16's range; give --dtype float32" if bool(value.isfinite().all()) else "is not a number"
-        raise UserError(f"--dtype: a value of {name} {why}")
+        finite = bool(value.isfinite().all())
+        problem = "is beyond float16's range; give --dtype float32" if finite else "is not a number"
+        raise UserError(f"--dtype: a value of {name} {problem}")
     return members.write_array(stored)
 
 
-def _save_null(encoder: TextEncoder, encoding: Encoding, folder: Path) -> None:
+def _save_null_text(encoder: TextEncoder, encoding: Encoding, folder: Path) -> None:
     assert encoding.max_length is not None
     state, pooled = next(iter(encoder.features([""], encoding.max_length)))
     tensors: dict[str, Any] = {"text": state.contiguous(), **({"pooled": pooled} if len(pooled) else {})}
-    save_tensors(folder / NULL_TEXT, tensors)
+    save_tensors(folder / naming.NULL_TEXT, tensors)

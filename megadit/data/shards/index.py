@@ -1,4 +1,15 @@
-"""Where every member of every sample lies, so that any sample is read without looking through its tar."""
+"""The sample index: the span (offset, size) of every member of every sample, so that any sample is read by itself.
+
+Columns are the members that occur; -1 stands for a member that a sample does not have:
+
+                       offsets              sizes
+    keys     shard     png    txt    cls    png    txt    cls    labels
+    00000    0         512    2048   -1     1200   31     -1     3           sample 0 is in the first tar
+    00001    0         3072   5120   -1     1800   18     -1     0
+    00002    1         512    -1     2560   1500   -1     1      7           sample 2 is in the second
+
+``shards[index.shard[i]].read(*index.span(i, "png"))`` gives the bytes of image i.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +23,25 @@ from typing import Any
 
 import numpy as np
 
-from megadit.data.shards.scanning import Entry, Survey, scan
-from megadit.data.shards.shard_files import JSON, KNOWN, LABEL, ShardFile, shown_name
-from megadit.errors import UserError
-from megadit.files.paths import atomic_write
+from megadit.data.shards.naming import JSON, KNOWN, LABEL, shown_name
+from megadit.data.shards.scanning import ScanSummary, Span, TarSample, scan
+from megadit.data.shards.shard_files import ShardFile
+from megadit.errors import UserError, one_line
+from megadit.files.paths import atomic_write, user_cache
 from megadit.files.text import name_bytes
 
 _VERSION = "1"  # of the file
-_SCAN = "2"  # of what a scan finds and refuses: what an older one kept in the cache is not taken
-_SURVEY = "survey"  # only where it tells something
+_SCAN = "2"  # of what a scan finds and refuses: a cached index of an older one is not used
+_SUMMARY = "survey"  # in the file only where there are remarks
 _TEXTS, _NUMBERS = ("members", "keys", "bases", "classes"), ("shard", "offsets", "sizes", "labels")
 
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """Samples of several tars, in order. members: the columns of offsets and sizes, int64 (N, M); -1: not there.
+    """N samples of several tars, in order. members: the M columns of offsets and sizes, int64 (N, M); -1: not there.
 
-    shard, labels: int64 (N,); label -1: none.  classes: names by label; empty where the labels are numbers that nobody
-    has named yet.  survey: what else the scan has seen; empty for tars of megadit.
+    shard, labels: int64 (N,); label -1: none.  classes: names by label; empty where the labels are numbers without
+    names.  summary: what else the scan found; empty for tars of megadit.
     """
 
     members: tuple[str, ...]
@@ -40,17 +52,17 @@ class SampleIndex:
     keys: tuple[str, ...]
     bases: tuple[str, ...]
     classes: tuple[str, ...]
-    survey: Survey = field(default_factory=Survey)
+    summary: ScanSummary = field(default_factory=ScanSummary)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def counts(self, shards: int) -> list[int]:
-        """Samples of each of so many shards."""
+        """The number of samples in each of ``shards`` tars."""
         return np.bincount(self.shard, minlength=shards).tolist()
 
     def fits(self, sizes: Sequence[int]) -> bool:
-        """Whether every member lies in one of tars of so many bytes."""
+        """Whether every member lies within its tar. sizes: bytes of each tar."""
         if not len(self):
             return True
         if self.shard.max() >= len(sizes):
@@ -58,7 +70,7 @@ class SampleIndex:
         ends = np.array(sizes, dtype=np.int64)[self.shard][:, None]
         return not bool((self.offsets > ends - self.sizes).any())
 
-    def place(self, sample: int, member: str) -> tuple[int, int] | None:
+    def span(self, sample: int, member: str) -> Span | None:
         """(offset, size) of a member; None if the sample has none."""
         if member not in self.members:
             return None
@@ -66,76 +78,72 @@ class SampleIndex:
         size = int(self.sizes[sample, column])
         return None if size < 0 else (int(self.offsets[sample, column]), size)
 
-    def lacking(self, *members: str) -> np.ndarray:
-        """The samples without any of the members."""
+    def without(self, *members: str) -> np.ndarray:
+        """The samples that have none of the members."""
         columns = [self.members.index(member) for member in members if member in self.members]
         return np.flatnonzero((self.sizes[:, columns] < 0).all(axis=1))
 
     def label_member(self, sample: int) -> str:
         """The member that a sample's label is from."""
-        return f"{shown_name(self.keys[sample])}.{LABEL if self.place(sample, LABEL) else JSON}"
+        return f"{shown_name(self.keys[sample])}.{LABEL if self.span(sample, LABEL) else JSON}"
 
     def of_shards(self, numbers: Sequence[int]) -> SampleIndex:
-        """The samples of these shards, in their order, which are then 0, 1, 2, ..."""
+        """The samples of these shards, which are renumbered 0, 1, 2, ... in the order given."""
         chosen = np.concatenate([np.flatnonzero(self.shard == number) for number in numbers])
-        renumbered = np.concatenate(
-            [np.full(int((self.shard == number).sum()), new) for new, number in enumerate(numbers)]
-        )
+        counts = [int((self.shard == number).sum()) for number in numbers]
         return replace(
-            self, shard=renumbered.astype(np.int64), offsets=self.offsets[chosen], sizes=self.sizes[chosen],
-            labels=self.labels[chosen], keys=tuple(self.keys[i] for i in chosen),
-            bases=tuple(self.bases[i] for i in chosen),
+            self, shard=np.repeat(np.arange(len(numbers), dtype=np.int64), counts),
+            offsets=self.offsets[chosen], sizes=self.sizes[chosen], labels=self.labels[chosen],
+            keys=tuple(self.keys[i] for i in chosen), bases=tuple(self.bases[i] for i in chosen),
         )  # fmt: skip
 
 
 def build_index(
-    shards: Sequence[Sequence[Entry]],
+    shards: Sequence[Sequence[TarSample]],
     classes: Sequence[str] | None = None,
-    survey: Survey | None = None,
+    summary: ScanSummary | None = None,
     tars: Sequence[str] = (),
 ) -> SampleIndex:
-    """The index of scanned tars. classes: names of the labels; None: found in them, as image folders number theirs.
+    """The index of scanned tars. classes: names of the labels; None: the names that occur, numbered in sorted order.
 
-    Labels that are names in some samples and numbers in others are none; ``survey`` then tells it, of ``tars`` with
-    these paths.
+    Where labels are names in some samples and numbers in others, they cannot be used: ``summary`` notes it, by the
+    paths ``tars``.
     """
-    entries = [entry for shard in shards for entry in shard]
-    survey = Survey() if survey is None else survey
-    members = tuple(name for name in KNOWN if any(name in entry.places for entry in entries))
-    places = np.full((len(entries), len(members), 2), -1, dtype=np.int64)
-    for row, entry in enumerate(entries):
-        for column, name in enumerate(members):
-            if name in entry.places:
-                places[row, column] = entry.places[name]
-    names = _names(shards, survey, tars) if classes is None else tuple(classes)
+    samples = [sample for shard in shards for sample in shard]
+    summary = ScanSummary() if summary is None else summary
+    members = tuple(name for name in KNOWN if any(name in sample.spans for sample in samples))
+    spans = np.array(
+        [[sample.spans.get(name, (-1, -1)) for name in members] for sample in samples], dtype=np.int64
+    ).reshape(len(samples), len(members), 2)
+    names = _class_names(shards, summary, tars) if classes is None else tuple(classes)
     numbers = {name: number for number, name in enumerate(names)}
-    labels = [numbers.get(entry.label, -1) if isinstance(entry.label, str) else entry.label for entry in entries]
+    labels = [numbers.get(sample.label, -1) if isinstance(sample.label, str) else sample.label for sample in samples]
     return SampleIndex(
         members=members,
         shard=np.repeat(np.arange(len(shards), dtype=np.int64), [len(shard) for shard in shards]),
-        offsets=places[..., 0].copy(),
-        sizes=places[..., 1].copy(),
+        offsets=spans[..., 0].copy(),
+        sizes=spans[..., 1].copy(),
         labels=np.array([-1 if label is None else label for label in labels], dtype=np.int64).reshape(-1),
-        keys=tuple(entry.key for entry in entries),
-        bases=tuple(entry.base for entry in entries),
+        keys=tuple(sample.key for sample in samples),
+        bases=tuple(sample.base for sample in samples),
         classes=names,
-        survey=survey,
+        summary=summary,
     )
 
 
-def _names(shards: Sequence[Sequence[Entry]], survey: Survey, tars: Sequence[str]) -> tuple[str, ...]:
+def _class_names(shards: Sequence[Sequence[TarSample]], summary: ScanSummary, tars: Sequence[str]) -> tuple[str, ...]:
     """Labels that are names, sorted; none where they are numbers."""
     first: dict[type, str] = {}
     names = set()
-    for number, entries in enumerate(shards):
-        for entry in entries:
-            if isinstance(entry.label, str):
-                names.add(entry.label)
-            if type(entry.label) not in first:
+    for number, samples in enumerate(shards):
+        for sample in samples:
+            if isinstance(sample.label, str):
+                names.add(sample.label)
+            if type(sample.label) not in first:
                 where = f" in {tars[number]}" if tars else ""
-                first[type(entry.label)] = f"{shown_name(str(entry.label))} of {shown_name(entry.key)}{where}"
+                first[type(sample.label)] = f"{shown_name(str(sample.label))} of {shown_name(sample.key)}{where}"
     if str in first and int in first:
-        survey.note_label(
+        summary.note_label(
             f"data.path: labels of the tars are names ({first[str]}) and numbers ({first[int]}); use one of the two"
         )
     return tuple(sorted(names))
@@ -147,8 +155,8 @@ def save_index(index: SampleIndex, path: Path) -> None:
 
     arrays = {name: np.frombuffer(_joined(getattr(index, name)), dtype=np.uint8) for name in _TEXTS}
     arrays |= {name: getattr(index, name) for name in _NUMBERS}
-    if index.survey != Survey():
-        arrays[_SURVEY] = np.frombuffer(index.survey.to_json().encode(), dtype=np.uint8)
+    if index.summary != ScanSummary():
+        arrays[_SUMMARY] = np.frombuffer(index.summary.to_json().encode(), dtype=np.uint8)
     with atomic_write(path) as temporary:
         temporary.write_bytes(save(arrays, {"version": _VERSION}))  # save_file would make it its owner's alone
 
@@ -161,18 +169,17 @@ def load_index(path: Path) -> SampleIndex:
         with safe_open(path, "numpy") as file:
             if (file.metadata() or {}).get("version") != _VERSION:
                 raise ValueError("it is of another version of megadit")
-            a = {name: file.get_tensor(name) for name in (*_TEXTS, *_NUMBERS)}
-            survey = Survey.from_json(file.get_tensor(_SURVEY).tobytes()) if _SURVEY in set(file.keys()) else Survey()
-        texts: dict[str, Any] = {name: _parted(a[name].tobytes()) for name in _TEXTS}
-        index = SampleIndex(**texts, **{name: a[name] for name in _NUMBERS}, survey=survey)
+            names = (*_TEXTS, *_NUMBERS, *({_SUMMARY} & set(file.keys())))
+            arrays = {name: file.get_tensor(name) for name in names}
+        texts: dict[str, Any] = {name: _split(arrays[name].tobytes()) for name in _TEXTS}
+        summary = ScanSummary.from_json(arrays[_SUMMARY].tobytes()) if _SUMMARY in arrays else ScanSummary()
+        index = SampleIndex(**texts, **{name: arrays[name] for name in _NUMBERS}, summary=summary)
         _check(index)
     except FileNotFoundError:
         raise UserError(f"data.path: {path} is missing; copy the whole folder of the tars") from None
     except Exception as error:  # whatever safetensors and numpy say about damaged files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"data.path: {path} cannot be read ({reason}); copy it again, or write the set again"
-        ) from error
+        problem = f"{path} cannot be read ({one_line(error)})"
+        raise UserError(f"data.path: {problem}; copy it again, or write the set again") from error
     return index
 
 
@@ -196,31 +203,28 @@ def _joined(texts: Sequence[str]) -> bytes:
     return b"".join(name_bytes(text) + b"\0" for text in texts)
 
 
-def _parted(data: bytes) -> tuple[str, ...]:
+def _split(data: bytes) -> tuple[str, ...]:
     return tuple(data.decode("utf-8", "surrogateescape").split("\0")[:-1])
 
 
 def cached_index(shards: Sequence[ShardFile]) -> SampleIndex:
-    """The index of tars that have no manifest: from the user's cache if these files were scanned before, else scanned.
+    """The index of tars without a manifest: from the user's cache if these files were scanned before, else scanned.
 
     Raises UserError as ``scan`` does.
     """
     digest = hashlib.sha256(f"{_VERSION}.{_SCAN}".encode())
     for shard in shards:
         digest.update(name_bytes(f"{os.path.realpath(shard.path)}\0{shard.size}\0{shard.changed_ns}\0"))
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(root).expanduser() / "megadit" / "tars" / f"{digest.hexdigest()[:32]}.safetensors"
+    path = user_cache() / "tars" / f"{digest.hexdigest()[:32]}.safetensors"
     if path.is_file():
         with contextlib.suppress(UserError):  # a damaged cache is made again
             index = load_index(path)
             if index.fits([shard.size for shard in shards]):
                 return index
-    survey = Survey()
-    entries = [scan(shard, survey) for shard in shards]
-    index = build_index(entries, survey=survey, tars=[shard.path for shard in shards])
-    try:
+    summary = ScanSummary()
+    samples = [scan(shard, summary) for shard in shards]
+    index = build_index(samples, summary=summary, tars=[shard.path for shard in shards])
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start another scan
         path.parent.mkdir(parents=True, exist_ok=True)
         save_index(index, path)
-    except OSError:
-        pass  # a home that cannot be written costs the next start another scan
     return index

@@ -1,4 +1,4 @@
-"""``manifest.json`` of a set of tars: what it holds, how it was made, and what every tar must weigh."""
+"""``manifest.json`` of a set of tars: what it holds, how it was made, and size and checksum of every tar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megadit.data.dataset import StoredFacts
-from megadit.data.shards.shard_files import INDEX, MANIFEST, ShardFile
+from megadit.data.shards.naming import INDEX, MANIFEST
+from megadit.data.shards.shard_files import ShardFile
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.files.paths import atomic_write, is_file_name
@@ -32,9 +33,9 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished set. name: of the set it was made from, by whose name the split into parts goes.
+    """A finished set. name: of the set it was made from, on which the train/validation split depends.
 
-    made: the settings of the command that wrote it, for people.
+    made: the settings of the command that wrote it.
     """
 
     name: str
@@ -49,17 +50,13 @@ class Manifest:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The data section that the set was written by, as far as ``made`` has it."""
+        """The data section of ``made``; {} where there is none."""
         data = self.made.get("data")
         return data if isinstance(data, dict) else {}
 
-    def number(self, file: str) -> int | None:
-        """The place of a tar among the shards; None if it is not one of them."""
-        return next((n for n, shard in enumerate(self.shards) if shard.file == file), None)
-
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write ``manifest.json``; with it the set is complete."""
+    """Write ``manifest.json``, which completes the set."""
     values = {"format": _FORMAT, "version": _VERSION, "index": INDEX, **asdict(manifest)}
     with atomic_write(folder / MANIFEST) as temporary:
         temporary.write_bytes(json_bytes(json.dumps(values, indent=1, ensure_ascii=False) + "\n"))
@@ -93,32 +90,23 @@ def load_manifest(folder: Path) -> Manifest | None:
 
 def _manifest(fields: Fields) -> Manifest:
     """The manifest in its file. Raises UserError."""
-    shards = tuple(
-        _shard(_entry(fields, "shards", number, value)) for number, value in enumerate(fields.items("shards"))
-    )
-    classes = fields.items("classes")
-    names = Fields({f"classes[{number}]": value for number, value in enumerate(classes)}, fields.where)
+    shards, classes = fields.elements("shards"), fields.elements("classes")
     stored = fields.section("stored", null=True) if fields.raw("stored") is not None else None
     return Manifest(
         name=fields.text("name"),
         samples=fields.whole("samples"),
-        classes=tuple(names.text(key) for key in names.names()),
+        classes=tuple(classes.text(key) for key in classes.names()),
         channels=fields.whole("channels", least=1),
         image_size=fields.whole("image_size"),
         notice=fields.text("notice"),
-        shards=shards,
+        shards=tuple(_shard(shards, key) for key in shards.names()),
         stored=None if stored is None else _stored(stored),
         made=dict(fields.section("made", {}).values()),
     )
 
 
-def _entry(fields: Fields, key: str, number: int, value: Any) -> Fields:
-    if not isinstance(value, dict):
-        raise fields.refused(f"{key}[{number}]", value, "keys and values")
-    return Fields(value, f"{fields.where}, {key}[{number}]")
-
-
-def _shard(fields: Fields) -> ShardFacts:
+def _shard(shards: Fields, key: str) -> ShardFacts:
+    fields = shards.section(key)
     file = fields.text("file")
     if not is_file_name(file):
         raise fields.refused("file", file, f"the name of a tar beside {MANIFEST}")
@@ -126,7 +114,7 @@ def _shard(fields: Fields) -> ShardFacts:
 
 
 def _stored(fields: Fields) -> StoredFacts:
-    """What is stored, each value of its default's type. What a newer megadit added is refused."""
+    """The stored facts, each of the type of its default. Raises UserError for keys of a newer megadit."""
     readers = {bool: Fields.flag, int: Fields.whole, float: Fields.number, str: Fields.text}
     defaults = {field.name: field.default for field in dataclass_fields(StoredFacts)}
     unknown = [key for key in fields.names() if key not in defaults]
@@ -144,7 +132,7 @@ def check_sizes(manifest: Manifest, folder: Path, numbers: Sequence[int]) -> lis
 
     Raises UserError that names the first tar that is not.
     """
-    found = []
+    files = []
     for number in numbers:
         facts = manifest.shards[number]
         path = folder / facts.file
@@ -159,8 +147,8 @@ def check_sizes(manifest: Manifest, folder: Path, numbers: Sequence[int]) -> lis
             raise UserError(
                 f"data.path: {path} has {shard.size} bytes, but {facts.bytes} were written ({MANIFEST}); copy it again"
             )
-        found.append(shard)
-    return found
+        files.append(shard)
+    return files
 
 
 def sha256_of(path: Path) -> str:

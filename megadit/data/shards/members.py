@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megadit.config.schema.data import Crop
 from megadit.data.image_files import centre_crop, decode
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 from megadit.files.file_kind import bytes_instead, text_instead
 from megadit.files.json_text import JsonError, parse_json
 from megadit.files.npy import array_of
@@ -34,9 +34,8 @@ def read_array(data: bytes, where: str) -> Tensor:
     try:
         return torch.from_numpy(array_of(data))
     except Exception as error:  # numpy raises nearly anything on damaged headers
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
         remedy = _remedy(bytes_instead(data, "npy"))
-        raise UserError(f"data.path: {where} is no array that can be read ({reason}){remedy}") from None
+        raise UserError(f"data.path: {where} is no array that can be read ({one_line(error, 120)}){remedy}") from None
 
 
 def write_array(value: Tensor) -> bytes:

@@ -1,11 +1,12 @@
 """From the members of a tar to samples: grouped by key, with label and base name. Nothing is guessed.
 
-WebDataset streams: what it takes for a sample are neighbouring members of one key. Tars are read here as it reads them,
-and refused where it would refuse them or give halves of samples.
+WebDataset streams tars: a sample is a sequence of neighbouring members with one key. Samples are the same here, and a
+tar that WebDataset would refuse, or of which it would give halves of samples, is refused.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -16,17 +17,8 @@ from typing import Any
 from megadit.data.labels import label_of
 from megadit.data.shards.headers import Member, TarHeaders
 from megadit.data.shards.members import read_json
-from megadit.data.shards.shard_files import (
-    CAPTION,
-    IMAGES,
-    JSON,
-    KNOWN,
-    LABEL,
-    PICKLED,
-    ShardFile,
-    shown_name,
-    split_member,
-)
+from megadit.data.shards.naming import CAPTION, IMAGES, JSON, KNOWN, LABEL, PICKLED, shown_name, split_member
+from megadit.data.shards.shard_files import ShardFile
 from megadit.errors import UserError
 from megadit.files.json_fields import shown
 
@@ -42,13 +34,12 @@ _REASONS = {
 
 
 @dataclass
-class Survey:
-    """What a scan has seen besides samples. A cached index keeps it, so that every start tells it.
+class ScanSummary:
+    """What a scan found besides samples. A cached index stores it, so that every start prints its remarks.
 
-    members: files of the tars, folders aside.  skipped: how many were left out, and the first of them, by reason.
-
-    empty: tars without a sample.  zeros: bytes of zeros behind the last member, where tar writes no such number.
-    bad_label: the sentence about the first label that is none; it matters to runs that read labels.
+    members: number of members, without folders.  skipped: how many were left out, by reason.  examples: the first
+    names of these.  empty: tars without samples.  zeros: zero bytes after the last member, by tar, where tar would not
+    write so many.  bad_label: the message of the first label that cannot be used; runs that read labels raise it.
     """
 
     members: int = 0
@@ -65,22 +56,22 @@ class Survey:
         if len(examples) < _EXAMPLES:
             examples.append(f"{shown_name(name)} in {tar}")
 
-    def add(self, other: Survey) -> None:
-        """Take in what was seen of a further tar."""
+    def add(self, other: ScanSummary) -> None:
+        """Add the summary of a further tar."""
         self.members += other.members
         for reason, count in other.skipped.items():
             self.skipped[reason] = self.skipped.get(reason, 0) + count
-            own = self.examples.setdefault(reason, [])
-            own.extend(other.examples[reason][: _EXAMPLES - len(own)])
+            examples = self.examples.setdefault(reason, [])
+            examples.extend(other.examples[reason][: _EXAMPLES - len(examples)])
         self.empty += other.empty
         self.zeros |= other.zeros
         self.note_label(other.bad_label)
 
-    def note_label(self, sentence: str) -> None:
-        """Keep the first sentence about a label."""
-        self.bad_label = self.bad_label or sentence
+    def note_label(self, message: str) -> None:
+        """Store the first message about a label."""
+        self.bad_label = self.bad_label or message
 
-    def skipped_words(self) -> str:
+    def skipped_text(self) -> str:
         """What was left out, by reason and with examples."""
         return "; ".join(
             f"{self.skipped[reason]:,} {words} ({', '.join(self.examples[reason])}"
@@ -90,128 +81,128 @@ class Survey:
         )
 
     def remarks(self) -> tuple[str, ...]:
-        """A sentence for each thing that people should know of."""
-        found = []
+        """A sentence each about members that are not read, empty tars and trailing zeros."""
+        remarks = []
         if count := sum(self.skipped.values()):
-            found.append(f"{count:,} of {self.members:,} members of the tars are not read: {self.skipped_words()}")
+            remarks.append(f"{count:,} of {self.members:,} members of the tars are not read: {self.skipped_text()}")
         if self.empty:
             more = f" and {len(self.empty) - 1:,} other tars have" if len(self.empty) > 1 else " has"
-            found.append(f"{self.empty[0]}{more} no samples")
+            remarks.append(f"{self.empty[0]}{more} no samples")
         if self.zeros:
             tar, size = next(iter(self.zeros.items()))
             more = f" (and so in {len(self.zeros) - 1:,} other tars)" if len(self.zeros) > 1 else ""
-            found.append(
+            remarks.append(
                 f"{tar} ends with {size:,} zero bytes behind its last member, which is not how tar pads{more}: "
                 "preallocated files have them, and copies that were cut off; compare it with its source"
             )
-        return tuple(found)
+        return tuple(remarks)
 
     def to_json(self) -> str:
         """For the file of an index."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: bytes) -> Survey:
+    def from_json(cls, text: bytes) -> ScanSummary:
         """What ``to_json`` wrote. Raises ValueError, KeyError or TypeError if it is damaged."""
         values = json.loads(text)
-        found = cls(**{entry.name: values[entry.name] for entry in fields(cls)})
-        found.remarks()
-        return found
+        summary = cls(**{part.name: values[part.name] for part in fields(cls)})
+        summary.remarks()
+        return summary
 
 
 _MOST_TEXT = 2**24  # bytes of a json, cls or txt member
 _TEXTS = (JSON, LABEL, CAPTION)
 _MOST_LABEL = 2**63 - 1
-_WHOLE = re.compile(r"[+-]?\d{1,19}", re.ASCII)
+_INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 _NO_NAME = re.compile(r"[\d\s.,;:()\[\]+-]*", re.ASCII)  # digits and signs alone: a fraction, or several numbers
 _SORT = "unpack it and write it again with tar --sort=name"
 
+Span = tuple[int, int]  # of the bytes of a member in its tar: offset, size
+
 
 @dataclass(frozen=True)
-class Entry:
-    """One sample of a tar. places: extension -> (offset, size).  label: number or name; None without.
+class TarSample:
+    """One sample of a tar. spans: by extension.  label: number or name; None without.
 
-    base: what the train/validation split goes by.
+    base: the base name, by which the train/validation split is made.
     """
 
     key: str
     base: str
     label: int | str | None
-    places: dict[str, tuple[int, int]]
+    spans: dict[str, Span]
 
 
-def scan(shard: ShardFile, survey: Survey | None = None) -> list[Entry]:
+def scan(shard: ShardFile, summary: ScanSummary | None = None) -> list[TarSample]:
     """The samples of a tar, from one pass over its headers, its labels and its JSON members.
 
-    What else there is to tell is added to ``survey``. A label that is none is told there, and the sample has none.
+    What is left out is counted in ``summary``. A label that cannot be used is noted there, and its sample has none.
 
     Raises UserError where the tar is damaged, torn or not sorted, has two members or samples of one name, or holds
     what would have to be unpickled.
     """
-    own = Survey()
-    entries = [_entry(shard, group, own) for group in _groups(shard, own)]
-    if not entries and own.skipped:
-        raise _all_skipped(shard, own)
-    if not entries:
-        own.empty.append(shard.name)
-    if survey is not None:
-        survey.add(own)
-    return entries
+    of_tar = ScanSummary()
+    samples = [_sample(shard, key, spans, of_tar) for key, spans in _spans_by_key(shard, of_tar)]
+    if not samples and of_tar.skipped:
+        raise _all_skipped(shard, of_tar)
+    if not samples:
+        of_tar.empty.append(shard.name)
+    if summary is not None:
+        summary.add(of_tar)
+    return samples
 
 
-def _all_skipped(shard: ShardFile, survey: Survey) -> UserError:
+def _all_skipped(shard: ShardFile, summary: ScanSummary) -> UserError:
     remedy = "give tars of images, and take this one out"
-    if dotted := survey.examples.get("extension"):
+    if dotted := summary.examples.get("extension"):
         name = PurePosixPath(dotted[0].removesuffix(f" in {shard.name}")).name
         if name.count(".") > 1:
             better = name.replace(".", "_", name.count(".") - 1)
             remedy = f"rename members so that one dot is left, before the extension ({better}), and write the tar again"
     return UserError(
-        f"data.path: none of the {survey.members:,} members of {shard.path} can be read: {survey.skipped_words()}; "
+        f"data.path: none of the {summary.members:,} members of {shard.path} can be read: {summary.skipped_text()}; "
         f"{remedy}"
     )
 
 
-@dataclass
-class _Group:
-    """Neighbouring members of one key. names: of all its members, by extension."""
+def _spans_by_key(shard: ShardFile, summary: ScanSummary) -> Iterator[tuple[str, dict[str, Span]]]:
+    """(key, spans by extension) of each sample; members that belong to none are counted in ``summary``."""
+    earlier: dict[str, dict[str, Span]] = {}
+    for key, group in itertools.groupby(_members(shard, summary), key=lambda part: part[0]):
+        names: dict[str, str] = {}
+        spans: dict[str, Span] = {}
+        for _, extension, member in group:
+            if extension in KNOWN and key in earlier:
+                raise _not_sorted(shard, member, extension, earlier[key])
+            _check_unique(shard, key, extension, member.name, names)
+            names[extension] = member.name
+            if extension in KNOWN:
+                spans[extension] = (member.offset, member.size)
+            else:
+                summary.skip("extension", member.name, shard.name)
+        if spans:
+            earlier[key] = spans
+            yield key, spans
 
-    key: str
-    names: dict[str, str] = field(default_factory=dict)
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-
-def _groups(shard: ShardFile, survey: Survey) -> Iterator[_Group]:
-    """The samples; members that belong to none are counted in ``survey``."""
-    group: _Group | None = None
-    seen: dict[str, dict[str, tuple[int, int]]] = {}
+def _members(shard: ShardFile, summary: ScanSummary) -> Iterator[tuple[str, str, Member]]:
+    """(key, extension, member) of the members that may belong to a sample."""
     headers = TarHeaders(shard)
     for member in headers:
-        survey.members += 1
+        summary.members += 1
         key, extension = split_member(member.name)
-        reason = _no_part(member, extension)
-        if reason is not None:
-            survey.skip(reason, member.name, shard.name)
-            continue
-        _check(shard, member, extension)
-        if group is None or key != group.key:
-            if group is not None and group.places:
-                seen[group.key] = group.places
-                yield group
-            group = _Group(key)
-        if extension in KNOWN and key in seen:
-            raise _apart(shard, member, extension, seen[key])
-        _add(shard, group, member, extension)
-        if extension not in KNOWN:
-            survey.skip("extension", member.name, shard.name)
-    if group is not None and group.places:
-        yield group
+        reason = _skip_reason(member, extension)
+        if reason is None:
+            _check_member(shard, member, extension)
+            yield key, extension, member
+        else:
+            summary.skip(reason, member.name, shard.name)
     if headers.zeros:
-        survey.zeros[shard.name] = headers.zeros
+        summary.zeros[shard.name] = headers.zeros
 
 
-def _no_part(member: Member, extension: str) -> str | None:
-    """Why a member is part of no sample; None if it is."""
+def _skip_reason(member: Member, extension: str) -> str | None:
+    """Why a member belongs to no sample; None if it does."""
     if member.name.rpartition("/")[2].startswith((".", "__")):
         return "hidden"
     if not extension:
@@ -219,7 +210,7 @@ def _no_part(member: Member, extension: str) -> str | None:
     return "special" if member.link and extension not in KNOWN else None
 
 
-def _check(shard: ShardFile, member: Member, extension: str) -> None:
+def _check_member(shard: ShardFile, member: Member, extension: str) -> None:
     """Raise UserError for a member that no sample may have."""
     if extension.rpartition(".")[2] in PICKLED:
         raise UserError(
@@ -238,34 +229,28 @@ def _check(shard: ShardFile, member: Member, extension: str) -> None:
         )
 
 
-def _add(shard: ShardFile, group: _Group, member: Member, extension: str) -> None:
-    """Take a member into its sample. Raises UserError where its place is taken."""
-    first = group.names.get(extension)
+def _check_unique(shard: ShardFile, key: str, extension: str, name: str, names: dict[str, str]) -> None:
+    """Raise UserError where the sample has a member of this extension, or another image, among ``names``."""
+    first = names.get(extension)
     if first is None and extension in IMAGES:
-        first = next((name for kind, name in group.names.items() if kind in IMAGES), None)
-    if first is not None:
-        raise _place_taken(shard, group.key, first, member.name, extension)
-    group.names[extension] = member.name
-    if extension in KNOWN:
-        group.places[extension] = (member.offset, member.size)
-
-
-def _place_taken(shard: ShardFile, key: str, first: str, second: str, extension: str) -> UserError:
-    names = f"{shown_name(first)} and {shown_name(second)}"
+        first = next((other for kind, other in names.items() if kind in IMAGES), None)
+    if first is None:
+        return
+    both = f"{shown_name(first)} and {shown_name(name)}"
     remedy = "write the tar again with one of them, or give each a key of its own"
-    if first == second:
-        what = f"{shown_name(first)} twice"
+    if first == name:
+        problem = f"{shown_name(first)} twice"
     elif split_member(first)[1] == extension:
-        what = f"two members of one extension, {names}"
+        problem = f"two members of one extension, {both}"
     else:
-        what = f"two images, {names}"
+        problem = f"two images, {both}"
         other = f"{PurePosixPath(key).name}.mask.{extension}"
         remedy = f"write the tar again with one of them, or name the other as {shown_name(other)}, which is not read"
-    return UserError(f"data.path: the sample {shown_name(key)} in {shard.path} has {what}; {remedy}")
+    raise UserError(f"data.path: the sample {shown_name(key)} in {shard.path} has {problem}; {remedy}")
 
 
-def _apart(shard: ShardFile, member: Member, extension: str, earlier: dict[str, tuple[int, int]]) -> UserError:
-    """The sentence for a key that comes again."""
+def _not_sorted(shard: ShardFile, member: Member, extension: str, earlier: dict[str, Span]) -> UserError:
+    """The error of a key that comes again after other samples."""
     name, (key, _) = shown_name(member.name), split_member(member.name)
     other = extension if extension in earlier else min(earlier, key=lambda kind: earlier[kind][0])
     first = f"{shown_name(key)}.{other} at byte {earlier[other][0]}"
@@ -280,37 +265,33 @@ def _apart(shard: ShardFile, member: Member, extension: str, earlier: dict[str, 
     )
 
 
-def _entry(shard: ShardFile, group: _Group, survey: Survey) -> Entry:
-    def where(member: str) -> str:
-        return f"{shown_name(group.key)}.{member} in {shard.path}"
-
-    facts: dict[str, Any] = {}
-    if JSON in group.places:
-        facts = read_json(shard.read(*group.places[JSON]), where(JSON))
-    base = _base(facts, group.key, where(JSON))
-    written = shard.read(*group.places[LABEL]) if LABEL in group.places else None
-    other, label = facts.get("label"), None
+def _sample(shard: ShardFile, key: str, spans: dict[str, Span], summary: ScanSummary) -> TarSample:
+    in_json, in_label = (f"{shown_name(key)}.{member} in {shard.path}" for member in (JSON, LABEL))
+    values = read_json(shard.read(*spans[JSON]), in_json) if JSON in spans else {}
+    base = _base(values, key, in_json)
+    written = shard.read(*spans[LABEL]) if LABEL in spans else None
+    label, json_label = None, values.get("label")
     try:
         if written is not None:
-            label = _within(_label(written, where(LABEL)), where(LABEL))
-        elif "label" in facts:
-            label = _within(label_of(other, where(JSON)), where(JSON))
-        both = written is not None and isinstance(label, int) and isinstance(other, int)
-        if both and not isinstance(other, bool) and label != other:
-            survey.note_label(
-                f"data.path: the label is {label} in {where(LABEL)} and {shown_name(str(other))} in its json; correct "
-                "one of them"
-            )
+            label = _storable(_label(written, in_label), in_label)
+            both = isinstance(label, int) and isinstance(json_label, int) and not isinstance(json_label, bool)
+            if both and label != json_label:
+                summary.note_label(
+                    f"data.path: the label is {label} in {in_label} and {shown_name(str(json_label))} in its json; "
+                    "correct one of them"
+                )
+        elif "label" in values:
+            label = _storable(label_of(json_label, in_json), in_json)
     except UserError as error:
-        survey.note_label(str(error))
-    return Entry(group.key, base, label, group.places)
+        summary.note_label(str(error))
+    return TarSample(key, base, label, spans)
 
 
-def _base(facts: dict[str, Any], key: str, where: str) -> str:
-    base = facts.get("base")
+def _base(values: dict[str, Any], key: str, where: str) -> str:
+    base = values.get("base")
     if base is None:
         return key
-    if isinstance(base, bool) or not isinstance(base, int | str) or not _keeps(str(base)):
+    if isinstance(base, bool) or not isinstance(base, int | str) or not _survives_index(str(base)):
         raise UserError(
             f"data.path: {where} has base {shown_name(shown(base))}, by which images are held out for "
             "validation; give a text, or leave it out"
@@ -323,26 +304,26 @@ def _label(data: bytes, where: str) -> int | str:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"data.path: {where} is not UTF-8 text ({error.reason}); write the label as UTF-8") from None
-    if _WHOLE.fullmatch(text):
+    if _INTEGER.fullmatch(text):
         return int(text)
     if _NO_NAME.fullmatch(text):
-        told = f"is {shown_name(shown(text))}" if text else "is empty"
-        raise UserError(f"data.path: {where} {told}; a label is one whole number from 0, or a name")
+        problem = f"is {shown_name(shown(text))}" if text else "is empty"
+        raise UserError(f"data.path: {where} {problem}; a label is one whole number from 0, or a name")
     return text
 
 
-def _within(label: int | str, where: str) -> int | str:
+def _storable(label: int | str, where: str) -> int | str:
     """A label that an index can hold. Raises UserError for any other."""
-    if isinstance(label, str) and not _keeps(label):
+    if isinstance(label, str) and not _survives_index(label):
         raise UserError(f"data.path: {where}: the label '{shown_name(label)}' is no text; correct it")
     if isinstance(label, int) and not 0 <= label <= _MOST_LABEL:
-        told = "number classes from 0" if label < 0 else "it is beyond 64 bits; correct it"
-        raise UserError(f"data.path: {where} has the label {shown_name(str(label))}; {told}")
+        remedy = "number classes from 0" if label < 0 else "it is beyond 64 bits; correct it"
+        raise UserError(f"data.path: {where} has the label {shown_name(str(label))}; {remedy}")
     return label
 
 
-def _keeps(text: str) -> bool:
-    """Whether a text comes back from a file of an index as it is: names of files do, halves of characters do not."""
+def _survives_index(text: str) -> bool:
+    """Whether a text is the same after an index file: names of files are, lone surrogates of JSON are not."""
     try:
         return "\0" not in text and text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text
     except UnicodeError:

@@ -1,7 +1,6 @@
-"""What a folder of tars looks like: names of members, shards and the files beside them; and reading pieces of tars.
+"""Tars on disk: which ones ``data.path`` means, and reading spans of bytes of them.
 
-A sample is the members of one tar that share everything before the first dot of their file name (WebDataset's rule).
-Open files are bounded in number, and safe beside forks, threads and replaced files.
+Open files are bounded in number, and safe with forks, threads and replaced files.
 """
 
 from __future__ import annotations
@@ -13,25 +12,11 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from megadit.data.shards.naming import MANIFEST, shown_name
 from megadit.errors import UserError
-
-MANIFEST = "manifest.json"
-INDEX = "index.safetensors"
-NULL_TEXT = "null_text.safetensors"
-RECIPE = ".recipe.json"  # what a set that is being written will be, so that only the same command goes on with it
-
-IMAGES = ("png", "jpg", "jpeg", "webp")
-LATENT, LATENT_MIRRORED = "latent.npy", "latent_mirrored.npy"
-TEXT, POOLED = "text.npy", "pooled.npy"
-FEATURES, FEATURES_MIRRORED = "features.npy", "features_mirrored.npy"
-JSON, LABEL, CAPTION = "json", "cls", "txt"
-ARRAYS = (LATENT, LATENT_MIRRORED, TEXT, POOLED, FEATURES, FEATURES_MIRRORED)
-KNOWN = (*IMAGES, *ARRAYS, JSON, LABEL, CAPTION)
-PICKLED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "bin", "joblib"})  # what loaders would unpickle
 
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}", re.ASCII)
 _MOST_SHARDS = 1_000_000  # of a pattern
@@ -39,53 +24,29 @@ _MOST_FOLDERS = 100  # that are looked into for tars
 _SIDE_FILE = "._"  # how macOS names what it keeps of a file beside it, on disks of other systems
 _PACKED = (".tgz", ".tzst", ".txz", *(f".tar.{kind}" for kind in ("gz", "zst", "xz", "bz2", "lz4", "lzma", "zip")))
 
-Progress = Callable[[int, int], None]  # samples done, samples in all
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How tars are cut. prefix: of their names.  max_bytes: None for no limit."""
-
-    prefix: str
-    per_shard: int
-    max_bytes: int | None = None
-
-
-def split_member(name: str) -> tuple[str, str]:
-    """(key, extension) of a member's name: a/b.latent.npy -> (a/b, latent.npy); no extension: empty."""
-    path = PurePosixPath(name)
-    stem, _, extension = path.name.partition(".")
-    key = stem if path.parent == PurePosixPath(".") else f"{path.parent}/{stem}"
-    return key, extension.lower()
-
-
-def shard_name(prefix: str, number: int) -> str:
-    """The file name of a shard, as WebDataset's patterns expect it."""
-    return f"{prefix}-{number:06d}.tar"
-
 
 def find_shards(path: str | None) -> tuple[Path, list[Path], bool]:
-    """(folder, shards, whole) of ``data.path``: a folder, one tar, or a pattern such as x-{000000..000009}.tar.
+    """(folder, shards, is_folder) of ``data.path``: a folder, one tar, or a pattern such as x-{000000..000009}.tar.
 
-    whole: the path is a folder, so that all its tars are meant. Raises UserError where nothing is there.
+    is_folder: the path is a folder, all of whose tars are read. Raises UserError where nothing is there.
     """
     if path is None:
         raise UserError(
             "data.path: not given; webdataset needs a folder of tars, or shards like x-{000000..000009}.tar"
         )
-    place = Path(path)
-    if place.is_dir():
-        shards = sorted(shard for shard in place.glob("*.tar") if not shard.name.startswith(_SIDE_FILE))
-        if not shards and not (place / MANIFEST).is_file():
-            there = "".join(f". {remark}" for remark in overlooked(place))
-            raise UserError(f"data.path: {path} has no .tar files; give the folder of the shards{there}")
-        return place, shards, True
+    folder = Path(path)
+    if folder.is_dir():
+        shards = sorted(shard for shard in folder.glob("*.tar") if not shard.name.startswith(_SIDE_FILE))
+        if not shards and not (folder / MANIFEST).is_file():
+            remarks = "".join(f". {remark}" for remark in unread_tars(folder))
+            raise UserError(f"data.path: {path} has no .tar files; give the folder of the shards{remarks}")
+        return folder, shards, True
     names = expand(path)
     missing = [name for name in names if not _is_file(name)]
     if missing:
         remedy = "give a folder, a tar, or a pattern like x-{000000..000009}.tar"
-        of = f" ({len(missing)} of {len(names)} are missing)" if len(names) > 1 else ""
-        raise UserError(f"data.path: there is no file {missing[0]}{of}; {remedy}")
+        count = f" ({len(missing)} of {len(names)} are missing)" if len(names) > 1 else ""
+        raise UserError(f"data.path: there is no file {missing[0]}{count}; {remedy}")
     return Path(names[0]).parent, [Path(name) for name in names], False
 
 
@@ -96,8 +57,8 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def overlooked(folder: Path) -> list[str]:
-    """Sentences about tars in a folder that nobody reads: packed ones, side files, and those of its first sub-folders.
+def unread_tars(folder: Path) -> list[str]:
+    """A sentence for each kind of tars of a folder that are not read: compressed, side files, in its first sub-folders.
 
     Raises UserError if the folder cannot be listed.
     """
@@ -108,25 +69,18 @@ def overlooked(folder: Path) -> list[str]:
         raise UserError(
             f"data.path: {folder} cannot be listed ({error.strerror or error}); give one that can"
         ) from None
-    packed = [
-        entry.name
-        for entry in present
-        if entry.name.lower().endswith(_PACKED) or (entry.name.lower().endswith(".tar") and entry.name[-4:] != ".tar")
-    ]
-    beside = [entry.name for entry in present if entry.name.startswith(_SIDE_FILE) and entry.name.endswith(".tar")]
+    names = [entry.name for entry in present]
+    packed = [n for n in names if n.lower().endswith((*_PACKED, ".tar")) and not n.endswith(".tar")]  # .TAR is none
+    side_files = [n for n in names if n.startswith(_SIDE_FILE) and n.endswith(".tar")]
     folders = (entry for entry in present if entry.is_dir() and not entry.name.endswith(".tar"))
-    looked = itertools.islice(folders, _MOST_FOLDERS)
-    below = [entry.name for entry in looked if next(Path(entry.path).glob("*.tar"), None) is not None]
-    found = []
-    if packed:
-        found.append(f"packed tars are not read ({_count(packed)} in {folder}): unpack them to names that end in .tar")
-    if beside:
-        found.append(f"macOS side files of tars are not read ({_count(beside)} in {folder})")
-    if below:
-        found.append(
-            f"tars in sub-folders are not read ({_count(below)} in {folder}): move them up, or give the folder"
-        )
-    return found
+    first_folders = itertools.islice(folders, _MOST_FOLDERS)
+    with_tars = [entry.name for entry in first_folders if next(Path(entry.path).glob("*.tar"), None) is not None]
+    sentences = (
+        (packed, "packed tars are not read ({}): unpack them to names that end in .tar"),
+        (side_files, "macOS side files of tars are not read ({})"),
+        (with_tars, "tars in sub-folders are not read ({}): move them up, or give the folder"),
+    )
+    return [sentence.format(f"{_count(found)} in {folder}") for found, sentence in sentences if found]
 
 
 def _count(names: list[str]) -> str:
@@ -137,20 +91,19 @@ def expand(pattern: str) -> list[str]:
     """A pattern with {000000..000009} written out, as WebDataset does. Raises UserError for a range that is empty, or
     names more tars than any set has.
     """
-    found = _RANGE.search(pattern)
-    if found is None:
+    match = _RANGE.search(pattern)
+    if match is None:
         return [pattern]
-    first, last = int(found[1]), int(found[2])
+    first, last = int(match[1]), int(match[2])
     if last < first:
-        raise UserError(f"data.path: {found[0]} in {pattern} counts down; write the lower number first")
+        raise UserError(f"data.path: {match[0]} in {pattern} counts down; write the lower number first")
     if math.prod(1 + int(b) - int(a) for a, b in _RANGE.findall(pattern)) > _MOST_SHARDS:
         raise UserError(f"data.path: {pattern} names more than {_MOST_SHARDS:,} tars; end it at the last one")
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [name for n in range(first, last + 1) for name in expand(f"{head}{n:0{len(found[1])}d}{tail}")]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [name for n in range(first, last + 1) for name in expand(f"{head}{n:0{len(match[1])}d}{tail}")]
 
 
 _OPEN_FILES = 64  # per process; opening one again costs microseconds
-_SHOWN = 120  # characters of a name in a sentence
 
 
 @dataclass(frozen=True)
@@ -177,7 +130,7 @@ class ShardFile:
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``. Raises UserError that names the tar where it has become unreadable."""
         try:
-            data = os.pread(_opened(self).descriptor, size, offset)
+            data = os.pread(_descriptor(self).number, size, offset)
         except OSError as error:
             raise UserError(
                 f"data.path: cannot read {self.path} ({error.strerror or error}); put it back, or give another path"
@@ -187,35 +140,20 @@ class ShardFile:
         return data
 
 
-class _Open:
-    """A descriptor that is closed with its last user: dropping it from the cache never closes it under a reader.
+class _Descriptor:
+    """A file descriptor, closed with its last user: dropping it from the cache never closes it under a reader.
 
     Reads name their offset (pread), so a descriptor that a fork inherited has no position to share.
     """
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
-def _opened(file: ShardFile) -> _Open:
-    return _Open(file.path)
-
-
-def shown_name(name: str) -> str:
-    """The name of a member in a sentence: one line, what is not printable as an escape, cut where it is long."""
-    if len(name) > _SHOWN:
-        name = f"{name[: _SHOWN // 2]}…{name[-_SHOWN // 2 :]}"
-    return name if name.isprintable() else "".join(map(_escaped, name))
-
-
-def _escaped(sign: str) -> str:
-    if sign.isprintable():
-        return sign
-    if "\udc80" <= sign <= "\udcff":  # a byte that is no UTF-8
-        return f"\\x{ord(sign) - 0xDC00:02x}"
-    return sign.encode("unicode_escape").decode()
+def _descriptor(file: ShardFile) -> _Descriptor:
+    return _Descriptor(file.path)

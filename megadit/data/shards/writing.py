@@ -1,7 +1,7 @@
 """Samples into tars: ``make_shards`` writes a set, ``SetWriter`` tars of a bounded size, each of which appears whole.
 
-A set that was cut off is gone on with. Tars are the same bytes whoever writes them and when: members have no owner and
-no time.
+An interrupted set is resumed after its last whole tar. The bytes of a tar do not depend on who writes it and when:
+members have no owner and no time.
 """
 
 from __future__ import annotations
@@ -13,104 +13,103 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megadit.config import DataConfig
 from megadit.data.build import load_unsplit
-from megadit.data.dataset import ImageSet, Subset, print_remarks
-from megadit.data.shards import members
-from megadit.data.shards.index import Entry, build_index, save_index, scan
+from megadit.data.dataset import ImageSet, ProgressCallback, Subset, print_remarks
+from megadit.data.shards import members, naming
+from megadit.data.shards.index import TarSample, build_index, save_index, scan
 from megadit.data.shards.manifest import Manifest, ShardFacts, save_manifest, sha256_of
-from megadit.data.shards.shard_files import (
-    CAPTION,
-    INDEX,
-    JSON,
-    LABEL,
-    MANIFEST,
-    RECIPE,
-    Progress,
-    ShardFile,
-    Sharding,
-    shard_name,
-)
+from megadit.data.shards.naming import MANIFEST, RECIPE, Sharding, shard_name
+from megadit.data.shards.shard_files import ShardFile
 from megadit.data.verify import check_captions, check_files
 from megadit.errors import UserError
 from megadit.files.ownership import acquire_folder, is_lock_file, refuse_folder_in_use
 from megadit.files.paths import atomic_write
 from megadit.files.text import json_bytes
 
-_HEADER = 512  # of a member in a tar
+_BLOCK = 512  # bytes of a member's header; data are padded to a multiple of it
 
 
 class SetWriter:
-    """Writes a set of tars into ``folder``; ``done`` samples are there already, of an earlier start that was cut off.
+    """Writes a set of tars into ``folder``; ``done`` samples are there already, of an interrupted start.
 
-    The folder is this writer's, and no other process's, until ``finish`` or ``abandon``.
+    The folder is this writer's, and no other process's, until ``finish`` or ``abandon``; an exception in its ``with``
+    block abandons it.
 
-    prefix: of the tars' names.  per_shard: the most samples of a tar.  max_bytes: a tar that would grow beyond it ends
-    before.  recipe: all that decides what is written; an unfinished set of another recipe is not gone on with.
+    recipe: all that decides what is written beside ``sharding``; an unfinished set of another recipe is not resumed.
 
     Raises UserError if the folder holds anything else, cannot be written, or is another writer's (FolderInUse).
     """
 
-    def __init__(
-        self, folder: Path, prefix: str, *, per_shard: int, max_bytes: int | None, recipe: Mapping[str, Any]
-    ) -> None:
-        self.folder, self.prefix, self.per_shard, self.max_bytes = folder, prefix, per_shard, max_bytes
-        self._entries: list[list[Entry]] = []
+    def __init__(self, folder: Path, sharding: Sharding, recipe: Mapping[str, Any]) -> None:
+        self.folder, self.sharding = folder, sharding
+        self._samples: list[list[TarSample]] = []  # by finished tar
         self._facts: list[ShardFacts] = []
-        self._shard: _Shard | None = None
+        self._shard: _ShardWriter | None = None
         self._ownership = acquire_folder(folder, "writing tars")
         with self._writing():
-            _begin(folder, {**recipe, "prefix": prefix, "per_shard": per_shard, "max_bytes": max_bytes})
-            self._take_over()
+            _prepare_folder(folder, {**recipe, **asdict(sharding)})
+            self._resume()
+
+    def __enter__(self) -> SetWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self.abandon()
 
     @property
     def done(self) -> int:
-        """Samples in finished tars."""
-        return sum(len(entries) for entries in self._entries)
+        """The number of samples in finished tars."""
+        return sum(map(len, self._samples))
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """The next sample: its members by extension."""
-        size = sum(_HEADER + len(data) + -len(data) % _HEADER for data in members.values())
-        shard = self._shard
+        """Write the next sample: its members by extension."""
+        size = sum(_BLOCK + len(data) + -len(data) % _BLOCK for data in members.values())
+        shard, most = self._shard, self.sharding
         if shard is not None and (
-            shard.samples >= self.per_shard or (self.max_bytes is not None and shard.size + size > self.max_bytes)
+            shard.samples >= most.per_shard or (most.max_bytes is not None and shard.size + size > most.max_bytes)
         ):
             self._finish_shard()
         with self._writing():
             if self._shard is None:
-                self._shard = _Shard(self.folder / shard_name(self.prefix, len(self._facts)), self._ownership.token)
+                self._shard = _ShardWriter(self._next_path(), self._ownership.token)
             self._shard.add(key, members)
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Write the index and then the manifest, which is ``manifest`` with the tars filled in and is returned."""
+        """Write the index, then the manifest: ``manifest`` with the tars filled in, which is returned."""
         if self._shard is not None:
             self._finish_shard()
         with self._writing():
             self._ownership.check()
-            save_index(build_index(self._entries, manifest.classes), self.folder / INDEX)
-            whole = replace(manifest, shards=tuple(self._facts), samples=self.done)
-            save_manifest(whole, self.folder)
+            save_index(build_index(self._samples, manifest.classes), self.folder / naming.INDEX)
+            manifest = replace(manifest, shards=tuple(self._facts), samples=self.done)
+            save_manifest(manifest, self.folder)
             (self.folder / RECIPE).unlink()
         self._ownership.release()
-        return whole
+        return manifest
 
     def abandon(self) -> None:
-        """Drop the tar that is being written; finished ones stay for the next start, which may begin now."""
+        """Delete the tar that is being written, and release the folder; finished tars stay for the next start."""
         if self._shard is not None:
             self._shard.drop()
             self._shard = None
         self._ownership.release()
 
-    def _take_over(self) -> None:
+    def _resume(self) -> None:
+        """Delete unfinished tars of an earlier writer, and register the finished ones."""
         for path in self.folder.glob(".*.part"):
-            if self._ownership.sure:  # else a writer that was silent may still be at it
+            if self._ownership.sure:  # else a writer that was silent may still use it
                 path.unlink()
-        while (path := self.folder / shard_name(self.prefix, len(self._facts))).is_file():
-            self._note(path, sha256_of(path))
+        while (path := self._next_path()).is_file():
+            self._register(path, sha256_of(path))
+
+    def _next_path(self) -> Path:
+        return self.folder / shard_name(self.sharding.prefix, len(self._facts))
 
     def _finish_shard(self) -> None:
         assert self._shard is not None
@@ -118,13 +117,13 @@ class SetWriter:
             self._ownership.check()
             path, digest = self._shard.finish()
         self._shard = None
-        self._note(path, digest)
+        self._register(path, digest)
 
-    def _note(self, path: Path, digest: str) -> None:
+    def _register(self, path: Path, digest: str) -> None:
         shard = ShardFile.of(path)
-        entries = scan(shard)
-        self._entries.append(entries)
-        self._facts.append(ShardFacts(path.name, len(entries), shard.size, digest))
+        samples = scan(shard)
+        self._samples.append(samples)
+        self._facts.append(ShardFacts(path.name, len(samples), shard.size, digest))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -141,14 +140,15 @@ class SetWriter:
             ) from error
 
 
-def _begin(folder: Path, recipe: Mapping[str, Any]) -> None:
+def _prepare_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Make the folder, with its recipe. Raises UserError where it holds a finished set, another one, or other files."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
         raise UserError(f"--out: '{folder}' holds a finished set; choose another folder, or remove it")
     text = json_bytes(json.dumps(recipe, sort_keys=True, indent=1, ensure_ascii=False))
-    own = folder / RECIPE
-    if own.is_file():
-        if own.read_bytes() != text:
+    file = folder / RECIPE
+    if file.is_file():
+        if file.read_bytes() != text:
             raise UserError(
                 f"--out: '{folder}' holds a set that another command began; give the same command to go on with it, "
                 "choose another folder, or remove it"
@@ -156,17 +156,17 @@ def _begin(folder: Path, recipe: Mapping[str, Any]) -> None:
     elif any(not is_lock_file(path.name) for path in folder.iterdir()):
         raise UserError(f"--out: '{folder}' is not empty; choose another folder")
     else:
-        with atomic_write(own) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_bytes(text)
 
 
-class _Shard:
-    """One tar under a temporary name, which no other writer uses."""
+class _ShardWriter:
+    """Writes one tar under a temporary name, which no other writer uses."""
 
     def __init__(self, path: Path, token: str) -> None:
         self.path, self.samples = path, 0
         self._part = path.with_name(f".{path.name}.{token}.part")
-        self._file = _Hashed(open(self._part, "wb"))  # noqa: SIM115 - closed by finish or drop
+        self._file = _HashedFile(open(self._part, "wb"))  # noqa: SIM115 - closed by finish or drop
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[arg-type]
 
     @property
@@ -193,8 +193,8 @@ class _Shard:
         self._part.unlink(missing_ok=True)
 
 
-class _Hashed:
-    """A file that is only appended to, and its SHA-256."""
+class _HashedFile:
+    """A file that is only appended to, with its SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest, self._written = file, hashlib.sha256(), 0
@@ -217,7 +217,7 @@ class _Hashed:
 
 
 def set_to_write(config: DataConfig, folder: Path) -> tuple[Subset, list[str]]:
-    """The whole set of ``config`` and its base names, looked at before any of it is written into ``folder``.
+    """All images of ``config`` and their base names, checked before any is written into ``folder``.
 
     Raises UserError as ``build_datasets`` does, where another process owns the folder, or for files or captions that
     are missing.
@@ -237,45 +237,35 @@ def make_shards(
     sharding: Sharding,
     image: Literal["png", "jpg"] = "png",
     quality: int = 95,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Write the whole set of ``config`` (nothing held out: base names travel along) as images, captions and labels.
+    """Write the whole set of ``config`` as images, captions, labels and base names, by which a run splits it.
 
-    A start that was cut off is gone on with. Raises UserError as ``build_datasets`` and ``SetWriter`` do.
+    An interrupted set is resumed. Raises UserError as ``build_datasets`` and ``SetWriter`` do.
     """
     images, bases = set_to_write(config, folder)
     if images.stores_latents:
         raise UserError(f"data.path: {config.path} holds latents, from which no images can be written; give images")
-    made = {"command": "make_shards", "data": settings(config), "image": image, "quality": quality}
-    writer = set_writer(folder, sharding, made)
-    try:
+    made = {"command": "make_shards", "data": data_settings(config), "image": image, "quality": quality}
+    with SetWriter(folder, sharding, recipe_of(made)) as writer:
         for i in range(writer.done, len(images)):
             picture: dict[str, bytes] = {image: members.write_picture(images.image(i), image, quality)}
-            writer.add(key_of(i), {**picture, **words(images, bases, i)})
+            writer.add(sample_key(i), {**picture, **text_members(images, bases, i)})
             if progress is not None:
                 progress(i + 1, len(images))
-    except BaseException:
-        writer.abandon()
-        raise
-    return writer.finish(facts_of(images, made))
+        return writer.finish(new_manifest(images, made))
 
 
-def settings(config: DataConfig) -> dict[str, Any]:
-    """The data section as the manifest keeps it: without what is about runs, or only refuses."""
+def data_settings(config: DataConfig) -> dict[str, Any]:
+    """The data section as the manifest stores it: without keys that concern runs, or only refuse."""
     exclude = {"on_change", "on_corrupt", "max_missing_captions"}
     return config.model_dump(mode="json", exclude=exclude if config.options else {*exclude, "options"})
 
 
-def set_writer(folder: Path, sharding: Sharding, made: dict[str, Any]) -> SetWriter:
-    """The writer of a set that is cut as ``sharding`` says and made with the settings ``made``. Raises UserError."""
-    per_shard, most = sharding.per_shard, sharding.max_bytes
-    return SetWriter(folder, sharding.prefix, per_shard=per_shard, max_bytes=most, recipe=recipe_of(made))
-
-
 def recipe_of(made: dict[str, Any]) -> dict[str, Any]:
-    """What decides the contents, of the settings ``made``: all, but for a default ``data.crop``.
+    """The settings ``made`` of a command without a default ``data.crop``.
 
-    So sets that were begun before that was a key are gone on with.
+    So sets are resumed that were begun before that key existed.
     """
     data = dict(made["data"])
     if data["crop"] == DataConfig.model_fields["crop"].default:
@@ -283,23 +273,25 @@ def recipe_of(made: dict[str, Any]) -> dict[str, Any]:
     return {**made, "data": data}
 
 
-def key_of(i: int) -> str:
+def sample_key(i: int) -> str:
     """The key of sample i."""
     return f"{i:08d}"
 
 
-def words(images: ImageSet, bases: list[str], i: int) -> dict[str, bytes]:
-    """The members of sample i that say what it shows: json, txt, and cls where there are classes."""
+def text_members(images: ImageSet, bases: list[str], i: int) -> dict[str, bytes]:
+    """The members of sample i with caption, label and base name: json, txt, and cls where there are classes."""
     caption = images.caption(i)
-    facts: dict[str, Any] = {"caption": caption, "base": bases[i]}
+    values: dict[str, Any] = {"caption": caption, "base": bases[i]}
+    texts = {naming.JSON: b"", naming.CAPTION: caption.encode()}
     if images.classes:
-        facts |= {"label": images.label(i), "class": images.classes[images.label(i)]}
-    found = {JSON: members.write_json(facts), CAPTION: caption.encode()}
-    return {**found, LABEL: str(images.label(i)).encode()} if images.classes else found
+        label = images.label(i)
+        values |= {"label": label, "class": images.classes[label]}
+        texts[naming.LABEL] = str(label).encode()
+    return {**texts, naming.JSON: members.write_json(values)}
 
 
-def facts_of(images: ImageSet, made: dict[str, Any]) -> Manifest:
-    """The manifest of a set whose tars are still to be told."""
+def new_manifest(images: ImageSet, made: dict[str, Any]) -> Manifest:
+    """The manifest of a set whose tars are not yet known."""
     return Manifest(
         name=images.name,
         samples=len(images),

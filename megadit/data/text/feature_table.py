@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megadit.conditioning import Conditioning
 from megadit.data.text.encoders import TextEncoder, pad
-from megadit.errors import UserError
-from megadit.files.paths import check_folder, save_tensors
+from megadit.errors import UserError, one_line
+from megadit.files.paths import check_folder, save_tensors, user_cache
 
 _FORMAT = "megadit-text-1"
 _PROGRESS_S = 5.0  # between lines of progress
@@ -53,12 +53,11 @@ class TextTable:
         return pad([(state, self._pooled[row]) for state, row in zip(states, rows, strict=True)], self.max_length)
 
 
-def cache_folder(given: str | None) -> Path:
+def cache_folder(path: str | None) -> Path:
     """``data.text.cache``, or ``megadit/text`` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    if given is not None:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "megadit" / "text"
+    if path is not None:
+        return Path(path)
+    return user_cache() / "text"
 
 
 def build_table(encoder: TextEncoder, texts: Sequence[str], max_length: int, folder: Path) -> TextTable:
@@ -127,7 +126,7 @@ def _read(path: Path, count: int, *, tell: bool = False) -> dict[str, Tensor] | 
             return tensors
         reason = "its sizes do not fit together"
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
     if tell:
         print(f"data.text.cache: '{path}' is damaged ({reason}); it is computed again", file=sys.stderr)
     return None

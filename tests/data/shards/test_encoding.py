@@ -23,8 +23,9 @@ from megadit.data.conditions import Conditions, stored_text
 from megadit.data.dataset import DatasetFacts, StoredFacts
 from megadit.data.features.encoders import FeatureEncoder
 from megadit.data.shards.encoding import Encoding, encode_set
+from megadit.data.shards.naming import Sharding
 from megadit.data.shards.tar_set import load_tars
-from megadit.data.shards.writing import Sharding, make_shards
+from megadit.data.shards.writing import make_shards
 from megadit.data.text.encoders import NetworkEncoder
 from megadit.errors import UserError
 from megadit.optional import import_diffusers

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.data.tars import END, block, padded, png, samples, tar_bytes, write_tar
 from megadit.data.shards.index import scan
-from megadit.data.shards.scanning import Survey
+from megadit.data.shards.scanning import ScanSummary
 from megadit.data.shards.shard_files import ShardFile
 from megadit.errors import UserError
 
@@ -32,11 +32,11 @@ def refused(tmp_path: Path, data: bytes) -> str:
     return sentence.replace(str(path), "x.tar")
 
 
-def read(tmp_path: Path, data: bytes) -> tuple[list[str], Survey]:
+def read(tmp_path: Path, data: bytes) -> tuple[list[str], ScanSummary]:
     path = tmp_path / "x.tar"
     path.write_bytes(data)
-    survey = Survey()
-    return [entry.key for entry in scan(ShardFile.of(path), survey)], survey
+    summary = ScanSummary()
+    return [sample.key for sample in scan(ShardFile.of(path), summary)], summary
 
 
 def over(begin: int, new: bytes, data: bytes = WHOLE) -> bytes:
@@ -113,15 +113,15 @@ def test_tar_concatenate_joins_what_is_read_whole(tmp_path: Path) -> None:
         subprocess.run(["tar", "--concatenate", "--file=x.tar", "y.tar"], cwd=tmp_path, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("there is no GNU tar here")
-    survey = Survey()
-    assert len(scan(ShardFile.of(tmp_path / "x.tar"), survey)) == 8 and not survey.remarks()
+    summary = ScanSummary()
+    assert len(scan(ShardFile.of(tmp_path / "x.tar"), summary)) == 8 and not summary.remarks()
 
 
 @pytest.mark.parametrize("zeros", [0, 20480, 2**20, 100, 1_000_000])
 def test_more_zeros_than_tar_pads_with_are_told(tmp_path: Path, zeros: int) -> None:
-    keys, survey = read(tmp_path, WHOLE + bytes(zeros))
+    keys, summary = read(tmp_path, WHOLE + bytes(zeros))
     assert keys == ["0000", "0001", "0002", "0003"]
-    told = [remark for remark in survey.remarks() if "zero bytes behind its last member" in remark]
+    told = [remark for remark in summary.remarks() if "zero bytes behind its last member" in remark]
     assert bool(told) == bool(zeros)
     assert not zeros or f"x.tar ends with {8192 + zeros:,} zero bytes" in told[0]
 
@@ -130,8 +130,8 @@ def test_zeros_that_the_file_system_does_not_hold_cost_nothing(tmp_path: Path) -
     path = tmp_path / "x.tar"
     path.write_bytes(WHOLE)
     os.truncate(path, 2**33)
-    survey = Survey()
-    assert len(scan(ShardFile.of(path), survey)) == 4 and survey.zeros == {"x.tar": 2**33 - LAST_END}
+    summary = ScanSummary()
+    assert len(scan(ShardFile.of(path), summary)) == 4 and summary.zeros == {"x.tar": 2**33 - LAST_END}
     with open(path, "r+b") as file:
         file.seek(2**33 - 5)
         file.write(b"x")
@@ -142,8 +142,8 @@ def test_zeros_that_the_file_system_does_not_hold_cost_nothing(tmp_path: Path) -
 def test_a_tar_that_ends_early_is_told(tmp_path: Path) -> None:
     """The second half of a larger tar overwritten by zeros: what is left is a tar, and shorter than it was."""
     data = tar_bytes(samples(0, 40))
-    keys, survey = read(tmp_path, data[: 20 * 3 * 1024] + bytes(len(data) - 20 * 3 * 1024))
-    assert len(keys) == 20 and "x.tar ends with 71,680 zero bytes" in survey.remarks()[0]
+    keys, summary = read(tmp_path, data[: 20 * 3 * 1024] + bytes(len(data) - 20 * 3 * 1024))
+    assert len(keys) == 20 and "x.tar ends with 71,680 zero bytes" in summary.remarks()[0]
 
 
 def hard_link(info: tarfile.TarInfo) -> None:
@@ -175,18 +175,18 @@ def test_a_link_in_place_of_a_file_is_refused(
     path = write_tar(tmp_path / "x.tar", samples(0, 2), changed=changed)
     with pytest.raises(UserError, match=sentence):
         scan(ShardFile.of(path))
-    survey = Survey()
-    scan(ShardFile.of(write_tar(path, {"README": b"", "0000.png": png()}, changed=changed)), survey)
-    assert survey.skipped == {"bare": 1}
+    summary = ScanSummary()
+    scan(ShardFile.of(write_tar(path, {"README": b"", "0000.png": png()}, changed=changed)), summary)
+    assert summary.skipped == {"bare": 1}
 
 
 def test_long_names_and_folders_are_read_in_every_format(tmp_path: Path) -> None:
     members = {"./" + "d" * 90 + "/" + "n" * 150 + f"{i}.png": png(i) for i in range(3)}
     for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         path = write_tar(tmp_path / "x.tar", {"./": b"", **members}, format, _folders)
-        entries = scan(ShardFile.of(path))
-        assert [entry.key for entry in entries] == ["d" * 90 + "/" + "n" * 150 + str(i) for i in range(3)]
-        offset, size = entries[2].places["png"]
+        scanned = scan(ShardFile.of(path))
+        assert [sample.key for sample in scanned] == ["d" * 90 + "/" + "n" * 150 + str(i) for i in range(3)]
+        offset, size = scanned[2].spans["png"]
         assert path.read_bytes()[offset : offset + size] == png(2)
 
 
@@ -201,8 +201,8 @@ def test_what_other_programs_write_is_read(tmp_path: Path) -> None:
     size = block("x", 10, b"x") + padded(b"10 size=3\n") + block("a.png", 2**20) + padded(b"abc")
     base256 = block("b.png", size_field=b"\x80" + bytes(10) + b"\x03") + padded(b"abc")
     old = block("c.png", 3, b"\0") + padded(b"abc")
-    keys, survey = read(tmp_path, label + comment + size + base256 + old + END)
-    assert keys == ["a", "b", "c"] and not survey.remarks()
+    keys, summary = read(tmp_path, label + comment + size + base256 + old + END)
+    assert keys == ["a", "b", "c"] and not summary.remarks()
 
 
 def test_any_number_of_extended_headers_is_read_in_a_loop(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import webdataset
 from helpers.data.tars import png, samples, write_tar
 from megadit.config import DataConfig
 from megadit.data.shards.index import load_index, save_index, scan
-from megadit.data.shards.scanning import Survey
-from megadit.data.shards.shard_files import KNOWN, ShardFile
+from megadit.data.shards.naming import KNOWN
+from megadit.data.shards.scanning import ScanSummary
+from megadit.data.shards.shard_files import ShardFile
 from megadit.data.shards.tar_set import TarSet, load_tars
 from megadit.errors import UserError
 
@@ -74,7 +75,7 @@ def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
         str(PurePosixPath(sample["__key__"])): {name for name in sample if name in KNOWN}
         for sample in webdataset.WebDataset(str(path), shardshuffle=False)
     }
-    assert {entry.key: set(entry.places) for entry in scan(ShardFile.of(path))} == theirs
+    assert {sample.key: set(sample.spans) for sample in scan(ShardFile.of(path))} == theirs
     assert set(theirs) == {"a/b.c/1", "2", "d.e/3", "3", "4 "}
 
 
@@ -307,11 +308,11 @@ def test_an_index_that_is_damaged_is_refused(tmp_path: Path) -> None:
         save_index(replace(whole, **change), path)
         with pytest.raises(UserError, match=r"\.safetensors cannot be read \("):
             load_index(path)
-    save_index(replace(whole, survey=Survey(members=9)), path)
-    assert load_index(path).survey.members == 9
+    save_index(replace(whole, summary=ScanSummary(members=9)), path)
+    assert load_index(path).summary.members == 9
 
 
-def test_an_index_of_before_the_survey_is_read(tmp_path: Path) -> None:
+def test_an_index_without_a_scan_summary_is_read(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     from megadit.data.shards.index import build_index
@@ -321,4 +322,4 @@ def test_an_index_of_before_the_survey_is_read(tmp_path: Path) -> None:
     with safe_open(tmp_path / "i.safetensors", "numpy") as file:
         parts = set(file.keys())
     assert parts == {"members", "keys", "bases", "classes", "shard", "offsets", "sizes", "labels"}
-    assert load_index(tmp_path / "i.safetensors").survey == Survey()
+    assert load_index(tmp_path / "i.safetensors").summary == ScanSummary()

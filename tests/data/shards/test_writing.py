@@ -8,14 +8,14 @@ import pytest
 
 from helpers.owners import elsewhere, killed_owner, leave_owner, living_owner
 from megadit.config import DataConfig
-from megadit.data.shards.shard_files import MANIFEST
-from megadit.data.shards.writing import SetWriter, Sharding, make_shards
+from megadit.data.shards.naming import MANIFEST, Sharding
+from megadit.data.shards.writing import SetWriter, make_shards
 from megadit.files.owner_file import FILE
 from megadit.files.ownership import TIMEOUT, FolderInUse, OwnershipLost
 
 
 def writer(folder: Path) -> SetWriter:
-    return SetWriter(folder, "x", per_shard=2, max_bytes=None, recipe={"command": "test"})
+    return SetWriter(folder, Sharding("x", per_shard=2), {"command": "test"})
 
 
 def add(into: SetWriter, *numbers: int) -> None:

@@ -20,11 +20,12 @@ import webdataset
 from helpers.data.tars import png, write_tar
 from megadit.config import DataConfig
 from megadit.data import BatchLayout, BatchStream, build_datasets, check_images, describe
-from megadit.data.shards import shard_files as layout
+from megadit.data.shards import shard_files
 from megadit.data.shards.index import build_index, scan
-from megadit.data.shards.shard_files import ShardFile, expand, split_member
+from megadit.data.shards.naming import Sharding, split_member
+from megadit.data.shards.shard_files import ShardFile, expand
 from megadit.data.shards.tar_set import TarSet, load_tars
-from megadit.data.shards.writing import Sharding, make_shards
+from megadit.data.shards.writing import make_shards
 from megadit.errors import UserError
 
 DIGITS = DataConfig(name="digits")
@@ -143,7 +144,7 @@ def test_the_index_of_many_samples_opens_at_once(tmp_path: Path) -> None:
 
 
 def test_sets_travel_to_processes_and_files_stay_few(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout._opened.cache_clear()
+    shard_files._descriptor.cache_clear()
     tars = load_tars(config(made))
     first = tars.image(0)
     other = pickle.loads(pickle.dumps(tars))
@@ -153,9 +154,9 @@ def test_sets_travel_to_processes_and_files_stay_few(made: Path, monkeypatch: py
         os._exit(0 if all(torch.equal(tars.image(i), other.image(i)) for i in (0, 600, 1200, 1700)) else 1)
     assert all(torch.equal(tars.image(i), other.image(i)) for i in (1700, 1200, 600, 0))
     assert os.waitpid(child, 0)[1] == 0
-    assert layout._opened.cache_info().currsize == 4 and layout._opened.cache_info().maxsize == 64
+    assert shard_files._descriptor.cache_info().currsize == 4 and shard_files._descriptor.cache_info().maxsize == 64
     before = len(os.listdir("/proc/self/fd"))
-    layout._opened.cache_clear()
+    shard_files._descriptor.cache_clear()
     assert len(os.listdir("/proc/self/fd")) == before - 4
 
 
@@ -209,7 +210,7 @@ def test_changed_bytes_of_the_right_number_are_found_by_the_deep_check(folder: P
 def test_a_tar_cut_between_two_members_is_torn(tmp_path: Path) -> None:
     """tarfile and WebDataset read such a tar without a word, and miss its last samples."""
     path = write_tar(tmp_path / "x.tar", {f"{i}.png": png(i) for i in range(5)})
-    last = scan(ShardFile.of(path))[3].places["png"]
+    last = scan(ShardFile.of(path))[3].spans["png"]
     os.truncate(path, last[0] - 512)
     with tarfile.open(path) as tar:
         assert len(tar.getnames()) == 3
