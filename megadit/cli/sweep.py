@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megadit.cli import add_plugins, import_plugins
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError, say, warn_on_failure
@@ -129,15 +129,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _announce(study: Study, slots: Sequence[DeviceSlot], cores: Sequence[int]) -> None:
-    each = f"{len(slots[0].cores)} core{'s' if len(slots[0].cores) > 1 else ''}"
-    if slots[0].gpus:
-        each += f" and {len(slots[0].gpus)} GPU{'s' if len(slots[0].gpus) > 1 else ''}"
-    print(f"study {study.spec.name} in {study.folder}: {len(slots)} worker(s) of {each}", file=sys.stderr)
+    from megadit.search.wording import counted
+
+    each = counted(len(slots[0].cores), "core")
+    each += f" and {counted(len(slots[0].gpus), 'GPU')}" if slots[0].gpus else ""
+    say(f"study {study.spec.name} in {study.folder}: {counted(len(slots), 'worker')} of {each}")
     if len(slots) * study.spec.workers.cores > len(cores):
-        print(
+        say(
             f"warning: {len(slots)} workers of {study.spec.workers.cores} core(s) share the {len(cores)} core(s) of "
-            "this machine and slow one another down; lower --workers",
-            file=sys.stderr,
+            "this machine and slow one another down; lower --workers"
         )
 
 
@@ -176,51 +176,43 @@ def _conclude(study: Study, store: StudyStore, pool: WorkerPool) -> int:
 
 
 class StudyProgress:
-    """A bar over the trials of a study; plain lines, when something has ended and now and then, without a terminal."""
+    """A bar over the trials of a study; without a terminal a line when a trial has ended, and every 30 s."""
 
     def __init__(self, store: StudyStore, workers: int) -> None:
+        from tqdm import tqdm
+
         self._store, self._workers = store, workers
         self._next = self._printed = 0.0
         self._done = -1
-        self._bar: Any = None
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        layout = "{percentage:3.0f}%|{bar}| [{elapsed}] {postfix}"
+        self._bar = tqdm(total=len(store.planned), dynamic_ncols=True, bar_format=layout, disable=not terminal)
 
     def tick(self) -> None:
         """Show the present state, when it is time to."""
-        if time.monotonic() < self._next:
-            return
         begin = time.monotonic()
-        from megadit.search.status import duration, status_of
-        from megadit.search.wording import point_text
+        if begin < self._next:
+            return
+        from megadit.search.status import best_text, counts_text, status_of
+        from megadit.search.wording import duration_text
 
         status = status_of(self._store, self._workers)
-        now, counts = time.monotonic(), status.counts
+        now, done = time.monotonic(), status.counts.done
         self._next = now + max(_SHOW_S, _SHARE * (now - begin))
-        parts = [f"{counts.running} running"]
-        parts += [f"{number} {name}" for name in ("diverged", "pruned", "failed") if (number := getattr(counts, name))]
-        if status.best is not None:
-            parts.append(f"best {status.best.score} {status.best.value:.4f} at {point_text(status.best.hps)}")
-        eta = "?" if status.eta_s is None else duration(status.eta_s)
-        if sys.stderr is not None and sys.stderr.isatty():
-            self._show_bar(counts.done, counts.planned, "  ".join([*parts, f"ETA {eta}"]))
-        elif counts.done != self._done or now - self._printed > _LINE_S:
-            self._done, self._printed = counts.done, now
-            say(f"{counts.done}/{counts.planned} trials  {'  '.join(parts)}  ETA {eta}")
-
-    def _show_bar(self, done: int, planned: int, text: str) -> None:
-        if self._bar is None:
-            from tqdm import tqdm
-
-            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials [{elapsed}] {postfix}"
-            self._bar = tqdm(total=planned, initial=done, dynamic_ncols=True, bar_format=layout)
-        self._bar.n = done
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            self._bar.set_postfix_str(text)
+        text = counts_text(status.counts) + (f"; best {best_text(status.best)}" if status.best else "")
+        text += f"; about {duration_text(status.eta_s)} left" if status.eta_s is not None else ""
+        if not self._bar.disable:
+            self._bar.n = done
+            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                self._bar.set_postfix_str(text)
+        elif done != self._done or now - self._printed > _LINE_S:
+            self._done, self._printed = done, now
+            say(text)
 
     def close(self) -> None:
         """Close the bar."""
-        if self._bar is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.close()
 
 
 def worker(args: argparse.Namespace) -> int:

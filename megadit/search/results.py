@@ -1,7 +1,9 @@
-"""What a study has found so far: the outcome of every trial, and the observations that verdicts are made of."""
+"""The results of a study so far: the outcome of every trial, its scores by scale, and their means over seeds."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +11,7 @@ from typing import Any
 
 from megadit.search.study.study import Study
 
-COMPLETE, DIVERGED, PRUNED, FAILED = "complete", "diverged", "pruned", "failed"
+OUTCOMES = COMPLETE, DIVERGED, PRUNED, FAILED = "complete", "diverged", "pruned", "failed"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,46 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class ScoredPoint:
+    """One assignment of the hyperparameters at one scale value, with the observations under its seeds (``runs``)."""
+
+    variant: str
+    scale: float
+    hps: dict[str, Any]
+    runs: tuple[Observation, ...]
+
+    @property
+    def diverged(self) -> int:
+        """How many of its runs diverged."""
+        return sum(run.outcome == DIVERGED for run in self.runs)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether no run was pruned or failed; some may have diverged."""
+        return all(run.outcome in (COMPLETE, DIVERGED) for run in self.runs)
+
+    @property
+    def trials(self) -> tuple[int, ...]:
+        """The numbers of its trials."""
+        return tuple(run.number for run in self.runs)
+
+    def scores(self, name: str) -> list[float]:
+        """The finite scores of its complete runs."""
+        scores = (run.scores.get(name) for run in self.runs if run.outcome == COMPLETE)
+        return [score for score in scores if score is not None and math.isfinite(score)]
+
+    def mean(self, name: str) -> float | None:
+        """Mean over seeds; None unless every run has a score: a point that diverges under one seed is not usable."""
+        scores = self.scores(name)
+        return statistics.fmean(scores) if len(scores) == len(self.runs) else None
+
+    def spread(self, name: str) -> float | None:
+        """Standard deviation between seeds; None for fewer than two scores."""
+        scores = self.scores(name)
+        return statistics.stdev(scores) if len(scores) > 1 else None
+
+
+@dataclass(frozen=True)
 class TrialCounts:
     """How the trials of a plan stand."""
 
@@ -104,30 +146,34 @@ class StudyResults:
 
     @property
     def counts(self) -> TrialCounts:
-        """How many trials stand how."""
+        """The number of trials in each state."""
         ended = Counter(trial.outcome for trial in self.trials)
-        return TrialCounts(
-            self.planned, self.waiting, self.running, *(ended[name] for name in (COMPLETE, DIVERGED, PRUNED, FAILED))
-        )
+        return TrialCounts(self.planned, self.waiting, self.running, *(ended[outcome] for outcome in OUTCOMES))
 
     def observations(self, variant: str | None = None) -> list[Observation]:
         """One per finished trial, or per trial and horizon; of ``variant`` alone when it is named.
 
         In a study without scale, ``scale`` is the base's width.
         """
-        wanted = [trial for trial in self.trials if variant in (None, trial.variant)]
-        return [observation for trial in wanted for observation in self._of(trial)]
+        trials = [trial for trial in self.trials if variant in (None, trial.variant)]
+        return [observation for trial in trials for observation in self._observations_of(trial)]
 
-    def _of(self, trial: TrialResult) -> list[Observation]:
+    def points(self) -> list[ScoredPoint]:
+        """All observations pooled over seeds, in the order of variants, scale values and first trials."""
+        groups: dict[tuple[str, float, str], list[Observation]] = {}
+        for run in sorted(self.observations(), key=lambda run: run.number):
+            groups.setdefault((run.variant, run.scale, repr(sorted(run.hps.items()))), []).append(run)
+        points = [ScoredPoint(runs[0].variant, runs[0].scale, runs[0].hps, tuple(runs)) for runs in groups.values()]
+        order = {variant: index for index, variant in enumerate(self.study.variants)}
+        return sorted(points, key=lambda point: (order.get(point.variant, len(order)), point.scale))
+
+    def _observations_of(self, trial: TrialResult) -> list[Observation]:
         scale = float(self.study.base.model.width if trial.scale is None else trial.scale)
-        whole = Observation(trial.variant, scale, trial.hps, trial.seed, trial.scores, trial.outcome, trial.number)
-        horizons = self.study.horizons
-        if not horizons:
-            return [whole]
-        return [
-            whole if horizon == horizons[-1] else replace(whole, scale=float(horizon), **_at_horizon(trial, horizon))
-            for horizon in horizons
+        at_end = Observation(trial.variant, scale, trial.hps, trial.seed, trial.scores, trial.outcome, trial.number)
+        earlier = [
+            replace(at_end, scale=float(horizon), **_at_horizon(trial, horizon)) for horizon in self.study.horizons[:-1]
         ]
+        return [*earlier, at_end]
 
 
 def _at_horizon(trial: TrialResult, horizon: int) -> dict[str, Any]:
@@ -137,6 +183,5 @@ def _at_horizon(trial: TrialResult, horizon: int) -> dict[str, Any]:
     """
     scores = trial.horizons.get(horizon, {})
     passed = bool(scores) and all(score is not None for score in scores.values())
-    missing: dict[str, float | None] = dict.fromkeys(trial.scores)
     late = DIVERGED if trial.outcome == COMPLETE else trial.outcome
-    return {"scores": scores or missing, "outcome": COMPLETE if passed else late}
+    return {"scores": scores or dict.fromkeys(trial.scores), "outcome": COMPLETE if passed else late}

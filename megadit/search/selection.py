@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megadit.errors import UserError
-from megadit.search.results import COMPLETE, Observation, StudyResults
+from megadit.search.results import ScoredPoint, StudyResults
 from megadit.search.study.spec import ScoreSpec
 from megadit.transfer.ties import at_most, lowest, ranks
+
+Rule = Callable[[Sequence[ScoredPoint], ScoreSpec, Sequence[ScoreSpec]], ScoredPoint]
 
 
 @dataclass(frozen=True)
@@ -29,94 +29,72 @@ class SelectedPoint:
     trials: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A point all of whose runs ended well; ``losses``: per score and seed, sign turned where higher is better."""
-
-    hps: dict[str, Any]
-    losses: Mapping[str, Sequence[float]]
-    trials: tuple[int, ...]
-
-    def mean(self, score: str) -> float:
-        return statistics.fmean(self.losses[score])
-
-
 def select(results: StudyResults, variant: str | None = None, scale: float | None = None) -> SelectedPoint:
-    """The point that the study's rule chooses, of the judged variant at the proxy's scale unless told otherwise.
+    """The point that the study's rule chooses; of the judged variant at the proxy's scale by default.
 
     A point with a run that diverged, failed or was pruned, or with fewer seeds than others have, never wins.
-    Raises UserError when no point is left.
+
+    Raises:
+        UserError: no point is left.
     """
     spec = results.study.spec
     variant = results.study.variants[0] if variant is None else variant
     scale = results.study.proxy_scale if scale is None else scale
     score = spec.selection_score
-    # mean_rank looks at all scores; the others need no more than theirs.
+    # mean_rank compares all scores; the other rules need their own alone.
     scores = spec.scores if spec.select.rule == "mean_rank" else (score,)
-    observations = [o for o in results.observations(variant) if scale is None or o.scale == scale]
-    candidates = _candidates(observations, scores)
-    if not candidates:
+    points = [p for p in results.points() if p.variant == variant and scale in (None, p.scale)]
+    scored = [point for point in points if all(point.mean(each.name) is not None for each in scores)]
+    if not scored:
         where = f"variant {variant}" if variant else "the study"
         where += "" if scale is None else f" at {scale:g}"
+        ended = sum(len(point.runs) for point in points)
         raise UserError(
-            f"study {spec.name}: no point of {where} has finished well ({len(observations)} runs ended); let it run "
-            "on, or widen the space"
+            f"study {spec.name}: no point of {where} has finished well ({ended} runs ended); let it run on, or widen "
+            "the space"
         )
+    seeds = max(len(point.runs) for point in scored)
+    candidates = [point for point in scored if len(point.runs) == seeds]
     chosen = _RULES[spec.select.rule](candidates, score, scores)
-    return SelectedPoint(
-        hps=chosen.hps,
-        rule=spec.select.rule,
-        score=score.name,
-        value=score.sign * chosen.mean(score.name),
-        seeds=len(chosen.trials),
-        trials=chosen.trials,
-    )
+    value = score.sign * _loss(chosen, score)
+    return SelectedPoint(chosen.hps, spec.select.rule, score.name, value, seeds, chosen.trials)
 
 
-def _candidates(observations: Sequence[Observation], scores: Sequence[ScoreSpec]) -> list[_Candidate]:
-    """The points whose runs all ended well, with as many seeds as any point has."""
-    points: dict[str, list[Observation]] = {}
-    for observation in observations:
-        points.setdefault(json.dumps(observation.hps, sort_keys=True), []).append(observation)
-    found = []
-    for runs in points.values():
-        losses = {score.name: [score.sign * _number(run.scores.get(score.name)) for run in runs] for score in scores}
-        finite = all(math.isfinite(loss) for values in losses.values() for loss in values)
-        if finite and all(run.outcome == COMPLETE for run in runs):
-            found.append(_Candidate(runs[0].hps, losses, tuple(run.number for run in runs)))
-    most = max((len(candidate.trials) for candidate in found), default=0)
-    return [candidate for candidate in found if len(candidate.trials) == most]
+def _loss(point: ScoredPoint, score: ScoreSpec) -> float:
+    """The point's mean score with the sign that makes lower better."""
+    mean = point.mean(score.name)
+    assert mean is not None
+    return score.sign * mean
 
 
-def _best(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
-    return lowest(candidates, lambda candidate: candidate.mean(score.name))
+def _best(candidates: Sequence[ScoredPoint], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> ScoredPoint:
+    return lowest(candidates, lambda point: _loss(point, score))
 
 
-def _mean_rank(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
-    """Lowest mean rank over all scores; equals share their mean rank, and the rule's own score breaks ties."""
-    total = np.sum([ranks([candidate.mean(each.name) for candidate in candidates]) for each in scores], axis=0)
+def _mean_rank(candidates: Sequence[ScoredPoint], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> ScoredPoint:
+    """Lowest mean rank over all scores; equal scores share their mean rank, and the rule's own score breaks ties."""
+    total = np.sum([ranks([_loss(point, each) for point in candidates]) for each in scores], axis=0)
     first = np.flatnonzero(total == total.min())  # halves: exact
-    return _best([candidates[index] for index in first], score, scores)
+    return _best([candidates[int(index)] for index in first], score, scores)
 
 
-def _conservative(candidates: list[_Candidate], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> _Candidate:
+def _conservative(candidates: Sequence[ScoredPoint], score: ScoreSpec, scores: Sequence[ScoreSpec]) -> ScoredPoint:
     """Of the points within one standard error (over seeds) of the best, the smallest first hyperparameter.
 
     Away from the stability edge, which lies above the optimum of a learning rate and close to it.
     """
     best = _best(candidates, score, scores)
-    losses = best.losses[score.name]
-    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    least = best.mean(score.name)
-    near = [candidate for candidate in candidates if at_most(candidate.mean(score.name), least + error, least)]
-    first = next(iter(best.hps))
-    smallest = min(_number(candidate.hps[first]) for candidate in near)
-    return _best([candidate for candidate in near if _number(candidate.hps[first]) <= smallest], score, scores)
-
-
-_RULES = {"best": _best, "mean_rank": _mean_rank, "conservative": _conservative}
+    least = _loss(best, score)
+    error = (best.spread(score.name) or 0.0) / math.sqrt(len(best.runs))
+    near = [point for point in candidates if at_most(_loss(point, score), least + error, least)]
+    first = [_number(point.hps[next(iter(best.hps))]) for point in near]
+    smallest = [point for point, value in zip(near, first, strict=True) if value <= min(first)]
+    return _best(smallest, score, scores)
 
 
 def _number(value: Any) -> float:
-    """A score or a value as a number; nan for what is none."""
+    """A hyperparameter as a number; nan for what is none."""
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+_RULES: dict[str, Rule] = {"best": _best, "mean_rank": _mean_rank, "conservative": _conservative}

@@ -1,21 +1,22 @@
-"""How a study stands: counts, what runs now, the best point so far and the time that is left."""
+"""The status of a study: trial counts, running trials, the best point so far and the time left."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import TrialCounts, TrialResult
+from megadit.search.results import FAILED, TrialCounts, TrialResult
 from megadit.search.selection import SelectedPoint, select
 from megadit.search.storage.records import RunningTrial
 from megadit.search.storage.store import StudyStore
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
-from megadit.search.wording import point_text
+from megadit.search.wording import duration_text, point_text
+from megadit.tables import aligned
 from megadit.train.run_dir import read_rows
 
 _SHOWN_TRIALS = 30
@@ -23,7 +24,7 @@ _SHOWN_TRIALS = 30
 
 @dataclass(frozen=True)
 class Status:
-    """A study at one moment. ``eta_s`` is None before the first trial has ended."""
+    """A study at one moment; ``eta_s`` (seconds left) is None before the first trial has ended."""
 
     study: Study
     counts: TrialCounts
@@ -51,38 +52,39 @@ class Status:
 
 def status_of(store: StudyStore, workers: int | None = None) -> Status:
     """The present status; only reads. ``workers`` (default: as many as run now) share what is left."""
-    study, seen = store.study, store.snapshot()
-    trials = seen.results.trials
+    snapshot = store.snapshot()
+    results, running = snapshot.results, snapshot.running
     try:
-        best = select(seen.results)
+        best = select(results)
     except UserError:  # no point has finished well yet
         best = None
-    left = seconds_left(study, store.planned, trials, seen.running)
-    eta = None if left is None else left / max(1, workers or len(seen.running))
-    return Status(study, seen.results.counts, seen.running, trials, best, eta)
+    left = seconds_left(store.study, store.planned, results.trials, running)
+    eta_s = None if left is None else left / max(1, workers or len(running))
+    return Status(store.study, results.counts, running, results.trials, best, eta_s)
 
 
 def seconds_left(
     study: Study, planned: Sequence[PlannedTrial], trials: Sequence[TrialResult], running: Sequence[RunningTrial]
 ) -> float | None:
-    """Worker-seconds of what has not ended: per cell as its trials took so far, else in proportion to its FLOPs."""
-    took: defaultdict[tuple[str, Any], list[float]] = defaultdict(list)
+    """Worker-seconds of what has not ended: a cell's mean so far, else in proportion to its FLOPs; None at first."""
+    durations: defaultdict[tuple[str, Any], list[float]] = defaultdict(list)
     for trial in trials:
         if trial.steps:
-            took[trial.variant, trial.scale].append(trial.seconds)
-    if not took:
+            durations[trial.variant, trial.scale].append(trial.seconds)
+    if not durations:
         return None
-    work = {(cell.variant, cell.scale): _work(study, cell) for cell in study.cells}
-    known = sum(sum(times) for times in took.values()) / sum(work[key] * len(times) for key, times in took.items())
-    each = {key: sum(took[key]) / len(took[key]) if key in took else known * flops for key, flops in work.items()}
+    flops = {(cell.variant, cell.scale): _flops(study, cell) for cell in study.cells}
+    spent_flops = sum(flops[cell] * len(seconds) for cell, seconds in durations.items())
+    rate = sum(map(sum, durations.values())) / spent_flops
+    each = {cell: fmean(durations[cell]) if cell in durations else rate * work for cell, work in flops.items()}
     left: Counter[tuple[str, Any]] = Counter((trial.cell.variant, trial.cell.scale) for trial in planned)
     left.subtract((trial.variant, trial.scale) for trial in trials)
-    spent = sum(min(entry.seconds, each[entry.variant, entry.scale]) for entry in running)
-    return max(0.0, sum(seconds * left[key] for key, seconds in each.items()) - spent)
+    spent = sum(min(trial.seconds, each[trial.variant, trial.scale]) for trial in running)
+    return max(0.0, sum(seconds * left[cell] for cell, seconds in each.items()) - spent)
 
 
-def _work(study: Study, cell: Cell) -> float:
-    """What a run of the cell costs in FLOPs; one step of it where its length is not given in steps."""
+def _flops(study: Study, cell: Cell) -> float:
+    """FLOPs of one run of the cell; of one step of it where its length is not given in steps."""
     from megadit.plan import training_flops
 
     config = study.first_run(cell)
@@ -100,63 +102,44 @@ def step_of(study: Study, number: int) -> int | None:
 
 def counts_text(counts: TrialCounts) -> str:
     """E.g. ``12 of 30 done (1 diverged, 2 failed), 2 running, 16 waiting``."""
-    unlike = [f"{getattr(counts, name)} {name}" for name in ("diverged", "pruned", "failed") if getattr(counts, name)]
-    done = f"{counts.done} of {counts.planned} done" + (f" ({', '.join(unlike)})" if unlike else "")
+    others = {"diverged": counts.diverged, "pruned": counts.pruned, "failed": counts.failed}
+    listed = ", ".join(f"{count} {outcome}" for outcome, count in others.items() if count)
+    done = f"{counts.done} of {counts.planned} done" + (f" ({listed})" if listed else "")
     return f"{done}, {counts.running} running, {counts.waiting} waiting"
 
 
 def best_text(best: SelectedPoint) -> str:
-    """The best point with its score."""
-    trials = ", ".join(str(number) for number in best.trials)
-    return (
-        f"{point_text(best.hps)}  {best.score} {best.value:.4f} (trial{'s' if len(best.trials) > 1 else ''} {trials})"
-    )
-
-
-def duration(seconds: float) -> str:
-    """E.g. ``1:02:03`` or ``4:05``."""
-    return time.strftime("%-H:%M:%S" if seconds >= 3600 else "%-M:%S", time.gmtime(seconds)) if seconds < 86400 else (
-        f"{seconds / 86400:.1f} days"
-    )  # fmt: skip
+    """The best point with its score and its trials."""
+    trials = f"trial{'s' if len(best.trials) > 1 else ''} {', '.join(map(str, best.trials))}"
+    return f"{point_text(best.hps)}  {best.score} {best.value:.4f} ({trials})"
 
 
 def format_status(status: Status) -> str:
     """For people: counts, the running trials, a table of the latest ended ones, the best point."""
-    study = status.study
-    lines = [f"study {study.spec.name} in {study.folder}", f"  {counts_text(status.counts)}"]
-    if status.eta_s is not None and status.counts.done < status.counts.planned:
-        lines[-1] += f"; about {duration(status.eta_s)} left"
-    for entry in status.running:
-        step = step_of(study, entry.number)
+    study, counts, latest = status.study, status.counts, status.trials[-_SHOWN_TRIALS:]
+    lines = [f"study {study.spec.name} in {study.folder}", f"  {counts_text(counts)}"]
+    if status.eta_s is not None and counts.done < counts.planned:
+        lines[-1] += f"; about {duration_text(status.eta_s)} left"
+    for trial in status.running:
+        step = step_of(study, trial.number)
         at = "before its first logged step" if step is None else f"step {step}"
-        lines.append(f"  running: trial {entry.number} on {entry.worker} for {duration(entry.seconds)}, {at}")
-    lines += ["", *_table(study, status.trials)]
+        lines.append(f"  running: trial {trial.number} on {trial.worker} for {duration_text(trial.seconds)}, {at}")
+    names = [score.name for score in study.spec.scores]
+    header = ["trial", "variant", "scale", "point", "seed", "outcome", *names, "steps", "s"]
+    lines += ["", aligned(header, [_row(trial, names) for trial in latest], left=6)]
+    if len(status.trials) > len(latest):
+        lines.append(f"(the last {len(latest)} of {len(status.trials)}; all of them with --json, or in the report)")
+    lines += [f"trial {trial.number}: {trial.reason}" for trial in latest if trial.outcome == FAILED]
     if status.best is not None:
         lines += ["", f"best ({status.best.rule}): {best_text(status.best)}"]
     return "\n".join(lines)
 
 
-def _table(study: Study, trials: Sequence[TrialResult]) -> list[str]:
-    names = [score.name for score in study.spec.scores]
-    rows = [["trial", "variant", "scale", "point", "seed", "outcome", *names, "steps", "s"]]
-    for trial in trials[-_SHOWN_TRIALS:]:
-        values = [trial.scores.get(name) for name in names]
-        rows.append(
-            [
-                str(trial.number),
-                trial.variant or "-",
-                "-" if trial.scale is None else f"{trial.scale:g}",
-                point_text(trial.hps),
-                str(trial.seed),
-                trial.outcome,
-                *("-" if value is None else f"{value:.4f}" for value in values),
-                str(trial.steps),
-                f"{trial.seconds:.1f}",
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if len(trials) > _SHOWN_TRIALS:
-        lines.append(f"(the last {_SHOWN_TRIALS} of {len(trials)}; all of them with --json, or in the report)")
-    lines += [f"trial {trial.number}: {trial.reason}" for trial in trials[-_SHOWN_TRIALS:] if trial.outcome == "failed"]
-    return lines
+def _row(trial: TrialResult, scores: Sequence[str]) -> list[str]:
+    values = [trial.scores.get(name) for name in scores]
+    scale = "-" if trial.scale is None else f"{trial.scale:g}"
+    return [
+        *(str(trial.number), trial.variant or "-", scale, point_text(trial.hps), str(trial.seed), trial.outcome),
+        *("-" if value is None else f"{value:.4f}" for value in values),
+        *(str(trial.steps), f"{trial.seconds:.1f}"),
+    ]

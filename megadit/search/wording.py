@@ -33,9 +33,9 @@ def hps_text(hps: Mapping[str, Any], between: str = ", ") -> str:
     return between.join(f"{key} = {value_text(value)}" for key, value in hps.items())
 
 
-def number_text(value: float | None, digits: int = 4) -> str:
-    """A score or another measured number; a dash where there is none."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+def number_text(value: float | None, spec: str = ".4g") -> str:
+    """A score or another measured number in a format of Python's; a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else format(value, spec)
 
 
 def duration_text(seconds: float) -> str:

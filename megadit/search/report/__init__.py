@@ -6,7 +6,6 @@ import datetime
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megadit import __version__
 from megadit.config.loading.sources import display
@@ -14,12 +13,9 @@ from megadit.errors import UserError
 from megadit.files.paths import atomic_write
 from megadit.files.text import replace_surrogates
 from megadit.files.yaml_text import dump_yaml
-from megadit.search.report import tables
-from megadit.search.report.curves import curve_figure
-from megadit.search.report.figure import Figure
-from megadit.search.report.findings import Findings, badges, conclude, judged_text
-from megadit.search.report.plots import importance_figure, parallel_figure, slice_figure
-from megadit.search.report.points import Gathered
+from megadit.search.report import plots, tables
+from megadit.search.report.data import ReportData, analyse, subject
+from megadit.search.report.plots import Figure
 from megadit.search.report.rendering import Badge, render
 from megadit.search.results import StudyResults
 from megadit.search.storage.store import load_results
@@ -30,7 +26,8 @@ __all__ = ["compose", "write_report"]
 def write_report(source: str | Path) -> tuple[Path, Path]:
     """Write ``report.html``, ``report.md`` and ``plots/*.png`` into the directory of the study ``source``.
 
-    A study that runs on, or has no finished trial yet, gets a report that says so. Each file appears whole or not.
+    A study that is still running, or has no finished trial yet, gets a report that says so. Each file is replaced
+    whole.
 
     Returns:
         The paths of the page and of the markdown.
@@ -42,30 +39,29 @@ def write_report(source: str | Path) -> tuple[Path, Path]:
 
 
 def write_results(results: StudyResults) -> tuple[Path, Path]:
-    """The same from results in memory."""
+    """``write_report`` of results in memory."""
     folder = results.study.folder
     report = compose(results)
-    page, text = folder / "report.html", folder / "report.md"
+    page, markdown = folder / "report.html", folder / "report.md"
     try:
         _write_plots(folder / "plots", report.drawn)
-        for path in (page, text):
+        for path in (page, markdown):
             with atomic_write(path) as temporary:
                 temporary.write_bytes(replace_surrogates(report.render(path.suffix[1:])).encode())
     except OSError as error:
         raise UserError(f"--study_dir: cannot write the report into '{folder}' ({error.strerror})") from None
-    return page, text
+    return page, markdown
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the templates of a report are filled in with: ``sections`` and ``figures`` are by anchor."""
+class StudyReport:
+    """The content of a report. By anchor of a section: its heading, its figures, and why it has none."""
 
-    gathered: Gathered
-    findings: Findings
+    data: ReportData
     badges: list[Badge]
     sections: dict[str, str]
     figures: dict[str, list[Figure]]
-    no_importance: str
+    no_figures: dict[str, str]
 
     @property
     def drawn(self) -> list[Figure]:
@@ -74,58 +70,67 @@ class Report:
 
     def render(self, form: str) -> str:
         """The report as html or md."""
-        study = self.gathered.results.study
+        study = self.data.results.study
         keys = study.spec.model_dump(mode="json", exclude={"base"}, exclude_defaults=True)
-        now = datetime.datetime.now(datetime.UTC)
-        values: dict[str, Any] = {
+        values = {
             **vars(self),
             "title": f"Study {study.spec.name}",
             "question": study.spec.description,
             "tables": tables,
-            "judged_text": judged_text,
+            "subject": subject,
             "study_keys": dump_yaml(keys),
             "folder": shlex.quote(display(study.folder)),
-            "footer": f"Written {now:%Y-%m-%d %H:%M} UTC by megadit {__version__}.",
+            "footer": f"Written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by megadit {__version__}.",
         }
         return render(form, values)
 
 
-def compose(results: StudyResults) -> Report:
-    """What the report says and draws, before it is written as anything."""
-    spec, variants = results.study.spec, results.study.variants
-    gathered, findings = Gathered(results, spec.selection_score.name), conclude(results)
-    keys, ended = gathered.keys, bool(results.trials)
+def compose(results: StudyResults) -> StudyReport:
+    """The report's content: which sections it has, their figures and the badges above them."""
+    spec, data = results.study.spec, analyse(results)
+    ended, several = bool(results.trials), len(data.keys) > 1
+    side = ", variants side by side" if len(results.study.variants) > 1 else ""
+    headings = {
+        "overview": ("Overview", True),
+        "verdict": ("Verdict", spec.scale is not None),
+        # where all combinations of values were run
+        "curves": (f"{data.score} against {' and '.join(data.keys)}{side}", not several or spec.sampler == "grid"),
+        "best": ("Best trials", ended),
+        "importance": ("Importance", several),
+        "slices": ("Slices and parallel coordinates", several),
+        "scores": ("Do the scores agree?", ended and len(spec.scores) > 1),
+        "failures": ("Failures", True),
+        "cost": ("Cost", True),
+        "study": (f"Study {spec.name}", True),
+    }
+    drawn = ("curves", "importance", "slices")
+    sections = {
+        anchor: heading for anchor, (heading, shown) in headings.items() if shown and (ended or anchor not in drawn)
+    }
     figures: dict[str, list[Figure | None]] = {}
-    no_importance = ""
-    sections = {"overview": "Overview"} | ({"verdict": "Verdict"} if gathered.scaled else {})
-    if ended and (len(keys) == 1 or spec.sampler == "grid"):  # all combinations were run
-        side = ", variants side by side" if len(variants) > 1 else ""
-        sections["curves"] = f"{gathered.score} against {' and '.join(keys)}{side}"
-        for key in keys:
-            judged = {variant: verdict for (variant, of), verdict in findings.verdicts.items() if of == key}
-            figures.setdefault("curves", []).append(curve_figure(gathered, key, judged))
-    if ended:
-        sections["best"] = "Best trials"
-    if ended and len(keys) > 1:
-        sections |= {"importance": "Importance", "slices": "Slices and parallel coordinates"}
-        bars = importance_figure(gathered)
-        figures["importance"] = [] if isinstance(bars, str) else [bars]
-        no_importance = bars if isinstance(bars, str) else ""
-        figures["slices"] = [draw(gathered, v) for v in gathered.variants for draw in (slice_figure, parallel_figure)]
-    if ended and len(spec.scores) > 1:
-        sections["scores"] = "Do the scores agree?"
-    sections |= {"failures": "Failures", "cost": "Cost", "study": f"Study {spec.name}"}
-    drawn = {anchor: [figure for figure in group if figure] for anchor, group in figures.items()}
-    return Report(gathered, findings, badges(results, findings), sections, drawn, no_importance)
+    no_figures = dict.fromkeys(drawn, f"No trial has a value of {data.score} yet, so there is nothing to draw.")
+    with plots.figure_style():
+        if "curves" in sections:
+            figures["curves"] = [plots.curve_figure(data, key) for key in data.keys]
+        if "slices" in sections:
+            importance = plots.importance_figure(data)
+            if isinstance(importance, str):
+                no_figures["importance"] = importance
+            else:
+                figures["importance"] = [importance]
+            both = (plots.slice_figure, plots.parallel_figure)
+            figures["slices"] = [draw(data, variant) for variant in data.variants for draw in both]
+    present = {anchor: [figure for figure in group if figure] for anchor, group in figures.items()}
+    return StudyReport(data, tables.badges(data), sections, present, no_figures)
 
 
 def _write_plots(folder: Path, figures: list[Figure]) -> None:
     """The figures as PNG files; those of an earlier report that this one has not are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {f"{figure.name}.png" for figure in figures}
     for figure in figures:
         with atomic_write(folder / f"{figure.name}.png") as temporary:
-            figure.canvas.savefig(temporary, dpi=130, format="png")
+            figure.save(temporary, dpi=130, format="png")
+    current = {f"{figure.name}.png" for figure in figures}
     for old in folder.glob("*.png"):
-        if old.name not in wanted and old.name.startswith(("curves-", "slices", "parallel", "importance")):
+        if old.name not in current and old.name.startswith(("curves-", "slices", "parallel", "importance")):
             old.unlink(missing_ok=True)

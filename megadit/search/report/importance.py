@@ -2,7 +2,7 @@
 
 The forest (optuna's fANOVA, Hutter et al. 2014) explains the *ranks* of the points' scores. Losses grow without bound
 towards the stability edge, and a single bad point would carry all variance; ranks also give points that diverged a
-place: the worst, shared. A made-up HP of random values goes in beside the real ones. What it gets is what a HP gets
+rank: the worst, shared. A made-up HP of random values goes in beside the real ones. What it gets is what a HP gets
 that cannot matter, and no HP below it can be told from noise.
 """
 
@@ -50,46 +50,32 @@ def measure_importance(points: Sequence[tuple[Mapping[str, Any], float]], lower_
             f"Importance is not estimated from {len(points)} finished points; "
             f"{len(names)} HPs need at least {points_needed(len(names))}."
         )
-    scores = np.array([score if math.isfinite(score) else math.inf for _, score in points])
-    if not lower_is_better:
-        scores = np.where(np.isfinite(scores), -scores, math.inf)
-    places = ranks(scores)
-    if len(set(places.tolist())) == 1:
+    sign = 1.0 if lower_is_better else -1.0
+    losses = np.array([sign * score if math.isfinite(score) else math.inf for _, score in points])
+    score_ranks = ranks(losses)
+    if np.ptp(score_ranks) == 0:
         return "Importance is not estimated: all finished points have the same score."
-    shares = _fanova([dict(hps) for hps, _ in points], names, places)
-    return Importance(
-        shares=tuple((name, shares[name]) for name in sorted(names, key=lambda n: -shares[n])),
-        control=shares[_CONTROL],
-        points=len(points),
-        diverged=int(np.isinf(scores).sum()),
-    )
+    shares = _fanova([hps for hps, _ in points], names, score_ranks)
+    control = shares.pop(_CONTROL)
+    return Importance(tuple(shares.items()), control, len(points), int(np.isinf(losses).sum()))
 
 
-def _fanova(points: Sequence[dict[str, Any]], names: Sequence[str], places: np.ndarray) -> dict[str, float]:
+def _fanova(points: Sequence[Mapping[str, Any]], names: Sequence[str], score_ranks: np.ndarray) -> dict[str, float]:
+    """Shares of the named HPs and of the control, the largest first."""
     import optuna
 
+    from megadit.search.storage.locking import quiet_optuna
+
+    quiet_optuna()
     rng = np.random.default_rng(0)
-    spread = {name: _distribution([hps[name] for hps in points]) for name in names}
-    spread[_CONTROL] = optuna.distributions.FloatDistribution(0.0, 1.0)
-    study = _in_memory()
-    for hps, place in zip(points, places, strict=True):
+    distributions = {name: _distribution([hps[name] for hps in points]) for name in names}
+    distributions[_CONTROL] = optuna.distributions.FloatDistribution(0.0, 1.0)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for hps, rank in zip(points, score_ranks, strict=True):
         params = {name: hps[name] for name in names} | {_CONTROL: float(rng.random())}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=float(place)))
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=float(rank)))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return {name: float(share) for name, share in found.items()}
-
-
-def _in_memory() -> Any:
-    """An empty study of optuna's, made without the line that it logs."""
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    finally:
-        optuna.logging.set_verbosity(level)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
 def _distribution(values: Sequence[Any]) -> Any:

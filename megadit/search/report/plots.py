@@ -1,144 +1,447 @@
-"""Figures of a search over several hyperparameters: importance, slices, parallel coordinates."""
+"""The figures of a report: score against one hyperparameter, importance, slices, parallel coordinates.
+
+All have one style, axes of hyperparameters, and marks with tooltips. A function that draws one returns None where no
+point has a score.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+
 from megadit.files.text import plain_label
-from megadit.search.report.figure import CHOSEN, DIVERGED, INK, Figure, Sheet, axis_of, dress, new_canvas
-from megadit.search.report.importance import measure_importance
-from megadit.search.report.points import Gathered, point_tip
-from megadit.search.wording import hps_text, number_text, value_text
+from megadit.search.report.data import ReportData
+from megadit.search.report.importance import measure_importance, spans_decades
+from megadit.search.results import ScoredPoint
+from megadit.search.wording import counted, hps_text, number_text, value_text
+from megadit.transfer.verdict import TransferVerdict
 
+INK, SOFT = "#1c2430", "#566173"
+DIVERGED = "#b3261e"
+CHOSEN = "#d97706"
+_STYLE = {
+    "axes.axisbelow": True, "axes.edgecolor": SOFT, "axes.grid": True, "axes.labelsize": 9, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlesize": 10,
+    "axes.titleweight": "bold", "figure.constrained_layout.use": True, "grid.color": "#dde2ea", "grid.linewidth": 0.7,
+    "legend.fontsize": 8, "legend.frameon": False, "svg.fonttype": "none", "xtick.color": SOFT, "xtick.labelsize": 8,
+    "ytick.color": SOFT, "ytick.labelsize": 8,
+}  # fmt: skip
+_MARKERS = "os^DvPX*"
+_MAX_TICKS = 9
 _ACROSS = 4  # panels in a row
+_PIXELS_PER_INCH = 108
 
 
-def importance_figure(gathered: Gathered) -> Figure | str:
+def figure_style(**more: Any) -> contextlib.AbstractContextManager[None]:
+    """The style of a report's figures, to draw and to save them in; ``more`` by matplotlib's own names."""
+    import matplotlib
+
+    style: Any = _STYLE | more
+    return matplotlib.rc_context(style)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A matplotlib figure, its file name without suffix, its text for those who cannot see it, and its caption.
+
+    ``tooltips`` maps the gid of a drawn mark to the words shown when it is pointed at (in HTML only).
+    """
+
+    name: str
+    canvas: Any
+    alt: str
+    caption: str
+    tooltips: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, target: Any, **options: Any) -> None:
+        """Write it as matplotlib's ``savefig`` does, in the style of all; the same figure gives the same bytes."""
+        with figure_style(**{"svg.hashsalt": self.name}):
+            self.canvas.savefig(target, **options)
+
+    @property
+    def width(self) -> int:
+        """Pixels beyond which a page does not stretch it."""
+        return round(_PIXELS_PER_INCH * self.canvas.get_figwidth())
+
+    @cached_property
+    def svg(self) -> Markup:
+        """An ``<svg>`` element that can stand in a page beside others: ids begin with the name of the figure."""
+        buffer = io.StringIO()
+        self.save(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        _, element, content = buffer.getvalue().partition("<svg")  # without the XML declaration
+        return Markup(element + re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", content))
+
+
+def new_canvas(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure as Canvas
+
+    return Canvas(figsize=(width, height))
+
+
+@dataclass(frozen=True)
+class ValueAxis:
+    """The axis of one key: logarithmic where factors matter, linear, or a list of values at 0, 1, 2 ...
+
+    ``values`` are distinct, and ascending where they are numbers; ``own_ticks``: they are the ticks.
+    """
+
+    key: str
+    kind: str  # log | linear | listed
+    values: tuple[Any, ...]
+    own_ticks: bool
+
+    def at(self, value: Any) -> float:
+        """The coordinate of ``value``."""
+        return float(list(map(repr, self.values)).index(repr(value)) if self.kind == "listed" else value)
+
+    @property
+    def label(self) -> str:
+        """The key, and how it is drawn."""
+        return plain_label(f"{self.key} (log)" if self.kind == "log" else self.key)
+
+    def draw(self, axis: Any) -> None:
+        """Scale and ticks of a panel's ``xaxis`` or ``yaxis``: its own values, or round numbers between the ends."""
+        from matplotlib import ticker
+
+        if self.kind == "log":
+            axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        if self.own_ticks:
+            ticks = self.values[:: math.ceil(len(self.values) / _MAX_TICKS)]
+            labels = [plain_label(value_text(tick)) for tick in ticks]
+            turned: dict[str, Any] = {"rotation": 40, "ha": "right"} if sum(map(len, labels)) > 42 else {}
+            axis.set_ticks(list(map(self.at, ticks)), labels, **turned)
+        else:
+            wide = self.values[-1] > 1000 * self.values[0]
+            log = ticker.LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=20)
+            axis.set_major_locator(log if self.kind == "log" else ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
+            axis.set_major_formatter(lambda tick, _: value_text(float(tick)))
+        axis.minorticks_off()
+
+
+def value_axis(key: str, kind: str, values: Sequence[Any]) -> ValueAxis:
+    """An axis for these values of ``key``, which is searched as ``kind``: grid, choice, uniform or log_uniform."""
+    distinct = list({repr(value): value for value in values}.values())
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
+        return ValueAxis(key, "listed", tuple(distinct), True)
+    ordered = sorted(distinct)
+    low, high = ordered[0], ordered[-1]
+    if kind not in ("grid", "choice") and low < high:
+        return ValueAxis(key, "log" if kind == "log_uniform" and low > 0 else "linear", tuple(ordered), False)
+    # values that grow by one factor, as a grid of powers does
+    powers = len(ordered) > 2 and low > 0 and np.allclose(np.diff(np.log(ordered)), math.log(ordered[1] / low), 0.02)
+    return ValueAxis(key, "log" if spans_decades(low, high) or powers else "linear", tuple(ordered), True)
+
+
+def axis_of(data: ReportData, key: str, points: Sequence[ScoredPoint]) -> ValueAxis:
+    """The axis of a searched key for the values that ``points`` have."""
+    return value_axis(key, data.results.study.space.dimension(key).kind, [point.hps[key] for point in points])
+
+
+def score_limits(means: Sequence[float], lower_is_better: bool) -> tuple[float, float]:
+    """The range of scores that a figure shows: the good part; what is far worse is drawn at the edge.
+
+    Losses rise steeply beyond the stability edge, and a figure as high as the worst would show nothing else.
+    """
+    sign = 1.0 if lower_is_better else -1.0
+    costs = sorted(sign * mean for mean in means)
+    best = costs[0]
+    far = min(costs[-1] - best, 3 * (costs[len(costs) // 2] - best)) or abs(best) * 0.05 or 1.0
+    low, high = sorted((sign * (best - 0.08 * far), sign * (best + 1.12 * far)))
+    return low, high
+
+
+class FigureBuilder:
+    """A figure of ``points`` under construction: range of scores, looks of the scales, tooltips of the marks so far.
+
+    Scales are dark to light from the smallest to the largest; their markers differ, too, for those who see no colours.
+    """
+
+    def __init__(self, data: ReportData, points: Sequence[ScoredPoint], width: float, height: float) -> None:
+        import matplotlib
+
+        self.data = data
+        self.canvas = new_canvas(width, height)
+        self.tooltips: dict[str, str] = {}
+        self.limits = score_limits(data.means(points), data.sign > 0)
+        self.worst = self.limits[1] if data.sign > 0 else self.limits[0]
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.82, max(len(data.scales), 2)))
+        self.colours = dict(zip(data.scales, map(tuple, colours), strict=False))
+        self.markers = {scale: _MARKERS[index % len(_MARKERS)] for index, scale in enumerate(data.scales)}
+
+    def plot(self, panel: Any, xs: Sequence[float], ys: Sequence[float], tooltip: str, **look: Any) -> None:
+        """One mark or polyline; ``tooltip`` is shown when it is pointed at."""
+        gid = f"mark{len(self.tooltips)}"
+        self.tooltips[gid] = tooltip
+        panel.plot(xs, ys, gid=gid, **look)
+
+    def mark(self, panel: Any, x: float, point: ScoredPoint, **look: Any) -> None:
+        """A point at its mean score; at the panel's bad end where it is far worse, and as a cross where it diverged.
+
+        The crosses of each scale have a row of their own.
+        """
+        low, high = self.limits
+        mean = point.mean(self.data.score)
+        look = {"color": self.colours[point.scale], "clip_on": False, "linestyle": "none"} | look
+        if mean is None:
+            y = self.worst - self.data.sign * 0.045 * (high - low) * (self.data.scales.index(point.scale) + 0.5)
+            look |= {"marker": "x", "markersize": 7, "markeredgewidth": 2.2, "zorder": 5}
+        else:
+            y = min(max(mean, low), high)
+            edge = "white" if y == mean else DIVERGED
+            look = {"marker": self.markers[point.scale], "markersize": 6, "markeredgecolor": edge, "zorder": 4} | look
+        self.plot(panel, [x], [y], self.data.tooltip(point), **look)
+
+    def figure(self, name: str, alt: str, caption: str, variant: str = "") -> Figure:
+        """The finished figure, of ``variant`` alone where one is named."""
+        if variant:
+            name, caption = f"{name}-{variant}", f"Variant {variant}. {caption}"
+        return Figure(name, self.canvas, alt, caption, self.tooltips)
+
+
+def curve_figure(data: ReportData, key: str) -> Figure | None:
+    """Score against ``key``, best over the other searched keys: a panel per variant, a curve per scale value.
+
+    Below the curves, where a verdict located the optimum of each scale, the optimum against scale: its slope is the
+    drift.
+    """
+    variants = data.variants
+    curves = {(v, s): _best_by_value(data, data.of(v, s), key) for v in variants for s in data.scales}
+    points = [point for curve in curves.values() for point in curve]
+    if not data.means(points):
+        return None
+    axis = axis_of(data, key, points)
+    located = {v: verdict for (v, of), verdict in data.verdicts.items() if of == key and _optima(verdict)}
+    below = bool(located) and axis.kind == "log"
+    width = 4.2 + 4.6 * (len(variants) - 1) + (1.2 if data.scale_word else 0)
+    builder = FigureBuilder(data, points, width, 5.4 if below else 3.9)
+    heights = [3, 1.1] if below else [1]
+    panels = builder.canvas.subplots(
+        len(heights), len(variants), squeeze=False, height_ratios=heights, sharex=True, sharey="row"
+    )
+    for panel, variant in zip(panels[0], variants, strict=True):
+        panel.set_title(plain_label(variant))
+        for scale in data.scales:
+            _draw_curve(builder, panel, axis, curves[variant, scale])
+    axis.draw(panels[0][0].xaxis)
+    # fixed here: the intervals of the optima may be wider than what was searched
+    panels[0][0].set(xlim=panels[0][0].get_xlim(), ylim=builder.limits, ylabel=plain_label(data.score))
+    if below:
+        panels[1][0].set(ylabel=data.scale_word)
+        for panel, variant in zip(panels[1], variants, strict=True):
+            _draw_optima(builder, panel, located.get(variant))
+    for panel in panels[-1]:
+        panel.set_xlabel(axis.label, color=SOFT)
+    _draw_legend(builder)
+    caption = (
+        f"Mean {data.score} over seeds against {key}; dots are single seeds, stars the best value of each curve, "
+        "crosses values at which a run diverged. Scores far from the best are drawn at the edge."
+    )
+    if len(data.keys) > 1:
+        caption += " At each value the best over the other searched keys."
+    if below:
+        caption += " Below: the fitted optimum of each curve with its 95 % interval; its slope is the drift."
+    return builder.figure(f"curves-{key}", _curves_alt(data, key, curves), caption)
+
+
+def _optima(verdict: TransferVerdict) -> list[Any]:
+    """The scales of a verdict at which the optimum was located."""
+    return [scale for scale in verdict.scales if scale.optimum]
+
+
+def _best_by_value(data: ReportData, points: Sequence[ScoredPoint], key: str) -> list[ScoredPoint]:
+    """Per value of ``key`` the best point over the other keys; one that diverged only where all did."""
+    by_value: dict[str, list[ScoredPoint]] = {}
+    for point in points:
+        if point.comparable:
+            by_value.setdefault(repr(point.hps[key]), []).append(point)
+    return [(data.ranked(group) or group)[0] for group in by_value.values()]
+
+
+def _draw_curve(builder: FigureBuilder, panel: Any, axis: ValueAxis, curve: Sequence[ScoredPoint]) -> None:
+    """The points of one scale, the best as a star; a line through those with a score; their seeds as dots."""
+    score = builder.data.score
+    points = sorted(((axis.at(point.hps[axis.key]), point) for point in curve), key=lambda placed: placed[0])
+    scored = [(x, point) for x, point in points if point.mean(score) is not None]
+    if scored:
+        look = {"color": builder.colours[curve[0].scale]}
+        if axis.kind != "listed":
+            panel.plot([x for x, _ in scored], [point.mean(score) for _, point in scored], "-", linewidth=1.6, **look)
+        seeds = [(x, value) for x, point in scored for value in point.scores(score)]
+        panel.plot(*zip(*seeds, strict=True), ".", markersize=4, alpha=0.45, **look)
+    best = builder.data.ranked(curve)[:1]
+    for x, point in points:
+        builder.mark(panel, x, point, **({"marker": "*", "markersize": 13} if point in best else {}))
+
+
+def _draw_optima(builder: FigureBuilder, panel: Any, verdict: TransferVerdict | None) -> None:
+    """Scale upwards, optimum with its interval across: a vertical line is transfer."""
+    scales = builder.data.scales
+    located = _optima(verdict) if verdict else []
+    for each in located:
+        at, (low, high) = each.optimum.at, each.optimum.interval
+        tooltip = f"{builder.data.scale_name(each.scale)}: optimum {2.0**at:.3g} (log2 {at:.2f}), "
+        tooltip += f"95 % interval of log2 {low:.2f} to {high:.2f}\n{each.why}"
+        look = {"color": builder.colours[each.scale]}
+        wide = {"linewidth": 3, "solid_capstyle": "round", "alpha": 0.55}
+        builder.plot(panel, [2.0**low, 2.0**high], [each.scale] * 2, tooltip, **look | wide)
+        mark = {"marker": builder.markers[each.scale], "markersize": 7, "markeredgecolor": "white", "zorder": 4}
+        builder.plot(panel, [2.0**at], [each.scale], tooltip, **look | mark)
+    panel.plot([2.0**s.optimum.at for s in located], [s.scale for s in located], ":", color=SOFT, linewidth=1, zorder=1)
+    panel.set_yscale("log", base=2)
+    panel.set_yticks(scales, [f"{scale:g}" for scale in scales])
+    margin = max(scales[-1] / scales[0], 2.0) ** 0.25
+    panel.set_ylim(scales[0] / margin, scales[-1] * margin)
+
+
+def _draw_legend(builder: FigureBuilder) -> None:
+    from matplotlib.lines import Line2D
+
+    scales = builder.data.scales if builder.data.scale_word else []
+    lines = [
+        Line2D([], [], color=builder.colours[s], marker=builder.markers[s], label=builder.data.scale_name(s))
+        for s in scales
+    ]
+    grey: dict[str, Any] = {"color": SOFT, "linestyle": "none"}
+    lines.append(Line2D([], [], marker="*", markersize=11, label="best", **grey))
+    lines.append(Line2D([], [], marker=".", alpha=0.6, label="one seed", **grey))
+    lines.append(Line2D([], [], marker="x", markeredgewidth=2, label="diverged", **grey))
+    builder.canvas.legend(handles=lines, loc="outside right center")
+
+
+def _curves_alt(data: ReportData, key: str, curves: Mapping[tuple[str, float], Sequence[ScoredPoint]]) -> str:
+    sentences = []
+    for (variant, scale), points in curves.items():
+        if not points:
+            continue
+        text = " ".join(filter(None, (variant, data.scale_name(scale)))) or "all runs"
+        if best := data.ranked(points)[:1]:
+            text += f" best at {value_text(best[0].hps[key])} with {number_text(best[0].mean(data.score))}"
+        else:
+            text += " without a best point"
+        diverged = len(points) - len(data.means(points))
+        sentences.append(text + (f", {counted(diverged, 'value')} diverged" if diverged else ""))
+    return f"{data.score} against {key}. " + "; ".join(sentences) + "."
+
+
+def importance_figure(data: ReportData) -> Figure | str:
     """Which keys decide at the proxy: bars of the shares, and the control's as a line; bars below it are noise.
 
     A sentence where there are too few points to tell.
     """
-    points = [p for p in gathered.of(gathered.results.study.variants[0], gathered.proxy) if p.finished]
-    scored = [(p.hps, math.nan if (mean := p.mean(gathered.score)) is None else mean) for p in points]
-    found = measure_importance(scored, gathered.lower_is_better())
-    if isinstance(found, str):
-        return found
-    canvas = new_canvas(7.2, 0.9 + 0.38 * len(found.shares))
+    points = [point for point in data.of(data.judged, data.proxy) if point.comparable]
+    means = [point.mean(data.score) for point in points]
+    scored = [(p.hps, math.nan if mean is None else mean) for p, mean in zip(points, means, strict=True)]
+    importance = measure_importance(scored, data.sign > 0)
+    if isinstance(importance, str):
+        return importance
+    control = importance.control
+    canvas = new_canvas(7.2, 0.9 + 0.38 * len(importance.shares))
     panel = canvas.subplots()
-    names, shares = zip(*reversed(found.shares), strict=True)
-    colours = ["#2563a8" if share > found.control else "#b8c2d1" for share in shares]
+    names, shares = zip(*reversed(importance.shares), strict=True)
+    colours = ["#2563a8" if share > control else "#b8c2d1" for share in shares]
     bars = panel.barh(names, shares, color=colours, height=0.62)
     panel.bar_label(bars, [f"{100 * share:.0f} %" for share in shares], padding=4, fontsize=8)
-    panel.axvline(found.control, color=DIVERGED, linestyle="--", linewidth=1.2)
-    panel.annotate(
-        "control", (found.control, 1.0), (3, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
-        fontsize=8, color=DIVERGED,
-    )  # fmt: skip
-    dress(panel)
+    panel.axvline(control, color=DIVERGED, linestyle="--", linewidth=1.2)
+    panel.text(control, 1.0, " control", transform=panel.get_xaxis_transform(), va="bottom", fontsize=8, color=DIVERGED)
     panel.grid(False, axis="y")
-    panel.set_xlim(0, max(*shares, found.control) * 1.15)
-    panel.set_xlabel("share of what the forest explains of the score's rank", fontsize=9)
-    told = ", ".join(f"{name} {100 * share:.0f} percent" for name, share in found.shares)
+    panel.set(xlim=(0, max(*shares, control) * 1.15), xlabel="share of what the forest explains of the score's rank")
+    listed = ", ".join(f"{name} {100 * share:.0f} percent" for name, share in importance.shares)
     caption = (
-        f"Functional ANOVA of a random forest on the ranks of {found.points} points' scores"
-        + (f"; the {found.diverged} that diverged share the worst rank" if found.diverged else "")
+        f"Functional ANOVA of a random forest on the ranks of {importance.points} points' scores"
+        + (f"; the {importance.diverged} that diverged share the worst rank" if importance.diverged else "")
         + ". The dashed line is what a made-up hyperparameter of random values gets: shorter bars are noise."
     )
-    return Figure("importance", canvas, f"Importance: {told}; control {100 * found.control:.0f} percent.", caption)
+    return Figure("importance", canvas, f"Importance: {listed}; control {100 * control:.0f} percent.", caption)
 
 
-def slice_figure(gathered: Gathered, variant: str) -> Figure | None:
-    """Score against each searched key in turn, every point in each panel; None when no point has a score."""
-    points = [point for point in gathered.of(variant) if point.finished]
-    known = len(gathered.means(points))
+def slice_figure(data: ReportData, variant: str) -> Figure | None:
+    """Score against each searched key in turn, every point in each panel."""
+    points = [point for point in data.of(variant) if point.comparable]
+    known = len(data.means(points))
     if not known:
         return None
-    across = min(_ACROSS, len(gathered.keys))
-    rows = math.ceil(len(gathered.keys) / across)
-    sheet = Sheet(gathered, points, 2.9 * across + (1.1 if gathered.scaled else 0), 2.9 * rows + 0.2)
-    panels = sheet.canvas.subplots(rows, across, squeeze=False, sharey=True)
-    best = gathered.ranked([point for point in points if point.scale == gathered.proxy])[:1]
+    across = min(_ACROSS, len(data.keys))
+    rows = math.ceil(len(data.keys) / across)
+    builder = FigureBuilder(data, points, 2.9 * across + (1.1 if data.scale_word else 0), 2.9 * rows + 0.2)
+    panels = builder.canvas.subplots(rows, across, squeeze=False, sharey=True)
+    best = data.ranked([point for point in points if point.scale == data.proxy])[:1]
     star = {"marker": "*", "color": CHOSEN, "markersize": 15, "zorder": 5}
-    for key, panel in zip(gathered.keys, panels.flat, strict=False):
-        values = axis_of(gathered, key, points)
+    for key, panel in zip(data.keys, panels.flat, strict=False):
+        axis = axis_of(data, key, points)
         for point in points:
-            look = {"alpha": 0.75} if point.mean(gathered.score) is not None else {"color": DIVERGED}
-            sheet.mark(panel, values.at(point.hps[key]), point, **(star if point in best else look))
-        dress(panel)
-        values.draw(panel)
-    for spare in panels.flat[len(gathered.keys) :]:
+            look = {"alpha": 0.75} if point.mean(data.score) is not None else {"color": DIVERGED}
+            builder.mark(panel, axis.at(point.hps[key]), point, **(star if point in best else look))
+        axis.draw(panel.xaxis)
+        panel.set_xlabel(axis.label, color=SOFT)
+    for spare in panels.flat[len(data.keys) :]:
         spare.set_axis_off()
     for panel in panels[:, 0]:
-        panel.set_ylim(*sheet.limits)
-        panel.set_ylabel(plain_label(gathered.score), fontsize=9)
-    alt = f"{gathered.score} against each of {', '.join(gathered.keys)}: "
-    alt += f"{known} points, {len(points) - known} diverged."
-    caption = f"Variant {variant}. " if variant else ""
-    caption += f"Every point's {gathered.score} against each searched key. The star is the best"
-    caption += f" at {gathered.scale_name(gathered.proxy)}" if gathered.scaled else ""
-    return sheet.figure(_name("slices", variant), alt, caption + "; crosses at the edge are points that diverged.")
+        panel.set(ylim=builder.limits, ylabel=plain_label(data.score))
+    alt = f"{data.score} against each of {', '.join(data.keys)}: {known} points, {len(points) - known} diverged."
+    caption = (
+        f"Every point's {data.score} against each searched key. The star is the best"
+        f"{data.scale_name(data.proxy, ' at ')}; crosses at the edge are points that diverged."
+    )
+    return builder.figure("slices", alt, caption, variant)
 
 
-def parallel_figure(gathered: Gathered, variant: str) -> Figure | None:
-    """A line per point at the proxy over all searched keys and the score; coloured by rank. None without scores."""
+def parallel_figure(data: ReportData, variant: str) -> Figure | None:
+    """A line per point at the proxy over all searched keys and the score; coloured by rank."""
     import matplotlib
 
-    points = [point for point in gathered.of(variant, gathered.proxy) if point.finished]
-    ranked = gathered.ranked(points)
+    points = [point for point in data.of(variant, data.proxy) if point.comparable]
+    ranked = data.ranked(points)
     if not ranked:
         return None
-    axes = [axis_of(gathered, key, points) for key in gathered.keys]
-    last = len(axes)
-    sheet = Sheet(gathered, ranked, 2.0 * (last + 1) + 1.6, 3.8)
-    low, high = sheet.limits
-    panel = sheet.canvas.subplots()
-
-    def height(score: float | None) -> float:
-        worst = high if gathered.lower_is_better() else low
-        return min(max(((worst if score is None else score) - low) / (high - low), 0.0), 1.0)
-
+    axes = [axis_of(data, key, points) for key in data.keys]
+    builder = FigureBuilder(data, ranked, 2.0 * len(axes) + 3.6, 3.8)
+    panel = builder.canvas.subplots()
+    rulers = [panel.twinx() for _ in (*axes, data.score)]
+    for axis, ruler in zip(axes, rulers, strict=False):
+        ruler.margins(y=0)
+        ruler.plot([0] * len(axis.values), list(map(axis.at, axis.values)), " ")
+        axis.draw(ruler.yaxis)
+    rulers[-1].set_ylim(builder.limits)
+    for x, ruler in enumerate(rulers):
+        ruler.spines.right.set(visible=True, position=("data", x), color=INK)
+        ruler.spines.left.set_visible(False)
+        ruler.spines.bottom.set_visible(False)
+        ruler.grid(False)
+        ruler.tick_params(colors=INK, labelsize=7.5, pad=1)
+        for label in ruler.get_yticklabels():
+            label.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
     lines: list[tuple[Any, dict[str, Any]]] = []
     dashed = {"color": DIVERGED, "linestyle": (0, (3, 3)), "linewidth": 0.9, "alpha": 0.6}
-    lines += [(point, dashed) for point in points if point.mean(gathered.score) is None]
-    for place in reversed(range(len(ranked))):
-        part = place / max(len(ranked) - 1, 1)
-        look = {
-            "color": matplotlib.colormaps["viridis"](0.05 + 0.9 * part),
-            "linewidth": 1.4,
-            "alpha": 0.95 - 0.6 * part,
-        }
-        lines.append((ranked[place], look if place else {"color": CHOSEN, "linewidth": 3.0, "zorder": 5}))
+    lines += [(point, dashed) for point in points if point.mean(data.score) is None]
+    for rank in reversed(range(len(ranked))):
+        part = rank / max(len(ranked) - 1, 1)
+        colour = matplotlib.colormaps["viridis"](0.05 + 0.9 * part)
+        look = {"color": colour, "linewidth": 1.4, "alpha": 0.95 - 0.6 * part}
+        lines.append((ranked[rank], look if rank else {"color": CHOSEN, "linewidth": 3.0, "zorder": 5}))
     for point, look in lines:
-        heights = [*(axis.part(point.hps[axis.key]) for axis in axes), height(point.mean(gathered.score))]
-        sheet.plot(panel, range(last + 1), heights, point_tip(gathered, point), **look)
-    for index, axis in enumerate(axes):
-        _ruler(panel, index, list(map(axis.part, axis.ticks())), list(map(value_text, axis.ticks())))
-    marks = [low + (high - low) * part for part in (0.08, 0.36, 0.64, 0.92)]
-    _ruler(panel, last, list(map(height, marks)), [number_text(mark, 3) for mark in marks])
-    panel.set_xticks(range(last + 1), [*(axis.label for axis in axes), gathered.score], fontsize=9)
-    panel.set_xlim(-0.25, last + 0.35)
-    panel.set_ylim(-0.06, 1.06)
-    panel.set_yticks([])
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
+        mean = point.mean(data.score)
+        score = builder.worst if mean is None else np.clip(mean, *builder.limits)
+        positions = [*(axis.at(point.hps[axis.key]) for axis in axes), score]
+        heights = [_height(ruler, position) for ruler, position in zip(rulers, positions, strict=True)]
+        builder.plot(panel, range(len(rulers)), heights, data.tooltip(point), clip_on=False, **look)
+    panel.set_xticks(range(len(rulers)), [*(axis.label for axis in axes), plain_label(data.score)], fontsize=9)
+    panel.set(xlim=(0, len(axes)), ylim=(0, 1), yticks=[])
     alt = f"Parallel coordinates of {len(points)} points; the best is {hps_text(ranked[0].hps)}."
-    caption = f"Variant {variant}. " if variant else ""
-    caption += "A line per point: orange is the best, then from dark to light by rank; dashed red lines diverged."
-    return sheet.figure(_name("parallel", variant), alt, caption)
+    caption = "A line per point: orange is the best, then from dark to light by rank; dashed red lines diverged."
+    return builder.figure("parallel", alt, caption, variant)
 
 
-def _name(kind: str, variant: str) -> str:
-    return f"{kind}-{variant}" if variant else kind
-
-
-def _ruler(panel: Any, x: float, heights: Sequence[float], labels: Sequence[str]) -> None:
-    """A vertical axis at ``x`` with its own labels."""
-    panel.plot([x, x], [0, 1], color=INK, linewidth=1, zorder=6)
-    panel.plot([x] * len(heights), heights, "_", color=INK, markersize=7, zorder=6)
-    for height, label in zip(heights, labels, strict=True):
-        panel.annotate(
-            label, (x, height), (5, 0), textcoords="offset points", fontsize=7.5, va="center", zorder=7,
-            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
-        )  # fmt: skip
+def _height(ruler: Any, position: float) -> float:
+    """Where a vertical axis has ``position``, as a part of its length."""
+    ruler.autoscale_view()
+    return float((ruler.transScale + ruler.transLimits).transform((0.0, position))[1])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_context
 from markupsafe import Markup
 
-from megadit.search import wording
+from megadit.search.wording import counted, duration_text, hps_text, number_text, share_text, value_text
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&])")
 
@@ -25,6 +25,11 @@ class Number(NamedTuple):
 
     def __str__(self) -> str:
         return self.text
+
+
+def number(value: float | None, spec: str = ".4g", note: str = "") -> Number:
+    """A number in a format of Python's with a ``note`` after it; a dash where there is none."""
+    return Number(value, number_text(value, spec) + note)
 
 
 class Badge(NamedTuple):
@@ -44,7 +49,7 @@ class Code(str):
         return Markup("<code>{}</code>").format(str(self)) if self else Markup()
 
 
-Cell = str | Number | Badge | Code
+TableCell = str | Number | Badge | Code
 
 
 def render(form: str, values: dict[str, Any]) -> str:
@@ -60,15 +65,15 @@ def render(form: str, values: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "code": Code,
-        "counted": wording.counted,
-        "duration": wording.duration_text,
+        "counted": counted,
+        "duration": duration_text,
         "fenced": _fenced,
-        "hps": wording.hps_text,
+        "hps": hps_text,
         "markdown": _markdown,
-        "number": wording.number_text,
+        "number": number_text,
         "one_line": lambda text: Markup(" ".join(text.split())),
-        "share": wording.share_text,
-        "value": wording.value_text,
+        "share": share_text,
+        "value": value_text,
     }
     return environment.get_template("sections.j2").render(values, layout=f"report.{form}.j2")
 

@@ -1,7 +1,8 @@
-"""The tables of a report: each row says what stands in which column, so that columns and cells cannot part."""
+"""The tables and badges of a report: each row says what stands in which column, so columns and cells always match."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,23 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
-from megadit.search.report.findings import VERDICT_BADGES, Findings
-from megadit.search.report.points import Gathered, Point
-from megadit.search.report.rendering import Badge, Cell, Code, Number
-from megadit.search.results import DIVERGED, TrialResult
+from megadit.search.report.data import ReportData, subject
+from megadit.search.report.rendering import Badge, Code, Number, TableCell, number
+from megadit.search.results import COMPLETE, DIVERGED, ScoredPoint, TrialResult
 from megadit.search.wording import duration_text, hps_text, number_text, share_text, value_text
 from megadit.transfer.ties import ranks
 from megadit.transfer.verdict import TransferVerdict
 
+VERDICT_BADGES = {"transfers": "good", "does not transfer": "bad", "inconclusive": "unsure"}
 _FEW = 4  # points below which a rank correlation says nothing
-Row = dict[str, Cell]
+TableRow = dict[str, TableCell]
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows with the same columns; ``caption`` says what they are."""
 
-    rows: Sequence[Mapping[str, Cell]]
+    rows: Sequence[Mapping[str, TableCell]]
     caption: str = ""
 
     @property
@@ -35,150 +36,153 @@ class Table:
         return {name: any(isinstance(row[name], Number) for row in self.rows) for name in first}
 
 
-def _where(gathered: Gathered, variant: str, scale: float | None) -> Row:
+def badges(data: ReportData) -> list[Badge]:
+    """The verdicts on the judged variant, and the state of the study."""
+    results = data.results
+    verdicts = [
+        Badge(f"{subject(variant, key)}: {verdict.verdict}", VERDICT_BADGES[verdict.verdict])
+        for (variant, key), verdict in data.verdicts.items()
+        if variant == data.judged
+    ]
+    if not verdicts and data.scale_word:
+        verdicts = [Badge("no verdict")]
+    if results.complete:
+        return [*verdicts, Badge("complete")]
+    return [*verdicts, Badge(f"incomplete: {len(results.trials)} of {results.planned} trials have ended", "unsure")]
+
+
+def _cell(data: ReportData, variant: str, scale: float | None) -> TableRow:
     """Columns for the variant and the scale, where the study has several."""
-    row: Row = {"variant": variant} if len(gathered.results.study.variants) > 1 else {}
-    return row | ({gathered.scale_word: Number(scale, number_text(scale, 6))} if gathered.scaled else {})
+    return _variant(data, variant) | ({data.scale_word: number(scale, ".6g")} if data.scale_word else {})
 
 
-def verdicts(gathered: Gathered, findings: Findings) -> Table:
+def _variant(data: ReportData, variant: str) -> TableRow:
+    return {"variant": variant} if len(data.results.study.variants) > 1 else {}
+
+
+def verdicts(data: ReportData) -> Table:
     """The verdict on each variant and key with the numbers that made it."""
-    variants = len(gathered.results.study.variants) > 1
-    rows: list[Row] = []
-    for (variant, key), verdict in findings.verdicts.items():
-        carried = next((entry.best_hp for entry in verdict.scales if entry.scale == verdict.proxy), None)
-        row: Row = {"variant": variant} if variants else {}
-        rows.append(
-            row
-            | {
-                "key": Code(key),
-                "verdict": Badge(verdict.verdict, VERDICT_BADGES[verdict.verdict]),
-                "best at proxy": _power(carried),
-                "drift (octaves per octave)": _drift(verdict),
-                "worst regret": _regret(verdict.regret, verdict.regret_relative),
-                "larger is better": {True: "yes", False: "no", None: "–"}[verdict.wider_is_better],
-            }
-        )
-    compared = " The first variant is the study's; the others are shown for comparison." if variants else ""
-    return Table(rows, f"Judged by {gathered.score}.{compared}")
+    rows = []
+    for (variant, key), verdict in data.verdicts.items():
+        interval = verdict.drift_interval
+        row: TableRow = {
+            "key": Code(key),
+            "verdict": Badge(verdict.verdict, VERDICT_BADGES[verdict.verdict]),
+            "best at proxy": _power(next((s.best_hp for s in verdict.scales if s.scale == verdict.proxy), None)),
+            "drift (octaves per octave)": number(
+                verdict.drift, "+.2f", f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
+            ),
+            "worst regret": _regret(verdict.regret, verdict.regret_relative),
+            "larger is better": {True: "yes", False: "no", None: "–"}[verdict.wider_is_better],
+        }
+        rows.append(_variant(data, variant) | row)
+    compared = " The first variant is the study's; the others are shown for comparison."
+    return Table(rows, f"Judged by {data.score}.{compared if len(data.results.study.variants) > 1 else ''}")
 
 
 def _power(log2: float | None) -> Number:
     return Number(log2, "–" if log2 is None else value_text(2.0**log2))
 
 
-def _drift(verdict: TransferVerdict) -> Number:
-    ends = verdict.drift_interval
-    between = f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else ""
-    return Number(verdict.drift, "–" if verdict.drift is None else f"{verdict.drift:+.2f}{between}")
-
-
 def _regret(regret: float | None, relative: float | None) -> Number:
     if regret is not None and math.isinf(regret):
         return Number(None, "diverges")
-    return Number(regret, number_text(regret, 3) + ("" if relative is None else f" ({100 * relative:.1f} %)"))
+    return number(regret, ".3g", "" if relative is None else f" ({100 * relative:.1f} %)")
 
 
-def by_scale(gathered: Gathered, verdict: TransferVerdict) -> Table:
+def by_scale(data: ReportData, verdict: TransferVerdict) -> Table:
     """The numbers of a verdict at each scale."""
-    rows: list[Row] = []
-    for entry in verdict.scales:
-        optimum = entry.optimum
-        ends = optimum.interval if optimum else None
-        rows.append(
-            {
-                gathered.scale_word: Number(entry.scale, f"{entry.scale:g}"),
-                "status": entry.status + (" (exception)" if entry.exception else ""),
-                "best value": _power(entry.best_hp),
-                f"its {gathered.score}": Number(entry.best_score, number_text(entry.best_score)),
-                "fitted optimum (log2)": Number(optimum.at, f"{optimum.at:.2f}") if optimum else Number(None, "–"),
-                "95 % interval": Number(ends[0], f"{ends[0]:.2f} to {ends[1]:.2f}") if ends else Number(None, "–"),
-                "regret of the proxy's best": _regret(entry.regret, entry.regret_relative),
-            }
-        )
+    rows: list[TableRow] = []
+    for scale in verdict.scales:
+        low, high = scale.optimum.interval if scale.optimum else (None, 0.0)
+        row: TableRow = {
+            data.scale_word: number(scale.scale, "g"),
+            "status": scale.status + (" (exception)" if scale.exception else ""),
+            "best value": _power(scale.best_hp),
+            f"its {data.score}": number(scale.best_score),
+            "fitted optimum (log2)": number(scale.optimum.at if scale.optimum else None, ".2f"),
+            "95 % interval": number(low, ".2f", f" to {high:.2f}" if scale.optimum else ""),
+            "regret of the proxy's best": _regret(scale.regret, scale.regret_relative),
+        }
+        rows.append(row)
     return Table(rows)
 
 
-def best_of_cells(gathered: Gathered) -> Table:
+def best_of_cells(data: ReportData) -> Table:
     """The best point of each variant and scale."""
-    cells = [gathered.ranked(gathered.of(v, s))[:1] for v in gathered.variants for s in gathered.scales]
-    return points(gathered, [point for cell in cells for point in cell], "The best point of each variant and scale.")
+    best = [point for v in data.variants for scale in data.scales for point in data.ranked(data.of(v, scale))[:1]]
+    return points(data, best, "The best point of each variant and scale.")
 
 
-def best_at_proxy(gathered: Gathered, count: int = 15) -> Table:
+def best_at_proxy(data: ReportData, count: int = 15) -> Table:
     """The best points of the judged variant at the proxy."""
-    judged = gathered.results.study.variants[0]
-    ranked = gathered.ranked(gathered.of(judged, gathered.proxy))
-    where = f" of {judged}" if judged else ""
-    where += f" at {gathered.scale_name(gathered.proxy)}" if gathered.scaled else ""
-    shown = ranked[:count]
-    caption = f"The {len(shown)} best points{where} by {gathered.score}, of {len(ranked)} with a score."
-    return points(gathered, shown, caption, cells=False)
+    ranked = data.ranked(data.of(data.judged, data.proxy))
+    where = (f" of {data.judged}" if data.judged else "") + data.scale_name(data.proxy, " at ")
+    caption = f"The {len(ranked[:count])} best points{where} by {data.score}, of {len(ranked)} with a score."
+    return points(data, ranked[:count], caption, cells=False)
 
 
-def points(gathered: Gathered, shown: Sequence[Point], caption: str = "", cells: bool = True) -> Table:
+def points(data: ReportData, shown: Sequence[ScoredPoint], caption: str = "", cells: bool = True) -> Table:
     """Points with their values and scores; ``cells``: with their variant and scale."""
-    rows: list[Row] = []
-    for point in shown:
-        row = _where(gathered, point.variant, point.scale) if cells else {}
-        row |= {key: _value(point.hps[key]) for key in gathered.keys}
-        row |= {score.name: _score(point, score.name) for score in gathered.results.study.spec.scores}
-        numbers = ", ".join(str(run.number) for run in point.runs)
-        rows.append(row | {"runs": Number(len(point.runs), str(len(point.runs))), "trials": numbers})
+    rows: list[TableRow] = [
+        (_cell(data, point.variant, point.scale) if cells else {})
+        | {key: _value(point.hps[key]) for key in data.keys}
+        | {score.name: _score(point, score.name) for score in data.results.study.spec.scores}
+        | {"runs": number(len(point.runs), "d"), "trials": ", ".join(map(str, point.trials))}
+        for point in shown
+    ]
     return Table(rows, caption)
 
 
-def _value(value: object) -> Cell:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Number(value, value_text(value))
-    return value_text(value)
+def _value(value: object) -> TableCell:
+    text = value_text(value)
+    return Number(value, text) if isinstance(value, int | float) and not isinstance(value, bool) else text
 
 
-def _score(point: Point, name: str) -> Number:
+def _score(point: ScoredPoint, name: str) -> Number:
     mean, spread = point.mean(name), point.spread(name)
     if mean is None:
-        ended = {run.outcome for run in point.runs} - {"complete"}
-        return Number(None, " and ".join(sorted(ended)) or "–")
-    return Number(mean, number_text(mean) + (f" ± {number_text(spread, 2)}" if spread else ""))
+        return Number(None, " and ".join(sorted({run.outcome for run in point.runs} - {COMPLETE})) or "–")
+    return number(mean, note=f" ± {number_text(spread, '.2g')}" if spread else "")
 
 
-def agreement(gathered: Gathered) -> Table:
+def agreement(data: ReportData) -> Table:
     """Whether the scores rank the points alike."""
-    names = [score.name for score in gathered.results.study.spec.scores]
-    cells = [gathered.of(variant, scale) for variant in gathered.variants for scale in gathered.scales]
-    rows: list[Row] = []
-    for name in names:
-        row: Row = {"": Code(name)}
-        for other in names:
-            found = [value for cell in cells if (value := _agreement(gathered, cell, name, other)) is not None]
-            mean = float(np.mean(found)) if found else None
-            row[other] = Number(mean, "–" if mean is None else f"{mean:+.2f}")
+    scores = data.results.study.spec.scores
+    cells = [data.of(variant, scale) for variant in data.variants for scale in data.scales]
+    # by cell and score, of its points: the means with the sign that makes lower better, nan where there is none
+    losses = [
+        [score.sign * np.array([point.mean(score.name) for point in cell], dtype=float) for score in scores]
+        for cell in cells
+    ]
+    rows: list[TableRow] = []
+    for one, score in enumerate(scores):
+        row: TableRow = {"": Code(score.name)}
+        for other, against in enumerate(scores):
+            known = [r for each in losses if (r := _rank_correlation(each[one], each[other])) is not None]
+            row[against.name] = number(float(np.mean(known)) if known else None, "+.2f")
         rows.append(row)
     caption = "Spearman's rank correlation of the scores over points, signs turned so that +1 means that both prefer "
     return Table(rows, caption + "the same points" + ("; mean over variants and scales." if len(cells) > 1 else "."))
 
 
-def _agreement(gathered: Gathered, cell: Sequence[Point], one: str, other: str) -> float | None:
-    pairs = [(a, b) for p in cell if (a := p.mean(one)) is not None and (b := p.mean(other)) is not None]
-    if len(pairs) < _FEW:
-        return None
-    x, y = (ranks(np.array(values)) for values in zip(*pairs, strict=True))
-    if x.std() == 0 or y.std() == 0:
-        return None
-    sign = 1.0 if gathered.lower_is_better(one) == gathered.lower_is_better(other) else -1.0
-    return sign * float(np.corrcoef(x, y)[0, 1])
+def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Spearman's, of the points that have both scores; None where they are few or one score does not vary."""
+    both = np.isfinite(one) & np.isfinite(other)
+    x, y = ranks(one[both]), ranks(other[both])
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) >= _FEW and x.std() > 0 and y.std() > 0 else None
 
 
-def failures(gathered: Gathered, trials: Sequence[TrialResult], caption: str) -> Table:
+def failures(data: ReportData, trials: Sequence[TrialResult], caption: str) -> Table:
     """Trials that did not complete, and why."""
-    rows: list[Row] = [
-        {"trial": Number(trial.number, str(trial.number))}
-        | _where(gathered, trial.variant, trial.scale)
+    rows: list[TableRow] = [
+        {"trial": number(trial.number, "d")}
+        | _cell(data, trial.variant, trial.scale)
         | {
             "point": hps_text(trial.hps),
-            "seed": Number(trial.seed, str(trial.seed)),
-            "steps": Number(trial.steps, f"{trial.steps:,}"),
-            "attempts": Number(trial.attempts, str(trial.attempts)),
+            "seed": number(trial.seed, "d"),
+            "steps": number(trial.steps, ","),
+            "attempts": number(trial.attempts, "d"),
             "reason": trial.reason or "–",
             # as seen from the study's directory, wherever that is by now: trials/0007
             "folder": Code("/".join(Path(trial.run_dir).parts[-2:])),
@@ -188,34 +192,29 @@ def failures(gathered: Gathered, trials: Sequence[TrialResult], caption: str) ->
     return Table(rows, caption)
 
 
-def cost(gathered: Gathered) -> Table:
+def cost(data: ReportData) -> Table:
     """What the trials executed, by variant and scale."""
-    trials = gathered.results.trials
-    cells: dict[tuple[str, float | None], list[TrialResult]] = {}
-    for trial in sorted(trials, key=lambda t: (gathered.results.study.variants.index(t.variant), t.scale or 0)):
-        cells.setdefault((trial.variant, trial.scale), []).append(trial)
-    rows = [_where(gathered, *cell) | _costs(found) for cell, found in cells.items()]
-    if len(cells) > 1:
-        first, *others = _where(gathered, *next(iter(cells)))
+    variants = data.results.study.variants
+    trials = sorted(data.results.trials, key=lambda trial: (variants.index(trial.variant), trial.scale or 0))
+    cells = itertools.groupby(trials, key=lambda trial: (trial.variant, trial.scale))
+    rows = [_cell(data, *cell) | _costs(list(group)) for cell, group in cells]
+    if len(rows) > 1:
+        first, *others = _cell(data, "", None)
         rows.append({first: "all"} | dict.fromkeys(others, "") | _costs(trials))
     caption = "What was executed; a diverged or pruned trial counts what it ran. FLOPs: 3 x forward pass x images. "
     return Table(rows, caption + "Overhead: a trial's time outside its training steps.")
 
 
-def _costs(trials: Sequence[TrialResult]) -> Row:
+def _costs(trials: Sequence[TrialResult]) -> TableRow:
     diverged = sum(trial.outcome == DIVERGED for trial in trials)
-    sizes = sorted({trial.parameters for trial in trials})
-    images = sum(trial.steps * trial.global_batch for trial in trials)
-    flops = math.fsum(trial.flops for trial in trials)
+    sizes = [trial.parameters for trial in trials]
     seconds = math.fsum(trial.seconds for trial in trials)
-    overhead = math.fsum(trial.overhead_s for trial in trials) / len(trials)
-    size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     return {
-        "trials": Number(len(trials), f"{len(trials):,}"),
+        "trials": number(len(trials), ","),
         "diverged": Number(diverged, f"{diverged} ({share_text(diverged, len(trials))})"),
-        "parameters": Number(sizes[-1], size),
-        "images": Number(images, f"{images:,}"),
-        "FLOPs": Number(flops, f"{flops:.3g}"),
+        "parameters": Number(max(sizes), " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))),
+        "images": number(sum(trial.steps * trial.global_batch for trial in trials), ","),
+        "FLOPs": number(math.fsum(trial.flops for trial in trials), ".3g"),
         "time": Number(seconds, duration_text(seconds)),
-        "overhead a trial": Number(overhead, f"{overhead:.2g} s"),
+        "overhead a trial": number(math.fsum(trial.overhead_s for trial in trials) / len(trials), ".2g", " s"),
     }

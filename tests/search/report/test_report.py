@@ -106,10 +106,11 @@ def test_the_page_stands_alone_and_its_identities_are_unique(tmp_path):
     page, _ = written(fabricate(study, three_keys))
     read = Reader(page)
     assert all(address.startswith("#") for address in read.addresses)
-    assert "http:" not in page and "https:" not in page and "@import" not in page and "url(#" in page
+    names = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # of XML: nobody fetches them
+    assert set(re.findall(r'https?:[^"\s]*', page)) == names and "@import" not in page and "url(#" in page
     assert len(read.identities) == len(set(read.identities))
     assert {address[1:] for address in read.addresses} <= set(read.identities)
-    assert read.tags.count("svg") == len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page)) == 3
+    assert read.tags.count("svg") == len(re.findall(r'<div role=img aria-label="[^"]{20,}"[^>]*><svg ', page)) == 3
     assert str(Path.home()) not in page
 
 
@@ -120,9 +121,10 @@ def test_a_search_over_several_keys_shows_importance_slices_and_lines(tmp_path):
     assert [figure.name for figure in figures] == ["importance", "slices", "parallel"]
     assert figures[0].alt.startswith("Importance: optim.lr ")
     assert "verdict" not in report.sections
-    tips = figures[1].tips.values()
-    assert any("optim.clip.value = " in tip and "trials " in tip for tip in tips)
-    assert any("diverged (1 of 1 runs)" in tip for tip in tips)
+    tooltips = figures[1].tooltips
+    assert any("optim.clip.value = " in text and "trials " in text for text in tooltips.values())
+    assert any("diverged (1 of 1 runs)" in text for text in tooltips.values())
+    assert all(f'id="slices-{mark}"' in figures[1].svg for mark in tooltips), "the page finds each mark by its id"
 
 
 def test_horizons_are_shown_as_scales_of_one_run(tmp_path):
