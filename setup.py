@@ -52,6 +52,7 @@ INSTALL = [
     "pydantic>=2.9",
     "PyYAML>=6.0",
     "optuna>=4.0",
+    "scipy>=1.13",
     "matplotlib>=3.9",
     "Jinja2>=3.1",
     "MarkupSafe>=2.1",

@@ -39,6 +39,15 @@ def parse_json(data: bytes | str, *, finite: bool = False) -> Any:
     raise JsonError(f"is no JSON: {other}")
 
 
+def null_nonfinite(value: Any) -> Any:
+    """Plain data with null for NaN and infinities, which JSON does not know; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: null_nonfinite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_nonfinite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _parsed(data: bytes | str, finite: bool) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))

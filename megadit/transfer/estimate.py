@@ -1,32 +1,24 @@
 """Where the optimum of a hyperparameter lies at one scale, and how well that is known.
 
-Scores are compared against log2 of the hyperparameter. At every scale a parabola is fitted by weighted least squares
-around the best point. Real curves are parabolas near their optimum only (above the best learning rate the loss is
-steep), so a point counts with weight 1 / (sd²/n + (MISFIT · excess)²), where ``excess`` is its distance above the best
-score: near points decide, points on the far walls have no say, and with much noise all of a flat basin is used. The
-weights are a local window without a sharp end. If the curvature is not positive the best point itself is the optimum.
-
-The interval of the optimum is a residual bootstrap over the (hyperparameter, seed) points: residuals in units of
-their expected size, pooled over all scales and inflated for the degrees of freedom that the fits took; with
-``SEEDS_TO_RESAMPLE`` seeds or more whole seeds are resampled instead. A fit through three points has no residuals and
-would claim certainty, so every draw is moved by up to a quarter of the grid's step.
-
-Edges: where a neighbour of the best point diverged, the optimum has a measured edge; where the grid just ends there,
-the optimum is open on that side and only a bound.
+Scores are fitted against log2 of the hyperparameter: weighted quadratic least squares around the best value, a pooled
+variance between seeds or else restricted maximum likelihood for the noise of one run, and a bootstrap for the interval
+of the vertex. Equation numbers are those of docs/search.md, "The statistics of a verdict", which derives them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
 from megadit.transfer.ties import SAME, SAME_HP, difference, lowest, same_hps
 
-# A parabola's error as a part of the distance above the best score. Of surfaces whose upper side is up to twice as
+# κ: a parabola's error as a part of the distance above the best score. Of surfaces whose upper side is up to twice as
 # steep as the lower an octave away, .5 covers the optimum in 95 of 100 intervals; .3 does not.
 MISFIT = 0.5
 NOISE_MISFIT = 0.3  # less where residuals must tell noise from misfit: part of the excess is noise itself
@@ -35,7 +27,7 @@ MIN_POINTS = 3  # stable points that a scale must have to be judged
 DRAWS = 2000
 LEVEL = 0.95
 
-Side = Literal["inside", "edge", "open"]
+GridEnd = Literal["inside", "edge", "open"]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -70,7 +62,7 @@ class GridPoint:
 
 @dataclass(frozen=True)
 class ScoreNoise:
-    """Standard deviation of one run's score, from how many degrees of freedom, and from where.
+    """Standard deviation σ of one run's score, its degrees of freedom ν, and what it was estimated from.
 
     What a seed shifts alike at every value is no part of it: it cancels in the differences that are judged.
     """
@@ -80,46 +72,47 @@ class ScoreNoise:
     source: Literal["seeds", "residuals", "none"]
 
     def standard_error(self, a: GridPoint, b: GridPoint) -> float:
-        """Standard error of the difference of two points' means."""
+        """Standard error of the difference of two points' means (Eq. 9)."""
         return 0.0 if a is b else self.sd * math.sqrt(1 / len(a.scores) + 1 / len(b.scores))
 
-    def t_inflation(self, errors: float) -> float:
-        """By how much Student's t exceeds a normal quantile of ``errors`` (first order in 1 / freedom)."""
-        return 1.0 + (errors**2 + 1) / (4 * self.degrees_of_freedom) if self.degrees_of_freedom else 1.0
+    def t_inflation(self, z: float) -> float:
+        """Ratio of Student's t quantile to the normal quantile ``z``, to first order in 1/ν (Eq. 10)."""
+        return 1.0 + (z**2 + 1) / (4 * self.degrees_of_freedom) if self.degrees_of_freedom else 1.0
 
 
 @dataclass(frozen=True)
 class ScaleCurve:
-    """One scale's points: ``stable`` is the run of stable points, without a gap, that holds the best one."""
+    """Score against the hyperparameter at one scale; ``stable``: the contiguous stable points that hold the best one.
+
+    ``low``, ``high``: what ends that range on the best point's side. A diverged neighbour of the best point is a
+    measured "edge"; where the grid ends at it, the optimum is "open" there, only a bound.
+    """
 
     scale: float
     points: tuple[GridPoint, ...]
     stable: tuple[GridPoint, ...]
     best: GridPoint
-    low: Side
-    high: Side
+    low: GridEnd
+    high: GridEnd
 
     @property
     def steps(self) -> tuple[float, float]:
         """Distance from the best point to the next measured one below and above (the other side's at an end)."""
-        hps = [point.hp for point in self.points]
-        at = hps.index(self.best.hp)
-        below = hps[at] - hps[at - 1] if at else None
-        above = hps[at + 1] - hps[at] if at + 1 < len(hps) else None
-        return below or above or 0.0, above or below or 0.0
+        at = self.points.index(self.best)
+        below = self.best.hp - self.points[at - 1].hp if at else 0.0
+        above = self.points[at + 1].hp - self.best.hp if at + 1 < len(self.points) else 0.0
+        return below or above, above or below
 
     @property
-    def reach(self) -> float:
-        """The range that was tried: of the stable points, and a usual step to a neighbour that diverged.
+    def tried_range(self) -> float:
+        """Width of the stable points' range, and up to a usual step to a neighbour that diverged.
 
         One that diverged far beyond says nothing of where the optimum is.
         """
-        stable, hps = self.stable, [point.hp for point in self.points]
-        span = stable[-1].hp - stable[0].hp
-        first, last = hps.index(stable[0].hp), hps.index(stable[-1].hp)
-        gaps = [hps[first] - hps[first - 1]] if first else []
-        gaps += [hps[last + 1] - hps[last]] if last + 1 < len(hps) else []
-        return span + sum(min(gap, span / max(1, len(stable) - 1)) for gap in gaps)
+        hps, low, high = [point.hp for point in self.points], self.stable[0].hp, self.stable[-1].hp
+        usual = (high - low) / max(1, len(self.stable) - 1)
+        below, above = max([hp for hp in hps if hp < low] or [low]), min([hp for hp in hps if hp > high] or [high])
+        return high - low + (min(low - below, usual) + min(above - high, usual))
 
     @property
     def near(self) -> tuple[GridPoint, ...]:
@@ -129,7 +122,7 @@ class ScaleCurve:
 
     @property
     def seed_effects(self) -> dict[int, float]:
-        """What each seed shifts all scores by, where all stable points have the same seeds; empty otherwise.
+        """δ_s, what seed s shifts all scores by (Eq. 5), where all stable points have the same seeds; else empty.
 
         Runs of one seed share their data and first weights. What that shifts alike does not move the optimum.
         """
@@ -158,12 +151,80 @@ class Parabola:
 
     @property
     def vertex(self) -> float:
-        """Where the parabola is lowest."""
+        """Where the parabola is lowest (Eq. 4)."""
         return self.centre - self.b / (2 * self.c)
 
     def __call__(self, hp: float) -> float:
         d = hp - self.centre
         return self.a + self.b * d + self.c * d * d
+
+
+@dataclass(frozen=True)
+class QuadraticFit:
+    """Weighted quadratic least squares through the P stable means of one scale (Eqs. 1 to 3).
+
+    ``design`` (P, 3), ``means`` and ``counts`` of seeds (P,), ``variances`` (P,). Where several noises are tried at
+    once, variances, ``operator`` and what follows from it have a leading dimension for them.
+    """
+
+    curve: ScaleCurve
+    design: Array
+    means: Array
+    counts: Array
+    variances: Array
+
+    @classmethod
+    def of(cls, curve: ScaleCurve, sd: float | Array, misfit: float = MISFIT) -> QuadraticFit:
+        """The fit under noise ``sd``, or a column of them (Eq. 2: v = σ²/n + (κ·excess)²)."""
+        d = np.array([point.hp - curve.best.hp for point in curve.stable])
+        y = np.array([point.mean for point in curve.stable])
+        counts = np.array([len(point.scores) for point in curve.stable])
+        floor = (1e-9 * (abs(curve.best.mean) + float(np.ptp(y)) + 1e-30)) ** 2
+        variances = sd**2 / counts + (misfit * (y - curve.best.mean)) ** 2 + floor
+        return cls(curve, np.stack([np.ones_like(d), d, d * d], axis=1), y, counts, variances)
+
+    @cached_property
+    def operator(self) -> Array:
+        """The matrix (3, P) that maps means to the coefficients (a, b, c) (Eq. 3)."""
+        weight = 1 / np.sqrt(self.variances)
+        return np.asarray(np.linalg.pinv(self.design * weight[..., None], rcond=1e-13) * weight[..., None, :])
+
+    @property
+    def fitted(self) -> Array:
+        """The parabola's values at the stable points, (P,)."""
+        return np.asarray((self.operator @ self.means) @ self.design.T)
+
+    @property
+    def flatness(self) -> float:
+        """The curvature that lifts the ends of the stable range by no more than rounding: none at all."""
+        half = (self.curve.stable[-1].hp - self.curve.stable[0].hp) / 2
+        return SAME * abs(self.curve.best.mean) / (half * half) if half else 0.0
+
+    @property
+    def parabola(self) -> Parabola | None:
+        """The fitted parabola; None through too few points, or where it has no positive curvature."""
+        a, b, c = (float(value) for value in self.operator @ self.means)
+        return Parabola(self.curve.best.hp, a, b, c) if len(self.means) >= MIN_POINTS and c > self.flatness else None
+
+    def run_sd(self, noise: ScoreNoise) -> Array:
+        """Expected size of one run's residual at each point, (P,) (Eq. 11)."""
+        return np.asarray(np.sqrt(self.variances + noise.sd**2 * (1 - 1 / self.counts)))
+
+    def log_likelihood(self) -> Array:
+        """Restricted log likelihood of every noise that the fit was made for (Eq. 8)."""
+        residual = self.means - self.fitted
+        _, log_det = np.linalg.slogdet(np.einsum("np,tn,nq->tpq", self.design, 1 / self.variances, self.design))
+        chi2 = (residual**2 / self.variances).sum(axis=1)
+        return np.asarray(-0.5 * (np.log(self.variances).sum(axis=1) + log_det + chi2))
+
+    def minima(self, means: Array) -> Array:
+        """Where refits to ``means`` (draws, P) are lowest; the lowest mean where one has no positive curvature."""
+        _, b, c = (means @ self.operator.T).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            vertices = self.curve.best.hp - b / (2 * c)
+        lowest_means = means <= means.min(axis=1, keepdims=True) + SAME * abs(self.curve.best.mean)
+        deepest = self.design[np.argmax(lowest_means, axis=1), 1] + self.curve.best.hp
+        return np.where(c > self.flatness, vertices, deepest)
 
 
 @dataclass(frozen=True)
@@ -182,26 +243,18 @@ class Optimum:
         return "open" in (self.curve.low, self.curve.high)
 
 
-def scale_curves(samples: Sequence[RunScore], lower_is_better: bool) -> dict[float, ScaleCurve | None]:
+def scale_curves(runs: Sequence[RunScore], lower_is_better: bool) -> dict[float, ScaleCurve | None]:
     """Points by scale, ascending; None for a scale at which every run diverged."""
     sign = 1.0 if lower_is_better else -1.0
-    hps = same_hps(sample.hp for sample in samples)
-    found: dict[float, ScaleCurve | None] = {}
-    for scale in sorted({sample.scale for sample in samples}):
-        by_hp: dict[float, list[RunScore]] = {}
-        for sample in samples:
-            if sample.scale == scale:
-                by_hp.setdefault(hps[sample.hp], []).append(sample)
-        points = tuple(
-            GridPoint(
-                hp,
-                {s.seed: sign * s.score for s in sorted(runs, key=lambda run: run.seed) if math.isfinite(s.score)},
-                sum(not math.isfinite(s.score) for s in runs),
-            )
-            for hp, runs in sorted(by_hp.items())
-        )
-        found[scale] = _scale_curve(scale, points)
-    return found
+    hps = same_hps(run.hp for run in runs)
+    ordered = sorted(runs, key=lambda run: (run.scale, hps[run.hp], run.seed))
+    points: dict[float, list[GridPoint]] = {}
+    for (scale, hp), seeds in itertools.groupby(ordered, key=lambda run: (run.scale, hps[run.hp])):
+        at_hp = [(run.seed, sign * run.score) for run in seeds]
+        scores = {seed: score for seed, score in at_hp if math.isfinite(score)}
+        diverged = sum(not math.isfinite(score) for _, score in at_hp)
+        points.setdefault(scale, []).append(GridPoint(hp, scores, diverged))
+    return {scale: _scale_curve(scale, tuple(at_scale)) for scale, at_scale in points.items()}
 
 
 def _scale_curve(scale: float, points: tuple[GridPoint, ...]) -> ScaleCurve | None:
@@ -209,157 +262,122 @@ def _scale_curve(scale: float, points: tuple[GridPoint, ...]) -> ScaleCurve | No
     if not stable:
         return None
     best = lowest(stable, lambda i: points[i].mean)
-    first = last = best
-    while first and points[first - 1].stable:
-        first -= 1
-    while last + 1 < len(points) and points[last + 1].stable:
-        last += 1
-    low: Side = "inside" if best > first else "edge" if first else "open"
-    high: Side = "inside" if best < last else "edge" if last + 1 < len(points) else "open"
-    return ScaleCurve(scale, points, points[first : last + 1], points[best], low, high)
+    first = max((i + 1 for i in range(best) if not points[i].stable), default=0)
+    end = min((i for i in range(best, len(points)) if not points[i].stable), default=len(points))
+    low: GridEnd = "inside" if best > first else "edge" if first else "open"
+    high: GridEnd = "inside" if best + 1 < end else "edge" if end < len(points) else "open"
+    return ScaleCurve(scale, points, points[first:end], points[best], low, high)
 
 
-def estimate_noise(found: Sequence[ScaleCurve]) -> ScoreNoise:
-    """The noise between seeds, pooled over scales.
+def estimate_noise(curves: Sequence[ScaleCurve]) -> ScoreNoise:
+    """The noise of one run, pooled over scales.
 
-    From repeated seeds at each scale's best point and its neighbours (far from the optimum runs differ more); where no
-    point has two seeds, from how far the points lie off their parabolas (restricted maximum likelihood).
+    From repeated seeds; where they give fewer than two degrees of freedom, from how far the points lie off their
+    parabolas.
     """
-    squares, degrees_of_freedom = 0.0, 0
-    for curve in found:
+    variance, freedom = pooled_variance(curves)
+    if freedom >= 2:
+        return ScoreNoise(math.sqrt(variance), freedom, "seeds")
+    fitted = [curve for curve in curves if len(curve.stable) > MIN_POINTS]
+    if not fitted:
+        return ScoreNoise(0.0, 0, "none")
+    return ScoreNoise(restricted_maximum_likelihood(fitted), sum(len(c.stable) - 3 for c in fitted), "residuals")
+
+
+def pooled_variance(curves: Sequence[ScaleCurve]) -> tuple[float, int]:
+    """Pooled variance between seeds without their common effects δ, and its degrees of freedom (Eqs. 5 to 7).
+
+    Only the best point of each scale and its neighbours count: far from the optimum runs differ more.
+    """
+    squares, freedom = 0.0, 0
+    for curve in curves:
         effects = curve.seed_effects
         for point in curve.near:
             squares += sum((score - effects.get(seed, 0.0) - point.mean) ** 2 for seed, score in point.scores.items())
-            degrees_of_freedom += len(point.scores) - 1
-        degrees_of_freedom -= max(len(effects) - 1, 0)
-    if degrees_of_freedom >= 2:
-        return ScoreNoise(math.sqrt(squares / degrees_of_freedom), degrees_of_freedom, "seeds")
-    fitted = [curve for curve in found if len(curve.stable) > MIN_POINTS]
-    if not fitted:
-        return ScoreNoise(0.0, 0, "none")
-    size = max(max(abs(b.best.mean), b.stable[0].mean - b.best.mean, b.stable[-1].mean - b.best.mean) for b in fitted)
+            freedom += len(point.scores) - 1
+        freedom -= max(len(effects) - 1, 0)
+    return (squares / freedom if freedom > 0 else math.nan), freedom
+
+
+def restricted_maximum_likelihood(curves: Sequence[ScaleCurve]) -> float:
+    """The σ of the largest restricted (residual) likelihood over all scales (Eq. 8), on a logarithmic grid."""
+    size = max(max(abs(c.best.mean), c.stable[0].mean - c.best.mean, c.stable[-1].mean - c.best.mean) for c in curves)
     trials = np.geomspace(1e-5, 1.0, 81) * (size or 1.0)
-    likelihood = np.sum([_likelihood(curve, trials) for curve in fitted], axis=0)
-    best = int(np.argmax(likelihood))
-    return ScoreNoise(float(trials[best]), sum(len(b.stable) - 3 for b in fitted), "residuals")
+    fits = [QuadraticFit.of(curve, trials[:, None], NOISE_MISFIT) for curve in curves]
+    return float(trials[np.argmax(np.sum([fit.log_likelihood() for fit in fits], axis=0))])
 
 
-def _design(curve: ScaleCurve, sd: float | Array, misfit: float = MISFIT) -> tuple[Array, Array, Array]:
-    """Design matrix, means and variances of the basin's points; with a column of ``sd``, a row of variances each."""
-    d = np.array([point.hp - curve.best.hp for point in curve.stable])
-    y = np.array([point.mean for point in curve.stable])
-    counts = np.array([len(point.scores) for point in curve.stable])
-    floor = (1e-9 * (abs(curve.best.mean) + float(np.ptp(y)) + 1e-30)) ** 2
-    variance = sd**2 / counts + (misfit * (y - curve.best.mean)) ** 2 + floor
-    return np.stack([np.ones_like(d), d, d * d], axis=1), y, variance
-
-
-def _operator(design: Array, variance: Array) -> Array:
-    """The matrix that maps scores to the weighted fit's coefficients; for rows of variances, a stack of them."""
-    weight = 1 / np.sqrt(variance)
-    return np.asarray(np.linalg.pinv(design * weight[..., None], rcond=1e-13) * weight[..., None, :])
-
-
-def _likelihood(curve: ScaleCurve, trials: Array) -> Array:
-    """Restricted log likelihood of every noise in ``trials`` at one scale."""
-    design, y, variance = _design(curve, trials[:, None], NOISE_MISFIT)
-    operator = _operator(design, variance)
-    residual = y - (operator @ y) @ design.T
-    _, spread = np.linalg.slogdet(np.einsum("np,tn,nq->tpq", design, 1 / variance, design))
-    return np.asarray(-0.5 * (np.log(variance).sum(axis=1) + spread + (residual**2 / variance).sum(axis=1)))
-
-
-def locate_optima(found: Sequence[ScaleCurve], noise: ScoreNoise, allowance: float) -> list[Optimum]:
+def locate_optima(curves: Sequence[ScaleCurve], noise: ScoreNoise, allowance: float) -> list[Optimum]:
     """The optimum of every scale with its interval; ``allowance``: how many standard errors of a difference are noise.
 
     The optimum may lie half a step beyond the points that cannot be told from the best, and never beyond the stable
     range. The same input gives the same draws.
     """
     rng = np.random.default_rng(0)
-    residuals = _pooled_residuals(found, noise)
-    return [_locate_optimum(curve, noise, allowance, residuals, rng) for curve in found]
+    fits = [QuadraticFit.of(curve, noise.sd) for curve in curves]
+    residuals = studentised_residuals([fit for fit in fits if len(fit.means) >= MIN_POINTS], noise)
+    return [_locate_optimum(fit, noise, allowance, residuals, rng) for fit in fits]
 
 
-def _pooled_residuals(found: Sequence[ScaleCurve], noise: ScoreNoise) -> Array:
-    """Residuals of all (hp, seed) points in units of their expected size, centred, inflated for the fits' freedom."""
+def studentised_residuals(fits: Sequence[QuadraticFit], noise: ScoreNoise) -> Array:
+    """Residuals of all runs in units of their expected size, centred, inflated for the fits' parameters (Eq. 11)."""
     pooled: list[float] = []
-    parameters = 0
-    for curve in found:
-        if len(curve.stable) < MIN_POINTS:
-            continue
-        effects = curve.seed_effects
-        design, means, variance = _design(curve, noise.sd)
-        fit = design @ (_operator(design, variance) @ means)
-        for point, value, mean_variance in zip(curve.stable, fit, variance, strict=True):
-            single = mean_variance + noise.sd**2 * (1 - 1 / len(point.scores))
-            pooled += [(y - effects.get(seed, 0.0) - value) / math.sqrt(single) for seed, y in point.scores.items()]
-        parameters += 3
+    for fit in fits:
+        effects = fit.curve.seed_effects
+        for point, value, sd in zip(fit.curve.stable, fit.fitted, fit.run_sd(noise), strict=True):
+            pooled += [(y - effects.get(seed, 0.0) - value) / sd for seed, y in point.scores.items()]
+    parameters = 3 * len(fits)
     if len(pooled) <= parameters:
         return np.zeros(1)
-    values = np.array(pooled)
-    return np.asarray((values - values.mean()) * math.sqrt(len(pooled) / (len(pooled) - parameters)))
+    return np.asarray((np.array(pooled) - np.mean(pooled)) * math.sqrt(len(pooled) / (len(pooled) - parameters)))
+
+
+def seed_bootstrap(fit: QuadraticFit, seeds: Sequence[int], rng: np.random.Generator) -> Array:
+    """(DRAWS, P) means over whole seeds drawn with replacement (Eq. 12).
+
+    Seeds share the curve, so resampling them says nothing of how badly a parabola fits it: the misfit is added.
+    """
+    table = np.array([[point.scores[seed] for seed in seeds] for point in fit.curve.stable])
+    means = table[:, rng.integers(0, len(seeds), (DRAWS, len(seeds)))].mean(axis=2).T
+    misfit = MISFIT * (fit.means - fit.curve.best.mean)
+    return np.asarray(means if fit.parabola is None else means + misfit * rng.standard_normal(means.shape))
+
+
+def residual_bootstrap(fit: QuadraticFit, noise: ScoreNoise, residuals: Array, rng: np.random.Generator) -> Array:
+    """(DRAWS, P) fitted values plus means of drawn residuals (Eq. 13).
+
+    Where the parabola is no description of the points: noise around their means instead.
+    """
+    centres, sds = (fit.fitted, fit.run_sd(noise)) if fit.parabola else (fit.means, np.full(len(fit.means), noise.sd))
+    means = [rng.choice(residuals, (DRAWS, count)).mean(axis=1) for count in fit.counts]
+    return np.asarray(centres + sds * np.stack(means, axis=1))
+
+
+def percentile_interval(draws: Array, estimate: float | None = None) -> tuple[float, float]:
+    """Percentile interval of the bootstrap at ``LEVEL`` (Eq. 15), widened where it has to be to hold the estimate."""
+    tail = 50 * (1 - LEVEL)
+    ends = [float(end) for end in np.percentile(draws, [tail, 100 - tail])]
+    ends += [] if estimate is None else [estimate]
+    return min(ends), max(ends)
 
 
 def _locate_optimum(
-    curve: ScaleCurve, noise: ScoreNoise, allowance: float, residuals: Array, rng: np.random.Generator
+    fit: QuadraticFit, noise: ScoreNoise, allowance: float, residuals: Array, rng: np.random.Generator
 ) -> Optimum:
-    below, above = curve.steps
-    design, y, variance = _design(curve, noise.sd)
+    """The optimum, and its bootstrap draws between the bounds that ``locate_optima`` names (Eq. 14)."""
+    curve, parabola, (below, above) = fit.curve, fit.parabola, fit.curve.steps
     near = [p for p in curve.stable if curve.excess(p) <= allowance * noise.standard_error(p, curve.best)]
     low = max(near[0].hp - below / 2, curve.stable[0].hp)
     high = min(near[-1].hp + above / 2, curve.stable[-1].hp)
+    at = curve.best.hp if parabola is None else min(max(parabola.vertex, low), high)
     if len(curve.stable) < MIN_POINTS:
-        at, parabola, spread = curve.best.hp, None, rng.uniform(-1, 1, DRAWS) * max(below, above)
-        draws = at + spread
+        draws = at + rng.uniform(-1, 1, DRAWS) * max(below, above)
     else:
-        operator = _operator(design, variance)
-        a, b, c = (float(value) for value in operator @ y)
-        flat = _flat(curve)
-        parabola = Parabola(curve.best.hp, a, b, c) if c > flat else None
-        at = curve.best.hp if parabola is None else min(max(parabola.vertex, low), high)
-        drawn = _resampled(curve, design @ (operator @ y), y, parabola is None, variance, noise, residuals, rng)
-        coefficients = drawn @ operator.T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            vertices = curve.best.hp - coefficients[:, 1] / (2 * coefficients[:, 2])
-        same = drawn <= drawn.min(axis=1, keepdims=True) + SAME * abs(curve.best.mean)
-        deepest = design[np.argmax(same, axis=1), 1] + curve.best.hp
-        draws = np.clip(np.where(coefficients[:, 2] > flat, vertices, deepest), low, high)
-        jitter = rng.uniform(-0.5, 0.5, DRAWS) if parabola is None else rng.uniform(-0.25, 0.25, DRAWS)
-        draws = draws + jitter * np.where(jitter < 0, below, above)
-    tail = 50 * (1 - LEVEL)
-    ends = np.percentile(draws, [tail, 100 - tail])
-    return Optimum(curve, at, (min(float(ends[0]), at), max(float(ends[1]), at)), parabola, draws)
-
-
-def _flat(curve: ScaleCurve) -> float:
-    """The curvature that lifts the ends of the stable range by no more than rounding: none at all."""
-    half = (curve.stable[-1].hp - curve.stable[0].hp) / 2
-    return SAME * abs(curve.best.mean) / (half * half) if half else 0.0
-
-
-def _resampled(
-    curve: ScaleCurve,
-    fit: Array,
-    y: Array,
-    no_curve: bool,
-    variance: Array,
-    noise: ScoreNoise,
-    residuals: Array,
-    rng: np.random.Generator,
-) -> Array:
-    """(DRAWS, points) bootstrap means: whole seeds where there are enough of them, else residuals around the fit."""
-    seeds = sorted(set.intersection(*(set(point.scores) for point in curve.stable)))
-    if len(seeds) >= SEEDS_TO_RESAMPLE:
-        table = np.array([[point.scores[seed] for seed in seeds] for point in curve.stable])
-        means = table[:, rng.integers(0, len(seeds), (DRAWS, len(seeds)))].mean(axis=2).T
-        # Seeds share the curve, so resampling them says nothing of how badly a parabola fits it.
-        misfit = MISFIT * (y - curve.best.mean)
-        return np.asarray(means + (0.0 if no_curve else misfit * rng.standard_normal((DRAWS, len(y)))))
-    drawn = np.empty((DRAWS, len(curve.stable)))
-    for i, point in enumerate(curve.stable):
-        count = len(point.scores)
-        centre, single = fit[i], math.sqrt(float(variance[i]) + noise.sd**2 * (1 - 1 / count))
-        if no_curve:  # the parabola is no description of these points: noise around the means instead
-            centre, single = y[i], noise.sd
-        drawn[:, i] = centre + single * rng.choice(residuals, (DRAWS, count)).mean(axis=1)
-    return drawn
+        seeds = sorted(set.intersection(*(set(point.scores) for point in curve.stable)))
+        resample_seeds = len(seeds) >= SEEDS_TO_RESAMPLE
+        means = seed_bootstrap(fit, seeds, rng) if resample_seeds else residual_bootstrap(fit, noise, residuals, rng)
+        # A fit through three points has no residuals and would claim certainty: a part of the grid's step is added.
+        part = 0.5 if parabola is None else 0.25
+        jitter = rng.uniform(-part, part, DRAWS)
+        draws = np.clip(fit.minima(means), low, high) + jitter * np.where(jitter < 0, below, above)
+    return Optimum(curve, at, percentile_interval(draws, at), parabola, draws)

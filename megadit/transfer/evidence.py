@@ -1,19 +1,28 @@
-"""What every scale says against the proxy's optimum, and what all scales say of its drift.
+"""What every scale says against the proxy's optimum, and what all scales say of its drift: two decision tables.
 
-``megadit.transfer.verdict`` tells the rules and makes the verdict of it.
+In ``SCALE_RULES`` and ``DRIFT_RULES`` the first rule whose condition holds decides. ``megadit.transfer.verdict`` makes
+the verdict of both. Equation numbers are those of docs/search.md, "The statistics of a verdict".
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megadit.transfer.estimate import LEVEL, MIN_POINTS, Optimum, ScaleCurve, estimate_noise, locate_optima
+from megadit.transfer.estimate import (
+    MIN_POINTS,
+    GridPoint,
+    Optimum,
+    ScaleCurve,
+    estimate_noise,
+    locate_optima,
+    percentile_interval,
+)
 from megadit.transfer.ties import SAME_HP, at_most, difference
 
 Status = Literal["proxy", "agrees", "disagrees", "undecided"]
@@ -30,8 +39,8 @@ class Limits:
     max_regret: part of the best score. Between seeds scores differ by about as much (measured: .5 to 1 percent).
     allowance: standard errors of a difference that count as noise. 2.5, not 2, as the best of several points is
         lucky by construction.
-    max_blur: part of the tried range of log2 values (``Basin.reach``) that the way of the optimum over the scales may
-        be uncertain by.
+    max_blur: part of the tried range of log2 values (``ScaleCurve.tried_range``) that the optimum's path over the
+        scales may be uncertain by.
     """
 
     max_drift: float = 0.25
@@ -40,271 +49,265 @@ class Limits:
     max_blur: float = 0.25
 
 
-@dataclass(frozen=True)
-class ScaleVerdict:
-    """One scale; scores with their own sign, hyperparameters in log2 units.
-
-    ``regret`` is infinite where the proxy's best diverges and None where it is unknown; ``why`` says what decided.
-    """
-
-    scale: float
-    status: Status
-    why: str
-    optimum: Optimum | None
-    best_hp: float | None = None
-    best_score: float | None = None
-    score_at_proxy_best: float | None = None
-    regret: float | None = None
-    regret_noise: float | None = None
-    exception: bool = False
-
-    @property
-    def regret_relative(self) -> float | None:
-        """Regret as a part of the best score's size."""
-        if self.regret is None or not self.best_score:
-            return None
-        return self.regret / abs(self.best_score)
-
-    def small(self, limits: Limits) -> bool:
-        """Whether the regret is known to be within ``max_regret``, noise or not; no regret at all always is."""
-        best = abs(self.best_score or 0.0)
-        return self.regret is None or at_most(self.regret, limits.max_regret * best, best)
-
-
-@dataclass
 class Evidence:
-    """Everything measured, with each scale's optimum located once."""
+    """Everything measured, with each scale's optimum located once (``optima``, by scale)."""
 
-    found: Mapping[float, ScaleCurve | None]
-    lower_is_better: bool
-    limits: Limits
-    labels: dict[str, str]
-
-    def __post_init__(self) -> None:
-        present = [curve for curve in self.found.values() if curve is not None]
+    def __init__(
+        self,
+        curves: Mapping[float, ScaleCurve | None],
+        lower_is_better: bool,
+        limits: Limits,
+        labels: Mapping[str, str],
+    ) -> None:
+        present = [curve for curve in curves.values() if curve is not None]
+        self.curves, self.lower_is_better, self.limits, self.labels = curves, lower_is_better, limits, labels
         self.noise = estimate_noise(present)
-        self.allowance = self.limits.allowance * self.noise.t_inflation(self.limits.allowance)
-        located = locate_optima(present, self.noise, self.allowance)
-        self.optima = {optimum.curve.scale: optimum for optimum in located}
-
-    def _located(self, scales: Sequence[float]) -> list[Optimum]:
-        return [self.optima[scale] for scale in scales if scale in self.optima]
+        self.allowance = limits.allowance * self.noise.t_inflation(limits.allowance)
+        self.optima = {o.curve.scale: o for o in locate_optima(present, self.noise, self.allowance)}
 
     def name(self, scale: float) -> str:
         """A scale in words: ``width 288``."""
         return f"{self.labels.get('scale', 'scale')} {scale:.12g}"
 
-    def compare(self, scale: float, proxy: float, good: Sequence[float] = ()) -> ScaleVerdict:
-        """One scale against the proxy's best point; ``good``: a basin in which the place does not matter."""
-        optimum, proxy_optimum = self.optima.get(scale), self.optima.get(proxy)
-        if proxy_optimum is None:
-            return ScaleVerdict(scale, "undecided", "every run diverged at the proxy", optimum)
-        carried = proxy_optimum.curve.best.hp
-        if optimum is None:
-            curve = self.found[scale]
-            assert curve is None
-            return ScaleVerdict(scale, "disagrees", "every run diverged", None, regret=math.inf)
-        sign = 1.0 if self.lower_is_better else -1.0
-        best = optimum.curve.best
-        at, regret, noise = self._regret(optimum, carried)
-        entry = ScaleVerdict(
-            scale,
-            "proxy" if scale == proxy else "undecided",
-            "",
-            optimum,
-            best_hp=best.hp,
-            best_score=sign * best.mean,
-            score_at_proxy_best=None if at is None else sign * at,
-            regret=regret,
-            regret_noise=noise,
-        )
-        status, why = self._status(entry, optimum, proxy_optimum, good)
-        return replace(entry, status=status, why=why)
+    def as_good(self, curve: ScaleCurve, point: GridPoint | None) -> bool:
+        """Whether a stable point cannot be told from the best one of its scale."""
+        if point is None or not point.stable:
+            return False
+        return curve.excess(point) <= self.allowance * self.noise.standard_error(point, curve.best)
 
-    def _regret(self, optimum: Optimum, hp: float) -> tuple[float | None, float | None, float | None]:
-        """(score at ``hp``, regret, its standard error); infinite if ``hp`` diverges here, None if unknown."""
-        curve = optimum.curve
-        point = curve.point(hp)
-        if point is not None and not point.stable:
-            return None, math.inf, None
-        if point is not None:
-            return point.mean, curve.excess(point), self.noise.standard_error(point, curve.best)
-        if optimum.parabola is not None and curve.stable[0].hp <= hp <= curve.stable[-1].hp:
-            # Between measured points: the parabola near the optimum, the straight line where the parabola is off.
-            line = float(np.interp(hp, [p.hp for p in curve.stable], [p.mean for p in curve.stable]))
-            at = min(line, max(optimum.parabola(hp), curve.best.mean))
-            return at, difference(at, curve.best.mean), self.noise.sd * math.sqrt(2 / len(curve.best.scores))
-        unstable = [p.hp for p in curve.points if not p.stable]
-        beyond = any(curve.best.hp < u <= hp or hp <= u < curve.best.hp for u in unstable)
-        return None, math.inf if beyond else None, None
-
-    def _status(
-        self, entry: ScaleVerdict, optimum: Optimum, proxy_optimum: Optimum, good: Sequence[float]
-    ) -> tuple[Status, str]:
-        curve = optimum.curve
-        best, carried = power(curve.best.hp), power(proxy_optimum.curve.best.hp)
-        if entry.regret == math.inf:
-            return "disagrees", f"the proxy's best {carried} diverges; the best here is {best}"
-        if entry.regret is None:
-            return "undecided", f"the proxy's best {carried} was not measured; add it to the values tried here"
-        cost = f"the proxy's best {carried} costs {regret_text(entry.regret, entry.regret_relative)} more than {best}"
-        noise = entry.regret_noise or 0.0
-        clear = not at_most(entry.regret, self.allowance * noise, curve.best.mean)
-        small = entry.small(self.limits)
-        gap = np.percentile(optimum.draws - proxy_optimum.draws, [50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL)])
-        apart = not gap[0] <= 0 <= gap[1]
-        hidden = self._hidden(curve)
-        if clear and not small and not hidden and (apart or not _neighbours(curve, proxy_optimum.curve.best.hp)):
-            return "disagrees", cost + (f" (standard error {noise:.2g})" if noise else "")
-        if (count := len(curve.stable)) < MIN_POINTS:
-            points = f"{count} stable point{'s' if count > 1 else ''}"
-            return "undecided", f"only {points} next to each other; at least {MIN_POINTS} are needed"
-        if optimum.open:
-            end, where = ("below", "lowest") if curve.low == "open" else ("above", "highest")
-            known = f"{cost}, and " if entry.regret else ""
-            return "undecided", f"{known}the best point {best} is the {where} that was tried; measure {end} it"
-        if hidden:
-            return "undecided", f"noise (sd {self.noise.sd:.3g}) hides what the value does; run more seeds or values"
-        if entry.status == "proxy":
-            return "proxy", f"the proxy's best is {best}"
-        if small:
-            return "agrees", cost if entry.regret else f"the proxy's best {carried} is the best here too"
-        if clear:
-            return "undecided", f"{cost}, its neighbour, though the optima coincide; try values between"
-        if apart and not any(math.isclose(proxy_optimum.curve.best.hp, hp, abs_tol=SAME_HP) for hp in good):
-            return (
-                "undecided",
-                f"{cost}, not clearly above the noise (standard error {noise:.2g}), but the optima lie apart",
-            )
-        return "agrees", f"{cost}, within the noise (standard error {noise:.2g})"
-
-    def _hidden(self, curve: ScaleCurve) -> bool:
-        """Whether noise could make half of all the differences between values that were seen at this scale."""
-        seen = [point.mean for point in curve.points if point.stable]
+    def hidden(self, curve: ScaleCurve) -> bool:
+        """Whether noise could make half of all the differences between values that were measured at this scale."""
+        means = [point.mean for point in curve.points if point.stable]
         # Residuals hold misfit beside noise, so theirs is not made larger still for the few of them.
         errors = self.allowance if self.noise.source == "seeds" else self.limits.allowance
         noise = errors * self.noise.sd * math.sqrt(2 / len(curve.best.scores))
-        return not at_most(noise, (max(seen) - min(seen)) / 2, curve.best.mean)
+        return not at_most(noise, (max(means) - min(means)) / 2, curve.best.mean)
 
-    def drift(self, scales: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
-        """Weighted slope of log2 optimum against log2 scale, with its bootstrap interval."""
-        optima = self._located(scales)
-        if len(optima) < 2:
-            return None, None
-        x = np.log2([optimum.curve.scale for optimum in optima])
-        weight = 1 / (np.array([optimum.draws.var() for optimum in optima]) + 1e-12)
-        centred = weight * (x - np.average(x, weights=weight))
-        operator = centred / (centred @ x)
-        draws = operator @ np.stack([optimum.draws for optimum in optima])
-        drift = float(operator @ np.array([optimum.at for optimum in optima]))
-        low, high = np.percentile(draws, [50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL)])
-        return drift, (min(float(low), drift), max(float(high), drift))
+    def regret(self, optimum: Optimum, hp: float) -> tuple[float | None, float | None, float | None]:
+        """(score at ``hp``, regret, its standard error), Eq. 16; infinite if ``hp`` diverges here, None if unknown."""
+        curve, parabola, point = optimum.curve, optimum.parabola, optimum.curve.point(hp)
+        if point is not None and point.stable:
+            return point.mean, curve.excess(point), self.noise.standard_error(point, curve.best)
+        if point is None and parabola is not None and curve.stable[0].hp <= hp <= curve.stable[-1].hp:
+            # Between measured points: the parabola near the optimum, the straight line where the parabola is off.
+            line = float(np.interp(hp, [p.hp for p in curve.stable], [p.mean for p in curve.stable]))
+            score = min(line, max(parabola(hp), curve.best.mean))
+            return score, difference(score, curve.best.mean), self.noise.sd * math.sqrt(2 / len(curve.best.scores))
+        unstable = [p.hp for p in curve.points if not p.stable]
+        diverges = any(curve.best.hp < u <= hp or hp <= u < curve.best.hp for u in unstable)
+        return None, math.inf if diverges else None, None
 
-    def judge_drift(
-        self, scales: Sequence[float], drift: float | None, interval: tuple[float, float] | None, good: Sequence[float]
-    ) -> tuple[list[str], list[str], list[str]]:
-        """Sentences that say no, that leave it open, and that are fine."""
-        if drift is None or interval is None:
-            return [], [], []
-        limit, optima = self.drift_limit(scales), self._located(scales)
-        said = f"the optimum drifts by {drift:+.2f} octaves per octave (95 % interval {interval[0]:+.2f} to "
-        said += f"{interval[1]:+.2f}; limit {limit:.2g})"
-        if beyond(interval[0], limit) or beyond(-interval[1], limit):
-            if _bound(optima, drift):
-                return [], [f"{said}, but the open optimum may change that"], []
-            if any(self._hidden(optimum.curve) for optimum in optima):
-                return [], [f"{said}, but noise hides what the value does"], []
-            return [said], [], []
-        span = math.log2(max(scales) / min(scales))
-        tried = min(optimum.curve.reach for optimum in optima)
-        doubt = ""
-        if (interval[1] - interval[0]) / 2 * span > self.limits.max_blur * tried:
-            doubt = "too uncertain; run more seeds, or more values near the optimum"
-        elif beyond(abs(drift), limit) and not interval[0] <= 0 <= interval[1]:
-            doubt = "not clearly within the limit; run more seeds, scales or values"
-        if doubt and good:
-            flat = f"{power(good[0])} to {power(good[-1])} cannot be told from the best at any scale"
-            return [], [], [f"{said}, but {flat}, so the place of the optimum within does not matter"]
-        return ([], [f"{said}: {doubt}"], []) if doubt else ([], [], [said])
-
-    def drift_limit(self, scales: Sequence[float]) -> float:
-        """``max_drift``; over less than an octave of scale it holds for the whole way, not per octave."""
-        span = math.log2(max(scales) / min(scales))
-        return self.limits.max_drift / min(span, 1.0) if span else self.limits.max_drift
-
-    def indistinguishable(self, scales: Sequence[float]) -> list[float]:
-        """Values that at every scale cannot be told from the best, if there are three or more: a flat basin."""
+    def flat_basin(self, scales: Sequence[float]) -> list[float]:
+        """Values that at every scale cannot be told from the best, if there are three or more."""
         if any(scale not in self.optima for scale in scales):
             return []
-        basins_here = [self.optima[scale].curve for scale in scales]
-        good = [
-            point.hp
-            for point in basins_here[0].stable
-            if all(
-                (other := curve.point(point.hp)) is not None
-                and other.stable
-                and curve.excess(other) <= self.allowance * self.noise.standard_error(other, curve.best)
-                for curve in basins_here
-            )
-        ]
-        return good if len(good) >= MIN_POINTS else []
+        curves = [self.optima[scale].curve for scale in scales]
+        hps = [point.hp for point in curves[0].stable]
+        hps = [hp for hp in hps if all(self.as_good(curve, curve.point(hp)) for curve in curves)]
+        return hps if len(hps) >= MIN_POINTS else []
 
-    def common(self, scales: Sequence[float]) -> float | None:
+    def best_common(self, scales: Sequence[float]) -> float | None:
         """The value measured and stable at all these scales with the lowest mean regret (relative where it can be)."""
         costs: dict[float, float] = {}
-        basins_here = [self.optima[scale].curve for scale in scales]
-        for candidate in basins_here[0].points:
-            points = [curve.point(candidate.hp) for curve in basins_here]
-            stable = [point for point in points if point is not None and point.stable]
-            if len(stable) == len(basins_here):
-                costs[candidate.hp] = sum(
-                    curve.excess(point) / (abs(curve.best.mean) or 1.0)
-                    for point, curve in zip(stable, basins_here, strict=True)
-                )
+        curves = [self.optima[scale].curve for scale in scales]
+        for hp in (point.hp for point in curves[0].points):
+            pairs = [(curve, p) for curve in curves if (p := curve.point(hp)) is not None and p.stable]
+            if len(pairs) == len(curves):
+                costs[hp] = sum(curve.excess(point) / (abs(curve.best.mean) or 1.0) for curve, point in pairs)
         # Costs are parts of scores, so they are the same where they differ by rounding of the scores.
         least = min(costs.values(), default=0.0)
-        return next((hp for hp, cost in costs.items() if at_most(cost, least, len(basins_here))), None)
+        return next((hp for hp, cost in costs.items() if at_most(cost, least, len(curves))), None)
 
-    def wider(self, scales: Sequence[float]) -> tuple[bool | None, tuple[tuple[float, float, float], ...]]:
-        """Whether at each value every larger scale is at least as good, noise aside; and where it is not."""
+    def larger_is_better(self, scales: Sequence[float]) -> tuple[bool | None, tuple[tuple[float, float, float], ...]]:
+        """Whether at each value every larger scale is at least as good, noise aside; and where it is not.
+
+        None where nothing was measured at two scales; else (log2 hp, smaller scale, larger scale) where it is not.
+        """
         compared, worse = 0, []
-        for small, large in itertools.pairwise(self._located(scales)):
-            for point in small.curve.points:
-                other = large.curve.point(point.hp)
+        for small, large in itertools.pairwise(self.optima[scale].curve for scale in scales if scale in self.optima):
+            for point in small.points:
+                other = large.point(point.hp)
                 if other is None or not point.stable:
                     continue
                 compared += 1
                 allowed = self.allowance * (self.noise.standard_error(point, other) if other.stable else 0.0)
                 if not other.stable or difference(other.mean, point.mean) > allowed:
-                    worse.append((point.hp, small.curve.scale, large.curve.scale))
+                    worse.append((point.hp, small.scale, large.scale))
         return (not worse if compared else None), tuple(worse)
 
 
-def beyond(drift: float, limit: float) -> bool:
-    """Whether a drift is above its limit by more than rounding of scores moves it."""
-    return drift > limit + _SAME_DRIFT
+class ScaleVerdict:
+    """One scale against the proxy's best value: what ``SCALE_RULES`` look at, and what they decide.
+
+    Scores have their own sign, hyperparameters are in log2 units; numbers are None where they are unknown.
+
+    status, why: what the first rule that holds says.  exception: whether the verdict over all scales leaves it out.
+    regret: score at the proxy's best value minus the best; infinite where that value diverges here.  regret_noise: its
+    standard error.  regret_relative: as a part of the best score's size.
+
+    small: the regret is within ``max_regret``, noise or not; no regret at all always is.  clear: it is above the noise.
+    hidden: noise hides what the value does.  apart: the interval of the optima's distance excludes 0 (Eq. 15).
+    neighbours: nothing was measured between the best value here and the proxy's.  flat: the proxy's best lies in a flat
+    basin.
+    """
+
+    def __init__(
+        self, evidence: Evidence, scale: float, proxy: float, flat_basin: Sequence[float] = (), exception: bool = False
+    ) -> None:
+        self.scale, self.exception, self.is_proxy = scale, exception, scale == proxy
+        self.optimum, proxy_optimum = evidence.optima.get(scale), evidence.optima.get(proxy)
+        self.best_hp: float | None = None
+        self.best_score: float | None = None
+        self.score_at_proxy_best: float | None = None
+        self.regret: float | None = None
+        self.regret_relative: float | None = None
+        self.regret_noise: float | None = None
+        self.proxy_diverged, self.small = proxy_optimum is None, True
+        if self.optimum is not None and proxy_optimum is not None:
+            self._compare(evidence, self.optimum, proxy_optimum, flat_basin)
+        elif proxy_optimum is not None:
+            self.regret, self.small = math.inf, False
+        self.status, self.why = decide(SCALE_RULES, self)
+
+    def _compare(self, evidence: Evidence, optimum: Optimum, proxy: Optimum, flat_basin: Sequence[float]) -> None:
+        self.curve, hp, sign = optimum.curve, proxy.curve.best.hp, 1.0 if evidence.lower_is_better else -1.0
+        best, size = self.curve.best, abs(self.curve.best.mean)
+        score, self.regret, self.regret_noise = evidence.regret(optimum, hp)
+        self.best_hp, self.best_score = best.hp, sign * best.mean
+        self.score_at_proxy_best = None if score is None else sign * score
+        self.regret_relative = None if self.regret is None or not size else self.regret / size
+        self.error, self.noise = self.regret_noise or 0.0, evidence.noise
+        self.small = self.regret is None or at_most(self.regret, evidence.limits.max_regret * size, size)
+        self.clear = self.regret is None or not at_most(self.regret, evidence.allowance * self.error, size)
+        self.hidden = evidence.hidden(self.curve)
+        low, high = percentile_interval(optimum.draws - proxy.draws)
+        self.apart = not low <= 0 <= high
+        low, high = sorted((best.hp, hp))
+        self.neighbours = not any(low + SAME_HP < point.hp < high - SAME_HP for point in self.curve.points)
+        self.flat = any(math.isclose(hp, value, abs_tol=SAME_HP) for value in flat_basin)
+        self.best, self.proxy_best = power(best.hp), f"the proxy's best {power(hp)}"
+        self.cost = f"{self.proxy_best} costs {regret_text(self.regret, self.regret_relative)} more than {self.best}"
+        self.cost_first = f"{self.cost}, and " if self.regret else ""
+        self.error_text = f" (standard error {self.error:.2g})" if self.error else ""
 
 
-def _neighbours(curve: ScaleCurve, hp: float) -> bool:
-    """Whether nothing was measured between the basin's best point and ``hp``."""
-    low, high = sorted((curve.best.hp, hp))
-    return not any(low + SAME_HP < point.hp < high - SAME_HP for point in curve.points)
+class DriftComparison:
+    """How the optimum moves over ``scales``, in what ``DRIFT_RULES`` look at; without a drift below two optima.
+
+    ``drift``: the weighted least squares slope of log2 optimum against log2 scale, with its bootstrap ``interval``
+    (Eqs. 17 and 18).  ``beyond``: the interval is wholly beyond the limit.  ``within``: the drift itself is not.
+    ``movable``: an open optimum, once found, could make the drift smaller.  ``hidden``: noise hides what the value
+    does at a scale.  ``blurred``: the optimum's path is uncertain by more than ``max_blur`` of the tried range.
+    """
+
+    def __init__(self, evidence: Evidence, scales: Sequence[float], flat_basin: Sequence[float] = ()) -> None:
+        self.drift: float | None = None
+        self.interval: tuple[float, float] | None = None
+        optima = [evidence.optima[scale] for scale in scales if scale in evidence.optima]
+        if len(optima) < 2:
+            return
+        x = np.log2([optimum.curve.scale for optimum in optima])
+        weight = 1 / (np.array([optimum.draws.var() for optimum in optima]) + 1e-12)
+        centred = weight * (x - np.average(x, weights=weight))
+        operator = centred / (centred @ x)
+        self.drift = drift = float(operator @ np.array([optimum.at for optimum in optima]))
+        self.interval = low, high = percentile_interval(operator @ np.stack([o.draws for o in optima]), drift)
+        # Over less than an octave of scale the limit holds for the whole way, not per octave.
+        octaves = math.log2(max(scales) / min(scales))
+        limit = evidence.limits.max_drift / min(octaves, 1.0)
+        self.beyond = max(low, -high) > limit + _SAME_DRIFT
+        self.within = abs(drift) <= limit + _SAME_DRIFT
+        turns = (x - x.mean()) * drift  # against these an open optimum has to lie
+        ends = [(optimum.curve.low, optimum.curve.high) for optimum in optima]
+        self.movable = any(
+            (below == "open" and turn > 0) or (above == "open" and turn < 0)
+            for (below, above), turn in zip(ends, turns, strict=True)
+        )
+        self.hidden = any(evidence.hidden(optimum.curve) for optimum in optima)
+        tried = min(optimum.curve.tried_range for optimum in optima)
+        self.blurred = (high - low) / 2 * octaves > evidence.limits.max_blur * tried
+        self.unclear = not self.within and not low <= 0 <= high
+        self.flat = f"{power(flat_basin[0])} to {power(flat_basin[-1])}" if flat_basin else ""
+        self.text = f"the optimum drifts by {drift:+.2f} octaves per octave (95 % interval {low:+.2f} to {high:+.2f}; "
+        self.text += f"limit {limit:.2g})"
 
 
-def regret_text(regret: float, relative: float | None) -> str:
+class Rule(NamedTuple):
+    """A row of a decision table: ``reason`` is a format string over the comparison ``c`` that ``holds`` looks at."""
+
+    condition: str
+    holds: Callable[[Any], bool]
+    status: Status
+    reason: str
+
+
+def decide(rules: Sequence[Rule], comparison: ScaleVerdict | DriftComparison) -> tuple[Status, str]:
+    """Status and reason of the first rule whose condition holds."""
+    rule = next(rule for rule in rules if rule.holds(comparison))
+    return rule.status, rule.reason.format(c=comparison)
+
+
+# fmt: off
+SCALE_RULES = (
+    Rule("every run diverged at the proxy", lambda c: c.proxy_diverged,
+         "undecided", "every run diverged at the proxy"),
+    Rule("every run diverged here", lambda c: c.optimum is None,
+         "disagrees", "every run diverged"),
+    Rule("the proxy's best diverges here", lambda c: c.regret == math.inf,
+         "disagrees", "{c.proxy_best} diverges; the best here is {c.best}"),
+    Rule("the proxy's best was not measured", lambda c: c.regret is None,
+         "undecided", "{c.proxy_best} was not measured; add it to the values tried here"),
+    Rule("regret above limit and noise, not hidden, and the optima are apart or values lie between them",
+         lambda c: c.clear and not c.small and not c.hidden and (c.apart or not c.neighbours),
+         "disagrees", "{c.cost}{c.error_text}"),
+    Rule("one stable point", lambda c: len(c.curve.stable) == 1,
+         "undecided", f"only 1 stable point next to each other; at least {MIN_POINTS} are needed"),
+    Rule("two stable points", lambda c: len(c.curve.stable) < MIN_POINTS,
+         "undecided", f"only 2 stable points next to each other; at least {MIN_POINTS} are needed"),
+    Rule("the lowest value is the best", lambda c: c.curve.low == "open",
+         "undecided", "{c.cost_first}the best point {c.best} is the lowest that was tried; measure below it"),
+    Rule("the highest value is the best", lambda c: c.curve.high == "open",
+         "undecided", "{c.cost_first}the best point {c.best} is the highest that was tried; measure above it"),
+    Rule("noise hides what the value does", lambda c: c.hidden,
+         "undecided", "noise (sd {c.noise.sd:.3g}) hides what the value does; run more seeds or values"),
+    Rule("the scale is the proxy", lambda c: c.is_proxy,
+         "proxy", "the proxy's best is {c.best}"),
+    Rule("no regret", lambda c: not c.regret,
+         "agrees", "{c.proxy_best} is the best here too"),
+    Rule("regret within the limit", lambda c: c.small,
+         "agrees", "{c.cost}"),
+    Rule("regret above limit and noise", lambda c: c.clear,
+         "undecided", "{c.cost}, its neighbour, though the optima coincide; try values between"),
+    Rule("the optima are apart, in no flat basin", lambda c: c.apart and not c.flat,
+         "undecided", "{c.cost}, not clearly above the noise (standard error {c.error:.2g}), but the optima lie apart"),
+    Rule("otherwise", lambda c: True,
+         "agrees", "{c.cost}, within the noise (standard error {c.error:.2g})"),
+)
+DRIFT_RULES = (
+    Rule("wholly beyond the limit, and an open optimum could make it smaller", lambda c: c.beyond and c.movable,
+         "undecided", "{c.text}, but the open optimum may change that"),
+    Rule("wholly beyond the limit, and noise hides what the value does at a scale", lambda c: c.beyond and c.hidden,
+         "undecided", "{c.text}, but noise hides what the value does"),
+    Rule("wholly beyond the limit", lambda c: c.beyond,
+         "disagrees", "{c.text}"),
+    Rule("uncertain or not clearly within the limit, in a flat basin", lambda c: c.flat and (c.blurred or c.unclear),
+         "agrees", "{c.text}, but {c.flat} cannot be told from the best at any scale, so the place of the optimum "
+                   "within does not matter"),
+    Rule("uncertain by more than a part of the tried range", lambda c: c.blurred,
+         "undecided", "{c.text}: too uncertain; run more seeds, or more values near the optimum"),
+    Rule("not clearly within the limit", lambda c: c.unclear,
+         "undecided", "{c.text}: not clearly within the limit; run more seeds, scales or values"),
+    Rule("otherwise", lambda c: True,
+         "agrees", "{c.text}"),
+)
+# fmt: on
+
+
+def regret_text(regret: float | None, relative: float | None) -> str:
     """A regret for people, with its share of the best score."""
+    if regret is None or math.isinf(regret):
+        return "unknown" if regret is None else "infinite"
     return f"{regret:.3g}" + ("" if relative is None else f" ({100 * relative:.1f} %)")
-
-
-def _bound(optima: Sequence[Optimum], drift: float) -> bool:
-    """Whether an open optimum, once found, could make the drift smaller."""
-    middle = float(np.mean([math.log2(optimum.curve.scale) for optimum in optima]))
-    for optimum in optima:
-        below, above = (side == "open" for side in (optimum.curve.low, optimum.curve.high))
-        turn = (math.log2(optimum.curve.scale) - middle) * drift
-        if (below and turn > 0) or (above and turn < 0):
-            return True
-    return False
 
 
 def power(hp: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megadit.tables import aligned
 from megadit.transfer.estimate import ScoreNoise
 from megadit.transfer.evidence import ScaleVerdict, power, regret_text
 from megadit.transfer.verdict import TransferVerdict
@@ -15,18 +16,14 @@ def format_verdict(verdict: TransferVerdict) -> str:
     """The verdict as text: title, table over scales, answer, reasons, what was noticed beside."""
     labels = verdict.labels
     scale = labels.get("scale", "scale")
-    rows: list[tuple[str, ...]] = [
-        (scale, "runs", "best", "score", "optimum (95 %)", "beyond best", "at proxy's best", "regret", "says")
-    ]
-    rows += [_row(entry) for entry in verdict.scales]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    lines = [_title(verdict), *table, ""]
+    header = (scale, "runs", "best", "score", "optimum (95 %)", "beyond best", "at proxy's best", "regret", "says")
+    table = aligned(header, [_row(entry) for entry in verdict.scales], left=len(header))
+    lines = [_title(verdict), table, ""]
     if verdict.drift is not None and verdict.drift_interval is not None:
         low, high = verdict.drift_interval
         lines.append(f"drift {verdict.drift:+.2f} octaves per octave (95 % {low:+.2f} to {high:+.2f})")
     if verdict.regret is not None:
-        lines.append(f"largest regret {_regret(verdict)}")
+        lines.append(f"largest regret {regret_text(verdict.regret, verdict.regret_relative)}")
     lines += [_noise(verdict.noise), _larger(verdict), ""]
     answer: str = verdict.verdict
     if answer == "transfers" and verdict.best_log2 is not None:
@@ -57,13 +54,16 @@ def _row(entry: ScaleVerdict) -> tuple[str, ...]:
         carried = "diverges"
     optimum = f"2^{entry.optimum.at:.2f} ({low:.2f} to {high:.2f})"
     best = power(entry.best_hp), f"{entry.best_score:.4g}"
-    return (name, runs, *best, optimum, ", ".join(edges), carried, _regret(entry), says)
-
-
-def _regret(judged: ScaleVerdict | TransferVerdict) -> str:
-    if judged.regret is None:
-        return "unknown"
-    return "infinite" if math.isinf(judged.regret) else regret_text(judged.regret, judged.regret_relative)
+    return (
+        name,
+        runs,
+        *best,
+        optimum,
+        ", ".join(edges),
+        carried,
+        regret_text(entry.regret, entry.regret_relative),
+        says,
+    )
 
 
 def _noise(noise: ScoreNoise) -> str:

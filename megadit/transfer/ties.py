@@ -41,29 +41,25 @@ def lowest(items: Iterable[T], key: Callable[[T], float]) -> T:
 
 def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Ranks from 0 up, (N,); the same scores share their mean rank, as do infinite ones of one sign."""
-    scores = np.asarray(values, dtype=float)
-    found = np.empty(len(scores))
-    group: list[int] = []
-    for index in np.argsort(scores, kind="stable").tolist():
-        if group and not _same(float(scores[index]), float(scores[group[0]])):
-            group = []
-        group.append(index)
-        found[group] = (scores < scores[group[0]]).sum() + (len(group) - 1) / 2
-    return found
+    from scipy.stats import rankdata
 
-
-def _same(a: float, b: float) -> bool:
-    return a == b or (math.isfinite(a) and math.isfinite(b) and difference(a, b) == 0.0)
+    first = _first_of_same(values, lambda a, b: a == b or (math.isfinite(a - b) and difference(a, b) == 0.0))
+    return np.asarray(rankdata([first[float(value)] for value in values])) - 1.0
 
 
 def same_hps(values: Iterable[float]) -> dict[float, float]:
     """Of log2 values that differ by rounding, the smallest stands for all: value -> the one that stands for it."""
-    found: dict[float, float] = {}
-    kept = -math.inf
-    for value in sorted(set(values)):
-        kept = value if value - kept > SAME_HP else kept
-        found[value] = kept
-    return found
+    return _first_of_same(values, lambda a, b: a - b <= SAME_HP)
+
+
+def _first_of_same(values: Iterable[float], same: Callable[[float, float], bool]) -> dict[float, float]:
+    """Each value -> the smallest of its group; values ascend, and one that is not the ``same`` opens the next group."""
+    firsts: dict[float, float] = {}
+    first = math.nan
+    for value in sorted({float(value) for value in values}):
+        first = value if not firsts or not same(value, first) else first
+        firsts[value] = first
+    return firsts
 
 
 def nearest(values: Iterable[float], log2: float | None) -> float | None:

@@ -154,10 +154,10 @@ def test_the_same_samples_give_the_same_draws_in_any_order():
 
 def test_points_that_diverge_far_beyond_do_not_widen_the_tried_range():
     nan = math.nan
-    assert one([3, 2, 1, 2, 3]).reach == 4
-    assert one([3, 2, 1, 2, nan]).reach == 4 == one([nan, 2, 1, 2, nan]).reach
-    assert one([3, 2, 1, 2, nan, nan, nan, nan]).reach == 4
+    assert one([3, 2, 1, 2, 3]).tried_range == 4
+    assert one([3, 2, 1, 2, nan]).tried_range == 4 == one([nan, 2, 1, 2, nan]).tried_range
+    assert one([3, 2, 1, 2, nan, nan, nan, nan]).tried_range == 4
     far = [RunScore(64.0, hp, 0, score) for hp, score in ((-9.0, 2.0), (-8.0, 1.0), (-7.0, 2.0), (3.0, nan))]
     (curve,) = scale_curves(far, True).values()
-    assert curve is not None and curve.reach == 3
-    assert one([nan, 1, nan]).reach == 0
+    assert curve is not None and curve.tried_range == 3
+    assert one([nan, 1, nan]).tried_range == 0

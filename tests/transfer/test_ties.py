@@ -83,7 +83,7 @@ def test_a_regret_of_the_limit_in_decimals_is_small() -> None:
     """.505 - .5 is more than .01 * .5 in binary; the paper's tables and people's are decimal."""
     assert 0.505 - 0.5 > 0.01 * 0.5
     verdict = judge(rows([[0.53, 0.5, 0.505, 0.53], [0.53, 0.505, 0.5, 0.53], [0.53, 0.505, 0.5, 0.53]]))
-    assert all(scale.small(verdict.limits) for scale in verdict.scales)
+    assert all(scale.small for scale in verdict.scales)
 
 
 def test_values_that_differ_by_rounding_are_one_value() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
 from megadit.errors import UserError, say
+from megadit.files.json_text import null_nonfinite
 from megadit.files.text import has_lone_surrogate
 from megadit.train.callbacks.base import Callback, Record, due
 
@@ -103,21 +103,12 @@ class JsonLines(RecordCallback):
     def on_log(self, run: TrainingRun, record: Record) -> None:
         """Append the record."""
         if self._file is not None:
-            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            self._file.write(json.dumps(null_nonfinite(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-
-
-def _finite(value: Any) -> Any:
-    """The record with null for inf and nan, which JSON does not know (a norm that overflowed under fp16)."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scalars(record: Record) -> dict[str, float]:
