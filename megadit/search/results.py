@@ -24,7 +24,7 @@ class TrialResult:
 
     number: int
     variant: str
-    scale: float | None
+    scale: int | float | None
     hps: dict[str, Any]
     seed: int
     outcome: str

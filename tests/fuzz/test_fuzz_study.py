@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -181,4 +182,4 @@ def test_signs_of_life(effort: str, tmp_path: Path) -> None:
         assert all(worker.label for worker in beats.living(60.0))
         beats.clear_dead()
 
-    hunt(effort, odd_json([this_worker().to_json()]), read)
+    hunt(effort, odd_json([asdict(this_worker())]), read)

@@ -15,7 +15,7 @@ def open_cell(study: Study, storage: Any, name: str, create: bool) -> Any:
     """The optuna study called ``name``; made if there is none and ``create`` is set, else None."""
     import optuna
 
-    # Points are planned, so no sampler draws from this one; TPE's is made per claim.
+    # Points are planned, so nothing is drawn from this sampler; TPE's is made per claim.
     settings: dict[str, Any] = {"sampler": optuna.samplers.RandomSampler(seed=0), "pruner": _pruner(study.spec.pruning)}
     try:
         return optuna.load_study(study_name=name, storage=storage, **settings)
@@ -42,18 +42,19 @@ def shown_distributions(study: Study) -> dict[str, Any]:
     return {dimension.key: dimension.distribution() for dimension in study.space.dimensions if dimension.numeric}
 
 
-def ask_tpe(study: Study, cell: Any, storage: Any, frozen: Any) -> dict[str, Any]:
-    """A point from TPE for the optuna trial ``frozen``, given all that is known now.
+def suggest_by_tpe(study: Study, cell: Any, storage: Any, trial_id: int) -> dict[str, Any]:
+    """A point from TPE for a trial of the optuna study ``cell``, given all that is known now.
 
-    The draw is keyed by the trial, not by the worker that asks.
+    The draw is keyed by the trial, not by the worker that claims it.
     """
     import optuna
 
-    seed = stream_key(study.spec.sampler_seed, "search", "tpe", frozen.number) % 2**32
+    seed = stream_key(study.spec.sampler_seed, "search", "tpe", storage.get_trial(trial_id).number) % 2**32
     sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    asking = optuna.load_study(study_name=cell.study_name, storage=storage, sampler=sampler)
-    trial = optuna.trial.Trial(asking, frozen._trial_id)
-    params = {key: _suggest(trial, key, kind) for key, kind in study.space.distributions().items()}
+    trial = optuna.trial.Trial(
+        optuna.load_study(study_name=cell.study_name, storage=storage, sampler=sampler), trial_id
+    )
+    params = {key: _suggest(trial, key, distribution) for key, distribution in study.space.distributions().items()}
     return study.space.from_optuna(params)
 
 
@@ -63,5 +64,5 @@ def _suggest(trial: Any, key: str, distribution: Any) -> Any:
 
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(key, distribution.choices)
-    kind = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return kind(key, distribution.low, distribution.high, log=distribution.log)
+    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    return suggest(key, distribution.low, distribution.high, log=distribution.log)

@@ -7,17 +7,19 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 from megadit.files.json_text import parse_json
 from megadit.files.owner_file import start_of, view_of_processes
 from megadit.train.run_dir import write_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class WorkerId:
     """One worker process (rank 0, where it has several)."""
 
@@ -30,19 +32,6 @@ class WorkerId:
     def label(self) -> str:
         """The stem of its files in ``workers/``."""
         return f"{self.host}-{self.pid}"
-
-    def to_json(self) -> dict[str, Any]:
-        """As stored beside a running trial."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> WorkerId:
-        """The inverse of ``to_json``. Raises TypeError for what is not what it gave."""
-        found = cls(**values)
-        texts = (found.host, found.place, found.started)
-        if not all(isinstance(text, str) for text in texts) or type(found.pid) is not int:
-            raise TypeError(f"a worker is stored as {dict(values)!r}"[:200])
-        return found
 
     @property
     def is_here(self) -> bool:
@@ -77,7 +66,7 @@ class Heartbeats:
         """Refresh the file of ``worker`` from a thread as long as the block runs; remove it afterwards."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file, stop = self._file(worker), threading.Event()
-        write_json(file, worker.to_json())
+        write_json(file, asdict(worker))
 
         def beat() -> None:
             while not stop.wait(every_s):
@@ -105,20 +94,20 @@ class Heartbeats:
 
     def living(self, stale_after_s: float) -> list[WorkerId]:
         """The workers that have a file and are not dead."""
-        return [worker for worker in self._seen() if not self.is_dead(worker, stale_after_s)]
+        return [worker for worker in self._recorded() if not self.is_dead(worker, stale_after_s)]
 
     def clear_dead(self) -> None:
         """Remove what killed workers of this host left."""
-        for worker in self._seen():
+        for worker in self._recorded():
             if worker.is_here and not worker.is_running:
                 with contextlib.suppress(OSError):
                     self._file(worker).unlink(missing_ok=True)
 
-    def _seen(self) -> Iterator[WorkerId]:
+    def _recorded(self) -> Iterator[WorkerId]:
         """The workers that have a file."""
         for file in sorted(self.folder.glob("*.alive")):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                yield WorkerId.from_json(parse_json(file.read_bytes()))
+                yield WorkerId(**parse_json(file.read_bytes()))
 
     def _now(self) -> float:
         """The file system's clock; read-only folders fall back to this host's."""

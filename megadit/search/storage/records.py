@@ -1,33 +1,136 @@
-"""What a study's storage holds of a trial: a claim on it, the starts it has had, and its result."""
+"""What the database of a study holds of a trial, as records; the names of its attributes are known here alone.
+
+A trial of the plan is one or more optuna trials, one per attempt: an attempt whose worker died stays as a failed trial,
+and a new one with the same number is enqueued after it. The last attempt says how the trial stands. What optuna has no
+field for is in the user attributes of each attempt:
+
+- enqueued: those of ``EnqueuedTrial``;
+- claimed: ``worker`` and, under sampler tpe, the point drawn for it as ``hps``;
+- lost (its worker died or gave it back): ``lost``, the reason, and ``uncounted`` where it does not count as a failure;
+- finished: ``result``.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
-from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, StudyResults, TrialResult
+import pydantic.dataclasses
+from pydantic import BeforeValidator, ConfigDict, ValidationError
+
+from megadit.search.results import StudyResults, TrialResult
 from megadit.search.storage.identity import WorkerId
 from megadit.search.study.plan import PlannedTrial
 
+_STRICT = ConfigDict(strict=True, extra="forbid")
 
-@dataclass(frozen=True)
-class ClaimedTrial:
-    """A trial that a worker is to run; ``attempt`` counts from 1. ``trial_id`` is optuna's."""
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EnqueuedTrial:
+    """What identifies a trial and its run; ``attempt`` counts from 1. ``key`` and ``number`` are those of its plan."""
 
     number: int
-    attempt: int
+    key: str
     variant: str
-    scale: int | None
+    scale: int | None = None
     hps: dict[str, Any]
     seed: int
+    attempt: int = 1
+
+    @classmethod
+    def of_plan(cls, planned: PlannedTrial, number: int) -> EnqueuedTrial:
+        """The first attempt at a trial of the plan; it keeps ``number`` when the plan grows."""
+        cell, hps = planned.cell, dict(planned.hps)
+        return cls(number=number, key=planned.key, variant=cell.variant, scale=cell.scale, hps=hps, seed=planned.seed)
+
+    def attributes(self, attempt: int) -> dict[str, Any]:
+        """The user attributes with which an attempt is enqueued, in the order in which they are stored."""
+        return {field.name: getattr(self, field.name) for field in fields(EnqueuedTrial)} | {"attempt": attempt}
+
+
+def _by_step(horizons: dict[str, Any]) -> dict[int, Any]:
+    return {int(step): scores for step, scores in horizons.items()}  # JSON has texts for keys
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class _StoredResult(TrialResult):
+    """A result whose values are held against their types."""
+
+    outcome: Literal["complete", "diverged", "pruned", "failed"]
+    horizons: Annotated[dict[int, dict[str, float | None]], BeforeValidator(_by_step)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrialAttempt(EnqueuedTrial):
+    """One attempt at a trial; ``trial_id``, ``state`` (a name of optuna's), ``started`` and ``params`` are optuna's."""
+
+    worker: WorkerId | None = None
+    lost: str | None = None
+    uncounted: bool = False
+    result: TrialResult | None = None
     trial_id: int
+    state: str
+    started: datetime | None
+    params: dict[str, Any]
+
+    @classmethod
+    def of(cls, trial: Any) -> TrialAttempt:
+        """The record in one of optuna's frozen trials.
+
+        Raises:
+            ValueError, TypeError: an attribute is not what was stored; a ValueError names trial and field.
+        """
+        values = {key: value for key, value in trial.user_attrs.items() if key in cls.__dataclass_fields__}
+        values |= {"trial_id": trial._trial_id, "state": trial.state.name, "started": trial.datetime_start}
+        try:
+            if "worker" in values:
+                values["worker"] = WorkerId(**values["worker"])
+            if "result" in values:
+                values["result"] = TrialResult(**vars(_StoredResult(**{"scale": None, **values["result"]})))
+            return cls(**values, params=trial.params)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ValueError(f"trial {values.get('number')}: {field}: {first['msg']}") from None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is enqueued and no worker has claimed it."""
+        return self.state == "WAITING"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a worker is said to run it and no result is stored."""
+        return self.state == "RUNNING" and self.result is None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it ended without a result."""
+        return self.state not in ("WAITING", "RUNNING") and self.result is None
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it was started."""
+        return 0.0 if self.started is None else max(0.0, time.time() - self.started.timestamp())
+
+
+def lost_attempts(attempts: Sequence[TrialAttempt]) -> int:
+    """How many of a trial's attempts were lost and count as failures, since its last result."""
+    count = 0
+    for attempt in attempts:
+        if attempt.result is not None:
+            count = 0
+        elif attempt.lost is not None and not attempt.uncounted:
+            count += 1
+    return count
 
 
 @dataclass(frozen=True)
 class RunningTrial:
-    """A trial that is being run, by whom and since when (seconds)."""
+    """A trial that is being run: the label of its worker, and for how many seconds."""
 
     number: int
     variant: str
@@ -42,137 +145,3 @@ class StudySnapshot:
 
     results: StudyResults
     running: tuple[RunningTrial, ...]
-
-
-@dataclass
-class TrialHistory:
-    """All starts of one trial, as optuna's frozen trials, in order."""
-
-    starts: list[Any]
-
-    @property
-    def last(self) -> Any:
-        """The last start, which says how the trial stands."""
-        return self.starts[-1]
-
-    @property
-    def number(self) -> int:
-        """The planned number; kept when the plan grows."""
-        return int(self.last.user_attrs["number"])
-
-    @property
-    def outcome(self) -> str | None:
-        """How the trial ended; None while it has not."""
-        if "result" not in self.last.user_attrs:
-            return None
-        return str(self.last.user_attrs["result"]["outcome"])
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it is queued."""
-        return bool(self.last.state.name == "WAITING")
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a worker is said to run it and no result is stored."""
-        return self.last.state.name == "RUNNING" and self.outcome is None
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether its last start ended without a result."""
-        return self.last.state.is_finished() and self.outcome is None
-
-    @property
-    def lost_attempts(self) -> int:
-        """Starts that were lost and count, since the last result."""
-        count = 0
-        for trial in self.starts:
-            if "result" in trial.user_attrs:
-                count = 0
-            elif "lost" in trial.user_attrs and "uncounted" not in trial.user_attrs:
-                count += 1
-        return count
-
-    def running(self) -> RunningTrial:
-        """Who runs it; it must be running."""
-        attrs, start = self.last.user_attrs, self.last.datetime_start
-        label = WorkerId.from_json(attrs["worker"]).label if "worker" in attrs else "?"
-        seconds = 0.0 if start is None else max(0.0, time.time() - start.timestamp())
-        return RunningTrial(self.number, attrs["variant"], attrs["scale"], label, seconds)
-
-    def result(self) -> TrialResult:
-        """The result; there must be one."""
-        return restored(self.last.user_attrs["result"])
-
-
-def attributes(planned: PlannedTrial, number: int) -> dict[str, Any]:
-    """What identifies a trial, as stored beside each of its starts."""
-    return {
-        "number": number,
-        "key": planned.key,
-        "variant": planned.cell.variant,
-        "scale": planned.cell.scale,
-        "hps": dict(planned.hps),
-        "seed": planned.seed,
-    }
-
-
-_NUMBER = (int, float)
-_START = {"number": int, "variant": str, "seed": int, "hps": dict}
-_RESULT: dict[str, type | tuple[type, ...]] = {
-    "number": int, "variant": str, "hps": dict, "seed": int, "outcome": str, "scores": dict, "horizons": dict,
-    "steps": int, "global_batch": int, "parameters": int, "flops": _NUMBER, "seconds": _NUMBER, "overhead_s": _NUMBER,
-    "reason": str, "run_dir": str, "attempts": int,
-}  # fmt: skip
-_OUTCOMES = (COMPLETE, DIVERGED, PRUNED, FAILED)
-
-
-def check_start(attrs: Mapping[str, Any]) -> None:
-    """Whether what is stored of a start of a trial is what ``attributes``, ``stored`` and a worker's claim wrote.
-
-    Raises:
-        ValueError: it is not; what is wrong is named.
-    """
-    trial = f"trial {attrs.get('number')}"
-    _check(attrs, _START, trial)
-    if "worker" in attrs:
-        WorkerId.from_json(attrs["worker"])
-    if "lost" in attrs:
-        _check(attrs, {"lost": str}, trial)
-    if "result" in attrs:
-        result = attrs["result"]
-        _check(result, _RESULT, f"the result of {trial}")
-        if result["outcome"] not in _OUTCOMES:
-            raise ValueError(f"the result of {trial} has the outcome {result['outcome']!r}")
-        if result.keys() - _RESULT.keys() - {"scale"}:
-            raise ValueError(f"the result of {trial} has keys that are not known")
-        for step, scores in {"0": result["scores"], **result["horizons"]}.items():
-            if not step.isdecimal() or not isinstance(scores, dict) or not all(map(_is_score, scores.values())):
-                raise ValueError(f"the result of {trial} has scores that are no numbers")
-
-
-def _check(values: Any, wanted: Mapping[str, type | tuple[type, ...]], what: str) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{what} is no object")
-    for key, kind in wanted.items():
-        if not isinstance(values.get(key), kind) or isinstance(values[key], bool):
-            raise ValueError(f"{key} of {what} is {values.get(key)!r}")
-    if not (values.get("scale") is None or isinstance(values["scale"], _NUMBER)):
-        raise ValueError(f"scale of {what} is {values['scale']!r}")
-
-
-def _is_score(value: Any) -> bool:
-    return value is None or (isinstance(value, _NUMBER) and not isinstance(value, bool))
-
-
-def stored(result: TrialResult) -> dict[str, Any]:
-    """The result as JSON values."""
-    values = asdict(result)
-    values["horizons"] = {str(step): scores for step, scores in result.horizons.items()}
-    return values
-
-
-def restored(values: Mapping[str, Any]) -> TrialResult:
-    """The inverse of ``stored``."""
-    horizons = {int(step): scores for step, scores in values["horizons"].items()}
-    return TrialResult(**{"scale": None, **values, "horizons": horizons})

@@ -26,7 +26,7 @@ from megadit.models import count_parameters
 from megadit.parallel import ProcessContext
 from megadit.plan import training_flops
 from megadit.search.results import COMPLETE, DIVERGED, FAILED, PRUNED, TrialResult
-from megadit.search.storage.records import ClaimedTrial
+from megadit.search.storage.records import TrialAttempt
 from megadit.search.study.study import Study
 from megadit.search.workers import scores
 from megadit.train.callbacks import Callback, Record, RunStopped, make_callbacks
@@ -100,7 +100,7 @@ class TrialCallback(Callback):
 
 
 def run_trial(
-    study: Study, claim: ClaimedTrial, context: ProcessContext, datasets: Datasets, judge: TrialHooks, began: float
+    study: Study, claim: TrialAttempt, context: ProcessContext, datasets: Datasets, judge: TrialHooks, began: float
 ) -> TrialResult | None:
     """Train the claimed trial on all ranks and give its result on rank 0 (its own on the others means nothing).
 
@@ -167,7 +167,7 @@ def _collect() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _result(study: Study, claim: ClaimedTrial, job: TrainingJob, watch: TrialCallback, code: int) -> TrialResult:
+def _result(study: Study, claim: TrialAttempt, job: TrainingJob, watch: TrialCallback, code: int) -> TrialResult:
     """The outcome and scores of a run that ended by itself or was pruned."""
     config, spec = job.config, study.spec
     rows = RunDirectory(job.run_dir).read_metrics()

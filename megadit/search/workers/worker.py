@@ -29,7 +29,7 @@ from megadit.train.preemption import stop_handling_signals
 
 if TYPE_CHECKING:
     from megadit.parallel import ProcessContext
-    from megadit.search.storage.records import ClaimedTrial
+    from megadit.search.storage.records import TrialAttempt
 
 STOP = "stop"  # the flag file of a study directory; its text says whether running trials end too
 NOW, AFTER = "now", "after the running trial"
@@ -131,7 +131,7 @@ class Worker:
         stack.enter_context(self._store.heartbeats.beating(self._me, every))
         _say(f"worker {self._me.label} joins study {self.study.spec.name} in {self.study.folder}")
 
-    def _next(self) -> tuple[str, ClaimedTrial | None]:
+    def _next(self) -> tuple[str, TrialAttempt | None]:
         """On rank 0: ("run", claim), "wait" while others run the last trials, "stop" or "end"."""
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
@@ -155,7 +155,7 @@ class Worker:
         flag = self.study.folder / STOP
         return f"stopped by launch/sweep.py stop; the next run goes on, as do workers once {flag} is removed"
 
-    def _run(self, claim: ClaimedTrial) -> None:
+    def _run(self, claim: TrialAttempt) -> None:
         began = self._began
         if self.context.is_main:
             _say(f"trial {claim.number} begins: {describe(claim)}")
@@ -181,7 +181,7 @@ class Worker:
         else:
             _say(f"trial {claim.number} had been given to another worker; its result is dropped")
 
-    def _is_over(self, claim: ClaimedTrial) -> bool:
+    def _is_over(self, claim: TrialAttempt) -> bool:
         """Asked at every logged step: a flag, a signal, or (looked up now and then) the trial is another's."""
         if self.interrupt.now:
             return True
@@ -191,7 +191,7 @@ class Worker:
         return not self._store.owns(claim, self._me)
 
 
-def describe(claim: ClaimedTrial) -> str:
+def describe(claim: TrialAttempt) -> str:
     """A claim in words: variant, scale, hyperparameters, seed and, after a lost start, the attempt."""
     scale = "" if claim.scale is None else f"scale {claim.scale}"
     attempt = f"attempt {claim.attempt}" if claim.attempt > 1 else ""

@@ -9,7 +9,7 @@ import yaml
 
 from helpers.training import BASE
 from megadit.search.results import TrialResult
-from megadit.search.storage.records import ClaimedTrial
+from megadit.search.storage.records import TrialAttempt
 from megadit.search.study.study import Study, load_study
 
 TINY: dict[str, Any] = {
@@ -41,7 +41,7 @@ def _lists(value: Any) -> Any:
     return [_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def result_for(claim: ClaimedTrial, loss: float | None = 1.0, outcome: str = "complete", **others: Any) -> TrialResult:
+def result_for(claim: TrialAttempt, loss: float | None = 1.0, outcome: str = "complete", **others: Any) -> TrialResult:
     """A result of the claimed trial, as if it had run."""
     values: dict[str, Any] = {
         "number": claim.number, "variant": claim.variant, "scale": claim.scale, "hps": claim.hps, "seed": claim.seed,

@@ -140,7 +140,7 @@ def test_what_died_between_storing_and_telling_has_ended(tmp_path, monkeypatch):
     store, me = StudyStore.create_or_open(tiny_study(tmp_path)), this_worker()
     claim = store.claim(me)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_tell", lambda *_: None)
+        patch.setattr(store, "_set_final_state", lambda *_: None)
         store.finish(claim, result_for(claim, 0.25), me)
     assert store.claim(me).number == 1
     assert store.snapshot().results.trials[0].scores == {"loss": 0.25}
@@ -198,7 +198,7 @@ def test_the_torn_line_of_a_killed_writer_is_dropped(tmp_path):
 def test_a_study_that_was_half_made_is_completed_by_who_joins(tmp_path, kind, monkeypatch):
     study = tiny_study(tmp_path, storage=kind)
     with monkeypatch.context() as patch:
-        patch.setattr(StudyStore, "_fill", lambda self: None)  # killed before the trials were queued
+        patch.setattr(StudyStore, "_enqueue_missing", lambda self: None)  # killed before the trials were queued
         StudyStore.create_or_open(study)
     assert StudyStore.join(study).claim(this_worker()).number == 0
 
@@ -267,8 +267,8 @@ def test_a_claim_without_owner_is_lost_after_a_while(tmp_path, monkeypatch):
     from optuna.trial import TrialState
 
     store = StudyStore.create_or_open(tiny_study(tmp_path))
-    first = next(iter(store._histories().values())).last
-    store._storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)  # and then its process died
+    first = store._last_attempts()[0]
+    store._storage.set_trial_state_values(first.trial_id, TrialState.RUNNING)  # and then its process died
     assert store.reclaim_stale() == []
     monkeypatch.setattr(store_module, "_UNOWNED_S", -1.0)
     assert store.reclaim_stale() == [0]

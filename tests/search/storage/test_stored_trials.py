@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState, create_trial
 
 from helpers.studies.handwritten import a_trial
 from megadit.search.storage.identity import WorkerId
-from megadit.search.storage.records import check_start, restored, stored
+from megadit.search.storage.records import TrialAttempt
 
-RESULT = stored(a_trial(3, 0.5, horizons={100: {"loss": 0.6}, 200: {"loss": None}}))
-WORKER = WorkerId("host", "place", 5, "1").to_json()
-START: dict[str, Any] = {
+TRIAL = a_trial(3, 0.5, scale=64, horizons={100: {"loss": 0.6}, 200: {"loss": None}})
+RESULT: dict[str, Any] = json.loads(json.dumps(asdict(TRIAL)))
+WORKER = asdict(WorkerId("host", "place", 5, "1"))
+ATTRIBUTES: dict[str, Any] = {
     "number": 3,
     "key": "k",
     "variant": "",
     "scale": None,
     "hps": {"optim.lr": 1.0},
     "seed": 0,
-    "attempt": 1,
+    "attempt": 2,
     "worker": WORKER,
     "result": RESULT,
 }
 
 
-def test_what_was_stored_passes() -> None:
-    check_start(START)
-    check_start({key: value for key, value in START.items() if key not in ("worker", "result")})
-    assert restored(RESULT) == a_trial(3, 0.5, horizons={100: {"loss": 0.6}, 200: {"loss": None}})
+def attempt_with(attributes: dict[str, Any]) -> TrialAttempt:
+    return TrialAttempt.of(create_trial(state=TrialState.FAIL, user_attrs=attributes))
+
+
+def test_what_was_stored_is_read_back() -> None:
+    attempt = attempt_with(ATTRIBUTES)
+    assert attempt.result == TRIAL and type(attempt.result.scale) is int
+    assert attempt.worker == WorkerId("host", "place", 5, "1") and (attempt.number, attempt.attempt) == (3, 2)
+    enqueued = {key: value for key, value in ATTRIBUTES.items() if key not in ("worker", "result")}
+    assert attempt_with(enqueued).attributes(2) == enqueued and attempt_with(enqueued).is_lost
+
+
+def test_attributes_of_other_programs_and_results_without_a_scale_are_read() -> None:
+    without = {key: value for key, value in RESULT.items() if key != "scale"}
+    result = attempt_with({**ATTRIBUTES, "note": "x", "result": without}).result
+    assert result is not None and result.scale is None
 
 
 @pytest.mark.parametrize(
@@ -45,9 +61,9 @@ def test_what_was_stored_passes() -> None:
         ("worker", {**WORKER, "pid": "../self"}),
     ],
 )
-def test_a_start_that_nobody_stored(key: str, value: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match=r"trial|is no object|worker|WorkerId"):
-        check_start({**START, key: value})
+def test_attributes_that_nobody_stored(key: str, value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=rf"^trial .*: ({key}|place|pid|lost): |mapping"):
+        attempt_with({**ATTRIBUTES, key: value})
 
 
 @pytest.mark.parametrize(
@@ -67,5 +83,5 @@ def test_a_start_that_nobody_stored(key: str, value: Any) -> None:
     ],
 )
 def test_a_result_that_nobody_stored(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="trial 3"):
-        check_start({**START, "result": {**RESULT, key: value}})
+    with pytest.raises(ValueError, match=rf"^trial 3: {key}\b"):
+        attempt_with({**ATTRIBUTES, "result": {**RESULT, key: value}})

@@ -250,8 +250,8 @@ def test_a_worker_that_lost_its_trial_drops_it(tmp_path, monkeypatch):
     def owns(self, claim, worker):
         if not lost.exists():  # another worker takes it for dead
             lost.touch()
-            self._lose(claim.trial_id, "its worker died", counts=True)
-            self._fill()
+            self._mark_lost(claim.trial_id, "its worker died", counts=True)
+            self._enqueue_missing()
         return plain(self, claim, worker)
 
     monkeypatch.setattr(StudyStore, "owns", owns)
