@@ -24,7 +24,7 @@ from megadit.files.file_kind import file_instead
 
 FILES = {"sqlite": "study.db", "journal": "journal.log"}
 _BUSY_S = 120  # how long SQLite waits for another reader or writer
-_MOST_SAID = 200  # letters of an error of optuna's, which may quote a whole record
+_ERROR_CHARS = 200  # of an error of optuna's, which may quote a whole record
 _BROKEN_AFTER_S = 30  # a lock file this old, on a shared file system, belongs to a holder that was killed
 
 
@@ -42,6 +42,7 @@ def study_lock(folder: Path, kind: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _host_lock(path: Path) -> Iterator[None]:
+    # Not filelock's: where there is no flock it makes a lock file of another kind, beside which older workers go on.
     with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -69,7 +70,7 @@ def _shared_lock(path: Path, journal: Path) -> Iterator[None]:
 
 
 def _drop_torn_line(journal: Path) -> None:
-    """Take away the unfinished last line of a writer that was killed; the next line would be lost with it."""
+    """Truncate the unfinished last line of a writer that was killed; the next line would be lost with it."""
     if not journal.is_file():
         return
     with open(journal, "rb+") as file:
@@ -85,10 +86,10 @@ def _drop_torn_line(journal: Path) -> None:
 
 @contextlib.contextmanager
 def damage_as_user_error(file: Path) -> Iterator[None]:
-    """In the block, what optuna, SQLAlchemy or SQLite raise over a damaged ``file``, or a full disk, is a sentence.
+    """Turn what optuna, SQLAlchemy or SQLite raise over a damaged ``file`` or a full disk into a UserError.
 
-    optuna checks little of what it reads, and raises whatever that leads to. So reading belongs into the block and
-    nothing else, lest defects of our own be told as damage.
+    optuna checks little of what it reads, and raises whatever that leads to. So the block holds reading and nothing
+    else, lest defects of our own be reported as damage.
 
     Raises:
         UserError: the file is no such storage.
@@ -125,7 +126,7 @@ def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
     with damage_as_user_error(file):
         if kind == "journal":
             lock = JournalFileOpenLock(str(file), grace_period=_BROKEN_AFTER_S)
-            return get_storage(JournalStorage(JournalFileBackend(str(file), lock_obj=lock)))
+            return JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
         # By a function and not by SQLAlchemy's URL, which would read the ?, # and % of a folder's name as its own.
         connect = functools.partial(_connect, file.resolve(), "ro" if read_only else "rwc")
         return get_storage(RDBStorage(f"sqlite:///{FILES['sqlite']}", engine_kwargs={"creator": connect}))
@@ -139,7 +140,11 @@ def _connect(file: Path, mode: str) -> sqlite3.Connection:
 
 def _first_line(error: Exception) -> str:
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{type(error).__name__}: {line[:_MOST_SAID]}" if type(error).__module__ == "builtins" else line[:_MOST_SAID]
+    return (
+        f"{type(error).__name__}: {line[:_ERROR_CHARS]}"
+        if type(error).__module__ == "builtins"
+        else line[:_ERROR_CHARS]
+    )
 
 
 def quiet_optuna() -> None:

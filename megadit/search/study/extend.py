@@ -7,6 +7,7 @@ from typing import Any
 
 from megadit.config import RunConfig
 from megadit.errors import UserError
+from megadit.nested import flatten
 from megadit.search.study.spec import LISTED, DimensionSpec, StudySpec
 
 # How runs are made and chosen, not what they are.
@@ -26,7 +27,8 @@ def check_extends(
     wrong = [key for key in StudySpec.model_fields if key not in _FREE | _RESOLVED and not _grown(key, new, old)]
     if horizons and "scale" not in wrong and new.scale != old.scale:
         wrong.append("scale")
-    wrong += _differences(_without_scale(new, new_base), _without_scale(old, old_base), "")
+    after, before = _flat_base(new, new_base), _flat_base(old, old_base)
+    wrong += [key for key in {**before, **after} if after.get(key) != before.get(key)]
     if wrong:
         raise UserError(
             f"--study_dir: '{folder}' holds another study (different: {', '.join(wrong)}); {_GROWING}, so choose "
@@ -55,26 +57,13 @@ def _wider(after: DimensionSpec, before: DimensionSpec, sampler: str) -> bool:
     """A list may only grow where every point of it is run: elsewhere it would change the points already drawn."""
     if after == before:
         return True
-    kept = set(map(repr, after.values)) >= set(map(repr, before.values))
-    return sampler == "grid" and after.kind == before.kind and after.kind in LISTED and kept
+    grown = set(map(repr, after.values)) >= set(map(repr, before.values))
+    return sampler == "grid" and after.kind == before.kind and after.kind in LISTED and grown
 
 
-def _without_scale(spec: StudySpec, base: RunConfig) -> dict[str, Any]:
+def _flat_base(spec: StudySpec, base: RunConfig) -> dict[str, Any]:
     """The base without the scaled key, of which it holds the proxy's value, which may move as the scale grows."""
-    values = base.model_dump(mode="json", exclude={"plugins"})
+    values = flatten(base.model_dump(mode="json", exclude={"plugins"}))
     if spec.scale is not None:
-        section, _, key = spec.scale.key.partition(".")
-        del values[section][key]
+        del values[spec.scale.key]
     return values
-
-
-def _differences(new: dict[str, Any], old: dict[str, Any], prefix: str) -> list[str]:
-    """The dotted keys whose values differ."""
-    found: list[str] = []
-    for key in {**old, **new}:
-        after, before = new.get(key), old.get(key)
-        if isinstance(after, dict) and isinstance(before, dict):
-            found += _differences(after, before, f"{prefix}{key}.")
-        elif after != before:
-            found.append(f"{prefix}{key}")
-    return found

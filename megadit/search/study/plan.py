@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,41 +32,30 @@ def plan_trials(study: Study) -> list[PlannedTrial]:
     Under sampler tpe the points are not known before runs have finished: ``hps`` is empty, one run a point, the
     seeds in turn.
     """
-    if study.spec.sampler == "tpe":
-        return _slots(study)
-    hp_points = planned_points(study)
-    cells = sorted(study.cells, key=lambda cell: -(cell.scale or 0))  # stable: variants stay in their order
-    order = []
-    for seed in study.spec.seeds:
-        for scale in dict.fromkeys(cell.scale for cell in cells):
-            alike = [cell for cell in cells if cell.scale == scale]
-            order += [(cell, hps, seed) for hps in hp_points for cell in alike]
-    return [
-        PlannedTrial(number, cell, hps, seed, trial_key(cell, hps, seed))
-        for number, (cell, hps, seed) in enumerate(order)
-    ]
+    spec = study.spec
+    if spec.sampler == "tpe":
+        assert spec.trials is not None  # held by the spec
+        (cell,) = study.cells
+        seeds = itertools.islice(itertools.cycle(spec.seeds), spec.trials)
+        return [PlannedTrial(number, cell, {}, seed, f"tpe {number} seed {seed}") for number, seed in enumerate(seeds)]
+    by_scale: dict[int | None, list[Cell]] = {}
+    for cell in sorted(study.cells, key=lambda cell: -(cell.scale or 0)):  # stable: variants stay in their order
+        by_scale.setdefault(cell.scale, []).append(cell)
+    runs = itertools.product(spec.seeds, by_scale.values(), planned_points(study))
+    order = [(cell, hps, seed) for seed, cells, hps in runs for cell in cells]
+    return [PlannedTrial(number, *run, trial_key(*run)) for number, run in enumerate(order)]
 
 
 def planned_points(study: Study) -> list[HPValues]:
     """The points of the space that the study runs (grid, random and qmc), in the sampler's order."""
-    spec = study.spec
+    spec, space = study.spec, study.space
     if spec.sampler == "grid":
-        return study.space.grid()
+        return space.grid()
     assert spec.trials is not None  # held by the spec
-    if spec.sampler == "qmc":
-        return study.space.quasi_random(spec.trials, spec.sampler_seed)
-    return study.space.random(spec.trials, spec.sampler_seed)
+    return (space.quasi_random if spec.sampler == "qmc" else space.random)(spec.trials, spec.sampler_seed)
 
 
 def trial_key(cell: Cell, hps: Mapping[str, Any], seed: int) -> str:
     """What makes a run the same run: variant, scale, hyperparameters and seed, as one line of JSON."""
     identity = {"variant": cell.variant, "scale": cell.scale, "hps": dict(hps), "seed": seed}
     return json.dumps(identity, sort_keys=True, separators=(",", ":"))
-
-
-def _slots(study: Study) -> list[PlannedTrial]:
-    spec = study.spec
-    assert spec.trials is not None  # held by the spec
-    (cell,) = study.cells
-    seeds = [spec.seeds[number % len(spec.seeds)] for number in range(spec.trials)]
-    return [PlannedTrial(number, cell, {}, seed, f"tpe {number} seed {seed}") for number, seed in enumerate(seeds)]

@@ -7,9 +7,7 @@ workers, on what has finished, or on how many points are asked for: more trials 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +81,8 @@ class Space:
     @property
     def size(self) -> int | None:
         """How many points there are; None when a dimension is a range."""
-        if all(dimension.listed for dimension in self.dimensions):
-            return math.prod(len(dimension.values) for dimension in self.dimensions)
-        return None
+        listed = all(dimension.listed for dimension in self.dimensions)
+        return math.prod(len(dimension.values) for dimension in self.dimensions) if listed else None
 
     def dimension(self, key: str) -> Dimension:
         """The dimension of the searched key ``key``."""
@@ -113,49 +110,45 @@ class Space:
         from megadit.rng import stream_key, uniform
 
         def draw(number: int) -> HPValues:
-            # 1 - u: the generator draws from (0, 1], quantiles of lists are wanted from [0, 1).
+            # 1 - u: the generator draws from (0, 1], but quantiles of lists are from [0, 1).
             return self.at({k: 1.0 - float(uniform(stream_key(seed, "search", k, number), ())) for k in self.keys})
 
-        return self._different(map(draw, itertools.count()), count)
+        return self._distinct(map(draw, itertools.count()), count)
 
     def quasi_random(self, count: int, seed: int) -> list[HPValues]:
-        """The first ``count`` different points of optuna's scrambled Sobol sequence of ``seed``."""
-        return self._different(map(self.at, _sobol(self.keys, seed)), count)
+        """The first ``count`` different points of the scrambled Sobol sequence of ``seed``; optuna has the same."""
+        from scipy.stats.qmc import Sobol
 
-    def _different(self, points: Iterator[HPValues], count: int) -> list[HPValues]:
-        """The first ``count`` different ones. Raises UserError when a listed space has fewer."""
+        sequence = Sobol(len(self.keys), scramble=True, seed=seed)
+        draws = (sequence.random(1)[0].tolist() for _ in itertools.count())
+        return self._distinct((self.at(dict(zip(self.keys, draw, strict=True))) for draw in draws), count)
+
+    def _distinct(self, points: Iterator[HPValues], count: int) -> list[HPValues]:
+        """The first ``count`` different points. Raises UserError when a listed space has fewer."""
         size = self.size
         if size is not None and count > size:
             raise UserError(
                 f"trials: {count} is more than the {size} points of the space; lower it, or use sampler grid"
             )
-        found: dict[str, HPValues] = {}
-        limit = None if size is None else _DRAWS_PER_POINT * size
-        for point in itertools.islice(points, limit):
-            found.setdefault(repr(point), point)
-            if len(found) == count:
-                break
-        if len(found) < count:
-            raise UserError(f"trials: {count} of the {size} points of the space are not found; use sampler grid")
-        return list(found.values())
+        distinct: dict[str, HPValues] = {}
+        for point in itertools.islice(points, None if size is None else _DRAWS_PER_POINT * size):
+            distinct.setdefault(repr(point), point)
+            if len(distinct) == count:
+                return list(distinct.values())
+        raise UserError(f"trials: {count} of the {size} points of the space are not found; use sampler grid")
 
     def distributions(self) -> dict[str, Any]:
         """One optuna distribution per key, for TPE; a listed dimension is a choice among positions in its list."""
         from optuna.distributions import CategoricalDistribution
 
         return {
-            dimension.key: CategoricalDistribution(list(range(len(dimension.values))))
-            if dimension.listed
-            else dimension.distribution()
-            for dimension in self.dimensions
+            d.key: CategoricalDistribution(range(len(d.values))) if d.listed else d.distribution()
+            for d in self.dimensions
         }
 
     def from_optuna(self, params: Mapping[str, Any]) -> HPValues:
         """The point that values of ``distributions`` mean."""
-        return {
-            dimension.key: dimension.values[params[dimension.key]] if dimension.listed else params[dimension.key]
-            for dimension in self.dimensions
-        }
+        return {d.key: d.values[params[d.key]] if d.listed else params[d.key] for d in self.dimensions}
 
 
 def build_space(spec: Mapping[str, DimensionSpec]) -> Space:
@@ -183,33 +176,11 @@ def _dimension(key: str, spec: DimensionSpec, fields: Mapping[str, FieldInfo]) -
 
 def _as_held(key: str, value: Any, is_float: bool) -> Any:
     """``value`` as the configuration will hold it, so that 1 and 1.0 are one value."""
-    taken = as_config_value(key, value)
-    return float(taken) if is_float and isinstance(taken, int) and not isinstance(taken, bool) else taken
+    value = as_config_value(key, value)
+    return float(value) if is_float and type(value) is int else value
 
 
 def _bound(key: str, value: float, integer: bool) -> float | int:
     if integer and not float(value).is_integer():
         raise UserError(f"space.{key}: {value} is not a whole number, which {key} takes; round the bound")
     return int(value) if integer else float(value)
-
-
-def _sobol(names: tuple[str, ...], seed: int) -> Iterator[dict[str, float]]:
-    """Quantiles of the scrambled Sobol sequence that optuna's QMCSampler gives under ``seed``, one set per point."""
-    import optuna
-
-    logger = logging.getLogger("optuna")
-    unit: dict[str, Any] = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        study = optuna.create_study(sampler=sampler)
-        study.tell(study.ask(unit), 0.0)  # the sampler learns the space from a first trial, drawn independently
-        while True:
-            trial = study.ask(unit)
-            study.tell(trial, 0.0)
-            yield {name: trial.params[name] for name in names}
-    finally:
-        logger.setLevel(level)

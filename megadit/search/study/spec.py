@@ -6,7 +6,7 @@ What needs the base configuration (do the keys exist, are the values allowed) is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from megadit.config.loading.sources import ConfigLayer, display, read_yaml
 from megadit.config.schema.registered import Plugins
 from megadit.config.schema.run import RunConfig
 from megadit.config.schema.section import Section, walk
-from megadit.config.schema.values import coerce, parse_number, resolve_scalars
+from megadit.config.schema.values import coerce, resolve_scalars
 from megadit.errors import UserError, did_you_mean
 from megadit.nested import unflatten
 
@@ -29,54 +29,45 @@ _SCHEDULE_KEY = re.compile(r"optim\.(lr|warmup_steps|schedule|decay_steps|min_lr
 _NAME = re.compile(r"[\w.+-]+")
 
 
-def _plain(value: Any) -> Any:
-    """A value whose key is not known, lists as tuples."""
-    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else resolve_scalars(value)
-
-
-def _numbers(value: Any) -> Any:
-    """Bounds: ``2^-10`` and ``1e-4`` are numbers with quotes too, lists tuples."""
-    if isinstance(value, list | tuple):
-        return tuple(_numbers(item) for item in value)
-    found = parse_number(value) if isinstance(value, str) else None
-    return resolve_scalars(value) if found is None else found
-
-
 def as_config_value(key: str, value: Any) -> Any:
     """A value as the configuration key ``key`` takes it; a list stays a list for JSON."""
     field = dict(walk(RunConfig)).get(key)
-    taken = resolve_scalars(value) if field is None else coerce(value, field)
-    return list(taken) if isinstance(taken, tuple) else taken
+    coerced = resolve_scalars(value) if field is None else coerce(value, field)
+    return list(coerced) if isinstance(coerced, tuple) else coerced
 
 
-def _changes(changes: Any) -> Any:
+def _config_changes(changes: Any) -> Any:
     if not isinstance(changes, Mapping):
         return changes
     return {key: as_config_value(key, value) for key, value in changes.items()}
 
 
-def _dimensions(space: Any) -> Any:
+def _config_space(space: Any) -> Any:
     """A space with each listed value as the key of its dimension takes it."""
     if not isinstance(space, Mapping):
         return space
-    return {key: _listed(key, given) if isinstance(given, Mapping) else given for key, given in space.items()}
+    return {key: _listed(key, spec) if isinstance(spec, Mapping) else spec for key, spec in space.items()}
 
 
-def _listed(key: str, dimension: Mapping[str, Any]) -> dict[str, Any]:
-    lists = {kind for kind in LISTED if isinstance(dimension.get(kind), list | tuple)}
-    return {
-        k: [as_config_value(key, value) for value in given] if k in lists else given for k, given in dimension.items()
-    }
+def _listed(key: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    lists = {kind for kind in LISTED if isinstance(spec.get(kind), list | tuple)}
+    return {k: [as_config_value(key, v) for v in values] if k in lists else values for k, values in spec.items()}
 
 
-Values = Annotated[tuple[Any, ...], BeforeValidator(_plain)]
-Bounds = Annotated[tuple[float, float], BeforeValidator(_numbers)]
-Changes = Annotated[dict[str, Any], BeforeValidator(_changes)]
-Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Values = Annotated[tuple[Any, ...], _LIST]
+Bounds = Annotated[tuple[float, float], _LIST]
+Words = Annotated[tuple[str, ...], _LIST]
+Changes = Annotated[dict[str, Any], BeforeValidator(_config_changes)]
 
 
-class Entry(Section):
-    """A section inside a list or under a free name, where an unknown key is told with the keys that there are."""
+def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
+    if len(set(map(repr, values))) < len(values):
+        raise ValueError(f"{key}: {list(values)} has a value twice; list each once")
+
+
+class ItemSection(Section):
+    """A section in a list or under a free name; an unknown key is refused with the keys that there are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -88,7 +79,7 @@ class Entry(Section):
         return values
 
 
-class DimensionSpec(Entry):
+class DimensionSpec(ItemSection):
     """The values that one searched key may take, in exactly one of four ways."""
 
     grid: Values | None = Field(None, description="these values, in this order")
@@ -108,21 +99,18 @@ class DimensionSpec(Entry):
 
     @model_validator(mode="after")
     def _one_kind(self) -> DimensionSpec:
-        given = [kind for kind in KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
-            what = "nothing is given" if not given else f"{' and '.join(given)} are both given"
-            raise ValueError(f"{given[0] if given else 'grid'}: {what}; give exactly one of {', '.join(KINDS)}")
-        kind, values = given[0], getattr(self, given[0])
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            problem = f"{' and '.join(kinds)} are both given" if kinds else "nothing is given"
+            raise ValueError(f"{kinds[0] if kinds else 'grid'}: {problem}; give exactly one of {', '.join(KINDS)}")
+        kind, values = self.kind, self.values
         if kind in LISTED:
             if not values:
                 raise ValueError(f"{kind}: is empty; list at least one value")
-            if len(set(map(repr, values))) < len(values):
-                raise ValueError(f"{kind}: {list(values)} has a value twice; list each once")
-            return self
-        low, high = values
-        if low >= high:
+            _refuse_repeated(kind, values)
+        elif values[0] >= values[1]:
             raise ValueError(f"{kind}: {list(values)} has no room; give [low, high] with low below high")
-        if kind == "log_uniform" and low <= 0:
+        elif kind == "log_uniform" and values[0] <= 0:
             raise ValueError(f"{kind}: {list(values)} needs a low bound above 0; raise it, or use uniform")
         return self
 
@@ -142,8 +130,7 @@ class ScaleSpec(Section):
     def _consistent(self) -> ScaleSpec:
         if min(self.values) < 1:
             raise ValueError(f"values: {min(self.values)} is not at least 1; take it out")
-        if len(set(self.values)) < len(self.values):
-            raise ValueError(f"values: {list(self.values)} has a value twice; list each once")
+        _refuse_repeated("values", self.values)
         if self.proxy is not None and self.proxy not in self.values:
             raise ValueError(f"proxy: {self.proxy} is not among the values {list(self.values)}; choose one of them")
         return self
@@ -161,7 +148,7 @@ class ProxySpec(Section):
     batch: int | None = Field(None, ge=1, description="train.global_batch of all trials")
 
 
-class ScoreSpec(Entry):
+class ScoreSpec(ItemSection):
     """One number by which trials are compared."""
 
     name: str = Field(description="what it is called in tables")
@@ -241,7 +228,7 @@ class StudySpec(Section):
     overrides: Changes = Field({}, description="dotted configuration keys that are the same in all trials")
     variants: dict[str, Changes] = Field({}, description="name: dotted keys; run side by side, the first judged")
     scale: ScaleSpec | None = Field(None, description="what grows from proxy to target")
-    space: Annotated[dict[str, DimensionSpec], BeforeValidator(_dimensions)] = Field(
+    space: Annotated[dict[str, DimensionSpec], BeforeValidator(_config_space)] = Field(
         description="dotted configuration key: the values it may take"
     )
     sampler: Literal["random", "qmc", "tpe", "grid"] = Field("random", description="how points of the space are chosen")
@@ -268,10 +255,8 @@ class StudySpec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
-        for check in (self._names, self._space, self._sampler, self._scores, self._fixed_keys, self._pruning):
-            problem = check()
-            if problem:
-                raise ValueError(problem)
+        for problem in self._problems():
+            raise ValueError(problem)
         return self
 
     @property
@@ -286,87 +271,81 @@ class StudySpec(Section):
 
     def score(self, name: str | None) -> ScoreSpec:
         """The score called ``name`` (None: the first). Raises UserError for another name."""
-        found = next((score for score in self.scores if name in (None, score.name)), None)
-        if found is None:
-            known = ", ".join(score.name for score in self.scores)
-            raise UserError(f"score: {name} is not a score of this study, which has {known}")
-        return found
+        for score in self.scores:
+            if name in (None, score.name):
+                return score
+        known = ", ".join(score.name for score in self.scores)
+        raise UserError(f"score: {name} is not a score of this study, which has {known}")
 
-    def _names(self) -> str | None:
-        for key, names in (("name", [self.name]), ("variants", list(self.variants))):
-            for name in names:
-                if not _NAME.fullmatch(name):
-                    return f"{key}: {name!r} is not made of letters, digits, '_', '-', '.'; choose another"
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            return f"seeds: {list(self.seeds)} must be one or more different whole numbers from 0; e.g. [0, 1]"
-        return None
-
-    def _space(self) -> str | None:
-        if not self.space:
-            return "space: is empty; name at least one configuration key and its values"
-        return None
-
-    def _sampler(self) -> str | None:
-        if self.sampler == "grid":
-            for key, dimension in self.space.items():
-                if dimension.kind not in LISTED:
-                    return f"sampler: grid needs listed values, but space.{key} is {dimension.kind}; use random or qmc"
-            if self.trials is not None:
-                return f"trials: {self.trials} does not go with sampler grid, which runs every point; leave it out"
-        elif self.trials is None:
-            return f"trials: is missing; say how many points sampler {self.sampler} tries, or use sampler grid"
-        cells = max(1, len(self.variants)) * (1 if self.scale is None else len(self.scale.values))
-        if self.sampler == "tpe" and cells > 1:
-            return (
-                f"sampler: tpe learns from one kind of run, but variants and scale make {cells}; use random, qmc or "
-                "grid, or search the proxy alone"
-            )
-        return None
-
-    def _scores(self) -> str | None:
-        names = [score.name for score in self.scores]
-        if not names:
-            return "scores: is empty; leave it out for the training loss over the last 100 steps"
-        if len(set(names)) < len(names):
-            return f"scores: {', '.join(names)} has a name twice; give each score its own"
-        if self.select.score is not None and self.select.score not in names:
-            hint = did_you_mean(self.select.score, names)
-            return f"select.score: {self.select.score} is not among the scores; {hint}"
-        if self.select.rule == "conservative" and (len(self.seeds) < 2 or self.sampler == "tpe"):
-            why = "of which sampler tpe gives each point one" if self.sampler == "tpe" else "so give more seeds"
-            return f"select.rule: conservative needs the spread over two or more seeds, {why}; or use best"
-        return None
-
-    def _fixed_keys(self) -> str | None:
-        """Keys that would be set twice, so that one of the two settings did nothing."""
-        given = [("overrides", key) for key in self.overrides] + [("space", key) for key in self.space]
-        given += [(f"variants.{name}", key) for name, changes in self.variants.items() for key in changes]
-        for place, key in given:
-            taken = self.taken(key)
-            if taken and not (place == "space" and taken == "space"):
-                return f"{place}.{key}: is set by {taken} of the study; leave it out here"
-        if self.scale is not None:
-            for name, key in (("steps", "train.steps"), ("batch", "train.global_batch")):
-                if getattr(self.proxy, name) is not None and self.scale.key == key:
-                    return f"proxy.{name}: is what scale.values gives; leave it out"
-        return None
-
-    def taken(self, key: str) -> str | None:
-        """Which part of the study decides the configuration key ``key`` for each run, if any does."""
+    def set_by(self, key: str) -> str | None:
+        """Which part of the study sets the configuration key ``key`` for each run, if any does."""
         if key in self.own_keys:
             return self.own_keys[key]
         if self.scale is not None and key == self.scale.key:
             return "scale"
         return "space" if key in self.space else None
 
-    def _pruning(self) -> str | None:
+    def _problems(self) -> Iterator[str]:
+        """What cannot be or does not fit together, each as a sentence that begins with its key."""
+        for key, names in (("name", [self.name]), ("variants", list(self.variants))):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    yield f"{key}: {name!r} is not made of letters, digits, '_', '-', '.'; choose another"
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            yield f"seeds: {list(self.seeds)} must be one or more different whole numbers from 0; e.g. [0, 1]"
+        if not self.space:
+            yield "space: is empty; name at least one configuration key and its values"
+        yield from self._sampler_problems()
+        yield from self._score_problems()
+        yield from self._keys_set_twice()
         rates = [key for key in self.space if _SCHEDULE_KEY.fullmatch(key)]
-        if self.pruning.rule == "none" or self.pruning.judge_learning_rate or not rates:
-            return None
-        return (
-            f"pruning.rule: {self.pruning.rule} would judge {rates[0]} by early loss, where high rates and short "
-            "warm-ups lead; use none, or set pruning.judge_learning_rate: true"
-        )
+        if rates and self.pruning.rule != "none" and not self.pruning.judge_learning_rate:
+            yield (
+                f"pruning.rule: {self.pruning.rule} would judge {rates[0]} by early loss, where high rates and short "
+                "warm-ups lead; use none, or set pruning.judge_learning_rate: true"
+            )
+
+    def _sampler_problems(self) -> Iterator[str]:
+        if self.sampler == "grid":
+            for key, dimension in self.space.items():
+                if dimension.kind not in LISTED:
+                    yield f"sampler: grid needs listed values, but space.{key} is {dimension.kind}; use random or qmc"
+            if self.trials is not None:
+                yield f"trials: {self.trials} does not go with sampler grid, which runs every point; leave it out"
+        elif self.trials is None:
+            yield f"trials: is missing; say how many points sampler {self.sampler} tries, or use sampler grid"
+        cells = max(1, len(self.variants)) * (1 if self.scale is None else len(self.scale.values))
+        if self.sampler == "tpe" and cells > 1:
+            yield (
+                f"sampler: tpe learns from one kind of run, but variants and scale make {cells}; use random, qmc or "
+                "grid, or search the proxy alone"
+            )
+
+    def _score_problems(self) -> Iterator[str]:
+        names = [score.name for score in self.scores]
+        if not names:
+            yield "scores: is empty; leave it out for the training loss over the last 100 steps"
+        if len(set(names)) < len(names):
+            yield f"scores: {', '.join(names)} has a name twice; give each score its own"
+        if self.select.score is not None and self.select.score not in names:
+            hint = did_you_mean(self.select.score, names)
+            yield f"select.score: {self.select.score} is not among the scores; {hint}"
+        if self.select.rule == "conservative" and (len(self.seeds) < 2 or self.sampler == "tpe"):
+            why = "of which sampler tpe gives each point one" if self.sampler == "tpe" else "so give more seeds"
+            yield f"select.rule: conservative needs the spread over two or more seeds, {why}; or use best"
+
+    def _keys_set_twice(self) -> Iterator[str]:
+        """Keys of which one of two settings would do nothing."""
+        parts = {"overrides": self.overrides, "space": self.space}
+        parts |= {f"variants.{name}": changes for name, changes in self.variants.items()}
+        for part, key in ((part, key) for part, keys in parts.items() for key in keys):
+            setter = self.set_by(key)
+            if setter is not None and not part == setter == "space":
+                yield f"{part}.{key}: is set by {setter} of the study; leave it out here"
+        if self.scale is not None:
+            for name, key in (("steps", "train.steps"), ("batch", "train.global_batch")):
+                if getattr(self.proxy, name) is not None and self.scale.key == key:
+                    yield f"proxy.{name}: is what scale.values gives; leave it out"
 
 
 def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudySpec:
@@ -385,21 +364,21 @@ def read_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> S
     if overrides:
         changes = unflatten(overrides)
         if isinstance(changes.get("space"), dict):
-            changes["space"] = _searched(values.get("space"), changes["space"])
+            changes["space"] = _overridden_space(values.get("space"), changes["space"])
         layers.append(ConfigLayer(changes, "an override"))
     merged = merge(layers, StudySpec)
     return validated(StudySpec, unflatten(merged.values), merged.sources)
 
 
-def _searched(space: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _overridden_space(space: Any, override: dict[str, Any]) -> dict[str, Any]:
     """The space after an override: ``space={...}`` is all of it, ``space.optim.lr={...}`` one key of it."""
-    dotted = dict(_dotted(given, ""))
-    whole = dotted.keys() == given.keys() or not isinstance(space, dict)
-    return dotted if whole else {**space, **dotted}
+    dotted = dict(_dotted(override, ""))
+    replaces = dotted.keys() == override.keys() or not isinstance(space, dict)
+    return dotted if replaces else {**space, **dotted}
 
 
-def _dotted(given: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in given.items():
+def _dotted(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
         section = isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values())
         if section and "." not in key:
             yield from _dotted(value, f"{prefix}{key}.")

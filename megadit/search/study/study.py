@@ -38,7 +38,7 @@ from megadit.search.study.spec import PruningSpec, StudySpec, read_spec
 FROZEN = "study.yaml"
 _HEADER = "# The study with its base configuration in place, written by megadit"
 # What a study writes into its directory beside study.yaml.
-_OWN = (*FILES.values(), "trials", "workers", "report.html", "report.md")
+_STUDY_FILES = (*FILES.values(), "trials", "workers", "report.html", "report.md")
 _SHORT = {"model.width": "w", "train.global_batch": "batch", "train.steps": "steps"}
 _VALIDATION_IMAGES = 256  # when the base asks for none and a score needs them
 
@@ -57,11 +57,10 @@ class Cell:
     @property
     def label(self) -> str:
         """E.g. ``mup w=128``."""
-        scaled = next((f"{_SHORT[key]}={self.scale}" for key in _SHORT if self._scales(key)), "")
-        return " ".join(part for part in (self.variant, scaled) if part) or "base"
-
-    def _scales(self, key: str) -> bool:
-        return self.scale is not None and self.changes.get(key) == self.scale
+        if self.scale is None:
+            return self.variant or "base"
+        scaled = next(f"{short}={self.scale}" for key, short in _SHORT.items() if self.changes.get(key) == self.scale)
+        return f"{self.variant} {scaled}".strip()
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,13 @@ def load_study(source: str | Path, study_dir: str | Path | None = None, override
     work, and when ``study_dir`` (default ``runs/sweeps/<name>``) holds another study.
     """
     file, folder = find_study(source, study_dir)
-    asked = override_layer(overrides).values
-    of_study = {key: value for key, value in asked.items() if key in StudySpec.model_fields}
-    of_base = {key: value for key, value in asked.items() if key not in of_study}
+    values = override_layer(overrides).values
+    of_study = {key: value for key, value in values.items() if key in StudySpec.model_fields}
+    of_base = {key: value for key, value in values.items() if key not in of_study}
     spec = read_spec(file, of_study)
     base = _load_base(spec, file, of_base)
     horizons = _horizons(spec, base)
-    folder = folder if folder is not None else Path("runs") / "sweeps" / spec.name
+    folder = folder or _default_folder(spec)
     study = Study(spec, base, folder, _cells(spec, horizons), horizons, build_space(spec.space))
     _check(study)
     _refuse_foreign(folder)
@@ -217,50 +216,52 @@ def is_frozen(file: Path) -> bool:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Whether a study may write into ``folder``. Raises UserError where that would replace files of others."""
-    if (folder / FROZEN).exists():
-        if is_frozen(folder / FROZEN):
-            return
-        found = FROZEN
-    else:
-        found = next((name for name in _OWN if (folder / name).exists()), "")
-    if found:
-        raise UserError(
-            f"--study_dir: '{folder / found}' was not written by a study and would be replaced; choose another folder"
-        )
+    """Raises UserError where a study in ``folder`` would replace files that no study wrote."""
+    if is_frozen(folder / FROZEN):
+        return
+    for name in (FROZEN, *_STUDY_FILES):
+        if (folder / name).exists():
+            raise UserError(
+                f"--study_dir: '{folder / name}' was not written by a study and would be replaced; choose "
+                "another folder"
+            )
 
 
 def find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, Path | None]:
     """The study file and the study directory, as far as the arguments say it."""
-    given = Path(source).expanduser()
+    path = Path(source).expanduser()
     folder = None if study_dir is None else Path(study_dir).expanduser()
-    if given.is_dir():
-        if not (given / FROZEN).is_file():
+    if path.is_dir():
+        if not (path / FROZEN).is_file():
             raise UserError(f"study: '{source}' has no {FROZEN}; name a study directory, or a file of configs/sweeps")
-        if folder is not None and folder.resolve() != given.resolve():
+        if folder is not None and folder.resolve() != path.resolve():
             raise UserError(f"--study_dir: '{study_dir}' is not the study directory '{source}' itself; leave it out")
-        if not is_frozen(given / FROZEN):
+        if not is_frozen(path / FROZEN):
             raise UserError(
-                f"study: '{given / FROZEN}' was not written by megadit, so that '{source}' is no study directory; name "
+                f"study: '{path / FROZEN}' was not written by megadit, so that '{source}' is no study directory; name "
                 "the file itself, and what it writes goes to runs/sweeps or --study_dir"
             )
-        return given / FROZEN, given
-    if given.is_file():
+        return path / FROZEN, path
+    if path.is_file():
         # A frozen study is known by its header and its database; any other file of the name is a study to make.
-        database = any((given.parent / name).is_file() for name in FILES.values())
-        inside = given.name == FROZEN and database and is_frozen(given)
-        return given, given.parent if inside and folder is None else folder
-    named = configs_dir() / "sweeps" / given
-    for file in (named, named.with_name(f"{named.name}.yaml")):
+        database = any((path.parent / name).is_file() for name in FILES.values())
+        inside = path.name == FROZEN and database and is_frozen(path)
+        return path, path.parent if inside and folder is None else folder
+    shipped = configs_dir() / "sweeps" / path
+    for file in (shipped, shipped.with_name(f"{shipped.name}.yaml")):
         if file.is_file():
             return file, folder
-    return find_config(source if given.suffix else f"{source}.yaml", "study"), folder
+    return find_config(source if path.suffix else f"{source}.yaml", "study"), folder
 
 
 def study_folder(source: str | Path, study_dir: str | Path | None) -> Path:
     """The study directory that the arguments mean, without reading more of a study file than its name."""
     file, folder = find_study(source, study_dir)
-    return folder if folder is not None else Path("runs") / "sweeps" / read_spec(file).name
+    return folder or _default_folder(read_spec(file))
+
+
+def _default_folder(spec: StudySpec) -> Path:
+    return Path("runs") / "sweeps" / spec.name
 
 
 def existing_study(source: str | Path, study_dir: str | Path | None) -> Study:
@@ -288,9 +289,9 @@ def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunCo
     if spec.scale is not None:  # a base whose length is what is scaled needs none of its own
         layers.append(ConfigLayer(unflatten({spec.scale.key: spec.scale.proxy_value}), f"{name}, scale"))
     for key in flatten(of_base):
-        taken = spec.taken(key)
-        if taken:
-            raise UserError(f"{key}: is set by {taken} of the study {spec.name}; change it there")
+        setter = spec.set_by(key)
+        if setter is not None:
+            raise UserError(f"{key}: is set by {setter} of the study {spec.name}; change it there")
     return load_layers([*layers, ConfigLayer(of_base, OVERRIDES)])
 
 
@@ -329,10 +330,10 @@ def _check(study: Study) -> None:
             widths.setdefault(config.model.base_width, cell.label)
         _check_scores(study, config)
     if len(widths) > 1:
-        told = " and ".join(f"{width} ({label})" for width, label in widths.items())
+        listed = " and ".join(f"{width} ({label})" for width, label in widths.items())
         raise UserError(
-            f"model.base_width: the runs of study {spec.name} have {told}; hyperparameters in base units mean the same "
-            "only under one base width, so give all runs the same"
+            f"model.base_width: the runs of study {spec.name} have {listed}; hyperparameters in base units mean the "
+            "same only under one base width, so give all runs the same"
         )
 
 
@@ -370,15 +371,14 @@ def _check_reads(study: Study, of_command_line: Iterable[str]) -> None:
             "out, or set sampler=random"
         )
     of_variants = (key for changes in spec.variants.values() for key in changes)
-    asked = dict.fromkeys((*spec.space, *spec.overrides, *of_variants, *of_command_line), f"study {spec.name}")
-    refusal: UserError | None = None
+    keys = dict.fromkeys((*spec.space, *spec.overrides, *of_variants, *of_command_line), f"study {spec.name}")
+    refusals = []
     for _, run in study.runs():
         decides = {"optim.schedule": run.optim.schedule, "optim.min_lr_ratio": run.optim.min_lr_ratio}
         try:
-            check_deferred(decides, asked)  # a study has no DeepSpeed file, which could choose another schedule
+            check_deferred(decides, keys)  # a study has no DeepSpeed file, which could choose another schedule
         except UserError as error:
-            refusal = refusal or error
+            refusals.append(error)
         else:
             return
-    if refusal is not None:
-        raise refusal
+    raise refusals[0]

@@ -1,16 +1,17 @@
-"""The local workers of ``launch/sweep.py run``: bound to cores or GPUs, watched, restarted, never left behind."""
+"""The local workers of ``launch/sweep.py run``: bound to cores and GPUs, restarted when they die, ended with it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ class DeviceSlot:
 
 
 def assign_devices(workers: WorkersSpec, count: int, cores: list[int], gpus: list[str]) -> list[DeviceSlot]:
-    """One place for each of ``count`` workers, among this machine's cores and GPUs.
+    """A device slot for each of ``count`` workers, among this machine's cores and GPUs.
 
-    Cores are dealt in turn where there are too few. Raises UserError where there are too few GPUs.
+    Cores are assigned round-robin where there are too few. Raises UserError where there are too few GPUs.
     """
     if workers.gpus * count > len(gpus):
         raise UserError(
@@ -50,12 +51,14 @@ def assign_devices(workers: WorkersSpec, count: int, cores: list[int], gpus: lis
             f"{workers.gpus * count} GPUs, and there are {len(gpus)} here; lower workers.count (--workers) or "
             "workers.gpus"
         )
-    found = []
-    for index in range(count):
-        first = index * workers.cores
-        own = {cores[(first + i) % len(cores)] for i in range(workers.cores)}
-        found.append(DeviceSlot(tuple(sorted(own)), tuple(gpus[index * workers.gpus : (index + 1) * workers.gpus])))
-    return found
+    endless_cores, remaining_gpus = itertools.cycle(cores), iter(gpus)
+    return [
+        DeviceSlot(
+            tuple(sorted(set(itertools.islice(endless_cores, workers.cores)))),
+            tuple(itertools.islice(remaining_gpus, workers.gpus)),
+        )
+        for _ in range(count)
+    ]
 
 
 def available_devices(want_gpus: bool) -> tuple[list[int], list[str]]:
@@ -72,14 +75,21 @@ def available_devices(want_gpus: bool) -> tuple[list[int], list[str]]:
 
 
 @dataclass
-class _Slot:
-    place: DeviceSlot
+class _WorkerSlot:
+    """One of the workers: its process, once it was started, and when it is to be started (again)."""
+
+    devices: DeviceSlot
+    start_at: float | None = 0.0  # time.monotonic(); None while it runs
     process: subprocess.Popen[bytes] | None = None
-    log: Path | None = None
+    log: Path = Path()
     deaths: int = 0  # in a row, without a trial that ended well meanwhile
     done_at_start: int = 0
-    restart_at: float = 0.0
     over: bool = False
+
+    @property
+    def tail(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace", encoding="utf-8")[-_LOG_TAIL:] if self.log.is_file() else ""
 
 
 class WorkerPool:
@@ -88,18 +98,18 @@ class WorkerPool:
     In the block SIGINT and SIGTERM end the workers after the running step, a second one ends them at once.
     """
 
-    def __init__(self, study: Study, slots: list[DeviceSlot]) -> None:
+    def __init__(self, study: Study, devices: Sequence[DeviceSlot]) -> None:
         self.study = study
-        self._slots = [_Slot(place) for place in slots]
+        self._slots = [_WorkerSlot(slot) for slot in devices]
         self._logs = study.folder / "workers"
         self._logs.mkdir(parents=True, exist_ok=True)
         self._signalled = False
         self._handlers: dict[int, Any] = {}  # of before the block
         self.bad_input: str | None = None  # what a worker refused
-        self.failed_worker_log: Path | None = None  # the log of a worker that was given up
+        self.failed_worker_log: Path | None = None  # of a worker that was given up
 
     def __enter__(self) -> WorkerPool:
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,7 +117,7 @@ class WorkerPool:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, *_: Any) -> None:
+    def _on_signal(self, *_: Any) -> None:
         if self._signalled:
             self.kill()
             return
@@ -118,76 +128,68 @@ class WorkerPool:
     def run(self, done: Callable[[], int], tick: Callable[[], None]) -> None:
         """Keep the workers running until each has ended.
 
-        ``done`` counts the trials that have ended well, ``tick`` is called all the time. After a signal, or once the
-        study's stop flag is there, no worker is started again.
+        ``done`` counts the trials that have ended well; ``tick`` is called several times a second. After a signal, or
+        once the study's stop flag is there, no worker is started again.
         """
         while True:
             for slot in self._slots:
-                self._look_after(slot, done)
+                if not slot.over:
+                    self._supervise(slot, done)
             if all(slot.over for slot in self._slots):
                 return
             tick()
             time.sleep(_POLL_S)
 
-    @property
-    def _stopping(self) -> bool:
-        return self._signalled or (self.study.folder / STOP).exists()
-
-    def _look_after(self, slot: _Slot, done: Callable[[], int]) -> None:
-        if slot.over:
-            return
-        if slot.process is None or slot.restart_at:
-            if self._stopping:
+    def _supervise(self, slot: _WorkerSlot, done: Callable[[], int]) -> None:
+        """Start the worker once it is time to; after it has ended, decide whether it is started again."""
+        stopping = self._signalled or (self.study.folder / STOP).exists()
+        if slot.start_at is not None or slot.process is None:
+            if stopping:
                 slot.over = True
-            elif time.monotonic() >= slot.restart_at:
+            elif time.monotonic() >= (slot.start_at or 0.0):
                 self._start(slot, done())
             return
         code = slot.process.poll()
         if code is None:
             return
         kill_tree(slot.process)  # what it may have left
-        if code in (EXIT_OK, EXIT_PREEMPTED) or self._stopping:
+        if code in (EXIT_OK, EXIT_PREEMPTED) or stopping:
             slot.over = True
         elif code == EXIT_BAD_INPUT:
-            self.bad_input = self._tail(slot.log).strip().rpartition("error: ")[2]
+            self.bad_input = slot.tail.strip().rpartition("error: ")[2]
             slot.over = True
             self.signal(signal.SIGTERM)
         else:
-            self._restart(slot, code, done())
-
-    def _restart(self, slot: _Slot, code: int, done: int) -> None:
-        slot.deaths = 1 if done > slot.done_at_start else slot.deaths + 1
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        if slot.deaths >= _MAX_DEATHS:
-            say(f"\na worker ended {how}, again; it is not restarted. The end of its log, {slot.log}:\n"
-                f"{self._tail(slot.log)}")  # fmt: skip
+            slot.deaths = 1 if done() > slot.done_at_start else slot.deaths + 1
+            cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            if slot.deaths < _MAX_DEATHS:
+                say(f"\na worker ended {cause} and is restarted; its log: {slot.log}")
+                slot.start_at = time.monotonic() + _RESTART_S
+                return
+            say(f"\na worker ended {cause}, again; it is not restarted. The end of its log, {slot.log}:\n{slot.tail}")
             slot.over, self.failed_worker_log = True, slot.log
-            return
-        say(f"\na worker ended {how} and is restarted; its log: {slot.log}")
-        slot.restart_at = time.monotonic() + _RESTART_S
 
-    def _start(self, slot: _Slot, done: int) -> None:
-        slot.restart_at, slot.done_at_start = 0.0, done
-        raw = self._logs / f".starting-{socket.gethostname()}-{os.getpid()}-{self._slots.index(slot)}"
-        with open(raw, "wb") as log:
+    def _start(self, slot: _WorkerSlot, done: int) -> None:
+        slot.start_at, slot.done_at_start = None, done
+        host = socket.gethostname()
+        unnamed = self._logs / f".starting-{host}-{os.getpid()}-{self._slots.index(slot)}"
+        with open(unnamed, "wb") as log:
             slot.process = subprocess.Popen(
-                worker_command(self.study.folder, len(slot.place.gpus)),
+                worker_command(self.study.folder, len(slot.devices.gpus)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=worker_environment(slot.place),
-                start_new_session=True,  # Ctrl-C at the terminal reaches only `run`, which tells its workers
-                preexec_fn=_bind(slot.place, os.getpid()),
+                env=worker_environment(slot.devices),
+                start_new_session=True,  # Ctrl-C at the terminal reaches only `run`, which signals its workers
+                preexec_fn=_bind(slot.devices, os.getpid()),
             )
-        slot.log = self._logs / f"{socket.gethostname()}-{slot.process.pid}.log"
-        raw.rename(slot.log)
+        slot.log = unnamed.rename(self._logs / f"{host}-{slot.process.pid}.log")
 
     def signal(self, number: int) -> None:
         """Send a signal to every worker that runs."""
         for slot in self._slots:
-            if slot.process is not None and slot.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    slot.process.send_signal(number)
+            if slot.process is not None:
+                slot.process.send_signal(number)  # not to one that has ended
 
     def kill(self) -> None:
         """End every worker and its children at once."""
@@ -195,11 +197,6 @@ class WorkerPool:
             if slot.process is not None:
                 kill_tree(slot.process)
                 slot.process.wait()
-
-    def _tail(self, log: Path | None) -> str:
-        return (
-            log.read_text(errors="replace", encoding="utf-8")[-_LOG_TAIL:] if log is not None and log.is_file() else ""
-        )
 
 
 def worker_command(folder: Path, gpus: int) -> list[str]:
@@ -210,24 +207,26 @@ def worker_command(folder: Path, gpus: int) -> list[str]:
     return [sys.executable, *module]
 
 
-def worker_environment(place: DeviceSlot, env: Mapping[str, str] | None = None) -> dict[str, str]:
+def worker_environment(devices: DeviceSlot, env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a worker: its threads, its GPUs, and where this megadit is; nothing of a launcher's."""
-    # Its own group is a worker's whole world, even where `run` is a task of Slurm's.
-    made = child_environment(os.environ if env is None else env)
-    made["OMP_NUM_THREADS"] = made["MKL_NUM_THREADS"] = str(max(1, len(place.cores) // max(1, len(place.gpus))))
-    made["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
-    return made
+    # A worker's process group is its own, even where `run` is a task of Slurm's.
+    threads = str(max(1, len(devices.cores) // max(1, len(devices.gpus))))
+    return child_environment(os.environ if env is None else env) | {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "CUDA_VISIBLE_DEVICES": ",".join(devices.gpus),
+    }
 
 
-def _bind(place: DeviceSlot, parent: int) -> Callable[[], None]:
-    """What the worker's process does before it becomes the worker: take its cores, and tie its life to ``parent``."""
+def _bind(devices: DeviceSlot, parent: int) -> Callable[[], None]:
+    """What the forked process does before it becomes the worker: bind to its cores, and end with ``parent``."""
     libc = ctypes.CDLL(None)  # loaded before the fork
 
     def bind() -> None:
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, place.cores)
+            os.sched_setaffinity(0, devices.cores)
         set_parent_death_signal(libc=libc)
-        if os.getppid() != parent:  # it died before the tie was made
+        if os.getppid() != parent:  # it died before the kernel was told
             os._exit(1)
 
     return bind

@@ -54,8 +54,7 @@ def _objective_loss(row: Row) -> float | None:
     if row.get("loss_repa") is None:
         loss: float | None = row.get("loss")
         return loss
-    others = {"loss_repa", "loss_bins"}
-    parts = [value for key, value in row.items() if key.startswith("loss_") and key not in others]
+    parts = [value for key, value in row.items() if key.startswith("loss_") and key not in ("loss_repa", "loss_bins")]
     return None if row.get("loss") is None or None in parts else float(sum(parts))
 
 
@@ -83,15 +82,11 @@ def divergence(rows: Sequence[Row], at: int, above: float | None, last: int = 1)
     return None
 
 
-def measured(rows: Sequence[Row], at: int, specs: Sequence[ScoreSpec]) -> dict[str, float | None]:
+def metric_scores(rows: Sequence[Row], at: int, specs: Sequence[ScoreSpec]) -> dict[str, float | None]:
     """The scores that the metrics hold for step ``at``, by name; None for those of kind command."""
-
-    def value(spec: ScoreSpec) -> float | None:
-        if spec.kind == "train_loss":
-            return train_loss(rows, at, spec.last)
-        return val_loss(rows, at) if spec.kind == "val_loss" else None
-
-    return {spec.name: value(spec) for spec in specs}
+    scores: dict[str, float | None] = dict.fromkeys(spec.name for spec in specs)
+    scores |= {spec.name: train_loss(rows, at, spec.last) for spec in specs if spec.kind == "train_loss"}
+    return scores | {spec.name: val_loss(rows, at) for spec in specs if spec.kind == "val_loss"}
 
 
 def command_score(spec: ScoreSpec, run_dir: Path, timeout_s: float = COMMAND_TIMEOUT_S) -> float | None:
@@ -132,9 +127,9 @@ def _value(text: str, key: str) -> float | None:
     """The number under ``key`` of the JSON object that is the whole of ``text`` or its last line."""
     for part in (text, text.strip().rpartition("\n")[2]):
         try:
-            found = parse_json(part)
+            values = parse_json(part)
         except JsonError:
             continue
-        if isinstance(found, dict) and is_number(found.get(key)):
-            return float(found[key])
+        if isinstance(values, dict) and is_number(values.get(key)):
+            return float(values[key])
     return None

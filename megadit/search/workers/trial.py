@@ -43,18 +43,18 @@ _PRUNED, _STOPPED = "pruned", "stopped"
 
 @dataclass(frozen=True)
 class TrialHooks:
-    """What rank 0 asks at every logged step: is the worker to stop, and (step, loss) is the trial to be pruned."""
+    """Called on rank 0 at every logged step: is the worker to stop, and (step, loss) is the trial to be pruned."""
 
     should_stop: Callable[[], bool]
     should_prune: Callable[[int, float], bool]
 
 
 class TrialCallback(Callback):
-    """Ends a trial early when asked to, and measures what of it is training."""
+    """Ends a trial early when a hook says so, and measures the time spent in training."""
 
-    def __init__(self, study: Study, judge: TrialHooks) -> None:
+    def __init__(self, study: Study, hooks: TrialHooks) -> None:
         self._pruning = study.spec.pruning
-        self._judge = judge
+        self._hooks = hooks
         self._rows: list[Record] = []
         self._begin: float | None = None
         self.training_s = 0.0
@@ -70,7 +70,7 @@ class TrialCallback(Callback):
     def on_log(self, run: TrainingRun, record: Record) -> None:
         """Decide on rank 0, for all. A trial that keeps checkpoints saves one before it is interrupted."""
         self._rows.append(record)
-        self.ended = run.context.on_main(lambda: self._decide(record["step"], run.total_steps))
+        self.ended = run.context.on_main(lambda: self._early_end(record["step"], run.total_steps))
         if self.ended == _STOPPED:
             if run.config.train.checkpoint_every is not None:
                 run.save()
@@ -87,20 +87,22 @@ class TrialCallback(Callback):
         if self._begin is not None:
             self.training_s, self._begin = time.monotonic() - self._begin, None
 
-    def _decide(self, step: int, total: int) -> str | None:
-        if step < total and self._judge.should_stop():
+    def _early_end(self, step: int, total: int) -> str | None:
+        """Whether the trial ends at ``step`` of ``total``: stopped with its worker, pruned, or not."""
+        if step >= total:
+            return None
+        if self._hooks.should_stop():
             return _STOPPED
         rule = self._pruning
-        due = rule.rule != "none" and rule.after <= step < total and step % rule.every == 0
-        if due:
+        if rule.rule != "none" and step >= rule.after and step % rule.every == 0:
             loss = scores.train_loss(self._rows, step, rule.every)
-            if loss is not None and self._judge.should_prune(step, loss):
+            if loss is not None and self._hooks.should_prune(step, loss):
                 return _PRUNED
         return None
 
 
 def run_trial(
-    study: Study, claim: TrialAttempt, context: ProcessContext, datasets: Datasets, judge: TrialHooks, began: float
+    study: Study, claim: TrialAttempt, context: ProcessContext, datasets: Datasets, hooks: TrialHooks, began: float
 ) -> TrialResult | None:
     """Train the claimed trial on all ranks and give its result on rank 0 (its own on the others means nothing).
 
@@ -109,42 +111,42 @@ def run_trial(
     """
     folder = study.trial_folder(claim.number)
     cell = next(cell for cell in study.cells if (cell.variant, cell.scale) == (claim.variant, claim.scale))
-    watch = TrialCallback(study, judge)
-    job, sentence, code = None, "", EXIT_OK
+    callback = TrialCallback(study, hooks)
+    job, refusal, code = None, "", EXIT_OK
     try:
         config = study.config(cell, claim.hps, claim.seed)
         job = check_job(LoadedConfig(config, source=f"trial {claim.number}"), None, folder, "auto", datasets)
         check_machine(job)
         context.on_main(lambda: _make_room(folder))
-        code = pretrain(job, _callbacks(study, watch), keep_group=True)
+        code = pretrain(job, _callbacks(study, callback), keep_group=True)
     except (FolderInUse, OwnershipLost):
         raise  # no result of this trial: its folder is another process's
     except UserError as error:
         if job is not None and context.world_size > 1 and not error.everywhere:
             raise  # the other ranks are in the middle of a step: the launcher ends them all
-        sentence = str(error)
+        refusal = str(error)
     finally:
         _collect()
     if code == EXIT_PREEMPTED:
         return None
     if not context.is_main:
         return TrialResult.failed(study, vars(claim), "", claim.attempt)
-    if job is None or sentence:
-        result = TrialResult.failed(study, vars(claim), sentence, claim.attempt)
+    if job is None or refusal:
+        result = TrialResult.failed(study, vars(claim), refusal, claim.attempt)
     else:
-        result = _result(study, claim, job, watch, code)
+        result = _result(study, claim, job, callback, code)
     _tidy(study, folder)
     seconds = time.monotonic() - began
-    return replace(result, seconds=round(seconds, 3), overhead_s=round(seconds - watch.training_s, 3))
+    return replace(result, seconds=round(seconds, 3), overhead_s=round(seconds - callback.training_s, 3))
 
 
 def _make_room(folder: Path) -> None:
-    """A start that left no checkpoint left nothing to go on from."""
+    """Remove what an attempt left from which no run can resume: a folder without a checkpoint."""
     if folder.exists() and find_checkpoint(folder) is None:
         shutil.rmtree(folder)
 
 
-def _callbacks(study: Study, watch: TrialCallback) -> list[Callback]:
+def _callbacks(study: Study, callback: TrialCallback) -> list[Callback]:
     """Metrics always; of the rest what the study keeps, or a command that scores the run needs."""
     keep = study.spec.keep
     optional = {
@@ -153,8 +155,7 @@ def _callbacks(study: Study, watch: TrialCallback) -> list[Callback]:
         "tensorboard": "tensorboard" in keep,
         "summary": "curves" in keep,
     }
-    kept = (name for name, wanted in optional.items() if wanted)
-    return [*make_callbacks("validation", "json-lines"), watch, *make_callbacks(*kept)]
+    return [*make_callbacks("validation", "json-lines"), callback, *make_callbacks(*filter(optional.get, optional))]
 
 
 def _collect() -> None:
@@ -167,27 +168,27 @@ def _collect() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _result(study: Study, claim: TrialAttempt, job: TrainingJob, watch: TrialCallback, code: int) -> TrialResult:
+def _result(study: Study, claim: TrialAttempt, job: TrainingJob, callback: TrialCallback, code: int) -> TrialResult:
     """The outcome and scores of a run that ended by itself or was pruned."""
     config, spec = job.config, study.spec
     rows = RunDirectory(job.run_dir).read_metrics()
     total = total_steps(config, len(job.train_set))
-    steps = max(watch.step, rows[-1]["step"] if rows else 0)
+    steps = max(callback.step, rows[-1]["step"] if rows else 0)
     last = next((score.last for score in spec.scores if score.kind == "train_loss"), 1)
-    nothing: dict[str, float | None] = dict.fromkeys(score.name for score in spec.scores)
-    values, horizons, reason = dict(nothing), {}, ""
-    if watch.ended == _PRUNED:
+    values: dict[str, float | None] = dict.fromkeys(score.name for score in spec.scores)
+    horizons: dict[int, dict[str, float | None]] = {}
+    if callback.ended == _PRUNED:
         outcome, reason = PRUNED, f"pruned at step {steps} of {total} by rule {spec.pruning.rule}"
     else:
         for step in study.horizons:
-            fine = scores.divergence(rows, step, spec.diverged_above, last) is None
-            horizons[step] = scores.measured(rows, step, spec.scores) if fine else dict(nothing)
-        why = scores.divergence(rows, total, spec.diverged_above, last)
+            diverged = scores.divergence(rows, step, spec.diverged_above, last)
+            horizons[step] = dict(values) if diverged else scores.metric_scores(rows, step, spec.scores)
+        reason = scores.divergence(rows, total, spec.diverged_above, last) or ""
         if code == EXIT_FAILURE:
-            why = _why_diverged(job.run_dir)
-        outcome, reason = (COMPLETE, "") if why is None else (DIVERGED, why)
-        if why is None:
-            values = scores.measured(rows, total, spec.scores)
+            reason = _why_diverged(job.run_dir)
+        outcome = DIVERGED if reason or code == EXIT_FAILURE else COMPLETE
+        if outcome == COMPLETE:
+            values = scores.metric_scores(rows, total, spec.scores)
             try:
                 for score in spec.scores:
                     if score.kind == "command":
@@ -217,6 +218,5 @@ def _tidy(study: Study, folder: Path) -> None:
     """Remove what the study does not keep."""
     if "checkpoint" not in study.spec.keep:
         shutil.rmtree(checkpoint_root(folder), ignore_errors=True)
-    samples = folder / "samples"
     with contextlib.suppress(OSError):
-        samples.rmdir()  # if it is empty
+        (folder / "samples").rmdir()  # if it is empty

@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 STOP = "stop"  # the flag file of a study directory; its text says whether running trials end too
 NOW, AFTER = "now", "after the running trial"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _POLL_S = 1.0
-_WAIT_S = 60.0  # ranks are told that they still wait so often, so that their collective does not time out
-_FLAG_S = 1.0  # how old an answer about the flag file may be
+_WAIT_S = 60.0  # rank 0 lets the waiting ranks go on so often, so that their collective does not time out
+_FLAG_S = 1.0  # how old what was read from the flag file may be
 _MAX_BEAT_S = 10.0
 _CACHED_SETS = 2
 
 
 def request_stop(study: Study, now: bool) -> None:
-    """Leave word for all workers of a study, wherever they are, to end: after their running trial, or with it."""
+    """Ask all workers of a study, on whatever host, to end: after their running trial or, with ``now``, at once."""
     (study.folder / STOP).write_text(f"{NOW if now else AFTER}\n", encoding="utf-8")
 
 
@@ -51,8 +51,8 @@ class StopSignal:
 
     def __init__(self, study: Study) -> None:
         self._flag = study.folder / STOP
-        self._looked = 0.0
-        self._text = ""
+        self._flag_read_at = 0.0
+        self._flag_text = ""
         self.signalled = False
 
     @contextlib.contextmanager
@@ -66,7 +66,7 @@ class StopSignal:
             self.signalled = True
 
         stop_handling_signals()
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        before = {number: signal.signal(number, note) for number in _SIGNALS}
         try:
             yield
         finally:
@@ -84,29 +84,27 @@ class StopSignal:
         return self.signalled or self._read() == NOW
 
     def _read(self) -> str:
-        if time.monotonic() - self._looked > _FLAG_S:
-            self._looked = time.monotonic()
-            try:
-                self._text = self._flag.read_text(encoding="utf-8").strip() or AFTER
-            except OSError:
-                self._text = ""
-        return self._text
+        if time.monotonic() - self._flag_read_at > _FLAG_S:
+            self._flag_read_at, self._flag_text = time.monotonic(), ""
+            with contextlib.suppress(OSError):
+                self._flag_text = self._flag.read_text(encoding="utf-8").strip() or AFTER
+        return self._flag_text
 
 
 class Worker:
-    """The loop of one worker. Rank 0 speaks with the store; what it decides, all ranks do."""
+    """The loop of one worker. Rank 0 alone uses the store; what it decides, all ranks do."""
 
-    def __init__(self, study: Study, context: ProcessContext, interrupt: StopSignal, began: float) -> None:
+    def __init__(self, study: Study, context: ProcessContext, stop: StopSignal, began: float) -> None:
         # Imported before a trial is claimed: an installation that is broken costs no trial an attempt.
         from megadit.data import build_datasets
-        from megadit.search.workers.trial import TrialHooks, run_trial
+        from megadit.search.workers import trial
 
-        self._judge, self._run_trial = TrialHooks, run_trial
-        self.study, self.context, self.interrupt = study, context, interrupt
+        self._trial = trial
+        self.study, self.context, self.stop = study, context, stop
         self._began = began  # of the work for the next trial
-        self._me = this_worker()
+        self._id = this_worker()
         self._store: Any = None  # on rank 0
-        self._asked = 0.0  # when it was last asked whose the running trial is
+        self._ownership_checked_at = 0.0
         self._datasets = functools.lru_cache(maxsize=_CACHED_SETS)(build_datasets)
 
     def run(self) -> int:
@@ -114,12 +112,10 @@ class Worker:
         with contextlib.ExitStack() as stack:
             self.context.on_main(lambda: self._join(stack))
             while True:
-                order, claim = self.context.on_main(self._next)
-                if order == "end":
-                    return EXIT_OK
-                if order == "stop":
-                    return EXIT_PREEMPTED
-                if order == "run":
+                code, claim = self.context.on_main(self._next)
+                if code is not None:
+                    return int(code)
+                if claim is not None:
                     self._run(claim)
 
     def _join(self, stack: contextlib.ExitStack) -> None:
@@ -128,77 +124,77 @@ class Worker:
         self._store = StudyStore.join(self.study)
         self._store.refuse_other_hosts()
         every = min(_MAX_BEAT_S, self.study.spec.stale_after_s / 4)
-        stack.enter_context(self._store.heartbeats.beating(self._me, every))
-        _say(f"worker {self._me.label} joins study {self.study.spec.name} in {self.study.folder}")
+        stack.enter_context(self._store.heartbeats.beating(self._id, every))
+        _log(f"worker {self._id.label} joins study {self.study.spec.name} in {self.study.folder}")
 
-    def _next(self) -> tuple[str, TrialAttempt | None]:
-        """On rank 0: ("run", claim), "wait" while others run the last trials, "stop" or "end"."""
+    def _next(self) -> tuple[int | None, TrialAttempt | None]:
+        """On rank 0: the worker's exit code or the trial that it claimed; neither while others run the last trials."""
+        folder = self.study.folder
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
-            if self.interrupt.before_next:
-                _say(self._why_stopped())
-                return "stop", None
-            claim = self._store.claim(self._me)
+            if self.stop.signalled:
+                _log(f"stopped; the study in {folder} goes on with the next run or worker")
+                return EXIT_PREEMPTED, None
+            if self.stop.before_next:
+                remedy = f"the next run goes on, as do workers once {folder / STOP} is removed"
+                _log(f"stopped by launch/sweep.py stop; {remedy}")
+                return EXIT_PREEMPTED, None
+            claim = self._store.claim(self._id)
             if claim is not None:
-                return "run", claim
+                return None, claim
             counts = self._store.counts()
             if counts.done >= counts.planned:
-                _say(f"no trial is left; the study, for launch/sweep.py report: {self.study.folder}")
-                return "end", None
+                _log(f"no trial is left; the study, for launch/sweep.py report: {folder}")
+                return EXIT_OK, None
             self._began = time.monotonic() + _POLL_S  # waiting for others is no trial's overhead
             time.sleep(_POLL_S)
-        return "wait", None
-
-    def _why_stopped(self) -> str:
-        if self.interrupt.signalled:
-            return f"stopped; the study in {self.study.folder} goes on with the next run or worker"
-        flag = self.study.folder / STOP
-        return f"stopped by launch/sweep.py stop; the next run goes on, as do workers once {flag} is removed"
+        return None, None
 
     def _run(self, claim: TrialAttempt) -> None:
-        began = self._began
         if self.context.is_main:
-            _say(f"trial {claim.number} begins: {describe(claim)}")
-        judge = self._judge(lambda: self._is_over(claim), lambda step, loss: self._store.report(claim, step, loss))
+            _log(f"trial {claim.number} begins: {describe(claim)}")
+        hooks = self._trial.TrialHooks(
+            lambda: self._should_stop(claim), lambda step, loss: self._store.report(claim, step, loss)
+        )
         try:
-            result = self._run_trial(self.study, claim, self.context, self._datasets, judge, began)
+            result = self._trial.run_trial(self.study, claim, self.context, self._datasets, hooks, self._began)
         except Exception as error:
             traceback.print_exc()
             if self.context.is_main:
-                self._store.release(claim, self._me, f"{type(error).__name__}: {error}", counts=True)
+                self._store.release(claim, self._id, f"{type(error).__name__}: {error}", counts=True)
             raise
         self._began = time.monotonic()
         if not self.context.is_main:
             return
         if result is None:
-            if self._store.owns(claim, self._me) and not self.interrupt.now:
-                self.interrupt.signalled = True  # by SIGUSR1, which training takes for itself
-            self._store.release(claim, self._me, "interrupted", counts=False)
-            _say(f"trial {claim.number} is given back")
-        elif self._store.finish(claim, result, self._me):
+            if self._store.owns(claim, self._id) and not self.stop.now:
+                self.stop.signalled = True  # by SIGUSR1, which training takes for itself
+            self._store.release(claim, self._id, "interrupted", counts=False)
+            _log(f"trial {claim.number} is given back")
+        elif self._store.finish(claim, result, self._id):
             shown = "  ".join(f"{name} {value:.4f}" for name, value in result.scores.items() if value is not None)
-            _say(f"trial {claim.number} {result.outcome}: {shown or result.reason} ({result.seconds:.1f} s)")
+            _log(f"trial {claim.number} {result.outcome}: {shown or result.reason} ({result.seconds:.1f} s)")
         else:
-            _say(f"trial {claim.number} had been given to another worker; its result is dropped")
+            _log(f"trial {claim.number} had been given to another worker; its result is dropped")
 
-    def _is_over(self, claim: TrialAttempt) -> bool:
-        """Asked at every logged step: a flag, a signal, or (looked up now and then) the trial is another's."""
-        if self.interrupt.now:
+    def _should_stop(self, claim: TrialAttempt) -> bool:
+        """Called at every logged step: the worker is to end or (looked up now and then) the trial is another's."""
+        if self.stop.now:
             return True
-        if time.monotonic() - self._asked < self.study.spec.stale_after_s / 4:
+        if time.monotonic() - self._ownership_checked_at < self.study.spec.stale_after_s / 4:
             return False
-        self._asked = time.monotonic()
-        return not self._store.owns(claim, self._me)
+        self._ownership_checked_at = time.monotonic()
+        return not self._store.owns(claim, self._id)
 
 
 def describe(claim: TrialAttempt) -> str:
-    """A claim in words: variant, scale, hyperparameters, seed and, after a lost start, the attempt."""
+    """A claim in words: variant, scale, hyperparameters, seed and, after a lost attempt, the attempt's number."""
     scale = "" if claim.scale is None else f"scale {claim.scale}"
     attempt = f"attempt {claim.attempt}" if claim.attempt > 1 else ""
     return ", ".join(filter(None, (claim.variant, scale, point_text(claim.hps), f"seed {claim.seed}", attempt)))
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     say(f"{time.strftime('%H:%M:%S')} {text}")
 
 
@@ -213,11 +209,11 @@ def work(study: Study) -> int:
     from megadit.parallel import start_processes, stop_processes
     from megadit.search.workers.scores import COMMAND_TIMEOUT_S
 
-    began, interrupt = time.monotonic(), StopSignal(study)
-    with interrupt.signals():
+    began, stop = time.monotonic(), StopSignal(study)
+    with stop.signals():
         # Other ranks wait in a collective while rank 0 runs a score's command.
         context = start_processes(COMMAND_TIMEOUT_S + 600) if study.spec.has_commands else start_processes()
-        code = Worker(study, context, interrupt, began).run()
+        code = Worker(study, context, stop, began).run()
         stop_processes()
     return code
 

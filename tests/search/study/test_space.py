@@ -57,6 +57,15 @@ def test_quasi_random_points_fill_the_space_evenly():
         assert max(counts) - min(counts) <= 2, counts
 
 
+def test_quasi_random_points_are_those_of_studies_that_have_begun():
+    points = space(**FOUR, optim__schedule={"choice": ["constant", "cosine"]}).quasi_random(3, 3)
+    assert [tuple(point.values()) for point in points] == [
+        (0.000626256, 1.37648, 0.436258, 7751, "constant"),
+        (4.3985e-05, 0.482226, 0.584141, 14883, "cosine"),
+        (0.000165194, 76.3213, 0.264119, 4705, "cosine"),
+    ]
+
+
 def test_grid_is_the_full_product_in_the_order_of_the_file():
     grid = space(optim__lr={"grid": ["2^-8", 0.5]}, optim__warmup_steps={"choice": [0, "1e1"]}).grid()
     assert grid == [

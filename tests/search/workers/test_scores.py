@@ -66,7 +66,7 @@ def test_measured_leaves_commands_open():
         ScoreSpec(name="b", kind="val_loss"),
         ScoreSpec(name="c", kind="command", command=("x",), key="y"),
     ]
-    assert scores.measured(ROWS, 8, specs) == {"a": 4.5, "b": 7.0, "c": None}
+    assert scores.metric_scores(ROWS, 8, specs) == {"a": 4.5, "b": 7.0, "c": None}
 
 
 def command(program: str) -> ScoreSpec:

@@ -179,9 +179,9 @@ def test_what_the_study_keeps_is_kept(tmp_path):
 def one_trial(study, logs=None):
     """Claim and run a trial; stop it at its ``logs``-th logged step."""
     store, asked = StudyStore.create_or_open(study), iter(range(1, 100))
-    judge = NEVER if logs is None else TrialHooks(lambda: next(asked) >= logs, lambda step, loss: False)
+    hooks = NEVER if logs is None else TrialHooks(lambda: next(asked) >= logs, lambda step, loss: False)
     claim = store.claim(this_worker())
-    result = run_trial(study, claim, start_processes(), build_datasets, judge, time.monotonic())
+    result = run_trial(study, claim, start_processes(), build_datasets, hooks, time.monotonic())
     if result is None:
         store.release(claim, this_worker(), "interrupted", counts=False)
     return result
@@ -242,7 +242,7 @@ def test_an_unexpected_error_ends_the_worker_and_gives_its_trial_back(tmp_path, 
 
 
 def test_a_worker_that_lost_its_trial_drops_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker_module.Worker, "_is_over", lambda self, claim: not self._store.owns(claim, self._me))
+    monkeypatch.setattr(worker_module.Worker, "_should_stop", lambda self, claim: not self._store.owns(claim, self._id))
     study = tiny_study(tmp_path)
     store = StudyStore.create_or_open(study)
     plain, lost = StudyStore.owns, tmp_path / "lost"
