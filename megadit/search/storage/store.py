@@ -93,7 +93,8 @@ class StudyStore:
         from optuna.trial import TrialState
 
         with self._lock():
-            self._reclaim(idle=worker)
+            if self._reclaim(idle=worker):
+                self._enqueue_missing()
             for attempt in self._last_attempts():
                 trial_id = attempt.trial_id
                 if attempt.is_waiting and self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
@@ -138,7 +139,10 @@ class StudyStore:
     def reclaim_stale(self) -> list[int]:
         """Give the trials of dead workers back to the queue; their numbers."""
         with self._lock():
-            return self._reclaim()
+            numbers = self._reclaim()
+            if numbers:
+                self._enqueue_missing()
+            return numbers
 
     def snapshot(self) -> StudySnapshot:
         """How every trial stands, from one reading of the storage; writes nothing."""
@@ -216,7 +220,7 @@ class StudyStore:
         self._cell(last).add_trial(create_trial(state=TrialState.FAIL, user_attrs=attributes))
 
     def _reclaim(self, idle: WorkerId | None = None) -> list[int]:
-        """Take the trials of dead workers (and of ``idle``, which says that it runs none) back; their numbers."""
+        """Mark the trials of dead workers (and of ``idle``, which says that it runs none) as lost; their numbers."""
         numbers = []
         for attempt in self._last_attempts():
             if attempt.state == "RUNNING" and attempt.result is not None:  # its worker died before it set the state
@@ -224,8 +228,6 @@ class StudyStore:
             elif attempt.is_running and self._is_orphaned(attempt, idle):
                 self._mark_lost(attempt.trial_id, "its worker died", counts=True)
                 numbers.append(attempt.number)
-        if numbers:
-            self._enqueue_missing()
         return numbers
 
     def _is_orphaned(self, attempt: TrialAttempt, idle: WorkerId | None) -> bool:
