@@ -1,1 +1,1 @@
-"""Where trials are kept: optuna's storage, and what several workers may do with it at once."""
+"""Storage of trials in optuna's databases, and its locks and heartbeats for several workers at once."""

@@ -1,4 +1,4 @@
-"""Who runs a trial, and whether it still lives: processes of this host are asked, others must be heard from."""
+"""Worker processes and their heartbeats: a worker of this host is looked up by its process id, others by heartbeat."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def this_worker() -> WorkerId:
 
 
 class Heartbeats:
-    """The sign of life of every worker: a file in ``workers/`` whose time of change is refreshed.
+    """The heartbeat of every worker: a file in ``workers/`` whose modification time is refreshed.
 
     Times are those of the file system, so that hosts whose clocks differ can compare them.
     """
@@ -83,21 +83,21 @@ class Heartbeats:
             file.unlink(missing_ok=True)
 
     def is_dead(self, worker: WorkerId, stale_after_s: float) -> bool:
-        """Whether the worker has ended: by its process where that can be asked, else by its silence."""
+        """Whether the worker has ended: by its process on this host, else by the age of its heartbeat."""
         if worker.is_here:
             return not worker.is_running
         try:
-            silence_s = self._now() - self._file(worker).stat().st_mtime
+            age_s = self._now() - self._file(worker).stat().st_mtime
         except OSError:
-            silence_s = float("inf")
-        return silence_s > stale_after_s
+            age_s = float("inf")
+        return age_s > stale_after_s
 
     def living(self, stale_after_s: float) -> list[WorkerId]:
         """The workers that have a file and are not dead."""
         return [worker for worker in self._recorded() if not self.is_dead(worker, stale_after_s)]
 
     def clear_dead(self) -> None:
-        """Remove what killed workers of this host left."""
+        """Remove the heartbeat files of killed workers of this host."""
         for worker in self._recorded():
             if worker.is_here and not worker.is_running:
                 with contextlib.suppress(OSError):

@@ -1,1 +1,1 @@
-"""What is searched: the study file, its space, the cells and seeds of every point, and the order of its runs."""
+"""The study file, its search space, the cells and seeds of every point, and the order of the runs."""

@@ -24,14 +24,14 @@ def check_extends(
 
     ``horizons``: one run scores every step count of the scale, so that another count would need other runs.
     """
-    wrong = [key for key in StudySpec.model_fields if key not in _FREE | _RESOLVED and not _grown(key, new, old)]
-    if horizons and "scale" not in wrong and new.scale != old.scale:
-        wrong.append("scale")
+    differing = [key for key in StudySpec.model_fields if key not in _FREE | _RESOLVED and not _grown(key, new, old)]
+    if horizons and "scale" not in differing and new.scale != old.scale:
+        differing.append("scale")
     after, before = _flat_base(new, new_base), _flat_base(old, old_base)
-    wrong += [key for key in {**before, **after} if after.get(key) != before.get(key)]
-    if wrong:
+    differing += [key for key in {**before, **after} if after.get(key) != before.get(key)]
+    if differing:
         raise UserError(
-            f"--study_dir: '{folder}' holds another study (different: {', '.join(wrong)}); {_GROWING}, so choose "
+            f"--study_dir: '{folder}' holds another study (different: {', '.join(differing)}); {_GROWING}, so choose "
             "another --study_dir"
         )
 

@@ -1,4 +1,4 @@
-"""From a study to its runs: every point, cell and seed, in the order in which they are started."""
+"""The runs of a study: every point, cell and seed, in the order in which they are started."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PlannedTrial:
 
 
 def plan_trials(study: Study) -> list[PlannedTrial]:
-    """All runs: a whole seed before the next, in it big runs first, so that no large one is left for the end.
+    """All runs: every run of a seed before the next seed, in it the big ones first, so that none is left for the end.
 
     Under sampler tpe the points are not known before runs have finished: ``hps`` is empty, one run a point, the
     seeds in turn.

@@ -1,6 +1,6 @@
-"""What a study file says: ``StudySpec``, every key of ``configs/sweeps/*.yaml``, and what can be checked in it alone.
+"""The schema of a study file: ``StudySpec``, every key of ``configs/sweeps/*.yaml``, and the checks of the file alone.
 
-What needs the base configuration (do the keys exist, are the values allowed) is checked by ``study.study``.
+What needs the base configuration (existing keys, allowed values) is checked by ``study.study``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class DimensionSpec(ItemSection):
 
     @property
     def kind(self) -> str:
-        """Which of the four it is."""
+        """The one of the four that is given."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property

@@ -300,8 +300,8 @@ def _horizons(spec: StudySpec, base: RunConfig) -> tuple[int, ...]:
     if spec.scale is None or spec.scale.key != "train.steps" or len(spec.scale.values) < 2:
         return ()
     searched = {*spec.space, *(key for changes in spec.variants.values() for key in changes)}
-    alike = base.optim.schedule == "constant" and "optim.schedule" not in searched and spec.pruning.rule == "none"
-    return tuple(sorted(spec.scale.values)) if alike and not spec.has_commands else ()
+    passes_all = base.optim.schedule == "constant" and "optim.schedule" not in searched and spec.pruning.rule == "none"
+    return tuple(sorted(spec.scale.values)) if passes_all and not spec.has_commands else ()
 
 
 def _cells(spec: StudySpec, horizons: tuple[int, ...]) -> tuple[Cell, ...]:

@@ -1,1 +1,1 @@
-"""Who runs trials: workers and their pool, one trial as an ordinary run, and its scores."""
+"""Workers and their pool, one trial as an ordinary training run, and its scores."""
