@@ -59,13 +59,13 @@ def _count(path: str) -> Iterator[dict[str, Any]]:
     for name, sequence in SHARES:
         for pipeline in STAGES:
             tensor, cuts = int(name[0]), balanced_cuts(flops, pipeline)
-            passages = stage_costs(config.model, cuts, MICRO[0], torch.bfloat16, "none", tensor, sequence=sequence)
+            costs = stage_costs(config.model, cuts, MICRO[0], torch.bfloat16, "none", tensor, sequence=sequence)
             yield {
                 "config": config,
                 "tensor": tensor,
                 "name": name,
                 "work": [sum(flops[a:b]) for a, b in pairwise(cuts)],
-                "stages": [(sum(p.numel() for p in chunk.parameters()), passage) for chunk, passage in passages],
+                "stages": [(sum(p.numel() for p in chunk.parameters()), cost) for chunk, cost in costs],
             }
 
 
@@ -83,17 +83,19 @@ def _step(counted: dict[str, Any], world: int, micro: int, args: argparse.Namesp
     if replicas < 1 or rest:
         return
     times, memory, sent = micro / MICRO[0], [], Counter[str]()
-    for place, (held, passage) in enumerate(stages):
+    for place, (held, cost) in enumerate(stages):
         flying = min(len(stages) - place, many)
         state = state_bytes(held, replicas, 1, "bf16", averages, 4)
         buckets = bucket_bytes(DEEPSPEED, held, "bf16", len(stages) > 1)
-        memory.append((sum(state.values()) + buckets + ((flying - 1) * passage.kept + passage.peak) * times) / 1e9)
-        calls = tensor_bytes(passage.forward + passage.backward, tensor)
-        wire = passage.wire_out + passage.wire_back if len(stages) > 1 else 0
+        memory.append(
+            (sum(state.values()) + buckets + ((flying - 1) * cost.saved_bytes + cost.peak_bytes) * times) / 1e9
+        )
+        calls = tensor_bytes(cost.forward + cost.backward, tensor)
+        pipeline = cost.output_bytes + cost.input_grad_bytes if len(stages) > 1 else 0
         data = data_bytes(held, 2, replicas, 1, many, recompute=False, gradient=4)
         for kind, size in (
             ("tensor", sum(calls.values()) * many * times),
-            ("pipeline", wire * many * times),
+            ("pipeline", pipeline * many * times),
             ("data", sum(data.values())),
         ):
             sent[kind] = max(sent[kind], size / 1e9)  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from megadit.checkpoint.names import STATE
 from megadit.config import RunConfig
 from megadit.config.schema.run import ONLINE
 from megadit.data.windows import merge_windows
-from megadit.engine.ema import KIND as EMA_KIND
+from megadit.engine.ema import EMA_PREFIX
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
 from megadit.plugins import require_imported
@@ -89,7 +89,7 @@ class StoredCheckpoint:
     @property
     def averages(self) -> tuple[str, ...]:
         """Names of the stored moving averages."""
-        return tuple(kind.removeprefix(EMA_KIND) for kind in self.kinds if kind.startswith(EMA_KIND))
+        return tuple(kind.removeprefix(EMA_PREFIX) for kind in self.kinds if kind.startswith(EMA_PREFIX))
 
     def reader(self) -> FragmentReader:
         """Opens the tensors; to be used in a ``with``."""
@@ -107,7 +107,7 @@ class StoredCheckpoint:
                 f"weights '{weights}': checkpoint {self.path} holds {', '.join((ONLINE, *self.averages))}; "
                 "choose one of these"
             )
-        return WEIGHTS if weights == ONLINE else EMA_KIND + weights
+        return WEIGHTS if weights == ONLINE else EMA_PREFIX + weights
 
 
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megadit.checkpoint.fragment_reader import FragmentReader
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.config.schema.run import ONLINE
 from megadit.engine.deepspeed.partitions import MOMENTS, Fragment, Partitions
-from megadit.engine.ema import KIND as EMA_KIND
+from megadit.engine.ema import EMA_PREFIX
 from megadit.errors import UserError
 from megadit.finite import all_finite, describe_nonfinite
 from megadit.models.repa import PREFIX
@@ -60,7 +60,7 @@ def restore_training_state(
     notes = [f"{kind} is not in the checkpoint and starts from its weights" for kind in sorted(missing_kinds)]
     for fragment in partitions.fragments()[:1]:
         used = {kind for source in sources for kind in source.tensors(fragment)}
-        dropped = [EMA_KIND + name for name in checkpoint.averages if EMA_KIND + name not in used]
+        dropped = [EMA_PREFIX + name for name in checkpoint.averages if EMA_PREFIX + name not in used]
         notes += [f"{kind} of the checkpoint is no longer configured and is dropped" for kind in dropped]
     return notes
 

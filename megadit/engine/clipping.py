@@ -1,8 +1,8 @@
-"""Gradient clipping by role: which norm is held under which threshold.
+"""Gradient clipping by role: thresholds of gradient norms.
 
 ``optim.clip.mode: global`` (the paper's) is DeepSpeed's own clipping by the norm over all parameters. ``per_group``
 clips the gradient of each role (input, hidden, vector, output, finite) by its own norm: the base threshold times the
-role's ``clip_mult``, so that it takes hold alike at every width. The unit is the role and not the optimizer's group:
+role's ``clip_mult``, so that clipping acts alike at every width. The unit is the role and not the optimizer's group:
 whether tables are decayed, or an mlp_ratio splits a role, must not change what is clipped.
 """
 
@@ -17,7 +17,7 @@ from megadit.mup.spec import Role
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """``roles``: of each optimizer group, in its order; ``limits``: threshold by role, None for global clipping.
+    """roles: of the optimizer groups, in their order.  limits: thresholds by role, None for global clipping.
 
     A role that is not in ``limits`` is not clipped.
     """

@@ -1,6 +1,6 @@
-"""The training engine: a model, its loss, the μP optimizer and DeepSpeed, as one object that takes batches.
+"""The training engine: a model, its loss, the μP optimizer and DeepSpeed, as one object that trains on batches.
 
-Only public DeepSpeed calls are made here; whatever needs its internals goes through ``partitions``.
+Only DeepSpeed's public interface is used here; its internals are in ``megadit.engine.deepspeed``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TrainingEngine:
     ) -> None:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         avoid_shm_build()
-        # DeepSpeed 0.19 calls collectives that torch 2.13 is about to rename, which torch says at every one of them.
+        # DeepSpeed 0.19 calls collectives that torch 2.13 deprecates, with a warning at every call.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         restore_linear()
         forget_groups()
@@ -102,7 +102,7 @@ class TrainingEngine:
 
     @property
     def reads_data(self) -> bool:
-        """Whether this rank needs samples: to run the model on them, or to compute a loss from them."""
+        """Whether this rank reads samples, as input of the model or to compute the loss."""
         return True
 
     @property
@@ -112,12 +112,12 @@ class TrainingEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Updates left out because gradients overflowed."""
+        """Number of updates skipped because fp16 gradients overflowed."""
         return int(self._engine.skipped_steps)
 
     @property
     def update_applied(self) -> bool:
-        """Whether the last optimizer step changed the weights; DeepSpeed skips updates from overflowed gradients."""
+        """Whether the last optimizer step was applied, as far as DeepSpeed knows (see ``StepResult.update_status``)."""
         return bool(self._engine.was_step_applied())
 
     def train_batch(self, step: int, batches: Iterable[Batch], want_norm: bool) -> StepResult:
@@ -135,11 +135,11 @@ class TrainingEngine:
         return self._update(step, self._engine.step, want_norm)
 
     def _mean_loss(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> Tensor:
-        """The mean loss of a micro batch, () float32, whose gradient is NaN throughout where it is not finite.
+        """The mean loss of a micro batch, () float32.
 
-        So that the norm of the reduced gradients tells all ranks of it.
+        Where it is not finite its gradient is NaN throughout, so that all ranks find it in the reduced norm.
         """
-        terms = self.loss.of(outputs, batch, noisy)
+        terms = self.loss.compute(outputs, batch, noisy)
         parts = {name: part.detach() for name, part in terms.terms.items()}
         self._losses.append(BatchLosses(batch.numbers, LossTerms(terms.total.detach(), parts), noisy.time01))
         loss = terms.total.mean()
@@ -151,7 +151,7 @@ class TrainingEngine:
     def _update(self, step: int, update: Callable[[], Any], want_norm: bool) -> StepResult:
         """Update by DeepSpeed's ``update``, with the learning rates of ``step``."""
         self.optimizer.apply(step)
-        self.partitions.norms.before_step(want_norm)
+        self.partitions.before_step(want_norm)
         exhausted = None
         try:
             update()
@@ -169,23 +169,23 @@ class TrainingEngine:
         return StepResult(losses, self.partitions.gradient_norm() if want_norm else None, update_status)
 
     def _update_status(self) -> UpdateStatus:
-        """What the last step was like. fp16's skipped updates are normal, unless a loss was not finite (collective)."""
+        """Status of the last update; fp16's skipped ones are normal, unless a loss was not finite (collective)."""
         if not self._loss_scaled:
             return self.partitions.guard.update_status()
         finite, self._losses_finite = self._losses_finite, torch.ones_like(self._losses_finite)
         return UpdateStatus(masked=not self.update_applied and self.context.any(not bool(finite)))
 
     def after_restore(self, step: int) -> None:
-        """Say that a checkpoint was loaded: learning rates come from the config, never from the checkpoint."""
+        """After a checkpoint was loaded: learning rates come from the config, never from the checkpoint."""
         self.optimizer.apply(step)
         self.optimizer.check_table(step, "after resume")
         self._checked_step = False
 
     @contextmanager
     def evaluation(self, weights: str = ONLINE) -> Iterator[None]:
-        """In the block the model is in eval mode, without gradients.
+        """Inside the block the model is in eval mode, without gradients.
 
-        weights: online, or the name of an average, which takes their place meanwhile. All ranks must enter.
+        weights: online, or the name of an average, which takes their place. All ranks must enter.
         """
         self.ema.publish_if_stale()
         with nullcontext() if weights == ONLINE else self.ema.swapped(weights), torch.no_grad():
@@ -196,7 +196,7 @@ class TrainingEngine:
                 self._engine.train()
 
     def evaluate_batch(self, batch: Batch | None = None, noisy: NoisyBatch | None = None) -> dict[str, Tensor]:
-        """Losses of a batch within ``evaluation``, as ``TrainingLoss.separate`` gives them (all ranks must call).
+        """Losses of a batch within ``evaluation``, as ``TrainingLoss.per_sample`` gives them (all ranks must call).
 
         Empty on a rank that computes none. ``noisy`` was made from ``batch``; a rank that reads no data has neither.
         """
@@ -205,7 +205,7 @@ class TrainingEngine:
         if not self.computes_loss:
             return {}
         assert batch is not None and noisy is not None
-        return self.loss.separate(outputs, batch, noisy)
+        return self.loss.per_sample(outputs, batch, noisy)
 
     @contextmanager
     def sampling_model(self, weights: str = ONLINE) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""What a batch costs the model: the objective's loss and, where a run has one, that of REPA."""
+"""The training loss of a batch: the objective's and, where a run has one, that of REPA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megadit.rng import sample_keys
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """Losses of one micro batch, without gradients.
+    """Losses of one micro batch, detached.
 
     numbers: global sample numbers, int64 (B,).  terms: per-sample losses.  time01: positions in [0, 1], float32 (B,).
     """
@@ -32,10 +32,10 @@ class BatchLosses:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """From a batch to the model's input, and from the model's output to the loss.
+    """Makes the model's input from a batch, and the loss from the model's output.
 
-    seed: of noise, times and dropped conditions.  features: the targets of the REPA loss; None where there is none, or
-    where this rank computes no losses.
+    seed: of noise, times and dropped conditions.  features: targets of the REPA loss; None without REPA, and on a rank
+    that computes no losses.
     """
 
     objective: Objective
@@ -48,7 +48,7 @@ class TrainingLoss:
 
     @property
     def needs_projection(self) -> bool:
-        """Whether the loss needs the model's REPA tokens beside its output."""
+        """Whether the loss needs the REPA projection beside the model's output."""
         return self.repa_weight > 0
 
     def inputs(self, batch: Batch, seed: int) -> tuple[Tensor, Conditioning]:
@@ -65,8 +65,8 @@ class TrainingLoss:
         x0, cond = self.inputs(batch, self.seed)
         return self.objective.prepare(x0, cond, batch.numbers, self.seed)
 
-    def of(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> LossTerms:
-        """What training minimises, from the model's ``outputs`` for ``noisy``, which was made from ``batch``.
+    def compute(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> LossTerms:
+        """The loss that training minimises, from the model's ``outputs`` for ``noisy``, which was made from ``batch``.
 
         outputs: float (B, C or 2C, H, W); a pair of it and the projected tokens (B, T, F) if ``needs_projection``.
         """
@@ -75,10 +75,10 @@ class TrainingLoss:
         output, projected = outputs
         return with_alignment(self.objective.loss(output, noisy), projected, self.features.of(batch), self.repa_weight)
 
-    def separate(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> dict[str, Tensor]:
+    def per_sample(self, outputs: Any, batch: Batch, noisy: NoisyBatch) -> dict[str, Tensor]:
         """Per-sample losses, each float32 (B,): ``loss``, the objective's alone, and ``repa``, without its weight.
 
-        So that runs can be compared whatever their ``objective.repa_weight``.
+        Separate, so that runs with different ``objective.repa_weight`` are comparable.
         """
         if self.features is None:
             return {"loss": self.objective.loss(outputs, noisy).total}

@@ -1,10 +1,10 @@
-"""The μP-aware optimizer wrapper: it owns the learning rate, weight decay and ε of every group.
+"""The μP optimizer wrapper, which owns the learning rate, weight decay and ε of every parameter group.
 
-μP under Adam is expressed wholly in per-group scalars, because DeepSpeed's optimizers see one flat shard per
-group and nothing of the parameters in it. The wrapper builds the torch (or DeepSpeed) AdamW over megadit's
-named group list, writes ``lr = factor(step) * optim.lr * lr_mult`` before every update, and checks that the
-table still stands after DeepSpeed has wrapped, stepped or restored the optimizer: schedulers and checkpoint
-loaders in the wild are known to overwrite all groups with one value.
+μP under Adam is expressed by per-group scalars alone, because DeepSpeed's optimizers see one flat shard per group and
+no parameters. The wrapper builds torch's (or DeepSpeed's) AdamW over megadit's named groups, writes
+``lr = factor(step) * optim.lr * lr_mult`` before every update, and checks that the table of scalars is intact after
+DeepSpeed has wrapped, stepped or restored the optimizer: schedulers and checkpoint loaders are known to overwrite all
+groups with one value.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 class MuOptimizer:
     """AdamW over μP's parameter groups, with the schedule applied by multiplication only.
 
-    Where ``model`` is a part of one, ``specs`` are those of the whole, and ``pad`` makes a parameter for a group that
-    has none here: all parts have the same groups.
+    specs: of the whole model, where ``model`` is a chunk of it (None: those of ``model``).  pad: makes a parameter for
+    a group without members in this chunk, since all chunks must have the same groups.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MuOptimizer:
         """Compare every group with the table, as of the update that ``apply(step)`` prepared.
 
         Raises:
-            RuntimeError: something rewrote a group's lr, weight decay or ε; ``moment`` says when it was seen.
+            RuntimeError: a group's lr, weight decay or ε was overwritten; ``moment`` says when it was found.
         """
         factor = self.schedule.factor(step)
         names = [group.get("name") for group in self.inner.param_groups]
@@ -82,12 +82,12 @@ class MuOptimizer:
         if names != expected_names:
             raise RuntimeError(f"{moment}: the optimizer's groups are {names}, not {expected_names}")
         for group, row in zip(self.inner.param_groups, self.table, strict=True):
-            wanted = {
+            expected = {
                 "lr": factor * self.config.lr * row["lr_mult"],
                 "weight_decay": self.config.weight_decay * row["wd_mult"],
                 "eps": self.config.eps * row["eps_mult"],
             }
-            for key, value in wanted.items():
+            for key, value in expected.items():
                 if not math.isclose(float(group[key]), value, rel_tol=1e-9, abs_tol=0.0):
                     raise RuntimeError(
                         f"{moment}: group '{row['name']}' has {key} {float(group[key]):.6g} where the muP table says "
@@ -95,15 +95,19 @@ class MuOptimizer:
                     )
 
 
-def resolve_implementation(wanted: str, device: torch.device) -> str:
-    """``auto`` is torch's fused AdamW, which exists for CUDA and for the CPU."""
-    if wanted == "auto":
+def resolve_implementation(implementation: str, device: torch.device) -> str:
+    """``optim.implementation`` with ``auto`` resolved: torch's fused AdamW where the device has it (CUDA and CPU).
+
+    Raises:
+        UserError: deepspeed-fused without a GPU.
+    """
+    if implementation == "auto":
         return "torch-fused" if device.type in ("cuda", "cpu") else "torch-foreach"
-    if wanted == "deepspeed-fused" and device.type != "cuda":
+    if implementation == "deepspeed-fused" and device.type != "cuda":
         raise UserError(
             "optim.implementation: deepspeed-fused is a CUDA kernel and there is no GPU here; use auto or torch-fused"
         )
-    return wanted
+    return implementation
 
 
 def _build(groups: list[dict[str, Any]], config: OptimConfig, implementation: str) -> torch.optim.Optimizer:

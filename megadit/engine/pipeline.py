@@ -32,8 +32,8 @@ from megadit.parallel.topology import ProcessGroups
 class PipelineTrainingEngine(TrainingEngine):
     """``TrainingEngine`` over the chunk of a model that this rank runs.
 
-    The first stage takes the noisy images from a micro batch and the last what the loss needs; stages between them
-    never draw one. The loss is computed on the last stage only.
+    The first stage reads the noisy images of a micro batch and the last the targets of the loss; stages between them
+    read no data. The loss is computed on the last stage only.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PipelineTrainingEngine(TrainingEngine):
 
     @property
     def module(self) -> nn.Module:
-        """The model, with nothing in it but what this rank's stages own."""
+        """The model, in which only this rank's stages have parameters."""
         return self._chunk.model
 
     @property
@@ -86,7 +86,7 @@ class PipelineTrainingEngine(TrainingEngine):
         return self._update(step, partial(self._engine.train_batch, self._feed(batches)), want_norm)
 
     def _feed(self, batches: Iterable[Batch]) -> Iterator[tuple[StageIO, tuple[Tensor, ...]]]:
-        """The first stage's inputs, for DeepSpeed, which asks for as many on the last stage."""
+        """The first stage's inputs, for DeepSpeed, which takes as many items on the last stage."""
         for batch in batches:
             noisy = self.loss.prepare(batch)
             if self._chunk.is_last:
@@ -125,13 +125,13 @@ class SampleQueue:
 
 
 class PipelineForward(nn.Module):
-    """A model in chunks as a function of whole inputs: every stage calls it alike and gets the last one's output."""
+    """Forward pass of a model in chunks: every stage calls it, and gets the output of the last stage."""
 
     def __init__(self, chunk: ModelChunk, groups: ProcessGroups, device: torch.device) -> None:
         super().__init__()
         self._chunk, self._device = chunk, device
         self._group, self._ranks = groups.group("pipeline"), groups.ranks("pipeline")
-        self._place = groups.topology.pipeline_rank
+        self._stage = groups.topology.pipeline_rank
 
     def forward(
         self,
@@ -140,47 +140,47 @@ class PipelineForward(nn.Module):
         cond: Conditioning | None = None,
         project: bool = False,
     ) -> Any:
-        """As ``StagedModel.forward``; x and t are looked at on the first stage only."""
+        """As ``StagedModel.forward``; x and t are used on the first stage only (all stages must call)."""
         chunk, ranks = self._chunk, self._ranks
         chunk.project = project
         if chunk.is_first:
             assert x is not None and t is not None
-            wire = chunk.model.packed_inputs(x, t, Conditioning() if cond is None else cond)
+            stage_io = chunk.model.packed_inputs(x, t, Conditioning() if cond is None else cond)
         else:
-            wire = self._receive(ranks[self._place - 1])
-        outputs = chunk(wire)
+            stage_io = self._receive(ranks[self._stage - 1])
+        outputs = chunk(stage_io)
         tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
         if not chunk.is_last:
-            self._send(tensors, ranks[self._place + 1])
-        found = self._from_last(tensors if chunk.is_last else ())
-        return found if project else found[0]
+            self._send(tensors, ranks[self._stage + 1])
+        outputs = self._broadcast_from_last(tensors if chunk.is_last else ())
+        return outputs if project else outputs[0]
 
     def _send(self, tensors: StageIO, rank: int) -> None:
-        dist.send_object_list([_kinds(tensors)], rank, group=self._group, device=self._device)
+        dist.send_object_list([_shapes(tensors)], rank, group=self._group, device=self._device)
         for tensor in tensors:
             dist.send(tensor.contiguous(), rank, group=self._group)
 
     def _receive(self, rank: int) -> StageIO:
-        box: list[Any] = [None]
-        dist.recv_object_list(box, rank, group=self._group, device=self._device)
-        tensors = self._empty(box[0])
+        shapes: list[Any] = [None]
+        dist.recv_object_list(shapes, rank, group=self._group, device=self._device)
+        tensors = self._empty(shapes[0])
         for tensor in tensors:
             dist.recv(tensor, rank, group=self._group)
         return tensors
 
-    def _from_last(self, tensors: StageIO) -> StageIO:
+    def _broadcast_from_last(self, tensors: StageIO) -> StageIO:
         source = self._ranks[-1]
-        box: list[Any] = [_kinds(tensors)]
-        dist.broadcast_object_list(box, source, group=self._group, device=self._device)
-        tensors = tuple(tensor.contiguous() for tensor in tensors) or self._empty(box[0])
+        shapes: list[Any] = [_shapes(tensors)]
+        dist.broadcast_object_list(shapes, source, group=self._group, device=self._device)
+        tensors = tuple(tensor.contiguous() for tensor in tensors) or self._empty(shapes[0])
         for tensor in tensors:
             dist.broadcast(tensor, source, group=self._group)
         return tensors
 
-    def _empty(self, kinds: list[Any]) -> StageIO:
-        return tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in kinds)
+    def _empty(self, shapes: list[Any]) -> StageIO:
+        return tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in shapes)
 
 
-def _kinds(tensors: StageIO) -> list[Any]:
-    """What a rank must know of tensors before it can receive them."""
+def _shapes(tensors: StageIO) -> list[Any]:
+    """Shape and dtype of each tensor, which a rank needs before it can receive them."""
     return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

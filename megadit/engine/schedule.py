@@ -20,8 +20,8 @@ from megadit.extensions import SCHEDULES
 
 
 def steps_of_epochs(epochs: float, images: int, batch: int) -> int:
-    """Optimizer steps of so many passes over ``images``, the last batch of them counted whole."""
-    exact = Fraction(str(epochs))  # 1.1 as it was written: in floats 1.1 * 100 / 10 is above 11
+    """Optimizer steps of ``epochs`` passes over ``images``, rounded up to a whole batch."""
+    exact = Fraction(str(epochs))  # 1.1 as written: in floats 1.1 * 100 / 10 is above 11
     return math.ceil(exact * images / batch)
 
 
@@ -37,7 +37,7 @@ def cosine(step: int, schedule: Schedule) -> float:
 
 
 def wsd(step: int, schedule: Schedule) -> float:
-    """1, and over the last ``schedule.decay`` steps a line down to ``schedule.floor``."""
+    """1, then over the last ``schedule.decay`` steps linear decay to ``schedule.floor``."""
     left = max(0, schedule.total - step) / schedule.decay
     return schedule.floor + (1 - schedule.floor) * min(1.0, left)
 
@@ -76,7 +76,7 @@ class Schedule:
 
     @property
     def warning(self) -> str | None:
-        """What to tell of a warm-up that a run without a decay does not get beyond; else None."""
+        """A warning of a warm-up as long as a run without decay; else None."""
         if self.kind != "constant" or self.warmup < max(2, self.total):
             return None
         peak = self.factor(self.total - 1)
@@ -86,10 +86,7 @@ class Schedule:
         )
 
     def factor(self, step: int) -> float:
-        """The factor of the update that follows ``step`` completed ones (0-based).
-
-        Warm-up is linear and its first update already has 1/warmup, so no update is wasted at zero.
-        """
+        """The factor of update ``step`` (0-based). Warm-up is linear from 1/warmup on: none has a factor of zero."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return self._after_warmup(step, self)

@@ -1,11 +1,12 @@
-"""Processes and what they share: how they find each other, small and large exchanges, a rank's share of layers.
+"""Ranks and parallelism: launchers, process group, collectives, tensor-parallel layout, activation checkpointing.
 
-environment, launcher   which launcher started this rank, and what happens when it is gone
-processes, agreement    the process group and its end; whether all ranks run the same thing
-failure_messages              what is told of a rank that ends with an error
-topology                every rank's place: pipeline, replica, share; where stages are cut
-tensor, collectives     a rank's share of heads, channels and tokens, and the sums with their gradients
-recompute, compilation  how blocks run: recomputed, compiled
+environment, launcher        the rank from its launcher's variables; ranks end with their launcher
+processes                    rendezvous, the process group and small collectives
+consistency_check            configuration, code and data are the same on all ranks
+failure_messages             messages of ranks that end with an error
+topology                     coordinates of ranks (pipeline, data, tensor), process groups, cuts of a pipeline
+tensor, collectives          tensor-parallel layout of a layer, collectives with gradients
+recompute, compilation       activation checkpointing, torch.compile
 """
 
 from megadit.parallel.environment import prepare_environment

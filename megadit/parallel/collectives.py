@@ -40,9 +40,9 @@ Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
 def ring_bytes(kind: Kind, size: int, ranks: int) -> float:
-    """Bytes that each of ``ranks`` ranks sends, at least, for a collective over a whole tensor of ``size`` bytes.
+    """Least bytes that each of ``ranks`` ranks sends in a collective over a whole tensor of ``size`` bytes.
 
-    ``size`` is that of the larger side: what is summed, gathered, or scattered. A sum costs both of the others
+    ``size``: of the larger side, before a reduction or after a gather. An all-reduce costs as much as both others
     (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
     """
     return size * (ranks - 1) / ranks * (2 if kind == "all_reduce" else 1)
@@ -50,37 +50,37 @@ def ring_bytes(kind: Kind, size: int, ranks: int) -> float:
 
 @dataclass
 class CollectiveRecorder:
-    """Stands for the process group of a ``TensorLayout`` on the meta device: nothing is sent, every call is noted.
+    """In place of the process group of a ``TensorLayout``, for the meta device: records collectives and sends nothing.
 
-    ``calls``: how often a collective of a kind over a whole tensor of so many bytes was called for.
+    calls: number of collectives by kind and bytes of the whole tensor (the ``size`` of ``ring_bytes``).
     """
 
     calls: Counter[tuple[Kind, int]] = field(default_factory=Counter)
 
     def record(self, kind: Kind, size: int) -> None:
-        """A collective over a tensor of ``size`` bytes (see ``ring_bytes``)."""
+        """Count a collective over a whole tensor of ``size`` bytes."""
         self.calls[kind, size] += 1
 
     def pop_calls(self) -> Counter[tuple[Kind, int]]:
-        """The calls since the last time."""
+        """The calls since the last ``pop_calls``."""
         calls, self.calls = self.calls, Counter()
         return calls
 
 
 def copy_to_tensor_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
-    """x, the same on all ranks, for use in a part of the work each: gradients are summed."""
+    """x, the same on all ranks, before tensor-parallel work on it: its gradients are all-reduced."""
     out: Tensor = _Copy.apply(x, layout)
     return out
 
 
 def reduce_from_tensor_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
     """Sum of all ranks' x, the same on all."""
-    out: Tensor = _Sum.apply(x, layout)
+    out: Tensor = _Reduce.apply(x, layout)
     return out
 
 
 def gather_from_tensor_parallel_region(x: Tensor, layout: TensorLayout, *, partial: bool) -> Tensor:
-    """(..., n / ranks) -> (..., n), the ranks' channels one after the other."""
+    """(..., n / ranks) -> (..., n), the channels of all ranks in order."""
     out: Tensor = _GatherChannels.apply(x, layout, partial)
     return out
 
@@ -98,40 +98,41 @@ def scatter_to_sequence_parallel_region(x: Tensor, layout: TensorLayout) -> Tens
 
 
 def gather_from_sequence_parallel_region(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
-    """(B, ceil(T / ranks), n) -> (B, T, n) for T ``tokens``, with which all ranks go on alike."""
+    """(B, ceil(T / ranks), n) -> (B, T, n) for T ``tokens``, from which all ranks compute the same."""
     out: Tensor = _GatherTokens.apply(x, layout, tokens)
     return out
 
 
 def reduce_scatter_to_sequence_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
-    """Sum of all ranks' (B, T, n), of which this rank's tokens: (B, ceil(T / ranks), n)."""
-    out: Tensor = _SumScatterTokens.apply(x, layout)
+    """This rank's tokens (B, ceil(T / ranks), n) of the sum of all ranks' (B, T, n)."""
+    out: Tensor = _ReduceScatterTokens.apply(x, layout)
     return out
 
 
 def shared_block_input(x: Tensor, layout: TensorLayout) -> Tensor:
-    """x, the same on all ranks, on its way to all blocks' column-parallel layers (``skip_input_grad_reduce``).
+    """x, the same on all ranks, an input of all blocks' column-parallel layers (with ``skip_input_grad_reduce``).
 
-    Each rank's gradient of it is partial in all of them, and is summed here, once. Pipeline stages pass on the parts.
+    The layers leave its gradient partial on each rank, and it is all-reduced here, once; pipeline stages pass back
+    the partial gradients.
     """
     return copy_to_tensor_parallel_region(x, layout) if layout.size > 1 else x
 
 
 def scatter_sequence(x: Tensor, layout: TensorLayout) -> Tensor:
-    """Where a stream begins: this rank's tokens of (B, T, n) under sequence parallelism, else all."""
+    """At the start of a token stream (B, T, n): this rank's tokens under sequence parallelism, else x."""
     return scatter_to_sequence_parallel_region(x, layout) if layout.sequence else x
 
 
 def gather_sequence(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
-    """Where a stream ends and all ranks go on alike: its (B, T, n) for T ``tokens``."""
+    """At the end of a token stream: (B, T, n) for T ``tokens`` on all ranks."""
     return gather_from_sequence_parallel_region(x, layout, tokens) if layout.sequence else x
 
 
 @dataclass
 class AsyncCollective:
-    """A collective under way. ``value`` may be read after ``wait`` only, ``operand`` not be changed before.
+    """A running collective: ``value`` may be read only after ``wait``, and ``operand`` not be changed before.
 
-    ``work``: torch's handle; None where nothing is to wait for.
+    work: torch's handle; None if the collective is complete.
     """
 
     value: Tensor
@@ -139,7 +140,7 @@ class AsyncCollective:
     operand: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """The result, once it is there."""
+        """Wait for the collective; returns its result."""
         if self.work is not None:
             self.work.wait()
         self.work = self.operand = None
@@ -147,7 +148,7 @@ class AsyncCollective:
 
 
 def start_all_reduce(x: Tensor, layout: TensorLayout, *, async_op: bool = True) -> AsyncCollective:
-    """Sum of all ranks' x, in place: x, contiguous, must be the caller's alone. Without ``async_op`` it is
+    """Sum of all ranks' x, in place; x must be contiguous and used by nothing else. Without ``async_op`` it is
     complete on return."""
     if isinstance(layout.group, CollectiveRecorder):
         layout.group.record("all_reduce", x.nbytes)
@@ -156,28 +157,30 @@ def start_all_reduce(x: Tensor, layout: TensorLayout, *, async_op: bool = True) 
 
 
 def start_all_gather(x: Tensor, layout: TensorLayout, *, async_op: bool = True) -> AsyncCollective:
-    """x of every rank, stacked in front: (ranks, *x.shape). Without ``async_op`` it is complete on return."""
-    own = x.contiguous()
+    """All ranks' x, stacked: (ranks, *x.shape). Without ``async_op`` it is complete on return."""
+    operand = x.contiguous()
     out = x.new_empty((layout.size * x.shape[0], *x.shape[1:]))
     stacked = out.view(layout.size, *x.shape)
     if isinstance(layout.group, CollectiveRecorder):
         layout.group.record("all_gather", out.nbytes)
         return AsyncCollective(stacked, None)
-    return AsyncCollective(stacked, dist.all_gather_into_tensor(out, own, group=layout.group, async_op=async_op), own)
+    return AsyncCollective(
+        stacked, dist.all_gather_into_tensor(out, operand, group=layout.group, async_op=async_op), operand
+    )
 
 
 def start_reduce_scatter(x: Tensor, layout: TensorLayout) -> AsyncCollective:
-    """Sum of all ranks' (n, ...), of which this rank's rows: (n / ranks, ...)."""
+    """This rank's rows (n / ranks, ...) of the sum of all ranks' (n, ...)."""
     return _start_reduce_scatter(x.unflatten(0, (layout.size, -1)), layout, async_op=True)
 
 
 def start_reduce_scatter_tokens(x: Tensor, layout: TensorLayout) -> AsyncCollective:
     """As ``reduce_scatter_to_sequence_parallel_region``, without a gradient."""
-    return _start_reduce_scatter(_tokens_apart(x, layout), layout, async_op=True)
+    return _start_reduce_scatter(_split_tokens(x, layout), layout, async_op=True)
 
 
 def _start_reduce_scatter(parts: Tensor, layout: TensorLayout, *, async_op: bool) -> AsyncCollective:
-    """Of the sum over ranks of (ranks, ...) the part of this rank."""
+    """This rank's part (...) of the sum over ranks of (ranks, ...)."""
     out = parts.new_empty(parts.shape[1:])
     whole = parts.contiguous().flatten(0, 1)
     if isinstance(layout.group, CollectiveRecorder):
@@ -186,19 +189,19 @@ def _start_reduce_scatter(parts: Tensor, layout: TensorLayout, *, async_op: bool
     return AsyncCollective(out, dist.reduce_scatter_tensor(out, whole, group=layout.group, async_op=async_op), whole)
 
 
-def _summed(x: Tensor, layout: TensorLayout) -> Tensor:
+def _all_reduce(x: Tensor, layout: TensorLayout) -> Tensor:
     return start_all_reduce(x.clone(memory_format=torch.contiguous_format), layout, async_op=False).wait()
 
 
-def _gathered(x: Tensor, layout: TensorLayout) -> Tensor:
+def _all_gather(x: Tensor, layout: TensorLayout) -> Tensor:
     return start_all_gather(x, layout, async_op=False).wait()
 
 
-def _scattered_sum(parts: Tensor, layout: TensorLayout) -> Tensor:
+def _reduce_scatter(parts: Tensor, layout: TensorLayout) -> Tensor:
     return _start_reduce_scatter(parts, layout, async_op=False).wait()
 
 
-def _tokens_apart(x: Tensor, layout: TensorLayout) -> Tensor:
+def _split_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
     """(B, T, n) -> (ranks, B, ceil(T / ranks), n), padded with zeros."""
     missing = -x.shape[1] % layout.size
     if missing:
@@ -229,13 +232,13 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.layout), None
+        return _all_reduce(grad, ctx.layout), None
 
 
-class _Sum(torch.autograd.Function):
+class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
-        return _summed(x, layout)
+        return _all_reduce(x, layout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -246,13 +249,13 @@ class _GatherChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout, partial: bool) -> Tensor:
         ctx.layout, ctx.partial = layout, partial
-        return concat_channels(_gathered(x, layout))
+        return concat_channels(_all_gather(x, layout))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         parts = grad.unflatten(-1, (ctx.layout.size, -1)).movedim(-2, 0)
-        own = _scattered_sum(parts, ctx.layout) if ctx.partial else parts[ctx.layout.rank].contiguous()
-        return own, None, None
+        local = _reduce_scatter(parts, ctx.layout) if ctx.partial else parts[ctx.layout.rank].contiguous()
+        return local, None, None
 
 
 class _ScatterChannels(torch.autograd.Function):
@@ -263,37 +266,37 @@ class _ScatterChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return concat_channels(_gathered(grad, ctx.layout)), None
+        return concat_channels(_all_gather(grad, ctx.layout)), None
 
 
 class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
         ctx.layout, ctx.tokens = layout, x.shape[1]
-        return _tokens_apart(x, layout)[layout.rank].contiguous()
+        return _split_tokens(x, layout)[layout.rank].contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return concat_tokens(_gathered(grad, ctx.layout), ctx.tokens), None
+        return concat_tokens(_all_gather(grad, ctx.layout), ctx.tokens), None
 
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
         ctx.layout = layout
-        return concat_tokens(_gathered(x, layout), tokens)
+        return concat_tokens(_all_gather(x, layout), tokens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _tokens_apart(grad, ctx.layout)[ctx.layout.rank].contiguous(), None, None
+        return _split_tokens(grad, ctx.layout)[ctx.layout.rank].contiguous(), None, None
 
 
-class _SumScatterTokens(torch.autograd.Function):
+class _ReduceScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
         ctx.layout, ctx.tokens = layout, x.shape[1]
-        return _scattered_sum(_tokens_apart(x, layout), layout)
+        return _reduce_scatter(_split_tokens(x, layout), layout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return concat_tokens(_gathered(grad, ctx.layout), ctx.tokens), None
+        return concat_tokens(_all_gather(grad, ctx.layout), ctx.tokens), None

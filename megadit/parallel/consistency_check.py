@@ -1,6 +1,6 @@
-"""Whether all ranks are about to run the same thing: configuration, code, libraries and data, compared at the start.
+"""Check at the start that all ranks have the same configuration, code, libraries and data.
 
-Ranks that differ would wait for each other for ever in some collective, or train something that nobody asked for.
+Ranks that differ would deadlock in some collective, or train something else than was configured.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from megadit.files.text import name_bytes
 from megadit.parallel.processes import ProcessContext
 from megadit.plugins import loaded_plugins
 
-_TOLD = 4  # differences that the error names
+_SHOWN = 4  # differences that the error names
 
 
 def check_consistency(context: ProcessContext, facts: Mapping[str, Any]) -> None:
     """Compare ``facts`` (name -> plain value), the code and the plugins over all ranks (collective).
 
     Raises:
-        UserError: on every rank; it names what differs, the values and the ranks that hold them.
+        UserError: on every rank; it names what differs, the values and the ranks that have them.
     """
     if context.world_size == 1:
         return
-    own = {**facts, **code_facts(), **{f"plugin {plugin.name}": str(plugin) for plugin in loaded_plugins()}}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
+    local = {**facts, **code_facts(), **{f"plugin {plugin.name}": str(plugin) for plugin in loaded_plugins()}}
+    digest = hashlib.sha256(json.dumps(local, sort_keys=True, default=str).encode()).hexdigest()
     if len(set(context.gather_objects(digest))) == 1:
         return
-    found = differences(context.gather_objects({key: _shown(value) for key, value in own.items()}))
-    more = f", and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+    different = differences(context.gather_objects({key: _short(value) for key, value in local.items()}))
+    more = f", and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     raise UserError(
-        f"ranks differ: {'; '.join(found[:_TOLD])}{more}; start all of them with the same configuration, data and "
+        f"ranks differ: {'; '.join(different[:_SHOWN])}{more}; start all of them with the same configuration, data and "
         "installation",
         everywhere=True,
     )
 
 
 def differences(facts: Sequence[Mapping[str, str]]) -> list[str]:
-    """What differs between the ranks' facts, one sentence part each: the values and the ranks that hold them."""
-    told = []
-    for key in sorted({key for own in facts for key in own}):
+    """What differs between the ranks' facts, each as a part of a sentence with values and ranks."""
+    parts = []
+    for key in sorted({key for of_rank in facts for key in of_rank}):
         holders: dict[str, list[int]] = {}
-        for rank, own in enumerate(facts):
-            holders.setdefault(own.get(key, "missing"), []).append(rank)
+        for rank, of_rank in enumerate(facts):
+            holders.setdefault(of_rank.get(key, "missing"), []).append(rank)
         if len(holders) > 1:
-            told.append(f"{key} is " + ", ".join(f"{value} on {_ranks(who)}" for value, who in holders.items()))
-    return told
+            parts.append(f"{key} is " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
+    return parts
 
 
 @cache
@@ -67,7 +67,7 @@ def code_facts() -> dict[str, str]:
     return facts
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:40]}… ({hashlib.sha256(name_bytes(text)).hexdigest()[:8]})"
 

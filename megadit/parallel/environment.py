@@ -1,8 +1,8 @@
-"""Which launcher started this process, and as which rank: one reader of their variables for every command.
+"""The launcher that started this process, and its rank, from environment variables.
 
-One program runs under plain ``python``, ``torchrun``, the ``deepspeed`` launcher, ``srun`` and ``mpirun``. Each tells a
-rank its place by variables of its own. They are read, checked and, for torch and DeepSpeed, completed here, before
-either is imported. Nothing in this module needs more than the standard library.
+Every command runs under plain ``python``, ``torchrun``, the ``deepspeed`` launcher, ``srun`` and ``mpirun``, each of
+which sets variables of its own. They are read, checked and, for torch and DeepSpeed, completed here, before either is
+imported. This module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megadit.errors import UserError
 
 LAUNCHERS = "torchrun, deepspeed, srun or mpirun"
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Everything by which a launcher tells a process that it is a rank.
+# All variables by which launchers describe a rank.
 _RANK_NAMES = re.compile(
     rf"{'|'.join(_GROUP)}|MEGADIT_COPIES|(GROUP|ROLE|CROSS)_\w+|TORCHELASTIC_\w+|(OMPI|MV2)_COMM_WORLD_\w+|PMIX?_\w+|"
     r"MPI_LOCALN?RANK\w+|SLURM_(PROCID|LOCALID|NTASKS|NPROCS|STEP_?ID|STEP_NUM_TASKS)"
 )
-# Per family of MPI: the rank, the number of ranks, the rank on the host and the number of ranks there.
+# Per MPI family: rank, world size, local rank, local world size.
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_RANK",), ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", ("MV2_COMM_WORLD_LOCAL_RANK",), ("MV2_COMM_WORLD_LOCAL_SIZE",)),
@@ -33,15 +33,15 @@ _MPI = (
 )
 _JOB_NAMES = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _FIRST_RESERVED_STEP = 0xFFFFFFF0  # Slurm numbers the batch script, the interactive shell and its like from here on
-_USUAL_PORT = 29500  # torchrun's
+_DEFAULT_PORT = 29500  # torchrun's
 
 
 @dataclass(frozen=True)
 class RankVariables:
-    """This process among those that its launcher started.
+    """The rank of this process, as its launcher describes it.
 
-    ``launcher`` is python (a single process), variables (RANK and WORLD_SIZE set by something unknown), torchrun,
-    deepspeed, srun, mpirun, or copies (started by another process of ours). None stands for what is not told.
+    ``launcher`` is python (a single process), variables (RANK and WORLD_SIZE set by an unknown one), torchrun,
+    deepspeed, srun, mpirun, or copies (``run_local_ranks``). None stands for a value that the launcher does not set.
     """
 
     launcher: str = "python"
@@ -51,11 +51,11 @@ class RankVariables:
     local_world_size: int | None = None
     master_addr: str | None = None
     master_port: int | None = None
-    note: str | None = None  # for people: what this process leaves unused
+    note: str | None = None  # to print: tasks of an allocation that this process leaves unused
 
 
 def read_rank_variables(env: Mapping[str, str] | None = None) -> RankVariables:
-    """The place of this process, from the variables of its launcher.
+    """The rank of this process, from the variables of its launcher.
 
     Raises:
         UserError: one of them is empty, no number, out of range, left over from another job, or contradicts another.
@@ -65,42 +65,42 @@ def read_rank_variables(env: Mapping[str, str] | None = None) -> RankVariables:
         if name in env and not env[name].strip():
             raise UserError(f"{name}: is set but empty; {_remedy(name)}")
     host, port = _address(env)
-    given = {name: _number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    if given["LOCAL_WORLD_SIZE"] is None and "CROSS_RANK" in env:
-        given["LOCAL_WORLD_SIZE"] = _number(env, "LOCAL_SIZE")
-    for mark, launcher in (
+    torch_variables = {name: _number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    if torch_variables["LOCAL_WORLD_SIZE"] is None and "CROSS_RANK" in env:
+        torch_variables["LOCAL_WORLD_SIZE"] = _number(env, "LOCAL_SIZE")
+    for variable, launcher in (
         ("TORCHELASTIC_RUN_ID", "torchrun"),
         ("CROSS_RANK", "deepspeed"),
         ("MEGADIT_COPIES", "copies"),
     ):
-        if mark in env and given["RANK"] is not None:
-            return replace(_from_group(given), launcher=launcher, master_addr=host, master_port=port)
+        if variable in env and torch_variables["RANK"] is not None:
+            return replace(_from_group(torch_variables), launcher=launcher, master_addr=host, master_port=port)
     native = _from_mpi(env) or _from_slurm(env)
     if native is None:
-        if "PMIX_RANK" in env and given["RANK"] is None:
+        if "PMIX_RANK" in env and torch_variables["RANK"] is None:
             raise UserError(
                 f"PMIX_RANK: {env['PMIX_RANK']} is set, but nothing says of how many ranks; set RANK, WORLD_SIZE, "
                 "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start by mpirun or srun"
             )
-        found = _from_group(given)
-        note = _unused_tasks(env) if found.launcher == "python" else None
-        return replace(found, master_addr=host, master_port=port, note=note)
-    names, found = native
-    _check_pmix(env, found, names["RANK"])
-    for name, value in given.items():
-        own = getattr(found, name.lower())
-        if value is not None and own is not None and value != own:
+        ranks = _from_group(torch_variables)
+        note = _unused_tasks(env) if ranks.launcher == "python" else None
+        return replace(ranks, master_addr=host, master_port=port, note=note)
+    names, ranks = native
+    _check_pmix(env, ranks, names["RANK"])
+    for name, value in torch_variables.items():
+        native_value = getattr(ranks, name.lower())
+        if value is not None and native_value is not None and value != native_value:
             raise UserError(
-                f"{name}: {value}, but {names[name]} says {own}: one of them is of another job; unset {name}, which "
-                f"{found.launcher} does not need"
+                f"{name}: {value}, but {names[name]} says {native_value}: one of them is of another job; "
+                f"unset {name}, which {ranks.launcher} does not need"
             )
-    return replace(found, master_addr=host, master_port=port)
+    return replace(ranks, master_addr=host, master_port=port)
 
 
-def _from_group(given: Mapping[str, int | None]) -> RankVariables:
-    """The place by torch's own names."""
-    rank, world = given["RANK"], given["WORLD_SIZE"]
-    local, local_world = given["LOCAL_RANK"], given["LOCAL_WORLD_SIZE"]
+def _from_group(torch_variables: Mapping[str, int | None]) -> RankVariables:
+    """The rank by torch's own variables."""
+    rank, world = torch_variables["RANK"], torch_variables["WORLD_SIZE"]
+    local, local_world = torch_variables["LOCAL_RANK"], torch_variables["LOCAL_WORLD_SIZE"]
     if rank is None:
         for name, value in (("WORLD_SIZE", world), ("LOCAL_RANK", local), ("LOCAL_WORLD_SIZE", local_world)):
             if value is not None and (name == "LOCAL_RANK" or value != 1):
@@ -124,7 +124,7 @@ def _from_group(given: Mapping[str, int | None]) -> RankVariables:
 
 
 def _from_mpi(env: Mapping[str, str]) -> tuple[dict[str, str], RankVariables] | None:
-    """The place by the variables of an MPI launcher, and what each is called there."""
+    """The rank by the variables of an MPI launcher, with their names by those of torch; None without such variables."""
     for rank_name, size_name, local_names, local_size_names in _MPI:
         rank, size = _number(env, rank_name), _number(env, size_name)
         if rank is None and size is None:
@@ -144,18 +144,18 @@ def _from_mpi(env: Mapping[str, str]) -> tuple[dict[str, str], RankVariables] | 
     return None
 
 
-def _check_pmix(env: Mapping[str, str], found: RankVariables, name: str) -> None:
-    """PMIx numbers ranks as Open MPI and Slurm do; Hydra knows nothing of it and hands on what it was given."""
+def _check_pmix(env: Mapping[str, str], ranks: RankVariables, name: str) -> None:
+    """PMIX_RANK must agree under Open MPI and Slurm; Hydra ignores it, and may pass on that of an outer job."""
     rank = _number(env, "PMIX_RANK") if not name.startswith("PMI_") else None
-    if rank is not None and rank != found.rank:
+    if rank is not None and rank != ranks.rank:
         raise UserError(
-            f"PMIX_RANK: {rank}, but {name} says {found.rank}: one of them is of another job; unset PMIX_RANK, which "
-            f"{found.launcher} does not need here"
+            f"PMIX_RANK: {rank}, but {name} says {ranks.rank}: one of them is of another job; unset PMIX_RANK, which "
+            f"{ranks.launcher} does not need here"
         )
 
 
 def _from_slurm(env: Mapping[str, str]) -> tuple[dict[str, str], RankVariables] | None:
-    """The place of a task that ``srun`` started; None in a batch script or a shell, whose variables look alike."""
+    """The rank of a task that ``srun`` started; None in a batch script or a shell, which have the same variables."""
     rank, local = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
     size_name = _size_name(env)
     size = _number(env, size_name)
@@ -177,10 +177,10 @@ def _size_name(env: Mapping[str, str]) -> str:
 
 
 def _is_task(env: Mapping[str, str], rank: int) -> bool:
-    """Whether Slurm's variables are those of a task, and this process is that task and not typed in its shell."""
+    """Whether this process is a task of Slurm's, not a batch script and not a command typed in the shell of a task."""
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
     if step is None:
-        return rank > 0  # a batch script is told that it is task 0
+        return rank > 0  # in a batch script SLURM_PROCID is 0
     if not step.isdecimal() or int(step) >= _FIRST_RESERVED_STEP:
         return False
     return "SLURM_PTY_PORT" not in env or env.get("SLURM_TASK_PID") == str(os.getpid())
@@ -188,7 +188,7 @@ def _is_task(env: Mapping[str, str], rank: int) -> bool:
 
 def _unused_tasks(env: Mapping[str, str]) -> str | None:
     size = _number(env, _size_name(env))
-    if size is None:  # a job that was asked for by tasks of each node
+    if size is None:  # a job requested with --ntasks-per-node
         per_node, nodes = (_number(env, name) for name in ("SLURM_NTASKS_PER_NODE", "SLURM_JOB_NUM_NODES"))
         size = (per_node or 1) * (nodes or 1)
     if "SLURM_JOB_ID" not in env or size < 2:
@@ -197,13 +197,13 @@ def _unused_tasks(env: Mapping[str, str]) -> str | None:
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
-    """The variable as a number from 0 on; None where it is not set."""
+    """The variable as an integer from 0 on; None where it is not set."""
     text = env.get(name)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        what = f"'{text}' is not an integer of 0 or more" if text.strip() else "is set but empty"
-        raise UserError(f"{name}: {what}; {_remedy(name)}")
+        problem = f"'{text}' is not an integer of 0 or more" if text.strip() else "is set but empty"
+        raise UserError(f"{name}: {problem}; {_remedy(name)}")
     return int(text)
 
 
@@ -243,50 +243,50 @@ def free_port() -> int:
 
 
 def prepare_environment(env: MutableMapping[str, str] | None = None) -> RankVariables:
-    """Read the place of this process and complete RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT by it.
+    """Read the rank of this process and set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT accordingly.
 
-    Under ``srun`` and ``mpirun`` the address is that of the job's first host and the port follows from the number of
-    the job, so that ranks agree and jobs that share a host do not meet. Plain ``python`` is a single process.
+    Under ``srun`` and ``mpirun`` the address is that of the job's first host and the port is derived from the job's
+    number, so that ranks agree on it and jobs that share a host do not collide. Plain ``python`` is a single process.
 
     Raises:
-        UserError: as ``read_rank_variables``; or where rank 0 can be found is not told.
+        UserError: as ``read_rank_variables``; or no variable gives the address of rank 0.
     """
     env = os.environ if env is None else env
     ranks = read_rank_variables(env)
     if ranks.world_size == 1:
         host, port = "127.0.0.1", ranks.master_port or free_port()
     elif ranks.launcher == "srun":
-        host, port = _slurm_meeting(env)
+        host, port = _slurm_address(env)
     elif ranks.launcher == "mpirun":
-        host, port = _mpi_meeting(env, ranks)
+        host, port = _mpi_address(env, ranks)
     elif ranks.master_port is None:
         raise UserError(f"MASTER_PORT: not set for {ranks.world_size} processes; start them by {LAUNCHERS}")
     else:
         host, port = "127.0.0.1", ranks.master_port
     local = ranks.local_rank
-    if local is None:  # ranks of a job of several hosts: the device is the rank's, modulo those of the host
+    if local is None:  # several hosts: the device is the rank modulo the number of devices
         local = ranks.rank if ranks.launcher in ("mpirun", "srun") else 0
-    done = replace(
+    completed = replace(
         ranks, local_rank=local, master_addr=ranks.master_addr or host, master_port=ranks.master_port or port
     )
-    places = {"RANK": done.rank, "WORLD_SIZE": done.world_size, "LOCAL_RANK": done.local_rank}
-    places |= {"LOCAL_WORLD_SIZE": done.local_world_size} if done.local_world_size else {}
-    places |= {"MASTER_ADDR": done.master_addr, "MASTER_PORT": done.master_port}  # type: ignore[dict-item]
-    env.update({name: str(value) for name, value in places.items()})
-    return done
+    variables = {"RANK": completed.rank, "WORLD_SIZE": completed.world_size, "LOCAL_RANK": completed.local_rank}
+    variables |= {"LOCAL_WORLD_SIZE": completed.local_world_size} if completed.local_world_size else {}
+    variables |= {"MASTER_ADDR": completed.master_addr, "MASTER_PORT": completed.master_port}  # type: ignore[dict-item]
+    env.update({name: str(value) for name, value in variables.items()})
+    return completed
 
 
-def _slurm_meeting(env: Mapping[str, str]) -> tuple[str, int]:
-    # A step may run on some of its job's nodes only, and beside other steps of the job.
+def _slurm_address(env: Mapping[str, str]) -> tuple[str, int]:
+    # A step may use only some of its job's nodes, and run beside other steps of the job.
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     number = (_number(env, "SLURM_JOB_ID") or 0) + 31 * (_number(env, "SLURM_STEP_ID") or 0)
-    one_host = re.fullmatch(r"[^\[\],]+", nodes) is not None  # whose name need not be known to it
+    one_host = re.fullmatch(r"[^\[\],]+", nodes) is not None  # which may not resolve its own name
     return "127.0.0.1" if one_host else first_slurm_host(nodes), 20000 + number % 20000
 
 
-def _mpi_meeting(env: Mapping[str, str], ranks: RankVariables) -> tuple[str, int]:
+def _mpi_address(env: Mapping[str, str], ranks: RankVariables) -> tuple[str, int]:
     job = next((env[name] for name in _JOB_NAMES if env.get(name)), None)
-    port = _USUAL_PORT if job is None else 20000 + zlib.crc32(job.encode()) % 12000
+    port = _DEFAULT_PORT if job is None else 20000 + zlib.crc32(job.encode()) % 12000
     if ranks.master_addr is not None or ranks.local_world_size == ranks.world_size:
         return "127.0.0.1", port
     nodes = env.get("SLURM_JOB_NODELIST")
@@ -306,7 +306,7 @@ def _mpi_meeting(env: Mapping[str, str], ranks: RankVariables) -> tuple[str, int
 
 
 def refuse_ranks(command: str, env: Mapping[str, str] | None = None) -> None:
-    """Refuse a command of one process where a launcher started several: each would do all of the work.
+    """Refuse a single-process command that a launcher started as several ranks: each would do all of the work.
 
     Raises:
         UserError: as ``read_rank_variables``; or this is one of several ranks.
@@ -321,27 +321,27 @@ def refuse_ranks(command: str, env: Mapping[str, str] | None = None) -> None:
 
 
 def is_rank_variable(name: str) -> bool:
-    """Whether a launcher tells a process by this variable that it is one of several ranks."""
+    """Whether launchers describe a rank by this variable."""
     return _RANK_NAMES.fullmatch(name) is not None
 
 
 def without_rank_variables(env: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:
-    """The environment for a process that is no rank of this one's group (without the names in ``also``, too)."""
+    """A copy of the environment without the variables of ranks and those in ``also``."""
     dropped = set(also)
     return {name: value for name, value in env.items() if not is_rank_variable(name) and name not in dropped}
 
 
 def child_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that megadit starts of itself: no rank of this one's group, and it finds megadit
-    from any folder, installed or not.
+    """The environment of a subprocess of megadit: without variables of ranks, and with megadit in PYTHONPATH, so that
+    it is importable from any folder, installed or not.
     """
-    found = filter(None, (importlib.util.find_spec(name) for name in ("megadit", "megadit_kernels")))
-    paths = [str(Path(str(spec.origin)).resolve().parents[1]) for spec in found]
-    made = without_rank_variables(env)
-    made["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [env.get("PYTHONPATH")])])
-    return made
+    specs = filter(None, (importlib.util.find_spec(name) for name in ("megadit", "megadit_kernels")))
+    paths = [str(Path(str(spec.origin)).resolve().parents[1]) for spec in specs]
+    child = without_rank_variables(env)
+    child["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [env.get("PYTHONPATH")])])
+    return child
 
 
 def is_local_main(env: Mapping[str, str] | None = None) -> bool:
-    """Whether this process prints what all ranks of its host meet alike (in a completed environment)."""
+    """Whether this is the first rank of its host, which prints messages common to all (in a completed environment)."""
     return (os.environ if env is None else env).get("LOCAL_RANK", "0") == "0"

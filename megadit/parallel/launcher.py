@@ -1,6 +1,6 @@
-"""Ranks and what starts them: they end with their launcher, and without one a command starts its own on this machine.
+"""Ranks end with their launcher, and without a launcher a command starts its own ranks on this machine.
 
-A rank whose launcher is gone would train on, beside its successor.
+A rank that outlived its launcher would go on training beside its successor.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from megadit.errors import UserError
 from megadit.parallel.environment import RankVariables, child_environment, free_port, read_rank_variables
 
 _PR_SET_PDEATHSIG = 1
-_LOOK_S = 1.0
-# Launchers that may be the first process of a container, which orphans would have for a parent, too.
+_RUNNER_POLL_S = 1.0
+# Launchers that may be process 1 of a container, which is also the parent of orphans.
 _LAUNCHER_PROGRAM = re.compile(r"python|torchrun|deepspeed|accelerate|mpi|orte|prte|hydra|slurmstepd|pmi")
-_POLL_S = 0.1
-_GRACE_S = 5.0  # for the others to end by themselves, and tell why
+_RANK_POLL_S = 0.1
+_GRACE_S = 5.0  # after the first failure, for the other ranks to print their errors and end
 
 
 def set_parent_death_signal(number: int = signal.SIGTERM, libc: Any = None) -> None:
-    """Have the kernel send this process the signal when the thread that started it ends, however that is (Linux)."""
+    """Have the kernel send this process the signal when the thread that started it ends, for any reason (Linux)."""
     if sys.platform == "linux":
         (libc or ctypes.CDLL(None)).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def exit_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = None) -> bool:
-    """End with the launcher, by SIGKILL: before the process group is up, too, and in the middle of a step.
+    """Have this rank killed when its launcher ends, before the process group is up as well as within a step.
 
-    Never under plain ``python`` or from a shell inside a task of Slurm's: what ``nohup`` and ``tmux`` protect lives on.
-    Returns whether the lives are tied. A launcher that is gone already ends the process here.
+    Not under plain ``python`` or in a shell inside a Slurm task, where ``nohup`` and ``tmux`` must keep their effect.
+    Returns whether the rank will end with its launcher. If the launcher has already ended, so does this process (1).
     """
     env = os.environ if env is None else env
     if sys.platform != "linux" or ranks.launcher in ("python", "variables"):
@@ -49,51 +49,49 @@ def exit_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = Non
     parent = os.getppid()
     set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent or (parent == 1 and not _LAUNCHER_PROGRAM.search(_program(1))):
-        told = "error: the launcher of this rank ended before the rank began, and so it ends, too"
-        os.write(2, f"{told}\n".encode())
+        os.write(2, b"error: the launcher of this rank ended before the rank began, and so it ends, too\n")
         os._exit(1)
     if ranks.launcher == "deepspeed":
-        _die_with_runner(parent)
+        _exit_with_runner(parent)
     return True
 
 
-def _die_with_runner(launcher: int) -> None:
-    """On the host where ``deepspeed`` was typed its launcher has that for a parent, and does not end with it."""
-    runner = _parent_of(launcher)
-    if runner is None or "deepspeed" not in _program(runner):
-        return
+def _exit_with_runner(launcher: int) -> None:
+    """On the host where ``deepspeed`` was typed the launcher is a child of that command, and does not end with it."""
+    import psutil
 
-    def watch() -> None:
-        while _parent_of(launcher) == runner:
-            time.sleep(_LOOK_S)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(launcher)
+        runner = process.ppid()
+        if "deepspeed" in _program(runner):
+            threading.Thread(target=_watch_runner, args=(process, runner), daemon=True).start()
 
 
-def _parent_of(pid: int) -> int | None:
-    try:
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-        )
-    except OSError:
-        return None
+def _watch_runner(launcher: Any, runner: int) -> None:
+    """Kill this process once the launcher (psutil's) is no child of ``runner`` any more."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        while launcher.ppid() == runner:
+            time.sleep(_RUNNER_POLL_S)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _program(pid: int) -> str:
-    """The first two words of a process's command line, without their folders."""
+    """The first two words of a process's command line, without their folders; empty where it cannot be read."""
+    import psutil
+
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:2]
-    except OSError:
+        return " ".join(Path(word).name for word in psutil.Process(pid).cmdline()[:2])
+    except psutil.Error:
         return ""
-    return " ".join(Path(word).name for word in words)
 
 
 def check_rank_count(size: int, option: str) -> int:
-    """How many ranks a launcher started, where ``option`` asks for ``size``; their lives are tied to it.
+    """The number of ranks that a launcher started, 1 or the ``size`` that ``option`` asks for; they end with it.
 
     Raises:
-        UserError: they are neither one nor ``size``.
+        UserError: it is another number.
     """
     ranks = read_rank_variables()
     if ranks.world_size not in (1, size):
@@ -105,37 +103,38 @@ def check_rank_count(size: int, option: str) -> int:
 
 
 def run_local_ranks(count: int, argv: Sequence[str]) -> int:
-    """Run ``python ARGV`` as ``count`` ranks of one group and wait; the first exit code that is not that of success.
+    """Run ``python ARGV`` as ``count`` ranks of one group; returns 0, or the exit code of the first rank that fails.
 
-    When one ends with an error, the others are ended too. Only rank 0 keeps its standard output.
+    When a rank fails, the others are killed. Only rank 0 keeps its standard output.
     """
     port = free_port()
-    copies = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
             env = child_environment(os.environ) | {"MEGADIT_COPIES": str(count), "MASTER_ADDR": "127.0.0.1"}
-            env |= {name: str(value) for name, value in place.items()}
+            env |= {name: str(value) for name, value in numbers.items()}
             out = None if rank == 0 else subprocess.DEVNULL
-            copies.append(subprocess.Popen([sys.executable, *argv], env=env, stdout=out))
-        return _first_code(copies)
+            processes.append(subprocess.Popen([sys.executable, *argv], env=env, stdout=out))
+        return _wait_for_ranks(processes)
     finally:
-        for copy in copies:
-            if copy.poll() is None:
-                copy.kill()
-            copy.wait()
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
-def _first_code(copies: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until all have ended, or one has failed and the others had time to end."""
     while True:
-        codes = [copy.poll() for copy in copies]
-        failed = [code for code in codes if code]
-        if failed:
+        codes = [process.poll() for process in processes]
+        failures = [code for code in codes if code]
+        if failures:
             end = time.monotonic() + _GRACE_S
-            for copy in copies:
+            for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    copy.wait(max(0.0, end - time.monotonic()))
-            return failed[0] if failed[0] > 0 else 1
+                    process.wait(max(0.0, end - time.monotonic()))
+            return failures[0] if failures[0] > 0 else 1
         if None not in codes:
             return 0
-        time.sleep(_POLL_S)
+        time.sleep(_RANK_POLL_S)

@@ -1,8 +1,8 @@
-"""The process group of this run: how its ranks meet, talk about small things, and which device each computes on.
+"""The process group of a run: rendezvous of its ranks, small collectives, and the device of each rank.
 
-Ranks meet in waits that end, hear signals and say who is missing: torch's own meeting waits in C++, where Python
-answers no signal, half an hour long, and ends in a stack trace. Nothing here needs DeepSpeed, nor torch before ranks
-start.
+The rendezvous has a time limit, reacts to signals and names missing ranks. torch's own waits in C++, where Python
+handles no signal, for half an hour, and ends in a stack trace. This module does not need DeepSpeed, and imports torch
+only when ranks start.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_RENDEZVOUS_S = 600.0  # for hosts that load libraries and data at different speeds; not for ranks that never come
-_RESOLVE_S = 10.0  # a name that a cluster has just given out may need a moment to be known
-_PROBE_S = 5.0
-_TELL_S = 15.0  # of waiting, before it is told who is waited for
+_RENDEZVOUS_S = 600.0  # hosts load libraries at different speeds
+_RESOLVE_S = 10.0  # a name that a cluster has just assigned may not resolve at once
+_CONNECT_S = 5.0
+_NOTE_S = 15.0  # of waiting, before a note names the missing ranks
 _SHOWN = 8  # missing ranks that are named
 _KEY = "parallel.rendezvous_timeout_s"
 
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """This process among ``world_size`` others; every process holds one data-parallel rank."""
+    """This process, ``rank`` of ``world_size``, and its device."""
 
     rank: int
     world_size: int
@@ -45,11 +45,11 @@ class ProcessContext:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which writes the files and talks to people."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum of ``values`` over all ranks (in place when there are several)."""
+        """All-reduce: element-wise sum of ``values`` over all ranks, in place."""
         if self.world_size > 1:
             import torch.distributed as dist
 
@@ -57,7 +57,7 @@ class ProcessContext:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is raised on some rank."""
+        """Whether ``flag`` is true on any rank (collective)."""
         if self.world_size == 1:
             return flag
         import torch
@@ -72,7 +72,7 @@ class ProcessContext:
             dist.barrier()
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's (small, picklable) value, in rank order, on every rank."""
+        """All-gather: every rank's (small, picklable) value, in rank order."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -82,13 +82,13 @@ class ProcessContext:
         return values
 
     def on_main(self, action: Any) -> Any:
-        """Run ``action()`` on rank 0 only and give its result to all; its ``UserError`` is raised on all."""
+        """Run ``action()`` on rank 0 and broadcast its result; its ``UserError`` is raised on all ranks."""
         outcome: tuple[UserError | None, Any] = (None, None)
         if self.is_main:
             try:
                 outcome = (None, action())
             except UserError as error:
-                # A lost folder stays one on every rank: none of them writes there any more.
+                # The type is kept, since after lost ownership no rank may write to the folder.
                 kind = OwnershipLost if isinstance(error, OwnershipLost) else UserError
                 outcome = (kind(str(error), everywhere=True), None)
         if self.world_size > 1:
@@ -103,14 +103,14 @@ class ProcessContext:
 
 
 def start_processes(timeout_s: float = 1800.0, rendezvous_s: float | None = None) -> ProcessContext:
-    """Join the process group (nccl on CUDA, else gloo) and bind this rank's device.
+    """Join the process group (nccl on CUDA, else gloo) and select this rank's device.
 
-    ``timeout_s`` bounds every collective in seconds, those of groups made later too: a rank that hangs or died ends
-    the others after it. ``rendezvous_s`` bounds the wait for all ranks to come; default 600 s, or the former if less.
+    timeout_s: limit of every collective, of groups made later too, after which the others end if a rank hangs or died.
+    rendezvous_s: limit of the wait for all ranks; default 600 s, or ``timeout_s`` if that is less.
 
     Raises:
         UserError: the address of rank 0 cannot be used.
-        RendezvousFailed: not all ranks came in time.
+        RendezvousFailed: not all ranks joined in time.
     """
     import torch
     import torch.distributed as dist
@@ -126,7 +126,7 @@ def start_processes(timeout_s: float = 1800.0, rendezvous_s: float | None = None
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
-        # One process needs no connection, and one of torch's waits for name servers, who tell it its own address.
+        # One process needs no TCP store, which would wait for name servers to resolve its own address.
         store = dist.HashStore() if world == 1 else rendezvous(ranks, rendezvous_s or min(timeout_s, _RENDEZVOUS_S))
         store.set_timeout(limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
@@ -135,19 +135,19 @@ def start_processes(timeout_s: float = 1800.0, rendezvous_s: float | None = None
 
 
 def _bound_new_groups(limit: timedelta) -> None:
-    """Give groups made from now on, DeepSpeed's included, the time limit of the first, which torch lets none inherit.
+    """Give groups made from now on, DeepSpeed's included, the timeout of the first, which they do not inherit in torch.
 
-    Without it a rank that waits in one of them for a rank that hangs does so for gloo's own half an hour.
+    Without it a rank waits for a rank that hangs for gloo's default of half an hour.
     """
     import torch.distributed as dist
 
-    plain = getattr(dist.new_group, "__wrapped__", dist.new_group)
+    original = getattr(dist.new_group, "__wrapped__", dist.new_group)
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def new_group(*args: Any, **kwargs: Any) -> Any:
         if len(args) < 2 and kwargs.get("timeout") is None:
             kwargs["timeout"] = limit
-        return plain(*args, **kwargs)
+        return original(*args, **kwargs)
 
     dist.new_group = new_group
 
@@ -161,34 +161,33 @@ def stop_processes() -> None:
 
 
 class RendezvousFailed(Exception):
-    """Not all ranks came: a sentence for people with the address, who is missing and what to do (exit code 1)."""
+    """Not all ranks joined: one sentence with the address, the missing ranks and the remedy (exit code 1)."""
 
 
 def rendezvous(ranks: RankVariables, limit_s: float) -> Any:
-    """A store that all ranks share, once all of them are here: rank 0 serves it, or torchrun's agent does.
+    """Wait for all ranks; returns the TCPStore that they share, served by rank 0 or by torchrun's agent.
 
-    ``ranks`` holds the completed address; ``limit_s`` bounds the whole in seconds.
+    ranks: of a completed environment (``prepare_environment``).  limit_s: of the whole rendezvous, in seconds.
 
     Raises:
-        UserError: MASTER_ADDR has no address, or MASTER_PORT is taken on rank 0's host.
+        UserError: MASTER_ADDR does not resolve, or MASTER_PORT is in use on rank 0's host.
         RendezvousFailed: ranks are missing after ``limit_s``, or rank 0 ended.
     """
-    meeting = _Rendezvous(ranks, limit_s)
-    store = meeting.join()
-    meeting.wait_for_all(store)
+    waiting = _Rendezvous(ranks, limit_s)
+    store = waiting.join()
+    waiting.wait_for_all(store)
     return store
 
 
 class _Rendezvous:
     def __init__(self, ranks: RankVariables, limit_s: float) -> None:
-        assert ranks.master_addr is not None and ranks.master_port is not None  # of a completed environment
+        assert ranks.master_addr is not None and ranks.master_port is not None
         self.rank, self.world = ranks.rank, ranks.world_size
         self.host, self.port = ranks.master_addr, ranks.master_port
         self.limit_s, self.end = limit_s, time.monotonic() + limit_s
-        self.where = f"{self.host}:{self.port} (MASTER_ADDR:MASTER_PORT)"
+        self.address = f"{self.host}:{self.port} (MASTER_ADDR:MASTER_PORT)"
 
     def join(self) -> Any:
-        """The store: served by rank 0, unless torchrun's agent does."""
         if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return self._serve()
         self._wait_for_server()
@@ -206,23 +205,23 @@ class _Rendezvous:
                 f"MASTER_PORT: {self.port} cannot be used on {socket.gethostname()} ({error.strerror or error}); "
                 "end the earlier job that holds it, or give another port to all ranks"
             ) from None
-        handle = listening.detach()
-        return self._within_time(lambda: self._store("127.0.0.1", True, master_listen_fd=handle))
+        descriptor = listening.detach()
+        return self._within_time(lambda: self._store("127.0.0.1", True, master_listen_fd=descriptor))
 
-    def _store(self, host: str, serves: bool, **options: Any) -> Any:
+    def _store(self, host: str, is_server: bool, **options: Any) -> Any:
         from torch.distributed import TCPStore
 
         return TCPStore(
             host,
             self.port,
             self.world,
-            serves,
-            timeout=timedelta(seconds=self._left()),
+            is_server,
+            timeout=timedelta(seconds=self._remaining_s()),
             wait_for_workers=False,
             **options,
         )
 
-    def _left(self) -> float:
+    def _remaining_s(self) -> float:
         return max(1.0, self.end - time.monotonic())
 
     def _resolve(self) -> None:
@@ -240,27 +239,27 @@ class _Rendezvous:
             time.sleep(0.5)
 
     def _wait_for_server(self) -> None:
-        """Until somebody listens where rank 0 should."""
+        """Until a process listens at rank 0's address."""
         self._resolve()
-        pause, why, told = 0.05, "", time.monotonic() + _TELL_S
+        pause, reason, note_at = 0.05, "", time.monotonic() + _NOTE_S
         while time.monotonic() < self.end:
             try:
-                socket.create_connection((self.host, self.port), timeout=min(_PROBE_S, self._left())).close()
+                socket.create_connection((self.host, self.port), timeout=min(_CONNECT_S, self._remaining_s())).close()
                 return
             except OSError as error:
-                why = error.strerror or str(error)
-            if time.monotonic() > told and self.rank == 1:
-                self._note(f"rank 0 does not answer yet ({why})")
-                told = self.end
+                reason = error.strerror or str(error)
+            if time.monotonic() > note_at and self.rank == 1:
+                self._note(f"rank 0 does not answer yet ({reason})")
+                note_at = self.end
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
         raise RendezvousFailed(
-            f"rank {self.rank} of {self.world} found no rank 0 at {self.where} within {self.limit_s:g} s ({why}); "
+            f"rank {self.rank} of {self.world} found no rank 0 at {self.address} within {self.limit_s:g} s ({reason}); "
             f"start all ranks, give the address of rank 0's host, open the port in its firewall, or raise {_KEY}"
         )
 
     def _within_time(self, action: Callable[[], Any]) -> Any:
-        """``action``, which may wait in C++, in a thread, so that this one hears signals and the clock."""
+        """Run ``action``, which may wait in C++, in a thread, so that this one handles signals and the time limit."""
         outcome: list[Any] = []
 
         def run() -> None:
@@ -276,32 +275,32 @@ class _Rendezvous:
         result, error = outcome[0] if outcome else (None, "it does not answer")
         if error is not None:
             raise RendezvousFailed(
-                f"rank {self.rank} of {self.world} cannot join the ranks at {self.where}: "
+                f"rank {self.rank} of {self.world} cannot join the ranks at {self.address}: "
                 f"{str(error).splitlines()[0]}; another program may listen there: give another MASTER_PORT to all ranks"
             )
         return result
 
     def wait_for_all(self, store: Any) -> None:
-        """Until every rank has put its name down."""
-        pause, told = 0.02, time.monotonic() + _TELL_S
+        """Until every rank has registered in the store."""
+        pause, note_at = 0.02, time.monotonic() + _NOTE_S
         try:
             store.set(f"here/{self.rank}", socket.gethostname())
             store.add("arrived", 1)
             while store.add("arrived", 0) < self.world:
                 if time.monotonic() > self.end:
                     raise RendezvousFailed(
-                        f"{self._missing(store)} within {self.limit_s:g} s at {self.where}; look for their error, "
+                        f"{self._missing(store)} within {self.limit_s:g} s at {self.address}; look for their error, "
                         f"start all ranks, make sure their hosts reach this address, or raise {_KEY}"
                     )
-                if time.monotonic() > told and self.rank == 0:
+                if time.monotonic() > note_at and self.rank == 0:
                     self._note(self._missing(store))
-                    told = self.end
+                    note_at = self.end
                 time.sleep(pause)
                 pause = min(0.5, 1.5 * pause)
         except RuntimeError:  # torch's, of the connection
             raise RendezvousFailed(
-                f"rank 0 at {self.where} ended before all {self.world} ranks were there, and so rank {self.rank} does: "
-                "see its error"
+                f"rank 0 at {self.address} ended before all {self.world} ranks were there, and so rank {self.rank} "
+                "does: see its error"
             ) from None
 
     def _missing(self, store: Any) -> str:
@@ -311,4 +310,8 @@ class _Rendezvous:
         return f"{self.world - len(missing)} of {self.world} ranks came, and {ranks} did not"
 
     def _note(self, text: str) -> None:
-        print(f"note: {text}: waiting at {self.where} for at most {self._left():.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"note: {text}: waiting at {self.address} for at most {self._remaining_s():.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,8 +1,8 @@
-"""Activation checkpointing: what a block's forward keeps for its backward, and what it computes again there.
+"""Activation checkpointing: which activations a block saves for its backward pass, and which it recomputes there.
 
-``full`` keeps a block's inputs only. ``selective`` also keeps the outputs of its matrix products and of attention,
-which cost nearly all of the arithmetic, and computes norms, activations, modulation and gates again, which cost nearly
-all of the memory. Both give the same bits as keeping everything: the same operations run on the same numbers.
+``full`` saves only a block's inputs. ``selective`` also saves the outputs of matrix products and attention, which take
+nearly all of the FLOPs, and recomputes norms, activations, modulation and gates, which take nearly all of the memory.
+Both give the same bits as ``none``: the same operations run on the same numbers.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
 
 
 def is_recomputed() -> bool:
-    """Whether the block that runs now is recomputed: what it keeps lives as long as its own backward pass only."""
+    """Whether the block that runs now is checkpointed: what it saves lives only during its own backward pass."""
     return _recomputed.get()
 
 
 def run_block(block: Callable[[Tensors], Tensors], inputs: Tensors, how: Recompute) -> Tensors:
-    """``block(inputs)``; where gradients are recorded, keep for the backward what ``how`` says."""
+    """``block(inputs)``, with activation checkpointing ``how`` where gradients are recorded."""
     if how == "none" or not torch.is_grad_enabled():
         return block(inputs)
     # No block draws from torch's generators (noise and dropout are keyed), so that their state need not be kept.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _KeepProducts())
-    outputs: Tensors = checkpoint(functools.partial(_marked, block), inputs, **options)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _SaveProducts())
+    outputs: Tensors = checkpoint(functools.partial(_run_marked, block), inputs, **options)
     return outputs
 
 
-def _marked(block: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+def _run_marked(block: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
     token = _recomputed.set(True)  # here, and not around it all: the backward pass runs this again, in its own thread
     try:
         return block(inputs)
@@ -66,25 +66,25 @@ def _products() -> frozenset[Any]:
     return frozenset(getattr(aten, name).default for name in names if hasattr(aten, name))
 
 
-class _KeepProducts:
-    """Policy of one run of one block: keep products, recompute the rest.
+class _SaveProducts:
+    """Selective checkpointing policy of one run of one block: save products, recompute everything else.
 
-    A product that is changed in place right after it was made (a bias added to it) would be kept changed, and be
-    changed once more in the backward pass: wrong gradients without a word. So that is an error here.
+    A product that is changed in place right after it was computed (a bias added to it) would be saved changed, and be
+    changed again in the backward pass: wrong gradients without an error. So that is an error here.
     """
 
     def __init__(self) -> None:
-        self._last_kept: Any = None
+        self._last_saved: Any = None
 
     def __call__(self, _context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         if operation in _products():
-            self._last_kept = operation
+            self._last_saved = operation
             return CheckpointPolicy.MUST_SAVE
-        if self._last_kept is not None and operation._schema.name in _IN_PLACE:
+        if self._last_saved is not None and operation._schema.name in _IN_PLACE:
             raise RuntimeError(
-                f"{operation._schema.name} changes the result of {self._last_kept} in place in a selectively "
+                f"{operation._schema.name} changes the result of {self._last_saved} in place in a selectively "
                 "recomputed block"
             )
         if operation._schema.name not in _VIEWS:
-            self._last_kept = None
+            self._last_saved = None
         return CheckpointPolicy.PREFER_RECOMPUTE

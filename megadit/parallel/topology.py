@@ -1,8 +1,7 @@
-"""Who shares what: the place of every rank among pipeline stages, data-parallel replicas and tensor-parallel shares,
-and where the stages are cut.
+"""Coordinates of ranks along the pipeline, data and tensor axes, their process groups, and the cuts of a pipeline.
 
-rank = (pipeline * data + replica) * tensor + share, so that the ranks of a layer are neighbours, on one host. DeepSpeed
-orders its pipelines the same way (axes pipe, data, model).
+rank = (pipeline rank * data + data rank) * tensor + tensor rank, so that tensor-parallel ranks are neighbours, on one
+host. DeepSpeed orders the ranks of a pipeline in the same way (axes pipe, data, model).
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
 @dataclass(frozen=True)
 class Topology:
-    """The place of ``rank`` among ``world`` ranks, ``tensor`` to a layer in ``pipeline`` stages.
+    """The coordinates of ``rank`` among ``world`` ranks; ``tensor`` and ``pipeline`` are the degrees of parallelism.
 
-    ``sequence``: see ``TensorLayout``.
+    ``sequence``: see ``TensorLayout``. ValueError: the degrees do not divide ``world``, or there is no such rank.
     """
 
     world: int = 1
@@ -39,86 +38,83 @@ class Topology:
 
     @property
     def tensor_rank(self) -> int:
-        """Which share of its layers the rank holds."""
+        """Which tensor-parallel shard of its layers the rank holds."""
         return self.rank % self.tensor
 
     @property
     def data_rank(self) -> int:
-        """Which replica it belongs to: all of a replica's ranks see the same samples."""
+        """Which data-parallel replica the rank belongs to; all ranks of a replica see the same samples."""
         return self.rank // self.tensor % self.data
 
     @property
     def pipeline_rank(self) -> int:
-        """Which stage it runs."""
+        """Which pipeline stage the rank runs."""
         return self.rank // (self.tensor * self.data)
 
-    def lists(self, axis: str) -> list[list[int]]:
-        """The groups of ranks that differ along ``axis`` alone: tensor, data, pipeline or model (both others)."""
+    def rank_lists(self, axis: str) -> list[list[int]]:
+        """Groups of ranks that differ along ``axis`` only: tensor, data, pipeline or model (tensor and pipeline)."""
         keys: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
-            place = Topology(self.world, rank, self.tensor, self.pipeline)
+            at = Topology(self.world, rank, self.tensor, self.pipeline)
             fixed = {
-                "tensor": (place.pipeline_rank, place.data_rank),
-                "data": (place.pipeline_rank, place.tensor_rank),
-                "pipeline": (place.data_rank, place.tensor_rank),
-                "model": (place.data_rank,),
+                "tensor": (at.pipeline_rank, at.data_rank),
+                "data": (at.pipeline_rank, at.tensor_rank),
+                "pipeline": (at.data_rank, at.tensor_rank),
+                "model": (at.data_rank,),
             }[axis]
             keys.setdefault(fixed, []).append(rank)
         return list(keys.values())
 
 
 class ProcessGroups:
-    """The process groups of a topology. All ranks must make them, in the same order."""
+    """The process groups of a topology (torch.distributed). All ranks must construct it, in the same order."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.lists = {axis: topology.lists(axis) for axis in ("tensor", "data", "pipeline", "model")}
-        self._groups = {axis: _own_group(lists, topology.rank) for axis, lists in self.lists.items()}
+        self._rank_lists = {axis: topology.rank_lists(axis) for axis in ("tensor", "data", "pipeline", "model")}
+        self._groups = {axis: _new_group(lists, topology.rank) for axis, lists in self._rank_lists.items()}
 
     def group(self, axis: str) -> Any:
-        """The process group along an axis that this rank is in."""
+        """This rank's process group along an axis."""
         return self._groups[axis]
 
     def ranks(self, axis: str) -> list[int]:
-        """Its ranks."""
-        return next(ranks for ranks in self.lists[axis] if self.topology.rank in ranks)
+        """The ranks of this rank's group along an axis."""
+        return next(ranks for ranks in self._rank_lists[axis] if self.topology.rank in ranks)
 
     @property
     def tensor_layout(self) -> TensorLayout:
-        """What layers need to know."""
-        place = self.topology
-        if place.tensor == 1:
+        """The layout for which this rank builds its layers."""
+        topology = self.topology
+        if topology.tensor == 1:
             return UNSHARDED
-        return TensorLayout(place.tensor, place.tensor_rank, place.sequence, self.group("tensor"))
+        return TensorLayout(topology.tensor, topology.tensor_rank, topology.sequence, self.group("tensor"))
 
 
-def _own_group(lists: Sequence[Sequence[int]], rank: int) -> Any:
+def _new_group(rank_lists: Sequence[Sequence[int]], rank: int) -> Any:
+    """Make a group of each list (collective over all ranks); returns that of ``rank``."""
     import torch.distributed as dist
 
-    own = None
-    for ranks in lists:
-        group = dist.new_group(list(ranks))
-        if rank in ranks:
-            own = group
-    return own
+    groups = [(ranks, dist.new_group(list(ranks))) for ranks in rank_lists]
+    return next(group for ranks, group in groups if rank in ranks)
 
 
 class ModelParallelUnit:
-    """A topology in the words of DeepSpeed (Megatron-LM's mpu): model parallel means tensor parallel here."""
+    """A topology with the interface of Megatron-LM's mpu, for DeepSpeed; model parallel means tensor parallel there."""
 
     def __init__(self, groups: ProcessGroups) -> None:
-        self._groups, self._place = groups, groups.topology
+        self._groups, self._topology = groups, groups.topology
 
     def get_model_parallel_rank(self) -> int:
-        """Share of the layers."""
-        return self._place.tensor_rank
+        """Tensor-parallel rank."""
+        return self._topology.tensor_rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks that share a layer."""
-        return self._place.tensor
+        """Number of tensor-parallel ranks."""
+        return self._topology.tensor
 
     def get_model_parallel_group(self) -> Any:
-        """The ranks that share this one's layers."""
+        """The process group of this rank's tensor-parallel ranks."""
         return self._groups.group("tensor")
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
@@ -126,39 +122,38 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
-        """The first of the ranks that share this one's layers."""
+        """Global rank of the first of this rank's tensor-parallel ranks."""
         return self._groups.ranks("tensor")[0]
 
     def get_pipeline_model_parallel_rank(self) -> int:
-        """The stage."""
-        return self._place.pipeline_rank
+        """Pipeline stage, from 0."""
+        return self._topology.pipeline_rank
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        """Number of stages."""
-        return self._place.pipeline
+        """Number of pipeline stages."""
+        return self._topology.pipeline
 
     def get_data_parallel_rank(self) -> int:
-        """The replica."""
-        return self._place.data_rank
+        """Data-parallel rank."""
+        return self._topology.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Number of replicas."""
-        return self._place.data
+        """Number of data-parallel replicas."""
+        return self._topology.data
 
     def get_data_parallel_group(self) -> Any:
-        """The ranks that hold the same as this one."""
+        """The process group of the ranks with the same shard in other replicas."""
         return self._groups.group("data")
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Them by number."""
+        """Global ranks of ``get_data_parallel_group``."""
         return self._groups.ranks("data")
 
 
 def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
-    """Where to cut a list into ``parts`` runs whose dearest costs least: parts + 1 bounds, from 0 to len(costs).
+    """Cut a list into consecutive ``parts``, the most expensive as cheap as possible: parts + 1 bounds from 0 on.
 
-    Every run has at least one member. Of equally good cuts the one whose later runs are cheaper is taken: the first
-    stages of a pipeline hold the most micro batches.
+    Every part has at least one member. Of equally good cuts the one with the larger bounds is taken.
 
     Raises:
         ValueError: there are more parts than members.
@@ -176,8 +171,8 @@ def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
             return before[count] - before[first], (count,)
         options = []
         for cut in range(first + 1, count - left + 2):
-            rest, cuts = best(cut, left - 1)
-            options.append((max(before[cut] - before[first], rest), (cut, *cuts)))
+            dearest, cuts = best(cut, left - 1)
+            options.append((max(before[cut] - before[first], dearest), (cut, *cuts)))
         return min(options, key=lambda option: (option[0], [-cut for cut in option[1]]))
 
     return [0, *best(0, parts)[1]]

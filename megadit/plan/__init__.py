@@ -1,4 +1,4 @@
-"""What a run costs: FLOPs per image, memory and messages of its layout, and what a device can do."""
+"""Cost of a run before it starts: FLOPs, memory and communication of its layout, pipeline bubble, peak FLOP/s."""
 
 from megadit.plan.describe import describe_plan
 from megadit.plan.flops import forward_flops, peak_flops, training_flops

@@ -1,4 +1,4 @@
-"""What a run will hold and do, in a few lines: for ``--dry_run``."""
+"""Model, layout, memory, communication and length of a run as text, for ``--dry_run``."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from torch import nn
 from megadit.config import RunConfig
 from megadit.plan.flops import forward_flops
 from megadit.plan.layout import LayoutPlan, StagePlan, plan_layout
+from megadit.tables import aligned
 
 
 def describe_plan(
     config: RunConfig, model: nn.Module, steps: int | None, ranks: int, ds_config: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Size, layout, memory and total compute, as aligned lines with a table of the stages, and as plain values.
+    """Size, layout, memory and total compute, as text with a table of the pipeline stages and as plain values (JSON).
 
-    steps: None where the length of the run depends on data that are not there.
+    model: any whose parameters are those of ``config``, on the meta device, too.  steps: None where the length of the
+    run depends on data that are not there.
     """
     parameters = sum(p.numel() for p in model.parameters())
     plan = plan_layout(config, ranks, ds_config, parameters)
     m, batch = config.model, config.train.global_batch
     step_flops = 3 * forward_flops(m) * batch
     mup = f"muP, base width {m.base_width}, m = {m.width_mult:g}" if m.parametrization == "mup" else "SP"
-    length = "known once the data are there" if steps is None else _length(steps, batch, step_flops)
+    length = "depends on the data, which are not there" if steps is None else _length(steps, batch, step_flops)
     text = "\n".join(
         [
             f"model        {m.family} width {m.width}, depth {m.depth}, heads {m.num_heads} x {m.head_channels}, patch "
             f"{m.patch_size}: {parameters:,} trained parameters; {mup}",
             f"layout       {_layout_line(plan)}, ZeRO {plan.zero_stage}, {config.train.precision}; batch {batch} = "
             f"{plan.micro_batch} x {plan.micro_batches} accumulated x {plan.data} "
-            f"{'rank(s)' if plan.data == ranks else 'replica(s) of the model'}",
+            f"data-parallel {'rank(s)' if plan.data == ranks else 'replica(s)'}",
             f"memory       {_memory_line(plan)}",
             f"length       {length}",
             "",
@@ -47,75 +49,72 @@ def _length(steps: int, batch: int, step_flops: int) -> str:
 
 
 def _layout_line(plan: LayoutPlan) -> str:
-    """``8 rank(s)``, and how they share the model."""
+    """``8 rank(s)``, and the degrees of parallelism where they share the model."""
     if plan.tensor * plan.pipeline == 1:
         return f"{plan.world} rank(s)"
-    tokens = ", tokens too" if plan.sequence else ""
-    waits = f" (stages wait {100 * plan.bubble:.0f}% of a step)" if plan.pipeline > 1 else ""
-    return f"{plan.world} rank(s): {plan.tensor} share a layer{tokens}, {plan.pipeline} stage(s){waits}"
+    bubble = f" (bubble {100 * plan.bubble:.0f}% of a step)" if plan.pipeline > 1 else ""
+    return f"{plan.world} rank(s): {_degrees(plan)}{bubble}"
+
+
+def _degrees(plan: LayoutPlan) -> str:
+    """``tensor 2 with sequence x pipeline 2 x data 1``."""
+    return (
+        f"tensor {plan.tensor}{' with sequence' if plan.sequence else ''} x pipeline {plan.pipeline} x data {plan.data}"
+    )
 
 
 def _memory_line(plan: LayoutPlan) -> str:
     fullest = max(plan.stages, key=lambda stage: stage.total)
     parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in fullest.bytes.items())
     where = "per rank" if len(plan.stages) == 1 else "on a rank of the fullest stage"
-    return f"{parts} GB {where} ({fullest.total / 1e9:.3g} in all, beside buffers of libraries)"
+    return f"{parts} GB {where} (total {fullest.total / 1e9:.3g}, without workspaces of libraries)"
 
 
 def table(plan: LayoutPlan) -> str:
-    """The plan as lines: where ranks stand, how long stages wait, then two tables with a row for each stage: what one
-    of its ranks holds, and what it sends."""
-    share = f"tensor {plan.tensor}{' with sequence' if plan.sequence else ''}"
-    lines = [f"{share} x pipeline {plan.pipeline} x data {plan.data}, ZeRO {plan.zero_stage}"]
+    """The plan as lines: the numbering of ranks, the pipeline bubble, then two tables with a row per pipeline stage, of
+    the memory of one of its ranks and of the bytes that it sends in a step.
+    """
+    lines = [f"{_degrees(plan)}, ZeRO {plan.zero_stage}"]
     if plan.tensor * plan.pipeline > 1:
         groups = ", ".join(_span(group[0], group[-1]) for group in plan.tensor_groups[:8])
         more = ", ..." if len(plan.tensor_groups) > 8 else ""
-        lines.append(f"rank = (stage x {plan.data} + replica) x {plan.tensor} + share; replica 0 is {groups}{more}")
+        lines.append(
+            f"rank = (stage x {plan.data} + replica) x {plan.tensor} + tensor rank; replica 0 is {groups}{more}"
+        )
     if plan.pipeline > 1:
-        waits, idles = (f"{100 * part:.1f}%" for part in (plan.bubble, plan.idle))
-        lines.append(f"waiting: {waits} of a step were all stages equally fast, {idles} by their FLOPs")
+        bubble, idle = (f"{100 * share:.1f}%" for share in (plan.bubble, plan.idle))
+        lines.append(f"pipeline bubble: {bubble} of a step with equally fast stages, {idle} by the FLOPs of each stage")
     name, unit = ("MB", 1e6) if max(stage.total for stage in plan.stages) < 1e9 else ("GB", 1e9)
-    head = ("stage", "ranks", "holds", "FLOPs", "parameters", *plan.stages[0].bytes, "total")
-    lines += [
-        "",
-        f"a rank of each stage holds, in {name}:",
-        *_aligned([head, *(_held(stage, unit) for stage in plan.stages)]),
-    ]
+    header = ("stage", "ranks", "layers", "FLOPs", "parameters", *plan.stages[0].bytes, "total")
+    lines += ["", f"memory per rank, in {name}:", aligned(header, (_memory_row(s, unit) for s in plan.stages), left=3)]
     kinds = list(dict.fromkeys(kind for stage in plan.stages for kind in stage.sent))
     if kinds:
-        sent = [
-            (
-                str(stage.stage),
-                *(_amount(stage.sent.get(kind, 0.0), unit) for kind in kinds),
-                _amount(sum(stage.sent.values()), unit),
-            )
-            for stage in plan.stages
+        rows = [
+            [
+                str(s.stage),
+                *(_amount(size, unit) for size in (*(s.sent.get(k, 0.0) for k in kinds), sum(s.sent.values()))),
+            ]
+            for s in plan.stages
         ]
-        lines += ["", f"and sends in a step, in {name}:", *_aligned([("stage", *kinds, "total"), *sent])]
+        lines += ["", f"sent per rank and step, in {name}:", aligned(("stage", *kinds, "total"), rows)]
     return "\n".join(lines)
 
 
-def _held(stage: StagePlan, unit: float) -> tuple[str, ...]:
+def _memory_row(stage: StagePlan, unit: float) -> tuple[str, ...]:
     first, last = stage.blocks
-    held = [f"block{'s' if first < last else ''} {_span(first, last)}"] if last else []
+    layers = [f"block{'s' if first < last else ''} {_span(first, last)}"] if last else []
     if "embedding" in stage.ends:
-        held.insert(0, "embedding")
+        layers.insert(0, "embedding")
     if "readout" in stage.ends:
-        held.append("readout")
+        layers.append("readout")
     return (
         str(stage.stage),
         _span(*stage.ranks),
-        ", ".join(held),
+        ", ".join(layers),
         f"{100 * stage.flops_share:.1f}%",
         f"{stage.parameters:,}",
-        *(_amount(size, unit) for size in stage.bytes.values()),
-        _amount(stage.total, unit),
+        *(_amount(size, unit) for size in (*stage.bytes.values(), stage.total)),
     )
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _span(first: int, last: int) -> str:
@@ -123,6 +122,6 @@ def _span(first: int, last: int) -> str:
 
 
 def _amount(size: float, unit: float) -> str:
-    """To three decimals, one of large numbers."""
+    """``size`` bytes in ``unit``: to three decimals, one from 10 on."""
     value = size / unit
     return "0" if size == 0 else "<0.001" if value < 1e-3 else f"{value:.3f}" if value < 10 else f"{value:.1f}"

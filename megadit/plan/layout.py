@@ -1,4 +1,4 @@
-"""Who holds what, and what it costs: a run's layout, planned in one process for any number of ranks."""
+"""The parallel layout of a run, with memory and communication per rank, planned in one process for any world size."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megadit.plan.communication import data_bytes, retained_share, tensor_bytes
 from megadit.plan.flops import stage_flops
 from megadit.plan.memory import MicroBatchCost, stage_costs, state_bytes
 
-# DeepSpeed's own stage3_param_persistence_threshold, stage3_max_reuse_distance and stage3_max_live_parameters.
-_SMALL, _REUSE, _LIVE = 10**5, 10**9, 10**9
+# DeepSpeed's defaults of stage3_param_persistence_threshold, stage3_max_reuse_distance and stage3_max_live_parameters.
+_PERSISTENCE_THRESHOLD, _MAX_REUSE_DISTANCE, _MAX_LIVE_PARAMETERS = 10**5, 10**9, 10**9
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage. Bytes are those of one rank, sent bytes those of one rank in one step.
+    """One pipeline stage. ``bytes`` (memory) and ``sent`` (in one step) are those of one rank, by kind.
 
-    in_flight: micro batches that are between their forward and their backward pass here, at most.
+    flops_share: of the forward pass.  in_flight: the most micro batches between their forward and backward pass here.
     """
 
     stage: int
@@ -40,14 +40,15 @@ class StagePlan:
 
     @property
     def total(self) -> float:
-        """Bytes of a rank, together."""
+        """Memory of a rank in bytes."""
         return sum(self.bytes.values())
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A layout of ``world`` ranks. ``bubble``: share of a step in which stages wait, were they equally fast;
-    ``idle``: the same from the FLOPs of each."""
+    """A layout of ``world`` ranks. Two estimates of the pipeline bubble, as a share of a step: ``bubble`` with equally
+    fast stages, ``idle`` by the FLOPs of each.
+    """
 
     world: int
     tensor: int
@@ -64,101 +65,99 @@ class LayoutPlan:
     stages: tuple[StagePlan, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for JSON, with the most ``bytes_per_rank``."""
         return asdict(self) | {"bytes_per_rank": max(stage.total for stage in self.stages)}
 
 
 def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parameters: int) -> LayoutPlan:
-    """The layout of a resolved configuration for ``world`` ranks; ``parameters`` of the whole model.
+    """The layout of a resolved configuration for ``world`` ranks. parameters: of the whole model.
 
-    Every stage is built on the meta device as its first tensor-parallel rank holds it (the others hold as much), and
-    one micro batch is run through it there.
+    Every pipeline stage is built on the meta device as its first tensor-parallel rank holds it (the others hold as
+    much), and one micro batch is run through it there.
     """
     parallel, train = config.parallel, config.train
     flops = stage_flops(config.model)
     cuts = balanced_cuts(flops, parallel.pipeline)
-    micro, many = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
-    place = Topology(world, 0, parallel.tensor, parallel.pipeline)
-    passages = stage_costs(
+    micro_batch = int(ds_config["train_micro_batch_size_per_gpu"])
+    micro_batches = int(ds_config["gradient_accumulation_steps"])
+    topology = Topology(world, 0, parallel.tensor, parallel.pipeline)
+    data, tensor = topology.data, topology.tensor
+    costs = stage_costs(
         config.model,
         cuts,
-        micro,
+        micro_batch,
         _DTYPES[train.precision],
         train.activation_checkpointing,
         parallel.tensor,
         sequence=parallel.sequence,
     )
     stages, blocks = [], 0
-    for stage, (chunk, passage) in enumerate(passages):
+    for stage, (chunk, cost) in enumerate(costs):
         sizes = [p.numel() for p in chunk.parameters()]
-        own, in_flight = chunk.blocks, min(parallel.pipeline - stage, many)
-        held, sent = _costs(config, sizes, passage, place.data, in_flight, ds_config)
+        in_flight = min(parallel.pipeline - stage, micro_batches)
+        memory, sent = _memory_and_sent(config, sizes, cost, data, in_flight, ds_config)
         stages.append(
             StagePlan(
                 stage=stage,
-                ranks=(stage * place.data * place.tensor, (stage + 1) * place.data * place.tensor - 1),
-                blocks=(blocks + 1, blocks + own) if own else (0, 0),
+                ranks=(stage * data * tensor, (stage + 1) * data * tensor - 1),
+                blocks=(blocks + 1, blocks + chunk.blocks) if chunk.blocks else (0, 0),
                 ends=tuple(name for name, has in (("embedding", chunk.is_first), ("readout", chunk.is_last)) if has),
                 flops_share=sum(flops[cuts[stage] : cuts[stage + 1]]) / sum(flops),
                 parameters=sum(sizes),
                 in_flight=in_flight,
-                bytes=held,
+                bytes=memory,
                 sent=sent,
             )
         )
-        blocks += own
-    groups = [tuple(g) for g in place.lists("tensor") if (g[0] // place.tensor) % place.data == 0]
+        blocks += chunk.blocks
+    groups = [tuple(g) for g in topology.rank_lists("tensor") if (g[0] // tensor) % data == 0]
     return LayoutPlan(
         world=world,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
-        data=place.data,
+        data=data,
         sequence=parallel.sequence,
         zero_stage=int(ds_config["zero_optimization"]["stage"]),
-        micro_batch=micro,
-        micro_batches=many,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
         parameters=parameters,
         tensor_groups=tuple(groups),
-        bubble=bubble_share(parallel.pipeline, many),
-        idle=idle_share([stage.flops_share for stage in stages], many, train.activation_checkpointing == "full"),
+        bubble=bubble_share(parallel.pipeline, micro_batches),
+        idle=idle_share([s.flops_share for s in stages], micro_batches, train.activation_checkpointing == "full"),
         stages=tuple(stages),
     )
 
 
-def _costs(
-    config: RunConfig,
-    sizes: list[int],
-    passage: MicroBatchCost,
-    replicas: int,
-    in_flight: int,
-    ds_config: dict[str, Any],
+def _memory_and_sent(
+    config: RunConfig, sizes: list[int], cost: MicroBatchCost, replicas: int, in_flight: int, ds_config: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes that a rank holds, and those that it sends in a step; ``sizes``: elements of each parameter of its own."""
+    """Bytes that a rank holds, and those that it sends in a step, by kind. sizes: elements of its parameters."""
     precision, zero = config.train.precision, ds_config["zero_optimization"]
-    own, stage, item = sum(sizes), int(zero["stage"]), _DTYPES[precision].itemsize
-    many, recompute = int(ds_config["gradient_accumulation_steps"]), config.train.activation_checkpointing != "none"
-    added, summed = gradient_bytes(ds_config, precision)
-    # What ZeRO 3 keeps gathered: small tensors all the time, and layers between two uses that are near.
-    threshold = zero.get("stage3_param_persistence_threshold", _SMALL)
+    parameters, zero_stage, item = sum(sizes), int(zero["stage"]), _DTYPES[precision].itemsize
+    micro_batches = int(ds_config["gradient_accumulation_steps"])
+    recompute = config.train.activation_checkpointing != "none"
+    accumulated, reduced = gradient_bytes(ds_config, precision)
+    # What ZeRO 3 keeps gathered: small tensors always, and layers that are used again soon.
+    threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)
     small = sum(size for size in sizes if size <= threshold)
-    reuse = zero.get("stage3_max_reuse_distance", _REUSE)
+    reuse = zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)
 
-    held = state_bytes(own, replicas, stage, precision, len(config.ema.names), added)
-    buckets = bucket_bytes(ds_config, own, precision, config.parallel.pipeline > 1)
+    memory = state_bytes(parameters, replicas, zero_stage, precision, len(config.ema.names), accumulated)
+    buckets = bucket_bytes(ds_config, parameters, precision, config.parallel.pipeline > 1)
     if buckets:
-        held["buckets"] = buckets
-    if stage == 3 and replicas > 1:
-        stay = (own - small) * retained_share(own - small, recompute, reuse)
-        if zero.get("stage3_prefetch_bucket_size") != 0:  # every layer fetches more, faster than they are let go
-            stay = max(stay, zero.get("stage3_max_live_parameters", _LIVE))
-        held["gathered weights"] = (small + min(own - small, stay)) * item
-    held["activations"] = float((in_flight - 1) * passage.kept + passage.peak)
+        memory["buckets"] = buckets
+    if zero_stage == 3 and replicas > 1:
+        retained = (parameters - small) * retained_share(parameters - small, recompute, reuse)
+        if zero.get("stage3_prefetch_bucket_size") != 0:  # prefetching gathers layers faster than they are released
+            retained = max(retained, zero.get("stage3_max_live_parameters", _MAX_LIVE_PARAMETERS))
+        memory["gathered weights"] = (small + min(parameters - small, retained)) * item
+    memory["activations"] = float((in_flight - 1) * cost.saved_bytes + cost.peak_bytes)
 
-    per_batch = tensor_bytes(Counter(passage.forward) + Counter(passage.backward), config.parallel.tensor)
-    sent = {kind: size * many for kind, size in per_batch.items()}
+    per_micro_batch = tensor_bytes(Counter(cost.forward) + Counter(cost.backward), config.parallel.tensor)
+    sent = {kind: size * micro_batches for kind, size in per_micro_batch.items()}
     if config.parallel.pipeline > 1:
-        sent["pipeline send"] = float((passage.wire_out + passage.wire_back) * many)
-    between = data_bytes(
-        own, item, replicas, stage, many, recompute=recompute, gradient=summed, small=small, reuse=reuse
-    )
-    return held, sent | between
+        sent["pipeline send"] = float((cost.output_bytes + cost.input_grad_bytes) * micro_batches)
+    return memory, sent | data_bytes(
+        parameters, item, replicas, zero_stage, micro_batches,
+        recompute=recompute, gradient=reduced, small=small, reuse=reuse,
+    )  # fmt: skip

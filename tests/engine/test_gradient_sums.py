@@ -44,7 +44,7 @@ def sums_of_a_step(config: RunConfig, folder: str, ds: dict[str, Any] | None) ->
             noted(name, p)
     train_on(run, 1)
     partitions = run.engine.partitions
-    place = partitions._place
+    place = partitions._topology
     moments = [(f.name, f.start, f.stop, partitions.moments(f)["exp_avg"].double()) for f in partitions.fragments()]
     return {"part": (place.tensor_rank, place.pipeline_rank), "replicas": place.data, "own": own, "moments": moments}
 

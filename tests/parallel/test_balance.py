@@ -79,4 +79,4 @@ def test_places_are_those_of_deepspeed():
         assert (ours.pipeline_rank, ours.data_rank, ours.tensor_rank) == (place.pipe, place.data, place.model)
     first = Topology(12, 0, tensor=2, pipeline=2)
     for axis, name in (("tensor", "model"), ("data", "data"), ("pipeline", "pipe")):
-        assert sorted(first.lists(axis)) == sorted(theirs.get_axis_comm_lists(name))
+        assert sorted(first.rank_lists(axis)) == sorted(theirs.get_axis_comm_lists(name))

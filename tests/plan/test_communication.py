@@ -117,10 +117,10 @@ def counted(family: str, layout: str) -> tuple[list[Counter[tuple[str, int]]], d
     found: list[Counter[Any]] = []
     for depth in (2, 4):
         config = MADE[family](width=64, heads=4, depth=depth, **per.get(family, {}))
-        [(chunk, passage)] = stage_costs(
+        [(chunk, cost)] = stage_costs(
             config, (0, config.blocks + 2), BATCH, torch.float32, "none", 2, sequence=layout == "sequence"
         )
-        found += [passage.forward, passage.backward]
+        found += [cost.forward, cost.backward]
     tokens = chunk.model.stream_tokens
     assert tokens is not None
     return found, {"B": BATCH, "T": tokens, "L": TEXT, "n": 64, "P": config.patch_size**2 * config.out_channels}

@@ -1,4 +1,4 @@
-"""What the plan counts on the meta device is what forward and backward hold on the CPU; stages wait as planned."""
+"""The plan counts on the meta device what forward and backward passes hold on the CPU, and the pipeline bubble."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ FAMILIES = {
 }
 
 
-def passage(config: ModelConfig, recompute: Any = "none", cuts: tuple[int, ...] | None = None) -> list[Any]:
+def costs(config: ModelConfig, recompute: Any = "none", cuts: tuple[int, ...] | None = None) -> list[Any]:
     whole = cuts or (0, config.blocks + 2)
-    return [found for _, found in stage_costs(config, whole, BATCH, torch.float32, recompute)]
+    return [cost for _, cost in stage_costs(config, whole, BATCH, torch.float32, recompute)]
 
 
 def inputs(config: ModelConfig) -> tuple[Any, ...]:
     return example_images(config, range(BATCH)), torch.full((BATCH,), 500.0), example_conditioning(config, range(BATCH))
 
 
-def moving(out: Any) -> list[torch.Tensor]:
+def tensors(out: Any) -> list[torch.Tensor]:
     return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
@@ -47,19 +47,19 @@ def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
     config = FAMILIES[family]
     chunk = build_chunk(config, (0, config.blocks + 2), 0)
     chunk.model.recompute, chunk.project = recompute, config.repa is not None
-    carrier = chunk.model.packed_inputs(*inputs(config))
+    stage_io = chunk.model.packed_inputs(*inputs(config))
     known = [*chunk.parameters(), *chunk.buffers()]
     for p in chunk.parameters():
         p.grad = torch.zeros_like(p)
         known.append(p.grad)
     with LiveByteCounter(known) as live:
-        wire = tuple(part.clone() for part in carrier)  # a pipeline holds it until the backward pass
-        out = moving(chunk(wire))
+        received = tuple(part.clone() for part in stage_io)  # a pipeline holds them until the backward pass
+        out = tensors(chunk(received))
         kept = live.now
         torch.autograd.backward(out, [torch.ones_like(part) for part in out])
-    [counted] = passage(config, recompute)
-    assert counted.kept == pytest.approx(kept, rel=0.01)
-    assert counted.peak == pytest.approx(live.peak, rel=0.01)
+    [counted] = costs(config, recompute)
+    assert counted.saved_bytes == pytest.approx(kept, rel=0.01)
+    assert counted.peak_bytes == pytest.approx(live.peak, rel=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,7 +69,7 @@ def test_parts_in_float32_of_a_half_precision_model_are_counted(family):
     for precision in ("auto", "fp32"):
         config = FAMILIES[family].model_copy(update={"attention_precision": precision, "norm_precision": precision})
         [(_, found[precision])] = stage_costs(config, (0, config.blocks + 2), BATCH, torch.bfloat16, "none")
-    assert found["fp32"].kept > found["auto"].kept
+    assert found["fp32"].saved_bytes > found["auto"].saved_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,23 +87,23 @@ def test_it_is_what_autograd_saves(family):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(*inputs(config), project=config.repa is not None)
     total = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
-    [counted] = passage(config)
-    assert counted.kept == pytest.approx(total, rel=0.06)  # inputs and outputs are held too
+    [counted] = costs(config)
+    assert counted.saved_bytes == pytest.approx(total, rel=0.06)  # inputs and outputs are held too
 
 
 def test_recomputation_keeps_less_and_micro_batches_add_up():
-    none, selective, full = (passage(FAMILIES["dit"], how)[0] for how in ("none", "selective", "full"))
-    assert full.kept < selective.kept < none.kept
-    assert full.kept < full.peak < none.peak
+    none, selective, full = (costs(FAMILIES["dit"], how)[0] for how in ("none", "selective", "full"))
+    assert full.saved_bytes < selective.saved_bytes < none.saved_bytes
+    assert full.saved_bytes < full.peak_bytes < none.peak_bytes
 
 
 def test_stages_hold_together_what_the_whole_holds():
     config = FAMILIES["mmdit"]
-    [whole] = passage(config)
-    first, second = passage(config, cuts=(0, 2, 5))
-    assert first.wire_out == second.wire_in > second.wire_back > 0
-    assert first.wire_in == second.wire_out == first.wire_back == 0
-    assert first.kept + second.kept == pytest.approx(whole.kept + second.wire_in, rel=0.02)
+    [whole] = costs(config)
+    first, second = costs(config, cuts=(0, 2, 5))
+    assert first.output_bytes == second.input_bytes > second.input_grad_bytes > 0
+    assert first.input_bytes == second.output_bytes == first.input_grad_bytes == 0
+    assert first.saved_bytes + second.saved_bytes == pytest.approx(whole.saved_bytes + second.input_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 3), (2, 1), (4, 2), (4, 16), (8, 128)])

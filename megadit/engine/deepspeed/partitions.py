@@ -1,24 +1,15 @@
-"""Where DeepSpeed keeps its state: which piece of which parameter this rank owns, in float32.
+"""Master weights and optimizer state of a DeepSpeed engine, by parameter: which range of which one this rank owns.
 
-DeepSpeed keeps master weights and Adam moments in flat buffers that differ by ZeRO stage. Checkpoints (and
-whatever else must follow the master weights) speak of *fragments* instead: a canonical parameter name and an
-index range of the flattened parameter. Gradient norms are in ``norms``, and what keeps an update from being made in
-``guard``. Written against DeepSpeed 0.19.
-
-=====  =========================================================  ==========================
-stage  where the float32 values live                              fragments of a rank
-=====  =========================================================  ==========================
-0      the parameters themselves (float32 training only)          all, the same on every rank
-1, 2   ``single_partition_of_fp32_groups[g]``, one per group      a run of each group's concatenation
-3      ``fp32_partitioned_groups_flat[s]``, one per sub group     an equal share of every parameter
-=====  =========================================================  ==========================
+DeepSpeed keeps float32 masters and Adam's moments in flat buffers that differ by ZeRO stage (``zero_stages``).
+Checkpoints, and whatever else follows the masters, work on *fragments* instead: a canonical parameter name and an index
+range of the flattened parameter.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit.engine.clipping import ClipPlan
-from megadit.engine.deepspeed.guard import UpdateGuard
-from megadit.engine.deepspeed.norms import RoleNorms, hold_loss_scale
+from megadit.engine.deepspeed.zero_stages import ZERO_STAGES, DelayedScaleGrowth
 from megadit.mup.spec import walk_slices
 from megadit.parallel.topology import Topology
 from megadit.slices import ShardRegions
@@ -98,16 +88,16 @@ class Partitions:
     ) -> None:
         """``model`` owns the parameters under their canonical names (default: the engine's module)."""
         self._engine = engine
-        self._place = topology or Topology(torch.distributed.get_world_size(), torch.distributed.get_rank())
+        self._topology = topology or Topology(torch.distributed.get_world_size(), torch.distributed.get_rank())
         self.stage = int(engine.zero_optimization_stage())
         if self.stage == 0 and int(engine.dp_world_size) == 1:
             # One rank has nothing to average, yet DeepSpeed would flatten and copy back every gradient.
             engine.enable_backward_allreduce = False
-        self.guard = UpdateGuard(engine, self.stage)
-        self.norms = RoleNorms(engine, self.stage, clip, self.guard)
+        self._zero = ZERO_STAGES[self.stage](engine, clip)
+        self.guard, self.norms = self._zero.guard, self._zero.norms
         if self._dynamic_scaler() is not None:
-            hold_loss_scale(engine.optimizer)
-        self._known = {
+            DelayedScaleGrowth(engine.optimizer)
+        self._parameters = {
             id(p): (name, spec.shape, shard_regions)
             for name, p, spec, shard_regions in walk_slices(engine.module if model is None else model)
             if p.requires_grad
@@ -116,53 +106,28 @@ class Partitions:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer inside DeepSpeed's wrapper (its groups hold the flat buffers)."""
-        wrapped = self._engine.optimizer
-        return wrapped.optimizer if self.stage > 0 else wrapped
+        return self._zero.optimizer
+
+    def before_step(self, want_norms: bool) -> None:
+        """To be called between the last backward pass and the step. ``want_norms``: ``norms`` are read after it."""
+        self._zero.before_step(want_norms)
 
     def fragments_to_save(self) -> list[Fragment]:
         """Of ``fragments`` those that this rank saves: all ranks together hold each element once."""
-        if self.stage == 0 and self._place.data_rank > 0:
+        if self.stage == 0 and self._topology.data_rank > 0:
             return []
-        return [f for f in self.fragments() if f.shard_regions is not None or self._place.tensor_rank == 0]
+        return [f for f in self.fragments() if f.shard_regions is not None or self._topology.tensor_rank == 0]
 
     def fragments(self) -> list[Fragment]:
         """All fragments that this rank owns, in a fixed order."""
-        readers = {0: self._whole_parameters, 1: self._group_runs, 2: self._group_runs, 3: self._parameter_shares}
-        return list(readers[self.stage]())
-
-    def _whole_parameters(self) -> Iterator[Fragment]:
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                name, shape, shard_regions = self._known[id(p)]
-                yield Fragment(name, shape, 0, p.numel(), p.data.view(-1), p, 0, shard_regions)
-
-    def _group_runs(self) -> Iterator[Fragment]:
-        # Not by DeepSpeed's own map, _hp_mapping: with round_robin_gradients it names the wrong parameters, since it
-        # counts them in the order of the group and not of the buffer.
-        zero = self._engine.optimizer
-        for g, flat in enumerate(zero.single_partition_of_fp32_groups):
-            begin = torch.distributed.get_rank(zero.real_dp_process_group[g]) * flat.numel()
-            for p, first in zip(zero.round_robin_bit16_groups[g], zero.round_robin_bit16_offsets[g], strict=True):
-                low, high = max(first, begin), min(first + p.numel(), begin + flat.numel())
-                if low < high and id(p) in self._known:  # the padding of an empty group is nobody's
-                    values = flat.data.narrow(0, low - begin, high - low)
-                    name, shape, shard_regions = self._known[id(p)]
-                    yield Fragment(name, shape, low - first, high - first, values, flat, low - begin, shard_regions)
-
-    def _parameter_shares(self) -> Iterator[Fragment]:
-        zero = self._engine.optimizer
-        rank = torch.distributed.get_rank(zero.dp_process_group)
-        for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-            offset = 0
-            for p in params:
-                share = p.partition_numel()
-                start = min(rank * share, p.ds_numel)
-                stop = min(start + share, p.ds_numel)  # the last shares are padded beyond the parameter
-                if stop > start:
-                    values = flat.data.narrow(0, offset, stop - start)
-                    name, shape, shard_regions = self._known[id(p)]
-                    yield Fragment(name, shape, start, stop, values, flat, offset, shard_regions)
-                offset += share
+        fragments = []
+        for p, start, stop, flat, offset in self._zero.pieces():
+            if self._zero.may_pad_groups and id(p) not in self._parameters:
+                continue
+            name, shape, shard_regions = self._parameters[id(p)]
+            values = flat.data.view(-1).narrow(0, offset, stop - start)
+            fragments.append(Fragment(name, shape, start, stop, values, flat, offset, shard_regions))
+        return fragments
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
         """Adam's moments of a fragment as writable 1-D views; created as zeros where no step was taken yet."""
@@ -214,27 +179,16 @@ class Partitions:
                 state["step"] = step
 
     def publish_masters(self) -> None:
-        """After writing into ``values``: carry the master weights into the weights that the model computes with."""
-        zero = self._engine.optimizer
-        if self.stage in (1, 2):
-            zero.update_lp_params()
-        elif self.stage == 3:
-            for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
-                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-            # Small parameters stay gathered, and after a forward pass without a backward all do: drop the stale copies.
-            gathered = [p for group in zero.fp16_groups for p in group if p.ds_status.name == "AVAILABLE"]
-            if gathered:
-                gathered[0].partition(gathered)
+        """After writing into ``values``: copy the masters into the weights that the model runs with (collective)."""
+        self._zero.publish_masters()
 
     def gradient_norm(self) -> float | None:
         """Global L2 norm of the last step's gradients, unscaled and before clipping.
 
-        Infinite where an entry was not finite, for which ZeRO says inf, nan or a negative number. At stage 0, where
-        DeepSpeed reports none, of the norms that ``norms.before_step`` took.
+        Infinite where a gradient was not finite, for which ZeRO says inf, nan or a negative number. At stage 0, where
+        DeepSpeed reports none, of the norms that ``before_step`` took. None before the first step.
         """
-        if self.stage == 0:
-            return self.norms.total()
-        norm = self._engine.get_global_grad_norm()
+        norm = self._zero.global_norm()
         if norm is None:
             return None
         value = float(norm)

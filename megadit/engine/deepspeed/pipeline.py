@@ -1,10 +1,14 @@
-"""DeepSpeed's pipeline engine around a chunk of a model. With ``partitions`` the door to its internals.
+"""DeepSpeed's pipeline engine around a chunk of a model.
 
-Measured facts of DeepSpeed 0.19 that shape it: ZeRO-1 is the one stage that is right with pipelines (2 and 3 are
-refused, 0 clips by a norm without the other stages); with more than one tensor a wire must not be partitioned between
-tensor-parallel ranks; buffers of gradients are found by size alone, whatever their type, and a wrong one is used
-without an error; a stage goes backward once for each tensor of its wire, through all of its layers every time, which
-costs a multiple and is more than blocks bear that are recomputed selectively; the module prints its plan.
+Measured facts of DeepSpeed 0.19 that shape it:
+
+* ZeRO 1 is the only stage that is correct with pipelines: 2 and 3 are refused, 0 clips by a norm without the other
+  pipeline stages.
+* A message of several tensors must not be partitioned between tensor-parallel ranks.
+* Buffers of gradients are found by size alone, whatever their dtype, and a wrong one is used without an error.
+* A stage runs one backward pass for each tensor that it sent, through all of its layers, which costs a multiple and
+  fails for blocks that are recomputed selectively.
+* ``PipelineModule`` prints its plan.
 """
 
 from __future__ import annotations
@@ -41,30 +45,32 @@ def pipeline_engine(
         module = PipelineModule(layers, topology=axes, loss_fn=loss, partition_method="uniform")
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
     engine._allocate_or_extend_buffers = lambda _index, shape, dtype: engine._allocate_zeros(shape, dtype=dtype)
-    _go_backward_once(engine)
+    _JointBackward(engine)
     return engine
 
 
-def _go_backward_once(engine: Any) -> None:
-    """Let a stage go backward from all tensors of its wire at once."""
-    from deepspeed.runtime.pipe.schedule import BackwardPass
+class _JointBackward:
+    """Patch of a ``PipelineEngine``: one backward pass from all tensors that a stage sent, instead of one from each."""
 
-    plain = engine._exec_backward_pass
+    def __init__(self, engine: Any) -> None:
+        from deepspeed.runtime.pipe.schedule import BackwardPass
 
-    def _exec_backward_pass(_engine: Any, buffer_id: int) -> None:
+        self._engine, self._original = engine, engine._exec_backward_pass
+        # The schedule's instructions are looked up in this map of functions, and not by name.
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: self._exec_backward_pass}
+
+    def _exec_backward_pass(self, _engine: Any, buffer_id: int) -> None:
+        engine = self._engine
         outputs, gradients = engine.pipe_buffers["outputs"][buffer_id], engine.grad_layer
         if engine.is_last_stage() or not isinstance(outputs, tuple):
-            plain(buffer_id)
+            self._original(buffer_id)
             return
         joint = _Joint.apply(tuple(gradients), *(tensor for tensor in outputs if tensor.is_floating_point()))
         engine.pipe_buffers["outputs"][buffer_id], engine.grad_layer = joint, torch.ones_like(joint)
         try:
-            plain(buffer_id)
+            self._original(buffer_id)
         finally:
             engine.grad_layer = gradients  # its buffers take the gradients of the next micro batch
-
-    # The schedule's instructions are looked up in this map of functions, and not by name.
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: _exec_backward_pass}
 
 
 class _Joint(torch.autograd.Function):
