@@ -68,9 +68,9 @@ class TrainingEngine:
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         restore_linear()
         forget_groups()
-        self.context, self.loss = context, loss
+        self.context, self.loss, self._config, self._schedule = context, loss, config, schedule
         ds_config = with_bucket(ds_config, sum(p.numel() for p in model.parameters()))
-        self._engine, self.optimizer, self.partitions = self._wrap(model, config, schedule, ds_config, groups)
+        self._engine, self.optimizer, self.partitions = self._wrap(model, ds_config, groups)
         self.ema = Ema(self.partitions, config.ema)
         self.optimizer.check_table(0, "after deepspeed.initialize")
         self.accumulation = int(self._engine.gradient_accumulation_steps())
@@ -80,16 +80,11 @@ class TrainingEngine:
         self._checked_step = False
 
     def _wrap(
-        self,
-        model: nn.Module,
-        config: RunConfig,
-        schedule: Schedule,
-        ds_config: dict[str, Any],
-        groups: ProcessGroups | None,
+        self, model: nn.Module, ds_config: dict[str, Any], groups: ProcessGroups | None
     ) -> tuple[Any, MuOptimizer, Partitions]:
         import deepspeed
 
-        optimizer = MuOptimizer(model, config.optim, schedule, self.context.device)
+        optimizer = MuOptimizer(model, self._config.optim, self._schedule, self.context.device)
         mpu = None if groups is None else ModelParallelUnit(groups)
         with force_zero_optimizer():
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.inner, config=dict(ds_config), mpu=mpu)

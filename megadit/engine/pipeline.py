@@ -50,16 +50,12 @@ class PipelineTrainingEngine(TrainingEngine):
         super().__init__(chunk.model, loss, config, schedule, ds_config, context, groups)
 
     def _wrap(
-        self,
-        model: nn.Module,
-        config: RunConfig,
-        schedule: Schedule,
-        ds_config: dict[str, Any],
-        groups: ProcessGroups | None,
+        self, model: nn.Module, ds_config: dict[str, Any], groups: ProcessGroups | None
     ) -> tuple[Any, MuOptimizer, Partitions]:
         assert groups is not None
-        specs = param_specs(build_model(config.model, device="meta"))
-        optimizer = MuOptimizer(model, config.optim, schedule, self.context.device, specs, self._chunk.pad)
+        specs = param_specs(build_model(self._config.model, device="meta"))
+        device, pad = self.context.device, self._chunk.pad
+        optimizer = MuOptimizer(model, self._config.optim, self._schedule, device, specs, pad)
         engine = pipeline_engine(self._chunk, self._last_stage_loss, optimizer.inner, dict(ds_config), groups.topology)
         return engine, optimizer, Partitions(engine, optimizer.clip, groups.topology, model)
 

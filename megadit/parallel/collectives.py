@@ -69,44 +69,37 @@ class CollectiveRecorder:
 
 def copy_to_tensor_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
     """x, the same on all ranks, before tensor-parallel work on it: its gradients are all-reduced."""
-    out: Tensor = _Copy.apply(x, layout)
-    return out
+    return _apply(_Copy, x, layout)
 
 
 def reduce_from_tensor_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
     """Sum of all ranks' x, the same on all."""
-    out: Tensor = _Reduce.apply(x, layout)
-    return out
+    return _apply(_Reduce, x, layout)
 
 
 def gather_from_tensor_parallel_region(x: Tensor, layout: TensorLayout, *, partial: bool) -> Tensor:
     """(..., n / ranks) -> (..., n), the channels of all ranks in order."""
-    out: Tensor = _GatherChannels.apply(x, layout, partial)
-    return out
+    return _apply(_GatherChannels, x, layout, partial)
 
 
 def scatter_to_tensor_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
     """(..., n), the same on all ranks -> this rank's (..., n / ranks)."""
-    out: Tensor = _ScatterChannels.apply(x, layout)
-    return out
+    return _apply(_ScatterChannels, x, layout)
 
 
 def scatter_to_sequence_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
     """(B, T, n), the same on all ranks -> this rank's (B, ceil(T / ranks), n)."""
-    out: Tensor = _ScatterTokens.apply(x, layout)
-    return out
+    return _apply(_ScatterTokens, x, layout)
 
 
 def gather_from_sequence_parallel_region(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
     """(B, ceil(T / ranks), n) -> (B, T, n) for T ``tokens``, from which all ranks compute the same."""
-    out: Tensor = _GatherTokens.apply(x, layout, tokens)
-    return out
+    return _apply(_GatherTokens, x, layout, tokens)
 
 
 def reduce_scatter_to_sequence_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
     """This rank's tokens (B, ceil(T / ranks), n) of the sum of all ranks' (B, T, n)."""
-    out: Tensor = _ReduceScatterTokens.apply(x, layout)
-    return out
+    return _apply(_ReduceScatterTokens, x, layout)
 
 
 def shared_block_input(x: Tensor, layout: TensorLayout) -> Tensor:
@@ -222,6 +215,11 @@ def local_channels(x: Tensor, layout: TensorLayout) -> Tensor:
 def concat_channels(parts: Tensor) -> Tensor:
     """(ranks, ..., n / ranks) -> (..., n)."""
     return parts.movedim(0, -2).flatten(-2)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    out: Tensor = function.apply(*args)
+    return out
 
 
 class _Copy(torch.autograd.Function):
