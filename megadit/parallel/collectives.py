@@ -175,11 +175,13 @@ def start_reduce_scatter_tokens(x: Tensor, layout: TensorLayout) -> AsyncCollect
 def _start_reduce_scatter(parts: Tensor, layout: TensorLayout, *, async_op: bool) -> AsyncCollective:
     """This rank's part (...) of the sum over ranks of (ranks, ...)."""
     out = parts.new_empty(parts.shape[1:])
-    whole = parts.contiguous().flatten(0, 1)
+    operand = parts.contiguous().flatten(0, 1)
     if isinstance(layout.group, CollectiveRecorder):
-        layout.group.record("reduce_scatter", whole.nbytes)
+        layout.group.record("reduce_scatter", operand.nbytes)
         return AsyncCollective(out, None)
-    return AsyncCollective(out, dist.reduce_scatter_tensor(out, whole, group=layout.group, async_op=async_op), whole)
+    return AsyncCollective(
+        out, dist.reduce_scatter_tensor(out, operand, group=layout.group, async_op=async_op), operand
+    )
 
 
 def _all_reduce(x: Tensor, layout: TensorLayout) -> Tensor:

@@ -49,19 +49,19 @@ def step(mode, **changes):
     x, t, cond = dit_inputs(config, 8)
     with Allocations(*model.parameters()) as memory:
         loss = model(x, t, cond).square().mean()
-        kept = memory.alive()
+        held_bytes = memory.alive()
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, kept
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, held_bytes
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp": "swiglu", "attention_precision": "fp32"}], ids=["gelu", "swiglu"])
 def test_same_bits_and_less_memory(changes):
-    loss, grads, whole = step("none", **changes)
+    loss, grads, all_bytes = step("none", **changes)
     for mode, share in {"selective": 0.75, "full": 0.3}.items():
-        other_loss, other_grads, kept = step(mode, **changes)
+        other_loss, other_grads, held_bytes = step(mode, **changes)
         assert other_loss == loss
         assert all(torch.equal(other_grads[name], grads[name]) for name in grads), mode
-        assert kept < share * whole, f"{mode} keeps {kept / whole:.2f} of the memory"
+        assert held_bytes < share * all_bytes, f"{mode} keeps {held_bytes / all_bytes:.2f} of the memory"
 
 
 def test_evaluation_recomputes_nothing():

@@ -22,12 +22,12 @@ NAMES = ("0.5", "0.9999", "sigma-0.2")
 LAYOUTS = [(1, 0, 16), (1, 1, 4), (1, 2, 8), (1, 3, 16), (2, 0, 4), (2, 1, 8), (2, 2, 4), (2, 3, 4)]
 
 
-def float64_average(path, kept):
-    """Average of the weights in ``path`` (initial ones first), where update t keeps ``kept(t)`` of it."""
+def float64_average(path, decay):
+    """Average of the weights in ``path`` (initial ones first), where update t keeps ``decay(t)`` of it."""
     average = {name: values.double() for name, values in path[0].items()}
     for t, weights in enumerate(path[1:], 1):
         for name, values in weights.items():
-            average[name] = kept(t) * average[name] + (1 - kept(t)) * values.double()
+            average[name] = decay(t) * average[name] + (1 - decay(t)) * values.double()
     return average
 
 
@@ -54,11 +54,11 @@ def plain():
     return plain_torch_run(small_config(), STEPS)["path"]
 
 
-def relative_gap(found, expected):
+def relative_gap(averages, expected):
     """Largest distance of a parameter, relative to its norm; key biases left out, whose gradient is rounding noise."""
     gaps = []
     for name, values in expected.items():
-        difference = found[name].double() - values
+        difference = averages[name].double() - values
         if name.endswith("qkv.bias"):
             difference = torch.cat(difference.chunk(3)[::2])
         gaps.append(float(difference.norm() / values.norm().clamp_min(1e-6)))
@@ -73,9 +73,9 @@ def test_averages_of_every_layout_equal_a_plain_float64_average(plain, tmp_path,
     for name, expected in references(plain).items():
         assert relative_gap(merge_weights(results, f"ema/{name}"), expected) <= 1e-5, name
     if stage > 0:  # no rank holds more than its share
-        held = [sum(piece[4].numel() for piece in result["ema/0.5"]) for result in results]
-        assert sum(held) == sum(values.numel() for values in plain[0].values())
-        assert max(held) <= 1.1 * sum(held) / world
+        sizes = [sum(piece[4].numel() for piece in result["ema/0.5"]) for result in results]
+        assert sum(sizes) == sum(values.numel() for values in plain[0].values())
+        assert max(sizes) <= 1.1 * sum(sizes) / world
 
 
 def own_path_rank(config, folder, ds):
@@ -86,10 +86,10 @@ def own_path_rank(config, folder, ds):
     for step in range(STEPS):
         train_on(run, step + 1)
         path.append({f.name: f.values.clone() for f in parts.fragments()})
-    found = {
+    averages = {
         name: {f.name: run.engine.ema.tensors(f)[f"ema/{name}"].clone() for f in parts.fragments()} for name in NAMES
     }
-    return path, found, run.position.skipped_steps
+    return path, averages, run.position.skipped_steps
 
 
 @pytest.mark.distributed
@@ -103,10 +103,10 @@ def own_path_rank(config, folder, ds):
 )
 def test_averages_are_of_the_masters_to_float32_rounding(tmp_path, precision, zero):
     config = small_config(train={"precision": precision, "micro_batch": 8}, ema=EMA)
-    for path, found, _ in run_ranks(2, own_path_rank, config, str(tmp_path), {"zero_optimization": zero}):
+    for path, averages, _ in run_ranks(2, own_path_rank, config, str(tmp_path), {"zero_optimization": zero}):
         for name, expected in references(path).items():
             for parameter, values in expected.items():
-                torch.testing.assert_close(found[name][parameter].double(), values, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(averages[name][parameter].double(), values, rtol=1e-6, atol=1e-7)
 
 
 def fp16_rank(*args):
@@ -121,7 +121,7 @@ def test_skipped_updates_are_not_averaged(tmp_path):
     """fp16's overflows leave weights and averages alone, and do not count as time of the power profile."""
     ds = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}, "zero_optimization": {"stage": 2}}
     config = small_config(train={"precision": "fp16", "micro_batch": 8}, ema=EMA)
-    for path, found, skipped in run_ranks(2, fp16_rank, config, str(tmp_path), ds):
+    for path, averages, skipped in run_ranks(2, fp16_rank, config, str(tmp_path), ds):
         applied = [path[0]]
         for weights in path[1:]:
             if any(not torch.equal(weights[name], applied[-1][name]) for name in weights):
@@ -129,7 +129,7 @@ def test_skipped_updates_are_not_averaged(tmp_path):
         assert 0 < skipped == len(path) - len(applied)
         for name, expected in references(applied).items():
             for parameter, values in expected.items():
-                torch.testing.assert_close(found[name][parameter].double(), values, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(averages[name][parameter].double(), values, rtol=1e-6, atol=1e-7)
 
 
 class OneBuffer:
@@ -161,23 +161,23 @@ def test_every_kth_update_carries_the_decay_of_k(every):
         ema.update(t)
         # Between two updates the weights count as they are at the later one.
         path += [math.sin(t)] * every if t % every == 0 else []
-    found = {name: float(values) for name, values in ema.tensors(parts.fragments()[0]).items()}
+    averages = {name: float(values) for name, values in ema.tensors(parts.fragments()[0]).items()}
     average = 0.0
     for value in path[1:]:
         average = 0.9 * average + 0.1 * value
     gamma = power_exponent(0.1)
     profile = sum(((t / 12) ** (gamma + 1) - ((t - 1) / 12) ** (gamma + 1)) * path[t] for t in range(1, 13))
-    assert found == {"ema/0.9": pytest.approx(average, abs=1e-6), "ema/sigma-0.1": pytest.approx(profile, abs=1e-6)}
+    assert averages == {"ema/0.9": pytest.approx(average, abs=1e-6), "ema/sigma-0.1": pytest.approx(profile, abs=1e-6)}
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.05, 0.1, 0.2, 0.28])
 def test_power_exponent_is_that_of_the_relative_width(sigma):
     """By the definition, and as the standard deviation of the profile itself; two values are the paper's own."""
-    found = power_exponent(sigma)
-    assert round(found, 2) == {0.05: 16.97, 0.1: 6.94}.get(sigma, round(found, 2))
-    assert math.sqrt((found + 1) / ((found + 2) ** 2 * (found + 3))) == pytest.approx(sigma, rel=1e-9)
+    exponent = power_exponent(sigma)
+    assert round(exponent, 2) == {0.05: 16.97, 0.1: 6.94}.get(sigma, round(exponent, 2))
+    assert math.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))) == pytest.approx(sigma, rel=1e-9)
     time = torch.arange(1, 100_001, dtype=torch.float64) / 100_000
-    share = time**found / (time**found).sum()
+    share = time**exponent / (time**exponent).sum()
     mean = (share * time).sum()
     assert float((share * (time - mean) ** 2).sum().sqrt()) == pytest.approx(sigma, rel=1e-3)
 
@@ -356,25 +356,25 @@ def test_averages_go_from_layout_to_layout(plain, chain):
 def test_averages_that_are_new_or_gone_are_told(chain, tmp_path):
     folder, config, results = chain
     changed = config.model_copy(update={"ema": EmaConfig(decays=(0.5, 0.9))})
-    (found,) = run_ranks(1, resumed_rank, changed, str(tmp_path), str(find_checkpoint(folder)))
+    (resumed,) = run_ranks(1, resumed_rank, changed, str(tmp_path), str(find_checkpoint(folder)))
     weights, average = merge_weights(results), merge_weights(results, "ema/0.5")
     for name, values in weights.items():
-        assert torch.equal(found["tensors"][name]["ema/0.9"], values)
-        assert torch.equal(found["tensors"][name]["ema/0.5"], average[name])
-    assert "note: ema/0.9 is not in the checkpoint and starts from its weights" in found["told"]
+        assert torch.equal(resumed["tensors"][name]["ema/0.9"], values)
+        assert torch.equal(resumed["tensors"][name]["ema/0.5"], average[name])
+    assert "note: ema/0.9 is not in the checkpoint and starts from its weights" in resumed["stderr"]
     for name in ("0.9999", "sigma-0.2"):
-        assert f"note: ema/{name} of the checkpoint is no longer configured and is dropped" in found["told"]
+        assert f"note: ema/{name} of the checkpoint is no longer configured and is dropped" in resumed["stderr"]
     with pytest.raises(UserError, match=r"weights '0\.7': checkpoint .* holds online, 0\.5, 0\.9999, sigma-0\.2"):
         load_model(folder, weights="0.7")
 
 
 def resumed_rank(config, folder, checkpoint):
-    """Averages right after a resume, and what was told of them."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    """Averages right after a resume, and what was printed of them."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         run = assemble_rank(config, folder, checkpoint)
     tensors = {f.name: run.engine.ema.tensors(f) for f in run.engine.partitions.fragments()}
-    return {"tensors": tensors, "told": told.getvalue()}
+    return {"tensors": tensors, "stderr": stderr.getvalue()}
 
 
 @pytest.mark.distributed
@@ -385,5 +385,5 @@ def test_resume_continues_averages_bit_for_bit(tmp_path, stage):
     half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 3)  # between two updates
     rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 6, half[0]["saved"])
     for name in NAMES:
-        whole, again = merge_weights(straight, f"ema/{name}"), merge_weights(rest, f"ema/{name}")
-        assert all(torch.equal(whole[key], again[key]) for key in whole), name
+        uninterrupted, resumed = merge_weights(straight, f"ema/{name}"), merge_weights(rest, f"ema/{name}")
+        assert all(torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted), name

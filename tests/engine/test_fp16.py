@@ -56,8 +56,8 @@ def test_overflow_is_skipped_and_resumed_through(tmp_path, world, parallel):
     assert half[0]["norms"] + rest[0]["norms"] == norms
     assert rest[0]["loss_scale"] == straight[0]["loss_scale"]
     assert rest[0]["skipped"] == skipped
-    whole, again = merge_weights(straight), merge_weights(rest)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    uninterrupted, resumed = merge_weights(straight), merge_weights(rest)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 @pytest.mark.distributed
@@ -78,12 +78,12 @@ def test_ranks_that_share_a_model_skip_what_one_process_skips(tmp_path, world, p
         config = small_config(parallel=parallel, train={"precision": "fp16", "micro_batch": 4})
         return run_ranks(world, train_fp16_rank, config, str(tmp_path / str(world)), None, None, ds)
 
-    [wanted] = trained(1, zero_stage=1)
-    assert math.isinf(wanted["norms"][0]) and math.isfinite(wanted["norms"][-1])
-    for found in trained(world, **parallel):
-        assert found["skipped"] == wanted["skipped"] and found["loss_scale"] == wanted["loss_scale"]
+    [expected] = trained(1, zero_stage=1)
+    assert math.isinf(expected["norms"][0]) and math.isfinite(expected["norms"][-1])
+    for result in trained(world, **parallel):
+        assert result["skipped"] == expected["skipped"] and result["loss_scale"] == expected["loss_scale"]
         for key in ("losses", "norms"):
-            assert found[key] == pytest.approx(wanted[key], rel=within, abs=0)
+            assert result[key] == pytest.approx(expected[key], rel=within, abs=0)
 
 
 @pytest.mark.distributed

@@ -30,40 +30,45 @@ def config_of(samples: int = MICRO_BATCHES, **parallel: Any) -> RunConfig:
 def sums_of_a_step(config: RunConfig, folder: str, ds: dict[str, Any] | None) -> dict[str, Any]:
     """What one step's micro batches gave this rank, added up in float64, and what its optimizer was given."""
     run = assemble_rank(config, folder, None, ds)
-    own: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
 
-    def noted(name: str, p: torch.Tensor) -> None:
+    def add(name: str, p: torch.Tensor) -> None:
         def add(grad: torch.Tensor) -> None:  # before DeepSpeed's hooks
             values = grad.double().flatten()
-            own[name] = own[name] + values if name in own else values
+            gradients[name] = gradients[name] + values if name in gradients else values
 
         p.register_hook(add)
 
     for name, p in run.engine.module.named_parameters():
         if p.requires_grad:
-            noted(name, p)
+            add(name, p)
     train_on(run, 1)
     partitions = run.engine.partitions
-    place = partitions._topology
+    topology = partitions._topology
     moments = [(f.name, f.start, f.stop, partitions.moments(f)["exp_avg"].double()) for f in partitions.fragments()]
-    return {"part": (place.tensor_rank, place.pipeline_rank), "replicas": place.data, "own": own, "moments": moments}
+    return {
+        "part": (topology.tensor_rank, topology.pipeline_rank),
+        "replicas": topology.data,
+        "gradients": gradients,
+        "moments": moments,
+    }
 
 
 def sum_error(world: int, config: RunConfig, folder: str, ds: dict[str, Any] | None = None) -> float:
     """Relative distance of the gradient that the optimizer got from the float64 sum of the micro batches'."""
     results = run_ranks(world, sums_of_a_step, config, folder, ds)
-    whole: dict[tuple[Any, str], torch.Tensor] = {}
+    sums: dict[tuple[Any, str], torch.Tensor] = {}
     for result in results:
-        for name, values in result["own"].items():
+        for name, values in result["gradients"].items():
             key = (result["part"], name)
             share = values / result["replicas"]
-            whole[key] = whole[key] + share if key in whole else share
+            sums[key] = sums[key] + share if key in sums else share
     gap = size = 0.0
     for result in results:
         for name, start, stop, moment in result["moments"]:
-            wanted = whole[result["part"], name][start:stop]
-            gap += float((moment / (1 - BETA) - wanted).square().sum())
-            size += float(wanted.square().sum())
+            expected = sums[result["part"], name][start:stop]
+            gap += float((moment / (1 - BETA) - expected).square().sum())
+            size += float(expected.square().sum())
     assert size > 0
     return math.sqrt(gap / size)
 
@@ -142,29 +147,29 @@ def test_ways_to_reduce(tmp_path, ds, most):
 def gradients_held(config: RunConfig, folder: str) -> tuple[int, int, list[torch.dtype]]:
     """Bytes of gradients between two micro batches, the parameters of this rank, and the types of weights."""
     run = assemble_rank(config, folder)
-    seen: list[int] = []
+    sizes: list[int] = []
     engine = run.engine._engine
     micro_step = engine.step
 
     def looked() -> None:
         if not engine.is_gradient_accumulation_boundary():
             parameters = [p for p in run.engine.module.parameters() if p.requires_grad]
-            held = [g for p in parameters for g in (p.grad, p.grad_accum) if g is not None]
-            seen.append(sum(g.nbytes for g in held))
+            gradients = [g for p in parameters for g in (p.grad, p.grad_accum) if g is not None]
+            sizes.append(sum(g.nbytes for g in gradients))
         micro_step()
 
     engine.step = looked
     train_on(run, 2)
     parameters = list(run.engine.module.parameters())
-    assert len(set(seen)) == 1
-    return seen[0], sum(p.numel() for p in parameters), [p.dtype for p in parameters]
+    assert len(set(sizes)) == 1
+    return sizes[0], sum(p.numel() for p in parameters), [p.dtype for p in parameters]
 
 
 def test_a_rank_holds_the_bytes_that_are_planned(tmp_path):
     config = config_of(4, zero_stage=1)
-    [(held, parameters, kinds)] = run_ranks(1, gradients_held, config, str(tmp_path))
+    [(measured, parameters, kinds)] = run_ranks(1, gradients_held, config, str(tmp_path))
     added, _ = gradient_bytes(layout_of(config, 1)[1], "bf16")
-    assert held == state_bytes(parameters, 1, 1, "bf16", 0, added)["gradients"]
+    assert measured == state_bytes(parameters, 1, 1, "bf16", 0, added)["gradients"]
     assert set(kinds) == {torch.bfloat16}
 
 

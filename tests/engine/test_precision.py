@@ -15,17 +15,19 @@ def train_and_look(config, folder, ds):
     """``train_rank`` with the dtypes of everything that the optimizer keeps."""
     from megadit.engine.engine import TrainingEngine
 
-    seen = set()
+    dtypes = set()
     train_batch = TrainingEngine.train_batch
 
     def looked(self, *args):
         result = train_batch(self, *args)
         for fragment in self.partitions.fragments():
-            seen.update(t.dtype for t in (fragment.values, fragment.flat, *self.partitions.moments(fragment).values()))
+            dtypes.update(
+                t.dtype for t in (fragment.values, fragment.flat, *self.partitions.moments(fragment).values())
+            )
         return result
 
     TrainingEngine.train_batch = looked
-    return {**train_rank(config, folder, STEPS, None, ds), "kept": seen}
+    return {**train_rank(config, folder, STEPS, None, ds), "dtypes": dtypes}
 
 
 @pytest.mark.distributed
@@ -38,7 +40,7 @@ def test_tiny_updates_add_up_in_float32(tmp_path, zero):
     optim = {"lr": LR, "warmup_steps": 0, "weight_decay": 0.0, "clip": {"value": None}}
     config = small_config(optim=optim, train={"precision": "bf16"})
     results = run_ranks(2, train_and_look, config, str(tmp_path), {"zero_optimization": zero})
-    assert all(result["kept"] == {torch.float32} for result in results)
+    assert all(result["dtypes"] == {torch.float32} for result in results)
     masters = merge_weights(results)
     name = "y_embedder.embedding_table.weight"  # entries of size 1: Adam moves those that had a gradient by about LR
     model = build_model(config.model, seed=config.train.seed)

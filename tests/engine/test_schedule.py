@@ -92,13 +92,13 @@ def test_a_share_that_leaves_nothing_is_refused_with_its_steps():
 
 
 def test_a_warm_up_that_a_constant_run_does_not_get_beyond_is_told_with_numbers():
-    def told(steps, **optim):
+    def warning(steps, **optim):
         return Schedule.from_config(OptimConfig(**optim), steps).warning
 
-    assert told(300, warmup_steps=1000) == (
+    assert warning(300, warmup_steps=1000) == (
         "optim.warmup_steps: 1,000 are no fewer than the run's 300 steps, so that its learning rate ends at 30% of "
         "optim.lr; shorten it, or give it as a share such as 5%"
     )
-    assert "ends at 100% of optim.lr" in told(300, warmup_steps="100%")
-    assert told(300, warmup_steps=299) is None and told(1, warmup_steps=1) is None
-    assert told(300, schedule="cosine", warmup_steps=299) is None
+    assert "ends at 100% of optim.lr" in warning(300, warmup_steps="100%")
+    assert warning(300, warmup_steps=299) is None and warning(1, warmup_steps=1) is None
+    assert warning(300, schedule="cosine", warmup_steps=299) is None

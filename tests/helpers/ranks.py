@@ -2,7 +2,7 @@
 
 ``run_ranks`` forks the ranks from the test process, after torch and DeepSpeed were imported once, and joins them
 over gloo: four ranks cost a few tenths of a second more than one. ``run_command`` starts a real command (a
-launcher, a script) in a process group of its own. Neither leaves a process behind, whatever happens.
+launcher, a script) in a process group of its own. Neither leaves a process behind, not even after a failure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE_S = 2.0  # after the first failure the others may still end by themselves, and tell why
+GRACE_S = 2.0  # after the first failure, for the other ranks to print their errors and end
 LOG_TAIL = 4000  # characters of a rank's output shown with its failure
 
 
@@ -58,8 +58,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 2
         port = free_port()
         try:
             for rank in range(world):
-                place = _Place(rank, world, port, Path(folder), timeout)
-                ranks.pids[rank] = _fork(functools.partial(_child, place, fn, args))
+                setup = _RankSetup(rank, world, port, Path(folder), timeout)
+                ranks.pids[rank] = _fork(functools.partial(_child, setup, fn, args))
             ranks.wait(timeout)
         finally:
             ranks.kill()
@@ -143,7 +143,7 @@ def _fork(child: Callable[[], NoReturn]) -> int:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _RankSetup:
     rank: int
     world: int
     port: int
@@ -155,23 +155,25 @@ def _inherited_groups() -> list[Any]:
     """What this fork has of its parent's process groups, to be held: their destructors would wait for threads that the
     fork has not, as soon as a new engine takes DeepSpeed's or torch's last reference away.
     """
-    held: list[Any] = []
+    references: list[Any] = []
     for name in ("deepspeed.utils.groups", "deepspeed.comm.comm", "torch.distributed.distributed_c10d"):
         module = sys.modules.get(name)
         for value in list(vars(module).values()) if module is not None else []:
-            held.append(dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value)
+            references.append(
+                dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value
+            )
     world = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "_world", None)
-    held += [dict(value) for value in (getattr(world, "pg_map", {}), getattr(world, "pg_names", {}))]
-    return held
+    references += [dict(value) for value in (getattr(world, "pg_map", {}), getattr(world, "pg_names", {}))]
+    return references
 
 
-def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
+def _child(setup: _RankSetup, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
     """All that a rank does after the fork; never returns into the test that forked it."""
     code = 1
     inherited = _inherited_groups()  # noqa: F841  (held until os._exit)
     try:
-        _settle(place)
-        _join(place)
+        _prepare_process(setup)
+        _join_group(setup)
         outcome: tuple[Any, ...] = ("ok", fn(*args))
         import torch.distributed as dist
 
@@ -181,7 +183,7 @@ def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoRe
     except BaseException as error:
         outcome = ("error", time.monotonic(), error, traceback.format_exc())
     try:
-        _write(place.folder / f"result-{place.rank}", outcome)
+        _write(setup.folder / f"result-{setup.rank}", outcome)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -190,12 +192,12 @@ def _child(place: _Place, fn: Callable[..., Any], args: tuple[Any, ...]) -> NoRe
     os._exit(code)
 
 
-def _settle(place: _Place) -> None:
-    """Give the fork its own process group, output and environment, and tie its life to the parent's."""
+def _prepare_process(setup: _RankSetup) -> None:
+    """Give the fork its own process group, output and environment, and let it end with the parent."""
     os.setpgid(0, 0)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux only
-    log = os.open(place.folder / f"log-{place.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(setup.folder / f"log-{setup.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as the process
@@ -204,25 +206,25 @@ def _settle(place: _Place) -> None:
     faulthandler.enable(file=2)  # a crash prints its stack
     faulthandler.register(signal.SIGQUIT, file=2)  # and so does a rank that the parent finds out of time
     os.environ.update(
-        RANK=str(place.rank),
-        LOCAL_RANK=str(place.rank),
-        WORLD_SIZE=str(place.world),
-        LOCAL_SIZE=str(place.world),
-        LOCAL_WORLD_SIZE=str(place.world),
+        RANK=str(setup.rank),
+        LOCAL_RANK=str(setup.rank),
+        WORLD_SIZE=str(setup.world),
+        LOCAL_SIZE=str(setup.world),
+        LOCAL_WORLD_SIZE=str(setup.world),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(place.port),
+        MASTER_PORT=str(setup.port),
         CUDA_VISIBLE_DEVICES="",
     )
     if "lo" in (name for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks for the address of the host's name
 
 
-def _join(place: _Place) -> None:
+def _join_group(setup: _RankSetup) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    limit = timedelta(seconds=place.timeout)
+    limit = timedelta(seconds=setup.timeout)
     make_group = dist.new_group
 
     @functools.wraps(make_group)
@@ -235,9 +237,9 @@ def _join(place: _Place) -> None:
     dist.new_group = new_group
     # A store of TCP asks name servers who 127.0.0.1 is. A silent one costs each rank some 20 s, and the store's thread
     # asks, too: a process forked at that moment would wait for ever for the C library's lock.
-    store = dist.FileStore(str(place.folder / "store"), place.world)
+    store = dist.FileStore(str(setup.folder / "store"), setup.world)
     store.set_timeout(limit)
-    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world, timeout=limit)
+    dist.init_process_group("gloo", store=store, rank=setup.rank, world_size=setup.world, timeout=limit)
     dist.barrier()  # a rank whose work needs no other would leave while these still connect to it
 
 
@@ -274,13 +276,13 @@ class _Ranks:
         try:
             failed = self._wait(timeout)
         except BaseException as error:
-            self._ask_for_stacks()
+            self._request_stacks()
             for rank in self._alive():
                 error.add_note(self._log(rank))
             raise
         if not failed and len(self.exits) < self.world:
             self.limit = timeout
-            self._ask_for_stacks()
+            self._request_stacks()
 
     def _wait(self, timeout: float) -> bool:
         """Whether a rank failed."""
@@ -296,7 +298,7 @@ class _Ranks:
             time.sleep(0.01)
         return failed
 
-    def _ask_for_stacks(self) -> None:
+    def _request_stacks(self) -> None:
         for rank in self._alive():
             log = self.folder / f"log-{rank}"
             self.stacks[rank] = len(log.read_text(errors="replace")) if log.exists() else 0

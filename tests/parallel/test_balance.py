@@ -50,11 +50,11 @@ def test_chunks_hold_each_parameter_once_and_compute_the_model():
     config = tiny_dit(depth=3)
     whole = build_model(config, seed=2)
     cuts = [0, 2, 4, 5]
-    chunks = [build_chunk(config, cuts, place, seed=2) for place in range(3)]
-    held = [dict(chunk.model.named_parameters()) for chunk in chunks]
-    assert sum(len(own) for own in held) == len(param_specs(whole))
-    for own in held:
-        for name, p in own.items():
+    chunks = [build_chunk(config, cuts, stage, seed=2) for stage in range(3)]
+    parameters = [dict(chunk.model.named_parameters()) for chunk in chunks]
+    assert sum(len(chunk_parameters) for chunk_parameters in parameters) == len(param_specs(whole))
+    for chunk_parameters in parameters:
+        for name, p in chunk_parameters.items():
             assert torch.equal(p, whole.get_parameter(name))
     x, t, cond = dit_inputs(config)
     stage_io = whole.packed_inputs(x, t, cond)
@@ -73,10 +73,10 @@ def test_shares_of_a_chunk_are_marked():
 def test_places_are_those_of_deepspeed():
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    theirs = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=3)
+    deepspeed_topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=3)
     for rank in range(12):
-        ours, place = Topology(12, rank, tensor=2, pipeline=2), theirs.get_coord(rank)
-        assert (ours.pipeline_rank, ours.data_rank, ours.tensor_rank) == (place.pipe, place.data, place.model)
+        ours, coord = Topology(12, rank, tensor=2, pipeline=2), deepspeed_topology.get_coord(rank)
+        assert (ours.pipeline_rank, ours.data_rank, ours.tensor_rank) == (coord.pipe, coord.data, coord.model)
     first = Topology(12, 0, tensor=2, pipeline=2)
     for axis, name in (("tensor", "model"), ("data", "data"), ("pipeline", "pipe")):
-        assert sorted(first.rank_lists(axis)) == sorted(theirs.get_axis_comm_lists(name))
+        assert sorted(first.rank_lists(axis)) == sorted(deepspeed_topology.get_axis_comm_lists(name))

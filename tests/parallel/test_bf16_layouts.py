@@ -43,20 +43,20 @@ def alone(tmp_path_factory):
     }
 
 
-def whole(results: list[dict[str, Any]], kind: str) -> torch.Tensor:
+def merged_values(results: list[dict[str, Any]], kind: str) -> torch.Tensor:
     values = merge_weights(results, kind)
     return torch.cat([values[name] for name in sorted(values)])
 
 
-def assert_close(found: Any, wanted: Any, within: tuple[float, float, float], skip: int = 0) -> None:
+def assert_close(results: Any, expected: Any, within: tuple[float, float, float], skip: int = 0) -> None:
     losses, norms, tensors = within
-    for result in found:
-        assert result["losses"] == pytest.approx(wanted[0]["losses"][skip:], rel=losses)
-        assert result["norms"] == pytest.approx(wanted[0]["norms"][skip:], rel=norms)
-        for one, other in zip(result["role_norms"], wanted[0]["role_norms"][skip:], strict=True):
+    for result in results:
+        assert result["losses"] == pytest.approx(expected[0]["losses"][skip:], rel=losses)
+        assert result["norms"] == pytest.approx(expected[0]["norms"][skip:], rel=norms)
+        for one, other in zip(result["role_norms"], expected[0]["role_norms"][skip:], strict=True):
             assert one == pytest.approx(other, rel=norms)
     for kind in ("pieces", AVERAGE, "exp_avg", "exp_avg_sq"):
-        gap = distance(whole(found, kind), whole(wanted, kind))
+        gap = distance(merged_values(results, kind), merged_values(expected, kind))
         assert gap <= tensors, f"{kind}: {gap:.1e}"
 
 
@@ -82,8 +82,8 @@ LAYOUTS = [
 @pytest.mark.distributed
 @pytest.mark.parametrize(("clip", "world", "parallel", "ds", "within"), LAYOUTS, ids=str)
 def test_layouts_train_what_one_process_does(alone, tmp_path, clip, world, parallel, ds, within):
-    found = run_ranks(world, train_rank, config_of(clip, **parallel), str(tmp_path), None, None, ds)
-    assert_close(found, alone[clip], within)
+    results = run_ranks(world, train_rank, config_of(clip, **parallel), str(tmp_path), None, None, ds)
+    assert_close(results, alone[clip], within)
 
 
 STAGES, ALONE = (2, {"pipeline": 2}), (1, {"zero_stage": 1})

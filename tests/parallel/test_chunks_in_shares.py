@@ -48,47 +48,47 @@ def run_chunks(chunks: list[Any], stage_io: StageIO) -> None:
     """Forward and backward, with nothing between two chunks but the packed state and the gradients of its floats."""
     tape = []
     for chunk in chunks:
-        taken = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in stage_io)
-        stage_io = chunk(taken)
-        tape.append((taken, stage_io))
+        received = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in stage_io)
+        stage_io = chunk(received)
+        tape.append((received, stage_io))
     gradients: list[Any] = [None]
-    for taken, given in reversed(tape):
+    for received, sent in reversed(tape):
         last = gradients == [None]
-        torch.autograd.backward([loss_of(*given)] if last else floats(given), gradients)
-        gradients = [x.grad for x in floats(taken)]
-        assert taken is tape[0][0] or all(gradient is not None for gradient in gradients)
+        torch.autograd.backward([loss_of(*sent)] if last else floats(sent), gradients)
+        gradients = [x.grad for x in floats(received)]
+        assert received is tape[0][0] or all(gradient is not None for gradient in gradients)
 
 
 def gaps(sequence: bool, recompute: str) -> dict[str, dict[str, float]]:
     """By family: relative difference of every parameter's gradient from the whole model's."""
-    found: dict[str, dict[str, float]] = {}
+    by_family: dict[str, dict[str, float]] = {}
     for family, (config, inputs) in MODELS.items():
         whole = build_model(config)
         randomize(whole)
         whole.double()
-        wanted = dict(whole.named_parameters())
+        expected = dict(whole.named_parameters())
         x, t, cond = inputs(config)
         loss_of(*whole(x.double(), t, cond, project=True)).backward()
         chunks = []
         for low, high in ((0, 2), (2, 3), (3, 4), (4, len(whole.stages()))):
-            model = share_model(config, wanted, sequence)
+            model = share_model(config, expected, sequence)
             model.recompute = recompute
             chunks.append(ModelChunk(model, low, high))
             chunks[-1].project = True
         run_chunks(chunks, chunks[0].model.packed_inputs(x.double(), t, cond))
-        found[family] = {
-            key: relative_gap(p.grad.flatten(), share_of(wanted[key].grad, shard_regions))
+        by_family[family] = {
+            key: relative_gap(p.grad.flatten(), share_of(expected[key].grad, shard_regions))
             for chunk in chunks
             for key, p, _, shard_regions in walk_slices(chunk.model)
         }
-        assert found[family].keys() == wanted.keys()
-    return found
+        assert by_family[family].keys() == expected.keys()
+    return by_family
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("sequence", "recompute"), [(False, "none"), (True, "selective"), (False, "full")])
 def test_segments_have_the_gradients_of_the_whole(sequence: bool, recompute: str) -> None:
     for result in run_ranks(2, gaps, sequence, recompute):
-        for family, found in result.items():
-            worst = max(found, key=found.__getitem__)
-            assert found[worst] < 1e-10, f"{family}: {worst} differs by {found[worst]:.1e}"
+        for family, family_gaps in result.items():
+            worst = max(family_gaps, key=family_gaps.__getitem__)
+            assert family_gaps[worst] < 1e-10, f"{family}: {worst} differs by {family_gaps[worst]:.1e}"

@@ -16,8 +16,8 @@ from megadit.parallel.consistency_check import check_consistency, code_facts, di
 def agree(changes: dict[int, dict[str, Any]], code: dict[int, dict[str, str]]) -> str:
     context = start_processes()
     facts = {**flatten({"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}), **changes.get(context.rank, {})}
-    own = {**code_facts(), **code.get(context.rank, {})}
-    consistency_check.code_facts = lambda: own  # type: ignore[assignment]
+    local_facts = {**code_facts(), **code.get(context.rank, {})}
+    consistency_check.code_facts = lambda: local_facts  # type: ignore[assignment]
     try:
         check_consistency(context, facts)
     except UserError as error:
@@ -35,12 +35,12 @@ def test_ranks_that_agree_go_on() -> None:
 def test_every_rank_tells_what_differs() -> None:
     changes = {1: {"optim.lr": 2e-3}, 2: {"parallel.tensor": 2}}
     code = {3: {"megadit": "0.0.9", "source megadit/rng.py": "00000000"}}
-    told = run_ranks(4, agree, changes, code)
-    assert len(set(told)) == 1
-    assert "optim.lr is 0.001 on ranks 0, 2-3, 0.002 on rank 1" in told[0]
-    assert "megadit is 0.1.0 on ranks 0-2, 0.0.9 on rank 3" in told[0]
-    assert "parallel.tensor is missing on ranks 0-1, 3, 2 on rank 2" in told[0]
-    assert "source megadit/rng.py is " in told[0] and "00000000 on rank 3" in told[0]
+    messages = run_ranks(4, agree, changes, code)
+    assert len(set(messages)) == 1
+    assert "optim.lr is 0.001 on ranks 0, 2-3, 0.002 on rank 1" in messages[0]
+    assert "megadit is 0.1.0 on ranks 0-2, 0.0.9 on rank 3" in messages[0]
+    assert "parallel.tensor is missing on ranks 0-1, 3, 2 on rank 2" in messages[0]
+    assert "source megadit/rng.py is " in messages[0] and "00000000 on rank 3" in messages[0]
 
 
 def test_long_values_are_cut_and_many_differences_counted() -> None:

@@ -32,7 +32,7 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
-    ("env", "launcher", "place"),
+    ("env", "launcher", "numbers"),
     [
         ({}, "python", (0, 1, None)),
         (TORCHRUN, "torchrun", (3, 4, 1)),
@@ -54,13 +54,13 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         (BATCH | {"RANK": "1", "WORLD_SIZE": "2"}, "variables", (1, 2, None)),
     ],
 )
-def test_each_launcher_tells_a_rank_its_place(env, launcher, place):
+def test_the_rank_is_read_from_the_variables_of_each_launcher(env, launcher, numbers):
     ranks = read_rank_variables(env)
-    assert (ranks.launcher, (ranks.rank, ranks.world_size, ranks.local_rank)) == (launcher, place)
+    assert (ranks.launcher, (ranks.rank, ranks.world_size, ranks.local_rank)) == (launcher, numbers)
 
 
 @pytest.mark.parametrize(
-    ("env", "said"),
+    ("env", "message"),
     [
         ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK: 'abc' is not an integer of 0 or more"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: '-1' is not an integer"),
@@ -105,11 +105,11 @@ def test_each_launcher_tells_a_rank_its_place(env, launcher, place):
         ({"SLURM_NTASKS": "", "SLURM_JOB_ID": "7"}, "SLURM_NTASKS: is set but empty"),
     ],
 )
-def test_what_cannot_be_a_place_is_refused_by_name(env, said):
+def test_impossible_ranks_are_refused_by_the_name_of_the_variable(env, message):
     with pytest.raises(UserError) as refused:
         read_rank_variables(env)
     text = str(refused.value)
-    assert text.startswith(said) and "; " in text and "\n" not in text
+    assert text.startswith(message) and "; " in text and "\n" not in text
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_a_completed_environment_reads_as_the_same_place(env):
 
 def test_a_process_of_its_own_gets_nothing_of_a_launchers():
     everything = TORCHRUN | DEEPSPEED | OPENMPI | HYDRA | TASK_3 | ADDRESS | {"ROLE_RANK": "1", "HOME": "/h"}
-    kept = without_rank_variables(everything, also=["HOME"])
-    assert read_rank_variables(kept).launcher == "python" and kept.keys() == {
+    remaining = without_rank_variables(everything, also=["HOME"])
+    assert read_rank_variables(remaining).launcher == "python" and remaining.keys() == {
         "SLURM_JOB_ID",
         "SLURM_TASK_PID",
         "SLURM_STEP_NODELIST",

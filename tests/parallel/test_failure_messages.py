@@ -14,8 +14,8 @@ LATE = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out 
 
 
 def test_what_follows_from_another_rank_is_one_line() -> None:
-    told = peer_failure(RuntimeError(GONE))
-    assert told is not None and "another rank has ended (Connection closed by peer)" in told and "\n" not in told
+    line = peer_failure(RuntimeError(GONE))
+    assert line is not None and "another rank has ended (Connection closed by peer)" in line and "\n" not in line
     assert peer_failure(ValueError(GONE)) is None and peer_failure(RuntimeError("shapes differ")) is None
     assert peer_failure(RuntimeError(LATE)) is None  # the first error where a rank hangs
 

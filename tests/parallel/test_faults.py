@@ -67,8 +67,8 @@ def come_to_grief(config: RunConfig, folder: str, fault: Callable[[], None]) -> 
     try:
         train_on(run, 50)
     except Exception as error:
-        told = {"error": f"{type(error).__name__}: {error}", "s": time.monotonic() - begin}
-        Path(folder, f"end-{rank}.json").write_text(json.dumps(told))
+        record = {"error": f"{type(error).__name__}: {error}", "s": time.monotonic() - begin}
+        Path(folder, f"end-{rank}.json").write_text(json.dumps(record))
         raise
 
 
@@ -143,15 +143,15 @@ def test_a_command_ends_and_says_why(tmp_path: Path, launcher: str, fault: str) 
     command = [*start, *COMMAND, f"parallel.timeout_s={limit}", "--run_dir", str(folder)]
     done = run_command(command, env=env, timeout=400)
     assert done.returncode != 0
-    told = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     if fault.endswith("raise"):
         ended = json.loads((folder / "exit.json").read_text())
-        assert "PlantedError: planted on rank 1" in told and "planted on rank 1" in ended["reason"]
-        assert "rank0]: Traceback" not in told, "what followed buries the error"
-        assert "planted on rank 1" in "\n".join(told.strip().splitlines()[-12:]) or launcher != "torchrun"
+        assert "PlantedError: planted on rank 1" in output and "planted on rank 1" in ended["reason"]
+        assert "rank0]: Traceback" not in output, "what followed buries the error"
+        assert "planted on rank 1" in "\n".join(output.strip().splitlines()[-12:]) or launcher != "torchrun"
     elif fault.endswith("stop"):
-        assert "longer than parallel.timeout_s, 15 s" in told and time.monotonic() - begin < 200
+        assert "longer than parallel.timeout_s, 15 s" in output and time.monotonic() - begin < 200
         reason = json.loads((folder / "exit.json").read_text())["reason"]
         assert "Timed out" in reason and "longer than parallel.timeout_s, 15 s" in reason
     elif fault.endswith("config"):
-        assert "optim.lr is 0.0078125 on rank 0, 0.123 on rank 1" in told
+        assert "optim.lr is 0.0078125 on rank 0, 0.123 on rank 1" in output

@@ -65,7 +65,7 @@ def started(command, folder, **env):
                 os.kill(rank, signal.SIGKILL)
 
 
-def said(folder, text, process, within_s=60.0):
+def wait_for_output(folder, text, process, within_s=60.0):
     end = time.monotonic() + within_s
     while text not in (folder / "out").read_text():
         assert time.monotonic() < end and alive(process), (folder / "out").read_text()
@@ -75,7 +75,7 @@ def said(folder, text, process, within_s=60.0):
 @pytest.mark.parametrize("env", [TORCHRUN, OPENMPI, STEP], ids=["torchrun", "mpirun", "srun"])
 def test_a_rank_ends_with_its_killed_launcher(tmp_path, env):
     with started([sys.executable, "-c", RANK], tmp_path, **env) as (agent, rank):
-        said(tmp_path, "True", rank)
+        wait_for_output(tmp_path, "True", rank)
         agent.kill()
         agent.wait()
         assert gone(rank)
@@ -89,7 +89,7 @@ def test_a_rank_ends_with_its_killed_launcher(tmp_path, env):
 def test_plain_python_outlives_its_shell(tmp_path, env):
     """As nohup and tmux mean it to."""
     with started([sys.executable, "-c", RANK], tmp_path, **env) as (agent, rank):
-        said(tmp_path, "False", rank)
+        wait_for_output(tmp_path, "False", rank)
         agent.kill()
         agent.wait()
         time.sleep(0.3)

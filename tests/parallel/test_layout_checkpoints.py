@@ -65,9 +65,9 @@ def test_other_layouts_go_on(spread: Spread, tmp_path: Path, world: int, paralle
         for key in ("losses", "norms"):
             assert result[key] == pytest.approx(spread.alone[key][HALF:], rel=TOLERANCE), key
     for kind in ("pieces", "exp_avg", "ema/0.9"):
-        found, whole = merge_weights(rest, kind), merge_weights([spread.alone], kind)
-        assert found.keys() == whole.keys()
-        distances = {name: gap_of(name, found[name], whole[name]) for name in whole}
+        resumed, uninterrupted = merge_weights(rest, kind), merge_weights([spread.alone], kind)
+        assert resumed.keys() == uninterrupted.keys()
+        distances = {name: gap_of(name, resumed[name], uninterrupted[name]) for name in uninterrupted}
         # REPA's cosine cancels in some biases of the timestep, where the rounding of Adam's first steps stays.
         assert max(distances.values()) <= MOVED, (kind, max(distances, key=distances.__getitem__))
 
@@ -75,8 +75,8 @@ def test_other_layouts_go_on(spread: Spread, tmp_path: Path, world: int, paralle
 def test_every_element_is_stored_once_and_told(spread: Spread, capsys: pytest.CaptureFixture[str]) -> None:
     stored = StoredCheckpoint(spread.run_dir / "checkpoints" / "step-00000003")
     assert verify(stored) == []
-    held = sum(fragment.stop - fragment.start for fragment in stored.index.fragments if fragment.kind == "weights")
-    assert held == sum(torch.Size(shape).numel() for shape in stored.parameters.values())
+    elements = sum(fragment.stop - fragment.start for fragment in stored.index.fragments if fragment.kind == "weights")
+    assert elements == sum(torch.Size(shape).numel() for shape in stored.parameters.values())
     assert stored.parameters.keys() == merge_weights([spread.alone]).keys()
     assert inspect_checkpoint.main([str(spread.run_dir)]) == 0
     assert "written by 8 rank(s) (tensor 2 x pipeline 2 x data 2) at ZeRO stage 1" in capsys.readouterr().out
@@ -86,10 +86,10 @@ def test_its_weights_go_elsewhere_whole(spread: Spread, tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
     arguments = ["--from", "megadit", "--to", "safetensors", str(spread.run_dir), str(target)]
     assert convert_checkpoint.main(arguments) == 0
-    expected, found = merge_weights(spread.results), load_file(target)
+    expected, exported = merge_weights(spread.results), load_file(target)
     _, model = load_model(spread.run_dir)
     for name, p in model.named_parameters():
-        assert torch.equal(found[name].flatten(), expected[name]) and torch.equal(p.flatten(), expected[name]), name
+        assert torch.equal(exported[name].flatten(), expected[name]) and torch.equal(p.flatten(), expected[name]), name
 
 
 def test_it_draws(spread: Spread, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

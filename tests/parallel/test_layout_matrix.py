@@ -34,7 +34,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 @pytest.mark.parametrize(("family", "layout"), CELLS)
 def test_a_layout_trains_what_one_process_does(matrix: Matrix, family: str, layout: str) -> None:
     results, expected = matrix.spread(family, layout)
-    found = gaps(results, expected)
+    measured = gaps(results, expected)
     allowed = {"weights": MOVED, "average": MOVED}
-    assert {what: gap for what, gap in found.items() if gap > allowed.get(what, TOLERANCE)} == {}
+    assert {quantity: gap for quantity, gap in measured.items() if gap > allowed.get(quantity, TOLERANCE)} == {}
     assert drifts(results, layout) == []

@@ -151,15 +151,15 @@ NAMES = [f"{fault.__name__}-{'tokens' if on is TOKENS else 'shared'}" for fault,
 
 def mutated(fault: Callable[[], None], config: RunConfig, folder: str) -> dict[str, Any]:
     fault()
-    found: dict[str, Any] = train_rank(config, folder, STEPS)
-    return found
+    result: dict[str, Any] = train_rank(config, folder, STEPS)
+    return result
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [result] = run_ranks(1, train_rank, config_of(), str(tmp_path_factory.mktemp("alone")), STEPS)
-    found: dict[str, Any] = result
-    return found
+    outcome: dict[str, Any] = result
+    return outcome
 
 
 @pytest.mark.distributed
@@ -167,15 +167,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_without_a_fault_there_is_no_difference(
     alone: dict[str, Any], tmp_path: Path, parallel: dict[str, Any]
 ) -> None:
-    found = gaps(run_ranks(2, mutated, nothing, config_of(**parallel), str(tmp_path)), alone)
+    measured = gaps(run_ranks(2, mutated, nothing, config_of(**parallel), str(tmp_path)), alone)
     # Weights are left out: three steps behind a readout that started at zero, Adam makes rounding of biases as large.
-    assert max(found[what] for what in ("loss", "norm", "norms by role", "gradients")) < TOLERANCE, found
+    assert max(measured[quantity] for quantity in ("loss", "norm", "norms by role", "gradients")) < TOLERANCE, measured
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("fault", "parallel", "seen"), MUTATIONS, ids=NAMES)
+@pytest.mark.parametrize(("fault", "parallel", "quantity"), MUTATIONS, ids=NAMES)
 def test_a_fault_is_seen(
-    alone: dict[str, Any], tmp_path: Path, fault: Callable[[], None], parallel: dict[str, Any], seen: str
+    alone: dict[str, Any], tmp_path: Path, fault: Callable[[], None], parallel: dict[str, Any], quantity: str
 ) -> None:
-    found = gaps(run_ranks(2, mutated, fault, config_of(**parallel), str(tmp_path)), alone)
-    assert found[seen] > SEEN, found
+    measured = gaps(run_ranks(2, mutated, fault, config_of(**parallel), str(tmp_path)), alone)
+    assert measured[quantity] > SEEN, measured

@@ -44,7 +44,7 @@ def trained(config: RunConfig, folder: str) -> tuple[list[dict[str, Any]], Count
         def on_log(self, run: Any, record: Any) -> None:
             records.append(record)
 
-    def noted(module: Any, name: str) -> None:
+    def record_calls(module: Any, name: str) -> None:
         plain = getattr(module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -54,9 +54,9 @@ def trained(config: RunConfig, folder: str) -> tuple[list[dict[str, Any]], Count
         setattr(module, name, call)
 
     run = assemble_rank(config, folder)
-    noted(stream, "read_samples")
-    noted(stream, "DataLoader")
-    noted(validation, "make_batch")
+    record_calls(stream, "read_samples")
+    record_calls(stream, "DataLoader")
+    record_calls(validation, "make_batch")
     assert Trainer(run, [Validation(), Log()]).fit().code == 0
     return records, reads, run.engine.loss.features is not None
 
@@ -64,8 +64,8 @@ def trained(config: RunConfig, folder: str) -> tuple[list[dict[str, Any]], Count
 @pytest.mark.distributed
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_stages_in_the_middle_read_nothing(tmp_path: Path, workers: int) -> None:
-    [(wanted, _, encodes)] = run_ranks(1, trained, config_of(tmp_path, 0), str(tmp_path / "alone"))
-    assert encodes and len(wanted) == STEPS
+    [(expected, _, encodes)] = run_ranks(1, trained, config_of(tmp_path, 0), str(tmp_path / "alone"))
+    assert encodes and len(expected) == STEPS
     results = run_ranks(4, trained, config_of(tmp_path, workers, pipeline=4, world=4), str(tmp_path / "stages"))
     for rank, (records, reads, encodes) in enumerate(results):
         assert encodes == (rank == 3)
@@ -74,7 +74,7 @@ def test_stages_in_the_middle_read_nothing(tmp_path: Path, workers: int) -> None
         else:
             assert reads["make_batch"] == STEPS * 3 and reads["DataLoader"] == (workers > 0)
             assert bool(reads["read_samples"]) == (workers == 0)
-        for record, other in zip(records, wanted, strict=True):
+        for record, other in zip(records, expected, strict=True):
             for key in ("loss", "loss_repa", "val_loss", "val_repa", "grad_norm"):
                 assert record[key] == pytest.approx(other[key], rel=3 * TOLERANCE), (rank, key)
             assert record["samples_seen"] == other["samples_seen"]

@@ -78,11 +78,11 @@ def validated(config, folder):
 )
 def test_validation_and_pictures_are_those_of_one_rank(tmp_path, world, parallel):
     train = {"validation_images": 8}
-    [(losses, wanted, pixels)] = run_ranks(1, validated, config_of(train), str(tmp_path / "one"))
+    [(losses, expected, pixels)] = run_ranks(1, validated, config_of(train), str(tmp_path / "one"))
     results = run_ranks(world, validated, config_of(train, **parallel), str(tmp_path / "many"))
-    for found, values, _ in results:
-        assert found == pytest.approx(losses, rel=TOLERANCE)
-        assert values == pytest.approx(wanted, rel=TOLERANCE)
+    for result_losses, values, _ in results:
+        assert result_losses == pytest.approx(losses, rel=TOLERANCE)
+        assert values == pytest.approx(expected, rel=TOLERANCE)
     assert pixels.std() > 10 and np.abs(results[0][2] - pixels).max() <= 1
 
 

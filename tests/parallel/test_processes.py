@@ -37,10 +37,10 @@ def test_a_step_meets_on_its_own_nodes_and_apart_from_the_others():
 
 
 def test_launcher_variables_win_over_slurm():
-    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    env = {**given, "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    env = {**variables, "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
     prepare_environment(env)
-    assert {key: env[key] for key in given} == given
+    assert {key: env[key] for key in variables} == variables
 
 
 def test_a_single_task_inside_a_slurm_job_needs_no_host_list():

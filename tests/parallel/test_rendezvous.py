@@ -13,14 +13,15 @@ from megadit.parallel.environment import RankVariables
 from megadit.parallel.processes import RendezvousFailed, rendezvous
 
 
-def place(rank, world, port, host="127.0.0.1"):
+def rank_variables(rank, world, port, host="127.0.0.1"):
     return RankVariables("variables", rank, world, rank, None, host, port)
 
 
 def test_all_ranks_share_what_they_store():
     port, stores = free_port(), {}
     threads = [
-        threading.Thread(target=lambda r=r: stores.update({r: rendezvous(place(r, 3, port), 60)})) for r in (2, 1, 0)
+        threading.Thread(target=lambda r=r: stores.update({r: rendezvous(rank_variables(r, 3, port), 60)}))
+        for r in (2, 1, 0)
     ]
     for thread in threads:
         thread.start()
@@ -34,7 +35,7 @@ def test_all_ranks_share_what_they_store():
 def test_ranks_that_do_not_come_are_named():
     port = free_port()
     with pytest.raises(RendezvousFailed) as failed:
-        rendezvous(place(0, 4, port), 0.5)
+        rendezvous(rank_variables(0, 4, port), 0.5)
     text = str(failed.value)
     assert text.startswith("1 of 4 ranks came, and ranks 1, 2, 3 did not within 0.5 s at 127.0.0.1:")
     assert str(port) in text and "parallel.rendezvous_timeout_s" in text and "\n" not in text
@@ -43,20 +44,20 @@ def test_ranks_that_do_not_come_are_named():
 def test_a_first_rank_that_does_not_come_is_named():
     begin = time.monotonic()
     with pytest.raises(RendezvousFailed, match=r"rank 1 of 2 found no rank 0 at 127.0.0.1:\d+ .* within 0.5 s"):
-        rendezvous(place(1, 2, free_port()), 0.5)
+        rendezvous(rank_variables(1, 2, free_port()), 0.5)
     assert time.monotonic() - begin < 30
 
 
 def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("", 0)) as other, pytest.raises(UserError, match=r"MASTER_PORT: \d+ cannot be used on"):
-        rendezvous(place(0, 2, other.getsockname()[1]), 5)
+        rendezvous(rank_variables(0, 2, other.getsockname()[1]), 5)
 
 
 def test_another_program_at_the_port_is_not_waited_for_in_vain():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(RendezvousFailed, match="another program may listen there"):
-            rendezvous(place(1, 2, port), 1)
+            rendezvous(rank_variables(1, 2, port), 1)
 
 
 def test_a_name_without_an_address_is_refused(monkeypatch):
@@ -66,7 +67,7 @@ def test_a_name_without_an_address_is_refused(monkeypatch):
     monkeypatch.setattr("megadit.parallel.processes._RESOLVE_S", 0.1)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(UserError, match="MASTER_ADDR: 'nowhere' has no address"):
-        rendezvous(place(1, 2, 29500, "nowhere"), 5)
+        rendezvous(rank_variables(1, 2, 29500, "nowhere"), 5)
 
 
 def test_the_agents_store_is_used_where_torchrun_offers_one(monkeypatch):
@@ -75,9 +76,9 @@ def test_the_agents_store_is_used_where_torchrun_offers_one(monkeypatch):
     port = free_port()
     agent = TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)
     monkeypatch.setitem(os.environ, "TORCHELASTIC_USE_AGENT_STORE", "True")
-    other = threading.Thread(target=lambda: rendezvous(place(1, 2, port), 60))
+    other = threading.Thread(target=lambda: rendezvous(rank_variables(1, 2, port), 60))
     other.start()
-    store = rendezvous(place(0, 2, port), 60)  # serves none of its own: the port is the agent's
+    store = rendezvous(rank_variables(0, 2, port), 60)  # serves none of its own: the port is the agent's
     other.join(60)
     store.set("x", "1")
     assert agent.get("x") == b"1"

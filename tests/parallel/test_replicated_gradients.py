@@ -27,30 +27,30 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def gradients(sequence: bool) -> dict[str, dict[str, torch.Tensor]]:
+def replicated_gradients(sequence: bool) -> dict[str, dict[str, torch.Tensor]]:
     """By family: the gradients of the parameters that are no shares."""
-    found = {}
+    gradients = {}
     for family, (config, inputs) in MODELS.items():
         model = build_model(config, this_rank(sequence))
         randomize(model)
         model.zero_grad(set_to_none=True)
         out, projected = model(*inputs(config), project=True)
         (out.square().mean() + projected.sin().mean()).backward()
-        found[family] = {
+        gradients[family] = {
             name: p.grad
             for name, p, _, shard_regions in walk_slices(model)
             if shard_regions is None and p.grad is not None
         }
-    return found
+    return gradients
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "sequence"), [(2, False), (2, True), (4, False), (4, True)])
 def test_whole_parameters_have_one_gradient(ranks: int, sequence: bool) -> None:
-    first, *others = run_ranks(ranks, gradients, sequence)
+    first, *others = run_ranks(ranks, replicated_gradients, sequence)
     for family, expected in first.items():
         assert expected
-        for found in others:
-            assert found[family].keys() == expected.keys()
-            differ = [name for name, grad in expected.items() if not torch.equal(found[family][name], grad)]
+        for other in others:
+            assert other[family].keys() == expected.keys()
+            differ = [name for name, grad in expected.items() if not torch.equal(other[family][name], grad)]
             assert differ == [], f"{family} of {ranks} ranks"

@@ -35,10 +35,10 @@ def gaps(name, sequence, faults=()):
     whole.double()
     outcomes = []
     sharded = build_model(config, this_rank(sequence)).double()
-    wanted = dict(whole.named_parameters())
+    parameters = dict(whole.named_parameters())
     with torch.no_grad():
         for key, p, _, shard_regions in walk_slices(sharded):
-            p.copy_(share_of(wanted[key], shard_regions).view(p.shape))
+            p.copy_(share_of(parameters[key], shard_regions).view(p.shape))
     for fault in faults:
         fault(sharded)
     for model in (whole, sharded):
@@ -47,10 +47,10 @@ def gaps(name, sequence, faults=()):
         out, [tokens] = model(x, t, cond, taps=(1,))
         (out.square().sum() + tokens.sin().sum()).backward()
         outcomes.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
-    found = {key: relative(outcomes[1][key], outcomes[0][key]) for key in outcomes[0]}
+    gaps = {key: relative(outcomes[1][key], outcomes[0][key]) for key in outcomes[0]}
     for key, p, _, shard_regions in walk_slices(sharded):
-        found[key] = relative(p.grad.flatten(), share_of(wanted[key].grad, shard_regions))
-    return found
+        gaps[key] = relative(p.grad.flatten(), share_of(parameters[key].grad, shard_regions))
+    return gaps
 
 
 def relative(value, expected):
@@ -66,9 +66,9 @@ def every_config(sequence):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shares_compute_what_the_whole_does(ranks, sequence):
     for result in run_ranks(ranks, every_config, sequence):
-        for name, found in result.items():
-            worst = max(found, key=found.get)
-            assert found[worst] < TOLERANCE, f"{name}: {worst} differs by {found[worst]:.1e}"
+        for name, gaps in result.items():
+            worst = max(gaps, key=gaps.get)
+            assert gaps[worst] < TOLERANCE, f"{name}: {worst} differs by {gaps[worst]:.1e}"
 
 
 def no_sum(monkey, name):
@@ -97,8 +97,8 @@ def broken(kind, name, sequence):
     [("sum", "_summed", False), ("sum", "_summed", True), ("mult", "", False)],
 )
 def test_a_sum_or_multiplier_left_out_is_seen(kind, name, sequence):
-    found = run_ranks(2, broken, kind, name, sequence)[0]
-    assert max(found.values()) > 1e-2
+    gaps = run_ranks(2, broken, kind, name, sequence)[0]
+    assert max(gaps.values()) > 1e-2
 
 
 DRAWN = (

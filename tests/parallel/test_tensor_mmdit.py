@@ -52,16 +52,16 @@ def without_the_sum_of_entry(sequence: bool) -> dict[str, float]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("sequence", [False, True])
 def test_the_one_sum_of_what_all_blocks_share_cannot_be_left_out(sequence: bool) -> None:
-    for found in run_ranks(2, without_the_sum_of_entry, sequence):
-        seen = {key for key, gap in found.items() if gap > 1e-2}
-        assert {"t_embedder.mlp.0.weight", "y_embedder.mlp.0.weight"} <= seen
-        assert all(key.startswith(("t_embedder.", "y_embedder.")) for key in seen), seen
-        assert max(gap for key, gap in found.items() if key not in seen) < TOLERANCE
+    for gaps in run_ranks(2, without_the_sum_of_entry, sequence):
+        wrong = {key for key, gap in gaps.items() if gap > 1e-2}
+        assert {"t_embedder.mlp.0.weight", "y_embedder.mlp.0.weight"} <= wrong
+        assert all(key.startswith(("t_embedder.", "y_embedder.")) for key in wrong), wrong
+        assert max(gap for key, gap in gaps.items() if key not in wrong) < TOLERANCE
 
 
 def refusals() -> list[str]:
     model = build_model(tiny_mmdit(), this_rank(sequence=True))
-    told = []
+    messages = []
     for size, lengths in (((8, 6), None), (None, 3)):
         x, t, cond = mmdit_inputs(tiny_mmdit(), size=size)
         if lengths:
@@ -69,8 +69,8 @@ def refusals() -> list[str]:
             cond = type(cond)(text=cond.text[:, :lengths])
         with pytest.raises(ValueError) as error:
             model(x, t, cond)
-        told.append(str(error.value))
-    return told
+        messages.append(str(error.value))
+    return messages
 
 
 @pytest.mark.distributed

@@ -75,8 +75,8 @@ def test_a_run_goes_on_in_another_layout(reference, alone, tmp_path, before, aft
     half = run_ranks(first, train_rank, config_of(**parallel), str(tmp_path), 3)
     stored = StoredCheckpoint(tmp_path / "checkpoints" / "step-00000003")
     assert verify(stored) == []
-    held = sum(fragment.stop - fragment.start for fragment in stored.index.fragments if fragment.kind == "weights")
-    assert held == sum(p.numel() for p in reference["weights"].values()), "an element is stored twice or not at all"
+    elements = sum(fragment.stop - fragment.start for fragment in stored.index.fragments if fragment.kind == "weights")
+    assert elements == sum(p.numel() for p in reference["weights"].values()), "an element is stored twice or not at all"
     rest = run_ranks(second, train_rank, config_of(**other), str(tmp_path), None, half[0]["saved"])
     assert_same_training(rest, reference, alone, skip=3)
 
@@ -108,8 +108,8 @@ def test_clipping_by_role_counts_shares_once(tmp_path):
             parallel={"tensor": 2, "zero_stage": stage}, train={"steps": STEPS}, optim=clip, **SECTIONS
         )
         results = run_ranks(2, train_rank, config, str(tmp_path / str(stage)))
-        for found, wanted in zip(results[0]["role_norms"], expected["role_norms"], strict=True):
-            assert found == pytest.approx(wanted, rel=TOLERANCE)
+        for norms, expected_norms in zip(results[0]["role_norms"], expected["role_norms"], strict=True):
+            assert norms == pytest.approx(expected_norms, rel=TOLERANCE)
         for name, weights in merge_weights(results).items():
             assert gap_of(name, weights, expected["weights"][name]) <= MOVED, name
 

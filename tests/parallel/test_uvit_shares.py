@@ -72,7 +72,7 @@ def without(owner: Any, name: str, instead: Any, sequence: bool) -> dict[str, fl
 def test_no_exchange_of_a_long_skip_can_be_left_out(
     owner: Any, name: str, instead: Any, sequence: bool, only: str
 ) -> None:
-    for found in run_ranks(2, without, owner, name, instead, sequence):
-        seen = {key for key, gap in found.items() if gap > 1e-2}
-        assert seen
-        assert all(key.endswith(only) for key in seen), seen
+    for gaps in run_ranks(2, without, owner, name, instead, sequence):
+        wrong = {key for key, gap in gaps.items() if gap > 1e-2}
+        assert wrong
+        assert all(key.endswith(only) for key in wrong), wrong

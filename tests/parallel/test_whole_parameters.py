@@ -19,6 +19,6 @@ def test_the_document_tells_how_much_stays_whole(name: str, sequence: bool) -> N
     config = load_config(str(ROOT / f"configs/{name}.yaml")).model
     total = sum(p.numel() for p in build_model(config, device="meta").parameters())
     share = build_model(config, TensorLayout(2, 0, sequence), device="meta")
-    whole = sum(p.numel() for _, p, _, shard_regions in walk_slices(share) if shard_regions is None)
-    assert round(100 * whole / total, 2) == PERCENT[name]
+    replicated = sum(p.numel() for _, p, _, shard_regions in walk_slices(share) if shard_regions is None)
+    assert round(100 * replicated / total, 2) == PERCENT[name]
     assert f"{PERCENT[name]}%" in (ROOT / "docs" / "parallel.md").read_text()

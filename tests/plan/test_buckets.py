@@ -38,8 +38,10 @@ def held_beside(config: RunConfig, folder: str, ds: dict[str, Any] | None) -> tu
         release()  # type: ignore[misc]
 
     def went_forward(module: torch.nn.Module, _args: Any, _out: Any) -> None:
-        whole = [p for p in module.parameters() if getattr(p, "ds_status", None) and p.ds_status.name == "AVAILABLE"]
-        gathered.append(sum(p.data.nbytes for p in whole))
+        available = [
+            p for p in module.parameters() if getattr(p, "ds_status", None) and p.ds_status.name == "AVAILABLE"
+        ]
+        gathered.append(sum(p.data.nbytes for p in available))
 
     if release is None:
         look()
@@ -100,11 +102,11 @@ def test_zero_3_keeps_what_is_planned_of_weights_that_it_may_let_go(tmp_path, ah
 
 
 def test_a_bucket_is_no_larger_than_what_fills_it():
-    told = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}
+    ds_config = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}
     assert with_bucket({"zero_optimization": {"stage": 1}}, 100)["zero_optimization"]["reduce_bucket_size"] == 100
     assert (
         with_bucket({"zero_optimization": {"stage": 1}}, 10**10)["zero_optimization"]["reduce_bucket_size"] == 5 * 10**8
     )
-    assert with_bucket(told, 100) == told
+    assert with_bucket(ds_config, 100) == ds_config
     assert bucket_bytes({"zero_optimization": {"stage": 0}}, 100, "fp32", False) == 0
     assert bucket_bytes({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, 100, "fp32", False) == 0

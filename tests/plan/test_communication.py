@@ -46,7 +46,7 @@ def note_calls() -> Counter[tuple[str, int]]:
 
     calls: Counter[tuple[str, int]] = Counter()
 
-    def noted(kind: str, function: Any) -> Any:
+    def recorded(kind: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[kind, max(part.nbytes for part in args if isinstance(part, torch.Tensor))] += 1
             return function(*args, **kwargs)
@@ -54,7 +54,7 @@ def note_calls() -> Counter[tuple[str, int]]:
         return call
 
     for name, kind in REAL.items():
-        setattr(dist, name, noted(kind, getattr(dist, name)))
+        setattr(dist, name, recorded(kind, getattr(dist, name)))
     return calls
 
 
@@ -114,30 +114,30 @@ def counted(family: str, layout: str) -> tuple[list[Counter[tuple[str, int]]], d
         "mmdit": {"text": {"dim": 20, "max_length": TEXT, "pooled_dim": 12}},
         "uvit": {"mlp_time_embed": True},
     }
-    found: list[Counter[Any]] = []
+    calls: list[Counter[Any]] = []
     for depth in (2, 4):
         config = MADE[family](width=64, heads=4, depth=depth, **per.get(family, {}))
         [(chunk, cost)] = stage_costs(
             config, (0, config.blocks + 2), BATCH, torch.float32, "none", 2, sequence=layout == "sequence"
         )
-        found += [cost.forward, cost.backward]
+        calls += [cost.forward, cost.backward]
     tokens = chunk.model.stream_tokens
     assert tokens is not None
-    return found, {"B": BATCH, "T": tokens, "L": TEXT, "n": 64, "P": config.patch_size**2 * config.out_channels}
+    return calls, {"B": BATCH, "T": tokens, "L": TEXT, "n": 64, "P": config.patch_size**2 * config.out_channels}
 
 
 @pytest.mark.parametrize("layout", ["tensor", "sequence"])
 @pytest.mark.parametrize("family", MADE)
 def test_the_document_tells_every_collective_of_a_block(family, layout):
-    found, sizes = counted(family, layout)  # the ends of the model cancel in the difference of two depths
+    calls, sizes = counted(family, layout)  # the ends of the model cancel in the difference of two depths
     blocks = 1 if family == "uvit" else 2  # there the table speaks of two blocks, one of which has a skip
     forward, backward, sent, least = documented()[family, layout]
-    said = [calls_of(forward, sizes), calls_of(backward, sizes)]
-    for before, after, cell in zip(found[:2], found[2:], said, strict=True):
+    documented_calls = [calls_of(forward, sizes), calls_of(backward, sizes)]
+    for before, after, cell in zip(calls[:2], calls[2:], documented_calls, strict=True):
         more = after.copy()
         more.subtract(before)
         assert {key: times for key, times in more.items() if times} == {k: blocks * v for k, v in cell.items()}
-    rings = sum(tensor_bytes(said[0] + said[1], 2).values())  # type: ignore[arg-type]
+    rings = sum(tensor_bytes(documented_calls[0] + documented_calls[1], 2).values())  # type: ignore[arg-type]
     total, bound = (2 * sum(value(term, sizes) for term in cell.split(" + ")) for cell in (sent, least))
     assert rings == total >= bound  # e (t - 1) / t is 2 here
 
@@ -145,14 +145,14 @@ def test_the_document_tells_every_collective_of_a_block(family, layout):
 @pytest.mark.parametrize("layout", ["tensor", "sequence"])
 @pytest.mark.parametrize("family", MADE)
 def test_the_document_tells_every_collective_beside_the_blocks(family, layout):
-    found, sizes = counted(family, layout)
+    calls, sizes = counted(family, layout)
     rows = re.findall(rf"^\| {family}, once \| {layout} \| (.*) \| (.*) \|$", DOCUMENT.read_text(), re.M)
     others = 2 if family in ("dit", "pixart") else 1  # blocks, or pairs of them, that the table of blocks tells of
-    for all_of_two, once, per_block in zip(found[:2], rows[0], documented()[family, layout][:2], strict=True):
-        said = calls_of(once, sizes)
+    for all_of_two, once, per_block in zip(calls[:2], rows[0], documented()[family, layout][:2], strict=True):
+        documented_calls = calls_of(once, sizes)
         for key, times in calls_of(per_block, sizes).items():
-            said[key] += others * times
-        assert said == all_of_two
+            documented_calls[key] += others * times
+        assert documented_calls == all_of_two
 
 
 def test_rings_send_the_least():
@@ -176,7 +176,7 @@ def sent_between_replicas(config: Any, folder: str, ds: Any) -> tuple[dict[str, 
     backend = sys.modules["deepspeed.comm.torch"].TorchBackend  # type: ignore[attr-defined]
     sent: Counter[str] = Counter()
 
-    def noted(name: str, function: Any) -> Any:
+    def recorded(name: str, function: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             size = max(part.nbytes for part in [*args, *kwargs.values()] if isinstance(part, torch.Tensor))
             sent[name] += size if size > 64 else 0
@@ -185,7 +185,7 @@ def sent_between_replicas(config: Any, folder: str, ds: Any) -> tuple[dict[str, 
         return call
 
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
-        setattr(backend, name, noted(name, getattr(backend, name)))
+        setattr(backend, name, recorded(name, getattr(backend, name)))
     train_on(run, 2)
     return dict(sent), sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
 

@@ -25,7 +25,7 @@ def planned(world: int, train: dict[str, object] | None = None, **parallel: obje
     return plan_layout(config, world, ds_config, count_parameters(config.model, fixed=False))
 
 
-def whole(config: RunConfig) -> int:
+def count_all(config: RunConfig) -> int:
     return sum(p.numel() for p in build_model(config.model, device="meta").parameters())
 
 
@@ -38,8 +38,8 @@ def test_every_rank_has_its_place_and_every_parameter_a_holder():
     assert [stage.blocks for stage in plan.stages] == [(1, 1), (2, 2)]
     assert [stage.in_flight for stage in plan.stages] == [2, 1]
     assert sum(stage.flops_share for stage in plan.stages) == pytest.approx(1)
-    held = sum(stage.parameters for stage in plan.stages)
-    assert plan.parameters == whole(config_of()) and plan.parameters / 2 < held < plan.parameters * 0.7
+    parameters = sum(stage.parameters for stage in plan.stages)
+    assert plan.parameters == count_all(config_of()) and plan.parameters / 2 < parameters < plan.parameters * 0.7
     assert plan.bubble == pytest.approx(1 / 5) and plan.idle >= plan.bubble - 1e-9
 
 
@@ -106,9 +106,9 @@ def test_18b_is_planned_in_a_minute_and_four_gigabytes(name, world, tmp_path):
         process = subprocess.Popen([*command, "--run_dir", str(tmp_path)], cwd=ROOT, env=env, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    said = (tmp_path / "err").read_text()
-    assert process.returncode == 0, said
-    assert "warning: on this machine the run would end here: data.path" in said
+    stderr = (tmp_path / "err").read_text()
+    assert process.returncode == 0, stderr
+    assert "warning: on this machine the run would end here: data.path" in stderr
     plan = json.loads((tmp_path / "out").read_text())
     assert plan["parameters"] == pytest.approx(18.13e9, rel=1e-3)  # with REPA's projector
     assert (plan["data"], plan["micro_batches"], len(plan["stages"])) == (replicas, 1024 // replicas, stages)

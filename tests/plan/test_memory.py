@@ -29,8 +29,8 @@ FAMILIES = {
 
 
 def costs(config: ModelConfig, recompute: Any = "none", cuts: tuple[int, ...] | None = None) -> list[Any]:
-    whole = cuts or (0, config.blocks + 2)
-    return [cost for _, cost in stage_costs(config, whole, BATCH, torch.float32, recompute)]
+    all_cuts = cuts or (0, config.blocks + 2)
+    return [cost for _, cost in stage_costs(config, all_cuts, BATCH, torch.float32, recompute)]
 
 
 def inputs(config: ModelConfig) -> tuple[Any, ...]:
@@ -55,21 +55,21 @@ def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
     with LiveByteCounter(known) as live:
         received = tuple(part.clone() for part in stage_io)  # a pipeline holds them until the backward pass
         out = tensors(chunk(received))
-        kept = live.now
+        saved = live.now
         torch.autograd.backward(out, [torch.ones_like(part) for part in out])
     [counted] = costs(config, recompute)
-    assert counted.saved_bytes == pytest.approx(kept, rel=0.01)
+    assert counted.saved_bytes == pytest.approx(saved, rel=0.01)
     assert counted.peak_bytes == pytest.approx(live.peak, rel=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_in_float32_of_a_half_precision_model_are_counted(family):
     # As the paper's PixArt and U-ViT ask for: the meta device knows no autocast that could be switched off.
-    found = {}
+    counted = {}
     for precision in ("auto", "fp32"):
         config = FAMILIES[family].model_copy(update={"attention_precision": precision, "norm_precision": precision})
-        [(_, found[precision])] = stage_costs(config, (0, config.blocks + 2), BATCH, torch.bfloat16, "none")
-    assert found["fp32"].saved_bytes > found["auto"].saved_bytes
+        [(_, counted[precision])] = stage_costs(config, (0, config.blocks + 2), BATCH, torch.bfloat16, "none")
+    assert counted["fp32"].saved_bytes > counted["auto"].saved_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,8 +109,8 @@ def test_stages_hold_together_what_the_whole_holds():
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 3), (2, 1), (4, 2), (4, 16), (8, 128)])
 def test_equal_stages_wait_as_long_as_the_formula_says(stages, micro_batches):
     for recompute in (False, True):
-        found = idle_share([1.0] * stages, micro_batches, recompute)
-        assert found == pytest.approx(bubble_share(stages, micro_batches), abs=1e-12)
+        idle = idle_share([1.0] * stages, micro_batches, recompute)
+        assert idle == pytest.approx(bubble_share(stages, micro_batches), abs=1e-12)
 
 
 def test_all_wait_for_the_slowest_stage():

@@ -1,1 +1,1 @@
-"""The one door to DeepSpeed's internals."""
+"""All code that depends on DeepSpeed's internals."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's own opinion of a merged ds_config, asked before anything starts and told in one sentence."""
+"""Validation of a merged ds_config by DeepSpeed itself, before anything starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megadit.errors import UserError
 def check_ds_config(ds_config: dict[str, Any], *, dry: bool = False) -> None:
     """Let DeepSpeed parse the configuration, as ``deepspeed.initialize`` will.
 
-    ``dry``: nothing will be trained, so that DeepSpeed is imported only if there is something that it alone can judge.
+    dry: nothing will be trained, so that DeepSpeed is imported only for keys that megadit does not check itself.
 
     Raises:
         UserError: an unknown key of a block, or a value that DeepSpeed cannot take.
@@ -29,12 +29,12 @@ def check_ds_config(ds_config: dict[str, Any], *, dry: bool = False) -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
 
-    alone = copy.deepcopy(ds_config)
+    checked = copy.deepcopy(ds_config)
     if not deepspeed.comm.is_initialized():
-        # No process group yet: DeepSpeed would take these sizes for one process, where they must multiply up too.
-        alone["train_batch_size"] = alone["train_micro_batch_size_per_gpu"] * alone["gradient_accumulation_steps"]
+        # Without a process group DeepSpeed assumes one process, for which the batch size must be the product, too.
+        checked["train_batch_size"] = checked["train_micro_batch_size_per_gpu"] * checked["gradient_accumulation_steps"]
     try:
-        deepspeed.DeepSpeedConfig(alone)
+        deepspeed.DeepSpeedConfig(checked)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the block"

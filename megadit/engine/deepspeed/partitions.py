@@ -48,8 +48,8 @@ class Fragment:
 def avoid_shm_build() -> None:
     """Keep DeepSpeed from compiling its CPU shared-memory op when it wraps the process group.
 
-    Only its inference all-reduce uses the op; building it takes up to a minute, needs a compiler, and a
-    build that was killed leaves a lock on which every later run waits for ever.
+    Only its inference all-reduce uses the op; building it takes up to a minute, needs a compiler, and a killed build
+    leaves a lock that blocks every later run.
     """
     import deepspeed  # noqa: F401  (makes the module below exist)
 
@@ -58,22 +58,22 @@ def avoid_shm_build() -> None:
 
 
 def forget_groups() -> None:
-    """Take back the groups of ranks that DeepSpeed keeps of this process's earlier engines, which may have ended."""
+    """Release the process groups that DeepSpeed holds of this process's earlier engines, which may be destroyed."""
     from deepspeed.utils import groups
 
     groups.mpu = None
-    kept = groups._WORLD_GROUP
-    if kept is not None and torch.distributed.is_initialized():
+    world_group = groups._WORLD_GROUP
+    if world_group is not None and torch.distributed.is_initialized():
         try:
-            torch.distributed.get_process_group_ranks(kept)
-        except (KeyError, ValueError):  # of a process group that was destroyed since
+            torch.distributed.get_process_group_ranks(world_group)
+        except (KeyError, ValueError):  # the group was destroyed
             groups._release_process_group_references()
 
 
 def restore_linear() -> None:
-    """Take back the ``F.linear`` that a ZeRO-3 engine of this process put in the place of torch's, for good.
+    """Restore torch's ``F.linear``, which a ZeRO-3 engine of this process has replaced.
 
-    A later run of the process would compute with it: other bits, and additions in place.
+    A later run of the process would compute with DeepSpeed's: other bits, and additions in place.
     """
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Init
 
@@ -81,7 +81,7 @@ def restore_linear() -> None:
 
 
 class Partitions:
-    """This rank's share of master weights and optimizer state of a DeepSpeed engine."""
+    """This rank's shard of the master weights and optimizer state of a DeepSpeed engine."""
 
     def __init__(
         self, engine: Any, clip: ClipPlan, topology: Topology | None = None, model: nn.Module | None = None
@@ -113,7 +113,7 @@ class Partitions:
         self._zero.before_step(want_norms)
 
     def fragments_to_save(self) -> list[Fragment]:
-        """Of ``fragments`` those that this rank saves: all ranks together hold each element once."""
+        """The ``fragments`` that this rank saves: those of all ranks together contain each element once."""
         if self.stage == 0 and self._topology.data_rank > 0:
             return []
         return [f for f in self.fragments() if f.shard_regions is not None or self._topology.tensor_rank == 0]
@@ -130,7 +130,7 @@ class Partitions:
         return fragments
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
-        """Adam's moments of a fragment as writable 1-D views; created as zeros where no step was taken yet."""
+        """Adam's moments of a fragment as writable 1-D float32 views; zeros before the first step."""
         state = self.optimizer.state[fragment.flat]
         if MOMENTS[0] not in state:
             state.update(self._fresh_state(fragment.flat))
@@ -141,8 +141,8 @@ class Partitions:
         """Names of this rank's parameters of which a weight, a moment or a value of ``sources`` is not finite."""
         names, extremes = [], []
         for f in self.fragments():
-            kept = [f.values, *self.moments(f).values(), *(value for source in sources for value in source(f).values())]
-            for values in kept:
+            others = [value for source in sources for value in source(f).values()]
+            for values in (f.values, *self.moments(f).values(), *others):
                 names.append(f.name)
                 extremes.append(torch.stack(torch.aminmax(values)))
         if not extremes:
@@ -195,12 +195,12 @@ class Partitions:
         return value if math.isfinite(value) and value >= 0 else math.inf
 
     def loss_scale_state(self) -> dict[str, Any]:
-        """The dynamic loss scaler's numbers (fp16), empty otherwise."""
+        """The state of the dynamic loss scaler (fp16), by the names of ``LOSS_SCALE``; empty without one."""
         scaler = self._dynamic_scaler()
         return {} if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE}
 
     def load_loss_scale_state(self, state: dict[str, Any]) -> None:
-        """Put back what ``loss_scale_state`` gave; a run that does not scale its loss dynamically now takes nothing."""
+        """Restore what ``loss_scale_state`` returned, if this run scales its loss dynamically."""
         scaler = self._dynamic_scaler()
         if scaler is not None:
             vars(scaler).update({key: state[key] for key in LOSS_SCALE if key in state})
@@ -210,7 +210,7 @@ class Partitions:
         return scaler if self._engine.fp16_enabled() and getattr(scaler, "dynamic", False) else None
 
     def set_counters(self, steps: int, samples: int, skipped: int) -> None:
-        """Make DeepSpeed's own counters agree with a resumed position."""
+        """Set DeepSpeed's own counters to a resumed position."""
         engine = self._engine
         engine.global_steps, engine.global_samples, engine.skipped_steps = steps, samples, skipped
         engine.micro_steps = steps * engine.gradient_accumulation_steps()

@@ -37,10 +37,10 @@ def pipeline_engine(
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    deepspeed.init_distributed()  # takes up the process group, which the module below needs before the engine does
+    deepspeed.init_distributed()  # wraps the process group, which the module below needs before the engine does
     axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
-    # One layer a stage: the chunk is cut already, and what other ranks run has nothing to be built here.
-    layers = [chunk if place == topology.pipeline_rank else nn.Identity() for place in range(topology.pipeline)]
+    # One layer per stage: the model is cut already, and other ranks' chunks are not built here.
+    layers = [chunk if stage == topology.pipeline_rank else nn.Identity() for stage in range(topology.pipeline)]
     with contextlib.redirect_stdout(io.StringIO()), force_zero_optimizer():
         module = PipelineModule(layers, topology=axes, loss_fn=loss, partition_method="uniform")
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)

@@ -96,8 +96,8 @@ class Matrix:
         """The run of one process."""
         folder = self._folder(family) / f"alone-{full}"
         [result] = run_ranks(1, train_rank, matrix_config(family, self._folder(family), full), str(folder), timeout=400)
-        found: dict[str, Any] = result
-        return found
+        outcome: dict[str, Any] = result
+        return outcome
 
     def spread(self, family: str, layout: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Results of all ranks of a layout, and that of one process."""
@@ -117,21 +117,23 @@ def gaps(results: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str, f
 
     ``gradients`` is of Adam's first moment, the mean of all steps' gradients after clipping.
     """
-    found = {
+    measured = {
         "loss": max(_relative(result["losses"], expected["losses"]) for result in results),
         "norm": max(_relative(result["norms"], expected["norms"]) for result in results),
         "norms by role": max(
-            _relative([own[role] for own in result["role_norms"]], [whole[role] for whole in expected["role_norms"]])
+            _relative(
+                [norms[role] for norms in result["role_norms"]], [norms[role] for norms in expected["role_norms"]]
+            )
             for result in results
             for role in expected["role_norms"][0]
         ),
     }
     kinds = {"gradients": "exp_avg", "weights": "pieces", "average": "ema/0.9"}
-    for what, kind in kinds.items():
-        own, whole = merge_weights(results, kind), merge_weights([expected], kind)
-        assert own.keys() == whole.keys(), own.keys() ^ whole.keys()
-        found[what] = max(gap_of(name, own[name], whole[name]) for name in whole)
-    return found
+    for quantity, kind in kinds.items():
+        values, reference = merge_weights(results, kind), merge_weights([expected], kind)
+        assert values.keys() == reference.keys(), values.keys() ^ reference.keys()
+        measured[quantity] = max(gap_of(name, values[name], reference[name]) for name in reference)
+    return measured
 
 
 def _relative(values: list[float], expected: list[float]) -> float:
@@ -144,10 +146,10 @@ def drifts(results: list[dict[str, Any]], layout: str) -> list[str]:
     world, parallel, _, _ = LAYOUTS[layout]
     size = parallel.get("tensor", 1)
     shares = {piece[0] for result in results for piece in result["pieces"] if piece[-1] is not None}
-    found = []
+    names = []
     for first in range(0, world, size):
         for peer in results[first + 1 : first + size]:
             for name, weights in results[first]["working"].items():
                 if name not in shares and not torch.equal(weights, peer["working"][name]):
-                    found.append(name)
-    return found
+                    names.append(name)
+    return names

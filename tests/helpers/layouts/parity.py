@@ -48,8 +48,8 @@ def gap_of(name: str, values: torch.Tensor, expected: torch.Tensor) -> float:
     if name.endswith(("qkv.bias", "kv_linear.bias")):
         parts = 3 if name.endswith("qkv.bias") else 2
         values, expected = (
-            torch.cat([part for number, part in enumerate(whole.chunk(parts)) if number != parts - 2])
-            for whole in (values, expected)
+            torch.cat([part for number, part in enumerate(tensor.chunk(parts)) if number != parts - 2])
+            for tensor in (values, expected)
         )
     return distance(values, expected)
 
@@ -63,14 +63,14 @@ def assert_same_training(
             torch.testing.assert_close(
                 torch.tensor(result[key]), torch.tensor(reference[key][skip:]), rtol=TOLERANCE, atol=0
             )
-        for found, wanted in zip(result["role_norms"], reference["role_norms"][skip:], strict=True):
-            assert found == pytest.approx(wanted, rel=TOLERANCE)
+        for norms, expected_norms in zip(result["role_norms"], reference["role_norms"][skip:], strict=True):
+            assert norms == pytest.approx(expected_norms, rel=TOLERANCE)
     # The first moment is a mean of the steps' gradients, clipped.
     moments = {kind: merge_weights(alone, kind) for kind in (AVERAGE, "exp_avg", "exp_avg_sq")}
-    for kind, wanted in {"pieces": reference["weights"], **moments}.items():
+    for kind, expected_tensors in {"pieces": reference["weights"], **moments}.items():
         within = MOVED if kind in ("pieces", AVERAGE) else TOLERANCE
-        found = merge_weights(results, kind)
-        assert found.keys() == wanted.keys()
-        for name, expected in wanted.items():
-            gap = distance(found[name], expected)
+        merged = merge_weights(results, kind)
+        assert merged.keys() == expected_tensors.keys()
+        for name, expected in expected_tensors.items():
+            gap = distance(merged[name], expected)
             assert gap <= within, f"{kind} of {name}: {gap:.1e}"

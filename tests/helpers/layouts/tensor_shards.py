@@ -19,13 +19,16 @@ from megadit.parallel.tensor import TensorLayout
 from megadit.slices import ShardRegions, contiguous_spans
 
 
-def share_of(whole: Tensor, shard_regions: ShardRegions | None) -> Tensor:
-    """The elements of ``whole`` in ``shard_regions``, flat, in the order of the share; all of it for None."""
+def share_of(tensor: Tensor, shard_regions: ShardRegions | None) -> Tensor:
+    """The elements of ``tensor`` in ``shard_regions``, flat, in the order of the share; all of it for None."""
     if shard_regions is None:
-        return whole.flatten()
-    spans = contiguous_spans(whole.shape, shard_regions, 0, math.prod(whole.shape))
+        return tensor.flatten()
+    spans = contiguous_spans(tensor.shape, shard_regions, 0, math.prod(tensor.shape))
     return torch.cat(
-        [whole.flatten()[span.first : span.first + span.length] for span in sorted(spans, key=lambda span: span.offset)]
+        [
+            tensor.flatten()[span.first : span.first + span.length]
+            for span in sorted(spans, key=lambda span: span.offset)
+        ]
     )
 
 
@@ -36,12 +39,12 @@ def this_rank(sequence: bool = False) -> TensorLayout:
     return TensorLayout(dist.get_world_size(), dist.get_rank(), sequence, dist.group.WORLD)
 
 
-def share_model(config: ModelConfig, wanted: Mapping[str, Tensor], sequence: bool) -> Any:
-    """This rank's share, in float64, of the model whose parameters are ``wanted``."""
+def share_model(config: ModelConfig, parameters: Mapping[str, Tensor], sequence: bool) -> Any:
+    """This rank's share, in float64, of the model whose parameters are ``parameters``."""
     model = build_model(config, this_rank(sequence)).double()
     with torch.no_grad():
         for key, p, _, shard_regions in walk_slices(model):
-            p.copy_(share_of(wanted[key], shard_regions).view(p.shape))
+            p.copy_(share_of(parameters[key], shard_regions).view(p.shape))
     return model
 
 
@@ -54,8 +57,8 @@ def gaps_of_shares(
     whole = build_model(config)
     randomize(whole)
     whole.double()
-    wanted = dict(whole.named_parameters())
-    sharded = share_model(config, wanted, sequence)
+    parameters = dict(whole.named_parameters())
+    sharded = share_model(config, parameters, sequence)
     results: list[dict[str, Tensor]] = []
     for model in (whole, sharded):
         x, t, cond = inputs()
@@ -64,10 +67,10 @@ def gaps_of_shares(
         (out.square().sum() + model.image_tokens(tokens).sin().sum()).backward()
         assert x.grad is not None
         results.append({"out": out.detach(), "tokens": tokens.detach(), "x": x.grad})
-    found = {key: relative_gap(results[1][key], results[0][key]) for key in results[0]}
+    gaps = {key: relative_gap(results[1][key], results[0][key]) for key in results[0]}
     for key, p, _, shard_regions in walk_slices(sharded):
-        found[key] = relative_gap(p.grad.flatten(), share_of(wanted[key].grad, shard_regions))
-    return found
+        gaps[key] = relative_gap(p.grad.flatten(), share_of(parameters[key].grad, shard_regions))
+    return gaps
 
 
 def relative_gap(value: Tensor, expected: Tensor) -> float:
@@ -76,8 +79,8 @@ def relative_gap(value: Tensor, expected: Tensor) -> float:
 
 
 def assert_shares_compute_the_whole(results: list[dict[str, dict[str, float]]], tolerance: float) -> None:
-    """``results``: of every rank, what ``gaps_of_shares`` found, by the name of the model."""
+    """``results``: of every rank, what ``gaps_of_shares`` returned, by the name of the model."""
     for result in results:
-        for name, found in result.items():
-            worst = max(found, key=found.__getitem__)
-            assert found[worst] < tolerance, f"{name}: {worst} differs by {found[worst]:.1e}"
+        for name, gaps in result.items():
+            worst = max(gaps, key=gaps.__getitem__)
+            assert gaps[worst] < tolerance, f"{name}: {worst} differs by {gaps[worst]:.1e}"
