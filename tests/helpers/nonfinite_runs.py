@@ -47,7 +47,7 @@ def infinite_gradient(number: int) -> None:
     """A finite loss with infinite gradients in the micro batch that holds the sample of this number."""
     from megadit.engine.loss import TrainingLoss
 
-    plain = TrainingLoss.of
+    plain = TrainingLoss.compute
 
     def of(self: TrainingLoss, outputs: Any, batch: Any, noisy: Any) -> Any:
         terms = plain(self, outputs, batch, noisy)
@@ -55,7 +55,7 @@ def infinite_gradient(number: int) -> None:
             terms = replace(terms, total=_InfiniteGradient.apply(terms.total))
         return terms
 
-    TrainingLoss.of = of  # type: ignore[method-assign]
+    TrainingLoss.compute = of  # type: ignore[method-assign]
 
 
 def state_of(run: Any) -> dict[Any, Any]:
@@ -71,13 +71,13 @@ def loud_sample(number: int, factor: float) -> None:
     """A loss ``factor`` times what it is in the micro batch that holds the sample of this number."""
     from megadit.engine.loss import TrainingLoss
 
-    plain = TrainingLoss.of
+    plain = TrainingLoss.compute
 
     def of(self: TrainingLoss, outputs: Any, batch: Any, noisy: Any) -> Any:
         terms = plain(self, outputs, batch, noisy)
         return replace(terms, total=terms.total * factor) if number in batch.numbers.tolist() else terms
 
-    TrainingLoss.of = of  # type: ignore[method-assign]
+    TrainingLoss.compute = of  # type: ignore[method-assign]
 
 
 def whole_run(

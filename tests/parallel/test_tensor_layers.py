@@ -94,7 +94,7 @@ def broken(kind, name, sequence):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "name", "sequence"),
-    [("sum", "_summed", False), ("sum", "_summed", True), ("mult", "", False)],
+    [("sum", "_all_reduce", False), ("sum", "_all_reduce", True), ("mult", "", False)],
 )
 def test_a_sum_or_multiplier_left_out_is_seen(kind, name, sequence):
     gaps = run_ranks(2, broken, kind, name, sequence)[0]
