@@ -38,15 +38,19 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="run|worker|status|report|stop")
 
     def add(name: str, text: str, *, overrides: bool = False, as_json: bool = False) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
-        one.add_argument("--config", metavar="FILE", help="study (YAML), also by its name in configs/sweeps")
-        one.add_argument("--study_dir", metavar="DIR", help="where the study lies; default runs/sweeps/<study name>")
-        add_plugins(one)
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", metavar="FILE", help="study (YAML), also by its name in configs/sweeps")
+        command.add_argument(
+            "--study_dir", metavar="DIR", help="where the study lies; default runs/sweeps/<study name>"
+        )
+        add_plugins(command)
         if overrides:
-            one.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a key of study or config")
+            command.add_argument(
+                "overrides", nargs="*", metavar="key.sub=value", help="change a key of study or config"
+            )
         if as_json:
-            one.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        return one
+            command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        return command
 
     run = add("run", "make a study or go on with it on local workers, then report it", overrides=True)
     run.add_argument("--workers", type=int, metavar="N", help="how many at once; default: the study's workers.count")
@@ -63,12 +67,12 @@ def parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; overrides may stand anywhere, which argparse does not do for subcommands by itself."""
     p = parser()
-    args, rest = p.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
-    if strange:
-        p.error(f"unrecognized arguments: {' '.join(strange)}")
-    if rest:
-        args.overrides = [*args.overrides, *rest]
+    args, unparsed = p.parse_known_args(argv)
+    unknown = [word for word in unparsed if word.startswith("-") or not hasattr(args, "overrides")]
+    if unknown:
+        p.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unparsed:
+        args.overrides = [*args.overrides, *unparsed]
     return args
 
 
@@ -110,12 +114,12 @@ def run(args: argparse.Namespace) -> int:
         say(f"warning: {change}")
     remedy = "add workers to it with launch/sweep.py worker, wait for it, or choose another --study_dir"
     with acquire_folder(study.folder, "running a study", "--study_dir", remedy) as ownership:
-        asked = study.spec.workers
-        count = args.workers if args.workers is not None else asked.count
+        spec = study.spec.workers
+        count = args.workers if args.workers is not None else spec.count
         if count < 1:
             raise UserError(f"--workers: {count} is not at least 1")
-        cores, gpus = available_devices(asked.gpus > 0)
-        slots = assign_devices(asked, count, cores, gpus)
+        cores, gpus = available_devices(spec.gpus > 0)
+        slots = assign_devices(spec, count, cores, gpus)
         store = StudyStore.create_or_open(study, retry_failed=args.retry_failed)
         store.refuse_other_hosts()
         (study.folder / STOP).unlink(missing_ok=True)
@@ -250,8 +254,8 @@ def status(args: argparse.Namespace) -> int:
     from megadit.search.status import format_status, status_of
     from megadit.search.storage.store import open_readonly
 
-    found = status_of(open_readonly(_existing(args)))
-    print(json.dumps(found.to_json()) if args.json else format_status(found))
+    current = status_of(open_readonly(_existing(args)))
+    print(json.dumps(current.to_json()) if args.json else format_status(current))
     return EXIT_OK
 
 

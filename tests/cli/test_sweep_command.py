@@ -50,12 +50,12 @@ def wait_for(condition, what: str, seconds: float = 120):
 
 def workers_of(folder: Path) -> list[psutil.Process]:
     """The worker processes of a study, zombies aside."""
-    found = []
+    workers = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = process.info["cmdline"] or []
         if "megadit.search.workers.worker" in line and str(folder) in line and process.info["status"] != "zombie":
-            found.append(process)
-    return found
+            workers.append(process)
+    return workers
 
 
 class Run:
@@ -104,8 +104,10 @@ def test_killing_anything_loses_at_most_the_running_trials(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     after = status(*options)
     assert after["complete"] and Counter(t["outcome"] for t in after["trials"]) == {"complete": 4}
-    kept = [trial for trial in after["trials"] if trial["number"] in {t["number"] for t in before["trials"]}]
-    assert kept == before["trials"], "what had ended was not run again"
+    ended_before = {trial["number"] for trial in before["trials"]}
+    assert [trial for trial in after["trials"] if trial["number"] in ended_before] == before["trials"], (
+        "what had ended was not run again"
+    )
     assert done.stdout.endswith(f"  study      {study}\n")
     assert str(study / "report.html") in done.stdout and (study / "report.html").is_file()
     assert "best       optim.lr=" in done.stdout

@@ -57,9 +57,9 @@ def test_a_report_that_fails_is_a_warning(
 
     monkeypatch.setattr("megadit.search.report.write_report", full)
     assert finished(tmp_path, monkeypatch) == 0
-    told = capsys.readouterr()
-    assert "warning: the report failed (UserError: --study_dir: cannot write the report" in told.err
-    assert "best       optim.lr=" in told.out
+    output = capsys.readouterr()
+    assert "warning: the report failed (UserError: --study_dir: cannot write the report" in output.err
+    assert "best       optim.lr=" in output.out
 
 
 def test_a_failed_trial_stays_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

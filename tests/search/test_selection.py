@@ -100,10 +100,10 @@ def test_variant_and_scale_default_to_the_judged_one_and_the_proxy():
             (cell, winner, lr) for cell, winner in best.items() for lr in (1.0, 2.0, 4.0, 8.0)
         )
     ]
-    found = results(trials, **keys)
-    assert select(found).hps == {"optim.lr": 1}
-    assert select(found, scale=64).hps == {"optim.lr": 2}
-    assert select(found, "sp").hps == {"optim.lr": 4} and select(found, "sp", 64).hps == {"optim.lr": 8}
+    study_results = results(trials, **keys)
+    assert select(study_results).hps == {"optim.lr": 1}
+    assert select(study_results, scale=64).hps == {"optim.lr": 2}
+    assert select(study_results, "sp").hps == {"optim.lr": 4} and select(study_results, "sp", 64).hps == {"optim.lr": 8}
 
 
 def test_horizons_are_selected_at_their_own_scores():
@@ -112,8 +112,8 @@ def test_horizons_are_selected_at_their_own_scores():
         a_trial(n, late, lr=lr, scale=200, horizons={100: {"loss": early}, 200: {"loss": late}})
         for n, (lr, early, late) in enumerate([(1.0, 0.5, 0.2), (2.0, 0.4, 0.3)])
     ]
-    found = results(trials, **keys)
-    assert select(found).hps == {"optim.lr": 2} and select(found, scale=200).hps == {"optim.lr": 1}
+    study_results = results(trials, **keys)
+    assert select(study_results).hps == {"optim.lr": 2} and select(study_results, scale=200).hps == {"optim.lr": 1}
 
 
 def test_nothing_finished_is_an_error():

@@ -86,8 +86,9 @@ class ReportData:
         return f"{before}{self.scale_word} {scale:g}" if self.scale_word else ""
 
     def of(self, variant: str, scale: float | None = None) -> list[ScoredPoint]:
-        """Points of a variant at a scale (None: at all)."""
-        return [point for point in self.points if point.variant == variant and scale in (None, point.scale)]
+        """Points of a variant at a scale (None: at all) without a pruned or failed run; they can be compared."""
+        points = [point for point in self.points if point.variant == variant and scale in (None, point.scale)]
+        return [point for point in points if point.comparable]
 
     def means(self, points: Sequence[ScoredPoint]) -> list[float]:
         """The mean scores of those that have one."""

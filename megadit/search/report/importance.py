@@ -36,8 +36,10 @@ def points_needed(hps: int) -> int:
     return max(12, _PER_HP * hps)
 
 
-def measure_importance(points: Sequence[tuple[Mapping[str, Any], float]], lower_is_better: bool) -> Importance | str:
-    """Importance of the HPs of ``points`` (HPs, score); a score that is not finite is a diverged point, the worst.
+def measure_importance(
+    points: Sequence[tuple[Mapping[str, Any], float | None]], lower_is_better: bool
+) -> Importance | str:
+    """Importance of the HPs of ``points`` (HPs, score); a point without a finite score diverged and is the worst.
 
     Returns:
         The shares, or a sentence that says why there are none.
@@ -51,7 +53,8 @@ def measure_importance(points: Sequence[tuple[Mapping[str, Any], float]], lower_
             f"{len(names)} HPs need at least {points_needed(len(names))}."
         )
     sign = 1.0 if lower_is_better else -1.0
-    losses = np.array([sign * score if math.isfinite(score) else math.inf for _, score in points])
+    losses = sign * np.array([score for _, score in points], dtype=float)
+    losses[~np.isfinite(losses)] = math.inf
     score_ranks = ranks(losses)
     if np.ptp(score_ranks) == 0:
         return "Importance is not estimated: all finished points have the same score."

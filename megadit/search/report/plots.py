@@ -23,7 +23,6 @@ from megadit.search.report.data import ReportData
 from megadit.search.report.importance import measure_importance, spans_decades
 from megadit.search.results import ScoredPoint
 from megadit.search.wording import counted, hps_text, number_text, value_text
-from megadit.transfer.verdict import TransferVerdict
 
 INK, SOFT = "#1c2430", "#566173"
 DIVERGED = "#b3261e"
@@ -220,8 +219,9 @@ def curve_figure(data: ReportData, key: str) -> Figure | None:
     if not data.means(points):
         return None
     axis = axis_of(data, key, points)
-    located = {v: verdict for (v, of), verdict in data.verdicts.items() if of == key and _optima(verdict)}
-    below = bool(located) and axis.kind == "log"
+    judged = {variant: verdict for (variant, of), verdict in data.verdicts.items() if of == key}
+    optima = {v: [scale for scale in verdict.scales if scale.optimum] for v, verdict in judged.items()}
+    below = any(optima.values()) and axis.kind == "log"
     width = 4.2 + 4.6 * (len(variants) - 1) + (1.2 if data.scale_word else 0)
     builder = FigureBuilder(data, points, width, 5.4 if below else 3.9)
     heights = [3, 1.1] if below else [1]
@@ -238,7 +238,7 @@ def curve_figure(data: ReportData, key: str) -> Figure | None:
     if below:
         panels[1][0].set(ylabel=data.scale_word)
         for panel, variant in zip(panels[1], variants, strict=True):
-            _draw_optima(builder, panel, located.get(variant))
+            _draw_optima(builder, panel, optima.get(variant, []))
     for panel in panels[-1]:
         panel.set_xlabel(axis.label, color=SOFT)
     _draw_legend(builder)
@@ -253,17 +253,11 @@ def curve_figure(data: ReportData, key: str) -> Figure | None:
     return builder.figure(f"curves-{key}", _curves_alt(data, key, curves), caption)
 
 
-def _optima(verdict: TransferVerdict) -> list[Any]:
-    """The scales of a verdict at which the optimum was located."""
-    return [scale for scale in verdict.scales if scale.optimum]
-
-
 def _best_by_value(data: ReportData, points: Sequence[ScoredPoint], key: str) -> list[ScoredPoint]:
     """Per value of ``key`` the best point over the other keys; one that diverged only where all did."""
     by_value: dict[str, list[ScoredPoint]] = {}
     for point in points:
-        if point.comparable:
-            by_value.setdefault(repr(point.hps[key]), []).append(point)
+        by_value.setdefault(repr(point.hps[key]), []).append(point)
     return [(data.ranked(group) or group)[0] for group in by_value.values()]
 
 
@@ -283,10 +277,9 @@ def _draw_curve(builder: FigureBuilder, panel: Any, axis: ValueAxis, curve: Sequ
         builder.mark(panel, x, point, **({"marker": "*", "markersize": 13} if point in best else {}))
 
 
-def _draw_optima(builder: FigureBuilder, panel: Any, verdict: TransferVerdict | None) -> None:
-    """Scale upwards, optimum with its interval across: a vertical line is transfer."""
+def _draw_optima(builder: FigureBuilder, panel: Any, located: Sequence[Any]) -> None:
+    """Scale upwards, optimum with its interval across: a vertical line is transfer. ``located``: ScaleVerdicts."""
     scales = builder.data.scales
-    located = _optima(verdict) if verdict else []
     for each in located:
         at, (low, high) = each.optimum.at, each.optimum.interval
         tooltip = f"{builder.data.scale_name(each.scale)}: optimum {2.0**at:.3g} (log2 {at:.2f}), "
@@ -338,10 +331,8 @@ def importance_figure(data: ReportData) -> Figure | str:
 
     A sentence where there are too few points to tell.
     """
-    points = [point for point in data.of(data.judged, data.proxy) if point.comparable]
-    means = [point.mean(data.score) for point in points]
-    scored = [(p.hps, math.nan if mean is None else mean) for p, mean in zip(points, means, strict=True)]
-    importance = measure_importance(scored, data.sign > 0)
+    points = data.of(data.judged, data.proxy)
+    importance = measure_importance([(point.hps, point.mean(data.score)) for point in points], data.sign > 0)
     if isinstance(importance, str):
         return importance
     control = importance.control
@@ -366,7 +357,7 @@ def importance_figure(data: ReportData) -> Figure | str:
 
 def slice_figure(data: ReportData, variant: str) -> Figure | None:
     """Score against each searched key in turn, every point in each panel."""
-    points = [point for point in data.of(variant) if point.comparable]
+    points = data.of(variant)
     known = len(data.means(points))
     if not known:
         return None
@@ -399,27 +390,18 @@ def parallel_figure(data: ReportData, variant: str) -> Figure | None:
     """A line per point at the proxy over all searched keys and the score; coloured by rank."""
     import matplotlib
 
-    points = [point for point in data.of(variant, data.proxy) if point.comparable]
+    points = data.of(variant, data.proxy)
     ranked = data.ranked(points)
     if not ranked:
         return None
     axes = [axis_of(data, key, points) for key in data.keys]
     builder = FigureBuilder(data, ranked, 2.0 * len(axes) + 3.6, 3.8)
     panel = builder.canvas.subplots()
-    rulers = [panel.twinx() for _ in (*axes, data.score)]
-    for axis, ruler in zip(axes, rulers, strict=False):
-        ruler.margins(y=0)
-        ruler.plot([0] * len(axis.values), list(map(axis.at, axis.values)), " ")
-        axis.draw(ruler.yaxis)
+    panel.spines[:].set_visible(False)
+    rulers = [_ruler(panel, x, axis) for x, axis in enumerate(axes)]
+    rulers.append(_ruler(panel, len(axes)))
     rulers[-1].set_ylim(builder.limits)
-    for x, ruler in enumerate(rulers):
-        ruler.spines.right.set(visible=True, position=("data", x), color=INK)
-        ruler.spines.left.set_visible(False)
-        ruler.spines.bottom.set_visible(False)
-        ruler.grid(False)
-        ruler.tick_params(colors=INK, labelsize=7.5, pad=1)
-        for label in ruler.get_yticklabels():
-            label.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
+    to_height = [(ruler.transScale + ruler.transLimits).transform for ruler in rulers]
     lines: list[tuple[Any, dict[str, Any]]] = []
     dashed = {"color": DIVERGED, "linestyle": (0, (3, 3)), "linewidth": 0.9, "alpha": 0.6}
     lines += [(point, dashed) for point in points if point.mean(data.score) is None]
@@ -432,7 +414,7 @@ def parallel_figure(data: ReportData, variant: str) -> Figure | None:
         mean = point.mean(data.score)
         score = builder.worst if mean is None else np.clip(mean, *builder.limits)
         positions = [*(axis.at(point.hps[axis.key]) for axis in axes), score]
-        heights = [_height(ruler, position) for ruler, position in zip(rulers, positions, strict=True)]
+        heights = [transform((0, at))[1] for transform, at in zip(to_height, positions, strict=True)]
         builder.plot(panel, range(len(rulers)), heights, data.tooltip(point), clip_on=False, **look)
     panel.set_xticks(range(len(rulers)), [*(axis.label for axis in axes), plain_label(data.score)], fontsize=9)
     panel.set(xlim=(0, len(axes)), ylim=(0, 1), yticks=[])
@@ -441,7 +423,18 @@ def parallel_figure(data: ReportData, variant: str) -> Figure | None:
     return builder.figure("parallel", alt, caption, variant)
 
 
-def _height(ruler: Any, position: float) -> float:
-    """Where a vertical axis has ``position``, as a part of its length."""
-    ruler.autoscale_view()
-    return float((ruler.transScale + ruler.transLimits).transform((0.0, position))[1])
+def _ruler(panel: Any, x: float, axis: ValueAxis | None = None) -> Any:
+    """A vertical axis at ``x`` of ``panel``, from the lowest to the highest value of ``axis``."""
+    ruler = panel.twinx()
+    if axis is not None:
+        ruler.margins(y=0)
+        ruler.plot([x] * len(axis.values), list(map(axis.at, axis.values)), " ")
+        axis.draw(ruler.yaxis)
+        ruler.autoscale_view()
+    ruler.spines[:].set_visible(False)
+    ruler.spines.right.set(visible=True, position=("data", x), color=INK)
+    ruler.grid(False)
+    ruler.tick_params(colors=INK, labelsize=7.5, pad=1)
+    for label in ruler.get_yticklabels():
+        label.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
+    return ruler

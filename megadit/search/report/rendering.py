@@ -33,13 +33,13 @@ def number(value: float | None, spec: str = ".4g", note: str = "") -> Number:
 
 
 class Badge(NamedTuple):
-    """A word with a colour: ``good``, ``bad``, ``unsure`` or ``plain``."""
+    """A word with a colour: ``style`` is ``good``, ``bad``, ``unsure`` or ``plain``."""
 
     text: str
-    mood: str = "plain"
+    style: str = "plain"
 
     def __html__(self) -> Markup:
-        return Markup('<span class="badge {}">{}</span>').format(self.mood, self.text)
+        return Markup('<span class="badge {}">{}</span>').format(self.style, self.text)
 
 
 class Code(str):

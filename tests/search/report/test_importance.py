@@ -20,16 +20,16 @@ def sample(count: int, score) -> list[tuple[dict[str, float], float]]:
 
 
 def test_the_key_that_decides_gets_the_share_even_with_diverged_points():
-    found = measure_importance(
+    importance = measure_importance(
         sample(60, lambda h: math.nan if h["lr"] > 2**-5 else (math.log2(h["lr"]) + 8) ** 2 + (h["kind"] == "b") / 9),
         True,
     )
-    assert isinstance(found, Importance)
-    shares = dict(found.shares)
-    assert found.shares[0][0] == "lr" and shares["lr"] > 0.9
-    assert shares["clip"] < 0.05 and found.control < 0.05
-    assert found.points == 60 and 0 < found.diverged < 20
-    assert sum(shares.values()) + found.control == pytest.approx(1.0, abs=1e-6)
+    assert isinstance(importance, Importance)
+    shares = dict(importance.shares)
+    assert importance.shares[0][0] == "lr" and shares["lr"] > 0.9
+    assert shares["clip"] < 0.05 and importance.control < 0.05
+    assert importance.points == 60 and 0 < importance.diverged < 20
+    assert sum(shares.values()) + importance.control == pytest.approx(1.0, abs=1e-6)
 
 
 def test_direction_matters_for_diverged_points_only():
