@@ -65,8 +65,8 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) 
 def few_lines(sentences: Sequence[str]) -> str:
     """The first sentences, one a line, and how many more there are: a wrong file would fill the screen."""
     more = len(sentences) - _MOST_LINES
-    told = [*sentences[:_MOST_LINES], f"and {more} more of the kind"] if more > 1 else sentences
-    return "\n".join(told)
+    shown = [*sentences[:_MOST_LINES], f"and {more} more of the kind"] if more > 1 else sentences
+    return "\n".join(shown)
 
 
 def run_command(
@@ -151,7 +151,7 @@ def say(text: str, stream: IO[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def warn_on_failure(what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def warn_on_failure(action: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """In the block a failure of ``what`` is a warning: for what follows when the work is done and saved.
 
     Exceptions of the types ``passing`` are raised.
@@ -161,8 +161,8 @@ def warn_on_failure(what: str, passing: tuple[type[Exception], ...] = ()) -> Ite
     except passing:
         raise
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        say(f"warning: {what} failed ({told}); what was saved before is whole")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        say(f"warning: {action} failed ({reason}); what was saved before is whole")
 
 
 def _mute(stream: IO[str]) -> None:

@@ -76,13 +76,13 @@ def defer_compiler() -> None:
     decorated = getattr(torch.optim.Optimizer.zero_grad, "__code__", None)  # one of them: all share this code
     if decorated is None or decorated.co_filename != getattr(sys.modules.get("torch._compile"), "__file__", None):
         return
-    place = decorated.co_freevars.index("fn") if "fn" in decorated.co_freevars else None
-    if place is None:
+    position = decorated.co_freevars.index("fn") if "fn" in decorated.co_freevars else None
+    if position is None:
         return
     for function in gc.get_objects():
         if type(function) is FunctionType and function.__code__ is decorated:
             assert function.__closure__ is not None  # it has free variables
-            plain = function.__closure__[place].cell_contents  # __wrapped__ may be what a decorator below it wraps
+            plain = function.__closure__[position].cell_contents  # __wrapped__ may be what a decorator below it wraps
             if not hasattr(plain, _DISABLED):
                 setattr(plain, _DISABLED, _until_imported(function, plain))
 

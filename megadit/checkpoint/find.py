@@ -40,13 +40,13 @@ class OpenedCheckpoint:
     problems: tuple[str, ...] = ()
 
 
-def find_checkpoint(run_dir: Path, wanted: str = LATEST) -> Path | None:
+def find_checkpoint(run_dir: Path, checkpoint: str = LATEST) -> Path | None:
     """The folder of the checkpoint that ``open_checkpoint`` opens; None if the run has saved none."""
-    found = open_checkpoint(run_dir, wanted)
-    return None if found is None else found.stored.path
+    opened = open_checkpoint(run_dir, checkpoint)
+    return None if opened is None else opened.stored.path
 
 
-def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") -> OpenedCheckpoint | None:
+def open_checkpoint(run_dir: Path, checkpoint: str = LATEST, key: str = "--resume") -> OpenedCheckpoint | None:
     """The run's latest sound checkpoint, or the one named by a path; None if the run has saved none.
 
     A path to a run directory means its latest. What is passed over is told on stderr. ``key`` is what an error calls
@@ -56,12 +56,12 @@ def open_checkpoint(run_dir: Path, wanted: str = LATEST, key: str = "--resume") 
         BrokenCheckpoint: the path is a broken one, or no checkpoint of the run is sound.
         UserError: the path is no checkpoint.
     """
-    if wanted == LATEST:
+    if checkpoint == LATEST:
         return _open_newest(run_dir)
-    path = Path(wanted)
+    path = Path(checkpoint)
     if checkpoint_root(path).is_dir():
         return _open_newest(path)
-    check_checkpoint_path(wanted, key)
+    check_checkpoint_path(checkpoint, key)
     return OpenedCheckpoint(StoredCheckpoint(path))
 
 
@@ -70,13 +70,13 @@ def _open_newest(run_dir: Path) -> OpenedCheckpoint | None:
     problems = [problem] if problem else []
     for number, path in enumerate(paths):
         try:
-            found = OpenedCheckpoint(StoredCheckpoint(path), tuple(paths[number + 1 :]), tuple(problems))
+            opened = OpenedCheckpoint(StoredCheckpoint(path), tuple(paths[number + 1 :]), tuple(problems))
         except BrokenCheckpoint as error:
             problems.append(str(error))
             continue
         for problem in problems:
             warn_fallback(problem, path)
-        return found
+        return opened
     if problems:
         raise no_sound_checkpoint(problems[0])
     return None
@@ -123,11 +123,11 @@ def load_model(
 
     run_dir = Path(run_dir)
     config = run_config(run_dir)
-    found = open_checkpoint(run_dir, checkpoint, "--checkpoint")
-    if found is None:
+    opened = open_checkpoint(run_dir, checkpoint, "--checkpoint")
+    if opened is None:
         raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")
-    for change in plugin_changes(found.stored.index.plugins):
+    for change in plugin_changes(opened.stored.index.plugins):
         say(f"warning: {change}")
     model = build_model(config.model)
-    load_weights(found.stored, model, config.sample.weights if weights is None else weights)
+    load_weights(opened.stored, model, config.sample.weights if weights is None else weights)
     return config, model.eval()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megadit.checkpoint.format import BLOCK, BrokenCheckpoint, FileRecord, StoredFragment
+from megadit.files.paths import safetensors_header
 
 
 def write_fragments(
@@ -31,16 +32,7 @@ def write_fragments(
     Returns what the index needs: the file's record, and the fragments with their checksums. Raises OSError where the
     file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for fragment, _ in fragments:
-        end = position + fragment.bytes
-        shape = [fragment.stop - fragment.start]
-        header[fragment.key] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    head = len(text).to_bytes(8, "little") + text
+    head = safetensors_header({fragment.key: [fragment.stop - fragment.start] for fragment, _ in fragments})
     written = []
     with open(path, "wb", buffering=0) as file:
         _write_all(file, memoryview(head))
@@ -55,7 +47,7 @@ def write_fragments(
                 _write_all(file, block)
             written.append(replace(fragment, crc32=tuple(checksums)))
         os.fsync(file.fileno())
-    return FileRecord(len(head) + position, zlib.crc32(head)), written
+    return FileRecord(len(head) + sum(fragment.bytes for fragment in written), zlib.crc32(head)), written
 
 
 def _write_all(file: Any, data: memoryview) -> None:

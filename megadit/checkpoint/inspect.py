@@ -22,22 +22,22 @@ _CHUNK = 1 << 22  # elements compared at once
 _COUNTERS = ("step", "samples_seen", "skipped_steps", "adam_step", "loss_scale")
 
 
-def open_for_people(path: str) -> OpenedCheckpoint:
+def open_for_inspection(path: str) -> OpenedCheckpoint:
     """A checkpoint folder, or a run directory's newest sound one.
 
     Raises:
         BrokenCheckpoint: broken beyond opening.
         UserError: neither.
     """
-    found = open_checkpoint(Path(path), path, "checkpoint")
-    if found is None:
+    opened = open_checkpoint(Path(path), path, "checkpoint")
+    if opened is None:
         raise UserError(f"'{path}' has no checkpoint yet; give one, or a run directory that has")
-    return found
+    return opened
 
 
 def summary(stored: StoredCheckpoint, norms: bool = False) -> dict[str, Any]:
     """Step, counters, layout, bytes by kind and, with ``norms``, every parameter's shape and L2 norms."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "path": str(stored.path),
         "version": stored.index.version,
         **{key: stored.state.get(key) for key in _COUNTERS},
@@ -51,11 +51,11 @@ def summary(stored: StoredCheckpoint, norms: bool = False) -> dict[str, Any]:
     }
     if norms:
         with stored.reader() as reader:
-            found["tensors"] = {
+            facts["tensors"] = {
                 name: {"shape": shape, **{kind: _norm(reader, kind, name, shape) for kind in stored.kinds}}
                 for name, shape in stored.parameters.items()
             }
-    return found
+    return facts
 
 
 def _norm(reader: FragmentReader, kind: str, name: str, shape: list[int]) -> float | None:
@@ -179,34 +179,38 @@ def _spread(layout: dict[str, Any]) -> str:
     return f"{ranks} rank(s) (tensor {tensor} x pipeline {pipeline} x data {ranks // (tensor * pipeline)})"
 
 
-def describe_summary(found: dict[str, Any]) -> str:
+def describe_summary(facts: dict[str, Any]) -> str:
     """The summary as lines."""
-    layout = found["layout"] or {}
+    layout = facts["layout"] or {}
     lines = [
-        f"{found['path']}   format version {found['version']}",
-        f"step {found['step']}, {found['samples_seen']} samples, Adam step {found['adam_step']}, "
-        f"{found['skipped_steps']} updates skipped"
-        + (f", loss scale {found['loss_scale']['cur_scale']:g}" if found["loss_scale"] else ""),
-        f"written by {_spread(layout)} at ZeRO stage {layout.get('zero_stage')}: {found['pieces']} pieces "
-        f"in {found['files']} file(s)",
-        f"{found['parameters']} parameters, {found['elements']:,} elements",
-        *(f"  {kind:14s} {size / 1e6:12.3f} MB" for kind, size in found["bytes"].items()),
+        f"{facts['path']}   format version {facts['version']}",
+        f"step {facts['step']}, {facts['samples_seen']} samples, Adam step {facts['adam_step']}, "
+        f"{facts['skipped_steps']} updates skipped"
+        + (f", loss scale {facts['loss_scale']['cur_scale']:g}" if facts["loss_scale"] else ""),
+        f"written by {_spread(layout)} at ZeRO stage {layout.get('zero_stage')}: {facts['pieces']} pieces "
+        f"in {facts['files']} file(s)",
+        f"{facts['parameters']} parameters, {facts['elements']:,} elements",
+        *(f"  {kind:14s} {size / 1e6:12.3f} MB" for kind, size in facts["bytes"].items()),
     ]
-    for name, row in found.get("tensors", {}).items():
+    for name, row in facts.get("tensors", {}).items():
         norms = "  ".join(f"{kind} {value:.6g}" for kind, value in row.items() if kind != "shape")
         lines.append(f"{name}  {tuple(row['shape'])}  {norms}")
     return "\n".join(lines)
 
 
-def describe_comparison(found: dict[str, Any], most: int = 20) -> str:
+def describe_comparison(comparison: dict[str, Any], most: int = 20) -> str:
     """The comparison as lines, the ``most`` different tensors of it."""
-    lines = [f"A {found['a']}", f"B {found['b']}"]
-    lines += [f"{key}: {old} → {new}" for key, (old, new) in found["counters"].items()]
-    lines += [f"{what} not in both: {', '.join(names)}" for what, names in found["not_in_both"].items() if names]
-    for kind, row in found["kinds"].items():
+    lines = [f"A {comparison['a']}", f"B {comparison['b']}"]
+    lines += [f"{key}: {old} → {new}" for key, (old, new) in comparison["counters"].items()]
+    lines += [
+        f"{side_kind} not in both: {', '.join(names)}"
+        for side_kind, names in comparison["not_in_both"].items()
+        if names
+    ]
+    for kind, row in comparison["kinds"].items():
         verdict = f"{row['different']} of {row['tensors']} tensors differ, by at most {_sizes(row)}"
         lines.append(f"{kind}: " + (verdict if row["different"] else f"all {row['tensors']} tensors equal"))
-    worst = sorted(found["tensors"], key=lambda row: -_size(row["max_rel"]))
+    worst = sorted(comparison["tensors"], key=lambda row: -_size(row["max_rel"]))
     lines += [f"  {row['kind']} {row['name']}: {_sizes(row)}" for row in worst[:most]]
-    lines += [f"config: {change}" for change in found["config"]]
-    return "\n".join([*lines, "same" if found["same"] else "different"])
+    lines += [f"config: {change}" for change in comparison["config"]]
+    return "\n".join([*lines, "same" if comparison["same"] else "different"])

@@ -23,8 +23,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 def step_folders(root: Path) -> list[Path]:
     """All checkpoints, the oldest first."""
-    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=step_of)
+    folders = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -47,13 +47,13 @@ def saved_step(run_dir: Path) -> int:
         return 0
 
 
-def check_checkpoint_path(wanted: str, key: str) -> None:
+def check_checkpoint_path(checkpoint: str, key: str) -> None:
     """Raise UserError unless the path ``wanted`` looks like a checkpoint or a run directory; ``key`` is its origin."""
-    path = Path(wanted)
+    path = Path(checkpoint)
     if not (checkpoint_root(path).is_dir() or (path / INDEX).is_file()):
         other = run_instead(path)
         remedy = "; give a folder such as RUN/checkpoints/step-00001000" if other is None else f": {other}"
-        raise UserError(f"{key}: '{wanted}' is no checkpoint{remedy}")
+        raise UserError(f"{key}: '{checkpoint}' is no checkpoint{remedy}")
 
 
 def run_config(run_dir: Path) -> RunConfig:

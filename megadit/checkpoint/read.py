@@ -64,10 +64,10 @@ class StoredCheckpoint:
             file = self.path / name
             size = file.stat().st_size if file.is_file() else None
             if size != record.bytes:
-                what = "is missing" if size is None else f"has {size} bytes of {record.bytes}"
+                problem = "is missing" if size is None else f"has {size} bytes of {record.bytes}"
                 other = file_instead(file, "safetensors", "json")
-                what += f" ({other})" if other is not None else ""
-                raise BrokenCheckpoint(f"checkpoint {self.path}: {name} {what}; use an earlier one")
+                problem += f" ({other})" if other is not None else ""
+                raise BrokenCheckpoint(f"checkpoint {self.path}: {name} {problem}; use an earlier one")
         needed = sum(math.prod(shape) for shape in self.parameters.values()) * FLOAT_BYTES
         files = [self.path / name for name in dict.fromkeys(fragment.file for fragment in self.index.fragments)]
         stored = sum(file.stat().st_size for file in files if file.is_file())

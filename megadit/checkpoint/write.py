@@ -183,12 +183,12 @@ def set_latest(run_dir: Path, checkpoint: Path) -> None:
 def _drop_old(newest: Path, keep_last: int, keep_every: int | None) -> None:
     """Keep ``newest``, those just before it and the multiples; what lies beyond it is of a course that was left."""
     present = step_folders(newest.parent)
-    upto = [path for path in present if step_of(path) <= step_of(newest)]
-    kept = set(upto[-keep_last:])
+    up_to = [path for path in present if step_of(path) <= step_of(newest)]
+    keep = set(up_to[-keep_last:])
     if keep_every is not None:
-        kept |= {path for path in upto if step_of(path) % keep_every == 0}
+        keep |= {path for path in up_to if step_of(path) % keep_every == 0}
     for path in present:
-        if path not in kept:
+        if path not in keep:
             # Its index goes first: a removal that is cut short must not look like a checkpoint.
             (path / INDEX).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)

@@ -47,24 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.checkpoint.format import BrokenCheckpoint
 
     try:
-        found = inspect.open_for_people(args.checkpoint)
-        stored = found.stored
-        told: dict[str, Any] = {"summary": inspect.summary(stored, args.norms)}
+        opened = inspect.open_for_inspection(args.checkpoint)
+        stored = opened.stored
+        report: dict[str, Any] = {"summary": inspect.summary(stored, args.norms)}
     except BrokenCheckpoint as error:
         if not args.verify:
             raise
         print(json.dumps({"problems": [str(error)]}) if args.json else error)
         return EXIT_VERDICT_NO
-    lines = [inspect.describe_summary(told["summary"])]
+    lines = [inspect.describe_summary(report["summary"])]
     code = EXIT_OK
     if args.verify:
-        told["problems"] = [*found.problems, *inspect.verify(stored)]
-        what = "sizes only: format 1 has no checksums" if stored.index.version == 1 else "all checksums agree"
-        lines += told["problems"] or [f"verified: {what}"]
-        code = EXIT_VERDICT_NO if told["problems"] else code
+        report["problems"] = [*opened.problems, *inspect.verify(stored)]
+        checked = "sizes only: format 1 has no checksums" if stored.index.version == 1 else "all checksums agree"
+        lines += report["problems"] or [f"verified: {checked}"]
+        code = EXIT_VERDICT_NO if report["problems"] else code
     if args.diff:
-        told["diff"] = inspect.compare(stored, inspect.open_for_people(args.diff).stored)
-        lines += ["", inspect.describe_comparison(told["diff"])]
-        code = code if told["diff"]["same"] else EXIT_VERDICT_NO
-    print(json.dumps(told) if args.json else "\n".join(lines))
+        report["diff"] = inspect.compare(stored, inspect.open_for_inspection(args.diff).stored)
+        lines += ["", inspect.describe_comparison(report["diff"])]
+        code = code if report["diff"]["same"] else EXIT_VERDICT_NO
+    print(json.dumps(report) if args.json else "\n".join(lines))
     return code

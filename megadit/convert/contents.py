@@ -31,14 +31,15 @@ Part = tuple[int, Tensor]  # first element in the flattened parameter, and 1-D v
 class Contents:
     """An opened checkpoint. ``read(kind, name)`` gives the parts of a parameter, deferred where that spares memory.
 
-    ``what`` describes it to people. ``groups`` is the table of another program's optimizer groups, to be told and
-    never used. ``adam_step`` counts the updates behind the moments. ``config`` is None where the format has none;
-    ``model`` is then what the weights themselves say, if they say it, and ``known`` what else the source tells, by
-    section. ``extras`` are buffers of the model by name, such as PixArt's null caption; ``classes`` names by label.
+    ``description`` is what messages call it. ``groups`` is the table of another program's optimizer groups, which is
+    reported and never used. ``adam_step`` counts the updates behind the moments. ``config`` is None where the format
+    has none; ``model`` is then what the weights themselves say, if they say it, and ``known`` what else the source
+    tells, by section. ``extras`` are buffers of the model by name, such as PixArt's null caption; ``classes`` are names
+    by label.
     ``difference`` is how far the model here is from the class in diffusers that it was read from.
     """
 
-    what: str
+    description: str
     shapes: Mapping[str, tuple[int, ...]]
     kinds: tuple[str, ...]
     read: Callable[[str, str], Sequence[Part]]
@@ -55,13 +56,13 @@ class Contents:
     difference: Difference | None = None
 
     @classmethod
-    def of_weights(cls, what: str, state: Mapping[str, Tensor], **rest: Any) -> Contents:
+    def of_weights(cls, description: str, state: Mapping[str, Tensor], **fields: Any) -> Contents:
         """Contents of weights alone, which are there by name, deferred or in memory."""
 
         def read(kind: str, name: str) -> list[Part]:
             return [(0, state[name].reshape(-1))]
 
-        return cls(what, {name: tuple(value.shape) for name, value in state.items()}, (WEIGHTS,), read, **rest)
+        return cls(description, {name: tuple(value.shape) for name, value in state.items()}, (WEIGHTS,), read, **fields)
 
     @property
     def has_moments(self) -> bool:
@@ -69,7 +70,7 @@ class Contents:
         return set(MOMENTS) <= set(self.kinds)
 
     @property
-    def moments_left(self) -> list[str]:
+    def weights_only_notes(self) -> list[str]:
         """What a writer of weights alone says."""
         return ["weights only: this format holds no optimizer state"] if self.has_moments else []
 
@@ -92,12 +93,12 @@ class Contents:
             end += values.numel()
         if end != total or sum(values.numel() for _, values in parts) != total:
             raise UserError(
-                f"{self.what}: its {kind} of '{name}' are not the {total} elements of {list(self.shapes[name])}; "
-                "copy the whole checkpoint, or use an earlier one"
+                f"{self.description}: its {kind} of '{name}' are not the {total} elements of "
+                f"{list(self.shapes[name])}; copy the whole checkpoint, or use an earlier one"
             )
         return parts
 
-    def whole(self, kind: str, name: str) -> Tensor:
+    def tensor(self, kind: str, name: str) -> Tensor:
         """A parameter's values in its shape, float32, in memory; not to be changed."""
         parts = [loaded(values).detach().to(torch.float32) for _, values in self.parts(kind, name)]
         if not parts:  # of a parameter without elements
@@ -105,8 +106,8 @@ class Contents:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.shapes[name])
 
     def deferred(self, kind: str, name: str) -> Tensor:
-        """``whole``, read when it is needed."""
-        return deferred(self.shapes[name], torch.float32, lambda: self.whole(kind, name))
+        """``tensor``, read when it is needed."""
+        return deferred(self.shapes[name], torch.float32, lambda: self.tensor(kind, name))
 
 
 def group_facts(groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -153,22 +154,22 @@ class ValueCheck:
         Raises:
             UserError: there are such values, and they are not allowed.
         """
-        found = str(self._tally)
-        if not found:
+        counts = str(self._tally)
+        if not counts:
             return []
         if allowed:
-            return [f"{found}; they are written as they are, or as infinity where float32 ends"]
+            return [f"{counts}; they are written as they are, or as infinity where float32 ends"]
         raise UserError(
-            f"IN: {found}; what is computed with them is NaN, so nothing is converted: use an earlier checkpoint, or "
+            f"IN: {counts}; what is computed with them is NaN, so nothing is converted: use an earlier checkpoint, or "
             "convert them as they are with --allow-nonfinite"
         )
 
     def _watched(self, name: str, values: Tensor, start: int) -> Tensor:
         def load() -> Tensor:
-            found: Tensor = loaded(values)
+            value: Tensor = loaded(values)
             if (name, start) not in self._seen:  # which is read again where it is cut, or compared with diffusers
                 self._seen.add((name, start))
-                self._tally.add(name, found)
-            return found.contiguous()
+                self._tally.add(name, value)
+            return value.contiguous()
 
         return deferred(values.shape, values.dtype, load)

@@ -26,7 +26,7 @@ from megadit.convert.defaults import check_same_model, default_run
 from megadit.convert.diffusers.difference import Difference
 from megadit.convert.diffusers.folder import read_diffusers, write_diffusers
 from megadit.convert.official import read_official, write_official
-from megadit.convert.request import OWN, Request, check_request, fresh
+from megadit.convert.request import MEGADIT, Request, check_request, new_target
 from megadit.convert.run_checkpoints import read_run, write_run
 from megadit.convert.state_dicts import (
     read_fp32_state_dict,
@@ -42,7 +42,7 @@ _Read = Callable[[Path, Request, ValueCheck], Contents]
 _Write = Callable[[Contents, Path, Request, ValueCheck], tuple[list[str], Difference | None]]
 
 
-def _of_training(read: Callable[[Path], Contents]) -> _Read:
+def _reader(read: Callable[[Path], Contents]) -> _Read:
     return lambda path, request, check: check.watched_contents(read(path))
 
 
@@ -50,21 +50,21 @@ def _writer(write: Callable[[Contents, Path], list[str]]) -> _Write:
     return lambda contents, target, request, check: (write(contents, target), None)
 
 
-_WITH_CONFIG = (OWN, "safetensors")  # formats that hold a run's configuration
+_WITH_CONFIG = (MEGADIT, "safetensors")  # formats that hold a run's configuration
 _FORMATS: Mapping[str, tuple[_Read, _Write]] = {
-    OWN: (
+    MEGADIT: (
         lambda path, request, check: check.watched_contents(read_run(path, request.ema)),
         _writer(write_run),
     ),
     "safetensors": (read_safetensors, _writer(write_safetensors)),
     "fp32-state-dict": (read_fp32_state_dict, _writer(write_fp32_state_dict)),
-    "deepspeed": (_of_training(read_native), _writer(write_plain)),
-    "deepspeed-universal": (_of_training(read_universal), _writer(write_universal)),
+    "deepspeed": (_reader(read_native), _writer(write_plain)),
+    "deepspeed-universal": (_reader(read_universal), _writer(write_universal)),
     DIFFUSERS: (read_diffusers, write_diffusers),
 }
 
 
-def of_format(name: str) -> tuple[_Read, _Write]:
+def reader_and_writer(name: str) -> tuple[_Read, _Write]:
     """What reads and what writes the format ``name``, one of ``megadit.convert.formats()``."""
     if name in _FORMATS:
         return _FORMATS[name]
@@ -121,30 +121,30 @@ def convert(
     request = Request(config, ema, hints or {}, tuple(overrides), allow_inexact, allow_nonfinite)
     check = ValueCheck()
     check_request(source_format, target_format, source, target, request)
-    (read, _), (_, write) = of_format(source_format), of_format(target_format)
+    (read, _), (_, write) = reader_and_writer(source_format), reader_and_writer(target_format)
     contents = _with_config(read(source, request, check), request, target_format)
-    with fresh(target) as temporary:
+    with new_target(target) as temporary:
         notes, difference = write(contents, temporary, request, check)
-        values_told = check.notes(allow_nonfinite)  # all have been read, and OUT has no name yet
+        value_notes = check.notes(allow_nonfinite)  # all have been read, and OUT has no name yet
     return ConversionResult(
-        contents.what,
+        contents.description,
         str(target),
         len(contents.shapes),
         sum(math.prod(shape) for shape in contents.shapes.values()),
         contents.kinds,
         contents.position.step,
-        (*contents.notes, *_types_told(contents), *notes, *values_told),
+        (*contents.notes, *_dtype_notes(contents), *notes, *value_notes),
         difference or contents.difference,
     )
 
 
-def _types_told(contents: Contents) -> list[str]:
+def _dtype_notes(contents: Contents) -> list[str]:
     """Of which types the weights were, where one is not float32."""
     types = {values.dtype for name in contents.shapes for _, values in contents.read(WEIGHTS, name)}
     if types <= {torch.float32}:
         return []
-    told = ", ".join(sorted(str(each).removeprefix("torch.") for each in types))
-    return [f"the source holds weights as {told}; they are float32 from here on"]
+    names = ", ".join(sorted(str(each).removeprefix("torch.") for each in types))
+    return [f"the source holds weights as {names}; they are float32 from here on"]
 
 
 def _with_config(contents: Contents, request: Request, target_format: str) -> Contents:
@@ -154,15 +154,15 @@ def _with_config(contents: Contents, request: Request, target_format: str) -> Co
         if contents.model is None or (target_format not in _WITH_CONFIG and not request.overrides):
             return contents
         made = default_run(contents.model, request.overrides, contents.known)
-        check_same_model(made.model, contents.model, contents.what)
+        check_same_model(made.model, contents.model, contents.description)
         notes = [*contents.notes]
-        if target_format == OWN:
+        if target_format == MEGADIT:
             notes += conversion_of(made.model.family).notes
             notes.append("the model's configuration is that of the weights, the rest are defaults: see OUT/config.yaml")
         return replace(contents, config=made, notes=tuple(notes))
     if contents.model is not None:
-        check_same_model(config.model, contents.model, contents.what)
+        check_same_model(config.model, contents.model, contents.description)
     problem = shape_problem(contents.shapes, shapes_of(config))
     if problem:
-        raise UserError(f"{contents.what}: {problem}; give the --config of the run that trained these weights")
+        raise UserError(f"{contents.description}: {problem}; give the --config of the run that trained these weights")
     return replace(contents, config=config, model=config.model if contents.model is not None else None)

@@ -47,23 +47,23 @@ def default_run(
     return load_layers([*layers, override_layer(overrides)])
 
 
-def check_same_model(given: ModelConfig, found: ModelConfig, what: str) -> None:
+def check_same_model(config: ModelConfig, model: ModelConfig, description: str) -> None:
     """Refuse a ``--config`` of another model than the one in the file ``what``.
 
     Raises:
         UserError: naming the first keys that differ, with both values.
     """
-    there, here = _told(found), _told(given)
-    keys = [key for key in there if there[key] != here[key]]
-    pairs = [(f"model.{key}", there[key], here[key]) for key in keys]
-    if found.num_heads != given.num_heads:
-        pairs.append(("model.heads", found.num_heads, given.num_heads))
-    if given.repa is not None:
+    stored, configured = _keys_of_weights(model), _keys_of_weights(config)
+    keys = [key for key in stored if stored[key] != configured[key]]
+    pairs = [(f"model.{key}", stored[key], configured[key]) for key in keys]
+    if model.num_heads != config.num_heads:
+        pairs.append(("model.heads", model.num_heads, config.num_heads))
+    if config.repa is not None:
         pairs.append(("model.repa", "none", "a projector"))
     pairs += [
-        (f"model.role_hps.{role}.mult", 1.0, getattr(given.role_hps, role).mult)
-        for role in type(given.role_hps).model_fields
-        if getattr(given.role_hps, role).mult != 1.0
+        (f"model.role_hps.{role}.mult", 1.0, getattr(config.role_hps, role).mult)
+        for role in type(config.role_hps).model_fields
+        if getattr(config.role_hps, role).mult != 1.0
     ]
     if not pairs:
         return
@@ -72,10 +72,10 @@ def check_same_model(given: ModelConfig, found: ModelConfig, what: str) -> None:
     remedy = "make --config agree"
     if any(key == "model.parametrization" for key, _, _ in pairs):
         remedy += ", or say with --hint parametrization=mup that the readout's multiplier is not in the weights"
-    raise UserError(f"{what}: is of another model: {shown}{more}; {remedy}")
+    raise UserError(f"{description}: is of another model: {shown}{more}; {remedy}")
 
 
-def _told(model: ModelConfig) -> dict[str, Any]:
+def _keys_of_weights(model: ModelConfig) -> dict[str, Any]:
     """The keys of a model that its weights decide."""
     keys = {key: value for key, value in model.model_dump(mode="json").items() if key not in _FREE}
     if keys["text"] is not None:

@@ -41,16 +41,16 @@ class DeferredTensor(Tensor):
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Note the operation, with the shapes that torch gives its results; do it at once if it gives no tensors."""
-        given = (tuple(args), dict(kwargs or {}))
+        operands = (tuple(args), dict(kwargs or {}))
 
         def run() -> Any:
-            values, options = tree_map(loaded, given)
+            values, options = tree_map(loaded, operands)
             return function(*values, **options)
 
         returned = [str(each.type) for each in function._schema.returns]
         if function._schema.is_mutable or not all(kind in ("Tensor", "List[Tensor]") for kind in returned):
             return run()
-        shapes, options = tree_map(_as_meta, given)
+        shapes, options = tree_map(_as_meta, operands)
         if "device" in options:
             options["device"] = torch.device("meta")
         metas = function(*shapes, **options)

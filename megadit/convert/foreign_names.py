@@ -70,19 +70,19 @@ UNNAMED = "shadow_params"  # the averages of torch_ema and of diffusers' EMAMode
 
 def refuse_kinds(names: Collection[str], where: str) -> None:
     """Raise UserError where some of ``names`` say that the weights are not those of a whole model in floats."""
-    for pattern, what, remedy in _BY_NAME:
+    for pattern, kind, remedy in _BY_NAME:
         name = next(filter(pattern.search, names), None)
         if name is not None:
-            raise UserError(f"{where} {what} ('{name}'); {remedy}")
+            raise UserError(f"{where} {kind} ('{name}'); {remedy}")
 
 
 def refuse_other_models(names: Collection[str], where: str) -> None:
     """Raise UserError where most names are those of a model that is known and is none of the families here."""
     refuse_kinds(names, where)
-    for pattern, what, remedy in _OTHER_MODELS:
+    for pattern, kind, remedy in _OTHER_MODELS:
         name = next(filter(pattern.search, names), None)
         if name is not None:
-            raise UserError(f"{where} {what} ('{name}'); {remedy}")
+            raise UserError(f"{where} {kind} ('{name}'); {remedy}")
 
 
 def refuse_files(values: Any, where: str) -> None:
@@ -109,8 +109,8 @@ def origin_notes(values: Any) -> list[str]:
             "the files beside it, and --from deepspeed reads the folder"
         ]
     args = values.get("args") if isinstance(values, Mapping) else None
-    given = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
-    path = given.get("path_type")
+    arguments = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+    path = arguments.get("path_type")
     if not isinstance(path, str):
         return []
     return [

@@ -11,12 +11,12 @@ from torch import Tensor
 from megadit.checkpoint.format import WEIGHTS
 from megadit.config.schema.model import ModelConfig
 from megadit.convert.contents import Contents, ValueCheck
-from megadit.convert.dispatch import from_official, to_official
+from megadit.convert.family_adapters import from_official, to_official
 from megadit.convert.request import Request
 from megadit.convert.state_dicts import is_sharded, joined_weights, load_tensors, write_one
 from megadit.convert.torch_files.safe_load import load_deferred
 from megadit.convert.torch_files.write import save_streaming
-from megadit.convert.wrappings import weights_file, weights_of
+from megadit.convert.weight_sets import weights_file, weights_of
 from megadit.errors import UserError
 from megadit.models.conversion import conversion_of
 from megadit.models.conversion.key_maps import model_shapes, readout_mult
@@ -32,8 +32,8 @@ def read_official(family: str, path: Path, request: Request, check: ValueCheck) 
         UserError: a file is broken, holds more than data, or is not this family's.
     """
     state, notes = _weights(path, request, family)
-    model, own = from_official(family, check.watched(state), **_with_config(family, request))
-    return contents_of(f"official {family} checkpoint '{path}'", model, own, notes=tuple(notes))
+    model, weights = from_official(family, check.watched(state), **_with_config(family, request))
+    return contents_of(f"official {family} checkpoint '{path}'", model, weights, notes=tuple(notes))
 
 
 def write_official(family: str, contents: Contents, target: Path) -> list[str]:
@@ -51,21 +51,23 @@ def write_official(family: str, contents: Contents, target: Path) -> list[str]:
             f"--to: official-{family} is asked for, but the model is of family {model.family}; give the format of "
             "its own family"
         )
-    official = to_official(model, whole_state(contents))
+    official = to_official(model, weights_and_buffers(contents))
     official = {name: value.float().contiguous() for name, value in official.items()}
     if target.name.endswith(".safetensors"):
         write_one(target, official)
     else:
         key = conversion_of(family).weights_key
         save_streaming(official if key is None else {key: official}, target)
-    return contents.moments_left + folded_notes(model)
+    return contents.weights_only_notes + folded_notes(model)
 
 
-def contents_of(what: str, model: ModelConfig, state: Mapping[str, Tensor], **rest: Any) -> Contents:
+def contents_of(description: str, model: ModelConfig, state: Mapping[str, Tensor], **fields: Any) -> Contents:
     """Contents of a model whose parameters and buffers are there by name, deferred or in memory."""
     shapes = model_shapes(model)
     extras = {name: value.float() for name, value in state.items() if name not in shapes}
-    return Contents.of_weights(what, {name: state[name] for name in shapes}, model=model, extras=extras, **rest)
+    return Contents.of_weights(
+        description, {name: state[name] for name in shapes}, model=model, extras=extras, **fields
+    )
 
 
 def model_of(contents: Contents) -> ModelConfig:
@@ -74,10 +76,10 @@ def model_of(contents: Contents) -> ModelConfig:
         return contents.model
     if contents.config is not None:
         return contents.config.model
-    raise UserError(f"--config: is needed, since {contents.what} does not say of which model its weights are")
+    raise UserError(f"--config: is needed, since {contents.description} does not say of which model its weights are")
 
 
-def whole_state(contents: Contents) -> dict[str, Tensor]:
+def weights_and_buffers(contents: Contents) -> dict[str, Tensor]:
     """All weights in float32, each read when it is needed, and the buffers that the source holds."""
     return {name: contents.deferred(WEIGHTS, name) for name in contents.shapes} | dict(contents.extras)
 
@@ -113,13 +115,13 @@ def _with_config(family: str, request: Request) -> dict[str, Any]:
 def _weights(path: Path, request: Request, family: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by name, out of their wrapping and without prefixes, and what people should know of that."""
     values: Any
-    told: list[str]
-    choice, told = request.ema, []
+    file_notes: list[str]
+    choice, file_notes = request.ema, []
     if is_sharded(path):
-        values, told = joined_weights(path)
+        values, file_notes = joined_weights(path)
     else:
         if path.is_dir():
-            path, told, choice = weights_file(path, choice)
+            path, file_notes, choice = weights_file(path, choice)
         values = load_tensors(path) if path.name.endswith(".safetensors") else load_deferred(path)
     state, notes = weights_of(values, f"'{path}'", choice, family)
-    return state, told + notes
+    return state, file_notes + notes

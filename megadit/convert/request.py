@@ -13,7 +13,7 @@ from megadit.config import RunConfig
 from megadit.errors import UserError
 from megadit.files.ownership import acquire_folder
 
-OWN = "megadit"
+MEGADIT = "megadit"
 _NAMED = ("safetensors", "fp32-state-dict")  # formats that may hold averages under names of their own
 
 
@@ -37,35 +37,35 @@ class Request:
 def check_request(source_format: str, target_format: str, source: Path, target: Path, request: Request) -> None:
     """Refuse, before anything is read, what does not go together, or is not there. Raises UserError."""
     official = source_format.startswith("official-")
-    if source_format == target_format == OWN:
+    if source_format == target_format == MEGADIT:
         raise UserError("--to: megadit is what IN is already; copy it, or start from its weights with train.init_from")
-    if request.ema is not None and source_format not in (OWN, *_NAMED) and not official:
+    if request.ema is not None and source_format not in (MEGADIT, *_NAMED) and not official:
         raise UserError(f"--ema: {request.ema} is asked for, but {source_format} holds no averages; leave it out")
     if request.hints and not official:
         hint = next(iter(request.hints))
         raise UserError(f"--hint {hint}: is for official checkpoints, and --from is {source_format}; leave it out")
     if not source.exists():
         raise UserError(f"IN: '{source}' does not exist; give the folder or file to convert")
-    check_free(target)
+    check_target_is_free(target)
 
 
-def check_free(target: Path) -> None:
+def check_target_is_free(target: Path) -> None:
     """Raise UserError unless nothing, or an empty folder, is at ``target``."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"OUT: '{target}' exists already; choose another name, or take it away first")
 
 
 @contextmanager
-def fresh(target: Path) -> Iterator[Path]:
+def new_target(target: Path) -> Iterator[Path]:
     """A name beside ``target`` to write to, which becomes ``target`` when all went well and vanishes otherwise.
 
     Raises:
         UserError: ``target`` holds something already, cannot be written, or another process is writing it.
     """
-    check_free(target)
+    check_target_is_free(target)
     temporary = target.with_name(f".tmp-{target.name}")  # a writer goes by the ending
     with acquire_folder(target.parent, "converting", "OUT", name=target.name) as ownership:
-        check_free(target)  # which another process may just have written
+        check_target_is_free(target)  # which another process may just have written
         try:
             _remove(temporary)
             yield temporary

@@ -39,10 +39,10 @@ def read_run(path: Path, ema: str | None = None) -> Contents:
     Raises:
         UserError: no checkpoint is there, it is broken, or it has no such average.
     """
-    found = open_checkpoint(path, str(path), "IN")
-    if found is None:
+    opened = open_checkpoint(path, str(path), "IN")
+    if opened is None:
         raise UserError(f"IN: '{path}' has no checkpoint yet; give a run that has one")
-    stored = found.stored
+    stored = opened.stored
     source = stored.kind_of(ema or ONLINE)
 
     def read(kind: str, name: str) -> Sequence[Part]:
@@ -124,8 +124,8 @@ class _Imported:
         values = parts.get(fragment.start)
         if values is None or values.numel() != fragment.stop - fragment.start:
             raise UserError(
-                f"{self._contents.what}: {kind} of '{fragment.name}' is not cut as its weights are; copy the whole "
-                "checkpoint, or use an earlier one"
+                f"{self._contents.description}: {kind} of '{fragment.name}' is not cut as its weights are; copy the "
+                "whole checkpoint, or use an earlier one"
             )
         return values
 

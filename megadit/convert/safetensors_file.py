@@ -101,12 +101,12 @@ class SafetensorsFile:
         position = 8 + length
         for name, entry in sorted(entries, key=lambda pair: (pair[1].first, pair[1].last)):
             if entry.first != position:
-                what = "overlaps the tensor before it" if entry.first < position else "leaves a gap before it"
-                raise self._broken(f"'{name}' {what}", name)
+                problem = "overlaps the tensor before it" if entry.first < position else "leaves a gap before it"
+                raise self._broken(f"'{name}' {problem}", name)
             position = entry.last
         if position != size:
-            what = "ends before" if position > size else "goes on after"
-            raise self._broken(f"the file of {size:,} bytes {what} its last tensor, which ends at {position:,}")
+            problem = "ends before" if position > size else "goes on after"
+            raise self._broken(f"the file of {size:,} bytes {problem} its last tensor, which ends at {position:,}")
         self._entries = dict(entries)
 
     def _entry(self, name: str, values: Any, data: int) -> _Entry:
@@ -153,9 +153,9 @@ class SafetensorsFile:
         return load
 
     def _broken(self, reason: str, tensor: str = "") -> UserError:
-        told = None if tensor else file_instead(self.path, "safetensors")
-        if told is not None:
-            return UserError(f"{self.path}: cannot be read as safetensors: {told}")
+        other = None if tensor else file_instead(self.path, "safetensors")
+        if other is not None:
+            return UserError(f"{self.path}: cannot be read as safetensors: {other}")
         return UserError(f"{self.path}: cannot be read as safetensors ({reason}); copy it again")
 
 

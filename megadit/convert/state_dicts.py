@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +23,16 @@ from megadit.config import RunConfig
 from megadit.config.family import families
 from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.deferred import deferred
+from megadit.convert.parameter_names import plain_weights, prefixes_of
 from megadit.convert.request import Request
 from megadit.convert.safetensors_file import SafetensorsFile
 from megadit.convert.torch_files.safe_load import load_deferred
 from megadit.convert.torch_files.write import save_streaming
-from megadit.convert.wrappings import labels_of, plain_weights
 from megadit.errors import UserError, say
 from megadit.files.file_kind import instead, kind_of_file
 from megadit.files.folder_kind import folder_instead
-from megadit.files.weight_files import WeightFiles, find_weights, joined
+from megadit.files.paths import safetensors_header
+from megadit.files.weight_files import WeightFiles, find_weights, join_shards
 from megadit.plugins import plugin_changes, plugin_records, require_imported
 
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
@@ -51,10 +51,10 @@ def read_safetensors(path: Path, request: Request, check: ValueCheck) -> Content
         UserError: none is there, it is broken, shards and their index do not agree, or which of two models is meant is
             not clear.
     """
-    found = find_weights(path, *_SAFE, _NAME_ONE)
-    contents = _contents(path, "safetensors", found, request, check)
-    assert found is not None  # else there would be no contents
-    return replace(contents, config=_config(found.files[0]))
+    files = find_weights(path, *_SAFE, _NAME_ONE)
+    contents = _contents(path, "safetensors", files, request, check)
+    assert files is not None  # else there would be no contents
+    return replace(contents, config=_config(files.files[0]))
 
 
 def read_fp32_state_dict(path: Path, request: Request, check: ValueCheck) -> Contents:
@@ -63,42 +63,42 @@ def read_fp32_state_dict(path: Path, request: Request, check: ValueCheck) -> Con
     Raises:
         UserError: as ``read_safetensors``, or it holds more than tensors by name.
     """
-    found = find_weights(path, *_TORCH, _NAME_ONE) or find_weights(path, *_SAFE, _NAME_ONE)
-    return _contents(path, "fp32 state dict", found, request, check)
+    files = find_weights(path, *_TORCH, _NAME_ONE) or find_weights(path, *_SAFE, _NAME_ONE)
+    return _contents(path, "fp32 state dict", files, request, check)
 
 
-def _contents(path: Path, kind: str, found: WeightFiles | None, request: Request, check: ValueCheck) -> Contents:
-    if found is None:
-        wanted = ("torch", "old-torch", "safetensors")  # under another ending
+def _contents(path: Path, kind: str, files: WeightFiles | None, request: Request, check: ValueCheck) -> Contents:
+    if files is None:
+        torch_kinds = ("torch", "old-torch", "safetensors")  # under another ending
         if path.is_dir():
             folder = folder_instead(path)
             other = None if folder is None else f"it {folder}"
         else:
-            other = instead(kind_of_file(path), *wanted)
+            other = instead(kind_of_file(path), *torch_kinds)
         remedy = "; give the file that holds the weights" if other is None else f": {other}"
         raise UserError(f"IN: '{path}' is no {kind} file and no folder of one{remedy}")
-    tensors, told = load_weights(found, check)
+    tensors, file_notes = load_weights(files, check)
     family = None if request.config is None else request.config.model.family
-    if request.ema is not None and not labels_of(tensors, family):
+    if request.ema is not None and not prefixes_of(tensors, family):
         raise UserError(f"--ema: {request.ema} is asked for, but {kind} holds no averages; leave it out")
     tensors, notes = plain_weights(tensors, f"{kind} '{path}'", request.ema, family)
-    notes = [*told, *notes]
+    notes = [*file_notes, *notes]
     others = [name for name, value in tensors.items() if not value.is_floating_point()]
     if others:
         notes.append(f"{len(others)} tensors of whole numbers were left out ({others[0]}, …)")
-    kept = {name: value for name, value in tensors.items() if value.is_floating_point()}
-    buffers = [spec.null_caption for spec in families() if spec.null_caption in kept]  # beside the parameters
-    extras = {name: kept.pop(name).float() for name in buffers}
-    return Contents.of_weights(f"{kind} '{path}'", kept, notes=tuple(notes), extras=extras)
+    weights = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    buffers = [spec.null_caption for spec in families() if spec.null_caption in weights]  # beside the parameters
+    extras = {name: weights.pop(name).float() for name in buffers}
+    return Contents.of_weights(f"{kind} '{path}'", weights, notes=tuple(notes), extras=extras)
 
 
-def load_weights(found: WeightFiles, check: ValueCheck) -> tuple[dict[str, Tensor], list[str]]:
+def load_weights(files: WeightFiles, check: ValueCheck) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a file or of shards by name, deferred and looked at by ``check``; and what people should know.
 
     Raises:
         UserError: a file cannot be read or holds something else, or shards and index do not agree.
     """
-    tensors, notes = joined(found, [(file, load_tensors(file)) for file in found.files])
+    tensors, notes = join_shards(files, [(file, load_tensors(file)) for file in files.files])
     return check.watched(tensors), notes
 
 
@@ -114,10 +114,10 @@ def joined_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises:
         UserError: a shard is missing or cannot be read, or shards and index do not agree.
     """
-    found = find_weights(path, *_SAFE, _NAME_ONE) or find_weights(path, *_TORCH, _NAME_ONE)
-    if found is None:
+    files = find_weights(path, *_SAFE, _NAME_ONE) or find_weights(path, *_TORCH, _NAME_ONE)
+    if files is None:
         raise UserError(f"IN: '{path}' holds an index and no weights of a known ending; copy the whole folder")
-    return joined(found, [(file, load_tensors(file)) for file in found.files])
+    return join_shards(files, [(file, load_tensors(file)) for file in files.files])
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -143,8 +143,8 @@ def _config(file: Path) -> RunConfig | None:
     """The configuration among a safetensors file's metadata, if it has one that is valid today."""
     text = SafetensorsFile(file).metadata.get(_CONFIG_KEY)
     try:
-        found = None if text is None else json.loads(text)
-        plugins = plugin_records(found.get("plugins", [])) if isinstance(found, dict) else []
+        config = None if text is None else json.loads(text)
+        plugins = plugin_records(config.get("plugins", [])) if isinstance(config, dict) else []
         require_imported(plugins, str(file))
         for change in plugin_changes(plugins):
             say(f"warning: {change}")
@@ -177,7 +177,7 @@ def write_fp32_state_dict(contents: Contents, target: Path) -> list[str]:
 
 def _write(contents: Contents, target: Path, ending: str, name: str, write: _Writer) -> list[str]:
     def get(name: str) -> Tensor:
-        return contents.extras[name] if name in contents.extras else contents.whole(WEIGHTS, name)
+        return contents.extras[name] if name in contents.extras else contents.tensor(WEIGHTS, name)
 
     shapes = {**contents.shapes, **{name: tuple(value.shape) for name, value in contents.extras.items()}}
     if target.name.endswith(ending):
@@ -185,7 +185,7 @@ def _write(contents: Contents, target: Path, ending: str, name: str, write: _Wri
     else:
         target.mkdir()
         _sharded_files(target, name, ending, shapes, get, SHARD_BYTES, write)
-    return contents.moments_left
+    return contents.weights_only_notes
 
 
 def _sharded_files(
@@ -228,16 +228,8 @@ def _stream(
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """A safetensors file of float32 tensors, one of which is in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    position = 0
-    for name, shape in shapes.items():
-        end = position + math.prod(shape) * _BYTES
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(shapes, metadata))
         for name in shapes:
             file.write(get(name).contiguous().view(-1).view(torch.uint8).numpy().data)
 

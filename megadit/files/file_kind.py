@@ -164,17 +164,17 @@ def kind_of_file(path: str | os.PathLike[str]) -> FileKind | None:
         return None
 
 
-def instead(kind: FileKind | None, *wanted: str) -> str | None:
+def instead(kind: FileKind | None, *expected: str) -> str | None:
     """ "it is a web page (HTML); fetch …", where ``kind`` is none of the ids ``wanted``; None if it is, or unknown."""
-    if kind is None or kind.id in wanted:
+    if kind is None or kind.id in expected:
         return None
     return f"it is {kind.name}; {kind.remedy}"
 
 
-def file_instead(path: str | os.PathLike[str], *wanted: str) -> str | None:
+def file_instead(path: str | os.PathLike[str], *expected: str) -> str | None:
     """``instead`` of the file at ``path``; where it is of a wanted kind but was cut off, that."""
     kind = kind_of_file(path)
-    other = instead(kind, *wanted)
+    other = instead(kind, *expected)
     if other is not None or kind is None:
         return other
     try:
@@ -184,10 +184,10 @@ def file_instead(path: str | os.PathLike[str], *wanted: str) -> str | None:
         return None
 
 
-def bytes_instead(data: bytes, *wanted: str) -> str | None:
+def bytes_instead(data: bytes, *expected: str) -> str | None:
     """``file_instead`` of a file whose bytes are ``data``."""
     kind = kind_of(data[:HEAD_BYTES], len(data))
-    other = instead(kind, *wanted)
+    other = instead(kind, *expected)
     return other if other is not None or kind is None else _cut_off(io.BytesIO(data), kind)
 
 
@@ -197,10 +197,10 @@ def other_among(paths: Iterable[Path]) -> str | None:
     Files that are not there, and those of other endings, are passed over.
     """
     for path in paths:
-        wanted = _BY_ENDING.get(path.suffix)
-        told = file_instead(path, *wanted) if wanted else None
-        if told is not None:
-            return f"'{path}' is not what its name says: {told}"
+        expected = _BY_ENDING.get(path.suffix)
+        other = file_instead(path, *expected) if expected else None
+        if other is not None:
+            return f"'{path}' is not what its name says: {other}"
     return None
 
 

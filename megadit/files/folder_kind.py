@@ -67,8 +67,8 @@ def run_instead(path: Path) -> str | None:
     """What lies at ``path`` where a run or a checkpoint of megadit is wanted, and what to do; None if not known."""
     kind = kind_of_file(path)
     if kind is not None and kind.id == "folder":
-        told = folder_instead(path) or _weights_told(path)
-        return None if told is None else f"it {told}"
+        folder_kind = folder_instead(path) or _weights_told(path)
+        return None if folder_kind is None else f"it {folder_kind}"
     if kind is not None and kind.id in _WEIGHTS:
         return f"it is {kind.name}; tools/convert_checkpoint.py makes a run of the weights of other programs"
     return instead(kind)
@@ -96,8 +96,8 @@ def snapshot_of(folder: Path) -> str | None:
             main = file.read(256).strip()
     except (OSError, ValueError):
         main = ""
-    meant = next((inner for inner in snapshots if inner.name == main), snapshots[-1])
-    return f"is a cache of the Hugging Face hub; give its snapshot '{meant}'"
+    snapshot = next((inner for inner in snapshots if inner.name == main), snapshots[-1])
+    return f"is a cache of the Hugging Face hub; give its snapshot '{snapshot}'"
 
 
 def broken_link(path: Path) -> str | None:

@@ -154,9 +154,9 @@ class Fields:
             raise self.refused(key, value, "keys and values")
         return Fields(value, f"{self.where}, {key}")
 
-    def refused(self, key: str, value: Any, wanted: str) -> UserError:
+    def refused(self, key: str, value: Any, expected: str) -> UserError:
         """The sentence for a value that is not ``wanted``."""
-        return UserError(f"{self.where} has {_printable(key)} {shown(value)}, which must be {wanted}; {_AGAIN}")
+        return UserError(f"{self.where} has {_printable(key)} {shown(value)}, which must be {expected}; {_AGAIN}")
 
     def _value(self, key: str, default: Any, null: bool) -> Any:
         self._read.add(key)

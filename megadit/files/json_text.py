@@ -73,31 +73,31 @@ def _refuse_deep(text: str) -> None:
     if text.count("[") + text.count("{") <= _DEEPEST:
         return
     depth = 0
-    for found in _BRACKETS.finditer(text):
-        sign = found[0]
+    for match in _BRACKETS.finditer(text):
+        sign = match[0]
         if sign in "[{":
             depth += 1
             if depth > _DEEPEST:
-                line = text.count("\n", 0, found.start()) + 1
+                line = text.count("\n", 0, match.start()) + 1
                 raise JsonError(f"is nested too deeply: more than {_DEEPEST} levels (line {line})")
         elif sign in "]}":
             depth -= 1
 
 
 def _phrase(error: json.JSONDecodeError) -> str:
-    text, place = error.doc, error.pos
-    rest = text[place:]
+    text, position = error.doc, error.pos
+    remainder = text[position:]
     where = f"(line {error.lineno})"
-    before = text[:place].rstrip()
+    before = text[:position].rstrip()
     # Python 3.13 points at the comma, earlier ones at what follows it.
-    closing = rest[_SPACE.match(rest, 1).end() :][:1] if rest[:1] == "," else rest[:1]  # type: ignore[union-attr]
-    if closing in ("}", "]") and (rest[:1] == "," or before.endswith(",")):
+    closing = remainder[_SPACE.match(remainder, 1).end() :][:1] if remainder[:1] == "," else remainder[:1]  # type: ignore[union-attr]
+    if closing in ("}", "]") and (remainder[:1] == "," or before.endswith(",")):
         return f"has a comma before the closing {closing}; take the comma out {where}"
-    if rest.lstrip().startswith(_COMMENT):
+    if remainder.lstrip().startswith(_COMMENT):
         return f"has a comment, which JSON does not know; take it out {where}"
-    if rest[:1] == "'":
+    if remainder[:1] == "'":
         return f'has a text in single quotes; write "…" {where}'
-    word = re.match(r"[^\W\d]\w*", rest)
+    word = re.match(r"[^\W\d]\w*", remainder)
     if word:
         near = {"True": "true", "False": "false", "None": "null"}.get(word[0])
         return f"has the word {word[0]} without quotes; write {near or json.dumps(word[0])} {where}"

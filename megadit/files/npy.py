@@ -32,9 +32,11 @@ def read_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np
     shape, fortran_order, dtype = _READERS[version](stream)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects, which could run anything when loaded")
-    promised, there = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    if promised != there:
-        raise ValueError(f"it holds {there:,} bytes where its header, {dtype} of shape {shape}, promises {promised:,}")
+    promised, present = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if promised != present:
+        raise ValueError(
+            f"it holds {present:,} bytes where its header, {dtype} of shape {shape}, promises {promised:,}"
+        )
     return shape, fortran_order, dtype
 
 

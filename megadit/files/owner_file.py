@@ -1,6 +1,7 @@
-"""``owner.json``: who owns a folder, and the acts on that file which only one process can do, whoever else tries.
+"""``owner.json``: who owns a folder, and the operations on it that only one process can do, whoever else tries.
 
-No lock of the kernel is behind them: they are links and renames, which network file systems do in one act too.
+No lock of the kernel (``flock``, as filelock takes) is behind them: they are links and renames, which network file
+systems do in one act too, and by which processes of earlier versions are kept out.
 
 A process is named by host, kernel start, process-id namespace, process id and the process's start time, so that a
 number that the system has given to another process is not taken for it.
@@ -73,8 +74,8 @@ class Owner:
         try:
             values = json.loads(text)
             fields = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(cls) if field.name in values}
-            whole = all(isinstance(values[name], kind) for name, kind in fields.items())
-            return cls(**{name: values[name] for name in fields}) if whole else None
+            well_typed = all(isinstance(values[name], kind) for name, kind in fields.items())
+            return cls(**{name: values[name] for name in fields}) if well_typed else None
         except (ValueError, TypeError, RecursionError):
             return None
 
@@ -94,8 +95,8 @@ class Owner:
 
     def is_here(self) -> bool:
         """Whether it is the calling process."""
-        own = (view_of_processes(), os.getpid(), start_of(os.getpid()) or "")
-        return (self.view, self.pid, self.process_start) == own
+        this_process = (view_of_processes(), os.getpid(), start_of(os.getpid()) or "")
+        return (self.view, self.pid, self.process_start) == this_process
 
     def was_requeued_as(self, later: Owner) -> bool:
         """Whether ``later`` is a later start of the same Slurm job."""
@@ -104,7 +105,7 @@ class Owner:
 
 
 class OwnerFile:
-    """The acts on one lock file; each is done by one process only, whoever else tries it."""
+    """The operations on one lock file; each is done by one process only, whoever else tries it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,8 +147,8 @@ class OwnerFile:
             return
         aside = self._beside(owner)
         os.rename(self.path, aside)
-        found = Owner.parse(aside.read_text(encoding="utf-8", errors="replace"))
-        if found is not None and found.token != owner.token:
+        owner_there = Owner.parse(aside.read_text(encoding="utf-8", errors="replace"))
+        if owner_there is not None and owner_there.token != owner.token:
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self.path)
         aside.unlink()
@@ -156,8 +157,8 @@ class OwnerFile:
         """Set the counter, in the owner's own file only; False where the file is another's."""
         text = owner.text()
         with open(self.path, "rb+", buffering=0) as file:
-            found = Owner.parse(file.read(4 * len(text.encode())).decode("utf-8", errors="replace"))
-            if found is None or found.token != owner.token:
+            owner_there = Owner.parse(file.read(4 * len(text.encode())).decode("utf-8", errors="replace"))
+            if owner_there is None or owner_there.token != owner.token:
                 return False
             file.seek(len(text.encode()) - len(f"{0:12d}\n}}\n"))
             file.write(f"{beat:12d}".encode())
@@ -165,8 +166,8 @@ class OwnerFile:
         return True
 
     def _is_of(self, owner: Owner) -> bool:
-        found = Owner.parse(self.read() or "")
-        return found is not None and found.token == owner.token
+        owner_there = Owner.parse(self.read() or "")
+        return owner_there is not None and owner_there.token == owner.token
 
     def _beside(self, owner: Owner) -> Path:
         return self.path.with_name(f".{self.path.name}.{owner.token}-{secrets.token_hex(4)}")
@@ -205,6 +206,7 @@ def view_of_processes() -> str:
 
 def start_of(pid: int) -> str | None:
     """A mark of when the process started; None when there is none, or only its exit status waits to be read."""
+    # Not psutil's seconds where /proc is: owner files of running and of earlier versions hold its clock ticks.
     if Path("/proc/self/stat").is_file():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -222,9 +224,9 @@ def start_of(pid: int) -> str | None:
 
 def state_of(pid: int, started: str) -> Literal["running", "gone", "unknown"]:
     """Whether the process of this view with that number and start lives; unknown where the system hides it."""
-    found = start_of(pid)
-    if found is not None:
-        return "running" if found == started else "gone"
+    start = start_of(pid)
+    if start is not None:
+        return "running" if start == started else "gone"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

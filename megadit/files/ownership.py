@@ -7,8 +7,8 @@ can make, and a thread of the owner advances a counter in it. Whether another ow
 - by its process, within one kernel start and one process-id namespace;
 - else by the counter: one that stands still for a while, by the reader's own clock, belongs to an owner that is gone.
 
-Clocks of different hosts are never compared. A taker replaces the file in one act, so that an owner that was only
-stopped finds another's token there, and must write nothing more (``Ownership.check``).
+Clocks of different hosts are never compared. A process that takes over replaces the file in one act, so that an owner
+that was only stopped finds another's token there, and must write nothing more (``Ownership.check``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT = "MEGADIT_OWNER_TIMEOUT_S"  # environment variable: how long a silent o
 _TIMEOUT_S = 60.0
 _MISSED_BEATS = 3  # at least so many, however short the time-out
 _LONGEST_S = 600.0  # that an owner's own interval can ask for
-_LOOK_S = 0.1
+_POLL_S = 0.1
 _MOST_VANISHED = 50  # a file that one cannot make and cannot read so often is a dangling link, or another such thing
 
 
@@ -45,7 +45,7 @@ class OwnershipLost(UserError):
 
 
 class OwnershipRequest:
-    """The way to owning ``folder``, which is made; ``attempt`` is called until it gives the ``Ownership``.
+    """A request for the lock of ``folder``, which is made; ``try_acquire`` is called until it gives the ``Ownership``.
 
     purpose: what is done there, in a word or two.  key: the option that names the folder.  remedy: what else to do
     than to wait, where another owns it.  beat_s: between two advances of the owner's counter; 0: none.  name: of one
@@ -63,15 +63,15 @@ class OwnershipRequest:
         name: str = "",
     ) -> None:
         self.folder, self.key = folder, key
-        self._shown = folder / name
+        self._display = folder / name
         self._purpose, self.beat_s = purpose, beat_s
         self._remedy = remedy or f"wait for it, end it, or choose another {key}"
         self._timeout_s = _timeout_s()
-        self._made: list[Path] = []
+        self._created: list[Path] = []
         self._file = OwnerFile(folder / (f".{name}.{FILE}" if name else FILE))
-        self._me: Owner | None = None
-        self._seen, self._seen_since = "", 0.0
-        self._told = False
+        self._owner: Owner | None = None
+        self._watched_text, self._watched_since = "", 0.0
+        self._announced = False
 
     def try_acquire(self, patience_s: float = math.inf) -> Ownership | None:
         """Own the folder; None where a silent owner must be watched for longer than ``patience_s``.
@@ -82,21 +82,21 @@ class OwnershipRequest:
         """
         deadline = time.monotonic() + patience_s
         try:
-            me, vanished = self._begin(), 0
+            own_record, vanished = self._begin(), 0
             while True:
                 text = self._file.read()
                 if text is None:
-                    if self._file.create(me):
-                        return Ownership(self, me, self._file, self._made)
+                    if self._file.create(own_record):
+                        return Ownership(self, own_record, self._file, self._created)
                     vanished += 1
                     if vanished > _MOST_VANISHED:
                         raise OSError(errno.EEXIST, f"{FILE} is there and cannot be read")
-                elif (reason := self._why_gone(text, me)) is not None:
-                    if self._take_over(text, me):
-                        return self._taken(text, me, reason)
+                elif (reason := self._why_gone(text, own_record)) is not None:
+                    if self._take_over(text, own_record):
+                        return self._taken(text, own_record, reason)
                 elif time.monotonic() >= deadline:
                     return None
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         except OSError as error:
             self.abandon()
             reason = error.strerror or str(error)
@@ -112,37 +112,35 @@ class OwnershipRequest:
         with contextlib.suppress(OSError):
             text = self._file.read()
             if text is not None:
-                self._told = True
+                self._announced = True
                 self._why_gone(text, Owner.here(self.folder, self._purpose, self.beat_s))
 
     def abandon(self) -> None:
         """Remove the folders that were made for it and are empty."""
-        for path in reversed(self._made):
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        self._made.clear()
+        _remove_empty(self._created)
+        self._created.clear()
 
     def _begin(self) -> Owner:
-        if self._me is None:
+        if self._owner is None:
             check_folder(self.folder, self.key)
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._made = missing[::-1]
-            self._me = Owner.here(self.folder, self._purpose, self.beat_s)
-        return self._me
+            self._created = missing[::-1]
+            self._owner = Owner.here(self.folder, self._purpose, self.beat_s)
+        return self._owner
 
-    def _why_gone(self, text: str, me: Owner) -> str | None:
+    def _why_gone(self, text: str, own_record: Owner) -> str | None:
         """Why the owner that ``text`` names has ended; None while that is not known. Raises FolderInUse if it lives."""
         owner = Owner.parse(text)
         if owner is not None:
             if owner.is_here():
                 return ""  # of an earlier use in this process
-            if owner.was_requeued_as(me):
+            if owner.was_requeued_as(own_record):
                 return f"whose Slurm job {owner.slurm_job} was started again"
             state = owner.state()
             if state == "gone":
                 return "which has ended"
-            if state == "running" and owner.folder == me.folder:
+            if state == "running" and owner.folder == own_record.folder:
                 raise self._occupied(owner)
         return self._watched(text, owner)
 
@@ -151,25 +149,25 @@ class OwnershipRequest:
         limit = (
             self._timeout_s if owner is None else max(self._timeout_s, min(_MISSED_BEATS * owner.beat_s, _LONGEST_S))
         )
-        if text != self._seen:
-            before = Owner.parse(self._seen)
+        if text != self._watched_text:
+            before = Owner.parse(self._watched_text)
             if owner is not None and before is not None and owner.token == before.token:
                 raise self._occupied(owner)
-            self._seen, self._seen_since = text, now
-            if not self._told:
-                self._told = True
-                who = f"{owner.describe()} is still at work in" if owner is not None else "somebody is at work in"
-                say(f"note: waiting up to {limit:g} s to see whether {who} '{self._shown}'")
-        return f"silent for {limit:g} s" if now - self._seen_since > limit else None
+            self._watched_text, self._watched_since = text, now
+            if not self._announced:
+                self._announced = True
+                occupant = f"{owner.describe()} is still at work in" if owner is not None else "somebody is at work in"
+                say(f"note: waiting up to {limit:g} s to see whether {occupant} '{self._display}'")
+        return f"silent for {limit:g} s" if now - self._watched_since > limit else None
 
     def _occupied(self, owner: Owner) -> FolderInUse:
-        return FolderInUse(f"{self.key}: '{self._shown}' is in use by {owner.describe()}; {self._remedy}")
+        return FolderInUse(f"{self.key}: '{self._display}' is in use by {owner.describe()}; {self._remedy}")
 
-    def _take_over(self, text: str, me: Owner) -> bool:
-        """Replace the file if it still is as ``text``. Takers are kept apart by a lock file like this one."""
+    def _take_over(self, text: str, own_record: Owner) -> bool:
+        """Replace the file if it still is as ``text``. Those who try are kept apart by a lock file like this one."""
         guard = OwnershipRequest(self.folder, "takeover", self.key, beat_s=0)
-        guard._file, guard._me = OwnerFile(self._file.path.with_name(f"{self._file.path.name}.takeover")), me
-        guard._told = True
+        guard._file, guard._owner = OwnerFile(self._file.path.with_name(f"{self._file.path.name}.takeover")), own_record
+        guard._announced = True
         try:
             held = guard.try_acquire(self._timeout_s + 1)
         except FolderInUse:
@@ -179,17 +177,17 @@ class OwnershipRequest:
         try:
             if self._file.read() != text:
                 return False
-            self._file.replace(me)
+            self._file.replace(own_record)
         finally:
             held.release()
         return True
 
-    def _taken(self, text: str, me: Owner, reason: str) -> Ownership:
+    def _taken(self, text: str, own_record: Owner, reason: str) -> Ownership:
         owner = Owner.parse(text)
         if reason:
-            who = owner.describe() if owner is not None else f"an owner that its {FILE} does not tell"
-            say(f"note: '{self._shown}' is taken over from {who}, {reason}")
-        return Ownership(self, me, self._file, self._made, sure=not reason.startswith("silent"))
+            previous = owner.describe() if owner is not None else f"an owner that its {FILE} does not tell"
+            say(f"note: '{self._display}' is taken over from {previous}, {reason}")
+        return Ownership(self, own_record, self._file, self._created, sure=not reason.startswith("silent"))
 
 
 class Ownership:
@@ -199,10 +197,10 @@ class Ownership:
     """
 
     def __init__(
-        self, request: OwnershipRequest, owner: Owner, file: OwnerFile, made: list[Path], *, sure: bool = True
+        self, request: OwnershipRequest, owner: Owner, file: OwnerFile, created: list[Path], *, sure: bool = True
     ) -> None:
         self.folder, self.token, self.sure = request.folder, owner.token, sure
-        self._key, self._owner, self._file, self._made = request.key, owner, file, made
+        self._key, self._owner, self._file, self._created = request.key, owner, file, created
         self._stop = threading.Event()
         if request.beat_s > 0:
             threading.Thread(target=self._beat, name="owner", daemon=True).start()
@@ -218,10 +216,10 @@ class Ownership:
     def holds(self) -> bool:
         """Whether the folder is still this process's. A file system that does not answer changes nothing."""
         try:
-            found = Owner.parse(self._file.read() or "")
+            owner = Owner.parse(self._file.read() or "")
         except OSError:
             return True
-        return found is not None and found.token == self.token
+        return owner is not None and owner.token == self.token
 
     def check(self) -> None:
         """To be called before what another owner's work must not meet: a checkpoint, a removal, a record.
@@ -234,10 +232,10 @@ class Ownership:
         other = None
         with contextlib.suppress(OSError):
             other = Owner.parse(self._file.read() or "")
-        who = f"{other.describe()} has taken it over" if other is not None else f"its {FILE} is gone"
+        cause = f"{other.describe()} has taken it over" if other is not None else f"its {FILE} is gone"
         raise OwnershipLost(
-            f"{self._key}: '{self.folder}' is no longer this process's: {who}, since this one was silent for too long "
-            "or somebody removed the file; it ends and writes nothing more there"
+            f"{self._key}: '{self.folder}' is no longer this process's: {cause}, since this one was silent for too "
+            "long or somebody removed the file; it ends and writes nothing more there"
         )
 
     def release(self) -> None:
@@ -247,9 +245,7 @@ class Ownership:
         self._stop.set()
         with contextlib.suppress(OSError):
             self._file.remove(self._owner)
-        for path in reversed(self._made):
-            with contextlib.suppress(OSError):  # not empty, as a rule
-                path.rmdir()
+        _remove_empty(self._created)
 
     def _beat(self) -> None:
         count = 0
@@ -257,6 +253,12 @@ class Ownership:
             count += 1
             with contextlib.suppress(OSError):  # a full disk, a server that is away: the next one may arrive
                 self._file.advance(self._owner, count)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in reversed(folders):
+        with contextlib.suppress(OSError):  # not empty, as a rule
+            path.rmdir()
 
 
 def acquire_folder(folder: Path, purpose: str, key: str = "--out", remedy: str = "", *, name: str = "") -> Ownership:
@@ -274,7 +276,7 @@ def acquire_folder(folder: Path, purpose: str, key: str = "--out", remedy: str =
 
 
 def refuse_folder_in_use(folder: Path, key: str = "--out") -> None:
-    """A cheap look before dear work: Raises FolderInUse if a process that is seen to live owns ``folder``."""
+    """A cheap look before expensive work: raises FolderInUse if a process that is seen to live owns ``folder``."""
     if (folder / FILE).is_file():
         OwnershipRequest(folder, "", key).refuse_living()
 
@@ -299,13 +301,11 @@ def is_lock_file(name: str) -> bool:
 
 
 def _timeout_s() -> float:
-    given = os.environ.get(TIMEOUT, "")
+    text = os.environ.get(TIMEOUT, "")
     try:
-        limit = float(given or _TIMEOUT_S)
+        limit = float(text or _TIMEOUT_S)
     except ValueError:
         limit = math.nan
     if not 0 <= limit < math.inf:
-        raise UserError(
-            f"{TIMEOUT}: '{given}' is not a number of seconds; give one such as {_TIMEOUT_S:g}, or unset it"
-        )
+        raise UserError(f"{TIMEOUT}: '{text}' is not a number of seconds; give one such as {_TIMEOUT_S:g}, or unset it")
     return limit

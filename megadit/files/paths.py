@@ -1,16 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Writing files: atomically, as safetensors, where nothing of another kind is lost."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import secrets
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadit.errors import UserError
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAME_BYTES = 255  # of a name in a folder, on every file system in use
+_FLOAT_BYTES = 4
 _BEGIN_BYTES = 128  # of a file, which tell its kind
 PNG, ARRAYS = (b"\x89PNG",), (b"PK", b"arr_0.npy")
 _PATH_BYTES = 4000  # of a whole path; Linux takes 4095, and files will lie in the folder
@@ -32,8 +35,8 @@ def atomic_write(path: Path, *, first: bool = False) -> Iterator[Path]:
     may lose, not for checkpoints. ``first``: a file that has the name by then stays, and what was written is dropped.
     """
     # Containers may share both their host's name and the numbers of processes.
-    own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = path.with_name(f".{path.stem}.{own}{path.suffix}")
+    suffix = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.stem}.{suffix}{path.suffix}")
     try:
         yield temporary
         if first:
@@ -92,6 +95,19 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megadit"
 
 
+def safetensors_header(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """How a safetensors file of float32 tensors begins, whose values follow one another in the order of ``shapes``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for key, shape in shapes.items():
+        end = position + _FLOAT_BYTES * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
 def is_file_name(name: str) -> bool:
     """Whether a folder could hold a file of that name, so that it leads nowhere else: a name and no path."""
     try:
@@ -110,7 +126,7 @@ def begins_with(path: Path, marks: tuple[bytes, ...]) -> bool:
         return False
 
 
-def check_output(path: Path, key: str, what: str, marks: tuple[bytes, ...]) -> None:
+def check_output(path: Path, key: str, kind: str, marks: tuple[bytes, ...]) -> None:
     """Whether ``path`` may be written: a file that is there must be ``what`` will be, with ``marks`` at its beginning.
 
     Raises:
@@ -124,7 +140,7 @@ def check_output(path: Path, key: str, what: str, marks: tuple[bytes, ...]) -> N
     except OSError:
         return  # told when it is written
     if begin and not all(mark in begin for mark in marks):
-        raise UserError(f"{key}: '{path}' is no {what} and would be replaced; choose another name")
+        raise UserError(f"{key}: '{path}' is no {kind} and would be replaced; choose another name")
 
 
 def check_folder(path: Path, key: str) -> None:

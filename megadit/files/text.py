@@ -11,7 +11,8 @@ from __future__ import annotations
 import codecs
 import re
 
-from megadit.files.file_kind import bytes_instead
+from megadit.errors import UserError
+from megadit.files.file_kind import bytes_instead, text_instead
 
 _MARK = "\ufeff"  # U+FEFF at the beginning: the byte order mark
 # UTF-32 first: its mark begins with that of UTF-16.
@@ -40,11 +41,24 @@ def decode(data: bytes) -> str:
     return text
 
 
-def why_no_text(error: UnicodeDecodeError) -> str:
-    """What ``decode`` met, for people: what the file is, or the line and the byte."""
-    other = bytes_instead(error.object, "text", "json", "xml", "html")
-    if other is not None:
-        return other
+def decode_text(data: bytes, where: str) -> str:
+    """``decode`` of a file that a person named; ``where`` is what messages call it (``--prompts: 'a.txt'``).
+
+    Raises:
+        UserError: it is no text, naming line and byte, or a pointer or a web page in place of the one that was meant.
+    """
+    other = text_instead(data)
+    if other is None:
+        try:
+            return decode(data)
+        except UnicodeDecodeError as error:
+            other = bytes_instead(data, "text", "json", "xml", "html")
+            if other is None:
+                raise UserError(f"{where} is not a text file ({_not_decoded(error)}); save it as UTF-8") from None
+    raise UserError(f"{where} is not a text file: {other}")
+
+
+def _not_decoded(error: UnicodeDecodeError) -> str:
     if error.encoding != "utf-8":
         return f"it begins as {error.encoding.upper()} and is none ({error.reason} at byte {error.start})"
     line = error.object.count(b"\n", 0, error.start) + 1

@@ -35,13 +35,13 @@ _NAME = re.compile(rf"(?P<stem>.+?){_NUMBERED.format('a')}(?:\.(?P<variant>[A-Za
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that hold one set of weights. ``places`` says which tensor lies in which, where an index does.
+    """The files that hold one set of weights. ``weight_map`` says which tensor lies in which, where there is an index.
 
     ``total`` is the number of bytes that the index tells; ``notes`` are for people.
     """
 
     files: tuple[Path, ...]
-    places: Mapping[str, str] | None = None
+    weight_map: Mapping[str, str] | None = None
     index: Path | None = None
     total: Any = None
     notes: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class _WeightSet:
         return self.file or self.index or (self.shards or {})[min(self.shards or {})]
 
     @property
-    def rank(self) -> tuple[bool, int]:
+    def priority(self) -> tuple[bool, int]:
         """What is taken of several of one name: the least, without a variant, by its index, the file, the shards."""
         return self.variant is not None, 0 if self.index else 1 if self.file else 2
 
@@ -89,38 +89,40 @@ def find_weights(path: Path, stem: str, endings: Sequence[str], others: str) -> 
                 "shards, or their index"
             )
         return WeightFiles((path,)) if path.name.endswith(endings) else None
-    found = _in_folder(path, endings)
-    usual = sorted((each for each in found if each.stem == stem), key=lambda each: each.rank)
-    sets = usual or [each for each in found if each.index] or found
-    if not sets:
+    sets = _in_folder(path, endings)
+    usual = sorted((each for each in sets if each.stem == stem), key=lambda each: each.priority)
+    candidates = usual or [each for each in sets if each.index] or sets
+    if not candidates:
         return None
-    rivals = [each for each in sets if each.rank == sets[0].rank] if usual else sets
+    rivals = [each for each in candidates if each.priority == candidates[0].priority] if usual else candidates
     if len(rivals) > 1:
         names = _listed([each.first.name for each in rivals])
-        what = f"several indices ({names})" if rivals[0].index else f"several files ({names}) and no index"
-        raise UserError(f"IN: '{path}' holds {what}; {others}")
-    chosen = sets[0] if sets[0].index else _index_of(path, sets[0], found) or sets[0]
+        problem = f"several indices ({names})" if rivals[0].index else f"several files ({names}) and no index"
+        raise UserError(f"IN: '{path}' holds {problem}; {others}")
+    chosen = candidates[0] if candidates[0].index else _index_of(path, candidates[0], sets) or candidates[0]
     result = _indexed(chosen.index, endings) if chosen.index else _unindexed(chosen)
-    others_there = [each for each in found if each is not chosen and (chosen.index or each.stem == chosen.stem)]
+    others_there = [each for each in sets if each is not chosen and (chosen.index or each.stem == chosen.stem)]
     left = {each.first for each in others_there} - set(result.files)
     if not left:
         return result
     aside = _listed([file.name for file in left])
     note = f"of the weights in '{path}', {chosen.first.name} is taken; left aside: {aside}"
-    return WeightFiles(result.files, result.places, result.index, result.total, (*result.notes, note))
+    return WeightFiles(result.files, result.weight_map, result.index, result.total, (*result.notes, note))
 
 
-def _index_of(folder: Path, chosen: _WeightSet, found: Sequence[_WeightSet]) -> _WeightSet | None:
+def _index_of(folder: Path, chosen: _WeightSet, sets: Sequence[_WeightSet]) -> _WeightSet | None:
     """The index, whatever it is called, that names the shards of ``chosen``; None if there is none.
 
     Raises:
         UserError: there are several.
     """
     names = [file.name.encode() for file in (chosen.shards or {}).values()]
-    owners = [each for each in found if each.index and names and _mentions(each.index, names)]
+    owners = [each for each in sets if each.index and names and _mentions(each.index, names)]
     if len(owners) > 1:
-        told = _listed([each.first.name for each in owners])
-        raise UserError(f"IN: '{folder}' holds several indices of the same shards ({told}); give the one that is meant")
+        indices = _listed([each.first.name for each in owners])
+        raise UserError(
+            f"IN: '{folder}' holds several indices of the same shards ({indices}); give the one that is meant"
+        )
     return owners[0] if owners else None
 
 
@@ -140,12 +142,12 @@ def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[_WeightSet]:
         names = sorted(os.listdir(folder))
     except OSError:
         return []
-    found: list[_WeightSet] = []
+    sets: list[_WeightSet] = []
     shards: dict[tuple[str, str | None, int, str], dict[int, Path]] = {}
     for name in names:
         head = _index_head(name, endings)
         if head:
-            found.append(_WeightSet(*head, index=folder / name))
+            sets.append(_WeightSet(*head, index=folder / name))
             continue
         bare = _without_ending(name, endings)
         part = None if bare is None else _NAME.fullmatch(bare)
@@ -153,12 +155,12 @@ def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[_WeightSet]:
             continue
         number, count = part["a"] or part["b"], part["a_of"] or part["b_of"]
         if number is None or (part["a"] and part["b"]):
-            found.append(_WeightSet(part["stem"], part["variant"], file=folder / name))
+            sets.append(_WeightSet(part["stem"], part["variant"], file=folder / name))
             continue
         key = part["stem"], part["variant"], int(count), name[len(bare) :]
         shards.setdefault(key, {})[int(number)] = folder / name
-    found += [_WeightSet(stem, kind, shards=files, count=n) for (stem, kind, n, _), files in shards.items()]
-    return found
+    sets += [_WeightSet(stem, kind, shards=files, count=n) for (stem, kind, n, _), files in shards.items()]
+    return sets
 
 
 def _index_head(name: str, endings: tuple[str, ...]) -> tuple[str, str | None] | None:
@@ -173,32 +175,32 @@ def _without_ending(name: str, endings: tuple[str, ...]) -> str | None:
     return None if ending is None else name.removesuffix(ending)
 
 
-def _unindexed(found: _WeightSet) -> WeightFiles:
+def _unindexed(weights: _WeightSet) -> WeightFiles:
     """A file, or shards whose names alone say which there are."""
-    if found.file is not None:
-        return WeightFiles((found.file,))
-    shards = found.shards or {}
-    lacking = (number for number in range(1, found.count + 1) if number not in shards)
-    missing = list(islice(lacking, _SHOWN))
-    if missing or len(shards) != found.count:
-        told = ", ".join(map(str, missing)) + (", …" if len(missing) == _SHOWN else "")
-        what = f"missing is number {told}" if missing else f"there are {len(shards)}"
-        raise UserError(f"IN: '{found.first}' is one of {found.count} shards: {what}; copy all shards")
+    if weights.file is not None:
+        return WeightFiles((weights.file,))
+    shards = weights.shards or {}
+    missing = (number for number in range(1, weights.count + 1) if number not in shards)
+    first_missing = list(islice(missing, _SHOWN))
+    if first_missing or len(shards) != weights.count:
+        numbers = ", ".join(map(str, first_missing)) + (", …" if len(first_missing) == _SHOWN else "")
+        problem = f"missing is number {numbers}" if first_missing else f"there are {len(shards)}"
+        raise UserError(f"IN: '{weights.first}' is one of {weights.count} shards: {problem}; copy all shards")
     files = tuple(shards[number] for number in sorted(shards))
     return WeightFiles(files, notes=(f"the shards have no index: all {len(files)} that their names count are read",))
 
 
 def _indexed(index: Path, endings: tuple[str, ...]) -> WeightFiles:
-    places, total = read_index(index, endings)
-    names = sorted(set(places.values()))
+    weight_map, total = read_index(index, endings)
+    names = sorted(set(weight_map.values()))
     named = [_NAME.fullmatch(_without_ending(name, endings) or "") for name in names]
     parts = [part for part in named if part is not None and (part["a"] or part["b"])]
     series = {(part["stem"], part["variant"], int(part["a_of"] or part["b_of"])) for part in parts}
     sets = _in_folder(index.parent, endings)
     # Those of the series that the index passes over are opened too, so that the tensors in them can be named.
-    there = [each.shards or {} for each in sets if (each.stem, each.variant, each.count) in series]
-    names += sorted({file.name for shards in there for file in shards.values()} - set(names))
-    return WeightFiles(tuple(index.parent / name for name in names), places, index, total)
+    present = [each.shards or {} for each in sets if (each.stem, each.variant, each.count) in series]
+    names += sorted({file.name for shards in present for file in shards.values()} - set(names))
+    return WeightFiles(tuple(index.parent / name for name in names), weight_map, index, total)
 
 
 def read_index(index: Path, endings: Sequence[str]) -> tuple[dict[str, str], Any]:
@@ -219,12 +221,12 @@ def read_index(index: Path, endings: Sequence[str]) -> tuple[dict[str, str], Any
     except OSError as error:
         raise UserError(f"{index}: cannot be read ({error.strerror or error}); copy it again") from error
     except JsonError as error:
-        told = file_instead(index, "json", "text")
-        raise UserError(f"{index}: is no index of shards: {told or f'it {error}; copy it again'}") from None
-    places = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(places, dict) or not places:
+        other = file_instead(index, "json", "text")
+        raise UserError(f"{index}: is no index of shards: {other or f'it {error}; copy it again'}") from None
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: is no index of shards: it has no weight_map of tensors and files; copy it again")
-    for tensor, name in places.items():
+    for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_file_name(name):
             raise UserError(
                 f"{index}: weight_map puts '{tensor}' into {shown(name)}, which is no name of a file beside the index; "
@@ -235,10 +237,10 @@ def read_index(index: Path, endings: Sequence[str]) -> tuple[dict[str, str], Any
                 f"{index}: weight_map puts '{tensor}' into {name}, which is no {' or '.join(endings)} file; give the "
                 "index that belongs to the shards"
             )
-    for name in sorted(set(places.values())):
+    for name in sorted(set(weight_map.values())):
         _check_there(index, name)
     metadata = values.get("metadata")
-    return places, metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def check_indices(folder: Path, *endings: str) -> None:
@@ -269,8 +271,8 @@ def _check_there(index: Path, name: str) -> None:
     raise UserError(f"{file}: is missing, though {index.name} names it; copy all shards")
 
 
-def joined(
-    found: WeightFiles, shards: Sequence[tuple[Path, Mapping[str, Tensor]]]
+def join_shards(
+    files: WeightFiles, shards: Sequence[tuple[Path, Mapping[str, Tensor]]]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors of the shards, which must be where the index says; and what people should know.
 
@@ -287,30 +289,30 @@ def joined(
                     "shards of one checkpoint"
                 )
             where[name], tensors[name] = file, value
-    notes = list(found.notes)
-    if found.places is None or found.index is None:
+    notes = list(files.notes)
+    if files.weight_map is None or files.index is None:
         return tensors, notes
-    for name, shard in found.places.items():
+    for name, shard in files.weight_map.items():
         if name not in where:
             raise UserError(
-                f"{found.index.parent / shard}: does not hold '{name}', though {found.index.name} says so, nor does "
+                f"{files.index.parent / shard}: does not hold '{name}', though {files.index.name} says so, nor does "
                 "another shard; copy all shards again"
             )
         if where[name].name != shard:
             raise UserError(
-                f"{where[name]}: holds '{name}', though {found.index.name} says that it lies in {shard}; copy the "
+                f"{where[name]}: holds '{name}', though {files.index.name} says that it lies in {shard}; copy the "
                 "index and the shards of one checkpoint"
             )
-    unnamed = next((name for name in where if name not in found.places), None)
+    unnamed = next((name for name in where if name not in files.weight_map), None)
     if unnamed is not None:
         raise UserError(
-            f"{where[unnamed]}: holds '{unnamed}', which {found.index.name} does not name; copy the index that belongs "
+            f"{where[unnamed]}: holds '{unnamed}', which {files.index.name} does not name; copy the index that belongs "
             "to the shards, or take the file away where it is of another set"
         )
     size = sum(value.nbytes for value in tensors.values())
-    if found.total is not None and found.total != size:
+    if files.total is not None and files.total != size:
         notes.append(
-            f"{found.index.name} says total_size {shown(found.total)}, but its tensors have {size} bytes; all that it "
+            f"{files.index.name} says total_size {shown(files.total)}, but its tensors have {size} bytes; all that it "
             "names are there"
         )
     return tensors, notes

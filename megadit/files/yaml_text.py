@@ -64,9 +64,9 @@ def _refuse_rest(text: str) -> None:
         node = loader.get_single_node()
     finally:
         loader.dispose()
-    rest = text[node.end_mark.index :].strip() if node is not None else text.strip()
-    if rest:
-        raise YamlError(f"drops {shortened(rest)!r} as a comment: put the value in quotes")
+    remainder = text[node.end_mark.index :].strip() if node is not None else text.strip()
+    if remainder:
+        raise YamlError(f"drops {shortened(remainder)!r} as a comment: put the value in quotes")
 
 
 def _phrase(error: yaml.YAMLError) -> str:
@@ -78,8 +78,8 @@ def _phrase(error: yaml.YAMLError) -> str:
     return f"{error.problem or error.context}{hint} (line {error.problem_mark.line + 1})"
 
 
-def _problem(what: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, what, mark)
+def _problem(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,8 +99,8 @@ class _Loader(yaml.SafeLoader):
         """The next node with all in it. Raises ConstructorError where it lies too deep, or there are too many."""
         self._depth, self._nodes = self._depth + 1, self._nodes + 1
         if self._depth > _DEEPEST:
-            what = f"is nested too deeply: more than {_DEEPEST} levels"
-            raise _problem(what, self.peek_event().start_mark)
+            problem = f"is nested too deeply: more than {_DEEPEST} levels"
+            raise _problem(problem, self.peek_event().start_mark)
         if self._nodes > _MOST_NODES:
             raise _problem(f"holds more than {_MOST_NODES} values", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
@@ -118,16 +118,16 @@ class _Loader(yaml.SafeLoader):
         """A dict whose keys are the texts that were written. Raises ConstructorError for one that is there twice."""
         if not isinstance(node, yaml.MappingNode):
             raise _problem("what is tagged as a section is none", node.start_mark)
-        seen = set()
+        keys = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem("a key is a list or a section", key.start_mark)
             if key.tag == f"{_TAG}merge":
                 continue
             key.tag = f"{_TAG}str"
-            if key.value in seen:
+            if key.value in keys:
                 raise _problem(f"the key {key.value} is there twice", key.start_mark)
-            seen.add(key.value)
+            keys.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -136,11 +136,11 @@ def _count(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
 
     An alias stands behind what it repeats, so that this calls itself for the levels of the text alone.
     """
-    found = known.get(id(node))
-    if found == _INSIDE:
+    counted = known.get(id(node))
+    if counted == _INSIDE:
         raise _problem("an alias stands inside what it repeats", node.start_mark)
-    if found is not None:
-        return found
+    if counted is not None:
+        return counted
     known[id(node)] = _INSIDE
     total, levels = 1, 0
     inside = node.value if not isinstance(node, yaml.ScalarNode) else ()
@@ -150,8 +150,8 @@ def _count(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
             total, levels = total + nodes, max(levels, depth)
     limit = (_MOST_NODES, "values") if total > _MOST_NODES else (_DEEPEST, "levels") if levels >= _DEEPEST else None
     if limit is not None:
-        what = f"more than {limit[0]} {limit[1]} once its aliases are followed"
-        raise _problem(what, node.start_mark)
+        problem = f"more than {limit[0]} {limit[1]} once its aliases are followed"
+        raise _problem(problem, node.start_mark)
     known[id(node)] = total, levels + 1
     return known[id(node)]
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from megadit.config.schema.values import parse_number
 from megadit.errors import UserError, did_you_mean
-from megadit.files.file_kind import text_instead
-from megadit.files.text import decode, why_no_text
+from megadit.files.text import decode_text
 from megadit.transfer.ties import nearest, same_hps
 from megadit.transfer.verdict import Limits, RunScore, TransferVerdict, judge
 
@@ -84,19 +83,12 @@ def verify_table(
 
 def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
     try:
-        data = path.read_bytes()
-        other = text_instead(data)
-        if other is not None:
-            raise UserError(f"--table: {path} is no CSV: {other}")
-        with io.StringIO(decode(data), newline="") as file:
+        with io.StringIO(decode_text(path.read_bytes(), f"--table: {path}"), newline="") as file:
             reader = csv.DictReader(file, restkey=_EXTRA, restval=None, skipinitialspace=True)
             reader.fieldnames = names = [(name or "").strip() for name in (reader.fieldnames or [])]
             rows: list[tuple[int, Mapping[str, Any]]] = [(reader.line_num, row) for row in reader]
     except FileNotFoundError:
         raise UserError(f"--table: no file {path}; name a CSV file") from None
-    except UnicodeDecodeError as error:
-        problem = f"cannot be read as CSV (it is not text in UTF-8: {why_no_text(error)}); save it as UTF-8"
-        raise UserError(f"--table: {path} {problem}, or name another file") from None
     except (OSError, csv.Error) as error:
         raise UserError(f"--table: {path} cannot be read as CSV ({error}); name another file") from error
     _check_columns(path, columns, names)

@@ -14,7 +14,12 @@ CASES = [
     case("a folder as table", TABLE, "t.csv cannot be read as CSV", files={"t.csv": None}),
     case("an empty table", TABLE, "has no column width; it has none", files={"t.csv": ""}),
     case("a header alone", TABLE, "no rows below its header", files={"t.csv": "width,lr,loss\n"}),
-    case("a table that is not text", TABLE, "is not text in UTF-8", files={"t.csv": b"width,lr,loss\n\xff\xfe,1,2\n"}),
+    case(
+        "a table that is not text",
+        TABLE,
+        "is not a text file (line 2 has",
+        files={"t.csv": b"width,lr,loss\n\xff\xfe,1,2\n"},
+    ),
     case("a score that is no number", TABLE, "loss in line 2 is 'x'", files={"t.csv": "width,lr,loss\n64,.1,x\n"}),
     case(
         "a line that was cut",

@@ -57,7 +57,7 @@ def test_what_the_writer_writes_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "says"),
+    ("path", "value", "sentence"),
     [
         ("parameters/a", 5, "shape of 'a' is 5"),
         ("parameters/a", [2.5, 3], "shape of 'a'"),
@@ -76,13 +76,13 @@ def test_what_the_writer_writes_passes() -> None:
         ("pieces/1", None, "piece 1 has no kind"),
     ],
 )
-def test_an_index_that_no_writer_wrote(path: str, value: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_an_index_that_no_writer_wrote(path: str, value: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         check_index(changed(INDEX, path, value))
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "says"),
+    ("path", "value", "sentence"),
     [
         ("step", "2", "step is 2"),
         ("adam_step", -1, "adam_step is -1"),
@@ -94,8 +94,8 @@ def test_an_index_that_no_writer_wrote(path: str, value: Any, says: str) -> None
         ("data_changes", 1, "data_changes is no list"),
     ],
 )
-def test_a_state_that_no_writer_wrote(path: str, value: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_a_state_that_no_writer_wrote(path: str, value: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         check_state(changed(STATE, path, value))
 
 

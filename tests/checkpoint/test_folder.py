@@ -108,23 +108,23 @@ def test_a_latest_that_points_nowhere_means_the_newest_complete_one(tmp_path, ca
     pointer = first.parent / "latest"
     pointer.write_text("step-00000099\n")
     assert begins_at(job(tmp_path)) == (second, 20)
-    assert "latest: points to 'step-00000099', which is not complete; going on from step-00000020" in told(capsys)
+    assert "latest: points to 'step-00000099', which is not complete; going on from step-00000020" in stderr_of(capsys)
     pointer.unlink()  # a run directory that was copied without it must not begin anew
     assert begins_at(job(tmp_path)) == (second, 20)
-    assert "latest: cannot be read" in told(capsys)
+    assert "latest: cannot be read" in stderr_of(capsys)
     with pytest.raises(UserError, match="has checkpoints of its own"):  # which the other's course would drop
         find_start_point(job(tmp_path, str(save(tmp_path / "other", 5))))
     pointer.write_bytes(b"step-\xff\xfe")
     assert begins_at(job(tmp_path)) == (second, 20)
-    assert "latest: cannot be read" in told(capsys) and saved_step(tmp_path) == 0
+    assert "latest: cannot be read" in stderr_of(capsys) and saved_step(tmp_path) == 0
     set_latest(tmp_path, second)
     assert saved_step(tmp_path) == 20
     pointer.write_text("step-00000010\n")  # killed between the folder's last rename and this
     assert begins_at(job(tmp_path)) == (first, 10)
-    assert told(capsys) == ""
+    assert stderr_of(capsys) == ""
 
 
-def told(capsys):
+def stderr_of(capsys):
     return capsys.readouterr().err
 
 
@@ -149,7 +149,7 @@ def test_a_broken_newest_gives_way_unless_it_was_named(tmp_path, capsys, what):
     first, second = save(tmp_path, 10), save(tmp_path, 20)
     BREAKS[what](second)
     assert begins_at(job(tmp_path)) == (first, 10)
-    said = told(capsys)
+    said = stderr_of(capsys)
     assert said.startswith("warning: ") and said.endswith("; going on from step-00000010\n") and said.count("\n") == 1
     with pytest.raises(UserError, match="step-00000020"):
         find_start_point(job(tmp_path, str(second)))
@@ -157,7 +157,7 @@ def test_a_broken_newest_gives_way_unless_it_was_named(tmp_path, capsys, what):
     third.rename(first.with_name(third.name))
     (first / "state.json").unlink()
     assert begins_at(job(tmp_path)) == (first.with_name(third.name), 5)
-    assert told(capsys).count("going on from step-00000005") == 2  # each that is passed over is told
+    assert stderr_of(capsys).count("going on from step-00000005") == 2  # each that is passed over is told
     (first.with_name(third.name) / "state.json").unlink()
     with pytest.raises(UserError, match="no earlier checkpoint of the run is sound"):
         find_start_point(job(tmp_path))

@@ -190,9 +190,7 @@ def test_files_that_are_none(tmp_path: Path):
     assert refused("zzzzzz") == "--config: no file zzzzzz; configs/README.md lists ours"
     assert refused(tmp_path) == f"--config: {tmp_path} is a folder; name a .yaml file in it"
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
-    told = (
-        "is not a text file (it begins as UTF-16-LE and is none (truncated data at byte 2)); give a YAML file in UTF-8"
-    )
+    told = "is not a text file (it begins as UTF-16-LE and is none (truncated data at byte 2)); save it as UTF-8"
     assert refused(tmp_path / "b.yaml").endswith(told)
 
 

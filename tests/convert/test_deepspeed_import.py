@@ -84,9 +84,9 @@ def test_native_checkpoints_come_in_bit_for_bit(written, tmp_path, ranks, name):
     assert verify(stored) == []
     assert stored.position.step == outcome.step == stored.state["adam_step"] - (name == "z0-bf16") == 2
     assert stored.position.samples_seen == 2 * CONFIG.train.global_batch
-    told = " ".join(outcome.notes)
+    notes = " ".join(outcome.notes)
     if name != "z1-elastic":  # which does not store its groups
-        assert "lr 0.003, weight_decay 0.02" in told and "from the config" in told
+        assert "lr 0.003, weight_decay 0.02" in notes and "from the config" in notes
     assert stored.state["groups"][0]["name"] == "input"  # megadit's own, from the config
     assert find_start_point(SimpleNamespace(run_dir=tmp_path / "run", resume="auto", config=CONFIG))[0].step == 2
 
@@ -116,19 +116,19 @@ def restored(run_dir, folder):
     from helpers.training import assemble_rank
 
     run = assemble_rank(CONFIG, folder, str(find_checkpoint(run_dir)))
-    partitions, found = run.engine.partitions, []
+    partitions, rates = run.engine.partitions, []
     for f in partitions.fragments():
         for kind, values in {"weights": f.values, **partitions.moments(f)}.items():
-            found.append((kind, f.name, f.start, f.stop, values.detach().clone()))
-    return run.position.step, partitions.adam_step(), found
+            rates.append((kind, f.name, f.start, f.stop, values.detach().clone()))
+    return run.position.step, partitions.adam_step(), rates
 
 
 def test_a_run_goes_on_from_an_imported_checkpoint(written, tmp_path):
     root, states = written
     bring(root / "2" / "z3", tmp_path / "run")
-    for step, adam_step, found in run_ranks(2, restored, tmp_path / "run", str(tmp_path / "on")):
-        assert (step, adam_step) == (2, 2) and found
-        for kind, name, start, stop, values in found:
+    for step, adam_step, rates in run_ranks(2, restored, tmp_path / "run", str(tmp_path / "on")):
+        assert (step, adam_step) == (2, 2) and rates
+        for kind, name, start, stop, values in rates:
             assert torch.equal(values, states[2]["z3"][kind][name].flatten()[start:stop])
 
 

@@ -64,11 +64,11 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_operations_wait_and_give_what_torch_gives(name: str, dtype: torch.dtype) -> None:
     value = torch.randn(6, 4).to(dtype)
     lazy, reads = counted(value)
-    found, wanted = OPERATIONS[name](lazy), OPERATIONS[name](value)
-    assert isinstance(found, DeferredTensor) and reads == [0]
-    assert (found.shape, found.dtype, found.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
-    assert torch.equal(loaded(found), wanted)
-    assert torch.equal(torch.from_numpy(found.numpy()), wanted)
+    result, wanted = OPERATIONS[name](lazy), OPERATIONS[name](value)
+    assert isinstance(result, DeferredTensor) and reads == [0]
+    assert (result.shape, result.dtype, result.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+    assert torch.equal(loaded(result), wanted)
+    assert torch.equal(torch.from_numpy(result.numpy()), wanted)
 
 
 def test_what_needs_the_values_reads_them() -> None:
@@ -88,13 +88,13 @@ def test_state_dicts_of_files_give_the_same_models(tmp_path: Path, family: str) 
     state = state_of(model)
     plain = to_official(model, state)
     save_file({name: value.contiguous() for name, value in plain.items()}, tmp_path / "x.safetensors")
-    config, found = from_official(family, load_tensors(tmp_path / "x.safetensors"), **hints)
+    config, loaded_state = from_official(family, load_tensors(tmp_path / "x.safetensors"), **hints)
     wanted_config, wanted = from_official(family, plain, **hints)
-    assert config == wanted_config and all(isinstance(value, DeferredTensor) for value in found.values())
-    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    assert config == wanted_config and all(isinstance(value, DeferredTensor) for value in loaded_state.values())
+    assert all(torch.equal(value, loaded_state[name]) for name, value in wanted.items())
     if family == "uvit":
         return
-    config_json, stored = to_diffusers(model, found)
+    config_json, stored = to_diffusers(model, loaded_state)
     again = from_diffusers(config_json, stored)[1]
     assert all(torch.equal(value, again[name]) for name, value in state.items() if "y_embedding" not in name)
 
@@ -127,9 +127,9 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
 
     def watched(self: ValueCheck, name: str, values: Tensor, start: int) -> Tensor:
         def load() -> Tensor:
-            found: Tensor = loaded(values).clone()
-            counts.add(found)
-            return found
+            value: Tensor = loaded(values).clone()
+            counts.add(value)
+            return value
 
         return original(self, name, deferred(values.shape, values.dtype, load), start)
 

@@ -13,7 +13,7 @@ from helpers.models.weights import randomize
 from megadit.config import ModelConfig, preset
 from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
 from megadit.convert.diffusers.difference import measure
-from megadit.convert.dispatch import diffusers_gap
+from megadit.convert.family_adapters import diffusers_gap
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.models.conversion.key_maps import infer_heads, model_shapes
@@ -46,9 +46,9 @@ def test_official_there_and_back_is_bit_exact(changes: dict[str, Any]) -> None:
     state = random_state(config)
     official = to_official(config, state)
     assert official["pos_embed"].shape == (1, (8 // config.patch_size) ** 2, 48)
-    found, back = from_official("dit", official, heads=2)
-    assert found == config and same(back, state)
-    assert to_official(found, back).keys() == official.keys()
+    config_back, state_back = from_official("dit", official, heads=2)
+    assert config_back == config and same(state_back, state)
+    assert to_official(config_back, state_back).keys() == official.keys()
 
 
 def test_multipliers_are_folded() -> None:
@@ -56,20 +56,24 @@ def test_multipliers_are_folded() -> None:
     for changes in ({"output_mult": 3.0}, {"output_mult": 0.7, "role_hps": roles}):
         config = tiny_mup_dit(64, **changes)
         state = random_state(config)
-        found, back = from_official("dit", to_official(config, state), heads=4)
-        assert (found.parametrization, found.output_mult, found.role_hps.hidden.mult) == ("sp", 1.0, 1.0)
-        assert not same(back, state)
-        torch.testing.assert_close(output(found, back), output(config, state), rtol=0, atol=2e-6)
-        found, back = from_diffusers(*to_diffusers(config, state))
-        torch.testing.assert_close(output(found, back), output(config, state), rtol=0, atol=2e-6)
+        config_back, state_back = from_official("dit", to_official(config, state), heads=4)
+        assert (config_back.parametrization, config_back.output_mult, config_back.role_hps.hidden.mult) == (
+            "sp",
+            1.0,
+            1.0,
+        )
+        assert not same(state_back, state)
+        torch.testing.assert_close(output(config_back, state_back), output(config, state), rtol=0, atol=2e-6)
+        config_back, state_back = from_diffusers(*to_diffusers(config, state))
+        torch.testing.assert_close(output(config_back, state_back), output(config, state), rtol=0, atol=2e-6)
 
 
 def test_the_mup_repository_keeps_its_multiplier_in_the_forward_pass() -> None:
     config = tiny_dit(width=144, heads=None, head_dim=72, parametrization="mup", base_width=288, output_mult=4.0)
     state = random_state(config)
     stored = {"pos_embed": to_official(config, state)["pos_embed"], **state}  # MuReadout folds nothing
-    found, back = from_official("dit", stored, parametrization="mup", output_mult=4.0)
-    assert found == config and same(back, state)
+    config_back, state_back = from_official("dit", stored, parametrization="mup", output_mult=4.0)
+    assert config_back == config and same(state_back, state)
 
 
 def test_published_sizes_need_no_hints() -> None:
@@ -162,8 +166,8 @@ def test_diffusers_there_and_back_and_its_one_difference(changes: dict[str, Any]
     gap = diffusers_gap(config_json)
     assert gap is not None and "half - 1" in gap and "norm_eps" not in gap
     assert measure(config, state, config_json, theirs, gap).maximum > 0.05
-    found, back = from_diffusers(config_json, theirs)
-    assert found == config and same(back, state)
+    config_back, state_back = from_diffusers(config_json, theirs)
+    assert config_back == config and same(state_back, state)
 
     embeddings = diffusers.models.embeddings
     spaced = embeddings.Timesteps

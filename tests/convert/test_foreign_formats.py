@@ -111,8 +111,8 @@ def test_official_there_and_back_is_bit_exact(runs: dict[str, Path], tmp_path: P
     if family == "pixart":
         from megadit.data.conditions import NULL_TEXT_FILE, load_conditions
 
-        kept = [load_conditions(run / NULL_TEXT_FILE)[0].text for run in (runs[family], tmp_path / "back")]
-        assert kept[0] is not None and kept[1] is not None and torch.equal(kept[0], kept[1])
+        captions = [load_conditions(run / NULL_TEXT_FILE)[0].text for run in (runs[family], tmp_path / "back")]
+        assert captions[0] is not None and captions[1] is not None and torch.equal(captions[0], captions[1])
 
 
 def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
@@ -173,11 +173,11 @@ def test_diffusers_there_and_back(runs: dict[str, Path], tmp_path: Path, family:
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
     assert index["scheduler"][1] == scheduler["_class_name"]
-    told = " ".join(out.notes)
-    assert f"{index['_class_name']}.from_pretrained(OUT, " in told and "vae=…" in told
+    notes = " ".join(out.notes)
+    assert f"{index['_class_name']}.from_pretrained(OUT, " in notes and "vae=…" in notes
     if family == "pixart":
         null = load_file(tmp_path / "out/null_caption.safetensors")["null_caption"]
-        assert null.shape == (7, 20) and null.mean() > 0.9 and "negative_prompt_embeds" in told
+        assert null.shape == (7, 20) and null.mean() > 0.9 and "negative_prompt_embeds" in notes
 
 
 def test_a_pipeline_loads_and_draws(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_a_pipeline_of_a_flow_draws_and_old_ones_still_come_in(tmp_path: Path, m
     monkeypatch.setattr(diffusers_folder, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
     flow = {"kind": "flow", "shift": 3.0}
     run, out = make_run(tmp_path, model, objective=flow), tmp_path / "out"
-    told = convert("megadit", "diffusers", run, out, allow_inexact=True)
-    assert any("cannot run FlowMatchEulerDiscreteScheduler" in note for note in told.notes)
+    notes = convert("megadit", "diffusers", run, out, allow_inexact=True)
+    assert any("cannot run FlowMatchEulerDiscreteScheduler" in note for note in notes.notes)
     vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
     if model.family == "dit":
         pipe = diffusers.DiTPipeline.from_pretrained(out, vae=vae)
@@ -263,9 +263,9 @@ def test_wrappings_prefixes_and_averages(runs: dict[str, Path], tmp_path: Path) 
     def back(name: str, **options: Any) -> ConversionResult:
         return convert("official-dit", "megadit", tmp_path / "train.pt", tmp_path / name, hints={"heads": 2}, **options)
 
-    told = " ".join(back("online").notes)
-    assert "under 'model' are taken; --ema ema takes those under 'ema'" in told and "bfloat16" in told
-    assert "'_orig_mod.' before all names" in told and "'module.' before all names" in told
+    notes = " ".join(back("online").notes)
+    assert "under 'model' are taken; --ema ema takes those under 'ema'" in notes and "bfloat16" in notes
+    assert "'_orig_mod.' before all names" in notes and "'module.' before all names" in notes
     back("average", ema="ema")
     before, after = weights(runs["dit"]), weights(tmp_path / "average")
     assert all(torch.equal(before[name] + 1, after[name]) for name in before)

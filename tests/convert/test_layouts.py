@@ -93,11 +93,11 @@ def test_shares_go_to_every_format_as_what_is_whole(tmp_path: Path, family: str,
                     reader.read_into(stored, "weights" if kind == "pieces" else kind, name)
                     assert torch.equal(stored, expected), (run.name, kind, name)
     for form in forms_of(family):
-        found = export(spread, form, family, tmp_path / "from-spread")
+        exported = export(spread, form, family, tmp_path / "from-spread")
         wanted = export(whole, form, family, tmp_path / "from-whole")
-        assert found.keys() == wanted.keys() and found, form
-        assert [at for at, values in wanted.items() if not torch.equal(found[at], values)] == [], form
+        assert exported.keys() == wanted.keys() and exported, form
+        assert [at for at, values in wanted.items() if not torch.equal(exported[at], values)] == [], form
         if form == "safetensors":
-            plain = {at.rpartition("/")[2]: values.flatten() for at, values in found.items()}
+            plain = {at.rpartition("/")[2]: values.flatten() for at, values in exported.items()}
             assert plain.keys() - {NULL_CAPTION} == held["pieces"].keys()
             assert all(torch.equal(plain[name], values) for name, values in held["pieces"].items())

@@ -132,8 +132,8 @@ def test_of_official_and_megadits_own_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"'{NAME}' holds 2 NaN, 1 infinite"):
         convert("megadit", "official-dit", tmp_path / "run", tmp_path / "back.pt")
     convert("megadit", "official-dit", tmp_path / "run", tmp_path / "back.pt", allow_nonfinite=True)
-    back = torch.load(tmp_path / "back.pt", weights_only=True)[NAME]
-    assert back.isnan().sum() == 2 and back.isinf().sum() == 1
+    written = torch.load(tmp_path / "back.pt", weights_only=True)[NAME]
+    assert written.isnan().sum() == 2 and written.isinf().sum() == 1
 
 
 def test_a_table_of_positions_is_named_too_and_never_let_through(tmp_path: Path) -> None:
@@ -213,6 +213,6 @@ def test_one_pass_finds_them_in_every_type(dtype: torch.dtype) -> None:
     good = torch.arange(-3.0, 3.0).to(dtype)
     assert not describe_nonfinite([("x", good)])
     for bad in (NAN, INF, -INF):
-        found = describe_nonfinite([("good", good), ("x", spoilt(good.float(), bad).to(dtype))])
-        assert found == f"'x' holds 1 {'NaN' if bad != bad else 'infinite'} of 6 values"
+        message = describe_nonfinite([("good", good), ("x", spoilt(good.float(), bad).to(dtype))])
+        assert message == f"'x' holds 1 {'NaN' if bad != bad else 'infinite'} of 6 values"
     assert all_finite(torch.empty(0)) and not describe_nonfinite([("count", torch.tensor([1]))])

@@ -28,7 +28,7 @@ from megadit.checkpoint.find import load_model
 from megadit.cli import convert_checkpoint
 from megadit.config import ModelConfig
 from megadit.convert.conversion import convert
-from megadit.convert.wrappings import weights_file
+from megadit.convert.weight_sets import weights_file
 from megadit.data.conditions import NULL_TEXT_FILE, load_conditions
 from megadit.errors import UserError
 from megadit.mup.example import example_conditioning, example_images
@@ -167,8 +167,8 @@ def check(run: Path, family: str, state: State) -> None:
         assert text is not None and torch.equal(text[0], state["y_embedder.y_embedding"].to(torch.float32))
     x, t = example_images(config.model, range(2)), torch.tensor([3.0, 700.0])
     with torch.no_grad():
-        found = model(x, t, example_conditioning(config.model, range(2)))
-    torch.testing.assert_close(found.double(), reference(family, config.model, state, x, t), rtol=0, atol=2e-5)
+        output = model(x, t, example_conditioning(config.model, range(2)))
+    torch.testing.assert_close(output.double(), reference(family, config.model, state, x, t), rtol=0, atol=2e-5)
 
 
 def uvit_folder(folder: Path, online: State, average: State) -> None:
@@ -249,8 +249,8 @@ def test_averages_beside_the_weights_are_chosen_in_every_format(tmp_path: Path, 
     for name, ema, wanted in (("a", None, online), ("b", "ema_model", average)):
         out = tmp_path / f"{name}.safetensors"
         convert(kind, "safetensors", file, out, ema=ema)
-        found = load_file(out)
-        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
+        output = load_file(out)
+        assert output.keys() == wanted.keys() and all(torch.equal(output[key], wanted[key]) for key in output)
     with pytest.raises(UserError, match="--ema: slow is not in .*; its weights stand under ema_model, model"):
         convert(kind, "safetensors", file, tmp_path / "none.safetensors", ema="slow")
 
@@ -306,10 +306,10 @@ FOLDERS = {
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_folder_of_something_else_is_named(tmp_path: Path, kind: str) -> None:
-    names, told = FOLDERS[kind]
+    names, message = FOLDERS[kind]
     for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=f"IN: '{tmp_path}' .*{told}"):
+    with pytest.raises(UserError, match=f"IN: '{tmp_path}' .*{message}"):
         weights_file(tmp_path, None)
 
 
@@ -322,11 +322,11 @@ def test_a_release_comes_in(
     save_file(value, file) if name.endswith(".safetensors") else torch.save(value, file)
     arguments = ["--from", f"official-{family}", "--to", "megadit", str(file)]
     assert convert_checkpoint.main([*arguments, str(tmp_path / "run"), *HINTS]) == 0
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     check(tmp_path / "run", family, online)
-    assert ("they are float32 from here on" in told) == (dtype != FP32)
+    assert ("they are float32 from here on" in message) == (dtype != FP32)
     if ema is not None:
-        assert f"--ema {ema} takes those under" in told
+        assert f"--ema {ema} takes those under" in message
         assert convert_checkpoint.main([*arguments, str(tmp_path / "average"), *HINTS, "--ema", ema]) == 0
         assert f"the weights under '{ema}" in capsys.readouterr().err
         check(tmp_path / "average", family, average)

@@ -81,27 +81,27 @@ def come_in(folder: Path, **options: Any) -> ConversionResult:
 
 def refused(folder: Path, words: str, **options: Any) -> None:
     started = time.perf_counter()
-    with pytest.raises(UserError, match=words) as told:
+    with pytest.raises(UserError, match=words) as notes_of:
         come_in(folder, **options)
-    assert str(told.value).isprintable() and len(str(told.value)) < 700
+    assert str(notes_of.value).isprintable() and len(str(notes_of.value)) < 700
     assert not (folder.parent / "out").exists() and time.perf_counter() - started < 60
 
 
 USUAL = ("start from it with", "diffusers' ", "the model's configuration is", "texts are cut or padded")
 
 
-def told(outcome: ConversionResult) -> list[str]:
+def notes_of(outcome: ConversionResult) -> list[str]:
     """What is said beyond what every conversion says."""
     return [note for note in outcome.notes if not note.startswith(USUAL)]
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_a_plain_pipeline_says_nothing_needless_out_and_in(pipes: dict[str, Path], family: str) -> None:
-    assert told(come_in(pipes[family])) == []
+    assert notes_of(come_in(pipes[family])) == []
     objective = load_model(pipes[family].parent / "out")[0].objective
     assert (objective.kind, objective.shift) == (("flow", 3.0) if family == "mmdit" else ("ddpm", 1.0))
     convert("megadit", "diffusers", pipes[family].parent / "out", pipes[family].parent / "exported", allow_inexact=True)
-    assert told(come_in(pipes[family].parent / "exported")) == []
+    assert notes_of(come_in(pipes[family].parent / "exported")) == []
     assert load_model(pipes[family].parent / "out")[0].objective == objective
 
 
@@ -208,7 +208,7 @@ def test_old_files_of_transformer_2d_model_are_read(pipes: dict[str, Path]) -> N
     for family in ("dit", "pixart"):
         old = {"num_vector_embeds": None, "use_linear_projection": False, "only_cross_attention": False}
         change(pipes[family] / "transformer/config.json", _class_name="Transformer2DModel", **old)
-        assert told(come_in(pipes[family])) == []
+        assert notes_of(come_in(pipes[family])) == []
         change(pipes[family] / "transformer/config.json", double_self_attention=True)
         refused(pipes[family], "has double_self_attention true, which a .* does not have")
     change(pipes["dit"] / "transformer/config.json", double_self_attention=False, norm_type="layer_norm")
@@ -218,7 +218,7 @@ def test_old_files_of_transformer_2d_model_are_read(pipes: dict[str, Path]) -> N
 def test_keys_that_no_class_has_are_told(pipes: dict[str, Path]) -> None:
     values = {"dropout": 0.1, "upcast_attention": True, "made_up": 3, "nothing": None}
     change(pipes["dit"] / "transformer/config.json", **values)
-    assert told(come_in(pipes["dit"])) == [
+    assert notes_of(come_in(pipes["dit"])) == [
         "dropout 0.1 of its config.json is left out: there is none here",
         "upcast_attention true of its config.json is left out: model.attention_precision=fp32 does so here",
         "of its config.json are left out, since a DiTTransformer2DModel does not have them: made_up=3",
@@ -231,7 +231,7 @@ def test_parts_that_are_missing_or_more(pipes: dict[str, Path]) -> None:
     change(index, controlnet=["diffusers", "ControlNetModel"], text_encoder_2=["transformers", "CLIPTextModel"])
     change(index, vae=["diffusers", "AutoencoderDC"], scheduler=["diffusers", "PNDMScheduler"])
     write(dit / "vae/config.json", {"_class_name": "AutoencoderDC"})
-    assert told(come_in(dit)) == [
+    assert notes_of(come_in(dit)) == [
         "its scheduler is a PNDMScheduler as model_index.json says and diffusers loads it, not a DDIMScheduler",
         "of its scheduler is left out what only draws (sample.* does so here): PNDMScheduler",
         "its autoencoder is a AutoencoderDC, which is not read here: data.vae.* is yours to give",
@@ -239,17 +239,17 @@ def test_parts_that_are_missing_or_more(pipes: dict[str, Path]) -> None:
     ]
     write(dit / "vae/config.json", {"_class_name": "AutoencoderKL", "latent_channels": 16})
     change(index, scheduler=["diffusers", "DDIMScheduler"], vae=["diffusers", "AutoencoderKL"], controlnet=[None, None])
-    assert told(come_in(dit)) == [
+    assert notes_of(come_in(dit)) == [
         "its autoencoder has latents of 16 channels, the transformer takes 4: data.vae.* is yours to give"
     ]
     write(dit / "vae/config.json", {"_class_name": "AutoencoderKL", "block_out_channels": None})
     refused(dit, r"^IN: '.*vae/config\.json' has block_out_channels null, which must be given")
     change(index, scheduler=[None, None], vae=None)
-    assert told(come_in(dit)) == ["the pipeline has no scheduler: objective.* is what is usual for its family"]
+    assert notes_of(come_in(dit)) == ["the pipeline has no scheduler: objective.* is what is usual for its family"]
     change(index, scheduler=["diffusers", "DDIMScheduler"])
     (dit / "scheduler/scheduler_config.json").unlink()
     refused(dit, r"scheduler_config\.json' is missing, though model_index\.json names a DDIMScheduler; copy the whole")
-    assert told(come_in(dit / "transformer")) == []  # which the sentence offers
+    assert notes_of(come_in(dit / "transformer")) == []  # which the sentence offers
     shutil.rmtree(dit / "transformer")
     refused(dit, r"transformer' is missing, though model_index\.json names it; copy the whole folder again")
 
@@ -267,7 +267,7 @@ def test_the_remedy_for_a_training_that_cannot_be_told_works(pipes: dict[str, Pa
 
 def test_a_config_that_overrules_the_scheduler_is_told(pipes: dict[str, Path]) -> None:
     change(pipes["dit"] / "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    notes = told(come_in(pipes["dit"], config=default_run(MODELS["dit"])))
+    notes = notes_of(come_in(pipes["dit"], config=default_run(MODELS["dit"])))
     assert notes == ["as --config says, objective.prediction is eps and not v as in the pipeline's scheduler"]
 
 
@@ -281,14 +281,14 @@ def test_a_scheduler_goes_through_from_pipeline_to_pipeline(pipes: dict[str, Pat
 def test_class_names(pipes: dict[str, Path]) -> None:
     index = pipes["dit"] / "model_index.json"
     change(index, id2label={str(label): f"class {label}" for label in range(10)})
-    assert told(come_in(pipes["dit"])) == []
+    assert notes_of(come_in(pipes["dit"])) == []
     assert json.loads((pipes["dit"].parent / "out/classes.json").read_text())[9] == "class 9"
     change(index, id2label={str(label): "a" for label in range(12)})
-    assert told(come_in(pipes["dit"])) == [
+    assert notes_of(come_in(pipes["dit"])) == [
         "id2label names labels to 11, the model has 10 classes: those above are left out"
     ]
     change(index, id2label={"0": "a", "1": "b"})
-    assert told(come_in(pipes["dit"])) == [
+    assert notes_of(come_in(pipes["dit"])) == [
         "id2label has no name for 8 of the model's 10 classes: all names are left out"
     ]
     assert not (pipes["dit"].parent / "out/classes.json").exists()

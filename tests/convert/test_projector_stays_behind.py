@@ -37,12 +37,12 @@ def test_the_projector_of_repa_stays_behind(family: str, form: str) -> None:
     assert any(name.startswith("repa.") for name in state)
     if form == "official":
         exported = to_official(config, state)
-        found, back = from_official(family, exported, heads=2)
+        config_back, state_back = from_official(family, exported, heads=2)
     else:
         folder_json, exported = to_diffusers(config, state)
-        found, back = from_diffusers(folder_json, exported)
+        config_back, state_back = from_diffusers(folder_json, exported)
     assert not any("repa" in name for name in exported)
-    assert found.repa is None
+    assert config_back.repa is None
     kept: ModelConfig = config.model_copy(update={"repa": None})
-    assert back.keys() == build_model(kept).state_dict().keys()
-    assert all(torch.equal(value, state[name]) for name, value in back.items())
+    assert state_back.keys() == build_model(kept).state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in state_back.items())

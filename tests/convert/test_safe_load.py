@@ -22,11 +22,11 @@ from helpers.foreign.official_releases import release
 from megadit.cli import convert_checkpoint
 from megadit.convert import formats
 from megadit.convert.contents import Contents
-from megadit.convert.conversion import convert, of_format
+from megadit.convert.conversion import convert, reader_and_writer
 from megadit.convert.deferred import loaded
-from megadit.convert.request import fresh
+from megadit.convert.request import new_target
+from megadit.convert.torch_files.placeholders import Placeholder
 from megadit.convert.torch_files.safe_load import load_deferred, load_file
-from megadit.convert.torch_files.stand_ins import StandIn
 from megadit.errors import UserError
 from megadit.models import build_model
 
@@ -146,7 +146,7 @@ def test_plain_objects_of_python_and_numpy_are_read(tmp_path):
     loaded = load_file(tmp_path / "x.pt")
     assert (loaded["step"], loaded["loss"]) == (7, 0.5) and type(loaded["step"]) is int
     assert dict(loaded["counts"]) == {"a": 3} and loaded["recent"] == [1, 2]
-    assert loaded["args"].lr == 1e-4 and type(loaded["args"]) is StandIn and type(loaded["args"].out) is StandIn
+    assert loaded["args"].lr == 1e-4 and type(loaded["args"]) is Placeholder and type(loaded["args"].out) is Placeholder
 
 
 class Net(torch.nn.Module):
@@ -167,7 +167,7 @@ def packed(path):
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "message"),
     [
         (lambda path: torch.save(Net(), path), "holds an object of '.*Net', .* whole model and .*model.state_dict"),
         (lambda path: torch.save({"model": Net(), "epoch": 3}, path), "Net', .*: the file holds a whole model"),
@@ -188,9 +188,9 @@ def packed(path):
         (lambda path: path.write_bytes(b"GGUF" + bytes(20)), "it is a GGUF file of llama.cpp"),
     ],
 )
-def test_what_a_file_is_that_holds_no_tensors(tmp_path, write, told):
+def test_what_a_file_is_that_holds_no_tensors(tmp_path, write, message):
     write(tmp_path / "x.pt")
-    with pytest.raises(UserError, match=f"x.pt: .*{told}"):
+    with pytest.raises(UserError, match=f"x.pt: .*{message}"):
         load_file(tmp_path / "x.pt")
 
 
@@ -300,9 +300,9 @@ def test_a_file_that_was_zipped_anew_is_read_as_it_is_and_not_its_compressed_byt
     zipped_anew(tmp_path / "x.pt", tmp_path / "anew.pt")
     assert (tmp_path / "anew.pt").stat().st_size < (tmp_path / "x.pt").stat().st_size
     for load in (load_file, load_deferred):
-        found = load(tmp_path / "anew.pt")
-        assert found.keys() == values.keys()
-        assert all(torch.equal(loaded(found[name]), value) for name, value in values.items())
+        values_back = load(tmp_path / "anew.pt")
+        assert values_back.keys() == values.keys()
+        assert all(torch.equal(loaded(values_back[name]), value) for name, value in values.items())
     torch.save({"zeros": torch.zeros(2_000_000)}, tmp_path / "x.pt")
     zipped_anew(tmp_path / "x.pt", tmp_path / "bomb.pt")
     with pytest.raises(UserError, match=r"bomb.pt: is compressed, and its .* bytes would be 8,.*zip -0"):
@@ -319,8 +319,8 @@ def test_prefixes_half_precision_and_whole_numbers(tmp_path):
     values = {f"module.{name}": value.bfloat16() for name, value in weights().items()}
     save_file({**values, "module.count": torch.ones(1, dtype=torch.int64)}, tmp_path / "x.safetensors")
     outcome = convert("safetensors", "megadit", tmp_path / "x.safetensors", tmp_path / "run", CONFIG)
-    told = " ".join(outcome.notes)
-    assert "'module.' before all names" in told and "bfloat16" in told and "whole numbers" in told
+    message = " ".join(outcome.notes)
+    assert "'module.' before all names" in message and "bfloat16" in message and "whole numbers" in message
 
 
 def test_shards_that_are_missing_or_unnamed_are_told(tmp_path):
@@ -364,18 +364,21 @@ def test_parts_must_cover_a_parameter():
     for parts in ([(0, torch.ones(3))], [(0, torch.ones(3)), (2, torch.ones(2))], [(1, torch.ones(3))]):
         contents = Contents("it", {"w": (2, 2)}, ("weights",), lambda kind, name, parts=parts: parts)
         with pytest.raises(UserError, match="weights of 'w' are not the 4 elements"):
-            contents.whole("weights", "w")
+            contents.tensor("weights", "w")
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(UserError, match="OUT: .*cannot be written .No space left"), fresh(tmp_path / "out") as path:
+    with (
+        pytest.raises(UserError, match="OUT: .*cannot be written .No space left"),
+        new_target(tmp_path / "out") as path,
+    ):
         path.mkdir()
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path, capsys):
-    assert all(callable(each) for name in formats() for each in of_format(name))
+    assert all(callable(each) for name in formats() for each in reader_and_writer(name))
     save_file(weights(), tmp_path / "x.safetensors")
     arguments = ["--from", "safetensors", "--to", "fp32-state-dict", str(tmp_path / "x.safetensors")]
     assert convert_checkpoint.main([*arguments, str(tmp_path / "out.bin")]) == 0

@@ -41,11 +41,11 @@ def test_every_type_is_read_as_the_library_reads_it(tmp_path: Path, dtype: torch
         "empty": torch.empty(0, 5).to(dtype),
     }
     save_file(values, tmp_path / "x.safetensors")
-    found = SafetensorsFile(tmp_path / "x.safetensors").tensors()
-    assert found.keys() == values.keys()
+    tensors = SafetensorsFile(tmp_path / "x.safetensors").tensors()
+    assert tensors.keys() == values.keys()
     for name, value in values.items():
-        assert found[name].dtype == dtype and found[name].shape == value.shape
-        assert torch.equal(loaded(found[name]).view(-1).view(torch.uint8), value.view(-1).view(torch.uint8))
+        assert tensors[name].dtype == dtype and tensors[name].shape == value.shape
+        assert torch.equal(loaded(tensors[name]).view(-1).view(torch.uint8), value.view(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +102,10 @@ def test_a_header_larger_than_the_formats_limit_is_not_read(tmp_path: Path) -> N
 
 def test_metadata_and_order_are_kept(tmp_path: Path) -> None:
     save_file({"b": torch.ones(2), "a": torch.zeros(3)}, tmp_path / "x.safetensors", metadata={"key": "value"})
-    found = SafetensorsFile(tmp_path / "x.safetensors")
-    assert found.metadata == {"key": "value"}
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert file.metadata == {"key": "value"}
     with safe_open(tmp_path / "x.safetensors", "pt") as library:
-        assert sorted(found.tensors()) == sorted(library.keys())
+        assert sorted(file.tensors()) == sorted(library.keys())
 
 
 def test_a_file_that_is_cut_after_it_was_opened_is_told(tmp_path: Path) -> None:

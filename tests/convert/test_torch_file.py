@@ -27,10 +27,10 @@ def test_torch_reads_them_mapped_or_not(tmp_path: Path, mapped: bool) -> None:
     )  # fmt: skip
     value: dict[str, Any] = {"module": weights, "step": 3, "shape": torch.Size([1, 2]), "rest": [None, (1.5, "x")]}
     save_streaming(value, tmp_path / "x.pt")
-    found = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mapped)
-    assert {**found, "module": None} == {**value, "module": None} and list(found["module"]) == list(weights)
+    values = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mapped)
+    assert {**values, "module": None} == {**value, "module": None} and list(values["module"]) == list(weights)
     for name, tensor in weights.items():
-        read = found["module"][name]
+        read = values["module"][name]
         assert read.dtype == tensor.dtype and read.shape == tensor.shape and torch.equal(read, tensor)
         assert read.untyped_storage().nbytes() == tensor.nbytes  # and not all that it was cut from
     assert kind_of_file(tmp_path / "x.pt") == kind_of_file(saved(tmp_path / "y.pt", value))
@@ -45,9 +45,9 @@ def test_the_archive_is_sound_and_its_values_are_aligned(tmp_path: Path) -> None
     save_streaming({f"{number}": torch.randn(number + 1) for number in range(9)}, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as archive:
         assert archive.testzip() is None
-    found = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
-    first = found["0"].data_ptr()
-    assert all((value.data_ptr() - first) % 64 == 0 for value in found.values())
+    values = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
+    first = values["0"].data_ptr()
+    assert all((value.data_ptr() - first) % 64 == 0 for value in values.values())
 
 
 def test_one_tensor_is_in_memory_at_a_time_and_written_once(tmp_path: Path) -> None:
@@ -63,6 +63,6 @@ def test_one_tensor_is_in_memory_at_a_time_and_written_once(tmp_path: Path) -> N
     values = {str(number): deferred([4], torch.float32, partial(load, number)) for number in range(5)}
     save_streaming({"a": values, "again": values["3"]}, tmp_path / "x.pt")
     assert alive == [0] * 5
-    found = torch.load(tmp_path / "x.pt", weights_only=True)
-    assert [float(found["a"][str(number)][0]) for number in range(5)] == [0, 1, 2, 3, 4]
-    assert float(found["again"][0]) == 3
+    values = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert [float(values["a"][str(number)][0]) for number in range(5)] == [0, 1, 2, 3, 4]
+    assert float(values["again"][0]) == 3

@@ -52,7 +52,7 @@ def test_files_of_captions_beside_the_images_are_read_and_told(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
-        ({"0/0.txt": b"a\ncaf\xe9"}, r"0/0\.txt is not text \(line 2 has the byte 0xe9, which is not UTF-8\)"),
+        ({"0/0.txt": b"a\ncaf\xe9"}, r"0/0\.txt is not a text file \(line 2 has the byte 0xe9, which is not UTF-8\)"),
         ({"0/0.txt": "a", "0/0.caption": "b"}, r"0\.txt and .*0\.caption hold different captions of one image"),
         ({"0/0.txt": "version https://git-lfs.github.com/spec/v1\n"}, "it is a git-LFS pointer"),
     ],

@@ -119,11 +119,11 @@ FILES: list[tuple[str, Callable[[], bytes]]] = [
 def test_the_kind_of_a_file(kind: str, make: Callable[[], bytes], tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(make())
-    found = kind_of_file(path)
-    assert found is not None and found.id == kind
+    file_kind = kind_of_file(path)
+    assert file_kind is not None and file_kind.id == kind
     assert file_instead(path, kind) is None
-    told = file_instead(path, "another")
-    assert told is not None and told.startswith(f"it is {found.name}; ")
+    sentence = file_instead(path, "another")
+    assert sentence is not None and sentence.startswith(f"it is {file_kind.name}; ")
 
 
 def test_a_database(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_a_database(tmp_path: Path) -> None:
     connection.execute("create table t (x)")
     connection.commit()
     connection.close()
-    found = kind_of_file(tmp_path / "study.db")
-    assert found is not None and found.id == "sqlite"
+    file_kind = kind_of_file(tmp_path / "study.db")
+    assert file_kind is not None and file_kind.id == "sqlite"
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_what_is_not_known_is_not_guessed(data: bytes) -> None:
 
 
 def test_a_letter_that_the_end_of_the_look_cuts_is_still_text() -> None:
-    found = kind_of(("a" * 4095 + "é").encode()[:4096], 5000)
-    assert found is not None and found.id == "text"
+    file_kind = kind_of(("a" * 4095 + "é").encode()[:4096], 5000)
+    assert file_kind is not None and file_kind.id == "text"
 
 
 @pytest.mark.parametrize("kind", ["torch", "npz", "png", "jpeg", "safetensors"])
@@ -153,9 +153,9 @@ def test_a_file_that_is_cut_off(kind: str, tmp_path: Path) -> None:
     data = next(make for name, make in FILES if name == kind)()
     path = tmp_path / "file"
     path.write_bytes(data[: 40 if kind == "safetensors" else len(data) - 30])
-    told = file_instead(path, kind)
-    assert told is not None and told.startswith("it is cut off: ")
-    assert bytes_instead(path.read_bytes(), kind) == told
+    sentence = file_instead(path, kind)
+    assert sentence is not None and sentence.startswith("it is cut off: ")
+    assert bytes_instead(path.read_bytes(), kind) == sentence
     if kind in ("torch", "safetensors"):  # weights, which are read long after the folder was looked at
         with pytest.raises(UserError, match="data.vae.path: '.*' cannot be read: it is cut off"):
             refuse_broken("data.vae.path", [path])
@@ -165,8 +165,8 @@ def test_a_file_that_is_cut_off(kind: str, tmp_path: Path) -> None:
     "text", ["BMW on a road", "BZh1 is a mark", "MZ and more than enough words", "<b>bold</b> words"]
 )
 def test_a_text_that_begins_like_another_file_is_a_text(text: str) -> None:
-    found = kind_of(text.encode())
-    assert found is not None and found.id == "text"
+    file_kind = kind_of(text.encode())
+    assert file_kind is not None and file_kind.id == "text"
     assert text_instead(text.encode()) is None
 
 
@@ -182,7 +182,7 @@ def test_tensors_that_are_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "told"),
+    ("name", "data", "sentence"),
     [
         ("model.safetensors", LFS, "run `git lfs pull`"),
         ("model.safetensors", _torch(legacy=False), "it is a torch file"),
@@ -192,7 +192,7 @@ def test_tensors_that_are_cut_off(tmp_path: Path) -> None:
         ("spiece.model", b"<!doctype html>", "web page"),
     ],
 )
-def test_files_are_held_to_their_endings(tmp_path: Path, name: str, data: bytes, told: str) -> None:
+def test_files_are_held_to_their_endings(tmp_path: Path, name: str, data: bytes, sentence: str) -> None:
     good = {
         "model.safetensors": save({}),
         "config.json": b"{}",
@@ -204,8 +204,12 @@ def test_files_are_held_to_their_endings(tmp_path: Path, name: str, data: bytes,
     assert other_among([tmp_path / name, tmp_path / "gone.json", tmp_path / "README.md"]) is None
     refuse_broken("data.text.path", [tmp_path / name, tmp_path / "gone.json"])
     (tmp_path / name).write_bytes(data)
-    found = other_among([tmp_path / name])
-    assert found is not None and found.startswith(f"'{tmp_path / name}' is not what its name says: ") and told in found
+    message = other_among([tmp_path / name])
+    assert (
+        message is not None
+        and message.startswith(f"'{tmp_path / name}' is not what its name says: ")
+        and sentence in message
+    )
 
 
 # What reads a text or JSON file that a user names, and the option in its message.
@@ -220,7 +224,7 @@ TEXT_READERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "sentence"),
     [
         (LFS, "it is a git-LFS pointer; run `git lfs pull`"),
         (b"<!DOCTYPE html>\n<html>\n<body>\nSign in\n</body>\n", r"it is a web page \(HTML\); fetch the file itself"),
@@ -230,11 +234,11 @@ TEXT_READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ids=["pointer", "page", "torch", "gzip"],
 )
 @pytest.mark.parametrize("reader", TEXT_READERS)
-def test_a_text_that_is_something_else_is_never_read(reader: str, data: bytes, told: str, tmp_path: Path) -> None:
+def test_a_text_that_is_something_else_is_never_read(reader: str, data: bytes, sentence: str, tmp_path: Path) -> None:
     read, option = TEXT_READERS[reader]
     path = tmp_path / ("classes.json" if reader == "classes" else "x.json" if reader == "ds_config" else "x.yaml")
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"^{option}.*{path.name}.*{told}"):
+    with pytest.raises(UserError, match=f"^{option}.*{path.name}.*{sentence}"):
         read(path)
 
 
@@ -262,7 +266,7 @@ BINARY_READERS: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "sentence"),
     [
         (LFS, "it is a git-LFS pointer; run `git lfs pull`"),
         (b"<!DOCTYPE html>\n<html>", r"it is a web page \(HTML\); fetch the file itself"),
@@ -271,9 +275,9 @@ BINARY_READERS: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
     ids=["pointer", "page", "npy"],
 )
 @pytest.mark.parametrize("reader", BINARY_READERS)
-def test_a_file_that_is_something_else_is_named(reader: str, data: bytes, told: str, tmp_path: Path) -> None:
+def test_a_file_that_is_something_else_is_named(reader: str, data: bytes, sentence: str, tmp_path: Path) -> None:
     read, words = BINARY_READERS[reader]
-    with pytest.raises(UserError, match=words + told):
+    with pytest.raises(UserError, match=words + sentence):
         read(tmp_path, data)
 
 
@@ -285,7 +289,7 @@ def test_packages_whose_files_are_damaged_are_to_be_installed_again(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "sentence"),
     [
         (
             ["model_index.json"],
@@ -299,10 +303,10 @@ def test_packages_whose_files_are_damaged_are_to_be_installed_again(tmp_path: Pa
         (["notes.txt"], "give the --run_dir of a training run"),
     ],
 )
-def test_a_folder_of_another_program_in_place_of_a_run(names: list[str], told: str, tmp_path: Path) -> None:
+def test_a_folder_of_another_program_in_place_of_a_run(names: list[str], sentence: str, tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=f"is no run directory .*{told}"):
+    with pytest.raises(UserError, match=f"is no run directory .*{sentence}"):
         run_config(tmp_path)
 
 

@@ -30,9 +30,9 @@ from megadit.files.folder_kind import folder_instead, run_instead
 )
 def test_a_checkpoint_of_another_kind(tmp_path: Path, names: list[str], words: str) -> None:
     make(tmp_path, names)
-    told = folder_instead(tmp_path)
-    assert told is not None and re.search(words, told), told
-    assert run_instead(tmp_path) == f"it {told}"
+    sentence = folder_instead(tmp_path)
+    assert sentence is not None and re.search(words, sentence), sentence
+    assert run_instead(tmp_path) == f"it {sentence}"
 
 
 def test_weights_where_a_run_is_wanted(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TIMEOUT, "0.3")
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
+def stderr_of(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
@@ -131,7 +131,7 @@ class TestTakeover:
         assert not is_owned_by_other(tmp_path)
         with acquire_folder(tmp_path, "training") as ownership:
             assert ownership.sure
-        assert f"note: '{tmp_path}' is taken over from process {dead.pid} on" in (note := told(capsys))
+        assert f"note: '{tmp_path}' is taken over from process {dead.pid} on" in (note := stderr_of(capsys))
         assert "which has ended" in note
         assert "waiting" not in note
         assert not list(tmp_path.iterdir())
@@ -139,7 +139,7 @@ class TestTakeover:
     def test_process_id_that_was_given_anew(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         leave_owner(tmp_path, pid=os.getppid(), process_start="1")
         acquire_folder(tmp_path, "training").release()
-        assert "which has ended" in told(capsys)
+        assert "which has ended" in stderr_of(capsys)
 
     @pytest.mark.parametrize("view", ["{host} another-boot pid:[1]", "gpu07 another-boot pid:[1]"])
     def test_silent_owner_whose_process_cannot_be_asked(
@@ -151,14 +151,14 @@ class TestTakeover:
         assert OwnershipRequest(tmp_path, "training").try_acquire(0) is None  # not at once
         with acquire_folder(tmp_path, "training") as ownership:
             assert not ownership.sure  # some rank of it may still be writing
-        note = told(capsys)
+        note = stderr_of(capsys)
         assert "note: waiting up to 0.3 s to see whether process" in note
         assert "silent for 0.3 s" in note
 
     def test_own_counter_decides_how_long_is_silent(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         leave_owner(tmp_path, **elsewhere(beat_s=0.2))
         acquire_folder(tmp_path, "training").release()
-        assert "silent for 0.6 s" in told(capsys)
+        assert "silent for 0.6 s" in stderr_of(capsys)
 
     def test_old_times_of_a_file_mean_nothing(self, tmp_path: Path) -> None:
         leave_owner(tmp_path, **elsewhere())
@@ -173,7 +173,7 @@ class TestTakeover:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
         leave_owner(tmp_path, **elsewhere(slurm_restarts=1))
         acquire_folder(tmp_path, "training").release()
-        assert "whose Slurm job 77 was started again" in told(capsys)
+        assert "whose Slurm job 77 was started again" in stderr_of(capsys)
 
     @pytest.mark.parametrize("facts", [{"slurm_restarts": 2}, {"slurm_job": "78"}, {"slurm_cluster": "other"}])
     def test_another_job_is_not_a_requeued_one(
@@ -187,7 +187,7 @@ class TestTakeover:
     def test_own_process_silently(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         leave_owner(tmp_path)
         acquire_folder(tmp_path, "training").release()
-        assert told(capsys) == ""
+        assert stderr_of(capsys) == ""
 
     def test_copy_of_an_owned_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with living_owner(tmp_path / "a"):
@@ -196,13 +196,13 @@ class TestTakeover:
                 (tmp_path / "a" / FILE).read_text().replace('"beat_s": 5.0', '"beat_s": 0')
             )
             acquire_folder(tmp_path / "b", "training").release()
-        assert "silent for 0.3 s" in told(capsys)
+        assert "silent for 0.3 s" in stderr_of(capsys)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"token": 3}', '{"token": "a", "pid": 1.5}', "\udcff"])
     def test_file_that_nobody_can_read(self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
         acquire_folder(tmp_path, "training").release()
-        assert "taken over from an owner that its owner.json does not tell, silent for 0.3 s" in told(capsys)
+        assert "taken over from an owner that its owner.json does not tell, silent for 0.3 s" in stderr_of(capsys)
 
     def test_only_one_of_many_takers_wins(self, tmp_path: Path) -> None:
         dead = Owner.parse((killed_owner(tmp_path), (tmp_path / FILE).read_text())[1])

@@ -8,14 +8,15 @@ import os
 
 import pytest
 
+from megadit.errors import UserError
 from megadit.files.text import (
     decode,
+    decode_text,
     has_lone_surrogate,
     json_bytes,
     name_bytes,
     replace_surrogates,
     split_lines,
-    why_no_text,
 )
 from megadit.keys import stream_key
 
@@ -26,18 +27,16 @@ def test_a_mark_says_the_encoding_and_is_left_out(encoding: str) -> None:
 
 
 def test_bytes_that_are_no_text_are_named_with_their_line() -> None:
-    with pytest.raises(UnicodeDecodeError) as latin:
-        decode("ein\nzwei\ncafé".encode("latin-1"))
-    assert why_no_text(latin.value) == "line 3 has the byte 0xe9, which is not UTF-8"
-    with pytest.raises(UnicodeDecodeError) as unmarked:
-        decode("ein\n".encode("utf-16-le"))
-    assert why_no_text(unmarked.value) == "line 1 has a zero byte, as UTF-16 without its mark has"
-    with pytest.raises(UnicodeDecodeError) as zeros:
-        decode(bytes(600))
-    assert "it is a file of zeros" in why_no_text(zeros.value)
-    with pytest.raises(UnicodeDecodeError) as torn:
-        decode("ab".encode("utf-16")[:-1])
-    assert "it begins as UTF-16" in why_no_text(torn.value)
+    for data, sentence in (
+        ("ein\nzwei\ncafé".encode("latin-1"), " (line 3 has the byte 0xe9, which is not UTF-8); save it as UTF-8"),
+        ("ein\n".encode("utf-16-le"), " (line 1 has a zero byte, as UTF-16 without its mark has); save it as UTF-8"),
+        ("ab".encode("utf-16")[:-1], " (it begins as UTF-16"),
+        (bytes(600), ": it is a file of zeros"),
+        (b"<!DOCTYPE html>", ": it is a web page (HTML)"),
+    ):
+        with pytest.raises(UserError) as refused:
+            decode_text(data, "--prompts: 'a.txt'")
+        assert str(refused.value).startswith(f"--prompts: 'a.txt' is not a text file{sentence}")
 
 
 def test_lines_end_at_line_feeds_alone() -> None:

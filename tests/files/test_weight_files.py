@@ -37,9 +37,9 @@ def test_a_file_of_a_text_network_that_is_something_else(tmp_path: Path, name: s
     text_folder(tmp_path)
     source = TextSource(encoder="t5", path=str(tmp_path))
     check_source(source)
-    data, told = OTHERS[kind]
+    data, sentence = OTHERS[kind]
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=f"^data.text.path: .*{name}.*{told}"):
+    with pytest.raises(UserError, match=f"^data.text.path: .*{name}.*{sentence}"):
         check_source(source)
 
 
@@ -48,9 +48,9 @@ def test_weights_of_an_autoencoder_that_are_something_else(tmp_path: Path, kind:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(WEIGHTS)
     assert codec_folder(VaeConfig(path=str(tmp_path))) == tmp_path
-    data, told = OTHERS[kind]
+    data, sentence = OTHERS[kind]
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=f"^data.vae.path: .*diffusion_pytorch_model.safetensors' is not .*{told}"):
+    with pytest.raises(UserError, match=f"^data.vae.path: .*diffusion_pytorch_model.safetensors' is not .*{sentence}"):
         codec_folder(VaeConfig(path=str(tmp_path)))
 
 
@@ -58,6 +58,6 @@ def test_weights_that_are_cut_off_are_named_when_they_are_loaded(tmp_path: Path)
     pytest.importorskip("transformers")
     text_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(WEIGHTS[:-8])
-    told = "model.safetensors' is not what its name says: it is cut off: its tensors need"
-    with pytest.raises(UserError, match=f"does not load as a T5EncoderModel .*{told}"):
+    sentence = "model.safetensors' is not what its name says: it is cut off: its tensors need"
+    with pytest.raises(UserError, match=f"does not load as a T5EncoderModel .*{sentence}"):
         load_network(tmp_path, "T5EncoderModel", "data.text.path", torch.float32)

@@ -17,7 +17,14 @@ from helpers.training import small_config, train_rank
 from megadit.checkpoint.compatibility import check_same_model, describe_changes
 from megadit.checkpoint.find import find_checkpoint, open_checkpoint
 from megadit.checkpoint.format import _sum_of
-from megadit.checkpoint.inspect import compare, describe_comparison, describe_summary, open_for_people, summary, verify
+from megadit.checkpoint.inspect import (
+    compare,
+    describe_comparison,
+    describe_summary,
+    open_for_inspection,
+    summary,
+    verify,
+)
 from megadit.checkpoint.read import StoredCheckpoint
 from megadit.checkpoint.restore import load_weights
 from megadit.config import RunConfig
@@ -39,10 +46,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def look_at(run: Path) -> None:
     """What a resume, inspect_checkpoint and a start from weights read of a run directory."""
-    found = open_checkpoint(run)
-    if found is None:
+    opened = open_checkpoint(run)
+    if opened is None:
         return
-    stored = found.stored
+    stored = opened.stored
     describe_summary(summary(stored, norms=True))
     verify(stored)
     check_same_model(stored, CONFIG)
@@ -125,7 +132,7 @@ def test_comparing(effort: str, saved: Path, tmp_path: Path) -> None:
         text = json_bytes(values)
         (folder / "state.json").write_bytes(text)
         (folder / "index.json").write_bytes(json_bytes(signed(index, text)))
-        describe_comparison(compare(sound, open_for_people(str(run)).stored))
+        describe_comparison(compare(sound, open_for_inspection(str(run)).stored))
 
     hunt(effort, odd_values([state]), read, quick=13)
 

@@ -133,7 +133,7 @@ HUNTED = {
         "convert/safetensors_file.py",
         "convert/state_dicts.py",
         "convert/torch_files/safe_load.py",
-        "convert/torch_files/stand_ins.py",
+        "convert/torch_files/placeholders.py",
     ),
     "torch_trees": (
         "convert/deepspeed/files.py",

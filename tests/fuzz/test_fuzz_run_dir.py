@@ -49,8 +49,8 @@ def test_metrics(effort: str, tmp_path: Path) -> None:
         run.metrics.write_bytes(data)
         read_curve(tmp_path)
         run.truncate_metrics(3)
-        kept = run.read_metrics()
-        assert all(row["step"] <= 3 for row in kept)
+        rows = run.read_metrics()
+        assert all(row["step"] <= 3 for row in rows)
 
     known = [
         b'{"step": 1, "loss": 1, "samples_seen": []}',

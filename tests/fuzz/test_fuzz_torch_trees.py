@@ -125,7 +125,7 @@ def _in_memory(tree: Any) -> Any:
 
 
 def _can_be_written(tree: Any) -> bool:
-    """Whether the tree holds no stand-in of a class, which would be refused where it is written anew."""
+    """Whether the tree holds no placeholder of a class, which would be refused where it is written anew."""
     if isinstance(tree, dict | list | tuple):
         return all(map(_can_be_written, tree.values() if isinstance(tree, dict) else tree))
     return tree is None or isinstance(tree, bool | int | float | str | bytes | torch.Tensor | torch.Size | torch.dtype)

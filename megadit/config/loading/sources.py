@@ -14,9 +14,8 @@ from typing import Any
 
 from megadit.config.schema.values import resolve_scalars
 from megadit.errors import UserError
-from megadit.files.file_kind import text_instead
 from megadit.files.paths import begins_with
-from megadit.files.text import decode, has_lone_surrogate, why_no_text
+from megadit.files.text import decode_text, has_lone_surrogate
 from megadit.files.yaml_text import YamlError, parse_yaml, shortened
 from megadit.nested import set_nested
 
@@ -109,15 +108,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"config: cannot read {path}: {error.strerror}") from None
-    other = text_instead(data)
-    if other is not None:
-        raise UserError(f"config: {display(path)} is not a YAML file: {other}")
     try:
-        values = parse_yaml(decode(data))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"config: {display(path)} is not a text file ({why_no_text(error)}); give a YAML file in UTF-8"
-        ) from None
+        values = parse_yaml(decode_text(data, f"config: {display(path)}"))
     except YamlError as error:
         raise UserError(f"config: {display(path)} is not valid YAML: {error}") from None
     if values is None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megadit.checkpoint.format import Position
 from megadit.convert.contents import Contents
+from megadit.convert.parameter_names import plain_names
 from megadit.convert.torch_files.safe_load import load_file, odd_kind
-from megadit.convert.wrappings import plain_names
 from megadit.engine.deepspeed.partitions import MOMENTS
 from megadit.errors import UserError
 from megadit.files.file_kind import text_instead
@@ -36,8 +36,8 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
         if folder is not None and folder.is_dir() and any(_MODEL.fullmatch(file.name) for file in folder.iterdir()):
             universal = (folder / "zero").is_dir()
             if universal == (kind == "DeepSpeed"):
-                other = "deepspeed-universal" if universal else "deepspeed"
-                raise UserError(f"IN: '{folder}' is a checkpoint of another format; read it with --from {other}")
+                name = "deepspeed-universal" if universal else "deepspeed"
+                raise UserError(f"IN: '{folder}' is a checkpoint of another format; read it with --from {name}")
             return folder
         if folder is not None and folder.is_dir() and any(folder.glob("layer_*_model_states.pt")):
             break
@@ -47,9 +47,9 @@ def find_folder(path: Path, pointer: str, kind: str) -> Path:
             f"IN: '{path}' has folders of checkpoints ({listed(held)}), but its file '{pointer}' names none of them; "
             "give the one that is meant"
         )
-    told = run_instead(path)
-    if told is not None and "--from deepspeed" not in told:
-        raise UserError(f"IN: '{path}' is no {kind} checkpoint: {told}")
+    other = run_instead(path)
+    if other is not None and "--from deepspeed" not in other:
+        raise UserError(f"IN: '{path}' is no {kind} checkpoint: {other}")
     raise UserError(
         f"IN: '{path}' is no {kind} checkpoint: neither it nor the folder that its file '{pointer}' names holds "
         "mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt; give the folder that was saved to"
@@ -67,9 +67,9 @@ def _pointed(path: Path, pointer: str) -> Path | None:
         name = decode(data).strip()
     except (OSError, ValueError):
         return None
-    told = text_instead(data)
-    if told is not None:
-        raise UserError(f"IN: '{path / pointer}' is not what its name says: {told}")
+    other = text_instead(data)
+    if other is not None:
+        raise UserError(f"IN: '{path / pointer}' is not what its name says: {other}")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"IN: '{path / pointer}' names {shown(name)}, outside of its folder; give the folder itself")
     return path / name
@@ -81,13 +81,13 @@ def model_files(folder: Path) -> list[Path]:
     Raises:
         UserError: the model was cut by tensor or pipeline parallelism.
     """
-    found = {file: match for file in folder.iterdir() if (match := _MODEL.fullmatch(file.name))}
-    if any(folder.glob("layer_*_model_states.pt")) or any(int(match[2]) for match in found.values()):
+    matches = {file: match for file in folder.iterdir() if (match := _MODEL.fullmatch(file.name))}
+    if any(folder.glob("layer_*_model_states.pt")) or any(int(match[2]) for match in matches.values()):
         raise UserError(
             f"IN: '{folder}' is of a model cut by tensor or pipeline parallelism; join its parts with DeepSpeed's "
             "ds_to_universal and read the result with --from deepspeed-universal"
         )
-    return sorted(found, key=lambda file: int(found[file][1] or 0))
+    return sorted(matches, key=lambda file: int(matches[file][1] or 0))
 
 
 def model_state(file: Path) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def read_checkpoint(path: Path, pointer: str, kind: str, read: Callable[[Path], 
             f"{kind} checkpoint '{folder}': lacks what DeepSpeed 0.19 writes ({' '.join(repr(error).split())[:200]}); "
             "save it anew with a present DeepSpeed, or convert it with its zero_to_fp32.py"
         ) from error
-    names, notes = plain_names(contents.shapes, contents.what)
+    names, notes = plain_names(contents.shapes, contents.description)
     if all(new == old for new, old in names.items()) and len(names) == len(contents.shapes):
         return contents
     shapes = {new: contents.shapes[old] for new, old in names.items()}
@@ -169,9 +169,9 @@ def adam_step(
     """How many updates Adam counted, or why its state cannot be used."""
     if not any(states):
         return 0, "the optimizer has taken no step, or its state was not saved"
-    lacking = next((state for state in states if not all(isinstance(state.get(k), Tensor) for k in MOMENTS)), None)
-    if lacking is not None:
-        return 0, f"the optimizer is not Adam (its state: {', '.join(map(str, lacking)) or 'none'})"
+    incomplete = next((state for state in states if not all(isinstance(state.get(k), Tensor) for k in MOMENTS)), None)
+    if incomplete is not None:
+        return 0, f"the optimizer is not Adam (its state: {', '.join(map(str, incomplete)) or 'none'})"
     known = [state["step"] for state in states if "step" in state]
     known = known or [group["step"] for group in groups if "step" in group] or ([] if outer is None else [outer])
     known = [step.item() if isinstance(step, Tensor) and step.numel() == 1 else step for step in known]

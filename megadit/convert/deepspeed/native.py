@@ -37,15 +37,15 @@ from megadit.convert.deepspeed.files import (
     version_of,
 )
 from megadit.convert.deepspeed.plain import read_plain
+from megadit.convert.torch_files.placeholders import Placeholder
 from megadit.convert.torch_files.safe_load import load_file
-from megadit.convert.torch_files.stand_ins import StandIn
 from megadit.engine.deepspeed.partitions import LOSS_SCALE, MOMENTS
 from megadit.errors import UserError
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 
 
-class Shard(NamedTuple):
+class BufferSlice(NamedTuple):
     """``length`` elements of a parameter from ``start``, at ``offset`` of buffer ``group`` of ``rank``."""
 
     rank: int
@@ -56,16 +56,16 @@ class Shard(NamedTuple):
 
 
 @dataclass
-class _Zero:
+class _ZeroBuffers:
     """All ranks' buffers and where each parameter's elements lie in them."""
 
     weights: list[list[Tensor]]  # by rank and group, as are the states
     states: list[list[dict[str, Any]]]
     param_groups: list[dict[str, Any]]
-    shards: dict[str, list[Shard]] = field(default_factory=dict)
+    shards: dict[str, list[BufferSlice]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def buffer(self, kind: str, shard: Shard) -> Tensor:
+    def buffer(self, kind: str, shard: BufferSlice) -> Tensor:
         if kind == WEIGHTS:
             return self.weights[shard.rank][shard.group]
         return self.states[shard.rank][shard.group][kind]
@@ -102,15 +102,15 @@ def _read_folder(folder: Path) -> Contents:
     zero_states = [_optimizer_state(file) for file in ranks]
     stage = zero_states[0].get("zero_stage")
     spread = f"ZeRO-{stage}" if stage is not None else "BF16_Optimizer"
-    what = f"DeepSpeed checkpoint '{folder}' ({spread}, {len(ranks)} ranks, {version_of(state)})"
+    description = f"DeepSpeed checkpoint '{folder}' ({spread}, {len(ranks)} ranks, {version_of(state)})"
     zero = _stage3(zero_states, state) if stage == 3 else _stage12(zero_states, state)
     frozen = _frozen(files if stage == 3 else files[:1], state, zero.shapes)
     check_tensors(values for _, parts in frozen.values() for _, values in parts)
     problem = zero.misfit([WEIGHTS])
     if problem:
         raise UserError(
-            f"{what}: its buffers are smaller than '{problem}' needs; state that was offloaded to NVMe is not in them: "
-            "save a checkpoint without offloading to NVMe"
+            f"{description}: its buffers are smaller than '{problem}' needs; state that was offloaded to NVMe is not "
+            "in them: save a checkpoint without offloading to NVMe"
         )
     shapes = {**zero.shapes, **{name: shape for name, (shape, _) in frozen.items()}}
 
@@ -118,7 +118,13 @@ def _read_folder(folder: Path) -> Contents:
         return frozen[name][1] if name in frozen else zero.read(kind, name)
 
     contents = Contents(
-        what, shapes, (WEIGHTS, *MOMENTS), read, position_of(state), groups=zero.param_groups, notes=_shared(state)
+        description,
+        shapes,
+        (WEIGHTS, *MOMENTS),
+        read,
+        position_of(state),
+        groups=zero.param_groups,
+        notes=_shared(state),
     )
     return _with_moments(contents, zero, zero_states[0], frozen)
 
@@ -143,7 +149,7 @@ def _optimizer_state(file: Path) -> dict[str, Any]:
     return inner
 
 
-def _stage12(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
+def _stage12(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _ZeroBuffers:
     weights = [file["single_partition_of_fp32_groups"] for file in files]
     bases = [file["base_optimizer_state"] for file in files]
     if isinstance(bases[0], list):  # "elastic_checkpoint": no torch state dict around it
@@ -152,7 +158,7 @@ def _stage12(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
     else:
         groups = bases[0]["param_groups"]
         states = [[base["state"].get(group["params"][0], {}) for group in groups] for base in bases]
-    zero = _Zero(weights, states, groups)
+    zero = _ZeroBuffers(weights, states, groups)
     for g, shapes in enumerate(state["param_shapes"]):
         cut = files[0]["group_paddings"][g] if "zero_stage" in files[0] else 0  # BF16_Optimizer keeps its padding
         size = weights[0][g].numel() + cut
@@ -162,7 +168,7 @@ def _stage12(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
             end = first + math.prod(shape)
             zero.shapes[name] = shape_of(shape)
             zero.shards[name] = [
-                Shard(r, g, low - r * size, low - first, min(end, (r + 1) * size) - low)
+                BufferSlice(r, g, low - r * size, low - first, min(end, (r + 1) * size) - low)
                 for r in range(len(files))
                 if (low := max(first, r * size)) < min(end, (r + 1) * size)
             ]
@@ -170,11 +176,11 @@ def _stage12(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
     return zero
 
 
-def _stage3(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
+def _stage3(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _ZeroBuffers:
     weights = [file["fp32_flat_groups"] for file in files]
     bases = [file["optimizer_state_dict"] for file in files]
     states = [[base["state"].get(s, {}) for s in range(len(weights[0]))] for base in bases]
-    zero = _Zero(weights, states, bases[0]["param_groups"])
+    zero = _ZeroBuffers(weights, states, bases[0]["param_groups"])
     for sub_group, shapes in enumerate(state["param_shapes"]):
         offset = 0
         for name, shape in shapes.items():
@@ -182,7 +188,7 @@ def _stage3(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _Zero:
             share = -(-total // len(files))
             zero.shapes[name] = shape_of(shape)
             zero.shards[name] = [
-                Shard(r, sub_group, offset, r * share, min(share, total - r * share))
+                BufferSlice(r, sub_group, offset, r * share, min(share, total - r * share))
                 for r in range(len(files))
                 if r * share < total
             ]
@@ -198,9 +204,9 @@ def _frozen(
     if len(files) == 1 and not state.get("frozen_param_shapes"):
         values = {name: value for name, value in state["module"].items() if name not in others and value.numel()}
         return {name: (tuple(value.shape), [(0, value.view(-1))]) for name, value in values.items()}
-    found: dict[str, tuple[tuple[int, ...], list[Part]]] = {}
+    frozen: dict[str, tuple[tuple[int, ...], list[Part]]] = {}
     if not state.get("frozen_param_shapes"):
-        return found
+        return frozen
     fragments = [load_file(file)["frozen_param_fragments"] for file in files]
     for name, shape in state["frozen_param_shapes"].items():
         total, start, parts = math.prod(shape), 0, []
@@ -209,8 +215,8 @@ def _frozen(
             if count > 0:
                 parts.append((start, values[:count]))
                 start += count
-        found[name] = (shape_of(shape), parts)
-    return found
+        frozen[name] = (shape_of(shape), parts)
+    return frozen
 
 
 def _shared(state: Mapping[str, Any]) -> tuple[str, ...]:
@@ -218,7 +224,9 @@ def _shared(state: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"'{name}' is the same parameter as '{owner}' and is left out" for name, owner in shared.items())
 
 
-def _with_moments(contents: Contents, zero: _Zero, first: Mapping[str, Any], frozen: Mapping[str, Any]) -> Contents:
+def _with_moments(
+    contents: Contents, zero: _ZeroBuffers, first: Mapping[str, Any], frozen: Mapping[str, Any]
+) -> Contents:
     """Adam's step and the loss scale, or what remains without Adam's moments."""
     if frozen:
         return contents.weights_only(f"frozen parameters have no moments ({next(iter(frozen))}, {len(frozen)} in all)")
@@ -230,6 +238,6 @@ def _with_moments(contents: Contents, zero: _Zero, first: Mapping[str, Any], fro
     if reason:
         return contents.weights_only(reason)
     scale = {}
-    if first.get("dynamic_loss_scale") and isinstance(first.get("loss_scaler"), StandIn):
+    if first.get("dynamic_loss_scale") and isinstance(first.get("loss_scaler"), Placeholder):
         scale = {key: value for key, value in vars(first["loss_scaler"]).items() if key in LOSS_SCALE}
     return replace(contents, adam_step=step, loss_scale=scale)

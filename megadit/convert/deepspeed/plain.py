@@ -31,14 +31,14 @@ def read_plain(folder: Path, state: Mapping[str, Any]) -> Contents:
     buffers = set(state.get("buffer_names") or ())
     module: dict[str, Tensor] = {name: value for name, value in state["module"].items() if name not in buffers}
     check_tensors(module.values())
-    what = f"DeepSpeed checkpoint '{folder}' (stage 0, {version_of(state)})"
+    description = f"DeepSpeed checkpoint '{folder}' (stage 0, {version_of(state)})"
     values: dict[str, dict[str, Tensor]] = {WEIGHTS: module}
 
     def read(kind: str, name: str) -> list[Part]:
         return [(0, values[kind][name].reshape(-1))]
 
     shapes = {name: tuple(value.shape) for name, value in module.items()}
-    contents = Contents(what, shapes, (WEIGHTS, *MOMENTS), read, position_of(state))
+    contents = Contents(description, shapes, (WEIGHTS, *MOMENTS), read, position_of(state))
     optimizer = state.get("optimizer") or {}
     masters = optimizer.get("fp32_groups")  # of 16-bit training without ZeRO
     inner = optimizer if "param_groups" in optimizer else optimizer.get("optimizer_state_dict") or {}

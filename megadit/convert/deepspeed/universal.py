@@ -50,20 +50,20 @@ def read_universal(path: Path) -> Contents:
 
 def _read_folder(folder: Path) -> Contents:
     state = model_state(model_files(folder)[0])
-    what = f"universal DeepSpeed checkpoint '{folder}' ({version_of(state)})"
+    description = f"universal DeepSpeed checkpoint '{folder}' ({version_of(state)})"
     names = sorted(each.name for each in (folder / "zero").iterdir() if (each / _FILES[WEIGHTS]).is_file())
     listed = {name: shape_of(shape) for group in state.get("param_shapes") or () for name, shape in group.items()}
-    lacking = sorted(set(listed) - set(names))
-    if not names or lacking:
-        missing = folder / "zero" / (lacking[0] if lacking else "*") / _FILES[WEIGHTS]
-        raise UserError(f"{missing}: is missing; copy the whole checkpoint, or convert it with ds_to_universal again")
+    missing = sorted(set(listed) - set(names))
+    if not names or missing:
+        file = folder / "zero" / (missing[0] if missing else "*") / _FILES[WEIGHTS]
+        raise UserError(f"{file}: is missing; copy the whole checkpoint, or convert it with ds_to_universal again")
     shapes = {}
     for name in names:
         value = _tensor(folder / "zero" / name / _FILES[WEIGHTS])
         # A dict of ZeRO 1 and 2 holds the shaped tensor; ZeRO 3 flattens it.
         shapes[name] = listed.get(name, tuple(value.shape))
         if math.prod(shapes[name]) != value.numel():
-            raise UserError(f"{what}: '{name}' has {value.numel()} elements, its shape is {list(shapes[name])}")
+            raise UserError(f"{description}: '{name}' has {value.numel()} elements, its shape is {list(shapes[name])}")
 
     def read(kind: str, name: str) -> Sequence[Part]:
         return [(0, _tensor(folder / "zero" / name / _FILES[kind]).reshape(-1))]
@@ -71,7 +71,7 @@ def _read_folder(folder: Path) -> Contents:
     common = folder / "zero" / "optimizer_state.pt"
     shared: dict[str, Any] = load_file(common) if common.is_file() else {}
     contents = Contents(
-        what, shapes, (WEIGHTS, *MOMENTS), read, position_of(state), groups=shared.get("param_groups") or ()
+        description, shapes, (WEIGHTS, *MOMENTS), read, position_of(state), groups=shared.get("param_groups") or ()
     )
     bare = [name for name in names if not all((folder / "zero" / name / _FILES[kind]).is_file() for kind in MOMENTS)]
     if bare:
@@ -92,10 +92,10 @@ def _tensor(file: Path) -> Tensor:
 
 
 def _step(folder: Path, names: Sequence[str], shared: dict[str, Any]) -> tuple[int, str]:
-    own = [file for name in names if (file := folder / name / "step.pt").is_file()]
+    step_files = [file for name in names if (file := folder / name / "step.pt").is_file()]
     moments = dict.fromkeys(MOMENTS, torch.empty(0))
-    if own:
-        return adam_step([{"step": load_file(file), **moments} for file in own], ())
+    if step_files:
+        return adam_step([{"step": load_file(file), **moments} for file in step_files], ())
     inner = shared.get("optimizer_state_dict") or {}
     states = list((inner.get("state") or {}).values())
     groups = shared.get("param_groups") or ()
@@ -119,7 +119,7 @@ def write_universal(contents: Contents, target: Path) -> list[str]:
             raise UserError(f"IN: the parameter name '{name}' cannot be a folder, as deepspeed-universal needs it")
         (zero / name).mkdir(parents=True)
         for kind, file in _FILES.items():
-            value = contents.whole(kind, name) if kind in contents.kinds else torch.zeros(contents.shapes[name])
+            value = contents.tensor(kind, name) if kind in contents.kinds else torch.zeros(contents.shapes[name])
             save_streaming({"param": value, "cat_dim": 0}, zero / name / file)
         save_streaming(step, zero / name / "step.pt")
     header = model_header(contents)

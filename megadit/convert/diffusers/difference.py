@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit.config.schema.model import ModelConfig
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 from megadit.models.conversion import diffusers_of
 
 TOLERANCE = 2e-5  # of float32 outputs, relative to the largest where that is above 1
@@ -69,13 +69,13 @@ def measure(
         cond = cond.without_mask()
     with torch.no_grad():
         expected = _ours(config, state)(x, t, cond)  # and the model is gone before the other is built
-        (found,) = _theirs(config_json, diffusers_state)(x, return_dict=False, **diffusers.arguments(t, cond))
-    if found.shape != expected.shape:
+        (actual,) = _theirs(config_json, diffusers_state)(x, return_dict=False, **diffusers.arguments(t, cond))
+    if actual.shape != expected.shape:
         raise UserError(
-            f"config.json: diffusers' {config_json['_class_name']} gives outputs of shape {list(found.shape)}, the "
+            f"config.json: diffusers' {config_json['_class_name']} gives outputs of shape {list(actual.shape)}, the "
             f"model here {list(expected.shape)}; the two are not the same model"
         )
-    maximum, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    maximum, largest = float((actual - expected).abs().max()), float(expected.abs().max())
     if not math.isfinite(maximum):
         return None
     return Difference(maximum, maximum / largest if largest else 0.0, largest, reason)
@@ -111,12 +111,12 @@ def _theirs(config_json: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.M
 
     diffusers = import_diffusers()
     name = str(config_json["_class_name"])
-    given = {key: value for key, value in config_json.items() if not key.startswith("_")}
+    options = {key: value for key, value in config_json.items() if not key.startswith("_")}
     try:
-        model: nn.Module = getattr(diffusers, name)(**given)
+        model: nn.Module = getattr(diffusers, name)(**options)
         model.load_state_dict(dict(state), strict=True)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             f"config.json: diffusers' {name} does not take it ({reason}); the file is of another version"
         ) from error

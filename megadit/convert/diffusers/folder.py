@@ -38,8 +38,8 @@ from megadit.convert.diffusers.schedulers import (
     scheduler_json,
     scheduler_notes,
 )
-from megadit.convert.dispatch import diffusers_gap, from_diffusers, to_diffusers
-from megadit.convert.official import contents_of, folded_notes, model_of, whole_state
+from megadit.convert.family_adapters import diffusers_gap, from_diffusers, to_diffusers
+from megadit.convert.official import contents_of, folded_notes, model_of, weights_and_buffers
 from megadit.convert.request import Request
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
 from megadit.data.codecs.folder import VAE_CLASS, read_facts
@@ -68,9 +68,9 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> Contents:
     pipeline = find_pipeline(path)
     folder = pipeline.transformer
     fields = Fields.of_file(folder / CONFIG, "IN", "copy the whole folder again")
-    found = find_weights(folder, _WEIGHTS, [".safetensors"], _NAME_ONE)
-    found = found or find_weights(folder, _WEIGHTS, [".bin"], _NAME_ONE)
-    if found is None:
+    files = find_weights(folder, _WEIGHTS, [".safetensors"], _NAME_ONE)
+    files = files or find_weights(folder, _WEIGHTS, [".bin"], _NAME_ONE)
+    if files is None:
         raise UserError(f"IN: '{folder}' holds no weights ({_WEIGHTS}.safetensors); copy the whole folder")
     config_json, notes = class_config(fields)
     named = pipeline.component(TRANSFORMER)
@@ -79,7 +79,7 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> Contents:
             f"{fields.where} is of a {config_json['_class_name']}, but {INDEX} names a {named}; copy the whole folder "
             "again, or give this one alone"
         )
-    stored, shards_told = load_weights(found, check)
+    stored, shard_notes = load_weights(files, check)
     caption = _null_caption(pipeline, check)
     length = _max_length(caption, pipeline, request.config)
     model, state = from_diffusers(config_json, stored, max_length=length, where=fields.where)
@@ -93,12 +93,12 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> Contents:
                 f"{list(state[name].shape)}; copy the whole folder again"
             )
         state[name] = caption
-    known, told = _known(pipeline, model, request)
-    classes, of_classes = class_names(pipeline, model.num_classes)
-    difference, compared = _compared(request, model, state, config_json, stored, check)
-    all_notes = (*shards_told, *compared, *notes, *told, *of_classes, *left_out(pipeline))
-    what = f"diffusers model '{folder}'"
-    return contents_of(what, model, state, notes=all_notes, known=known, classes=classes, difference=difference)
+    known, known_notes = _known(pipeline, model, request)
+    classes, class_notes = class_names(pipeline, model.num_classes)
+    difference, comparison_notes = _compared(request, model, state, config_json, stored, check)
+    all_notes = (*shard_notes, *comparison_notes, *notes, *known_notes, *class_notes, *left_out(pipeline))
+    description = f"diffusers model '{folder}'"
+    return contents_of(description, model, state, notes=all_notes, known=known, classes=classes, difference=difference)
 
 
 def write_diffusers(
@@ -110,15 +110,15 @@ def write_diffusers(
         UserError: diffusers has no place for the model, or its class computes something else and ``--allow-inexact``
             was not given.
     """
-    model, own = model_of(contents), whole_state(contents)
+    model, weights = model_of(contents), weights_and_buffers(contents)
     objective = _objective(contents, model)
     inexact = objective_gap(objective)
     if inexact is not None and not request.allow_inexact:
         raise UserError(f"{inexact}; --allow-inexact converts it all the same")
-    config_json, state = to_diffusers(model, own)
+    config_json, state = to_diffusers(model, weights)
     state = {name: value.float().contiguous() for name, value in state.items()}
-    difference, notes = _compared(request, model, own, config_json, state, check)
-    notes = [*contents.moments_left, *notes]
+    difference, notes = _compared(request, model, weights, config_json, state, check)
+    notes = [*contents.weights_only_notes, *notes]
     notes += [] if inexact is None else [inexact]
     notes += scheduler_notes(model.family, objective)
     target.mkdir()
@@ -129,25 +129,27 @@ def write_diffusers(
     scheduler = {"_diffusers_version": _VERSION, **scheduler_json(model.family, objective)}
     (target / SCHEDULER).mkdir()
     _write_json(target / SCHEDULER / SCHEDULER_CONFIG, scheduler)
-    theirs = diffusers_of(model.family)
-    pipeline, others = theirs.pipeline, theirs.components
+    diffusers = diffusers_of(model.family)
+    pipeline, others = diffusers.pipeline, diffusers.components
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": _VERSION}
     index |= {TRANSFORMER: ["diffusers", config_json["_class_name"]], VAE: ["diffusers", VAE_CLASS], **others}
     index[SCHEDULER] = ["diffusers", scheduler["_class_name"]]
     missing = [*others, *([] if _copy_vae(contents, target) else [VAE])]
-    if theirs.null_label is not None:
+    if diffusers.null_label is not None:
         names = contents.classes or tuple(map(str, range(model.num_classes)))
-        if model.num_classes != theirs.null_label:
+        if model.num_classes != diffusers.null_label:
             notes.append(
-                f"{pipeline} takes label {theirs.null_label} as the null one and this model has {model.num_classes} "
+                f"{pipeline} takes label {diffusers.null_label} as the null one and this model has {model.num_classes} "
                 "classes: draw with guidance_scale=1 there"
             )
         index["id2label"] = {str(label): name for label, name in enumerate(names)}
     _write_json(target / INDEX, index)
     if missing:
-        given = ", ".join(f"{name}=…" for name in missing)
-        notes.append(f"not in the folder are {', '.join(missing)}: {pipeline}.from_pretrained(OUT, {given}) takes them")
-    if theirs.attends_to_padding and model.text is not None and model.text.mask:
+        arguments = ", ".join(f"{name}=…" for name in missing)
+        notes.append(
+            f"not in the folder are {', '.join(missing)}: {pipeline}.from_pretrained(OUT, {arguments}) takes them"
+        )
+    if diffusers.attends_to_padding and model.text is not None and model.text.mask:
         notes.append(f"{pipeline} lets images see the padding of a text, which is masked here")
     if family_spec(model.family).null_caption:
         notes.append(_write_null_caption(contents, target))
@@ -157,38 +159,38 @@ def write_diffusers(
 def _compared(
     request: Request,
     model: ModelConfig,
-    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     config_json: Mapping[str, Any],
     stored: Mapping[str, Tensor],
     check: ValueCheck,
 ) -> tuple[Difference | None, list[str]]:
     """The measured difference and what to say of it. Raises UserError where it is not allowed."""
     gap = diffusers_gap(config_json)
-    lacking = not_measured(model, max(sum(value.numel() for value in each.values()) for each in (own, stored)))
-    difference = None if lacking else measure(model, own, config_json, stored, gap)
-    if difference is None and not lacking:
+    unmeasured = not_measured(model, max(sum(value.numel() for value in each.values()) for each in (weights, stored)))
+    difference = None if unmeasured else measure(model, weights, config_json, stored, gap)
+    if difference is None and not unmeasured:
         check.notes(request.allow_nonfinite)  # refuses, and names the weights
-        lacking = "outputs are not finite numbers"
+        unmeasured = "outputs are not finite numbers"
         if not request.allow_nonfinite:
             raise UserError(
-                f"IN: the model's {lacking} for random inputs, though its weights are: they are too large; give a "
+                f"IN: the model's {unmeasured} for random inputs, though its weights are: they are too large; give a "
                 "checkpoint that is sound, or convert it as it is with --allow-nonfinite"
             )
-    told = f"not measured, since {lacking}" if difference is None else str(difference)
+    measured = f"not measured, since {unmeasured}" if difference is None else str(difference)
     name = config_json["_class_name"]
     if gap is not None:
         if not request.allow_inexact:
             raise UserError(
-                f"diffusers' {name} does not compute the same as this model: {gap}; {told}; --allow-inexact converts "
-                "it all the same"
+                f"diffusers' {name} does not compute the same as this model: {gap}; {measured}; --allow-inexact "
+                "converts it all the same"
             )
-        return difference, [f"diffusers' {name} does not compute the same: {gap}; {told}"]
+        return difference, [f"diffusers' {name} does not compute the same: {gap}; {measured}"]
     if difference is not None and not difference.small:
         raise UserError(
-            f"diffusers' {name} should compute the same as this model and does not: {told}; the installed version of "
-            "diffusers is another one than is known here, so nothing is converted"
+            f"diffusers' {name} should compute the same as this model and does not: {measured}; the installed version "
+            "of diffusers is another one than is known here, so nothing is converted"
         )
-    return difference, [f"diffusers' {name} computes the same: {told}"]
+    return difference, [f"diffusers' {name} computes the same: {measured}"]
 
 
 def _objective(contents: Contents, model: ModelConfig) -> ObjectiveConfig:
@@ -209,12 +211,12 @@ def _known(pipeline: Pipeline, model: ModelConfig, request: Request) -> tuple[di
     if scheduler is None:
         notes.append("the pipeline has no scheduler: objective.* is what is usual for its family")
     else:
-        name, own = pipeline.component(SCHEDULER), scheduler.text("_class_name", "")
+        name, stated_class = pipeline.component(SCHEDULER), scheduler.text("_class_name", "")
         assert name is not None
-        if own not in ("", name):
-            notes.append(f"its scheduler is a {name} as {INDEX} says and diffusers loads it, not a {own}")
-        known["objective"], told = read_objective(scheduler, name, model, allow_inexact=request.allow_inexact)
-        notes += [*told, *_overruled(known["objective"], request.config)]
+        if stated_class not in ("", name):
+            notes.append(f"its scheduler is a {name} as {INDEX} says and diffusers loads it, not a {stated_class}")
+        known["objective"], more = read_objective(scheduler, name, model, allow_inexact=request.allow_inexact)
+        notes += [*more, *_overruled(known["objective"], request.config)]
     vae = pipeline.component(VAE)
     folder = pipeline.folder / VAE
     if vae is not None and (folder / CONFIG).is_file():
@@ -231,11 +233,13 @@ def _known(pipeline: Pipeline, model: ModelConfig, request: Request) -> tuple[di
     return known, notes
 
 
-def _overruled(found: Mapping[str, Any], config: RunConfig | None) -> list[str]:
+def _overruled(objective: Mapping[str, Any], config: RunConfig | None) -> list[str]:
     """A note on what a ``--config`` says otherwise than the pipeline's scheduler."""
-    own = {} if config is None else config.objective.model_dump()
+    configured = {} if config is None else config.objective.model_dump()
     pairs = [
-        f"objective.{key} is {own[key]} and not {value}" for key, value in found.items() if own.get(key, value) != value
+        f"objective.{key} is {configured[key]} and not {value}"
+        for key, value in objective.items()
+        if configured.get(key, value) != value
     ]
     return [f"as --config says, {', '.join(pairs)} as in the pipeline's scheduler"] if pairs else []
 

@@ -121,12 +121,12 @@ def class_names(pipeline: Pipeline, count: int) -> tuple[tuple[str, ...], list[s
     if not names:
         return (), []
     beyond = [label for label in names if label >= count]
-    lacking = count - (len(names) - len(beyond))
+    missing = count - (len(names) - len(beyond))
     notes = []
     if beyond:
         notes.append(f"id2label names labels to {max(names)}, the model has {count} classes: those above are left out")
-    if lacking:
-        notes.append(f"id2label has no name for {lacking} of the model's {count} classes: all names are left out")
+    if missing:
+        notes.append(f"id2label has no name for {missing} of the model's {count} classes: all names are left out")
         return (), notes
     return tuple(names[label] for label in range(count)), notes
 
@@ -168,7 +168,7 @@ def _seems(path: Path) -> str:
         return f"has a UNet and no {INDEX}; {_no_unet()}"
     if (path / TRANSFORMER / CONFIG).is_file():
         return f"has a folder {TRANSFORMER} and no {INDEX}; {_COPY}, or give '{path / TRANSFORMER}' alone"
-    inner = sorted(found.parent for name in (INDEX, CONFIG) for found in path.glob(f"*/{name}"))
+    inner = sorted(file.parent for name in (INDEX, CONFIG) for file in path.glob(f"*/{name}"))
     if inner:
         return f"holds neither {INDEX} nor {CONFIG}, but '{inner[0]}' does; give that folder"
     return f"holds neither {INDEX} nor {CONFIG}; {_WANTED}"

@@ -119,12 +119,12 @@ class _Reader:
         steps = self.fields.whole("num_train_timesteps", STEPS, least=1, most=10**6)
         for key in ("rescale_betas_zero_snr", "invert_sigmas"):
             if self.flag(key):
-                what = (
+                meaning = (
                     "a noise schedule that ends at no signal at all, which objective.beta_schedule does not have"
                     if key == "rescale_betas_zero_snr"
                     else "a flow whose times run from noise to data, and here they run from data to noise"
                 )
-                raise self.refused(key, True, what)
+                raise self.refused(key, True, meaning)
         kind = self.fields.text("timestep_type", "discrete")
         if kind != "discrete":
             raise self.refused("timestep_type", kind, "a model that is told the logarithm of the noise, not a step")
@@ -189,14 +189,14 @@ class _Reader:
                 ends = zip((first, last), beta_ends(known, steps), strict=True)
                 if all(math.isclose(a, b, rel_tol=1e-6) for a, b in ends):
                     return known
-        own = (
+        stated = (
             f"trained_betas of {len(betas)} numbers"
             if betas
             else f"beta_schedule {shown(name)} with beta_start {first:g} and beta_end {last:g}"
         )
         ours = ", ".join(f"{kind} {first:g} to {last:g}" for kind, (first, last) in BETA_ENDS.items())
         raise UserError(
-            f"{self.fields.where} has {own} at num_train_timesteps {steps}, but the schedules known here are, at "
+            f"{self.fields.where} has {stated} at num_train_timesteps {steps}, but the schedules known here are, at "
             f"{STEPS}, {ours}; {_REMEDY}"
         )
 
@@ -214,10 +214,10 @@ def _same(betas: list[Any], schedule: str, steps: int) -> bool:
     """Whether a list of betas is the schedule of that name."""
     if len(betas) != steps or not _fits(schedule, steps):
         return False
-    wanted = schedule_betas(schedule, steps).tolist()
+    expected = schedule_betas(schedule, steps).tolist()
     return all(
         isinstance(beta, float) and math.isclose(beta, other, rel_tol=1e-5)
-        for beta, other in zip(betas, wanted, strict=True)
+        for beta, other in zip(betas, expected, strict=True)
     )
 
 
@@ -240,22 +240,22 @@ def _dynamic_shift(reader: _Reader, model: ModelConfig) -> str:
 def _left_out(fields: Fields, name: str, defaults: Mapping[str, Any]) -> list[str]:
     """Notes on the keys of drawing that the samplers here do not follow, and on keys that are not known."""
     drawing, unknown = [], []
-    here = {**DRAWING, **_ORDER_1} if name == _SOLVER and fields.raw("use_flow_sigmas") else DRAWING
+    followed = {**DRAWING, **_ORDER_1} if name == _SOLVER and fields.raw("use_flow_sigmas") else DRAWING
     for key in sorted(fields.names()):
         value = fields.raw(key)
         switch = SWITCHED.get(key)
         off = switch is not None and not fields.raw(switch, defaults.get(switch))
         if key[:1] == "_" or off or (key in defaults and _equal(value, defaults[key])):
             continue
-        told = f"{key}={shown(value)}"
+        assignment = f"{key}={shown(value)}"
         if key in DRAWING:
-            drawing += [] if _equal(value, here[key]) else [told]
+            drawing += [] if _equal(value, followed[key]) else [assignment]
         elif key == "variance_type":
-            drawing += [] if value in (None, "learned_range") else [told]
+            drawing += [] if value in (None, "learned_range") else [assignment]
         elif key == "use_dynamic_shifting" and key in defaults:  # of a schedule of betas, which has no shift
-            drawing.append(told)
+            drawing.append(assignment)
         elif key not in TRAINING or (key not in defaults and key not in _ALWAYS and value not in (None, False)):
-            unknown.append(told)
+            unknown.append(assignment)
     notes = []
     if drawing or name not in SAMPLED_HERE:
         parts = [*([] if name in SAMPLED_HERE else [name]), *drawing]

@@ -1,7 +1,7 @@
 """Reading torch files that other programs wrote, without running anything that they hold.
 
 ``torch.load(weights_only=True)`` builds tensors and plain containers. Objects of plain classes that trainers keep
-beside them become inert stand-ins, so that neither their code nor their libraries are needed. Whatever else a file
+beside them become inert placeholders, so that neither their code nor their libraries are needed. Whatever else a file
 names is refused.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megadit.convert.deferred import DeferredTensor, deferred
-from megadit.convert.torch_files.stand_ins import refused_name, stand_in, unreadable
+from megadit.convert.torch_files.placeholders import placeholder_for, refused_name, unreadable
 from megadit.errors import UserError
 
 _CLASSES = 200  # that one file may name, beside torch's
@@ -47,19 +47,19 @@ def load_file(path: Path) -> Any:
 
 
 def _load(path: Path, mapped: bool) -> Any:
-    """``torch.load`` with a stand-in for each plain class that the file names, one more at each try."""
-    stand_ins: list[Any] = []
+    """``torch.load`` with a placeholder for each plain class that the file names, one more at each try."""
+    placeholders: list[Any] = []
     while True:
         try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+            with warnings.catch_warnings(), torch.serialization.safe_globals(placeholders):
                 warnings.simplefilter("ignore")  # of other protocols of pickles, which read or are refused
                 return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except Exception as error:
             name = refused_name(error)
-            made = None if name is None else stand_in(name)
-            if made is None or (made, name) in stand_ins or len(stand_ins) == _CLASSES:
+            made = None if name is None else placeholder_for(name)
+            if made is None or (made, name) in placeholders or len(placeholders) == _CLASSES:
                 raise
-            stand_ins.append((made, name))
+            placeholders.append((made, name))
 
 
 def is_mapped(path: Path) -> bool:

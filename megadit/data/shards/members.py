@@ -17,11 +17,10 @@ from torch import Tensor
 from megadit.config.schema.data import Crop
 from megadit.data.image_files import centre_crop, decode
 from megadit.errors import UserError, one_line
-from megadit.files.file_kind import bytes_instead, text_instead
+from megadit.files.file_kind import bytes_instead
 from megadit.files.json_text import JsonError, parse_json
 from megadit.files.npy import array_of
-from megadit.files.text import decode as decode_text
-from megadit.files.text import json_bytes, why_no_text
+from megadit.files.text import decode_text, json_bytes
 
 _REMEDY = "write the shard again"
 
@@ -81,16 +80,8 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_text(data: bytes, where: str) -> str:
-    """A ``.txt`` member. Raises UserError that names ``where`` if it is not UTF-8 (or UTF-16 with its mark), or a
-    pointer or a web page.
-    """
-    other = text_instead(data)
-    if other is not None:
-        raise UserError(f"data.path: {where} is not the text that is meant{_remedy(other)}")
-    try:
-        return decode_text(data).strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.path: {where} is not UTF-8 text ({why_no_text(error)}); {_REMEDY}") from None
+    """A ``.txt`` member. Raises UserError that names ``where`` if it is no text, or not the one that is meant."""
+    return decode_text(data, f"data.path: {where}").strip()
 
 
 def write_json(value: dict[str, Any]) -> bytes:

@@ -10,8 +10,7 @@ from megadit.config.schema.run import RunConfig
 from megadit.data.labels import quoted
 from megadit.diffusion.sampling.classes import chosen_classes
 from megadit.errors import UserError
-from megadit.files.file_kind import text_instead
-from megadit.files.text import decode, has_lone_surrogate, split_lines, why_no_text
+from megadit.files.text import decode_text, has_lone_surrogate, split_lines
 
 if TYPE_CHECKING:
     import torch
@@ -82,13 +81,7 @@ def read_prompts(path: Path) -> list[str]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"--prompts: '{path}' cannot be read ({error.strerror or error}); {remedy}") from error
-    other = text_instead(data)
-    if other is not None:
-        raise UserError(f"--prompts: '{path}' holds no prompts: {other}")
-    try:
-        text = decode(data)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts: '{path}' is not a text file ({why_no_text(error)}); save it as UTF-8") from error
+    text = decode_text(data, f"--prompts: '{path}'")
     lines = split_lines(text.replace("\r\n", "\n").replace("\r", "\n"))
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megadit.convert.contents import Contents, ValueCheck
-from megadit.convert.conversion import of_format
+from megadit.convert.conversion import reader_and_writer
 from megadit.convert.request import Request
 
 STATE = {
@@ -61,9 +61,9 @@ def torch_files(mark: Path) -> list[bytes]:
 def converted(kind: str, path: Path, request: Request | None = None) -> Contents:
     """All that a conversion from the format ``kind`` would read of ``path``."""
     check = ValueCheck()
-    contents = of_format(kind)[0](path, request or Request(), check)
+    contents = reader_and_writer(kind)[0](path, request or Request(), check)
     for name, shape in contents.shapes.items():
         for part in contents.kinds:
-            assert contents.whole(part, name).shape == torch.Size(shape)
+            assert contents.tensor(part, name).shape == torch.Size(shape)
     check.notes(allowed=True)
     return contents

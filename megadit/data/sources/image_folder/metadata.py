@@ -15,9 +15,8 @@ from typing import Any
 from megadit.data.labels import label_of, number_labels
 from megadit.data.listing import MISSING, sizes_of
 from megadit.errors import UserError, why_unreadable
-from megadit.files.file_kind import text_instead
 from megadit.files.json_text import JsonError, parse_json
-from megadit.files.text import decode, replace_surrogates, split_lines, why_no_text
+from megadit.files.text import decode_text, replace_surrogates, split_lines
 
 METADATA = "metadata.jsonl"
 _SHOWN_KEYS = 8
@@ -137,15 +136,7 @@ def _objects(where: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _text(where: Path) -> str:
     try:
-        data = where.read_bytes()
-        other = text_instead(data)
-        if other is not None:
-            raise UserError(f"data.path: {where} cannot be read: {other}")
-        return decode(data)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.path: cannot read {where} ({why_no_text(error)}); it must be UTF-8 text: save it as that"
-        ) from None
+        return decode_text(where.read_bytes(), f"data.path: {where}")
     except OSError as error:
         raise UserError(f"data.path: cannot read {where} {why_unreadable(error, 'mend or remove it')}") from None
 

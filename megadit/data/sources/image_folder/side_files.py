@@ -9,8 +9,7 @@ from pathlib import Path
 
 from megadit.data.sources.image_folder.tree import CAPTIONS
 from megadit.errors import UserError, why_unreadable
-from megadit.files.file_kind import text_instead
-from megadit.files.text import decode, replace_surrogates, why_no_text
+from megadit.files.text import decode_text, replace_surrogates
 
 _THREADS = 16  # a file system in the network answers many questions at once
 
@@ -63,13 +62,7 @@ def _read(root: Path, name: str) -> str:
         raise UserError(
             f"data.path: cannot read the caption {path} {why_unreadable(error, 'mend or remove it')}"
         ) from None
-    other = text_instead(data)
-    if other is not None:
-        raise UserError(f"data.path: the caption {path} cannot be read: {other}")
-    try:
-        return replace_surrogates(decode(data)).strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.path: the caption {path} is not text ({why_no_text(error)}); save it as UTF-8") from None
+    return replace_surrogates(decode_text(data, f"data.path: the caption {path}")).strip()
 
 
 def _remarks(root: Path, read: int, alone: Sequence[str]) -> tuple[str, ...]:

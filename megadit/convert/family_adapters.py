@@ -1,4 +1,4 @@
-"""Models of other programs to megadit's and back, in memory: the calls are dispatched to the family's ``convert.py``.
+"""State dicts of other programs to megadit's and back, in memory, by the adapter of the family (its ``convert.py``).
 
 A model is a config and a state dict of its parameters by name. Nothing is read from disk or written, and nothing is
 copied without need: tensors of a result may be those that were given. Files are read and written by
@@ -34,7 +34,8 @@ def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -
     ``hints`` say what the weights cannot, such as ``heads=16, input_size=32``: those of its ``Conversion``.
 
     Raises:
-        UserError: the family has no such form, names, shapes or types are not its, or a hint is missing or wrong.
+        UserError: the family has no such form, names, shapes or types are not those of it, or a hint is missing or
+            wrong.
     """
     from megadit.models.conversion.key_maps import check_types
 
@@ -46,7 +47,7 @@ def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -
         )
     _check_hints(hints)
     check_types(state_dict)
-    config, state = _called(conversion.from_official, state_dict, **hints)
+    config, state = _adapted(conversion.from_official, state_dict, **hints)
     _check_whole(config, state, f"an official {family} checkpoint")
     return config, state
 
@@ -57,8 +58,8 @@ def to_official(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[s
     Raises:
         UserError: the original has no place for something of this model, or the weights are not this config's.
     """
-    function = conversion_of(config.family).to_official
-    official: dict[str, Tensor] = _called(function, *_exported(config, state_dict))
+    adapter = conversion_of(config.family).to_official
+    official: dict[str, Tensor] = _adapted(adapter, *_exported(config, state_dict))
     return official
 
 
@@ -84,7 +85,7 @@ def from_diffusers(
     check_types(state_dict)
     # A null caption is as long as a text, so that a family that has one must know the length to make it.
     options = {"max_length": max_length} if family_spec(family).null_caption else {}
-    config, state = _called(diffusers_of(family).from_diffusers, known, state_dict, where=where, **options)
+    config, state = _adapted(diffusers_of(family).from_diffusers, known, state_dict, where=where, **options)
     if max_length is not None and config.text is not None:
         config = config.model_copy(update={"text": config.text.model_copy(update={"max_length": max_length})})
     _check_whole(config, state, f"a {known['_class_name']} of diffusers")
@@ -99,8 +100,8 @@ def to_diffusers(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> tuple
     Raises:
         UserError: the class has no place for something of this model, or the weights are not this config's.
     """
-    function = diffusers_of(config.family).to_diffusers
-    config_json, state = _called(function, *_exported(config, state_dict))
+    adapter = diffusers_of(config.family).to_diffusers
+    config_json, state = _adapted(adapter, *_exported(config, state_dict))
     return dict(config_json), state
 
 
@@ -126,31 +127,29 @@ def _check_hints(hints: Mapping[str, Any]) -> None:
     for name, value in hints.items():
         if name not in _WHOLE and name not in _REAL:
             continue
-        wanted = "whole number" if name in _WHOLE else "number"
+        number = "whole number" if name in _WHOLE else "number"
         kinds = int if name in _WHOLE else int | float
         if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
-            raise UserError(f"--hint {name}: {value!r} is not a {wanted} above 0; give one")
+            raise UserError(f"--hint {name}: {value!r} is not a {number} above 0; give one")
 
 
-def _called(function: Callable[..., Any], *values: Any, **hints: Any) -> Any:
-    """The result of a family's function. A config that cannot be, and a name missing in the weights, are UserErrors."""
+def _adapted(adapter: Callable[..., Any], *values: Any, **hints: Any) -> Any:
+    """The result of a family's adapter, which refuses names and shapes itself. Raises UserError for a config that the
+    weights ask for and that cannot be.
+    """
     try:
-        return function(*values, **hints)
+        return adapter(*values, **hints)
     except ValidationError as error:
-        told = validation_message(error, ModelConfig, {}).replace("\n", "; ")
-        raise UserError(f"{hints.get('where', 'IN')}: cannot be this family's model: {told}") from error
-    except KeyError as error:
-        raise UserError(
-            f"IN: has no {error.args[0]}; give the whole checkpoint of the model that --from names"
-        ) from error
+        problem = validation_message(error, ModelConfig, {}).replace("\n", "; ")
+        raise UserError(f"{hints.get('where', 'IN')}: cannot be this family's model: {problem}") from error
 
 
-def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], what: str) -> None:
+def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], description: str) -> None:
     """Refuse a state dict without all parameters, or with more than these and the model's buffers."""
     from megadit.models.conversion.key_maps import buffer_shapes, check_state, model_shapes
 
     buffers = {name: shape for name, shape in buffer_shapes(config).items() if name in state}
-    check_state(state, model_shapes(config) | buffers, what)
+    check_state(state, model_shapes(config) | buffers, description)
 
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -158,7 +157,7 @@ def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelCo
     from megadit.models.conversion.key_maps import fold_roles
     from megadit.models.repa import without_projector
 
-    kept = without_projector(state)
+    weights = without_projector(state)
     config = config.model_copy(update={"repa": None})
-    _check_whole(config, kept, f"a {config.family} model of this config")
-    return fold_roles(config, kept)
+    _check_whole(config, weights, f"a {config.family} model of this config")
+    return fold_roles(config, weights)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadit.convert.wrappings import plain_weights, weights_of
+from megadit.convert.parameter_names import plain_weights
+from megadit.convert.weight_sets import weights_of
 from megadit.errors import UserError
 
 NAMES = ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.scale_shift_table", "final_layer.linear.bias")
@@ -139,10 +140,10 @@ FILES: dict[str, tuple[Any, str, str | None]] = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_wrapping_is_taken_off_and_told(kind: str) -> None:
-    values, told, average = FILES[kind]
+    values, sentence, average = FILES[kind]
     state, notes = weights_of(values, WHERE, None, "dit")
     assert values_of(state) == {1.0}
-    assert re.search(told, " ".join(notes)) and bool(notes) == bool(told)
+    assert re.search(sentence, " ".join(notes)) and bool(notes) == bool(sentence)
     if average is not None:
         state, notes = weights_of(values, WHERE, average, "dit")
         assert values_of(state) == {2.0} and "are taken" in " ".join(notes)
@@ -189,8 +190,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_whole_model_is_refused_by_what_it_is(kind: str) -> None:
-    values, told = REFUSED[kind]
-    with pytest.raises(UserError, match=f"^IN: {told}" if kind == "collision" else f"^IN: 'x.pt' .*{told}"):
+    values, sentence = REFUSED[kind]
+    with pytest.raises(UserError, match=f"^IN: {sentence}" if kind == "collision" else f"^IN: 'x.pt' .*{sentence}"):
         weights_of(values, WHERE, None, "dit")
 
 

@@ -1,6 +1,6 @@
-"""Inert stand-ins for the plain classes that torch files name beside their tensors, and why other files are refused.
+"""Inert placeholders for the plain classes that torch files name beside their tensors, and why other files are refused.
 
-A pickle names classes and functions, which loading calls. A stand-in has the place of one and does nothing: its
+A pickle names classes and functions, which loading calls. A placeholder has the place of one and does nothing: its
 "constructor" keeps the values it is given, or gives an empty container. So settings of trainers (omegaconf, argparse,
 paths, NumPy's numbers, optimizers' and schedulers' objects) do not stand in the way of the weights beside them, none
 of their code is imported or run, and none of these libraries is needed. Only classes of the libraries in the table are
@@ -25,7 +25,7 @@ _MODULES = b"torch.nn.modules."
 _NUMBER = re.compile(r"[?bhilqBHILQefdc]|[biufc]\d{1,2}")  # NumPy's codes of plain numbers
 
 
-class StandIn:
+class Placeholder:
     """The attributes of an object whose class is not loaded."""
 
     def __init__(self, *values: Any) -> None:
@@ -39,11 +39,11 @@ class StandIn:
             self.__dict__.update(part or {})
 
 
-class StandInNumber(int):
+class PlaceholderInt(int):
     """The number behind a member of an enumeration."""
 
 
-class StandInDict:
+class PlaceholderDict:
     """In the place of a class of dicts: makes plain ones."""
 
     def __new__(cls, *values: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
@@ -51,7 +51,7 @@ class StandInDict:
         return OrderedDict()
 
 
-class StandInList:
+class PlaceholderList:
     """In the place of a class of lists: makes plain ones."""
 
     def __new__(cls, *values: Any) -> list[Any]:  # type: ignore[misc]
@@ -60,18 +60,18 @@ class StandInList:
 
 
 def numpy_number(kind: Any = None, data: Any = None) -> Any:
-    """A number of NumPy as Python's, in the place of its ``scalar``; a stand-in where it is no plain number."""
-    code = kind.values[0] if isinstance(kind, StandIn) and kind.values else None
+    """A number of NumPy as Python's, in the place of its ``scalar``; a placeholder where it is no plain number."""
+    code = kind.values[0] if isinstance(kind, Placeholder) and kind.values else None
     if isinstance(code, str) and _NUMBER.fullmatch(code) and isinstance(data, bytes):
         state = getattr(kind, "state", None)
         big = isinstance(state, tuple) and state[1:2] == (">",)
         try:
-            found = np.frombuffer(data, np.dtype(code).newbyteorder(">" if big else "<"))
+            values = np.frombuffer(data, np.dtype(code).newbyteorder(">" if big else "<"))
         except (TypeError, ValueError):
-            return StandIn(kind, data)
-        if len(found) == 1:
-            return found[0].item()
-    return StandIn(kind, data)
+            return Placeholder(kind, data)
+        if len(values) == 1:
+            return values[0].item()
+    return Placeholder(kind, data)
 
 
 _DICTS = re.compile(
@@ -96,13 +96,13 @@ _CLASSES = re.compile(
 )
 
 
-def stand_in(name: str) -> Any | None:
+def placeholder_for(name: str) -> Any | None:
     """What has the place of the class or function ``name`` of a file; None if it is refused."""
     if name == _STAGE:
-        return StandInNumber
+        return PlaceholderInt
     if _NUMPY.fullmatch(name):
         return numpy_number
-    for pattern, made in ((_DICTS, StandInDict), (_LISTS, StandInList), (_CLASSES, StandIn)):
+    for pattern, made in ((_DICTS, PlaceholderDict), (_LISTS, PlaceholderList), (_CLASSES, Placeholder)):
         if pattern.fullmatch(name):
             return made
     return None
@@ -121,14 +121,14 @@ def unreadable(path: Path, error: Exception) -> str:
     name, reason = refused_name(error), str(error)
     if name is not None:
         remedy = "save the checkpoint anew without it (client_state is where such objects come from)"
-        what = ""
+        why = ""
         if _holds_modules(path):
-            what = ": the file holds a whole model and not its weights alone"
+            why = ": the file holds a whole model and not its weights alone"
             remedy = "in the program that made it, torch.save(model.state_dict(), FILE), and give that file"
         elif "mp_rank" not in path.name:
             remedy = "in the program that made it, save the weights alone: torch.save(model.state_dict(), FILE)"
         return (
-            f"{path}: holds an object of '{name}', which is not data and could run anything when loaded{what}; {remedy}"
+            f"{path}: holds an object of '{name}', which is not data and could run anything when loaded{why}; {remedy}"
         )
     if "TorchScript" in reason:
         return (
@@ -140,16 +140,16 @@ def unreadable(path: Path, error: Exception) -> str:
             f"{path}: holds a rank's parts of tensors (DTensor, of FSDP 2 or tensor parallelism); save the whole ones: "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
         )
-    if path.suffix == _DCP and (told := folder_instead(path.parent)) is not None:
-        return f"{path}: is no checkpoint alone: its folder {told}"
+    if path.suffix == _DCP and (other := folder_instead(path.parent)) is not None:
+        return f"{path}: is no checkpoint alone: its folder {other}"
     if "Unsupported operand" in reason and file_instead(path, "torch", "old-torch") is None:
         return (
             f"{path}: is pickled by another protocol than torch's own (pickle_protocol of torch.save), which is not "
             "read here; in the program that made it, save it without that option"
         )
-    told = file_instead(path, "torch", "old-torch")
-    if told is not None:
-        return f"{path}: cannot be read as a torch file: {told}"
+    other = file_instead(path, "torch", "old-torch")
+    if other is not None:
+        return f"{path}: cannot be read as a torch file: {other}"
     reason = reason.partition("\n")[0].partition(". ")[0].strip("'\". ") or type(error).__name__
     return f"{path}: cannot be read as a torch file ({reason}); copy it again, or use an earlier checkpoint"
 
