@@ -30,7 +30,7 @@ _MOST_LINES = 4  # of sentences that say the like
 class UserError(Exception):
     """Bad input from a person: one sentence that names the key, the value and the remedy (exit code 2).
 
-    ``everywhere`` says that every rank of the run raises it alike, so that one of them is enough to tell it.
+    ``everywhere`` says that every rank of the run raises it alike, so that one of them is enough to report it.
     ``code`` is what the command exits with. What a message quotes of a file may be anything, so control characters
     are shown by their escapes, and of a very long message the middle is left out.
     """
@@ -137,7 +137,7 @@ def why_unreadable(error: OSError, remedy: str) -> str:
 def say(text: str, stream: IO[str] | None = None) -> None:
     """Print a line for people, by default to stderr, where it may go wrong without consequences.
 
-    For what is told beside the work that a command does: a terminal that is gone, a full disk behind the stream or an
+    For what is reported beside the work of a command: a terminal that is gone, a full disk behind the stream or an
     encoding without the letter must not end a run. What is still written there later goes nowhere.
     """
     stream = sys.stderr if stream is None else stream
@@ -152,7 +152,7 @@ def say(text: str, stream: IO[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def warn_on_failure(action: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """In the block a failure of ``what`` is a warning: for what follows when the work is done and saved.
+    """In the block a failure of ``action`` is a warning: for what follows when the work is done and saved.
 
     Exceptions of the types ``passing`` are raised.
     """

@@ -47,7 +47,7 @@ def import_transformers() -> ModuleType:
 
 
 def hide_broken_torchvision() -> bool:
-    """Make this process behave as without torchvision if it is installed but fails to import; tells whether it did."""
+    """Hide a torchvision that is installed but fails to import from this process. Returns whether it did."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return False
     try:

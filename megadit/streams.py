@@ -18,7 +18,7 @@ _STANDARD = (0, 1, 2)
 
 
 class SteadyRaw(io.RawIOBase):
-    """The file ``number``, written to without ever raising. ``failure`` is the first error that a write met."""
+    """The file descriptor ``number``; writes never raise. ``failure`` is the first error that one met."""
 
     def __init__(self, number: int, failure: OSError | None = None) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class SteadyRaw(io.RawIOBase):
         self._number, self._closed = number, failure
 
     def writable(self) -> bool:
-        """Yes, whatever becomes of it."""
+        """True: writes never raise."""
         return True
 
     def fileno(self) -> int:
-        """The number."""
+        """The file descriptor."""
         return self._number
 
     def isatty(self) -> bool:
@@ -95,7 +95,7 @@ def steady_streams() -> None:
 
 
 def result_is_saved(*, as_json: bool = False) -> None:
-    """From here on, what is printed only tells of a result that lies on disk: if it cannot be, nothing is lost.
+    """From here on, what is printed only reports a result that is on disk: if it cannot be written, nothing is lost.
 
     ``as_json``: it was asked for on stdout, too, and so it matters after all.
     """
@@ -104,7 +104,7 @@ def result_is_saved(*, as_json: bool = False) -> None:
 
 
 def lost_output() -> OSError | None:
-    """Why a result that was printed to stdout did not get there; None if it did, or only told of a saved one."""
+    """Why a result that was printed to stdout did not get there; None if it did, or only reported a saved one."""
     stream = sys.stdout
     if not isinstance(stream, SteadyText):
         return None

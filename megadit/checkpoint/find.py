@@ -49,8 +49,8 @@ def find_checkpoint(run_dir: Path, checkpoint: str = LATEST) -> Path | None:
 def open_checkpoint(run_dir: Path, checkpoint: str = LATEST, key: str = "--resume") -> OpenedCheckpoint | None:
     """The run's latest sound checkpoint, or the one named by a path; None if the run has saved none.
 
-    A path to a run directory means its latest. What is passed over is told on stderr. ``key`` is what an error calls
-    the origin of ``wanted``.
+    A path to a run directory means its latest. What is passed over is reported on stderr. ``key`` is how an error
+    names the origin of ``checkpoint``.
 
     Raises:
         BrokenCheckpoint: the path is a broken one, or no checkpoint of the run is sound.

@@ -65,7 +65,7 @@ class StoredFragment:
 
     @property
     def bytes(self) -> int:
-        """Its size in the file."""
+        """Bytes of its values in the file."""
         return (self.stop - self.start) * FLOAT_BYTES
 
     def to_json(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def flush_folder(path: Path) -> None:
 
 
 def refuse_disk_errors(target: Path, action: Callable[[], Any]) -> Any:
-    """``action()``, its OSError told as what the disk does not take.
+    """``action()``, whose OSError becomes the sentence of ``cannot_write``.
 
     Raises:
         UserError: for an OSError.

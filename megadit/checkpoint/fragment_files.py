@@ -127,7 +127,7 @@ class FragmentFile:
             into, offset = into[count:], offset + count
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; nothing can be read any more."""
         os.close(self._handle)
 
     def _broken(self, reason: str) -> BrokenCheckpoint:

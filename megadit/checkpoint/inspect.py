@@ -180,7 +180,7 @@ def _spread(layout: dict[str, Any]) -> str:
 
 
 def describe_summary(facts: dict[str, Any]) -> str:
-    """The summary as lines."""
+    """What ``summary`` returned, as the lines that the command prints."""
     layout = facts["layout"] or {}
     lines = [
         f"{facts['path']}   format version {facts['version']}",

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie and which there are, told by names alone, and of what run. Needs no torch."""
+"""Paths of a run's checkpoints, which ones exist by their names, and the run's configuration. Needs no torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def saved_step(run_dir: Path) -> int:
 
 
 def check_checkpoint_path(checkpoint: str, key: str) -> None:
-    """Raise UserError unless the path ``wanted`` looks like a checkpoint or a run directory; ``key`` is its origin."""
+    """Raise UserError unless ``checkpoint`` looks like a checkpoint or a run directory; ``key`` is its origin."""
     path = Path(checkpoint)
     if not (checkpoint_root(path).is_dir() or (path / INDEX).is_file()):
         other = run_instead(path)

@@ -42,14 +42,14 @@ def save_checkpoint(
     context: ProcessContext,
     sources: Sequence[StateSource] = (),
     ownership: Ownership | None = None,
-    kept: Mapping[str, Any] | None = None,
+    extra_state: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``step-XXXXXXXX`` from all ranks, point ``latest`` to it, and drop what is not to be kept.
 
     Kept are the ``train.keep_last`` newest up to it and the multiples of ``train.keep_every``. ``groups`` is the plain
     table of optimizer groups (name, lr_mult, wd_mult, …) stored for comparison at resume; ``sources`` is the state
-    beside weights and moments, ``kept`` what else ``state.json`` is to hold. ``ownership`` of the run directory, on
-    rank 0: asked before anything is written or removed. Every rank must call this. Returns the checkpoint's folder.
+    beside weights and moments, ``extra_state`` what else ``state.json`` is to hold. ``ownership`` of the run directory,
+    on rank 0: asked before anything is written or removed. Every rank must call this. Returns the checkpoint's folder.
 
     Raises:
         OwnershipLost: the run directory is another process's by now; nothing is published.
@@ -88,7 +88,7 @@ def save_checkpoint(
             "loss_scale": partitions.loss_scale_state(),
             "groups": groups,
             "config": config.model_dump(mode="json"),
-            **(kept or {}),
+            **(extra_state or {}),
             "layout": {
                 "ranks": context.world_size,
                 "zero_stage": partitions.stage,
@@ -154,7 +154,7 @@ def write_index(folder: Path, index: Index, state: dict[str, Any]) -> None:
 def _rename(temporary: Path, final: Path) -> None:
     """Give a complete folder its name, then let ``latest`` say so."""
     replaced = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}.old.tmp")
-    if final.exists():  # of a course that was left by going on from an earlier step, or a broken one
+    if final.exists():  # of a branch abandoned for an earlier step, or a broken one
         os.replace(final, replaced)
     os.replace(temporary, final)
     flush_folder(final.parent)
@@ -164,10 +164,10 @@ def _rename(temporary: Path, final: Path) -> None:
 
 
 def set_latest(run_dir: Path, checkpoint: Path) -> None:
-    """Let ``latest`` name the checkpoint of its own that a run goes on from.
+    """Let ``latest`` name the checkpoint of its own from which a run resumes.
 
-    So that a run which was taken back, or which passed over a broken checkpoint, and is killed before it saves goes on
-    from the same place again, and not from the course that it left.
+    So that a run that went back to an earlier step or passed over a broken checkpoint, killed before it saves, resumes
+    from the same checkpoint again, and not from the branch that it abandoned.
 
     Raises:
         UserError: the disk does not take it.
@@ -181,7 +181,7 @@ def set_latest(run_dir: Path, checkpoint: Path) -> None:
 
 
 def _drop_old(newest: Path, keep_last: int, keep_every: int | None) -> None:
-    """Keep ``newest``, those just before it and the multiples; what lies beyond it is of a course that was left."""
+    """Keep ``newest``, those just before it and the multiples; later ones belong to an abandoned branch."""
     present = step_folders(newest.parent)
     up_to = [path for path in present if step_of(path) <= step_of(newest)]
     keep = set(up_to[-keep_last:])

@@ -12,11 +12,11 @@ diffusers              a pipeline folder, or in IN the folder of its transformer
 
 Optimizer state and step travel wherever both formats hold them. A diffusers class that does not compute what the model
 here does is compared with it on random inputs and refused without --allow-inexact. Weights that are NaN or infinite are
-named, and refused without --allow-nonfinite. docs/convert.md tells more.
+named, and refused without --allow-nonfinite. See docs/convert.md.
 
-What official weights cannot tell is said by --hint: heads, input_size, and for weights trained under muP, whose
+--hint gives what official weights do not contain: heads, input_size, and for weights trained under muP, whose
 readout is multiplied in the forward pass, parametrization=mup, base_width and output_mult (dit, pixart). What no
-weights tell (data, objective, …) is taken from --config, or is a default that key.sub=value changes.
+weights contain (data, objective, …) is taken from --config, or is a default that key.sub=value changes.
 
 python tools/convert_checkpoint.py --from deepspeed --to megadit ckpts runs/continued --config my.yaml
 python tools/convert_checkpoint.py --from megadit --to safetensors runs/emoji model.safetensors --ema 0.9999
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. train.steps=1000")
     p.add_argument("--from", dest="source_format", required=True, choices=formats(), help="format of IN")
     p.add_argument("--to", dest="target_format", required=True, choices=formats(), help="format of OUT")
-    p.add_argument("--config", metavar="FILE", help="run configuration (YAML), where IN does not tell the model")
+    p.add_argument("--config", metavar="FILE", help="run configuration (YAML), where IN does not describe the model")
     add_plugins(p)
     p.add_argument(
         "--ema",
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert, and tell what was done."""
+    """Convert, and print what was read and written."""
     args = parser().parse_intermixed_args(argv)
     from megadit.parallel.environment import refuse_ranks
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_request(args.source_format, args.target_format, args.source, args.target, Request(config, args.ema, hints))
     from megadit.convert.conversion import convert
 
-    outcome = convert(
+    result = convert(
         args.source_format,
         args.target_format,
         args.source,
@@ -99,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     result_is_saved(as_json=args.json)
     if args.json:
-        print(json.dumps(outcome.to_json()))
+        print(json.dumps(result.to_json()))
     else:
-        print(f"read     {outcome.source}: {', '.join(outcome.kinds)}; step {outcome.step}")
-        print(f"written  {outcome.target}: {outcome.parameters} parameters, {outcome.elements} elements")
-    for note in outcome.notes:
+        print(f"read     {result.source}: {', '.join(result.kinds)}; step {result.step}")
+        print(f"written  {result.target}: {result.parameters} parameters, {result.elements} elements")
+    for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     return EXIT_OK
 

@@ -3,7 +3,7 @@
 CHECKPOINT is a folder such as RUN/checkpoints/step-00001000, or a run directory for its latest. --verify reads every
 byte and compares checksums; exit code 3 when something is not as it was written, also when a run's newest is broken and
 an earlier one was read in its place. --diff compares every tensor and the counters; exit code 3 when a run would not go
-on from both alike (config differences are told and do not count).
+on from both alike (config differences are listed and do not count).
 
 python tools/inspect_checkpoint.py runs/emoji --verify
 python tools/inspect_checkpoint.py runs/a --diff runs/b

@@ -14,10 +14,10 @@ state_dicts         whole weights: safetensors and torch files, sharded or not
 official            torch files and safetensors of the families' own code
 weight_sets         which weights of what a trainer saved are the model's: the file of a folder, the set of a file
 parameter_names     the model's own names, without those of wrappers and trainers
-foreign_names       what is no whole model, by its names
+foreign_names       weights that are no whole model, recognized by their names
 deepspeed/          DeepSpeed's own: native (ZeRO 1 to 3), plain (stage 0), universal; files: what they have in common
 diffusers/          pipeline folders, where their parts lie (index), their schedulers as objectives of a run and back
-                    (scheduler_keys: which keys tell of training), difference to the model here
+                    (scheduler_keys: which keys concern training), difference to the model here
 torch_files/        read without running what they hold (safe_load, placeholders), written tensor by tensor
 safetensors_file    safetensors, header by header and tensor by tensor
 deferred            tensors that are read when their values are needed

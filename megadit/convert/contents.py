@@ -34,7 +34,7 @@ class Contents:
     ``description`` is what messages call it. ``groups`` is the table of another program's optimizer groups, which is
     reported and never used. ``adam_step`` counts the updates behind the moments. ``config`` is None where the format
     has none; ``model`` is then what the weights themselves say, if they say it, and ``known`` what else the source
-    tells, by section. ``extras`` are buffers of the model by name, such as PixArt's null caption; ``classes`` are names
+    says, by section. ``extras`` are buffers of the model by name, such as PixArt's null caption; ``classes`` are names
     by label.
     ``difference`` is how far the model here is from the class in diffusers that it was read from.
     """
@@ -75,7 +75,7 @@ class Contents:
         return ["weights only: this format holds no optimizer state"] if self.has_moments else []
 
     def weights_only(self, reason: str) -> Contents:
-        """The same without optimizer state, for a reason that is told."""
+        """The same without optimizer state; ``reason`` becomes a note."""
         note = f"weights only: {reason}"
         return replace(self, kinds=(WEIGHTS,), adam_step=0, loss_scale={}, notes=(*self.notes, note))
 

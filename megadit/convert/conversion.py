@@ -90,7 +90,7 @@ class ConversionResult:
     difference: Difference | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict."""
+        """A plain dict, as ``--json`` prints it."""
         return asdict(self)
 
 
@@ -139,7 +139,7 @@ def convert(
 
 
 def _dtype_notes(contents: Contents) -> list[str]:
-    """Of which types the weights were, where one is not float32."""
+    """A note on the dtypes of the source's weights, where one is not float32."""
     types = {values.dtype for name in contents.shapes for _, values in contents.read(WEIGHTS, name)}
     if types <= {torch.float32}:
         return []

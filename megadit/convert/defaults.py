@@ -19,7 +19,7 @@ def default_run(
 ) -> RunConfig:
     """A configuration that samples from ``model`` and trains on, with ``overrides`` (``data.path=…``) laid over it.
 
-    ``known`` holds what the checkpoint tells of other sections. What it does not tell is a default: the objective and
+    ``known`` holds what the checkpoint says of other sections. What it does not say is a default: the objective and
     the guidance of the family's originals (``Conversion.defaults``), and an autoencoder of factor 8 for 4 and 16
     channels, whose folder only the user knows (``data.vae.path``).
 
@@ -48,7 +48,7 @@ def default_run(
 
 
 def check_same_model(config: ModelConfig, model: ModelConfig, description: str) -> None:
-    """Refuse a ``--config`` of another model than the one in the file ``what``.
+    """Refuse a ``--config`` of another model than the one in the file ``description``.
 
     Raises:
         UserError: naming the first keys that differ, with both values.
@@ -76,7 +76,7 @@ def check_same_model(config: ModelConfig, model: ModelConfig, description: str) 
 
 
 def _keys_of_weights(model: ModelConfig) -> dict[str, Any]:
-    """The keys of a model that its weights decide."""
+    """The keys of a model section that its weights determine, with their values."""
     keys = {key: value for key, value in model.model_dump(mode="json").items() if key not in _FREE}
     if keys["text"] is not None:
         keys["text"] = {**keys["text"], "mask": None}

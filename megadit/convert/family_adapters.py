@@ -72,7 +72,7 @@ def from_diffusers(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and weights of a transformer of diffusers, from its config.json and its weights.
 
-    ``max_length``: tokens of a text, which no class tells; default: what the published pipelines use. ``where`` names
+    ``max_length``: tokens of a text, which no class holds; default: what the published pipelines use. ``where`` names
     the config in messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights that are no whole model of megadit's families, known by their names, each refused with what to do.
+"""Weights that are no whole model of megadit's families, recognized by their names, each refused with what to do.
 
 Nothing but names and keys is looked at: adapters, quantized weights, FSDP's flat parameters, optimizers, Megatron's
 files, averages without names, and the models of other programs.
@@ -102,7 +102,7 @@ def refuse_files(values: Any, where: str) -> None:
 
 
 def origin_notes(values: Any) -> list[str]:
-    """What stands beside the weights and tells that more is to be had, or that a run here would do otherwise."""
+    """Notes on keys beside the weights: better weights are in other files, or the training was another than here."""
     if isinstance(values, Mapping) and "ds_version" in values:
         return [
             "this is one file of a DeepSpeed checkpoint; where it was trained in 16 bits, the float32 weights stand in "

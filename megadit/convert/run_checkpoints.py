@@ -110,7 +110,7 @@ class _Imported:
         ]
 
     def fragments_to_save(self) -> list[Fragment]:
-        """All of them: there is one rank."""
+        """All fragments: there is one rank."""
         return self.fragments()
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class _Imported:
         return values
 
     def adam_step(self) -> int:
-        """Updates behind the moments."""
+        """Number of updates that the moments have seen."""
         return self._contents.adam_step
 
     def loss_scale_state(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class _Imported:
 def write_run(contents: Contents, target: Path) -> list[str]:
     """Make ``target`` a run directory with one checkpoint, from which --resume and train.init_from go on.
 
-    Learning rates and weight decay are the config's: what the other program had is told. Returns what people should
+    Learning rates and weight decay are the config's: what the other program had is reported. Returns what people should
     know.
 
     Raises:

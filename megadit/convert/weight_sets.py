@@ -1,4 +1,4 @@
-"""Which weights are a model's in what a training program saved, told by names alone; no tensor is read.
+"""Which weights are a model's in what a training program saved, chosen by names alone; no tensor is read.
 
 Of a folder, one file holds them: U-ViT's ``500000.ckpt`` has ``nnet.pth`` and ``nnet_ema.pth`` beside the optimizer's,
 accelerate's folders ``model.safetensors`` or ``pytorch_model.bin``. A file may hold sets of weights below keys

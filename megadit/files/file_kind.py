@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes, so that a reader can say what lies there in place of what it wanted.
+"""What a file is, recognized by its first bytes, so that a reader can say what lies there in place of what it expects.
 
 Downloads go wrong in few ways: a pointer in place of the file, a web page, an empty or half-written file, another
 format. Readers ask here once they cannot read a file, and so give the remedy that fits. Nothing is unpacked or run.
@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from megadit.errors import UserError
 
-HEAD_BYTES = 4096  # of a file, which tell its kind; a tar's mark stands at 257
+HEAD_BYTES = 4096  # of a file, which show its kind; a tar's mark stands at 257
 _AGAIN = "fetch or copy it again"
 _UNPACK = "unpack it first"
 _CONVERT = "give the weights as .safetensors, or as a torch file of tensors by name"
@@ -102,7 +102,7 @@ _ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06")
 _ZIP_END, _ZIP_END_BYTES = b"PK\x05\x06", 22 + 65535  # of the record that ends an archive, with its comment
 PICTURES = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "heif")  # ids of what Pillow may read
 _NO_TEXT = ("git-lfs", "git-annex", "html")  # ids of texts that stand in place of another file
-_WEIGHTS = ("safetensors", "torch")  # ids of weights of which it can be told that they are cut off
+_WEIGHTS = ("safetensors", "torch")  # ids of weights that can be recognized as cut off
 _BY_ENDING = {  # ids that a file of such a name may have
     ".safetensors": ("safetensors",),
     ".bin": ("torch", "old-torch"),
@@ -165,14 +165,14 @@ def kind_of_file(path: str | os.PathLike[str]) -> FileKind | None:
 
 
 def instead(kind: FileKind | None, *expected: str) -> str | None:
-    """ "it is a web page (HTML); fetch …", where ``kind`` is none of the ids ``wanted``; None if it is, or unknown."""
+    """ "it is a web page (HTML); fetch …", where ``kind`` is none of the ids ``expected``; else None."""
     if kind is None or kind.id in expected:
         return None
     return f"it is {kind.name}; {kind.remedy}"
 
 
 def file_instead(path: str | os.PathLike[str], *expected: str) -> str | None:
-    """``instead`` of the file at ``path``; where it is of a wanted kind but was cut off, that."""
+    """``instead`` of the file at ``path``; where it is of an expected kind but was cut off, that."""
     kind = kind_of_file(path)
     other = instead(kind, *expected)
     if other is not None or kind is None:
@@ -255,7 +255,7 @@ def _text_kind(head: bytes) -> FileKind | None:
 
 
 def _cut_off(file: BinaryIO, kind: FileKind) -> str | None:
-    """That a file of a known kind lacks its end; None if it does not, or if its kind does not tell."""
+    """That a file of a known kind lacks its end; None if it does not, or if its kind does not show it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _ZIP_END_BYTES))
     end = file.read(_ZIP_END_BYTES)

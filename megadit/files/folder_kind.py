@@ -1,4 +1,4 @@
-"""What a folder is, told by the names in it: checkpoints of other programs, which are no one file of weights.
+"""What a folder is, recognized by the names in it: checkpoints of other programs, which are no one file of weights.
 
 Readers ask here once a folder is not what they wanted. Nothing but names is looked at, and the head of a config.json.
 """

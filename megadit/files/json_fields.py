@@ -155,7 +155,7 @@ class Fields:
         return Fields(value, f"{self.where}, {key}")
 
     def refused(self, key: str, value: Any, expected: str) -> UserError:
-        """The sentence for a value that is not ``wanted``."""
+        """The sentence for a value that is not what is ``expected``."""
         return UserError(f"{self.where} has {_printable(key)} {shown(value)}, which must be {expected}; {_AGAIN}")
 
     def _value(self, key: str, default: Any, null: bool) -> Any:

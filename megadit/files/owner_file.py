@@ -85,7 +85,7 @@ class Owner:
         return f'{body[:-2]},\n "beat": {0:12d}\n}}\n'
 
     def describe(self) -> str:
-        """The process in words."""
+        """Process, host, Slurm job and start, for messages."""
         job = f"Slurm job {self.slurm_job}, " if self.slurm_job else ""
         return f"process {self.pid} on {self.host} ({job}since {self.since})"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _NAME_BYTES = 255  # of a name in a folder, on every file system in use
 _FLOAT_BYTES = 4
-_BEGIN_BYTES = 128  # of a file, which tell its kind
+_BEGIN_BYTES = 128  # of a file, which show its kind
 PNG, ARRAYS = (b"\x89PNG",), (b"PK", b"arr_0.npy")
 _PATH_BYTES = 4000  # of a whole path; Linux takes 4095, and files will lie in the folder
 
@@ -127,7 +127,7 @@ def begins_with(path: Path, marks: tuple[bytes, ...]) -> bool:
 
 
 def check_output(path: Path, key: str, kind: str, marks: tuple[bytes, ...]) -> None:
-    """Whether ``path`` may be written: a file that is there must be ``what`` will be, with ``marks`` at its beginning.
+    """Whether ``path`` may be written: a file that is there must be of this ``kind``, with ``marks`` at its beginning.
 
     Raises:
         UserError: it is a file of another kind, which would be lost.
@@ -138,7 +138,7 @@ def check_output(path: Path, key: str, kind: str, marks: tuple[bytes, ...]) -> N
         with open(path, "rb") as file:
             begin = file.read(_BEGIN_BYTES)
     except OSError:
-        return  # told when it is written
+        return  # reported when it is written
     if begin and not all(mark in begin for mark in marks):
         raise UserError(f"{key}: '{path}' is no {kind} and would be replaced; choose another name")
 

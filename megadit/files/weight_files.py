@@ -37,7 +37,7 @@ _NAME = re.compile(rf"(?P<stem>.+?){_NUMBERED.format('a')}(?:\.(?P<variant>[A-Za
 class WeightFiles:
     """The files that hold one set of weights. ``weight_map`` says which tensor lies in which, where there is an index.
 
-    ``total`` is the number of bytes that the index tells; ``notes`` are for people.
+    ``total`` is the number of bytes that the index says; ``notes`` are for people.
     """
 
     files: tuple[Path, ...]
@@ -127,7 +127,7 @@ def _index_of(folder: Path, chosen: _WeightSet, sets: Sequence[_WeightSet]) -> _
 
 
 def _mentions(index: Path, names: Sequence[bytes]) -> bool:
-    """Whether a file has one of ``names`` in its text, valid or not: what is wrong with an index is told elsewhere."""
+    """Whether a file has one of ``names`` in its text, a valid index or not, which is checked elsewhere."""
     try:
         with open(index, "rb") as file:
             text = file.read(_MOST_INDEX)

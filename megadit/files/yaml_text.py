@@ -31,7 +31,7 @@ class Plain(str):
 
 
 class YamlError(ValueError):
-    """The text is not YAML as megadit takes it: one phrase, with the line where it can be told."""
+    """The text is not YAML as megadit takes it: one phrase, with the line where it is known."""
 
 
 def parse_yaml(text: str, *, comments: bool = True) -> Any:

@@ -48,7 +48,7 @@ def job_of(run_dir, config, resume="auto"):
 
 def save(job, step, data):
     at = Position(step, 4 * step)
-    return save_checkpoint(job.run_dir, NoPartitions(), job.config, at, [], ALONE, kept=data.state())
+    return save_checkpoint(job.run_dir, NoPartitions(), job.config, at, [], ALONE, extra_state=data.state())
 
 
 def begun(run_dir, config):

@@ -106,7 +106,7 @@ def read_checkpoint(path: Path, pointer: str, kind: str, read: Callable[[Path], 
     """What ``read`` makes of the folder that holds the files, under the names of the model's own.
 
     DeepSpeed's files hold trees of its own making, without a scheme that they could be held against beforehand: what
-    is not where it writes it is told in a sentence.
+    is not where it writes it is refused in a sentence.
 
     Raises:
         UserError: no such checkpoint is there, something in its trees is missing or of another kind, two names become

@@ -62,7 +62,7 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> Contents:
     """The transformer of a pipeline folder, or of a folder of its own, and how far the model here differs from it.
 
     Raises:
-        UserError: it is neither, is broken or of a class that is not known, tells of something that a run here cannot
+        UserError: it is neither, is broken or of a class that is not known, asks for something that a run here cannot
             be configured for, or the model here computes something else and ``--allow-inexact`` was not given.
     """
     pipeline = find_pipeline(path)
@@ -194,7 +194,7 @@ def _compared(
 
 
 def _objective(contents: Contents, model: ModelConfig) -> ObjectiveConfig:
-    """Of the run, else what the source tells, else the family's usual one."""
+    """The objective of the run, else the one that the source names, else the family's usual one."""
     if contents.config is not None:
         return contents.config.objective
     usual = conversion_of(model.family).defaults(model)["objective"]
@@ -202,7 +202,7 @@ def _objective(contents: Contents, model: ModelConfig) -> ObjectiveConfig:
 
 
 def _known(pipeline: Pipeline, model: ModelConfig, request: Request) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What scheduler and autoencoder of a pipeline tell of the run's configuration, and what is to be said of them."""
+    """Config keys that a pipeline's scheduler and autoencoder determine, by section, and notes on them."""
     known: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     if pipeline.index is None:
@@ -245,7 +245,7 @@ def _overruled(objective: Mapping[str, Any], config: RunConfig | None) -> list[s
 
 
 def _copy_vae(contents: Contents, target: Path) -> bool:
-    """Copy the run's autoencoder into the pipeline, if it is one of diffusers'; tells whether it did."""
+    """Copy the run's autoencoder into the pipeline, if it is one of diffusers'. Returns whether it did."""
     config = contents.config
     if config is not None:
         path = None if config.data.vae is None else config.data.vae.path

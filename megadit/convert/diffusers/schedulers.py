@@ -1,7 +1,7 @@
 """The objective of a run as a scheduler of diffusers, and back.
 
-Every key of a ``scheduler_config.json`` is carried over, refused, or told. Refused is what ``objective.*`` cannot say
-of the training: another noise schedule, another prediction, other times. Told is what concerns drawing alone.
+Every key of a ``scheduler_config.json`` is carried over, refused, or noted. Refused is what ``objective.*`` cannot say
+of the training: another noise schedule, another prediction, other times. Noted is what concerns drawing alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLOW_PREDICTION = "flow_prediction"
 _SOLVER = "DPMSolverMultistepScheduler"
 _ORDER_1 = {"algorithm_type": "dpmsolver++", "solver_order": 1}  # of a flow: Euler's method
 _REMEDY = "for the weights alone, give IN/transformer, with the objective.* of its training or a --config"
-# Keys that are looked at whatever the class; others that tell of training concern a class that has them.
+# Keys that are looked at whatever the class; others about training concern a class that has them.
 _ALWAYS = ("rescale_betas_zero_snr", "invert_sigmas", "timestep_type", "predict_epsilon", "num_train_timesteps")
 _ALLOW = "--allow-inexact converts it all the same"
 
@@ -80,7 +80,7 @@ def read_objective(
     """``objective.*`` of a scheduler of the class ``name``, and what of its configuration is left out.
 
     Raises:
-        UserError: the class is not known, a value is not of its type, or the training that it tells of is none that
+        UserError: the class is not known, a value is not of its type, or the training that it describes is none that
             a run here can be configured for.
     """
     defaults = SCHEDULERS.get(name)
@@ -99,7 +99,7 @@ def read_objective(
 
 
 class _Reader:
-    """One scheduler's keys that tell of training, each with the default of its class."""
+    """One scheduler's keys about training, each with the default of its class."""
 
     def __init__(self, fields: Fields, name: str, defaults: Mapping[str, Any], allow_inexact: bool) -> None:
         self.fields, self.name, self.defaults, self.allow_inexact = fields, name, defaults, allow_inexact
