@@ -109,6 +109,10 @@ class Contents:
         """``tensor``, read when it is needed."""
         return deferred(self.shapes[name], torch.float32, lambda: self.tensor(kind, name))
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights in float32, each read when it is needed, and the buffers that the source holds."""
+        return {name: self.deferred(WEIGHTS, name) for name in self.shapes} | dict(self.extras)
+
 
 def group_facts(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """One phrase per optimizer group that has a learning rate or weight decay: its name or number, and these."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from megadit.checkpoint.format import WEIGHTS
 from megadit.config.schema.model import ModelConfig
 from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.family_adapters import from_official, to_official
@@ -51,7 +50,7 @@ def write_official(family: str, contents: Contents, target: Path) -> list[str]:
             f"--to: official-{family} is asked for, but the model is of family {model.family}; give the format of "
             "its own family"
         )
-    official = to_official(model, weights_and_buffers(contents))
+    official = to_official(model, contents.state_dict())
     official = {name: value.float().contiguous() for name, value in official.items()}
     if target.name.endswith(".safetensors"):
         write_one(target, official)
@@ -77,11 +76,6 @@ def model_of(contents: Contents) -> ModelConfig:
     if contents.config is not None:
         return contents.config.model
     raise UserError(f"--config: is needed, since {contents.description} does not say of which model its weights are")
-
-
-def weights_and_buffers(contents: Contents) -> dict[str, Tensor]:
-    """All weights in float32, each read when it is needed, and the buffers that the source holds."""
-    return {name: contents.deferred(WEIGHTS, name) for name in contents.shapes} | dict(contents.extras)
 
 
 def folded_notes(model: ModelConfig) -> list[str]:

@@ -8,7 +8,6 @@ among their metadata, so that the model can be rebuilt from them alone.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,11 +17,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from megadit.checkpoint.format import WEIGHTS
 from megadit.config import RunConfig
 from megadit.config.family import families
 from megadit.convert.contents import Contents, ValueCheck
-from megadit.convert.deferred import deferred
+from megadit.convert.deferred import loaded
 from megadit.convert.parameter_names import plain_weights, prefixes_of
 from megadit.convert.request import Request
 from megadit.convert.safetensors_file import SafetensorsFile
@@ -37,7 +35,7 @@ from megadit.plugins import plugin_changes, plugin_records, require_imported
 
 SHARD_BYTES = 5 * 10**9  # zero_to_fp32's own limit
 _BYTES = 4  # float32
-_Writer = Callable[[Path, Mapping[str, tuple[int, ...]], Callable[[str], Tensor]], None]
+_Writer = Callable[[Path, Mapping[str, Tensor]], None]
 _TORCH = ("pytorch_model", (".bin", ".pt", ".pth"))  # the usual name, and endings
 _SAFE = ("model", (".safetensors",))
 _NAME_ONE = "name one of them"
@@ -156,93 +154,63 @@ def _config(file: Path) -> RunConfig | None:
 def write_safetensors(contents: Contents, target: Path) -> list[str]:
     """Write float32 weights into one ``….safetensors`` file or, under another name, into a folder of shards."""
     metadata = {} if contents.config is None else {_CONFIG_KEY: contents.config.model_dump_json()}
-    return _write(contents, target, ".safetensors", "model", partial(_stream, metadata=metadata))
-
-
-def write_one(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write float32 tensors into one safetensors file; two names may share one tensor."""
-    _stream(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
-
-
-def write_folder(folder: Path, name: str, tensors: Mapping[str, Tensor], limit: int) -> None:
-    """Write float32 tensors as ``folder/name.safetensors``, or as shards of ``limit`` bytes with an index."""
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    _sharded_files(folder, name, ".safetensors", shapes, tensors.__getitem__, limit, _stream)
+    return _write(contents, target, ".safetensors", "model", partial(write_one, metadata=metadata))
 
 
 def write_fp32_state_dict(contents: Contents, target: Path) -> list[str]:
     """Write float32 weights as torch files that ``load_state_dict`` takes: one ``….bin``, or a folder of shards."""
-    return _write(contents, target, ".bin", "pytorch_model", _stream_torch)
+    return _write(contents, target, ".bin", "pytorch_model", lambda path, tensors: save_streaming(dict(tensors), path))
 
 
 def _write(contents: Contents, target: Path, ending: str, name: str, write: _Writer) -> list[str]:
-    def get(name: str) -> Tensor:
-        return contents.extras[name] if name in contents.extras else contents.tensor(WEIGHTS, name)
-
-    shapes = {**contents.shapes, **{name: tuple(value.shape) for name, value in contents.extras.items()}}
     if target.name.endswith(ending):
-        write(target, shapes, get)
+        write(target, contents.state_dict())
     else:
         target.mkdir()
-        _sharded_files(target, name, ending, shapes, get, SHARD_BYTES, write)
+        _sharded_files(target, name, ending, contents.state_dict(), SHARD_BYTES, write)
     return contents.weights_only_notes
 
 
+def write_one(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write float32 tensors into one safetensors file, deferred ones one by one; two names may share one tensor."""
+    with open(path, "wb") as file:
+        file.write(safetensors_header({name: value.shape for name, value in tensors.items()}, metadata))
+        for value in tensors.values():
+            file.write(loaded(value).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_folder(folder: Path, name: str, tensors: Mapping[str, Tensor], limit: int) -> None:
+    """Write float32 tensors as ``folder/name.safetensors``, or as shards of ``limit`` bytes with an index."""
+    _sharded_files(folder, name, ".safetensors", tensors, limit, write_one)
+
+
 def _sharded_files(
-    folder: Path,
-    name: str,
-    ending: str,
-    all_shapes: Mapping[str, tuple[int, ...]],
-    get: Callable[[str], Tensor],
-    limit: int,
-    write: _Writer,
+    folder: Path, name: str, ending: str, tensors: Mapping[str, Tensor], limit: int, write: _Writer
 ) -> None:
-    """One file, or, above ``limit`` bytes, numbered ones and the index of what stands where."""
-    shards = list(_shards(all_shapes, limit))
+    """One file, or, above ``limit`` bytes, numbered ones and the index of which tensor is in which."""
+    shards = list(_shards(tensors, limit))
     if len(shards) == 1:
-        write(folder / f"{name}{ending}", shards[0], get)
+        write(folder / f"{name}{ending}", tensors)
         return
-    files: dict[str, str] = {}
-    for number, shapes in enumerate(shards, start=1):
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
         file = f"{name}-{number:05d}-of-{len(shards):05d}{ending}"
-        write(folder / file, shapes, get)
-        files |= dict.fromkeys(shapes, file)
-    total = sum(math.prod(shape) * _BYTES for shape in all_shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": files}
+        write(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(value.numel() * _BYTES for value in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / f"{name}{ending}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _stream_torch(path: Path, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> None:
-    """A torch file of float32 tensors, one of which is in memory at a time."""
-
-    def deferred_of(name: str) -> Tensor:
-        return deferred(shapes[name], torch.float32, lambda: get(name))
-
-    save_streaming({name: deferred_of(name) for name in shapes}, path)
-
-
-def _stream(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    get: Callable[[str], Tensor],
-    metadata: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """A safetensors file of float32 tensors, one of which is in memory at a time."""
-    with open(path, "wb") as file:
-        file.write(safetensors_header(shapes, metadata))
-        for name in shapes:
-            file.write(get(name).contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def _shards(shapes: Mapping[str, tuple[int, ...]], limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The parameters in their order, in groups of at most ``limit`` bytes (a larger one stands alone)."""
-    group: dict[str, tuple[int, ...]] = {}
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in their order, in groups of at most ``limit`` bytes (a larger one stands alone)."""
+    group: dict[str, Tensor] = {}
     size = 0
-    for name, shape in shapes.items():
-        bytes_ = math.prod(shape) * _BYTES
+    for name, value in tensors.items():
+        bytes_ = value.numel() * _BYTES
         if group and size + bytes_ > limit:
             yield group
             group, size = {}, 0
-        group[name] = shape
+        group[name] = value
         size += bytes_
     yield group

@@ -39,7 +39,7 @@ from megadit.convert.diffusers.schedulers import (
     scheduler_notes,
 )
 from megadit.convert.family_adapters import diffusers_gap, from_diffusers, to_diffusers
-from megadit.convert.official import contents_of, folded_notes, model_of, weights_and_buffers
+from megadit.convert.official import contents_of, folded_notes, model_of
 from megadit.convert.request import Request
 from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
 from megadit.data.codecs.folder import VAE_CLASS, read_facts
@@ -110,7 +110,7 @@ def write_diffusers(
         UserError: diffusers has no place for the model, or its class computes something else and ``--allow-inexact``
             was not given.
     """
-    model, weights = model_of(contents), weights_and_buffers(contents)
+    model, weights = model_of(contents), contents.state_dict()
     objective = _objective(contents, model)
     inexact = objective_gap(objective)
     if inexact is not None and not request.allow_inexact:
