@@ -56,9 +56,9 @@ class Owner:
             token=secrets.token_hex(8),
             purpose=purpose,
             host=socket.gethostname(),
-            view=view_of_processes(),
+            view=process_namespace(),
             pid=os.getpid(),
-            process_start=start_of(os.getpid()) or "",
+            process_start=process_start_time(os.getpid()) or "",
             since=time.strftime("%F %T %z"),
             folder=folder.stat().st_ino,
             command=shlex.join(sys.argv),
@@ -91,11 +91,11 @@ class Owner:
 
     def state(self) -> Literal["running", "gone", "unknown"]:
         """Whether the process lives, as far as the calling one can see it."""
-        return state_of(self.pid, self.process_start) if self.view == view_of_processes() else "unknown"
+        return state_of(self.pid, self.process_start) if self.view == process_namespace() else "unknown"
 
     def is_here(self) -> bool:
         """Whether it is the calling process."""
-        this_process = (view_of_processes(), os.getpid(), start_of(os.getpid()) or "")
+        this_process = (process_namespace(), os.getpid(), process_start_time(os.getpid()) or "")
         return (self.view, self.pid, self.process_start) == this_process
 
     def was_requeued_as(self, later: Owner) -> bool:
@@ -194,7 +194,7 @@ def _write_new(path: Path, owner: Owner) -> None:
 
 
 @functools.cache
-def view_of_processes() -> str:
+def process_namespace() -> str:
     """What process ids of the calling process mean: host, kernel start and namespace. Equal: the same processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -204,7 +204,7 @@ def view_of_processes() -> str:
     return " ".join(parts)
 
 
-def start_of(pid: int) -> str | None:
+def process_start_time(pid: int) -> str | None:
     """A mark of when the process started; None when there is none, or only its exit status waits to be read."""
     # Not psutil's seconds where /proc is: owner files of running and of earlier versions hold its clock ticks.
     if Path("/proc/self/stat").is_file():
@@ -224,7 +224,7 @@ def start_of(pid: int) -> str | None:
 
 def state_of(pid: int, started: str) -> Literal["running", "gone", "unknown"]:
     """Whether the process of this view with that number and start lives; unknown where the system hides it."""
-    start = start_of(pid)
+    start = process_start_time(pid)
     if start is not None:
         return "running" if start == started else "gone"
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megadit.files.owner_file import FILE, Owner, OwnerFile, start_of
+from megadit.files.owner_file import FILE, Owner, OwnerFile, process_start_time
 
 ROOT = Path(__file__).resolve().parents[2]
 _OWN = """
@@ -61,7 +61,7 @@ def leave_owner(folder: Path, file: str = FILE, **facts: Any) -> Owner:
 
 def parent() -> dict[str, Any]:
     """The facts of an owner that lives on this host without being started for it: this process's parent."""
-    return {"pid": os.getppid(), "process_start": start_of(os.getppid())}
+    return {"pid": os.getppid(), "process_start": process_start_time(os.getppid())}
 
 
 def elsewhere(**facts: Any) -> dict[str, Any]:

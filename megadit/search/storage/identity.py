@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from megadit.files.json_text import parse_json
-from megadit.files.owner_file import start_of, view_of_processes
+from megadit.files.owner_file import process_namespace, process_start_time
 from megadit.train.run_dir import write_json
 
 
@@ -36,17 +36,17 @@ class WorkerId:
     @property
     def is_here(self) -> bool:
         """Whether its process id means something in this process's view of the machine."""
-        return self.place == view_of_processes()
+        return self.place == process_namespace()
 
     @property
     def is_running(self) -> bool:
         """Of a worker that ``is_here``: whether the process lives."""
-        return start_of(self.pid) == self.started
+        return process_start_time(self.pid) == self.started
 
 
 def this_worker() -> WorkerId:
     """The calling process."""
-    return WorkerId(socket.gethostname(), view_of_processes(), os.getpid(), start_of(os.getpid()) or "")
+    return WorkerId(socket.gethostname(), process_namespace(), os.getpid(), process_start_time(os.getpid()) or "")
 
 
 class Heartbeats:
