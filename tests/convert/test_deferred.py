@@ -64,11 +64,11 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_operations_wait_and_give_what_torch_gives(name: str, dtype: torch.dtype) -> None:
     value = torch.randn(6, 4).to(dtype)
     lazy, reads = counted(value)
-    result, wanted = OPERATIONS[name](lazy), OPERATIONS[name](value)
+    result, expected = OPERATIONS[name](lazy), OPERATIONS[name](value)
     assert isinstance(result, DeferredTensor) and reads == [0]
-    assert (result.shape, result.dtype, result.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
-    assert torch.equal(loaded(result), wanted)
-    assert torch.equal(torch.from_numpy(result.numpy()), wanted)
+    assert (result.shape, result.dtype, result.stride()) == (expected.shape, expected.dtype, expected.stride())
+    assert torch.equal(loaded(result), expected)
+    assert torch.equal(torch.from_numpy(result.numpy()), expected)
 
 
 def test_what_needs_the_values_reads_them() -> None:
@@ -89,9 +89,9 @@ def test_state_dicts_of_files_give_the_same_models(tmp_path: Path, family: str) 
     plain = to_official(model, state)
     save_file({name: value.contiguous() for name, value in plain.items()}, tmp_path / "x.safetensors")
     config, loaded_state = from_official(family, load_tensors(tmp_path / "x.safetensors"), **hints)
-    wanted_config, wanted = from_official(family, plain, **hints)
+    wanted_config, expected = from_official(family, plain, **hints)
     assert config == wanted_config and all(isinstance(value, DeferredTensor) for value in loaded_state.values())
-    assert all(torch.equal(value, loaded_state[name]) for name, value in wanted.items())
+    assert all(torch.equal(value, loaded_state[name]) for name, value in expected.items())
     if family == "uvit":
         return
     config_json, stored = to_diffusers(model, loaded_state)

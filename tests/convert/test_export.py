@@ -67,23 +67,23 @@ def load(folder, cases, options):
     return results
 
 
-def assert_equal(found, wanted, weights="weights"):
+def assert_equal(found, expected, weights="weights"):
     for kind, values in found.items():
-        assert values.keys() == wanted[kind].keys()
+        assert values.keys() == expected[kind].keys()
         for name, value in values.items():
-            assert torch.equal(value, wanted[weights if kind == "weights" else kind][name]), f"{kind} of {name}"
+            assert torch.equal(value, expected[weights if kind == "weights" else kind][name]), f"{kind} of {name}"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_universal_export_loads_at_every_sharding_stage(run, tmp_path, ranks):
-    folder, wanted = run
+    folder, expected = run
     convert("megadit", "deepspeed-universal", folder, tmp_path / "out")
     cases = [Case(1, ds=UNIVERSAL), Case(2, groups="one", ds=UNIVERSAL), Case(3, ds=UNIVERSAL)]
     losses = []
     for (found, rates, steps, loss), case in zip(
         run_ranks(ranks, load, str(tmp_path / "out"), cases, {})[0], cases, strict=True
     ):
-        assert_equal(found, wanted)
+        assert_equal(found, expected)
         assert rates == [LR] if case.groups == "one" else [LR, 2 * LR]  # the engine's own
         assert steps == STEPS
         losses.append(loss)
@@ -92,38 +92,38 @@ def test_a_universal_export_loads_at_every_sharding_stage(run, tmp_path, ranks):
 
 
 def test_a_native_export_loads_at_stage_0_and_its_weights_elsewhere(run, tmp_path):
-    folder, wanted = run
+    folder, expected = run
     convert("megadit", "deepspeed", folder, tmp_path / "out")
     found, rates, steps, _ = run_ranks(2, load, str(tmp_path / "out"), [Case(0, groups="megadit")], {})[0][0]
-    assert_equal(found, wanted)
+    assert_equal(found, expected)
     assert steps == STEPS and rates[0] == CONFIG.optim.lr
     found, rates, steps, _ = run_ranks(2, load, str(tmp_path / "out"), [Case(2)], {"load_module_only": True})[0][0]
-    assert_equal(found, wanted)
+    assert_equal(found, expected)
     assert (rates, steps) == ([LR, 2 * LR], 0)
 
 
 def test_an_average_goes_out_as_the_weights(run, tmp_path):
-    folder, wanted = run
+    folder, expected = run
     outcome = convert("megadit", "deepspeed-universal", folder, tmp_path / "universal", ema="0.9")
     assert outcome.kinds == ("weights",) and "these are the average 0.9" in outcome.notes[0]
     cases = [Case(1, ds=UNIVERSAL), Case(3, ds=UNIVERSAL)]
     for found, *_ in run_ranks(1, load, str(tmp_path / "universal"), cases, {})[0]:
         assert not any(value.any() for kind in ("exp_avg", "exp_avg_sq") for value in found.pop(kind).values())
-        assert_equal(found, wanted, "ema/0.9")
+        assert_equal(found, expected, "ema/0.9")
     again = convert("deepspeed-universal", "safetensors", tmp_path / "universal", tmp_path / "z.safetensors")
     assert again.kinds == ("weights",)
     convert("megadit", "deepspeed", folder, tmp_path / "native", ema="0.9")
     found = run_ranks(1, load, str(tmp_path / "native"), [Case(0)], {"load_module_only": True})[0][0][0]
-    assert_equal(found, wanted, "ema/0.9")
+    assert_equal(found, expected, "ema/0.9")
     convert("megadit", "safetensors", folder, tmp_path / "x.safetensors", ema="0.9")
-    assert_equal({"weights": load_file(tmp_path / "x.safetensors")}, wanted, "ema/0.9")
+    assert_equal({"weights": load_file(tmp_path / "x.safetensors")}, expected, "ema/0.9")
     with pytest.raises(UserError, match=r"'0.5'.*holds online, 0.9"):
         convert("megadit", "safetensors", folder, tmp_path / "y.safetensors", ema="0.5")
 
 
 @pytest.mark.parametrize("through", ["deepspeed", "deepspeed-universal"])
 def test_out_and_in_again_is_the_same_checkpoint(run, tmp_path, through):
-    folder, wanted = run
+    folder, expected = run
     outcome = convert("megadit", through, folder, tmp_path / "out")
     assert any("averages 0.9 are left out" in note for note in outcome.notes)
     back_result = convert(through, "megadit", tmp_path / "out", tmp_path / "back", CONFIG)
@@ -133,7 +133,7 @@ def test_out_and_in_again_is_the_same_checkpoint(run, tmp_path, through):
     assert bool(group_notes) == (through == "deepspeed") and all("hidden: lr " in note for note in group_notes)
     found = state(tmp_path / "back")
     assert list(found) == ["weights", "exp_avg", "exp_avg_sq"]
-    assert_equal(found, wanted)
+    assert_equal(found, expected)
     before, after = (StoredCheckpoint(find_checkpoint(each)) for each in (folder, tmp_path / "back"))
     assert after.position == before.position and after.state["adam_step"] == before.state["adam_step"] == STEPS
     assert after.state["groups"] == before.state["groups"]
@@ -142,7 +142,7 @@ def test_out_and_in_again_is_the_same_checkpoint(run, tmp_path, through):
 @pytest.mark.parametrize("kind", ["safetensors", "fp32-state-dict"])
 @pytest.mark.parametrize("limit", [5 * 10**9, 50_000])
 def test_plain_weights_are_read_by_any_loader(run, tmp_path, monkeypatch, kind, limit):
-    folder, wanted = run
+    folder, expected = run
     monkeypatch.setattr(state_dicts, "SHARD_BYTES", limit)
     convert("megadit", kind, folder, tmp_path / "out")
     files = sorted(path for path in (tmp_path / "out").iterdir() if path.suffix != ".json")
@@ -150,8 +150,8 @@ def test_plain_weights_are_read_by_any_loader(run, tmp_path, monkeypatch, kind, 
     weights = {}
     for file in files:
         weights |= load_file(file) if kind == "safetensors" else torch.load(file, weights_only=True)
-    assert_equal({"weights": weights}, wanted)
+    assert_equal({"weights": weights}, expected)
     _, model = load_model(folder)
     model.load_state_dict(weights)
     convert(kind, "megadit", tmp_path / "out", tmp_path / "back", CONFIG)
-    assert_equal(state(tmp_path / "back"), wanted)
+    assert_equal(state(tmp_path / "back"), expected)

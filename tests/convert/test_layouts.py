@@ -94,9 +94,9 @@ def test_shares_go_to_every_format_as_what_is_whole(tmp_path: Path, family: str,
                     assert torch.equal(stored, expected), (run.name, kind, name)
     for form in forms_of(family):
         exported = export(spread, form, family, tmp_path / "from-spread")
-        wanted = export(whole, form, family, tmp_path / "from-whole")
-        assert exported.keys() == wanted.keys() and exported, form
-        assert [at for at, values in wanted.items() if not torch.equal(exported[at], values)] == [], form
+        expected_state = export(whole, form, family, tmp_path / "from-whole")
+        assert exported.keys() == expected_state.keys() and exported, form
+        assert [at for at, values in expected_state.items() if not torch.equal(exported[at], values)] == [], form
         if form == "safetensors":
             plain = {at.rpartition("/")[2]: values.flatten() for at, values in exported.items()}
             assert plain.keys() - {NULL_CAPTION} == held["pieces"].keys()

@@ -157,11 +157,11 @@ def check(run: Path, family: str, state: State) -> None:
     config, model = load_model(run)
     held = dict(model.named_parameters())
     fixed = {"pos_embed", "y_embedder.y_embedding"} - ({"pos_embed"} if family == "uvit" else set())
-    wanted = {
+    expected = {
         ("pos_embed.weight" if name == "pos_embed" else name): v for name, v in state.items() if name not in fixed
     }
-    assert held.keys() == wanted.keys()
-    assert all(torch.equal(held[name], wanted[name].to(torch.float32)) for name in held)
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], expected[name].to(torch.float32)) for name in held)
     if family == "pixart":
         text = load_conditions(run / NULL_TEXT_FILE)[0].text
         assert text is not None and torch.equal(text[0], state["y_embedder.y_embedding"].to(torch.float32))
@@ -246,11 +246,11 @@ def test_averages_beside_the_weights_are_chosen_in_every_format(tmp_path: Path, 
     online, average = release("uvit", ONLINE), release("uvit", AVERAGE)
     value = {**below("model.", online), **below("ema_model.module.", average)}
     save_file(value, file) if kind == "safetensors" else torch.save(value, file)
-    for name, ema, wanted in (("a", None, online), ("b", "ema_model", average)):
+    for name, ema, expected in (("a", None, online), ("b", "ema_model", average)):
         out = tmp_path / f"{name}.safetensors"
         convert(kind, "safetensors", file, out, ema=ema)
         output = load_file(out)
-        assert output.keys() == wanted.keys() and all(torch.equal(output[key], wanted[key]) for key in output)
+        assert output.keys() == expected.keys() and all(torch.equal(output[key], expected[key]) for key in output)
     with pytest.raises(UserError, match="--ema: slow is not in .*; its weights stand under ema_model, model"):
         convert(kind, "safetensors", file, tmp_path / "none.safetensors", ema="slow")
 

@@ -43,8 +43,8 @@ def read(source: Path, kind: str = "safetensors") -> tuple[dict[str, Tensor], Co
     return found, outcome
 
 
-def same(found: Mapping[str, Tensor], **wanted: Tensor) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
+def same(found: Mapping[str, Tensor], **expected: Tensor) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def refused(source: Path, words: str, kind: str = "safetensors") -> None:

@@ -1,4 +1,4 @@
-"""What a folder is, told where a run or one file of weights is wanted, with a remedy that names the right format."""
+"""What a folder is, said where a run or one file of weights is expected, with a remedy that names the right format."""
 
 from __future__ import annotations
 
