@@ -71,7 +71,9 @@ class FragmentReader:
         data = host.numpy().data.cast("B") if target.numel() else memoryview(b"")
         for fragment in self._by_tensor.get((kind, name), ()):
             copies = pending.take(contiguous_spans(shape, fragment.shard_regions, fragment.start, fragment.stop))
-            self._copy(fragment, [Copy(*(FLOAT_BYTES * value for value in copy)) for copy in copies], data)
+            self._copy(
+                fragment, [Copy(FLOAT_BYTES * at, FLOAT_BYTES * to, FLOAT_BYTES * n) for at, to, n in copies], data
+            )
         if pending.left:
             raise BrokenCheckpoint(
                 f"checkpoint {self._folder}: {pending.left} of {target.numel()} elements of {kind} of '{name}' in "
