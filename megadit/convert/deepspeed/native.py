@@ -42,7 +42,7 @@ from megadit.convert.torch_files.safe_load import load_file
 from megadit.engine.deepspeed.partitions import LOSS_SCALE, MOMENTS
 from megadit.errors import UserError
 
-_SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 
 
 class BufferSlice(NamedTuple):
@@ -57,28 +57,28 @@ class BufferSlice(NamedTuple):
 
 @dataclass
 class _ZeroBuffers:
-    """All ranks' buffers and where each parameter's elements lie in them."""
+    """The flat buffers of all ranks, and in which slices of them each parameter's elements lie."""
 
     weights: list[list[Tensor]]  # by rank and group, as are the states
     states: list[list[dict[str, Any]]]
     param_groups: list[dict[str, Any]]
-    shards: dict[str, list[BufferSlice]] = field(default_factory=dict)
+    slices: dict[str, list[BufferSlice]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def buffer(self, kind: str, shard: BufferSlice) -> Tensor:
+    def buffer(self, kind: str, part: BufferSlice) -> Tensor:
         if kind == WEIGHTS:
-            return self.weights[shard.rank][shard.group]
-        return self.states[shard.rank][shard.group][kind]
+            return self.weights[part.rank][part.group]
+        return self.states[part.rank][part.group][kind]
 
     def read(self, kind: str, name: str) -> list[Part]:
-        return [(s.start, self.buffer(kind, s).view(-1).narrow(0, s.offset, s.length)) for s in self.shards[name]]
+        return [(s.start, self.buffer(kind, s).view(-1).narrow(0, s.offset, s.length)) for s in self.slices[name]]
 
     def misfit(self, kinds: Sequence[str]) -> str | None:
         """A parameter for which the buffers are too small."""
-        for name, shards in self.shards.items():
-            for shard in shards:
-                check_tensors(self.buffer(kind, shard) for kind in kinds)
-                if any(self.buffer(kind, shard).numel() < shard.offset + shard.length for kind in kinds):
+        for name, slices in self.slices.items():
+            for part in slices:
+                check_tensors(self.buffer(kind, part) for kind in kinds)
+                if any(self.buffer(kind, part).numel() < part.offset + part.length for kind in kinds):
                     return name
         return None
 
@@ -95,10 +95,10 @@ def read_native(path: Path) -> Contents:
 def _read_folder(folder: Path) -> Contents:
     files = model_files(folder)
     state = model_state(files[0])
-    shards = {int(match[1]): file for file in folder.iterdir() if (match := _SHARD.fullmatch(file.name))}
-    if not shards and not state.get("param_shapes"):
+    rank_files = {int(match[1]): file for file in folder.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(file.name))}
+    if not rank_files and not state.get("param_shapes"):
         return read_plain(folder, state)
-    ranks = _rank_files(folder, shards, state)
+    ranks = _rank_files(folder, rank_files, state)
     zero_states = [_optimizer_state(file) for file in ranks]
     stage = zero_states[0].get("zero_stage")
     spread = f"ZeRO-{stage}" if stage is not None else "BF16_Optimizer"
@@ -129,16 +129,16 @@ def _read_folder(folder: Path) -> Contents:
     return _with_moments(contents, zero, zero_states[0], frozen)
 
 
-def _rank_files(folder: Path, shards: dict[int, Path], state: Mapping[str, Any]) -> list[Path]:
-    count = int(state.get("dp_world_size") or len(shards))
-    missing = [rank for rank in range(count) if rank not in shards]
+def _rank_files(folder: Path, rank_files: dict[int, Path], state: Mapping[str, Any]) -> list[Path]:
+    count = int(state.get("dp_world_size") or len(rank_files))
+    missing = [rank for rank in range(count) if rank not in rank_files]
     if missing:
         names = ", ".join(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in missing[:3])
         raise UserError(
             f"IN: '{folder}' is of {count} ranks, and {len(missing)} of their files are missing ({names}); copy the "
             "files of all ranks, or use an earlier checkpoint"
         )
-    return [shards[rank] for rank in range(count)]
+    return [rank_files[rank] for rank in range(count)]
 
 
 def _optimizer_state(file: Path) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _stage12(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _ZeroBuff
         for (name, shape), padding in zip(shapes.items(), between[g], strict=True):
             end = first + math.prod(shape)
             zero.shapes[name] = shape_of(shape)
-            zero.shards[name] = [
+            zero.slices[name] = [
                 BufferSlice(r, g, low - r * size, low - first, min(end, (r + 1) * size) - low)
                 for r in range(len(files))
                 if (low := max(first, r * size)) < min(end, (r + 1) * size)
@@ -187,7 +187,7 @@ def _stage3(files: list[dict[str, Any]], state: Mapping[str, Any]) -> _ZeroBuffe
             total = math.prod(shape)
             share = -(-total // len(files))
             zero.shapes[name] = shape_of(shape)
-            zero.shards[name] = [
+            zero.slices[name] = [
                 BufferSlice(r, sub_group, offset, r * share, min(share, total - r * share))
                 for r in range(len(files))
                 if r * share < total
@@ -230,7 +230,7 @@ def _with_moments(
     """Adam's step and the loss scale, or what remains without Adam's moments."""
     if frozen:
         return contents.weights_only(f"frozen parameters have no moments ({next(iter(frozen))}, {len(frozen)} in all)")
-    used = {(shard.rank, shard.group) for shards in zero.shards.values() for shard in shards}
+    used = {(part.rank, part.group) for slices in zero.slices.values() for part in slices}
     states = [zero.states[rank][group] for rank, group in sorted(used)]
     step, reason = adam_step(states, zero.param_groups, first.get("base_optimizer_state_step"))
     if not reason and zero.misfit(MOMENTS):

@@ -90,15 +90,15 @@ def read_objective(
             f"{fields.where} is of a {shown(name)}, and how such a model was trained is not known here (known are "
             f"{known}); {_REMEDY}"
         )
-    reader = _Reader(fields, name, defaults, allow_inexact)
-    objective = reader.objective()
-    reader.check_variance(model, flow=objective["kind"] == "flow")
-    if objective["kind"] == "flow" and "use_dynamic_shifting" in defaults and reader.flag("use_dynamic_shifting"):
-        raise reader.refused("use_dynamic_shifting", True, _dynamic_shift(reader, model))
-    return objective, [*reader.notes, *_left_out(fields, name, defaults)]
+    scheduler = _SchedulerConfig(fields, name, defaults, allow_inexact)
+    objective = scheduler.objective()
+    scheduler.check_variance(model, flow=objective["kind"] == "flow")
+    if objective["kind"] == "flow" and "use_dynamic_shifting" in defaults and scheduler.flag("use_dynamic_shifting"):
+        raise scheduler.refused("use_dynamic_shifting", True, _dynamic_shift(scheduler, model))
+    return objective, [*scheduler.notes, *_left_out(fields, name, defaults)]
 
 
-class _Reader:
+class _SchedulerConfig:
     """One scheduler's keys about training, each with the default of its class."""
 
     def __init__(self, fields: Fields, name: str, defaults: Mapping[str, Any], allow_inexact: bool) -> None:
@@ -221,9 +221,9 @@ def _same(betas: list[Any], schedule: str, steps: int) -> bool:
     )
 
 
-def _dynamic_shift(reader: _Reader, model: ModelConfig) -> str:
+def _dynamic_shift(scheduler: _SchedulerConfig, model: ModelConfig) -> str:
     """What a shift that depends on the image's size comes to for the model's own size."""
-    fields = reader.fields
+    fields = scheduler.fields
     low, high = fields.number("base_shift", 0.5), fields.number("max_shift", 1.15)
     first = fields.whole("base_image_seq_len", 256, least=1)
     last = fields.whole("max_image_seq_len", 4096, least=1)
