@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from megadit.config.loading.sources import display
 from megadit.search.apply.target import WrittenTarget
 from megadit.search.wording import value_text
+from megadit.tables import aligned
 from megadit.transfer.budget import describe_tuning_cost
 
 
@@ -36,8 +38,8 @@ def to_json(applied: WrittenTarget) -> dict[str, Any]:
         "m": {"proxy": applied.proxy.model.width_mult, "target": model.width_mult},
         "width": {"proxy": applied.proxy.model.width, "target": model.width},
         "base_width": model.base_width,
-        "groups": [row.to_json() for row in applied.groups],
-        "untransferred": [vars(caveat) for caveat in applied.caveats],
+        "groups": [asdict(row) for row in applied.groups],
+        "untransferred": [asdict(caveat) for caveat in applied.caveats],
         "cost": applied.tuning_cost.to_json(),
     }
 
@@ -93,17 +95,13 @@ def _other_best(applied: WrittenTarget) -> list[str]:
 def _group_table(applied: WrittenTarget) -> list[str]:
     """Learning rate, weight decay and epsilon of every group at the proxy and at the target, side by side."""
     one, other = applied.proxy.model, applied.target.model
-    head = [
+    head = (
         f"base width {other.base_width}: proxy width {one.width}, m = {one.width_mult:.4g}; "
         f"target width {other.width}, m = {other.width_mult:.4g}"
+    )
+    columns = [(key, side) for key in ("lr", "wd", "eps") for side in ("proxy", "target")]
+    cells = [
+        [row.name, *(f"{values[key]:.6g}" if (values := getattr(row, side)) else "-" for key, side in columns)]
+        for row in applied.groups
     ]
-    columns = ["group", *(f"{name} {place}" for name in ("lr", "wd", "eps") for place in ("proxy", "target"))]
-    cells = [columns]
-    for row in applied.groups:
-        sides = [values and [f"{value:.6g}" for value in values] for values in (row.proxy, row.target)]
-        cells.append([row.name, *(side[index] if side else "-" for index in range(3) for side in sides)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return head + [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
-    ]
+    return [head, aligned(["group", *map(" ".join, columns)], cells)]

@@ -37,22 +37,15 @@ class NotVerifiedError(Exception):
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One optimizer group at the proxy and at the target: (lr, weight decay, epsilon) of each, None where it has none.
+    """One optimizer group at the proxy and at the target: its ``lr``, ``wd`` and ``eps``, None where it has none.
 
-    ``share`` is the target's learning rate over the base one: 1/m for hidden weights.
+    ``lr_mult`` is the target's learning rate over the base one: 1/m for hidden weights.
     """
 
     name: str
-    proxy: tuple[float, float, float] | None
-    target: tuple[float, float, float] | None
-    share: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        names = ("lr", "wd", "eps")
-        sides = (("proxy", self.proxy), ("target", self.target))
-        by_name = {place: values and dict(zip(names, values, strict=True)) for place, values in sides}
-        return {"name": self.name, "lr_mult": self.share, **by_name}
+    lr_mult: float | None
+    proxy: dict[str, float] | None
+    target: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -192,23 +185,23 @@ def group_rows(proxy: RunConfig, target: RunConfig) -> list[GroupRow]:
     rows = []
     for stem in dict.fromkeys([*ours, *theirs]):
         for left, right in itertools.zip_longest(ours.get(stem, ()), theirs.get(stem, ())):
-            name = (right or left or ("", (), 0.0))[0]
-            rows.append(GroupRow(name, left and left[1], right and right[1], None if right is None else right[2]))
+            sides = [
+                group and {"lr": group["lr"], "wd": group["weight_decay"], "eps": group["eps"]}
+                for group in (left, right)
+            ]
+            rows.append(GroupRow((right or left)["name"], right["lr_mult"] if right else None, *sides))
     return rows
 
 
-def _groups(config: RunConfig) -> dict[str, list[tuple[str, tuple[float, float, float], float]]]:
-    """By group name without its learning-rate suffix: (name, (lr, wd, eps) as the optimizer gets them, lr_mult)."""
+def _groups(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    """The optimizer's groups by name without its learning-rate suffix."""
     from megadit.models import build_model
-    from megadit.mup import param_specs
-    from megadit.mup.groups import plan_groups
+    from megadit.mup.groups import param_groups
 
-    found: dict[str, list[tuple[str, tuple[float, float, float], float]]] = {}
-    optim = config.optim
-    for plan in plan_groups(param_specs(build_model(config.model, device="meta")), optim):
-        values = optim.lr * plan.lr_mult, optim.weight_decay * plan.wd_mult, optim.eps * plan.eps_mult
-        found.setdefault(plan.name.partition("@")[0], []).append((plan.name, values, plan.lr_mult))
-    return found
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for group in param_groups(build_model(config.model, device="meta"), config.optim):
+        groups.setdefault(group["name"].partition("@")[0], []).append(group)
+    return groups
 
 
 def _refusal(results: StudyResults, judged: Sequence[StudyVerdict], choice: SelectedPoint) -> str | None:
@@ -231,20 +224,15 @@ def _refusal(results: StudyResults, judged: Sequence[StudyVerdict], choice: Sele
 
 
 def _header(applied: WrittenTarget, overrides: Sequence[str]) -> list[str]:
-    choice, spec = applied.choice, applied.results.study.spec
-    variant = f", variant {applied.variant}" if applied.variant else ""
+    choice, variant = applied.choice, f", variant {applied.variant}" if applied.variant else ""
     lines = [
-        f"Study {spec.name}{variant}, rule {choice.rule}: {choice.score} {choice.value:.6g} over {choice.seeds} "
-        f"seed(s), trial(s) {', '.join(map(str, choice.trials))}.",
+        f"Study {applied.results.study.spec.name}{variant}, rule {choice.rule}: {choice.score} {choice.value:.6g} over "
+        f"{choice.seeds} seed(s), trial(s) {', '.join(map(str, choice.trials))}."
     ]
     lines += [f"Verdict of {each.name} on {each.hp}: {each.answer}." for each in applied.study_verdicts]
     lines += [f"{key}: {applied.verification(key)}." for key in choice.hps]
     lines += [f"{key}: written as {words}." for key, words in applied.scaled.items()]
-    if applied.not_verified:
-        lines.append(f"NOT verified: {', '.join(applied.not_verified)}.")
-    if applied.forced:
-        lines.append(f"Written with --force: {applied.forced}.")
-    if overrides:
-        lines.append(f"Overrides: {' '.join(overrides)}")
-    lines.append(f"Target: {display(applied.base)}; proxy: width {applied.proxy.model.width}.")
-    return lines
+    lines += [f"NOT verified: {', '.join(applied.not_verified)}."] if applied.not_verified else []
+    lines += [f"Written with --force: {applied.forced}."] if applied.forced else []
+    lines += [f"Overrides: {' '.join(overrides)}"] if overrides else []
+    return [*lines, f"Target: {display(applied.base)}; proxy: width {applied.proxy.model.width}."]

@@ -7,7 +7,7 @@ a study says so batch and steps). Everything else that differs is named here, so
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ class Caveat:
     target: Any
 
 
+Lengths = tuple[int | None, int | None]  # optimizer steps of proxy and target, None where not known
+
+
 @dataclass(frozen=True)
 class VerifiedRange:
     """The span of a scale key over which a study's verdict is "transfers"."""
@@ -48,84 +51,84 @@ class VerifiedRange:
 
 
 def untransferred(
-    proxy: RunConfig,
-    target: RunConfig,
-    lengths: tuple[int | None, int | None],
-    verified: Collection[VerifiedRange] = (),
+    proxy: RunConfig, target: RunConfig, lengths: Lengths, verified: Collection[VerifiedRange] = ()
 ) -> list[Caveat]:
     """Every difference between the proxy's run and the target's that the base HPs are not known to survive.
 
-    ``target`` has the study's values already; ``lengths``: optimizer steps of both, None where not known;
-    ``verified``: over which scales transfer was verified.
+    ``target`` has the study's values already; ``verified``: over which scales transfer was verified.
     """
     return [
         *_scales(proxy, target, lengths, verified),
         *_weight_decay(proxy, target, lengths),
-        *_shares(proxy, target, lengths),
+        *_schedule_shares(proxy, target, lengths),
         *_shape(proxy, target),
-        *_others(proxy, target),
+        *_other_keys(proxy, target),
     ]
 
 
+def _caveat(topic: str, name: str, values: tuple[Any, Any], end: str = "", shown: Sequence[Any] = ()) -> Caveat:
+    """``name: A at the proxy, B at the target``; A and B are the values, or how they are ``shown``."""
+    at_proxy, at_target = shown or values
+    return Caveat(topic, f"{name} {at_proxy} at the proxy, {at_target} at the target{end}", *values)
+
+
 def _scales(
-    proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None], verified: Collection[VerifiedRange]
+    proxy: RunConfig, target: RunConfig, lengths: Lengths, verified: Collection[VerifiedRange]
 ) -> Iterator[Caveat]:
     """Width, length and batch, over which a study may have verified the transfer; beyond its span is extrapolation."""
-    width = proxy.model.width, target.model.width
-    if why := _unverified("model.width", "width", *width, verified):
-        yield Caveat("width", f"width: {width[0]} at the proxy, {width[1]} at the target; {why}", *width)
+    widths = proxy.model.width, target.model.width
+    if why := _unverified("model.width", "width", *widths, verified):
+        yield _caveat("width", "width:", widths, f"; {why}")
     ours, theirs = lengths
-    text = f"training length: {_length(proxy, ours)} at the proxy, {_length(target, theirs)} at the target"
+    shown = _length(proxy, ours), _length(target, theirs)
     if theirs is None or ours is None:
-        yield Caveat("horizon", f"{text}; the optimum may move with it", ours, theirs)
+        yield _caveat("horizon", "training length:", lengths, "; the optimum may move with it", shown)
     elif why := _unverified("train.steps", "steps", ours, theirs, verified):
-        yield Caveat("horizon", f"{text}, {theirs / ours:.3g} times the steps; {why}", ours, theirs)
-    batch = proxy.train.global_batch, target.train.global_batch
-    if why := _unverified("train.global_batch", "batch sizes", *batch, verified):
-        yield Caveat("batch", f"batch: {batch[0]} at the proxy, {batch[1]} at the target; {why}", *batch)
+        yield _caveat("horizon", "training length:", lengths, f", {theirs / ours:.3g} times the steps; {why}", shown)
+    batches = proxy.train.global_batch, target.train.global_batch
+    if why := _unverified("train.global_batch", "batch sizes", *batches, verified):
+        yield _caveat("batch", "batch:", batches, f"; {why}")
 
 
-def _unverified(key: str, what: str, ours: int, theirs: int, verified: Collection[VerifiedRange]) -> str:
+def _unverified(key: str, name: str, ours: int, theirs: int, verified: Collection[VerifiedRange]) -> str:
     """Why transfer over ``key`` from ``ours`` to ``theirs`` is not known to hold; empty where it is."""
-    known = [span for span in verified if span.key == key]
-    if ours == theirs or any(span.low <= theirs <= span.high for span in known):
+    spans = [span for span in verified if span.key == key]
+    if ours == theirs or any(span.low <= theirs <= span.high for span in spans):
         return ""
-    if not known:
-        return f"no study given verified transfer over {what}"
-    return f"transfer was verified from {' and from '.join(map(str, known))}, and beyond is extrapolation"
+    if not spans:
+        return f"no study given verified transfer over {name}"
+    return f"transfer was verified from {' and from '.join(map(str, spans))}, and beyond is extrapolation"
 
 
-def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Caveat]:
-    ours, theirs = proxy.optim, target.optim
-    if not (ours.weight_decay or theirs.weight_decay):
+def _weight_decay(proxy: RunConfig, target: RunConfig, lengths: Lengths) -> Iterator[Caveat]:
+    per_step = ours, theirs = [config.optim.lr * config.optim.weight_decay for config in (proxy, target)]
+    if not any(per_step):
         return
     if lengths[0] is not None and lengths[1] is not None:
-        one, other = (o.lr * o.weight_decay * steps for o, steps in ((ours, lengths[0]), (theirs, lengths[1])))
+        one, other = ours * lengths[0], theirs * lengths[1]
         if abs(one - other) > 0.05 * max(one, other):
-            keep = f"; optim.weight_decay={one / (theirs.lr * lengths[1]):.4g} keeps it" if one else ""
-            text = f"weight decay over the run: lr x wd x steps is {one:.4g} at the proxy, {other:.4g} at the target"
-            yield Caveat("weight_decay", text + keep, one, other)
-    m, m_target = proxy.model.width_mult, target.model.width_mult
-    if theirs.wd_mode != "independent" and m != m_target:
-        power = 1.0 if theirs.wd_mode == "constant" else 0.5
-        one, other = ours.lr * ours.weight_decay / m**power, theirs.lr * theirs.weight_decay / m_target**power
-        text = (
-            f"weight decay per step: under wd_mode {theirs.wd_mode} a hidden weight decays by {one:.4g} at the proxy, "
-            f"{other:.4g} at the target; wd_mode independent keeps it equal"
-        )
-        yield Caveat("weight_decay", text, one, other)
+            keep = f"; optim.weight_decay={one / (target.optim.lr * lengths[1]):.4g} keeps it" if one else ""
+            name, shown = "weight decay over the run: lr x wd x steps is", (f"{one:.4g}", f"{other:.4g}")
+            yield _caveat("weight_decay", name, (one, other), keep, shown)
+    m, mode = (proxy.model.width_mult, target.model.width_mult), target.optim.wd_mode
+    if mode != "independent" and m[0] != m[1]:
+        exponent = 1.0 if mode == "constant" else 0.5
+        one, other = ours / m[0] ** exponent, theirs / m[1] ** exponent
+        name = f"weight decay per step: under wd_mode {mode} a hidden weight decays by"
+        end = "; wd_mode independent keeps it equal"
+        yield _caveat("weight_decay", name, (one, other), end, (f"{one:.4g}", f"{other:.4g}"))
 
 
-def _shares(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int | None]) -> Iterator[Caveat]:
+def _schedule_shares(proxy: RunConfig, target: RunConfig, lengths: Lengths) -> Iterator[Caveat]:
     """What warm-up and the final decay are of the run changes with its length, where they are given in steps."""
     ours, theirs = lengths
     if ours is None or theirs is None:
         return
-    for key, topic in (("warmup_steps", "warm-up"), ("decay_steps", "final decay")):
-        given = [getattr(config.optim, key) or 0 for config in (proxy, target)]
-        one, other = steps_of(given[0], ours), steps_of(given[1], theirs)
+    for key, topic, name in (("warmup_steps", "warmup", "warm-up:"), ("decay_steps", "final_decay", "final decay:")):
+        configured = [getattr(config.optim, key) or 0 for config in (proxy, target)]
+        one, other = steps_of(configured[0], ours), steps_of(configured[1], theirs)
         share, share_target = one / ours, other / theirs
-        if given[0] == given[1] and isinstance(given[0], str):
+        if configured[0] == configured[1] and isinstance(configured[0], str):
             continue  # one share of both, whatever rounding makes of it
         if abs(share - share_target) <= 0.05 * max(share, share_target):
             continue
@@ -133,46 +136,37 @@ def _shares(proxy: RunConfig, target: RunConfig, lengths: tuple[int | None, int 
             remedy = f"the proxy's rate ended before it, at {100 / share:.3g}% of optim.lr: choose a warm-up anew"
         else:
             remedy = f"optim.{key}={round(share * theirs)} keeps the share"
-        text = (
-            f"{topic}: {one:,} of {ours:,} steps ({100 * share:.3g}%) at the proxy, {other:,} of "
-            f"{theirs:,} ({100 * share_target:.3g}%) at the target; {remedy}"
+        shown = (
+            f"{one:,} of {ours:,} steps ({100 * share:.3g}%)",
+            f"{other:,} of {theirs:,} ({100 * share_target:.3g}%)",
         )
-        yield Caveat(topic.replace(" ", "_").replace("-", ""), text, one, other)
+        yield _caveat(topic, name, (one, other), f"; {remedy}", shown)
 
 
 def _shape(proxy: RunConfig, target: RunConfig) -> Iterator[Caveat]:
     one, other = proxy.model, target.model
     if one.depth != other.depth:
-        text = f"depth: {one.depth} blocks at the proxy, {other.depth} at the target; muP scales width, not depth"
-        yield Caveat("depth", text, one.depth, other.depth)
+        end = "; muP scales width, not depth"
+        yield _caveat("depth", "depth:", (one.depth, other.depth), end, (f"{one.depth} blocks", other.depth))
     if one.head_channels != other.head_channels:
-        text = (
-            f"head dim: {one.head_channels} at the proxy, {other.head_channels} at the target; transfer over width "
-            f"assumes a constant one: model.head_dim={one.head_channels} keeps it"
-        )
-        yield Caveat("head_dim", text, one.head_channels, other.head_channels)
-    tokens = [(model.input_size // model.patch_size) ** 2 for model in (one, other)]
-    if (one.input_size, tokens[0]) != (other.input_size, tokens[1]):
-        text = (
-            f"resolution: {one.input_size} x {one.input_size}, {tokens[0]} tokens at the proxy, "
-            f"{other.input_size} x {other.input_size}, {tokens[1]} at the target; the noise level and the optimum "
-            "depend on it"
-        )
-        yield Caveat("resolution", text, one.input_size, other.input_size)
+        end = f"; transfer over width assumes a constant one: model.head_dim={one.head_channels} keeps it"
+        yield _caveat("head_dim", "head dim:", (one.head_channels, other.head_channels), end)
+    sizes, tokens = (one.input_size, other.input_size), [(m.input_size // m.patch_size) ** 2 for m in (one, other)]
+    if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
+        shown = f"{sizes[0]} x {sizes[0]}, {tokens[0]} tokens", f"{sizes[1]} x {sizes[1]}, {tokens[1]}"
+        end = "; the noise level and the optimum depend on it"
+        yield _caveat("resolution", "resolution:", sizes, end, shown)
 
 
-def _others(proxy: RunConfig, target: RunConfig) -> list[Caveat]:
+def _other_keys(proxy: RunConfig, target: RunConfig) -> Iterator[Caveat]:
     """Every other key that differs: data, objective, precision, optimizer, schedule, architecture."""
     one, other = flatten(proxy.model_dump()), flatten(target.model_dump())
-    caveats = []
     for key in dict.fromkeys([*one, *other]):
-        ours, theirs = one.get(key), other.get(key)
+        values = one.get(key), other.get(key)
         section = any(name.startswith(f"{key}.") for name in (*one, *other))  # null here, filled in there
-        if ours == theirs or section or _SILENT.fullmatch(key):
-            continue
-        shown = [value_text(list(v) if isinstance(v, tuple) else v, 6) for v in (ours, theirs)]
-        caveats.append(Caveat(key, f"{key}: {shown[0]} at the proxy, {shown[1]} at the target", ours, theirs))
-    return caveats
+        if values[0] != values[1] and not section and not _SILENT.fullmatch(key):
+            shown = [value_text(list(value) if isinstance(value, tuple) else value, 6) for value in values]
+            yield _caveat(key, f"{key}:", values, shown=shown)
 
 
 def _length(config: RunConfig, steps: int | None) -> str:

@@ -233,13 +233,15 @@ def model(width: int, **changes) -> RunConfig:
 def test_rates_of_the_papers_widths():
     # MMDiT's widths and base width on a DiT: base rate 2.5e-4, m = .267 and 2.667 (arXiv 2505.15270, Table 4).
     rows = {row.name: row for row in group_rows(model(512), model(5120))}
-    assert rows["hidden"].proxy[0] == pytest.approx(9.375e-4) and rows["hidden"].target[0] == pytest.approx(9.375e-5)
-    assert rows["hidden"].share == pytest.approx(0.375)
-    assert rows["hidden"].proxy[1] == pytest.approx(0.1 * 512 / 1920)
-    assert rows["hidden"].target[2] == pytest.approx(1e-10 / (5120 / 1920))
+    assert rows["hidden"].proxy["lr"] == pytest.approx(9.375e-4) and rows["hidden"].target["lr"] == pytest.approx(
+        9.375e-5
+    )
+    assert rows["hidden"].lr_mult == pytest.approx(0.375)
+    assert rows["hidden"].proxy["wd"] == pytest.approx(0.1 * 512 / 1920)
+    assert rows["hidden"].target["eps"] == pytest.approx(1e-10 / (5120 / 1920))
     for name in ("input", "vector", "output"):
-        assert rows[name].proxy[0] == rows[name].target[0] == 2.5e-4
-    assert rows["vector"].proxy[1] == 0.0
+        assert rows[name].proxy["lr"] == rows[name].target["lr"] == 2.5e-4
+    assert rows["vector"].proxy["wd"] == 0.0
 
 
 def test_roles_with_several_ratios_are_matched_in_order():
