@@ -71,19 +71,19 @@ def read_curve(folder: str | Path, key: str = "loss") -> MetricCurve:
     folder = Path(folder)
     rows = _read_rows(folder)
     # null stands in the file for a number that was not finite
-    found = {int(row["step"]): row for row in rows if key in row and (row[key] is None or is_number(row[key]))}
-    if not found:
+    row_by_step = {int(row["step"]): row for row in rows if key in row and (row[key] is None or is_number(row[key]))}
+    if not row_by_step:
         numbers = {name for row in rows for name, value in row.items() if is_number(value)}
         known = sorted(numbers - {"step", "samples_seen"})
         hint = did_you_mean(key, known, f"it has {', '.join(known) or 'no numbers at all'}")
         raise UserError(f"--key {key}: {display(folder / 'metrics.jsonl')} has no such number; {hint}")
-    steps = sorted(found)
+    steps = sorted(row_by_step)
     return MetricCurve(
         run_name(folder),
         key,
         np.array(steps, dtype=np.int64),
-        np.array([int(found[step].get("samples_seen") or 0) for step in steps], dtype=np.int64),
-        np.array([np.nan if found[step][key] is None else float(found[step][key]) for step in steps]),
+        np.array([int(row_by_step[step].get("samples_seen") or 0) for step in steps], dtype=np.int64),
+        np.array([np.nan if row_by_step[step][key] is None else float(row_by_step[step][key]) for step in steps]),
         _stopped(folder),
     )
 
@@ -102,13 +102,13 @@ def common_grid(curves: Sequence[MetricCurve], axis: Axis) -> np.ndarray:
 
 def extended_grid(curves: Sequence[MetricCurve], axis: Axis, common: np.ndarray) -> np.ndarray:
     """``common``, and beyond its end what these curves share: at the same spacing or more, the last position always."""
-    own = common_grid(curves, axis)
+    shared = common_grid(curves, axis)
     if not len(common):
-        return own
+        return shared
     spacing = float(np.median(np.diff(common, prepend=0)))
     grid = list(common)
-    for position in own[own > common[-1]]:
-        if position >= grid[-1] + spacing or position == own[-1]:
+    for position in shared[shared > common[-1]]:
+        if position >= grid[-1] + spacing or position == shared[-1]:
             grid.append(position)
     return np.array(grid, dtype=np.int64)
 
@@ -138,14 +138,14 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
         more = ", but trials; name one of them, e.g. trials/0000" if (folder / "trials").is_dir() else ""
         raise UserError(f"run directory: {display(folder)} holds no metrics.jsonl{more or '; has the run started?'}")
     try:
-        found = read_rows(file)
+        parsed = read_rows(file)
     except OSError as error:
         raise UserError(f"run directory: cannot read {display(file)} ({error.strerror or error}); check it") from None
-    if found.broken:
+    if parsed.broken:
         raise UserError(
-            f"run directory: line {found.broken[0]} of {display(file)} is not a row of metrics; take the line out"
+            f"run directory: line {parsed.broken[0]} of {display(file)} is not a row of metrics; take the line out"
         )
-    rows = found.rows
+    rows = parsed.rows
     if not rows:
         raise UserError(f"run directory: {display(file)} holds no row; has the run logged a step?")
     return rows

@@ -18,6 +18,7 @@ import numpy as np
 from megadit.compare.curves import AXES, Axis, MetricCurve, common_grid, extended_grid, read_curve, smoothed
 from megadit.config.loading.sources import display
 from megadit.errors import UserError
+from megadit.files.json_text import null_nonfinite
 from megadit.transfer.ties import SAME
 
 _SMOOTHING_SHARE = 20  # by default an average spans a twentieth of the common positions
@@ -105,7 +106,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data without nan: the curves, the gap, crossings, final values and speed-ups by axis."""
-        return {
+        plain = {
             "key": self.key,
             "smooth": self.smooth,
             "a": [curve.name for curve in self.a],
@@ -113,6 +114,7 @@ class Comparison:
             "stopped": {curve.name: curve.stopped for curve in (*self.a, *self.b) if curve.stopped},
             "over": {axis: _gap_json(gap) for axis, gap in self.over.items()},
         }
+        return dict(null_nonfinite(plain))
 
 
 def split_runs(text: str) -> list[Path]:
@@ -176,8 +178,10 @@ def _gap(a: Sequence[MetricCurve], b: Sequence[MetricCurve], axis: Axis, common:
     level = smoothed(raw_a.mean(0), points)
     error = np.sqrt(_variance(raw_a, points) / len(raw_a) + _variance(raw_b, points) / len(raw_b))
     left, right = (_mean_curve(side, axis, common, points) for side in (a, b))
-    found = _crossings(common, gap, level)
-    return Gap(axis, left, right, common, gap, error, found, _time_to_target(right, left), _time_to_target(left, right))
+    crossings = _crossings(common, gap, level)
+    return Gap(
+        axis, left, right, common, gap, error, crossings, _time_to_target(right, left), _time_to_target(left, right)
+    )
 
 
 def _mean_curve(curves: Sequence[MetricCurve], axis: Axis, common: np.ndarray, points: int) -> MeanCurve:
@@ -200,30 +204,30 @@ def _crossings(at: np.ndarray, gap: np.ndarray, level: np.ndarray) -> tuple[Cros
     A gap that is rounding beside the level is zero.
     """
     gap = np.where(np.abs(gap) <= SAME * np.abs(level), 0.0, gap)
-    found: list[Crossing] = []
-    seen = [i for i in range(len(gap)) if np.isfinite(gap[i]) and gap[i] != 0.0]
-    for i, j in itertools.pairwise(seen):
+    crossings: list[Crossing] = []
+    nonzero = [i for i in range(len(gap)) if np.isfinite(gap[i]) and gap[i] != 0.0]
+    for i, j in itertools.pairwise(nonzero):
         if gap[i] * gap[j] > 0 or not np.isfinite(gap[i : j + 1]).all():
             continue
         end = i + 1  # a neighbour, or the first of the zeros between
         share = gap[i] / (gap[i] - gap[end])
         position, value = (float(x[i] + share * (x[end] - x[i])) for x in (at.astype(float), level))
-        found.append(Crossing(position, value, bool(gap[j] < 0)))
-    return tuple(found)
+        crossings.append(Crossing(position, value, bool(gap[j] < 0)))
+    return tuple(crossings)
 
 
-def _time_to_target(who: MeanCurve, other: MeanCurve) -> TimeToTarget:
+def _time_to_target(curve: MeanCurve, other: MeanCurve) -> TimeToTarget:
     """When ``who`` comes down to the final value of ``other``."""
     target, of = other.final, float(other.at[-1])
-    below = np.flatnonzero(who.mean <= target + SAME * abs(target))
+    below = np.flatnonzero(curve.mean <= target + SAME * abs(target))
     if not len(below):
         return TimeToTarget(target, of, None)
     first = int(below[0])
-    high = float(who.mean[first - 1]) if first else math.nan
+    high = float(curve.mean[first - 1]) if first else math.nan
     if not math.isfinite(high):
-        return TimeToTarget(target, of, float(who.at[first]))
-    share = min((high - target) / (high - float(who.mean[first])), 1.0)
-    return TimeToTarget(target, of, float(who.at[first - 1] + share * (who.at[first] - who.at[first - 1])))
+        return TimeToTarget(target, of, float(curve.at[first]))
+    share = min((high - target) / (high - float(curve.mean[first])), 1.0)
+    return TimeToTarget(target, of, float(curve.at[first - 1] + share * (curve.at[first] - curve.at[first - 1])))
 
 
 def _extent(curves: Sequence[MetricCurve], folders: Sequence[Path]) -> str:
@@ -271,29 +275,15 @@ def _count(value: float) -> str:
 
 
 def _gap_json(gap: Gap) -> dict[str, Any]:
-    sides = {
-        name: {"at": side.at.tolist(), "mean": _plain(side.mean), "sd": _plain(side.sd)}
-        for name, side in (("a", gap.a), ("b", gap.b))
-    }
-    reaches = {
-        name: {**asdict(reach), "target": _finite(reach.target), "speedup": reach.speedup}
-        for name, reach in (("b_reaches_a", gap.b_reaches_a), ("a_reaches_b", gap.a_reaches_b))
-    }
-    final = {"at": int(gap.at[-1]), "gap": _finite(float(gap.gap[-1])), "se": _finite(float(gap.se[-1]))}
+    sides = {"a": gap.a, "b": gap.b}
+    reaches = {"b_reaches_a": gap.b_reaches_a, "a_reaches_b": gap.a_reaches_b}
+    final = {"at": int(gap.at[-1]), "gap": float(gap.gap[-1]), "se": float(gap.se[-1])}
     return {
-        **sides,
+        **{name: {key: values.tolist() for key, values in vars(side).items()} for name, side in sides.items()},
         "at": gap.at.tolist(),
-        "gap": _plain(gap.gap),
-        "se": _plain(gap.se),
+        "gap": gap.gap.tolist(),
+        "se": gap.se.tolist(),
         "crossings": [asdict(crossing) for crossing in gap.crossings],
-        "final": {**final, "a": _finite(gap.a.final), "b": _finite(gap.b.final)},
-        **reaches,
+        "final": {**final, **{name: side.final for name, side in sides.items()}},
+        **{name: {**asdict(reach), "speedup": reach.speedup} for name, reach in reaches.items()},
     }
-
-
-def _plain(values: np.ndarray) -> list[float | None]:
-    return [_finite(value) for value in values.tolist()]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

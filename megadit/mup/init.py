@@ -68,11 +68,11 @@ def slice_values(
     out = torch.empty(len(spans), length, dtype=torch.float32, device=device)
     rows = max(_CHUNK // length, 1)
     for low in range(0, len(spans), rows):
-        some = firsts[low : low + rows]
+        starts = firsts[low : low + rows]
         if spec.init_dist == "uniform":
-            out[low : low + rows] = _spread(rng.uniform_spans(key, some, length), spec)
+            out[low : low + rows] = _spread(rng.uniform_spans(key, starts, length), spec)
         else:
-            out[low : low + rows] = rng.normal_spans(key, some, length).mul_(spec.init_std)
+            out[low : low + rows] = rng.normal_spans(key, starts, length).mul_(spec.init_std)
     return out.flatten()
 
 

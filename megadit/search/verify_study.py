@@ -47,10 +47,10 @@ def verify_study(
     if not results.complete:
         left = f"{len(results.trials)} of {results.planned} trials have ended"
         raise UserError(f"study {name}: is incomplete ({left}); go on with launch/sweep.py run, then verify")
-    variant = _known("--variant", variant, study.variants)
+    variant = _one_of("--variant", variant, study.variants)
     scores = [each.name for each in study.spec.scores]
-    judged = study.spec.score(_known("--score", score or study.spec.selection_score.name, scores))
-    key = _known("--hp", hp, study.space.keys)
+    judged = study.spec.score(_one_of("--score", score or study.spec.selection_score.name, scores))
+    key = _one_of("--hp", hp, study.space.keys)
     if len(study.space.keys) > 1 and study.spec.sampler != "grid":
         raise UserError(
             f"study {name}: sampler {study.spec.sampler} over {len(study.space.keys)} keys gives no curve of one of "
@@ -60,14 +60,14 @@ def verify_study(
     if at is not None and at not in scale.values:
         raise UserError(f"--proxy: {at:g} is not among the values {list(scale.values)} of {scale.key}; choose one")
     observations = results.observations(variant)
-    samples = _samples(observations, key, judged, name)
-    if not samples:
+    runs = _run_scores(observations, key, judged, name)
+    if not runs:
         raise UserError(f"study {name}: no trial has a value of {judged.name}; see launch/sweep.py status for why")
     home = scale.proxy_value if at is None else at
-    if not any(sample.scale == home for sample in samples):
+    if not any(run.scale == home for run in runs):
         raise UserError(f"study {name}: no trial at the proxy, {scale.key} {home:g}, has ended well; run it again")
     labels = {"study": name, "variant": variant, "scale": scale.key, "hp": key, "score": judged.name}
-    verdict = judge(samples, lower_is_better=judged.lower_is_better, proxy=at, limits=limits, labels=labels)
+    verdict = judge(runs, lower_is_better=judged.lower_is_better, proxy=at, limits=limits, labels=labels)
     values = {float(observation.hps[key]) for observation in observations}
     notes = _notes(observations, study.space.keys, key)
     return replace(verdict, best=nearest(values, verdict.best_log2), reasons=(*verdict.reasons, *notes))
@@ -80,7 +80,7 @@ def proxy_of(results: StudyResults, verdict: TransferVerdict | None) -> int | No
     return int(verdict.proxy)
 
 
-def _known(option: str, value: str | None, names: Sequence[str]) -> str:
+def _one_of(option: str, value: str | None, names: Sequence[str]) -> str:
     if value is None:
         return names[0]
     if value not in names:
@@ -89,7 +89,7 @@ def _known(option: str, value: str | None, names: Sequence[str]) -> str:
     return value
 
 
-def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[RunScore]:
+def _run_scores(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[RunScore]:
     """One sample per run that counts; with further keys, of each value's best combination with the others."""
     groups: dict[tuple[float, float], dict[str, list[RunScore]]] = {}
     for run in observations:
@@ -105,15 +105,15 @@ def _samples(observations: Sequence[Observation], key: str, score: ScoreSpec, na
                 "again"
             )
         number = math.nan if run.outcome == DIVERGED or measured is None else float(measured)
-        others = repr(sorted((other, setting) for other, setting in run.hps.items() if other != key))
-        place = groups.setdefault((float(run.scale), math.log2(value)), {})
-        place.setdefault(others, []).append(RunScore(float(run.scale), math.log2(value), run.seed, number))
+        others = repr(sorted((other, value) for other, value in run.hps.items() if other != key))
+        combinations = groups.setdefault((float(run.scale), math.log2(value)), {})
+        combinations.setdefault(others, []).append(RunScore(float(run.scale), math.log2(value), run.seed, number))
 
-    def cost(runs: list[RunScore]) -> float:
+    def mean_score(runs: list[RunScore]) -> float:
         mean = score.sign * sum(run.score for run in runs) / len(runs)
         return mean if math.isfinite(mean) else math.inf
 
-    return [sample for place in groups.values() for sample in lowest(place.values(), cost)]
+    return [run for combinations in groups.values() for run in lowest(combinations.values(), mean_score)]
 
 
 def _notes(observations: Sequence[Observation], keys: Sequence[str], key: str) -> list[str]:

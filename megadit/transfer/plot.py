@@ -35,29 +35,28 @@ def plot_verdict(verdict: TransferVerdict, path: str | os.PathLike[str]) -> None
 def draw_curves(axis: Any, verdict: TransferVerdict) -> None:
     """Score against log2 of the hyperparameter on matplotlib's ``axis``, a colour per scale."""
     sign = 1.0 if verdict.lower_is_better else -1.0
-    shown = _located(verdict)
-    means = [point.mean for _, optimum, _ in shown for point in optimum.curve.stable]
-    for entry, optimum, colour in shown:
+    located = _located(verdict)
+    means = [point.mean for _, optimum, _ in located for point in optimum.curve.stable]
+    for entry, optimum, colour in located:
         curve = optimum.curve
         xs = [point.hp for point in curve.stable]
         axis.plot(xs, [sign * p.mean for p in curve.stable], color=colour, lw=1.4, label=_label(entry))
         dots = [(point.hp, sign * score) for point in curve.points for score in point.scores.values()]
         axis.plot(*zip(*dots, strict=True), "o", color=colour, ms=3.5, alpha=0.6)
-        gone = [point.hp for point in curve.points if not point.stable]
-        axis.plot(gone, [0.97] * len(gone), "x", color=colour, ms=7, transform=axis.get_xaxis_transform())
+        diverged = [point.hp for point in curve.points if not point.stable]
+        axis.plot(diverged, [0.97] * len(diverged), "x", color=colour, ms=7, transform=axis.get_xaxis_transform())
         if optimum.parabola is not None:
             _draw_parabola(axis, optimum, optimum.parabola, sign, colour)
-    if verdict.proxy is not None:
-        proxy_optimum = next((entry for entry in verdict.scales if entry.scale == verdict.proxy), None)
-        if proxy_optimum is not None and proxy_optimum.best_hp is not None:
-            axis.axvline(proxy_optimum.best_hp, color="0.5", lw=0.9, ls=":", zorder=0)
+    for entry in verdict.scales:
+        if entry.scale == verdict.proxy and entry.best_hp is not None:
+            axis.axvline(entry.best_hp, color="0.5", lw=0.9, ls=":", zorder=0)
     # Far walls would flatten what is near the optima: show three times the range of the lower half of all points.
     low, middle, high = min(means), float(np.median(means)), max(means)
     top = min(high, low + 3 * (middle - low)) if middle > low else high
     pad = 0.06 * (top - low) or 1e-9
     limits = sorted((sign * (low - pad), sign * (top + 2 * pad)))
     axis.set_ylim(*limits)
-    ticks = sorted({point.hp for _, optimum, _ in shown for point in optimum.curve.points})
+    ticks = sorted({point.hp for _, optimum, _ in located for point in optimum.curve.points})
     if len(ticks) <= 12:
         axis.set_xticks(ticks, [power(tick) for tick in ticks])
     axis.set_xlabel(plain_label(verdict.labels.get("hp", "hyperparameter").removeprefix("log2_")))
@@ -68,9 +67,9 @@ def draw_curves(axis: Any, verdict: TransferVerdict) -> None:
 
 def draw_optima(axis: Any, verdict: TransferVerdict) -> None:
     """log2 optimum against scale with intervals; the line is the drift, arrows mark optima that are only bounds."""
-    shown = _located(verdict)
+    located = _located(verdict)
     judged: list[tuple[float, float]] = []
-    for entry, optimum, colour in shown:
+    for entry, optimum, colour in located:
         x = math.log2(entry.scale)
         low, high = optimum.interval
         filled = colour if not entry.exception else "none"
@@ -87,7 +86,7 @@ def draw_optima(axis: Any, verdict: TransferVerdict) -> None:
         axis.plot(xs, middle + verdict.drift * xs, color="0.3", lw=1.0, ls="--")
         low, high = verdict.drift_interval or (math.nan, math.nan)
         axis.set_title(f"drift {verdict.drift:+.2f} ({low:+.2f} to {high:+.2f}) octaves per octave", fontsize=9)
-    axis.set_xticks([math.log2(entry.scale) for entry, *_ in shown], [f"{entry.scale:.12g}" for entry, *_ in shown])
+    axis.set_xticks([math.log2(entry.scale) for entry, *_ in located], [f"{entry.scale:.12g}" for entry, *_ in located])
     bottom, top = axis.get_ylim()
     axis.set_ylim(min(bottom, (bottom + top) / 2 - 2), max(top, (bottom + top) / 2 + 2))  # flat should look flat
     axis.set_xlabel(plain_label(verdict.labels.get("scale", "scale")))
@@ -115,6 +114,6 @@ def _located(verdict: TransferVerdict) -> list[tuple[ScaleVerdict, Optimum, Any]
     """The scales that have an optimum, each with it and its colour, dark to light with scale."""
     from matplotlib import colormaps
 
-    shown = [(entry, entry.optimum) for entry in verdict.scales if entry.optimum is not None]
-    shades = np.linspace(0.05, 0.85, max(len(shown), 2))
-    return [(*pair, colormaps["viridis"](shade)) for pair, shade in zip(shown, shades, strict=False)]
+    located = [(entry, entry.optimum) for entry in verdict.scales if entry.optimum is not None]
+    shades = np.linspace(0.05, 0.85, max(len(located), 2))
+    return [(*pair, colormaps["viridis"](shade)) for pair, shade in zip(located, shades, strict=False)]

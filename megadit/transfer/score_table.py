@@ -56,25 +56,25 @@ def verify_table(
     """
     rows = _read(Path(path).expanduser(), columns)
     hps = same_hps(_log2(row, columns.hp, line) for line, row in rows if _clean(row[columns.score]))
-    samples: list[RunScore] = []
-    seen: dict[tuple[float, float], int] = {}
+    runs: list[RunScore] = []
+    seed_counts: dict[tuple[float, float], int] = {}
     for line, row in rows:
         text = _clean(row[columns.score])
         if not text:
             continue
         scale, hp = _log2_or_value(row, columns.scale, line), hps[_log2(row, columns.hp, line)]
-        place = (scale, hp)
-        seen[place] = seen.get(place, -1) + 1
-        seed = seen[place] if columns.seed is None else int(_number(row, columns.seed, line))
+        cell = (scale, hp)
+        seed_counts[cell] = seed_counts.get(cell, -1) + 1
+        seed = seed_counts[cell] if columns.seed is None else int(_number(row, columns.seed, line))
         score = math.nan if text.lower() in _DIVERGED else _number(row, columns.score, line)
-        samples.append(RunScore(2.0**scale if _exponents(columns.scale) else scale, hp, seed, score))
-    if not samples:
+        runs.append(RunScore(2.0**scale if _exponents(columns.scale) else scale, hp, seed, score))
+    if not runs:
         raise UserError(f"--table: {path} has no row with a {columns.score}; name another --score")
     if proxy is not None:
-        proxy = _proxy(proxy, columns, samples)
+        proxy = _proxy(proxy, columns, runs)
     name = columns.scale.removeprefix("log2_")
     labels = {"table": str(path), "scale": name, "hp": columns.hp, "score": columns.score}
-    verdict = judge(samples, lower_is_better=lower, proxy=proxy, limits=limits, labels=labels)
+    verdict = judge(runs, lower_is_better=lower, proxy=proxy, limits=limits, labels=labels)
     if _exponents(columns.hp):
         return replace(verdict, best=verdict.best_log2)
     values = {_log2_or_value(row, columns.hp, line) for line, row in rows}
@@ -102,17 +102,17 @@ def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _check_columns(path: Path, columns: Columns, names: list[str]) -> None:
-    """Each asked column once in the header ``names``, and no column for two things. Raises UserError."""
-    asked = {"--scale": columns.scale, "--hp": columns.hp, "--score": columns.score, "--seed": columns.seed}
-    for option, column in asked.items():
+    """Each requested column once in the header ``names``, and no column for two things. Raises UserError."""
+    columns_by_option = {"--scale": columns.scale, "--hp": columns.hp, "--score": columns.score, "--seed": columns.seed}
+    for option, column in columns_by_option.items():
         if column is not None and column not in names:
             remedy = did_you_mean(column, names, f"it has {', '.join(names) or 'none'}")
             raise UserError(f"{option}: {path} has no column {column}; {remedy}")
         if column is not None and names.count(column) > 1:
             raise UserError(f"{option}: {path} has {names.count(column)} columns {column}; rename all but one")
-    given = [column for column in asked.values() if column is not None]
-    for option, column in asked.items():
-        if column is not None and given.count(column) > 1:
+    requested = [column for column in columns_by_option.values() if column is not None]
+    for option, column in columns_by_option.items():
+        if column is not None and requested.count(column) > 1:
             raise UserError(f"{option}: {column} is asked for twice; scale, hp, score and seed are different columns")
 
 
@@ -150,9 +150,9 @@ def _log2(row: Mapping[str, str], column: str, line: int) -> float:
     return value if _exponents(column) else math.log2(value)
 
 
-def _proxy(proxy: float, columns: Columns, samples: list[RunScore]) -> float:
+def _proxy(proxy: float, columns: Columns, runs: list[RunScore]) -> float:
     at = 2.0**proxy if _exponents(columns.scale) else proxy
-    scales = sorted({sample.scale for sample in samples})
+    scales = sorted({run.scale for run in runs})
     if at not in scales:
         shown = ", ".join(f"{math.log2(s) if _exponents(columns.scale) else s:.12g}" for s in scales)
         raise UserError(f"--proxy: {proxy:g} is not among the values of {columns.scale}: {shown}; choose one of them")

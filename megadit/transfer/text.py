@@ -42,28 +42,19 @@ def _title(verdict: TransferVerdict) -> str:
 
 
 def _row(entry: ScaleVerdict) -> tuple[str, ...]:
-    says = "exception" if entry.exception and entry.status != "proxy" else entry.status
+    status = "exception" if entry.exception and entry.status != "proxy" else entry.status
     name = f"{entry.scale:.12g}"
     if entry.optimum is None or entry.best_hp is None or entry.best_score is None:
-        return (name, "", "-", "-", "-", "all diverge", "diverges", "infinite", says)
+        return (name, "", "-", "-", "-", "all diverge", "diverges", "infinite", status)
     curve, (low, high) = entry.optimum.curve, entry.optimum.interval
     runs = str(sum(len(point.scores) + point.diverged for point in curve.points))
     edges = [f"{_EDGES[side]} {word}" for side, word in ((curve.low, "below"), (curve.high, "above")) if _EDGES[side]]
-    carried = "-" if entry.score_at_proxy_best is None else f"{entry.score_at_proxy_best:.4g}"
-    if entry.regret == math.inf:
-        carried = "diverges"
+    score = entry.score_at_proxy_best
+    at_proxy_best = "diverges" if entry.regret == math.inf else "-" if score is None else f"{score:.4g}"
     optimum = f"2^{entry.optimum.at:.2f} ({low:.2f} to {high:.2f})"
+    regret = regret_text(entry.regret, entry.regret_relative)
     best = power(entry.best_hp), f"{entry.best_score:.4g}"
-    return (
-        name,
-        runs,
-        *best,
-        optimum,
-        ", ".join(edges),
-        carried,
-        regret_text(entry.regret, entry.regret_relative),
-        says,
-    )
+    return (name, runs, *best, optimum, ", ".join(edges), at_proxy_best, regret, status)
 
 
 def _noise(noise: ScoreNoise) -> str:

@@ -153,26 +153,26 @@ def judge(
     scales = list(evidence.curves)
     if not scales or proxy not in (None, *scales):
         raise ValueError(f"proxy {proxy} is not among the scales")
-    whole = _verdict(evidence, scales, proxy)
-    if whole.verdict == "transfers":
-        return whole
+    complete = _verdict(evidence, scales, proxy)
+    if complete.verdict == "transfers":
+        return complete
     for count in range(1, (len(scales) - 1) // 2 + 1):
-        left_out, rest = scales[:count], scales[count:]
+        left_out, remaining = scales[:count], scales[count:]
         if proxy in left_out:
             break
-        part = _verdict(evidence, rest, proxy)
-        if part.verdict != "transfers" or part.drift is None or not DriftComparison(evidence, rest).within:
+        reduced = _verdict(evidence, remaining, proxy)
+        if reduced.verdict != "transfers" or reduced.drift is None or not DriftComparison(evidence, remaining).within:
             continue
-        assert part.proxy is not None
-        compared = [ScaleVerdict(evidence, scale, part.proxy, exception=True) for scale in left_out]
+        assert reduced.proxy is not None
+        compared = [ScaleVerdict(evidence, scale, reduced.proxy, exception=True) for scale in left_out]
         if any(scale.small for scale in compared):
             continue
         names = [evidence.name(scale) for scale in left_out]
-        reasons = [f"transfers from {evidence.name(rest[0])} on; exception: {', '.join(names)}"]
+        reasons = [f"transfers from {evidence.name(remaining[0])} on; exception: {', '.join(names)}"]
         reasons += [f"{name}: {scale.why}" for name, scale in zip(names, compared, strict=True)]
-        scale_verdicts, reasons = (*compared, *part.scales), [*reasons, *part.reasons]
-        return replace(part, scales=scale_verdicts, exceptions=tuple(left_out), reasons=tuple(reasons))
-    return whole
+        scale_verdicts, reasons = (*compared, *reduced.scales), [*reasons, *reduced.reasons]
+        return replace(reduced, scales=scale_verdicts, exceptions=tuple(left_out), reasons=tuple(reasons))
+    return complete
 
 
 def _verdict(evidence: Evidence, scales: Sequence[float], proxy: float | None) -> TransferVerdict:

@@ -93,13 +93,13 @@ class _Trainer:
         size = self.plan.batch
         probe = _noisy(self.config, self.objective, range(_PROBE, _PROBE + size))
         recorder = Recorder(self.model, lambda: self._run(probe)[0], self.config.width, seed)
-        recorder.read(0)
+        recorder.record(0)
         for step in range(self.plan.steps):
             optimizer.zero_grad(set_to_none=True)
             self._loss(range(step * size, (step + 1) * size), recorder, step).backward()
             _drop_rounding(self.model)
             optimizer.step()
-            recorder.read(step + 1)
+            recorder.record(step + 1)
         return recorder.measurements
 
     def _loss(self, numbers: range, recorder: Recorder, step: int) -> Tensor:
@@ -111,20 +111,22 @@ class _Trainer:
             return loss
         repa = self.alignment(projected, example_features(self.config, numbers)).mean()
         (pull,) = torch.autograd.grad(repa, tokens, retain_graph=True)
-        recorder.read_pull(step, pull)
+        recorder.record_pull(step, pull)
         return loss + repa
 
     def _run(self, noisy: Any) -> tuple[Tensor, Any, Any]:
         """(output, projected tokens, the tokens that were projected); the last two None without a projector."""
         if self.alignment is None:
             return self.model(noisy.x, noisy.t, noisy.cond), None, None
-        seen: list[Tensor] = []
-        handle = self.model.get_submodule("repa").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        projector_inputs: list[Tensor] = []
+        handle = self.model.get_submodule("repa").register_forward_pre_hook(
+            lambda _, args: projector_inputs.append(args[0])
+        )
         try:
             output, projected = self.model(noisy.x, noisy.t, noisy.cond, project=True)
         finally:
             handle.remove()
-        return output, projected, seen[0]
+        return output, projected, projector_inputs[0]
 
 
 def _drop_rounding(model: nn.Module) -> None:

@@ -68,10 +68,10 @@ def check_shares(model: ModelConfig, plan: CoordPlan, ranks: int) -> None:
     """
     for width in plan.widths:
         config = at_width(model, width, model.parametrization, plan.widths)
-        for what, count in (("heads", config.num_heads), ("hidden channels", int(width * config.mlp_ratio))):
+        for part, count in (("heads", config.num_heads), ("hidden channels", int(width * config.mlp_ratio))):
             if count % ranks:
                 raise UserError(
-                    f"--tp {ranks}: does not divide the {count} {what} of width {width}; take another, or other widths"
+                    f"--tp {ranks}: does not divide the {count} {part} of width {width}; take another, or other widths"
                 )
 
 

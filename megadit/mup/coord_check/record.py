@@ -33,16 +33,16 @@ class CoordMeasurement:
 
 def watched_modules(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """(module, role) by name, in execution order of the definition: all layers with parameters, blocks, the model."""
-    found: dict[str, tuple[nn.Module, str]] = {}
+    watched: dict[str, tuple[nn.Module, str]] = {}
     for name, module in model.named_modules():
         if getattr(module, "is_block", False):
-            found[name] = (module, "block")
+            watched[name] = (module, "block")
         specs: Mapping[str, ParamSpec] = getattr(module, "param_specs", {})
-        if specs and name not in found:
-            first = specs.get("weight") or next(iter(specs.values()))
-            found[name] = (module, first.role)
-    found[OUTPUT] = (model, OUTPUT)
-    return found
+        if specs and name not in watched:
+            weight = specs.get("weight") or next(iter(specs.values()))
+            watched[name] = (module, weight.role)
+    watched[OUTPUT] = (model, OUTPUT)
+    return watched
 
 
 def _first_tensor(value: Any) -> Tensor:
@@ -50,13 +50,13 @@ def _first_tensor(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _size(value: Tensor) -> Tensor:
+def _mean_abs(value: Tensor) -> Tensor:
     """Mean absolute coordinate, of float64."""
     return value.detach().abs().mean(dtype=torch.float64)
 
 
 class Recorder:
-    """Readings of one model as it trains, against its start. Sizes are mean absolute coordinates on the probe.
+    """Coordinate sizes of one model as it trains, against its start. Sizes are mean absolute coordinates on the probe.
 
     Of every module, ``activation``: the output; ``change``: the output minus that at step 0. Of a layer, so
     that it tells of this layer and not of those before it, ``gain``: the output at step 0, without a bias that was
@@ -66,8 +66,8 @@ class Recorder:
     how far it moved itself, so that a fault of those layers does not show there.
 
     Of a model whose layers tensor-parallel ranks share, sizes are means over the ranks: of equal shares of the
-    coordinates, or of the same coordinates again. All ranks must read together. Sequence parallelism is refused: its
-    padding would be read too.
+    coordinates, or of the same coordinates again. All ranks must record together. Sequence parallelism is refused: its
+    padding would be measured too.
     """
 
     def __init__(self, model: nn.Module, probe: Callable[[], Tensor], width: int, seed: int) -> None:
@@ -77,77 +77,75 @@ class Recorder:
         if self.layout.sequence:
             raise ValueError("coordinates are not read under sequence parallelism, whose padding would be among them")
         self.watched = watched_modules(model)
-        self.start = {
+        self.initial = {
             name: {key: param.detach().clone() for key, param in module.named_parameters(recurse=False)}
             for name, (module, _) in self.watched.items()
         }
-        self.first: dict[str, Tensor] = {}
+        self.initial_outputs: dict[str, Tensor] = {}
         self.measurements: list[CoordMeasurement] = []
-        # What this rank read: step, module, role and quantity, their size, and what it is measured by.
-        self._waiting: list[tuple[tuple[int, str, str, str], Tensor, Tensor]] = []
+        # Measured on this rank: (step, module, role, quantity), the size, and the size that it is divided by.
+        self._pending: list[tuple[tuple[int, str, str, str], Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def read(self, step: int) -> None:
+    def record(self, step: int) -> None:
         """Measure after ``step`` optimizer steps; the first call must be step 0."""
         inputs, outputs = self._run_probe()
         for name, (_, role) in self.watched.items():
             out = outputs[name]
             self._add(step, name, role, "activation", out)
             if step == 0:
-                self.first[name] = out
+                self.initial_outputs[name] = out
             else:
-                self._add(step, name, role, "change", out - self.first[name])
-            if self.start[name]:
-                self._read_layer(step, name, inputs[name], out)
-        self._settle()
+                self._add(step, name, role, "change", out - self.initial_outputs[name])
+            if self.initial[name]:
+                self._record_layer(step, name, inputs[name], out)
+        self._all_reduce()
 
-    def read_pull(self, step: int, gradient: Tensor) -> None:
+    def record_pull(self, step: int, gradient: Tensor) -> None:
         """Of the projector, ``pull``: the REPA loss's gradient at the tokens that it projects, times the width.
 
         Entries of size 1 have gradients of size 1/n wherever they decide anything of size 1, so that Adam, which
         takes every gradient at its share of the sum, weighs REPA against the objective alike at every width.
         """
         self._add(step, PROJECTOR, "output", "pull", self.width * gradient)
-        self._settle()
+        self._all_reduce()
 
-    def _read_layer(self, step: int, name: str, args: tuple[Any, ...], out: Tensor) -> None:
+    def _record_layer(self, step: int, name: str, args: tuple[Any, ...], out: Tensor) -> None:
         """Gain or updates of one layer, from its input and output on the probe."""
         module, role = self.watched[name]
         if next(module.children(), None) is not None:
-            for key, start in self.start[name].items() if step else ():
-                self._add(step, name, role, f"update.{key}", module.get_parameter(key) - start)
+            for key, initial in self.initial[name].items() if step else ():
+                self._add(step, name, role, f"update.{key}", module.get_parameter(key) - initial)
             return
         # A norm's output does not follow its input's size, so that a gain would blame it for the layer before.
-        entering = args if any(start.dim() > 1 for start in self.start[name].values()) else ()
+        inputs = args if any(initial.dim() > 1 for initial in self.initial[name].values()) else ()
         if step == 0:
-            drawn = {key: torch.zeros_like(p) for key, p in self.start[name].items() if p.dim() == 1 and p.any()}
-            if entering and drawn:  # of fixed size beside an input that may shrink, as a random readout's output does
+            drawn = {key: torch.zeros_like(p) for key, p in self.initial[name].items() if p.dim() == 1 and p.any()}
+            if inputs and drawn:  # of fixed size beside an input that may shrink, as a random readout's output does
                 out = _first_tensor(functional_call(module, drawn, args))
-            self._add(step, name, role, "gain", out, entering)
+            self._add(step, name, role, "gain", out, inputs)
             return
-        for key, start in self.start[name].items():
-            old = _first_tensor(functional_call(module, {key: start}, args))
-            self._add(step, name, role, f"update.{key}", out - old, entering if start.dim() > 1 else ())
+        for key, initial in self.initial[name].items():
+            old = _first_tensor(functional_call(module, {key: initial}, args))
+            self._add(step, name, role, f"update.{key}", out - old, inputs if initial.dim() > 1 else ())
 
-    def _add(
-        self, step: int, name: str, role: str, quantity: str, value: Tensor, entering: tuple[Any, ...] = ()
-    ) -> None:
-        """The size of ``value``, over that of the inputs ``entering``: 1 for a table's indices or for zeros alone."""
+    def _add(self, step: int, name: str, role: str, quantity: str, value: Tensor, inputs: tuple[Any, ...] = ()) -> None:
+        """The size of ``value``, over that of ``inputs``: 1 where none is of floating point, or all are 0."""
         by = value.new_zeros((), dtype=torch.float64)
-        sizes = [_size(part) for part in entering if part.is_floating_point()]
+        sizes = [_mean_abs(part) for part in inputs if part.is_floating_point()]
         if sizes:  # of a long skip the mean of both halves
             by = torch.stack(sizes).mean()
-        self._waiting.append(((step, name, role, quantity), _size(value), by))
+        self._pending.append(((step, name, role, quantity), _mean_abs(value), by))
 
-    def _settle(self) -> None:
-        """Measurements of what waits, by one all-reduce over the ranks, each of which holds as much of everything."""
-        sizes = torch.stack([size for _, *sizes in self._waiting for size in sizes])
+    def _all_reduce(self) -> None:
+        """Append the pending measurements, averaged over ranks by one all-reduce; each has as much of all."""
+        sizes = torch.stack([size for _, *sizes in self._pending for size in sizes])
         if self.layout.size > 1:
             dist.all_reduce(sizes, group=self.layout.group)
         means = (sizes / self.layout.size).view(-1, 2).tolist()
-        for (what, _, _), (value, by) in zip(self._waiting, means, strict=True):
-            self.measurements.append(CoordMeasurement(self.width, self.seed, *what, value / (by or 1.0)))
-        self._waiting.clear()
+        for (key, _, _), (value, by) in zip(self._pending, means, strict=True):
+            self.measurements.append(CoordMeasurement(self.width, self.seed, *key, value / (by or 1.0)))
+        self._pending.clear()
 
     def _run_probe(self) -> tuple[dict[str, tuple[Any, ...]], dict[str, Tensor]]:
         """One forward pass; positional inputs and outputs of every watched module."""
@@ -155,10 +153,10 @@ class Recorder:
         outputs: dict[str, Tensor] = {}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-            def keep(_: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            def record_call(_: nn.Module, args: tuple[Any, ...], result: Any) -> None:
                 inputs[name], outputs[name] = args, _first_tensor(result)
 
-            return keep
+            return record_call
 
         handles = [
             module.register_forward_hook(hook(name)) for name, (module, _) in self.watched.items() if name != OUTPUT

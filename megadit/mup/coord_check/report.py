@@ -16,6 +16,7 @@ from typing import Any
 from megadit.files.text import plain_label
 from megadit.mup.coord_check.record import CoordMeasurement
 from megadit.mup.coord_check.verdict import GROWS, SHRINKS, CoordVerdict, ModuleVerdict
+from megadit.tables import aligned
 
 _COLUMNS = ("activation", "change", "gain", "update.weight", "update.bias")
 _PANELS = {
@@ -48,17 +49,16 @@ def write_report(
 
 def format_verdict(verdict: CoordVerdict) -> str:
     """A table of slopes, one module a line, then what is wrong and the overall verdict."""
-    names = [module.module for module in verdict.modules]
-    width = max(map(len, names))
+    cells = [
+        [module.module, module.role, *(_cell(module, column) for column in _COLUMNS), module.verdict]
+        for module in verdict.modules
+    ]
     lines = [
         f"slopes of log2 size against log2 width ({', '.join(map(str, verdict.widths))}); "
         f"wrong above {GROWS:+g}, updates also below {-SHRINKS:+g}",
-        f"{'module':{width}}  {'role':7}" + "".join(f"{column:>15}" for column in _COLUMNS) + "  verdict",
+        aligned(["module", "role", *_COLUMNS, "verdict"], cells, left=2),
+        "",
     ]
-    for module in verdict.modules:
-        cells = "".join(f"{_cell(module, column):>15}" for column in _COLUMNS)
-        lines.append(f"{module.module:{width}}  {module.role:7}{cells}  {module.verdict}")
-    lines.append("")
     for module in verdict.modules:
         if module.reasons:
             lines.append(f"{module.module} is broken: {'; '.join(module.reasons)}")
@@ -116,7 +116,7 @@ def plot_coordinates(
                 if points:
                     colour = colours(step / max(steps[-1], 1))
                     axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=2.5, linewidth=1.1)
-            _dress(axis, verdict.widths)
+            _style_axis(axis, verdict.widths)
             if row == 0:
                 axis.set_title(label, fontsize=8.5)
         axes[row][0].set_ylabel(_wrapped(kind), fontsize=8, color=_colour(kind, verdict))
@@ -141,8 +141,8 @@ def _curves(measurements: Sequence[CoordMeasurement]) -> dict[tuple[str, str], d
 
 
 def _colour(kind: str, verdict: CoordVerdict) -> str:
-    found = {module.verdict for module in verdict.modules if module_kind(module.module) == kind}
-    return "crimson" if "broken" in found else "darkorange" if "affected" in found else "black"
+    statuses = {module.verdict for module in verdict.modules if module_kind(module.module) == kind}
+    return "crimson" if "broken" in statuses else "darkorange" if "affected" in statuses else "black"
 
 
 def _wrapped(kind: str) -> str:
@@ -150,7 +150,7 @@ def _wrapped(kind: str) -> str:
     return kind.replace("blocks.*.", "blocks.*\n").replace("_embedder.", "_embedder\n").replace("_layer.", "_layer\n")
 
 
-def _dress(axis: Any, widths: Sequence[int]) -> None:
+def _style_axis(axis: Any, widths: Sequence[int]) -> None:
     """Axes of one panel: log2 both ways, at least four powers of two high so that flat looks flat."""
     if not axis.lines:
         axis.set_axis_off()

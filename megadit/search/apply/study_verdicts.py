@@ -78,9 +78,9 @@ def study_verdicts(
         UserError: another study's runs have another base width or family, it has no scale, or it is incomplete;
             with ``force`` an incomplete study has no verdict, and why.
     """
-    found: list[StudyVerdict] = []
+    verdicts: list[StudyVerdict] = []
     if results.study.spec.scale is not None:
-        found += _judge(results, score, variant, force)
+        verdicts += _judge(results, score, variant, force)
     ours = _judged_model(results)
     for other in others:
         theirs = _judged_model(other)
@@ -91,22 +91,22 @@ def study_verdicts(
                     f"--verified-by: study {other.study.spec.name} has model.{key} {two}, but study "
                     f"{results.study.spec.name} has {one}; name a study that shares it"
                 )
-        found += _judge(other, None, None, force)
-    return tuple(found)
+        verdicts += _judge(other, None, None, force)
+    return tuple(verdicts)
 
 
 def _judge(results: StudyResults, score: str | None, variant: str | None, force: bool) -> list[StudyVerdict]:
     space = results.study.space
     ordered = [d.key for d in space.dimensions if d.numeric and min(d.values) > 0]
-    found = []
+    verdicts = []
     for key in ordered or space.keys[:1]:
         try:
-            found.append(StudyVerdict(results, key, verify_study(results, score, variant, hp=key)))
+            verdicts.append(StudyVerdict(results, key, verify_study(results, score, variant, hp=key)))
         except UserError as error:
             if not force:
                 raise
-            found.append(StudyVerdict(results, key, None, str(error)))
-    return found
+            verdicts.append(StudyVerdict(results, key, None, str(error)))
+    return verdicts
 
 
 def _judged_model(results: StudyResults) -> ModelConfig:

@@ -63,8 +63,8 @@ def describe(applied: WrittenTarget) -> str:
     lines += [f"  {line}" for line in _other_best(applied)]
     for key, old in applied.replaced.items():
         if key not in choice.hps:
-            new, said = value_words(applied.changes[key]), value_words(old)
-            lines.append(f"  {key} = {new}: the study's, with which these are valid; the target said {said}")
+            new, old_text = value_words(applied.changes[key]), value_words(old)
+            lines.append(f"  {key} = {new}: the study's, with which these are valid; the target said {old_text}")
     lines += ["", *_group_table(applied)]
     if applied.caveats:
         lines += ["", "does not transfer by itself", *(f"  - {caveat.text}" for caveat in applied.caveats)]

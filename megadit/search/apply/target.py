@@ -133,7 +133,7 @@ def apply(
     refusal = _refusal(results, judged, choice)
     if refusal and not force:
         raise NotVerifiedError(refusal, judged)
-    said = flatten(loaded.config.model_dump())
+    configured = flatten(loaded.config.model_dump())
     applied = WrittenTarget(
         path=Path(out).expanduser() if out is not None else study.folder / "target.yaml",
         base=base,
@@ -146,7 +146,7 @@ def apply(
         proxy=proxy,
         target=target,
         changes=changes,
-        replaced={key: said.get(key) for key, value in changes.items() if said.get(key) != value},
+        replaced={key: configured.get(key) for key, value in changes.items() if configured.get(key) != value},
         groups=tuple(group_rows(proxy, target)),
         caveats=(
             *untransferred(proxy, target, lengths, [each.span for each in judged if each.span is not None]),

@@ -80,12 +80,12 @@ def fit_target(loaded: LoadedConfig, changes: dict[str, Any], study: str, proxy_
     if shares:
         fitted = _changed(loaded, {**changes, **shares}, study)
         if _schedule_problem(fitted, target_steps) is None:
-            told = {
+            reasons = {
                 key: f"{share} of the run: the study's {changes[key]:,} of {proxy_steps:,} steps do not fit the "
                 f"target's {target_steps:,}"
                 for key, share in shares.items()
             }
-            return FittedTarget(fitted, {**changes, **shares}, lengths, told)
+            return FittedTarget(fitted, {**changes, **shares}, lengths, reasons)
     caveat = Caveat("schedule", f"schedule of the target: {problem}", *lengths)
     return FittedTarget(target, changes, lengths, caveats=(caveat,))
 

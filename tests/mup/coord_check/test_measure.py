@@ -106,13 +106,13 @@ def test_readings_measure_what_they_say() -> None:
     model = build_model(tiny_dit(width=16, num_classes=0))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0])
     recorder = Recorder(model, lambda: model(x, t), width=16, seed=0)
-    recorder.read(0)
+    recorder.record(0)
     layer = model.x_embedder.proj
     tokens = layer(x).detach()
     with torch.no_grad():
         layer.bias += 0.25
         layer.weight *= 3.0
-    recorder.read(1)
+    recorder.record(1)
     got = {(r.step, r.quantity): r.value for r in recorder.measurements if r.module == "x_embedder.proj"}
     size = float(x.abs().mean())
     assert got[0, "activation"] == pytest.approx(float(tokens.abs().mean()), rel=1e-5)
