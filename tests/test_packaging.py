@@ -28,6 +28,14 @@ PACKAGED = ("megadit", "kernels", "launch", "tools")
 OPTIONAL = {"triton", "transformer_engine", "flash_attn", "apex", "amp_C", "wandb", "torchvision"}
 COMES_WITH = {"pydantic_core": "pydantic", "botocore": "boto3"}  # parts of a required package with names of their own
 
+# Required, though no module of megadit imports it by its name: why.
+NOT_IMPORTED = {
+    "tensorboard": "torch.utils.tensorboard imports it and does not require it",
+    "webdataset": "the doctor reports on it, for sharded data",
+    "boto3": "the doctor reports on it, for data on S3",
+}
+IMPORTING = {"import_module", "_import_safely", "find_spec", "_package"}  # calls that are given the name of a module
+
 
 @cache
 def setup_facts() -> dict[str, Any]:
@@ -93,6 +101,9 @@ def third_party_imports() -> set[str]:
                     names.update(alias.name.split(".")[0] for alias in node.names)
                 elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                     names.add(node.module.split(".")[0])
+                elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTING:
+                    named = [part.value for part in node.args[:1] if isinstance(part, ast.Constant)]
+                    names.update(str(name).split(".")[0] for name in named)
     return names - set(sys.stdlib_module_names) - {"megadit", "megadit_kernels"}
 
 
@@ -102,6 +113,16 @@ def test_whatever_is_imported_is_required():
     for module in third_party_imports() - OPTIONAL:
         distributions = {canonicalize_name(name) for name in owners.get(module, [])} | {COMES_WITH.get(module, "")}
         assert distributions & set(required), f"import {module}: add its package to INSTALL in setup.py"
+
+
+def test_whatever_is_required_is_imported():
+    facts, owners = setup_facts(), importlib.metadata.packages_distributions()
+    required = {*requirements(facts["install_requires"]), *requirements(facts["extras_require"]["tracking"])}
+    imported = {canonicalize_name(name) for module in third_party_imports() for name in owners.get(module, [module])}
+    unused = required - imported - set(NOT_IMPORTED)
+    assert not unused, f"nothing imports {', '.join(sorted(unused))}: take them out of setup.py and constraints.txt"
+    assert not NOT_IMPORTED.keys() & imported, "these are imported now: take them out of NOT_IMPORTED"
+    assert NOT_IMPORTED.keys() <= required, "these are no requirements any more: take them out of NOT_IMPORTED"
 
 
 def test_every_requirement_has_a_pin_that_fits():
