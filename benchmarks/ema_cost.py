@@ -85,7 +85,7 @@ def measure(run: Any, warmup: int, steps: int) -> dict[str, float]:
     run.engine.ema.update = timed(run.engine.ema.update, times["ema"])
     meter = Meter(run)
     batches = iter(BatchStream(run.train_set, run.layout, 0, flip=False, workers=0))
-    step = timed(lambda: meter.add(run.engine.train_batch(0, meter.clocked(batches), False).losses), times["step"])
+    step = timed(lambda: meter.add(run.engine.train_batch(0, meter.timed(batches), False).losses), times["step"])
     for _ in range(warmup + steps):
         parts.clear()  # under ZeRO the inner optimizer steps once per group
         step()

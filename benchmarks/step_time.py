@@ -45,7 +45,7 @@ def megadit_arm(overrides: list[str], folder: str) -> tuple[Callable[[], Any], A
     run, config = assemble_run(overrides, folder)
     meter = Meter(run)
     batches = iter(BatchStream(run.train_set, run.layout, 0, flip=False, workers=0))
-    return lambda: meter.add(run.engine.train_batch(0, meter.clocked(batches), False).losses), config
+    return lambda: meter.add(run.engine.train_batch(0, meter.timed(batches), False).losses), config
 
 
 def bare_arm(model: Any, groups: Any, config: Any, forward: Callable[[Any, Any, Any], Any]) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""What can be extended, by megadit itself and by a plugin: one registry per kind. See docs/extending.md.
+"""The registries of megadit, one per kind of extension. See docs/extending.md.
 
 A plugin is a Python module with a function ``register()`` that adds to these:
 
@@ -7,7 +7,7 @@ A plugin is a Python module with a function ``register()`` that adds to these:
     def register() -> None:
         METRICS.add("brightness", Brightness)
 
-megadit's own extensions are listed by the packages that are named here, one file or folder each.
+megadit's own extensions are listed by the packages named here, one file or folder each.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ SCHEDULES: Registry[Any] = Registry("schedule", "optim.schedule", "megadit.engin
 CALLBACKS: Registry[Any] = Registry("callback", "train.callbacks", "megadit.train.callbacks:CALLBACKS")
 FUSED_OPS: Registry[Any] = Registry("fused operation", "kernels", "megadit_kernels:OPS")
 METRICS: Registry[Any] = Registry("metric", "evaluate", "megadit.evaluate.metrics:METRICS")
-# What a process has imported of plugins, by the name of the module: see megadit/plugins.py.
+# The plugins that this process has imported, by module name: see megadit/plugins.py.
 PLUGINS: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Plugins: Python modules of users that add to megadit's registries. See megadit/extensions.py, docs/extending.md.
 
-A module is imported for one of two reasons: the command line names it (``--plugins``), or the ``--config`` that is
-given to training or to a sweep does. What an artefact (run directory, checkpoint, study, exported weights) or a base of
-a configuration says of plugins is compared with what was imported, and is never a reason to import.
+A module is imported only if the command line (``--plugins``) or the ``--config`` of a training or sweep names it. The
+plugins that an artefact (run directory, checkpoint, study, exported weights) or a configuration's base records are
+compared with those imported, and never imported.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def plugin_names(options: Iterable[str]) -> list[str]:
 
 
 def load_plugins(names: Iterable[str], source: str = "--plugins") -> None:
-    """Import the modules and let each register what it brings; those that are there already are passed over.
+    """Import the modules and call their ``register()``; those already imported are skipped.
 
-    They are looked for where Python looks for modules, and last in the current folder. ``source`` is what messages call
-    the place that names them.
+    They are searched for on ``sys.path``, then in the current folder. ``source`` names their origin in messages.
 
     Raises:
-        UserError: one is no module's name, is missing, fails, has no ``register()``, or takes a name that is taken.
+        UserError: a name is no module name, or a module is missing, fails, has no ``register()``, or registers a name
+            that is taken.
     """
     for name in names:
         if name not in PLUGINS:
@@ -94,10 +94,8 @@ def _load(name: str, source: str) -> Plugin:
         raise UserError(f"{source}: {name} cannot be imported ({_error_with_line(error)})") from error
     register = getattr(module, "register", None)
     if not callable(register):
-        place = getattr(module, "__file__", None) or "no file of Python's"
-        raise UserError(
-            f"{source}: {name} ({place}) is no plugin: it has no register(); docs/extending.md has examples"
-        )
+        file = getattr(module, "__file__", None) or "no file of Python's"
+        raise UserError(f"{source}: {name} ({file}) is no plugin: it has no register(); docs/extending.md has examples")
     try:
         register()
     except UserError as error:
@@ -108,24 +106,24 @@ def _load(name: str, source: str) -> Plugin:
 
 
 def _search_current_folder_last() -> None:
-    """Let modules be found in the current folder after everywhere else, whatever started this process.
+    """Put the current folder at the end of ``sys.path``, whatever started this process.
 
     ``python -m`` puts the folder first, where a file of it would shadow an installed package; a script leaves it out.
     """
-    here = os.getcwd()
-    named = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    if here in named:
+    folder = os.getcwd()
+    python_path = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    if folder in python_path:
         return
-    sys.path[:] = [*(part for part in sys.path if part not in ("", here)), here]
+    sys.path[:] = [*(part for part in sys.path if part not in ("", folder)), folder]
 
 
 def _error_with_line(error: BaseException) -> str:
     """An exception with the line that raised it, on one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    of_import = (__file__, "<frozen", os.path.dirname(importlib.__file__))
-    own = [frame for frame in frames if not frame.filename.startswith(of_import)]
-    place = f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""
-    return place + " ".join(f"{type(error).__name__}: {error}".split())
+    frames = list(traceback.extract_tb(error.__traceback__))
+    import_machinery = (__file__, "<frozen", os.path.dirname(importlib.__file__))
+    frames = [frame for frame in frames if not frame.filename.startswith(import_machinery)]
+    location = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+    return location + " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _version(module: ModuleType) -> str:
@@ -145,33 +143,33 @@ def _digest(module: ModuleType) -> str:
     if getattr(package, "__file__", None) is None:  # a folder without __init__.py, which other distributions may share
         package = None
     file = Path(str((package or module).__file__))
-    found = sorted(file.parent.rglob("*.py")) if package is not None else [file]
-    total = hashlib.sha256()
+    files = sorted(file.parent.rglob("*.py")) if package is not None else [file]
+    digest = hashlib.sha256()
     try:
-        for path in found:
+        for path in files:
             content = path.read_bytes()
-            total.update(f"{path.relative_to(file.parent).as_posix()}\0{len(content)}\0".encode())
-            total.update(content)
+            digest.update(f"{path.relative_to(file.parent).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
     except OSError as error:
         raise UserError(f"--plugins: '{path}' cannot be read ({error.strerror}); a plugin needs its source") from error
-    return total.hexdigest()
+    return digest.hexdigest()
 
 
 def describe_plugin(name: str, version: str, sha256: str) -> str:
-    """A plugin in a sentence: ``toy 1.2 (sha256 0123456789ab)``."""
+    """A plugin as messages write it: ``toy 1.2 (sha256 0123456789ab)``."""
     text = f"{name} {version}".rstrip()
     return f"{text} (sha256 {sha256[:_SHORT]})" if sha256 else text
 
 
 def plugin_records(values: Any) -> list[dict[str, str]]:
-    """What ``plugins`` of a file holds, names and records alike, as name, version and sha256.
+    """The entries of a file's ``plugins``, names or records, as records of name, version and sha256.
 
     Raises:
-        UserError: it is no list of these.
+        UserError: it is not a list of these.
     """
     if not isinstance(values, list | tuple):
         raise UserError(f"plugins: {str(values)[:60]!r} is not a list of modules; write plugins: [my_plugin]")
-    found = []
+    records = []
     for value in values:
         record = value if isinstance(value, Mapping) else {"name": value}
         if (
@@ -180,27 +178,27 @@ def plugin_records(values: Any) -> list[dict[str, str]]:
             or record.keys() - {"name", "version", "sha256"}
         ):
             raise UserError(f"plugins: {str(value)[:60]!r} is not the name of a module; write plugins: [my_plugin]")
-        found.append({key: str(record.get(key) or "") for key in ("name", "version", "sha256")})
-    return found
+        records.append({key: str(record.get(key) or "") for key in ("name", "version", "sha256")})
+    return records
 
 
 def require_imported(records: Sequence[Mapping[str, str]], source: str) -> None:
-    """Refuse what was made with plugins that this process has not imported; nothing is imported for it.
+    """Check that the recorded plugins of an artefact were imported; none is imported here.
 
     Raises:
-        UserError: naming the module, its version and the option.
+        UserError: one was not; names module, version and option.
     """
     missing = [record for record in records if record["name"] not in PLUGINS]
     if missing:
-        told = " and ".join(describe_plugin(record["name"], record["version"], "") for record in missing)
+        names = " and ".join(describe_plugin(record["name"], record["version"], "") for record in missing)
         raise UserError(
-            f"plugins: {source} names {told}, and reading it imports nothing; if you trust the module, give --plugins "
+            f"plugins: {source} names {names}, and reading it imports nothing; if you trust the module, give --plugins "
             f"{','.join([*PLUGINS, *(record['name'] for record in missing)])}"
         )
 
 
 def plugin_changes(records: Sequence[Mapping[str, str]]) -> list[str]:
-    """A sentence for each plugin that is imported with other sources than recorded."""
+    """A sentence for each plugin whose source differs from the recorded one."""
     return [
         f"plugin {PLUGINS[record['name']]} is not what was recorded, "
         f"{describe_plugin(record['name'], record['version'], record['sha256'])}"

@@ -1,4 +1,4 @@
-"""Extensions by name: those that megadit has, and those that a plugin adds. Each is imported when it is asked for."""
+"""Registries of extensions by name, megadit's and those of plugins. Each is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Registry(Generic[T]):
         self._added: dict[str, T | str] = {}
 
     def add(self, name: str, value: T | str) -> None:
-        """Add what a plugin brings, or where it is, ``module:attribute``, for what is to be imported when it is used.
+        """Add a plugin's extension, or its ``module:attribute``, to be imported when it is used.
 
         Raises:
             UserError: the name is taken.
@@ -40,7 +40,7 @@ class Registry(Generic[T]):
         self._added[name] = value
 
     def discard(self, name: str) -> None:
-        """Take back what ``add`` added."""
+        """Undo ``add``."""
         self._added.pop(name, None)
 
     def added(self) -> tuple[str, ...]:
@@ -58,12 +58,12 @@ class Registry(Generic[T]):
         """The extension called ``name``.
 
         Raises:
-            UserError: there is none; the message names the nearest and the remedy.
+            UserError: there is none; the message suggests the nearest name.
         """
         values = {**load_object(self._builtin), **self._added}
         if name not in values:
             hint = did_you_mean(str(name), self.names())
             raise UserError(f"{self.key}: {name!r} is no {self.kind}; {hint} A plugin's needs --plugins MODULE")
-        found = values[name]
-        value: T = load_object(found) if isinstance(found, str) else found
+        entry = values[name]
+        value: T = load_object(entry) if isinstance(entry, str) else entry
         return value

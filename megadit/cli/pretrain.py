@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then train (or report, with --dry_run)."""
     args = parser().parse_intermixed_args(argv)
-    from megadit.train.preemption import PreemptedAtStart, end_before_training, preemption_signals
+    from megadit.train.preemption import PreemptedAtStart, exit_before_training, preemption_signals
 
     # A dry run has nothing to save, and a signal ends it as any command.
     with contextlib.nullcontext() if args.dry_run else preemption_signals("starting"):
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 full=args.full,
                 plugins=plugin_names(args.plugins),
             )
-        except PreemptedAtStart as asked:
+        except PreemptedAtStart as preempted:
             from megadit.train.prepare import run_folder
 
-            return end_before_training(run_folder(args.config, args.run_dir), asked)
+            return exit_before_training(run_folder(args.config, args.run_dir), preempted)

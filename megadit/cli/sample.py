@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _check_outputs(grid, args.npz)
 
-    of_run = _with_settings(run_config(args.run_dir), args).model  # refused before torch is imported
-    if of_run.text is None and args.checkpoint == "latest":
+    model_config = _with_settings(run_config(args.run_dir), args).model  # refused before torch is imported
+    if model_config.text is None and args.checkpoint == "latest":
         from megadit.diffusion.sampling.classes import chosen_classes
 
-        chosen_classes(args.run_dir, args.classes, of_run.num_classes, tell=False)
+        chosen_classes(args.run_dir, args.classes, model_config.num_classes, tell=False)
 
     from megadit.checkpoint.find import load_model
     from megadit.cli.encode import device_of
@@ -101,34 +101,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_subject_grid(drawn, subjects, grid, notice=read_notice(args.run_dir))
     if args.npz:
         save_npz(drawn, args.npz)
-    told: dict[str, Any] = {"grid": str(grid), "npz": str(args.npz) if args.npz else None}
-    told |= {"labels": subjects.labels_of(len(drawn)), "prompts": subjects.prompts_of(len(drawn))}
-    told = config.sample.model_dump() | told | {"scheduler": scheduler_name(config.objective, config.sample)}
+    summary: dict[str, Any] = {"grid": str(grid), "npz": str(args.npz) if args.npz else None}
+    summary |= {"labels": subjects.labels_of(len(drawn)), "prompts": subjects.prompts_of(len(drawn))}
+    summary = config.sample.model_dump() | summary | {"scheduler": scheduler_name(config.objective, config.sample)}
     result_is_saved(as_json=args.json)
-    also = f"\nas arrays: {args.npz}" if args.npz else ""
-    print(json.dumps(told) if args.json else f"{len(drawn)} pictures: {grid}{also}")
+    arrays = f"\nas arrays: {args.npz}" if args.npz else ""
+    print(json.dumps(summary) if args.json else f"{len(drawn)} pictures: {grid}{arrays}")
     return EXIT_OK
 
 
 def _with_settings(config: RunConfig, args: argparse.Namespace) -> RunConfig:
-    """The run's configuration with what the command line says about sampling."""
+    """The run's configuration with the sampling options of the command line."""
     from pydantic import ValidationError
 
     from megadit.config.loading.messages import validation_message
     from megadit.config.schema.run import SampleConfig
 
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     if args.guidance is not None and args.guidance != 1 and config.data.condition == "none":
         raise UserError(f"--guidance: {args.guidance:g} needs classes or texts, and this run has none; leave it out")
-    if args.guidance_channels is not None and given.get("guidance", config.sample.guidance) == 1:
+    if args.guidance_channels is not None and options.get("guidance", config.sample.guidance) == 1:
         raise UserError(
             f"--guidance_channels: {args.guidance_channels} is not read where guidance is 1, which is off; give "
             "--guidance too, or leave it out"
         )
     if args.ema is not None:
-        given["weights"] = args.ema
+        options["weights"] = args.ema
     try:
-        settings = SampleConfig.model_validate(config.sample.model_dump() | given)
+        settings = SampleConfig.model_validate(config.sample.model_dump() | options)
     except ValidationError as error:
         raise UserError("--" + validation_message(error, SampleConfig, {}).replace("\n", "; --")) from error
     return config.model_copy(update={"sample": settings})

@@ -1,4 +1,4 @@
-"""``launch/pretrain.py --dry_run``: what a run would do, for the ranks that are here or for any number of others."""
+"""``launch/pretrain.py --dry_run``: checks and the plan of a run, for the ranks started here or for any number."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megadit.train.prepare import (
     StartPoint,
     TrainingJob,
     check_data,
-    check_here,
+    check_local_files,
     check_machine,
     checked_start_point,
-    resolve,
+    resolve_config,
     total_steps,
 )
 
@@ -29,26 +29,26 @@ def dry_run(job: TrainingJob, *, as_json: bool = False, full: bool = False) -> i
     """Print the layout, its memory and messages, and the muP table (``full``: of every parameter); train nothing.
 
     Raises:
-        UserError: the checkpoint to go on from, or an image, is broken, or the data are not the checkpoint's.
+        UserError: the checkpoint to resume from, or an image, is broken, or the data differ from the checkpoint's.
     """
     if not is_local_main():
         return EXIT_OK
     steps = total_steps(job.config, len(job.train_set))
     start = checked_start_point(job, steps, dry=True)
-    _warn_of_machine(job)
+    _warn_about_machine(job)
     from megadit.data import check_images
 
     for images in (job.train_set, job.val_set):
         check_images(images)
     lines = [
         f"data         {job.train_set.name}: {len(job.train_set)} images to train on, {len(job.val_set)} held out",
-        f"run_dir      {job.run_dir}{_beginning(start)}",
+        f"run_dir      {job.run_dir}{_start_text(start)}",
     ]
-    _report(job.config, job.ds_config, int(os.environ["WORLD_SIZE"]), steps, lines, as_json, full)
+    _print_report(job.config, job.ds_config, int(os.environ["WORLD_SIZE"]), steps, lines, as_json, full)
     return EXIT_OK
 
 
-def dry_run_elsewhere(
+def dry_run_for_ranks(
     loaded: LoadedConfig,
     ds_config: str | None,
     folder: Path,
@@ -58,27 +58,27 @@ def dry_run_elsewhere(
     as_json: bool = False,
     full: bool = False,
 ) -> int:
-    """The same for ``world_size`` ranks of other machines: what is missing on this one is a warning.
+    """``dry_run`` for ``world_size`` ranks of other machines: what is missing on this one is a warning.
 
     Raises:
         UserError: anything in configuration or layout that cannot work.
     """
-    merged = resolve(loaded, ds_config, world_size)
+    merged = resolve_config(loaded, ds_config, world_size)
     check_ds_config(merged.ds_config, dry=True)
     lines, steps = [f"run_dir      {folder}"], merged.config.train.steps
     try:
-        check_here(merged.config, folder, resume)
+        check_local_files(merged.config, folder, resume)
         job = check_data(merged, folder, resume)
         steps = total_steps(job.config, len(job.train_set))
-        lines = [f"run_dir      {folder}{_beginning(checked_start_point(job, steps, dry=True))}"]
-        _warn_of_machine(job)
+        lines = [f"run_dir      {folder}{_start_text(checked_start_point(job, steps, dry=True))}"]
+        _warn_about_machine(job)
     except UserError as error:
         _warn(error)
-    _report(merged.config, merged.ds_config, world_size, steps, lines, as_json, full)
+    _print_report(merged.config, merged.ds_config, world_size, steps, lines, as_json, full)
     return EXIT_OK
 
 
-def _report(
+def _print_report(
     config: RunConfig,
     ds_config: dict[str, Any],
     ranks: int,
@@ -102,7 +102,7 @@ def _report(
     print("\n".join([text, *lines, "", format_rows(table if full else by_role(table))]))
 
 
-def _warn_of_machine(job: TrainingJob) -> None:
+def _warn_about_machine(job: TrainingJob) -> None:
     try:
         check_machine(job)
     except UserError as error:
@@ -110,10 +110,10 @@ def _warn_of_machine(job: TrainingJob) -> None:
 
 
 def _warn(error: UserError) -> None:
-    print(f"warning: on this machine the run would end here: {error}", file=sys.stderr)
+    print(f"warning: on this machine the run would be refused: {error}", file=sys.stderr)
 
 
-def _beginning(start: StartPoint) -> str:
+def _start_text(start: StartPoint) -> str:
     if start.checkpoint is not None:
-        return f", going on from step {start.step} ({start.checkpoint})"
-    return f", beginning with the weights of {start.weights_from}" if start.weights_from is not None else ""
+        return f", resuming at step {start.step} ({start.checkpoint})"
+    return f", starting from the weights of {start.weights_from}" if start.weights_from is not None else ""

@@ -45,27 +45,27 @@ def run(
     full: bool = False,
     plugins: Sequence[str] = (),
 ) -> int:
-    """What the arguments of ``launch/pretrain.py`` ask for; returns the exit code.
+    """Run ``launch/pretrain.py`` with these arguments; returns the exit code.
 
     Raises:
-        UserError: refused, on the rank that tells it for its host.
+        UserError: refused, on the one rank that reports it for its host.
     """
-    for option, given in (("--world_size", world_size is not None), ("--json", as_json), ("--full", full)):
-        if given and not dry:
+    for option, present in (("--world_size", world_size is not None), ("--json", as_json), ("--full", full)):
+        if present and not dry:
             raise UserError(f"{option}: belongs to --dry_run; add that, or leave it out")
     if full and as_json:
         raise UserError(
             "--full: is for the printed table, and --json prints the layout alone; leave one of the two out"
         )
     folder = run_folder(config, run_dir)
-    _enter(folder, dry)
+    _prepare_process(folder, dry)
     if world_size is not None:
         if world_size < 1:
             raise UserError(f"--world_size: {world_size} is no number of ranks; give 1 or more")
-        from megadit.train.dry_run import dry_run_elsewhere
+        from megadit.train.dry_run import dry_run_for_ranks
 
         loaded = _load(config, overrides, plugins)
-        return dry_run_elsewhere(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
+        return dry_run_for_ranks(loaded, ds_config, folder, resume, world_size, as_json=as_json, full=full)
     try:
         check_folder(folder, "--run_dir")
         refuse_foreign(folder)
@@ -85,11 +85,11 @@ def run(
         write_torchelastic_error(f"error: {error}")
         if is_local_main():
             raise
-        return EXIT_BAD_INPUT  # the host's other ranks met the same error; one tells it
+        return EXIT_BAD_INPUT  # every rank of the host met the same error; one reports it
     from megadit.train.pretrain import pretrain
 
     result_is_saved()
-    with _errors_told(job) as end:
+    with _report_errors(job) as end:
         end.code = pretrain(job)
     return end.code
 
@@ -100,11 +100,11 @@ def _load(config: str | None, overrides: Sequence[str], plugins: Sequence[str]) 
     return load(config, overrides, may_import=True)
 
 
-def _enter(folder: Path, dry: bool) -> None:
-    """Find this process's place among the launcher's, tie its life to it, and say what one process leaves unused.
+def _prepare_process(folder: Path, dry: bool) -> None:
+    """Complete the rank variables, end with the launcher when it ends, and note GPUs that one process leaves unused.
 
     Raises:
-        UserError: the launcher's variables are none; told on every rank, since which is the first one is not known.
+        UserError: the launcher's variables are invalid; on every rank, since none knows which is the first.
     """
     try:
         ranks = prepare_environment()
@@ -119,14 +119,14 @@ def _enter(folder: Path, dry: bool) -> None:
 
 
 @dataclass
-class _End:
+class _ExitCode:
     code: int = EXIT_FAILURE
 
 
 @contextlib.contextmanager
-def _errors_told(job: TrainingJob) -> Iterator[_End]:
-    """An error of the training that only this rank met is told with its rank, and that of another rank in one line."""
-    end, rank = _End(), os.environ["RANK"]
+def _report_errors(job: TrainingJob) -> Iterator[_ExitCode]:
+    """Report an error of the training: in full with its rank where it was met first, in one line on the other ranks."""
+    end, rank = _ExitCode(), os.environ["RANK"]
     try:
         yield end
     except UserError as error:
@@ -140,9 +140,9 @@ def _errors_told(job: TrainingJob) -> Iterator[_End]:
         if is_local_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
     except Exception as error:
-        told = peer_failure(error)
-        if told is None:
+        message = peer_failure(error)
+        if message is None:
             explain_timeout(error, job.config.parallel.timeout_s)
             write_torchelastic_error(summary(error))
             raise
-        print(f"[rank {rank}] {told}", file=sys.stderr, flush=True)
+        print(f"[rank {rank}] {message}", file=sys.stderr, flush=True)

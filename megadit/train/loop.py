@@ -16,17 +16,17 @@ from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, say, warn_on_f
 from megadit.files.ownership import OwnershipLost
 from megadit.train.callbacks import Callback, Record, RunStopped
 from megadit.train.callbacks.base import due
-from megadit.train.divergence import LEFT_OUT, SPIKE, TrainingDiverged, describe, remember
+from megadit.train.divergence import LEFT_OUT, SPIKE, TrainingDiverged, divergence_error, record_event
 from megadit.train.metrics import Meter
 from megadit.train.preemption import preemption_signals
 from megadit.train.run import TrainingRun
 
 _PREEMPTION_CHECK_STEPS = 10
-_PASSING = (RunStopped, OwnershipLost)  # these are no failures of a callback
+_NOT_SUPPRESSED = (RunStopped, OwnershipLost)  # end the run, wherever a callback raises them
 
 
 class RunEnd(NamedTuple):
-    """How a run ended: what ``exit.json`` tells."""
+    """How a run ended: the exit code and reason in ``exit.json``."""
 
     code: int
     reason: str
@@ -44,9 +44,8 @@ class Trainer:
     def fit(self) -> RunEnd:
         """Train from ``run.position`` to ``run.total_steps``; closes the data and the callbacks in every case.
 
-        A run that is preempted is saved first, unless no step was made. Of a step whose loss or gradients were not
-        finite it is known when the next step was made at the latest, and before anything is logged or saved of the step
-        itself or of a later one: that ends the run.
+        A preempted run is saved first, unless no step was made. A step whose loss or gradients were not finite ends the
+        run. It is detected one step later at the latest, and before that step or a later one is logged or saved.
         """
         run = self._run
         try:
@@ -60,19 +59,19 @@ class Trainer:
                     self._meter = Meter(run, run.context.on_main(self._logged_losses))
                 while not (complete or preempted):
                     log = self._is_logged(run.position.step + 1)
-                    result = run.engine.train_batch(run.position.step, self._meter.clocked(batches), log)
-                    self._take(result)
+                    result = run.engine.train_batch(run.position.step, self._meter.timed(batches), log)
+                    self._count_step(result)
                     complete = run.position.step >= run.total_steps
-                    preempted = not complete and self._agree_on(stop_request.received)
+                    preempted = not complete and self._any_rank(stop_request.received)
                     self._after_step(result, log, preempted)
                 for callback in self._callbacks:
-                    with warn_on_failure(_name(callback), _PASSING):
+                    with warn_on_failure(_class_name(callback), _NOT_SUPPRESSED):
                         callback.on_end(run)
         except TrainingDiverged as error:
             if run.context.is_main:
                 say(f"error: {error}")
                 if error.event is not None:
-                    remember(run.directory.path, error.event)
+                    record_event(run.directory.path, error.event)
             return RunEnd(EXIT_FAILURE, f"diverged: {error}")
         except RunStopped as stop:
             return RunEnd(stop.code, stop.reason)
@@ -111,36 +110,34 @@ class Trainer:
         finally:
             for callback in self._callbacks:
                 with warn_on_failure(
-                    f"closing {_name(callback)}"
-                ):  # nor may it take the place of the error that ended it
+                    f"closing {_class_name(callback)}"
+                ):  # nor may it replace the error that ended the run
                     callback.close()
 
-    def _take(self, result: StepResult) -> None:
-        """Count the step that was made, unless the one before proves not to have been finite."""
+    def _count_step(self, result: StepResult) -> None:
+        """Count the step just made, unless the one before it was not finite."""
         run, exhausted = self._run, result.exhausted_scale is not None
-        if (
-            self._last_update.skipped() and not exhausted
-        ):  # the device had this step to do while the host waited for the answer
+        if self._last_update.skipped() and not exhausted:  # read only now, while the device computes this step
             self._diverge(self._last_update)
         self._meter.add(result.losses)
         if not exhausted:
-            self._events += self._left_out(run.position.step + 1)
+            self._events += self._skipped_sample_events(run.position.step + 1)
         samples = run.position.samples_seen + run.config.train.global_batch
         run.position = Position(run.position.step + 1, samples, run.engine.skipped_steps)
         if exhausted:
             self._diverge(UpdateStatus(), result.exhausted_scale)
         self._last_update = result.update_status
 
-    def _agree_on(self, stop: bool) -> bool:
-        """Whether some rank is to ``stop``; asked every few steps, since it waits for the device."""
+    def _any_rank(self, stop: bool) -> bool:
+        """Whether any rank is to ``stop``; reduced every few steps only, since that waits for the device."""
         context = self._run.context
-        ask = context.world_size == 1 or self._run.position.step % _PREEMPTION_CHECK_STEPS == 0
-        return ask and context.any(stop)
+        due_now = context.world_size == 1 or self._run.position.step % _PREEMPTION_CHECK_STEPS == 0
+        return due_now and context.any(stop)
 
     def _after_step(self, result: StepResult, log: bool, preempted: bool) -> None:
-        """``on_step`` of all callbacks, then the log with what they added, then what must come after the log.
+        """``on_step`` of all callbacks, then ``on_log`` with what they added, then ``after_log``.
 
-        Of the last of these a failure ends the run, unless it ends anyway and is saved (a preempted one is, here).
+        A failure in ``after_log`` ends the run, unless it ends anyway and is saved (a preempted one is, here).
         """
         run, record = self._run, None
         # The step before a checkpoint is always logged: a window is never cut in two, and what is saved is finite.
@@ -157,8 +154,8 @@ class Trainer:
             for callback in self._callbacks:
                 callback.on_log(run, record)
         for callback in self._callbacks:
-            over = preempted or run.saved_step == run.position.step == run.total_steps
-            with warn_on_failure(_name(callback), _PASSING) if over else contextlib.nullcontext():
+            finished = preempted or run.saved_step == run.position.step == run.total_steps
+            with warn_on_failure(_class_name(callback), _NOT_SUPPRESSED) if finished else contextlib.nullcontext():
                 callback.after_log(run)
         if preempted and run.saved_step != run.position.step:
             run.save()
@@ -168,49 +165,49 @@ class Trainer:
     def _record(self, norm: float | None) -> Record:
         """The log record of the window that ends here, with its events."""
         record = self._meter.record(norm)
-        events, self._events = [*self._events, *self._spikes()], []
+        events, self._events = [*self._events, *self._spike_events()], []
         return record | ({"events": events} if events else {})
 
     def _diverge(self, update_status: UpdateStatus, at_scale: float | None = None) -> NoReturn:
-        """Log the step where the run stands, which was not finite, and raise (all ranks alike)."""
+        """Log the current step, which was not finite, and raise TrainingDiverged (on all ranks)."""
         run, clip = self._run, self._run.engine.optimizer.clip
         broken = self._meter.broken_samples()
         run.engine.optimizer.apply(run.position.step - 1)  # a later step may have been prepared since
         record = self._meter.record(math.inf) | {"grad_norms": None}
-        events = [*self._events, *self._spikes()]
+        events = [*self._events, *self._spike_events()]
         order = SampleOrder(len(run.train_set), run.config.train.seed)
-        error = describe(
+        error = divergence_error(
             run.position.step, run.layout, order, broken, update_status.nonfinite_roles(), set(clip.roles), at_scale
         )
         for callback in self._callbacks:
             callback.on_divergence(run, record | {"events": [*events, error.event]})
         raise error
 
-    def _left_out(self, step: int) -> list[dict[str, Any]]:
-        """Events of the windows of samples that optimizer step ``step`` is the first to leave behind."""
+    def _skipped_sample_events(self, step: int) -> list[dict[str, Any]]:
+        """Events for the windows of samples that optimizer step ``step`` skips (``train.skip_samples``)."""
         run = self._run
         windows = run.layout.newly_skipped(step - 1) if run.layout.left_out else []
         if windows and run.context.is_main:
-            say(f"note: step {step} leaves out {format_windows(windows)} (train.skip_samples)")
+            say(f"note: step {step} skips {format_windows(windows)} (train.skip_samples)")
         return [{"kind": LEFT_OUT, "step": step, "samples": [list(window)]} for window in windows]
 
-    def _spikes(self) -> list[dict[str, Any]]:
-        """Events of the steps of the last record whose loss was far above those before."""
+    def _spike_events(self) -> list[dict[str, Any]]:
+        """Events for the loss spikes in the window of the last record."""
         events = []
         for spike in self._meter.spikes:
             windows = self._run.layout.windows(spike.step - 1)
             if self._run.context.is_main:
                 say(
-                    f"warning: the loss at step {spike.step} is {spike.loss:.4g} after {spike.median:.4g} (median of "
-                    f"{spike.count} before); the step took {format_windows(windows)}"
+                    f"warning: loss spike at step {spike.step}: {spike.loss:.4g}, after a median of {spike.median:.4g} "
+                    f"over {spike.count} steps; the step took {format_windows(windows)}"
                 )
             samples = [list(window) for window in windows]
-            told = {"kind": SPIKE, "step": spike.step, "loss": spike.loss, "median": spike.median}
-            events.append({**told, "samples": samples})
+            event = {"kind": SPIKE, "step": spike.step, "loss": spike.loss, "median": spike.median}
+            events.append({**event, "samples": samples})
         return events
 
     def _logged_losses(self) -> list[float]:
-        """Losses that the run logged before it was resumed, as far as they are finite."""
+        """The finite losses that the run logged before it was resumed."""
         step = self._run.position.step
         try:
             rows = self._run.directory.read_metrics() if step else []
@@ -219,14 +216,14 @@ class Trainer:
         return [row["loss"] for row in rows if row.get("loss") is not None and row["step"] <= step]
 
     def _is_logged(self, step: int) -> bool:
-        """Steps that get a record: every ``log_every``, the first, and whatever validates, samples or saves.
+        """Whether ``step`` gets a record: the first, every ``log_every``, and each that validates, samples or saves.
 
-        A checkpoint is thus known to be finite, and the clock of a window never holds the time of those three.
+        So a checkpoint is known to be finite, and the time of a window never includes those three.
         """
         train = self._run.config.train
-        others = (train.validate_every, train.sample_every, train.checkpoint_every)
-        return step == 1 or any(due(step, every, self._run.total_steps) for every in (train.log_every, *others))
+        intervals = (train.log_every, train.validate_every, train.sample_every, train.checkpoint_every)
+        return step == 1 or any(due(step, every, self._run.total_steps) for every in intervals)
 
 
-def _name(callback: Callback) -> str:
+def _class_name(callback: Callback) -> str:
     return type(callback).__name__

@@ -1,4 +1,4 @@
-"""What is measured of a run between two log lines, summed on the device, reduced once over the ranks, and logged."""
+"""Metrics of the steps between two log lines: summed on the device, reduced once over the ranks, and logged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LossSums:
         self.count += terms.total.shape[0]
 
     def merge(self, other: LossSums) -> None:
-        """Add what another has summed."""
+        """Add the sums of ``other``."""
         for name, part in other.total.items():
             self.total[name] = self.total[name] + part if name in self.total else part
         self.bins += other.bins
@@ -131,8 +131,8 @@ class Meter:
         self._step_sums: list[Tensor] = []
         self._last: Sequence[BatchLosses] = ()
 
-    def clocked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro batches of one optimizer step; waiting for them is timed."""
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro batches of one optimizer step; the time spent waiting for them is added to the clock."""
         for _ in range(self._run.layout.accumulation):
             begin = time.perf_counter()
             batch = next(batches)
@@ -152,20 +152,20 @@ class Meter:
 
     def broken_samples(self) -> dict[int, float]:
         """Samples of the last step whose losses are not finite, by number (collective)."""
-        own = [
+        broken = [
             (number, float(loss))
             for part in self._last
             for number, loss in zip(part.numbers.tolist(), part.terms.total.float().cpu(), strict=True)
             if not loss.isfinite()
         ]
-        return dict(sorted(pair for found in self._run.context.gather_objects(own) for pair in found))
+        return dict(sorted(pair for part in self._run.context.gather_objects(broken) for pair in part))
 
     def record(self, norm: float | None) -> Record:
         """The log record of the step just made (collective: all ranks call)."""
         run = self._run
         step = run.position.step
         losses, of_steps = self._sums.reduce(run.context, self._step_sums)
-        self.spikes = self._spikes.look(step - len(of_steps) + 1, of_steps)
+        self.spikes = self._spikes.update(step - len(of_steps) + 1, of_steps)
         rates = self.clock.rates(run.config.train.global_batch)
         mfu = model_flops_utilization(self._flops, rates["images_per_s"], self._peak, run.context.world_size)
         return {

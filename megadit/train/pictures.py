@@ -24,30 +24,30 @@ def draw_samples(run: TrainingRun) -> Path | None:
 
     Returns the path on rank 0 and None elsewhere.
 
-    The pictures are dealt to the data-parallel ranks, each drawing the same number (ZeRO-3 gathers parameters at every
-    forward pass, so no rank may make fewer), and picture i is the same however many ranks there are.
+    Pictures are divided among the data-parallel ranks, the same number for each (ZeRO-3 gathers parameters in every
+    forward pass, so no rank may make fewer). Picture i does not depend on the number of ranks.
     """
     context, count = run.context, run.config.sample.count
-    copies = run.layout.ranks  # of the model: the ranks that share one draw the same pictures together
-    padded = -(-count // copies) * copies
-    mine = [min(number, count - 1) for number in range(run.layout.rank, padded, copies)]
+    replicas = run.layout.ranks  # the ranks of one replica draw the same pictures together
+    padded = -(-count // replicas) * replicas
+    numbers = [min(number, count - 1) for number in range(run.layout.rank, padded, replicas)]
     subjects = run_subjects(run)
     with run.engine.sampling_model(run.config.sample.weights) as model:
         drawn = sample_pictures(
-            model, run.config, run.engine.loss.codec, subjects=subjects, numbers=mine, device=context.device
+            model, run.config, run.engine.loss.codec, subjects=subjects, numbers=numbers, device=context.device
         )
-    shares = context.gather_objects((mine, drawn))
+    parts = context.gather_objects((numbers, drawn))
     if not context.is_main:
         return None
     pictures = torch.empty(count, *drawn.shape[1:], dtype=drawn.dtype)
-    for numbers, share in shares:
-        pictures[numbers] = share
+    for part_numbers, part in parts:
+        pictures[part_numbers] = part
     path = run.directory.grid(run.position.step)
     return save_subject_grid(pictures, subjects, path, notice=run.train_set.notice)
 
 
 def run_subjects(run: TrainingRun) -> Subjects:
-    """What the pictures of a run show: its classes, or its prompts (held-out captions unless they are given)."""
+    """The subjects of a run's pictures: its classes, or its prompts (by default held-out captions)."""
     conditions = run.engine.loss.conditions
     if conditions.prompts is None:
         return class_subjects(run.config, run.train_set.classes)

@@ -1,6 +1,6 @@
-"""Being asked to stop: SIGUSR1, SIGTERM or SIGINT becomes a checkpoint and exit code 85, agreed by all ranks.
+"""Preemption: SIGUSR1, SIGTERM or SIGINT becomes a checkpoint and exit code 85, agreed by all ranks.
 
-Before the training begins there is nothing to save, and the answer is to end, with the same code.
+A signal before the first step ends the process with the same code; there is nothing to save.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any, Literal
 from megadit.errors import EXIT_FAILURE, EXIT_PREEMPTED
 from megadit.parallel.failure_messages import peer_wrote_torchelastic_error
 
-REPEAT_WINDOW_S = 5.0  # a second SIGTERM within it is the same request, which launchers and Slurm may both pass on
-KEYBOARD_REPEAT_WINDOW_S = 0.5  # a second Ctrl-C after it is a person's
-_STARTUP_TIMEOUT_S = 10.0  # for a start that hears no signal since it waits in another library's code
+REPEAT_WINDOW_S = 5.0  # a second SIGTERM within it is the same request: launchers and Slurm may both forward it
+KEYBOARD_REPEAT_WINDOW_S = 0.5  # a second Ctrl-C after it is a second key press
+_STARTUP_TIMEOUT_S = 10.0  # from a signal to the end of a start-up that is blocked in another library's code
 
 Phase = Literal["starting", "training", "ending"]
 
 
 class PreemptedAtStart(BaseException):
-    """A signal asked for the end before the training began; no Exception, since none may take it for its own.
+    """A signal came before the training began. A BaseException, so that no ``except Exception`` swallows it.
 
-    ``number`` is the signal's, and ``began`` when the process began to answer (``time.time()``).
+    ``number`` is the signal's, and ``began`` when the process began to handle signals (``time.time()``).
     """
 
     def __init__(self, number: int, began: float) -> None:
@@ -39,9 +39,10 @@ class PreemptedAtStart(BaseException):
 
 
 class StopRequest:
-    """Whether a signal asked for the run's end, and the answer to it: a handler for ``signal.signal``.
+    """A signal handler, and whether it was called (``received``).
 
-    While starting it raises ``PreemptedAtStart``; while training it is noted, and the loop looks at ``received``.
+    In the phase "starting" it raises ``PreemptedAtStart``; in "training" the loop polls ``received``; in "ending" it is
+    ignored.
     """
 
     def __init__(self, phase: Phase = "training") -> None:
@@ -50,86 +51,86 @@ class StopRequest:
         self.began = time.time()
 
     def __call__(self, number: int, frame: Any = None) -> None:
-        """Answer one signal (in the main thread)."""
+        """Handle one signal (in the main thread)."""
         first, self.received = not self.received, True
         if self.phase == "starting":
             self.phase = "ending"
             raise PreemptedAtStart(number, self.began)
         if first and self.phase == "training" and os.environ.get("RANK", "0") == "0":
-            again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
-            _say(f"{signal.Signals(number).name} noted: saving at the next step{again}")
+            again = "; press Ctrl-C again to exit at once" if number == signal.SIGINT else ""
+            _write_stderr(f"{signal.Signals(number).name} received: saving after this step{again}")
 
 
 @contextmanager
 def preemption_signals(phase: Phase = "training") -> Iterator[StopRequest]:
-    """Answer SIGUSR1, which Slurm sends ahead of a preemption (``--signal=USR1@…``), SIGTERM and SIGINT in the block.
+    """Handle SIGUSR1, which Slurm sends ahead of a preemption (``--signal=USR1@…``), SIGTERM and SIGINT in the block.
 
-    The latter two only where nobody in this process has taken them before (a study's worker has). A later second one
-    ends the process at once, as it would have by default: for a run that cannot reach its next step. Within a block
-    that was entered while starting, the training goes on with its ``StopRequest``.
+    The latter two only where they have no handler yet (a study's worker has its own). A second one ends the process at
+    once, as it would by default: for a run that cannot reach its next step. Inside a block entered in the phase
+    "starting", the same ``StopRequest`` is used again.
     """
-    outer = signal.getsignal(signal.SIGUSR1)
-    if isinstance(outer, StopRequest):
-        outer.phase = phase
+    outer_request = signal.getsignal(signal.SIGUSR1)
+    if isinstance(outer_request, StopRequest):
+        outer_request.phase = phase
         try:
-            yield outer
+            yield outer_request
         finally:
-            outer.phase = "ending"
+            outer_request.phase = "ending"
         return
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest(phase)  # only the main thread may take signals
         return
-    state = StopRequest(phase)
-    taken = [signal.SIGUSR1]
-    taken += [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else []
-    taken += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
-    with _second_ends(state, frozenset(taken) - {signal.SIGUSR1}):
-        before = {number: signal.signal(number, state) for number in taken}
+    request = StopRequest(phase)
+    handled = [signal.SIGUSR1]
+    handled += [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else []
+    handled += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    with _exit_on_second_signal(request, frozenset(handled) - {signal.SIGUSR1}):
+        before = {number: signal.signal(number, request) for number in handled}
         try:
-            yield state
+            yield request
         finally:
-            state.phase = "ending"
+            request.phase = "ending"
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 def stop_handling_signals() -> None:
-    """From here on others answer the signals in this process: whoever waited for them while starting does no more."""
-    outer = signal.getsignal(signal.SIGUSR1)
-    if isinstance(outer, StopRequest):
-        outer.phase = "ending"
+    """Ignore signals in the enclosing ``preemption_signals`` block from here on: the caller has handlers of its own."""
+    outer_request = signal.getsignal(signal.SIGUSR1)
+    if isinstance(outer_request, StopRequest):
+        outer_request.phase = "ending"
 
 
 @contextmanager
-def _second_ends(state: StopRequest, numbers: frozenset[int]) -> Iterator[None]:
-    """Watch for a second signal in a thread: the main one may wait where Python hears none, as in a collective."""
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
-    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(ear, state, numbers), daemon=True)
+def _exit_on_second_signal(request: StopRequest, numbers: frozenset[int]) -> Iterator[None]:
+    """Watch for a second signal in a thread: the main one may be blocked where no handler runs, as in a collective."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch_signals, args=(read_fd, request, numbers), daemon=True)
     thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(mouth)
+        os.close(write_fd)
         thread.join()
-        os.close(ear)
+        os.close(read_fd)
 
 
-def _watch(ear: int, state: StopRequest, numbers: frozenset[int]) -> None:
+def _watch_signals(read_fd: int, request: StopRequest, numbers: frozenset[int]) -> None:
     first: tuple[int, float] | None = None
     while True:
-        waits = first is not None and state.phase == "starting"
-        if not select.select([ear], [], [], _STARTUP_TIMEOUT_S if waits else None)[0]:
-            if state.phase == "starting":
-                os.write(2, b"preempted before the first step, in a wait that hears no signal: ends at once\n")
+        blocked = first is not None and request.phase == "starting"
+        if not select.select([read_fd], [], [], _STARTUP_TIMEOUT_S if blocked else None)[0]:
+            if request.phase == "starting":
+                os.write(2, b"preempted before the first step, in a call that cannot be interrupted: exiting\n")
                 os._exit(EXIT_PREEMPTED)
             continue
-        heard = os.read(ear, 1)
-        if not heard:
+        data = os.read(read_fd, 1)
+        if not data:
             return
-        number, now = heard[0], time.monotonic()
+        number, now = data[0], time.monotonic()
         if first is None:
             first = (number, now)
         elif number in numbers:
@@ -139,25 +140,25 @@ def _watch(ear: int, state: StopRequest, numbers: frozenset[int]) -> None:
                 os.kill(os.getpid(), number)
 
 
-def end_before_training(folder: Path, asked: PreemptedAtStart) -> int:
-    """Say and record, on rank 0, that the run was asked to end before its first step; returns exit code 85.
+def exit_before_training(folder: Path, preempted: PreemptedAtStart) -> int:
+    """Report and record, on rank 0, that a signal ended the run before its first step; returns exit code 85.
 
-    A launcher also ends ranks by SIGTERM because another one failed: where that is to be seen, it is a failure.
+    A launcher also ends ranks by SIGTERM because another one failed: where that is visible, it returns 1.
     """
     from megadit.checkpoint.names import saved_step
     from megadit.train.run_dir import RunDirectory
 
-    directory, alone = RunDirectory(folder), os.environ.get("WORLD_SIZE", "1") == "1"
-    unclear = asked.number == signal.SIGTERM and not alone
-    if unclear and (peer_wrote_torchelastic_error() or directory.recorded_since(asked.began)):
-        _say(f"[rank {os.environ['RANK']}] another rank has ended, and so this one does: see its error")
+    directory, single_rank = RunDirectory(folder), os.environ.get("WORLD_SIZE", "1") == "1"
+    ambiguous = preempted.number == signal.SIGTERM and not single_rank
+    if ambiguous and (peer_wrote_torchelastic_error() or directory.recorded_since(preempted.began)):
+        _write_stderr(f"[rank {os.environ['RANK']}] another rank has ended, and so this one does: see its error")
         return EXIT_FAILURE
     if os.environ.get("RANK", "0") == "0":
-        _say("preempted before the first step: nothing to save; start the same command again")
-        directory.write_preempted(saved_step(folder), make=not unclear)
+        _write_stderr("preempted before the first step: nothing to save; start the same command again")
+        directory.write_preempted(saved_step(folder), make=not ambiguous)
     return EXIT_PREEMPTED
 
 
-def _say(text: str) -> None:
+def _write_stderr(text: str) -> None:
     with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
         os.write(2, f"\n{text}\n".encode())

@@ -1,4 +1,4 @@
-"""What a job is, whether it can work here, and where it begins: at a checkpoint, with weights alone, or at step 0.
+"""A training job: its checks, and its start point (a checkpoint, the weights of one, or step 0).
 
 What can be refused without torch is refused before it is imported; so this module's own imports are light, and the
 functions import what is heavy.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What the command line asked for: a resolved config, DeepSpeed's dict, where to write, how to resume."""
+    """A resolved config, DeepSpeed's dict, the run directory, ``--resume``, and the data."""
 
     config: RunConfig
     ds_config: dict[str, Any]
@@ -73,22 +73,22 @@ def check_job(
     *,
     dry: bool = False,
 ) -> TrainingJob:
-    """The job of a loaded configuration, checked, in the environment that ``prepare_environment`` completed.
+    """Check a loaded configuration in the environment that ``prepare_environment`` completed, and return its job.
 
-    ``datasets`` takes the place of ``build_datasets`` (a process that trains many jobs keeps their data).
-    ``dry``: it will not train.
+    ``datasets`` replaces ``build_datasets`` (a process that trains many jobs keeps their data).
+    ``dry``: no training follows.
 
     Raises:
         UserError: anything in configuration, layout or data that cannot work.
     """
-    merged = resolve(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
-    check_here(merged.config, folder, resume)
+    merged = resolve_config(loaded, ds_config, int(os.environ["WORLD_SIZE"]))
+    check_local_files(merged.config, folder, resume)
     check_ds_config(merged.ds_config, dry=dry)
     return check_data(merged, folder, resume, datasets)
 
 
-def resolve(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> MergedConfig:
-    """The configuration and DeepSpeed's dict for ``world_size`` ranks, checked as far as no data are needed.
+def resolve_config(loaded: LoadedConfig, ds_config: str | None, world_size: int) -> MergedConfig:
+    """The configuration merged with DeepSpeed's for ``world_size`` ranks; all that needs no data is checked.
 
     Raises:
         UserError: anything in configuration or layout that cannot work.
@@ -109,8 +109,8 @@ def _check_schedule(config: RunConfig, steps: int) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def check_here(config: RunConfig, folder: Path, resume: str) -> None:
-    """Whether what configuration and ``--resume`` name is on this machine, as far as names tell it.
+def check_local_files(config: RunConfig, folder: Path, resume: str) -> None:
+    """Check that the files named by the configuration and ``--resume`` exist on this machine.
 
     Raises:
         UserError: data, a network or a checkpoint is missing.
@@ -123,10 +123,10 @@ def check_here(config: RunConfig, folder: Path, resume: str) -> None:
 
 
 def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datasets | None = None) -> TrainingJob:
-    """The job of a resolved configuration, with its data.
+    """Load the data of a resolved configuration, check them against the model, and return the job.
 
     Raises:
-        UserError: data are missing, or are none for this model.
+        UserError: data are missing or do not fit the model.
     """
     from megadit.data import build_datasets, check_against_model, describe
     from megadit.data.checks import check_codec, missing_decoder_note, with_stored_codec
@@ -151,7 +151,7 @@ def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datase
 
 
 def check_machine(job: TrainingJob) -> None:
-    """Whether this machine can do what the configuration asks.
+    """Check that this machine has what the configuration needs.
 
     Raises:
         UserError: fp16 or a GPU optimizer without a GPU, a CPU optimizer on a GPU's weights, wandb not installed, a
@@ -186,23 +186,26 @@ def _check_micro_batch(job: TrainingJob) -> None:
     """Refuse a micro batch whose images alone, in float32, are more than this machine's memory."""
     config, micro = job.config, job.micro_batch
     needed = 4 * micro * config.model.in_channels * config.model.input_size**2
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
         accumulated = config.train.global_batch > micro
         key = f"train.micro_batch: {micro}" if accumulated else f"train.global_batch: {config.train.global_batch}"
         raise UserError(
-            f"{key} makes micro batches of {micro} images, {needed / 1e9:,.0f} GB, more than the {there / 1e9:,.0f} GB "
-            "of this machine; set a smaller train.micro_batch"
+            f"{key} makes micro batches of {micro} images, {needed / 1e9:,.0f} GB, more than the "
+            f"{memory / 1e9:,.0f} GB of this machine; set a smaller train.micro_batch"
         )
 
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where a job begins: at a checkpoint (with those before it, should it prove broken), or at step 0.
+    """Where a job begins: at a checkpoint, or at step 0.
 
-    ``weights_from`` is the checkpoint whose weights alone a new run takes. Of the sample numbers those from
-    ``next_sample`` on come next, but for ``left_out``. ``data`` is what the job's checkpoints are to keep of what it is
-    trained on, ``token`` names the ownership of the run directory.
+    checkpoint, step: what it resumes from; None and 0 for a new run.
+    earlier: older checkpoints, for the case that ``checkpoint`` turns out to be broken.
+    weights_from: the checkpoint that a new run takes its weights from.
+    token: identifies the ownership of the run directory.
+    data: the record of the training data, for the job's checkpoints.
+    next_sample, left_out: the first sample number to train on, and the windows of numbers to skip.
     """
 
     checkpoint: Path | None = None
@@ -216,18 +219,18 @@ class StartPoint:
 
     @property
     def source(self) -> Path | None:
-        """The run directory of the checkpoint that the job goes on from or takes its weights of."""
+        """The run directory of the checkpoint that the job resumes from or takes its weights from."""
         checkpoint = self.checkpoint or self.weights_from
         return None if checkpoint is None else checkpoint.parent.parent
 
 
 def checked_start_point(job: TrainingJob, steps: int, *, dry: bool = False) -> StartPoint:
-    """``find_start_point`` with the data held against the checkpoint's, unless nothing is left to do; only reads.
+    """``find_start_point``, and a comparison of the data with the checkpoint's unless training is complete; only reads.
 
-    dry: no checkpoint will be written, so that the data of a new run need no record.
+    dry: no checkpoint will be written, so the data of a new run are not recorded.
 
     Raises:
-        UserError: as ``find_start_point`` does, or the data are others than those of the checkpoint.
+        UserError: as ``find_start_point`` does, or the data differ from those of the checkpoint.
     """
     start, stored = find_start_point(job)
     if start.step >= steps or (dry and stored is None):
@@ -242,7 +245,7 @@ def checked_start_point(job: TrainingJob, steps: int, *, dry: bool = False) -> S
 
 
 def find_start_point(job: TrainingJob) -> tuple[StartPoint, StoredCheckpoint | None]:
-    """Where the job begins, and the checkpoint that it goes on from; only reads.
+    """The start point of the job, and the checkpoint it resumes from, if any; only reads.
 
     Raises:
         UserError: --resume asks for what is not there or must not be overwritten, or for another model's checkpoint;
@@ -253,27 +256,29 @@ def find_start_point(job: TrainingJob) -> tuple[StartPoint, StoredCheckpoint | N
     from megadit.train.resume import check_weights_start, samples_left_out
 
     if job.resume in ("auto", "never"):
-        found = open_checkpoint(job.run_dir)
-        if job.resume == "never" and found is not None:
+        opened = open_checkpoint(job.run_dir)
+        if job.resume == "never" and opened is not None:
             raise UserError(
-                f"--resume: never, but '{job.run_dir}' holds {found.stored.path.name}; choose another --run_dir, or "
+                f"--resume: never, but '{job.run_dir}' holds {opened.stored.path.name}; choose another --run_dir, or "
                 "--resume auto"
             )
     else:
-        found = open_checkpoint(job.run_dir, job.resume)
-        if found is None:
+        opened = open_checkpoint(job.run_dir, job.resume)
+        if opened is None:
             raise UserError(f"--resume: '{job.resume}' has no checkpoint; give one, or --resume auto")
-        own = checkpoint_root(job.run_dir)
-        if found.stored.path.resolve().parent != own.resolve() and has_checkpoints(job.run_dir):
+        own_root = checkpoint_root(job.run_dir)
+        if opened.stored.path.resolve().parent != own_root.resolve() and has_checkpoints(job.run_dir):
             raise UserError(
                 f"--resume: '{job.resume}' is of another run, but '{job.run_dir}' has checkpoints of its own; choose "
                 "another --run_dir, or --resume auto to go on with these"
             )
-    if found is None:
+    if opened is None:
         left_out = merge_windows(job.config.train.skip_samples)
         return StartPoint(weights_from=check_weights_start(job.config), left_out=left_out), None
-    stored = found.stored
+    stored = opened.stored
     check_same_model(stored, job.config)
     left_out = samples_left_out(stored, job.config)
-    step, upto = stored.position.step, stored.next_sample
-    return StartPoint(stored.path, step, found.earlier, next_sample=upto, left_out=left_out), stored
+    start = StartPoint(
+        stored.path, stored.position.step, opened.earlier, next_sample=stored.next_sample, left_out=left_out
+    )
+    return start, stored

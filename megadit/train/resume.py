@@ -1,7 +1,7 @@
-"""Bringing a stored state into a new engine: going on from a checkpoint, or beginning with its weights alone.
+"""Resuming from a checkpoint, or starting a new run from its weights.
 
-A run goes on with the data that it began with, or with others on purpose and on the record. What of its config is not
-as the checkpoint had it is told with numbers: rates, averages, then the rest.
+A resumed run trains on the same data, or on others if ``data.on_change`` accepts them and records the change. Changed
+values of its config are reported: learning rates, averages, then all others.
 """
 
 from __future__ import annotations
@@ -44,11 +44,18 @@ from megadit.parallel import ProcessContext
 from megadit.plugins import loaded_plugins, plugin_changes
 from megadit.train.run_dir import RunDirectory
 
-# Of what the rate at a step is made, beside lr_mult; and what says where files lie, which changes nothing.
+# Keys that determine the rate of a step, beside lr_mult; and keys that say where files are, which change nothing.
 _SCHEDULE = tuple(f"optim.{key}" for key in ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio"))
 _LENGTH = ("train.steps", "train.epochs")
-_ELSEWHERE = ("data.on_change", "data.path", "data.workers", "data.vae.path", "data.text.path", "data.text.pooled_path")
-_CLOSE = 1e-9  # relative; rates that differ by less are one
+_FILE_LOCATIONS = (
+    "data.on_change",
+    "data.path",
+    "data.workers",
+    "data.vae.path",
+    "data.text.path",
+    "data.text.pooled_path",
+)
+_RATE_TOLERANCE = 1e-9  # relative; rates that differ by less are one
 _IDENTITY, _CHANGES = "data", "data_changes"  # of state.json
 
 
@@ -62,14 +69,15 @@ def restore(
     train_set: ImageSet,
     total: int,
 ) -> tuple[StoredCheckpoint, DataRecord | None]:
-    """Go on from the first of ``paths`` that is sound on every rank, and return it; what is passed over is told.
+    """Resume from the first of ``paths`` that is sound on every rank, and return it; each skipped one is reported.
 
-    A single path is what a person named, or the only one there is: then nothing is tried after it. ``data`` is the
-    record of the present data, held against the first of them; the one returned is held against the one taken.
-    ``total`` is the run's length in steps.
+    data: the record of the present data, compared with the first of ``paths``; the one returned is compared with the
+        checkpoint that was used.
+    total: the run's length in steps.
 
     Raises:
         UserError: none is sound, or one is of another model or of other data.
+        BrokenCheckpoint: the only one is broken.
     """
     first_problem = ""
     for number, path in enumerate(paths):
@@ -93,30 +101,31 @@ def restore(
             print(f"resuming from {path} at step {stored.position.step}", file=sys.stderr)
             notes += config_notes(stored, config, total)
             notes += group_notes(stored.state["groups"], engine.optimizer.table)
-            _tell(notes)
+            _print_notes(notes)
             directory.record_changes(stored.position.step, path, () if data is None else data.new, notes)
         return stored, data
     raise no_sound_checkpoint(first_problem)
 
 
 def samples_left_out(stored: StoredCheckpoint, config: RunConfig) -> tuple[Window, ...]:
-    """Sample numbers that a run leaves out which goes on from ``stored``: of its past, then those of the config.
+    """Windows of sample numbers that a run resumed from ``stored`` skips: those already skipped, then the config's.
 
     Raises:
         UserError: train.skip_samples names samples that were trained on.
     """
-    asked, upto = merge_windows(config.train.skip_samples), stored.next_sample
-    late = subtract_windows(windows_before(asked, upto), stored.left_out)
-    if late:
+    requested, next_sample = merge_windows(config.train.skip_samples), stored.next_sample
+    trained_on = subtract_windows(windows_before(requested, next_sample), stored.left_out)
+    if trained_on:
         raise UserError(
-            f"train.skip_samples: {format_windows(late)} come before sample {upto}, where checkpoint {stored.path} "
-            "goes on, and have been trained on; name samples from there on, or --resume an earlier checkpoint"
+            f"train.skip_samples: {format_windows(trained_on)} come before sample {next_sample}, where checkpoint "
+            f"{stored.path} goes on, and have been trained on; name samples from there on, or --resume an earlier "
+            "checkpoint"
         )
-    return merge_windows((*stored.left_out, *subtract_windows(asked, [(0, upto)])))
+    return merge_windows((*stored.left_out, *subtract_windows(requested, [(0, next_sample)])))
 
 
 def check_weights_start(config: RunConfig) -> Path | None:
-    """The checkpoint that ``train.init_from`` names, if it does, checked against the model.
+    """The checkpoint that ``train.init_from`` names, checked against the model; None where it is not set.
 
     Raises:
         UserError: no checkpoint is there, it lacks the average, or its parameters have other shapes.
@@ -124,39 +133,39 @@ def check_weights_start(config: RunConfig) -> Path | None:
     if config.train.init_from is None:
         return None
     path = Path(config.train.init_from)
-    found = open_checkpoint(path, str(path), "train.init_from")
-    if found is None:
+    opened = open_checkpoint(path, str(path), "train.init_from")
+    if opened is None:
         raise UserError(f"train.init_from: '{path}' has no checkpoint yet; give one that has")
-    found.stored.kind_of(config.train.init_from_ema or ONLINE)
-    check_initial_weights(found.stored, shapes_of(config))
-    return found.stored.path
+    opened.stored.kind_of(config.train.init_from_ema or ONLINE)
+    check_initial_weights(opened.stored, shapes_of(config))
+    return opened.stored.path
 
 
 def start_from_weights(path: Path, engine: TrainingEngine, config: RunConfig, context: ProcessContext) -> None:
-    """Begin a new run with a checkpoint's weights; optimizer, averages, schedule and data begin afresh.
+    """Start a new run from a checkpoint's weights; optimizer state, averages, schedule and data start anew.
 
     Raises:
-        UserError: it is broken or of another shape.
+        UserError: it is broken, or its parameters have other shapes.
     """
     stored = open_on_all_ranks(path, context)
     weights = config.train.init_from_ema or ONLINE
     restore_weights(stored, engine.partitions, [engine.ema], context, weights)
     if context.is_main:
         what = "weights" if weights == ONLINE else f"weights (average {weights})"
-        print(f"beginning at step 0 with the {what} of {path}, step {stored.position.step}", file=sys.stderr)
+        print(f"starting at step 0 from the {what} of {path}, step {stored.position.step}", file=sys.stderr)
         projector = check_initial_weights(stored, shapes_of(config))
-        _tell([projector] if projector is not None else [])
+        _print_notes([projector] if projector is not None else [])
         changes = describe_changes(stored.config, config.model_dump(mode="json"))
-        _tell([f"the model differs: {change}" for change in changes if change.startswith("model.")])
+        _print_notes([f"the model differs: {change}" for change in changes if change.startswith("model.")])
 
 
-def _tell(notes: Sequence[str]) -> None:
+def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def config_notes(stored: StoredCheckpoint, config: RunConfig, total: int) -> list[str]:
-    """What differs between the checkpoint's config and ``config``, of a run of ``total`` steps; nothing twice."""
+    """Differences between the checkpoint's config and ``config``, of a run of ``total`` steps, as sentences."""
     changed = changed_values(stored.config, config.model_dump(mode="json"))
     plugins = stored.config.get("plugins", [])
     step, notes = stored.position.step, plugin_changes(plugins)
@@ -164,20 +173,20 @@ def config_notes(stored: StoredCheckpoint, config: RunConfig, total: int) -> lis
     known = {record["name"] for record in plugins}
     notes += [f"plugin {plugin} was not there before" for plugin in loaded_plugins() if plugin.name not in known]
     rate = _rate_note(stored, config, total, changed)
-    if rate is not None:  # nothing to tell where the same course is written otherwise: 5% of 1000 steps for 50
+    if rate is not None:  # empty where the same schedule is written differently: 5% of 1000 steps for 50
         notes += [rate] * bool(rate)
         changed = {key: values for key, values in changed.items() if key not in (*_SCHEDULE, *_LENGTH)}
     if "ema.every" in changed and config.ema.names:
         old, new = changed.pop("ema.every")
         notes.append(f"ema.every {old} → {new} from step {step} on: averages follow the weights every {new} updates")
-    rest = [_change(key, changed) for key in changed if key not in _ELSEWHERE]
-    if rest:
-        notes.append(f"the config has changed since the checkpoint: {', '.join(rest)}")
+    others = [_change_text(key, changed) for key in changed if key not in _FILE_LOCATIONS]
+    if others:
+        notes.append(f"the config has changed since the checkpoint: {', '.join(others)}")
     return notes
 
 
 def group_notes(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Multipliers of optimizer groups that are not as they were; two groups of one name are told apart by order."""
+    """Sentences for changed multipliers of optimizer groups; groups of equal name are matched in order."""
     notes, earlier = [], list(before)
     for row in after:
         old = next((other for other in earlier if other["name"] == row["name"]), None)
@@ -193,36 +202,35 @@ def group_notes(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str
 def _rate_note(
     stored: StoredCheckpoint, config: RunConfig, total: int, changed: Mapping[str, tuple[Any, Any]]
 ) -> str | None:
-    """How the learning rate goes on where its course is another; empty where it is the same.
+    """A sentence on how the learning rate changes at the resumed step; empty where the schedule is the same.
 
     None where the run is longer or shorter at the same rates, or where its former length is not known.
     """
     old_total = _old_total(stored)
-    old = _old_schedule(stored, old_total)
-    if old is None or old_total is None:
+    old_schedule = _old_schedule(stored, old_total)
+    if old_schedule is None or old_total is None:
         return None
-    before, lr_before = old
+    before, lr_before = old_schedule
     after, lr_after = Schedule.from_config(config.optim, total), config.optim.lr
     if (before, lr_before) == (after, lr_after):
         return ""
     step = stored.position.step
     cause = _cause(changed, before, after)
-    last = min(step, old_total - 1)  # of a finished run: the rate of its last update
-    here = lr_before * before.factor(last), lr_after * after.factor(step)
-    if not _same(lr_before * before.factor(step), here[1]) and rate_text(here[0]) != rate_text(here[1]):
-        return f"the learning rate goes from {rate_text(here[0])} to {rate_text(here[1])} at step {step}{cause}"
+    last = min(step, old_total - 1)  # after a finished run, the rate of its last update
+    rates = lr_before * before.factor(last), lr_after * after.factor(step)
+    if not _rates_equal(lr_before * before.factor(step), rates[1]) and rate_text(rates[0]) != rate_text(rates[1]):
+        return f"the learning rate goes from {rate_text(rates[0])} to {rate_text(rates[1])} at step {step}{cause}"
     for later in range(step, min(old_total, total)):
-        rates = lr_before * before.factor(later), lr_after * after.factor(later)
-        if not _same(*rates):
+        if not _rates_equal(lr_before * before.factor(later), lr_after * after.factor(later)):
             return (
-                f"the learning rate stays at {rate_text(here[1])} at step {step} and leaves its former course at step "
+                f"the learning rate stays at {rate_text(rates[1])} at step {step} and leaves its former course at step "
                 f"{later}{cause}"
             )
     return None
 
 
 def _old_total(stored: StoredCheckpoint) -> int | None:
-    """The length that the checkpoint's run was to have; None where it followed from data that are not known."""
+    """The planned length of the checkpoint's run in steps; None where it depended on data of unknown size."""
     train = stored.config["train"]
     if train.get("steps") is not None:
         return int(train["steps"])
@@ -236,13 +244,13 @@ def _old_schedule(stored: StoredCheckpoint, total: int | None) -> tuple[Schedule
     try:
         optim = OptimConfig.model_validate_json(json.dumps(stored.config["optim"]))
         return Schedule.from_config(optim, total), optim.lr
-    except (ValidationError, UserError, KeyError):  # of an earlier time, when other values were allowed
+    except (ValidationError, UserError, KeyError):  # an older config, with values that are no longer valid
         return None
 
 
 def _cause(changed: Mapping[str, tuple[Any, Any]], before: Schedule, after: Schedule) -> str:
     keys = [key for key in (*_SCHEDULE, *_LENGTH) if key in changed]
-    words = [_change(key, changed) for key in keys]
+    words = [_change_text(key, changed) for key in keys]
     if before.total != after.total:
         if not any(key in changed for key in _LENGTH):
             words.append(f"the run's steps {before.total} → {after.total}")
@@ -252,13 +260,13 @@ def _cause(changed: Mapping[str, tuple[Any, Any]], before: Schedule, after: Sche
     return f" ({', '.join(words)})" if words else ""
 
 
-def _change(key: str, changed: Mapping[str, tuple[Any, Any]]) -> str:
+def _change_text(key: str, changed: Mapping[str, tuple[Any, Any]]) -> str:
     old, new = changed[key]
     return f"{key} {plain_text(old)} → {plain_text(new)}"
 
 
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= _CLOSE * max(abs(one), abs(other))
+def _rates_equal(one: float, other: float) -> bool:
+    return abs(one - other) <= _RATE_TOLERANCE * max(abs(one), abs(other))
 
 
 def rate_text(rate: float) -> str:
@@ -269,9 +277,10 @@ def rate_text(rate: float) -> str:
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What a run is trained on, as its checkpoints keep it, and the changes that were accepted: step, time, what.
+    """What a run is trained on, as its checkpoints record it.
 
-    new: of this start alone, as words.
+    changes: those accepted so far, each with ``step``, ``time`` and ``changes``.
+    new: those accepted at this start, as sentences.
     """
 
     identity: Identity
@@ -279,17 +288,17 @@ class DataRecord:
     new: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Any]:
-        """What ``state.json`` keeps."""
+        """The entries of ``state.json``."""
         return {_IDENTITY: self.identity, _CHANGES: list(self.changes)}
 
 
 def check_data_against(
     stored: StoredCheckpoint, record: DataRecord, config: RunConfig, train_set: ImageSet
 ) -> DataRecord:
-    """``record`` of the present sets with the history of ``stored``, from which the run goes on. Tells what it accepts.
+    """``record`` of the present data, with the history of ``stored``. Accepted changes are printed.
 
     Raises:
-        UserError: the data are others than the checkpoint's, and ``data.on_change`` is not accept.
+        UserError: the data differ from the checkpoint's, and ``data.on_change`` is not accept.
     """
     before = stored.state.get(_IDENTITY)
     history = tuple(stored.state.get(_CHANGES, ()))
@@ -299,27 +308,27 @@ def check_data_against(
             "that images are not compared; the next checkpoint keeps it",
             file=sys.stderr,
         )
-        told = _data_section(stored)
-        found = config_differences(told, _classes_of(stored), config, train_set)
-        cut = crop_note(told, config, train_set)
-        if cut is not None:
-            print(f"note: {cut}", file=sys.stderr)
+        section = _data_section(stored)
+        changes = config_differences(section, _classes_of(stored), config, train_set)
+        crop = crop_note(section, config, train_set)
+        if crop is not None:
+            print(f"note: {crop}", file=sys.stderr)
     else:
-        found = differences(before, record.identity, train_set)
-    if not found:
+        changes = differences(before, record.identity, train_set)
+    if not changes:
         return replace(record, changes=history, new=())
     if config.data.on_change != "accept":
         raise UserError(
-            f"data.on_change: refuse, and the data are not those of checkpoint {stored.path}: {'; '.join(found)}; give "
-            "it its own data again, or set data.on_change=accept to go on with these"
+            f"data.on_change: refuse, and the data are not those of checkpoint {stored.path}: {'; '.join(changes)}; "
+            "give it its own data again, or set data.on_change=accept to go on with these"
         )
-    print(f"note: data.on_change accept: going on with other data: {'; '.join(found)}", file=sys.stderr)
-    change = {"step": stored.position.step, "time": time.strftime("%FT%T%z"), "changes": found}
-    return replace(record, changes=(*history, change), new=tuple(found))
+    print(f"note: data.on_change accept: going on with other data: {'; '.join(changes)}", file=sys.stderr)
+    change = {"step": stored.position.step, "time": time.strftime("%FT%T%z"), "changes": changes}
+    return replace(record, changes=(*history, change), new=tuple(changes))
 
 
 def _data_section(stored: StoredCheckpoint) -> dict[str, Any]:
-    """``data`` of the checkpoint's config, but for a crop that it does not tell itself."""
+    """``data`` of the checkpoint's config, without a crop that was filled in later."""
     section = dict(stored.config["data"])
     if "crop" not in stored.state["config"]["data"]:
         section.pop("crop", None)
@@ -327,7 +336,7 @@ def _data_section(stored: StoredCheckpoint) -> dict[str, Any]:
 
 
 def _classes_of(stored: StoredCheckpoint) -> list[str] | None:
-    """The names of its classes that the run of a checkpoint wrote; None where it wrote none."""
+    """The class names that the checkpoint's run wrote; None where there are none."""
     file = stored.path.parent.parent / "classes.json"
     try:
         names = parse_json(file.read_bytes())

@@ -1,4 +1,4 @@
-"""``TrainingRun``: the parts of one run, built once and handed to the loop and its callbacks."""
+"""``TrainingRun``: the parts of one run, built once and passed to the loop and its callbacks."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from megadit.train.run_dir import RunDirectory
 
 @dataclass
 class TrainingRun:
-    """One run. ``position`` and ``saved_step`` (of the newest checkpoint made here) advance; everything else stays.
+    """One run. ``position`` and ``saved_step`` (of the newest checkpoint of this start) advance; all else is fixed.
 
-    ``data`` is what checkpoints keep of what the run is trained on; None: nothing.
+    data: the record of the training data for checkpoints, or None.
     """
 
     config: RunConfig
@@ -52,16 +52,15 @@ class TrainingRun:
     saved_step: int | None = None
 
     def save(self) -> Path:
-        """Write a checkpoint of the present position (all ranks must call).
+        """Write a checkpoint of the current position (all ranks must call).
 
         Raises:
             OwnershipLost: another process has taken the run directory over.
-            TrainingDiverged: a weight, moment or average is not finite, which a finite update of a huge learning rate
-                can make of it.
-            UserError: the disk does not take it.
+            TrainingDiverged: a weight, moment or average is not finite, as after an update of a huge learning rate.
+            UserError: it cannot be written.
         """
-        found = self.engine.partitions.nonfinite_parameters([self.engine.ema.tensors])
-        names = sorted({name for names in self.context.gather_objects(found) for name in names})
+        nonfinite = self.engine.partitions.nonfinite_parameters([self.engine.ema.tensors])
+        names = sorted({name for names in self.context.gather_objects(nonfinite) for name in names})
         if names:
             raise TrainingDiverged(
                 f"step {self.position.step} cannot be saved: values of {len(names)} parameters are not finite, of "
@@ -69,8 +68,11 @@ class TrainingRun:
             )
         if self.context.is_main:
             self.directory.flush_metrics()  # after a crash there is a row for every step that the checkpoint holds
-        upto = self.layout.next_number(self.position.step)
-        samples = {"next": upto, "left_out": [list(window) for window in windows_before(self.layout.left_out, upto)]}
+        next_number = self.layout.next_number(self.position.step)
+        samples = {
+            "next": next_number,
+            "left_out": [list(window) for window in windows_before(self.layout.left_out, next_number)],
+        }
         path = save_checkpoint(
             self.directory.path,
             self.engine.partitions,
@@ -89,21 +91,21 @@ class TrainingRun:
 def build_run(
     job: TrainingJob, context: ProcessContext, directory: RunDirectory, total_steps: int, start: StartPoint
 ) -> TrainingRun:
-    """The parts of a job on this rank, where ``start`` says that it begins (all ranks must call).
+    """Build the parts of a job on this rank, and bring them to ``start`` (all ranks must call).
 
     Raises:
-        UserError: an encoder's or a checkpoint's files are broken, or are none for this run.
+        UserError: files of an encoder or a checkpoint are broken or do not fit this run.
     """
     config = job.config
-    place = Topology(
+    topology = Topology(
         context.world_size, context.rank, config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
     )
-    groups = ProcessGroups(place) if place.data < place.world else None  # else every rank has a whole model
+    groups = ProcessGroups(topology) if topology.data < topology.world else None  # else every rank has the whole model
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = _build_conditions(job, start, context)
     model = _build_model(config, groups)
     if context.is_main:
-        _describe(job, directory, place)
+        _write_description(job, directory, topology)
         conditions.write(directory.path)
     computes_loss = not isinstance(model, ModelChunk) or model.is_last
     loss = TrainingLoss(
@@ -129,7 +131,7 @@ def build_run(
         engine=engine,
         train_set=job.train_set,
         val_set=job.val_set,
-        layout=BatchLayout(config.train.global_batch, place.data, place.data_rank, job.micro_batch, left_out),
+        layout=BatchLayout(config.train.global_batch, topology.data, topology.data_rank, job.micro_batch, left_out),
         directory=directory,
         total_steps=total_steps,
         position=position,
@@ -145,7 +147,7 @@ def _build_conditions(job: TrainingJob, start: StartPoint, context: ProcessConte
 
 
 def _build_model(config: RunConfig, groups: ProcessGroups | None) -> StagedModel | ModelChunk:
-    """What this rank holds of the model, initialised, with its ways of running set."""
+    """This rank's part of the model, initialised, with recomputation and compilation set."""
     seed = config.train.seed
     layout = None if groups is None else groups.tensor_layout
     if groups is None or groups.topology.pipeline == 1:
@@ -162,13 +164,13 @@ def _build_model(config: RunConfig, groups: ProcessGroups | None) -> StagedModel
     return chunk
 
 
-def _describe(job: TrainingJob, directory: RunDirectory, place: Topology) -> None:
-    """Write into the run directory what the run is."""
+def _write_description(job: TrainingJob, directory: RunDirectory, topology: Topology) -> None:
+    """Write configuration, muP table and layout into the run directory."""
     table = rows(build_model(job.config.model, device="meta"), job.config.optim)
     layout = {
-        "ranks": place.world,
-        "tensor": place.tensor,
-        "pipeline": place.pipeline,
+        "ranks": topology.world,
+        "tensor": topology.tensor,
+        "pipeline": topology.pipeline,
         "zero_stage": job.config.parallel.zero_stage,
         "micro_batch": job.micro_batch,
     }
@@ -177,7 +179,7 @@ def _describe(job: TrainingJob, directory: RunDirectory, place: Topology) -> Non
 
 
 def _build_features(config: RunConfig, context: ProcessContext) -> TargetFeatures | None:
-    """The targets of the REPA loss, on the model's grid of tokens; None where nothing asks for them."""
+    """The targets of the REPA loss, on the model's grid of tokens; None without REPA."""
     if not config.objective.repa_weight:
         return None
     assert config.data.features is not None  # the configuration holds the two together
@@ -192,7 +194,7 @@ def _restore(
     context: ProcessContext,
     total_steps: int,
 ) -> tuple[Position, DataRecord | None, tuple[Window, ...]]:
-    """Bring a checkpoint, or its weights alone, into the engine: where the run stands, its data, what it leaves out."""
+    """Load a checkpoint, or its weights alone, into the engine; returns position, data record and skipped samples."""
     config = job.config
     if start.checkpoint is not None:
         paths = (start.checkpoint, *start.earlier)

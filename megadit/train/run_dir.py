@@ -1,10 +1,10 @@
-"""A run directory: everything that a run wrote, and all that is needed to understand and resume it.
+"""A run directory: all files of a run, enough to understand and resume it.
 
 ``config.yaml`` (resolved), ``ds_config.json``, ``mup.json`` (one row per parameter), ``environment.json``
 (versions, command, layout), ``classes.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
-``curves.png``, ``summary.json``, ``changes.jsonl`` (what was not as before where the run went on),
+``curves.png``, ``summary.json``, ``changes.jsonl`` (what had changed at each resume),
 ``diverged.json`` (losses and gradients that were not finite), ``checkpoints/`` and ``exit.json`` (how the run ended:
-scripts read this, since torchrun hides exit codes). ``owner.json`` lies there as long as a run writes into it.
+scripts read this, since torchrun hides exit codes). ``owner.json`` is there while a run writes into it.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ _LARGEST_COUNT = 2**63 - 1  # of steps and samples in a row of metrics
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, whoever else writes it."""
+    """Write JSON atomically: a reader sees the old file or the whole new one."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-# What a run writes into its folder, and what people keep under the same names.
-_OWN = (
+# Files that a run writes into its folder; people have files of the same names.
+_RUN_FILES = (
     *("config.yaml", "ds_config.json", "mup.json", "environment.json", "classes.json", "metrics.jsonl"),
     *("summary.json", "curves.png", "DATA-NOTICE.txt"),
 )
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Whether a run may write into ``folder``, which is known for a run's by its resolved ``config.yaml``.
+    """Check that a run may write into ``folder``; a run's own is recognised by its resolved ``config.yaml``.
 
     Raises:
-        UserError: it is no run's, and holds a file that a run would replace: a configuration that somebody wrote, or
-            the DeepSpeed file beside it; or it is where another run keeps its checkpoints, or one of these.
+        UserError: it is no run directory and holds a file that a run would replace, such as a configuration; or it is
+            inside another run's checkpoints.
     """
     if is_resolved(folder / "config.yaml") or (folder / "checkpoints").is_dir():
         return
-    place = Path(os.path.abspath(folder))
-    root = next((path for path in (place, place.parent) if path.name == "checkpoints"), None)
+    absolute = Path(os.path.abspath(folder))
+    root = next((path for path in (absolute, absolute.parent) if path.name == "checkpoints"), None)
     if root is not None and is_resolved(root.parent / "config.yaml"):
         raise UserError(
             f"--run_dir: '{folder}' is among the checkpoints of run '{root.parent}'; name that run's folder to go on "
             "with it, or choose another folder"
         )
-    found = next((name for name in _OWN if (folder / name).exists()), None)
-    if found is not None:
+    occupied = next((name for name in _RUN_FILES if (folder / name).exists()), None)
+    if occupied is not None:
         raise UserError(
-            f"--run_dir: '{folder / found}' was not written by a run and would be replaced; choose another folder"
+            f"--run_dir: '{folder / occupied}' was not written by a run and would be replaced; choose another folder"
         )
 
 
 class RunDirectory:
-    """Paths and small files of one run; only rank 0 writes. Leaving its ``with`` block gives the directory back.
+    """Paths and small files of one run; only rank 0 writes. Leaving its ``with`` block releases the directory.
 
-    ``ownership`` is rank 0's, None before it owns the directory; ``token`` is every rank's, by which it knows whether
-    the run still owns it.
+    ownership: rank 0's, None before it owns the directory.
+    token: on every rank, to check whether the run still owns it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +95,7 @@ class RunDirectory:
             self.ownership.release()
 
     def check_ownership(self) -> None:
-        """On rank 0, before files change that a run after this one may be writing.
+        """Check on rank 0, before files are changed, that no other run has taken the directory over.
 
         Raises:
             OwnershipLost: another process has taken the directory over.
@@ -104,14 +104,14 @@ class RunDirectory:
             self.ownership.check()
 
     def grid(self, step: int) -> Path:
-        """The sample grid drawn after ``step``."""
+        """Path of the sample grid drawn after ``step``."""
         return self.samples / f"step-{step:08d}.png"
 
     def create(self) -> None:
-        """Make the folder, try to write into it, and take away the record of how an earlier start ended.
+        """Create the folder, test that it is writable, and delete ``exit.json`` of an earlier start.
 
         Raises:
-            UserError: it cannot be made or written, naming the reason.
+            UserError: it cannot be created or written, with the reason.
         """
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class RunDirectory:
         notice: str,
         layout: dict[str, Any],
     ) -> None:
-        """Write what the run is, before its first step."""
+        """Write configuration, muP table, classes and environment, before the first step."""
         save_config(config, self.path / "config.yaml")
         write_json(self.path / "ds_config.json", ds_config)
         write_json(self.path / "mup.json", {"parameters": mup_rows})
@@ -144,9 +144,9 @@ class RunDirectory:
         write_json(self.path / "environment.json", {**_environment(), **layout})
 
     def wandb_id(self) -> str:
-        """The run's id at Weights & Biases, kept in ``wandb.json``, so that a resumed run goes on in the same one.
+        """The run's id at Weights & Biases, stored in ``wandb.json`` so that a resumed run continues the same one.
 
-        At first WANDB_RUN_ID, or the id of a run that began before the file was kept, or a new one.
+        A first start takes WANDB_RUN_ID, or the id in ``wandb/latest-run``, or a new one.
         """
         file = self.path / "wandb.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -154,16 +154,15 @@ class RunDirectory:
             if isinstance(stored, str) and stored:
                 return stored
         latest = self.path / "wandb" / "latest-run"  # a link to run-DATE_TIME-ID
-        earlier = latest.resolve().name.split("-", 2) if latest.is_symlink() else []
-        own = earlier[2] if len(earlier) == 3 else secrets.token_hex(4)
-        name = os.environ.get("WANDB_RUN_ID") or own
-        write_json(file, {"id": name})
-        return name
+        parts = latest.resolve().name.split("-", 2) if latest.is_symlink() else []
+        run_id = os.environ.get("WANDB_RUN_ID") or (parts[2] if len(parts) == 3 else secrets.token_hex(4))
+        write_json(file, {"id": run_id})
+        return run_id
 
     def record_changes(self, step: int, checkpoint: Path, data: Sequence[str], notes: Sequence[str]) -> None:
-        """Add a line to ``changes.jsonl``: what is not as the checkpoint had it that the run goes on from, if anything.
+        """Append what has changed since ``checkpoint``, from which the run resumes, to ``changes.jsonl``; if anything.
 
-        data: changes of the data that ``data.on_change`` accepted.  notes: what else people were told.
+        data: accepted changes of the data.  notes: all other notes that were printed.
         """
         if not data and not notes:
             return
@@ -172,50 +171,50 @@ class RunDirectory:
             file.write(json.dumps({**line, "data": list(data), "notes": list(notes)}) + "\n")
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop metric lines beyond ``step``: a resumed run writes them again, without a seam."""
+        """Drop metric rows beyond ``step``: a resumed run writes them again."""
         if not self.metrics.is_file():
             return
-        found = read_rows(self.metrics)
-        kept = [line for row, line in zip(found.rows, found.lines, strict=True) if row["step"] <= step]
-        if found.broken:
+        metrics = read_rows(self.metrics)
+        lines = [line for row, line in zip(metrics.rows, metrics.lines, strict=True) if row["step"] <= step]
+        if metrics.broken:
             say(
-                f"warning: '{self.metrics}' has {len(found.broken)} lines that are no rows of metrics, first line "
-                f"{found.broken[0]}; they are left out"
+                f"warning: '{self.metrics}' has {len(metrics.broken)} lines that are no rows of metrics, first line "
+                f"{metrics.broken[0]}; they are left out"
             )
         with atomic_write(self.metrics) as temporary, open(temporary, "wb") as file:
-            file.write(b"".join(line + b"\n" for line in kept))
+            file.write(b"".join(line + b"\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
 
     def flush_metrics(self) -> None:
-        """Bring the metrics written so far to the disk."""
+        """Flush the metrics written so far to the disk (fsync)."""
         if self.metrics.is_file():
             with open(self.metrics, "rb") as file:
                 os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All metric rows so far; lines that are none are passed over."""
+        """All metric rows so far, without broken lines."""
         return read_rows(self.metrics).rows
 
     def write_exit(self, code: int, reason: str, step: int) -> None:
-        """Record how the run ended (rank 0, or the rank that failed); a directory that is another's is left alone."""
+        """Write ``exit.json`` (rank 0, or the rank that failed), unless another run owns the directory."""
         if is_owned_by_other(self.path, self.token):
             return
-        ended = {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")}
-        write_json(self.path / "exit.json", ended)
+        record = {"code": code, "reason": reason, "step": step, "time": time.strftime("%FT%T%z")}
+        write_json(self.path / "exit.json", record)
 
     def write_refusal(self, reason: str, step: int) -> None:
-        """Record that a start was refused, where an earlier one left a record or a run: that record is of the past.
+        """Record that a start was refused, over the ``exit.json`` of an earlier one; in no other folder.
 
-        ``step`` is where the next start goes on. A directory that a living process owns keeps its record.
-        Never raises OSError: the refusal itself is what the caller tells.
+        ``step`` is where the next start resumes. A directory that a live process owns keeps its record.
+        Never raises OSError: the caller reports the refusal itself.
         """
         with contextlib.suppress(OSError):
             if self._has_record():
                 self.write_exit(EXIT_BAD_INPUT, reason, step)
 
     def write_no_rendezvous(self, reason: str, step: int) -> None:
-        """Record that not all ranks came, over the record of an earlier start. Never raises OSError."""
+        """Record that ranks were missing, over the ``exit.json`` of an earlier start. Never raises OSError."""
         with contextlib.suppress(OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_exit(EXIT_FAILURE, reason, step)
@@ -223,7 +222,7 @@ class RunDirectory:
     def write_preempted(self, step: int, *, make: bool) -> None:
         """Record that a signal ended the run before its first step; ``make``: in a new folder, too.
 
-        Never raises OSError: a script that reads the record sees its absence.
+        Never raises OSError.
         """
         with contextlib.suppress(OSError):
             if make:
@@ -232,7 +231,7 @@ class RunDirectory:
                 self.write_exit(EXIT_PREEMPTED, "preempted", step)
 
     def recorded_since(self, when: float) -> bool:
-        """Whether the record of an end is newer than ``when`` (``time.time()``)."""
+        """Whether ``exit.json`` is newer than ``when`` (``time.time()``)."""
         with contextlib.suppress(OSError):
             return (self.path / "exit.json").stat().st_mtime > when
         return False
@@ -241,9 +240,9 @@ class RunDirectory:
         return is_resolved(self.path / "config.yaml") or (self.path / "exit.json").is_file()
 
     def write_failure(self, code: int, reason: str, step: int) -> None:
-        """Record a failure, unless the rank that failed first has; a folder that takes no file keeps the old record.
+        """Record a failure, unless the rank that failed first has done so.
 
-        Never raises OSError: the failure itself is what the caller is about to tell.
+        Never raises OSError: the caller reports the failure itself.
         """
         if self.path.is_dir() and not (self.path / "exit.json").exists():
             with contextlib.suppress(OSError):
@@ -270,16 +269,14 @@ def _environment() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MetricRows:
-    """rows: those that are such, each with a whole ``step``.  lines: the bytes of each.  broken: numbers of the others.
+    """The valid rows of ``metrics.jsonl``, each with an integer ``step``, and their bytes.
 
-    ``torn``: the last line is not whole, as a killed run leaves it, or one that is still writing; it is not among
-    ``broken``.
+    broken: numbers of the other lines, without a torn last one, which a killed run leaves, or one that still writes.
     """
 
     rows: list[dict[str, Any]]
     lines: list[bytes]
     broken: tuple[int, ...]
-    torn: bool
 
 
 def read_rows(file: Path) -> MetricRows:
@@ -287,37 +284,37 @@ def read_rows(file: Path) -> MetricRows:
     try:
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return MetricRows([], [], (), False)
-    rows, whole, broken = [], [], []
+        return MetricRows([], [], ())
+    rows, valid, broken = [], [], []
     for number, line in enumerate(lines, 1):
-        row = _row(line)
+        row = _parse_row(line)
         if row is not None:
             rows.append(row)
-            whole.append(line)
+            valid.append(line)
         elif line.strip():
             broken.append(number)
     torn = bool(broken) and not any(line.strip() for line in lines[broken[-1] :])
-    return MetricRows(rows, whole, tuple(broken[:-1] if torn else broken), torn)
+    return MetricRows(rows, valid, tuple(broken[:-1] if torn else broken))
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that a float holds; the metrics have null for one that was not finite."""
+    """Whether ``value`` is a number in the range of a float; the metrics have null for one that was not finite."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= sys.float_info.max
     return isinstance(value, float)
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = parse_json(line.decode("utf-8", "replace"))
     except JsonError:
         return None
-    whole = isinstance(row, dict) and all(_is_whole(row.get(key, 0)) for key in ("step", "samples_seen"))
-    if not whole or "step" not in row:
+    counted = isinstance(row, dict) and all(_is_count(row.get(key, 0)) for key in ("step", "samples_seen"))
+    if not counted or "step" not in row:
         return None
     losses = (key for key in row if key == "val_loss" or (key.startswith("loss") and key != "loss_bins"))
     return row if all(row[key] is None or is_number(row[key]) for key in losses) else None
 
 
-def _is_whole(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_COUNT

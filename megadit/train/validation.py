@@ -1,7 +1,7 @@
 """A fixed-noise validation loss: the same images, noise and times at every evaluation of every run.
 
-Its only change from one evaluation to the next is the model's, so small differences can be read, and runs
-of different seeds, widths and layouts can be compared. Times are stratified over the schedule.
+Only the model changes from one evaluation to the next, so small differences are visible, and runs of different seeds,
+widths and layouts can be compared. Times are stratified over the schedule.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _STRATA = 64
 def validation_losses(run: TrainingRun, weights: str = ONLINE) -> dict[str, float]:
     """Mean losses over the first ``train.validation_images`` held-out images; none when there are no images.
 
-    ``loss`` is the objective's alone, ``repa`` that of REPA where the run has one. weights: online, or the name of an
-    average.
-    All ranks must call: images are dealt to data-parallel ranks, and each rank makes the same number of forward passes
-    (ZeRO-3 gathers parameters in them), the surplus counting zero.
+    ``loss`` is the objective's alone, ``repa`` that of REPA where the run has one.
+    weights: online, or the name of an average.
+    All ranks must call: images are divided among data-parallel ranks, and each rank makes the same number of forward
+    passes (ZeRO-3 gathers parameters in them); surplus images have weight zero.
     """
     count = min(run.config.train.validation_images, len(run.val_set))
     if count == 0:
@@ -43,7 +43,7 @@ def validation_losses(run: TrainingRun, weights: str = ONLINE) -> dict[str, floa
     with run.engine.evaluation(weights):
         for index in range(passes):
             first = (index * world + rank) * size
-            if not run.engine.reads_data:  # a pipeline's stage without ends passes on what comes to it
+            if not run.engine.reads_data:  # a middle stage of a pipeline only passes activations on
                 run.engine.evaluate_batch()
                 continue
             numbers = [n if n < count else count - 1 for n in range(first, first + size)]

@@ -18,7 +18,7 @@ from megadit.diffusion.sampling.prompts import read_prompts
 from megadit.files.owner_file import Owner
 from megadit.search.workers.scores import _value
 from megadit.search.workers.trial import _why_diverged
-from megadit.train.divergence import notes_of_earlier_ends, recorded
+from megadit.train.divergence import earlier_divergence_notes, recorded_events
 from megadit.train.run_dir import RunDirectory
 from megadit.transfer.score_table import Columns, verify_table
 
@@ -110,8 +110,8 @@ def test_exit_and_other_small_files(effort: str, tmp_path: Path) -> None:
 def look_at_run(folder: Path, run: RunDirectory) -> None:
     run_config(folder)
     read_curve(folder)
-    notes_of_earlier_ends([folder], 0, ())
-    json.dumps(recorded(folder))
+    earlier_divergence_notes([folder], 0, ())
+    json.dumps(recorded_events(folder))
     run.wandb_id()
     saved_step(folder)
     read_notice(folder)

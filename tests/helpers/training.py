@@ -80,7 +80,7 @@ def train_on(run: TrainingRun, until: int) -> list[dict[str, Any]]:
     batches, records = iter(stream), []
     while run.position.step < until:
         meter = Meter(run)
-        result = run.engine.train_batch(run.position.step, meter.clocked(batches), True)
+        result = run.engine.train_batch(run.position.step, meter.timed(batches), True)
         meter.add(result.losses)
         step = run.position.step + 1
         run.position = Position(step, step * size, run.engine.skipped_steps)

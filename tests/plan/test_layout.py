@@ -108,7 +108,7 @@ def test_18b_is_planned_in_a_minute_and_four_gigabytes(name, world, tmp_path):
         process.returncode = os.waitstatus_to_exitcode(status)
     stderr = (tmp_path / "err").read_text()
     assert process.returncode == 0, stderr
-    assert "warning: on this machine the run would end here: data.path" in stderr
+    assert "warning: on this machine the run would be refused: data.path" in stderr
     plan = json.loads((tmp_path / "out").read_text())
     assert plan["parameters"] == pytest.approx(18.13e9, rel=1e-3)  # with REPA's projector
     assert (plan["data"], plan["micro_batches"], len(plan["stages"])) == (replicas, 1024 // replicas, stages)

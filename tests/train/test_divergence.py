@@ -179,7 +179,7 @@ def _host_reads(config, folder):
         reads.append(0)
         run.position = run.position.__class__(step)
         with Counting():
-            meter.add(run.engine.train_batch(step, meter.clocked(batches), False).losses)
+            meter.add(run.engine.train_batch(step, meter.timed(batches), False).losses)
     return reads
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers.ranks import ROOT, run_ranks
 from helpers.training import layout_of, small_config
 from megadit.cli import pretrain
-from megadit.train.preemption import PreemptedAtStart, StopRequest, end_before_training, preemption_signals
+from megadit.train.preemption import PreemptedAtStart, StopRequest, exit_before_training, preemption_signals
 from megadit.train.run_dir import RunDirectory
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -56,7 +56,7 @@ def test_a_signal_while_training_is_noted_and_said(number, capfd):
         send(number)  # launchers pass one on twice
         assert stop_request.received
     said = capfd.readouterr().err
-    assert said.count(f"{signal.Signals(number).name} noted: saving at the next step") == 1
+    assert said.count(f"{signal.Signals(number).name} received: saving after this step") == 1
     assert ("press Ctrl-C again" in said) == (number == signal.SIGINT)
 
 
@@ -119,7 +119,7 @@ def test_a_start_that_hangs_is_given_up():
             assert process.stdout.readline() == b"begun\n"
             process.send_signal(signal.SIGUSR1)
             assert process.wait(30) == 85
-            assert b"ends at once" in process.stderr.read()
+            assert b"cannot be interrupted: exiting" in process.stderr.read()
         finally:
             process.kill()
 
@@ -148,27 +148,27 @@ def test_sigterm_for_another_ranks_failure_is_no_preemption(tmp_path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = RunDirectory(tmp_path)
     run.write_exit(1, "CUDA out of memory", 3)  # by the rank that failed, a moment ago
-    assert end_before_training(tmp_path, asked()) == 1
+    assert exit_before_training(tmp_path, asked()) == 1
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "CUDA out of memory"
     os.utime(tmp_path / "exit.json", (1, 1))  # of an earlier start
-    assert end_before_training(tmp_path, asked()) == 85
+    assert exit_before_training(tmp_path, asked()) == 85
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 85
     # torchrun's ranks tell it why they end
     for rank in "01":
         (tmp_path / "attempt" / rank).mkdir(parents=True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt/0/error.json"))
     os.utime(tmp_path / "exit.json", (1, 1))
-    assert end_before_training(tmp_path, asked()) == 85
+    assert exit_before_training(tmp_path, asked()) == 85
     os.utime(tmp_path / "exit.json", (1, 1))
     (tmp_path / "attempt/1/error.json").write_text("{}")
-    assert end_before_training(tmp_path, asked()) == 1
-    assert end_before_training(tmp_path, asked(signal.SIGUSR1)) == 85
+    assert exit_before_training(tmp_path, asked()) == 1
+    assert exit_before_training(tmp_path, asked(signal.SIGUSR1)) == 85
     assert "another rank has ended" in capfd.readouterr().err
 
 
 def test_only_the_first_rank_records_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert end_before_training(tmp_path / "run", asked(signal.SIGUSR1)) == 85
+    assert exit_before_training(tmp_path / "run", asked(signal.SIGUSR1)) == 85
     assert not (tmp_path / "run").exists()
 
 

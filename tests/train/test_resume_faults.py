@@ -152,7 +152,7 @@ def test_weights_alone_begin_a_run_and_only_once(trained, tmp_path):
     given = {"init_from": str(source), "init_from_ema": "0.5", "steps": 2, "checkpoint_every": 1, "seed": 5}
     config = config.model_copy(update={"train": config.train.model_copy(update=given)})
     code, said = run_ranks(1, start, config, str(target))[0]
-    assert code == 0 and "beginning at step 0 with the weights (average 0.5) of" in said
+    assert code == 0 and "starting at step 0 from the weights (average 0.5) of" in said
     first = StoredCheckpoint(target / "checkpoints/step-00000001")
     assert (first.position.step, first.state["adam_step"], first.position.samples_seen) == (1, 1, 16)
     more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3, "init_from": "nowhere"})})

@@ -49,7 +49,7 @@ def test_a_resume_without_the_broken_sample_is_the_run_that_never_had_it(tmp_pat
     assert (
         "at step 5, where the loss of sample 70 was not finite; train.skip_samples leaves them out" in resumed["told"]
     )
-    assert "note: step 5 leaves out sample 70 (train.skip_samples)" in resumed["told"]
+    assert "note: step 5 skips sample 70 (train.skip_samples)" in resumed["told"]
     assert run(whole, (BROKEN, BROKEN + 1), plant=plant)["code"] == 0
     assert losses(dead) == losses(whole) and [step for step, _ in losses(whole)] == list(range(1, 9))
     rows = files(dead)[1]

@@ -4,7 +4,7 @@ from megadit.extensions import CALLBACKS as REGISTRY
 from megadit.train.callbacks.base import Callback, Record, RunStopped
 
 # All of these run by default, in this order: validation adds to the record; a checkpoint follows the log, and pictures,
-# which may fail, that.
+# which may fail, follow the checkpoint.
 CALLBACKS = {
     "validation": "megadit.train.callbacks.artifacts:Validation",
     "progress": "megadit.train.callbacks.logging:ProgressBar",
@@ -18,12 +18,12 @@ CALLBACKS = {
 
 
 def default_callbacks() -> list[Callback]:
-    """One of each of megadit's own."""
+    """One of each callback in CALLBACKS."""
     return make_callbacks(*CALLBACKS)
 
 
 def make_callbacks(*names: str) -> list[Callback]:
-    """One callback of each name. Raises UserError for a name that is none's."""
+    """One callback of each name. Raises UserError for an unknown name."""
     return [REGISTRY.get(name)() for name in names]
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides numbers: validation, sample grids, checkpoints, curves and a summary."""
+"""Callbacks for validation, sample grids, checkpoints, curves and the summary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Validation(Callback):
     """The fixed-noise validation loss, every ``train.validate_every`` steps and at the end."""
 
     def on_step(self, run: TrainingRun) -> Record | None:
-        """Add to a record that is due ``val_loss`` (and ``val_repa``), and ``val_loss_ema/NAME`` of averages."""
+        """Return ``val_loss`` (and ``val_repa``), and ``val_loss_ema/NAME`` of averages, when due."""
         if not due(run.position.step, run.config.train.validate_every, run.total_steps):
             return None
         addition: Record = {}
@@ -37,7 +37,7 @@ class Samples(Callback):
     def after_log(self, run: TrainingRun) -> None:
         """Draw when due, unless stored latents came without the codec that makes pictures of them.
 
-        The pictures are dealt to the ranks. After the checkpoint, so that no failure costs it.
+        The pictures are divided among the ranks. It comes after the checkpoint, so that a failure does not cost that.
         """
         if run.engine.loss.codec.decodes and due(run.position.step, run.config.train.sample_every, run.total_steps):
             from megadit.train.pictures import draw_samples
@@ -55,18 +55,17 @@ class Checkpoints(Callback):
 
 
 class Summary(Callback):
-    """``curves.png`` and ``summary.json`` at the end, and a few lines that say where everything is."""
+    """``curves.png`` and ``summary.json`` at the end, and a few lines with losses and paths."""
 
     def __init__(self) -> None:
         self._begin = 0.0
-        self._first_step = 0
 
     def on_start(self, run: TrainingRun) -> None:
-        """Note the time."""
-        self._begin, self._first_step = time.monotonic(), run.position.step
+        """Start the clock."""
+        self._begin = time.monotonic()
 
     def on_end(self, run: TrainingRun) -> None:
-        """Write and print."""
+        """Write the two files and print the summary."""
         if not run.context.is_main:
             return
         rows = run.directory.read_metrics()

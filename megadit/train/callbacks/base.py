@@ -1,4 +1,4 @@
-"""What a callback is. Policies of a run (progress, files, samples, checkpoints) are callbacks; the loop has none."""
+"""``Callback``, the hooks of the loop. Progress, files, samples and checkpoints of a run are callbacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Record = dict[str, Any]
 class RunStopped(Exception):
     """Raised by a callback, on every rank alike, to end a run before its last step; nothing is saved for it.
 
-    ``code`` and ``reason`` are what ``exit.json`` tells.
+    ``code`` and ``reason`` go into ``exit.json``.
     """
 
     def __init__(self, code: int, reason: str) -> None:
@@ -35,7 +35,7 @@ class Callback:
         """After a step that is logged, with its record."""
 
     def after_log(self, run: TrainingRun) -> None:
-        """After every step and its log: for what must not precede the metrics, such as a checkpoint."""
+        """After every step and its log: for what must follow the metrics, such as a checkpoint."""
 
     def on_divergence(self, run: TrainingRun, record: Record) -> None:
         """After a step whose loss or gradients were not finite, with its record; the run ends, and nothing is saved."""

@@ -1,4 +1,4 @@
-"""Metrics as a progress bar, as ``metrics.jsonl``, in TensorBoard and, when asked, in wandb."""
+"""Callbacks that log the metrics: progress bar, ``metrics.jsonl``, TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from megadit.train.run import TrainingRun
 
 
-_SLOW_DATA = 0.01  # of a step's time: waiting for data beyond it is shown
+_SLOW_DATA = 0.01  # fraction of a step's time spent waiting for data, above which it is shown
 
 
 class RecordCallback(Callback):
-    """Takes the record of the step at which a run diverged as any other."""
+    """Logs the record of the step at which a run diverged like any other."""
 
     def on_divergence(self, run: TrainingRun, record: Record) -> None:
-        """``on_log``."""
+        """Log the record."""
         self.on_log(run, record)
 
 
@@ -49,7 +49,7 @@ class ProgressBar(RecordCallback):
     def on_step(self, run: TrainingRun) -> Record | None:
         """Advance the bar."""
         if self._bar is not None:
-            with _gone_terminal():
+            with _ignore_closed_terminal():
                 self._bar.update(1)
         return None
 
@@ -57,32 +57,32 @@ class ProgressBar(RecordCallback):
         """Show the record's main numbers."""
         if not run.context.is_main:
             return
-        shown = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_s']:.0f} img/s"
-        shown += waiting(record)
+        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_s']:.0f} img/s"
+        text += data_wait_text(record)
         if "val_loss" in record:
-            shown += f"  val {record['val_loss']:.4f}"
+            text += f"  val {record['val_loss']:.4f}"
         if self._bar is not None:
-            with _gone_terminal():
-                self._bar.set_postfix_str(shown)
+            with _ignore_closed_terminal():
+                self._bar.set_postfix_str(text)
             return
         done = max(1, record["step"] - self._first)
         left = (time.monotonic() - self._begin) / done * (run.total_steps - record["step"])
         minutes, seconds = divmod(int(left), 60)
-        say(f"step {record['step']}/{run.total_steps}  {shown}  ETA {minutes}:{seconds:02d}")
+        say(f"step {record['step']}/{run.total_steps}  {text}  ETA {minutes}:{seconds:02d}")
 
     def close(self) -> None:
         """Close the bar."""
         if self._bar is not None:
-            with _gone_terminal():
+            with _ignore_closed_terminal():
                 self._bar.close()
 
 
-def _gone_terminal() -> contextlib.AbstractContextManager[None]:
-    """A bar that can no longer be shown is none of the run's failures."""
+def _ignore_closed_terminal() -> contextlib.AbstractContextManager[None]:
+    """Ignore a terminal that is gone: a progress bar must not fail the run."""
     return contextlib.suppress(OSError, ValueError)
 
 
-def waiting(record: Record) -> str:
+def data_wait_text(record: Record) -> str:
     """``  data wait 3.2%  step 0.412 s`` where steps waited for data for more than 1% of their time, else nothing."""
     share = record["data_wait_s"] / record["step_s"]
     return f"  data wait {share:.1%}  step {record['step_s']:.3f} s" if share > _SLOW_DATA else ""
@@ -156,16 +156,16 @@ class TensorBoard(RecordCallback):
         step = run.position.step
         if self._writer is None or not due(step, run.config.train.sample_every, run.total_steps):
             return
-        if not run.directory.grid(step).is_file():  # a run may go without pictures
+        grid = run.directory.grid(step)
+        if not grid.is_file():  # a run may go without pictures
             return
         import numpy as np
 
         from megadit.data.image_files import decode
 
-        sheet = run.directory.grid(step)
         try:
-            picture = np.asarray(decode(sheet, str(sheet), key="train.tensorboard", longest=None))
-        except UserError as error:  # a sheet of very many pictures, or one that was changed since
+            picture = np.asarray(decode(grid, str(grid), key="train.tensorboard", longest=None))
+        except UserError as error:  # a grid of very many pictures, or one that was changed since
             say(f"warning: {error}")
             return
         self._writer.add_image("samples", picture, step, dataformats="HWC")
@@ -177,7 +177,7 @@ class TensorBoard(RecordCallback):
 
 
 class Wandb(RecordCallback):
-    """The same scalars to Weights & Biases, when ``train.wandb`` asks for it; a resumed run goes on in its own."""
+    """The same scalars to Weights & Biases, if ``train.wandb`` is set; a resumed run continues its own."""
 
     def __init__(self) -> None:
         self._run: Any = None
