@@ -477,3 +477,23 @@ def test_helpers_are_all_used():
         if not helper.name.startswith("test_"):
             users = [path for path, text in sources_of_tests.items() if path != helper and importing.search(text)]
             assert users, f"{helper.relative_to(ROOT)} is used by nothing"
+
+
+def classes_of_one_name(trees: dict[str, ast.Module]) -> dict[str, list[str]]:
+    """The modules of each public class name that stands in several."""
+    where: dict[str, list[str]] = {}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(module)
+    return {name: modules for name, modules in where.items() if len(modules) > 1}
+
+
+def test_a_class_name_stands_once():
+    """A reader who meets a class by its name knows which it is: two that share one are renamed to what each holds."""
+    assert classes_of_one_name(modules()) == {}
+
+
+def test_a_class_name_that_stands_twice_is_noticed():
+    texts = {"a": "class Point: ...\nclass _Own: ...", "b": "class _Own: ...", "c": "def f():\n    class Point: ..."}
+    assert classes_of_one_name({name: ast.parse(text) for name, text in texts.items()}) == {"Point": ["a", "c"]}

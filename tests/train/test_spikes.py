@@ -55,7 +55,7 @@ def test_a_run_tells_of_a_step_between_its_log_lines(tmp_path, world, parallel):
     plant = functools.partial(loud_sample, 99, 1e4)  # of step 7
     results = run_ranks(world, whole_run, config, str(tmp_path), plant)
     assert {result["code"] for result in results} == {0}
-    warning = "warning: the loss at step 7 is "
+    warning = "warning: loss spike at step 7: "
     assert [result["told"].count(warning) for result in results] == [1] + [0] * (world - 1)
     assert "over 6 steps; the step took samples 96 to 111" in results[0]["told"]
     _, rows = files(tmp_path)
