@@ -278,7 +278,5 @@ def find_start_point(job: TrainingJob) -> tuple[StartPoint, StoredCheckpoint | N
     stored = opened.stored
     check_same_model(stored, job.config)
     left_out = samples_left_out(stored, job.config)
-    start = StartPoint(
-        stored.path, stored.position.step, opened.earlier, next_sample=stored.next_sample, left_out=left_out
-    )
-    return start, stored
+    step, next_sample = stored.position.step, stored.next_sample
+    return StartPoint(stored.path, step, opened.earlier, next_sample=next_sample, left_out=left_out), stored

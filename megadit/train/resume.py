@@ -47,14 +47,7 @@ from megadit.train.run_dir import RunDirectory
 # Keys that determine the rate of a step, beside lr_mult; and keys that say where files are, which change nothing.
 _SCHEDULE = tuple(f"optim.{key}" for key in ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio"))
 _LENGTH = ("train.steps", "train.epochs")
-_FILE_LOCATIONS = (
-    "data.on_change",
-    "data.path",
-    "data.workers",
-    "data.vae.path",
-    "data.text.path",
-    "data.text.pooled_path",
-)
+_LOCATIONS = ("data.on_change", "data.path", "data.workers", "data.vae.path", "data.text.path", "data.text.pooled_path")
 _RATE_TOLERANCE = 1e-9  # relative; rates that differ by less are one
 _IDENTITY, _CHANGES = "data", "data_changes"  # of state.json
 
@@ -179,7 +172,7 @@ def config_notes(stored: StoredCheckpoint, config: RunConfig, total: int) -> lis
     if "ema.every" in changed and config.ema.names:
         old, new = changed.pop("ema.every")
         notes.append(f"ema.every {old} → {new} from step {step} on: averages follow the weights every {new} updates")
-    others = [_change_text(key, changed) for key in changed if key not in _FILE_LOCATIONS]
+    others = [_change_text(key, changed) for key in changed if key not in _LOCATIONS]
     if others:
         notes.append(f"the config has changed since the checkpoint: {', '.join(others)}")
     return notes

@@ -68,11 +68,8 @@ class TrainingRun:
             )
         if self.context.is_main:
             self.directory.flush_metrics()  # after a crash there is a row for every step that the checkpoint holds
-        next_number = self.layout.next_number(self.position.step)
-        samples = {
-            "next": next_number,
-            "left_out": [list(window) for window in windows_before(self.layout.left_out, next_number)],
-        }
+        until = self.layout.next_number(self.position.step)
+        samples = {"next": until, "left_out": [list(window) for window in windows_before(self.layout.left_out, until)]}
         path = save_checkpoint(
             self.directory.path,
             self.engine.partitions,
