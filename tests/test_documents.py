@@ -135,10 +135,10 @@ def command(script: str) -> str:
 
 def sources_of_options(script: str) -> Iterator[str]:
     """A command's own module, what all of them share, and for scores those of the metrics."""
-    own = command(script)
+    file = command(script)
     shared = "megadit/cli/__init__.py"
-    metrics = "megadit/evaluate/metrics/" if script.endswith("evaluate.py") else own
-    return (text for path, text in SOURCES.items() if path in (own, shared) or path.startswith(metrics))
+    metrics = "megadit/evaluate/metrics/" if script.endswith("evaluate.py") else file
+    return (text for path, text in SOURCES.items() if path in (file, shared) or path.startswith(metrics))
 
 
 def unknown_options(text: str) -> list[str]:

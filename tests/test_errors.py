@@ -66,8 +66,8 @@ def test_the_first_line_of_a_dry_run() -> None:
     with process:
         assert process.stdout.readline()
         process.stdout.close()
-        told = process.stderr.read()
-    assert "BrokenPipe" not in told and "Traceback" not in told
+        message = process.stderr.read()
+    assert "BrokenPipe" not in message and "Traceback" not in message
     assert process.returncode in (0, 1)
 
 
@@ -118,14 +118,14 @@ def test_what_a_message_quotes_cannot_drive_the_terminal(quoted: str, shown: str
 
 
 def test_of_a_very_long_message_the_middle_is_left_out() -> None:
-    said = str(UserError(f"--config: {'x' * 100_000} is wrong; mend it"))
-    assert len(said) < 4100 and said.startswith("--config: xxx") and said.endswith("xxx is wrong; mend it")
-    assert "characters] …" in said
+    message = str(UserError(f"--config: {'x' * 100_000} is wrong; mend it"))
+    assert len(message) < 4100 and message.startswith("--config: xxx") and message.endswith("xxx is wrong; mend it")
+    assert "characters] …" in message
 
 
 def test_a_file_that_may_not_be_read_needs_no_repair():
-    told = why_unreadable(PermissionError(13, "Permission denied"), "copy it again")
-    assert told == "(Permission denied); give yourself the right to read it"
+    message = why_unreadable(PermissionError(13, "Permission denied"), "copy it again")
+    assert message == "(Permission denied); give yourself the right to read it"
     assert why_unreadable(OSError(5, "Input/output error"), "copy it again") == "(Input/output error); copy it again"
 
 

@@ -53,14 +53,14 @@ def requirements(texts: list[str]) -> dict[str, Requirement]:
 
 def pins() -> dict[str, Version]:
     """constraints.txt as {name: version}; every line must be an exact pin."""
-    found = {}
+    pins_by_name = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if not line.startswith("#"):
             requirement = Requirement(line)
             (pin,) = requirement.specifier
             assert pin.operator == "==", line
-            found[canonicalize_name(requirement.name)] = Version(pin.version)
-    return found
+            pins_by_name[canonicalize_name(requirement.name)] = Version(pin.version)
+    return pins_by_name
 
 
 def test_one_version():
@@ -83,8 +83,8 @@ def test_a_build_holds_every_file(tmp_path):
     assert result.returncode == 0, result.stderr
     built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     sources = [*source_files(ROOT / "megadit"), *source_files(ROOT / "kernels" / "megadit_kernels")]
-    wanted = {path.relative_to(ROOT).as_posix().removeprefix("kernels/") for path in sources}
-    assert built == wanted and "megadit/search/report/templates/report.html.j2" in built
+    expected = {path.relative_to(ROOT).as_posix().removeprefix("kernels/") for path in sources}
+    assert built == expected and "megadit/search/report/templates/report.html.j2" in built
 
 
 def source_files(folder: Path) -> list[Path]:

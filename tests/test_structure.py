@@ -243,21 +243,21 @@ def families_by_name(path: str, tree: ast.Module) -> Iterator[str]:
 def violations(path: str, text: str) -> list[str]:
     """Everything wrong with one file, as sentences."""
     tree = ast.parse(text)
-    found = [*direction(path, tree), *deepspeed_use(path, tree), *lazy_imports(path, tree), *unsafe(path, tree)]
-    found += [*encodings(path, tree), *sizes(path, tree, text), *families_by_name(path, tree)]
-    found += [f"unfinished: {match.group(0)}" for match in UNFINISHED.finditer(text)]
-    return found
+    broken = [*direction(path, tree), *deepspeed_use(path, tree), *lazy_imports(path, tree), *unsafe(path, tree)]
+    broken += [*encodings(path, tree), *sizes(path, tree, text), *families_by_name(path, tree)]
+    broken += [f"unfinished: {match.group(0)}" for match in UNFINISHED.finditer(text)]
+    return broken
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_rules_hold(folder):
-    found = {
+    broken = {
         name: bad
         for path in sources()
         if (name := path.relative_to(ROOT).as_posix()).startswith(f"{folder}/")
         and (bad := violations(name, path.read_text(encoding="utf-8")))
     }
-    assert not found, "\n".join(f"{name}: {'; '.join(bad)}" for name, bad in found.items())
+    assert not broken, "\n".join(f"{name}: {'; '.join(bad)}" for name, bad in broken.items())
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_rules_hold(folder):
     ],
 )
 def test_each_rule_can_fail(path, text, complaint):
-    assert any(complaint in found for found in violations(path, text))
+    assert any(complaint in broken for broken in violations(path, text))
 
 
 @pytest.mark.parametrize(
@@ -342,23 +342,23 @@ def test_scripts_are_shims_of_their_commands():
 
 def modules() -> dict[str, ast.Module]:
     """The modules of megadit by their full names."""
-    found = {}
+    trees = {}
     for path in (ROOT / "megadit").rglob("*.py"):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
 
 
 def targets(tree: ast.Module, known: set[str]) -> set[str]:
     """The modules of megadit that one imports anywhere, also inside functions and for types alone."""
-    found = set()
+    imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= inner & known or {node.module}
-    return found & known
+            imported |= inner & known or {node.module}
+    return imported & known
 
 
 def circles(imported: dict[str, set[str]]) -> list[set[str]]:
@@ -374,14 +374,14 @@ def circles(imported: dict[str, set[str]]) -> list[set[str]]:
         return seen
 
     all_reached = {name: reached(name) for name in imported}
-    found = {frozenset(other for other in r if name in all_reached[other]) for name, r in all_reached.items()}
-    return [set(circle) for circle in found if len(circle) > 1]
+    groups = {frozenset(other for other in r if name in all_reached[other]) for name, r in all_reached.items()}
+    return [set(circle) for circle in groups if len(circle) > 1]
 
 
 def test_no_modules_import_one_another_in_a_circle():
     trees = modules()
-    found = circles({name: targets(tree, set(trees)) for name, tree in trees.items()})
-    assert not found, f"these import one another, at module level or inside functions: {found}"
+    broken = circles({name: targets(tree, set(trees)) for name, tree in trees.items()})
+    assert not broken, f"these import one another, at module level or inside functions: {broken}"
 
 
 def test_a_circle_is_noticed():
@@ -405,8 +405,8 @@ def in_package() -> list[Path]:
 
 def test_every_package_says_what_is_in_it():
     for path in (ROOT / "megadit").rglob("__init__.py"):
-        told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        assert len(told.split()) > 4, f"{path.relative_to(ROOT)}: say in its docstring what stands in the package"
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert len(docstring.split()) > 4, f"{path.relative_to(ROOT)}: say in its docstring what stands in the package"
 
 
 def files_of_tests() -> list[Path]:

@@ -18,12 +18,12 @@ def answers() -> dict[str, dict[str, Any]]:
 
 
 def test_there_are_commands(answers):
-    asked = {"launch/pretrain.py", "tools/doctor.py", "launch/sweep.py run", "tools/transfer.py apply"}
-    assert asked | {"tools/encode.py fit-pca", "tools/evaluate.py emoji-clip"} <= set(answers)
+    expected = {"launch/pretrain.py", "tools/doctor.py", "launch/sweep.py run", "tools/transfer.py apply"}
+    assert expected | {"tools/encode.py fit-pca", "tools/evaluate.py emoji-clip"} <= set(answers)
 
 
 def test_help_imports_nothing_but_the_standard_library(answers):
-    assert {name: found["foreign"] for name, found in answers.items() if found["foreign"]} == {}
+    assert {name: answer["foreign"] for name, answer in answers.items() if answer["foreign"]} == {}
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def benchmarks() -> dict[str, dict[str, Any]]:
 
 def test_help_of_a_benchmark_imports_nothing_but_the_standard_library(benchmarks):
     assert len(benchmarks) >= 10
-    assert {name: found["foreign"] for name, found in benchmarks.items() if found["foreign"]} == {}
+    assert {name: answer["foreign"] for name, answer in benchmarks.items() if answer["foreign"]} == {}
 
 
 def test_help_is_complete(answers, benchmarks):
-    for name, found in (answers | benchmarks).items():
-        assert found["code"] == 0, name
-        assert found["text"].startswith("usage:") and "--help" in found["text"], name
-        described = [part for part in found["text"].split("\n\n", 2)[1:2] if part.strip()]
+    for name, answer in (answers | benchmarks).items():
+        assert answer["code"] == 0, name
+        assert answer["text"].startswith("usage:") and "--help" in answer["text"], name
+        described = [part for part in answer["text"].split("\n\n", 2)[1:2] if part.strip()]
         assert described, f"{name} --help says nothing about what the command is for"
 
 

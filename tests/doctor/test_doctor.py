@@ -64,16 +64,16 @@ def test_a_stale_build_lock_is_found(monkeypatch, tmp_path):
     assert machine_checks._extension_locks().state == "ok"
     old = time.time() - 3600
     os.utime(lock, (old, old))
-    found = machine_checks._extension_locks()
-    assert found.state == "broken" and found.remedy == f"rm {lock}"
+    check = machine_checks._extension_locks()
+    assert check.state == "broken" and check.remedy == f"rm {lock}"
 
 
 def test_a_compiler_that_does_not_compile_is_broken(monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     assert machine_checks._compiler().state == "broken"
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    found = machine_checks._compiler()
-    assert found.state == "broken" and "/nowhere/c++" in found.detail
+    check = machine_checks._compiler()
+    assert check.state == "broken" and "/nowhere/c++" in check.detail
 
 
 def test_a_full_disk_is_told(tmp_path):
@@ -101,25 +101,25 @@ def package(monkeypatch, tmp_path):
 )
 def test_a_package_that_does_not_import_is_broken_with_its_reason(package, failure):
     package("planted_package", f"print('noise')\n{failure}\n")
-    found = software_checks._package("planted_package", "planted", "make setup", needed=True)
-    assert found.state == "broken" and "no GPU stack" in found.detail and found.needed
+    check = software_checks._package("planted_package", "planted", "make setup", needed=True)
+    assert check.state == "broken" and "no GPU stack" in check.detail and check.needed
 
 
 def test_a_package_that_is_not_there_is_missing():
-    found = software_checks._package("no_such_package", "no-such-package", "make setup", needed=False)
-    assert (found.state, found.name, found.remedy) == ("missing", "no-such-package", "make setup")
+    check = software_checks._package("no_such_package", "no-such-package", "make setup", needed=False)
+    assert (check.state, check.name, check.remedy) == ("missing", "no-such-package", "make setup")
 
 
 def test_a_version_is_told(package):
     package("planted_fine", "__version__ = '1.2.3'\n")
-    found = software_checks._package("planted_fine", "planted-fine", "", needed=False)
-    assert (found.state, found.detail) == ("ok", "1.2.3")
+    check = software_checks._package("planted_fine", "planted-fine", "", needed=False)
+    assert (check.state, check.detail) == ("ok", "1.2.3")
 
 
 def test_a_training_step_that_hangs_is_only_reported():
     process = training_checks.start_step()
-    found = training_checks.check_step(process, timeout_s=0.05)
-    assert found.state == "broken" and found.needed and "no end after 0.05 s" in found.detail
+    check = training_checks.check_step(process, timeout_s=0.05)
+    assert check.state == "broken" and check.needed and "no end after 0.05 s" in check.detail
     assert process.poll() is not None
 
 
@@ -127,13 +127,13 @@ def test_a_silent_name_server_is_told(monkeypatch):
     def name_service() -> Check:
         return next(check for check in training_checks.check_distributed() if check.name == "name service")
 
-    asked = threading.Event()
+    queried = threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(training_checks, "NAMES_TIMEOUT_S", 0.05)
-        patch.setattr(socket, "getnameinfo", lambda *_: asked.wait(30))
-        found = name_service()
-    asked.set()
-    assert found.state == "broken" and "no answer" in found.detail and "RES_OPTIONS" in found.remedy
+        patch.setattr(socket, "getnameinfo", lambda *_: queried.wait(30))
+        check = name_service()
+    queried.set()
+    assert check.state == "broken" and "no answer" in check.detail and "RES_OPTIONS" in check.remedy
     monkeypatch.setattr(socket, "getnameinfo", lambda *_: ("localhost", "1"))  # nor is this machine's own asked
     assert name_service().detail.endswith("for 127.0.0.1")
 
@@ -141,8 +141,8 @@ def test_a_silent_name_server_is_told(monkeypatch):
 def test_a_training_step_that_fails_tells_its_last_line(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('planted: libfoo.so not found')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = training_checks.check_step(training_checks.start_step())
-    assert found.state == "broken" and "planted: libfoo.so not found" in found.detail
+    check = training_checks.check_step(training_checks.start_step())
+    assert check.state == "broken" and "planted: libfoo.so not found" in check.detail
 
 
 def test_a_driver_that_answers_an_error_is_broken(monkeypatch, tmp_path):
@@ -150,8 +150,8 @@ def test_a_driver_that_answers_an_error_is_broken(monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: version mismatch' >&2\nexit 18\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = next(iter(check_backends()))
-    assert found.state == "broken" and "version mismatch" in found.detail
+    check = next(iter(check_backends()))
+    assert check.state == "broken" and "version mismatch" in check.detail
 
 
 def test_a_gpu_beside_a_cpu_torch_is_told(monkeypatch, tmp_path):

@@ -113,11 +113,11 @@ def whole_run(
         plant()
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]), ds)
     job, watch = TrainingJob(config, ds_config, Path(folder), "auto", *build_datasets(config.data)), Watch()
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = pretrain(job, [ProgressBar(), JsonLines(), Checkpoints(), watch], keep_group=True)
     return {
         "code": code,
-        "told": told.getvalue(),
+        "stderr": stderr.getvalue(),
         "step": watch.run.position.step,
         "state": state_of(watch.run),
         "before": getattr(watch, "state", None),

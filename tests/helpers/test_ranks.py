@@ -202,6 +202,6 @@ def start_forkserver():
 
 
 def test_a_rank_starts_its_own_forkserver_where_the_parent_has_one():
-    own = start_forkserver()
+    forkserver = start_forkserver()
     ranks = run_ranks(2, start_forkserver)
-    assert len({own, *ranks}) == 3
+    assert len({forkserver, *ranks}) == 3

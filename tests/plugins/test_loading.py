@@ -123,9 +123,9 @@ class TestDigest:
             with plugins_taken_back(), monkeypatch.context() as patch:
                 patch.syspath_prepend(str(home / part))
                 load_plugins(["other_plugin", "other_plugin.main"])
-                whole, module = loaded_plugins()
-                assert whole.sha256 == module.sha256  # a module of a package is nothing without the rest
-                digests.append(whole.sha256)
+                plugin, module = loaded_plugins()
+                assert plugin.sha256 == module.sha256  # a module of a package is nothing without the rest
+                digests.append(plugin.sha256)
         assert digests[0] == digests[1] != digests[2]
 
     def test_a_module_in_a_folder_that_is_no_package_counts_alone(

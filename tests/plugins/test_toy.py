@@ -142,8 +142,8 @@ class TestCoordinateCheck:
         self, config: Path, toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert self.check(config, tmp_path, "model.family=toy-faulty", "model.options={}") == 3
-        told = json.loads(capsys.readouterr().out)
-        assert told["verdict"] == "broken" and "mlp.fc2" in json.dumps(told)
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["verdict"] == "broken" and "mlp.fc2" in json.dumps(printed)
 
 
 class TestAfterTraining:
@@ -156,8 +156,8 @@ class TestAfterTraining:
 
         capsys.readouterr()
         assert evaluate.main(["brightness", str(pictures), "--json", "--plugins", "toy"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told == {"brightness": pytest.approx(np.load(pictures)["arr_0"].mean(), rel=1e-4)}
+        printed = json.loads(capsys.readouterr().out)
+        assert printed == {"brightness": pytest.approx(np.load(pictures)["arr_0"].mean(), rel=1e-4)}
         assert evaluate.main(["--plugins", "toy", "brightness", str(pictures)]) == 0
         assert capsys.readouterr().out.startswith("brightness ")
         with pytest.raises(UserError, match=r"^evaluate: 'bright' is no metric; did you mean brightness\? A plugin's "):
@@ -184,17 +184,17 @@ class TestAfterTraining:
         PLUGINS["toy"] = now
         copy = tmp_path / "run"
         shutil.copytree(run, copy)
-        told = f"plugin {now} is not what was recorded, {was}"
+        note = f"plugin {now} is not what was recorded, {was}"
         sample.main([str(copy), "--plugins", "toy"])
-        assert f"warning: {told}\n" in capsys.readouterr().err
+        assert f"warning: {note}\n" in capsys.readouterr().err
         words = ["--from", "megadit", "--to", "safetensors", str(copy), str(tmp_path / "m.safetensors")]
         convert_checkpoint.main([*words, "--plugins", "toy"])
-        assert f"warning: {told}\n" in capsys.readouterr().err
+        assert f"warning: {note}\n" in capsys.readouterr().err
         more = ["--config", str(config), "--run_dir", str(copy), f"train.steps={STEPS + 1}"]
         assert pretrain.main([*more, "--plugins", "toy"]) == 0
-        assert f"note: {told}\n" in capsys.readouterr().err
+        assert f"note: {note}\n" in capsys.readouterr().err
         (change,) = map(json.loads, (copy / "changes.jsonl").read_text().splitlines())
-        assert told in change["notes"]
+        assert note in change["notes"]
 
 
 def test_a_codec_is_known_by_the_name_in_its_folder(toy: None, tmp_path: Path) -> None:
@@ -310,10 +310,10 @@ def test_ranks_with_different_plugins_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write_plugin(tmp_path / name, f"X = {value}\ndef register():\n    pass\n", "other_plugin")
     with plugins_taken_back():
-        told = set(run_ranks(2, agreed, [str(tmp_path / "a"), str(tmp_path / "b")]))
+        messages = set(run_ranks(2, agreed, [str(tmp_path / "a"), str(tmp_path / "b")]))
         alike = set(run_ranks(2, agreed, [str(tmp_path / "a"), str(tmp_path / "a")]))
     assert alike == {""}
-    (message,) = told
+    (message,) = messages
     assert message.startswith("ranks differ: plugin other_plugin is other_plugin (sha256 ") and "on rank 1" in message
 
 

@@ -38,21 +38,21 @@ def test_nothing_changed_nothing_said():
 
 
 def test_a_lengthened_cosine_says_from_which_rate_to_which():
-    (told,) = notes(run(COSINE, 1000), run(COSINE, 2000))
+    (note,) = notes(run(COSINE, 1000), run(COSINE, 2000))
     before, after = (
         2e-3 * Schedule.from_config(small_config(**run(COSINE, n)).optim, n).factor(500) for n in (1000, 2000)
     )
     assert (rate_text(before), rate_text(after)) == ("1.00e-3", "1.71e-3")
-    assert told == (
+    assert note == (
         "the learning rate goes from 1.00e-3 to 1.71e-3 at step 500 (train.steps 1000 → 2000 lengthens the cosine)"
     )
-    (told,) = notes(run(COSINE, 1000), run(COSINE, 800))
-    assert told.endswith("(train.steps 1000 → 800 shortens the cosine)") and "from 1.00e-3 to 6.17e-4" in told
+    (note,) = notes(run(COSINE, 1000), run(COSINE, 800))
+    assert note.endswith("(train.steps 1000 → 800 shortens the cosine)") and "from 1.00e-3 to 6.17e-4" in note
 
 
 def test_a_finished_run_that_goes_on_begins_at_its_last_rate():
-    (told,) = notes(run(COSINE, 1000), run(COSINE, 2000), step=1000)
-    assert told.startswith("the learning rate goes from 4.93e-9 to 1.00e-3 at step 1000 (train.steps")
+    (note,) = notes(run(COSINE, 1000), run(COSINE, 2000), step=1000)
+    assert note.startswith("the learning rate goes from 4.93e-9 to 1.00e-3 at step 1000 (train.steps")
 
 
 def test_a_finished_run_whose_rate_does_not_jump_is_told_its_length_alone():
@@ -86,25 +86,25 @@ def test_groups_of_one_name_are_told_apart_by_their_order():
     ],
 )
 def test_every_cause_is_named_with_both_values(old, new, cause, rates):
-    (told,) = notes(run(old, 1000), run(new, 1000))
-    assert told == f"the learning rate goes from {rates} at step 500 ({cause})"
+    (note,) = notes(run(old, 1000), run(new, 1000))
+    assert note == f"the learning rate goes from {rates} at step 500 ({cause})"
 
 
 def test_a_course_that_parts_later_says_where():
-    (told,) = notes(run(WSD, 1000), run(WSD, 2000))
-    assert told == (
+    (note,) = notes(run(WSD, 1000), run(WSD, 2000))
+    assert note == (
         "the learning rate stays at 2.00e-3 at step 500 and leaves its former course at step 801 (train.steps 1000 → "
         "2000 lengthens the schedule)"
     )
-    (told,) = notes(run({"lr": 2e-3}, 1000), run({"lr": 2e-3}, 2000))
-    assert told == "the config has changed since the checkpoint: train.steps 1000 → 2000"  # a constant rate goes on
+    (note,) = notes(run({"lr": 2e-3}, 1000), run({"lr": 2e-3}, 2000))
+    assert note == "the config has changed since the checkpoint: train.steps 1000 → 2000"  # a constant rate goes on
 
 
 def test_a_length_in_epochs_follows_the_images_of_before():
     epochs = {"steps": None, "epochs": 10.0, "global_batch": 16}
     old = {"optim": COSINE, "train": epochs}
-    (told,) = notes(old, old, images=1600, total=1500)  # 1000 steps then; an accepted change of the data made it 1500
-    assert told.endswith("at step 500 (the run's steps 1000 → 1500 lengthens the cosine)")
+    (note,) = notes(old, old, images=1600, total=1500)  # 1000 steps then; an accepted change of the data made it 1500
+    assert note.endswith("at step 500 (the run's steps 1000 → 1500 lengthens the cosine)")
     assert notes(old, old, images=1600, total=1000) == []
     assert notes(old, old, total=1500) == []  # how long it was to be is not known
 

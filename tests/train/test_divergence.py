@@ -46,15 +46,17 @@ def assert_same_state(result):
 def test_a_broken_sample_is_named_and_changes_nothing(tmp_path, world, parallel, precision):
     """One sample, on one rank, in one of several micro batches: all ranks stop there with the state before it."""
     plant = functools.partial(nan_sample, 53)
-    found = run_ranks(world, whole_run, config_of(precision=precision, **parallel), str(tmp_path), plant)
-    assert {(result["code"], result["step"]) for result in found} == {(1, 4)}
-    for result in found:
+    results = run_ranks(world, whole_run, config_of(precision=precision, **parallel), str(tmp_path), plant)
+    assert {(result["code"], result["step"]) for result in results} == {(1, 4)}
+    for result in results:
         assert_same_state(result)
-    told = "the loss at step 4 is nan for sample 53 (image "
-    assert [told in result["told"] for result in found] == [True] + [False] * (world - 1)
-    assert "train.skip_samples=[[53,54]]" in found[0]["told"] and "lr" not in found[0]["told"].split("error: ")[1]
+    message = "the loss at step 4 is nan for sample 53 (image "
+    assert [message in result["stderr"] for result in results] == [True] + [False] * (world - 1)
+    assert (
+        "train.skip_samples=[[53,54]]" in results[0]["stderr"] and "lr" not in results[0]["stderr"].split("error: ")[1]
+    )
     ended, rows = files(tmp_path)
-    assert (ended["code"], ended["step"]) == (1, 4) and ended["reason"].startswith(f"diverged: {told}")
+    assert (ended["code"], ended["step"]) == (1, 4) and ended["reason"].startswith(f"diverged: {message}")
     assert [(row["step"], row["loss"] is None) for row in rows] == [(1, False), (2, False), (3, False), (4, True)]
     [event] = rows[-1]["events"]
     assert (event["kind"], event["step"], event["what"], event["value"]) == ("non-finite", 4, "loss", "nan")
@@ -79,14 +81,14 @@ def test_a_broken_sample_is_named_and_changes_nothing(tmp_path, world, parallel,
 )
 def test_infinite_gradients_of_a_finite_loss_change_nothing(tmp_path, world, parallel, clip, implementation):
     plant = functools.partial(infinite_gradient, 53)
-    found = run_ranks(
+    results = run_ranks(
         world, whole_run, config_of(clip=clip, implementation=implementation, **parallel), str(tmp_path), plant
     )
-    assert {(result["code"], result["step"]) for result in found} == {(1, 4)}
-    for result in found:
+    assert {(result["code"], result["step"]) for result in results} == {(1, 4)}
+    for result in results:
         assert_same_state(result)
-    assert "the gradients at step 4 are not finite" in found[0]["told"]
-    assert "not finite, though its loss is; it took samples 48 to 63. " in found[0]["told"]
+    assert "the gradients at step 4 are not finite" in results[0]["stderr"]
+    assert "not finite, though its loss is; it took samples 48 to 63. " in results[0]["stderr"]
     _, rows = files(tmp_path)
     assert rows[-1]["loss"] > 0 and rows[-1]["grad_norm"] is None
     assert rows[-1]["events"][0]["what"] == "gradients"
@@ -97,10 +99,10 @@ def test_infinite_gradients_of_a_finite_loss_change_nothing(tmp_path, world, par
 def test_between_log_lines_it_is_known_a_step_later(tmp_path, world, parallel):
     config = config_of(**parallel)
     config = config.model_copy(update={"train": config.train.model_copy(update={"log_every": 8})})
-    found = run_ranks(world, whole_run, config, str(tmp_path), functools.partial(nan_sample, 64))
-    assert {(result["code"], result["step"]) for result in found} == {(1, 5)}
+    results = run_ranks(world, whole_run, config, str(tmp_path), functools.partial(nan_sample, 64))
+    assert {(result["code"], result["step"]) for result in results} == {(1, 5)}
     assert all(
-        value.isfinite().all() for result in found for value in result["state"].values() if torch.is_tensor(value)
+        value.isfinite().all() for result in results for value in result["state"].values() if torch.is_tensor(value)
     )
     ended, rows = files(tmp_path)
     assert ended["step"] == 5 and [row["step"] for row in rows] == [1, 3, 5]
@@ -110,8 +112,8 @@ def test_between_log_lines_it_is_known_a_step_later(tmp_path, world, parallel):
 
 @pytest.mark.distributed
 def test_what_is_due_at_the_broken_step_is_not_saved(tmp_path):
-    [found] = run_ranks(1, whole_run, config_of(), str(tmp_path), functools.partial(nan_sample, 95, float("inf")))
-    assert found["code"] == 1
+    [results] = run_ranks(1, whole_run, config_of(), str(tmp_path), functools.partial(nan_sample, 95, float("inf")))
+    assert results["code"] == 1
     ended, rows = files(tmp_path)
     assert (ended["step"], rows[-1]["step"]) == (6, 6)
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000003\n"
@@ -122,8 +124,8 @@ def test_a_finite_update_that_makes_infinite_weights_is_not_saved(tmp_path):
     """The last step's update: no later loss tells of it."""
     config = config_of(3)
     config = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e39})})
-    [found] = run_ranks(1, whole_run, config, str(tmp_path))
-    assert found["code"] == 1
+    [results] = run_ranks(1, whole_run, config, str(tmp_path))
+    assert results["code"] == 1
     ended, _ = files(tmp_path)
     assert ended["reason"].startswith("diverged: ")
     assert not (tmp_path / "checkpoints/latest").exists()
@@ -133,9 +135,9 @@ def test_a_finite_update_that_makes_infinite_weights_is_not_saved(tmp_path):
 def test_fp16_skips_overflows_but_not_a_broken_loss(tmp_path):
     ds = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
     config = config_of(precision="fp16", zero_stage=1)
-    [found] = run_ranks(1, whole_run, config, str(tmp_path), functools.partial(nan_sample, 100), ds)
-    assert (found["code"], found["step"]) == (1, 7)
-    assert "the loss at step 7 is nan for sample 100" in found["told"]
+    [results] = run_ranks(1, whole_run, config, str(tmp_path), functools.partial(nan_sample, 100), ds)
+    assert (results["code"], results["step"]) == (1, 7)
+    assert "the loss at step 7 is nan for sample 100" in results["stderr"]
     _, rows = files(tmp_path)
     assert rows[-1]["skipped_steps"] > 1 and rows[0]["grad_norm"] is None  # overflows of the first steps, as always
 
@@ -145,9 +147,9 @@ def test_fp16_that_overflows_at_the_smallest_scale_ends_in_a_sentence(tmp_path):
     ds = {"fp16": {"enabled": True, "initial_scale_power": 1, "hysteresis": 1, "min_loss_scale": 1}}
     config = config_of(precision="fp16", zero_stage=1)
     plant = functools.partial(_always_infinite)
-    [found] = run_ranks(1, whole_run, config, str(tmp_path), plant, ds)
-    assert (found["code"], found["step"]) == (1, 2)
-    assert "the gradients at step 2 are not finite at the smallest loss scale, 1" in found["told"]
+    [results] = run_ranks(1, whole_run, config, str(tmp_path), plant, ds)
+    assert (results["code"], results["step"]) == (1, 2)
+    assert "the gradients at step 2 are not finite at the smallest loss scale, 1" in results["stderr"]
 
 
 def _always_infinite():

@@ -122,17 +122,17 @@ def test_a_save_killed_before_any_of_its_operations_leaves_one_that_loads(tmp_pa
     for number in range(1, 100):
         run_dir = shutil.copytree(tmp_path / "before", tmp_path / str(number))
         done = survives(number, lambda run_dir=run_dir: save(run_dir, step, value, keep_last))
-        found = open_checkpoint(run_dir)
+        opened = open_checkpoint(run_dir)
         old = (None, None) if not before else before[0] if scene == "taken back" else before[-1]
         allowed = [(step, value)] if done else [old, (step, value)]
         got = (None, None)
-        if found is not None:
-            assert verify(found.stored) == []
+        if opened is not None:
+            assert verify(opened.stored) == []
             values = torch.empty(500)
-            with found.stored.reader() as reader:
+            with opened.stored.reader() as reader:
                 reader.read_into(values, "weights", "w")
             assert values.unique().numel() == 1
-            got = (found.stored.position.step, int(values[0]))
+            got = (opened.stored.position.step, int(values[0]))
         assert got in allowed, number
         save(run_dir, 40, keep_last=1)  # a run that goes on leaves nothing of all this behind
         assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step-00000040"]
@@ -165,9 +165,9 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, kilobytes):
         with pytest.raises(UserError, match="cannot be written .*No space left on device.*free space"):
             for step in range(20, 200, 10):
                 save(run_dir, step, keep_last=99)
-        found = open_checkpoint(run_dir)
-        assert verify(found.stored) == []
-        assert found.stored.path.name == (run_dir / "checkpoints/latest").read_text().strip()
+        opened = open_checkpoint(run_dir)
+        assert verify(opened.stored) == []
+        assert opened.stored.path.name == (run_dir / "checkpoints/latest").read_text().strip()
         assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".step")]
     finally:
         os.system(f"umount {tmp_path / 'disk'}")
@@ -265,10 +265,10 @@ def test_fifty_kills_at_random_moments_leave_no_seam(tmp_path):
     config = small_config(**KILLED, train={"steps": 600, "checkpoint_every": 5, "validate_every": 10**6})
     chance, folder, kills = random.Random(7), tmp_path / "run", 0
     while kills < 50:
-        found = open_checkpoint(folder)
-        first = 0 if found is None else found.stored.position.step
-        if found is not None:
-            assert verify(found.stored) == []
+        opened = open_checkpoint(folder)
+        first = 0 if opened is None else opened.stored.position.step
+        if opened is not None:
+            assert verify(opened.stored) == []
         inside = chance.random() < 0.5
         step = first + chance.randrange(1, 14)
         how = chance.randrange(1, 90) if inside else chance.random() * 0.05

@@ -15,8 +15,8 @@ def test_sound_rows(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     assert read_rows(file).rows == []
     file.write_bytes(b"\xef\xbb\xbf" + SOUND.replace(b"\n", b"\r\n") + b"\n")
-    found = read_rows(file)
-    assert [row["step"] for row in found.rows] == [1, 2] and found.broken == ()
+    metrics = read_rows(file)
+    assert [row["step"] for row in metrics.rows] == [1, 2] and metrics.broken == ()
 
 
 @pytest.mark.parametrize(

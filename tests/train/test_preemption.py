@@ -55,9 +55,9 @@ def test_a_signal_while_training_is_noted_and_said(number, capfd):
         send(number)
         send(number)  # launchers pass one on twice
         assert stop_request.received
-    said = capfd.readouterr().err
-    assert said.count(f"{signal.Signals(number).name} received: saving after this step") == 1
-    assert ("press Ctrl-C again" in said) == (number == signal.SIGINT)
+    stderr = capfd.readouterr().err
+    assert stderr.count(f"{signal.Signals(number).name} received: saving after this step") == 1
+    assert ("press Ctrl-C again" in stderr) == (number == signal.SIGINT)
 
 
 def test_training_goes_on_with_the_interrupt_of_the_start_and_the_end_hears_no_more():

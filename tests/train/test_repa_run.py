@@ -115,10 +115,10 @@ def test_a_normed_projector_equals_plain_torch_at_zero_3(tmp_path: Path) -> None
 def test_a_checkpoint_holds_the_projector(plain: dict[str, Any], tmp_path: Path) -> None:
     config = repa_config()
     half = run_ranks(1, train_rank, config, str(tmp_path), 2)
-    rest = run_ranks(2, train_rank, config, str(tmp_path), STEPS, half[0]["saved"])
-    for result in rest:
+    resumed = run_ranks(2, train_rank, config, str(tmp_path), STEPS, half[0]["saved"])
+    for result in resumed:
         result["losses"] = half[0]["losses"] + result["losses"]
-    assert_same(rest, plain)
+    assert_same(resumed, plain)
 
 
 def records_of(config: RunConfig, folder: str) -> dict[str, Any]:

@@ -61,11 +61,11 @@ def canonical(tmp_path_factory):
 
 def assert_continues(first, folder, world, stage, straight):
     """Going on from ``first`` on a layout gives the losses, weights, moments and averages of the run never stopped."""
-    rest = run_ranks(world, train_rank, on_layout(stage), str(folder), FULL, first["saved"])[0]
+    resumed = run_ranks(world, train_rank, on_layout(stage), str(folder), FULL, first["saved"])[0]
     losses, end = straight
-    found = first["losses"] + rest["losses"]
+    found = first["losses"] + resumed["losses"]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=TOLERANCE, atol=0)
-    other = StoredCheckpoint(Path(rest["saved"]))
+    other = StoredCheckpoint(Path(resumed["saved"]))
     compared = compare(end, other)
     assert compared["kinds"].keys() == {"weights", "exp_avg", "exp_avg_sq", "ema/0.9", "ema/sigma-0.1"}
     assert not compared["counters"] and not any(compared["not_in_both"].values())

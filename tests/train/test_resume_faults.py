@@ -40,13 +40,13 @@ def start(config, folder, resume="auto", patch=None):
     if patch is not None:
         patch()
     config, ds_config = layout_of(config, int(os.environ["WORLD_SIZE"]))
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         try:
             outcome = pretrain(TrainingJob(config, ds_config, Path(folder), resume, *build_datasets(config.data)))
         except UserError as error:
             outcome = str(error)
-    return outcome, said.getvalue()
+    return outcome, stderr.getvalue()
 
 
 def rows(folder):
@@ -86,10 +86,10 @@ def damage(checkpoint, rank):
 def test_a_bit_that_one_rank_finds_changed_sends_all_to_the_one_before(trained, copy, rank):
     folder, config = copy
     damage(folder / "checkpoints/step-00000004", rank)
-    (code, said), (other, silent) = run_ranks(2, start, config, str(folder))
+    (code, stderr), (other, silent) = run_ranks(2, start, config, str(folder))
     assert (code, other) == (0, 0)
-    assert re.search(r"warning: .*step-00000004.*wrong checksum; going on from step-00000002", said)
-    assert "at step 2" in said and silent == ""
+    assert re.search(r"warning: .*step-00000004.*wrong checksum; going on from step-00000002", stderr)
+    assert "at step 2" in stderr and silent == ""
     assert rows(folder) == rows(trained[0])  # bit for bit, each step once
     assert verify(StoredCheckpoint(find_checkpoint(folder))) == []
 
@@ -111,10 +111,10 @@ def spoil(checkpoint, rank, kind):
 def test_values_that_are_not_finite_send_all_to_the_one_before(copy, rank, kind):
     folder, config = copy
     spoil(folder / "checkpoints/step-00000004", rank, kind)
-    (code, said), _ = run_ranks(2, start, config, str(folder))
+    (code, stderr), _ = run_ranks(2, start, config, str(folder))
     assert code == 0
     found = rf"warning: .*step-00000004: of its {kind}, '[\w.]+' holds 1 NaN of .*; going on from step-00000002"
-    assert re.search(found, said)
+    assert re.search(found, stderr)
 
 
 def test_weights_that_are_not_finite_begin_no_run_and_draw_nothing(copy, tmp_path):
@@ -151,13 +151,13 @@ def test_weights_alone_begin_a_run_and_only_once(trained, tmp_path):
     target = tmp_path / "new"
     given = {"init_from": str(source), "init_from_ema": "0.5", "steps": 2, "checkpoint_every": 1, "seed": 5}
     config = config.model_copy(update={"train": config.train.model_copy(update=given)})
-    code, said = run_ranks(1, start, config, str(target))[0]
-    assert code == 0 and "starting at step 0 from the weights (average 0.5) of" in said
+    code, stderr = run_ranks(1, start, config, str(target))[0]
+    assert code == 0 and "starting at step 0 from the weights (average 0.5) of" in stderr
     first = StoredCheckpoint(target / "checkpoints/step-00000001")
     assert (first.position.step, first.state["adam_step"], first.position.samples_seen) == (1, 1, 16)
     more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3, "init_from": "nowhere"})})
-    code, said = run_ranks(1, start, more, str(target))[0]
-    assert code == 0 and "at step 2" in said and "beginning" not in said
+    code, stderr = run_ranks(1, start, more, str(target))[0]
+    assert code == 0 and "at step 2" in stderr and "beginning" not in stderr
 
 
 @pytest.mark.distributed
@@ -172,8 +172,8 @@ def test_a_projector_that_the_weights_lack_starts_afresh(trained, tmp_path, stag
     changes |= {"data": config.data.model_copy(update={"features": features})}
     changes |= {"parallel": config.parallel.model_copy(update={"zero_stage": stage})}
     given = config.model_copy(update=changes)
-    code, said = run_ranks(1, start, given, str(tmp_path), "auto", _no_learning)[0]
-    assert code == 0 and "note: the projector of REPA is not in the checkpoint and starts afresh" in said
+    code, stderr = run_ranks(1, start, given, str(tmp_path), "auto", _no_learning)[0]
+    assert code == 0 and "note: the projector of REPA is not in the checkpoint and starts afresh" in stderr
     (_, before), (_, after) = load_model(source), load_model(tmp_path)
     found = dict(after.named_parameters())
     assert all(torch.equal(found[name], value) for name, value in before.named_parameters())
@@ -246,11 +246,11 @@ def test_averages_that_come_and_go_are_told(copy):
     folder, config = copy
     _rewrite(folder / "checkpoints/step-00000004", _without("ema/"))
     changed = config.model_copy(update={"ema": config.ema.model_copy(update={"decays": (0.5, 0.25)})})
-    said = run_ranks(2, start, changed, str(folder))[0][1]
-    assert "note: ema/0.25 is not in the checkpoint and starts from its weights" in said
+    stderr = run_ranks(2, start, changed, str(folder))[0][1]
+    assert "note: ema/0.25 is not in the checkpoint and starts from its weights" in stderr
     longer = {"train": config.train.model_copy(update={"steps": 7})}
-    said = run_ranks(1, start, config.model_copy(update=longer), str(folder))[0][1]
-    assert "note: ema/0.25 of the checkpoint is no longer configured and is dropped" in said
+    stderr = run_ranks(1, start, config.model_copy(update=longer), str(folder))[0][1]
+    assert "note: ema/0.25 of the checkpoint is no longer configured and is dropped" in stderr
 
 
 @pytest.mark.distributed
@@ -275,8 +275,8 @@ def test_format_1_is_still_read(trained, copy):
     fragments = [{name: getattr(fragment, name) for name in names} for fragment in index.fragments]
     old = {"format": "megadit-checkpoint", "version": 1, "parameters": index.parameters, "pieces": fragments}
     (four / "index.json").write_text(json.dumps(old))
-    code, said = run_ranks(2, start, config, str(folder))[0]
-    assert code == 0 and "at step 4" in said
+    code, stderr = run_ranks(2, start, config, str(folder))[0]
+    assert code == 0 and "at step 4" in stderr
     assert rows(folder) == rows(trained[0])
 
 
@@ -297,8 +297,8 @@ def _terminated_at_3():
 @pytest.mark.distributed
 def test_sigterm_is_answered_with_a_checkpoint(tmp_path):
     config = small_config(train={"steps": 6, "log_every": 6})
-    code, said = run_ranks(1, start, config, str(tmp_path), "auto", _terminated_at_3)[0]
-    assert code == 85 and f"preempted: saved step 3 in {tmp_path / 'checkpoints'}; to go on" in said
+    code, stderr = run_ranks(1, start, config, str(tmp_path), "auto", _terminated_at_3)[0]
+    assert code == 85 and f"preempted: saved step 3 in {tmp_path / 'checkpoints'}; to go on" in stderr
     assert find_checkpoint(tmp_path).name == "step-00000003"
 
 

@@ -93,10 +93,10 @@ def test_a_run_that_is_saved_ends_well_whatever_fails_after_it(tmp_path):
     code, ended, rows = ends(config, run, _nothing_works_after_the_save)
     assert (code, ended["code"], ended["reason"], ended["step"]) == (0, 0, "complete", 3)
     assert latest(run) == "step-00000003" and rows[-1]["step"] == 3
-    told = told_by(run)
+    message = told_by(run)
     for what in ("Samples", "drawing curves.png", "summary.json", "closing TensorBoard", "closing the data"):
-        assert f"warning: {what} failed (" in told
-    assert "Traceback" not in told
+        assert f"warning: {what} failed (" in message
+    assert "Traceback" not in message
 
 
 def _no_terminal_and_preempted():

@@ -49,9 +49,9 @@ def test_a_second_run_is_refused_and_touches_nothing(tmp_path):
         (tmp_path / name).write_text("of the first\n")
     with living_owner(tmp_path) as first:
         before = {path: text for path, text in files(tmp_path).items() if path.name != FILE}
-        told = run_ranks(2, pretrain_rank, small_config(train={"steps": 1}), str(tmp_path))
-        assert told[0] == told[1]
-        assert f"--run_dir: '{tmp_path}' is in use by process {first.pid} on {os.uname().nodename}" in told[0]
+        outcome = run_ranks(2, pretrain_rank, small_config(train={"steps": 1}), str(tmp_path))
+        assert outcome[0] == outcome[1]
+        assert f"--run_dir: '{tmp_path}' is in use by process {first.pid} on {os.uname().nodename}" in outcome[0]
         assert {path: text for path, text in files(tmp_path).items() if path.name != FILE} == before
         assert str(first.pid) in (tmp_path / FILE).read_text()
 
@@ -104,8 +104,8 @@ def test_a_complete_run_needs_no_owner_and_a_longer_one_does(tmp_path):
     assert run_ranks(1, pretrain_rank, small_config(train={"steps": 1}), str(run)) == [0]
     assert run_ranks(1, pretrain_rank, small_config(train={"steps": 1}), str(run), _read_only) == [0]
     assert "already trained to step 1 of 1" in (tmp_path / "told.txt").read_text(encoding="utf-8")
-    told = run_ranks(1, pretrain_rank, small_config(train={"steps": 2}), str(run), _read_only)[0]
-    assert told == f"UserError: --run_dir: '{run}' cannot be written (Read-only file system); choose a writable one"
+    outcome = run_ranks(1, pretrain_rank, small_config(train={"steps": 2}), str(run), _read_only)[0]
+    assert outcome == f"UserError: --run_dir: '{run}' cannot be written (Read-only file system); choose a writable one"
 
 
 @pytest.mark.distributed
@@ -117,9 +117,9 @@ def test_ranks_wait_in_short_collectives_for_a_silent_owner_whose_files_stay(tmp
     writing.mkdir(parents=True)
     config = small_config(train={"steps": 1}, parallel={"timeout_s": 8})
     assert run_ranks(2, pretrain_rank, config, str(run)) == [0, 0]
-    told = (tmp_path / "told.txt").read_text()
-    assert "waiting up to 3 s to see whether process 4242 on gpu07" in told
-    assert "silent for 3 s" in told
+    outcome = (tmp_path / "told.txt").read_text()
+    assert "waiting up to 3 s to see whether process 4242 on gpu07" in outcome
+    assert "silent for 3 s" in outcome
     assert writing.is_dir()  # some rank of that owner may still be there
     assert (run / "checkpoints/step-00000001/index.json").is_file()
 
@@ -144,10 +144,10 @@ def _taken_over_at_3(folder):
 @pytest.mark.distributed
 def test_a_run_that_lost_its_directory_ends_without_writing(tmp_path):
     config = small_config(train={"steps": 4, "checkpoint_every": 1, "keep_last": 9})
-    told = run_ranks(2, pretrain_rank, config, str(tmp_path), _taken_over_at_3)
-    assert told[0] == told[1]
+    outcome = run_ranks(2, pretrain_rank, config, str(tmp_path), _taken_over_at_3)
+    assert outcome[0] == outcome[1]
     start = f"OwnershipLost: --run_dir: '{tmp_path}' is no longer this process's: process 4242 on gpu07"
-    assert told[0].startswith(start)
+    assert outcome[0].startswith(start)
     assert (tmp_path / "metrics.jsonl").read_text() == "of the other\n"
     assert "gpu07" in (tmp_path / FILE).read_text()
     assert not (tmp_path / "exit.json").exists()
@@ -157,8 +157,8 @@ def test_a_run_that_lost_its_directory_ends_without_writing(tmp_path):
 
 @pytest.mark.distributed
 def test_a_refused_start_leaves_no_new_folder(tmp_path):
-    told = run_ranks(1, pretrain_rank, small_config(), str(tmp_path / "a/b"), None, str(tmp_path / "none"))[0]
-    assert "is no checkpoint" in told
+    outcome = run_ranks(1, pretrain_rank, small_config(), str(tmp_path / "a/b"), None, str(tmp_path / "none"))[0]
+    assert "is no checkpoint" in outcome
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["told.txt"]
 
 

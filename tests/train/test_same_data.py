@@ -63,8 +63,8 @@ def swap_classes(folder):
 
 def test_the_same_data_go_on_without_a_word(pictures, tmp_path, capsys):
     saved = begun(tmp_path / "run", of_folder(pictures))
-    kept = json.loads((saved / "state.json").read_text())
-    assert kept["data"]["classes"] == ["ant", "cat", "dog"] and kept["data_changes"] == []
+    state = json.loads((saved / "state.json").read_text())
+    assert state["data"]["classes"] == ["ant", "cat", "dog"] and state["data_changes"] == []
     moved = shutil.move(pictures, tmp_path / "moved")
     start = checked_start_point(job_of(tmp_path / "run", of_folder(tmp_path / "moved"), str(saved)), 4)
     assert moved and (start.checkpoint, start.step, start.data.new) == (saved, 2, ())
@@ -76,12 +76,12 @@ def test_others_are_refused_by_name_with_the_remedy(pictures, tmp_path):
     swap_classes(pictures)
     with pytest.raises(UserError) as refusal:
         checked_start_point(job_of(tmp_path / "run", of_folder(pictures)), 4)
-    said = str(refusal.value)
-    assert said.startswith(
+    message = str(refusal.value)
+    assert message.startswith(
         f"data.on_change: refuse, and the data are not those of checkpoint {saved}: class 1 was 'cat' "
     )
-    assert "(first difference: cat/0.png is gone)" in said
-    assert said.endswith("set data.on_change=accept to go on with these") and "\n" not in said
+    assert "(first difference: cat/0.png is gone)" in message
+    assert message.endswith("set data.on_change=accept to go on with these") and "\n" not in message
     with pytest.raises(UserError, match="class 1 was 'cat' and is 'dog'"):  # whatever run the checkpoint is of
         checked_start_point(job_of(tmp_path / "other", of_folder(pictures), str(saved)), 4)
 

@@ -41,15 +41,15 @@ def test_a_resume_without_the_broken_sample_is_the_run_that_never_had_it(tmp_pat
 
     again = run(dead, plant=plant)  # as it was: into the same death, but not in silence
     assert again["code"] == 1
-    assert "warning: an earlier start ended at step 5, where the loss of sample 70 was not finite" in again["told"]
-    assert "take them again: train.skip_samples=[[70,71]] leaves them out" in again["told"]
+    assert "warning: an earlier start ended at step 5, where the loss of sample 70 was not finite" in again["stderr"]
+    assert "take them again: train.skip_samples=[[70,71]] leaves them out" in again["stderr"]
 
     resumed = run(dead, (BROKEN, BROKEN + 1), plant=plant)
     assert resumed["code"] == 0
     assert (
-        "at step 5, where the loss of sample 70 was not finite; train.skip_samples leaves them out" in resumed["told"]
+        "at step 5, where the loss of sample 70 was not finite; train.skip_samples leaves them out" in resumed["stderr"]
     )
-    assert "note: step 5 skips sample 70 (train.skip_samples)" in resumed["told"]
+    assert "note: step 5 skips sample 70 (train.skip_samples)" in resumed["stderr"]
     assert run(whole, (BROKEN, BROKEN + 1), plant=plant)["code"] == 0
     assert losses(dead) == losses(whole) and [step for step, _ in losses(whole)] == list(range(1, 9))
     rows = files(dead)[1]

@@ -56,8 +56,8 @@ def test_a_run_tells_of_a_step_between_its_log_lines(tmp_path, world, parallel):
     results = run_ranks(world, whole_run, config, str(tmp_path), plant)
     assert {result["code"] for result in results} == {0}
     warning = "warning: loss spike at step 7: "
-    assert [result["told"].count(warning) for result in results] == [1] + [0] * (world - 1)
-    assert "over 6 steps; the step took samples 96 to 111" in results[0]["told"]
+    assert [result["stderr"].count(warning) for result in results] == [1] + [0] * (world - 1)
+    assert "over 6 steps; the step took samples 96 to 111" in results[0]["stderr"]
     _, rows = files(tmp_path)
     assert [row["step"] for row in rows if "events" in row] == [8]
     [event] = rows[2]["events"]

@@ -30,8 +30,8 @@ def test_images_in_tars_give_the_same_curve_on_two_ranks_and_through_a_resume(tm
     tars = small_config(data={"name": "webdataset", "path": str(tmp_path / "tars")})
     expected, _ = losses(small_config(), tmp_path / "memory", 1, STEPS)
     first, saved = losses(tars, tmp_path / "two", 2, STEPS // 2)
-    rest, _ = losses(tars, tmp_path / "two", 1, STEPS, saved)
-    assert first + rest == pytest.approx(expected, rel=1e-5)
+    resumed, _ = losses(tars, tmp_path / "two", 1, STEPS, saved)
+    assert first + resumed == pytest.approx(expected, rel=1e-5)
     assert len(set(expected)) == STEPS
 
 

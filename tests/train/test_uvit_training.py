@@ -84,9 +84,9 @@ def test_a_resume_leaves_no_trace(tmp_path: Path) -> None:
     config = on_layout("flow", 2)
     straight = run_ranks(2, train_rank, config, str(tmp_path / "straight"))
     half = run_ranks(2, train_rank, config, str(tmp_path / "halves"), 2)
-    rest = run_ranks(2, train_rank, config, str(tmp_path / "halves"), STEPS, half[0]["saved"])
-    assert half[0]["losses"] + rest[0]["losses"] == straight[0]["losses"]
-    weights, resumed = merge_weights(straight), merge_weights(rest)
+    resumed = run_ranks(2, train_rank, config, str(tmp_path / "halves"), STEPS, half[0]["saved"])
+    assert half[0]["losses"] + resumed[0]["losses"] == straight[0]["losses"]
+    weights, resumed = merge_weights(straight), merge_weights(resumed)
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 

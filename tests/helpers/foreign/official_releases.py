@@ -124,7 +124,7 @@ def stretched(side: int, base: int) -> Tensor:
     """Sin-cos positions of a grid whose coordinates are stretched to those of ``base`` patches."""
     quarter = _N // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    place = (torch.arange(side, dtype=torch.float32) / (side / base)).double()
-    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    position = (torch.arange(side, dtype=torch.float32) / (side / base)).double()
+    rows, columns = torch.meshgrid(position, position, indexing="ij")
     waves = [f(axis.reshape(-1, 1) * omega) for axis in (columns, rows) for f in (torch.sin, torch.cos)]
     return torch.cat(waves, dim=1).float()

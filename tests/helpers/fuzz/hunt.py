@@ -105,11 +105,11 @@ def only_user_error(read: Callable[..., object], *values: Any) -> None:
         try:
             read(*values)
         except UserError as error:
-            said = str(error)
-            assert said.strip() and "Traceback" not in said, f"a refusal without a sentence: {said!r}"
-            assert len(said) < 5000, f"a refusal of {len(said)} characters: {said[:200]}"
-            odd = [letter for letter in said if letter != "\n" and not (letter.isprintable() or letter == " ")]
-            assert not odd, f"{odd[:3]!r} would reach the terminal: {said[:200]!r}"
+            message = str(error)
+            assert message.strip() and "Traceback" not in message, f"a refusal without a sentence: {message!r}"
+            assert len(message) < 5000, f"a refusal of {len(message)} characters: {message[:200]}"
+            odd = [letter for letter in message if letter != "\n" and not (letter.isprintable() or letter == " ")]
+            assert not odd, f"{odd[:3]!r} would reach the terminal: {message[:200]!r}"
     grown = _peak() - before
     assert grown < MOST_BYTES, f"reading took {grown / 2**20:.0f} MiB"
 

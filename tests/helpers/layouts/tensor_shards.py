@@ -54,13 +54,13 @@ def gaps_of_shares(
     """Relative difference, in float64, of output, tokens after block ``tap``, input gradient and every parameter's
     gradient of the model that the ranks share from the whole model's; ``inputs`` gives x, t and cond.
     """
-    whole = build_model(config)
-    randomize(whole)
-    whole.double()
-    parameters = dict(whole.named_parameters())
+    full_model = build_model(config)
+    randomize(full_model)
+    full_model.double()
+    parameters = dict(full_model.named_parameters())
     sharded = share_model(config, parameters, sequence)
     results: list[dict[str, Tensor]] = []
-    for model in (whole, sharded):
+    for model in (full_model, sharded):
         x, t, cond = inputs()
         x = x.double().requires_grad_()
         out, [tokens] = model(x, t, cond, taps=(tap,))

@@ -21,10 +21,10 @@ def mmdit_positions(config: ModelConfig, rows: int, columns: int) -> Tensor:
     for row in range(rows):
         for column in range(columns):
             if largest:
-                place = [((largest - columns) // 2 + column, largest), ((largest - rows) // 2 + row, largest)]
+                position = [((largest - columns) // 2 + column, largest), ((largest - rows) // 2 + row, largest)]
             else:
-                place = [(column, columns), (row, rows)]
-            for half, (index, count) in enumerate(place):
+                position = [(column, columns), (row, rows)]
+            for half, (index, count) in enumerate(position):
                 # float32 as the originals: the stretched coordinate is what a table is computed from
                 coordinate = float(torch.tensor(index, dtype=torch.float32) / (count / base))
                 for i in range(quarter):
@@ -64,11 +64,11 @@ def _mlp(w: Weights, name: str, x: Tensor, kind: str) -> Tensor:
     return _linear(w, f"{name}.fc2", h)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, kept: list[list[int]]) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, attended: list[list[int]]) -> Tensor:
     """Softmax attention, one sample and one head at a time; keys that are not ``kept`` are taken out, not masked."""
     out = torch.zeros_like(q)
     samples = []
-    for b, tokens in enumerate(kept):
+    for b, tokens in enumerate(attended):
         heads = []
         for head in range(q.shape[2]):
             scores = q[b, :, head] @ k[b, tokens, head].T / math.sqrt(q.shape[-1])
@@ -102,9 +102,9 @@ def reference_mmdit(config: ModelConfig, w: Weights, x: Tensor, t: Tensor, cond:
         c = c + _linear(w, "y_embedder.mlp.2", _silu(_linear(w, "y_embedder.mlp.0", cond.pooled.double())))
     c = _silu(c)[:, None]
 
-    kept = [list(range(image_count + text_count)) for _ in range(b)]
+    attended = [list(range(image_count + text_count)) for _ in range(b)]
     if cond.text_mask is not None:
-        kept = [[i for i in range(image_count + text_count) if i < image_count or m[i - image_count]]
+        attended = [[i for i in range(image_count + text_count) if i < image_count or m[i - image_count]]
                 for m in cond.text_mask.tolist()]  # fmt: skip
     for i in range(config.depth):
         pre_only = i == config.depth - 1
@@ -116,7 +116,7 @@ def reference_mmdit(config: ModelConfig, w: Weights, x: Tensor, t: Tensor, cond:
             qkv = _linear(w, f"{name}.attn.qkv", _modulated(tokens, shift, scale))
             q, k, v = (z.reshape(b, -1, heads, config.head_channels) for z in qkv.split(config.width, dim=-1))
             parts.append((_rms(w, f"{name}.attn.ln_q", q), _rms(w, f"{name}.attn.ln_k", k), v))
-        mixed = _attend(*(torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)), kept).reshape(
+        mixed = _attend(*(torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)), attended).reshape(
             b, -1, config.width
         )
         answers = {"x_block": mixed[:, :image_count], "context_block": mixed[:, image_count:]}

@@ -73,7 +73,7 @@ def _time_token(w: Weights, t: Tensor, config: ModelConfig) -> Tensor:
 
 
 def _one(
-    config: ModelConfig, w: Weights, x: Tensor, t: Tensor, label: Tensor | None, text: Tensor | None, seen: Tensor
+    config: ModelConfig, w: Weights, x: Tensor, t: Tensor, label: Tensor | None, text: Tensor | None, attended: Tensor
 ) -> Tensor:
     """One image (C, H, W); ``seen`` says for each text token whether there is one."""
     p, side = config.patch_size, config.input_size // config.patch_size
@@ -87,8 +87,8 @@ def _one(
     extras = len(tokens)
     if text is not None:
         words = _linear(w, "context_embed", text, hps.input.mult)
-        tokens += [word for word, there in zip(words, seen, strict=True) if there]
-        positions += [1 + i for i, there in enumerate(seen) if there]
+        tokens += [word for word, there in zip(words, attended, strict=True) if there]
+        positions += [1 + i for i, there in enumerate(attended) if there]
         extras += len(text)
     for row in range(side):
         for column in range(side):
@@ -138,7 +138,9 @@ def reference_uvit(
     images = []
     for b in range(len(x)):
         length = 0 if text is None else text.shape[1]
-        seen = torch.ones(length, dtype=torch.bool) if mask is None else mask[b]
+        attended = torch.ones(length, dtype=torch.bool) if mask is None else mask[b]
         words = None if text is None else text[b].to(dtype)
-        images.append(_one(config, weights, x[b].to(dtype), t[b], None if labels is None else labels[b], words, seen))
+        images.append(
+            _one(config, weights, x[b].to(dtype), t[b], None if labels is None else labels[b], words, attended)
+        )
     return torch.stack(images)

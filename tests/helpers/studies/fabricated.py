@@ -121,8 +121,8 @@ def store(results: StudyResults) -> Path:
     from megadit.search.storage.identity import this_worker
     from megadit.search.storage.store import StudyStore
 
-    kept, worker = StudyStore.create_or_open(results.study), this_worker()
+    store, worker = StudyStore.create_or_open(results.study), this_worker()
     by_number = {trial.number: trial for trial in results.trials}
-    while (claim := kept.claim(worker)) is not None and claim.number in by_number:
-        assert kept.finish(claim, by_number[claim.number], worker)
+    while (claim := store.claim(worker)) is not None and claim.number in by_number:
+        assert store.finish(claim, by_number[claim.number], worker)
     return results.study.folder

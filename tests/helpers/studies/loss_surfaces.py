@@ -30,7 +30,7 @@ def surface(
     octaves per octave. ``steep``: how much steeper the upper side is an octave away; above ``edge`` octaves from the
     optimum runs diverge."""
     draw = np.random.default_rng(rng)
-    found = []
+    samples = []
     for scale in scales:
         octaves = math.log2(scale / scales[0])
         for hp in grid:
@@ -38,5 +38,5 @@ def surface(
             wall = 1 + steep * max(away, 0.0)
             for seed in range(seeds):
                 loss = 0.6 - 0.02 * octaves + curvature * away**2 * wall + noise * draw.standard_normal()
-                found.append(RunScore(float(scale), float(hp), seed, math.nan if away > edge else float(loss)))
-    return found
+                samples.append(RunScore(float(scale), float(hp), seed, math.nan if away > edge else float(loss)))
+    return samples
