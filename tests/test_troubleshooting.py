@@ -37,8 +37,8 @@ def said() -> str:
                 if isinstance(node, ast.JoinedStr):
                     parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
                     texts.append("".join(map(str, parts)))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    texts.append(node.value)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                    texts.append(node.value if isinstance(node.value, str) else node.value.decode("utf-8", "replace"))
     return "\n".join(" ".join(text.split()) for text in texts)
 
 
