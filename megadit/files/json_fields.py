@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -96,49 +96,31 @@ class Fields:
         self, key: str, default: D = REQUIRED, *, least: int = 0, most: int = _LARGEST, null: bool = False
     ) -> int | D:
         """A whole number from ``least`` to ``most``; 32.0 is one. Raises UserError for anything else."""
-        value = self._value(key, default, null)
-        if value is None:
-            return cast(D, None)
-        if not _is_number(value) or value != value // 1:
-            raise self.refused(key, value, "a whole number")
-        if not least <= value <= most:
+        value = self._checked(key, default, null, _is_whole, "a whole number")
+        if value is not None and not least <= value <= most:
             bounds = f"from {least} to {most}" if most < _LARGEST else f"of {least} or more"
             raise self.refused(key, value, f"a whole number {bounds}")
-        return int(value)
+        return cast("int | D", None if value is None else int(value))
 
     def number(self, key: str, default: D = REQUIRED, *, above: float = -math.inf, null: bool = False) -> float | D:
         """A finite number larger than ``above``. Raises UserError for anything else."""
-        value = self._value(key, default, null)
-        if value is None:
-            return cast(D, None)
-        if not _is_number(value):
-            raise self.refused(key, value, "a finite number")
-        if not value > above:
+        value = self._checked(key, default, null, _is_number, "a finite number")
+        if value is not None and not value > above:
             raise self.refused(key, value, f"a number above {above:g}")
-        return float(value)
+        return cast("float | D", None if value is None else float(value))
 
     def text(self, key: str, default: D = REQUIRED, *, null: bool = False) -> str | D:
         """A text. Raises UserError for anything else."""
-        value = self._value(key, default, null)
-        if value is None or isinstance(value, str):
-            return cast("str | D", value)
-        raise self.refused(key, value, "a text")
+        return cast("str | D", self._checked(key, default, null, lambda value: isinstance(value, str), "a text"))
 
     def flag(self, key: str, default: D = REQUIRED, *, null: bool = False) -> bool | D:
         """True or false. Raises UserError for anything else."""
-        value = self._value(key, default, null)
-        if value is None or isinstance(value, bool):
-            return cast("bool | D", value)
-        raise self.refused(key, value, "true or false")
+        value = self._checked(key, default, null, lambda value: isinstance(value, bool), "true or false")
+        return cast("bool | D", value)
 
     def items(self, key: str, default: Sequence[Any] = REQUIRED, *, null: bool = False) -> list[Any]:
         """A list; null, where it is allowed, is an empty one. Raises UserError for anything else."""
-        value = self._value(key, default, null)
-        if value is None:
-            return []
-        if isinstance(value, list | tuple):
-            return list(value)
-        raise self.refused(key, value, "a list")
+        return list(self._checked(key, default, null, lambda value: isinstance(value, list | tuple), "a list") or ())
 
     def elements(self, key: str, default: Sequence[Any] = REQUIRED, *, null: bool = False) -> Fields:
         """The elements of a list as fields ``KEY[0]``, ``KEY[1]``, ... Raises UserError as ``items``."""
@@ -147,26 +129,22 @@ class Fields:
 
     def section(self, key: str, default: Mapping[str, Any] = REQUIRED, *, null: bool = False) -> Fields:
         """An object within; null, where it is allowed, is an empty one. Raises UserError for anything else."""
-        value = self._value(key, default, null)
-        if value is None:
-            value = {}
-        if not isinstance(value, Mapping):
-            raise self.refused(key, value, "keys and values")
-        return Fields(value, f"{self.where}, {key}")
+        value = self._checked(key, default, null, lambda value: isinstance(value, Mapping), "keys and values")
+        return Fields(value or {}, f"{self.where}, {key}")
 
     def refused(self, key: str, value: Any, expected: str) -> UserError:
         """The sentence for a value that is not what is ``expected``."""
         return UserError(f"{self.where} has {_printable(key)} {shown(value)}, which must be {expected}; {_AGAIN}")
 
-    def _value(self, key: str, default: Any, null: bool) -> Any:
-        self._read.add(key)
-        if key not in self._values:
-            if default is REQUIRED:
-                raise UserError(f"{self.where} has no {key}; {_AGAIN}")
-            return default
-        value = self._values[key]
-        if value is None and not null:
+    def _checked(self, key: str, default: Any, null: bool, accepts: Callable[[Any], bool], expected: str) -> Any:
+        """The value, or the default, of the kind that ``accepts`` takes; None for a null that is allowed."""
+        if default is REQUIRED and key not in self._values:
+            raise UserError(f"{self.where} has no {key}; {_AGAIN}")
+        value = self.raw(key, default)
+        if value is None and key in self._values and not null:
             raise self.refused(key, value, "given")
+        if value is not None and not accepts(value):
+            raise self.refused(key, value, expected)
         return value
 
 
@@ -183,6 +161,10 @@ def shown(value: Any) -> str:
 def _printable(text: str) -> str:
     """Line breaks, control characters and lone surrogates as escapes, so that a sentence stays one line."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and value == value // 1
 
 
 def _is_number(value: Any) -> bool:
