@@ -41,8 +41,10 @@ def decode(data: bytes) -> str:
     return text
 
 
-def decode_text(data: bytes, where: str) -> str:
+def decode_text(data: bytes, where: str, then: str = "") -> str:
     """``decode`` of a file that a person named; ``where`` is what messages call it (``--prompts: 'a.txt'``).
+
+    ``then`` ends the sentence: what to do next where the file lies in another one.
 
     Raises:
         UserError: it is no text, naming line and byte, or a pointer or a web page in place of the one that was meant.
@@ -54,8 +56,8 @@ def decode_text(data: bytes, where: str) -> str:
         except UnicodeDecodeError as error:
             other = bytes_instead(data, "text", "json", "xml", "html")
             if other is None:
-                raise UserError(f"{where} is not a text file ({_not_decoded(error)}); save it as UTF-8") from None
-    raise UserError(f"{where} is not a text file: {other}")
+                raise UserError(f"{where} is not a text file ({_not_decoded(error)}); save it as UTF-8{then}") from None
+    raise UserError(f"{where} is not a text file: {other}{then}")
 
 
 def _not_decoded(error: UnicodeDecodeError) -> str:

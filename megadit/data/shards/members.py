@@ -81,7 +81,7 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
 
 def read_text(data: bytes, where: str) -> str:
     """A ``.txt`` member. Raises UserError that names ``where`` if it is no text, or not the one that is meant."""
-    return decode_text(data, f"data.path: {where}").strip()
+    return decode_text(data, f"data.path: {where}", f", and {_REMEDY}").strip()
 
 
 def write_json(value: dict[str, Any]) -> bytes:
