@@ -37,11 +37,6 @@ def _pruner(spec: PruningSpec) -> Any:
     return optuna.pruners.NopPruner()
 
 
-def shown_distributions(study: Study) -> dict[str, Any]:
-    """Ranges of the numeric dimensions, so that optuna's own tools show the planned points."""
-    return {dimension.key: dimension.distribution() for dimension in study.space.dimensions if dimension.numeric}
-
-
 def suggest_by_tpe(study: Study, cell: Any, storage: Any, trial_id: int) -> dict[str, Any]:
     """A point from TPE for a trial of the optuna study ``cell``, given all that is known now.
 

@@ -28,16 +28,14 @@ _ERROR_CHARS = 200  # of an error of optuna's, which may quote a whole record
 _BROKEN_AFTER_S = 30  # a lock file this old, on a shared file system, belongs to a holder that was killed
 
 
-@contextlib.contextmanager
-def study_lock(folder: Path, kind: str) -> Iterator[None]:
+def study_lock(folder: Path, kind: str) -> contextlib.AbstractContextManager[None]:
     """In the block no other process writes the study in ``folder`` (sqlite or journal). It does not nest.
 
     Raises:
         UserError: the file system has no locks for sqlite.
     """
     file = folder / "study.lock"
-    with _shared_lock(file, folder / FILES[kind]) if kind == "journal" else _host_lock(file):
-        yield
+    return _shared_lock(file, folder / FILES[kind]) if kind == "journal" else _host_lock(file)
 
 
 @contextlib.contextmanager

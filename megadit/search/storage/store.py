@@ -12,7 +12,7 @@ from typing import Any
 
 from megadit.errors import UserError
 from megadit.search.results import DIVERGED, FAILED, PRUNED, StudyResults, TrialCounts, TrialResult
-from megadit.search.storage.cells import open_cell, shown_distributions, suggest_by_tpe
+from megadit.search.storage.cells import open_cell, suggest_by_tpe
 from megadit.search.storage.identity import Heartbeats, WorkerId
 from megadit.search.storage.locking import FILES, damage_as_user_error, open_storage, study_lock
 from megadit.search.storage.records import EnqueuedTrial, RunningTrial, StudySnapshot, TrialAttempt, lost_attempts
@@ -205,7 +205,10 @@ class StudyStore:
         if self.study.spec.sampler == "tpe":
             self._cell(trial).enqueue_trial(dict(params), user_attrs=attributes)
             return
-        shown = shown_distributions(self.study)
+        # Ranges of the numeric dimensions, so that optuna's own tools show the planned points.
+        shown = {
+            dimension.key: dimension.distribution() for dimension in self.study.space.dimensions if dimension.numeric
+        }
         values = {key: trial.hps[key] for key in shown}
         waiting = create_trial(state=TrialState.WAITING, params=values, distributions=shown, user_attrs=attributes)
         self._cell(trial).add_trial(waiting)

@@ -198,8 +198,7 @@ def save_study(study: Study) -> Path:
     values = study.spec.model_dump(mode="json")
     base = study.base.model_dump(mode="json")
     values |= {"base": base, "plugins": base["plugins"], "overrides": {}, "proxy": {}}
-    text = f"{_HEADER}: what its trials were run with.\n"
-    text += dump_yaml(values)
+    text = f"{_HEADER}: what its trials were run with.\n{dump_yaml(values)}"
     target = study.folder / FROZEN
     make_folder(study.folder)
     try:
