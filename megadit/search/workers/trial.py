@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from megadit.checkpoint.find import find_checkpoint
 from megadit.checkpoint.names import checkpoint_root
-from megadit.config import DataConfig, LoadedConfig
-from megadit.data import ImageSet
+from megadit.config import LoadedConfig
 from megadit.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from megadit.files.json_text import parse_json
 from megadit.files.ownership import FolderInUse, OwnershipLost
@@ -35,9 +34,9 @@ from megadit.train.pretrain import pretrain
 from megadit.train.run_dir import RunDirectory
 
 if TYPE_CHECKING:
+    from megadit.train.prepare import Datasets
     from megadit.train.run import TrainingRun
 
-Datasets = Callable[[DataConfig, int], tuple[ImageSet, ImageSet]]
 _PRUNED, _STOPPED = "pruned", "stopped"
 
 

@@ -22,5 +22,5 @@ def test_a_folder_of_any_name_has_its_own_database(tmp_path: Path, monkeypatch: 
     create_study(storage=open_storage(folder, "sqlite"), study_name="s")
     assert [file.name for file in folder.iterdir()] == [FILES["sqlite"]]
     assert [file.name for file in tmp_path.iterdir()] == [name]
-    found = open_storage(folder, "sqlite", read_only=True).get_all_studies()
-    assert [study.study_name for study in found] == ["s"]
+    studies = open_storage(folder, "sqlite", read_only=True).get_all_studies()
+    assert [study.study_name for study in studies] == ["s"]

@@ -52,8 +52,8 @@ def test_concurrent_workers_never_take_a_trial_twice(tmp_path, kind):
     for worker in workers:
         worker.join(90)
         assert worker.exitcode == 0
-    taken = Counter(line for log in tmp_path.glob("log-*") for line in log.read_text().split())
-    assert taken == Counter(str(number) for number in range(24))
+    claims = Counter(line for log in tmp_path.glob("log-*") for line in log.read_text().split())
+    assert claims == Counter(str(number) for number in range(24))
     assert sum(bool(log.read_text()) for log in tmp_path.glob("log-*")) > 1, "one worker took all; nothing was tested"
     results = load_results(study.folder)
     assert results.complete and [trial.number for trial in results.trials] == list(range(24))

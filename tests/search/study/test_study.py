@@ -75,13 +75,13 @@ def test_metrics_hold_the_scores(make):
     study = make(scores=scores, overrides={"train.log_every": 100, "train.validation_images": 0})
     train = study.config(study.cells[0], {"optim.lr": 0.5}, 0).train
     assert train.log_every == 20 and train.validation_images > 0 and train.validate_every is None
-    kept = (train.tensorboard, train.checkpoint_every, train.sample_every)
-    assert kept == (False, None, None)
+    artifacts = (train.tensorboard, train.checkpoint_every, train.sample_every)
+    assert artifacts == (False, None, None)
 
 
 def test_trials_keep_what_is_asked(make):
-    given = {"train.checkpoint_every": 50, "train.sample_every": 60}
-    study = make(keep=["checkpoint", "samples", "tensorboard"], overrides=given)
+    cadences = {"train.checkpoint_every": 50, "train.sample_every": 60}
+    study = make(keep=["checkpoint", "samples", "tensorboard"], overrides=cadences)
     train = study.config(study.cells[0], {"optim.lr": 0.5}, 0).train
     assert (train.tensorboard, train.checkpoint_every, train.sample_every) == (True, 50, 60)
 

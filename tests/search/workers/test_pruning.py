@@ -69,10 +69,10 @@ def test_nothing_is_pruned_unless_asked(tmp_path):
 
 
 def test_learning_rates_are_not_judged_unless_told(tmp_path):
-    asked = {"rule": "median", "every": 2, "after": 2}
+    pruning = {"rule": "median", "every": 2, "after": 2}
     with pytest.raises(UserError, match=r"pruning.rule: median would judge optim.lr .*judge_learning_rate: true"):
-        tiny_study(tmp_path, pruning=asked)
-    tiny_study(tmp_path, pruning={**asked, "judge_learning_rate": True})
+        tiny_study(tmp_path, pruning=pruning)
+    tiny_study(tmp_path, pruning={**pruning, "judge_learning_rate": True})
 
 
 def test_a_worker_prunes_by_logged_training_loss(tmp_path):

@@ -84,9 +84,9 @@ def test_every_trial_ends_as_what_it_is(mixed):
     assert load_results(study.folder).complete
     for trial in trials:
         lr, warmup = trial.hps["optim.lr"], trial.hps["optim.warmup_steps"]
-        wanted = "failed" if warmup == 6 else "diverged" if lr > 1 else "complete"
-        assert trial.outcome == wanted, trial
-        assert (None not in trial.scores.values()) == (wanted == "complete")
+        expected = "failed" if warmup == 6 else "diverged" if lr > 1 else "complete"
+        assert trial.outcome == expected, trial
+        assert (None not in trial.scores.values()) == (expected == "complete")
         assert trial.attempts == 1
     failed = next(trial for trial in trials if trial.outcome == "failed")
     assert failed.reason.startswith("optim.warmup_steps: 6 leaves nothing of the run's 6 steps")
@@ -97,8 +97,8 @@ def test_every_trial_ends_as_what_it_is(mixed):
 def test_scores_sizes_and_times_are_those_of_the_run(mixed):
     _, _, trials = mixed
     for trial in (trial for trial in trials if trial.outcome == "complete"):
-        own = rows(trial.run_dir)
-        assert trial.scores == {"loss": train_loss(own, 6, 3), "val": own[-1]["val_loss"]}
+        metrics = rows(trial.run_dir)
+        assert trial.scores == {"loss": train_loss(metrics, 6, 3), "val": metrics[-1]["val_loss"]}
         assert (trial.steps, trial.global_batch) == (6, 16)
         assert 0 < trial.overhead_s < trial.seconds
     wide, narrow = trials[0], trials[4]
@@ -137,11 +137,11 @@ def test_one_run_scores_every_horizon(tmp_path):
     )
     assert study.horizons == (4, 6, 8)
     _, (trial,) = run_all(study)
-    own = rows(trial.run_dir)
+    metrics = rows(trial.run_dir)
     assert trial.horizons.keys() == {4, 6, 8}
     for step, values in trial.horizons.items():
-        val = next(row["val_loss"] for row in own if row["step"] == step)
-        assert values == {"loss": train_loss(own, step, 3), "val": val}
+        val = next(row["val_loss"] for row in metrics if row["step"] == step)
+        assert values == {"loss": train_loss(metrics, step, 3), "val": val}
     assert trial.scores == trial.horizons[8]
     assert [o.scale for o in load_results(study.folder).observations()] == [4.0, 6.0, 8.0]
 
@@ -178,8 +178,8 @@ def test_what_the_study_keeps_is_kept(tmp_path):
 
 def one_trial(study, logs=None):
     """Claim and run a trial; stop it at its ``logs``-th logged step."""
-    store, asked = StudyStore.create_or_open(study), iter(range(1, 100))
-    hooks = NEVER if logs is None else TrialHooks(lambda: next(asked) >= logs, lambda step, loss: False)
+    store, log_numbers = StudyStore.create_or_open(study), iter(range(1, 100))
+    hooks = NEVER if logs is None else TrialHooks(lambda: next(log_numbers) >= logs, lambda step, loss: False)
     claim = store.claim(this_worker())
     result = run_trial(study, claim, start_processes(), build_datasets, hooks, time.monotonic())
     if result is None:
@@ -288,7 +288,7 @@ def test_thirty_trials_of_one_process_cost_no_memory(tmp_path):
 def test_places_bind_cores_in_turn_and_gpus_once():
     spec = WorkersSpec(count=2, cores=2, gpus=1)
     assert assign_devices(spec, 2, [0, 1, 2, 3], ["4", "5"]) == [DeviceSlot((0, 1), ("4",)), DeviceSlot((2, 3), ("5",))]
-    assert [place.cores for place in assign_devices(WorkersSpec(), 3, [6, 7], [])] == [(6,), (7,), (6,)]
+    assert [slot.cores for slot in assign_devices(WorkersSpec(), 3, [6, 7], [])] == [(6,), (7,), (6,)]
     with pytest.raises(Exception, match=r"workers.gpus: 3 workers with 1 each need 3 GPUs, and there are 2 here"):
         assign_devices(spec, 3, [0], ["0", "1"])
 
