@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,15 +58,14 @@ def verify_table(
     rows = _read(Path(path).expanduser(), columns)
     hps = same_hps(_log2(row, columns.hp, line) for line, row in rows if _clean(row[columns.score]))
     runs: list[RunScore] = []
-    seed_counts: dict[tuple[float, float], int] = {}
+    seeds: Counter[tuple[float, float]] = Counter()
     for line, row in rows:
         text = _clean(row[columns.score])
         if not text:
             continue
         scale, hp = _log2_or_value(row, columns.scale, line), hps[_log2(row, columns.hp, line)]
-        cell = (scale, hp)
-        seed_counts[cell] = seed_counts.get(cell, -1) + 1
-        seed = seed_counts[cell] if columns.seed is None else int(_number(row, columns.seed, line))
+        seed = seeds[scale, hp] if columns.seed is None else int(_number(row, columns.seed, line))
+        seeds[scale, hp] += 1
         score = math.nan if text.lower() in _DIVERGED else _number(row, columns.score, line)
         runs.append(RunScore(2.0**scale if _exponents(columns.scale) else scale, hp, seed, score))
     if not runs:
@@ -103,16 +103,15 @@ def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
 
 def _check_columns(path: Path, columns: Columns, names: list[str]) -> None:
     """Each requested column once in the header ``names``, and no column for two things. Raises UserError."""
-    columns_by_option = {"--scale": columns.scale, "--hp": columns.hp, "--score": columns.score, "--seed": columns.seed}
-    for option, column in columns_by_option.items():
-        if column is not None and column not in names:
+    options = {"--scale": columns.scale, "--hp": columns.hp, "--score": columns.score, "--seed": columns.seed}
+    requested = {option: column for option, column in options.items() if column is not None}
+    for option, column in requested.items():
+        if column not in names:
             remedy = did_you_mean(column, names, f"it has {', '.join(names) or 'none'}")
             raise UserError(f"{option}: {path} has no column {column}; {remedy}")
-        if column is not None and names.count(column) > 1:
+        if names.count(column) > 1:
             raise UserError(f"{option}: {path} has {names.count(column)} columns {column}; rename all but one")
-    requested = [column for column in columns_by_option.values() if column is not None]
-    for option, column in columns_by_option.items():
-        if column is not None and requested.count(column) > 1:
+        if list(requested.values()).count(column) > 1:
             raise UserError(f"{option}: {column} is asked for twice; scale, hp, score and seed are different columns")
 
 

@@ -22,18 +22,18 @@ def test_groups_carry_values_of_their_rows() -> None:
     assert (hidden["lr_mult"], hidden["wd_mult"], hidden["eps_mult"]) == (0.25, 4.0, 0.25)
     assert (hidden["lr"], hidden["weight_decay"], hidden["eps"]) == (0.125, 1.0, 0.25e-6)
     assert groups["vector"]["lr"] == 0.5 and groups["vector"]["weight_decay"] == 0.0
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for group in groups.values():
-        assert all(own[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
+        assert all(parameters[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
     torch.optim.AdamW(list(groups.values()), lr=_OPTIM.lr)
 
 
 def test_a_part_of_the_model_pads_its_groups() -> None:
     model = build_model(tiny_mup_dit(64))
-    whole = param_groups(model, _OPTIM)
+    all_groups = param_groups(model, _OPTIM)
     part = nn.ModuleDict({"final_layer": model.final_layer})
     groups = param_groups(part, _OPTIM, param_specs(model))
-    assert [group["name"] for group in groups] == [group["name"] for group in whole]
+    assert [group["name"] for group in groups] == [group["name"] for group in all_groups]
     assert {name for group in groups for name in group["param_names"]} == {
         name for name in param_specs(model) if name.startswith("final_layer.")
     }

@@ -52,9 +52,9 @@ def test_a_range_of_elements_is_drawn_alone(init: str) -> None:
     model = build_model(tiny_dit(init=init), seed=2)
     name = "blocks.1.mlp.fc1.weight"
     spec = param_specs(model)[name]
-    whole = dict(model.named_parameters())[name].flatten()
-    assert torch.equal(init_values(spec, name, 2, start=1001, count=777), whole[1001:1778])
-    assert torch.equal(init_values(spec, name, 2, start=9000), whole[9000:])
+    parameter = dict(model.named_parameters())[name].flatten()
+    assert torch.equal(init_values(spec, name, 2, start=1001, count=777), parameter[1001:1778])
+    assert torch.equal(init_values(spec, name, 2, start=9000), parameter[9000:])
 
 
 def test_long_parameters_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,10 @@ def ours(family: str, width: int, **changes: Any) -> dict[str, InitialDistributi
     }
 
 
-def assert_same(found: dict[str, InitialDistribution], expected: dict[str, InitialDistribution]) -> None:
-    assert set(found) == set(expected)
+def assert_same(starts: dict[str, InitialDistribution], expected: dict[str, InitialDistribution]) -> None:
+    assert set(starts) == set(expected)
     for name, start in expected.items():
-        assert (found[name].kind, found[name].value) == (start.kind, pytest.approx(start.value, rel=1e-12)), name
+        assert (starts[name].kind, starts[name].value) == (start.kind, pytest.approx(start.value, rel=1e-12)), name
 
 
 def under_mup(shapes: Any, width: int, draw: Any) -> dict[str, InitialDistribution]:
@@ -58,14 +58,14 @@ def under_mup(shapes: Any, width: int, draw: Any) -> dict[str, InitialDistributi
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_pixart_mup_starts_as_the_authors_does(width: int) -> None:
-    found = ours("pixart", width, parametrization="mup", base_width=BASE, init="authors")
-    assert_same(found, under_mup(official.pixart_shapes, width, official.pixart))
+    starts = ours("pixart", width, parametrization="mup", base_width=BASE, init="authors")
+    assert_same(starts, under_mup(official.pixart_shapes, width, official.pixart))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_dit_mup_starts_as_the_authors_does(width: int) -> None:
-    found = ours("dit", width, parametrization="mup", base_width=BASE)
-    assert_same(found, under_mup(official.dit_shapes, width, official.authors_dit))
+    starts = ours("dit", width, parametrization="mup", base_width=BASE)
+    assert_same(starts, under_mup(official.dit_shapes, width, official.authors_dit))
 
 
 SP: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -138,8 +138,8 @@ def test_the_start_is_the_presets_until_something_else_is_said() -> None:
     assert load_config(file, ["model.preset=pixart-xl-2-mup"]).model.init == "authors"
     assert load_config("pixart/baseline.yaml").model.init == "auto"
     assert load_config("pixart/baseline.yaml", ["model.preset=pixart-proxy-mup"]).model.init == "authors"
-    said = load_config("pixart/baseline.yaml", ["model.preset=pixart-proxy-mup", "model.init=original"])
-    assert said.model.init == "original"
+    config = load_config("pixart/baseline.yaml", ["model.preset=pixart-proxy-mup", "model.init=original"])
+    assert config.model.init == "original"
 
 
 def test_a_resolved_configuration_keeps_the_start_it_names(tmp_path: Any) -> None:

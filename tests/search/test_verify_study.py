@@ -70,8 +70,8 @@ def test_of_several_keys_each_value_is_taken_at_the_best_of_the_others(tmp_path)
     base = valley()
 
     def loss(trial, scale):
-        found = base(trial, scale)
-        return None if found is None else found + (0.3 if trial.hps["optim.clip.value"] == 0.5 else 0.0)
+        loss = base(trial, scale)
+        return None if loss is None else loss + (0.3 if trial.hps["optim.clip.value"] == 0.5 else 0.0)
 
     results = fabricate(make_study(tmp_path, space=space), loss)
     verdict = verify_study(results, hp="optim.lr")

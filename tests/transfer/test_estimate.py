@@ -20,9 +20,9 @@ from megadit.transfer.estimate import (
 
 
 def located(samples: list[RunScore], lower: bool = True) -> tuple[list[Optimum], ScoreNoise]:
-    found = [curve for curve in scale_curves(samples, lower).values() if curve is not None]
-    noise = estimate_noise(found)
-    return locate_optima(found, noise, 2.5), noise
+    curves = [curve for curve in scale_curves(samples, lower).values() if curve is not None]
+    noise = estimate_noise(curves)
+    return locate_optima(curves, noise, 2.5), noise
 
 
 def one(scores: list[float], first: float = -10.0) -> ScaleCurve:
@@ -142,8 +142,8 @@ def test_higher_is_better_is_the_mirror_image():
 
 
 def test_all_diverged_is_no_basin():
-    found = scale_curves([RunScore(float(w), -6.0, 0, math.nan if w == 256 else 0.5) for w in WIDTHS], True)
-    assert found[256.0] is None and found[32.0] is not None
+    curves = scale_curves([RunScore(float(w), -6.0, 0, math.nan if w == 256 else 0.5) for w in WIDTHS], True)
+    assert curves[256.0] is None and curves[32.0] is not None
 
 
 def test_the_same_samples_give_the_same_draws_in_any_order():

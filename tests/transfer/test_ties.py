@@ -18,7 +18,7 @@ from megadit.transfer.verdict import Limits, RunScore, TransferVerdict, judge
 SCALES = (32.0, 64.0, 128.0)
 
 
-def shaken(samples: Sequence[RunScore], seed: int, size: float = 2e-7) -> list[RunScore]:
+def with_rounding_noise(samples: Sequence[RunScore], seed: int, size: float = 2e-7) -> list[RunScore]:
     """The scores as another CPU gives them: float32's last bits are others."""
     draw = np.random.default_rng(seed)
     return [replace(sample, score=sample.score * (1 + size * draw.uniform(-1, 1))) for sample in samples]
@@ -33,7 +33,7 @@ def rows(table: Sequence[Sequence[float]], scales: Sequence[float] = SCALES, fir
     ]
 
 
-def told(verdict: TransferVerdict) -> tuple[object, ...]:
+def conclusions(verdict: TransferVerdict) -> tuple[object, ...]:
     """What a reader takes from it."""
     scales = [(scale.scale, scale.status, scale.best_hp, scale.exception) for scale in verdict.scales]
     return verdict.verdict, verdict.best_log2, verdict.wider_is_better, verdict.exceptions, scales
@@ -57,16 +57,16 @@ TABLES = {
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_a_verdict_on_ties_does_not_hang_on_last_bits(table: list[list[float]]) -> None:
-    expected = told(judge(rows(table)))
+    expected = conclusions(judge(rows(table)))
     for seed in range(12):
-        assert told(judge(shaken(rows(table), seed))) == expected
+        assert conclusions(judge(with_rounding_noise(rows(table), seed))) == expected
 
 
 @pytest.mark.parametrize("drift", [0.0, -0.75])
 def test_seeds_that_agree_to_the_last_bits_have_no_noise_to_hide_in(drift: float) -> None:
     """Three seeds of the same score have a standard deviation of 1e-17 or of 0, as their mean is rounded."""
     samples = [replace(s, score=1.0, seed=seed) for s in surface(drift) for seed in range(3)]
-    assert told(judge(shaken(samples, 0))) == told(judge(samples))
+    assert conclusions(judge(with_rounding_noise(samples, 0))) == conclusions(judge(samples))
 
 
 def test_a_drift_at_the_limit_is_within() -> None:
@@ -75,8 +75,8 @@ def test_a_drift_at_the_limit_is_within() -> None:
     expected = judge(rows(wide, (64.0, 1024.0)), limits=Limits(max_regret=0.5))
     assert expected.drift == pytest.approx(0.25, abs=1e-9)
     for seed in range(12):
-        shook = judge(shaken(rows(wide, (64.0, 1024.0)), seed), limits=Limits(max_regret=0.5))
-        assert told(shook) == told(expected)
+        perturbed = judge(with_rounding_noise(rows(wide, (64.0, 1024.0)), seed), limits=Limits(max_regret=0.5))
+        assert conclusions(perturbed) == conclusions(expected)
 
 
 def test_a_regret_of_the_limit_in_decimals_is_small() -> None:
@@ -92,7 +92,7 @@ def test_values_that_differ_by_rounding_are_one_value() -> None:
     written = [replace(s, hp=s.hp + 3e-7) if s.scale == 64 else s for s in exact]
     two_values = [replace(s, hp=s.hp + 3e-7) if s.seed else s for s in exact]
     for samples in (written, two_values):
-        assert told(judge(samples)) == told(judge(exact))
+        assert conclusions(judge(samples)) == conclusions(judge(exact))
         assert [len(scale.optimum.curve.points) for scale in judge(samples).scales] == [len(GRID)] * 4
 
 

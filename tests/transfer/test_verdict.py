@@ -19,8 +19,8 @@ def samples(rows: dict[float, list[float]], first: float = -11.0) -> list[RunSco
 
 def rates(drift: float, count: int = 20, **keys: object) -> Counter[str]:
     """How often each answer is given over ``count`` random surfaces."""
-    found = (judge(surface(drift, best=-6.2 + 0.07 * i, rng=i, **keys)).verdict for i in range(count))  # type: ignore[arg-type]
-    return Counter(found)
+    verdicts = (judge(surface(drift, best=-6.2 + 0.07 * i, rng=i, **keys)).verdict for i in range(count))  # type: ignore[arg-type]
+    return Counter(verdicts)
 
 
 def test_no_drift_transfers():

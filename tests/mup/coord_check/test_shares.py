@@ -42,11 +42,11 @@ FAMILIES: dict[str, ModelConfig] = {
 def measurements(shared: bool) -> dict[str, list[CoordMeasurement]]:
     torch.set_num_threads(1)
     layout = this_rank() if shared else None
-    found = {}
+    by_family = {}
     for name, model in FAMILIES.items():
         null = example_conditioning(model, [0])
         kind = "ddpm" if model.learn_sigma else "flow"
-        found[name] = measure_coordinates(
+        by_family[name] = measure_coordinates(
             model,
             OptimConfig(lr=2.0**-9),
             PLAN,
@@ -54,20 +54,20 @@ def measurements(shared: bool) -> dict[str, list[CoordMeasurement]]:
             objective=build_objective(ObjectiveConfig(kind=kind), learn_sigma=model.learn_sigma, null=null),
             alignment=alignment_loss,
         )
-    return found
+    return by_family
 
 
 @pytest.mark.distributed
 def test_two_ranks_read_what_one_reads() -> None:
-    [whole] = run_ranks(1, measurements, False)
+    [on_one_rank] = run_ranks(1, measurements, False)
     for shared in run_ranks(2, measurements, True):
-        for name, expected in whole.items():
+        for name, expected in on_one_rank.items():
             assert len(shared[name]) == len(expected)
             for one, other in zip(shared[name], expected, strict=True):
-                what = (other.width, other.step, other.module, other.quantity)
-                assert what == (one.width, one.step, one.module, one.quantity)
-                assert one.value == pytest.approx(other.value, rel=1e-6, abs=1e-12), (name, *what)
-            verdicts = [judge(found).modules for found in (shared[name], expected)]
+                key = (other.width, other.step, other.module, other.quantity)
+                assert key == (one.width, one.step, one.module, one.quantity)
+                assert one.value == pytest.approx(other.value, rel=1e-6, abs=1e-12), (name, *key)
+            verdicts = [judge(recorded).modules for recorded in (shared[name], expected)]
             assert [row.verdict for row in verdicts[0]] == [row.verdict for row in verdicts[1]]
 
 
@@ -80,7 +80,7 @@ def test_ranks_divide_the_heads_of_every_width() -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_the_command_gives_one_verdict_for_any_number_of_ranks(tmp_path: Path) -> None:
-    found: list[Any] = []
+    reports: list[Any] = []
     for ranks in ("1", "2"):
         out = tmp_path / ranks
         command = [sys.executable, str(ROOT / "tools" / "coord_check.py"), "--tp", ranks, "--out", str(out)]
@@ -88,10 +88,10 @@ def test_the_command_gives_one_verdict_for_any_number_of_ranks(tmp_path: Path) -
         command += ["model.depth=2", "model.head_dim=16", "model.heads=null", "model.qk_norm=rms"]
         done = run_command(command, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(done.stdout))
+        reports.append(json.loads(done.stdout))
         assert (out / "verdict.json").is_file() and (out / "coords.csv").is_file()
-    assert found[0].keys() == found[1].keys() and found[0]["verdict"] == found[1]["verdict"] == "passes"
-    one, two = ({row["module"]: row["verdict"] for row in told["modules"]} for told in found)
+    assert reports[0].keys() == reports[1].keys() and reports[0]["verdict"] == reports[1]["verdict"] == "passes"
+    one, two = ({row["module"]: row["verdict"] for row in report["modules"]} for report in reports)
     assert one == two
 
 

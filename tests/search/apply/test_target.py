@@ -73,10 +73,10 @@ def test_writes_the_best_base_values_over_the_target(tmp_path, target):
 
 def test_second_time_replaces_its_own_file_but_no_other(tmp_path, target):
     results = fabricate(make_study(tmp_path), valley())
-    own = transfer(results, target).path
+    earlier_target = transfer(results, target).path
     transfer(results, target, overrides=["train.steps=500"])
-    assert load_config(own).train.steps == 500
-    assert "# Overrides: train.steps=500" in own.read_text()
+    assert load_config(earlier_target).train.steps == 500
+    assert "# Overrides: train.steps=500" in earlier_target.read_text()
     before = target.read_text()
     with pytest.raises(UserError, match="--out: .* was not written by apply"):
         transfer(results, target, out=target)
@@ -143,8 +143,8 @@ def test_warm_up_that_does_not_fit_the_targets_run_becomes_its_share(tmp_path, t
     short = [f"optim.schedule={schedule}", "train.steps=50"]
     applied = transfer(search, target, force=True, overrides=short)
     assert applied.changes["optim.warmup_steps"] == "30%" == load_config(applied.path).optim.warmup_steps
-    told = "optim.warmup_steps is written as 30% of the run: the study's 60 of 200 steps do not fit the target's 50"
-    assert told in describe(applied) and to_json(applied)["scaled"] == applied.scaled
+    note = "optim.warmup_steps is written as 30% of the run: the study's 60 of 200 steps do not fit the target's 50"
+    assert note in describe(applied) and to_json(applied)["scaled"] == applied.scaled
     assert "# optim.warmup_steps: written as 30% of the run" in applied.path.read_text()
     assert "warmup" not in {caveat.topic for caveat in applied.caveats}
     fits = transfer(search, target, force=True, overrides=[short[0], "train.steps=100"])

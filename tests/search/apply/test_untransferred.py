@@ -37,8 +37,8 @@ def test_nothing_is_said_where_only_the_verified_differs(proxy):
 
 
 def test_width_beyond_the_verified_span_is_extrapolation(proxy):
-    found = caveats(proxy, {"model.width": 512})
-    assert found["width"].text == (
+    differences = caveats(proxy, {"model.width": 512})
+    assert differences["width"].text == (
         "width: 64 at the proxy, 512 at the target; transfer was verified from 32 to 256 (widths), "
         "and beyond is extrapolation"
     )
@@ -46,16 +46,16 @@ def test_width_beyond_the_verified_span_is_extrapolation(proxy):
 
 
 def test_longer_training(proxy):
-    found = caveats(proxy, {"train.steps": 2000})
-    assert set(found) == {"horizon", "weight_decay", "warmup"}
-    assert "200 steps (6,400 images) at the proxy, 2,000 steps (64,000 images)" in found["horizon"].text
-    decay = found["weight_decay"]
+    differences = caveats(proxy, {"train.steps": 2000})
+    assert set(differences) == {"horizon", "weight_decay", "warmup"}
+    assert "200 steps (6,400 images) at the proxy, 2,000 steps (64,000 images)" in differences["horizon"].text
+    decay = differences["weight_decay"]
     assert decay.proxy == pytest.approx(2**-7 * 0.1 * 200) and decay.target == pytest.approx(10 * decay.proxy)
     assert "optim.weight_decay=0.01 keeps it" in decay.text
-    assert "20 of 200 steps (10%) at the proxy, 20 of 2,000 (1%)" in found["warmup"].text
-    assert "optim.warmup_steps=200 keeps the share" in found["warmup"].text
-    kept = caveats(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": 200})
-    assert set(kept) == {"horizon", "optim.weight_decay"}
+    assert "20 of 200 steps (10%) at the proxy, 20 of 2,000 (1%)" in differences["warmup"].text
+    assert "optim.warmup_steps=200 keeps the share" in differences["warmup"].text
+    with_schedule = caveats(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": 200})
+    assert set(with_schedule) == {"horizon", "optim.weight_decay"}
     inside = VerifiedRange("train.steps", 100, 4000, "steps")
     assert "horizon" not in caveats(proxy, {"train.steps": 2000}, (inside,))
     beyond = caveats(proxy, {"train.steps": 8000}, (inside,))["horizon"]
@@ -65,8 +65,8 @@ def test_longer_training(proxy):
 def test_shares_keep_themselves(proxy):
     share = replace(proxy, {"optim.warmup_steps": "10%"})
     assert set(caveats(share, {"train.steps": 2003, "optim.weight_decay": 0.01})) == {"horizon", "optim.weight_decay"}
-    found = caveats(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": "5%"})
-    assert "20 of 200 steps (10%) at the proxy, 100 of 2,000 (5%) at the target" in found["warmup"].text
+    differences = caveats(proxy, {"train.steps": 2000, "optim.weight_decay": 0.01, "optim.warmup_steps": "5%"})
+    assert "20 of 200 steps (10%) at the proxy, 100 of 2,000 (5%) at the target" in differences["warmup"].text
 
 
 def test_a_warm_up_beyond_the_proxys_run_is_not_suggested_to_the_target(proxy):
@@ -88,11 +88,13 @@ def test_batch_beyond_what_was_verified(proxy):
 
 
 def test_shape_of_the_model(proxy):
-    found = caveats(proxy, {"model.depth": 28, "model.head_dim": 32, "model.input_size": 16, "data.image_size": 16})
-    assert {"depth", "head_dim", "resolution"} <= set(found)
-    assert "4 blocks at the proxy, 28" in found["depth"].text
-    assert "model.head_dim=16 keeps it" in found["head_dim"].text
-    assert "8 x 8, 16 tokens at the proxy, 16 x 16, 64 at the target" in found["resolution"].text
+    differences = caveats(
+        proxy, {"model.depth": 28, "model.head_dim": 32, "model.input_size": 16, "data.image_size": 16}
+    )
+    assert {"depth", "head_dim", "resolution"} <= set(differences)
+    assert "4 blocks at the proxy, 28" in differences["depth"].text
+    assert "model.head_dim=16 keeps it" in differences["head_dim"].text
+    assert "8 x 8, 16 tokens at the proxy, 16 x 16, 64 at the target" in differences["resolution"].text
 
 
 def test_weight_decay_rules_that_change_with_width(proxy):
@@ -103,7 +105,7 @@ def test_weight_decay_rules_that_change_with_width(proxy):
 
 
 def test_every_other_difference_is_named_with_both_values(proxy):
-    found = caveats(
+    differences = caveats(
         proxy,
         {
             "objective.time_sampling": "logit_normal",
@@ -114,7 +116,7 @@ def test_every_other_difference_is_named_with_both_values(proxy):
             "data.flip": True,
         },
     )
-    assert {caveat.text for caveat in found.values()} == {
+    assert {caveat.text for caveat in differences.values()} == {
         "objective.time_sampling: uniform at the proxy, logit_normal at the target",
         "train.precision: fp32 at the proxy, bf16 at the target",
         "optim.betas: [0.9, 0.999] at the proxy, [0.9, 0.95] at the target",
@@ -126,9 +128,9 @@ def test_every_other_difference_is_named_with_both_values(proxy):
 
 def test_a_section_that_only_one_has_is_told_by_its_values(proxy):
     other = {"data.vae.scale": 0.5, "model.input_size": 8, "data.image_size": 64}
-    found = caveats(proxy, other)
-    assert found["data.vae.scale"].text == "data.vae.scale: null at the proxy, 0.5 at the target"
-    assert "data.vae" not in found
+    differences = caveats(proxy, other)
+    assert differences["data.vae.scale"].text == "data.vae.scale: null at the proxy, 0.5 at the target"
+    assert "data.vae" not in differences
 
 
 def test_length_that_is_not_known(proxy):
