@@ -105,7 +105,7 @@ def test_no_file_and_no_table(tmp_path):
     with pytest.raises(UserError, match="no file .*absent.csv; name a CSV file"):
         verify_table(tmp_path / "absent.csv", GOOD, lower=True)
     (tmp_path / "picture.csv").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read as CSV"):
+    with pytest.raises(UserError, match="picture.csv is not a text file"):
         verify_table(tmp_path / "picture.csv", GOOD, lower=True)
 
 
