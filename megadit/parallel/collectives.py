@@ -36,10 +36,10 @@ from torch.nn import functional as F
 
 from megadit.parallel.tensor import TensorLayout
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
-def ring_bytes(kind: Kind, size: int, ranks: int) -> float:
+def ring_bytes(kind: CollectiveKind, size: int, ranks: int) -> float:
     """Least bytes that each of ``ranks`` ranks sends in a collective over a whole tensor of ``size`` bytes.
 
     ``size``: of the larger side, before a reduction or after a gather. An all-reduce costs as much as both others
@@ -55,13 +55,13 @@ class CollectiveRecorder:
     calls: number of collectives by kind and bytes of the whole tensor (the ``size`` of ``ring_bytes``).
     """
 
-    calls: Counter[tuple[Kind, int]] = field(default_factory=Counter)
+    calls: Counter[tuple[CollectiveKind, int]] = field(default_factory=Counter)
 
-    def record(self, kind: Kind, size: int) -> None:
+    def record(self, kind: CollectiveKind, size: int) -> None:
         """Count a collective over a whole tensor of ``size`` bytes."""
         self.calls[kind, size] += 1
 
-    def pop_calls(self) -> Counter[tuple[Kind, int]]:
+    def pop_calls(self) -> Counter[tuple[CollectiveKind, int]]:
         """The calls since the last ``pop_calls``."""
         calls, self.calls = self.calls, Counter()
         return calls

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from megadit.parallel.collectives import Kind, ring_bytes
+from megadit.parallel.collectives import CollectiveKind, ring_bytes
 
 
-def tensor_bytes(calls: Mapping[tuple[Kind, int], int], ranks: int) -> dict[str, float]:
+def tensor_bytes(calls: Mapping[tuple[CollectiveKind, int], int], ranks: int) -> dict[str, float]:
     """Bytes that each of ``ranks`` tensor-parallel ranks sends, by kind; ``calls`` of (kind, bytes of tensor)."""
     sent: Counter[str] = Counter()
     for (kind, size), times in calls.items():

@@ -26,7 +26,7 @@ from megadit.config import ModelConfig
 from megadit.models.chunk import ModelChunk, build_chunk
 from megadit.models.stages import StageIO
 from megadit.mup.example import example_conditioning
-from megadit.parallel.collectives import CollectiveRecorder, Kind
+from megadit.parallel.collectives import CollectiveKind, CollectiveRecorder
 from megadit.parallel.recompute import Recompute
 from megadit.parallel.tensor import TensorLayout
 
@@ -104,8 +104,8 @@ class MicroBatchCost:
     input_bytes: int
     output_bytes: int
     input_grad_bytes: int
-    forward: Counter[tuple[Kind, int]]
-    backward: Counter[tuple[Kind, int]]
+    forward: Counter[tuple[CollectiveKind, int]]
+    backward: Counter[tuple[CollectiveKind, int]]
 
 
 def stage_costs(

@@ -1,4 +1,4 @@
-"""Cuts of equal work, and what each chunk of a model then holds."""
+"""Cuts of a pipeline into chunks of equal FLOPs, and the parameters that each chunk holds."""
 
 import itertools
 

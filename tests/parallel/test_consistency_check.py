@@ -1,4 +1,4 @@
-"""Ranks that differ in configuration or code are told what differs and who holds what, before anything is done."""
+"""Ranks that differ in configuration or code are refused at the start, with the differences and the ranks named."""
 
 from __future__ import annotations
 

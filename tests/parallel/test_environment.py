@@ -1,4 +1,4 @@
-"""One reader of every launcher's variables: what it makes of them, and what it refuses."""
+"""Ranks read from the variables of every launcher, and variables that are refused."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What ranks tell of an error: the first one whole, what follows from it in one line."""
+"""Messages of failed ranks: the cause as it is, its consequences on other ranks in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What eight ranks (tensor 2 x pipeline 2 x data 2) saved: gone on from in other layouts, drawn, converted, told."""
+"""A checkpoint of eight ranks (tensor 2, pipeline 2, data 2): resumed in other layouts, sampled, exported, printed."""
 
 from __future__ import annotations
 

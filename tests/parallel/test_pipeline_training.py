@@ -1,4 +1,4 @@
-"""Runs whose ranks hold different stages train, average, save and validate what one process does."""
+"""Pipeline-parallel runs train, average, save and validate what one process does."""
 
 import numpy as np
 import pytest

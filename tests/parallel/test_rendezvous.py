@@ -1,4 +1,4 @@
-"""The meeting of all ranks: who is missing is said, in time, and what is wrong with the address."""
+"""Rendezvous of ranks: missing ranks and a wrong address are reported in time, by one sentence."""
 
 import os
 import socket

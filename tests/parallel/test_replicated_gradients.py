@@ -1,4 +1,4 @@
-"""What all tensor-parallel ranks hold whole has the same gradient on all of them, to the bit."""
+"""Parameters that tensor-parallel ranks replicate have bit-identical gradients on all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor- and sequence-parallel layers against whole ones in float64, and what their absence would do."""
+"""Tensor- and sequence-parallel layers against unsharded ones in float64, and the effect of left-out collectives."""
 
 from dataclasses import replace
 

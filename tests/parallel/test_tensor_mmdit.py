@@ -1,4 +1,4 @@
-"""MMDiT in shares: tensor and sequence parallel ranks compute what one rank does, both streams and masks included."""
+"""MMDiT under tensor and sequence parallelism computes what one rank does, both streams and masks included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs whose ranks share layers train what one process does, save what any layout reads, count each gradient once."""
+"""Tensor-parallel runs train what one process does, save for any layout, and count each gradient once in the norm."""
 
 import pytest
 import torch

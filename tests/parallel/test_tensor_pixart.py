@@ -1,4 +1,4 @@
-"""PixArt in shares: tensor and sequence parallel ranks compute what one rank does, tables and masks included."""
+"""PixArt under tensor and sequence parallelism computes what one rank does, tables and masks included."""
 
 from __future__ import annotations
 

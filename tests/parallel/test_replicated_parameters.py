@@ -1,4 +1,4 @@
-"""How many of a large model's parameters every tensor-parallel rank holds whole: what docs/parallel.md says."""
+"""The share of replicated parameters of large models under tensor parallelism is that of docs/parallel.md."""
 
 from __future__ import annotations
 

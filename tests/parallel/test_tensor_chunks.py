@@ -1,4 +1,4 @@
-"""A pipeline of four stages whose layers ranks share has the whole model's gradients, in float64, in every family."""
+"""A tensor-parallel pipeline of four stages has the gradients of the unsharded model, in float64, in every family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""U-ViT in shares: tensor and sequence parallel ranks compute what one rank does, long skips and masks included."""
+"""U-ViT under tensor and sequence parallelism computes what one rank does, long skips and masks included."""
 
 from __future__ import annotations
 
