@@ -23,19 +23,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all of them")
     args = parser.parse_args(argv)
-    from helpers.layouts.matrix import FAMILIES, LAYOUTS, Matrix, drifts, gaps
+    from helpers.layouts.matrix import FAMILIES, LAYOUTS, LayoutRuns, diverged_replicas, gaps
 
     unknown = [family for family in args.families if family not in FAMILIES]
     if unknown:
         parser.error(f"no family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
     worst: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(Path(folder))
+        matrix = LayoutRuns(Path(folder))
         for family in args.families or FAMILIES:
             for layout in LAYOUTS:
-                results, expected = matrix.spread(family, layout)
+                results, expected = matrix.on_layout(family, layout)
                 differences = gaps(results, expected)
-                print(family, _row(layout, differences), drifts(results, layout) or "", flush=True)
+                print(family, _row(layout, differences), diverged_replicas(results, layout) or "", flush=True)
                 known = worst.setdefault(layout, dict.fromkeys(KINDS, 0.0))
                 worst[layout] = {kind: max(known[kind], differences[kind]) for kind in KINDS}
     print(f"| layout | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}")

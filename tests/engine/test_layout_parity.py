@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.layouts.parity import MOVED
+from helpers.layouts.parity import WEIGHT_TOLERANCE
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, plain_torch_run, small_config, train_rank
 
@@ -65,7 +65,7 @@ def assert_same_training(results, reference):
         if name.endswith("qkv.bias"):
             query, _, value = (weights[name] - expected).chunk(3)
             gap = torch.cat([query, value]).norm() / expected.norm()
-        assert gap <= MOVED, f"{name}: {gap:.2e}"
+        assert gap <= WEIGHT_TOLERANCE, f"{name}: {gap:.2e}"
 
 
 @pytest.mark.distributed

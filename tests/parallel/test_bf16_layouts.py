@@ -34,7 +34,7 @@ def config_of(clip: str = "global", **parallel: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def single_process(tmp_path_factory):
     """One process, eight micro batches a step, by clip mode."""
     folder = tmp_path_factory.mktemp("alone")
     return {
@@ -81,9 +81,9 @@ LAYOUTS = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("clip", "world", "parallel", "ds", "within"), LAYOUTS, ids=str)
-def test_layouts_train_what_one_process_does(alone, tmp_path, clip, world, parallel, ds, within):
+def test_layouts_train_what_one_process_does(single_process, tmp_path, clip, world, parallel, ds, within):
     results = run_ranks(world, train_rank, config_of(clip, **parallel), str(tmp_path), None, None, ds)
-    assert_close(results, alone[clip], within)
+    assert_close(results, single_process[clip], within)
 
 
 STAGES, ALONE = (2, {"pipeline": 2}), (1, {"zero_stage": 1})
@@ -104,9 +104,9 @@ BOTH = (4, {"tensor": 2, "pipeline": 2})
     ],
     ids=str,
 )
-def test_a_run_goes_on_in_another_layout(alone, tmp_path, before, after, within):
+def test_a_run_goes_on_in_another_layout(single_process, tmp_path, before, after, within):
     (first, parallel), (second, other) = before, after
     half = run_ranks(first, train_rank, config_of(**parallel), str(tmp_path), HALF, None, SENT)
     rest = run_ranks(second, train_rank, config_of(**other), str(tmp_path), None, half[0]["saved"], SENT)
     assert all(result["adam_step"] == STEPS for result in rest)
-    assert_close(rest, alone["global"], within, skip=HALF)
+    assert_close(rest, single_process["global"], within, skip=HALF)

@@ -145,9 +145,9 @@ def test_ranks_of_mpirun_agree_on_where_to_meet_and_jobs_do_not_share_it():
 
 
 def test_tasks_of_one_host_need_no_name_for_it():
-    alone = prepare_environment(TASK_3 | {"SLURM_STEP_NODELIST": "n1"})
+    single_process = prepare_environment(TASK_3 | {"SLURM_STEP_NODELIST": "n1"})
     spread = prepare_environment(dict(TASK_3))
-    assert (alone.master_addr, spread.master_addr) == ("127.0.0.1", "n1")
+    assert (single_process.master_addr, spread.master_addr) == ("127.0.0.1", "n1")
 
 
 def test_mpirun_on_several_hosts_is_told_the_first_or_refused(tmp_path):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.layouts.matrix import FAMILIES, LAYOUTS, Matrix, drifts, gaps
-from helpers.layouts.parity import MOVED, TOLERANCE
+from helpers.layouts.matrix import FAMILIES, LAYOUTS, LayoutRuns, diverged_replicas, gaps
+from helpers.layouts.parity import TOLERANCE, WEIGHT_TOLERANCE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -27,14 +27,14 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return Matrix(tmp_path_factory.mktemp("matrix"))
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> LayoutRuns:
+    return LayoutRuns(tmp_path_factory.mktemp("matrix"))
 
 
 @pytest.mark.parametrize(("family", "layout"), CELLS)
-def test_a_layout_trains_what_one_process_does(matrix: Matrix, family: str, layout: str) -> None:
-    results, expected = matrix.spread(family, layout)
+def test_a_layout_trains_what_one_process_does(matrix: LayoutRuns, family: str, layout: str) -> None:
+    results, expected = matrix.on_layout(family, layout)
     measured = gaps(results, expected)
-    allowed = {"weights": MOVED, "average": MOVED}
+    allowed = {"weights": WEIGHT_TOLERANCE, "average": WEIGHT_TOLERANCE}
     assert {quantity: gap for quantity, gap in measured.items() if gap > allowed.get(quantity, TOLERANCE)} == {}
-    assert drifts(results, layout) == []
+    assert diverged_replicas(results, layout) == []

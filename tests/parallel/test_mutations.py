@@ -156,7 +156,7 @@ def mutated(fault: Callable[[], None], config: RunConfig, folder: str) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def single_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [result] = run_ranks(1, train_rank, config_of(), str(tmp_path_factory.mktemp("alone")), STEPS)
     outcome: dict[str, Any] = result
     return outcome
@@ -165,9 +165,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("parallel", [SHARED, TOKENS], ids=["shared", "tokens"])
 def test_without_a_fault_there_is_no_difference(
-    alone: dict[str, Any], tmp_path: Path, parallel: dict[str, Any]
+    single_process: dict[str, Any], tmp_path: Path, parallel: dict[str, Any]
 ) -> None:
-    measured = gaps(run_ranks(2, mutated, nothing, config_of(**parallel), str(tmp_path)), alone)
+    measured = gaps(run_ranks(2, mutated, nothing, config_of(**parallel), str(tmp_path)), single_process)
     # Weights are left out: three steps behind a readout that started at zero, Adam makes rounding of biases as large.
     assert max(measured[quantity] for quantity in ("loss", "norm", "norms by role", "gradients")) < TOLERANCE, measured
 
@@ -175,7 +175,7 @@ def test_without_a_fault_there_is_no_difference(
 @pytest.mark.distributed
 @pytest.mark.parametrize(("fault", "parallel", "quantity"), MUTATIONS, ids=NAMES)
 def test_a_fault_is_seen(
-    alone: dict[str, Any], tmp_path: Path, fault: Callable[[], None], parallel: dict[str, Any], quantity: str
+    single_process: dict[str, Any], tmp_path: Path, fault: Callable[[], None], parallel: dict[str, Any], quantity: str
 ) -> None:
-    measured = gaps(run_ranks(2, mutated, fault, config_of(**parallel), str(tmp_path)), alone)
+    measured = gaps(run_ranks(2, mutated, fault, config_of(**parallel), str(tmp_path)), single_process)
     assert measured[quantity] > SEEN, measured

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.layouts.parity import STEPS, TOLERANCE, assert_same_training, config_of, reference_run, run_alone
+from helpers.layouts.parity import STEPS, TOLERANCE, assert_same_training, config_of, reference_run, run_single_process
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, train_on, train_rank
 from megadit.checkpoint.inspect import verify
@@ -18,8 +18,8 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return run_alone(str(tmp_path_factory.mktemp("alone")))
+def single_process(tmp_path_factory):
+    return run_single_process(str(tmp_path_factory.mktemp("alone")))
 
 
 LAYOUTS = [
@@ -39,9 +39,9 @@ LAYOUTS = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=lambda value: str(value).replace(" ", ""))
-def test_stages_train_what_one_rank_does(reference, alone, tmp_path, world, parallel):
+def test_stages_train_what_one_rank_does(reference, single_process, tmp_path, world, parallel):
     results = run_ranks(world, train_rank, config_of(**parallel), str(tmp_path))
-    assert_same_training(results, reference, alone)
+    assert_same_training(results, reference, single_process)
 
 
 @pytest.mark.distributed
@@ -50,13 +50,13 @@ def test_stages_train_what_one_rank_does(reference, alone, tmp_path, world, para
     [((2, {"pipeline": 2}), (2, {"tensor": 2, "zero_stage": 2})), ((1, {}), (4, {"pipeline": 2, "tensor": 2}))],
     ids=["stages-to-shares", "alone-to-both"],
 )
-def test_a_run_goes_on_in_another_layout(reference, alone, tmp_path, before, after):
+def test_a_run_goes_on_in_another_layout(reference, single_process, tmp_path, before, after):
     (first, parallel), (second, other) = before, after
     half = run_ranks(first, train_rank, config_of(**parallel), str(tmp_path), 3)
     stored = StoredCheckpoint(tmp_path / "checkpoints" / "step-00000003")
     assert verify(stored) == []
     rest = run_ranks(second, train_rank, config_of(**other), str(tmp_path), None, half[0]["saved"])
-    assert_same_training(rest, reference, alone, skip=3)
+    assert_same_training(rest, reference, single_process, skip=3)
 
 
 def validated(config, folder):

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from helpers.layouts.parity import (
-    MOVED,
     SECTIONS,
     STEPS,
     TOLERANCE,
+    WEIGHT_TOLERANCE,
     assert_same_training,
     config_of,
     gap_of,
     reference_run,
-    run_alone,
+    run_single_process,
 )
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, plain_torch_run, small_config, train_on, train_rank
@@ -26,8 +26,8 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return run_alone(str(tmp_path_factory.mktemp("alone")))
+def single_process(tmp_path_factory):
+    return run_single_process(str(tmp_path_factory.mktemp("alone")))
 
 
 LAYOUTS = [
@@ -51,9 +51,9 @@ LAYOUTS = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=lambda value: str(value).replace(" ", ""))
-def test_ranks_that_share_layers_train_what_one_does(reference, alone, tmp_path, world, parallel):
+def test_ranks_that_share_layers_train_what_one_does(reference, single_process, tmp_path, world, parallel):
     results = run_ranks(world, train_rank, config_of(**parallel), str(tmp_path))
-    assert_same_training(results, reference, alone)
+    assert_same_training(results, reference, single_process)
     size = parallel["tensor"]
     shares = {fragment[0] for result in results for fragment in result["pieces"] if fragment[-1] is not None}
     for first in range(0, world, size):
@@ -70,7 +70,7 @@ def test_ranks_that_share_layers_train_what_one_does(reference, alone, tmp_path,
     [((2, {"tensor": 2}), (1, {})), ((1, {}), (4, {"tensor": 2, "zero_stage": 3})), ((2, {}), (4, {"tensor": 4}))],
     ids=["shared-to-alone", "alone-to-shared", "copies-to-shared"],
 )
-def test_a_run_goes_on_in_another_layout(reference, alone, tmp_path, before, after):
+def test_a_run_goes_on_in_another_layout(reference, single_process, tmp_path, before, after):
     (first, parallel), (second, other) = before, after
     half = run_ranks(first, train_rank, config_of(**parallel), str(tmp_path), 3)
     stored = StoredCheckpoint(tmp_path / "checkpoints" / "step-00000003")
@@ -78,7 +78,7 @@ def test_a_run_goes_on_in_another_layout(reference, alone, tmp_path, before, aft
     elements = sum(fragment.stop - fragment.start for fragment in stored.index.fragments if fragment.kind == "weights")
     assert elements == sum(p.numel() for p in reference["weights"].values()), "an element is stored twice or not at all"
     rest = run_ranks(second, train_rank, config_of(**other), str(tmp_path), None, half[0]["saved"])
-    assert_same_training(rest, reference, alone, skip=3)
+    assert_same_training(rest, reference, single_process, skip=3)
 
 
 def norms_without_marks(config, folder):
@@ -111,7 +111,7 @@ def test_clipping_by_role_counts_shares_once(tmp_path):
         for norms, expected_norms in zip(results[0]["role_norms"], expected["role_norms"], strict=True):
             assert norms == pytest.approx(expected_norms, rel=TOLERANCE)
         for name, weights in merge_weights(results).items():
-            assert gap_of(name, weights, expected["weights"][name]) <= MOVED, name
+            assert gap_of(name, weights, expected["weights"][name]) <= WEIGHT_TOLERANCE, name
 
 
 @pytest.mark.distributed

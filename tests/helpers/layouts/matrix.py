@@ -85,26 +85,26 @@ def matrix_config(family: str, root: Path, full: bool, recompute: str = "none", 
     )
 
 
-class Matrix:
+class LayoutRuns:
     """Runs, each family's in one process when it is first needed; ``root`` takes their files."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     @functools.cache  # noqa: B019 - lives as long as the tests of one module
-    def alone(self, family: str, full: bool) -> dict[str, Any]:
+    def single_process(self, family: str, full: bool) -> dict[str, Any]:
         """The run of one process."""
         folder = self._folder(family) / f"alone-{full}"
         [result] = run_ranks(1, train_rank, matrix_config(family, self._folder(family), full), str(folder), timeout=400)
         outcome: dict[str, Any] = result
         return outcome
 
-    def spread(self, family: str, layout: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def on_layout(self, family: str, layout: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Results of all ranks of a layout, and that of one process."""
         world, parallel, full, recompute = LAYOUTS[layout]
         config = matrix_config(family, self._folder(family), full, recompute, world=world, **parallel)
         folder = self._folder(family) / layout.replace(" ", "-")
-        return run_ranks(world, train_rank, config, str(folder), timeout=400), self.alone(family, full)
+        return run_ranks(world, train_rank, config, str(folder), timeout=400), self.single_process(family, full)
 
     def _folder(self, family: str) -> Path:
         path = self._root / family
@@ -141,7 +141,7 @@ def _relative(values: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(values, expected, strict=True))
 
 
-def drifts(results: list[dict[str, Any]], layout: str) -> list[str]:
+def diverged_replicas(results: list[dict[str, Any]], layout: str) -> list[str]:
     """Parameters that every tensor-parallel rank holds whole and whose weights are not the same bits on all of them."""
     world, parallel, _, _ = LAYOUTS[layout]
     size = parallel.get("tensor", 1)

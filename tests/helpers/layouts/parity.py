@@ -16,7 +16,7 @@ TOLERANCE = 1e-5  # relative, float32; measured: losses 5e-8, norms 3e-7, weight
 # Of weights and their averages: Adam divides every entry's gradient by its own size, so that a sum's rounding, 6e-8 of
 # its larger terms, is a part of the step of an entry whose terms cancel, and biases are still made of few steps.
 # Measured with sums in another order: 2e-5. What a fault does to gradients is seen in the moments, at TOLERANCE.
-MOVED = 1e-4
+WEIGHT_TOLERANCE = 1e-4
 AVERAGE = "ema/0.9"
 SECTIONS: dict[str, Any] = {
     "model": {"width": 64, "heads": 4, "qk_norm": "rms"},
@@ -34,7 +34,7 @@ def reference_run() -> dict[str, Any]:
     return plain_torch_run(small_config(train={"steps": STEPS}, **SECTIONS), STEPS)
 
 
-def run_alone(folder: str) -> list[dict[str, Any]]:
+def run_single_process(folder: str) -> list[dict[str, Any]]:
     """Through the library in one process: what the reference does not keep."""
     return run_ranks(1, train_rank, config_of(), folder)
 
@@ -55,7 +55,7 @@ def gap_of(name: str, values: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_same_training(
-    results: list[dict[str, Any]], reference: dict[str, Any], alone: list[dict[str, Any]], skip: int = 0
+    results: list[dict[str, Any]], reference: dict[str, Any], single_process: list[dict[str, Any]], skip: int = 0
 ) -> None:
     """Losses, norms, weights, averages and moments of all ranks; the results begin after ``skip`` steps."""
     for result in results:
@@ -66,9 +66,9 @@ def assert_same_training(
         for norms, expected_norms in zip(result["role_norms"], reference["role_norms"][skip:], strict=True):
             assert norms == pytest.approx(expected_norms, rel=TOLERANCE)
     # The first moment is a mean of the steps' gradients, clipped.
-    moments = {kind: merge_weights(alone, kind) for kind in (AVERAGE, "exp_avg", "exp_avg_sq")}
+    moments = {kind: merge_weights(single_process, kind) for kind in (AVERAGE, "exp_avg", "exp_avg_sq")}
     for kind, expected_tensors in {"pieces": reference["weights"], **moments}.items():
-        within = MOVED if kind in ("pieces", AVERAGE) else TOLERANCE
+        within = WEIGHT_TOLERANCE if kind in ("pieces", AVERAGE) else TOLERANCE
         merged = merge_weights(results, kind)
         assert merged.keys() == expected_tensors.keys()
         for name, expected in expected_tensors.items():
