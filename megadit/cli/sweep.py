@@ -189,7 +189,7 @@ class StudyProgress:
         self._next = self._printed = 0.0
         self._done = -1
         terminal = sys.stderr is not None and sys.stderr.isatty()
-        layout = "{percentage:3.0f}%|{bar}| [{elapsed}] {postfix}"
+        layout = "{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
         self._bar = tqdm(total=len(store.planned), dynamic_ncols=True, bar_format=layout, disable=not terminal)
 
     def tick(self) -> None:
