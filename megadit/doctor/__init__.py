@@ -1,7 +1,7 @@
-"""What this machine can do: versions, backends and a real training step, each with the reason when it does not work.
+"""Checks of this machine: versions, backends and a real training step, each with the reason where it does not work.
 
-Imports nothing heavy by itself, so that it also runs where torch or megadit's other requirements are missing or
-broken: that is when it is needed.
+Imports nothing but the standard library at first, so that it also runs where torch or megadit's other requirements are
+missing or broken.
 """
 
 from __future__ import annotations

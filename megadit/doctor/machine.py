@@ -1,4 +1,4 @@
-"""The machine: Python, cores, memory, disk, compiler, GPUs, and each kernel backend by one tiny call."""
+"""Checks of the machine: Python, cores, memory, disk, compiler, GPUs, and each kernel backend by one tiny call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIB = 2.0**30
 
 
 def check_machine() -> Iterator[Check]:
-    """Python, cores, memory, disk, compiler: what torch does not know about."""
+    """Python, cores, memory, disk, compiler and leftover build locks."""
     venv = ROOT / ".venv"
     detail = f"{platform.python_version()} at {sys.executable}"
     new_enough = sys.version_info >= (3, 11)
@@ -48,26 +48,21 @@ def check_machine() -> Iterator[Check]:
 
 
 def _memory() -> Check:
-    free, total = _free_memory()
-    state: State = "ok" if free is None or free > 2 * GIB else "broken"
-    detail = "unknown" if free is None or total is None else f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
-    return Check("machine", "memory", state, detail, "a rank of the quickstart takes about 1 GiB: end other programs")
-
-
-def _free_memory() -> tuple[float | None, float | None]:
-    """(free, total) bytes: of the machine, or of the control group where that is less."""
-    facts: dict[str, float] = {}
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            facts[name] = float(value.split()[0]) * 1024
-    free, total = facts.get("MemAvailable"), facts.get("MemTotal")
+    """Free memory of the machine, or of the control group where that has less."""
+    remedy = "a rank of the quickstart takes about 1 GiB: end other programs"
+    try:
+        import psutil
+    except ImportError:  # before ``make setup``
+        return Check("machine", "memory", "ok", "unknown without psutil", remedy)
+    memory = psutil.virtual_memory()
+    free, total = float(memory.available), float(memory.total)
     with contextlib.suppress(OSError, ValueError):
         limit = float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))  # "max" means none: ValueError
         used = float(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-        if total is None or limit < total:
-            free, total = min(free or limit, limit - used), limit
-    return free, total
+        if limit < total:
+            free, total = min(free, limit - used), limit
+    state: State = "ok" if free > 2 * GIB else "broken"
+    return Check("machine", "memory", state, f"{free / GIB:.1f} GiB free of {total / GIB:.1f}", remedy)
 
 
 def _disk(name: str, path: Path, least_gib: float, remedy: str) -> Check:
@@ -102,7 +97,7 @@ def _compiler() -> Check:
 
 
 def _extension_locks() -> Check:
-    """Locks of C++ builds that were killed: the next build of the same op waits on them for ever."""
+    """Locks of C++ builds that were killed: the next build of the same op would wait for them without end."""
     # Where torch builds C++ extensions, DeepSpeed's ops among them.
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     now = time.time()
@@ -113,7 +108,7 @@ def _extension_locks() -> Check:
                 locks.append((path, now - path.stat().st_mtime))
     stale = [str(path) for path, age in locks if age > STALE_LOCK_S]
     if stale:
-        detail = f"{len(stale)} left by a build that was killed; DeepSpeed would wait on it for ever"
+        detail = f"{len(stale)} left by a build that was killed; DeepSpeed would wait for it without end"
         return Check("machine", "build locks", "broken", detail, f"rm {' '.join(stale)}")
     return Check("machine", "build locks", "ok", f"{len(locks)} build(s) in progress" if locks else "none")
 
@@ -128,8 +123,8 @@ def check_backends() -> Iterator[Check]:
         return
     for name in backend_names():
         with quiet():
-            found = backend(name)
-        yield Check("backends", name, found.state, found.detail, found.remedy)
+            probe = backend(name)
+        yield Check("backends", name, probe.state, probe.detail, probe.remedy)
     device = "cuda" if backend("cuda").works else "cpu"
     for name in FUSED_OPS.names():
         yield Check("backends", name, "ok", f"{FUSED_OPS.get(name).backend_on(device)} on {device}")
@@ -144,20 +139,18 @@ def _nvidia() -> Iterator[Check]:
     query = ["--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
     try:
         command = [program, *query]
-        answer = subprocess.run(
-            command, check=True, capture_output=True, timeout=30, encoding="utf-8", errors="replace"
-        )
+        done = subprocess.run(command, check=True, capture_output=True, timeout=30, encoding="utf-8", errors="replace")
     except (OSError, subprocess.SubprocessError) as error:
         yield Check(
             "backends", "NVIDIA driver", "broken", f"nvidia-smi: {one_line(error)}", "reload or update the driver"
         )
         return
-    for number, line in enumerate(answer.stdout.strip().splitlines()):
+    for number, line in enumerate(done.stdout.strip().splitlines()):
         model, total, free, driver = (part.strip() for part in line.rsplit(",", 3))
         yield Check("backends", f"GPU {number}", "ok", f"{model}, {free} free of {total}, driver {driver}")
     with contextlib.suppress(Exception):
         import torch
 
         if torch.version.cuda is None:
-            remedy = "install a CUDA build of torch, as its own site tells, then make setup"
+            remedy = "install a CUDA build of torch (pytorch.org), then make setup"
             yield Check("backends", "torch on GPU", "broken", "there is a GPU, but torch is a CPU build", remedy)

@@ -1,4 +1,4 @@
-"""What a check found, what all of them say together, and how checks keep quiet meanwhile."""
+"""Results of checks, the report made of them, and how to silence what checks import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. ``needed``: training is impossible without it."""
+    """The result of one check. ``remedy``: what helps where ``state`` is not ok; ``needed``: training requires it."""
 
     section: str
     name: str
@@ -26,34 +26,37 @@ class Check:
 
 @dataclass(frozen=True)
 class MachineReport:
-    """All checks, and what follows from them."""
+    """All checks of this machine."""
 
     checks: tuple[Check, ...]
 
     @property
     def ready(self) -> bool:
-        """Whether training is possible here."""
+        """Whether training is possible: every needed check is ok."""
         return all(check.state == "ok" for check in self.checks if check.needed)
 
     @property
     def verdict(self) -> str:
-        """One line: ready or not, and the GPU's part in it."""
+        """One line: ready or not, and whether there is a GPU."""
         gpu = next((check for check in self.checks if check.name == "cuda"), None)
         has_gpu = gpu is not None and gpu.state == "ok"
         reason = gpu.detail if gpu is not None else "not looked for"
-        told = f"GPU: {reason}" if has_gpu else f"GPU: none ({reason})"
+        gpu_note = f"GPU: {reason}" if has_gpu else f"GPU: none ({reason})"
         if not self.ready:
             causes = ", ".join(check.name for check in self.checks if check.needed and check.state != "ok")
-            return f"not ready for training: {causes}; {told}"
-        return f"ready for {'GPU' if has_gpu else 'CPU'} training; {told}"
+            return f"not ready for training: {causes}; {gpu_note}"
+        return f"ready for {'GPU' if has_gpu else 'CPU'} training; {gpu_note}"
 
     def as_json(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """The object that ``--json`` prints."""
         return {"ready": self.ready, "verdict": self.verdict, "checks": [asdict(check) for check in self.checks]}
 
 
 def format_report(report: MachineReport) -> str:
-    """An aligned table, section by section; a remedy stands below the line that needs it."""
+    """An aligned table, section by section; a remedy stands below its check.
+
+    Needs no ``megadit.tables``: the command runs before tabulate is installed.
+    """
     width = max(len(check.name) for check in report.checks)
     lines: list[str] = []
     section = ""
@@ -68,16 +71,16 @@ def format_report(report: MachineReport) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line of at most 200 characters; of a failed program, the end of what it said."""
-    said = getattr(error, "stderr", None)
-    text = said.decode(errors="replace") if isinstance(said, bytes) else said or str(error)
+    """An exception in one line of at most 200 characters; for a failed program the last line of its stderr."""
+    stderr = getattr(error, "stderr", None)
+    text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr or str(error)
     lines = text.strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1] if said else lines[0]}"[:200]
+    return f"{type(error).__name__}: {lines[-1] if stderr else lines[0]}"[:200]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what imports and probes print (both descriptors: C++ code writes there too), so that the table stays one."""
+    """Discard what imports and probes print, on the file descriptors too, since C++ code writes there."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [(stream, os.dup(stream)) for stream in (1, 2)]

@@ -1,4 +1,4 @@
-"""Versions of packages; each is imported, since an installed one may still not load."""
+"""Checks of packages: each is imported, since an installed one may still not load."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _USEFUL = (
 
 
 def check_software() -> Iterator[Check]:
-    """Versions; each package is imported, since an installed one may still not load."""
+    """Version of each package, or why it does not import."""
     torchvision = _torchvision()
     for module, distribution in _NEEDED:
         yield _package(module, distribution, "make setup", needed=True)
@@ -55,7 +55,7 @@ def _package(module: str, distribution: str, remedy: str, needed: bool) -> Check
         return Check("software", name, "missing", "not installed", remedy, needed)
     with quiet():
         try:
-            found = importlib.import_module(module)
+            imported = importlib.import_module(module)
         except BaseException as error:  # a package may even call sys.exit at import
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -63,8 +63,8 @@ def _package(module: str, distribution: str, remedy: str, needed: bool) -> Check
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        version = f"used from {Path(found.__file__ or '.').resolve().parent}, not installed"
-    return Check("software", name, "ok", str(getattr(found, "__version__", version)), remedy, needed)
+        version = f"used from {Path(imported.__file__ or '.').resolve().parent}, not installed"
+    return Check("software", name, "ok", str(getattr(imported, "__version__", version)), remedy, needed)
 
 
 def _torchvision() -> Check:

@@ -1,4 +1,4 @@
-"""Process groups, and a real optimizer step through DeepSpeed."""
+"""Checks of process groups, and of a real optimizer step through DeepSpeed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES_TIMEOUT_S = 3.0
 
 
 def check_distributed() -> Iterator[Check]:
-    """gloo by a real collective; nccl and DeepSpeed's accelerator by what they say."""
+    """Launcher, gloo by a real collective, name service, NCCL's version and DeepSpeed's accelerator."""
     yield _launcher()
     try:
         import torch
@@ -30,7 +30,7 @@ def check_distributed() -> Iterator[Check]:
         yield Check("distributed", "torch.distributed", "broken", one_line(error), "make setup", needed=True)
         return
     yield _gloo(dist)
-    yield _names()
+    yield _name_service()
     if dist.is_nccl_available():
         yield Check("distributed", "nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
@@ -40,14 +40,16 @@ def check_distributed() -> Iterator[Check]:
 
 
 def _launcher() -> Check:
-    """What the environment says of a launcher; a command would refuse what contradicts itself."""
+    """The launcher whose variables are in the environment; broken where they contradict each other."""
     try:
         ranks = read_rank_variables()
     except UserError as error:
-        said, _, remedy = str(error).partition("; ")
-        return Check("distributed", "launcher", "broken", said, remedy)
-    where = "none: plain python is one process" if ranks.launcher == "python" else ""
-    return Check("distributed", "launcher", "ok", where or f"{ranks.launcher}: rank {ranks.rank} of {ranks.world_size}")
+        problem, _, remedy = str(error).partition("; ")
+        return Check("distributed", "launcher", "broken", problem, remedy)
+    detail = f"{ranks.launcher}: rank {ranks.rank} of {ranks.world_size}"
+    if ranks.launcher == "python":
+        detail = "none: plain python is one process"
+    return Check("distributed", "launcher", "ok", detail)
 
 
 def _gloo(dist: Any) -> Check:
@@ -67,20 +69,20 @@ def _gloo(dist: Any) -> Check:
     return Check("distributed", "gloo", "ok", "one collective on one rank")
 
 
-def _names() -> Check:
-    """Torch asks for the name behind every address that connects, in this form; a silent server costs 10 s each."""
+def _name_service() -> Check:
+    """Torch looks up the name of every address that connects, in this form; a silent server costs 10 s each time."""
     begin = time.monotonic()
-    asking = threading.Thread(target=_own_name, daemon=True)
-    asking.start()
-    asking.join(NAMES_TIMEOUT_S)
-    if asking.is_alive():
+    lookup = threading.Thread(target=_reverse_lookup, daemon=True)
+    lookup.start()
+    lookup.join(NAMES_TIMEOUT_S)
+    if lookup.is_alive():
         detail = f"no answer for 127.0.0.1 within {NAMES_TIMEOUT_S:g} s: ranks wait at every connection"
         remedy = "name a server that answers in /etc/resolv.conf, or export RES_OPTIONS='timeout:1 attempts:1'"
         return Check("distributed", "name service", "broken", detail, remedy)
     return Check("distributed", "name service", "ok", f"{1000 * (time.monotonic() - begin):.0f} ms for 127.0.0.1")
 
 
-def _own_name() -> None:
+def _reverse_lookup() -> None:
     with contextlib.suppress(OSError):
         socket.getnameinfo(("::ffff:127.0.0.1", 1), socket.NI_NUMERICSERV)
 
@@ -108,22 +110,22 @@ def start_step() -> subprocess.Popen[str]:
 
 
 def check_step(process: subprocess.Popen[str], timeout_s: float = STEP_TIMEOUT_S) -> Check:
-    """What became of ``start_step()``, waiting ``timeout_s`` seconds at most."""
+    """The result of ``start_step()``, after at most ``timeout_s`` seconds."""
     try:
-        _, said = process.communicate(timeout=timeout_s)
+        _, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         detail, remedy = f"no end after {timeout_s:g} s", "see build locks and gloo above"
         return Check("training", "DeepSpeed step", "broken", detail, remedy, needed=True)
     if process.returncode:
-        last = (said.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+        last = (stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         return Check("training", "DeepSpeed step", "broken", last[:200], "see the lines above", needed=True)
     return Check("training", "DeepSpeed step", "ok", "ZeRO 1, one step of a linear layer", needed=True)
 
 
 def training_step() -> None:
-    """The smallest real training: a linear layer, ZeRO stage 1, one step. Raises whatever goes wrong."""
+    """Train a linear layer for one step at ZeRO stage 1. Raises whatever goes wrong."""
     import torch
 
     from megadit.engine.deepspeed.partitions import avoid_shm_build

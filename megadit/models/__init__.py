@@ -1,7 +1,7 @@
-"""The model families, written once as stages from state to state; plain single-device torch in reading.
+"""The model families, each written once, as a list of stages that reads as plain single-device torch.
 
-A family is one folder: ``family`` (what others know of it), ``model``, ``presets``, ``init``, ``convert``. Importing
-this package loads no torch.
+A family is one folder: ``family`` (its ``FamilySpec``), ``model``, ``presets``, ``init``, ``convert``. Importing this
+package loads no torch.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Conditioning", "Stage", "StageIO", "StagedModel", "build_model", "count_parameters"]
 
-# What each knows of itself, by ``model.family``.
+# Lazy path of each ``FamilySpec``, by ``model.family``.
 FAMILIES: Mapping[str, str] = {
     "dit": "megadit.models.dit.family:FAMILY",
     "pixart": "megadit.models.pixart.family:FAMILY",

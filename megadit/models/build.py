@@ -1,4 +1,4 @@
-"""From a configuration to a model: families by name."""
+"""Builds models, and counts their parameters, from a configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megadit.registry import load_object
 
 
 def parametrization(config: ModelConfig) -> Parametrization:
-    """The rules of a model, with the initial values of ``model.init``."""
+    """The parametrization of a model, with the initial values of ``model.init``."""
     path = family_spec(config.family).init.get(config.init_scheme)
     return Parametrization(config, FAN_IN_SCHEME if path is None else load_object(path))
 
@@ -28,13 +28,13 @@ def build_model(
     *,
     device: torch.device | str | None = None,
 ) -> StagedModel:
-    """Build one model in float32, initialised: whole, or a tensor-parallel rank's share of it (``parallel``).
+    """Build one model in float32, initialised; with ``parallel`` a tensor-parallel rank's shards of it.
 
-    ``device``: by default torch's, so that ``with torch.device(…)`` holds here too. ``"meta"`` gives a model without
-    memory or values: for counting, for specs, and for ``to_empty`` followed by ``megadit.mup.init.init_parameters``.
+    ``device``: default torch's default device. ``"meta"`` gives a model without memory or values: for counting, for
+    specs, and for ``to_empty`` followed by ``megadit.mup.init.init_parameters``.
 
     Raises:
-        ValueError: the layout's ranks do not divide the model's heads or channels.
+        ValueError: the tensor-parallel size does not divide the model's heads or channels.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     param = parametrization(config)

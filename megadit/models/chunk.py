@@ -1,4 +1,4 @@
-"""A part of a model: some consecutive stages, as one rank of a pipeline holds and runs them."""
+"""The consecutive stages of a model that one pipeline rank holds and runs."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from megadit.parallel.tensor import TensorLayout, mark_shards
 class ModelChunk(nn.Module):
     """Stages [low, high) of ``model``: ``forward(stage_io) -> stage_io``.
 
-    ``model`` is changed: everything that other stages need is taken out of it. The parameters that are left keep their
-    canonical names in it. What goes in and out is the packed state between two stages and, where ``project`` is set and
-    block ``model.repa_block`` lies behind, the REPA projection (B, T, F) as one tensor before it. The last chunk puts
-    out the model's output, or with ``project`` (output, projection).
+    ``model`` is changed: the submodules of other stages are removed, the remaining parameters keep their canonical
+    names. ``stage_io`` is the packed state between two stages; where ``project`` is set and block ``model.repa_block``
+    has run, the REPA projection (B, T, F) stands before it, as one tensor. The last chunk returns the model's output,
+    or with ``project`` (output, projection).
 
-    project: whether the REPA projection is made and passed on; the engine sets it before a pass.  blocks: how many of
-    the stages are blocks.
+    project: compute and pass on the REPA projection; the engine sets it before a pass.  blocks: number of stages here
+    that are blocks.
     """
 
     def __init__(self, model: StagedModel, low: int, high: int) -> None:
         super().__init__()
         stages = model.stages()
-        blocks = [sum(stage.is_block for stage in stages[:cut]) for cut in range(len(stages) + 1)]  # before each cut
+        blocks = [sum(stage.is_block for stage in stages[:cut]) for cut in range(len(stages) + 1)]  # before each
         self.is_first, self.is_last = low == 0, high == len(stages)
         self.project = False
         self.blocks = blocks[high] - blocks[low]
         self._blocks_before = blocks[low]
         self._stages = tuple(stages[low:high])  # a tuple is not registered: the parameters are the model's
         repa = model.repa if blocks[low] < model.repa_block <= blocks[high] else None
-        _take_out(model, {id(m) for part in (*self._stages, repa) if part is not None for m in part.modules()})
+        _remove_others(model, {id(m) for part in (*self._stages, repa) if part is not None for m in part.modules()})
         self.model = model
         self.padding = nn.ParameterList()
 
     def pad(self) -> nn.Parameter:
-        """A parameter of two zeros, without a gradient, for an optimizer group that has no member here.
+        """A parameter of two zeros, without a gradient, for an optimizer group that has no parameter in this chunk.
 
-        DeepSpeed makes one collective per group over all stages, and waits for ever for a stage that lacks one.
+        DeepSpeed runs one collective per group over all stages, which hangs where a stage lacks the group.
         """
         self.padding.append(nn.Parameter(torch.zeros(2)))
         return self.padding[-1]
@@ -65,13 +65,13 @@ class ModelChunk(nn.Module):
         return (*repa_projection, *state)
 
 
-def _take_out(module: nn.Module, kept: set[int]) -> None:
-    """Put ``nn.Identity`` for every submodule that is not kept (by its id) and holds none that is."""
+def _remove_others(module: nn.Module, keep: set[int]) -> None:
+    """Replace by ``nn.Identity`` every submodule whose id is not in ``keep``, and that contains none whose id is."""
     for name, child in list(module.named_children()):
-        if id(child) in kept:
+        if id(child) in keep:
             continue
-        if any(id(inner) in kept for inner in child.modules()):
-            _take_out(child, kept)
+        if any(id(inner) in keep for inner in child.modules()):
+            _remove_others(child, keep)
         else:
             module._modules[name] = nn.Identity()
 
@@ -79,26 +79,26 @@ def _take_out(module: nn.Module, kept: set[int]) -> None:
 def build_chunk(
     config: ModelConfig,
     cuts: Sequence[int],
-    place: int,
+    index: int,
     layout: TensorLayout | None = None,
     seed: int = 0,
     *,
     device: torch.device | str = "cpu",
 ) -> ModelChunk:
-    """Build chunk ``place``, counted from 0: stages [cuts[place], cuts[place + 1]) of the whole model.
+    """Build chunk ``index``, counted from 0: stages [cuts[index], cuts[index + 1]) of the model.
 
-    Only its own parameters are made and drawn, in float32; values depend on ``seed`` and a parameter's name alone, so
-    they are those of ``build_model``.
+    Only its own parameters are allocated and initialised, in float32. Their values depend on ``seed`` and the
+    parameter's name alone, so they are those of ``build_model``.
 
     cuts: ascending indices of stages, from 0 to their number; see ``megadit.parallel.topology.balanced_cuts``.
-    layout: a tensor-parallel rank's share of every layer; None: whole layers.  device: on ``"meta"`` nothing is
-    allocated or drawn.
+    layout: the tensor-parallel rank whose shards are built; None: layers are not sharded.  device: on ``"meta"``
+    nothing is allocated or initialised.
 
     Raises:
-        ValueError: the layout's ranks do not divide the model's heads or channels.
+        ValueError: the tensor-parallel size does not divide the model's heads or channels.
     """
     model = build_model(config, layout, device="meta")
-    chunk = ModelChunk(model, cuts[place], cuts[place + 1])
+    chunk = ModelChunk(model, cuts[index], cuts[index + 1])
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         for module in model.modules():  # the parameters are new ones

@@ -1,4 +1,4 @@
-"""What the families share whose image tokens are patches on a square grid: its size, checks of inputs, the readout."""
+"""Shared by families whose image tokens are patches on a square grid: grid sizes, checks of inputs, the readout."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megadit.parallel.tensor import tensor_layout
 
 
 def patches_per_side(config: ModelConfig) -> int:
-    """How many patches lie along a side of an image of ``input_size``."""
+    """Number of patches along a side of an image of ``input_size``."""
     return config.input_size // config.patch_size
 
 
 def num_patches(config: ModelConfig) -> int:
-    """How many patches, and so image tokens, an image of ``input_size`` has."""
+    """Number of patches, which is that of image tokens, of an image of ``input_size``."""
     return patches_per_side(config) ** 2
 
 
@@ -33,7 +33,7 @@ def check_square(x: Tensor, config: ModelConfig) -> None:
 
 
 def class_labels(cond: Conditioning, config: ModelConfig) -> Tensor:
-    """The class of each image, int64 (B,). Raises ValueError where the condition has no labels."""
+    """The condition's labels, int64 (B,). Raises ValueError where it has none."""
     if cond.labels is None:
         raise ValueError(
             f"cond.labels: this model is class-conditional; give labels ({config.num_classes} is the null one)"
@@ -42,7 +42,7 @@ def class_labels(cond: Conditioning, config: ModelConfig) -> Tensor:
 
 
 def self_attention(config: ModelConfig, param: Parametrization, tokens: int) -> SelfAttention:
-    """A block's attention among ``tokens`` tokens, as the configuration asks for it."""
+    """A block's self-attention over ``tokens`` tokens, by the configuration."""
     return SelfAttention(
         param.width_dim(),
         config.num_heads,
@@ -57,7 +57,7 @@ def self_attention(config: ModelConfig, param: Parametrization, tokens: int) -> 
 
 @dataclass(frozen=True)
 class ConditionedTokens(StageState):
-    """What blocks modulated by one vector per image pass on: tokens (B, T, n), condition (B, n); n is the width."""
+    """State between blocks that are modulated by one vector per image: tokens (B, T, n), condition (B, n)."""
 
     tokens: Tensor
     condition: Tensor
@@ -66,8 +66,7 @@ class ConditionedTokens(StageState):
 class SquareReadoutStage(Stage):
     """From tokens (B, T, n) to the image (B, C, H, W), by ``final_layer(tokens, condition)`` -> (B, T, p * p * C).
 
-    T is all of the image's patches, or with sequence parallelism this rank's share of them; p is ``patch_size``, C
-    ``out_channels``.
+    T counts the image's patches, under sequence parallelism this rank's; p is ``patch_size``, C ``out_channels``.
     """
 
     takes = ConditionedTokens
@@ -79,7 +78,7 @@ class SquareReadoutStage(Stage):
         self.layout = tensor_layout()
 
     def run(self, state: ConditionedTokens) -> ModelOutput:
-        """Read out the patches, gather those of other ranks and put the image together."""
+        """Read out the patches, all-gather them under sequence parallelism, and assemble the image."""
         config, side = self.config, patches_per_side(self.config)
         patches = gather_sequence(self.final_layer(state.tokens, state.condition), self.layout, side * side)
         return ModelOutput(unpatchify(patches, side, side, config.patch_size, config.out_channels))

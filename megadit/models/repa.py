@@ -13,27 +13,27 @@ from megadit.models.layers import MuRMSNorm, ReplicatedLinear
 from megadit.mup.rules import InitRule, Parametrization
 from megadit.mup.spec import Dim
 
-# The cosine divides by the size of what is projected, so that its pull on the block grows wherever that shrinks with
-# width, as products of a random readout do (m^-1/2). Beside a bias of std .58 products of a tenth leave it in place.
+# The cosine's gradient is divided by the projection's norm, so that it would grow with width as products of a random
+# readout shrink (m^-1/2). Products of a tenth beside a bias of std .58 keep the norm, and so the gradient, constant.
 _BESIDE_BIAS = InitRule("fan_in", 0.1)
 _BIAS = InitRule("kaiming_uniform")
 
-PREFIX = "repa."  # how the names of its parameters in a model begin
+PREFIX = "repa."  # of the projector's parameter names in a model
 
 T = TypeVar("T")
 
 
 def without_projector(named: Mapping[str, T]) -> dict[str, T]:
-    """What belongs to all parameters but the projector's: it serves training alone, and no other program has it."""
+    """The entries of all parameters but the projector's, which only training needs and no other program has."""
     return {name: value for name, value in named.items() if not name.startswith(PREFIX)}
 
 
 class RepaProjector(nn.Module):
     """Three linears with SiLU between them: tokens (B, T, n) -> (B, T, F), float in the weights' dtype.
 
-    Its hidden width stays as the model's grows. So the first linear is a readout: multiplier 1/m, rate eta; but it
-    starts at random, since a zero projection has no direction, and as its products then start as m^-1/2, its bias
-    starts at random too, with a std that does not depend on the width. The other two are finite.
+    The hidden width is fixed while the model's grows. So under muP the first linear is a readout, multiplier 1/m and
+    learning rate eta, but initialised at random, since a zero projection has no direction. Its products start as
+    m^-1/2, so its bias is random too, of a std that does not depend on the width. The other two linears are finite.
     With ``norm`` an RMSNorm follows the first linear.
     """
 
@@ -46,7 +46,7 @@ class RepaProjector(nn.Module):
         self.fc3 = ReplicatedLinear(hidden, Dim(repa.feature_dim), param)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Project every token by itself."""
+        """Project each token, (B, T, n) -> (B, T, F)."""
         hidden = self.fc1(tokens)
         if self.norm is not None:
             hidden = self.norm(hidden)

@@ -1,8 +1,8 @@
-"""The one grammar of all families: a model is a list of stages, and a stage maps one state to the next.
+"""The structure of every family: a model is a list of stages, and a stage maps one state to the next.
 
-Inside a stage the state's tensors have names. Between two stages they travel as a flat tuple, floats first and
-integers last, of fixed shapes: pipelines send tuples, and DeepSpeed's hooks and activation checkpointing look for
-tensors in tuples alone. ``forward`` folds the list, a pipeline cuts it, activation checkpointing wraps its members.
+Inside a stage the state's tensors have names. Between two stages they are packed as a flat tuple, floats first and
+integers last, of fixed shapes: pipelines send tuples, and DeepSpeed's hooks and activation checkpointing find tensors
+in tuples alone. ``forward`` runs the list, a pipeline cuts it, activation checkpointing wraps its members.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from megadit.parallel.collectives import gather_sequence
 from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
-StageIO = tuple[Tensor, ...]  # a packed state, as it travels
+StageIO = tuple[Tensor, ...]  # a packed state
 
 
 @dataclass(frozen=True)
 class StageState:
-    """What a stage takes or gives. A subclass's fields stand in the order in which they travel.
+    """Input or output of a stage; a subclass declares its tensors as fields, in the order in which they are packed.
 
-    A field may be a tuple of tensors, or None where a model has no such tensor: it takes no place then, and a subclass
-    whose last fields are not the only such ones says in ``unpack`` which are there.
+    A field may be a tuple of tensors, or None where a model has no such tensor. None is not packed; a subclass where
+    other fields than the last may be None, or tuples, overrides ``unpack``.
     """
 
     def pack(self) -> StageIO:
         """The tensors in order."""
-        flat: list[Tensor] = []
+        tensors: list[Tensor] = []
         for value in vars(self).values():
             if value is not None:
-                flat.extend(value if isinstance(value, tuple) else (value,))
-        return tuple(flat)
+                tensors.extend(value if isinstance(value, tuple) else (value,))
+        return tuple(tensors)
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> Self:
-        """The state of which ``pack`` made these."""
+        """The state whose ``pack`` gives ``tensors``."""
         return cls(*tensors)
 
 
 @dataclass(frozen=True)
 class ModelInputs(StageState):
-    """What a model is given: x (B, C, H, W), t (B,) in float32 and what its family is conditioned on.
+    """Input of the first stage: x (B, C, H, W), t (B,) in float32, and the conditions of the family.
 
-    text (B, L, F), pooled (B, P), labels int64 (B,), text_mask bool (B, L): which tokens of the text are no padding.
+    text (B, L, F), pooled (B, P), labels int64 (B,), text_mask bool (B, L): False for padding.
     """
 
     x: Tensor
@@ -60,30 +60,30 @@ class ModelInputs(StageState):
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> Self:
-        """Told apart by kind: a text has a dimension more than its pooled feature, a mask is of bools."""
-        x, t, *given = tensors
-        named: dict[str, Tensor] = {}
-        for tensor in given:
+        """Conditions are recognised by type and dimensions: text is 3-D, pooled 2-D, text_mask bool, labels int64."""
+        x, t, *packed = tensors
+        conditions: dict[str, Tensor] = {}
+        for tensor in packed:
             if tensor.is_floating_point():
-                named["text" if tensor.dim() == 3 else "pooled"] = tensor
+                conditions["text" if tensor.dim() == 3 else "pooled"] = tensor
             else:
-                named["text_mask" if tensor.dtype == torch.bool else "labels"] = tensor
-        return cls(x, t, **named)
+                conditions["text_mask" if tensor.dtype == torch.bool else "labels"] = tensor
+        return cls(x, t, **conditions)
 
 
 @dataclass(frozen=True)
 class ModelOutput(StageState):
-    """What the last stage gives: (B, C or 2C, H, W)."""
+    """Output of the last stage: (B, C or 2C, H, W)."""
 
     image: Tensor
 
 
 class Stage(nn.Module):
-    """A piece of a model: ``run(state) -> state``, called as ``forward(tensors) -> tensors``.
+    """A part of a model: ``run(state) -> state``, called as ``forward(tensors) -> tensors``.
 
-    ``takes`` is the class of the state that ``run`` is given.
-    ``prefix`` + a parameter's name within the stage is its canonical name in the whole model.
-    ``is_block`` marks the stages that ``taps`` count.
+    ``takes`` is the class of ``run``'s input.
+    ``prefix`` + a parameter's name within the stage is its canonical name in the model.
+    ``is_block`` marks Transformer blocks, which ``taps`` count.
     """
 
     takes: type[StageState]
@@ -91,27 +91,28 @@ class Stage(nn.Module):
     is_block: bool = False
 
     def forward(self, tensors: StageIO) -> StageIO:
-        """Unpack the state, run the stage and pack what it gives."""
+        """``run`` on packed states."""
         return self.run(self.takes.unpack(tensors)).pack()
 
     def recomputed(self, tensors: StageIO, how: Recompute) -> StageIO:
-        """``forward``, of which a block keeps for its backward pass what ``how`` says."""
+        """``forward``, a block's under the activation checkpointing ``how``."""
         return run_block(self, tensors, how if self.is_block else "none")
 
     def run(self, state: Any) -> StageState:
-        """The next stage's state."""
+        """The state that the next stage takes."""
         raise TypeError(f"{type(self).__name__} does not say what it computes")
 
 
 class StagedModel(nn.Module):
-    """A model given by its stages. Subclasses say what its inputs are and list the stages.
+    """Base class of models: subclasses define ``inputs`` and ``stages``.
 
-    ``recompute`` says what the blocks keep for the backward pass (see ``megadit.parallel.recompute``).
-    ``repa`` is the projector of the REPA loss and ``repa_block`` the block that it reads, counted from 1;
-    ``build_model`` sets both, so that families know nothing of them.
-    ``counted_tables`` names the buffers that published parameter counts include.
-    ``layout`` is the one that the model was built for. A family whose token streams sequence parallelism may cut sets
-    ``stream_tokens``, the number of tokens in its blocks' first tensor, which ``taps`` read.
+    ``recompute``: activation checkpointing of the blocks (see ``megadit.parallel.recompute``).
+    ``repa``, ``repa_block``: projector of the REPA loss, and the block whose tokens it projects, counted from 1;
+    ``build_model`` sets both.
+    ``counted_tables``: names of the buffers that published parameter counts include.
+    ``layout``: the tensor layout that the model was built for.
+    ``stream_tokens``: the number of tokens of a block's output, in a family whose tokens sequence parallelism may
+    shard; ``taps`` gather them.
     """
 
     counted_tables: tuple[str, ...] = ()
@@ -123,10 +124,10 @@ class StagedModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.repa = None  # here and not in the class, where it would hide the submodule
+        self.repa = None  # a class attribute would hide the submodule
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> StageState:
-        """The first stage's state. Raises ValueError: x or the condition does not fit the model."""
+        """Input of the first stage. Raises ValueError where x or the condition does not fit the model."""
         raise TypeError(f"{type(self).__name__} does not say what its inputs are")
 
     def packed_inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> StageIO:
@@ -134,11 +135,11 @@ class StagedModel(nn.Module):
         return self.inputs(x, t, cond).pack()
 
     def stages(self) -> list[Stage]:
-        """All stages in order. Those that are not blocks only refer to the model's submodules."""
+        """All stages in order. Those that are no blocks refer to submodules of the model."""
         raise TypeError(f"{type(self).__name__} does not list its stages")
 
     def image_tokens(self, tokens: Tensor) -> Tensor:
-        """Of a block's tokens (B, T, n), those of the image, row-major; here all of them."""
+        """The image tokens among a block's tokens (B, T, n), row-major; by default all."""
         return tokens
 
     def forward(
@@ -182,14 +183,14 @@ class StagedModel(nn.Module):
         return stage_io[0], [tapped[k] for k in taps]
 
     def gather_tokens(self, tokens: Tensor) -> Tensor:
-        """All tokens of a block's output, of which sequence parallelism leaves a rank its own."""
+        """All tokens of a block's output, (B, T, n), from those of this rank under sequence parallelism."""
         return tokens if self.stream_tokens is None else gather_sequence(tokens, self.layout, self.stream_tokens)
 
     def project_tokens(self, tokens: Tensor) -> Tensor:
-        """The REPA projection (B, T, F) of the image tokens after block ``repa_block``, from a rank's tokens."""
+        """The REPA projection (B, T, F) of the image tokens, from this rank's tokens after block ``repa_block``."""
         return self._project_image_tokens(self.gather_tokens(tokens))
 
     def _project_image_tokens(self, tokens: Tensor) -> Tensor:
-        assert self.repa is not None  # who asks has looked
+        assert self.repa is not None  # callers check it
         projection: Tensor = self.repa(self.image_tokens(tokens))
         return projection

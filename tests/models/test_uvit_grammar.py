@@ -54,7 +54,7 @@ def test_stages_fold_to_forward_and_name_every_parameter(kind: str) -> None:
             shapes.append({tuple(tensor.shape) for tensor in stage_io if tensor.is_floating_point()})
     assert torch.equal(stage_io[0], model(x, t, cond))
     assert skips == [0, 1, 2, 3, 2, 1, 0]
-    assert all(shape == {(3, model.extras + 16, 48)} for shape in shapes)
+    assert all(shape == {(3, model.extra_tokens + 16, 48)} for shape in shapes)
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
     own = dict(model.named_parameters())

@@ -55,7 +55,7 @@ LEFT_OUT: list[tuple[Any, str, Any, bool, str]] = [
         "",
     ),
     (skip_linear, "start_reduce_scatter", own_rows, True, "skip_linear.weight"),
-    (SEQUENCE, "bias_of_own_tokens", lambda layer: layer.bias, True, "skip_linear.bias"),
+    (SEQUENCE, "bias_for_local_tokens", lambda layer: layer.bias, True, "skip_linear.bias"),
 ]
 
 

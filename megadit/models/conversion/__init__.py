@@ -1,7 +1,7 @@
-"""A family's models in other programs: what its ``convert.py`` says, and which families say it.
+"""Conversion of a family's models: ``Conversion``, which each family's ``convert.py`` defines, and look-ups of it.
 
-``key_maps`` and ``diffusers_class`` are what such files are made of. Configurations and state dicts go in and out:
-nothing here reads or writes a file, which is ``megadit.convert``'s.
+``key_maps`` and ``diffusers_class`` are shared by these files. All of it maps configurations and state dicts;
+``megadit.convert`` reads and writes the files.
 """
 
 from __future__ import annotations
@@ -89,18 +89,18 @@ def conversion_of(family: str) -> Conversion:
     """The ``Conversion`` of a family. Raises UserError for an unknown family, and one that no other program has."""
     if family not in FAMILIES:
         raise UserError(f"family: {family!r} is not known; known are {', '.join(FAMILIES.names())}")
-    found = conversions().get(family)
-    if found is None:
+    conversion = conversions().get(family)
+    if conversion is None:
         raise UserError(f"model.family: {family} has no official form; use --to safetensors")
-    return found
+    return conversion
 
 
 def diffusers_of(family: str) -> DiffusersModel:
     """The class of a family in diffusers. Raises UserError where there is none."""
-    found = conversions().get(family)
-    if found is None or found.diffusers is None:
+    conversion = conversions().get(family)
+    if conversion is None or conversion.diffusers is None:
         raise UserError(f"model.family: {family} has no class in diffusers; use --to safetensors")
-    return found.diffusers
+    return conversion.diffusers
 
 
 def conversions() -> dict[str, Conversion]:

@@ -1,7 +1,7 @@
 """``config.json`` of a transformer of diffusers: its class, and which of its keys that class takes.
 
-Every key is read by the family's module, refused, or told. Files of before diffusers 0.28 name ``Transformer2DModel``
-and stand for the class that diffusers itself loads them as, by their ``norm_type``.
+Every key is read by the family's module, refused, or noted. Files older than diffusers 0.28 name
+``Transformer2DModel``; as in diffusers, their ``norm_type`` decides as which class they are read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megadit.models.conversion import diffusers_classes, diffusers_of
 from megadit.models.conversion.key_maps import listed
 
 LEGACY = "Transformer2DModel"
-WHERE = "IN: config.json"  # in messages, where nothing tells more
-# What keys stand for that are left out, in the classes that were cut from the old one.
+WHERE = "IN: config.json"  # how messages name the file by default
+# Defaults of the classes that were split off from the old one.
 LEGACY_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "num_layers": 28, "dropout": 0.0,
@@ -37,8 +37,8 @@ _LEGACY_KEYS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "use_additional_conditions": (None, False), "caption_channels": (None,), "attention_type": ("default",),
     }
 )  # fmt: skip
-# Keys that change no output of a model that is not training, in full precision: told where they are not as here.
-_TOLD: Mapping[str, tuple[Any, str]] = MappingProxyType(
+# Keys without effect on the outputs in evaluation mode and full precision: noted where they differ from the model here.
+_NOTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
         "dropout": (0.0, "there is none here"),
         "upcast_attention": (False, "model.attention_precision=fp32 does so here"),
@@ -47,7 +47,7 @@ _TOLD: Mapping[str, tuple[Any, str]] = MappingProxyType(
 
 
 def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
-    """The config.json as its class takes it, under that class's own name, and what is left out of it.
+    """The keys of config.json that its class has, with the class's current name, and notes on the keys left out.
 
     Raises:
         UserError: its class is not known, its weights are quantized, or a key asks for another computation.
@@ -63,9 +63,9 @@ def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
         value = fields.raw(key)
         if key in fields and key not in defaults and value not in values:
             raise UserError(f"{fields.where} has {key} {shown(value)}, which a {name} does not have; it cannot be read")
-    kept = {key: fields.raw(key) for key in fields.names() if key in defaults or key[:1] == "_"}
+    class_keys = {key: fields.raw(key) for key in fields.names() if key in defaults or key[:1] == "_"}
     notes = []
-    for key, (here, why) in _TOLD.items():
+    for key, (here, why) in _NOTED.items():
         if key in defaults:
             value = fields.number(key, 0.0) if key == "dropout" else fields.flag(key, False)
             if value != here:
@@ -73,11 +73,11 @@ def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
     unknown = [f"{key}={shown(value)}" for key, value in fields.unread().items() if value is not None]
     if unknown:
         notes.append(f"of its config.json are left out, since a {name} does not have them: {listed(unknown)}")
-    return {**kept, "_class_name": name}, notes
+    return {**class_keys, "_class_name": name}, notes
 
 
 def class_fields(defaults: Mapping[str, Any], config_json: Mapping[str, Any], where: str) -> Fields:
-    """The keys of a ``class_config`` with the ``defaults`` of its class for those that are left out."""
+    """The keys of a ``class_config`` over the ``defaults`` of its class."""
     return Fields({**defaults, **config_json}, where)
 
 
@@ -97,12 +97,12 @@ def image_size(fields: Fields, patch: int) -> int:
     return size
 
 
-def check_depth(fields: Fields, found: int) -> None:
-    """Refuse a ``num_layers`` that is not the number of blocks ``found`` in the weights. Raises UserError."""
+def check_depth(fields: Fields, blocks: int) -> None:
+    """Raise UserError unless ``num_layers`` is ``blocks``, the number in the weights."""
     depth = fields.whole("num_layers", least=1)
-    if depth != found:
+    if depth != blocks:
         raise UserError(
-            f"{fields.where} has num_layers {depth}, but the weights beside it have {found} blocks; copy the whole "
+            f"{fields.where} has num_layers {depth}, but the weights beside it have {blocks} blocks; copy the whole "
             "folder again"
         )
 
@@ -113,13 +113,13 @@ def _class_name(fields: Fields) -> str:
         norm = fields.raw("norm_type")
         models = map(diffusers_of, diffusers_classes().values())
         classes = {each.defaults["norm_type"]: each.class_name for each in models if "norm_type" in each.defaults}
-        found = classes.get(norm) if isinstance(norm, str) else None
-        if found is None:
+        class_name = classes.get(norm) if isinstance(norm, str) else None
+        if class_name is None:
             raise UserError(
                 f"{fields.where} is of a {LEGACY} with norm_type {shown(norm)}; known are {', '.join(classes)}: it "
                 "cannot be read"
             )
-        return found
+        return class_name
     known = diffusers_classes()
     if name not in known:
         raise UserError(

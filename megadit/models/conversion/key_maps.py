@@ -1,5 +1,5 @@
-"""What the families' key maps share: names and shapes that are looked at before anything is built from them, sizes that
-weights only hint at, and multipliers, which no other program has, folded into the weights that they multiply."""
+"""Shared by the families' conversions: checks of names and shapes before anything is built from them, sizes inferred
+from the weights, and muP's multipliers, which no other program has, folded into the weights."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from megadit.errors import UserError
 from megadit.finite import describe_nonfinite
 from megadit.models.conversion import conversions
 
-_SHOWN = 5  # names that a sentence lists before it counts the rest
+_SHOWN = 5  # names that ``listed`` writes out
 
 
 def listed(names: Collection[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
+    """The first few of ``names``, sorted, and the number of the others."""
     shown = ", ".join(sorted(names)[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def required(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tensor:
-    """The tensor called ``name``, which has ``dims`` dimensions. Raises UserError that names it and ``what`` it is of.
+    """The tensor called ``name``. Raises UserError where it is missing, or has not ``dims`` dimensions.
 
-    ``what`` says what the state dict should be, such as "an official DiT checkpoint".
+    ``what``: what the state dict should be, such as "an official DiT checkpoint".
     """
     value = state.get(name)
     if value is None:
         first = f"; it begins with {listed(list(state)[:3])}" if state else ""
         known = conversions().items()
-        found = next((family for family, c in known if any(each.startswith(c.name_prefix) for each in state)), None)
+        other = next((family for family, c in known if any(each.startswith(c.name_prefix) for each in state)), None)
         remedy = "name the format that it has with --from"
-        if found is not None:
-            remedy = f"read it with --from official-{found}; if that was given, give the whole model's state_dict()"
+        if other is not None:
+            remedy = f"read it with --from official-{other}; if that was given, give the whole model's state_dict()"
         raise UserError(f"IN: is not {what}: it has no {name}{first}; {remedy}")
     if value.dim() != dims:
         raise UserError(
@@ -47,24 +47,24 @@ def required(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Te
 
 
 def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many modules ``prefix``0, ``prefix``1, … the names speak of: the highest number and one."""
+    """Number of modules ``prefix``0, ``prefix``1, … in the names: the highest index plus 1."""
     numbers = [name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)]
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
-def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]], what: str) -> None:
-    """Refuse a state dict that has not exactly the names and shapes ``wanted``, all of floating point.
+def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:
+    """Check that a state dict has exactly the names and shapes of ``shapes``, all of floating point.
 
     Raises:
-        UserError: listing what is missing, what is unexpected, or the tensors of another shape or type.
+        UserError: names are missing or unexpected, or a tensor has another shape or type.
     """
     remedy = "give the whole checkpoint of the model that --from names, and hints that fit it"
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    missing, unexpected = shapes.keys() - state.keys(), state.keys() - shapes.keys()
     if missing or unexpected:
-        found = [f"missing are {listed(missing)}"] if missing else []
-        found += [f"unexpected are {listed(unexpected)}"] if unexpected else []
-        raise UserError(f"IN: is not {what} of this size: {'; '.join(found)}; {remedy}")
-    for name, shape in wanted.items():
+        problems = [f"missing are {listed(missing)}"] if missing else []
+        problems += [f"unexpected are {listed(unexpected)}"] if unexpected else []
+        raise UserError(f"IN: is not {what} of this size: {'; '.join(problems)}; {remedy}")
+    for name, shape in shapes.items():
         if tuple(state[name].shape) != tuple(shape):
             raise UserError(
                 f"IN: is not {what} of this size: {name} has shape {list(state[name].shape)}, the other tensors ask "
@@ -74,7 +74,7 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]
 
 
 def check_types(state: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not of floating point. Raises UserError with the first."""
+    """Raise UserError that names the first tensor that is not of floating point."""
     for name, value in state.items():
         if not value.is_floating_point():
             raise UserError(
@@ -84,14 +84,14 @@ def check_types(state: Mapping[str, Tensor]) -> None:
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of a model by its name, counted without memory."""
+    """Shape of every parameter of a model by name, from a model on the meta device."""
     from megadit.models import build_model
 
     return {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
 
 
 def buffer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of everything else in a model's state dict, such as PixArt's null caption."""
+    """Shape of every buffer in a model's state dict by name, such as PixArt's null caption."""
     from megadit.models import build_model
 
     model = build_model(config, device="meta")
@@ -99,21 +99,21 @@ def buffer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in parameters}
 
 
-def check_positions(stored: Tensor, wanted: Tensor, name: str) -> None:
-    """Refuse a stored table of positions that is not the fixed one this model adds. Raises UserError."""
-    told = describe_nonfinite([(name, stored)])
-    if told:
-        raise UserError(f"IN: {told}, and it is the table of positions; use an earlier checkpoint")
+def check_positions(stored: Tensor, expected: Tensor, name: str) -> None:
+    """Raise UserError unless the stored position table is the fixed one of this model, ``expected``."""
+    problem = describe_nonfinite([(name, stored)])
+    if problem:
+        raise UserError(f"IN: {problem}, and it is the table of positions; use an earlier checkpoint")
     tolerance = 1e-5 if stored.dtype in (torch.float32, torch.float64) else 1e-2
-    if stored.shape != wanted.shape or not torch.allclose(stored.float(), wanted.float(), atol=tolerance, rtol=0):
+    if stored.shape != expected.shape or not torch.allclose(stored.float(), expected.float(), atol=tolerance, rtol=0):
         raise UserError(
-            f"IN: {name} of shape {list(stored.shape)} is not the sin-cos table {list(wanted.shape)} of this model; "
+            f"IN: {name} of shape {list(stored.shape)} is not the sin-cos table {list(expected.shape)} of this model; "
             "only models with the fixed table can be converted (--hint input_size=N says of which image size)"
         )
 
 
 def infer_heads(width: int, hint: int | None, published: Mapping[int, int], head_dims: Sequence[int]) -> int:
-    """The number of heads: the hint, that of the published size with this width, or the only one of ``head_dims``.
+    """Number of heads: the hint, that of the published size with this width, or by the one of ``head_dims`` that fits.
 
     Raises:
         UserError: none or several of ``head_dims`` divide the width and there is no hint, or the hint does not.
@@ -132,7 +132,7 @@ def infer_heads(width: int, hint: int | None, published: Mapping[int, int], head
 
 
 def checked_heads(width: int, heads: int) -> int:
-    """``heads``, which the width must be a multiple of. Raises UserError where it is not."""
+    """``heads``. Raises UserError where the width is no multiple of it."""
     if width % heads:
         raise UserError(f"--hint heads: {heads} does not divide the width {width} of IN; give another number")
     return heads
@@ -148,10 +148,10 @@ def parametrization_keys(hints: Mapping[str, Any], width: int, heads: int) -> di
 
 
 def learns_sigma(out: int, channels: int, what: str) -> bool:
-    """Whether ``out`` channels are a prediction and a variance. ``what`` the model is, such as "a DiT".
+    """Whether ``out`` channels are a prediction and a variance. ``what``: the model in messages, such as "a DiT".
 
     Raises:
-        UserError: they are neither as many as the input's ``channels`` nor twice as many.
+        UserError: ``out`` is neither the input's ``channels`` nor twice as many.
     """
     if out not in (channels, 2 * channels):
         raise UserError(
@@ -162,7 +162,7 @@ def learns_sigma(out: int, channels: int, what: str) -> bool:
 
 
 def infer_input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
-    """Side of the image: the hint, or of the stored positions (1, tokens, width), which a hint must agree with.
+    """Side of the image, from the stored positions (1, tokens, width), or where there are none from the hint.
 
     Raises:
         UserError: there is neither, or they differ.
@@ -178,21 +178,21 @@ def infer_input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
 
 
 def size_required(why: str) -> UserError:
-    """The error that asks for the size of the image."""
+    """The error that asks for ``--hint input_size``, and why."""
     return UserError(
         f"--hint input_size: is needed, since {why}; give --hint input_size=N, the side of the (latent) image"
     )
 
 
-def refuse_unsupported(lacking: Mapping[str, bool], who: str) -> None:
-    """Raise UserError with the first of the model's keys and values that is found and ``who`` has no place for."""
-    for what, found in lacking.items():
-        if found:
-            raise UserError(f"{what}, which {who} cannot represent; this model stays with --to safetensors")
+def refuse_unsupported(unsupported: Mapping[str, bool], target: str) -> None:
+    """Raise UserError for the first setting of the model (``key: value``) that is true in ``unsupported``."""
+    for setting, is_set in unsupported.items():
+        if is_set:
+            raise UserError(f"{setting}, which {target} cannot represent; this model stays with --to safetensors")
 
 
 def readout_mult(config: ModelConfig) -> float:
-    """What the readout's input is multiplied by: output_mult / m (m is 1 under SP)."""
+    """Multiplier on the readout's input: output_mult / m (m is 1 under SP)."""
     return config.output_mult / config.width_mult
 
 
@@ -206,10 +206,9 @@ def fold_readout(config: ModelConfig, weight: Tensor) -> Tensor:
 
 
 def fold_roles(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(config without role multipliers, weights with them folded in); the readout's multiplier stays as it is.
+    """(config with default ``role_hps``, weights with ``role_hps.<role>.mult`` folded in), the readout's excepted.
 
-    Every matrix and table under ``role_hps.<role>.mult`` takes its multiplier; learning rates and init factors of
-    ``role_hps`` are left out too, since they say nothing about finished weights.
+    Learning rates and init factors of ``role_hps`` have no effect on trained weights, and are dropped.
     """
     if all(getattr(config.role_hps, role).mult == 1.0 for role in type(config.role_hps).model_fields):
         return config.model_copy(update={"role_hps": RoleHPs()}), dict(state)

@@ -1,6 +1,6 @@
-"""DiT elsewhere: facebookresearch/DiT, the muP repository of arXiv 2505.15270, and diffusers' DiTTransformer2DModel.
+"""Conversion of DiT: facebookresearch/DiT, the muP repository of arXiv 2505.15270, diffusers' DiTTransformer2DModel.
 
-The official names are this model's, beside the fixed table ``pos_embed``. diffusers' class keeps a copy of the
+Parameter names are the official ones, which add the fixed table ``pos_embed``. diffusers' class has a copy of the
 embedders in every block and spaces the timestep's frequencies by half - 1 in place of half, so that no DiT is
 exactly equal to it.
 """
@@ -50,7 +50,7 @@ _NAMES = Renaming(
         "mlp.fc2": "ff.net.2",
     },
 )
-# Of which diffusers has a copy in every block.
+# Shared here; diffusers has a copy in every block.
 _EMBEDDERS = {
     "t_embedder.mlp.0.weight": "norm1.emb.timestep_embedder.linear_1.weight",
     "t_embedder.mlp.0.bias": "norm1.emb.timestep_embedder.linear_1.bias",
@@ -118,11 +118,11 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     if config.mlp_ratio != 4.0:
         raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but diffusers' {_CLASS} has 4 alone; nothing is done")
     folded = {**state, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
-    shared = {there: folded.pop(here) for here, there in _EMBEDDERS.items()}
-    out = _NAMES.to_diffusers(folded)
+    embedders = {target: folded.pop(name) for name, target in _EMBEDDERS.items()}
+    renamed = _NAMES.to_diffusers(folded)
     for index in range(config.depth):
-        out |= {f"transformer_blocks.{index}.{there}": value for there, value in shared.items()}
-    return _to_json(config), out
+        renamed |= {f"transformer_blocks.{index}.{target}": value for target, value in embedders.items()}
+    return _to_json(config), renamed
 
 
 def from_diffusers(
@@ -140,11 +140,11 @@ def from_diffusers(
     check_depth(fields, key_maps.count_blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     shapes = key_maps.model_shapes(config)
-    _, there = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    key_maps.check_state(state, {name: tuple(value.shape) for name, value in there.items()}, _DIFFUSERS)
-    ours = _NAMES.from_diffusers(shapes.keys() - _EMBEDDERS.keys(), state)
-    ours |= {here: _common(state, name, config.depth) for here, name in _EMBEDDERS.items()}
-    return config, {name: ours[name] for name in shapes}
+    _, expected = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    key_maps.check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, _DIFFUSERS)
+    weights = _NAMES.from_diffusers(shapes.keys() - _EMBEDDERS.keys(), state)
+    weights |= {name: _shared_value(state, target, config.depth) for name, target in _EMBEDDERS.items()}
+    return config, {name: weights[name] for name in shapes}
 
 
 def diffusers_gap(config_json: Mapping[str, Any], where: str) -> str | None:
@@ -159,15 +159,15 @@ def _positions(config: ModelConfig) -> Tensor:
     return sincos_2d(config.width, side, side)[None]
 
 
-def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...]) -> None:
-    """Raise UserError for what ``who`` has no place for."""
-    lacking = {
+def _refuse(config: ModelConfig, target: str, activations: tuple[str, ...]) -> None:
+    """Raise UserError for a setting that ``target`` does not have."""
+    unsupported = {
         f"model.qk_norm: {config.qk_norm}": config.qk_norm != "none",
         "model.qkv_bias: false": not config.qkv_bias,
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.num_classes: 0": not config.num_classes,
     }
-    key_maps.refuse_unsupported(lacking, who)
+    key_maps.refuse_unsupported(unsupported, target)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -193,10 +193,10 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 
 def _from_json(fields: Fields) -> ModelConfig:
     """The config of a config.json, read by ``class_fields``. Raises UserError for what a DiT here does not have."""
-    for key, wanted in (("norm_type", "ada_norm_zero"), ("attention_bias", True), ("norm_elementwise_affine", False)):
-        value = fields.text(key) if isinstance(wanted, str) else fields.flag(key)
-        if value != wanted:
-            raise UserError(f"{fields.where} has {key} {shown(value)}, a DiT has {shown(wanted)}; it cannot be read")
+    for key, expected in (("norm_type", "ada_norm_zero"), ("attention_bias", True), ("norm_elementwise_affine", False)):
+        value = fields.text(key) if isinstance(expected, str) else fields.flag(key)
+        if value != expected:
+            raise UserError(f"{fields.where} has {key} {shown(value)}, a DiT has {shown(expected)}; it cannot be read")
     activation = fields.text("activation_fn")
     if activation not in _ACTIVATIONS:
         raise UserError(
@@ -221,8 +221,8 @@ def _from_json(fields: Fields) -> ModelConfig:
     )
 
 
-def _common(state: Mapping[str, Tensor], name: str, depth: int) -> Tensor:
-    """The value of ``name`` that all blocks share. Raises UserError where one differs."""
+def _shared_value(state: Mapping[str, Tensor], name: str, depth: int) -> Tensor:
+    """The tensor ``name`` of every block, which must be equal in all. Raises UserError where one differs."""
     first = state[f"transformer_blocks.0.{name}"]
     for index in range(1, depth):
         if not torch.equal(state[f"transformer_blocks.{index}.{name}"], first):

@@ -66,7 +66,7 @@ class DiTBlock(Stage):
 
 
 class DiTEmbedStage(Stage):
-    """Refers to the model's embedders under their own names."""
+    """Embeds the patches, the timestep and the label; its modules are the model's."""
 
     takes = ModelInputs
 
@@ -77,7 +77,7 @@ class DiTEmbedStage(Stage):
         self.layout = tensor_layout()
 
     def run(self, state: ModelInputs) -> ConditionedTokens:
-        """c = timestep embedding + label embedding; every user of c takes SiLU(c), so that is what is carried."""
+        """condition = SiLU(timestep embedding + label embedding), as all of its users take it."""
         tokens = self.pos_embed(self.x_embedder(state.x))
         c = self.t_embedder(state.t)
         if self.y_embedder is not None:
@@ -86,7 +86,7 @@ class DiTEmbedStage(Stage):
 
 
 class DiT(StagedModel):
-    """The whole model; see the module's docstring."""
+    """DiT as stages: embedding, blocks, final layer."""
 
     counted_tables = ("pos_embed.table",)
 
@@ -112,6 +112,6 @@ class DiT(StagedModel):
         return [first, *cast("Iterable[Stage]", self.blocks), last]
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
-        """With labels, but for an unconditional model."""
+        """x, t and, unless the model is unconditional, labels."""
         check_square(x, self.config)
         return ModelInputs(x, t.float(), labels=class_labels(cond, self.config) if self.config.num_classes else None)

@@ -1,4 +1,4 @@
-"""Layers that all families share. Each declares its global dims to the parametrization when it is built."""
+"""Layers shared by the families; each declares the global dims of its parameters to the parametrization."""
 
 from megadit.models.layers.adaln import AdaLNReadout, adaln_modulation
 from megadit.models.layers.attention import CrossAttention, SelfAttention, StreamAttention, attend, joint_attention

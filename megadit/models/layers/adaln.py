@@ -1,4 +1,4 @@
-"""adaLN: the linear that turns the condition into shifts, scales and gates, and the final layer that it modulates."""
+"""adaLN: the linear from the condition to shifts, scales and gates, and the modulated final layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megadit.mup.spec import Dim
 
 
 def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequential:
-    """Linear(n -> chunks * n) on SiLU(c). The SiLU is taken once for all blocks; its place keeps the name ``.1``.
+    """Linear(n -> chunks * n) on SiLU(c), which is computed once for all blocks; an identity keeps the name ``.1``.
 
-    Tensor-parallel ranks share out its 6 n^2 elements, a third of a block's, and gather the result, one row a sample.
-    All blocks have one c, so that it comes by ``shared_block_input``.
+    Its 6 n^2 elements, a third of a block's, are sharded by tensor parallelism, and its output, one row per sample, is
+    all-gathered. All blocks share the input, so it must come by ``shared_block_input``.
     """
     out = Dim(chunks * width.size, chunks * width.base_size)
     linear = ColumnParallelLinear(width, out, param, init="adaln", gather_output=True, skip_input_grad_reduce=True)
@@ -22,7 +22,7 @@ def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequ
 
 
 class AdaLNReadout(nn.Module):
-    """Norm, modulate and read out: (B, T, n), SiLU(c) (B, n) -> (B, T, out); ``tokens``, c: as in a block."""
+    """Norm, modulate and read out: (B, T, n), SiLU(c) (B, n) -> (B, T, out); ``tokens``: see ``MuLinear``."""
 
     def __init__(
         self, width: Dim, out: int, param: Parametrization, eps: float, precision: Precision, tokens: int

@@ -18,7 +18,7 @@ class SelfAttention(nn.Module):
 
     ``qkv`` puts out q, k, v, each [heads, head_dim]; with ``qk_norm`` q and k pass an RMSNorm over head_dim
     whose gain all heads share. ``precision`` fp32 computes scores, softmax and their product with v in float32,
-    ``norm_precision`` the norms. Tensor parallelism shares out the heads; ``tokens``: see ``MuLinear``.
+    ``norm_precision`` the norms. Tensor parallelism shards the heads; ``tokens``: see ``MuLinear``.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(q, k, v, mask, self.precision)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        attended = attend(q, k, v, mask, self.precision)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention from tokens to text, scale 1 / sqrt(head_dim).
 
     ``kv_linear`` puts out k, v, each [heads, head_dim]; ``proj`` starts at zero, so that text enters with training.
-    Tensor parallelism shares out the heads; ``tokens``, those of x: see ``MuLinear``.
+    Tensor parallelism shards the heads; ``tokens``, T of x: see ``MuLinear``.
     """
 
     def __init__(
@@ -81,23 +81,22 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, T, n), text (B, L, n), mask bool (B, L), True where there is a token -> (B, T, n).
 
-        What stands in masked places of ``text`` has no weight at all, provided that it is finite. Each sample must
-        have at least one token.
+        Masked tokens of ``text`` have weight 0, provided that their features are finite. Each sample must have at
+        least one token that is not masked.
         """
         q = self.q_linear(x).unflatten(-1, (self.local_heads, self.head_dim)).transpose(1, 2)
         kv = self.kv_linear(text).unflatten(-1, (2, self.local_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        seen = None if mask is None else mask[:, None, None, :]
-        mixed = attend(q, k, v, seen)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        attended = attend(q, k, v, None if mask is None else mask[:, None, None, :])
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class StreamAttention(nn.Module):
-    """One stream's side of a joint attention: its queries, keys and values, and the projection of what comes back.
+    """One stream's side of a joint attention: the projections of its queries, keys and values, and of its output.
 
     ``qkv`` puts out q, k, v, each [heads, head_dim]; with ``qk_norm`` q and k pass an RMSNorm over head_dim whose gain
-    all heads share. ``pre_only``: the stream is read and gets nothing back, so that there is no ``proj``. Tensor
-    parallelism shares out the heads; ``tokens``: see ``MuLinear``.
+    all heads share. ``pre_only``: the stream has no output, so that there is no ``proj``. Tensor parallelism shards the
+    heads; ``tokens``: see ``MuLinear``.
     """
 
     def __init__(
@@ -128,39 +127,39 @@ class StreamAttention(nn.Module):
             q, k = self.ln_q(q), self.ln_k(k)
         return q, k, v
 
-    def project(self, mixed: Tensor) -> Tensor:
-        """What attention gave this stream, (B, T, heads, head_dim) -> (B, T, n). Not for a pre-only stream."""
+    def project(self, attended: Tensor) -> Tensor:
+        """The attention's output for this stream, (B, T, heads, head_dim) -> (B, T, n). Not of a pre-only stream."""
         assert self.proj is not None
-        return self.proj(mixed.flatten(2))
+        return self.proj(attended.flatten(2))
 
 
 def joint_attention(
     image: tuple[Tensor, Tensor, Tensor],
     context: tuple[Tensor, Tensor, Tensor],
-    seen: Tensor | None = None,
+    key_mask: Tensor | None = None,
     *,
-    answer_context: bool = True,
+    context_queries: bool = True,
     precision: Precision = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of all tokens to all: q, k, v of T image tokens and L context tokens, each (B, T or L, heads, d).
 
-    seen: bool (B, 1, 1, T + L), True where a key is seen; the image's always are. Returns what the image and the
-    context get, (B, T, heads, d) and (B, L, heads, d). Without ``answer_context`` the context's queries are not
-    asked, and L is 0 in the answer; they still get a gradient, which is zero, so that every parameter has one.
+    key_mask: bool (B, 1, 1, T + L), True where a key is attended to; the image's always are. Returns the outputs of the
+    image and of the context, (B, T, heads, d) and (B, L, heads, d). Without ``context_queries`` those are not computed,
+    and L is 0 in the output; their gradient is zero then and not missing, so that every parameter has one.
     """
     q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image, context, strict=True))
     tokens = image[0].shape[1]
-    if not answer_context:
+    if not context_queries:
         q = q[:, :, :tokens]
-    mixed = attend(q, k, v, seen, precision).transpose(1, 2)
-    to_image, to_context = mixed.split([tokens, mixed.shape[1] - tokens], dim=1)
-    return to_image, to_context
+    attended = attend(q, k, v, key_mask, precision).transpose(1, 2)
+    of_image, of_context = attended.split([tokens, attended.shape[1] - tokens], dim=1)
+    return of_image, of_context
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, precision: Precision = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, heads, T, d), k and v (B, heads, S, d) -> (B, heads, T, d).
 
-    mask: bool, True where a key is seen, broadcast to (B, heads, T, S); each query must see one. ``precision`` fp32
-    computes in float32 whatever the operands are.
+    mask: bool, True where a key is attended to, broadcast to (B, heads, T, S), for each query at least one.
+    ``precision`` fp32 computes in float32 whatever the operands are.
     """
     return at_precision(precision, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), q, k, v)

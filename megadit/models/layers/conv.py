@@ -42,8 +42,8 @@ class MuPatchProjection(nn.Module):
 class MuConv(nn.Module):
     """k x k convolution (B, C, H, W) -> (B, C, H, W) with zero padding: weight (C, C, k, k), bias (C,), k odd.
 
-    Finite under muP: nothing of it changes with width. It starts as the patch embedding does, and is not decayed by
-    default: it acts on the prediction itself (arXiv 2209.12152, section 3.1).
+    Finite under muP: none of its dimensions grows with width. It is initialised as the patch embedding, without
+    weight decay by default, since it acts on the prediction itself (arXiv 2209.12152, section 3.1).
     """
 
     def __init__(self, channels: int, kernel: int, param: Parametrization) -> None:

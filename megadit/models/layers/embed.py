@@ -1,4 +1,4 @@
-"""Learned tables and tokens, the embedders of patches, timesteps, labels and captions, and the way back to an image."""
+"""Learned tables and tokens, the embedders of patches, timesteps, labels and captions, and ``unpatchify``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megadit.mup.spec import Dim, ParamSpec
 
 
 class MuEmbedding(nn.Module):
-    """A table (entries, n) whose rows are looked up; the role's multiplier scales the row that comes out."""
+    """A table (entries, n) whose rows are looked up and scaled by the role's multiplier."""
 
     def __init__(self, entries: int, dim: Dim, param: Parametrization) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = MuEmbedding(num_classes + 1, width, param)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Look the labels up; dropping them is the objective's business."""
+        """Look the labels up; the objective has dropped some of them."""
         return self.embedding_table(labels)
 
 
@@ -101,8 +101,8 @@ class CaptionProjection(nn.Module):
 class CaptionEmbedder(nn.Module):
     """Projection of captions, and the null caption ``y_embedding`` (max_length, text_dim).
 
-    The null caption is a buffer that checkpoints hold and no optimizer trains; without one of its own a model has
-    ``megadit.conditioning.null_caption``. Dropping captions is the objective's business.
+    The null caption is a buffer that checkpoints hold and no optimizer trains, by default
+    ``megadit.conditioning.null_caption``. The objective drops captions, not this module.
     """
 
     y_embedding: Tensor

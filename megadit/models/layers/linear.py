@@ -33,15 +33,15 @@ from megadit_kernels import for_autocast, scaled_linear
 
 
 class MuLinear(nn.Module):
-    """``y = mult * W x + b``: W (out, in), b (out,); mult is the role's forward multiplier. Whole on one rank.
+    """``y = mult * W x + b``: W (out, in), b (out,); mult is the role's forward multiplier. Base of the layers below.
 
     Not an ``nn.Linear``, so that the mup package neither rescales it nor asks for its own readout class.
 
-    ``tokens``: the input (B, T, n) is a stream of T tokens, which sequence parallelism cuts between the ranks outside
-    of pairs of column and row layers; None: it is never cut.
+    ``tokens``: T of the input (B, T, n), whose tokens sequence parallelism shards outside of pairs of column-parallel
+    and row-parallel layers; None: the input is never sharded.
     """
 
-    split: ClassVar[Mapping[str, int]] = {}  # of a parameter that ranks share, the dimension along which it is cut
+    split: ClassVar[Mapping[str, int]] = {}  # by name of a sharded parameter: the dimension along which it is cut
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -84,8 +84,8 @@ class MuLinear(nn.Module):
         """(..., in) -> (..., out), as on one rank."""
         return scaled_linear(x, self.weight, self.bias, self.forward_mult)
 
-    def bias_of_own_tokens(self) -> Tensor | None:
-        """The bias where each rank adds it to its own tokens, so that its gradient is a sum over ranks."""
+    def bias_for_local_tokens(self) -> Tensor | None:
+        """The bias for a layer that adds it to this rank's tokens alone: its gradient is summed over the ranks."""
         return None if self.bias is None else copy_to_tensor_parallel_region(self.bias, self.layout)
 
     def extra_repr(self) -> str:
@@ -94,21 +94,21 @@ class MuLinear(nn.Module):
 
 
 class ReplicatedLinear(MuLinear):
-    """Every rank holds all of the weight; under sequence parallelism it sees its own tokens alone."""
+    """Every rank holds the whole weight; under sequence parallelism it is applied to this rank's tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), of all tokens or of a rank's own."""
+        """(..., in) -> (..., out), of all tokens, or under sequence parallelism of this rank's."""
         if self.tokens is None:
             return super().forward(x)
         weight = copy_to_tensor_parallel_region(self.weight, self.layout)
-        return scaled_linear(x, weight, self.bias_of_own_tokens(), self.forward_mult)
+        return scaled_linear(x, weight, self.bias_for_local_tokens(), self.forward_mult)
 
 
 class ColumnParallelLinear(MuLinear):
-    """A rank holds a share of the outputs, and computes it from the whole input.
+    """A rank holds the rows of W of its share of the outputs, and computes these from the whole input.
 
-    ``gather_output``: every rank gets all outputs, to use on what it holds of the tokens. ``skip_input_grad_reduce``:
-    several layers have this input, and ``shared_block_input`` sums its gradient for all of them.
+    ``gather_output``: the outputs are all-gathered. ``skip_input_grad_reduce``: several layers share this input, and
+    ``shared_block_input`` all-reduces the sum of their gradients once.
     """
 
     split: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
@@ -136,33 +136,31 @@ class ColumnParallelLinear(MuLinear):
             out = column_linear(x, self.weight, self.bias, self.forward_mult, self.layout, self.tokens)
         else:
             out = super().forward(x)
-        return (
-            gather_from_tensor_parallel_region(out, self.layout, partial=self.layout.sequence)
-            if self.gather_output
-            else out
-        )
+        if not self.gather_output:
+            return out
+        return gather_from_tensor_parallel_region(out, self.layout, partial=self.layout.sequence)
 
 
 class RowParallelLinear(MuLinear):
-    """A rank holds the weight of a share of the inputs, which a column-parallel layer left it with.
+    """A rank holds the columns of W of its share of the inputs, the outputs of a column-parallel layer.
 
-    The ranks' products are summed, then the bias is added, which every rank holds.
+    The ranks' products are all-reduced, under sequence parallelism reduce-scattered by tokens; then the bias is added,
+    which every rank holds.
     """
 
     split: ClassVar[Mapping[str, int]] = {"weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in / ranks) -> (..., out), of all tokens or of a rank's own."""
+        """(..., in / ranks) -> (..., out), of all tokens, or under sequence parallelism of this rank's."""
         if self.layout.size == 1:
             return super().forward(x)
         product = scaled_linear(x, self.weight, None, self.forward_mult)
-        sequence = self.tokens is not None
-        out = (
-            reduce_scatter_to_sequence_parallel_region(product, self.layout)
-            if sequence
-            else reduce_from_tensor_parallel_region(product, self.layout)
-        )
-        bias = self.bias_of_own_tokens() if sequence else self.bias
+        bias: Tensor | None = self.bias
+        if self.tokens is None:
+            out = reduce_from_tensor_parallel_region(product, self.layout)
+        else:
+            out = reduce_scatter_to_sequence_parallel_region(product, self.layout)
+            bias = self.bias_for_local_tokens()
         return out if bias is None else out + bias
 
 
@@ -171,19 +169,22 @@ def column_linear(
 ) -> Tensor:
     """``alpha * (x @ weight.T) + bias`` with this rank's share of the outputs, from the whole input.
 
-    weight (n_out / ranks, n_in), bias (n_out / ranks,) or None. x (..., n_in), the same on all ranks, or with
-    ``tokens`` T a rank's own tokens (B, ceil(T / ranks), n_in) -> (..., n_out / ranks) or (B, T, n_out / ranks). The
-    ranks' gradients of x are summed, and with ``tokens`` scattered, while the gradient of the weight is computed
-    (Megatron-LM, arXiv 2205.05198 section 4.2.2). With ``tokens`` the own tokens alone are kept for it, and gathered
-    once more while the gradient of x is computed; a block that is recomputed has just gathered them, and keeps them.
+    weight (n_out / R, n_in), bias (n_out / R,) or None, on R ranks.
+    tokens None: x (..., n_in), the same on all ranks -> (..., n_out / R). x's gradient is all-reduced.
+    tokens T: x (B, ceil(T / R), n_in), this rank's tokens, is all-gathered -> (B, T, n_out / R). x's gradient is
+    reduce-scattered. The forward pass saves this rank's tokens, and backward gathers all again; a block that is
+    recomputed has just gathered them, and saves them all.
+
+    The collectives of the backward pass run while the other gradient is computed (Megatron-LM, arXiv 2205.05198,
+    section 4.2.2).
     """
-    keep = tokens is not None and is_recomputed()
-    out: Tensor = _ColumnLinear.apply(*for_autocast(x, weight, bias), alpha, layout, tokens, keep)
+    save_gathered = tokens is not None and is_recomputed()
+    out: Tensor = _ColumnLinear.apply(*for_autocast(x, weight, bias), alpha, layout, tokens, save_gathered)
     return out
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """``keep``: whether the gathered tokens are kept for the backward pass, instead of a rank's own."""
+    """``column_linear``; ``save_gathered``: backward finds the gathered tokens saved, instead of this rank's."""
 
     @staticmethod
     def forward(
@@ -194,28 +195,30 @@ class _ColumnLinear(torch.autograd.Function):
         alpha: float,
         layout: TensorLayout,
         tokens: int | None,
-        keep: bool,
+        save_gathered: bool,
     ) -> Tensor:
-        whole = x if tokens is None else concat_tokens(start_all_gather(x, layout, async_op=False).wait(), tokens)
-        ctx.save_for_backward(whole if keep else x, weight)
-        ctx.alpha, ctx.layout, ctx.tokens, ctx.gathers = alpha, layout, tokens, tokens is not None and not keep
-        return scaled_linear(whole, weight, bias, alpha)
+        full_x = x if tokens is None else concat_tokens(start_all_gather(x, layout, async_op=False).wait(), tokens)
+        ctx.save_for_backward(full_x if save_gathered else x, weight)
+        ctx.alpha, ctx.layout, ctx.tokens = alpha, layout, tokens
+        ctx.gather_again = tokens is not None and not save_gathered
+        return scaled_linear(full_x, weight, bias, alpha)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved_x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        rows = grad.reshape(-1, grad.shape[-1])
-        gathered = start_all_gather(x, ctx.layout) if ctx.gathers and need_weight else None
-        summed: AsyncCollective | None = None
+        grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
+        gathered = start_all_gather(saved_x, ctx.layout) if ctx.gather_again and need_weight else None
+        grad_x: AsyncCollective | None = None
         if need_x:
-            begin = start_all_reduce if ctx.tokens is None else start_reduce_scatter_tokens
-            summed = begin(scaled_linear(rows, weight.t(), None, ctx.alpha).view(*grad.shape[:-1], -1), ctx.layout)
+            reduce = start_all_reduce if ctx.tokens is None else start_reduce_scatter_tokens
+            product = scaled_linear(grad_rows, weight.t(), None, ctx.alpha)
+            grad_x = reduce(product.view(*grad_out.shape[:-1], -1), ctx.layout)
         grad_weight = grad_bias = None
         if need_weight:
-            whole = x if gathered is None else concat_tokens(gathered.wait(), ctx.tokens)
-            grad_weight = scaled_linear(rows.t(), whole.reshape(-1, whole.shape[-1]).t(), None, ctx.alpha)
+            full_x = saved_x if gathered is None else concat_tokens(gathered.wait(), ctx.tokens)
+            grad_weight = scaled_linear(grad_rows.t(), full_x.reshape(-1, full_x.shape[-1]).t(), None, ctx.alpha)
         if need_bias:
-            grad_bias = rows.sum(0)
-        return (None if summed is None else summed.wait()), grad_weight, grad_bias, None, None, None, None
+            grad_bias = grad_rows.sum(0)
+        return (None if grad_x is None else grad_x.wait()), grad_weight, grad_bias, None, None, None, None

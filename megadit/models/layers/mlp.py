@@ -17,7 +17,7 @@ Activation = Literal["gelu_tanh", "gelu", "swiglu"]
 class Mlp(nn.Module):
     """``fc2(act(fc1(x)))``; for swiglu fc1 puts out [gate, up], 2 x hidden, and ``act`` is SiLU(gate) * up.
 
-    Tensor parallelism shares out the hidden channels, pairs of gate and up together; ``tokens``: see ``MuLinear``.
+    Tensor parallelism shards the hidden channels, gate and up alike; ``tokens``: see ``MuLinear``.
     """
 
     def __init__(

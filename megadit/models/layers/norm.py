@@ -1,4 +1,4 @@
-"""Normalisation, and where it is computed in float32 whatever the weights' dtype."""
+"""Normalisation layers, computed in float32 where the configuration asks for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Precision = Literal["auto", "fp32"]
 
 @contextmanager
 def without_autocast(x: Tensor) -> Iterator[None]:
-    """Keep a surrounding autocast from taking float32 operands back to half precision."""
+    """Disable a surrounding autocast, which would cast float32 operands to half precision."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device):  # the meta device, where layouts are planned
         yield
@@ -31,7 +31,7 @@ def without_autocast(x: Tensor) -> Iterator[None]:
 
 
 def at_precision(precision: Precision, function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """``function(*operands)``; for fp32 in float32 whatever they are, and rounded once to the dtype of the first."""
+    """``function(*operands)``; for fp32 computed in float32 and rounded once to the dtype of the first operand."""
     x = operands[0]
     if precision == "auto" or x.dtype == torch.float32:
         return function(*operands)
@@ -39,14 +39,14 @@ def at_precision(precision: Precision, function: Callable[..., Tensor], *operand
         return function(*(operand.float() for operand in operands)).to(x.dtype)
 
 
-def _sharing(of_heads: bool, tokens: int | None) -> TensorLayout | None:
-    """The layout, where each rank norms a part of what there is, so that a gain's gradient is a sum over ranks."""
+def _sharded_layout(of_heads: bool, tokens: int | None) -> TensorLayout | None:
+    """The layout, where each rank norms a shard, so that gradients of gain and bias are summed over ranks; or None."""
     layout = tensor_layout()
     return layout if layout.size > 1 and (of_heads or (layout.sequence and tokens is not None)) else None
 
 
 class ModulatedNorm(nn.Module):
-    """LayerNorm without affine, then the sample's own scale and shift; in float32 and rounded once if so asked."""
+    """LayerNorm without affine, then the sample's own scale and shift; at ``precision`` (see ``at_precision``)."""
 
     def __init__(self, eps: float, precision: Precision = "auto") -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class ModulatedNorm(nn.Module):
 
 
 class MuRMSNorm(nn.Module):
-    """RMSNorm over the last dimension with a learned gain, started at 1; in float32 and rounded once if so asked.
+    """RMSNorm over the last dimension with a learned gain, initially 1; at ``precision`` (see ``at_precision``).
 
-    ``of_heads``: it norms heads, which tensor-parallel ranks share out; ``tokens``: see ``MuLinear``.
+    ``of_heads``: it norms heads, which tensor parallelism shards; ``tokens``: see ``MuLinear``.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MuRMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.precision = eps, precision
-        self.layout = _sharing(of_heads, tokens)
+        self.layout = _sharded_layout(of_heads, tokens)
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
         self.weight = nn.Parameter(torch.empty(dim.size))
 
@@ -90,7 +90,7 @@ class MuRMSNorm(nn.Module):
 
 
 class MuLayerNorm(nn.Module):
-    """LayerNorm with a learned gain and bias, started at 1 and 0; in float32 and rounded once if so asked.
+    """LayerNorm with a learned gain and bias, initially 1 and 0; at ``precision`` (see ``at_precision``).
 
     ``tokens``: see ``MuLinear``.
     """
@@ -106,7 +106,7 @@ class MuLayerNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.precision = eps, precision
-        self.layout = _sharing(False, tokens)
+        self.layout = _sharded_layout(False, tokens)
         self.param_specs: dict[str, ParamSpec] = {
             "weight": param.spec((dim,), "one"),
             "bias": param.spec((dim,), "zero"),

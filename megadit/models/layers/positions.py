@@ -1,4 +1,4 @@
-"""Fixed sin-cos tables of positions, added to the tokens of one grid size or of any, and timestep features."""
+"""Fixed sin-cos position tables, for one grid size or any, and sinusoidal timestep features."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sincos_2d_at(dim: int, row: Tensor, column: Tensor) -> Tensor:
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
     """[cos, sin] features of t: (B,) in [0, 1000] -> (B, dim) float32, freq_i = exp(-ln(10000) i / (dim / 2)).
 
-    Always computed in float32: at half precision neighbouring timesteps would fall together.
+    Always computed in float32: half precision cannot tell neighbouring timesteps apart.
     """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -45,9 +45,9 @@ def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
 
 
 class SinCosPositions(nn.Module):
-    """A fixed table added to the tokens: a float32 buffer (1, T, n) that no checkpoint holds.
+    """A fixed table added to the tokens: a float32 buffer (1, T, n) that is not in checkpoints.
 
-    ``scale``: what coordinates, 0 to ``side`` - 1, are divided by.
+    ``scale``: divisor of the coordinates, 0 to ``side`` - 1.
     """
 
     table: Tensor
@@ -69,22 +69,22 @@ class SinCosPositions(nn.Module):
 
 
 def _coordinates(count: int, base: int, device: torch.device) -> Tensor:
-    """``count`` coordinates that span as much as ``base`` tokens of unit distance: float32 (count,)."""
+    """``count`` coordinates that span ``base`` tokens of unit distance: float32 (count,)."""
     return torch.arange(count, dtype=torch.float32, device=device) / (count / base)
 
 
 class CroppedPositions(nn.Module):
-    """A fixed table added to the tokens of a grid of any size; no checkpoint holds it.
+    """A fixed table added to the tokens of a grid of any size; it is not in checkpoints.
 
-    With ``max_size`` the table is that of a square of so many tokens, its coordinates divided by max_size / base, and
-    a grid gets the piece at its centre, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2). Without, a grid
-    gets its own table whose coordinates are stretched to span the base grid's.
+    With ``max_size`` the table is that of a square of max_size x max_size tokens, its coordinates divided by
+    max_size / base, and a grid uses the crop at its centre, as in Stable Diffusion 3 (arXiv 2403.03206, section
+    5.3.2). Without, each grid has its own table, whose coordinates are stretched to span those of the base grid.
     """
 
     table: Tensor
 
     def __init__(self, width: int, base: int, max_size: int | None = None) -> None:
-        """``base``: side in tokens of the input that the model is made for."""
+        """``base``: side, in tokens, of the grid of ``model.input_size``."""
         super().__init__()
         self.width, self.base, self.max_size = width, base, max_size
         side = max_size or base
@@ -96,7 +96,7 @@ class CroppedPositions(nn.Module):
         self.table.copy_(self._grid(*self.table.shape[:2]))
 
     def fits(self, rows: int, columns: int) -> bool:
-        """Whether there are positions for a grid of this size."""
+        """Whether the table has positions for a grid of this size."""
         return self.max_size is None or max(rows, columns) <= self.max_size
 
     def forward(self, tokens: Tensor, rows: int, columns: int) -> Tensor:

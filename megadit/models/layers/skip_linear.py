@@ -1,4 +1,20 @@
-"""U-ViT's long skip: the linear on [tokens, skip], which ranks share without gathering either."""
+"""U-ViT's long skip: ``y = mult * W [x, skip] + b``, a linear on tokens joined with those of an earlier block.
+
+W (n, 2n) has columns for x and columns for the skip, W = [W_x W_s]. With R = 2 ranks each holds half of W, and no rank
+gathers x and skip joined, (B, T, 2n):
+
+    TensorParallelSkipLinear                           SequenceParallelSkipLinear
+    x on all ranks, skip cut by channels               x and skip cut by tokens
+
+                 W_x       W_s                                      W_x       W_s
+               +----+----+----+----+                              +---------+---------+
+      n rows   | 0  | 1  | 0  | 1  |                     n/2 rows |    0    |    0    |
+               +----+----+----+----+                              +---------+---------+
+                 n/2 columns each                        n/2 rows |    1    |    1    |
+                                                                  +---------+---------+
+    rank r computes W_x[r] x[r] + W_s[r] skip[r]       every rank all-gathers W and computes its tokens
+    all-reduce of y; backward: all-gather of dx        backward: reduce-scatter of dW
+"""
 
 from __future__ import annotations
 
@@ -36,54 +52,52 @@ def skip_linear(width: Dim, joined: Dim, param: Parametrization, tokens: int) ->
 
 
 def skip_for_sharded_linear(x: Tensor, layout: TensorLayout) -> Tensor:
-    """What is carried of x (B, T, n) to a ``SkipLinear``: this rank's channels; without tensor parallelism, or where
-    tokens are cut, x itself."""
+    """The shard of x (B, T, n) that is stored for a later ``SkipLinear``: under tensor parallelism this rank's channels
+    (B, T, n / R); on one rank, and under sequence parallelism, whose x is cut already, x itself."""
     return scatter_to_tensor_parallel_region(x, layout) if layout.size > 1 and not layout.sequence else x
 
 
 class SkipLinear(MuLinear):
-    """``mult * W [x, skip] + b``: W (n, 2n), b (n,). Whole on one rank."""
+    """``mult * W [x, skip] + b``: W (n, 2n), b (n,), on one rank."""
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]  # of two tensors, not of their join
-        """x (B, T, n) and a skip as ``skip_for_sharded_linear`` gave it -> (B, T, n)."""
+        """x (B, T, n) and a skip of ``skip_for_sharded_linear`` -> (B, T, n)."""
         return super().forward(torch.cat([x, skip], dim=-1))
 
 
 class TensorParallelSkipLinear(SkipLinear):
-    """A rank holds the weight of a share of the channels: n / ranks of x, and the same of the skip.
-
-    The skip is carried so from where it was made. The ranks' products are summed, and the parts of x's gradient
-    gathered. Of W a rank holds two pieces, one after the other: (2, n, n / ranks).
-    """
+    """A rank holds the columns of its channels of x and of the skip, as two matrices: (2, n, n / R). See the module."""
 
     split: ClassVar[Mapping[str, int]] = {"weight": 1}
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
-        """x (B, T, n), skip (B, T, n / ranks) -> (B, T, n)."""
-        product: Tensor = _OwnChannels.apply(*for_autocast(x, skip, self.weight), self.forward_mult, self.layout)
+        """x (B, T, n), the same on all ranks, and this rank's skip (B, T, n / R) -> (B, T, n)."""
+        operands = for_autocast(x, skip, self.weight)
+        product: Tensor = _LocalChannelsProduct.apply(*operands, self.forward_mult, self.layout)
         out = reduce_from_tensor_parallel_region(product, self.layout)
         return out if self.bias is None else out + self.bias
 
 
 class SequenceParallelSkipLinear(SkipLinear):
-    """A rank joins its own tokens with the whole of W, of which it holds n / ranks rows and gathers the others.
+    """A rank holds n / R rows of W, gathers the others for each pass, and applies W to its own tokens.
 
-    They are gathered for each pass: this is (n, 2n) whatever the batch, and the tokens would be (B, T, 2n).
+    W is (n, 2n) whatever the batch; gathering the tokens instead would take (B, T, 2n).
     """
 
     split: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
-        """x and skip: a rank's own (B, ceil(T / ranks), n) -> the same shape."""
-        operands = for_autocast(torch.cat([x, skip], dim=-1), self.weight, self.bias_of_own_tokens())
-        joined: Tensor = _OwnTokens.apply(*operands, self.forward_mult, self.layout, is_recomputed())
-        return joined
+        """x and skip of this rank's tokens, (B, ceil(T / R), n) each -> the same shape."""
+        operands = for_autocast(torch.cat([x, skip], dim=-1), self.weight, self.bias_for_local_tokens())
+        out: Tensor = _GatheredWeightLinear.apply(*operands, self.forward_mult, self.layout, is_recomputed())
+        return out
 
 
-class _OwnChannels(torch.autograd.Function):
-    """A rank's part of the sum: alpha * (own channels of x @ weight[0].T + skip @ weight[1].T), in one GEMM.
+class _LocalChannelsProduct(torch.autograd.Function):
+    """This rank's term of the sum over ranks, ``alpha * (x[r] @ W_x[r].T + skip[r] @ W_s[r].T)``, in one GEMM.
 
-    The gradient of x is gathered while that of the weight is computed.
+    x (B, T, n) is the same on all ranks, and so is its gradient, whose channels are gathered while that of the weight
+    is computed.
     """
 
     @staticmethod
@@ -91,51 +105,58 @@ class _OwnChannels(torch.autograd.Function):
         joined = torch.cat([local_channels(x, layout), skip], dim=-1)
         ctx.save_for_backward(joined, weight)
         ctx.alpha, ctx.layout = alpha, layout
-        return scaled_linear(joined, _side_by_side(weight), None, alpha)
+        return scaled_linear(joined, _as_one_matrix(weight), None, alpha)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         joined, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        parts = scaled_linear(rows, _side_by_side(weight).t(), None, ctx.alpha)
-        of_x, of_skip = parts.view(*joined.shape[:-1], 2, -1).unbind(-2)
-        gathered = start_all_gather(of_x, ctx.layout)
-        of_weight = scaled_linear(rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
-        stacked = of_weight.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
-        return concat_channels(gathered.wait()), of_skip.contiguous(), stacked, None, None
+        grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
+        grad_joined = scaled_linear(grad_rows, _as_one_matrix(weight).t(), None, ctx.alpha)
+        grad_local_x, grad_skip = grad_joined.view(*joined.shape[:-1], 2, -1).unbind(-2)
+        grad_x = start_all_gather(grad_local_x, ctx.layout)
+        grad_matrix = scaled_linear(grad_rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
+        grad_weight = grad_matrix.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+        return concat_channels(grad_x.wait()), grad_skip.contiguous(), grad_weight, None, None
 
 
-def _side_by_side(weight: Tensor) -> Tensor:
-    """(2, n, k) -> (n, 2k)."""
+def _as_one_matrix(weight: Tensor) -> Tensor:
+    """[W_x[r] W_s[r]]: (2, n, n / R) -> (n, 2n / R)."""
     return weight.transpose(0, 1).flatten(1)
 
 
-class _OwnTokens(torch.autograd.Function):
-    """alpha * (joined @ W.T) + bias, of whose rows this rank holds ``share``.
+class _GatheredWeightLinear(torch.autograd.Function):
+    """``alpha * (joined @ W.T) + bias`` of this rank's tokens; ``weight_shard`` (n / R, 2n) holds its rows of W.
 
-    Backward, W is gathered while its gradient is computed, and that is summed while the gradient of the tokens is.
-    ``keep``: W stays from the forward pass, which a recomputed block has just made.
+    Backward, W is gathered while its gradient is computed, and that is reduce-scattered while the gradient of the
+    tokens is computed. ``keep_weight``: the gathered W is saved from the forward pass, instead of gathered again; a
+    block that is recomputed has just gathered it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, joined: Tensor, share: Tensor, bias: Tensor | None, alpha: float, layout: TensorLayout, keep: bool
+        ctx: Any,
+        joined: Tensor,
+        weight_shard: Tensor,
+        bias: Tensor | None,
+        alpha: float,
+        layout: TensorLayout,
+        keep_weight: bool,
     ) -> Tensor:
-        weight = start_all_gather(share, layout, async_op=False).wait().flatten(0, 1)
-        ctx.save_for_backward(joined, weight if keep else share)
-        ctx.alpha, ctx.layout, ctx.keep = alpha, layout, keep
+        weight = start_all_gather(weight_shard, layout, async_op=False).wait().flatten(0, 1)
+        ctx.save_for_backward(joined, weight if keep_weight else weight_shard)
+        ctx.alpha, ctx.layout, ctx.keep_weight = alpha, layout, keep_weight
         return scaled_linear(joined, weight, bias, alpha)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        joined, held = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        gathered = None if ctx.keep else start_all_gather(held, ctx.layout)
-        of_weight = scaled_linear(rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
-        summed = start_reduce_scatter(of_weight, ctx.layout)
-        weight = held if gathered is None else gathered.wait().flatten(0, 1)
-        of_joined = scaled_linear(rows, weight.t(), None, ctx.alpha).view_as(joined)
-        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return of_joined, summed.wait(), of_bias, None, None, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        joined, saved_weight = ctx.saved_tensors
+        grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
+        gathered = None if ctx.keep_weight else start_all_gather(saved_weight, ctx.layout)
+        grad_weight = scaled_linear(grad_rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
+        grad_shard = start_reduce_scatter(grad_weight, ctx.layout)
+        weight = saved_weight if gathered is None else gathered.wait().flatten(0, 1)
+        grad_joined = scaled_linear(grad_rows, weight.t(), None, ctx.alpha).view_as(joined)
+        grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_joined, grad_shard.wait(), grad_bias, None, None, None

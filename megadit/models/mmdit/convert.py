@@ -1,6 +1,6 @@
-"""MMDiT elsewhere: Stable Diffusion 3's own checkpoints, and diffusers' SD3Transformer2DModel.
+"""Conversion of MMDiT: Stable Diffusion 3's own checkpoints, and diffusers' SD3Transformer2DModel.
 
-The authors' names are this model's, beside the fixed table ``pos_embed``. diffusers cuts qkv in three and puts scale
+Parameter names are the official ones, which add the fixed table ``pos_embed``. diffusers cuts qkv in three and puts scale
 before shift in the final layer and in the context of the last block. Both attend to the padding of texts, so a model
 that comes from them has ``text.mask: false``.
 """
@@ -31,7 +31,7 @@ _CLASS_DEFAULTS = {
     "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 96, "dual_attention_layers": (),
     "qk_norm": None,
 }  # fmt: skip
-_INSIDE = "model.diffusion_model."  # of the whole pipeline in one file
+_PIPELINE = "model.diffusion_model."  # prefix of the transformer in a single-file pipeline
 _HEAD_DIM = 64  # of all published sizes
 _TOKENS = 77 + 256  # of CLIP and T5, joined by the published pipelines; the weights take any number
 _REMEDY = "--to safetensors holds this model exactly"
@@ -76,8 +76,8 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     Raises:
         UserError: names, shapes, types or the position table are not those of SD3, or a hint is needed or wrong.
     """
-    inside = {name.removeprefix(_INSIDE): value for name, value in state.items() if name.startswith(_INSIDE)}
-    state = inside or dict(state)
+    transformer = {n.removeprefix(_PIPELINE): value for n, value in state.items() if n.startswith(_PIPELINE)}
+    state = transformer or dict(state)
     second = [name for name in state if ".attn2." in name]
     if second:
         raise UserError(
@@ -133,21 +133,21 @@ def to_diffusers(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[dict
     Raises:
         UserError: the class has no place for something of this model.
     """
-    who = f"diffusers' {_CLASS}"
-    _refuse_activation(config, who)
+    target = f"diffusers' {_CLASS}"
+    _refuse_activation(config, target)
     if config.mlp_ratio != 4.0:
-        raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but {who} has 4 alone; {_REMEDY}")
+        raise UserError(f"model.mlp_ratio: {config.mlp_ratio:g}, but {target} has 4 alone; {_REMEDY}")
     assert config.text is not None
     if not config.text.pooled_dim:
-        raise UserError(f"model.text.pooled_dim: 0, but {who} always takes a pooled text feature; {_REMEDY}")
+        raise UserError(f"model.text.pooled_dim: 0, but {target} always takes a pooled text feature; {_REMEDY}")
     state = _swapped(_exported(config, state), config.depth)
-    out = _NAMES.to_diffusers(state)
+    renamed = _NAMES.to_diffusers(state)
     if not config.qkv_bias:
-        qkv = (place for name in state if name.endswith("attn.qkv.weight") for place in _NAMES.target_names(name))
-        out |= {f"{place.removesuffix('weight')}bias": out[place].new_zeros(len(out[place])) for place in qkv}
+        qkv = [target for name in state if name.endswith("attn.qkv.weight") for target in _NAMES.target_names(name)]
+        renamed |= {f"{name.removesuffix('weight')}bias": renamed[name].new_zeros(len(renamed[name])) for name in qkv}
     if config.pos_embed_max_size is not None:
-        out[_TABLE] = _positions(config).to(state[_READOUT])
-    return _to_json(config), out
+        renamed[_TABLE] = _positions(config).to(state[_READOUT])
+    return _to_json(config), renamed
 
 
 def from_diffusers(
@@ -167,16 +167,16 @@ def from_diffusers(
     state = dict(state)
     _check_table(state.pop(_TABLE, None), config, where)
     shapes = key_maps.model_shapes(config)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, (rows, *rest) in shapes.items():
-        places = _NAMES.target_names(name)
-        wanted |= {place: (rows // len(places), *rest) for place in places}
-    key_maps.check_state(state, wanted, _DIFFUSERS)
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *columns) in shapes.items():
+        targets = _NAMES.target_names(name)
+        expected |= {target: (rows // len(targets), *columns) for target in targets}
+    key_maps.check_state(state, expected, _DIFFUSERS)
     return config, _swapped(_NAMES.from_diffusers(shapes, state), config.depth)
 
 
 def _check_table(table: Tensor | None, config: ModelConfig, where: str) -> None:
-    """Refuse stored positions that are not those of the config, before any table is made. Raises UserError."""
+    """Raise UserError unless the stored position table is that of the config; sizes are checked before it is made."""
     side = config.pos_embed_max_size or config.input_size // config.patch_size
     if table is None:
         if config.pos_embed_max_size is not None:
@@ -194,18 +194,18 @@ def _check_table(table: Tensor | None, config: ModelConfig, where: str) -> None:
     key_maps.check_positions(table, _positions(config), _TABLE)
 
 
-def _refuse_activation(config: ModelConfig, who: str) -> None:
+def _refuse_activation(config: ModelConfig, target: str) -> None:
     if config.mlp != "gelu_tanh":
-        raise UserError(f"model.mlp: {config.mlp}, but {who} has gelu_tanh alone; {_REMEDY}")
+        raise UserError(f"model.mlp: {config.mlp}, but {target} has gelu_tanh alone; {_REMEDY}")
 
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that make pictures, without REPA's projector; the readout's multiplier is folded."""
+    """The weights without REPA's projector, the readout's multiplier folded in."""
     return {**without_projector(state), _READOUT: key_maps.fold_readout(config, state[_READOUT])}
 
 
 def _swapped(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The parameters with shift and scale of the modulations swapped in which diffusers puts scale before shift."""
+    """Shift and scale swapped in the modulations where diffusers has scale before shift."""
     ends = ("final_layer.adaLN_modulation.1.", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1.")
     return {name: torch.cat(value.chunk(2)[::-1]) if name.startswith(ends) else value for name, value in state.items()}
 
@@ -219,9 +219,9 @@ def _positions(config: ModelConfig) -> Tensor:
 
 
 def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
-    """Side of the image: the hint, or what the stored table's coordinates are stretched to.
+    """Side of the image: the hint, or from the stored table, whose coordinates are stretched to span the image's.
 
-    The table's second token lies at column base / side, and its first channel is the sine of that.
+    The table's second token is at column base / side, and its first channel is the sine of that.
     """
     if hint is not None:
         return int(hint)
@@ -297,7 +297,7 @@ def _from_json(fields: Fields) -> ModelConfig:
     )
 
 
-def _told(config: ModelConfig, keys: dict[str, Any]) -> dict[str, Any]:
+def _comparable_keys(config: ModelConfig, keys: dict[str, Any]) -> dict[str, Any]:
     text = {**keys["text"], "max_length": None}  # texts may have any length
     return {
         **keys,
@@ -317,7 +317,7 @@ CONVERSION = Conversion(
         "texts are cut or padded to model.text.max_length; their padding is seen, as in SD3, but holds zeros where a "
         "text encoder here makes it (model.text.mask=true leaves it out)",
     ),
-    comparable_keys=_told,
+    comparable_keys=_comparable_keys,
     diffusers=DiffusersModel(
         _CLASS,
         _CLASS_DEFAULTS,

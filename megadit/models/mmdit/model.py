@@ -51,8 +51,9 @@ def _text_tokens(config: ModelConfig) -> int:
 class MMDiTStream(nn.Module):
     """One stream's half of a block: adaLN-zero around joint attention and an MLP, all with weights of its own.
 
-    ``pre_only``: the stream is only read (the context of the last block): two chunks of modulation, shift and scale,
-    and neither a projection nor an MLP. ``tokens``: how many the stream has; see ``MuLinear``.
+    ``pre_only``: the stream gives keys and values and is not updated (the context of the last block): two chunks of
+    modulation, shift and scale, and neither an output projection nor an MLP. ``tokens``: T of the stream; see
+    ``MuLinear``.
     """
 
     def __init__(self, config: ModelConfig, param: Parametrization, tokens: int, *, pre_only: bool = False) -> None:
@@ -74,16 +75,17 @@ class MMDiTStream(nn.Module):
         self.mlp = None if pre_only else Mlp(width, hidden, param, config.mlp, tokens=tokens)
         self.adaLN_modulation = adaln_modulation(width, 2 if pre_only else 6, param)
 
-    def ask(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """(B, T, n), SiLU(c) (B, n) -> q, k, v, and the modulation (B, n) that ``take`` needs; order: shift, scale."""
-        shift, scale, *later = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
-        return self.attn(self.norm(x, shift, scale)), tuple(later)
+    def project_qkv(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """x (B, T, n), c = SiLU(condition) (B, n) -> q, k, v (B, T, heads, d) each, and the chunks of modulation
+        (B, n) that ``apply_residual`` needs: gate, then shift, scale and gate of the MLP; none if ``pre_only``."""
+        shift, scale, *modulation = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
+        return self.attn(self.norm(x, shift, scale)), tuple(modulation)
 
-    def take(self, x: Tensor, mixed: Tensor, later: tuple[Tensor, ...]) -> Tensor:
-        """Add what attention gave, (B, T, heads, d), and then the MLP, each through its gate."""
-        gate_msa, shift_mlp, scale_mlp, gate_mlp = later
+    def apply_residual(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """x (B, T, n) plus the attention's output, (B, T, heads, d), projected, then plus the MLP; both gated."""
+        gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         assert self.mlp is not None
-        x = gated_residual(x, gate_msa, self.attn.project(mixed))
+        x = gated_residual(x, gate_msa, self.attn.project(attended))
         return gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
 
 
@@ -91,26 +93,26 @@ class MMDiTStream(nn.Module):
 class MMDiTState(StageState):
     """tokens (B, T, n) of the image, context (B, L, n), condition (B, n), which is SiLU(c).
 
-    seen: bool (B, 1, 1, T + L), the keys that are no padding; None: all are seen. grid: uint8 of shape (rows, columns),
-    whose shape alone tells the final layer how the tokens lie.
+    key_mask: bool (B, 1, 1, T + L), True for keys that are attended to, all but padding; None: all are. grid: uint8
+    (rows, columns), of which the final layer reads the shape alone: how the tokens lie.
     """
 
     tokens: Tensor
     context: Tensor
     condition: Tensor
-    seen: Tensor | None
+    key_mask: Tensor | None
     grid: Tensor
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> MMDiTState:
         """The grid is last, whether there is a mask or not."""
-        tokens, context, condition, *seen, grid = tensors
-        return cls(tokens, context, condition, seen[0] if seen else None, grid)
+        tokens, context, condition, *mask, grid = tensors
+        return cls(tokens, context, condition, mask[0] if mask else None, grid)
 
 
 @dataclass(frozen=True)
 class MMDiTReadout(StageState):
-    """What the last block leaves of ``MMDiTState``."""
+    """``MMDiTState`` after the last block: tokens (B, T, n), condition (B, n) and grid (rows, columns)."""
 
     tokens: Tensor
     condition: Tensor
@@ -118,7 +120,7 @@ class MMDiTReadout(StageState):
 
 
 class MMDiTBlock(Stage):
-    """A block of both streams; the last drops the context, which it only reads."""
+    """A block of both streams; the last does not update the context, and drops it."""
 
     takes = MMDiTState
     is_block = True
@@ -134,16 +136,16 @@ class MMDiTBlock(Stage):
     def run(self, state: MMDiTState) -> StageState:
         """Joint attention, then each stream's own MLP."""
         c = state.condition
-        for_context, context_later = self.context_block.ask(state.context, c)
-        for_image, image_later = self.x_block.ask(state.tokens, c)
-        to_image, to_context = joint_attention(
-            for_image, for_context, state.seen, answer_context=not self.last, precision=self.precision
+        context_qkv, context_modulation = self.context_block.project_qkv(state.context, c)
+        image_qkv, image_modulation = self.x_block.project_qkv(state.tokens, c)
+        image_attended, context_attended = joint_attention(
+            image_qkv, context_qkv, state.key_mask, context_queries=not self.last, precision=self.precision
         )
-        x = self.x_block.take(state.tokens, to_image, image_later)
+        x = self.x_block.apply_residual(state.tokens, image_attended, image_modulation)
         if self.last:
             return MMDiTReadout(x, c, state.grid)
-        context = self.context_block.take(state.context, to_context, context_later)
-        return MMDiTState(x, context, c, state.seen, state.grid)
+        context = self.context_block.apply_residual(state.context, context_attended, context_modulation)
+        return MMDiTState(x, context, c, state.key_mask, state.grid)
 
 
 class PooledEmbedder(nn.Module):
@@ -158,12 +160,12 @@ class PooledEmbedder(nn.Module):
         )
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Embed it in the weights' dtype."""
+        """Cast the feature to the weights' dtype and embed it."""
         return self.mlp(pooled.to(next(self.mlp.parameters()).dtype))
 
 
 class MMDiTEmbedStage(Stage):
-    """Refers to the model's embedders."""
+    """Embeds the patches, the text, the timestep and the pooled text; its modules are the model's."""
 
     takes = ModelInputs
 
@@ -176,7 +178,7 @@ class MMDiTEmbedStage(Stage):
         self.layout = tensor_layout()
 
     def run(self, state: ModelInputs) -> MMDiTState:
-        """c = timestep embedding + pooled text's; every user of c takes SiLU(c), so that is what is carried."""
+        """condition = SiLU(timestep embedding + pooled text's embedding), as all of its users take it."""
         assert state.text is not None  # held by ``MMDiT.inputs``
         rows, columns = (side // self.patch_size for side in state.x.shape[-2:])
         tokens = self.pos_embed(self.x_embedder(state.x), rows, columns)
@@ -186,14 +188,14 @@ class MMDiTEmbedStage(Stage):
             c = c + self.y_embedder(state.pooled)
         grid = torch.zeros(rows, columns, dtype=torch.uint8, device=tokens.device)
         tokens, context = scatter_sequence(tokens, self.layout), scatter_sequence(context, self.layout)
-        c, seen = shared_block_input(F.silu(c), self.layout), state.text_mask
-        if seen is not None:
-            seen = torch.cat([seen.new_ones(len(seen), rows * columns), seen], dim=1)[:, None, None]
-        return MMDiTState(tokens, context, c, seen, grid)
+        c, mask = shared_block_input(F.silu(c), self.layout), state.text_mask
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(len(mask), rows * columns), mask], dim=1)[:, None, None]
+        return MMDiTState(tokens, context, c, mask, grid)
 
 
 class MMDiTFinalStage(Stage):
-    """The image, from its tokens and their grid."""
+    """From tokens (B, T, n) on their grid to the image (B, C, H, W)."""
 
     takes = MMDiTReadout
 
@@ -204,14 +206,14 @@ class MMDiTFinalStage(Stage):
         self.layout = tensor_layout()
 
     def run(self, state: MMDiTReadout) -> ModelOutput:
-        """Read out the patches and put the image together."""
+        """Read out the patches, all-gather them under sequence parallelism, and assemble the image."""
         rows, columns = state.grid.shape
         patches = gather_sequence(self.final_layer(state.tokens, state.condition), self.layout, rows * columns)
         return ModelOutput(unpatchify(patches, rows, columns, self.config.patch_size, self.config.out_channels))
 
 
 class MMDiT(StagedModel):
-    """The whole model; see the module's docstring."""
+    """MMDiT as stages: embedding, joint blocks, final layer."""
 
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
@@ -237,10 +239,9 @@ class MMDiT(StagedModel):
         return [first, *cast("Iterable[Stage]", self.joint_blocks), last]
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
-        """With the text, its mask and its pooled feature. x: any whole number of patches that has positions.
+        """x, t, text, its mask and its pooled feature. x may have any whole number of patches that has positions.
 
-        Where sequence parallelism cuts the streams, their lengths are fixed: x of ``input_size``, text of
-        ``text.max_length`` tokens.
+        Sequence parallelism fixes the lengths of the streams: x of ``input_size``, text of ``text.max_length`` tokens.
         """
         self._check_size(x)
         text = self.config.text
@@ -252,8 +253,8 @@ class MMDiT(StagedModel):
                 "parallelism needs; pad it and mask the padding"
             )
         if text.pooled_dim and (cond.pooled is None or cond.pooled.shape[-1] != text.pooled_dim):
-            given = "none" if cond.pooled is None else tuple(cond.pooled.shape)
-            raise ValueError(f"cond.pooled: {given}, but this model takes pooled features (B, {text.pooled_dim})")
+            shape = "none" if cond.pooled is None else tuple(cond.pooled.shape)
+            raise ValueError(f"cond.pooled: {shape}, but this model takes pooled features (B, {text.pooled_dim})")
         return ModelInputs(x, t.float(), states, cond.pooled if text.pooled_dim else None, text_mask=mask)
 
     def _check_size(self, x: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""PixArt-alpha elsewhere: PixArt-alpha/PixArt-alpha, the muP repository of arXiv 2505.15270, and diffusers.
+"""Conversion of PixArt-alpha: PixArt-alpha/PixArt-alpha, the muP repository of arXiv 2505.15270, and diffusers.
 
-The official names are this model's, beside the fixed table ``pos_embed``. diffusers' PixArtTransformer2DModel has
+Parameter names are the official ones, which add the fixed table ``pos_embed``. diffusers' PixArtTransformer2DModel has
 other names, no place for the null caption (its pipelines take it as ``negative_prompt_embeds``) and is otherwise
-exactly equal. The variants for 1024 pixels, which are told the picture's resolution and aspect ratio, are refused.
+exactly equal. The variants for 1024 pixels, conditioned on the resolution and aspect ratio, are refused.
 """
 
 from __future__ import annotations
@@ -117,8 +117,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
 def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict that the official class loads, ``pos_embed`` included; multipliers are folded into the weights.
 
-    ``state`` may lack the null caption (a run's checkpoint holds parameters alone); then the one of all models
-    that have none of their own stands in its place.
+    Where ``state`` lacks the null caption (a run's checkpoint holds parameters alone), the default one is written.
 
     Raises:
         UserError: the official class has no place for something of this model.
@@ -148,8 +147,8 @@ def from_diffusers(
     """Config and weights of a PixArtTransformer2DModel. ``where`` names the config in messages.
 
     ``max_length``: tokens of a caption, which the class does not know; default: what ``to_diffusers`` noted in the
-    config, else 120. The null caption is the one of all models that
-    have none of their own: pipelines sample with the text encoder's features of an empty text.
+    config, else 120. The null caption is the default one (``megadit.conditioning.null_caption``), which the pipelines
+    do not use: they encode an empty text.
 
     Raises:
         UserError: names or shapes differ from what the config says, or the config asks for something that this model
@@ -161,13 +160,13 @@ def from_diffusers(
     config = _from_json(fields, max_length)
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
     shapes = key_maps.model_shapes(config)
-    _, there_all = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    key_maps.check_state(state, {name: tuple(value.shape) for name, value in there_all.items()}, _DIFFUSERS)
+    _, expected = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    key_maps.check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, _DIFFUSERS)
     return config, {**_NAMES.from_diffusers(shapes, state), NULL_CAPTION: _null(config, {})}
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that the model's state dict holds: parameters and the null caption."""
+    """Shapes of the model's parameters and of its null caption."""
     assert config.text is not None
     return {**key_maps.model_shapes(config), NULL_CAPTION: (config.text.max_length, config.text.dim)}
 
@@ -180,8 +179,8 @@ def _null(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
 
 def _folded(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters alone, without a REPA projector and the null caption, multipliers folded in."""
-    own = {name: value for name, value in without_projector(state).items() if name != NULL_CAPTION}
-    _, folded = key_maps.fold_roles(config, own)
+    parameters = {name: value for name, value in without_projector(state).items() if name != NULL_CAPTION}
+    _, folded = key_maps.fold_roles(config, parameters)
     return {**folded, _READOUT: key_maps.fold_readout(config, folded[_READOUT])}
 
 
@@ -205,22 +204,22 @@ def _grid(table: Tensor | None, patch: int, hints: Mapping[str, Any]) -> tuple[i
 
 
 def _refuse_micro_conditions(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> None:
-    found = next((name for name in state if name.startswith(prefixes)), None)
-    if found is not None:
+    micro = next((name for name in state if name.startswith(prefixes)), None)
+    if micro is not None:
         raise UserError(
-            f"IN: is a PixArt for 1024 pixels: it has {found}, an embedder of resolution and aspect ratio, which this "
+            f"IN: is a PixArt for 1024 pixels: it has {micro}, an embedder of resolution and aspect ratio, which this "
             "model does not have; give a checkpoint for 256 or 512 pixels"
         )
 
 
-def _refuse(config: ModelConfig, who: str, activations: tuple[str, ...], *, bias: bool) -> None:
-    """Raise UserError for what ``who`` has no place for; ``bias``: it has biases of queries, keys and values."""
-    lacking = {
+def _refuse(config: ModelConfig, target: str, activations: tuple[str, ...], *, bias: bool) -> None:
+    """Raise UserError for a setting that ``target`` does not have. ``bias``: it requires ``qkv_bias``."""
+    unsupported = {
         f"model.qk_norm: {config.qk_norm}": config.qk_norm != "none",
         f"model.mlp: {config.mlp}": config.mlp not in activations,
         "model.qkv_bias: false": bias and not config.qkv_bias,
     }
-    key_maps.refuse_unsupported(lacking, who)
+    key_maps.refuse_unsupported(unsupported, target)
 
 
 def _to_json(config: ModelConfig) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
     return {
         "_class_name": _CLASS,
         _LENGTH_KEY: config.text.max_length,
-        "activation_fn": next(there for there, here in _ACTIVATIONS.items() if here == config.mlp),
+        "activation_fn": next(name for name, activation in _ACTIVATIONS.items() if activation == config.mlp),
         "attention_bias": config.qkv_bias,
         "attention_head_dim": config.head_channels,
         "attention_type": "default",
@@ -293,17 +292,19 @@ def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
 
 
 def _check_fixed(fields: Fields, width: int) -> None:
-    """Refuse another value than every PixArt has. Raises UserError."""
-    found: dict[str, tuple[Any, Any]] = {
+    """Raise UserError for a key that has another value than in every PixArt."""
+    values: dict[str, tuple[Any, Any]] = {
         "norm_type": (fields.text("norm_type"), "ada_norm_single"),
         "norm_elementwise_affine": (fields.flag("norm_elementwise_affine"), False),
         "norm_eps": (fields.number("norm_eps"), 1e-6),
         "attention_type": (fields.text("attention_type"), "default"),
         "cross_attention_dim": (fields.whole("cross_attention_dim"), width),
     }
-    for key, (value, wanted) in found.items():
-        if value != wanted:
-            raise UserError(f"{fields.where} has {key} {shown(value)}, a PixArt has {shown(wanted)}; it cannot be read")
+    for key, (value, expected) in values.items():
+        if value != expected:
+            raise UserError(
+                f"{fields.where} has {key} {shown(value)}, a PixArt has {shown(expected)}; it cannot be read"
+            )
 
 
 CONVERSION = Conversion(

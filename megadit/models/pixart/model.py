@@ -45,13 +45,13 @@ from megadit_kernels import gated_residual
 _LN_EPS = 1e-6
 
 
-def _for_own_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
-    """x, the same on all ranks, where each uses it on its own tokens alone: under sequence parallelism."""
+def _for_local_tokens(x: Tensor, layout: TensorLayout) -> Tensor:
+    """x, the same on all ranks, for use on this rank's tokens under sequence parallelism: sums its gradient there."""
     return copy_to_tensor_parallel_region(x, layout) if layout.sequence else x
 
 
 def _table(rows: int, width: Dim, param: Parametrization) -> tuple[nn.Parameter, dict[str, ParamSpec]]:
-    """adaLN-single's learned table (rows, n), added to what all blocks share; a vector per row, so it is one in muP."""
+    """adaLN-single's learned table (rows, n), added to the shared modulation; its rows are vectors in muP's sense."""
     spec = param.spec((Dim(rows), width), "modulation_table", role="vector", table=True)
     return nn.Parameter(torch.empty(rows, width.size)), {"scale_shift_table": spec}
 
@@ -68,7 +68,7 @@ class PixArtState(StageState):
 
 
 class PixArtBlock(Stage):
-    """Transformer block with adaLN-single and cross-attention; the last gives what the final layer takes."""
+    """Transformer block with adaLN-single and cross-attention; the last returns the input of the final layer."""
 
     takes = PixArtState
     is_block = True
@@ -86,10 +86,10 @@ class PixArtBlock(Stage):
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
     def run(self, state: PixArtState) -> StageState:
-        """Self-attention and the MLP, each normed, modulated and gated; between them text, neither normed nor gated."""
-        x, own = state.tokens, _for_own_tokens(self.scale_shift_table, self.layout)
-        table = own.to(state.t0.dtype) + state.t0.unflatten(1, (6, -1))
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
+        """Self-attention, cross-attention to the text and the MLP; the first and the last normed, modulated, gated."""
+        x, table = state.tokens, _for_local_tokens(self.scale_shift_table, self.layout)
+        modulation = table.to(state.t0.dtype) + state.t0.unflatten(1, (6, -1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)
         x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
         x = x + self.cross_attn(x, state.text, state.text_mask)
         x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
@@ -110,13 +110,13 @@ class PixArtFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         """Modulation is the table plus t_emb itself, in the order shift, scale."""
-        own = _for_own_tokens(self.scale_shift_table, self.layout)
-        shift, scale = (own.to(t_emb.dtype) + t_emb[:, None]).unbind(1)
+        table = _for_local_tokens(self.scale_shift_table, self.layout)
+        shift, scale = (table.to(t_emb.dtype) + t_emb[:, None]).unbind(1)
         return self.linear(self.norm(x, shift, scale))
 
 
 class PixArtEmbedStage(Stage):
-    """Refers to the model's embedders."""
+    """Embeds the patches, the text and the timestep; its modules are the model's."""
 
     takes = ModelInputs
 
@@ -128,17 +128,17 @@ class PixArtEmbedStage(Stage):
         self.layout = tensor_layout()
 
     def run(self, state: ModelInputs) -> PixArtState:
-        """The modulation t0 that all blocks share is computed once, here."""
+        """Computes the modulation t0 (B, 6n) that all blocks share, too."""
         tokens = self.pos_embed(self.x_embedder(state.x))
         t_emb = self.t_embedder(state.t)
         t0 = self.t_block(t_emb)
         text = shared_block_input(self.y_embedder(state.text), self.layout)
-        own = scatter_sequence(tokens, self.layout)
-        return PixArtState(own, t0, _for_own_tokens(t_emb, self.layout), text, state.text_mask)
+        tokens = scatter_sequence(tokens, self.layout)
+        return PixArtState(tokens, t0, _for_local_tokens(t_emb, self.layout), text, state.text_mask)
 
 
 class PixArt(StagedModel):
-    """The whole model; see the module's docstring."""
+    """PixArt as stages: embedding, blocks, final layer."""
 
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
@@ -166,9 +166,9 @@ class PixArt(StagedModel):
         return [first, *cast("Iterable[Stage]", self.blocks), last]
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
-        """With the text and its mask. Without a mask all tokens of the text are seen.
+        """x, t, text and its mask. Without a mask all tokens of the text are attended to.
 
-        A text may have fewer tokens than ``max_length``; padded and masked it gives the same picture.
+        A text may have fewer tokens than ``max_length``; padding it, with a mask, does not change the output.
         """
         check_square(x, self.config)
         text, mask = checked_text(cond, self.text.dim, self.text.max_length)

@@ -1,6 +1,7 @@
-"""U-ViT elsewhere: the checkpoints of baofff/U-ViT, of classes, of text and unconditional. diffusers has no class.
+"""Conversion of U-ViT: class, text and unconditional checkpoints of baofff/U-ViT. diffusers has no such class.
 
-The official names are this model's, but for the learned positions: ``pos_embed`` there, ``pos_embed.weight`` here.
+Official parameter names are those of this model, but for the learned positions: ``pos_embed`` there,
+``pos_embed.weight`` here.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ _HEAD_DIMS = (72, 64)  # of H, and of the others
 _CLIP_TOKENS = 77  # text tokens of the published MS-COCO models
 _READOUT = "decoder_pred.weight"
 _TABLE = "label_emb.weight"
-_POSITIONS = ("pos_embed", "pos_embed.weight")  # there, here
+_POSITIONS = ("pos_embed", "pos_embed.weight")  # official name, name here
 _FALSE, _TRUE = ("false", "no", "0"), ("true", "yes", "1")
 
 
 def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights of an official U-ViT; all sizes are inferred but what no tensor tells.
+    """Config and weights of an official U-ViT; sizes are inferred from the tensors.
 
     Hints: ``heads`` (default: of the published sizes, else width / 72 or width / 64 where only one is whole);
     ``input_size`` or ``text_max_length`` of a text model, whose positions are one table for both (default: 77 tokens,
@@ -83,28 +84,28 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         UserError: the official class has no place for something of this model.
     """
-    lacking = {
+    unsupported = {
         f"model.qk_norm: {config.qk_norm}": config.qk_norm != "none",
         f"model.mlp: {config.mlp}": config.mlp != "gelu",
         "model.learn_sigma: true": config.learn_sigma,
     }
-    key_maps.refuse_unsupported(lacking, "the official U-ViT")
+    key_maps.refuse_unsupported(unsupported, "the official U-ViT")
     official = {**state, _READOUT: key_maps.fold_readout(config, state[_READOUT])}
     return {_POSITIONS[0] if name == _POSITIONS[1] else name: value for name, value in official.items()}
 
 
 def _layout(positions: int, patch: int, classes: int, text: bool, hints: Mapping[str, Any]) -> tuple[int, int]:
-    """(patches along a side, text tokens), of the length of the table of positions and the hints."""
-    rest = positions - 1 - (1 if classes else 0)
+    """(patches along a side, text tokens), from the number of positions and the hints."""
+    remaining = positions - 1 - (1 if classes else 0)  # patches and text
     given = {key: int(hints[key]) for key in ("input_size", "text_max_length") if key in hints}
     length = 0
     if text:
         length = given.get("text_max_length", _CLIP_TOKENS)
         if "text_max_length" not in given and "input_size" in given:
-            length = rest - (given["input_size"] // patch) ** 2
-    side = math.isqrt(max(rest - length, 0))
+            length = remaining - (given["input_size"] // patch) ** 2
+    side = math.isqrt(max(remaining - length, 0))
     wrong_size = given.get("input_size", side * patch) != side * patch
-    if (text and length < 1) or side < 1 or side**2 != rest - length or wrong_size:
+    if (text and length < 1) or side < 1 or side**2 != remaining - length or wrong_size:
         given_hints = ", ".join(f"{key}={value}" for key, value in given.items())
         remedy = "give --hint text_max_length=N or --hint input_size=N that fit" if text else "give other hints or none"
         raise UserError(

@@ -1,18 +1,17 @@
 """U-ViT (Bao et al., arXiv 2209.12152): class-conditional, text-conditional or unconditional, under SP or muP.
 
 Everything is a token: [label, time, patches], [time, text, patches] or [time, patches], with a learned position each.
-The first half of the blocks lends its outputs to the second half, last in, first out, through ``skip_linear``.
+Long skips carry the outputs of the first half of the blocks to the second half, last in, first out (``skip_linear``).
 Shapes: B batch, C channels, T tokens, E of them beside the patches, L text length, n width. Parameter names are the
 official ones, but for ``pos_embed.weight``, which is ``pos_embed`` there.
 
-Under muP (arXiv 2505.15270) the long skip is a hidden layer of fan-in 2n, and the time token needs no parameter of its
-own: without ``mlp_time_embed`` it is the n sinusoidal features of t. These are entries of size 1 at every width, finer
-and finer samples of one function of frequency, which is what muP asks of a token; a learned input layer makes the same
-sizes. With the MLP they are the input of a hidden layer of fan-in n, again with entries of size 1.
+Under muP (arXiv 2505.15270) the long skip is a hidden layer of fan-in 2n. Without ``mlp_time_embed`` the time token is
+the n sinusoidal features of t, without a parameter: its entries are Theta(1) at every width, as muP requires of a token
+and as a learned input layer would make them. With the MLP these features are the input of a hidden layer of fan-in n.
 
-Beside the originals: a text shorter than ``text.max_length`` is padded, and padding is masked as keys, so that it
-changes nothing; without a mask every text token is seen, as in the original, and so is the padding of a model with
-``text.mask: false``.
+Unlike in the original, a text shorter than ``text.max_length`` is padded and the padding masked as keys, so that it
+does not change the output. Without a mask every text token is attended to, as in the original, and so is the padding
+of a model with ``text.mask: false``.
 """
 
 from __future__ import annotations
@@ -52,20 +51,21 @@ from megadit.parallel.tensor import tensor_layout
 _LN_EPS = 1e-5
 
 
-def _extras(config: ModelConfig) -> int:
-    """Tokens beside the patches: time, label, text."""
+def _extra_tokens(config: ModelConfig) -> int:
+    """E, the number of tokens before the patches: time, label, text."""
     return 1 + (1 if config.num_classes else 0) + (config.text.max_length if config.text is not None else 0)
 
 
-def _tokens(config: ModelConfig) -> int:
-    return _extras(config) + num_patches(config)
+def _num_tokens(config: ModelConfig) -> int:
+    """E + T."""
+    return _extra_tokens(config) + num_patches(config)
 
 
 @dataclass(frozen=True)
 class UViTState(StageState):
     """tokens and skips (B, E + T, n), key_mask bool (B, E + T).
 
-    Of skips a tensor-parallel rank carries its channels alone (``skip_for_sharded_linear``).
+    Under tensor parallelism a skip holds this rank's channels (``skip_for_sharded_linear``).
     """
 
     tokens: Tensor
@@ -74,7 +74,7 @@ class UViTState(StageState):
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> UViTState:
-        """All floats behind the tokens are skips."""
+        """All floats after the tokens are skips, the last tensor is the mask if it is none."""
         if tensors[-1].is_floating_point():
             return cls(tensors[0], tensors[1:])
         return cls(tensors[0], tensors[1:-1], tensors[-1])
@@ -83,8 +83,8 @@ class UViTState(StageState):
 class UViTBlock(Stage):
     """Pre-norm Transformer block.
 
-    Blocks ``1 .. depth / 2``, counted from 0, lend their *input* to the skips, which is the output of the block before:
-    so no tensor is carried twice between two blocks. Those of the second half take the last skip away.
+    Blocks ``1 .. depth / 2``, counted from 0, push their *input*, the output of the block before, onto the skips, so
+    that no state holds one tensor twice. Blocks of the second half pop the last skip and join it.
     """
 
     takes = UViTState
@@ -92,9 +92,9 @@ class UViTBlock(Stage):
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
-        width, half, tokens = param.width_dim(), config.depth // 2, _tokens(config)
-        self.lends, joins = 0 < index <= half, index > half
-        if joins:
+        width, half, tokens = param.width_dim(), config.depth // 2, _num_tokens(config)
+        self.pushes_skip, pops_skip = 0 < index <= half, index > half
+        if pops_skip:
             self.prefix = f"out_blocks.{index - half - 1}."
         else:
             self.prefix = f"in_blocks.{index}." if index < half else "mid_block."
@@ -102,13 +102,13 @@ class UViTBlock(Stage):
         self.attn = self_attention(config, param, tokens)
         self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
-        self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if joins else None
+        self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if pops_skip else None
         self.layout = tensor_layout()
 
     def run(self, state: UViTState) -> UViTState:
-        """Join the skip, then attention and the MLP, each normed and added."""
+        """Push or join a skip, then attention and the MLP, each normed and added."""
         x, skips, mask = state.tokens, state.skips, state.key_mask
-        if self.lends:
+        if self.pushes_skip:
             skips = (*skips, skip_for_sharded_linear(x, self.layout))
         if self.skip_linear is not None:
             x, skips = self.skip_linear(x, skips[-1]), skips[:-1]
@@ -118,7 +118,7 @@ class UViTBlock(Stage):
 
 
 class UViTEmbedStage(Stage):
-    """Refers to the model's embedders."""
+    """Embeds the patches, the timestep and the label or text; its modules are the model's."""
 
     takes = ModelInputs
 
@@ -130,7 +130,7 @@ class UViTEmbedStage(Stage):
         self.layout = tensor_layout()
 
     def run(self, state: ModelInputs) -> UViTState:
-        """Make all tokens and add their positions; the key mask shows time and patches always."""
+        """Make all tokens and add their positions; time and patches are never masked."""
         patches = self.patch_embed(state.x)
         time = timestep_features(state.t, self.width).to(patches.dtype)
         if self.time_embed is not None:
@@ -147,38 +147,38 @@ class UViTEmbedStage(Stage):
 
 
 class UViTFinalStage(Stage):
-    """The image, from the tokens of its patches."""
+    """From tokens (B, E + T, n) to the image (B, C, H, W)."""
 
     takes = UViTState
 
     def __init__(self, model: UViT) -> None:
         super().__init__()
         self.norm, self.decoder_pred, self.final_layer = model.norm, model.decoder_pred, model.final_layer
-        self.config, self.extras = model.config, model.extras
+        self.config, self.extra_tokens = model.config, model.extra_tokens
         self.layout = tensor_layout()
 
     def run(self, state: UViTState) -> ModelOutput:
-        """Read out the patches, put the image together, and let the convolution smooth what patches tore apart."""
+        """Read out the patches, assemble the image, and apply the convolution, which smooths the patches' borders."""
         config = self.config
         side = patches_per_side(config)
         tokens = state.tokens
-        if not self.layout.sequence:  # where a rank holds all of them, only what is read out goes on
-            tokens = tokens[:, self.extras :]
-        read = gather_sequence(self.decoder_pred(self.norm(tokens)), self.layout, _tokens(config))
-        patches = read[:, -side * side :]
+        if not self.layout.sequence:  # a rank that holds all tokens reads out the patches alone
+            tokens = tokens[:, self.extra_tokens :]
+        readout = gather_sequence(self.decoder_pred(self.norm(tokens)), self.layout, _num_tokens(config))
+        patches = readout[:, -side * side :]
         image = unpatchify(patches, side, side, config.patch_size, config.out_channels)
         return ModelOutput(image if self.final_layer is None else self.final_layer(image))
 
 
 class UViT(StagedModel):
-    """The whole model; see the module's docstring. ``extras`` is E, the number of tokens before the patches."""
+    """U-ViT as stages: embedding, blocks, final stage. ``extra_tokens`` is E, the tokens before the patches."""
 
     def __init__(self, config: ModelConfig, param: Parametrization) -> None:
         """Build with uninitialised parameters; ``megadit.mup.init.init_parameters`` fills them."""
         super().__init__()
         self.config = config
         width, text = param.width_dim(), config.text
-        self.extras, self.stream_tokens = _extras(config), _tokens(config)
+        self.extra_tokens, self.stream_tokens = _extra_tokens(config), _num_tokens(config)
         self.patch_embed = PatchEmbedder(config.in_channels, width, config.patch_size, param)
         self.time_embed = _time_mlp(param) if config.mlp_time_embed else None
         self.label_emb = MuEmbedding(config.num_classes + 1, width, param) if config.num_classes else None
@@ -202,25 +202,25 @@ class UViT(StagedModel):
         return [first, *cast("Iterable[Stage]", blocks), last]
 
     def image_tokens(self, tokens: Tensor) -> Tensor:
-        """Those of the patches: (B, E + T, n) -> (B, T, n)."""
-        return tokens[:, self.extras :]
+        """The tokens of the patches: (B, E + T, n) -> (B, T, n)."""
+        return tokens[:, self.extra_tokens :]
 
     def inputs(self, x: Tensor, t: Tensor, cond: Conditioning) -> ModelInputs:
-        """With labels, or with the text padded to its full length and its mask, or neither.
+        """x, t, and labels, or the text padded to ``max_length`` and its mask, or neither.
 
-        A text that needs padding, or comes with a mask, is masked; one of full length without a mask is not.
+        A text that is padded here, or comes with a mask, is masked; one of full length without a mask is not.
         """
         check_square(x, self.config)
         if self.label_emb is not None:
             return ModelInputs(x, t.float(), labels=class_labels(cond, self.config))
         if self.config.text is None:
             return ModelInputs(x, t.float())
-        text, mask = _full_text(cond, self.config.text)
+        text, mask = _padded_text(cond, self.config.text)
         return ModelInputs(x, t.float(), text, text_mask=mask)
 
 
 def _time_mlp(param: Parametrization) -> nn.Sequential:
-    """n -> 4n -> n with SiLU between, both hidden."""
+    """MLP n -> 4n -> n with SiLU; both linears are hidden."""
     width, hidden = param.width_dim(), param.width_dim(4)
     return nn.Sequential(
         ColumnParallelLinear(width, hidden, param, init="timestep"),
@@ -229,11 +229,11 @@ def _time_mlp(param: Parametrization) -> nn.Sequential:
     )
 
 
-def _full_text(cond: Conditioning, given: TextInput) -> tuple[Tensor, Tensor | None]:
-    """Text (B, length, dim) and mask (B, length). Raises ValueError for a text that is missing or does not fit."""
-    text, mask = checked_text(cond, given.dim, given.max_length)
-    missing = given.max_length - text.shape[1]
-    if missing and given.mask and mask is None:
+def _padded_text(cond: Conditioning, config: TextInput) -> tuple[Tensor, Tensor | None]:
+    """Text (B, max_length, dim) and mask (B, max_length). Raises ValueError for a missing text, or a wrong shape."""
+    text, mask = checked_text(cond, config.dim, config.max_length)
+    padding = config.max_length - text.shape[1]
+    if padding and config.mask and mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    text = F.pad(text, (0, 0, 0, missing))
-    return text, None if mask is None else F.pad(mask, (0, missing))
+    text = F.pad(text, (0, 0, 0, padding))
+    return text, None if mask is None else F.pad(mask, (0, padding))
