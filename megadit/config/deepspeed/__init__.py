@@ -1,4 +1,5 @@
-"""From a DeepSpeed file and a run configuration to DeepSpeed's dictionary, without importing DeepSpeed.
+"""Merges a DeepSpeed file and a run configuration into DeepSpeed's dictionary, without importing DeepSpeed.
 
-file reads it, translate says what it asks for, batch and gradients decide, merge makes the one answer for both.
+file reads and checks the file, translate lists the run keys that it sets, batch computes batch sizes, gradients the
+types of gradient accumulation, and merge combines all into the resolved configuration and dictionary.
 """

@@ -1,7 +1,7 @@
-"""Reading a DeepSpeed configuration file: JSON in, ``"auto"`` out, and what megadit cannot run refused.
+"""Reads a DeepSpeed configuration file, removes ``"auto"`` values and refuses what megadit cannot run.
 
-DeepSpeed ignores top-level keys that it does not know, so a typo there changes nothing and says nothing; here
-it gives a warning. Unknown ZeRO keys, which DeepSpeed answers with a traceback, are errors.
+DeepSpeed ignores unknown top-level keys without a word; here each is a warning. Unknown ZeRO keys, for which DeepSpeed
+raises a traceback, are errors.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ ZERO_KEYS = frozenset({
 # fmt: on
 
 _REMOVED = "DeepSpeed 0.19 no longer has it; take it out"
-_OWN_DATA = "megadit numbers and feeds the samples itself; take it out"
+_OWN_ORDER = "megadit numbers and feeds the samples itself; take it out"
 
-# Blocks that are refused when they are on, and dropped when they say "enabled": false.
+# Blocks that are refused when enabled, and dropped when they have "enabled": false.
 REFUSED_BLOCKS = {
     "amp": _REMOVED + " and set bf16 or fp16",
     "autotuning": "it would start trial runs of its own; take it out",
     "compression_training": _REMOVED,
-    "curriculum_learning": _OWN_DATA,
-    "data_efficiency": _OWN_DATA,
+    "curriculum_learning": _OWN_ORDER,
+    "data_efficiency": _OWN_ORDER,
     "eigenvalue": _REMOVED,
     "elasticity": _REMOVED + ": the global batch is train.global_batch",
     "expert_parallel": "megadit's models have no experts; take it out",
@@ -71,7 +71,7 @@ REFUSED_BLOCKS = {
     "tensor_parallel": "AutoTP replaces layers and drops their muP multipliers without a word; take it out",
 }
 
-# Blocks that configure functions of DeepSpeed's which megadit does not call.
+# Blocks that configure functions of DeepSpeed which megadit does not call.
 IDLE_BLOCKS = {
     "activation_checkpointing": "has no effect on megadit's models; set train.activation_checkpointing",
     "compile": "has no effect on megadit's models; set train.compile",
@@ -80,18 +80,18 @@ IDLE_BLOCKS = {
 
 @dataclass(frozen=True)
 class DsFile:
-    """A DeepSpeed configuration without its ``"auto"`` values, what to call it, and what to warn of."""
+    """A DeepSpeed configuration without ``"auto"`` values, its name in messages, and warnings for the user."""
 
     values: dict[str, Any]
     label: str
     warnings: tuple[str, ...] = ()
 
     def error(self, sentence: str) -> UserError:
-        """What is wrong in the file, which is named at the end."""
+        """An error about the file; its name is appended."""
         return UserError(f"{sentence} (in {self.label})")
 
     def block(self, name: str) -> dict[str, Any]:
-        """The block called ``name``, {} if it is not there. Raises UserError if it is no object."""
+        """The block ``name``, {} where it is missing. Raises UserError if it is no object."""
         value = self.values.get(name, {})
         if not isinstance(value, dict):
             raise self.error(f"{name}: {json.dumps(value)} is not an object of keys and values")
@@ -133,20 +133,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is "auto": the run config sets it, or DeepSpeed's default stands."""
-    kept: dict[str, Any] = {}
+    """``values`` without those that are "auto": the run config sets them, or DeepSpeed's default applies."""
+    explicit: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            kept[key] = _without_auto(value)
+            explicit[key] = _without_auto(value)
         elif not (isinstance(value, str) and value == AUTO):
-            kept[key] = value
-    return kept
+            explicit[key] = value
+    return explicit
 
 
 def _refuse_blocks(file: DsFile) -> None:
     values = file.values
     for name in [name for name in REFUSED_BLOCKS if name in values]:
-        if _is_on(name, values[name]):
+        if _is_enabled(name, values[name]):
             raise file.error(f"{name}: {REFUSED_BLOCKS[name]}")
         del values[name]
     if values.get("sequence_parallel_size", 1) != 1:
@@ -159,7 +159,7 @@ def _refuse_blocks(file: DsFile) -> None:
         raise file.error("managed_gradient_accumulation: false is not supported; take it out")
 
 
-def _is_on(name: str, block: Any) -> bool:
+def _is_enabled(name: str, block: Any) -> bool:
     if not isinstance(block, dict):
         return bool(block)
     if name == "tensor_parallel":
@@ -205,13 +205,13 @@ def _check_zero(file: DsFile) -> None:
 
 
 def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
-    """Whether the block keeps master weights and moments on the CPU."""
+    """Whether the ``zero_optimization`` block keeps master weights and moments on the CPU."""
     block = zero.get("offload_optimizer")
     return _offloads(block) if isinstance(block, dict) else bool(zero.get("cpu_offload"))
 
 
 def offloads_parameters(zero: Mapping[str, Any]) -> bool:
-    """Whether the block keeps the weights on the CPU."""
+    """Whether the ``zero_optimization`` block keeps the weights on the CPU."""
     return _offloads(zero.get("offload_param"))
 
 
@@ -222,41 +222,41 @@ def _offloads(block: Any) -> bool:
 Predicate = Callable[[Any], bool]
 
 
-def _flag(value: Any) -> bool:
+def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _size(value: Any) -> bool:
+def _is_size(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < float("inf")
 
 
 def _one_of(*values: Any) -> Predicate:
-    return lambda value: any(value is own or (type(value) is type(own) and value == own) for own in values)
+    return lambda value: any(value is known or (type(value) is type(known) and value == known) for known in values)
 
 
 # fmt: off
-OFFLOAD: dict[str, Predicate] = {"device": _one_of("none", "cpu"), "pin_memory": _flag, "buffer_count": _count}
-# What each block may hold; a plain judge is a top-level key's.
+OFFLOAD: dict[str, Predicate] = {"device": _one_of("none", "cpu"), "pin_memory": _is_flag, "buffer_count": _is_count}
+# Keys and values that DeepSpeed is known to take: a predicate for each key, nested as the blocks are.
 KNOWN_VALID: dict[str, Predicate | dict[str, Predicate | dict[str, Predicate]]] = {
     **dict.fromkeys((
         "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print",
-    ), _count),
+    ), _is_count),
     **dict.fromkeys((
         "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "wall_clock_breakdown", "dump_state",
-    ), _flag),
-    "gradient_clipping": _size,
+    ), _is_flag),
+    "gradient_clipping": _is_size,
     "communication_data_type": _one_of("fp32", "bf16", "fp16"),
-    "bf16": {"enabled": _flag},
+    "bf16": {"enabled": _is_flag},
     "fp16": {
-        "enabled": _flag, "loss_scale": _size, "initial_scale_power": _count, "loss_scale_window": _count,
-        "hysteresis": _count, "min_loss_scale": _count,
+        "enabled": _is_flag, "loss_scale": _is_size, "initial_scale_power": _is_count, "loss_scale_window": _is_count,
+        "hysteresis": _is_count, "min_loss_scale": _is_count,
     },
     "data_types": {"grad_accum_dtype": _one_of("fp32", "bf16", "fp16")},
-    # Of the pipeline: what megadit itself writes.
+    # The values that megadit itself writes.
     "pipeline": {
         "pipe_partitioned": _one_of(False), "grad_partitioned": _one_of(False),
         "activation_checkpoint_interval": _one_of(0),
@@ -266,11 +266,11 @@ KNOWN_VALID: dict[str, Predicate | dict[str, Predicate | dict[str, Predicate]]] 
         **dict.fromkeys((
             "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
             "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-        ), _count),
+        ), _is_count),
         **dict.fromkeys((
             "contiguous_gradients", "reduce_scatter", "allgather_partitions", "overlap_comm",
             "round_robin_gradients", "memory_efficient_linear", "stage3_gather_16bit_weights_on_model_save",
-        ), _flag),
+        ), _is_flag),
         "offload_optimizer": OFFLOAD,
         "offload_param": OFFLOAD,
     },
@@ -279,11 +279,11 @@ KNOWN_VALID: dict[str, Predicate | dict[str, Predicate | dict[str, Predicate]]] 
 
 
 def is_known_valid(ds_config: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed takes the merged dict for sure; False where only DeepSpeed knows."""
+    """Whether DeepSpeed certainly accepts the merged dict; False where only DeepSpeed itself can tell."""
     return _fits(ds_config, KNOWN_VALID)
 
 
-def _fits(value: Any, judge: Predicate | Mapping[str, Any]) -> bool:
-    if not isinstance(judge, Mapping):
-        return judge(value)
-    return isinstance(value, Mapping) and all(key in judge and _fits(own, judge[key]) for key, own in value.items())
+def _fits(value: Any, known: Predicate | Mapping[str, Any]) -> bool:
+    if not isinstance(known, Mapping):
+        return known(value)
+    return isinstance(value, Mapping) and all(key in known and _fits(entry, known[key]) for key, entry in value.items())

@@ -1,9 +1,8 @@
-"""Merging a DeepSpeed file into a run configuration: one answer to "what will run" for both.
+"""Merges a DeepSpeed file into a run configuration, so that the two cannot disagree.
 
-What the file says "auto", or leaves out, is set from the run configuration. What it says explicitly wins over
-the configuration's defaults, and is an error where it contradicts a key that the user set. The result is the
-updated run configuration and the complete dict for ``deepspeed.initialize``. Written against DeepSpeed 0.19;
-imports nothing of it.
+A value that the file leaves out, or gives as "auto", is set from the run configuration. An explicit value wins over the
+configuration's default, and is an error where it contradicts a key that the user set. The result is the updated run
+configuration and the complete dict for ``deepspeed.initialize``. Written against DeepSpeed 0.19, which is not imported.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from megadit.config.schema.reads import check_deferred
 from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 
-_QUIET = 10**9  # steps between DeepSpeed's own progress lines: megadit prints its own
-_MICRO_BATCHES_PER_STAGE = 4  # by default, so that a pipeline's stages wait at most a fifth of a step
+_NEVER = 10**9  # steps between DeepSpeed's progress lines: megadit prints its own
+_MICRO_BATCHES_PER_STAGE = 4  # default; the pipeline bubble is at most a fifth of a step
 
 
 @dataclass(frozen=True)
 class MergedConfig:
-    """The run configuration with every layout key resolved, DeepSpeed's dict, and warnings for the user."""
+    """The run configuration with batch sizes and ZeRO stage resolved, DeepSpeed's dict, and warnings for the user."""
 
     config: RunConfig
     ds_config: dict[str, Any]
@@ -40,16 +39,16 @@ class MergedConfig:
 def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | None, world_size: int) -> MergedConfig:
     """Merge the DeepSpeed file ``ds`` (path, dict, or None) into ``loaded`` for ``world_size`` processes.
 
-    In the result ``train.global_batch``, ``train.micro_batch``, ``parallel.zero_stage`` and everything that the
-    file's optimizer, scheduler, precision and clipping say are concrete, and ``ds_config`` agrees with them.
+    In the result ``train.global_batch``, ``train.micro_batch``, ``parallel.zero_stage`` and all that the file's
+    optimizer, scheduler, precision and clipping set are concrete, and ``ds_config`` agrees with them.
 
-    Raises UserError for a contradiction with a key that the user set (naming both keys and both values), for
-    batch sizes that do not multiply up, and for what would break muP or megadit's optimizer.
+    Raises UserError where the file contradicts a key that the user set (it names both keys and values), where batch
+    sizes do not multiply up, and for settings that would break muP or megadit's optimizer.
     """
     file = read_ds_config(ds)
     changes = resolve_conflicts(list(requested_values(file, loaded.config)), loaded, file)
     if changes.get("optim.schedule", "wsd") != "wsd" and "optim.decay_steps" not in loaded.user_set:
-        changes["optim.decay_steps"] = None  # of the quickstart's schedule, which the file's takes the place of
+        changes["optim.decay_steps"] = None  # the default schedule's, which the file replaces
     config = replace(loaded.config, changes, source=file.label)
     plan = _plan(file, loaded, config, world_size)
     stage = _zero_stage(config, world_size)
@@ -75,22 +74,22 @@ def merge_ds_config(loaded: LoadedConfig, ds: Mapping[str, Any] | str | Path | N
     return MergedConfig(config, _ds_dict(file, config, plan), tuple(warnings))
 
 
-def resolve_conflicts(wanted: list[RequestedValue], loaded: LoadedConfig, file: DsFile) -> dict[str, Any]:
+def resolve_conflicts(requests: list[RequestedValue], loaded: LoadedConfig, file: DsFile) -> dict[str, Any]:
     """The requested values as changes of the run config. Raises UserError that lists all contradictions."""
     conflicts = []
-    for wish in wanted:
-        by_epochs = wish.key == "train.steps" and loaded.config.train.epochs is not None
-        key = "train.epochs" if by_epochs else wish.key
+    for request in requests:
+        by_epochs = request.key == "train.steps" and loaded.config.train.epochs is not None
+        key = "train.epochs" if by_epochs else request.key
         present = attrgetter(key)(loaded.config)
-        if _is_user_set(key, present, loaded) and (key != wish.key or not _same(present, wish.value)):
-            conflicts.append(_conflict(key, present, loaded, wish.ds_key, wish.ds_value, file))
+        if _is_user_set(key, present, loaded) and (key != request.key or not _same(present, request.value)):
+            conflicts.append(_conflict(key, present, loaded, request.ds_key, request.ds_value, file))
     if conflicts:
         raise UserError("\n".join(conflicts))
-    return {wish.key: wish.value for wish in wanted}
+    return {request.key: request.value for request in requests}
 
 
 def _is_user_set(key: str, present: Any, loaded: LoadedConfig) -> bool:
-    # null in these means "choose for me", not "none": it contradicts nothing.
+    # null in these keys means "choose for me": it contradicts nothing.
     unset = present is None and key in ("parallel.zero_stage", "train.micro_batch", "train.epochs", "train.steps")
     automatic = key == "optim.implementation" and present == "auto"
     return key in loaded.user_set and not unset and not automatic
@@ -109,13 +108,13 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
     accumulation = _ds_size("gradient_accumulation_steps", file)
     stages = config.parallel.pipeline
 
-    def planned(copies: int) -> BatchPlan:
+    def plan_for(replicas: int) -> BatchPlan:
         default_micro = config.train.micro_batch
         if stages > 1 and default_micro is None:
-            default_micro = max(config.train.global_batch // (copies * _MICRO_BATCHES_PER_STAGE * stages), 1)
+            default_micro = max(config.train.global_batch // (replicas * _MICRO_BATCHES_PER_STAGE * stages), 1)
         return plan_batch(
-            copies,
-            shared=world_size // copies,
+            replicas,
+            ranks_per_replica=world_size // replicas,
             global_batch=total,
             micro_batch=micro,
             accumulation=accumulation,
@@ -123,29 +122,29 @@ def _plan(file: DsFile, loaded: LoadedConfig, config: RunConfig, world_size: int
             default_micro=default_micro,
         )
 
-    def fits(copies: int) -> bool:
+    def fits(replicas: int) -> bool:
         try:
-            planned(copies)
+            plan_for(replicas)
         except UserError:
             return False
         return True
 
-    copies = data_parallel_size(config, world_size, fits)
+    replicas = data_parallel_size(config, world_size, fits)
     try:
-        return planned(copies)
+        return plan_for(replicas)
     except UserError as error:
         layout = nearest_layout(config, world_size, fits)
         raise UserError(f"{error}, or the layout {layout}" if layout else str(error)) from None
 
 
 def _requested_size(key: str, ds_key: str, file: DsFile, loaded: LoadedConfig) -> BatchSize | None:
-    """A batch size that the user or the file asks for. Raises UserError if they ask for different ones."""
+    """A batch size that the user or the file requests. Raises UserError if they request different ones."""
     present = attrgetter(key)(loaded.config)
-    theirs = BatchSize(present, key, f"in {loaded.user_set[key]}") if _is_user_set(key, present, loaded) else None
-    explicit = _ds_size(ds_key, file)
-    if theirs is not None and explicit is not None and theirs.value != explicit.value:
-        raise UserError(_conflict(key, theirs.value, loaded, ds_key, explicit.value, file))
-    return theirs or explicit
+    of_user = BatchSize(present, key, f"in {loaded.user_set[key]}") if _is_user_set(key, present, loaded) else None
+    of_file = _ds_size(ds_key, file)
+    if of_user is not None and of_file is not None and of_user.value != of_file.value:
+        raise UserError(_conflict(key, of_user.value, loaded, ds_key, of_file.value, file))
+    return of_user or of_file
 
 
 def _ds_size(ds_key: str, file: DsFile) -> BatchSize | None:
@@ -161,12 +160,12 @@ def _zero_stage(config: RunConfig, world_size: int) -> int:
     stage = config.parallel.zero_stage
     if stage is not None:
         return stage
-    # One process has nothing to share out, but bf16 and fp16 need ZeRO's float32 masters all the same.
+    # One process has nothing to shard, but bf16 and fp16 need ZeRO's float32 master weights.
     return 0 if world_size == 1 and config.train.precision == "fp32" else 1
 
 
 def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> dict[str, Any]:
-    """What optimizer offload asks of ``optim.implementation``."""
+    """The change of ``optim.implementation`` that optimizer offload requires."""
     if not offloads_optimizer(file.block("zero_optimization")):
         return {}
     present = config.optim.implementation
@@ -183,7 +182,7 @@ def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> d
 
 
 def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
-    """DeepSpeed's complete dict: what megadit decides, explicitly, then the rest of the file as it is."""
+    """DeepSpeed's complete dict: the keys that megadit decides, and the other keys of the file unchanged."""
     precision, clip = config.train.precision, config.optim.clip
     merged: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
@@ -194,17 +193,17 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         "zero_optimization": _zero_block(file, config),
         "bf16": {**file.block("bf16"), "enabled": precision == "bf16"},
         "fp16": {**file.block("fp16"), "enabled": precision == "fp16"},
-        "steps_per_print": _QUIET,
+        "steps_per_print": _NEVER,
         **accumulation_keys(file, config, plan.accumulation),
     }
     if config.parallel.pipeline > 1:
-        # Partitioned wires may hold one tensor; megadit recomputes blocks itself.
+        # With partitioned activations a stage may send one tensor only; megadit recomputes blocks itself.
         off = {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0}
         merged["pipeline"] = {**file.block("pipeline"), **off}
     if offloads_optimizer(file.block("zero_optimization")):
         merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
-    ours = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
-    return merged | {key: value for key, value in file.values.items() if key not in ours}
+    decided = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
+    return merged | {key: value for key, value in file.values.items() if key not in decided}
 
 
 def _zero_block(file: DsFile, config: RunConfig) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""What a DeepSpeed file asks for, in the words of the run configuration.
+"""Translates a DeepSpeed file into keys of the run configuration.
 
-megadit passes DeepSpeed its own optimizer and writes the learning rates itself, so the file's optimizer and
-scheduler blocks are translated into ``optim.*``, or refused where they cannot keep the ratios between
-parameter groups that muP consists of.
+megadit gives DeepSpeed its own optimizer and sets the learning rates itself, so the file's optimizer and scheduler
+blocks are translated into ``optim.*``, or refused where they would change muP's ratios between parameter groups.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from megadit.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class RequestedValue:
-    """The run key ``key`` should be ``value``, because the file says ``ds_value`` at ``ds_key``."""
+    """A run key and the value that the file requests for it, by ``ds_value`` at ``ds_key``."""
 
     key: str
     value: Any
@@ -81,8 +80,8 @@ def _clipping(file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
         yield RequestedValue("optim.clip.value", float(value) or None, "gradient_clipping", value)
 
 
-# Optimizers that are AdamW once translated. muadam and adam differ from AdamW by coupled decay only.
-_TORCH_OR_DEEPSPEED = ("adam", "adamw", "muadam", "muadamw")
+# Optimizers that translate to AdamW. muadam and adam differ from AdamW by coupled decay only.
+_ADAM_NAMES = ("adam", "adamw", "muadam", "muadamw")
 _IMPLEMENTATION_OF = {"fusedadam": "deepspeed-fused", "cpuadam": "deepspeed-cpu", "deepspeedcpuadam": "deepspeed-cpu"}
 _ADAM_KEYS = {"lr": "optim.lr", "betas": "optim.betas", "eps": "optim.eps", "weight_decay": "optim.weight_decay"}
 _MODE_KEYS = ("torch_adam", "adam_w_mode", "adamw_mode", "foreach", "fused", "decoupled_wd", "fp32_optimizer_states")
@@ -95,7 +94,7 @@ def _optimizer(file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
         return
     kind, params = _kind_and_params(block, "optimizer", file)
     name = kind.lower()
-    if name and name not in _TORCH_OR_DEEPSPEED and name not in _IMPLEMENTATION_OF:
+    if name and name not in _ADAM_NAMES and name not in _IMPLEMENTATION_OF:
         raise file.error(
             f"optimizer.type: {kind} has no muP rules in megadit; use AdamW, or take the optimizer block out"
         )
@@ -126,8 +125,8 @@ def _check_optimizer_params(params: dict[str, Any], name: str, file: DsFile) -> 
             hint = did_you_mean(key, known, f"megadit translates {', '.join(_ADAM_KEYS)}")
             raise file.error(f"optimizer.params.{key}: is not a parameter of AdamW; {hint}")
         if key in _FIXED and value is not _FIXED[key]:
-            wanted = json.dumps(_FIXED[key])
-            raise file.error(f"optimizer.params.{key}: {json.dumps(value)} is not supported; set {wanted}")
+            required = json.dumps(_FIXED[key])
+            raise file.error(f"optimizer.params.{key}: {json.dumps(value)} is not supported; set {required}")
     decoupled = name in ("adamw", "muadamw") or params.get("adam_w_mode", params.get("adamw_mode", name != "muadam"))
     if not decoupled and params.get("weight_decay"):
         raise file.error(
@@ -159,13 +158,13 @@ def _implementation(name: str, params: dict[str, Any], file: DsFile, config: Run
     if params.get("torch_adam") is True and config.optim.implementation.startswith("deepspeed"):
         return RequestedValue(key, "torch-fused", "optimizer.params.torch_adam", True)
     if params.get("torch_adam") is False:
-        own = "deepspeed-cpu" if offloads_optimizer(file.block("zero_optimization")) else "deepspeed-fused"
-        return RequestedValue(key, own, "optimizer.params.torch_adam", False)
+        kernel = "deepspeed-cpu" if offloads_optimizer(file.block("zero_optimization")) else "deepspeed-fused"
+        return RequestedValue(key, kernel, "optimizer.params.torch_adam", False)
     return None
 
 
 def _mup_package(kind: str, params: dict[str, Any], file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
-    """MuAdam and MuAdamW of the mup package: its decay reaches vectors too, and is constant if decoupled_wd."""
+    """MuAdam and MuAdamW of the mup package, which decay vectors too, by a constant if ``decoupled_wd``."""
     if config.model.parametrization != "mup":
         raise file.error(
             f"optimizer.type: {kind} needs a muP model, but model.parametrization is sp; set model.parametrization=mup "

@@ -76,11 +76,6 @@ def class_config(fields: Fields) -> tuple[dict[str, Any], list[str]]:
     return {**class_keys, "_class_name": name}, notes
 
 
-def class_fields(defaults: Mapping[str, Any], config_json: Mapping[str, Any], where: str) -> Fields:
-    """The keys of a ``class_config`` over the ``defaults`` of its class."""
-    return Fields({**defaults, **config_json}, where)
-
-
 def image_size(fields: Fields, patch: int) -> int:
     """``sample_size``: the side of a square image. Raises UserError for another, or one that ``patch`` does not cut."""
     value = fields.raw("sample_size")

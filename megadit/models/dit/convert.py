@@ -17,14 +17,7 @@ from megadit.config.schema.model import LARGEST, ModelConfig
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
-from megadit.models.conversion.diffusers_class import (
-    LEGACY_DEFAULTS,
-    WHERE,
-    Renaming,
-    check_depth,
-    class_fields,
-    image_size,
-)
+from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, image_size
 from megadit.models.layers import sincos_2d
 
 _OFFICIAL = "an official DiT checkpoint"
@@ -136,7 +129,7 @@ def from_diffusers(
         UserError: names or shapes differ from what the config says, blocks hold different embedders, or the config
             asks for something that this model does not have.
     """
-    fields = class_fields(_CLASS_DEFAULTS, config_json, where)
+    fields = Fields({**_CLASS_DEFAULTS, **config_json}, where)
     check_depth(fields, key_maps.count_blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     shapes = key_maps.model_shapes(config)
@@ -150,7 +143,7 @@ def from_diffusers(
 def diffusers_gap(config_json: Mapping[str, Any], where: str) -> str | None:
     """Why the class of diffusers with this config computes something else than this model does."""
     mismatch = "its class spaces the timestep's frequencies by half - 1 in place of half"
-    eps = class_fields(_CLASS_DEFAULTS, config_json, where).number("norm_eps")
+    eps = Fields({**_CLASS_DEFAULTS, **config_json}, where).number("norm_eps")
     return mismatch if eps == 1e-6 else f"{mismatch}, and its norm_eps is {eps:g} in place of 1e-06"
 
 
@@ -192,7 +185,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_json(fields: Fields) -> ModelConfig:
-    """The config of a config.json, read by ``class_fields``. Raises UserError for what a DiT here does not have."""
+    """The config of a config.json. Raises UserError for what a DiT here does not have."""
     for key, expected in (("norm_type", "ada_norm_zero"), ("attention_bias", True), ("norm_elementwise_affine", False)):
         value = fields.text(key) if isinstance(expected, str) else fields.flag(key)
         if value != expected:

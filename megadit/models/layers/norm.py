@@ -119,10 +119,8 @@ class MuLayerNorm(nn.Module):
         gain: Tensor = self.weight
         bias: Tensor = self.bias
         if self.layout is not None:
-            gain, bias = (
-                copy_to_tensor_parallel_region(gain, self.layout),
-                copy_to_tensor_parallel_region(bias, self.layout),
-            )
+            gain = copy_to_tensor_parallel_region(gain, self.layout)
+            bias = copy_to_tensor_parallel_region(bias, self.layout)
 
         def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(x, gain.shape, gain, bias, self.eps)

@@ -1,8 +1,8 @@
 """Conversion of MMDiT: Stable Diffusion 3's own checkpoints, and diffusers' SD3Transformer2DModel.
 
-Parameter names are the official ones, which add the fixed table ``pos_embed``. diffusers cuts qkv in three and puts scale
-before shift in the final layer and in the context of the last block. Both attend to the padding of texts, so a model
-that comes from them has ``text.mask: false``.
+Parameter names are the official ones, which add the fixed table ``pos_embed``. diffusers cuts qkv in three and puts
+scale before shift in the final layer and in the context of the last block. Both attend to the padding of texts, so a
+model that comes from them has ``text.mask: false``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
-from megadit.models.conversion.diffusers_class import WHERE, Renaming, check_depth, class_fields, image_size
+from megadit.models.conversion.diffusers_class import WHERE, Renaming, check_depth, image_size
 from megadit.models.layers import CroppedPositions
 from megadit.models.repa import without_projector
 
@@ -161,7 +161,7 @@ def from_diffusers(
         UserError: names, shapes or the position table differ from what the config says, or the config asks for
             something that this model does not have.
     """
-    fields = class_fields(_CLASS_DEFAULTS, config_json, where)
+    fields = Fields({**_CLASS_DEFAULTS, **config_json}, where)
     check_depth(fields, key_maps.count_blocks(state, "transformer_blocks."))
     config = _from_json(fields)
     state = dict(state)
@@ -255,7 +255,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_json(fields: Fields) -> ModelConfig:
-    """The config of a config.json, read by ``class_fields``. Raises UserError for what an MMDiT here does not have."""
+    """The config of a config.json. Raises UserError for what an MMDiT here does not have."""
     dual = fields.items("dual_attention_layers", null=True)
     if dual:
         raise UserError(

@@ -18,14 +18,7 @@ from megadit.config.schema.model import LARGEST, ModelConfig, TextInput
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields, shown
 from megadit.models.conversion import Conversion, DiffusersModel, key_maps
-from megadit.models.conversion.diffusers_class import (
-    LEGACY_DEFAULTS,
-    WHERE,
-    Renaming,
-    check_depth,
-    class_fields,
-    image_size,
-)
+from megadit.models.conversion.diffusers_class import LEGACY_DEFAULTS, WHERE, Renaming, check_depth, image_size
 from megadit.models.layers import sincos_2d
 from megadit.models.repa import without_projector
 
@@ -155,7 +148,7 @@ def from_diffusers(
             does not have.
     """
     _refuse_micro_conditions(state, _DIFFUSERS_MICRO)
-    fields = class_fields(_CLASS_DEFAULTS, config_json, where)
+    fields = Fields({**_CLASS_DEFAULTS, **config_json}, where)
     check_depth(fields, key_maps.count_blocks(state, "transformer_blocks."))
     config = _from_json(fields, max_length)
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
@@ -251,7 +244,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
-    """The config of a config.json, read by ``class_fields``. Raises UserError for what a PixArt here does not have."""
+    """The config of a config.json. Raises UserError for what a PixArt here does not have."""
     channels, patch, heads = (
         fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
     )
