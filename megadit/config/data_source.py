@@ -1,4 +1,4 @@
-"""``DataSource``: what a source of images is, without importing what reads it. ``data.name`` chooses one."""
+"""``DataSource``: the description of a data source, chosen by ``data.name``, without importing its reader."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from megadit.config.schema.data import DataConfig
 
 
-def _nothing_to_find(config: DataConfig) -> None:
-    """Of a source that needs no files and no packages."""
+def _no_check(config: DataConfig) -> None:
+    """``check`` of a source that needs no files and no packages."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class DataSource:
 
     Its module imports torch inside of functions, so that a wrong configuration is refused at once.
 
-    load: the whole set of the ``data`` section, a ``megadit.data.dataset.UnsplitSet``, of which ``ArraySet`` is one in
-        memory. Its caller holds images out, and leaves classes out as ``data.condition`` and ``data.classes`` say.
-        ``num_classes``: the model's, against which labels that are numbers are held; None: not known.
-        Raises UserError that names the key.
-    check: whether the files and packages are there; called before torch is imported. Raises UserError.
-    reads: which of path, crop and skin_tones it reads; the others are refused beside it. Of the keys that are for all
-        sources ``load`` heeds ``data.image_size``.
-    options: names and defaults of what it reads of ``data.options``, whose values have the types of the defaults:
-        ``load`` reads ``config.options["NAME"]``, users write ``data.options.NAME=VALUE``.
-    own_classes: its classes have names of its own, so that an inherited ``data.classes`` ends where a configuration
+    load: (``data`` section, ``num_classes``) -> the whole set, a ``megadit.data.dataset.UnsplitSet``, such as the
+        in-memory ``ArraySet``. Its caller splits off held-out images and applies ``data.condition`` and
+        ``data.classes``. ``num_classes``: the model's, to check labels that are numbers; None: not known. Raises
+        UserError that names the key.
+    check: whether the files and packages exist; called before torch is imported. Raises UserError.
+    reads: which of path, crop and skin_tones it reads; the others are refused. ``load`` always reads
+        ``data.image_size``.
+    options: names and defaults of its ``data.options``; values must have the types of the defaults. ``load`` reads
+        ``config.options["NAME"]``, users write ``data.options.NAME=VALUE``.
+    own_classes: its class names are fixed, so that an inherited ``data.classes`` is dropped where a configuration
         changes the source; the classes of folders and tars are the user's.
-    may_store: it may hold latents, text and target features, which need neither codec nor encoder.
+    may_store: it may store latents, text features and target features, which need neither codec nor encoder.
     """
 
     load: Callable[[DataConfig, int | None], Any]
-    check: Callable[[DataConfig], object] = _nothing_to_find
+    check: Callable[[DataConfig], object] = _no_check
     reads: tuple[str, ...] = ()
     options: Mapping[str, Scalar] = field(default_factory=dict)
     own_classes: bool = False

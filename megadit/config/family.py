@@ -1,7 +1,7 @@
-"""``FamilySpec``: what the package knows of a family of models without importing the model. Needs no torch.
+"""``FamilySpec``: the description of a family of models, without importing the model or torch.
 
-A family is one folder, ``megadit/models/NAME``, or one module of a plugin; docs/adding-a-family.md tells how to write
-one. Nothing outside of it asks for a family by name: it asks the spec.
+A family is one folder, ``megadit/models/NAME``, or one module of a plugin (docs/adding-a-family.md). Code outside of it reads
+the spec and never tests for a family's name.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class FamilySpec:
     presets: the keys of ``model.*`` that each named architecture sets, without the family.
     conversion: lazy path of a ``megadit.models.conversion.Conversion``; None: no other program knows such models.
 
-    condition: classes or none; text always; or either of the two, or none.
-    pooled_text: whether it can take a pooled feature of the text, too.
-    null_caption: the buffer with the features of no text, (max_length, dim), which belongs to each trained model; "" of
-        families for which that is what the encoder makes of an empty text.
-    keys: those of ``OF_SOME_FAMILIES`` (config/schema/model.py) that it reads.
-    options: what ``model.options`` may say, with the defaults, whose types the values have.
-    layouts: the keys of ``parallel.*`` by which it can be shared out.
+    condition: "classes": classes or none; "text": always text; "either": classes, text or none.
+    pooled_text: whether it can take a pooled text feature, too.
+    null_caption: name of the buffer with the features of the null caption, (max_length, dim), which is part of each
+        trained model; "" of families that use the encoder's features of an empty text.
+    keys: the keys among ``OF_SOME_FAMILIES`` (config/schema/model.py) that it reads.
+    options: names and defaults of its ``model.options``; values must have the types of the defaults.
+    layouts: the keys of ``parallel.*`` that it supports.
 
     blocks: number of Transformer blocks.
-    check: raises ValueError ("key: what is wrong; remedy") for what this family cannot be.
-    drawn_roles: of vector, output and finite those with weights that start at random, REPA's projector aside.
+    check: raises ValueError ("key: what is wrong; remedy") for a configuration that the family does not support.
+    drawn_roles: the roles among vector, output and finite with randomly initialised weights, REPA's projector aside.
     """
 
     name: str

@@ -9,9 +9,9 @@ Scalar = bool | int | float | str
 
 
 def with_defaults(given: Mapping[str, Scalar], declared: Mapping[str, Scalar], owner: str) -> dict[str, Scalar]:
-    """All options of ``owner``, such as "family dit", with the values that are given.
+    """The ``declared`` options of ``owner``, such as "family dit", with the ``given`` values over their defaults.
 
-    Raises ValueError for one that is not ``declared``, or whose type is not that of its default.
+    Raises ValueError for an option that is not declared, or whose type is not that of its default.
     """
     values = dict(declared)
     for name, value in given.items():

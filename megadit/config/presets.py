@@ -13,9 +13,9 @@ from megadit.config.family import families
 from megadit.config.schema.model import ModelConfig
 from megadit.errors import UserError
 
-# The keys that a preset decides. What the data decide (in_channels, input_size, num_classes, learn_sigma) and the
-# base hyperparameters (output_mult, role_hps, init) are not among them: what a file says of them outlives a change of
-# preset, and what a preset itself says of them goes with it.
+# The keys that a change of preset resets. Keys that depend on the data (in_channels, input_size, num_classes,
+# learn_sigma) and base hyperparameters (output_mult, role_hps, init) are not among them: a file's values of these are
+# kept when the preset changes.
 PRESET_KEYS = (
     "family",
     "options",
@@ -40,21 +40,21 @@ MUP_BASE_WIDTH = 288  # the proxy of arXiv 2505.15270, section 5.1; all runs of 
 
 
 def preset_names() -> tuple[str, ...]:
-    """Every name that ``preset`` knows."""
+    """The names of all presets."""
     return tuple(_table())
 
 
 def preset(name: str) -> ModelConfig:
     """The architecture called ``name``, e.g. ``dit-xl-2`` or ``dit-xl-2-mup``. Raises UserError for another name.
 
-    Under μP the head dimension is what stays fixed (64, for XL 72) and the heads follow from the width, so a
-    proxy is the same preset with another ``width``; under SP the number of heads is the published one.
+    Under μP the head dimension is fixed (64, for XL 72) and the number of heads follows from the width, so that a proxy
+    is the same preset with another ``width``; under SP the number of heads is fixed.
     """
     return ModelConfig(**preset_values(name))
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """What ``preset(name)`` sets, as the keys of a ``model:`` section."""
+    """The keys of a ``model:`` section that the preset sets. Raises UserError for an unknown name."""
     table = _table()
     if not isinstance(name, str) or name not in table:
         near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
@@ -69,7 +69,7 @@ def _table() -> dict[str, dict[str, Any]]:
 def sp_and_mup(
     name: str, shape: Mapping[str, Any], heads: int, base_width: int = MUP_BASE_WIDTH
 ) -> dict[str, dict[str, Any]]:
-    """``name`` under SP with its published heads, and ``name-mup``, whose head dimension is what stays fixed."""
+    """Two presets by name: ``name`` under SP with ``heads``, and ``name-mup`` with the head dimension that follows."""
     sp = {"heads": heads, "parametrization": "sp"}
     mup = {"head_dim": shape["width"] // heads, "parametrization": "mup", "base_width": base_width}
     return {name: {**shape, **sp}, f"{name}-mup": {**shape, **mup}}

@@ -1,1 +1,1 @@
-"""From files and overrides to a checked configuration: sources, layers, loader, and messages of what is wrong."""
+"""Loads configurations: sources reads files and overrides, layers merges them, loader validates, messages explains."""

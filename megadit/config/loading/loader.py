@@ -1,4 +1,4 @@
-"""Loading, changing and saving run configurations: ``load_config``, ``load``, ``replace``, ``save_config``."""
+"""Loads, changes and saves run configurations: ``load_config``, ``load``, ``replace``, ``save_config``."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from megadit.files.yaml_text import dump_yaml
 from megadit.nested import unflatten
 from megadit.plugins import load_plugins, loaded_plugins, plugin_records, require_imported
 
-QUICKSTART = "quickstart/emoji.yaml"  # what runs when no --config is given
+QUICKSTART = "quickstart/emoji.yaml"  # runs when no --config is given
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration and what is known of its origin.
+    """A configuration and where its values come from.
 
-    ``user_set`` maps each dotted key that the user set, in a file they named or by an override, to where
-    (``configs/dit/xl-2.yaml``, ``an override``). The quickstart that runs without ``--config`` sets nothing in
-    this sense: its values are defaults, which a ds_config may overrule. ``resolved``: those of them that a file says
-    which megadit wrote with every key, so that nobody asked for each.
+    ``user_set``: source (``configs/dit/xl-2.yaml``, ``an override``) of each dotted key that the user set, in a file
+    they named or by an override. The quickstart that runs without ``--config`` counts as defaults, which a ds_config
+    may overrule. ``resolved``: those keys of ``user_set`` whose source is a file that megadit wrote with every key, so
+    that the user did not choose each.
     """
 
     config: RunConfig
@@ -40,10 +40,10 @@ class LoadedConfig:
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = (), *, may_import: bool = False) -> LoadedConfig:
-    """Read the file at ``path`` (None: the quickstart) with its bases, lay ``overrides`` over it and check all.
+    """Read the file at ``path`` (None: the quickstart) with its bases, apply ``overrides`` and validate the result.
 
-    ``may_import``: the plugins that the file names are imported, unless megadit wrote it. Raises UserError that names
-    every wrong key with its value, its source and what to write instead.
+    ``may_import``: import the plugins that the file names, unless megadit wrote it. Raises UserError that names every
+    wrong key with its value, source and remedy.
     """
     file = find_config(path) if path is not None else configs_dir() / QUICKSTART
     layers = read_layers(file)
@@ -62,12 +62,12 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = (), *, may_i
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """``load(path, overrides).config``: the checked configuration alone. Raises UserError."""
+    """``load(path, overrides).config``, the validated configuration. Raises UserError."""
     return load(path, overrides).config
 
 
 def load_layers(layers: Sequence[ConfigLayer]) -> RunConfig:
-    """The checked configuration that ``layers`` make, the first lowest. Raises UserError."""
+    """The validated configuration of ``layers``, the first is the lowest. Raises UserError."""
     require_plugins(layers)
     return _validated(merge(layers, RunConfig))
 
@@ -75,17 +75,17 @@ def load_layers(layers: Sequence[ConfigLayer]) -> RunConfig:
 def replace(
     config: RunConfig, changes: Mapping[str, Any], source: str = "a change", *, resolved: bool = False
 ) -> RunConfig:
-    """``config`` with dotted ``changes`` (``{"model.width": 256, "optim.lr": 2e-4}``), checked again.
+    """``config`` with dotted ``changes`` (``{"model.width": 256, "optim.lr": 2e-4}``), validated again.
 
-    ``source`` is what error messages call the origin of the changes; ``resolved``: they come from another whole
-    configuration, so that a key among them that nothing reads is no mistake. Raises UserError.
+    ``source``: the origin of the changes in error messages; ``resolved``: they come from another complete
+    configuration, so that a key among them that nothing reads is no error. Raises UserError.
     """
-    whole = ConfigLayer(config.model_dump(), "the configuration", resolved=True)
-    return _validated(merge([whole, ConfigLayer(unflatten(changes), source, resolved)], RunConfig))
+    before = ConfigLayer(config.model_dump(), "the configuration", resolved=True)
+    return _validated(merge([before, ConfigLayer(unflatten(changes), source, resolved)], RunConfig))
 
 
 def require_plugins(layers: Sequence[ConfigLayer]) -> None:
-    """Refuse, before their values mean anything, layers that name plugins which nobody imported. Raises UserError."""
+    """Raise UserError where ``layers`` name plugins that are not imported, before their values are interpreted."""
     for layer in layers:
         require_imported(plugin_records(layer.values.get("plugins") or []), layer.source)
 
@@ -99,10 +99,7 @@ def _validated(merged: MergedLayers) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Write ``config`` with every key, so that ``load_config(path) == config`` whatever later defaults become.
-
-    The file appears whole or not at all.
-    """
+    """Write ``config`` with every key, atomically, so that ``load_config(path) == config`` when defaults change."""
     from megadit import __version__
 
     text = f"{RESOLVED}, written by megadit {__version__}.\n" + to_yaml(config)
@@ -121,10 +118,10 @@ class _DataOnly(Section):
 
 
 def load_data(path: str | None, overrides: Sequence[str]) -> DataConfig:
-    """``data`` of the file at ``path`` (None: the defaults) with ``overrides`` of ``data.*`` laid over it.
+    """``data`` of the file at ``path`` (None: the defaults) with ``overrides`` of ``data.*``.
 
-    No model has to fit: image sizes and classes are free. Raises UserError as ``load`` does, and for overrides of other
-    sections, which would change nothing.
+    Image size and classes need not fit a model. Raises UserError as ``load`` does, and for overrides of other sections,
+    which would have no effect.
     """
     other = next((text for text in overrides if not text.strip().startswith(("data.", "data="))), None)
     if other is not None:

@@ -1,4 +1,4 @@
-"""pydantic's findings as sentences for people: the dotted key, the value, what was wanted, where it was written."""
+"""Messages for pydantic's validation errors: dotted key, value, expected type, source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megadit.config.schema.values import shown
 from megadit.errors import UserError, few_lines
 
 S = TypeVar("S", bound=Section)
-_WANTED = {
+_EXPECTED = {
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "is not a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "is not a number"),
     "finite_number": "is not a finite number",
@@ -32,7 +32,7 @@ _RELATIONS = {
 
 
 def validated(schema: type[S], values: Mapping[str, Any], sources: Mapping[str, str]) -> S:
-    """``values`` as the section ``schema``. Raises UserError with its ``validation_message``."""
+    """``values`` validated as the section ``schema``. Raises UserError with its ``validation_message``."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -40,36 +40,34 @@ def validated(schema: type[S], values: Mapping[str, Any], sources: Mapping[str, 
 
 
 def validation_message(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
-    """All findings of ``error``, one sentence a line; ``sources`` maps dotted keys to where they were written."""
-    seen: dict[str, None] = {}
-    for finding in error.errors(include_url=False):
-        seen.setdefault(_sentence(finding, schema, sources))
-    return few_lines(list(seen))
+    """All details of ``error``, one sentence per line; ``sources``: source of each dotted key."""
+    sentences = (_sentence(detail, schema, sources) for detail in error.errors(include_url=False))
+    return few_lines(list(dict.fromkeys(sentences)))
 
 
-def _sentence(finding: Any, schema: type[Section], sources: Mapping[str, str]) -> str:
-    key = ".".join(str(part) for part in finding["loc"])
-    kind, value, context = finding["type"], finding["input"], finding.get("ctx", {})
+def _sentence(detail: Any, schema: type[Section], sources: Mapping[str, str]) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "value_error":
         # Our validators write "key: what is wrong; remedy" with the key relative to their section, or their own key.
-        own = str(context["error"])
-        name = own.partition(":")[0]
-        if finding["loc"][-1:] != (name,):
+        message = str(context["error"])
+        name = message.partition(":")[0]
+        if detail["loc"][-1:] != (name,):
             key = f"{key}.{name}" if key else name
-        return f"{key}:{own.partition(':')[2]}{_where(key, sources)}"
+        return f"{key}:{message.partition(':')[2]}{_where(key, sources)}"
     if kind == "extra_forbidden":
         return unknown_key(key, schema) + _where(key, sources)
-    if kind == "missing" and isinstance(finding["loc"][-1], int):
+    if kind == "missing" and isinstance(detail["loc"][-1], int):
         key = key.rpartition(".")[0]
         return f"{key}: {shown(value)} has too few items{_where(key, sources)}"
     if kind == "missing":
         return f"{key}: is missing; give it a value"
-    return f"{key}: {shown(value)} {_problem(kind, context, finding['msg'])}{_where(key, sources)}"
+    return f"{key}: {shown(value)} {_problem(kind, context, detail['msg'])}{_where(key, sources)}"
 
 
 def _problem(kind: str, context: Mapping[str, Any], message: str) -> str:
-    if kind in _WANTED:
-        return _WANTED[kind]
+    if kind in _EXPECTED:
+        return _EXPECTED[kind]
     if kind == "literal_error":
         return f"is not one of {context['expected'].replace(' or ', ', ')}"
     if kind in _RELATIONS:
@@ -82,7 +80,7 @@ def _problem(kind: str, context: Mapping[str, Any], message: str) -> str:
 
 
 def _where(key: str, sources: Mapping[str, str]) -> str:
-    """`` (in FILE)`` for the key itself, else for the nearest section above it that has a source."""
+    """`` (in FILE)`` of the key, or of the nearest section above it that has a source."""
     while key:
         if key in sources:
             return f" (in {sources[key]})"

@@ -1,7 +1,7 @@
-"""Where configuration values come from: YAML files with ``base:`` inheritance, and dotted overrides.
+"""Sources of configuration values: YAML files with ``base:`` inheritance, and dotted overrides.
 
-Every file and the command line become one ``ConfigLayer`` each, bases before the files that name them; ``merge``
-lays them over one another. Values are kept flat (``{"optim.lr": 1e-4}``) so that each remembers its source.
+Every file and the command line become one ``ConfigLayer`` each, bases before the files that name them;
+``layers.merge`` merges them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from megadit.nested import set_nested
 OVERRIDES = "an override"
 RESOLVED = "# Resolved run configuration, every key"  # how such a file begins
 _LONGEST_KEY = 200  # characters
-_WRITTEN = (RESOLVED.encode(), b"# Written by megadit")  # the second: targets of tools/transfer.py apply
+_WRITTEN = (RESOLVED.encode(), b"# Written by megadit")  # the second: files of tools/transfer.py apply
 
 
 @dataclass(frozen=True)
 class ConfigLayer:
-    """The values of one file, or of all overrides together, as nested mappings, and what to call it in messages.
+    """The values of one file, or of all overrides together, as nested mappings, and their source for messages.
 
-    ``resolved``: they are a whole configuration, written by megadit with every key, of which nobody asked for each.
+    ``resolved``: a complete configuration that megadit wrote, whose keys the user did not choose one by one.
     """
 
     values: Mapping[str, Any]
@@ -46,9 +46,9 @@ def configs_dir() -> Path:
 
 
 def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml") -> Path:
-    """The file at ``path``, or at ``path`` inside the configs folder (``dit/xl-2.yaml``), also with its name before.
+    """The file at ``path``, or in the configs folder (``dit/xl-2.yaml`` or ``configs/dit/xl-2.yaml``).
 
-    Raises UserError that names ``option`` and the nearest file of ours that ends in ``suffix``.
+    Raises UserError that names ``option`` and the nearest file of the configs folder that ends in ``suffix``.
     """
     given = Path(path).expanduser()
     if given.is_file():
@@ -56,9 +56,9 @@ def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml
     if given.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a {suffix} file in it")
     folder = configs_dir()
-    for shipped_as in (folder, folder.parent):  # dit/xl-2.yaml, configs/dit/xl-2.yaml
-        if (shipped_as / given).is_file():
-            return shipped_as / given
+    for root in (folder, folder.parent):  # dit/xl-2.yaml, configs/dit/xl-2.yaml
+        if (root / given).is_file():
+            return root / given
     shipped = [str(file.relative_to(folder.parent)) for file in sorted(folder.rglob(f"*{suffix}"))]
     by_name = {Path(name).name: name for name in reversed(shipped)}
     near = difflib.get_close_matches(given.name, by_name, n=1)
@@ -67,7 +67,7 @@ def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml
 
 
 def read_layers(path: Path) -> list[ConfigLayer]:
-    """The file at ``path`` and all that it inherits from, outermost base first. Raises UserError."""
+    """The layers of the file at ``path`` and of its bases, outermost base first. Raises UserError."""
     return _read_layers(path, ())
 
 
@@ -84,7 +84,7 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> list[ConfigLayer]:
 
 
 def is_resolved(path: Path) -> bool:
-    """Whether the file at ``path`` is a configuration that megadit wrote, with keys for which nobody asked."""
+    """Whether megadit wrote the configuration file at ``path``, with every key."""
     return begins_with(path, _WRITTEN)
 
 
@@ -103,7 +103,7 @@ def _bases(value: Any, path: Path) -> list[Path]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file at ``path``; a key written twice is refused. Raises UserError."""
+    """The mapping in the YAML file at ``path``. Raises UserError, also for a key that stands twice."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -130,7 +130,7 @@ def override_layer(overrides: Sequence[str]) -> ConfigLayer:
             raise UserError(f"override: {override!r} is not of the form section.key=value, e.g. optim.lr=2^-10")
         if len(key) > _LONGEST_KEY:
             raise UserError(f"override: {shortened(key)!r} is no key of a configuration; write section.key=value")
-        if has_lone_surrogate(override):  # what Python makes of bytes of another encoding
+        if has_lone_surrogate(override):  # Python's stand-ins for bytes that are not UTF-8
             raise UserError(
                 f"{shortened(key)}: {shortened(text)!r} is not UTF-8; where it names a file or folder, rename that or "
                 "give a link to it"
