@@ -1,7 +1,7 @@
 """``FamilySpec``: the description of a family of models, without importing the model or torch.
 
-A family is one folder, ``megadit/models/NAME``, or one module of a plugin (docs/adding-a-family.md). Code outside of it reads
-the spec and never tests for a family's name.
+A family is one folder, ``megadit/models/NAME``, or one module of a plugin (docs/adding-a-family.md). Code outside of it
+reads the spec and never tests for a family's name.
 """
 
 from __future__ import annotations

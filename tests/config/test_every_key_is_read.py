@@ -81,7 +81,7 @@ OTHER = {
     "train.validate_with": "[online, '0.9']",
     "train.init_from_ema": "'0.9'",
 }
-# What makes a choice hold, or not, that a list of names does not tell.
+# Values that fulfil a condition, and values that do not, where no list of names tells.
 ON_AND_OFF = {
     "objective.repa_weight": ("0.5", "0"),
     "train.validation_images": ("8", "0"),
@@ -89,7 +89,7 @@ ON_AND_OFF = {
     "train.init_from": ("/run", "null"),
     "ema.decays": ("[0.9]", "[]"),
 }
-# A configuration of ours that makes a choice; all others are an override of DIGITS.
+# A configuration of ours that fulfils a condition; all others are an override of DIGITS.
 DIGITS = "quickstart/digits.yaml"
 OURS = {
     ("model.family", "pixart"): "quickstart/emoji-pixart.yaml",
@@ -124,21 +124,21 @@ def other_value(key: str) -> str:
     raise AssertionError(f"enter a value of {key} in OTHER")
 
 
-def sides(choice: ReadCondition) -> tuple[list[str], list[str]]:
-    """The values of the choice's key under which a key is read, and those under which it is not."""
-    if choice.key in ON_AND_OFF:
-        on, off = ON_AND_OFF[choice.key]
+def sides(condition: ReadCondition) -> tuple[list[str], list[str]]:
+    """The values of the condition's key under which a key is read, and those under which it is not."""
+    if condition.key in ON_AND_OFF:
+        on, off = ON_AND_OFF[condition.key]
         return [on], [off]
-    known = registered_names(FIELDS[choice.key]) or get_args(FIELDS[choice.key].annotation)
-    return [str(v) for v in known if choice.reads(v)], [str(v) for v in known if not choice.reads(v)]
+    known = registered_names(FIELDS[condition.key]) or get_args(FIELDS[condition.key].annotation)
+    return [str(v) for v in known if condition.is_met(v)], [str(v) for v in known if not condition.is_met(v)]
 
 
-def making(choice: ReadCondition, value: str) -> tuple[str, list[str]]:
-    """A configuration and the overrides with which the choice's key has the value."""
-    pair = (choice.key, value)
+def making(condition: ReadCondition, value: str) -> tuple[str, list[str]]:
+    """A configuration and the overrides with which the condition's key has the value."""
+    pair = (condition.key, value)
     if pair in OURS:
-        return OURS[pair], [f"{choice.key}={value}"]
-    return DIGITS, [f"{choice.key}={value}", *BESIDE.get(pair, [])]
+        return OURS[pair], [f"{condition.key}={value}"]
+    return DIGITS, [f"{condition.key}={value}", *BESIDE.get(pair, [])]
 
 
 def settled(config: str, overrides: list[str]) -> dict[str, Any]:
@@ -154,17 +154,17 @@ def layers(config: str) -> tuple[Any, ...]:
 
 
 def unread() -> list[tuple[str, ReadCondition, str]]:
-    """Every key with every value of every choice under which it is not read, but for those of ``TestBaseWidth``."""
-    hangs = [(key, choice) for key in CONDITIONAL for choice in read_conditions(key) if not choice.where_said]
-    return [(key, choice, value) for key, choice in hangs for value in sides(choice)[1]]
+    """Every key with every value of every condition under which it is not read, but for those of ``TestBaseWidth``."""
+    hangs = [(key, condition) for key in CONDITIONAL for condition in read_conditions(key) if not condition.only_if_set]
+    return [(key, condition, value) for key, condition in hangs for value in sides(condition)[1]]
 
 
 def combined(key: str, held: ReadCondition, value: str) -> tuple[str, list[str]]:
     """As ``making``, with all other choices on which the key hangs made as it needs them."""
     config, overrides = making(held, value)
-    for choice in read_conditions(key):
-        if choice.key != held.key:
-            file, more = making(choice, sides(choice)[0][0])
+    for condition in read_conditions(key):
+        if condition.key != held.key:
+            file, more = making(condition, sides(condition)[0][0])
             config = config if config != DIGITS else file
             overrides += more
     return config, overrides
@@ -174,25 +174,25 @@ def test_every_key_is_classified_once() -> None:
     assert sorted(READ_BY_ALL) == sorted(set(LEAVES) - set(CONDITIONAL))
 
 
-@pytest.mark.parametrize(("key", "choice", "value"), unread(), ids=lambda item: getattr(item, "key", str(item)))
-def test_a_choice_that_does_not_read_it_refuses_it(key: str, choice: ReadCondition, value: str) -> None:
-    config, overrides = making(choice, value)
-    if choice != read_conditions(key)[0]:  # the first is told of first
-        config, overrides = combined(key, choice, value)
+@pytest.mark.parametrize(("key", "condition", "value"), unread(), ids=lambda item: getattr(item, "key", str(item)))
+def test_a_choice_that_does_not_read_it_refuses_it(key: str, condition: ReadCondition, value: str) -> None:
+    config, overrides = making(condition, value)
+    if condition != read_conditions(key)[0]:  # the first is told of first
+        config, overrides = combined(key, condition, value)
     with pytest.raises(UserError) as raised:
         # A DeepSpeed file may still choose the schedule, so that one is judged with what it says.
         merge_ds_config(load(config, [*overrides, f"{key}={other_value(key)}"]), {}, 1)
     message = str(raised.value).partition("\n")[0]
     assert message.startswith((f"{key}: ", f"{key.rpartition('.')[0]}: "))
-    told = OTHERWISE_TOLD.get(key, choice.key.rpartition(".")[2])
+    told = OTHERWISE_TOLD.get(key, condition.key.rpartition(".")[2])
     assert told in message or value in message
 
 
 @pytest.mark.parametrize("key", CONDITIONAL)
 def test_every_choice_that_reads_it_takes_it(key: str) -> None:
-    for choice in read_conditions(key):
-        for value in sides(choice)[0]:
-            config, overrides = combined(key, choice, value)
+    for condition in read_conditions(key):
+        for value in sides(condition)[0]:
+            config, overrides = combined(key, condition, value)
             assert key in settled(config, [*overrides, f"{key}={other_value(key)}"])
 
 
@@ -202,7 +202,7 @@ def test_averages_of_either_kind_read_how_often_they_follow() -> None:
 
 
 class TestBaseWidth:
-    """It hangs on a choice that a later layer may still make: variants of a study are of both parametrizations."""
+    """It depends on a key that a later layer may still set: variants of a study are of both parametrizations."""
 
     def test_one_that_a_later_choice_overrules_stays_as_runs_and_studies_of_before_have_it(self) -> None:
         assert load(DIGITS, ["model.parametrization=sp"]).config.model.base_width == 64
@@ -248,4 +248,4 @@ def test_something_outside_of_the_configuration_names_every_key() -> None:
 
 def test_the_table_has_no_key_that_hangs_on_itself_or_on_nothing() -> None:
     for key, choices in READ_WHERE.items():
-        assert choices and key not in {choice.key for choice in choices}
+        assert choices and key not in {condition.key for condition in choices}

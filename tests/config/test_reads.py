@@ -66,11 +66,11 @@ def test_the_table_names_keys_and_values_of_the_schema() -> None:
     fields = dict(walk(RunConfig))
     assert set(READ_WHERE) | CHECKED_BY_SECTION <= set(fields)
     for key in READ_WHERE:
-        for choice in read_conditions(key):
-            assert choice.key in fields and choice.key != key
-            known = getattr(fields[choice.key].annotation, "__args__", ())
-            assert set(choice.values) <= set(known)
-            assert choice.holds is not None or 0 < len(choice.values) < len(known)
+        for condition in read_conditions(key):
+            assert condition.key in fields and condition.key != key
+            known = getattr(fields[condition.key].annotation, "__args__", ())
+            assert set(condition.values) <= set(known)
+            assert condition.holds is not None or 0 < len(condition.values) < len(known)
 
 
 class TestOverruled:

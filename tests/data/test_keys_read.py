@@ -35,6 +35,6 @@ def test_a_source_reads_the_keys_that_are_declared_and_no_other(tmp_path: Path, 
     path = str(tmp_path) if name == "image-folder" else None
     noted = Noted(DataConfig(name=name, path=path, image_size=8))
     build_datasets(cast(DataConfig, noted))
-    declared = {key for key in OF_THE_SOURCE if READ_WHERE[f"data.{key}"][0].reads(name)}
+    declared = {key for key in OF_THE_SOURCE if READ_WHERE[f"data.{key}"][0].is_met(name)}
     assert noted.read & set(OF_THE_SOURCE) == declared
     assert {"classes", "val_fraction", "image_size"} <= noted.read

@@ -31,7 +31,7 @@ INTEGERS = {
     "labels": torch.zeros(1, dtype=torch.int64),
     "text_mask": torch.ones(1, 2, dtype=torch.bool),
     "key_mask": torch.ones(1, 2, dtype=torch.bool),
-    "seen": torch.ones(1, 1, 1, 4, dtype=torch.bool),
+    "key_mask": torch.ones(1, 1, 1, 4, dtype=torch.bool),
     "grid": torch.zeros(1, 2, dtype=torch.uint8),
 }
 TENSORS = FLOATS | INTEGERS
@@ -50,7 +50,7 @@ ORDERS = [
     (PixArtState, "tokens t0 t_emb text"),
     (PixArtState, "tokens t0 t_emb text text_mask"),
     (MMDiTState, "tokens context condition grid"),
-    (MMDiTState, "tokens context condition seen grid"),
+    (MMDiTState, "tokens context condition key_mask grid"),
     (MMDiTReadout, "tokens condition grid"),
 ]
 
@@ -58,7 +58,7 @@ ORDERS = [
 @pytest.mark.parametrize(("state", "order"), ORDERS, ids=[f"{state.__name__}: {order}" for state, order in ORDERS])
 def test_tensors_travel_in_this_order(state: Any, order: str) -> None:
     given = {name: TENSORS[name] for name in order.split()}
-    packed = state(**({"seen": None} if state is MMDiTState else {}) | given).pack()
+    packed = state(**({"key_mask": None} if state is MMDiTState else {}) | given).pack()
     assert [NAMES[id(tensor)] for tensor in packed] == order.split()
     found = {name: value for name, value in vars(state.unpack(packed)).items() if value is not None}
     assert found.keys() == given.keys() and all(found[name] is given[name] for name in given)

@@ -1,6 +1,6 @@
-"""The keys of a run configuration, what they may say, and what must agree between them.
+"""The keys of a run configuration, their types and ranges, and the constraints between them.
 
-model, data, optim, layout (``parallel.*``) and run (the other sections, and ``RunConfig``) hold the keys; reads says
-which keys another one makes idle, sampling which samplers suit an objective. Sections are made of what section, values
-and lengths hold; json_schema tells all of it to editors and readers.
+model, data, optim, parallel and run (the other sections, and ``RunConfig``) define the keys; reads says under which
+values of other keys a key is read, sampling which samplers an objective has. section, values, lengths and registered
+are the types of which sections are made; json_schema writes the schema for editors and the reference for readers.
 """

@@ -1,4 +1,4 @@
-"""The configuration's JSON schema for editors, and its reference table for readers; both made from the classes."""
+"""JSON schema of configuration files, for editors, and the reference tables of docs/config.md, from the classes."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def _for_files(node: Any) -> Any:
         return node
     if node.get("type") in ("number", "integer"):
         labels = {key: node[key] for key in ("title", "description", "default") if key in node}
-        kept = {key: value for key, value in node.items() if key not in labels}
-        written = {"type": "string", "pattern": f"^({NUMBER}|{POWER_OF_TWO})$"}
-        return {**labels, "anyOf": [kept, written]}
-    # Section classes are required nowhere: an empty section takes all its defaults.
+        number = {key: value for key, value in node.items() if key not in labels}
+        text = {"type": "string", "pattern": f"^({NUMBER}|{POWER_OF_TWO})$"}
+        return {**labels, "anyOf": [number, text]}
+    # No key is required in a file: bases may give it, or it has a default.
     return {key: _for_files(value) for key, value in node.items() if key != "required"}
 
 
@@ -59,7 +59,7 @@ def reference() -> str:
 
 def _section_tables(schema: type[Section], prefix: str) -> Iterator[str]:
     rows: list[str] = []
-    sections: dict[type[Section], list[str]] = {}  # one that stands at several keys has one table
+    sections: dict[type[Section], list[str]] = {}  # one table for a section class that is used by several keys
     for name, field in schema.model_fields.items():
         section = section_of(field.annotation)
         if section is None:

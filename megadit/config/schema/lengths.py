@@ -1,4 +1,4 @@
-"""Lengths of a schedule: optimizer steps (``1000``), or a share of the run (``5%``)."""
+"""Type of a schedule's lengths: optimizer steps (``1000``), or a share of the run (``5%``)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Length = int | Share
 
 
 def length_schema(least: int, *, null: bool = False) -> dict[str, Any]:
-    """What the JSON schema of a file says of a length, of ``least`` steps or more."""
+    """JSON schema of a length of at least ``least`` steps."""
     kinds: list[dict[str, Any]] = [{"type": "integer", "minimum": least}, _SHARE_SCHEMA]
     return {"anyOf": kinds + [{"type": "null"}] * null}
 
 
 def steps_of(length: int | str, total: int) -> int:
-    """``length`` in steps of a run of ``total``; a share is rounded down, so that shares of up to 100% always fit."""
+    """``length`` in optimizer steps of a run of ``total``; a share is rounded down."""
     if isinstance(length, int):
         return length
     return int(Fraction(length.removesuffix("%")) * total / 100)
 
 
 def check_length(key: str, value: Any, least: int = 0) -> None:
-    """Refuse what is neither a whole number of steps from ``least`` on nor a share of the run.
+    """Check that ``value`` is an integer of at least ``least``, or a share of the run.
 
     Raises:
         ValueError: ``key: what is wrong; remedy``.

@@ -1,4 +1,4 @@
-"""``parallel.*``: how a run is spread over processes, and whether its model can be."""
+"""``parallel.*``: the layout of a run over processes, and whether the model supports it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ParallelConfig(Section):
 
 
 def layout_problem(parallel: ParallelConfig, model: ModelConfig, *, compiled: bool) -> str | None:
-    """Why the model cannot be shared out as ``parallel`` asks, as one sentence; None if it can.
+    """Why the model does not support the layout ``parallel``, as one sentence; None if it does.
 
-    ``compiled``: whether its blocks are, by ``train.compile``.
+    ``compiled``: whether its blocks are compiled (``train.compile``).
     """
     return (
         _family_problem(parallel, model)
@@ -49,8 +49,8 @@ def _family_problem(parallel: ParallelConfig, model: ModelConfig) -> str | None:
     for key in get_args(Layout):
         value = getattr(parallel, key)
         if value not in (1, False) and key not in family_spec(model.family).layouts:
-            made = ", ".join(spec.name for spec in families() if key in spec.layouts)
-            return f"parallel.{key}: {value} works for {made}, and model.family is {model.family}; leave it out"
+            supported = ", ".join(spec.name for spec in families() if key in spec.layouts)
+            return f"parallel.{key}: {value} works for {supported}, and model.family is {model.family}; leave it out"
     return None
 
 

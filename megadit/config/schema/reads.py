@@ -1,11 +1,10 @@
-"""Which keys are read only under some choice: a key that nothing would read is refused, not ignored.
+"""Refuses keys that the run would not read, under the values of other keys.
 
-``READ_WHERE`` says of a key by which other key it is decided and under which of its values it is read; every other key
-of the schema is read in every run (``tests/config/test_every_key_is_read.py`` walks all of them, and asks that a new
-key be entered). What a key's own section can judge alone, such as keys of one family, stays in that section's
-validator.
+``READ_WHERE`` lists the keys that are read under some values of another key only; every other key is read in every run
+(``tests/config/test_every_key_is_read.py`` walks all keys and requires an entry for a new one). Constraints within one
+section are checked by the section's own validator.
 
-The table stands here and not beside each reader: readers import torch, and a refusal comes before that.
+The table stands here and not beside the code that reads the keys, which imports torch: a refusal comes before that.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ from megadit.extensions import DATA_SOURCES, FAMILIES
 
 @dataclass(frozen=True)
 class ReadCondition:
-    """The value of ``key`` decides: one of ``values``, or for numbers and optional sections ``holds``."""
+    """A condition under which other keys are read: ``key`` has one of ``values``, or ``holds`` is true of its value."""
 
     key: str
     values: tuple[Any, ...] = ()
     holds: Callable[[Any], bool] | None = None
     remedy: str = ""
-    instead: tuple[str, ...] = ()  # keys that may hold in the place of ``key``
-    # Its default decides nothing, since what follows, such as a study's variants, may still choose; and what was
-    # inherited, or stands in the same file, stays, since checkpoints and studies of before have it.
-    where_said: bool = False
+    instead: tuple[str, ...] = ()  # keys of which one may fulfil the condition instead of ``key``
+    # The condition counts only where ``key`` is set, since a study's variants may set it later; and a key of an earlier
+    # or the same layer is left as it is, since older checkpoints and studies have it.
+    only_if_set: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that decide; one that holds is enough."""
+        """The keys of the condition, of which one must fulfil it."""
         return (self.key, *self.instead)
 
-    def reads(self, value: Any) -> bool:
-        """Whether a key that hangs on this choice is read."""
+    def is_met(self, value: Any) -> bool:
+        """Whether ``value``, of one of ``keys``, fulfils the condition."""
         return self.holds(value) if self.holds is not None else value in self.values
 
     @property
     def advice(self) -> str:
-        """The setting under which the key is read."""
+        """A setting that fulfils the condition, as an override."""
         return self.remedy or f"{self.key}={self.values[0]}"
 
 
@@ -57,32 +56,32 @@ def _positive(value: Any) -> bool:
 
 
 def _by_source(key: str, remedy: str) -> ReadCondition:
-    """Whether the data source reads ``data.<key>``; a name that is none is refused as that."""
+    """The data source reads ``data.<key>``; an unknown source is refused elsewhere."""
     read = lambda name: name not in DATA_SOURCES or key in DATA_SOURCES.get(name).reads  # noqa: E731
     return ReadCondition("data.name", holds=read, remedy=remedy)
 
 
 def _by_family(key: str) -> ReadCondition:
-    """Whether the family reads ``model.<key>``; a name that is none is refused as that."""
+    """The family reads ``model.<key>``; an unknown family is refused elsewhere."""
     return ReadCondition("model.family", holds=lambda name: name not in FAMILIES or key in family_spec(name).keys)
 
 
-def _but_for(key: str, values: tuple[str, ...], remedy: str) -> ReadCondition:
-    """Read under all values but these: a plugin's may read it."""
+def _except(key: str, values: tuple[str, ...], remedy: str) -> ReadCondition:
+    """``key`` has none of ``values``; a plugin's value may read the key."""
     return ReadCondition(key, holds=lambda value: value not in values, remedy=remedy)
 
 
 _TEXT = ReadCondition("data.condition", ("text",))
-_SEEN = ReadCondition("data.features.encoder", ("efficientnet-lite0", "dinov2"))
+_IMAGE_ENCODER = ReadCondition("data.features.encoder", ("efficientnet-lite0", "dinov2"))
 _FLOW, _DDPM = ReadCondition("objective.kind", ("flow",)), ReadCondition("objective.kind", ("ddpm",))
 _NORMAL = ReadCondition("objective.time_sampling", ("logit_normal",))
 _MUP = ReadCondition("model.parametrization", ("mup",))
-_BASE = ReadCondition("model.parametrization", ("mup",), where_said=True)
+_BASE = ReadCondition("model.parametrization", ("mup",), only_if_set=True)
 _VALIDATED = ReadCondition("train.validation_images", holds=_positive, remedy="train.validation_images above 0")
 _AVERAGED = ReadCondition("ema.decays", holds=bool, remedy="ema.decays, such as [0.9999]", instead=("ema.sigma_rels",))
 _HELD_OUT = ReadCondition("data.val_fraction", holds=_positive, remedy="data.val_fraction above 0")
 
-# Key, or section with all in it: the choices under which it is read, each of which must hold.
+# Key, or section with all of its keys: the conditions under which it is read, all of which must hold.
 READ_WHERE: Mapping[str, tuple[ReadCondition, ...]] = {
     "data.path": (_by_source("path", "data.name=image-folder"),),
     "data.skin_tones": (_by_source("skin_tones", "data.name=emoji"),),
@@ -92,8 +91,8 @@ READ_WHERE: Mapping[str, tuple[ReadCondition, ...]] = {
     "data.text.pooled_path": (_TEXT, ReadCondition("data.text.pooled", ("clip",))),
     "data.features": (ReadCondition("objective.repa_weight", holds=_positive, remedy="objective.repa_weight above 0"),),
     "data.features.path": (ReadCondition("data.features.encoder", ("dinov2",)),),
-    "data.features.image_size": (_SEEN,),
-    "data.features.cache": (_SEEN,),
+    "data.features.image_size": (_IMAGE_ENCODER,),
+    "data.features.cache": (_IMAGE_ENCODER,),
     **{f"model.{key}": (_by_family(key),) for key in OF_SOME_FAMILIES},
     "model.base_width": (_BASE,),
     "objective.prediction": (_DDPM,),
@@ -108,8 +107,8 @@ READ_WHERE: Mapping[str, tuple[ReadCondition, ...]] = {
     "objective.label_dropout": (ReadCondition("data.condition", ("class", "text")),),
     "optim.eps_mode": (_MUP,),
     "optim.wd_mode": (_MUP,),
-    "optim.decay_steps": (_but_for("optim.schedule", ("constant", "cosine"), "optim.schedule=wsd"),),
-    "optim.min_lr_ratio": (_but_for("optim.schedule", ("constant",), "optim.schedule=cosine"),),
+    "optim.decay_steps": (_except("optim.schedule", ("constant", "cosine"), "optim.schedule=wsd"),),
+    "optim.min_lr_ratio": (_except("optim.schedule", ("constant",), "optim.schedule=cosine"),),
     "optim.clip.groups": (ReadCondition("optim.clip.mode", ("per_group",)),),
     "ema.every": (_AVERAGED,),
     "train.validate_every": (_VALIDATED, _HELD_OUT),
@@ -118,7 +117,7 @@ READ_WHERE: Mapping[str, tuple[ReadCondition, ...]] = {
     "sample.prompts": (_TEXT,),
 }
 
-# Keys that their own section refuses, with a sentence of its own.
+# Keys that the validator of their own section refuses, with its own sentence.
 CHECKED_BY_SECTION = frozenset(
     f"{section}.{key}"
     for section, keys in {
@@ -131,78 +130,78 @@ CHECKED_BY_SECTION = frozenset(
     for key in keys
 )
 
-# What a DeepSpeed file may still choose; such keys are judged when it has been merged.
+# A key that a DeepSpeed file may still set; conditions on it are checked after the merge.
 _DEFERRED = "optim.schedule"
 
 
 def read_conditions(key: str) -> tuple[ReadCondition, ...]:
-    """The choices on which ``key`` hangs, those of the sections that hold it first; none if it is always read."""
-    pieces = key.split(".")
-    above = (".".join(pieces[:count]) for count in range(1, len(pieces) + 1))
-    found = [choice for name in above for choice in READ_WHERE.get(name, ())]
-    return tuple(dict.fromkeys(found))
+    """The conditions under which ``key`` is read, those of its sections first; none if it is always read."""
+    parts = key.split(".")
+    names = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return tuple(dict.fromkeys(condition for name in names for condition in READ_WHERE.get(name, ())))
 
 
 def is_read(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a run of the flat ``values`` reads ``key``; what they leave out is at its default."""
+    """Whether a run of ``values``, by dotted key and with defaults for missing ones, reads ``key``."""
     fields = dict(walk(RunConfig))
-    return all(_holds(choice, values, fields) for choice in read_conditions(key))
+    return all(_holds(condition, values, fields) for condition in read_conditions(key))
 
 
 def drop_unread(
     values: dict[str, Any], sources: dict[str, str], order: Mapping[str, int], resolved: frozenset[str], only: str = ""
 ) -> None:
-    """Take the keys out of the merged ``values`` (and ``sources``) that nothing would read.
+    """Remove from the merged ``values`` (and ``sources``) the keys that the run would not read.
 
-    A key that a later layer overruled by its choice goes in silence: an inherited ``beta_schedule`` beside
-    ``objective.kind=flow``. A key at its default says nothing; nor does one of a configuration that was written with
-    every key (``resolved``), which stays as it is.
+    A key is removed silently where a later layer decided against it: an inherited ``beta_schedule`` under
+    ``objective.kind=flow``. A key at its default, or of a configuration written with every key (``resolved``), is left
+    as it is.
 
     Args:
-        order: the layer, counted from the lowest, that said each key.
-        only: a section; choices outside of it are not looked at, since the command reads nothing else.
+        order: index of the layer that set each key, from the lowest.
+        only: a section (``data.``); conditions on keys outside of it are not checked.
 
     Raises:
-        UserError: a key that was asked for is not read, with the choice that decides it.
+        UserError: keys that the user set are not read, each with its condition.
     """
     fields = dict(walk(RunConfig))
     problems = []
     for key in list(values):
         if key not in fields or key in resolved or _is_default(key, values[key], fields):
             continue
-        for choice in read_conditions(key):
-            later = choice.key == _DEFERRED and key not in CHECKED_BY_SECTION
-            said = max(order.get(name, -1) for name in choice.keys)
-            undecided = later or not choice.key.startswith(only) or (choice.where_said and said < 0)
-            if undecided or _holds(choice, values, fields):
+        for condition in read_conditions(key):
+            deferred = condition.key == _DEFERRED and key not in CHECKED_BY_SECTION
+            decided_by = max(order.get(name, -1) for name in condition.keys)
+            undecided = deferred or not condition.key.startswith(only) or (condition.only_if_set and decided_by < 0)
+            if undecided or _holds(condition, values, fields):
                 continue
-            if said > order[key] or (choice.where_said and said == order[key]):
-                if not choice.where_said:
+            if decided_by > order[key] or (condition.only_if_set and decided_by == order[key]):
+                if not condition.only_if_set:
                     del values[key], sources[key]
             elif key not in CHECKED_BY_SECTION:
-                problems.append(_refusal(key, values[key], choice, _value(choice.key, values, fields), sources[key]))
+                decisive = _value(condition.key, values, fields)
+                problems.append(_refusal(key, values[key], condition, decisive, sources[key]))
             break
     if problems:
         raise UserError(few_lines(problems))
 
 
-def check_deferred(values: Mapping[str, Any], asked: Mapping[str, str]) -> None:
-    """As ``drop_unread``, of the keys that a DeepSpeed file may give or take a reader; ``asked``: where each was said.
+def check_deferred(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Refuse keys in ``sources`` that are not read under a key which a DeepSpeed file may set, after its merge.
 
-    ``values``: the flat configuration with what that file says. Raises UserError.
+    ``values``: by dotted key, the merged configuration. Raises UserError.
     """
     fields = dict(walk(RunConfig))
-    for key, choices in READ_WHERE.items():
-        for choice in choices:
-            chosen = values.get(choice.key)
-            if choice.key != _DEFERRED or key not in asked or choice.reads(chosen) or key in CHECKED_BY_SECTION:
+    for key, conditions in READ_WHERE.items():
+        for condition in conditions:
+            decisive = values.get(condition.key)
+            if condition.key != _DEFERRED or key not in sources or key in CHECKED_BY_SECTION:
                 continue
-            if not _is_default(key, values[key], fields):
-                raise UserError(_refusal(key, values[key], choice, chosen, asked[key]))
+            if not condition.is_met(decisive) and not _is_default(key, values[key], fields):
+                raise UserError(_refusal(key, values[key], condition, decisive, sources[key]))
 
 
-def _holds(choice: ReadCondition, values: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
-    return any(choice.reads(_value(key, values, fields)) for key in choice.keys)
+def _holds(condition: ReadCondition, values: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+    return any(condition.is_met(_value(key, values, fields)) for key in condition.keys)
 
 
 def _value(key: str, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
@@ -215,8 +214,9 @@ def _is_default(key: str, value: Any, fields: Mapping[str, Any]) -> bool:
     return bool(value == fields[key].default)
 
 
-def _refusal(key: str, value: Any, choice: ReadCondition, chosen: Any, source: str) -> str:
+def _refusal(key: str, value: Any, condition: ReadCondition, decisive: Any, source: str) -> str:
+    shown_value = shown(decisive).strip("'")
     return (
-        f"{key}: {shown(value)} is not read where {choice.key} is {shown(chosen).strip(chr(39))}; leave it out, or set "
-        f"{choice.advice} (in {source})"
+        f"{key}: {shown(value)} is not read where {condition.key} is {shown_value}; leave it out, or set "
+        f"{condition.advice} (in {source})"
     )

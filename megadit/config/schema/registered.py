@@ -1,4 +1,4 @@
-"""Values that are names in a registry, to which plugins add (``model.family``, ``data.name``), and these plugins."""
+"""Types of the schema for names of a registry (``model.family``, ``data.name``), and for the list of plugins."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megadit.registry import Registry
 
 @dataclass(frozen=True)
 class Registered:
-    """``Annotated[str, Registered(REGISTRY)]`` takes the names of REGISTRY, as ``Literal`` takes those it lists.
+    """``Annotated[str, Registered(REGISTRY)]``: the names of REGISTRY, as a ``Literal`` of them.
 
-    Names are looked up when a value is checked, so that those of plugins are among them.
+    They are looked up when a value is validated, so that those of plugins are among them.
     """
 
     registry: Registry[Any]
@@ -32,18 +32,18 @@ class Registered:
         names = self.registry.names()
         if not isinstance(value, str) or value not in names:
             *most, last = map(repr, names)
-            wanted = f"{', '.join(most)} or {last}; a plugin's needs --plugins MODULE"
-            raise PydanticKnownError("literal_error", {"expected": wanted})
+            expected = f"{', '.join(most)} or {last}; a plugin's needs --plugins MODULE"
+            raise PydanticKnownError("literal_error", {"expected": expected})
         return str(value)
 
 
 def registered_names(field: FieldInfo) -> tuple[str, ...]:
-    """The names that ``field`` takes; none where it takes others than those of a registry."""
+    """The names of ``field``'s registry; none where it has none."""
     return next((item.registry.names() for item in field.metadata if isinstance(item, Registered)), ())
 
 
 class PluginRecord(Section):
-    """A plugin that was imported: its version, if it says one, and the SHA-256 of its Python files."""
+    """A plugin that was imported: its version, if it has one, and the SHA-256 of its Python files."""
 
     name: str
     version: str = ""
@@ -51,13 +51,13 @@ class PluginRecord(Section):
 
 
 def _as_records(values: Any) -> Any:
-    """Names as records of which no more is known."""
+    """Names as records without version and hash."""
     if not isinstance(values, list | tuple):
         return values
     return tuple({"name": value} if isinstance(value, str) else value for value in values)
 
 
-# A list of plugins: a person writes names, megadit records.
+# A list of plugins: names in a user's file, records in one that megadit wrote.
 Plugins = Annotated[
     tuple[PluginRecord, ...],
     BeforeValidator(_as_records),

@@ -1,11 +1,11 @@
-"""Which samplers suit which objective, and how many steps they have: checked without the libraries that draw."""
+"""Checks of ``sample.*`` against the objective and the model, without importing the samplers."""
 
 from __future__ import annotations
 
 from megadit.config.schema.run import ObjectiveConfig, RunConfig, SampleConfig
 from megadit.errors import UserError
 
-# objective.kind: its samplers, the default first. Each is one of diffusers (megadit/diffusion/sampling/schedulers.py).
+# Samplers by objective.kind, the default first; megadit/diffusion/sampling/schedulers.py builds them.
 _KINDS = {"ddpm": ("dpm", "ddpm", "ddim"), "flow": ("euler",)}
 
 
@@ -23,22 +23,22 @@ def scheduler_name(objective: ObjectiveConfig, config: SampleConfig) -> str:
 
 
 def ends_at_zero(scheduler: str) -> bool:
-    """Whether a sampler's last step is training step 0; the multistep solver stops one interval short of it.
+    """Whether the sampler's last step is training step 0; the multistep solver stops one interval before it.
 
-    It extrapolates, and the log SNR of step 0 lies far from that of the others.
+    That solver extrapolates in log SNR, and that of step 0 is far from the others.
     """
     return scheduler != "dpm"
 
 
 def check_steps(total: int, count: int, *, down_to_zero: bool) -> None:
-    """Raise UserError if a schedule of ``total`` training steps has no ``count`` steps, evenly spaced, to sample at."""
+    """Raise UserError where ``count`` evenly spaced steps do not fit into ``total`` training steps."""
     most = total if down_to_zero else total - 1
     if count > most:
         raise UserError(f"sample.steps: {count} is more than this sampler and the model's schedule have; use {most}")
 
 
 def check_sampling(config: RunConfig) -> None:
-    """Raise UserError where ``sample.*`` does not suit the model, as drawing would after the training."""
+    """Raise UserError where ``sample.*`` does not fit the model, before training and not at the first sampling."""
     name = scheduler_name(config.objective, config.sample)
     if config.objective.kind == "ddpm":
         check_steps(config.objective.diffusion_steps, config.sample.steps, down_to_zero=ends_at_zero(name))
@@ -48,7 +48,7 @@ def check_sampling(config: RunConfig) -> None:
 
 
 def needs_null(guidance: float) -> str:
-    """The sentence for guidance of a model that was not trained without conditions, too."""
+    """The sentence for guidance of a model that was not trained with dropped conditions."""
     return (
         f"sample.guidance: {guidance:g} needs a model trained with and without conditions "
         "(classes or texts, and objective.label_dropout above 0); set sample.guidance=1"

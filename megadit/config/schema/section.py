@@ -1,4 +1,4 @@
-"""``Section``, of which the schema is made, its dotted keys, and the nearest valid key for one that is wrong."""
+"""``Section``, the base class of the schema, its dotted keys, and suggestions for unknown keys."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-# What a file may have beside the keys of the schema.
+# Keys of a file that are not in the schema.
 FILE_KEYS = ("base", "model.preset")
 
 
 class Section(BaseModel):
     """One section of a run configuration (pydantic v2).
 
-    No unknown keys, no silent coercion ("3" is not 3, true is not 1, nan is not a number) and no
-    assignment after construction: what was checked is what the run uses. Change a value with
-    ``megadit.config.replace``, which checks again.
+    Unknown keys, silent coercion ("3" to 3, true to 1), nan and infinity are errors, and instances are frozen: the run
+    uses the values that were validated. Change one with ``megadit.config.replace``, which validates again.
     """
 
     model_config = ConfigDict(
@@ -34,7 +33,7 @@ class Section(BaseModel):
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section class behind a field's annotation (``VaeConfig | None`` → ``VaeConfig``), or None for a value."""
+    """The section class in a field's annotation (``VaeConfig | None`` → ``VaeConfig``), or None."""
     for option in options(annotation):
         if isinstance(option, type) and issubclass(option, Section):
             return option
@@ -42,7 +41,7 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def options(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, without what ``Annotated`` adds to them; of anything else, the one it is."""
+    """The members of a union, without ``Annotated``; of another annotation, itself."""
     if get_origin(annotation) is Annotated:
         return options(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -51,7 +50,7 @@ def options(annotation: Any) -> tuple[Any, ...]:
 
 
 def walk(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of ``schema`` with its field, sections before what they hold: ``optim``, ``optim.lr``, …"""
+    """Every key of ``schema`` with its field, sections before their keys: ``optim``, ``optim.lr``, …"""
     for name, field in schema.model_fields.items():
         yield prefix + name, field
         section = section_of(field.annotation)
@@ -66,10 +65,10 @@ def all_keys(schema: type[Section]) -> tuple[str, ...]:
 
 
 def unknown_key(key: str, schema: type[Section]) -> str:
-    """Say that ``key`` is not one of ``schema`` and which one was probably meant.
+    """The sentence for a key that ``schema`` does not have, with the nearest key.
 
-    In order: the same last word elsewhere (``lr`` → ``optim.lr``), a similar key beside it, a similar
-    dotted key anywhere; failing these, what the section holds.
+    That is a similar key of the same section, the same last word elsewhere (``lr`` → ``optim.lr``), or a similar dotted
+    key anywhere; else the keys of the section are listed.
     """
     known = (*FILE_KEYS, *all_keys(schema))
     parent, _, leaf = key.rpartition(".")
@@ -92,5 +91,5 @@ def unknown_key(key: str, schema: type[Section]) -> str:
 
 
 def _plainly(key: str) -> str:
-    """``key`` for a comparison: no capitals, and no spaces that look like none."""
+    """``key`` for a comparison, in lower case and without spaces."""
     return "".join(key.lower().split())

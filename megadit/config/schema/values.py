@@ -1,7 +1,7 @@
-"""From what YAML holds to what the schema wants: numbers written by people, lists that are tuples, texts as written.
+"""Coerces YAML values to the types of the schema: numbers, lists as tuples, texts.
 
-Learning rates of this field are powers of two, so that where the schema wants a number, ``1e-4``, ``2^-10`` and
-``2**-10`` are numbers, with or without quotes. No expression is ever evaluated.
+Many learning rates are powers of two, so that where the schema has a number, ``1e-4``, ``2^-10`` and ``2**-10`` are
+numbers, with or without quotes. No expression is ever evaluated.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _POWER_OF_TWO = re.compile(POWER_OF_TWO, re.ASCII)
 _DECIMAL = re.compile(r"[-+]?\d+", re.ASCII)
 _BASED = re.compile(r"[-+]?(0x[0-9a-fA-F]+|0o[0-7]+)")  # YAML 1.2's other whole numbers; 010 is ten
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_LARGEST = 2**63 - 1  # of a whole number that torch and numpy take
+_LARGEST = 2**63 - 1  # the largest integer of torch and numpy
 _TRUTH = {"true": True, "false": False}
-# Where a truth value is wanted, these words mean nothing else.
+# More words for booleans, where the schema has one.
 _WORDS = {**_TRUTH, "yes": True, "no": False, "on": True, "off": False}
 
 
 def parse_number(text: str) -> int | float | None:
-    """The number that ``text`` writes (``10``, ``1e-4``, ``2^-10``, ``2**9``), or None if it writes none.
+    """The number that ``text`` denotes (``10``, ``1e-4``, ``2^-10``, ``2**9``), or None if it is no number.
 
-    ``010`` is 10, ``1e400`` infinite, and what is too small for a float (``1e-400``) no number rather than 0.
+    ``010`` is 10, ``1e400`` infinite, and a number too small for a float (``1e-400``) None rather than 0.
     """
     text = text.strip(" ")
     power = _POWER_OF_TWO.fullmatch(text)
@@ -47,16 +47,16 @@ def parse_number(text: str) -> int | float | None:
     if not _NUMBER.fullmatch(text):
         return None
     value = float(text)
-    lost = value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0])
-    return None if lost else value
+    underflows = value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0])
+    return None if underflows else value
 
 
 def resolve_scalars(value: Any) -> Any:
-    """``value`` where no schema says what is wanted: ``Plain`` as YAML 1.2 reads it, ``2^-10`` too; all else stays."""
+    """``value`` without a schema: each ``Plain`` scalar in it as YAML 1.2 reads it, and ``2^-10`` as a number."""
     if isinstance(value, Plain):
         truth = _TRUTH.get(_folded(value))
-        found = parse_number(value) if truth is None else truth
-        return str(value) if found is None else found
+        resolved = parse_number(value) if truth is None else truth
+        return str(value) if resolved is None else resolved
     if isinstance(value, list | tuple):
         return type(value)(resolve_scalars(item) for item in value)
     if isinstance(value, Mapping):
@@ -65,7 +65,7 @@ def resolve_scalars(value: Any) -> Any:
 
 
 def plain_text(value: Any) -> str:
-    """A resolved value in a sentence or a table, as a file has it: null, true, .5 as 0.5, lists in brackets."""
+    """A value in a sentence or a table, as in a file: null, true, 0.5, lists in brackets."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -74,7 +74,7 @@ def plain_text(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a person would write it in YAML; long ones are cut."""
+    """A value in an error message, as in YAML; texts in quotes, at most 60 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -86,45 +86,45 @@ def shown(value: Any) -> str:
 
 
 def coerce(value: Any, field: FieldInfo) -> Any:
-    """``value`` as ``field`` may take it; what cannot be read is returned as it is, for validation to refuse."""
+    """``value`` coerced to the type of ``field``; what cannot be is returned unchanged, for validation to refuse."""
     return _coerce(value, field.annotation)
 
 
 def too_large(value: Any) -> bool:
-    """Whether ``value`` is or holds a whole number of more than 63 bits, which no tensor could hold."""
+    """Whether ``value`` is or contains an integer of more than 63 bits, which no tensor can hold."""
     if isinstance(value, list | tuple):
         return any(map(too_large, value))
     return isinstance(value, int) and abs(value) > _LARGEST
 
 
 def _coerce(value: Any, annotation: Any) -> Any:
-    wanted = options(annotation)
+    types = options(annotation)
     if isinstance(value, list):
-        return _items(value, wanted)
+        return _items(value, types)
     if isinstance(value, Mapping):
-        return _mapping(value, wanted)
+        return _mapping(value, types)
     if isinstance(value, Plain):
-        return _scalar(value, wanted)
-    if isinstance(value, str) and (int in wanted or float in wanted):
-        found = parse_number(value)
-        value = value if found is None else found
-    return _whole(value, wanted)
+        return _scalar(value, types)
+    if isinstance(value, str) and (int in types or float in types):
+        number = parse_number(value)
+        value = value if number is None else number
+    return _integral(value, types)
 
 
-def _items(value: list[Any], wanted: tuple[Any, ...]) -> Any:
-    for option in wanted:
+def _items(value: list[Any], types: tuple[Any, ...]) -> Any:
+    for option in types:
         if get_origin(option) is tuple:
             kinds = tuple(kind for kind in get_args(option) if kind is not Ellipsis)
-            # Wrong lengths go on as they are: validation names the length that it wants.
+            # A wrong length is kept: validation refuses it and names the right one.
             padded = kinds + (kinds[-1],) * max(0, len(value) - len(kinds))
             return tuple(_coerce(item, kind) for item, kind in zip(value, padded, strict=False))
         if get_origin(option) is list:
             return [_coerce(item, get_args(option)[0]) for item in value]
-    return value if Any in wanted else resolve_scalars(value)
+    return value if Any in types else resolve_scalars(value)
 
 
-def _mapping(value: Mapping[Any, Any], wanted: tuple[Any, ...]) -> Any:
-    for option in wanted:
+def _mapping(value: Mapping[Any, Any], types: tuple[Any, ...]) -> Any:
+    for option in types:
         section = section_of(option)
         if section is not None:
             fields = section.model_fields
@@ -133,29 +133,29 @@ def _mapping(value: Mapping[Any, Any], wanted: tuple[Any, ...]) -> Any:
             }
         if get_origin(option) is dict:
             return {key: _coerce(item, get_args(option)[1]) for key, item in value.items()}
-    return value if Any in wanted else resolve_scalars(value)
+    return value if Any in types else resolve_scalars(value)
 
 
-def _scalar(text: Plain, wanted: tuple[Any, ...]) -> Any:
-    if Any in wanted:
+def _scalar(text: Plain, types: tuple[Any, ...]) -> Any:
+    if Any in types:
         return text
-    if bool in wanted and _folded(text) in _WORDS:
+    if bool in types and _folded(text) in _WORDS:
         return _WORDS[_folded(text)]
-    if (int in wanted or float in wanted) or not any(kind is str or get_origin(kind) is Literal for kind in wanted):
-        return _whole(resolve_scalars(text), wanted)
-    named = [name for kind in wanted if get_origin(kind) is Literal for name in get_args(kind)]
-    return str(text) if str in wanted or all(isinstance(name, str) for name in named) else resolve_scalars(text)
+    if (int in types or float in types) or not any(kind is str or get_origin(kind) is Literal for kind in types):
+        return _integral(resolve_scalars(text), types)
+    named = [name for kind in types if get_origin(kind) is Literal for name in get_args(kind)]
+    return str(text) if str in types or all(isinstance(name, str) for name in named) else resolve_scalars(text)
 
 
-def _whole(value: Any, wanted: tuple[Any, ...]) -> Any:
-    """2^8 and 1e3 are floats; a whole number is welcome where an integer is wanted."""
-    if isinstance(value, float) and int in wanted and float not in wanted and value.is_integer():
+def _integral(value: Any, types: tuple[Any, ...]) -> Any:
+    """2^8 and 1e3 are floats: as an integer where the schema has one."""
+    if isinstance(value, float) and int in types and float not in types and value.is_integer():
         return int(value)
-    if isinstance(value, int) and float in wanted and int not in wanted and too_large(value):
+    if isinstance(value, int) and float in types and int not in types and too_large(value):
         return float(value) if abs(value) < 10**300 else math.inf
     return value
 
 
 def _folded(text: str) -> str:
-    """``true``, ``True`` and ``TRUE`` as one; ``tRUE`` is a text."""
+    """``true``, ``True`` and ``TRUE`` as ``true``; ``tRUE`` unchanged."""
     return text.lower() if text in (text.lower(), text.capitalize(), text.upper()) else text
