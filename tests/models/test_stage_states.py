@@ -31,7 +31,6 @@ INTEGERS = {
     "labels": torch.zeros(1, dtype=torch.int64),
     "text_mask": torch.ones(1, 2, dtype=torch.bool),
     "key_mask": torch.ones(1, 2, dtype=torch.bool),
-    "key_mask": torch.ones(1, 1, 1, 4, dtype=torch.bool),
     "grid": torch.zeros(1, 2, dtype=torch.uint8),
 }
 TENSORS = FLOATS | INTEGERS

@@ -13,16 +13,16 @@ from megadit.config.schema.registered import Registered
 from megadit.config.schema.section import Section
 from megadit.extensions import FAMILIES
 
-LARGEST = 2**20  # far above any model, and far below sizes whose bytes no 64-bit number holds
+LARGEST = 2**20  # above any model; the bytes of such sizes still fit into 64 bits
 
-# Keys of ModelConfig that are read by families whose spec names them, and refused elsewhere.
+# Keys of ModelConfig that only families whose spec lists them have; refused elsewhere.
 OF_SOME_FAMILIES = ("adaln_init", "pos_scale", "pos_embed_max_size", "conv", "mlp_time_embed")
 
 Role = Literal["input", "hidden", "vector", "output", "finite"]
 
 
 class RoleHP(Section):
-    """Base (width-independent) hyperparameters of one role; all are factors on the table's defaults."""
+    """Base (width-independent) hyperparameters of one role, as factors on the parametrization's values."""
 
     mult: float = Field(1.0, gt=0, description="forward multiplier on the layer's input (not for vectors)")
     init_std: float = Field(1.0, gt=0, description="factor on the initial standard deviation")
@@ -40,16 +40,16 @@ class RoleHPs(Section):
 
 
 class TextInput(Section):
-    """The text features that a text-conditional model takes. ``data.text`` says who makes them."""
+    """Shape of the text features of a text-conditional model; ``data.text`` is their encoder."""
 
-    dim: int = Field(4096, ge=1, le=LARGEST, description="channels of a token's features")
+    dim: int = Field(4096, ge=1, le=LARGEST, description="channels per token")
     max_length: int = Field(
-        120, ge=1, le=LARGEST, description="tokens; longer texts are cut, shorter ones padded and masked"
+        120, ge=1, le=LARGEST, description="tokens; longer texts are truncated, shorter ones padded and masked"
     )
-    pooled_dim: int = Field(0, ge=0, le=LARGEST, description="mmdit: channels of the pooled feature; 0: none is taken")
+    pooled_dim: int = Field(0, ge=0, le=LARGEST, description="mmdit: channels of the pooled feature; 0: none")
     mask: bool = Field(
         True,
-        description="false: runs give the model no mask, so that padding is seen, as in Stable Diffusion 3 and U-ViT",
+        description="false: no attention mask, so that padding is attended to, as in Stable Diffusion 3 and U-ViT",
     )
 
 
@@ -58,14 +58,14 @@ class RepaConfig(Section):
 
     block: int = Field(8, ge=1, le=LARGEST, description="the block whose tokens are projected, counted from 1")
     feature_dim: int = Field(768, ge=1, le=LARGEST, description="channels of the target features")
-    hidden: int = Field(2048, ge=1, le=LARGEST, description="width of the projector, fixed whatever the model's")
+    hidden: int = Field(2048, ge=1, le=LARGEST, description="width of the projector, independent of the model's")
     norm: Literal["none", "rms"] = Field("none", description="RMSNorm after the first linear")
 
 
 class ModelConfig(Section):
-    """One architecture at one size. Lengths are in tokens or latent pixels; ``width`` is n of the paper."""
+    """One architecture at one size. Lengths are in tokens or latent pixels; ``width`` is n of the muP paper."""
 
-    family: Annotated[str, Registered(FAMILIES)] = Field(FAMILIES.names()[0], description="which architecture")
+    family: Annotated[str, Registered(FAMILIES)] = Field(FAMILIES.names()[0], description="architecture")
     width: int = Field(384, ge=1, le=LARGEST, description="hidden size n")
     depth: int = Field(12, ge=1, le=LARGEST, description="number of Transformer blocks")
     heads: int | None = Field(None, ge=1, le=LARGEST, description="attention heads; or give head_dim")
@@ -73,39 +73,39 @@ class ModelConfig(Section):
     patch_size: int = Field(2, ge=1, le=LARGEST, description="side of a token in (latent) pixels")
     in_channels: int = Field(4, ge=1, le=LARGEST, description="channels of the (latent) image")
     input_size: int = Field(32, ge=1, le=2**16, description="side of the (latent) image in pixels")
-    learn_sigma: bool = Field(True, description="predict the variance too: 2C output channels")
+    learn_sigma: bool = Field(True, description="predict the variance, too: 2C output channels")
     mlp: Literal["gelu_tanh", "gelu", "swiglu"] = Field("gelu_tanh", description="activation of the MLP")
     mlp_ratio: float = Field(4.0, gt=0, le=64, description="hidden size of the MLP over width")
     qk_norm: Literal["none", "rms"] = Field("none", description="RMSNorm of queries and keys")
     attention_precision: Literal["auto", "fp32"] = Field(
         "auto",
-        description="fp32: attention's scores and softmax in float32 under bf16 and fp16 (pixart: self-attention's)",
+        description="fp32: attention scores and softmax in float32 under bf16 and fp16 (pixart: of self-attention)",
     )
     norm_precision: Literal["auto", "fp32"] = Field(
-        "auto", description="fp32: norms and their modulation in float32 under bf16 and fp16, rounded once"
+        "auto", description="fp32: norms and their modulation in float32 under bf16 and fp16"
     )
-    qkv_bias: bool = Field(True, description="bias of the queries, keys and values (uvit's originals have none)")
+    qkv_bias: bool = Field(True, description="bias of the queries, keys and values (false in the original U-ViT)")
     num_classes: int = Field(1000, ge=0, le=2**31, description="0: no classes; the null label is num_classes")
     text: TextInput | None = Field(None, description="pixart, uvit, mmdit: text conditioning; null: none")
     repa: RepaConfig | None = Field(None, description="projector of the REPA loss; null: none")
-    pos_scale: float = Field(1.0, gt=0, description="pixart: coordinates of positions are divided by this")
+    pos_scale: float = Field(1.0, gt=0, description="pixart: divisor of position coordinates")
     pos_embed_max_size: int | None = Field(
         None,
         ge=1,
         le=LARGEST,
-        description="mmdit: side, in tokens, of the grid of positions whose centre is used; null: the input's",
+        description="mmdit: side, in tokens, of the position table whose centre is cropped; null: the input's",
     )
     conv: bool = Field(True, description="uvit: a 3x3 convolution at the end")
-    mlp_time_embed: bool = Field(False, description="uvit: an MLP on the timestep's features")
-    options: dict[str, Scalar] = Field({}, description="name: value pairs that a plugin's family declares")
+    mlp_time_embed: bool = Field(False, description="uvit: an MLP on the timestep features")
+    options: dict[str, Scalar] = Field({}, description="options of a plugin's family, as name: value")
 
-    parametrization: Literal["sp", "mup"] = Field("sp", description="standard, or maximal update")
+    parametrization: Literal["sp", "mup"] = Field("sp", description="standard or maximal update parametrization")
     base_width: int | None = Field(None, ge=1, le=LARGEST, description="n_base of muP; width / base_width is m")
     output_mult: float = Field(1.0, gt=0, description="readout multiplier phi_out in base units")
     init: Literal["auto", "original", "fan_in", "authors"] = Field(
         "auto",
-        description="original: the family's own init; fan_in: 1/sqrt(fan_in); authors: pixart: that of the paper's "
-        "PixArt-muP; auto: original under sp, fan_in under mup",
+        description="original: the family's own init; fan_in: std 1/sqrt(fan_in); authors (pixart): that of the "
+        "paper's PixArt-muP; auto: original under sp, fan_in under mup",
     )
     adaln_init: Literal["auto", "zero", "fan_in"] = Field("auto", description="auto: zero under original init")
     role_hps: RoleHPs = RoleHPs()
@@ -132,12 +132,12 @@ class ModelConfig(Section):
 
     @property
     def blocks(self) -> int:
-        """Number of Transformer blocks: for most families the depth."""
+        """Number of Transformer blocks: the depth, U-ViT's plus one."""
         return family_spec(self.family).blocks(self)
 
     @property
     def init_scheme(self) -> str:
-        """``init`` with ``auto`` resolved: original under SP, fan_in under muP, as the paper's DiT-muP."""
+        """``init`` with ``auto`` resolved: original under SP, fan_in under muP, as in the paper's DiT-muP."""
         if self.init != "auto":
             return self.init
         return "fan_in" if self.parametrization == "mup" else "original"
@@ -157,8 +157,8 @@ class ModelConfig(Section):
     @field_validator("options")
     @classmethod
     def _declared(cls, given: dict[str, Scalar], info: ValidationInfo) -> dict[str, Scalar]:
-        """All options of the family. Raises ValueError for one that it does not declare, or of another type."""
-        if "family" not in info.data:  # which is refused already
+        """Options with the family's defaults. Raises ValueError for an undeclared one, or one of another type."""
+        if "family" not in info.data:  # an error by itself
             return given
         return with_defaults(given, family_spec(info.data["family"]).options, f"family {info.data['family']}")
 
@@ -195,10 +195,10 @@ class ModelConfig(Section):
         return self
 
     def _check_family(self, spec: FamilySpec) -> None:
-        """Raise ValueError for a condition or an option that the family does not have."""
+        """Raise ValueError for a condition, init or key that the family does not have."""
         if spec.condition == "classes" and self.text is not None:
-            theirs = _named(other for other in families() if other.condition != "classes")
-            raise ValueError(f"text: belongs to {theirs}; set text to null, or another family")
+            takers = _named(other for other in families() if other.condition != "classes")
+            raise ValueError(f"text: belongs to {takers}; set text to null, or another family")
         if spec.condition == "text" and self.text is None:
             raise ValueError(f"text: is missing, and {self.family} is conditioned on text; give text.dim")
         if spec.condition == "text" and self.num_classes:
@@ -206,8 +206,8 @@ class ModelConfig(Section):
                 f"num_classes: {self.num_classes}, but {self.family} is conditioned on text; set num_classes to 0"
             )
         if self.text is not None and self.text.pooled_dim and not spec.pooled_text:
-            theirs = _named(other for other in families() if other.pooled_text)
-            raise ValueError(f"text.pooled_dim: {self.text.pooled_dim} belongs to {theirs}; set it to 0")
+            takers = _named(other for other in families() if other.pooled_text)
+            raise ValueError(f"text.pooled_dim: {self.text.pooled_dim} belongs to {takers}; set it to 0")
         if self.text is not None and self.num_classes:
             raise ValueError(
                 f"num_classes: {self.num_classes} beside text; {self.family} takes one of the two: set num_classes to "
@@ -227,11 +227,11 @@ class ModelConfig(Section):
                 continue
             if key == "adaln_init":
                 raise ValueError(f"adaln_init: {value}, but {self.family} has no adaLN; leave it out")
-            theirs = _named(other for other in families() if key in other.keys)
-            raise ValueError(f"{key}: {value} belongs to {theirs}; leave it out")
+            owners = _named(other for other in families() if key in other.keys)
+            raise ValueError(f"{key}: {value} belongs to {owners}; leave it out")
 
     def _check_roles(self, spec: FamilySpec) -> None:
-        """Raise ValueError for a factor of ``role_hps`` that nothing in this model would read."""
+        """Raise ValueError for a factor of ``role_hps`` without effect in this model."""
         drawn = {*spec.drawn_roles(self), *(("output", "finite") if self.repa is not None else ())}
         read = {
             ("vector", "mult"): False,
@@ -243,8 +243,8 @@ class ModelConfig(Section):
         for (role, factor), has_effect in read.items():
             value = getattr(getattr(self.role_hps, role), factor)
             if value != 1.0 and not has_effect:
-                what = "biases and gains multiply no input" if factor == "mult" else "all of it starts constant"
-                raise ValueError(f"role_hps.{role}.{factor}: {value:g} has no effect here, {what}; leave it at 1")
+                reason = "biases and gains multiply no input" if factor == "mult" else "all of it starts constant"
+                raise ValueError(f"role_hps.{role}.{factor}: {value:g} has no effect here, {reason}; leave it at 1")
 
 
 def _named(specs: Iterable[FamilySpec]) -> str:

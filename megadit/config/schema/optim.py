@@ -1,4 +1,4 @@
-"""``optim.*``: AdamW, its schedule and clipping, in base (width-independent) units."""
+"""``optim.*``: AdamW, its schedule and gradient clipping, in base (width-independent) units."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megadit.extensions import SCHEDULES
 
 
 class ClipGroups(Section):
-    """Base thresholds of single roles for ``optim.clip.mode: per_group``; null: ``optim.clip.value``."""
+    """Base thresholds by role for ``optim.clip.mode: per_group``; null: ``optim.clip.value``."""
 
     input: float | None = Field(None, gt=0, description="input weights and tables")
-    hidden: float | None = Field(None, gt=0, description="weights between layers of the model's width")
+    hidden: float | None = Field(None, gt=0, description="weights from width to width")
     vector: float | None = Field(None, gt=0, description="biases and gains")
     output: float | None = Field(None, gt=0, description="the readout")
-    finite: float | None = Field(None, gt=0, description="parameters without a dimension that grows")
+    finite: float | None = Field(None, gt=0, description="parameters without a dimension that grows with width")
 
 
 class ClipConfig(Section):
@@ -27,21 +27,21 @@ class ClipConfig(Section):
 
     mode: Literal["global", "per_group"] = Field(
         "global",
-        description="one threshold for the norm over all parameters, or one for each role's own norm: the base "
-        "threshold, by 1/sqrt(m) for input, vector and output",
+        description="global: the norm over all parameters; per_group: the norm of each role, its base threshold times "
+        "1/sqrt(m) for input, vector and output",
     )
     value: float | None = Field(None, gt=0, description="the (base) threshold; null: no clipping")
     groups: ClipGroups = ClipGroups()
 
     @model_validator(mode="after")
     def _consistent(self) -> ClipConfig:
-        given = {role: value for role, value in self.groups if value is not None}
-        if given and self.mode == "global":
-            role, value = next(iter(given.items()))
+        thresholds = {role: value for role, value in self.groups if value is not None}
+        if thresholds and self.mode == "global":
+            role, value = next(iter(thresholds.items()))
             raise ValueError(
                 f"groups.{role}: {value} belongs to mode per_group; set mode to per_group, or leave it out"
             )
-        if self.mode == "per_group" and self.value is None and not given:
+        if self.mode == "per_group" and self.value is None and not thresholds:
             raise ValueError(
                 "mode: per_group has no threshold and would clip nothing; set value, or groups of single roles"
             )
@@ -49,21 +49,21 @@ class ClipConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW in base units: what a group really gets is schedule(step) x lr x its lr_mult."""
+    """AdamW in base units: the learning rate of a parameter group is schedule(step) x lr x lr_mult."""
 
     lr: float = Field(1e-4, gt=0, description="base learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates of the two moments")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's two moments")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     eps_mode: Literal["constant", "scaled"] = Field(
         "constant", description="scaled: eps / m except for finite parameters"
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the base width")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay at the base width")
     wd_mode: Literal["independent", "constant", "sqrt"] = Field(
         "independent", description="hidden decay over width: x m (lr x decay constant), x 1, x sqrt(m)"
     )
     wd_vectors: bool = Field(False, description="decay biases, gains and tables too, as mup.MuAdamW does")
     implementation: Literal["auto", "torch-fused", "torch-foreach", "deepspeed-fused", "deepspeed-cpu"] = Field(
-        "auto", description="auto: torch-fused; deepspeed-* compile their kernel at the first start"
+        "auto", description="auto: torch-fused; deepspeed-* compile their kernel at the first use"
     )
     schedule: Annotated[str, Registered(SCHEDULES)] = Field(
         "constant", description="after the warm-up; wsd: constant, then a linear decay at the end"

@@ -12,23 +12,28 @@ from megadit.config.schema.section import Section
 
 
 class ParallelConfig(Section):
-    """How the run is spread over processes."""
+    """The layout of the run over processes."""
 
     tensor: int = Field(
-        1, ge=1, description="tensor parallelism: neighbouring ranks that share every layer; divides the heads"
+        1, ge=1, description="tensor-parallel size: consecutive ranks that shard every layer; divides the heads"
     )
-    pipeline: int = Field(1, ge=1, description="pipeline stages, cut for equal FLOPs; needs ZeRO stage 1")
+    pipeline: int = Field(1, ge=1, description="number of pipeline stages, of balanced FLOPs; needs ZeRO stage 1")
     sequence: bool = Field(
-        False, description="sequence parallelism: they share the tokens too, outside of attention and MLP"
+        False,
+        description="sequence parallelism: tensor-parallel ranks shard the tokens, too, outside of attention and MLP",
     )
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
         None, description="ZeRO stage; default 0 for one fp32 process, else 1"
     )
     timeout_s: float = Field(
-        1800.0, gt=0, description="seconds that a rank waits for others before it ends the run with an error"
+        1800.0,
+        gt=0,
+        description="seconds that a rank waits for others in a collective before the run ends with an error",
     )
     rendezvous_timeout_s: float | None = Field(
-        None, gt=0, description="seconds that ranks wait for all to come; default 600, or timeout_s if that is less"
+        None,
+        gt=0,
+        description="seconds that ranks wait for each other at the start; default: 600, or timeout_s if that is less",
     )
 
 

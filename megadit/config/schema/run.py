@@ -18,26 +18,28 @@ from megadit.extensions import CALLBACKS
 
 
 class ObjectiveConfig(Section):
-    """What is predicted and how timesteps are drawn and weighted."""
+    """What the model predicts, and how timesteps are sampled and weighted."""
 
     kind: Literal["ddpm", "flow"] = Field(
-        "ddpm", description="ddpm: a schedule of noise, predicts it; flow: matches the velocity noise - x0"
+        "ddpm", description="ddpm: noise prediction on a discrete schedule; flow: flow matching, predicts noise - x0"
     )
-    prediction: Literal["eps", "v"] = Field("eps", description="ddpm: noise or v; flow always predicts noise - x0")
-    diffusion_steps: int = Field(1000, ge=2, description="ddpm: length of the schedule")
+    prediction: Literal["eps", "v"] = Field(
+        "eps", description="ddpm: target, noise or v; flow always predicts noise - x0"
+    )
+    diffusion_steps: int = Field(1000, ge=2, description="ddpm: number of timesteps")
     beta_schedule: Literal["linear", "scaled_linear"] = Field(
         "linear",
-        description="ddpm: linear: betas 1e-4 to 2e-2; scaled_linear: .00085 to .012, their roots evenly spaced, as "
-        "for the latents of Stable Diffusion and U-ViT",
+        description="ddpm: linear: betas from 1e-4 to 2e-2; scaled_linear: from 0.00085 to 0.012, linear in the "
+        "square root, as for the latents of Stable Diffusion and U-ViT",
     )
-    time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of times")
+    time_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of timesteps")
     logit_mean: float = Field(0.0, description="logit_normal: mean of logit(t)")
     logit_std: float = Field(1.0, gt=0, description="logit_normal: standard deviation of logit(t)")
     shift: float = Field(1.0, gt=0, description="flow: resolution shift t' = s t / (1 + (s - 1) t)")
     weighting: Literal["none", "min_snr"] = Field("none", description="ddpm: loss weight by timestep")
-    min_snr_gamma: float = Field(5.0, gt=0, description="min_snr: the signal-to-noise ratio where weights are cut")
+    min_snr_gamma: float = Field(5.0, gt=0, description="min_snr: cap of the signal-to-noise ratio")
     label_dropout: float = Field(
-        0.1, ge=0, lt=1, description="share of samples whose condition, class or text, is dropped"
+        0.1, ge=0, lt=1, description="probability of dropping a sample's class or text, for classifier-free guidance"
     )
     repa_weight: float = Field(
         0.0, ge=0, description="weight of the REPA loss (needs model.repa and data.features); 0: none"
@@ -57,26 +59,28 @@ class ObjectiveConfig(Section):
         return self
 
 
-ONLINE = "online"  # the name of the weights that are trained, beside those of the moving averages
+ONLINE = "online"  # name of the trained weights, beside those of the moving averages
 
 
 def _weights_name(value: Any) -> Any:
-    """An average's name where it is a number, however that is written: 0.99990 is "0.9999"."""
-    found = parse_number(value) if isinstance(value, str) else value
-    return repr(found) if isinstance(found, float) else value
+    """The name of an average by its decay in any notation: 0.99990 is "0.9999"."""
+    decay = parse_number(value) if isinstance(value, str) else value
+    return repr(decay) if isinstance(decay, float) else value
 
 
 WeightsName = Annotated[str, BeforeValidator(_weights_name)]
 
 
 class EmaConfig(Section):
-    """Moving averages of the weights, as many as wanted; both lists empty: none. Each costs a copy of the masters."""
+    """Moving averages of the weights; none by default. Each takes as much memory as the float32 master weights."""
 
-    decays: tuple[float, ...] = Field((), description="constant decays, such as 0.9999; named by the number")
+    decays: tuple[float, ...] = Field((), description="constant decays, such as 0.9999, which is the average's name")
     sigma_rels: tuple[float, ...] = Field(
-        (), description="power profiles of EDM2 by relative width, such as 0.05; named sigma-0.05"
+        (), description="relative widths of EDM2 power profiles, such as 0.05, named sigma-0.05"
     )
-    every: int = Field(1, ge=1, description="follow the weights at every k-th update, with the decay of k of them")
+    every: int = Field(
+        1, ge=1, description="update the averages at every k-th optimizer step, with the decay of k steps"
+    )
 
     @property
     def constant_decays(self) -> dict[str, float]:
@@ -108,50 +112,54 @@ class EmaConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length, batch, precision and what is written when (all in optimizer steps)."""
+    """Length, batch size, precision and output of the run; intervals are in optimizer steps."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the training set, instead of steps")
-    global_batch: int = Field(256, ge=1, description="images per optimizer step over all ranks")
+    epochs: float | None = Field(None, gt=0, description="epochs of the training set, instead of steps")
+    global_batch: int = Field(256, ge=1, description="images per optimizer step, over all ranks")
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="images per forward pass and replica; default: global_batch / replicas, or 4 passes a stage",
+        description="images per forward pass and replica; default: global_batch / replicas, in a pipeline 4 micro "
+        "batches per stage",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="precision of forward and backward pass; master weights are fp32"
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="recompute in the backward pass: selective all but matrix products and attention, full each block",
+        description="recompute in the backward pass: selective: all but matrix products and attention; full: all "
+        "of a block",
     )
-    compile: bool = Field(False, description="torch.compile the blocks; costs minutes at the start")
-    seed: int = Field(0, ge=0, description="of initialization, order, noise and dropout")
+    compile: bool = Field(False, description="torch.compile the blocks; takes minutes at the start")
+    seed: int = Field(0, ge=0, description="seed of initialization, data order, noise and label dropout")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int | None = Field(None, ge=1, description="default: at the end only")
-    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     keep_every: int | None = Field(
         None,
         ge=1,
-        description="checkpoints at its multiples stay for ever; itself a multiple of checkpoint_every",
+        description="keep checkpoints at multiples of this for good; a multiple of checkpoint_every",
     )
     init_from: str | None = Field(
-        None, description="checkpoint or run directory whose weights alone begin a new run; all else starts afresh"
+        None, description="checkpoint or run directory from which a new run takes the initial weights, and nothing else"
     )
     init_from_ema: WeightsName | None = Field(
-        None, description="init_from: take this average's weights; null: the online ones"
+        None, description="init_from: use the weights of this average; null: the online ones"
     )
     skip_samples: tuple[tuple[int, int], ...] = Field(
-        (), description="windows [first, stop) of global sample numbers to leave out; all others keep image and noise"
+        (), description="windows [first, stop) of global sample numbers to skip; other samples keep image and noise"
     )
     sample_every: int | None = Field(None, ge=1, description="default: at the end only")
     validate_every: int | None = Field(None, ge=1, description="default: at the end only")
-    validation_images: int = Field(256, ge=0, description="0: no validation loss")
+    validation_images: int = Field(256, ge=0, description="images of the validation loss; 0: no validation loss")
     validate_with: tuple[WeightsName, ...] = Field(
-        (ONLINE,), description="weights that get a validation loss: online, and names of averages (see ema)"
+        (ONLINE,), description="weights to validate: online, and names of averages (see ema)"
     )
     tensorboard: bool = Field(True, description="write TensorBoard scalars and sample grids")
     wandb: bool = Field(False, description="log to Weights & Biases too, if installed")
     callbacks: tuple[str, ...] = Field(
-        (), description="callbacks of plugins, by name, which run after megadit's own (docs/extending.md)"
+        (), description="callbacks of plugins, by name, run after megadit's own (docs/extending.md)"
     )
 
     @field_validator("skip_samples", mode="before")
@@ -185,11 +193,11 @@ class TrainConfig(Section):
         added = CALLBACKS.added()
         for name in self.callbacks:
             if name not in added:
-                what = "always runs; leave it out" if name in CALLBACKS else "is no callback of a plugin"
+                problem = "always runs; leave it out" if name in CALLBACKS else "is no callback of a plugin"
                 remedy = (
                     "" if name in CALLBACKS else f" ({', '.join(added) or 'none is imported'}); give --plugins MODULE"
                 )
-                raise ValueError(f"callbacks: {name!r} {what}{remedy}")
+                raise ValueError(f"callbacks: {name!r} {problem}{remedy}")
         if len(set(self.callbacks)) < len(self.callbacks):
             raise ValueError(f"callbacks: {list(self.callbacks)} names one twice; leave one out")
         for first, stop in self.skip_samples:
@@ -213,22 +221,24 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """How pictures are drawn from the model, during training and by launch/sample.py."""
+    """How images are sampled from the model, during training and by launch/sample.py."""
 
     scheduler: Literal["auto", "ddpm", "ddim", "dpm", "euler"] = Field(
         "auto", description="auto: dpm for ddpm-trained models, euler for flow"
     )
-    steps: int = Field(50, ge=1, description="model evaluations per picture (twice with guidance)")
+    steps: int = Field(50, ge=1, description="sampler steps per image; each is two model evaluations with guidance")
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 is off")
-    guidance_channels: int | None = Field(None, ge=1, description="guide only the first k channels (DiT: 3)")
-    count: int = Field(64, ge=1, description="pictures in a grid")
-    seed: int = Field(0, ge=0, description="of the starting noise")
+    guidance_channels: int | None = Field(
+        None, ge=1, description="apply guidance to the first k channels only (DiT: 3)"
+    )
+    count: int = Field(64, ge=1, description="images per grid")
+    seed: int = Field(0, ge=0, description="seed of the initial noise")
     weights: WeightsName = Field(ONLINE, description="online, or the name of an average (see ema)")
-    prompts: tuple[str, ...] = Field((), description="texts to draw, in turn; default: held-out captions of the data")
+    prompts: tuple[str, ...] = Field((), description="prompts, used in turn; default: held-out captions of the data")
 
 
 class RunConfig(Section):
-    """Everything a run needs; saved, resolved, as ``config.yaml`` in its run directory."""
+    """The configuration of a run; saved with every key as ``config.yaml`` in its run directory."""
 
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -239,7 +249,8 @@ class RunConfig(Section):
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     plugins: Plugins = Field(
-        (), description="modules to import first, which bring families, data sources, callbacks, …: docs/extending.md"
+        (),
+        description="modules to import first, which register families, data sources, callbacks, …: docs/extending.md",
     )
 
     @model_validator(mode="after")
@@ -276,9 +287,9 @@ class RunConfig(Section):
         size, factor = self.data.image_size, self.data.vae.factor if self.data.vae is not None else 1
         if size is None or size == factor * self.model.input_size:
             return None
-        what = "images" if factor == 1 else f"latents, {factor} image pixels each,"
+        kind = "images" if factor == 1 else f"latents, {factor} image pixels each,"
         return (
-            f"data.image_size: {size}, but model.input_size {self.model.input_size} is for {what} of "
+            f"data.image_size: {size}, but model.input_size {self.model.input_size} is for {kind} of "
             f"{factor * self.model.input_size} pixels; make the two agree"
         )
 
@@ -334,11 +345,11 @@ class RunConfig(Section):
 
     def _weights_problem(self) -> str | None:
         known = (ONLINE, *self.ema.names)
-        wanted = [
+        used = [
             ("sample.weights", self.sample.weights),
             *(("train.validate_with", n) for n in self.train.validate_with),
         ]
-        for key, name in wanted:
+        for key, name in used:
             if name not in known:
                 return f"{key}: {name} is none of {', '.join(known)}; choose one, or add its average to ema.decays"
         if len(set(self.train.validate_with)) < len(self.train.validate_with):
