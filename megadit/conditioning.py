@@ -1,4 +1,4 @@
-"""``Conditioning``: what a picture is generated from. Plain tensors, so that data, objectives and models share it."""
+"""``Conditioning``: a batch of conditions as plain tensors, shared by data, objectives and models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megadit import rng
 
 @dataclass(frozen=True)
 class Conditioning:
-    """One batch of conditions; a field is None where the model does not use it.
+    """One batch of conditions; a field is None where the model does not take it.
 
     labels: class of each sample, int64 (B,); ``num_classes`` is the null label.
     text: text features, float (B, L, D), padded to a fixed length L.
-    text_mask: True where ``text`` holds a token, bool (B, L).
+    text_mask: bool (B, L), True for tokens of ``text``, False for padding.
     pooled: one feature vector per text, float (B, P).
     """
 
@@ -28,11 +28,11 @@ class Conditioning:
 
     @property
     def batch_size(self) -> int | None:
-        """B, or None when no field is given (an unconditional model takes any batch)."""
+        """B; None where every field is None, for an unconditional model."""
         return next((value.shape[0] for value in self._tensors().values() if value is not None), None)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
-        """The samples at ``index``, a slice, a list of positions, or an int64 or bool tensor; always a batch."""
+        """The samples at ``index``: a slice, a list of positions, or an int64 or bool tensor."""
         if isinstance(index, int):
             raise TypeError("Conditioning takes a slice, a list or a tensor, so that the batch dimension stays")
         chosen = index if isinstance(index, slice | Tensor) else list(index)
@@ -43,37 +43,37 @@ class Conditioning:
         return self._map(lambda value: value.to(device))
 
     def repeat(self, times: int) -> Conditioning:
-        """The whole batch ``times`` over: sample b is found at b, B + b, 2B + b, ..."""
+        """The batch ``times`` times, concatenated: sample b is at b, B + b, 2B + b, ..."""
         return self._map(lambda value: value.repeat(times, *[1] * (value.dim() - 1)))
 
     def without_mask(self) -> Conditioning:
-        """The same conditions, all tokens of the text being seen."""
+        """The same conditions without ``text_mask``: all tokens are attended to."""
         return replace(self, text_mask=None)
 
     def dropped(self, drop: Tensor, null: Conditioning) -> Conditioning:
-        """The same conditions with those of the samples where ``drop``, bool (B,), is true replaced by ``null``.
+        """The same conditions with ``null`` for the samples where ``drop``, bool (B,), is True.
 
-        null: a batch of one, with every field that is given here. Only a mask may be missing: then a null text takes
-        that of the text it replaces, as PixArt's null caption does. Raises ValueError if another field is missing.
+        null: a batch of one, with every field that is set here. Where it lacks only the mask, the null text takes that
+        of the text it replaces, as PixArt's null caption does. Raises ValueError where another field is missing.
         """
         changed: dict[str, Tensor | None] = {}
         for name, value in self._tensors().items():
-            instead = getattr(null, name)
-            if instead is None and name == "text_mask" and null.text is not None:
-                instead = value
-            if value is not None and instead is None:
+            replacement = getattr(null, name)
+            if replacement is None and name == "text_mask" and null.text is not None:
+                replacement = value
+            if value is not None and replacement is None:
                 raise ValueError(f"{name}: there is no null condition to take its place")
             if value is not None:
                 where = drop.to(value.device).view(-1, *[1] * (value.dim() - 1))
-                value = torch.where(where, instead.to(value), value)
+                value = torch.where(where, replacement.to(value), value)
             changed[name] = value
         return Conditioning(**changed)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """The batches of ``parts`` one after the other, e.g. conditional then null for guidance.
+        """The batches of ``parts`` concatenated, e.g. conditional then null for guidance.
 
-        Raises ValueError if a field is given in some parts and missing in others.
+        Raises ValueError where a field is set in some parts only.
         """
         joined: dict[str, Tensor | None] = {}
         for field in fields(Conditioning):
@@ -93,11 +93,11 @@ class Conditioning:
 
 
 def checked_text(cond: Conditioning, dim: int, max_length: int | None) -> tuple[Tensor, Tensor | None]:
-    """What a model reads of a text: features (B, L, ``dim``) and the mask, bool (B, L); None where all tokens count.
+    """Text features (B, L, ``dim``) and mask, bool (B, L) or None, after a check of their shapes.
 
-    ``max_length``: the most tokens that the model takes, None: any number.
+    ``max_length``: largest L; None: any.
 
-    Raises ValueError for a text that is missing, too long, of other channels, or whose mask has another shape.
+    Raises ValueError for a text that is missing, too long or of other channels, or a mask of another shape.
     """
     text, mask = cond.text, cond.text_mask
     if text is None:
@@ -111,14 +111,14 @@ def checked_text(cond: Conditioning, dim: int, max_length: int | None) -> tuple[
 
 
 def null_label(num_classes: int) -> Conditioning | None:
-    """The null label of so many classes, a batch of one; None where there are no classes."""
+    """The null label, a batch of one; None where there are no classes."""
     return Conditioning(labels=torch.tensor([num_classes])) if num_classes else None
 
 
 def null_caption(max_length: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-    """The null caption of a model that was not given one: float32 (max_length, dim), the same for all models.
+    """The default null caption, the same for all models: float32 (max_length, dim).
 
-    Normals of std 1/sqrt(dim) that are never trained, as official PixArt's (PixArt_blocks.py, CaptionEmbedder); keyed
-    instead of drawn, so that training and sampling know it without a file.
+    Normal samples of std 1/sqrt(dim) that are never trained, as official PixArt's (PixArt_blocks.py, CaptionEmbedder),
+    from a fixed key, so that training and sampling need no file for it.
     """
     return rng.normal(rng.stream_key(0, "null-caption"), (max_length, dim), device=device) / dim**0.5

@@ -1,6 +1,6 @@
-"""Fused operations, each with a torch reference of the same signature. Imports nothing of megadit.
+"""Fused operations, each with a reference in torch of the same signature. Imports nothing of megadit.
 
-An operation is one file, entered in ``OPS``; ``megadit_kernels.registry`` says how a call is dispatched.
+``OPS`` lists the operations; ``megadit_kernels.registry`` dispatches calls to implementations.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from megadit_kernels.linear import scaled_linear
 from megadit_kernels.modulate import gated_residual, layer_norm_modulate
 from megadit_kernels.registry import Op, for_autocast
 
-# Where each operation is, by its name.
+# Lazy path of each operation, by name.
 OPS: Mapping[str, str] = MappingProxyType(
     {op.name: f"{op.__module__}:{op.name}" for op in (scaled_linear, layer_norm_modulate, gated_residual)}
 )

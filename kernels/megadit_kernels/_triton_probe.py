@@ -1,6 +1,6 @@
-"""The smallest Triton kernel: it tells whether Triton compiles and launches here.
+"""A minimal Triton kernel, to test whether Triton compiles and launches here.
 
-The probe of ``megadit_kernels.backends`` imports it and nothing else may, since it needs Triton.
+Requires Triton: only the probe of ``megadit_kernels.backends`` may import it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @triton.jit
 def _double(x, y, n, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.arange(0, block)
-    inside = at < n
-    tl.store(y + at, 2.0 * tl.load(x + at, mask=inside), mask=inside)
+    offset = tl.arange(0, block)
+    inside = offset < n
+    tl.store(y + offset, 2.0 * tl.load(x + offset, mask=inside), mask=inside)
 
 
 def double(x: Tensor) -> Tensor:
-    """``2 * x`` of a flat, contiguous float32 CUDA tensor of at most 64 elements, by one program of the kernel."""
+    """``2 * x`` of a flat, contiguous float32 CUDA tensor of at most 64 elements, by one program instance."""
     out = x.new_empty(x.shape)
     _double[(1,)](x, out, x.numel(), block=64)
     return out

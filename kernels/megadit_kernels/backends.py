@@ -1,11 +1,11 @@
-"""Which kernel backends work on this machine, found out by trying them.
+"""Probes which kernel backends work on this machine.
 
-Being installed says little: transformer-engine raises RuntimeError without its GPU stack, flash-attn is found and
-then fails at import when it was built for another torch, and the package called ``apex`` on the Python package index
-is not NVIDIA's. So each probe imports the compiled module and makes one tiny call; whatever goes wrong is kept as
-the reason. Nothing is imported or tried before somebody asks, and each answer is found once per process.
+An installed package may not work: transformer-engine raises RuntimeError without its GPU stack, flash-attn fails at
+import where it was built for another torch, and the package ``apex`` on the Python package index is not NVIDIA's. So
+each probe imports the compiled module and makes one tiny call; an error is recorded as the reason. Probes run on the
+first query, once per process.
 
-A probe that reaches CUDA initialises it in the calling process: do not ask before forking.
+A probe that uses CUDA initialises it in the calling process: do not query before forking.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ State = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Backend:
-    """What a probe found.
+    """Result of a probe.
 
-    ``state`` is ok, missing (not installed, or no hardware for it) or broken (there, but a call failed). ``detail`` is
-    a version or a device when it works, else the reason; ``remedy`` says what would help, empty if nothing would.
+    ``state``: ok, missing (not installed, or no hardware for it) or broken (installed, but a call failed). ``detail``:
+    version or device where it works, else the reason; ``remedy``: what would help, empty if nothing would.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Backend:
 
 
 class Unavailable(Exception):
-    """Raised by a probe: not installed, or this machine has not the hardware. Args: reason, remedy."""
+    """Raised by a probe where the package is not installed, or the hardware is missing. Args: reason, remedy."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason)
@@ -50,7 +50,7 @@ class Unavailable(Exception):
 
 @functools.cache
 def backend(name: str) -> Backend:
-    """Try the backend ``name`` (one of ``backend_names()``); KeyError for another name."""
+    """Probe the backend ``name``, one of ``backend_names()``. Raises KeyError for another name."""
     probe = _probes()[name]
     try:
         return Backend(name, "ok", probe())
@@ -62,12 +62,12 @@ def backend(name: str) -> Backend:
 
 
 def backend_names() -> tuple[str, ...]:
-    """Every backend there is a probe for, in the order a report shows them."""
+    """The names of all backends, in the order of a report."""
     return tuple(_probes())
 
 
 def works(name: str) -> bool:
-    """Whether the backend's tiny call succeeded here."""
+    """Whether the backend's probe succeeded."""
     return backend(name).works
 
 
@@ -113,20 +113,20 @@ def _need_cuda(version: str = "") -> ModuleType:
     """torch, on a machine with a CUDA device that it can use. Raises Unavailable otherwise."""
     torch = _torch()
     if not torch.cuda.is_available():
-        why = "this torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
-        raise Unavailable(f"{version + ' is installed, but ' if version else ''}{why}")
+        reason = "this torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
+        raise Unavailable(f"{version + ' is installed, but ' if version else ''}{reason}")
     return torch
 
 
-def _same(torch: ModuleType, found: object, expected: object, tolerance: float) -> None:
-    """Raise if a tiny call's result is wrong: a kernel for another architecture can fail without an error."""
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+def _assert_close(torch: ModuleType, actual: object, expected: object, tolerance: float) -> None:
+    """Raise where a result is wrong: a kernel for another architecture can fail without an error."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 def _cuda() -> str:
     torch = _need_cuda()
     value = torch.full((8,), 2.0, device="cuda")
-    _same(torch, value.square().sum().cpu(), torch.tensor(32.0), 0.0)
+    _assert_close(torch, value.square().sum().cpu(), torch.tensor(32.0), 0.0)
     return f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
@@ -134,7 +134,7 @@ def _bf16() -> str:
     torch = _torch()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
-    _same(torch, (ones @ ones).float().cpu(), torch.full((16, 16), 16.0), 0.0)
+    _assert_close(torch, (ones @ ones).float().cpu(), torch.full((16, 16), 16.0), 0.0)
     if device == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
         return "native" if native else "emulated by this GPU, slow"
@@ -149,7 +149,7 @@ def _fp8() -> str:
     ones = torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn)
     scale = torch.ones((), device="cuda")
     product = torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
-    _same(torch, product.float().cpu(), torch.full((16, 16), 16.0), 0.0)
+    _assert_close(torch, product.float().cpu(), torch.full((16, 16), 16.0), 0.0)
     return f"compute capability {capability[0]}.{capability[1]}"
 
 
@@ -159,7 +159,7 @@ def _triton() -> str:
     from megadit_kernels._triton_probe import double
 
     x = torch.arange(32, device="cuda", dtype=torch.float32)
-    _same(torch, double(x), 2 * x, 0.0)
+    _assert_close(torch, double(x), 2 * x, 0.0)
     return version
 
 
@@ -169,10 +169,10 @@ def _flash_sdpa() -> str:
 
     q = torch.randn(1, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        found = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        actual = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     with sdpa_kernel(SDPBackend.MATH):
         expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    _same(torch, found, expected, 2e-2)
+    _assert_close(torch, actual, expected, 2e-2)
     return "torch's flash attention"
 
 
@@ -183,7 +183,7 @@ def _flash_attn() -> str:
     q = torch.randn(1, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
     heads_first = q.transpose(1, 2)
     expected = torch.nn.functional.scaled_dot_product_attention(heads_first, heads_first, heads_first).transpose(1, 2)
-    _same(torch, flash_attn.flash_attn_func(q, q, q), expected, 2e-2)
+    _assert_close(torch, flash_attn.flash_attn_func(q, q, q), expected, 2e-2)
     return version
 
 
@@ -194,7 +194,7 @@ def _transformer_engine() -> str:
     te = importlib.import_module("transformer_engine.pytorch")
     layer = te.Linear(16, 16, params_dtype=torch.bfloat16, device="cuda")
     x = torch.randn(16, 16, device="cuda", dtype=torch.bfloat16)
-    _same(torch, layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), 5e-2)
+    _assert_close(torch, layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), 5e-2)
     return version
 
 
@@ -211,5 +211,5 @@ def _apex() -> str:
     overflow = torch.zeros(1, dtype=torch.int32, device="cuda")
     x = torch.ones(16, device="cuda")
     apply(amp.multi_tensor_scale, overflow, [[x], [x]], 3.0)
-    _same(torch, x.cpu(), torch.full((16,), 3.0), 0.0)
+    _assert_close(torch, x.cpu(), torch.full((16,), 3.0), 0.0)
     return version

@@ -1,4 +1,4 @@
-"""Linear with a forward multiplier that costs nothing: it goes into the GEMM's ``alpha``, forward and backward."""
+"""Linear with a forward multiplier, at no cost: it is the GEMM's ``alpha``, forward and backward."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: 
 
 @scaled_linear.implementation("torch", device=None, works=lambda: True)
 def _in_the_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """Never with a pass over x of its own; with alpha 1 it is ``F.linear``, bit for bit."""
+    """Without a separate pass over x; with alpha 1 it is ``F.linear``, bit for bit."""
     if alpha == 1.0:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        # Autocast casts the operands of torch's own ops only, and would leave the backward below mixed.
+        # Autocast casts operands of torch's own ops only: the backward of ``_ScaledLinear`` would get mixed types.
         out = _gemm(rows, weight.t(), bias, alpha)
     else:
         out = _ScaledLinear.apply(rows, weight, bias, alpha)
@@ -37,14 +37,14 @@ def _in_the_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: f
 
 
 def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-    """alpha * (a @ b) + bias in one GEMM call; beta 0 makes addmm ignore the placeholder it is given."""
+    """alpha * (a @ b) + bias in one GEMM call; with beta 0 addmm ignores its first operand."""
     if bias is None:
         return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)
     return torch.addmm(bias, a, b, alpha=alpha)
 
 
 class _ScaledLinear(torch.autograd.Function):
-    """autograd's own addmm would scale the gradient of x in a second pass; here alpha rides on both GEMMs."""
+    """autograd's addmm would scale the gradient of x in a second pass; here alpha is an argument of both GEMMs."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adaptive LayerNorm and the gated residual of a DiT block, per-sample shift, scale and gate over tokens."""
+"""Adaptive LayerNorm and gated residual of a DiT block: shift, scale and gate per sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megadit_kernels.registry import Op
 
 @Op
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm without affine, then the sample's own scale and shift: ``LN(x) * (1 + scale) + shift``.
+    """``LN(x) * (1 + scale) + shift``: LayerNorm without affine, then scale and shift per sample.
 
     x (B, T, n), shift and scale (B, n) -> (B, T, n).
     """
@@ -27,7 +27,7 @@ def _layer_norm_addcmul(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
 
 @Op
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """``x + gate * branch``, the gate of the sample: x and branch (B, T, n), gate (B, n) -> (B, T, n)."""
+    """``x + gate * branch``: x and branch (B, T, n), gate (B, n) -> (B, T, n)."""
     return x + gate.unsqueeze(1) * branch
 
 

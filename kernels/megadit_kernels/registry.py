@@ -1,4 +1,4 @@
-"""A fused operation: one name, a plain reference, and the implementations among which a call is dispatched."""
+"""``Op``: a fused operation with a reference and implementations, to which calls are dispatched."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Implementation(Generic[P]):
 
 
 class Op(Generic[P]):
-    """Made by decorating the reference, which says in plain torch what the operation computes.
+    """Decorator of the reference, which defines the operation in plain torch.
 
-    A call runs, by the device of its first operand, the implementation that was added last of those that work there,
-    and the reference where none does. Like the reference an implementation is differentiable; operands of an autograd
-    function of its own it takes through ``for_autocast``.
+    A call runs the latest added implementation that works on the device of its first operand, or the reference where
+    none does. Implementations are differentiable, as the reference is; an autograd function of theirs must take its
+    operands through ``for_autocast``.
     """
 
     def __init__(self, reference: Function[P]) -> None:
@@ -42,13 +42,13 @@ class Op(Generic[P]):
     def implementation(
         self, backend: str, *, device: str | None = "cuda", works: Callable[[], bool] | None = None
     ) -> Callable[[Function[P]], Function[P]]:
-        """Decorator that adds an implementation, called ``backend``.
+        """Decorator that adds the implementation ``backend``.
 
-        ``works``: whether this machine can run it, asked before its first use and not when it is added; by default what
-        ``megadit_kernels.backends`` finds of a backend of that name.
+        ``works``: whether this machine can run it, called before its first use; default: the probe of that name in
+        ``megadit_kernels.backends``.
 
         Raises:
-            ValueError: there is one of that name, or nothing tells whether it works.
+            ValueError: an implementation of that name exists, or there is neither ``works`` nor a probe.
         """
         if backend in self._implementations or backend == "reference":
             raise ValueError(f"{self.name}: there is an implementation {backend!r} already; choose another name")
@@ -58,20 +58,20 @@ class Op(Generic[P]):
             )
 
         def add(function: Function[P]) -> Function[P]:
-            found = works or functools.partial(backends.works, backend)
-            self._implementations[backend] = Implementation(function, device, found)
+            is_working = works or functools.partial(backends.works, backend)
+            self._implementations[backend] = Implementation(function, device, is_working)
             self._chosen.clear()
             return function
 
         return add
 
     def discard(self, backend: str) -> None:
-        """Take back an implementation."""
+        """Remove the implementation ``backend``, if there is one."""
         self._implementations.pop(backend, None)
         self._chosen.clear()
 
     def backend_on(self, device: str) -> str:
-        """The name of what runs on a device of this type: ``reference`` where no implementation works there."""
+        """Name of the implementation for this type of device; ``reference`` where none works."""
         for name, added in reversed(self._implementations.items()):
             if added.device in (None, device) and added.works():
                 return name
@@ -88,9 +88,9 @@ class Op(Generic[P]):
 
 
 def for_autocast(*operands: Tensor | None) -> list[Tensor | None]:
-    """Operands of an autograd function in the dtype of a surrounding autocast, which reaches torch's own ops only."""
-    device = next(part.device.type for part in operands if part is not None)
+    """Operands of an autograd function, cast as a surrounding autocast casts those of torch's own ops."""
+    device = next(operand.device.type for operand in operands if operand is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(operands)
     dtype = torch.get_autocast_dtype(device)
-    return [None if part is None else part.to(dtype) for part in operands]
+    return [None if operand is None else operand.to(dtype) for operand in operands]

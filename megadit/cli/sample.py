@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model_config.text is None and args.checkpoint == "latest":
         from megadit.diffusion.sampling.classes import chosen_classes
 
-        chosen_classes(args.run_dir, args.classes, model_config.num_classes, tell=False)
+        chosen_classes(args.run_dir, args.classes, model_config.num_classes, notes=False)
 
     from megadit.checkpoint.find import load_model
     from megadit.cli.encode import device_of

@@ -1,4 +1,4 @@
-"""What the network predicts while training, and how pictures are drawn from it."""
+"""Training objectives, and sampling."""
 
 from typing import TYPE_CHECKING
 

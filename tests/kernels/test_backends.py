@@ -61,7 +61,7 @@ def test_a_wrong_result_is_broken():
     import torch
 
     with pytest.raises(AssertionError):
-        backends._same(torch, torch.tensor(31.0), torch.tensor(32.0), 0.0)
+        backends._assert_close(torch, torch.tensor(31.0), torch.tensor(32.0), 0.0)
 
 
 def test_missing_hardware_is_missing_and_not_broken(monkeypatch):

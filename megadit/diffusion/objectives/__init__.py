@@ -1,4 +1,4 @@
-"""What the network learns to predict: DDPM's noise or velocity, flow matching's velocity, and REPA beside them."""
+"""Training objectives: DDPM (noise or v), flow matching, and the REPA loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def build_objective(
     config: ObjectiveConfig, *, learn_sigma: bool, num_classes: int = 0, null: Conditioning | None = None
 ) -> Objective:
-    """The objective for a model with these outputs and conditions. Raises UserError if they do not go together.
+    """The objective of ``objective.kind``. Raises UserError where the model's outputs do not fit it.
 
     null: the null conditions, a batch of one; by default the null label ``num_classes`` where there are classes.
     """

@@ -1,7 +1,7 @@
 """DDPM on a schedule of betas, with the learned range variance of improved DDPM (Nichol & Dhariwal 2021).
 
-The semantics are those of the DiT code: loss = mse + vb, both means over C, H, W, vb in bits, no weight between
-them. ``prediction: v`` swaps the target of the mse for v (Salimans & Ho 2022); the vb term stays the same.
+As in the DiT code: loss = mse + vb, both means over C, H, W, vb in bits, added without a weight. ``prediction: v``
+changes the target of the mse to v (Salimans & Ho 2022), and not the vb term.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megadit.diffusion.objectives.objective import (
 from megadit.errors import UserError
 from megadit.rng import batch_uniform
 
-# The first and the last of 1000 betas: DDPM's and DiT's; those of Stable Diffusion's and U-ViT's latents, whose roots
-# are evenly spaced.
+# First and last beta of 1000 steps. linear: of DDPM and DiT; scaled_linear, evenly spaced in the square root: of the
+# latents of Stable Diffusion and U-ViT.
 BETA_ENDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012)}
 )
@@ -35,10 +35,10 @@ BETA_STEPS = 1000
 
 
 def beta_ends(schedule: str, steps: int) -> tuple[float, float]:
-    """The first and the last beta of ``objective.beta_schedule`` at so many steps.
+    """First and last beta of ``objective.beta_schedule`` for a number of steps.
 
-    Those of 1000 steps, scaled by 1000 / steps so that alpha-bar agrees. Raises UserError if the scaled schedule leaves
-    (0, 1), which happens at 20 steps and fewer (linear) or 12 and fewer (scaled_linear).
+    Those of 1000 steps times 1000 / steps, so that alpha-bar agrees. Raises UserError where the last one is not below
+    1: at 20 steps and fewer (linear), or 12 and fewer (scaled_linear).
     """
     first, last = BETA_ENDS[schedule]
     scale = BETA_STEPS / steps
@@ -59,7 +59,7 @@ def schedule_betas(schedule: str, steps: int) -> Tensor:
 
 
 class NoiseSchedule:
-    """Tables of the forward process, built in float64 and read in float32 (Ho et al. 2020, eqs. 4 to 7)."""
+    """Tables of the forward process, computed in float64, used in float32 (Ho et al. 2020, eqs. 4 to 7)."""
 
     def __init__(self, steps: int, schedule: str = "linear") -> None:
         betas = schedule_betas(schedule, steps)
@@ -81,7 +81,7 @@ class NoiseSchedule:
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
 
     def table(self, name: str) -> Tensor:
-        """One whole table, float64 (steps,) on the CPU."""
+        """A table, float64 (steps,) on the CPU."""
         return self._tables[name]
 
     def at(self, name: str, steps: Tensor, dims: int = 1) -> Tensor:
@@ -166,7 +166,7 @@ class DDPMObjective(Objective):
         mean = from_x0 * self._denoised(prediction, noisy) + from_x * noisy.x
         bound = sample_mean(gaussian_kl(true_mean, low, mean, log_variance))
         first = steps == 0
-        # Few batches hold a step 0. Asking would make a GPU wait; on a CPU it saves half of the work.
+        # Few batches have a step 0. On a GPU the test would synchronize; on a CPU it saves half of the work.
         if not first.is_cpu or bool(first.any()):
             likelihood = sample_mean(discretized_log_likelihood(noisy.x0, mean, log_variance / 2.0))
             bound = torch.where(first, -likelihood, bound)

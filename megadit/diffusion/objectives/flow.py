@@ -22,7 +22,7 @@ from megadit.rng import batch_normal, batch_uniform
 class FlowObjective(Objective):
     """Predict the velocity noise - x0 at a uniform or logit-normal time, shifted for the resolution.
 
-    Raises UserError if the model learns a variance, which a velocity has no use for.
+    Raises UserError where ``learn_sigma`` is True, since a velocity has no variance.
     """
 
     def __init__(self, config: ObjectiveConfig, *, learn_sigma: bool, null: Conditioning | None) -> None:
@@ -61,5 +61,5 @@ def logit_normal_times(keys: Tensor, mean: float, std: float) -> Tensor:
 
 
 def shift_times(times: Tensor, shift: float) -> Tensor:
-    """Resolution shift s t / (1 + (s - 1) t), which spends more time on noise for s > 1 (Esser et al. 2024, eq. 23)."""
+    """Resolution shift s t / (1 + (s - 1) t), towards noise for s > 1 (Esser et al. 2024, eq. 23)."""
     return shift * times / (1.0 + (shift - 1.0) * times)

@@ -1,7 +1,7 @@
-"""``Objective``: what the network is asked to predict. A training step is ``prepare``, the model, ``loss``.
+"""``Objective``: noising and loss. A training step is ``prepare``, the model's forward pass, ``loss``.
 
-Every random draw is keyed by (seed, stream, global sample number), so a sample meets the same noise, time and
-label dropout whatever the batch split, the number of ranks or the device.
+Random numbers are keyed by (seed, stream, global sample number), so a sample's noise, timestep and label dropout do not
+depend on the batch split, the number of ranks or the device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MODEL_TIME = 1000.0  # models see times in [0, 1000], whatever the objective
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch on its way through the model.
+    """A noised batch: the model's inputs, and the targets of the loss.
 
     x: noisy input, float32 (B, C, H, W).  t: model time, float32 (B,) in [0, 1000].  cond: after label dropout.
-    x0, noise: what x was mixed from, float32 (B, C, H, W).
-    time01: position on the noise schedule, float32 (B,) in [0, 1], 1 being pure noise (for loss by time bin).
+    x0, noise: the clean samples and the noise of which x is a mixture, float32 (B, C, H, W).
+    time01: position on the noise schedule, float32 (B,) in [0, 1], 1 is pure noise (for the loss by time bin).
     steps: index into the discrete schedule, int64 (B,); None for flow matching.
     """
 
@@ -40,9 +40,9 @@ class NoisyBatch:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """``total``: per-sample loss, float32 (B,), what training averages. ``terms``: its parts by name, each (B,).
+    """``total``: loss per sample, float32 (B,), which training averages. ``terms``: its terms by name, each (B,).
 
-    Parts add up to the total, but for ``repa``, which is told before its weight.
+    The terms add up to the total, except ``repa``, which is unweighted.
     """
 
     total: Tensor
@@ -50,10 +50,10 @@ class LossTerms:
 
 
 class Objective(ABC):
-    """Shared draws; a subclass says how noise is mixed in and how the output is scored."""
+    """Base class: draws noise, timesteps and label dropout; subclasses define the mixture and the loss."""
 
     def __init__(self, *, null: Conditioning | None, label_dropout: float) -> None:
-        """null: the conditions, a batch of one, that take the place of dropped ones; None: nothing is dropped."""
+        """null: conditions, a batch of one, that replace dropped ones; None: no condition is dropped."""
         self.null = null
         self.label_dropout = label_dropout
 
@@ -70,16 +70,16 @@ class Objective(ABC):
     ) -> NoisyBatch:
         """Mix noise into clean samples.
 
-        x0: (B, C, H, W), any float dtype.  numbers: the B global sample numbers.  t01: fixed positions on the noise
-        schedule, (B,) in [0, 1], instead of drawn times; noise: fixed noise, (B, C, H, W); drop: False keeps every
-        condition. The last three serve the fixed-noise validation loss.
+        x0: (B, C, H, W), any float dtype.  numbers: the B global sample numbers.  For the validation loss, t01: fixed
+        positions on the noise schedule, (B,) in [0, 1], instead of random ones; noise: fixed noise, (B, C, H, W); drop:
+        False keeps every condition.
         """
         ids = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
         if len(ids) != x0.shape[0]:
             raise ValueError(f"numbers: {len(ids)} sample numbers for a batch of {x0.shape[0]}")
         x0 = x0.float()
         if t01 is None:
-            # A few numbers per sample: drawn on the CPU, where the keys are, rather than by a row of tiny kernels.
+            # One number per sample: on the CPU, where the keys are, instead of by a sequence of tiny kernels.
             t01 = self.draw_times(sample_keys(seed, "timestep", ids))
         if noise is None:
             noise = batch_normal(sample_keys(seed, "noise", ids).to(x0.device), x0.shape[1:])
@@ -100,11 +100,11 @@ class Objective(ABC):
 
     @abstractmethod
     def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
-        """The noisy batch at the given positions; everything float32 on one device."""
+        """The noisy batch at positions t01 (B,); all tensors are float32 on one device."""
 
     @abstractmethod
     def loss(self, output: Tensor, noisy: NoisyBatch) -> LossTerms:
-        """Score the model's output, (B, C or 2C, H, W) in any float dtype, in float32."""
+        """Loss of the model's output, (B, C or 2C, H, W) in any float dtype, computed in float32."""
 
 
 def sample_mean(values: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def sample_mean(values: Tensor) -> Tensor:
 
 
 def check_channels(output: Tensor, noisy: NoisyBatch, factor: int) -> None:
-    """Raise ValueError unless the output has ``factor`` times the input's channels and its other sizes."""
+    """Raise ValueError unless the output has the input's shape with ``factor`` times its channels."""
     batch, channels, *sides = noisy.x.shape
     if tuple(output.shape) != (batch, channels * factor, *sides):
         expected = (batch, channels * factor, *sides)

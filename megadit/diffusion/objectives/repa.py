@@ -1,6 +1,6 @@
-"""REPA (Yu et al., arXiv 2410.06940): a block's projected tokens are drawn towards a pretrained encoder's features.
+"""REPA (Yu et al., arXiv 2410.06940): aligns a block's projected tokens with the features of a pretrained encoder.
 
-The loss of a sample is the mean over its tokens of -cos(projected, target): from 1 to -1, at best -1.
+The loss of a sample is the mean over its tokens of -cos(projected, target), in [-1, 1]; the optimum is -1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megadit.diffusion.objectives.objective import LossTerms
 
-_TINY = 1e-6  # a shorter vector has no direction: its cosine counts 0, and nothing pulls it
+_TINY = 1e-6  # norm below which the cosine, and its gradient, is taken as 0
 
 
 def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
@@ -25,12 +25,12 @@ def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
 
 
 def with_alignment(terms: LossTerms, projected: Tensor, target: Tensor, weight: float) -> LossTerms:
-    """``terms`` with ``weight`` times the alignment loss in the total, and the loss itself as the part ``repa``."""
+    """``terms`` with ``weight`` times the alignment loss added to the total, and the loss itself as ``repa``."""
     repa = alignment_loss(projected, target)
     return LossTerms(total=terms.total + weight * repa, terms={**terms.terms, "repa": repa})
 
 
 def _directions(vectors: Tensor) -> Tensor:
-    """Vectors along the last dimension at length 1; zero, and without a gradient, where there is no direction."""
+    """Vectors along the last dimension, normalised to length 1; those below ``_TINY`` are 0 without a gradient."""
     squares = vectors.square().sum(-1, keepdim=True)
     return vectors * squares.clamp_min(_TINY**2).rsqrt() * (squares > _TINY**2)

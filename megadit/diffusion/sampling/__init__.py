@@ -1,1 +1,1 @@
-"""Pictures from a trained model: the loop over a scheduler, what is drawn, and the sheets that show it."""
+"""Sampling: the loop over a scheduler, the choice of conditions, and grids of the images."""

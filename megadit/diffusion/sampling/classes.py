@@ -1,4 +1,4 @@
-"""Class names of a run, from its directory, and the choice of classes on a command line."""
+"""Class names of a run directory, and the classes of a ``--classes`` option."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_DIGITS = 18
 
 
 def read_classes(run_dir: Path) -> list[str]:
-    """Class names by label, a JSON list; empty if the run has none. Raises UserError if it is something else."""
+    """Class names by label from the run's JSON list; empty where it has none. Raises UserError for another content."""
     path = run_dir / CLASSES_FILE
     if not path.is_file():
         return []
@@ -27,17 +27,17 @@ def read_classes(run_dir: Path) -> list[str]:
         raise UserError(f"{path}: cannot be read as class names ({reason}); remove it to use numbers") from None
     if not isinstance(names, list):
         raise UserError(f"{path}: is not a list of class names; remove it to use numbers")
-    strange = next((label for label, name in enumerate(names) if not isinstance(name, str)), None)
-    if strange is not None:
+    wrong = next((label for label, name in enumerate(names) if not isinstance(name, str)), None)
+    if wrong is not None:
         raise UserError(
-            f"{path}: is not a list of class names: that of label {strange} is {quoted(str(names[strange]))} and not a "
+            f"{path}: is not a list of class names: that of label {wrong} is {quoted(str(names[wrong]))} and not a "
             "text; write it in quotes, or remove the file to use numbers"
         )
     return names
 
 
 def check_count(run_dir: Path, names: Sequence[str], count: int) -> None:
-    """Raise UserError where ``names``, of ``read_classes``, are more than the model's classes."""
+    """Raise UserError where there are more ``names``, of ``read_classes``, than classes of the model."""
     if len(names) > count:
         raise UserError(
             f"{run_dir / CLASSES_FILE}: has {len(names)} names, but the model has {count} classes, so that they "
@@ -46,49 +46,53 @@ def check_count(run_dir: Path, names: Sequence[str], count: int) -> None:
 
 
 def chosen_classes(
-    run_dir: Path, given: str | Sequence[str] | None, count: int, *, tell: bool = True
+    run_dir: Path, choice: str | Sequence[str] | None, count: int, *, notes: bool = True
 ) -> tuple[list[str], list[int] | None]:
-    """The run's class names, and the labels of a choice as ``resolve_classes`` gives them. Needs no torch.
+    """The run's class names, and the labels of ``choice`` by ``resolve_classes``. Needs no torch.
 
-    tell: note it on stderr where some classes have no name. Raises UserError as all of the above and below do.
+    notes: print a note to stderr where some classes have no name. Raises UserError as ``read_classes``, ``check_count``
+    and ``resolve_classes`` do.
     """
     names = read_classes(run_dir)
     check_count(run_dir, names, count)
-    if tell and 0 < len(names) < count:
+    if notes and 0 < len(names) < count:
         say(f"note: {run_dir / CLASSES_FILE} has {len(names)} names for {count} classes; the others go by their labels")
-    return names, resolve_classes(given, names, count)
+    return names, resolve_classes(choice, names, count)
 
 
 def read_notice(run_dir: Path) -> str:
-    """Attribution of the data that the run was trained on; empty if none is asked for."""
+    """Attribution of the training data; empty where there is none."""
     path = run_dir / NOTICE_FILE
     return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
 
-def resolve_classes(given: str | Sequence[str] | None, names: Sequence[str], count: int) -> list[int] | None:
-    """Labels of a choice of classes; None if nothing is chosen.
+def resolve_classes(choice: str | Sequence[str] | None, names: Sequence[str], count: int) -> list[int] | None:
+    """Labels of a choice of classes; None where nothing is chosen.
 
-    given: one text, or those of a repeated option. Each is a class name, commas and all; else a JSON list, in which
-    texts are names and numbers labels; else names and labels with commas between. A name may be in another case where
-    that leaves one class. A number that is one class's name and another one's label is refused outside of a JSON list.
+    choice: one text, or those of a repeated option. Each is a class name, which may contain commas; else a JSON list,
+    in which texts are names and numbers are labels; else names and labels separated by commas. The case of a name may
+    differ where it is unambiguous. A number that is the name of one class and the label of another is refused outside
+    of a JSON list.
 
-    Raises UserError for what names no class or several, a label outside 0...count - 1, or an unconditional model (count
-    0).
+    Raises UserError for a text that is no class or several, a label outside 0...count - 1, and an unconditional model
+    (count 0).
     """
-    if given is None:
+    if choice is None:
         return None
-    texts = [given] if isinstance(given, str) else list(given)
+    texts = [choice] if isinstance(choice, str) else list(choice)
     if count == 0:
         shown = quoted(", ".join(texts))
         raise UserError(f"--classes: {shown} cannot be chosen, the model is unconditional; leave --classes out")
-    choice = _Choice(ClassNames(names), count)
-    chosen = [label for text in texts for label in choice.labels(text)]
-    if not chosen:
+    parser = _ClassesParser(ClassNames(names), count)
+    labels = [label for text in texts for label in parser.labels(text)]
+    if not labels:
         raise UserError("--classes: is empty; give labels or names, or leave it out")
-    return chosen
+    return labels
 
 
-class _Choice:
+class _ClassesParser:
+    """Parses ``--classes`` against the class names and the number of classes."""
+
     def __init__(self, names: ClassNames, count: int) -> None:
         self.names, self.count = names, count
 
@@ -105,9 +109,9 @@ class _Choice:
 
     def _list(self, text: str) -> Iterator[int]:
         parts = text.split(",")
-        whole = self.names.any_case(text)
-        if whole and not all(self.names.any_case(part) for part in parts):
-            yield self._named(text, whole)
+        as_one_name = self.names.any_case(text)
+        if as_one_name and not all(self.names.any_case(part) for part in parts):
+            yield self._named(text, as_one_name)
             return
         self._refuse_commas_in_names(parts)
         for part in parts:
@@ -115,7 +119,7 @@ class _Choice:
                 yield self._one(part)
 
     def _refuse_commas_in_names(self, parts: Sequence[str]) -> None:
-        """What lies between two commas may be a part of a name; which is meant is not guessed."""
+        """Raise UserError where several parts joined are a class name: whether that is meant is not guessed."""
         most = max((name.count(",") for name in self.names.names), default=0)
         for start in range(len(parts)):
             for end in range(start + 2, min(start + most + 1, len(parts)) + 1):
@@ -144,7 +148,7 @@ class _Choice:
                 )
 
     def _one(self, text: str) -> int:
-        """A name or a label, where it can only be one of the two."""
+        """The class of a name or a label. Raises UserError where it could be either."""
         number = text.strip()
         named = self.names.any_case(text)
         if not _NUMBER.fullmatch(number):

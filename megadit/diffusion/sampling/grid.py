@@ -1,4 +1,4 @@
-"""Contact sheets: one PNG of many pictures, with titles over columns, captions under tiles and a footer."""
+"""Grids of images as one PNG, with titles above columns, captions below tiles and a footer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GAP = 4  # pixels between tiles
-SMALLEST_TILE = 64  # smaller pictures are enlarged by a whole factor, so that they can be seen
+SMALLEST_TILE = 64  # pixels; smaller images are enlarged by an integer factor
 FONT_SIZE, LINE = 11, 14
 _NARROWEST = 2  # pixels of a letter
 INK, PAPER = (60, 60, 60), (255, 255, 255)
@@ -34,7 +34,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid_columns(count: int) -> int:
-    """Columns of the most nearly square sheet of ``count`` tiles."""
+    """Number of columns of a grid of ``count`` tiles that is closest to a square."""
     return math.ceil(math.sqrt(count))
 
 
@@ -47,19 +47,19 @@ def save_grid(
     captions: Sequence[str] = (),
     footer: str = "",
 ) -> Path:
-    """Write a contact sheet and return its path; the file appears whole or not at all.
+    """Write a grid of images atomically, and return its path.
 
-    images: uint8 (N, 1 or 3, H, W).  columns: default the nearest to a square.  titles: one per column.  captions:
-    one per picture.  footer: a line below, e.g. an attribution. Raises UserError if ``path`` cannot be written.
+    images: uint8 (N, 1 or 3, H, W).  columns: default ``grid_columns``.  titles: one per column.  captions: one per
+    image.  footer: text below, such as an attribution. Raises UserError where ``path`` cannot be written.
     """
     sheet = draw_grid(images, columns=columns, titles=titles, captions=captions, footer=footer)
     return _write_whole(path, lambda file: sheet.save(file, format="PNG"))
 
 
 def save_npz(pictures: Tensor, path: Path) -> Path:
-    """Write pictures, uint8 (N, C, H, W), as ``arr_0`` of shape (N, H, W, 3), which the ADM evaluator reads.
+    """Write images, uint8 (N, C, H, W), as ``arr_0`` (N, H, W, 3), the format of the ADM evaluator.
 
-    Grey ones are repeated over three channels. Raises UserError if ``path`` cannot be written.
+    Grey images are repeated over three channels. Raises UserError where ``path`` cannot be written.
     """
     import numpy as np
 
@@ -68,7 +68,7 @@ def save_npz(pictures: Tensor, path: Path) -> Path:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> Path:
-    """Let ``write`` fill a temporary file, then give it its name."""
+    """Write a file atomically, by ``write``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -86,7 +86,7 @@ def draw_grid(
     captions: Sequence[str] = (),
     footer: str = "",
 ) -> Image.Image:
-    """The sheet of ``save_grid`` as a PIL image."""
+    """The grid of ``save_grid`` as a PIL image."""
     from PIL import Image, ImageDraw
 
     count, _, height, width = images.shape
@@ -119,7 +119,7 @@ def draw_grid(
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where things lie, in pixels."""
+    """Positions of tiles and texts, in pixels."""
 
     columns: int
     rows: int
@@ -143,7 +143,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Text:
-    """Text of one font, broken to a width in pixels."""
+    """Wraps and draws text of one font at a width in pixels."""
 
     font: Any
     width: int
@@ -155,20 +155,20 @@ class _Text:
         return _Text(ImageFont.load_default(size=FONT_SIZE), width)
 
     def wrap(self, text: str, *, width: int | None = None, lines: int = 2) -> list[str]:
-        """At most ``lines`` lines; what does not fit is cut off with dots."""
+        """The text in at most ``lines`` lines, cut with dots where it does not fit."""
         limit = width or self.width
-        most = lines * int(limit) // _NARROWEST + 1  # all that is left is measured for every line, word by word
-        rest = " ".join(replace_surrogates(text[: 8 * most]).split())[:most]
+        most = lines * int(limit) // _NARROWEST + 1  # cut early: each line measures all of the remaining text
+        remaining = " ".join(replace_surrogates(text[: 8 * most]).split())[:most]
         result: list[str] = []
-        while rest and len(result) < lines:
-            taken = self._longest(rest, limit)
-            if len(result) == lines - 1 and taken < len(rest):
-                while taken > 1 and self._length(rest[:taken] + "...") > limit:
-                    taken -= 1
-                result.append(rest[:taken].rstrip() + "...")
+        while remaining and len(result) < lines:
+            length = self._longest(remaining, limit)
+            if len(result) == lines - 1 and length < len(remaining):
+                while length > 1 and self._length(remaining[:length] + "...") > limit:
+                    length -= 1
+                result.append(remaining[:length].rstrip() + "...")
                 break
-            result.append(rest[:taken].rstrip())
-            rest = rest[taken:].lstrip()
+            result.append(remaining[:length].rstrip())
+            remaining = remaining[length:].lstrip()
         return result
 
     def write(self, pen: Any, left: int, top: int, lines: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ class _Text:
             pen.text((left, top + number * LINE), line, fill=INK, font=self.font)
 
     def _longest(self, text: str, limit: int) -> int:
-        """Characters of the first line: whole words if one fits, else as much of the word as fits."""
+        """Number of characters that fit on a line: whole words, or a part of the first one."""
         if self._length(text) <= limit:
             return len(text)
         ends = [index for index, letter in enumerate(text) if letter == " " and self._length(text[:index]) <= limit]
@@ -189,7 +189,7 @@ class _Text:
 
 
 def _picture(pixels: Tensor) -> Image.Image:
-    """uint8 (1 or 3, H, W) -> an RGB picture; other channel counts show the first three, or the first one."""
+    """uint8 (C, H, W) -> an RGB image of the first three channels, or of the first one as grey."""
     from PIL import Image
 
     shown = pixels[:3] if pixels.shape[0] >= 3 else pixels[:1].expand(3, -1, -1)

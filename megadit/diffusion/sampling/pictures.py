@@ -1,4 +1,4 @@
-"""Pictures from a model: samples in batches, decoded to 8 bits, and laid out as a grid by class or prompt."""
+"""Samples images in batches, decodes them to 8 bits, and lays them out as a grid by class or prompt."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megadit.diffusion.sampling.grid import grid_columns, save_grid, to_uint8
 from megadit.diffusion.sampling.sample import sample
 
 MOST_COLUMNS = 16  # up to this many classes or prompts, each gets a column of its own
-MOST_TILES = 1024  # a sheet of more could not be looked at; the npz of launch/sample.py holds them all
+MOST_TILES = 1024  # of a grid; the npz of launch/sample.py holds all images
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """What pictures show: picture i the subject i mod K.
+    """K classes or prompts to sample: image i has the subject i mod K.
 
-    cond: conditions of the K subjects; without a field for an unconditional model.  null: a batch of one, if the model
-    has learned it.  names: of the K subjects, to be written beside pictures; empty where there are no conditions.
+    cond: conditions of the K subjects; empty for an unconditional model.  null: the null conditions, a batch of one;
+    None where the model was not trained with them.  names: labels of the K subjects in grids; empty without conditions.
     """
 
     cond: Conditioning
@@ -33,32 +33,32 @@ class Subjects:
     names: tuple[str, ...] = ()
 
     def of(self, numbers: Sequence[int]) -> tuple[Conditioning, Conditioning | None]:
-        """Conditions of these pictures, and the null ones."""
+        """Conditions of the images ``numbers``, and null conditions of the same batch size."""
         count = self.cond.batch_size
         if count is None:
             return Conditioning(), None
         chosen = self.cond[[number % count for number in numbers]]
-        everywhere = torch.ones(len(numbers), dtype=torch.bool)
-        return chosen, None if self.null is None else chosen.dropped(everywhere, self.null)
+        all_samples = torch.ones(len(numbers), dtype=torch.bool)
+        return chosen, None if self.null is None else chosen.dropped(all_samples, self.null)
 
     def names_of(self, count: int) -> list[str]:
-        """The name of every one of ``count`` pictures; empty without names."""
+        """The names of the first ``count`` images; empty without names."""
         return [self.names[number % len(self.names)] for number in range(count)] if self.names else []
 
     def labels_of(self, count: int) -> list[int] | None:
-        """The class of every one of ``count`` pictures; None where subjects are no classes."""
+        """The labels of the first ``count`` images; None where subjects are no classes."""
         labels = self.cond.labels
         return None if labels is None else [int(labels[number % len(labels)]) for number in range(count)]
 
     def prompts_of(self, count: int) -> list[str] | None:
-        """The text of every one of ``count`` pictures; None where subjects are no texts."""
+        """The prompts of the first ``count`` images; None where subjects are no texts."""
         return None if self.cond.text is None else self.names_of(count)
 
 
 def class_subjects(config: RunConfig, classes: Sequence[str], labels: Sequence[int] | None = None) -> Subjects:
-    """The classes of a grid, in turn; nothing for an unconditional model.
+    """Classes as subjects; none for an unconditional model.
 
-    classes: names by label; may be empty.  labels: the classes to show; default ``grid_labels`` of all.
+    classes: names by label; may be empty.  labels: the classes to sample; default ``grid_labels`` of all.
     """
     if config.model.num_classes == 0:
         return Subjects(Conditioning())
@@ -70,12 +70,12 @@ def class_subjects(config: RunConfig, classes: Sequence[str], labels: Sequence[i
 
 
 def text_subjects(config: RunConfig, texts: Sequence[str], cond: Conditioning, null: Conditioning | None) -> Subjects:
-    """The texts of a grid, in turn. cond: their features.  null: those of no text."""
+    """Prompts as subjects. cond: their features.  null: those of the null caption."""
     return Subjects(cond, null if config.objective.label_dropout > 0 else None, tuple(texts))
 
 
 def grid_labels(classes: int, count: int) -> list[int]:
-    """The classes shown by a grid of ``count`` pictures: all in turn, or, if too many, an even choice of them."""
+    """The classes of a grid of ``count`` images: all, or where they are more, evenly spaced ones."""
     return evenly_spaced(range(classes), count)
 
 
@@ -89,15 +89,15 @@ def sample_pictures(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
 ) -> Tensor:
-    """Draw pictures: uint8 (N, C, H, W) on the CPU.
+    """Sample images: uint8 (N, C, H, W) on the CPU.
 
-    numbers: which, default 0...``config.sample.count`` - 1 (ranks may each draw their share). Picture i depends on
+    numbers: image numbers, default 0...``config.sample.count`` - 1; ranks may each sample a share. Image i depends on
     ``config.sample.seed``, i and its subject only. Raises UserError as ``megadit.diffusion.sampling.sample`` does.
     """
-    wanted = range(config.sample.count) if numbers is None else numbers
+    numbers = range(config.sample.count) if numbers is None else numbers
     pictures = []
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
+    for start in range(0, len(numbers), batch_size):
+        part = numbers[start : start + batch_size]
         cond, null_cond = subjects.of(part)
         latents = sample(
             model,
@@ -114,10 +114,10 @@ def sample_pictures(
 
 
 def save_subject_grid(pictures: Tensor, subjects: Subjects, path: Path, *, notice: str = "") -> Path:
-    """Write (the first 1024) pictures as a grid: a titled column per class or prompt where they go round, so that a
-    column's rows differ by their noise, else a caption under each.
+    """Write the first 1024 images as a grid and return ``path``.
 
-    notice: attribution, written below the grid. Returns ``path``.
+    Where the subjects repeat, each has a titled column whose rows differ by their noise; else each image has a caption.
+    notice: attribution, written below the grid.
     """
     pictures = pictures[:MOST_TILES]
     names = subjects.names_of(len(pictures))
@@ -125,14 +125,14 @@ def save_subject_grid(pictures: Tensor, subjects: Subjects, path: Path, *, notic
         return save_grid(pictures, path, footer=notice)
     period = _period(names)
     if period is not None:
-        # Repeated until the sheet is about square, so that a few classes do not make one long column.
+        # Columns are repeated until the grid is about square.
         columns = min(period * max(1, grid_columns(len(names)) // period), len(names))
         return save_grid(pictures, path, columns=columns, titles=names[:columns], footer=notice)
     return save_grid(pictures, path, captions=names, footer=notice)
 
 
 def _period(names: Sequence[str]) -> int | None:
-    """The smallest p such that the names repeat every p pictures; None if there is none small enough for columns."""
+    """The smallest p up to ``MOST_COLUMNS`` such that the names repeat every p images; None if there is none."""
     for period in range(1, MOST_COLUMNS + 1):
         if all(a == b for a, b in zip(names, names[period:], strict=False)):
             return period

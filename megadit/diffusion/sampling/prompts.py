@@ -1,4 +1,4 @@
-"""What ``launch/sample.py`` draws from a finished run: the classes or texts of its command line, or the run's own."""
+"""Subjects of ``launch/sample.py``: the classes or prompts of its command line, or those of the run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def chosen_subjects(
     prompts_file: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Subjects:
-    """The subjects of these choices, by default those that the run's own grids show.
+    """The subjects of these classes or prompts, by default those of the run's own grids.
 
-    Raises UserError for a choice that the model does not have, or a text longer than it takes.
+    Raises UserError for a class that the model does not have, a kind of condition that it does not take, and a text
+    that is too long.
     """
     from megadit.diffusion.sampling.pictures import class_subjects
 
@@ -52,29 +53,29 @@ def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: tor
     from megadit.diffusion.sampling.pictures import text_subjects
 
     assert config.model.text is not None
-    length, kept = config.model.text.max_length, (run_dir / NULL_TEXT_FILE).is_file()
+    length, has_null_text = config.model.text.max_length, (run_dir / NULL_TEXT_FILE).is_file()
     if not texts and not (run_dir / PROMPTS_FILE).exists():
         raise UserError(
             f"--prompt: is needed, since '{run_dir}' keeps no prompts of its own; give one, or --prompts FILE"
         )
     if not texts:
         null, _ = load_conditions(run_dir / NULL_TEXT_FILE)
-        cond, own = load_conditions(run_dir / PROMPTS_FILE)
+        cond, stored_prompts = load_conditions(run_dir / PROMPTS_FILE)
         cond, null = drop_unused_mask(cond, config.model.text), drop_unused_mask(null, config.model.text)
-        return text_subjects(config, own, cond, null)
+        return text_subjects(config, stored_prompts, cond, null)
     encoder = build_encoder(config.data.text, device)
     check_encoder(encoder, config.model.text)
     check_lengths(encoder, texts, length, "--prompt")
-    # A converted run keeps no null text, where the model has none of its own: it is the empty text, as in training.
-    null = load_conditions(run_dir / NULL_TEXT_FILE)[0] if kept else encoder.encode([""], length)
+    # A converted run has no stored null text where its model has none: it is the empty text, as in training.
+    null = load_conditions(run_dir / NULL_TEXT_FILE)[0] if has_null_text else encoder.encode([""], length)
     cond = drop_unused_mask(encoder.encode(texts, length), config.model.text)
     return text_subjects(config, texts, cond, drop_unused_mask(null, config.model.text))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty; a line ends at \\n, \\r\\n or, in files of old, \\r.
+    """The lines of a text file that are not empty; a line ends at \\n, \\r\\n or \\r.
 
-    Raises UserError if there are none, or the file is not text.
+    Raises UserError where there are none, or the file is not text.
     """
     remedy = "give a text file of a prompt a line"
     try:
@@ -90,7 +91,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def check_prompts(texts: Sequence[str]) -> None:
-    """Raise UserError for a ``--prompt`` that is not UTF-8, as a terminal of another encoding may give it."""
-    strange = next((text for text in texts if has_lone_surrogate(text)), None)
-    if strange is not None:
-        raise UserError(f"--prompt: {strange[:60]!r} is not UTF-8; write it into a file in UTF-8 for --prompts FILE")
+    """Raise UserError for a ``--prompt`` that is not UTF-8, as from a terminal of another encoding."""
+    not_utf8 = next((text for text in texts if has_lone_surrogate(text)), None)
+    if not_utf8 is not None:
+        raise UserError(f"--prompt: {not_utf8[:60]!r} is not UTF-8; write it into a file in UTF-8 for --prompts FILE")

@@ -1,7 +1,7 @@
-"""From noise to samples: the loop over a diffusers scheduler with classifier-free guidance.
+"""Sampling: the loop over a diffusers scheduler with classifier-free guidance.
 
-Picture number i under a seed is the same whatever batch it is drawn in and on whatever device: its first noise and
-the noise of its steps are keyed by (seed, i).
+The initial noise and the noise of the steps of image i are keyed by (seed, i), so that image i does not depend on batch
+or device.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def sample(
     null_cond: Conditioning | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw one batch: float32 (B, C, H, W) on ``device``, in the model's (latent) space.
+    """Sample one batch: float32 (B, C, H, W) on ``device``, in the model's (latent) space.
 
-    numbers: the B picture numbers; with ``config.seed`` they name the noise.  cond: conditions of the B pictures.
-    null_cond: the same batch without its conditions, needed when ``config.guidance`` is not 1.
-    Raises UserError if scheduler, steps or guidance do not suit the model. The model is left in its mode.
+    numbers: the B image numbers, the keys of the noise with ``config.seed``.  cond: conditions of the B images.
+    null_cond: null conditions of the B images, needed where ``config.guidance`` is not 1.
+    Raises UserError where scheduler, steps or guidance do not fit the model. The model's mode is restored.
     """
     shape = (model_config.in_channels, model_config.input_size, model_config.input_size)
     if cond.batch_size not in (None, len(numbers)):
@@ -67,7 +67,7 @@ def guided(
     """The model as a function of (x, model time) -> float32 (B, C or 2C, H, W), with classifier-free guidance.
 
     uncond + scale * (cond - uncond) on the first ``guidance_channels`` channels (default: all of the prediction; the
-    DiT code takes 3 of 4); the others, the variance among them, are the conditional ones. One pass over 2B samples,
+    DiT code guides 3 of 4); other channels, and the variance, are the conditional ones. One forward pass of 2B samples,
     the conditional half first (Ho & Salimans 2022).
     """
     if config.guidance == 1.0:
@@ -96,13 +96,13 @@ def _call(model: nn.Module, x: Tensor, time: float, cond: Conditioning) -> Tenso
 
 
 def step_noise(seed: int, number: int) -> torch.Generator:
-    """The noise of one picture's steps: on the CPU, so that every device draws the same."""
+    """The generator of the noise of image ``number``'s steps; on the CPU, so that it is the same for every device."""
     return torch.Generator().manual_seed(stream_key(seed, "sample-step", number))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode of ``model`` after."""
+    """Puts ``model`` in evaluation mode, and restores its mode at the end."""
     training = model.training
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""Samplers: which diffusers scheduler runs, at which steps, and what time the model is told at each of them.
+"""Samplers: a diffusers scheduler, its timesteps, and the model time of each.
 
-diffusers is given the steps explicitly. Its own spacings would miss the last step's exact length (DDIM rounds
-T / steps down), put an almost empty last step at sigma = 1/1000 (flow), or shift a flow's last sigma twice.
+The timesteps are set explicitly. diffusers' own spacings end at the wrong step (DDIM rounds T / steps down), add a
+nearly empty last step at sigma = 1/1000 (flow), or shift a flow's last sigma twice.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megadit.optional import import_diffusers
 
 @dataclass(frozen=True)
 class Sampler:
-    """One sampling run: a diffusers scheduler with its steps set, and how the model is called.
+    """A diffusers scheduler with its timesteps set, and the model times.
 
-    times: what ``scheduler.step`` is given, one entry per step, on the CPU.  model_times: what the model is told, in
-    [0, 1000].  uses_variance: whether the learned variance goes to the scheduler.
+    times: the timestep argument of ``scheduler.step``, one entry per step, on the CPU.  model_times: the model's t at
+    each step, in [0, 1000].  uses_variance: whether ``scheduler.step`` takes the learned variance.
     """
 
     scheduler: Any
@@ -34,7 +34,7 @@ class Sampler:
 
 
 def build_sampler(objective: ObjectiveConfig, config: SampleConfig, *, learn_sigma: bool) -> Sampler:
-    """The sampler for a model trained with ``objective``. Raises UserError if the two do not go together."""
+    """The sampler of ``config`` for a model trained with ``objective``. Raises UserError where they do not fit."""
     name = scheduler_name(objective, config)
     if objective.kind == "flow":
         return _flow_sampler(objective, config)
@@ -44,8 +44,8 @@ def build_sampler(objective: ObjectiveConfig, config: SampleConfig, *, learn_sig
 def spaced_steps(total: int, count: int, *, down_to_zero: bool = True) -> list[int]:
     """``count`` of ``total`` training steps, evenly spaced and descending from total - 1.
 
-    They end at step 0, as DiT respaces its schedule, or one interval before it. A single step is total - 1.
-    Raises UserError if there are not that many.
+    They end at step 0, as in DiT's respacing, or one interval before it. A single step is total - 1. Raises UserError
+    where ``total`` is too small.
     """
     check_steps(total, count, down_to_zero=down_to_zero)
     intervals = count - 1 if down_to_zero else count
@@ -65,7 +65,7 @@ def _ddpm_sampler(name: str, objective: ObjectiveConfig, config: SampleConfig, l
         variance = "learned_range" if learn_sigma else "fixed_small"
         scheduler = diffusers.DDPMScheduler(**common, variance_type=variance, clip_sample=False)
     else:
-        # DPM-Solver++ of order 1 is DDIM (Lu et al. 2022, section 4), and right at any number of steps.
+        # DPM-Solver++ of order 1 is DDIM (Lu et al. 2022, section 4), with exact last steps.
         order = 1 if name == "ddim" else 2
         scheduler = diffusers.DPMSolverMultistepScheduler(**common, solver_order=order, algorithm_type="dpmsolver++")
     steps = spaced_steps(total, config.steps, down_to_zero=ends_at_zero(name))

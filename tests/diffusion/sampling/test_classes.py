@@ -76,7 +76,7 @@ def test_more_names_than_classes_are_refused_and_fewer_told(tmp_path, capsys):
     assert chosen_classes(tmp_path, "1", 3) == ([], [1])
     write_json(tmp_path / "classes.json", NAMES)
     assert chosen_classes(tmp_path, None, 3) == (NAMES, None)
-    assert chosen_classes(tmp_path, "4", 5, tell=False) == (NAMES, [4])
+    assert chosen_classes(tmp_path, "4", 5, notes=False) == (NAMES, [4])
     assert capsys.readouterr().err == ""
     chosen_classes(tmp_path, None, 5)
     assert "classes.json has 3 names for 5 classes; the others go by their labels" in capsys.readouterr().err
