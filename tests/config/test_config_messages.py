@@ -190,8 +190,8 @@ def test_files_that_are_none(tmp_path: Path):
     assert refused("zzzzzz") == "--config: no file zzzzzz; configs/README.md lists ours"
     assert refused(tmp_path) == f"--config: {tmp_path} is a folder; name a .yaml file in it"
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
-    told = "is not a text file (it begins as UTF-16-LE and is none (truncated data at byte 2)); save it as UTF-8"
-    assert refused(tmp_path / "b.yaml").endswith(told)
+    sentence = "is not a text file (it begins as UTF-16-LE and is none (truncated data at byte 2)); save it as UTF-8"
+    assert refused(tmp_path / "b.yaml").endswith(sentence)
 
 
 def test_nothing_is_evaluated(tmp_path: Path):

@@ -43,17 +43,17 @@ def test_every_combination_agrees_with_trying_all(world: int):
     totals, micros, steps = (None, 6, 16, 24, 48), (None, 1, 3, 4, 8), (None, 1, 2, 5)
     outcomes = {True: 0, False: 0}
     for total, micro, accumulation, default_micro in itertools.product(totals, micros, steps, (None, 3, 4, 100)):
-        wanted = possible(world, total, micro, accumulation, default=48)
-        outcomes[bool(wanted)] += 1
-        if not wanted:
+        plans = possible(world, total, micro, accumulation, default=48)
+        outcomes[bool(plans)] += 1
+        if not plans:
             with pytest.raises(UserError):
                 plan(world, total, micro, accumulation, 48, default_micro)
             continue
-        got = plan(world, total, micro, accumulation, 48, default_micro)
-        assert got in wanted
+        batch_plan = plan(world, total, micro, accumulation, 48, default_micro)
+        assert batch_plan in plans
         if micro is None and accumulation is None:
-            limit = default_micro or got.global_batch
-            assert got.micro_batch == max(p.micro_batch for p in wanted if p.micro_batch <= limit)
+            limit = default_micro or batch_plan.global_batch
+            assert batch_plan.micro_batch == max(p.micro_batch for p in plans if p.micro_batch <= limit)
     assert min(outcomes.values()) > 20
 
 

@@ -309,8 +309,8 @@ class TestOffload:
         merged = merge_ds_config(as_default(tmp_path), OFFLOAD, 1)
         assert merged.config.optim.implementation == "auto"
         assert merged.ds_config["zero_force_ds_cpu_optimizer"] is False
-        asked = as_default(tmp_path, BASE, "optim.implementation=deepspeed-cpu")
-        assert merge_ds_config(asked, OFFLOAD, 1).ds_config["zero_force_ds_cpu_optimizer"] is True
+        loaded = as_default(tmp_path, BASE, "optim.implementation=deepspeed-cpu")
+        assert merge_ds_config(loaded, OFFLOAD, 1).ds_config["zero_force_ds_cpu_optimizer"] is True
 
     def test_an_explicit_force_asks_for_deepspeed(self, tmp_path: Path):
         ds = {**OFFLOAD, "zero_force_ds_cpu_optimizer": True}

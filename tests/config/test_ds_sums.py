@@ -21,8 +21,8 @@ def merged(ds: dict[str, Any] | None = None, world: int = 2, precision: str = "b
 
 
 def types(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    found = merged(*args, **kwargs).ds_config
-    return found.get("data_types", {}).get("grad_accum_dtype"), found.get("communication_data_type")
+    ds_config = merged(*args, **kwargs).ds_config
+    return ds_config.get("data_types", {}).get("grad_accum_dtype"), ds_config.get("communication_data_type")
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_sums_in_sixteen_bits_are_a_choice_that_is_told():
     assert merged({"data_types": BF16}, micro=8).warnings == ()  # nothing is added up
 
 
-@pytest.mark.parametrize(("precision", "told"), [("bf16", "half"), ("fp16", "bf16"), ("fp32", "bf16")])
-def test_sums_do_not_round_to_another_type_than_the_gradients(precision, told):
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "half"), ("fp16", "bf16"), ("fp32", "bf16")])
+def test_sums_do_not_round_to_another_type_than_the_gradients(precision, dtype):
     with pytest.raises(UserError) as caught:
-        merged({"data_types": {"grad_accum_dtype": told}}, precision=precision)
-    assert f"grad_accum_dtype: {told} would round the gradients of train.precision: {precision}" in str(caught.value)
+        merged({"data_types": {"grad_accum_dtype": dtype}}, precision=precision)
+    assert f"grad_accum_dtype: {dtype} would round the gradients of train.precision: {precision}" in str(caught.value)
     assert merged({"data_types": FP32}, precision=precision).warnings == ()
 
 

@@ -184,8 +184,8 @@ def test_a_choice_that_does_not_read_it_refuses_it(key: str, condition: ReadCond
         merge_ds_config(load(config, [*overrides, f"{key}={other_value(key)}"]), {}, 1)
     message = str(raised.value).partition("\n")[0]
     assert message.startswith((f"{key}: ", f"{key.rpartition('.')[0]}: "))
-    told = OTHERWISE_TOLD.get(key, condition.key.rpartition(".")[2])
-    assert told in message or value in message
+    named = OTHERWISE_TOLD.get(key, condition.key.rpartition(".")[2])
+    assert named in message or value in message
 
 
 @pytest.mark.parametrize("key", CONDITIONAL)

@@ -199,8 +199,8 @@ class TestFiles:
         values |= {"numbers": [0, -3, 1e-5, 1e22, 0.1, 2**62], "truth": [True, False, None]}
         text = dump_yaml(values)
         assert yaml.safe_load(text) == values
-        back = resolve_scalars(parse_yaml(text))
-        assert back == values and all(type(value) is str for value in back["010"][:1])
+        reread = resolve_scalars(parse_yaml(text))
+        assert reread == values and all(type(value) is str for value in reread["010"][:1])
 
 
 class TestOverrides:

@@ -38,8 +38,8 @@ def raising(error):
 
 def test_every_backend_answers():
     for name in backend_names():
-        found = backend(name)
-        assert found.name == name and found.detail and found.works == (found.state == "ok") == works(name)
+        probe = backend(name)
+        assert probe.name == name and probe.detail and probe.works == (probe.state == "ok") == works(name)
 
 
 def test_an_unknown_name_is_an_error():
@@ -52,9 +52,9 @@ def test_an_unknown_name_is_an_error():
 )
 def test_whatever_a_probe_raises_is_kept_as_the_reason(monkeypatch, error):
     plant(monkeypatch, raising(error))
-    found = backend("planted")
-    assert (found.state, found.works) == ("broken", False)
-    assert found.detail == f"{type(error).__name__}: no driver"
+    probe = backend("planted")
+    assert (probe.state, probe.works) == ("broken", False)
+    assert probe.detail == f"{type(error).__name__}: no driver"
 
 
 def test_a_wrong_result_is_broken():
@@ -66,8 +66,8 @@ def test_a_wrong_result_is_broken():
 
 def test_missing_hardware_is_missing_and_not_broken(monkeypatch):
     plant(monkeypatch, raising(Unavailable("no GPU", "buy one")))
-    found = backend("planted")
-    assert (found.state, found.detail, found.remedy) == ("missing", "no GPU", "buy one")
+    probe = backend("planted")
+    assert (probe.state, probe.detail, probe.remedy) == ("missing", "no GPU", "buy one")
 
 
 def test_each_answer_is_found_once(monkeypatch):
@@ -79,8 +79,8 @@ def test_each_answer_is_found_once(monkeypatch):
 def test_the_other_package_called_apex_is_not_taken_for_nvidias(monkeypatch, tmp_path):
     (tmp_path / "apex.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = backend("apex")
-    assert found.state == "missing" and "not NVIDIA's" in found.detail
+    probe = backend("apex")
+    assert probe.state == "missing" and "not NVIDIA's" in probe.detail
 
 
 def test_an_installed_gpu_library_without_a_gpu_is_told_apart(monkeypatch, tmp_path):
@@ -90,8 +90,8 @@ def test_an_installed_gpu_library_without_a_gpu_is_told_apart(monkeypatch, tmp_p
         pytest.skip("there is a GPU")
     (tmp_path / "flash_attn.py").write_text("raise RuntimeError('must not be imported without a GPU')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = backend("flash-attn")
-    assert found.state == "missing" and "is installed, but" in found.detail
+    probe = backend("flash-attn")
+    assert probe.state == "missing" and "is installed, but" in probe.detail
 
 
 def test_asking_for_nothing_imports_nothing():
@@ -106,5 +106,5 @@ def test_asking_for_nothing_imports_nothing():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["cuda", "bf16", "triton", "flash-sdpa"])
 def test_what_every_recent_gpu_has_works(name):
-    found = backend(name)
-    assert found.works, found
+    probe = backend(name)
+    assert probe.works, probe

@@ -36,18 +36,18 @@ def test_without_an_implementation_the_reference_runs(twice: Any) -> None:
 
 
 def test_the_last_that_works_on_the_device_runs(twice: Any) -> None:
-    asked: list[str] = []
+    probed: list[str] = []
 
     def answer(name: str, works: bool) -> Any:
-        return lambda: asked.append(name) or works
+        return lambda: probed.append(name) or works
 
     twice.implementation("torch", device=None, works=answer("torch", True))(lambda x, times: x + 10)
     twice.implementation("fast", device="cpu", works=answer("fast", True))(lambda x, times: x + 20)
     twice.implementation("absent", device="cpu", works=answer("absent", False))(lambda x, times: x + 30)
     twice.implementation("elsewhere", device="cuda", works=answer("elsewhere", True))(lambda x, times: x + 40)
-    assert asked == []  # nothing is tried when it is added
+    assert probed == []  # nothing is tried when it is added
     assert [float(twice(torch.zeros(1), times=3)) for _ in range(3)] == [20, 20, 20]
-    assert asked == ["absent", "fast"]  # once, before the first use
+    assert probed == ["absent", "fast"]  # once, before the first use
     assert twice(torch.zeros(1, device="meta"), 3).shape == (1,)
     assert [twice.backend_on(device) for device in ("cpu", "cuda", "meta")] == ["fast", "elsewhere", "torch"]
     twice.discard("fast")

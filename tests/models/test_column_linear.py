@@ -41,15 +41,15 @@ def layer_gaps(tokens: int, sequence: bool, alpha: float, autocast: bool = False
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = scaled_linear(whole_x, whole_weight, whole_bias, alpha)
         tokens_cut = tokens if sequence else None
-        found = column_linear(scatter_sequence(own_x, layout), own_weight, own_bias, alpha, layout, tokens_cut)
-    assert found.dtype == expected.dtype == (torch.bfloat16 if autocast else torch.float64)
-    wanted = torch.autograd.grad(expected, (whole_x, whole_weight, whole_bias), grad.to(expected.dtype))
-    given = torch.autograd.grad(found, (own_x, own_weight, own_bias), grad[..., share].to(found.dtype))
+        out = column_linear(scatter_sequence(own_x, layout), own_weight, own_bias, alpha, layout, tokens_cut)
+    assert out.dtype == expected.dtype == (torch.bfloat16 if autocast else torch.float64)
+    expected_grads = torch.autograd.grad(expected, (whole_x, whole_weight, whole_bias), grad.to(expected.dtype))
+    grads = torch.autograd.grad(out, (own_x, own_weight, own_bias), grad[..., share].to(out.dtype))
     pairs = {
-        "out": (found, expected[..., share]),
-        "x": (given[0], wanted[0]),
-        "weight": (given[1], wanted[1][share]),
-        "bias": (given[2], wanted[2][share]),
+        "out": (out, expected[..., share]),
+        "x": (grads[0], expected_grads[0]),
+        "weight": (grads[1], expected_grads[1][share]),
+        "bias": (grads[2], expected_grads[2][share]),
     }
     assert all(ours.dtype == theirs.dtype for ours, theirs in pairs.values())
     return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}
@@ -57,8 +57,8 @@ def layer_gaps(tokens: int, sequence: bool, alpha: float, autocast: bool = False
 
 @pytest.mark.distributed
 def test_column_layers_have_the_gradients_of_whole_ones() -> None:
-    for found in run_ranks(2, every_layer):
-        assert {name: gap for name, gap in found.items() if gap > 1e-13} == {}
+    for gaps_of_rank in run_ranks(2, every_layer):
+        assert {name: gap for name, gap in gaps_of_rank.items() if gap > 1e-13} == {}
 
 
 def every_layer() -> dict[str, float]:
@@ -70,8 +70,8 @@ def every_layer() -> dict[str, float]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("sequence", [False, True])
 def test_autocast_reaches_both_passes(sequence: bool) -> None:
-    for found in run_ranks(2, layer_gaps, 4, sequence, ALPHA, True):
-        assert max(found.values()) < 0.1  # bfloat16 has 8 bits
+    for gaps_of_rank in run_ranks(2, layer_gaps, 4, sequence, ALPHA, True):
+        assert max(gaps_of_rank.values()) < 0.1  # bfloat16 has 8 bits
 
 
 class Watched:
@@ -143,10 +143,10 @@ def rehearsed(recompute: Recompute, *, train_weight: bool = True, train_x: bool 
     layout = TensorLayout(2, 0, True, recorder)
     weight = torch.empty(OUT, WIDTH, device="meta", requires_grad=train_weight)
     x = torch.empty(BATCH, 3, WIDTH, device="meta", requires_grad=train_x)
-    kept = []
+    saved_shapes = []
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
+        saved_shapes.append(tuple(tensor.shape))
         return tensor
 
     def block(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -156,15 +156,15 @@ def rehearsed(recompute: Recompute, *, train_weight: bool = True, train_x: bool 
         [out] = run_block(block, (x,), recompute)
     forward = recorder.pop_calls()
     out.sum().backward()
-    return kept, forward, recorder.pop_calls()
+    return saved_shapes, forward, recorder.pop_calls()
 
 
 GATHER, SCATTER = ("all_gather", BATCH * 6 * WIDTH * 4), ("reduce_scatter", BATCH * 6 * WIDTH * 4)
 
 
 def test_a_rank_keeps_its_own_tokens_alone() -> None:
-    kept, forward, backward = rehearsed("none")
-    assert Counter(kept) == Counter([(BATCH, 3, WIDTH), (OUT, WIDTH), (BATCH, 6, OUT)])  # the last: of the sine
+    saved_shapes, forward, backward = rehearsed("none")
+    assert Counter(saved_shapes) == Counter([(BATCH, 3, WIDTH), (OUT, WIDTH), (BATCH, 6, OUT)])  # the last: of the sine
     assert forward == {GATHER: 1}
     assert backward == {GATHER: 1, SCATTER: 1}
 

@@ -38,10 +38,10 @@ def _places(name: str, depth: int) -> list[list[str]]:
         return [[f"{_TOP_NAMES[stem]}.{kind}"]]
     if stem in _COPIED_NAMES:
         return [[f"transformer_blocks.{i}.norm1.emb.{_COPIED_NAMES[stem]}.{kind}" for i in range(depth)]]
-    _, index, rest = stem.split(".", 2)
-    if rest == "attn.qkv":
+    _, index, module = stem.split(".", 2)
+    if module == "attn.qkv":
         return [[f"transformer_blocks.{index}.attn1.to_{part}.{kind}"] for part in "qkv"]
-    return [[f"transformer_blocks.{index}.{_BLOCK_NAMES[rest]}.{kind}"]]
+    return [[f"transformer_blocks.{index}.{_BLOCK_NAMES[module]}.{kind}"]]
 
 
 def _corrected_diffusers(config: ModelConfig) -> Any:

@@ -28,9 +28,9 @@ def test_stages_fold_to_forward_and_name_every_parameter() -> None:
     assert torch.equal(stage_io[0], model(x, t, cond))
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
-    own = dict(model.named_parameters())
-    assert sorted(name for name, _ in named) == sorted(own)
-    assert all(own[name] is param for name, param in named)
+    parameters = dict(model.named_parameters())
+    assert sorted(name for name, _ in named) == sorted(parameters)
+    assert all(parameters[name] is param for name, param in named)
 
 
 def test_taps_are_tokens_after_block_k_in_the_order_asked() -> None:

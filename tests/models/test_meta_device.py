@@ -36,9 +36,9 @@ def devices(model: torch.nn.Module) -> set[str]:
 @pytest.mark.parametrize("name", [f"quickstart/{name}.yaml" for name in QUICKSTARTS])
 def test_the_context_allocates_nothing_and_the_start_stays(name: str) -> None:
     config = load_config(name).model
-    with Allocations() as seen, torch.device("meta"):
+    with Allocations() as allocations, torch.device("meta"):
         model = build_model(config)
-    assert seen.largest == 0 and devices(model) == {"meta"}
+    assert allocations.largest == 0 and devices(model) == {"meta"}
     model.to_empty(device="cpu")
     init_parameters(model, 3)
     plain = build_model(config, seed=3).state_dict()
@@ -47,11 +47,11 @@ def test_the_context_allocates_nothing_and_the_start_stays(name: str) -> None:
 
 def test_18_billion_parameters() -> None:
     config = load_config("mmdit/18b-mup.yaml").model
-    with Allocations() as seen:
+    with Allocations() as allocations:
         with torch.device("meta"):
             model = build_model(config)
         assert count_parameters(config) > 18e9
-    assert seen.largest == 0 and devices(model) == {"meta"}
+    assert allocations.largest == 0 and devices(model) == {"meta"}
 
 
 def test_a_device_that_is_given_holds_inside_another() -> None:

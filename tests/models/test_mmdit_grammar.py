@@ -35,10 +35,10 @@ def test_stages_fold_to_forward_and_name_every_parameter(pooled: int, lengths: l
     assert torch.equal(stage_io[0], model(x, t, cond))
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
-    own = dict(model.named_parameters())
-    assert sorted(name for name, _ in named) == sorted(own)
-    assert all(own[name] is param for name, param in named)
-    assert set(model.state_dict()) == set(own)
+    parameters = dict(model.named_parameters())
+    assert sorted(name for name, _ in named) == sorted(parameters)
+    assert all(parameters[name] is param for name, param in named)
+    assert set(model.state_dict()) == set(parameters)
 
 
 def test_taps_are_image_tokens() -> None:
@@ -113,11 +113,11 @@ def test_recomputed_blocks_give_the_same_bits(how: Any) -> None:
     randomize(model)
     x, t, cond = mmdit_inputs(config, lengths=[5, 2, 3])
     model(x, t, cond).square().mean().backward()
-    kept = [param.grad for param in model.parameters()]
+    grads = [param.grad for param in model.parameters()]
     model.zero_grad()
     model.recompute = how
     model(x, t, cond).square().mean().backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(kept, model.parameters(), strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -44,7 +44,7 @@ def test_outputs_and_all_gradients_equal_diffusers(options: dict[str, Any], mask
     their_gradients = {name: param.grad for name, param in theirs.named_parameters()}
     assert renamed.keys() == their_gradients.keys()
     for name, gradient in renamed.items():
-        wanted = their_gradients[name]
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        expected = their_gradients[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         if not name.endswith("to_k.bias"):  # whose gradient is zero
-            torch.testing.assert_close(gradient.norm(), wanted.norm(), rtol=1e-4, atol=0)
+            torch.testing.assert_close(gradient.norm(), expected.norm(), rtol=1e-4, atol=0)

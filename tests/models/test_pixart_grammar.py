@@ -46,9 +46,9 @@ def test_stages_fold_to_forward_and_name_every_parameter(masked: bool) -> None:
     assert torch.equal(stage_io[0], model(x, t, cond))
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
-    own = dict(model.named_parameters())
-    assert sorted(name for name, _ in named) == sorted(own)
-    assert all(own[name] is param for name, param in named)
+    parameters = dict(model.named_parameters())
+    assert sorted(name for name, _ in named) == sorted(parameters)
+    assert all(parameters[name] is param for name, param in named)
 
 
 def test_every_carried_float_reaches_the_output() -> None:
@@ -60,11 +60,11 @@ def test_every_carried_float_reaches_the_output() -> None:
     stage_io = model.packed_inputs(*pixart_inputs(config))
     for index, stage in enumerate(stages):
         stage_io = tuple(v.detach().requires_grad_() if v.is_floating_point() else v for v in stage(stage_io))
-        rest = stage_io
+        remaining_io = stage_io
         for later in stages[index + 1 :]:
-            rest = later(rest)
+            remaining_io = later(remaining_io)
         if index < len(stages) - 1:
-            rest[0].square().mean().backward()
+            remaining_io[0].square().mean().backward()
             assert all(v.grad is not None and v.grad.any() for v in stage_io if v.is_floating_point()), index
 
 
@@ -152,9 +152,9 @@ def test_deepcopy_and_to_empty_keep_specs_and_rebuild() -> None:
 
     hollow = build_model(config, device="meta").to_empty(device="cpu")
     init_parameters(hollow, 3)
-    whole = build_model(config, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(hollow.parameters(), whole.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(hollow.buffers(), whole.buffers(), strict=True))
+    built = build_model(config, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(hollow.parameters(), built.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(hollow.buffers(), built.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -100,13 +100,13 @@ PIXART_TEXT = {"dim": 20, "max_length": 7}  # 16 patches attend to themselves, a
 )
 def test_what_attention_is_computed_in(config, inputs, expected, autocast, monkeypatch):
     """PixArt's authors cast the operands of self-attention and leave cross-attention in the working dtype."""
-    seen, original = set(), F.scaled_dot_product_attention
+    dtypes, original = set(), F.scaled_dot_product_attention
 
     def attention(q, k, v, *rest):
         assert q.dtype == k.dtype == v.dtype
         casts = torch.is_autocast_enabled("cpu")  # in float32 nothing may cast the operands back
         assert not (casts and q.dtype == FLOAT32)
-        seen.add((k.shape[2], q.dtype) if config.family == "pixart" else q.dtype)
+        dtypes.add((k.shape[2], q.dtype) if config.family == "pixart" else q.dtype)
         return original(q, k, v, *rest)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
@@ -114,7 +114,7 @@ def test_what_attention_is_computed_in(config, inputs, expected, autocast, monke
     randomize(model)
     with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
         (model if autocast else model.bfloat16())(*inputs(config))
-    assert seen == expected
+    assert dtypes == expected
 
 
 def test_gradients_flow_in_the_weights_dtype():

@@ -1,4 +1,4 @@
-"""Long skips in shares: the numbers of a whole one, what is exchanged and when, what is kept, and which elements."""
+"""Sharded long skips: gradients of the unsharded one, collectives and their order, saved tensors, and elements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def operands() -> list[Tensor]:
 
 
 def gaps(sequence: bool, alpha: float, recompute: Recompute, autocast: bool = False) -> dict[str, float]:
-    """Largest differences of the output, and of all gradients, from the whole layer's."""
+    """Largest differences of the output, and of all gradients, from those of the unsharded layer."""
     layout = this_rank(sequence)
     x, skip, weight, bias, grad = [part.float() if autocast else part for part in operands()]
     made = layer(layout).to(x.dtype)
@@ -54,26 +54,26 @@ def gaps(sequence: bool, alpha: float, recompute: Recompute, autocast: bool = Fa
         assert made.bias is not None
         made.bias.copy_(bias)
     leaves = [part.clone().requires_grad_() for part in (x, skip)]
-    wanted = [part.clone().requires_grad_() for part in (x, skip, weight, bias)]
+    unsharded = [part.clone().requires_grad_() for part in (x, skip, weight, bias)]
 
     def block(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (made(*tensors),)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        joined = torch.cat(wanted[:2], dim=-1)
-        expected = scaled_linear(joined, wanted[2], wanted[3], alpha)
+        joined = torch.cat(unsharded[:2], dim=-1)
+        expected = scaled_linear(joined, unsharded[2], unsharded[3], alpha)
         mine = [scatter_sequence(part, layout) for part in leaves]
         [out] = run_block(block, (mine[0], skip_for_sharded_linear(mine[1], layout)), recompute)
-        found = gather_sequence(out, layout, TOKENS)
-    found.backward(grad.to(found.dtype))
-    whole = torch.autograd.grad(expected, wanted, grad.to(expected.dtype))
+        gathered = gather_sequence(out, layout, TOKENS)
+    gathered.backward(grad.to(gathered.dtype))
+    expected_grads = torch.autograd.grad(expected, unsharded, grad.to(expected.dtype))
     assert made.weight.grad is not None
     pairs = {
-        "out": (found, expected),
-        "x": (leaves[0].grad, whole[0]),
-        "skip": (leaves[1].grad, whole[1]),
-        "weight": (made.weight.grad.flatten(), share_of(whole[2], shard_regions)),
-        "bias": (made.bias.grad, whole[3]),
+        "out": (gathered, expected),
+        "x": (leaves[0].grad, expected_grads[0]),
+        "skip": (leaves[1].grad, expected_grads[1]),
+        "weight": (made.weight.grad.flatten(), share_of(expected_grads[2], shard_regions)),
+        "bias": (made.bias.grad, expected_grads[3]),
     }
     return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}
 
@@ -86,15 +86,15 @@ def every_layer() -> dict[str, float]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shares_have_the_gradients_of_the_whole(ranks: int) -> None:
-    for found in run_ranks(ranks, every_layer):
-        assert {name: gap for name, gap in found.items() if gap > 1e-12} == {}
+    for gaps_of_rank in run_ranks(ranks, every_layer):
+        assert {name: gap for name, gap in gaps_of_rank.items() if gap > 1e-12} == {}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("sequence", [False, True])
 def test_autocast_reaches_both_passes(sequence: bool) -> None:
-    for found in run_ranks(2, gaps, sequence, ALPHA, "none", True):
-        assert max(found.values()) < 0.3  # sums of 128 products, in 8 bits
+    for gaps_of_rank in run_ranks(2, gaps, sequence, ALPHA, "none", True):
+        assert max(gaps_of_rank.values()) < 0.3  # sums of 128 products, in 8 bits
 
 
 class Watched:
@@ -170,17 +170,17 @@ def rehearsed(recompute: Recompute, sequence: bool) -> tuple[Any, Any, Any]:
         made = layer(layout)
         x = torch.empty(BATCH, 3 if sequence else 6, WIDTH, requires_grad=True)
         skip = skip_for_sharded_linear(torch.empty_like(x, requires_grad=True), layout)
-    kept = []
+    saved_shapes = []
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
+        saved_shapes.append(tuple(tensor.shape))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         [out] = run_block(lambda tensors: (made(*tensors).sin(),), (x, skip), recompute)
     forward = recorder.pop_calls()
     out.sum().backward()
-    return kept, forward, recorder.pop_calls()
+    return saved_shapes, forward, recorder.pop_calls()
 
 
 STREAM, WEIGHT, BIAS = (4 * BATCH * 6 * WIDTH, 4 * WIDTH * 2 * WIDTH, 4 * WIDTH)
@@ -199,8 +199,11 @@ def test_a_rank_exchanges_tokens_or_under_sequence_parallelism_weights(how: Reco
 
 
 def test_a_rank_keeps_its_share_alone() -> None:
-    own = {False: [(BATCH, 6, WIDTH), (2, WIDTH, WIDTH // 2)], True: [(BATCH, 3, 2 * WIDTH), (WIDTH // 2, 2 * WIDTH)]}
-    for sequence, shapes in own.items():
+    expected_shapes = {
+        False: [(BATCH, 6, WIDTH), (2, WIDTH, WIDTH // 2)],
+        True: [(BATCH, 3, 2 * WIDTH), (WIDTH // 2, 2 * WIDTH)],
+    }
+    for sequence, shapes in expected_shapes.items():
         of_the_sine = (BATCH, 3 if sequence else 6, WIDTH)
         assert Counter(rehearsed("none", sequence)[0]) == Counter([*shapes, of_the_sine])
 
@@ -210,15 +213,15 @@ def test_shares_are_the_elements_of_the_whole_and_together_all_of_them(sequence:
     config = tiny_mup_uvit(WIDTH, mlp_time_embed=True)
     whole = dict(build_model(config, seed=3).named_parameters())
     name = "out_blocks.1.skip_linear.weight"
-    found: list[int] = []
+    elements: list[int] = []
     for rank in range(4):
         for key, p, _, shard_regions in walk_slices(build_model(config, TensorLayout(4, rank, sequence), seed=3)):
             assert torch.equal(p.flatten(), share_of(whole[key], shard_regions)), key
             if key == name:
                 assert p.shape == ((WIDTH // 4, 2 * WIDTH) if sequence else (2, WIDTH, WIDTH // 4))
                 numbers = torch.arange(whole[name].numel()).view(whole[name].shape)
-                found += share_of(numbers, shard_regions).tolist()
-    assert sorted(found) == list(range(2 * WIDTH**2))
+                elements += share_of(numbers, shard_regions).tolist()
+    assert sorted(elements) == list(range(2 * WIDTH**2))
 
 
 def test_parts_along_a_later_dimension_are_stacked() -> None:

@@ -56,11 +56,11 @@ ORDERS = [
 
 @pytest.mark.parametrize(("state", "order"), ORDERS, ids=[f"{state.__name__}: {order}" for state, order in ORDERS])
 def test_tensors_travel_in_this_order(state: Any, order: str) -> None:
-    given = {name: TENSORS[name] for name in order.split()}
-    packed = state(**({"key_mask": None} if state is MMDiTState else {}) | given).pack()
+    fields = {name: TENSORS[name] for name in order.split()}
+    packed = state(**({"key_mask": None} if state is MMDiTState else {}) | fields).pack()
     assert [NAMES[id(tensor)] for tensor in packed] == order.split()
-    found = {name: value for name, value in vars(state.unpack(packed)).items() if value is not None}
-    assert found.keys() == given.keys() and all(found[name] is given[name] for name in given)
+    unpacked = {name: value for name, value in vars(state.unpack(packed)).items() if value is not None}
+    assert unpacked.keys() == fields.keys() and all(unpacked[name] is fields[name] for name in fields)
 
 
 @pytest.mark.parametrize("order", ["tokens", "tokens key_mask", "tokens skip0 skip1", "tokens skip0 skip1 key_mask"])
@@ -69,9 +69,9 @@ def test_skips_travel_between_the_tokens_and_the_mask(order: str) -> None:
     mask = TENSORS["key_mask"] if "key_mask" in order else None
     packed = UViTState(TENSORS["tokens"], skips, mask).pack()
     assert [NAMES[id(tensor)] for tensor in packed] == order.split()
-    found = UViTState.unpack(packed)
-    assert found.tokens is TENSORS["tokens"] and found.key_mask is mask
-    assert all(mine is given for mine, given in zip(found.skips, skips, strict=True))
+    state = UViTState.unpack(packed)
+    assert state.tokens is TENSORS["tokens"] and state.key_mask is mask
+    assert all(a is b for a, b in zip(state.skips, skips, strict=True))
 
 
 # Batch 3; 16 patches and 48 channels; text of 7 tokens (PixArt) or 5; shapes by stage, integers by their dtype.

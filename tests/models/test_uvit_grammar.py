@@ -57,9 +57,9 @@ def test_stages_fold_to_forward_and_name_every_parameter(kind: str) -> None:
     assert all(shape == {(3, model.extra_tokens + 16, 48)} for shape in shapes)
 
     named = [(stage.prefix + name, p) for stage in model.stages() for name, p in stage.named_parameters()]
-    own = dict(model.named_parameters())
-    assert sorted(name for name, _ in named) == sorted(own)
-    assert all(own[name] is param for name, param in named)
+    parameters = dict(model.named_parameters())
+    assert sorted(name for name, _ in named) == sorted(parameters)
+    assert all(parameters[name] is param for name, param in named)
 
 
 def test_names_are_the_official_ones() -> None:

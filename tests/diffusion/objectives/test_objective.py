@@ -27,17 +27,17 @@ def prepare(target, numbers, seed: int = 3, **fixed):
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])
 def test_a_sample_meets_the_same_draws_in_every_batch_split(kind):
     target = objective(kind)
-    whole = prepare(target, range(100, 116))
+    batch = prepare(target, range(100, 116))
     for sizes in ([4, 4, 4, 4], [1, 15], [7, 9]):
         start, parts = 100, []
         for size in sizes:
             parts.append(prepare(target, range(start, start + size)))
             start += size
         for name in ("x", "t", "x0", "noise", "time01"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-        assert torch.equal(torch.cat([part.cond.labels for part in parts]), whole.cond.labels)
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+        assert torch.equal(torch.cat([part.cond.labels for part in parts]), batch.cond.labels)
     backwards = prepare(target, range(115, 99, -1))
-    assert torch.equal(backwards.x.flip(0), whole.x)
+    assert torch.equal(backwards.x.flip(0), batch.x)
 
 
 def test_seeds_and_sample_numbers_give_other_draws():

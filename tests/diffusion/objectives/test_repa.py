@@ -60,8 +60,8 @@ def test_vectors_without_a_direction_count_zero_and_are_not_pulled() -> None:
     projected[0, 1], target[1, 2] = 0.0, 0.0
     projected.requires_grad_()
     loss = alignment_loss(projected, target)
-    kept = written_out(projected.detach()[0, [0, 2, 3, 4]][None], target[0, [0, 2, 3, 4]][None])
-    torch.testing.assert_close(loss[0].double(), 0.8 * kept[0], rtol=1e-6, atol=1e-7)
+    expected = written_out(projected.detach()[0, [0, 2, 3, 4]][None], target[0, [0, 2, 3, 4]][None])
+    torch.testing.assert_close(loss[0].double(), 0.8 * expected[0], rtol=1e-6, atol=1e-7)
     loss.sum().backward()
     assert projected.grad is not None and projected.grad.isfinite().all()
     assert not projected.grad[0, 1].any() and not projected.grad[1, 2].any() and projected.grad[0, 0].any()

@@ -89,9 +89,9 @@ def test_names_of_other_encodings_and_texts_of_any_length_are_drawn():
 
 def test_npz_is_what_the_adm_evaluator_reads(tmp_path):
     path = save_npz(pictures(3, channels=1), tmp_path / "samples.npz")
-    with np.load(path, allow_pickle=False) as found:
-        assert list(found) == ["arr_0"]
-        array = found["arr_0"]
+    with np.load(path, allow_pickle=False) as archive:
+        assert list(archive) == ["arr_0"]
+        array = archive["arr_0"]
     assert array.shape == (3, 32, 32, 3) and array.dtype == np.uint8
     np.testing.assert_array_equal(array[..., 2], pictures(3, channels=1)[:, 0].numpy())
 

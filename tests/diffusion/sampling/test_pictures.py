@@ -75,10 +75,10 @@ def test_batches_do_not_change_the_pictures():
 def test_ranks_can_each_draw_their_share():
     run, model = config(), LabelAsLevel(3)
     subjects = class_subjects(run, [])
-    whole = sample_pictures(model, run, PixelCodec(), subjects=subjects)
+    images = sample_pictures(model, run, PixelCodec(), subjects=subjects)
     shares = [sample_pictures(model, run, PixelCodec(), subjects=subjects, numbers=range(r, 7, 2)) for r in (0, 1)]
     for rank, share in enumerate(shares):
-        assert (share.int() - whole[rank::2].int()).abs().max() <= 1
+        assert (share.int() - images[rank::2].int()).abs().max() <= 1
 
 
 def test_guidance_on_a_model_that_never_lost_its_labels_is_refused():

@@ -31,11 +31,11 @@ class LabelNet(nn.Module):
         self.table = nn.Embedding(CLASSES + 1, channels)
         for name, parameter in self.named_parameters():
             parameter.data = 0.2 * normal(stream_key(0, name), parameter.shape)
-        self.seen: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor, bool]] = []
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         assert cond.labels is not None and t.dtype == torch.float32 and t.shape == x.shape[:1]
-        self.seen.append((x, t, cond.labels, self.training))
+        self.calls.append((x, t, cond.labels, self.training))
         return torch.tanh(self.mix(x) + self.table(cond.labels)[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000)
 
 
@@ -115,18 +115,18 @@ def test_guidance_touches_the_first_channels_only(channels, expected):
 def test_guidance_is_one_pass_with_the_conditional_half_first():
     net = LabelNet()
     draw(net, [0, 1], "ddim")
-    assert len(net.seen) == 4  # one pass per step
-    x, times, labels, _ = net.seen[0]
+    assert len(net.calls) == 4  # one pass per step
+    x, times, labels, _ = net.calls[0]
     assert labels.tolist() == [0, 1, CLASSES, CLASSES]
     assert torch.equal(x[:2], x[2:])
     assert times.tolist() == [999.0] * 4
-    assert [seen[1][0].item() for seen in net.seen] == [999.0, 666.0, 333.0, 0.0]
+    assert [call[1][0].item() for call in net.calls] == [999.0, 666.0, 333.0, 0.0]
 
 
 def test_guidance_one_leaves_the_null_label_out():
     net = LabelNet()
     draw(net, [0, 1], "ddim", guidance=1.0)
-    assert net.seen[0][2].tolist() == [0, 1]
+    assert net.calls[0][2].tolist() == [0, 1]
 
 
 def test_guidance_zero_is_unconditional():
@@ -141,7 +141,7 @@ def test_guidance_zero_is_unconditional():
 def test_the_model_samples_in_evaluation_mode_and_keeps_its_own():
     net = LabelNet().train()
     draw(net, [0], "ddim")
-    assert not any(seen[3] for seen in net.seen)
+    assert not any(call[3] for call in net.calls)
     assert net.training
 
 
