@@ -74,7 +74,7 @@ def _disk(name: str, path: Path, least_gib: float, remedy: str) -> Check:
 
 
 def _compiler() -> Check:
-    """A C++ compiler that really compiles, with ninja beside it."""
+    """A C++ compiler that compiles a test program, and ninja."""
     needed_by = "only DeepSpeed's own CPU and fused optimizers need it"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     remedy = "apt-get install g++; pip install ninja"
@@ -90,8 +90,8 @@ def _compiler() -> Check:
             subprocess.run(command, check=True, capture_output=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
             return Check("machine", "C++ compiler", "broken", f"{compiler}: {one_line(error)}", remedy)
-    beside = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    if shutil.which("ninja", path=os.pathsep.join(beside)) is None:
+    search_path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    if shutil.which("ninja", path=os.pathsep.join(search_path)) is None:
         return Check("machine", "C++ compiler", "missing", f"{compiler} without ninja", remedy)
     return Check("machine", "C++ compiler", "ok", str(compiler))
 

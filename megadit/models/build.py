@@ -49,10 +49,10 @@ def build_model(
 
 
 def count_parameters(model: nn.Module | ModelConfig, *, fixed: bool = True) -> int:
-    """Number of parameters of a model or (without memory) of a configuration, as published.
+    """Number of parameters of a model or of a configuration, as published. Allocates no memory for a configuration.
 
-    ``fixed`` counts beside the trained ones the fixed tables that the original holds as parameters: the positions of
-    DiT. Those of PixArt and its null caption are buffers there and in no count.
+    ``fixed``: count the fixed tables that are parameters in the original, too: the positions of DiT. The positions and
+    the null caption of PixArt are buffers there, and never counted.
     """
     built = build_model(model, device="meta") if isinstance(model, ModelConfig) else model
     tables = getattr(built, "counted_tables", ()) if fixed else ()

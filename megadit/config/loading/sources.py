@@ -50,18 +50,18 @@ def find_config(path: str | Path, option: str = "--config", suffix: str = ".yaml
 
     Raises UserError that names ``option`` and the nearest file of the configs folder that ends in ``suffix``.
     """
-    given = Path(path).expanduser()
-    if given.is_file():
-        return given
-    if given.is_dir():
+    requested = Path(path).expanduser()
+    if requested.is_file():
+        return requested
+    if requested.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a {suffix} file in it")
     folder = configs_dir()
     for root in (folder, folder.parent):  # dit/xl-2.yaml, configs/dit/xl-2.yaml
-        if (root / given).is_file():
-            return root / given
+        if (root / requested).is_file():
+            return root / requested
     shipped = [str(file.relative_to(folder.parent)) for file in sorted(folder.rglob(f"*{suffix}"))]
     by_name = {Path(name).name: name for name in reversed(shipped)}
-    near = difflib.get_close_matches(given.name, by_name, n=1)
+    near = difflib.get_close_matches(requested.name, by_name, n=1)
     hint = f"did you mean {by_name[near[0]]}?" if near else "configs/README.md lists ours"
     raise UserError(f"{option}: no file {path}; {hint}")
 

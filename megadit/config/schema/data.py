@@ -65,9 +65,7 @@ class DataConfig(Section):
         "name-{000000..000009}.tar",
     )
     image_size: int | None = Field(None, ge=1, description="side in pixels; default: the data set's own size")
-    condition: Literal["class", "text", "none"] = Field(
-        "class", description="condition of the model: class labels, captions, or none"
-    )
+    condition: Literal["class", "text", "none"] = Field("class", description="the model's condition")
     classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order; null: all")
     flip: bool = Field(False, description="mirror half of the images")
     crop: Crop = Field(
@@ -75,9 +73,7 @@ class DataConfig(Section):
         description="image-folder, and tars whose images have another size: resizing before the centre crop. adm: "
         "as ADM and DiT, box-filtered halvings, then bicubic; center: as PixArt-alpha, bilinear in one step",
     )
-    val_fraction: float = Field(
-        0.05, ge=0, lt=1, description="share of images held out for validation, split by base name"
-    )
+    val_fraction: float = Field(0.05, ge=0, lt=1, description="share of images held out, split by base name")
     skin_tones: bool = Field(False, description="emoji: keep the skin-tone variants")
     workers: int = Field(0, ge=0, description="decoding processes per rank")
     vae: VaeConfig | None = Field(None, description="train on latents of this autoencoder; null: on pixels")

@@ -23,9 +23,7 @@ class ObjectiveConfig(Section):
     kind: Literal["ddpm", "flow"] = Field(
         "ddpm", description="ddpm: noise prediction on a discrete schedule; flow: flow matching, predicts noise - x0"
     )
-    prediction: Literal["eps", "v"] = Field(
-        "eps", description="ddpm: target, noise or v; flow always predicts noise - x0"
-    )
+    prediction: Literal["eps", "v"] = Field("eps", description="ddpm: noise or v; flow predicts noise - x0")
     diffusion_steps: int = Field(1000, ge=2, description="ddpm: number of timesteps")
     beta_schedule: Literal["linear", "scaled_linear"] = Field(
         "linear",
@@ -78,9 +76,7 @@ class EmaConfig(Section):
     sigma_rels: tuple[float, ...] = Field(
         (), description="relative widths of EDM2 power profiles, such as 0.05, named sigma-0.05"
     )
-    every: int = Field(
-        1, ge=1, description="update the averages at every k-th optimizer step, with the decay of k steps"
-    )
+    every: int = Field(1, ge=1, description="update at every k-th optimizer step, with the decay of k steps")
 
     @property
     def constant_decays(self) -> dict[str, float]:
@@ -123,9 +119,7 @@ class TrainConfig(Section):
         description="images per forward pass and replica; default: global_batch / replicas, in a pipeline 4 micro "
         "batches per stage",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="precision of forward and backward pass; master weights are fp32"
-    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="recompute in the backward pass: selective: all but matrix products and attention; full: all "
@@ -228,9 +222,7 @@ class SampleConfig(Section):
     )
     steps: int = Field(50, ge=1, description="sampler steps per image; each is two model evaluations with guidance")
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 is off")
-    guidance_channels: int | None = Field(
-        None, ge=1, description="apply guidance to the first k channels only (DiT: 3)"
-    )
+    guidance_channels: int | None = Field(None, ge=1, description="guide the first k channels only (DiT: 3)")
     count: int = Field(64, ge=1, description="images per grid")
     seed: int = Field(0, ge=0, description="seed of the initial noise")
     weights: WeightsName = Field(ONLINE, description="online, or the name of an average (see ema)")

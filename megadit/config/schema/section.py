@@ -72,9 +72,9 @@ def unknown_key(key: str, schema: type[Section]) -> str:
     """
     known = (*FILE_KEYS, *all_keys(schema))
     parent, _, leaf = key.rpartition(".")
-    beside = [name for name in known if name.rpartition(".")[0] == parent]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
     namesakes = sorted((name for name in known if name.rpartition(".")[2] == leaf), key=lambda name: name.count("."))
-    leaves = {name.rpartition(".")[2]: name for name in beside}
+    leaves = {name.rpartition(".")[2]: name for name in siblings}
     near_leaf = difflib.get_close_matches(_plainly(leaf), leaves, n=1, cutoff=0.6)
     near_key = difflib.get_close_matches(_plainly(key), [name for name in known if name != parent], n=1, cutoff=0.7)
     if near_leaf:
@@ -83,7 +83,7 @@ def unknown_key(key: str, schema: type[Section]) -> str:
         remedy = f"did you mean {' or '.join(namesakes[:3])}?"
     elif near_key:
         remedy = f"did you mean {near_key[0]}?"
-    elif beside:
+    elif siblings:
         remedy = f"{parent or 'a configuration'} has {', '.join(leaves)}"
     else:
         remedy = f"a configuration has {', '.join(name for name in known if '.' not in name)}"

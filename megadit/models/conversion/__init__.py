@@ -30,7 +30,7 @@ LATENT_CHANNELS = (4, 16)  # of the autoencoders that these models are trained o
 class DiffusersModel:
     """A family's class in diffusers, and its pipeline.
 
-    class_name, defaults: ``_class_name`` of its config.json, and what the keys stand for that are left out of it.
+    class_name, defaults: ``_class_name`` of its config.json, and defaults of the keys that may be missing in it.
     to_diffusers: (config, weights) -> (config.json, weights).
     from_diffusers: (config.json, weights, where=…) -> (config, weights); for a family with a null caption also with
         ``max_length=``, tokens of a text or None.
@@ -64,7 +64,7 @@ class Conversion:
     """A family's models in the files of its authors' code, and in diffusers.
 
     from_official: (weights, **hints) -> (config, weights); to_official: (config, weights) -> weights.
-    anchor: a parameter that every model of the family has; a prefix before its name is that of the whole model.
+    anchor: a parameter that every model of the family has; what stands before its name is the prefix of all names.
     name_prefix: how parameter names of this family, and of no other, begin.
     defaults: sections of the run of a model that came without a config: objective and guidance of the originals.
     hints: the hints that ``from_official`` takes, which say what the weights cannot tell.

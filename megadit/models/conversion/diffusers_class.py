@@ -125,10 +125,10 @@ def _class_name(fields: Fields) -> str:
 
 @dataclass(frozen=True)
 class Renaming:
-    """Parameter names here and in a class of diffusers, where a tensor of here may be several, cut along dimension 0.
+    """Maps megadit's parameter names to those of a class of diffusers, which may cut a tensor along dimension 0.
 
-    ends, block: by the name of a module, or of a parameter, here: its names in diffusers, separated by spaces; outside
-    of blocks and inside of one. blocks: how the names of blocks begin here.
+    ends, block: megadit's name of a module, or of a parameter, to its names in diffusers, separated by spaces; outside
+    of blocks, and inside of a block. blocks: prefix of megadit's blocks.
     """
 
     ends: Mapping[str, str]
@@ -154,6 +154,6 @@ class Renaming:
         return renamed
 
     def from_diffusers(self, names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters ``names`` of here, joined from the tensors of diffusers' ``state``."""
+        """The parameters ``names`` of megadit, joined from the tensors of diffusers' ``state``."""
         pieces = {name: [state[target] for target in self.target_names(name)] for name in names}
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}

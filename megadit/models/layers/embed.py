@@ -13,6 +13,8 @@ from megadit.models.layers.positions import timestep_features
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
 
+_TIMESTEP_FEATURES = 256
+
 
 class MuEmbedding(nn.Module):
     """A table (entries, n) whose rows are looked up and scaled by the role's multiplier."""
@@ -58,11 +60,10 @@ class PatchEmbedder(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Linear, SiLU, Linear on sinusoidal features of t: (B,) -> (B, n)."""
 
-    def __init__(self, width: Dim, param: Parametrization, features: int = 256) -> None:
+    def __init__(self, width: Dim, param: Parametrization) -> None:
         super().__init__()
-        self.features = features
         self.mlp = nn.Sequential(
-            ColumnParallelLinear(Dim(features), width, param, init="timestep"),
+            ColumnParallelLinear(Dim(_TIMESTEP_FEATURES), width, param, init="timestep"),
             nn.SiLU(),
             RowParallelLinear(width, width, param, init="timestep"),
         )
@@ -70,7 +71,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Embed t in [0, 1000]; its features are made in float32 whatever the weights' dtype."""
         dtype = next(self.mlp.parameters()).dtype
-        return self.mlp(timestep_features(t, self.features).to(dtype))
+        return self.mlp(timestep_features(t, _TIMESTEP_FEATURES).to(dtype))
 
 
 class LabelEmbedder(nn.Module):

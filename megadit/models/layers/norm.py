@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import copy_to_tensor_parallel_region
-from megadit.parallel.tensor import TensorLayout, tensor_layout
+from megadit.parallel.tensor import tensor_layout
 from megadit_kernels import layer_norm_modulate
 
 Precision = Literal["auto", "fp32"]
@@ -39,12 +39,6 @@ def at_precision(precision: Precision, function: Callable[..., Tensor], *operand
         return function(*(operand.float() for operand in operands)).to(x.dtype)
 
 
-def _sharded_layout(of_heads: bool, tokens: int | None) -> TensorLayout | None:
-    """The layout, where each rank norms a shard, so that gradients of gain and bias are summed over ranks; or None."""
-    layout = tensor_layout()
-    return layout if layout.size > 1 and (of_heads or (layout.sequence and tokens is not None)) else None
-
-
 class ModulatedNorm(nn.Module):
     """LayerNorm without affine, then the sample's own scale and shift; at ``precision`` (see ``at_precision``)."""
 
@@ -64,22 +58,16 @@ class ModulatedNorm(nn.Module):
 class MuRMSNorm(nn.Module):
     """RMSNorm over the last dimension with a learned gain, initially 1; at ``precision`` (see ``at_precision``).
 
-    ``of_heads``: it norms heads, which tensor parallelism shards; ``tokens``: see ``MuLinear``.
+    ``of_heads``: it norms heads, which tensor parallelism shards, so that the gain's gradient is summed over ranks.
     """
 
     def __init__(
-        self,
-        dim: Dim,
-        param: Parametrization,
-        eps: float = 1e-6,
-        precision: Precision = "auto",
-        *,
-        of_heads: bool = False,
-        tokens: int | None = None,
+        self, dim: Dim, param: Parametrization, precision: Precision = "auto", *, of_heads: bool = False
     ) -> None:
         super().__init__()
-        self.eps, self.precision = eps, precision
-        self.layout = _sharded_layout(of_heads, tokens)
+        self.eps, self.precision = 1e-6, precision
+        layout = tensor_layout()
+        self.layout = layout if of_heads and layout.size > 1 else None
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
         self.weight = nn.Parameter(torch.empty(dim.size))
 
@@ -92,21 +80,14 @@ class MuRMSNorm(nn.Module):
 class MuLayerNorm(nn.Module):
     """LayerNorm with a learned gain and bias, initially 1 and 0; at ``precision`` (see ``at_precision``).
 
-    ``tokens``: see ``MuLinear``.
+    Of a stream of tokens: where sequence parallelism shards it, gradients of gain and bias are summed over ranks.
     """
 
-    def __init__(
-        self,
-        dim: Dim,
-        param: Parametrization,
-        eps: float = 1e-5,
-        precision: Precision = "auto",
-        *,
-        tokens: int | None = None,
-    ) -> None:
+    def __init__(self, dim: Dim, param: Parametrization, eps: float, precision: Precision) -> None:
         super().__init__()
         self.eps, self.precision = eps, precision
-        self.layout = _sharded_layout(False, tokens)
+        layout = tensor_layout()
+        self.layout = layout if layout.sequence and layout.size > 1 else None
         self.param_specs: dict[str, ParamSpec] = {
             "weight": param.spec((dim,), "one"),
             "bias": param.spec((dim,), "zero"),

@@ -33,7 +33,7 @@ def sincos_2d_at(dim: int, row: Tensor, column: Tensor) -> Tensor:
     return torch.cat([_axis_table(dim // 2, column), _axis_table(dim // 2, row)], dim=1).float()
 
 
-def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
+def timestep_features(t: Tensor, dim: int) -> Tensor:
     """[cos, sin] features of t: (B,) in [0, 1000] -> (B, dim) float32, freq_i = exp(-ln(10000) i / (dim / 2)).
 
     Always computed in float32: half precision cannot tell neighbouring timesteps apart.

@@ -98,9 +98,9 @@ class UViTBlock(Stage):
             self.prefix = f"out_blocks.{index - half - 1}."
         else:
             self.prefix = f"in_blocks.{index}." if index < half else "mid_block."
-        self.norm1 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
+        self.norm1 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
         self.attn = self_attention(config, param, tokens)
-        self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=tokens)
+        self.norm2 = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
         self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if pops_skip else None
         self.layout = tensor_layout()
@@ -188,7 +188,7 @@ class UViT(StagedModel):
         self.in_blocks = nn.ModuleList(UViTBlock(config, param, index) for index in range(half))
         self.mid_block = UViTBlock(config, param, half)
         self.out_blocks = nn.ModuleList(UViTBlock(config, param, half + 1 + index) for index in range(half))
-        self.norm = MuLayerNorm(width, param, _LN_EPS, config.norm_precision, tokens=self.stream_tokens)
+        self.norm = MuLayerNorm(width, param, _LN_EPS, config.norm_precision)
         out = Dim(config.patch_size**2 * config.out_channels)
         self.decoder_pred = ReplicatedLinear(width, out, param, init="readout", tokens=self.stream_tokens)
         self.final_layer = MuConv(config.out_channels, 3, param) if config.conv else None
