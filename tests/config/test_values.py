@@ -233,7 +233,7 @@ class TestStudies:
         assert spec.space["data.flip"].values == (True, False)
         spec = self.spec(tmp_path, "space: {data.path: {choice: [007, no]}, data.classes: {choice: [[1e3, no]]}}\n")
         assert spec.space["data.path"].values == ("007", "no")
-        assert spec.space["data.classes"].values == (("1e3", "no"),)
+        assert spec.space["data.classes"].values == (["1e3", "no"],)
 
     def test_variants_take_values_as_their_keys_do(self, tmp_path: Path) -> None:
         text = "space: {optim.lr: {uniform: [1e-4, 1e-3]}}\nvariants: {a: {data.classes: [no, 007], data.flip: yes}}\n"
