@@ -18,7 +18,7 @@ from megadit.rng import batch_uniform, sample_keys
 class Batch:
     """images float32 (B, C, H, W) in [-1, 1], or latents; labels int64 (B,); captions, B of them; numbers int64 (B,).
 
-    extras: what the set stores beside its images, by name (see ``megadit.data.dataset.EXTRAS``), stacked.
+    extras: what the set stores beside its images (text, text_mask, pooled, features), stacked.
     """
 
     images: Tensor

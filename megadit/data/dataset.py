@@ -17,9 +17,6 @@ T = TypeVar("T")
 
 ProgressCallback = Callable[[int, int], None]  # items done, items in all
 
-# text (L, D), text_mask bool (L,) and pooled (P,): features of the caption. features (F, h, w): of the image, for REPA.
-EXTRAS = ("text", "text_mask", "pooled", "features")
-
 
 @dataclass(frozen=True)
 class StoredFacts:
@@ -106,7 +103,11 @@ class ImageSet(Protocol):
         """Where image i comes from, for messages: its file, or its key and tar."""
 
     def extras(self, i: int) -> dict[str, Tensor]:
-        """Tensors stored beside the image: any of ``EXTRAS``, the same ones for every image of a set."""
+        """Tensors stored beside the image, the same ones for every image of a set.
+
+        text (L, D), text_mask bool (L,) and pooled (P,): features of the caption.
+        features (F, h, w): of the image, for REPA.
+        """
 
     def null_extras(self) -> dict[str, Tensor]:
         """text, text_mask and pooled of the empty caption, with shapes as in ``extras``, if stored; else {}."""
