@@ -33,7 +33,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class RawBatch:
-    """What a worker hands over: images still uint8 (B, C, H, W), a quarter of the bytes of a ``Batch``."""
+    """A batch as a worker returns it: images still uint8 (B, C, H, W), a quarter of the bytes of a ``Batch``."""
 
     images: Tensor
     labels: list[int]
@@ -43,7 +43,7 @@ class RawBatch:
 
 
 class UnreadableSample(UserError):
-    """What the set cannot give for the sample ``number``."""
+    """The image of the sample ``number`` cannot be read."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -55,24 +55,20 @@ def read_samples(
 ) -> RawBatch:
     """Read the images at ``indices``; the one with sample number s is mirrored if s's "flip" draw says so.
 
-    Latents, and what else was made of the mirrored images, are read from ``dataset.mirrored`` instead.
+    Latents and features of the mirrored image, where they are stored, are read from ``dataset.mirrored``.
     Raises ``UnreadableSample``.
     """
     views = [dataset] * len(indices)
-    mirrored = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5 if flip else None
-    if mirrored is not None and (copies := dataset.mirrored) is not None:
-        views = [copies if turned else dataset for turned in mirrored.tolist()]
-    read = [_read(view, i, number) for view, i, number in zip(views, indices, numbers, strict=True)]
-    images = torch.stack([image for image, *_ in read])
-    if mirrored is not None and not dataset.stores_latents:
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return RawBatch(
-        images=images,
-        labels=[label for _, label, _, _ in read],
-        captions=[caption for _, _, caption, _ in read],
-        numbers=list(numbers),
-        extras={name: torch.stack([extra[name] for *_, extra in read]) for name in read[0][3]},
-    )
+    flips = batch_uniform(sample_keys(seed, "flip", numbers)) < 0.5 if flip else None
+    if flips is not None and (mirrored := dataset.mirrored) is not None:
+        views = [mirrored if flipped else dataset for flipped in flips.tolist()]
+    samples = [_read(view, i, number) for view, i, number in zip(views, indices, numbers, strict=True)]
+    images, labels, captions, extras = map(list, zip(*samples, strict=True))
+    stacked = torch.stack(images)
+    if flips is not None and not dataset.stores_latents:
+        stacked = torch.where(flips[:, None, None, None], stacked.flip(-1), stacked)
+    by_name = {name: torch.stack([extra[name] for extra in extras]) for name in extras[0]}
+    return RawBatch(stacked, labels, captions, list(numbers), by_name)
 
 
 def _read(view: ImageSet, i: int, number: int) -> tuple[Tensor, int, str, dict[str, Tensor]]:

@@ -25,7 +25,7 @@ def build_datasets(config: DataConfig, num_classes: int | None = None) -> tuple[
 
     Raises ``UserError`` when files or packages are missing or damaged, or nothing would be left to train on.
     """
-    return _parts(config, _whole(config, num_classes), config.val_fraction)
+    return _split(config, _load_source(config, num_classes), config.val_fraction)
 
 
 def load_unsplit(config: DataConfig) -> tuple[Subset, list[str]]:
@@ -33,19 +33,19 @@ def load_unsplit(config: DataConfig) -> tuple[Subset, list[str]]:
 
     Raises ``UserError`` as ``build_datasets`` does.
     """
-    whole = _whole(config, None)
-    part, _ = _parts(config, whole, 0.0)
-    return part, [whole.bases[i] for i in part.indices]
+    dataset = _load_source(config, None)
+    images, _ = _split(config, dataset, 0.0)
+    return images, [dataset.bases[i] for i in images.indices]
 
 
-def _whole(config: DataConfig, num_classes: int | None) -> UnsplitSet:
+def _load_source(config: DataConfig, num_classes: int | None) -> UnsplitSet:
     known = None if config.classes is not None else num_classes  # data.classes chooses some of the set's
-    whole: UnsplitSet = DATA_SOURCES.get(config.name).load(config, known)
-    return whole
+    dataset: UnsplitSet = DATA_SOURCES.get(config.name).load(config, known)
+    return dataset
 
 
-def _parts(config: DataConfig, whole: UnsplitSet, fraction: float) -> tuple[Subset, Subset]:
-    return split(whole, whole.bases, fraction, labelled=config.condition == "class", classes=config.classes)
+def _split(config: DataConfig, dataset: UnsplitSet, fraction: float) -> tuple[Subset, Subset]:
+    return split(dataset, dataset.bases, fraction, labelled=config.condition == "class", classes=config.classes)
 
 
 _SPLIT_SEED = 0  # fixed on purpose: see above
@@ -69,17 +69,17 @@ def split(
 
     Raises ``UserError`` when a class is not one of the set's or is given twice, or the training part would be empty.
     """
-    kept = None if classes is None else _labels(dataset, classes)
+    labels = None if classes is None else _labels(dataset, classes)
     parts: tuple[list[int], list[int]] = ([], [])
     for index, base in enumerate(bases):
-        if kept is None or dataset.label(index) in kept:
+        if labels is None or dataset.label(index) in labels:
             parts[held_out(dataset.name, base, fraction)].append(index)
     if not parts[0]:
         raise UserError(
             f"data.val_fraction: {fraction} holds out all {len(parts[1])} images of {dataset.name}; "
             "lower it, 0 holds out none"
         )
-    train, validation = (Subset(dataset, tuple(part), labelled, kept) for part in parts)
+    train, validation = (Subset(dataset, tuple(part), labelled, labels) for part in parts)
     return train, validation
 
 
@@ -88,17 +88,17 @@ def _labels(dataset: ImageSet, chosen: Sequence[str]) -> tuple[int, ...]:
     names = ClassNames(dataset.classes)
     labels = []
     for name in chosen:
-        found = names.same_letters(name)
-        if not found:
+        matches = names.same_letters(name)
+        if not matches:
             raise UserError(f"data.classes: {name!r} is not a class of {dataset.name}; {_hint(names, name)}")
-        if len(found) > 1:
+        if len(matches) > 1:
             raise UserError(
-                f"data.classes: {name!r} names {len(found)} classes of {dataset.name}, {names.listed(found)}; rename "
-                "one of them"
+                f"data.classes: {name!r} names {len(matches)} classes of {dataset.name}, {names.listed(matches)}; "
+                "rename one of them"
             )
-        if found[0] in labels:
+        if matches[0] in labels:
             raise UserError(f"data.classes: {name!r} stands there twice, and is one class of {dataset.name}; keep one")
-        labels += found
+        labels += matches
     return tuple(labels)
 
 

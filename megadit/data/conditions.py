@@ -1,4 +1,4 @@
-"""``Conditions``: what a run's model is conditioned on, from batches of its data, and the files that keep them."""
+"""``Conditions``: the model's conditions, from batches of a run's data, and their files in the run directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megadit.files.paths import save_tensors
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts to draw and their features, a batch of as many."""
+    """Texts to sample pictures of, and their features as a batch."""
 
     texts: tuple[str, ...]
     cond: Conditioning
@@ -36,7 +36,7 @@ class Prompts:
 class Conditions:
     """Labels of a class-conditional model, text features of a text-conditional one.
 
-    null: the condition, a batch of one, that stands for none.  prompts: what a text-conditional run draws.
+    null: the unconditional input of guidance and dropout, a batch of one.  prompts: those of a text-conditional run.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Conditions:
         table: TextTable | None = None,
         prompts: Prompts | None = None,
     ) -> None:
-        """``null`` of a model with classes is its null label; ``table`` serves batches that bring no text features."""
+        """``null`` of a model with classes is its null label; ``table``: for batches without text features."""
         self._text, self._table = model.text, table
         self.null = null_label(model.num_classes) if null is None else drop_unused_mask(null, model.text)
         self.prompts = None if prompts is None else Prompts(prompts.texts, drop_unused_mask(prompts.cond, model.text))
@@ -62,7 +62,7 @@ class Conditions:
         return Conditioning(labels=batch.labels).to(device)
 
     def write(self, run_dir: Path) -> None:
-        """Keep null text and prompts in the run directory, so that drawing needs neither data nor encoder."""
+        """Write null text and prompts into the run directory, so that sampling needs neither data nor encoder."""
         if self._text is not None and self.null is not None:
             save_conditions(run_dir / NULL_TEXT_FILE, self.null)
         if self.prompts is not None:
@@ -70,14 +70,14 @@ class Conditions:
 
 
 def drop_unused_mask(cond: Conditioning, text: TextInput | None) -> Conditioning:
-    """The conditions as a model is given them: without a mask where it sees padding (``model.text.mask: false``)."""
+    """The conditions without their mask for a model that attends to padding (``model.text.mask: false``)."""
     return cond if text is None or text.mask else cond.without_mask()
 
 
 def stored_text(extras: dict[str, Tensor], text: TextInput) -> Conditioning:
     """Stored features, (B, l, D) with l up to ``max_length``, as a float32 condition of that length.
 
-    What is masked becomes zeros, unless the model attends to padding (``model.text.mask: false``).
+    Masked tokens become zeros, unless the model attends to padding (``model.text.mask: false``).
     """
     states, mask = extras["text"].float(), extras["text_mask"].bool()
     missing = text.max_length - states.shape[1]
@@ -105,23 +105,22 @@ def build_conditions(
     text = config.model.text
     if text is None:
         return Conditions(config.model)
-    stored = _stores_text(train_set)
-    encoder = _checked_encoder(config, train_set, device)
-    folder = cache_folder(config.data.text.cache)
+    encoder = _checked_encoder(config, text, train_set, device)
     table = None
-    if not stored:
+    if not _stores_text(train_set):
         assert encoder is not None
         captions = {images.caption(i) for images in (train_set, val_set) for i in range(len(images))}
-        table = build_table(encoder, [*captions, ""], text.max_length, folder)
-    null = _null_text(config, train_set, encoder, table) if null is None else null
-    prompts = _prompts(config, val_set if len(val_set) else train_set, table, encoder)
+        table = build_table(encoder, [*captions, ""], text.max_length, cache_folder(config.data.text.cache))
+    null = _null_text(config, text, train_set, encoder, table) if null is None else null
+    prompts = _prompts(config, text, val_set if len(val_set) else train_set, table, encoder)
     return Conditions(config.model, null, table, prompts)
 
 
 def trained_null_caption(config: RunConfig, run_dir: Path | None) -> tuple[Conditioning | None, str]:
-    """The null caption that the model of ``run_dir`` was trained with, and what to tell of it; None where it has none.
+    """(null caption, note): the one that the model of ``run_dir`` was trained with; None where it has none.
 
-    It is no parameter, so that checkpoints leave it to the run's directory. One of another length cannot be used.
+    It is no parameter, so that it is stored in the run directory and not in checkpoints. It must have the length of
+    ``model.text.max_length``.
     """
     text = config.model.text
     file = None if run_dir is None else run_dir / NULL_TEXT_FILE
@@ -146,18 +145,19 @@ def check_text(config: RunConfig, train_set: ImageSet, *held_out: ImageSet, begu
     """Refuse, before training, text that does not fit the model: stored or encoded features of other sizes, an encoder
     that is not there, captions that are missing, prompts that are too long. Loads no weights.
 
-    ``held_out``: the validation part, whose captions are counted, too.  ``begun``: the run goes on, so that captions
-    which were missing before are no reason to end it.
+    ``held_out``: the validation part, whose captions are counted, too.  ``begun``: the run is resumed, so that missing
+    captions, which it had before, do not end it.
 
     Raises UserError that names the key, both values and the remedy.
     """
-    if config.model.text is None:
+    text = config.model.text
+    if text is None:
         return
     if not _stores_text(train_set):
         check_captions(1.0 if begun else config.data.max_missing_captions, train_set, *held_out)
-    encoder = _checked_encoder(config, train_set, "cpu")
+    encoder = _checked_encoder(config, text, train_set, "cpu")
     if encoder is not None and config.sample.prompts:
-        check_lengths(encoder, config.sample.prompts, config.model.text.max_length, "sample.prompts")
+        check_lengths(encoder, config.sample.prompts, text.max_length, "sample.prompts")
 
 
 def check_encoder(encoder: TextEncoder, text: TextInput) -> None:
@@ -169,18 +169,19 @@ def check_encoder(encoder: TextEncoder, text: TextInput) -> None:
         )
 
 
-def _check_sizes(text: TextInput, dim: int, pooled_dim: int, who: str) -> None:
+def _check_sizes(text: TextInput, dim: int, pooled_dim: int, source: str) -> None:
+    """source: "data.text.encoder gives" or "NAME stores", for messages."""
     if text.dim != dim:
         raise UserError(
-            f"model.text.dim: {text.dim}, but {who} {dim} channels; set model.text.dim={dim}, or another encoder"
+            f"model.text.dim: {text.dim}, but {source} {dim} channels; set model.text.dim={dim}, or another encoder"
         )
     if text.pooled_dim and text.pooled_dim != pooled_dim:
-        what = f"a pooled feature of {pooled_dim}" if pooled_dim else "no pooled feature (data.text.pooled none)"
+        feature = f"a pooled feature of {pooled_dim}" if pooled_dim else "no pooled feature (data.text.pooled none)"
         raise UserError(
-            f"model.text.pooled_dim: {text.pooled_dim}, but {who} {what}; make them agree by model.text.pooled_dim "
-            "or data.text.pooled"
+            f"model.text.pooled_dim: {text.pooled_dim}, but {source} {feature}; make them agree by "
+            "model.text.pooled_dim or data.text.pooled"
         )
-    if not text.pooled_dim and pooled_dim and who.startswith("data.text.encoder"):
+    if not text.pooled_dim and pooled_dim and source.startswith("data.text.encoder"):
         raise UserError(
             f"model.text.pooled_dim: 0, but data.text.pooled gives a feature of {pooled_dim} that nothing takes; set "
             f"model.text.pooled_dim={pooled_dim}, or data.text.pooled=none"
@@ -191,10 +192,10 @@ def _stores_text(images: ImageSet) -> bool:
     return images.stored is not None and images.stored.text_dim > 0
 
 
-def _checked_encoder(config: RunConfig, train_set: ImageSet, device: torch.device | str) -> TextEncoder | None:
-    """The encoder, if this run needs one; every size held against the model."""
-    text = config.model.text
-    assert text is not None
+def _checked_encoder(
+    config: RunConfig, text: TextInput, train_set: ImageSet, device: torch.device | str
+) -> TextEncoder | None:
+    """The encoder, if this run needs one. Raises UserError where any size differs from the model's."""
     facts = train_set.stored
     if facts is not None and facts.text_dim:
         _check_sizes(text, facts.text_dim, facts.pooled_dim, f"{train_set.name} stores")
@@ -217,11 +218,9 @@ def _checked_encoder(config: RunConfig, train_set: ImageSet, device: torch.devic
 
 
 def _null_text(
-    config: RunConfig, train_set: ImageSet, encoder: TextEncoder | None, table: TextTable | None
+    config: RunConfig, text: TextInput, train_set: ImageSet, encoder: TextEncoder | None, table: TextTable | None
 ) -> Conditioning:
-    """The features of the empty caption, or the model's own null caption, which its checkpoints hold."""
-    text = config.model.text
-    assert text is not None
+    """The features of the empty caption, or the model's own null caption."""
     if family_spec(config.model.family).null_caption:
         return Conditioning(text=null_caption(text.max_length, text.dim)[None])
     extras = train_set.null_extras()
@@ -233,16 +232,16 @@ def _null_text(
     return table.of([""])
 
 
-def _prompts(config: RunConfig, held_out: ImageSet, table: TextTable | None, encoder: TextEncoder | None) -> Prompts:
-    """``sample.prompts``, or an even choice of held-out captions, at most one for each picture."""
-    text = config.model.text
-    assert text is not None
+def _prompts(
+    config: RunConfig, text: TextInput, held_out: ImageSet, table: TextTable | None, encoder: TextEncoder | None
+) -> Prompts:
+    """``sample.prompts``, or evenly spaced held-out captions, at most one for each picture."""
     if config.sample.prompts:
         assert encoder is not None
         texts = config.sample.prompts
         check_lengths(encoder, texts, text.max_length, "sample.prompts")
-        own = build_table(encoder, texts, text.max_length, cache_folder(config.data.text.cache))
-        return Prompts(texts, own.of(texts))
+        table = build_table(encoder, texts, text.max_length, cache_folder(config.data.text.cache))
+        return Prompts(texts, table.of(texts))
     first: dict[str, int] = {}
     for i in range(len(held_out)):
         first.setdefault(held_out.caption(i), i)
@@ -256,12 +255,13 @@ def _prompts(config: RunConfig, held_out: ImageSet, table: TextTable | None, enc
 
 
 NULL_TEXT_FILE, PROMPTS_FILE = "null_text.safetensors", "prompts.safetensors"
+_PARTS = ("text", "text_mask", "pooled")
 
 
 def save_conditions(path: Path, cond: Conditioning, texts: Sequence[str] = ("",)) -> None:
-    """Write text, text_mask and pooled of ``texts``, as far as they are given."""
-    given = {name: getattr(cond, name) for name in ("text", "text_mask", "pooled")}
-    tensors = {name: value.cpu().contiguous() for name, value in given.items() if value is not None}
+    """Write text, text_mask and pooled of ``texts``, as far as ``cond`` has them."""
+    values = {name: getattr(cond, name) for name in _PARTS}
+    tensors = {name: value.cpu().contiguous() for name, value in values.items() if value is not None}
     save_tensors(path, tensors, {"texts": json.dumps(list(texts))})
 
 
@@ -271,7 +271,7 @@ def load_conditions(path: Path) -> tuple[Conditioning, list[str]]:
 
     try:
         with safe_open(str(path), "pt") as file:
-            names = set(file.keys()) & {"text", "text_mask", "pooled"}
+            names = set(file.keys()) & set(_PARTS)
             texts = parse_json((file.metadata() or {})["texts"])
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise ValueError("its texts are no list of texts")

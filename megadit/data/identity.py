@@ -1,6 +1,6 @@
-"""What a run is trained on, as its checkpoints keep it: classes, images, order, encoders. Compared when it resumes.
+"""The identity of a run's data, which its checkpoints store: classes, images, order, encoders. Compared on resuming.
 
-Names, sizes and numbers, never pixels. Nothing of it depends on where the files lie, when they were written or how a
+Names, sizes and numbers, never pixels. Nothing of it depends on the path of the files, when they were written or how a
 file system orders them, so that data which were moved are the same data.
 """
 
@@ -27,7 +27,7 @@ from megadit.extensions import DATA_SOURCES
 Identity = dict[str, Any]
 
 _VERSION = 1
-# Keys of a config that say what is trained on, for checkpoints that keep nothing else of it.
+# Keys of the data section that are compared for checkpoints without an identity.
 _OLD_KEYS = ("name", "condition", "flip", "crop", "val_fraction", "skin_tones")
 
 _FIRST_CROP = "adm"  # how all images were cut before there was a key for it
@@ -69,7 +69,7 @@ def identify(config: RunConfig, train_set: ImageSet, val_set: ImageSet) -> Ident
 
 def _text_encoder(config: RunConfig, images: ImageSet) -> str | None:
     if config.data.condition != "text" or (images.stored is not None and images.stored.text_dim):
-        return None  # what is stored names its encoder itself
+        return None  # the stored features name their encoder
     return build_encoder(config.data.text).identity
 
 
@@ -91,9 +91,8 @@ def _feature_encoder(config: RunConfig) -> str | None:
 
 
 def differences(before: Mapping[str, Any], after: Identity, images: ImageSet) -> list[str]:
-    """What of the identity ``before`` of a checkpoint is not that of ``images``, ``after``; each as words with both.
-
-    Keys that only one of the two has are not compared.
+    """The differences of ``after``, the identity of ``images``, from that of a checkpoint, ``before``: a clause each,
+    with both values. Keys that only one of the two has are not compared.
     """
     before = {**after, **before}
     return [*_set_changes(before, after), *_image_changes(before, after, images), *_encoder_changes(before, after)]
@@ -113,8 +112,8 @@ def _class_changes(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
         return
     changed = [number for number, names in enumerate(zip(old, new, strict=True)) if names[0] != names[1]]
     if changed:
-        first, rest = changed[0], len(changed) - 1
-        more = f", and {rest} more differ" if rest else ""
+        first, others = changed[0], len(changed) - 1
+        more = f", and {others} more differ" if others else ""
         yield f"class {first} was '{old[first]}' and is '{new[first]}'{more}"
 
 
@@ -129,10 +128,9 @@ def _image_changes(before: Mapping[str, Any], after: Identity, images: ImageSet)
     if old["unit"] != new["unit"]:
         counts.append(f"images were read from {old['unit']} files and are read from {new['unit']} files")
     elif not same_files(old, new):
-        many = "" if old["count"] == new["count"] else f" ({old['count']:,} → {new['count']:,})"
-        where = first_difference(old, images.listing())
-        head = ", ".join(counts) or f"other {new['unit']}s{many}"
-        yield f"{head} (first difference: {where})"
+        change = "" if old["count"] == new["count"] else f" ({old['count']:,} → {new['count']:,})"
+        head = ", ".join(counts) or f"other {new['unit']}s{change}"
+        yield f"{head} (first difference: {first_difference(old, images.listing())})"
         return
     if before["val_fraction"] != after["val_fraction"]:
         counts.insert(0, f"data.val_fraction {before['val_fraction']:g} → {after['val_fraction']:g}")
@@ -168,36 +166,31 @@ def _encoder_changes(before: Mapping[str, Any], after: Identity) -> Iterator[str
 def config_differences(
     before: Mapping[str, Any], classes: Sequence[str] | None, config: RunConfig, images: ImageSet
 ) -> list[str]:
-    """The same of a checkpoint without an identity, as far as its ``data`` section ``before`` and the names of its
-    ``classes``, if they are known, tell.
+    """As ``differences``, of a checkpoint without an identity: by its ``data`` section ``before`` and, if they are
+    known, the names of its ``classes``.
     """
     after = config.data.model_dump(mode="json")
     if not DATA_SOURCES.get(config.data.name).may_store:  # tars' images of the model's size were not cut: crop_note
         before = {"crop": _FIRST_CROP, **before}
     elif images.stores_latents:  # of pictures that were cut when the latents were computed
         before = {**before, "crop": after["crop"]}
-    found = []
-    for key in _OLD_KEYS:
-        if key in before and before[key] != after[key]:
-            found.append(f"data.{key} was {plain_text(before[key])} and is {plain_text(after[key])}")
+    values = [(key, before[key], after[key]) for key in _OLD_KEYS if key in before]
     if config.data.condition == "text":
-        for key in ("encoder", "pooled"):
-            old, new = before.get("text", {}).get(key), after["text"][key]
-            if old not in (None, new):
-                found.append(f"data.text.{key} was {plain_text(old)} and is {plain_text(new)}")
-    return found if classes is None else [*found, *_class_changes(classes, images.classes)]
+        text = before.get("text", {})
+        keys = [key for key in ("encoder", "pooled") if text.get(key) is not None]
+        values += [(f"text.{key}", text[key], after["text"][key]) for key in keys]
+    changes = [f"data.{key} was {plain_text(old)} and is {plain_text(new)}" for key, old, new in values if old != new]
+    return changes if classes is None else [*changes, *_class_changes(classes, images.classes)]
 
 
 def crop_note(before: Mapping[str, Any], config: RunConfig, images: ImageSet) -> str | None:
-    """What to tell where images in tars may now be cut otherwise than under the ``data`` section ``before`` of a
-    checkpoint from before ``data.crop``; those of the model's size are not cut, and only reading them would tell.
+    """A note where images in tars may be cropped otherwise than under the ``data`` section ``before`` of a checkpoint
+    from before ``data.crop``; those of the model's size are not cropped, which only reading them would show.
     """
     crop = config.data.crop
-    whole = "crop" in before or crop == _FIRST_CROP or not DATA_SOURCES.get(config.data.name).may_store
-    if whole or images.stores_latents:
+    same = "crop" in before or crop == _FIRST_CROP or not DATA_SOURCES.get(config.data.name).may_store
+    if same or images.stores_latents or cut_before_crop(config.data) is not None:  # else another note says so
         return None
-    if cut_before_crop(config.data) is not None:
-        return None  # cut when they were written, as is told
     return (
         f"data.crop: {crop} cuts images of another size than the model's, which the run so far cut by {_FIRST_CROP}; "
         f"data.crop={_FIRST_CROP} goes on with that"

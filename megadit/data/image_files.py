@@ -1,8 +1,7 @@
-"""Opening image files of anybody: which formats, how large, how long, and how a square is cut of them.
+"""Reading image files: accepted formats, sizes and aspect ratios, and the crop to a square.
 
-Everything that reads images reads them here. What a header tells is judged before a pixel is decoded. No decoder here
-runs another program: Pillow hands an EPS file to Ghostscript whatever the file is called, so no formats but those of
-``FORMATS`` are looked for.
+All images are read here. The header is checked before a pixel is decoded. No decoder runs another program: Pillow hands
+an EPS file to Ghostscript whatever its name is, so that only the formats of ``FORMATS`` are opened.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ def centre_crop(image: Image.Image, size: int, crop: Crop = "adm") -> Image.Imag
     ``center``: as PixArt-alpha's ``T.Resize(size), T.CenterCrop(size)`` of torchvision. Scale bilinearly (antialiased,
     torchvision's default) until the shorter side is ``size``, the longer side rounded down, then cut the centre.
 
-    The scaled image is made whole: with ``image_files.LONGEST`` as the most that a picture is longer than wide, it has
-    at most so many times the pixels of the result. Cutting first would give other pixels, since Pillow rounds the place
-    of a cut to float32, and chooses by the sides whether it scales rows or columns first.
+    The whole image is scaled, then cut: with ``LONGEST`` as the limit of its aspect ratio it has at most so many times
+    the pixels of the result. Cutting first would give other pixels, since Pillow rounds the box of a cut to float32,
+    and chooses by the sides whether it scales rows or columns first.
     """
     return _adm(image, size) if crop == "adm" else _center(image, size)
 
@@ -64,7 +63,7 @@ def read_image(path: Path, size: int, crop: Crop = "adm") -> Tensor:
     """A file as uint8 (3, size, size): RGB (transparency on white), cut as ``centre_crop`` does. EXIF rotation is not
     applied.
 
-    Raises ``UserError`` that names the file when it is empty, corrupt, not an image, or one that is not taken.
+    Raises ``UserError`` that names the file when it is empty, corrupt, not an image, or of an unsupported kind.
     """
     image = centre_crop(read_rgb(path), size, crop)
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
@@ -121,8 +120,8 @@ _LONG_TEXT = "PngImagePlugin.MAX_TEXT"  # in Pillow's message, 1 MB a text
 _COUNT = re.compile(r"\((\d+) pixels\)")  # in Pillow's message
 
 
-class _Unfit(ValueError):
-    """A picture that is not taken although it may be whole, with what to do about it."""
+class _Unsupported(ValueError):
+    """A picture that is refused although it may be intact, with a remedy."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -157,11 +156,11 @@ def check(source: Path | bytes, where: str, *, key: str = "data.path", remedy: s
 
 @contextmanager
 def _opened(source: Path | bytes, where: str, key: str, remedy: str, longest: int | None) -> Iterator[Image.Image]:
-    """A file whose header is fit; what goes wrong until the block ends is a ``UserError``."""
+    """A file whose header is checked; any error until the block ends is raised as ``UserError``."""
     _silence_pillow()
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as file:
-            _judge(file, longest)
+            _check_size_and_mode(file, longest)
             yield file
     except MemoryError:
         raise  # this machine's fault, not the file's
@@ -172,29 +171,29 @@ def _opened(source: Path | bytes, where: str, key: str, remedy: str, longest: in
         known = _known_remedy(error)
         if known is not None:
             raise UserError(f"{message}; {known}") from None
-        wanted = _READ if isinstance(error, Image.UnidentifiedImageError) else PICTURES
-        other = bytes_instead(source, *wanted) if isinstance(source, bytes) else file_instead(source, *wanted)
+        kinds = _READ if isinstance(error, Image.UnidentifiedImageError) else PICTURES
+        other = bytes_instead(source, *kinds) if isinstance(source, bytes) else file_instead(source, *kinds)
         raise UserError(f"{message}; {remedy}" if other is None else f"{message}: {other}, else {remedy}") from None
 
 
-def _judge(file: Image.Image, longest: int | None) -> None:
-    """Raise ``_Unfit`` for what the header says of a picture."""
+def _check_size_and_mode(file: Image.Image, longest: int | None) -> None:
+    """Raise ``_Unsupported`` where the header of a picture has too many pixels, too long a side or another mode."""
     width, height = file.size
-    if width * height > MOST_PIXELS:  # where somebody has turned Pillow's own check off
+    if width * height > MOST_PIXELS:  # where Pillow's own check was disabled
         raise Image.DecompressionBombError(f"({width * height} pixels)")
     if longest is not None and max(width, height) > longest * min(width, height):
-        raise _Unfit(
+        raise _Unsupported(
             f"it is {width} x {height} pixels, more than {longest} times as long as wide, and a square would show next "
             "to nothing of it",
             "cut it, or take it out of the set",
         )
     if file.mode == "F" or file.mode.startswith("I"):
-        raise _Unfit(f"its pixels are of Pillow's mode {file.mode}, but 8 bits per channel are needed", REMEDY)
+        raise _Unsupported(f"its pixels are of Pillow's mode {file.mode}, but 8 bits per channel are needed", REMEDY)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """In mode RGB, transparency on white; an image that is so already is given back itself."""
-    if not _is_clear(image):
+    """The image in mode RGB, transparency on white; the image itself if it is in this mode already."""
+    if not _has_transparency(image):
         return image if image.mode == "RGB" else image.convert("RGB")
     result = Image.new("RGB", image.size)
     rows = max(1, _STRIP_PIXELS // image.width)
@@ -206,10 +205,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    return (to_rgb(image) if _is_clear(image) else image).convert("L")
+    return (to_rgb(image) if _has_transparency(image) else image).convert("L")
 
 
-def _is_clear(image: Image.Image) -> bool:
+def _has_transparency(image: Image.Image) -> bool:
     return "A" in image.getbands() or "transparency" in image.info
 
 
@@ -221,8 +220,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _silence_pillow() -> None:
-    """Pillow warns of sizes, which are judged here, and of damaged metadata, of which nothing is read."""
-    if _FROM_PILLOW not in warnings.filters:  # looked for each time, since others may have reset them
+    """Pillow warns of sizes, which are checked here, and of damaged metadata, which is not read."""
+    if _FROM_PILLOW not in warnings.filters:  # every time, since others may have reset them
         warnings.filterwarnings("ignore", module=_FROM_PILLOW[3].pattern)
 
 
@@ -239,9 +238,9 @@ def _reason(error: Exception) -> str:
 
 
 def _known_remedy(error: Exception) -> str | None:
-    """What helps against what Pillow refuses although it may be whole; None for damage."""
+    """The remedy for a file that is refused although it may be intact; None for a damaged one."""
     if isinstance(error, Image.DecompressionBombError):
         return "scale it down, or take it out of the set"
     if _LONG_TEXT in str(error):
         return "save it again without texts and profile, or take it out of the set"
-    return error.remedy if isinstance(error, _Unfit) else None
+    return error.remedy if isinstance(error, _Unsupported) else None

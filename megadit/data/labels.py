@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,8 +45,8 @@ def number_labels(
 ) -> tuple[tuple[str, ...], list[int]]:
     """(classes, a number per label): names are numbered in sorted order; numbers are kept, so classes are 0...max.
 
-    ``where(i)`` tells the place of label i. Raises UserError as ``class_names_of_numbers`` does, and where some labels
-    are names and some are numbers.
+    ``where(i)`` names the source of label i in messages. Raises UserError as ``class_names_of_numbers`` does, and where
+    some labels are names and some are numbers.
     """
     numbers = [label for label in labels if isinstance(label, int)]
     if len(numbers) == len(labels):
@@ -58,17 +59,17 @@ def number_labels(
             f"{_shown(labels[number])}; use one of the two"
         )
     classes = tuple(sorted({str(label) for label in labels}))
-    place = {name: number for number, name in enumerate(classes)}
-    return classes, [place[str(label)] for label in labels]
+    numbered = {name: number for number, name in enumerate(classes)}
+    return classes, [numbered[str(label)] for label in labels]
 
 
 def class_names_of_numbers(numbers: Sequence[int], where: Where, num_classes: int | None = None) -> tuple[str, ...]:
     """The names "0", "1", ... of classes that are numbered, up to the largest number; none without numbers.
 
-    ``where(i)`` tells the place of number i, such as "line 3 of FILE". ``num_classes``: the model's; None: not known,
-    and the largest may be as large as 100,000 or the number of labels allow.
+    ``where(i)`` names the source of number i in messages, such as "line 3 of FILE". ``num_classes``: the model's; None:
+    not known, and the largest may be as large as 100,000 or the number of labels allow.
 
-    Raises UserError, naming the place, for a number below 0 or beyond what is plausible.
+    Raises UserError, naming the source, for a number below 0 or beyond what is plausible.
     """
     if not numbers:
         return ()
@@ -81,15 +82,15 @@ def class_names_of_numbers(numbers: Sequence[int], where: Where, num_classes: in
     allowed = plausible if num_classes is None else min(num_classes, _MOST)
     if highest < allowed:
         return tuple(map(str, range(highest + 1)))
-    place = where(numbers.index(highest))
+    source = where(numbers.index(highest))
     if num_classes is not None and highest >= num_classes:
         more = f", or set model.num_classes={highest + 1}" if highest < plausible else ""
         raise UserError(
-            f"data.path: {place} has the label {_shown(highest)}, but model.num_classes is {num_classes}; correct the "
+            f"data.path: {source} has the label {_shown(highest)}, but model.num_classes is {num_classes}; correct the "
             f"label{more}"
         )
     raise UserError(
-        f"data.path: {place} has the label {_shown(highest)}, which would make more than {allowed} classes of "
+        f"data.path: {source} has the label {_shown(highest)}, which would make more than {allowed} classes of "
         f"{len(numbers)} labels; correct the label, or write names in place of numbers"
     )
 
@@ -126,10 +127,10 @@ class ClassNames:
         self.names = tuple(names)
         self._labels: list[dict[str, list[int]]] = []
         for form in _FORMS:
-            found: dict[str, list[int]] = {}
+            labels = defaultdict(list)
             for label, name in enumerate(self.names):
-                found.setdefault(form(name), []).append(label)
-            self._labels.append(found)
+                labels[form(name)].append(label)
+            self._labels.append(dict(labels))
 
     def exact(self, text: str) -> list[int]:
         """Labels of the classes called so, letter for letter; else but for space around the name."""

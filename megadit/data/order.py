@@ -103,6 +103,6 @@ class BatchLayout:
         return self.windows(step - 1)[-1][1] if step else 0
 
     def newly_skipped(self, step: int) -> list[Window]:
-        """The windows that step ``step`` is the first to leave behind."""
+        """The windows between the last sample of the step before ``step`` and the last of ``step``."""
         begin, end = self.next_number(step), self.next_number(step + 1)
         return [window for window in self.left_out if begin <= window[0] < end]

@@ -1,6 +1,6 @@
-"""Whether what a configuration names is on this machine, before torch and the readers of images are imported.
+"""Whether the files and packages that a configuration names are on this machine, before torch is imported.
 
-A slip in a path then costs a fraction of a second. What the files hold is for their readers to check.
+So a wrong path fails in a fraction of a second. The content of the files is checked by their readers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_prerequisites(config: RunConfig) -> None:
 
 
 def check_data_prerequisites(data: DataConfig) -> None:
-    """The same for a ``data`` section alone, all of which is wanted. Raises UserError likewise."""
+    """As ``check_prerequisites``, for every part of a ``data`` section without a model."""
     _check(data, text=data.condition == "text", features=True)
 
 

@@ -22,7 +22,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -40,14 +40,14 @@ from megadit.errors import UserError
 
 @dataclass(frozen=True)
 class _Failure:
-    """An ``UnreadableSample`` on its way out of a worker: DataLoader would bury its sentence in a traceback."""
+    """An ``UnreadableSample`` as a worker returns it: DataLoader would bury an exception's message in a traceback."""
 
     message: str
     sample: int
 
 
 class _Reader(Dataset):
-    """What reads, in a worker or here: a list of (sample number, index) pairs -> ``RawBatch`` or ``_Failure``."""
+    """The reader, in a worker or here: a list of (sample number, index) pairs -> ``RawBatch`` or ``_Failure``."""
 
     def __init__(self, dataset: ImageSet, seed: int, flip: bool) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
@@ -63,7 +63,7 @@ class _Reader(Dataset):
             return _Failure(str(error), error.number)
 
 
-class _Schedule:
+class _BatchSampler:
     """DataLoader's batch sampler: the pairs of each micro batch from ``start_step`` on, without end."""
 
     def __init__(self, layout: BatchLayout, order: SampleOrder, start_step: int) -> None:
@@ -82,13 +82,13 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-class BatchStream(Iterator[Batch]):
+class BatchStream(Iterator[Batch], AbstractContextManager["BatchStream"]):
     """Micro batches of one rank in order, forever: step ``start_step`` micro 0, micro 1, ..., next step.
 
     ``workers`` processes read ahead (0: images are read when asked for); the batches do not depend on it.
-    ``step`` and ``micro`` say which batch comes next. Close it, or use it in ``with``. When an image cannot be read,
-    wherever that is, ``next`` raises ``UserError`` with the sample and the step, and closes the stream; ``on_corrupt``
-    knows no other answer.
+    ``step`` and ``micro`` are those of the next batch. Close it, or use it in ``with``. When an image cannot be read,
+    here or in a worker, ``next`` raises ``UserError`` with the sample and the step, and closes the stream: the only
+    value of ``on_corrupt`` is stop.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class BatchStream(Iterator[Batch]):
     def _start(self, workers: int) -> None:
         loader = DataLoader(
             self._reader,
-            batch_sampler=_Schedule(self.layout, self.order, self.step),
+            batch_sampler=_BatchSampler(self.layout, self.order, self.step),
             collate_fn=_as_is,
             num_workers=workers,
             multiprocessing_context=worker_context(),
@@ -131,9 +131,6 @@ class BatchStream(Iterator[Batch]):
         # Without this an exit would wait for the workers, which do not hear SIGTERM, and they for the exit.
         self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
-
-    def __iter__(self) -> BatchStream:
-        return self
 
     def __next__(self) -> Batch:
         if self._closed:
@@ -165,9 +162,6 @@ class BatchStream(Iterator[Batch]):
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
             self._at_exit = None
-
-    def __enter__(self) -> BatchStream:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""A look at a set before training: empty and corrupt images and tars, and captions that are missing."""
+"""Checks of a set before training: empty and corrupt images and tars, missing captions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megadit.data.dataset import ImageSet, source_and_indices
+from megadit.data.dataset import ImageSet, evenly_spaced, source_and_indices
 from megadit.data.image_files import check_header, read_rgb
 from megadit.data.shards.manifest import sha256_of
 from megadit.data.shards.tar_set import TarSet
@@ -18,12 +18,12 @@ from megadit.data.sources.image_folder.tree import CAPTIONS
 from megadit.errors import UserError, say
 from megadit.files.text import REPLACED
 
-_summed: set[tuple[str, int, int]] = set()  # shards whose checksum this process has found right
+_verified: set[tuple[str, int, int]] = set()  # shards whose checksum this process has compared already
 
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """How many files a set has, and how many of them were opened and fully decoded."""
+    """How many files a set has, and how many of them were opened, and fully decoded."""
 
     files: int
     opened: int
@@ -33,9 +33,9 @@ class ImageCheck:
 def check_images(dataset: ImageSet, *, seconds: float = 10.0, files: int = 100_000, decode: int = 16) -> ImageCheck:
     """Open up to ``files`` files of an image folder for at most ``seconds``, and decode ``decode`` of them.
 
-    Both are spread evenly over the set; all files that a metadata.jsonl names are looked for. Of tars, ``decode``
-    samples are read whole and as many checksums compared as the time allows. Sets that are held in memory have nothing
-    left to check. Raises ``UserError`` that names the first empty, corrupt or missing file.
+    Both are evenly spaced over the set; all files that a metadata.jsonl names must exist. Of tars, ``decode`` samples
+    are read and as many checksums compared as the time allows. Nothing of sets in memory is left to check. Raises
+    ``UserError`` that names the first empty, corrupt or missing file.
     """
     source, positions = source_and_indices(dataset)
     if isinstance(source, TarSet):
@@ -45,13 +45,13 @@ def check_images(dataset: ImageSet, *, seconds: float = 10.0, files: int = 100_0
     source.check_files()
     end = time.monotonic() + seconds
     decoded = 0
-    for index in _spread(positions, decode):
+    for index in evenly_spaced(positions, decode):
         if decoded and time.monotonic() > end:
             break
         read_rgb(source.path(index))
         decoded += 1
     opened = 0
-    for index in _spread(positions, files):
+    for index in evenly_spaced(positions, files):
         if opened and time.monotonic() > end:
             break
         check_header(source.path(index))
@@ -60,7 +60,7 @@ def check_images(dataset: ImageSet, *, seconds: float = 10.0, files: int = 100_0
 
 
 def check_files(dataset: ImageSet) -> None:
-    """Whether the files that a metadata.jsonl names are there. Raises UserError that names the first that is not."""
+    """Raise UserError, naming the first, where files that a metadata.jsonl names do not exist."""
     source, _ = source_and_indices(dataset)
     if isinstance(source, FolderSet):
         source.check_files()
@@ -68,43 +68,34 @@ def check_files(dataset: ImageSet) -> None:
 
 def _check_tars(source: TarSet, positions: Sequence[int], seconds: float, decode: int) -> ImageCheck:
     end = time.monotonic() + seconds
-    chosen = _spread(positions, decode)
+    chosen = evenly_spaced(positions, decode)
     views = [source] if source.mirrored is None else [source, source.mirrored]
     for index in chosen:
         for view in views:
             view.image(index), view.caption(index), view.extras(index)
     compared = 0
     for shard, expected in zip(source.shards, source.sums, strict=False):
-        known = (shard.path, shard.size, shard.changed_ns)
-        if known in _summed:
+        version = (shard.path, shard.size, shard.changed_ns)
+        if version in _verified:
             continue
         if compared and time.monotonic() > end:
             break
         if sha256_of(Path(shard.path)) != expected:
             raise UserError(f"data.path: {shard.path} has other bytes than were written (SHA-256); copy it again")
-        _summed.add(known)
+        _verified.add(version)
         compared += 1
     return ImageCheck(files=len(source.shards), opened=compared, decoded=len(chosen))
 
 
-def _spread(items: Sequence[int], count: int) -> Sequence[int]:
-    """At most ``count`` of the items, evenly spaced."""
-    step = max(1, -(-len(items) // max(1, count)))
-    return items[::step]
-
-
-_Place = tuple[ImageSet, int]  # an image of a part of the set
-
-
 def check_captions(most_missing: float, *parts: ImageSet) -> None:
-    """Count captions that are empty, or hold U+FFFD for what was no character, and warn of both.
+    """Count captions that are empty, or hold U+FFFD for bytes that are no character, and warn of both.
 
-    ``parts``: of one set, the training part first; what is counted are the images of all of them.
+    ``parts``: of one set, the training part first; the captions of all of them are counted.
 
     Raises UserError where more than the share ``most_missing`` of the captions is empty, or all are.
     """
-    missing: list[_Place] = []
-    replaced: list[_Place] = []
+    missing: list[tuple[ImageSet, int]] = []
+    replaced: list[tuple[ImageSet, int]] = []
     for part in parts:
         for i in range(len(part)):
             caption = part.caption(i)
@@ -114,40 +105,37 @@ def check_captions(most_missing: float, *parts: ImageSet) -> None:
                 replaced.append((part, i))
     count = sum(map(len, parts))
     if missing:
-        _judge(missing, count, most_missing)
+        _check_missing(missing, count, most_missing)
     if replaced:
+        images, i = replaced[0]
         _warn(
             f"{len(replaced)} of {count} captions hold U+FFFD in the place of what is no character "
-            f"({_source(replaced[0])} first)"
+            f"({images.source_of(i)} first)"
         )
 
 
-def _source(place: _Place) -> str:
-    images, i = place
-    return images.source_of(i)
-
-
-def _judge(missing: list[_Place], count: int, most_missing: float) -> None:
-    first, hint = _source(missing[0]), _hint(*missing[0])
+def _check_missing(missing: list[tuple[ImageSet, int]], count: int, most_missing: float) -> None:
+    images, i = missing[0]
+    hint = _caption_hint(images, i)
     if len(missing) == count:
         raise UserError(
-            f"data.condition: text, but no image of {missing[0][0].name} has a caption; choose class or none, or give "
+            f"data.condition: text, but no image of {images.name} has a caption; choose class or none, or give "
             f"captions{hint}"
         )
-    told = f"{len(missing)} of {count} images have no caption ({first} first)"
+    problem = f"{len(missing)} of {count} images have no caption ({images.source_of(i)} first)"
     share = len(missing) / count
     if share > most_missing:
         raise UserError(
-            f"data.condition: text, but {told}; give captions{hint}, or allow it by data.max_missing_captions="
+            f"data.condition: text, but {problem}; give captions{hint}, or allow it by data.max_missing_captions="
             f"{math.ceil(share * 1000) / 1000:g}"
         )
-    _warn(f"{told}; they are trained on as pictures of the empty text")
+    _warn(f"{problem}; they are trained on as pictures of the empty text")
 
 
-def _hint(images: ImageSet, i: int) -> str:
-    """Where captions are read from, and what lies there that is not read."""
-    source, places = source_and_indices(images)
-    i = places[i]
+def _caption_hint(images: ImageSet, i: int) -> str:
+    """Where captions are read from, and which files there are not read."""
+    source, indices = source_and_indices(images)
+    i = indices[i]
     if isinstance(source, TarSet):
         return " as .txt members, or as caption in .json members"
     if not isinstance(source, FolderSet):

@@ -14,13 +14,13 @@ Window = tuple[int, int]
 
 def merge_windows(windows: Iterable[Window]) -> tuple[Window, ...]:
     """The same numbers as sorted windows that neither overlap nor touch."""
-    found: list[Window] = []
+    merged: list[Window] = []
     for first, stop in sorted(windows):
-        if found and first <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
-            found.append((first, stop))
-    return tuple(found)
+            merged.append((first, stop))
+    return tuple(merged)
 
 
 def remaining_windows(start: int, count: int, left_out: Sequence[Window]) -> list[Window]:
@@ -30,28 +30,24 @@ def remaining_windows(start: int, count: int, left_out: Sequence[Window]) -> lis
     while window is not None and window[0] <= number:
         number += window[1] - window[0]
         window = next(windows, None)
-    found: list[Window] = []
+    remaining: list[Window] = []
     while count > 0:
         stop = number + count if window is None else min(number + count, window[0])
         if stop > number:
-            found.append((number, stop))
+            remaining.append((number, stop))
         count -= stop - number
         if window is not None and count > 0:
             number, window = window[1], next(windows, None)
-    return found
+    return remaining
 
 
 def subtract_windows(windows: Iterable[Window], others: Iterable[Window]) -> tuple[Window, ...]:
     """The numbers of ``windows`` that are in none of ``others``."""
-    rest = list(merge_windows(windows))
+    remaining = list(merge_windows(windows))
     for first, stop in merge_windows(others):
-        rest = [
-            part
-            for low, high in rest
-            for part in ((low, min(high, first)), (max(low, stop), high))
-            if part[0] < part[1]
-        ]
-    return tuple(rest)
+        parts = [part for low, high in remaining for part in ((low, min(high, first)), (max(low, stop), high))]
+        remaining = [(low, high) for low, high in parts if low < high]
+    return tuple(remaining)
 
 
 def windows_before(windows: Iterable[Window], number: int) -> tuple[Window, ...]:

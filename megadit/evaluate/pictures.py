@@ -44,7 +44,7 @@ def read_pictures(path: Path) -> Tensor:
 
 
 def _check_header(path: Path, remedy: str) -> None:
-    """Refuse what is no pictures, or of which a small file would make a large array, before it is unpacked.
+    """Refuse arrays that hold no pictures, or that a small file would unpack to a large size, before unpacking.
 
     Raises KeyError without arr_0, UserError for other arrays, and what zipfile and numpy say about damage.
     """

@@ -90,6 +90,15 @@ def save_tensors(
                 os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def refuse_unwritable(key: str, path: Path, remedy: str) -> Iterator[None]:
+    """A block that writes below ``path``: an OSError in it becomes a UserError with the option ``key``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}: '{path}' cannot be written ({error.strerror or error}); {remedy}") from error
+
+
 def user_cache() -> Path:
     """megadit's folder in the user's cache ($XDG_CACHE_HOME, else ~/.cache); it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megadit"

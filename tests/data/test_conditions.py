@@ -85,7 +85,7 @@ def test_captions_become_the_encoders_features(folders):
 def test_the_encoder_is_not_asked_twice(folders, monkeypatch):
     run, sets = config(folders), parts(image_set())
     first = build_conditions(run, *sets)
-    monkeypatch.setattr("megadit.data.text.encoders.load_network", None)
+    monkeypatch.setattr("megadit.data.text.folders.load_network", None)
     second = build_conditions(run, *sets)
     assert first.of(batch(CAPTIONS)).text.equal(second.of(batch(CAPTIONS)).text)
 

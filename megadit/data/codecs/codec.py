@@ -1,6 +1,6 @@
-"""Codecs: from images to what the model is trained on and back. Pixels as they are, or an autoencoder's latents.
+"""Codecs: from images to the model's inputs and back. Pixels as they are, or an autoencoder's latents.
 
-A codec is given images in [-1, 1] and one key per sample, so that a sample's latent does not depend on its batch.
+A codec encodes images in [-1, 1] and one key per sample, so that a sample's latent does not depend on its batch.
 ``_class_name`` in the ``config.json`` of the folder at ``data.vae.path`` says which codec of ``CODECS`` it holds.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megadit.config.schema.data import VaeConfig
 from megadit.data.codecs.folder import CodecFacts, codec_facts, codec_folder, read_facts
-from megadit.data.dataset import StoredFacts
+from megadit.data.dataset import StoredFacts, latents_of
 from megadit.errors import UserError
 from megadit.extensions import CODECS
 from megadit.rng import batch_normal
@@ -26,8 +26,8 @@ from megadit.rng import batch_normal
 class Codec(ABC):
     """factor: image pixels per latent pixel along a side.  channels: of the latents; None: those of the image.
 
-    decodes: whether ``decode`` can be called, so that pictures can be drawn.  fitted_scale: scale and shift belong to
-    the codec, so that ``data.vae.scale`` and ``shift`` may not say others.
+    decodes: whether ``decode`` can be called, so that pictures can be sampled.  fitted_scale: scale and shift are part
+    of the codec, so that ``data.vae.scale`` and ``shift`` may not differ.
 
     A codec of a folder is a class in ``megadit.extensions.CODECS`` under the ``_class_name`` of the folder's
     ``config.json``, called as ``cls(config.data.vae, device)``; a plugin adds its own. Beside that name the file says
@@ -49,15 +49,15 @@ class Codec(ABC):
 
 
 class GaussianCodec(Codec):
-    """One whose latents are drawn from a Gaussian, by each sample's own noise."""
+    """A codec whose latents are sampled from a Gaussian posterior, with noise keyed by sample."""
 
     @abstractmethod
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, float32 (B, c, h, w) each, scaled as the model takes them."""
 
     def encode(self, images: Tensor, keys: Tensor) -> Tensor:
-        """A draw from the posterior of each image. Raises UserError if the size or channels do not fit."""
-        return _drawn(*self.posterior(images), keys)
+        """A sample of the posterior of each image. Raises UserError if the size or channels do not fit."""
+        return _sample_gaussian(*self.posterior(images), keys)
 
 
 class PixelCodec(Codec):
@@ -76,10 +76,9 @@ class PixelCodec(Codec):
 
 
 class StoredCodec(Codec):
-    """Latents that were encoded before: only drawn from their posterior, where that was stored.
+    """Latents that were encoded before: only sampled from their posterior, where that was stored.
 
-    Decoding is that of the codec at ``data.vae.path``, loaded when the first picture is drawn; without a path
-    ``decodes`` is False.
+    The codec at ``data.vae.path`` decodes, and is loaded for the first picture; without a path ``decodes`` is False.
     """
 
     def __init__(self, stored: StoredFacts, config: VaeConfig | None, device: torch.device | str = "cpu") -> None:
@@ -89,11 +88,11 @@ class StoredCodec(Codec):
         self._decoder: Codec | None = None
 
     def encode(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Latents as they are, in float32; moments (B, 2c, h, w): a draw with each sample's own noise."""
+        """Latents as they are, in float32; of moments (B, 2c, h, w) a sample, with noise keyed by sample."""
         if not self.stored.moments:
             return images.float()
         mean, std = images.float().chunk(2, dim=1)
-        return _drawn(mean, std, keys)
+        return _sample_gaussian(mean, std, keys)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images by the codec of ``data.vae.path``. Raises UserError if there is none."""
@@ -102,7 +101,7 @@ class StoredCodec(Codec):
         return self._decoder.decode(latents)
 
 
-def _drawn(mean: Tensor, std: Tensor, keys: Tensor) -> Tensor:
+def _sample_gaussian(mean: Tensor, std: Tensor, keys: Tensor) -> Tensor:
     return mean + std * batch_normal(keys.to(mean.device), mean.shape[1:])
 
 
@@ -113,8 +112,9 @@ def build_codec(
 
     Raises UserError if the folder is missing, or the codec in it does not load.
     """
-    if stored is not None and stored.channels:
-        return StoredCodec(stored, config, device)
+    latents = latents_of(stored)
+    if latents is not None:
+        return StoredCodec(latents, config, device)
     if config is None:
         return PixelCodec()
     codec: Codec = CODECS.get(codec_facts(config).name)(config, device)
@@ -132,9 +132,9 @@ def vae_at(config: VaeConfig | None, path: str | None) -> VaeConfig | None:
         raise UserError(
             f"--vae: {path}, but the run's model works on pixels, which nothing has to decode; leave it out"
         )
-    given = config.model_copy(update={"path": path})
-    check_vae(given)
-    return given
+    config = config.model_copy(update={"path": path})
+    check_vae(config)
+    return config
 
 
 def codec_identity(config: VaeConfig) -> str:
@@ -163,10 +163,11 @@ def check_vae(
 ) -> None:
     """Raise UserError where the folder is missing, is no codec's, or disagrees with ``data.vae`` or the model.
 
-    stored: what the data hold; latents need no folder.  in_channels: the model's.  image_channels: the data's.
+    stored: of the data; stored latents need no folder.  in_channels: the model's.  image_channels: the data's.
     Loads nothing.
     """
-    if config is None or (config.path is None and stored is not None and stored.channels):
+    latents = latents_of(stored)
+    if config is None or (config.path is None and latents is not None):
         return
     facts = codec_facts(config)
     scale_and_shift(config, facts)
@@ -185,20 +186,20 @@ def check_vae(
             f"data.vae.path: the codec in {config.path} takes images of {facts.image_channels} channel(s), the data "
             f"have {image_channels}; choose another data set or codec"
         )
-    if stored is not None and stored.channels and codec_identity(config) != stored.codec:
+    if latents is not None and codec_identity(config) != latents.codec:
         logging.getLogger(__name__).warning(
             "data.vae.path: %s has other weights (%s) than the stored latents come from (%s); pictures may be off",
-            config.path, codec_identity(config), stored.codec,
+            config.path, codec_identity(config), latents.codec,
         )  # fmt: skip
 
 
 def scale_and_shift(config: VaeConfig, facts: CodecFacts) -> tuple[float, float]:
     """(scale, shift) of ``data.vae``, or the codec's where null. Raises UserError where they may not differ."""
     fitted = CODECS.get(facts.name).fitted_scale
-    for key, given, own in (("scale", config.scale, facts.scale), ("shift", config.shift, facts.shift)):
-        if fitted and given is not None and abs(given - own) > 1e-6:
+    for key, value, of_codec in (("scale", config.scale, facts.scale), ("shift", config.shift, facts.shift)):
+        if fitted and value is not None and abs(value - of_codec) > 1e-6:
             raise UserError(
-                f"data.vae.{key}: {given:g}, but {own:g} was fitted with the codec in {config.path}; leave "
+                f"data.vae.{key}: {value:g}, but {of_codec:g} was fitted with the codec in {config.path}; leave "
                 f"data.vae.{key} out"
             )
     scale = facts.scale if config.scale is None else config.scale

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megadit.config.schema.data import VaeConfig
 from megadit.errors import UserError
@@ -24,11 +22,11 @@ _PER_CHANNEL = ("latents_mean", "latents_std")
 
 @dataclass(frozen=True)
 class CodecFacts:
-    """What a codec's ``config.json`` says.
+    """The ``config.json`` of a codec.
 
     name: its ``_class_name``.  factor: image pixels per latent pixel along a side.  channels: of latents.
-    image_channels: of the images that it takes.  scale, shift: latents are (z - shift) * scale, z what
-    its weights give.
+    image_channels: of the images that it encodes.  scale, shift: latents are (z - shift) * scale, with z the output of
+    its encoder.
     """
 
     name: str
@@ -40,7 +38,7 @@ class CodecFacts:
 
 
 def codec_facts(config: VaeConfig) -> CodecFacts:
-    """What is known of the codec at ``data.vae.path`` without its weights. Raises UserError if it is no codec's."""
+    """The facts of the codec at ``data.vae.path``; reads no weights. Raises UserError if it is no codec's folder."""
     return read_facts(codec_folder(config))
 
 
@@ -56,9 +54,9 @@ def codec_folder(config: VaeConfig) -> Path:
 
 
 def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
-    """What the ``config.json`` of a codec's folder says; a class that is no codec here is read as an AutoencoderKL.
+    """The facts in the ``config.json`` of a codec's folder; an unknown class is read as an AutoencoderKL.
 
-    ``key`` is what the folder was given by, for messages.
+    ``key``: the option that names the folder, for messages.
 
     Raises:
         UserError: it cannot be read, a value is none of its type, or latents are scaled by a number per channel.
@@ -71,7 +69,7 @@ def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
         scale = fields.number("scaling_factor", above=0.0)
     else:
         factor = 2 ** (_levels(fields) - 1)
-        _check_rest(fields)
+        _check_other_fields(fields)
         channels = fields.whole("latent_channels", 4, least=1, most=_MOST)  # the defaults are AutoencoderKL's own
         of_images = fields.whole("in_channels", 3, least=1, most=_MOST)
         scale = fields.number("scaling_factor", 0.18215, above=0.0)
@@ -86,9 +84,9 @@ def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
 
 
 def _levels(fields: Fields) -> int:
-    """How many resolutions an AutoencoderKL has, each half of the one before; the keys that say so are checked."""
+    """The number of resolutions of an AutoencoderKL, each half of the one before; checks the keys it follows from."""
     blocks = fields.items("block_out_channels", (64,))
-    sizes = _each(fields, "block_out_channels", blocks)
+    sizes = fields.elements("block_out_channels", (64,))
     if not 1 <= len(blocks) <= _MOST_LEVELS:
         raise fields.refused("block_out_channels", blocks, f"a list of 1 to {_MOST_LEVELS} numbers")
     for part in sizes.names():
@@ -98,7 +96,7 @@ def _levels(fields: Fields) -> int:
         kinds = fields.items(part, ("",))
         if len(kinds) not in (len(blocks), len(blocks) - 1):
             raise fields.refused(part, kinds, f"as many as the {len(blocks)} block_out_channels")
-        named = _each(fields, part, kinds)
+        named = fields.elements(part, ("",))
         for kind in named.names():
             named.text(kind)
     groups = fields.whole("norm_num_groups", 32, least=1, most=_MOST_WIDTH)
@@ -110,12 +108,7 @@ def _levels(fields: Fields) -> int:
     return len(blocks)
 
 
-def _each(fields: Fields, key: str, values: Sequence[Any]) -> Fields:
-    """The values of a list under ``key[0]``, ``key[1]``, …"""
-    return Fields({f"{key}[{number}]": value for number, value in enumerate(values)}, fields.where)
-
-
-def _check_rest(fields: Fields) -> None:
+def _check_other_fields(fields: Fields) -> None:
     """Refuse values of an AutoencoderKL that are not of their type, before diffusers builds with them."""
     fields.whole("out_channels", 3, least=1, most=_MOST)
     fields.text("act_fn", "silu")
@@ -139,8 +132,8 @@ def _check(folder: Path) -> None:
         raise UserError(f"{_KEY}: {folder} has no config.json{inner}; give the folder of a diffusers {VAE_CLASS}")
     name = Fields.of_file(config, _KEY, "fetch it again").raw("_class_name")
     if name not in CODECS:
-        found = name if isinstance(name, str) else f"model with _class_name {shown(name)}"
-        raise UserError(f"{_KEY}: {folder} holds a {found}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
+        model = name if isinstance(name, str) else f"model with _class_name {shown(name)}"
+        raise UserError(f"{_KEY}: {folder} holds a {model}, not an {VAE_CLASS}; give an {VAE_CLASS} folder")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{_KEY}: {folder} has no .safetensors weights; convert or fetch them in that format")

@@ -25,7 +25,7 @@ from megadit.data.build import build_datasets
 from megadit.data.codecs.codec import Codec, scale_and_shift
 from megadit.data.codecs.folder import codec_folder, read_facts
 from megadit.data.dataset import ImageSet, evenly_spaced, print_remarks, stack_images
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 from megadit.files.file_kind import other_among
 from megadit.files.ownership import acquire_folder, is_lock_file
 from megadit.files.paths import atomic_write, save_tensors
@@ -52,7 +52,7 @@ class PatchPca:
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Channels of the latents."""
         return int(self.components.shape[0])
 
     def to(self, device: torch.device | str) -> PatchPca:
@@ -101,7 +101,7 @@ class PcaCodec(Codec):
         return self.pca.encode(images.to(self.device)) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images from the components that were kept."""
+        """Images from the first principal components."""
         return self.pca.decode(latents.to(self.device, torch.float32) / self.scale)
 
 
@@ -139,11 +139,11 @@ def fit_pca(dataset: ImageSet, indices: Sequence[int], factor: int, channels: in
 
 
 def measure_psnr(codec: PatchPca, dataset: ImageSet, indices: Sequence[int]) -> float:
-    """Peak signal-to-noise ratio in dB of what the codec keeps: of the mean squared error over all these images."""
+    """Peak signal-to-noise ratio in dB of the reconstructions, from the mean squared error over all these images."""
     error, count = 0.0, 0
     for images in _batches(dataset, indices):
-        back = codec.decode(codec.encode(images)).clamp(-1, 1)
-        error += float((back - images).double().square().sum())
+        decoded = codec.decode(codec.encode(images)).clamp(-1, 1)
+        error += float((decoded - images).double().square().sum())
         count += images.numel()
     return math.inf if error == 0 else 10 * math.log10(4 * count / error)  # images span 2, from -1 to 1
 
@@ -186,8 +186,7 @@ def load_pca(folder: Path) -> PatchPca:
         if problem:
             raise ValueError(problem)
     except Exception as error:  # whatever json and safetensors say about damaged files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        reason = other_among([folder / "config.json", folder / _WEIGHTS]) or reason
+        reason = other_among([folder / "config.json", folder / _WEIGHTS]) or one_line(error)
         raise UserError(
             f"data.vae.path: {folder} does not load as a {PCA_CLASS} ({reason}); fit it again with tools/encode.py"
         ) from error
@@ -197,7 +196,8 @@ def load_pca(folder: Path) -> PatchPca:
 def fit_and_save(config: DataConfig, folder: Path, factor: int, channels: int, most: int) -> dict[str, Any]:
     """Fit on (an even choice of at most ``most`` images of) the training part, measure on the held-out part, save.
 
-    Returns what the command tells. Raises UserError as ``build_datasets`` and ``fit_pca`` do, or for a folder in use.
+    Returns what ``encode.py fit-pca --json`` prints. Raises UserError as ``build_datasets`` and ``fit_pca`` do, or for
+    a folder in use.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: '{folder}' is a file; choose another folder")

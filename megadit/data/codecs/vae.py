@@ -12,7 +12,7 @@ from torch import Tensor
 from megadit.config.schema.data import VaeConfig
 from megadit.data.codecs.codec import GaussianCodec, scale_and_shift
 from megadit.data.codecs.folder import VAE_CLASS, codec_folder, read_facts
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 from megadit.files.file_kind import other_among
 from megadit.files.weight_files import check_indices
 from megadit.finite import describe_nonfinite
@@ -24,8 +24,8 @@ _PER_PASS = 16  # images through the autoencoder at once: its activations are fa
 class VaeCodec(GaussianCodec):
     """diffusers' AutoencoderKL from a local folder with safetensors weights; frozen, float32, on ``device``.
 
-    Latents are (z - shift) * scale, with z drawn from the encoder's Gaussian by keyed noise. ``data.vae.scale`` and
-    ``shift`` that are null are the autoencoder's own.
+    Latents are (z - shift) * scale, with z sampled from the encoder's Gaussian by keyed noise. ``data.vae.scale`` and
+    ``shift`` default to the autoencoder's own.
     Raises UserError that names ``data.vae.path`` if the folder is missing, is not an AutoencoderKL or does not load.
     """
 
@@ -60,8 +60,8 @@ class VaeCodec(GaussianCodec):
                 f"data.image_size: {height}x{width} is not a multiple of {self.factor}, the autoencoder's factor; "
                 "choose one that is"
             )
-        found = [self.vae.encode(batch.to(self.device, torch.float32)).latent_dist for batch in images.split(_PER_PASS)]
-        mean, std = torch.cat([part.mean for part in found]), torch.cat([part.std for part in found])
+        parts = [self.vae.encode(batch.to(self.device, torch.float32)).latent_dist for batch in images.split(_PER_PASS)]
+        mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
         return (mean - self.shift) * self.scale, std * self.scale
 
     @torch.no_grad()
@@ -77,8 +77,7 @@ def _load(folder: Path) -> Any:
     try:
         vae = vae_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever diffusers, safetensors or torch say about a damaged folder
-        reason = " ".join(str(error).split())[:200]
-        reason = other_among([folder / "config.json", *sorted(folder.glob("*.safetensors"))]) or reason
+        reason = other_among([folder / "config.json", *sorted(folder.glob("*.safetensors"))]) or one_line(error)
         raise UserError(
             f"data.vae.path: {folder} does not load as an {VAE_CLASS} ({reason}); fetch it again"
         ) from error

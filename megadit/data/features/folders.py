@@ -1,4 +1,4 @@
-"""Whether the networks of ``data.features`` are on this machine: their folder or packages. Needs no torch."""
+"""Checks that the networks of ``data.features`` are on this machine: folder or packages. Imports no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_dinov2(path: str | None, image_size: int) -> Fields:
 
 
 def _check_normalization(file: Path) -> None:
-    """Refuse a network that was trained on pictures of another normalization, where a file says so.
+    """Refuse a network whose preprocessor file, if it has one, names another normalization.
 
     Raises:
         UserError: it does, or cannot be read.
@@ -45,14 +45,13 @@ def _check_normalization(file: Path) -> None:
     if not file.is_file():
         return
     fields = Fields.of_file(file, DINOV2_KEY, "fetch it again")
-    for key, wanted in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-        found = fields.items(key, wanted, null=True) or list(wanted)
-        values = Fields({f"{key}[{number}]": value for number, value in enumerate(found)}, fields.where)
-        numbers = [values.number(name) for name in values.names()]
-        if len(numbers) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(numbers, wanted, strict=True)):
+    for key, expected in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        values = fields.elements(key, expected, null=True)
+        numbers = [values.number(name) for name in values.names()] or list(expected)
+        if len(numbers) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(numbers, expected, strict=True)):
             raise UserError(
-                f"{fields.where} has {key} {shown(found)}, and pictures are normalized by {shown(list(wanted))} here; "
-                "give a DINOv2 of these"
+                f"{fields.where} has {key} {shown(fields.items(key))}, and pictures are normalized by "
+                f"{shown(list(expected))} here; give a DINOv2 of these"
             )
 
 

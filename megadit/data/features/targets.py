@@ -59,7 +59,7 @@ def on_grid(features: Tensor, side: int) -> Tensor:
 
 
 def check_features(config: RunConfig, images: ImageSet) -> None:
-    """Whether ``data.features`` can give what ``model.repa`` expects; loads no network.
+    """Check that ``data.features`` gives the features that ``model.repa`` expects; loads no network.
 
     Raises:
         UserError: packages, folder or stored features are missing, their channels are not ``model.repa.feature_dim``,

@@ -21,18 +21,9 @@ from megadit.data.batch import scale_images
 from megadit.data.codecs.codec import Codec, GaussianCodec, build_codec, check_vae, codec_identity, scale_and_shift
 from megadit.data.codecs.folder import codec_facts
 from megadit.data.dataset import ImageSet, ProgressCallback, StoredFacts, stack_images
-from megadit.data.shards import members, naming
+from megadit.data.shards import members, naming, writing
 from megadit.data.shards.manifest import Manifest
 from megadit.data.shards.naming import Sharding
-from megadit.data.shards.writing import (
-    SetWriter,
-    data_settings,
-    new_manifest,
-    recipe_of,
-    sample_key,
-    set_to_write,
-    text_members,
-)
 from megadit.errors import UserError
 from megadit.files.paths import save_tensors
 from megadit.rng import sample_keys
@@ -79,23 +70,23 @@ def encode_set(
 
     An interrupted set is resumed. Raises UserError as ``build_datasets``, the encoders and ``SetWriter`` do.
     """
-    images, bases = set_to_write(config, folder)
+    images, bases = writing.set_to_write(config, folder)
     encoders = _encoders(config, encoding, images, device)
     stored = _facts(config, encoding, images, encoders)
-    made = {"command": "encode", "data": data_settings(config), **asdict(encoding), "stored": asdict(stored)}
-    with SetWriter(folder, sharding, recipe_of(made)) as writer:
+    made = {"command": "encode", "data": writing.data_settings(config), **asdict(encoding), "stored": asdict(stored)}
+    with writing.SetWriter(folder, sharding, writing.recipe_of(made)) as writer:
         done = writer.done
         start = done // _CHUNK * _CHUNK  # the same chunks as without an interruption, so that rounding is the same
         for first in range(start, len(images), _CHUNK):
             numbers = range(first, min(first + _CHUNK, len(images)))
             for i, arrays in zip(numbers, _chunk(images, numbers, encoders, encoding, stored), strict=True):
                 if i >= done:
-                    writer.add(sample_key(i), {**arrays, **text_members(images, bases, i)})
+                    writer.add(writing.sample_key(i), {**arrays, **writing.text_members(images, bases, i)})
             if progress is not None:
                 progress(numbers.stop, len(images))
         if encoders.text is not None:
             _save_null_text(encoders.text, encoding, folder)
-        return writer.finish(replace(new_manifest(images, made), stored=stored))
+        return writer.finish(replace(writing.new_manifest(images, made), stored=stored))
 
 
 def _encoders(config: DataConfig, encoding: Encoding, images: ImageSet, device: str) -> _Encoders:

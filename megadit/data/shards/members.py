@@ -1,6 +1,6 @@
-"""The bytes of a tar's member and its value, both ways: arrays, pictures, JSON and texts.
+"""Readers and writers of the members of a tar: arrays, pictures, JSON and texts.
 
-Nothing here unpickles: arrays of objects are refused. In messages ``where`` names the member and its tar.
+Nothing is unpickled: arrays of objects are refused. In messages ``where`` names the member and its tar.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from megadit.data.shards.shard_files import ShardFile
 from megadit.data.verify import check_captions, check_files
 from megadit.errors import UserError
 from megadit.files.ownership import acquire_folder, is_lock_file, refuse_folder_in_use
-from megadit.files.paths import atomic_write
+from megadit.files.paths import atomic_write, refuse_unwritable
 from megadit.files.text import json_bytes
 
 _BLOCK = 512  # bytes of a member's header; data are padded to a multiple of it
@@ -127,17 +127,13 @@ class SetWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        remedy = "make room, or choose another folder; the same command goes on with what is finished"
         try:
-            yield
+            with refuse_unwritable("--out", self.folder, remedy):
+                yield
         except UserError:
             self.abandon()
             raise
-        except OSError as error:
-            self.abandon()
-            raise UserError(
-                f"--out: '{self.folder}' cannot be written ({error.strerror or error}); make room, or choose another "
-                "folder; the same command goes on with what is finished"
-            ) from error
 
 
 def _prepare_folder(folder: Path, recipe: Mapping[str, Any]) -> None:

@@ -38,8 +38,8 @@ def load(config: DataConfig, num_classes: int | None = None) -> ArraySet:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.int64)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        told = file_instead(path, "gzip") or f"it is damaged ({error})"
-        raise UserError(f"data.name: digits: {path} cannot be read: {told}; install scikit-learn again") from error
+        reason = file_instead(path, "gzip") or f"it is damaged ({error})"
+        raise UserError(f"data.name: digits: {path} cannot be read: {reason}; install scikit-learn again") from error
     pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, NATIVE_SIZE, NATIVE_SIZE)
     labels = torch.from_numpy(table[:, -1].copy())
     return ArraySet(

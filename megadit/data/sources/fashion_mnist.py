@@ -77,9 +77,9 @@ def find_files(config: DataConfig) -> tuple[Path, Path]:
     path = config.path
     folder = Path(path) if path is not None else FOLDER
     if not folder.is_dir():
-        told = f"{folder} is not a folder" if path is not None else "not given"
+        problem = f"{folder} is not a folder" if path is not None else "not given"
         raise UserError(
-            f"data.path: {told}; fashion-mnist needs the folder with train-images-idx3-ubyte.gz and "
+            f"data.path: {problem}; fashion-mnist needs the folder with train-images-idx3-ubyte.gz and "
             "train-labels-idx1-ubyte.gz (Debian: apt install dataset-fashion-mnist)"
         )
     return _find(folder, "train-images-idx3-ubyte"), _find(folder, "train-labels-idx1-ubyte")
@@ -88,7 +88,7 @@ def find_files(config: DataConfig) -> tuple[Path, Path]:
 def _find(folder: Path, name: str) -> Path:
     """The file ``name`` in ``folder``, plain, gzipped, or with a dot for the dash before "idx".
 
-    Raises ``UserError`` that names the file wanted.
+    Raises ``UserError`` that names the file.
     """
     dotted = name.replace("-idx", ".idx")
     for candidate in (name, f"{name}.gz", dotted, f"{dotted}.gz"):
@@ -103,8 +103,8 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     The format of MNIST and its kin, big-endian: two zero bytes, one byte for the element type (8: unsigned byte), one
     for the number of dimensions, one 32-bit size per dimension, then the elements in row-major order.
 
-    No more is unpacked than the header promises, and nothing of what the file cannot hold. Raises ``UserError`` that
-    names the file when it is not such a file, is cut short or goes on too long.
+    No more is unpacked than the header promises, and nothing if the file is too small for it. Raises ``UserError`` that
+    names the file when it is not an idx file, or has fewer or more bytes.
     """
     import numpy as np
 
@@ -128,9 +128,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         )
     content = _read(path, header, promised + 1)
     if len(content) != promised:
-        there = len(content) if len(content) < promised else f"more than {promised}"
+        size = len(content) if len(content) < promised else f"more than {promised}"
         raise UserError(
-            f"data.path: {path} holds {there} bytes where its header {list(shape)} promises {promised}; fetch the file "
+            f"data.path: {path} holds {size} bytes where its header {list(shape)} promises {promised}; fetch the file "
             "again"
         )
     return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()
@@ -144,8 +144,8 @@ def _read(path: Path, start: int, count: int) -> bytes:
             return file.read(count)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         other = file_instead(path, "gzip")
-        told = f"is no gzip file: {other}" if other else f"is a damaged gzip file ({error}); fetch the file again"
-        raise UserError(f"data.path: {path} {told}") from None
+        problem = f"is no gzip file: {other}" if other else f"is a damaged gzip file ({error}); fetch the file again"
+        raise UserError(f"data.path: {path} {problem}") from None
     except OSError as error:
         raise UserError(f"data.path: cannot read {path} ({error.strerror or error}); check the file") from None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,13 @@ from torch import Tensor
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.data import TextSource
-from megadit.data.text.folders import (
-    MODEL_TYPES,
-    fingerprint,
-    load_network,
-    load_tokenizer,
-    minilm_folder,
-    pooled_folder,
-    read_config,
-    size,
-    states_folder,
-    tokenizer_folder,
-)
+from megadit.data.dataset import ProgressCallback
+from megadit.data.text import folders
+from megadit.data.text.folders import MODEL_TYPES, size
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields
 
 _PER_PASS = 64  # texts through the network at once
-
-Progress = Callable[[int, int], None]  # texts done, texts in all
 
 
 class TextEncoder(ABC):
@@ -58,11 +47,11 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def features(
-        self, texts: Sequence[str], max_length: int, progress: Progress | None = None
+        self, texts: Sequence[str], max_length: int, progress: ProgressCallback | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each text in turn: states, float32 (tokens, D), and pooled, float32 (P,), on the CPU.
 
-        A text of more than ``max_length`` tokens loses those before its last, which ends it.
+        Longer texts are cut to ``max_length`` tokens, of which the last is the end token.
         """
 
     def encode(self, texts: Sequence[str], max_length: int) -> Conditioning:
@@ -84,13 +73,13 @@ class NetworkEncoder(TextEncoder):
     @property
     @abstractmethod
     def padding(self) -> int:
-        """The token behind the end of shorter texts; what it becomes is masked."""
+        """The token after the end of shorter texts; its features are masked."""
 
     def features(
-        self, texts: Sequence[str], max_length: int, progress: Progress | None = None
+        self, texts: Sequence[str], max_length: int, progress: ProgressCallback | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``TextEncoder``."""
-        ids = [cut(own, max_length) for own in self.token_ids(texts)]
+        ids = [cut(tokens, max_length) for tokens in self.token_ids(texts)]
         for start in range(0, len(ids), _PER_PASS):
             yield from self._pass(ids[start : start + _PER_PASS])
             if progress is not None:
@@ -99,12 +88,12 @@ class NetworkEncoder(TextEncoder):
     @torch.no_grad()
     def _pass(self, batch: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
         width = max(map(len, batch))
-        ids = torch.tensor([own + [self.padding] * (width - len(own)) for own in batch], device=self.device)
-        lengths = torch.tensor([len(own) for own in batch], device=self.device)
+        ids = torch.tensor([tokens + [self.padding] * (width - len(tokens)) for tokens in batch], device=self.device)
+        lengths = torch.tensor([len(tokens) for tokens in batch], device=self.device)
         mask = torch.arange(width, device=self.device) < lengths[:, None]
         states, pooled = self.forward(ids, mask)
-        whole = zip(batch, states.float().cpu(), pooled.float().cpu(), strict=True)
-        return [(state[: len(own)], vector) for own, state, vector in whole]
+        padded = zip(batch, states.float().cpu(), pooled.float().cpu(), strict=True)
+        return [(state[: len(tokens)], vector) for tokens, state, vector in padded]
 
 
 def cut(ids: list[int], max_length: int) -> list[int]:
@@ -150,26 +139,33 @@ class FolderEncoder(NetworkEncoder):
     class_name: str
     types: tuple[str, ...]
 
-    def __init__(self, folder: Path, key: str, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+    def __init__(
+        self, folder: Path, device: torch.device | str = "cpu", precision: str = "fp32", key: str = "data.text.path"
+    ) -> None:
         """Read the configuration only. Raises UserError, naming ``key``, where it is not such a model's."""
         self.folder, self.key, self.precision = folder.resolve(), key, precision
-        self.config = read_config(self.folder, key, self.types)
+        self.config = folders.read_config(self.folder, key, self.types)
         self.device = torch.device(device)
+        self.dim, self.pooled_dim, self.longest = self._sizes()
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, int, int | None]:
+        """dim, pooled_dim and longest of the configuration. Raises UserError for values that are none."""
 
     @property
     def identity(self) -> str:
-        return f"{self.kind}:{fingerprint(self.folder)}:{self.precision}"
+        return f"{self.kind}:{folders.fingerprint(self.folder)}:{self.precision}"
 
     @functools.cached_property
     def network(self) -> Any:
         """The network on its device. Raises UserError if it does not load."""
-        network = load_network(self.folder, self.class_name, self.key, _DTYPES[self.precision])
+        network = folders.load_network(self.folder, self.class_name, self.key, _DTYPES[self.precision])
         return network.to(self.device)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer. Raises UserError if it does not load."""
-        return load_tokenizer(self.folder, self.key)
+        return folders.load_tokenizer(self.folder, self.key)
 
     @property
     def padding(self) -> int:
@@ -188,10 +184,9 @@ class MiniLMEncoder(FolderEncoder):
 
     kind, class_name, types = "minilm", "BertModel", MODEL_TYPES["minilm"]
 
-    def __init__(self, folder: Path | None, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
-        super().__init__(folder or minilm_folder(), "data.text.path", device, precision)
-        self.dim = self.pooled_dim = size(self.config, "hidden_size")
-        self.longest = size(self.config, "max_position_embeddings")
+    def _sizes(self) -> tuple[int, int, int | None]:
+        dim = size(self.config, "hidden_size")
+        return dim, dim, size(self.config, "max_position_embeddings")
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         states = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -207,20 +202,19 @@ class T5TextEncoder(FolderEncoder):
 
     kind, class_name, types = "t5", "T5EncoderModel", MODEL_TYPES["t5"]
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
-        super().__init__(folder, "data.text.path", device, precision)
+    def _sizes(self) -> tuple[int, int, int | None]:
         others = {"mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
         self.class_name = others.get(self.config.text("model_type"), self.class_name)
         # of spiece.model, which does not name them
         self._pad, self._end = (_token(self.config, *pair) for pair in (("pad_token_id", 0), ("eos_token_id", 1)))
-        self.dim = self.pooled_dim = size(self.config, "d_model")
-        self.longest = None  # positions are relative
+        dim = size(self.config, "d_model")
+        return dim, dim, None  # positions are relative
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        path = tokenizer_folder(self.folder) / "spiece.model"
+        path = folders.tokenizer_folder(self.folder) / "spiece.model"
         if not path.is_file():
-            return load_tokenizer(self.folder, self.key)
+            return folders.load_tokenizer(self.folder, self.key)
         from sentencepiece import SentencePieceProcessor
 
         try:
@@ -257,17 +251,13 @@ class CLIPTextEncoder(FolderEncoder):
 
     kind, class_name, types = "clip", "CLIPTextModelWithProjection", MODEL_TYPES["clip"]
 
-    def __init__(
-        self, folder: Path, device: torch.device | str = "cpu", precision: str = "fp32", key: str = "data.text.path"
-    ) -> None:
-        super().__init__(folder, key, device, precision)
-        # a whole CLIP's folder keeps the text model's settings in a part of their own
-        text = self.config.section("text_config", {}, null=True)
-        self.dim, self.longest = (
+    def _sizes(self) -> tuple[int, int, int | None]:
+        text = self.config.section("text_config", {}, null=True)  # of a whole CLIP's folder
+        dim, longest = (
             size(text, name, size(self.config, name, default))
             for name, default in (("hidden_size", 512), ("max_position_embeddings", 77))
         )
-        self.pooled_dim = size(self.config, "projection_dim", size(text, "projection_dim", 512))
+        return dim, size(self.config, "projection_dim", size(text, "projection_dim", 512)), longest
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         output = self.network(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
@@ -275,7 +265,7 @@ class CLIPTextEncoder(FolderEncoder):
 
 
 def _token(config: Fields, key: str, default: int) -> int:
-    """The number of a special token; T5's own where none is named. Raises UserError for what is no number."""
+    """The id of a special token, by default T5's own. Raises UserError for what is no number."""
     value = config.whole(key, None, most=2**31, null=True)
     return default if value is None else value
 
@@ -296,9 +286,9 @@ class WithPooled(TextEncoder):
         return self._states.token_ids(texts)
 
     def features(
-        self, texts: Sequence[str], max_length: int, progress: Progress | None = None
+        self, texts: Sequence[str], max_length: int, progress: ProgressCallback | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See ``TextEncoder``. The other encoder reads as many of a text's tokens as it takes (CLIP: 77)."""
+        """See ``TextEncoder``. The other encoder cuts texts to its own limit (CLIP: 77 tokens)."""
         states = self._states.features(texts, max_length, progress)
         if self._pooled is None:
             yield from ((state, state.new_zeros(0)) for state, _ in states)
@@ -318,10 +308,10 @@ def build_encoder(source: TextSource, device: torch.device | str = "cpu") -> Tex
         "t5": T5TextEncoder,
         "clip": CLIPTextEncoder,
     }
-    states = kinds[source.encoder](states_folder(source), device, source.precision)
+    states = kinds[source.encoder](folders.states_folder(source), device, source.precision)
     if source.pooled == "same":
         return states
     pooled = None
     if source.pooled == "clip":
-        pooled = CLIPTextEncoder(pooled_folder(source), device, source.precision, "data.text.pooled_path")
+        pooled = CLIPTextEncoder(folders.pooled_folder(source), device, source.precision, "data.text.pooled_path")
     return WithPooled(states, pooled)

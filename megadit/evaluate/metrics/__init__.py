@@ -12,16 +12,16 @@ METRICS = {"emoji-clip": "megadit.evaluate.metrics.emoji_clip:EmojiClipMetric"}
 
 
 class Metric(ABC):
-    """One SCORE of ``tools/evaluate.py``: its arguments, its computation, how the result is told.
+    """One SCORE of ``tools/evaluate.py``: its arguments, its computation, and the text of its result.
 
-    ``--help`` asks for all of it but ``compute``, where what is heavy is imported.
+    ``--help`` calls all of it but ``compute``, which alone imports large packages.
     """
 
     help: str = ""  # one line
     keys: str = "its numbers"  # what --json prints, for --help
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027  (a metric may need none)
-        """Add what the command line is to say. ``--json`` and ``--plugins`` are there already."""
+        """Add the arguments of the command line. ``--json`` and ``--plugins`` are there already."""
 
     @abstractmethod
     def compute(self, args: argparse.Namespace) -> dict[str, Any]:
@@ -32,5 +32,5 @@ class Metric(ABC):
         """
 
     def describe(self, result: Mapping[str, Any]) -> str:
-        """The result for people, by default one line for each key."""
+        """The result as text, by default one line for each key."""
         return "\n".join(f"{key} {value}" for key, value in result.items())

@@ -27,7 +27,7 @@ from megadit.data.features.encoders import load_efficientnet, preprocessed, resi
 from megadit.data.text.encoders import build_encoder
 from megadit.data.text.feature_table import cache_folder
 from megadit.errors import UserError
-from megadit.files.paths import save_tensors
+from megadit.files.paths import refuse_unwritable, save_tensors
 
 _SIDE = 64  # pixels to which pictures are enlarged for the image encoder
 _WIDTH = 256  # channels of the space in which pictures and texts meet
@@ -63,23 +63,20 @@ class EmojiClip:
 
     def pictures(self, images: Tensor) -> Tensor:
         """uint8 (B, 3 or 1, H, W) -> unit vectors float32 (B, 256)."""
-        return self._head("image", image_features(images))
+        return _embedded(image_features(images), self.tensors, "image")
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Texts -> unit vectors float32 (B, 256)."""
-        return self._head("text", text_features(texts))
-
-    def _head(self, side: str, features: Tensor) -> Tensor:
-        return _embedded(features, self.tensors, side)
+        return _embedded(text_features(texts), self.tensors, "text")
 
     def score(self, images: Tensor, texts: Sequence[str]) -> EmojiClipScore:
         """images: uint8 (N, C, H, W).  texts: picture i shows texts[i mod K]. At least two texts must differ."""
         distinct = sorted(set(texts))
         if len(distinct) < 2:
             raise UserError("--prompts: hold one text only; the score compares a picture's own text with others")
-        own = torch.tensor([distinct.index(texts[i % len(texts)]) for i in range(len(images))])
+        targets = torch.tensor([distinct.index(texts[i % len(texts)]) for i in range(len(images))])
         cosines = self.pictures(images) @ self.texts(distinct).T
-        matched = cosines.gather(1, own[:, None])[:, 0]
+        matched = cosines.gather(1, targets[:, None])[:, 0]
         others = (cosines.sum(1) - matched) / (len(distinct) - 1)
         margin = matched - others
         return EmojiClipScore(
@@ -87,7 +84,7 @@ class EmojiClip:
             shuffled=others.mean().item(),
             margin=margin.mean().item(),
             margin_error=(margin.std() / len(margin) ** 0.5).item() if len(margin) > 1 else float("nan"),
-            retrieval=(cosines.argmax(1) == own).float().mean().item(),
+            retrieval=(cosines.argmax(1) == targets).float().mean().item(),
             chance=1 / len(distinct),
             pictures=len(images),
             texts=len(distinct),
@@ -148,11 +145,9 @@ def load_emoji_clip(image_size: int, cache: str | None = None) -> EmojiClip:
         f"{unseen.shuffled:.3f}, retrieval {unseen.retrieval:.2f}",
         file=sys.stderr,
     )
-    try:
+    with refuse_unwritable("$XDG_CACHE_HOME", path.parent, "set it to a folder that can"):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, model.tensors)
-    except OSError as error:
-        raise UserError(f"$XDG_CACHE_HOME: '{path.parent}' cannot be written ({error.strerror or error})") from error
     return model
 
 
@@ -171,11 +166,10 @@ def train_heads(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
     for step in range(_STEPS):
         draws = rng.uniform(rng.stream_key(0, "emoji-clip", "batch", str(step)), (len(images),))
         chosen = draws.argsort()[:batch]
-        logits = (
-            _embedded(images[chosen], tensors, "image") @ _embedded(texts[chosen], tensors, "text").T / _TEMPERATURE
-        )
-        own = torch.arange(batch)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        pictures, captions = _embedded(images[chosen], tensors, "image"), _embedded(texts[chosen], tensors, "text")
+        logits = pictures @ captions.T / _TEMPERATURE
+        targets = torch.arange(batch)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

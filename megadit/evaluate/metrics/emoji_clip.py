@@ -39,7 +39,7 @@ class EmojiClipMetric(Metric):
         return dataclasses.asdict(clip_heads.load_emoji_clip(pictures.shape[-1]).score(pictures, texts))
 
     def describe(self, result: Mapping[str, Any]) -> str:
-        """Four lines."""
+        """Cosines, their margin and the retrieval rate, in four lines."""
         return (
             "emoji-clip score of {pictures} pictures of {texts} texts\n"
             "  own text {matched:.3f}   other texts {shuffled:.3f}\n"

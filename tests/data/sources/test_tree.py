@@ -11,7 +11,7 @@ from helpers.data.image_folders import config, picture
 from megadit.data import build_datasets
 from megadit.data.dataset import Subset
 from megadit.data.sources.image_folder.folder_set import FolderSet
-from megadit.data.sources.image_folder.tree import Findings, images_below
+from megadit.data.sources.image_folder.tree import SkippedFiles, images_below
 from megadit.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_many_links_to_one_folder_take_no_time(tmp_path: Path) -> None:
         for way in "lr":
             (tmp_path / f"f{level}" / way).symlink_to(f"../f{level + 1}")
     picture(tmp_path / "f40" / "1.png")
-    assert images_below(tmp_path, Findings(tmp_path)) == ["f40/1.png"]
+    assert images_below(tmp_path, SkippedFiles(tmp_path)) == ["f40/1.png"]
 
 
 @pytest.mark.parametrize("condition", ["class", "none"])

@@ -16,7 +16,7 @@ from megadit.data.image_files import read_image
 from megadit.data.listing import Listing, sizes_of
 from megadit.data.sources.image_folder.metadata import METADATA, check_listed, read_metadata
 from megadit.data.sources.image_folder.side_files import read_side_files
-from megadit.data.sources.image_folder.tree import EXTENSIONS, Findings, entries, images_below, same_folders
+from megadit.data.sources.image_folder.tree import EXTENSIONS, SkippedFiles, entries, images_below, same_folders
 from megadit.errors import UserError
 from megadit.files.text import name_bytes, replace_surrogates
 
@@ -31,12 +31,12 @@ class FolderSet(PixelSet):
     """Image files under ``root``, each decoded and centre-cropped to ``image_size`` on access."""
 
     root: str
-    image_size: int
-    classes: tuple[str, ...]
     files: tuple[str, ...]  # relative to root, with forward slashes
     labels: tuple[int, ...]
     captions: tuple[str, ...]
     bases: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    image_size: int = DEFAULT_SIZE
     crop: Crop = "adm"
     name: str = "image-folder"
     channels: int = 3
@@ -53,11 +53,12 @@ class FolderSet(PixelSet):
         return Path(self.root, self.files[i])
 
     def source_of(self, i: int) -> str:
-        told = f"line {self.lines[i]} of {Path(self.root, METADATA)}, {self.files[i]}" if self.lines else None
-        return told or str(self.path(i))
+        if not self.lines:
+            return str(self.path(i))
+        return f"line {self.lines[i]} of {Path(self.root, METADATA)}, {self.files[i]}"
 
     def check_files(self) -> None:
-        """Whether the files that ``metadata.jsonl`` names are there. Raises UserError that names the first."""
+        """Raise UserError where files that ``metadata.jsonl`` names do not exist."""
         if self.lines:
             check_listed(Path(self.root), self.files, self.lines)
 
@@ -76,27 +77,25 @@ class FolderSet(PixelSet):
 
 
 def load_folder(config: DataConfig, root: Path, num_classes: int | None) -> FolderSet:
-    """List the images under ``root``. Of its files ``metadata.jsonl`` is opened, which decides alone if it is
-    there, and files of captions.
+    """List the images under ``root``: those that its ``metadata.jsonl`` names, or all image files.
 
-    ``data.condition`` says whether classes or captions are wanted; without both all images below the folder are taken.
-    ``num_classes``: the model's, where it is known and all classes are meant.
+    ``data.condition`` decides whether sub-folders are classes, and whether captions are read.
+    ``num_classes``: the model's; None: not known, or only some classes are used.
 
     Raises ``UserError`` for no images, folders that cannot be read, links that lead nowhere, or a
     metadata line that cannot be used.
     """
-    size = config.image_size or DEFAULT_SIZE
     labelled, captioned = config.condition == "class", config.condition == "text"
     if os.path.lexists(root / METADATA):
-        found = _from_metadata(root, size, labelled, captioned, num_classes)
+        images = _from_metadata(root, labelled, captioned, num_classes)
     else:
-        found = _from_classes(root, size) if labelled else _from_files(root, size, captioned)
-    return replace(found, crop=config.crop)
+        images = _from_classes(root) if labelled else _from_files(root, captioned)
+    return replace(images, image_size=config.image_size or DEFAULT_SIZE, crop=config.crop)
 
 
-def _from_classes(root: Path, size: int) -> FolderSet:
-    found = Findings(root)
-    classes, stray = entries(root, found)
+def _from_classes(root: Path) -> FolderSet:
+    skipped = SkippedFiles(root)
+    classes, stray = entries(root, skipped)
     if stray:
         raise UserError(
             f"data.path: {root} has an image, {stray[0]}, outside of any class; move images into one sub-folder per "
@@ -105,33 +104,32 @@ def _from_classes(root: Path, size: int) -> FolderSet:
     files: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(classes):
-        images = [f"{folder}/{name}" for name in images_below(root / folder, found, outside=(root,))]
+        images = [f"{folder}/{name}" for name in images_below(root / folder, skipped, outside=(root,))]
         if not images:
-            images_below(root / folder, lying := Findings(root / folder), outside=(root,))
-            held = lying.held()
-            remedy = f"make them {', '.join(sorted(EXTENSIONS))}, or remove it" if held else "fill or remove it"
-            raise UserError(f"data.path: the class folder {root / folder} has no images{held}; {remedy}")
+            images_below(root / folder, in_folder := SkippedFiles(root / folder), outside=(root,))
+            contents = in_folder.contents()
+            remedy = f"make them {', '.join(sorted(EXTENSIONS))}, or remove it" if contents else "fill or remove it"
+            raise UserError(f"data.path: the class folder {root / folder} has no images{contents}; {remedy}")
         files += images
         labels += [label] * len(images)
     if not files:
         raise UserError(
-            f"data.path: {root} has no images{found.held()}; put them into one sub-folder per class, or add a "
+            f"data.path: {root} has no images{skipped.contents()}; put them into one sub-folder per class, or add a "
             f"{METADATA}"
         )
     return FolderSet(
         root=str(root),
-        image_size=size,
         classes=tuple(classes),
         files=tuple(files),
         labels=tuple(labels),
         captions=tuple(replace_surrogates(classes[label]).replace("_", " ") for label in labels),
         bases=tuple(f"{classes[label]}/{_stem(name)}" for name, label in zip(files, labels, strict=True)),
-        remarks=(*found.remarks(), *_class_remarks(root, classes)),
+        remarks=(*skipped.remarks(), *_class_remarks(root, classes)),
     )
 
 
 def _class_remarks(root: Path, classes: Sequence[str]) -> Iterator[str]:
-    """What looks as if folders meant something else than classes."""
+    """Remarks on folders that may be something else than classes."""
     for first, again in same_folders(root, classes):
         yield f"data.path: the classes {first} and {again} of {root} are one folder, whose images have both labels"
     yield from _split_remark(root, classes)
@@ -147,44 +145,39 @@ def _split_remark(root: Path, folders: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _from_files(root: Path, size: int, captioned: bool) -> FolderSet:
-    found = Findings(root, texts=captioned)
-    files = tuple(images_below(root, found))
+def _from_files(root: Path, captioned: bool) -> FolderSet:
+    skipped = SkippedFiles(root, texts=captioned)
+    files = tuple(images_below(root, skipped))
     if not files:
-        raise UserError(
-            f"data.path: {root} has no images ({', '.join(sorted(EXTENSIONS))}){found.held()}; give another folder"
-        )
-    captions, told = read_side_files(root, files, found.captions) if captioned else (("",) * len(files), ())
+        kinds = ", ".join(sorted(EXTENSIONS))
+        raise UserError(f"data.path: {root} has no images ({kinds}){skipped.contents()}; give another folder")
+    captions, remarks = read_side_files(root, files, skipped.captions) if captioned else (("",) * len(files), ())
+    folders = sorted({name.partition("/")[0] for name in files})
     return FolderSet(
         root=str(root),
-        image_size=size,
-        classes=(),
         files=files,
         labels=(0,) * len(files),
         captions=captions,
         bases=tuple(_stem(name) for name in files),
-        remarks=(*told, *found.remarks(), *_split_remark(root, sorted({name.partition("/")[0] for name in files}))),
-        unread=found.tables(),
+        remarks=(*remarks, *skipped.remarks(), *_split_remark(root, folders)),
+        unread=skipped.tables(),
     )
 
 
-def _from_metadata(root: Path, size: int, labelled: bool, captioned: bool, num_classes: int | None) -> FolderSet:
-    lines = read_metadata(root, captioned=captioned)
-    classes: tuple[str, ...] = ()
-    labels = [0] * len(lines.files)
-    if labelled:
-        classes, labels = lines.number_labels(num_classes)
+def _from_metadata(root: Path, labelled: bool, captioned: bool, num_classes: int | None) -> FolderSet:
+    metadata = read_metadata(root, captioned=captioned)
+    no_labels: tuple[tuple[str, ...], list[int]] = ((), [0] * len(metadata.files))
+    classes, labels = metadata.number_labels(num_classes) if labelled else no_labels
     return FolderSet(
         root=str(root),
-        image_size=size,
         classes=classes,
-        files=lines.files,
+        files=metadata.files,
         labels=tuple(labels),
-        captions=lines.captions,
-        bases=tuple(_stem(name) for name in lines.files),
-        remarks=lines.remarks,
-        lines=lines.numbers,
-        unread=lines.keys[:_SHOWN_KEYS],
+        captions=metadata.captions,
+        bases=tuple(_stem(name) for name in metadata.files),
+        remarks=metadata.remarks,
+        lines=metadata.numbers,
+        unread=metadata.keys[:_SHOWN_KEYS],
     )
 
 

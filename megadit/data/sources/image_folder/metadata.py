@@ -1,4 +1,4 @@
-"""``metadata.jsonl``: one JSON object per image, which says what belongs to a folder of images."""
+"""``metadata.jsonl`` of a folder of images: one JSON object per image, with file name, caption and label."""
 
 from __future__ import annotations
 
@@ -24,79 +24,76 @@ _READ = {"file_name", "caption", "text", "label"}
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The lines of a ``metadata.jsonl`` in their order: a tuple of each thing, as long as there are lines.
+class ImageMetadata:
+    """The columns of a ``metadata.jsonl``, with a value per line.
 
-    path: of the file.  numbers: of the lines in it.  given: the labels as they were written, ``_ABSENT`` where a line
-    has none.  keys: those that are not read, the most frequent first.
+    path: of the file.  numbers: of the lines in it.  labels: as they are written, ``_ABSENT`` where a line has none.
+    keys: those that are not read, the most frequent first.
     """
 
     path: str
     numbers: tuple[int, ...]
     files: tuple[str, ...]
     captions: tuple[str, ...]
-    given: tuple[Any, ...]
+    labels: tuple[Any, ...]
     keys: tuple[str, ...]
     remarks: tuple[str, ...]
 
     def where(self, i: int) -> str:
-        """The place of line i, for people."""
+        """Line i, for messages."""
         return f"line {self.numbers[i]} of {self.path}"
 
     def number_labels(self, num_classes: int | None) -> tuple[tuple[str, ...], list[int]]:
-        """(classes, a label per line). Raises UserError that names the first line without a label, or with none that
-        can be.
-        """
-        without = [i for i, label in enumerate(self.given) if label is _ABSENT]
-        if without:
+        """(classes, a class index per line). Raises UserError that names the first line without a valid label."""
+        unlabelled = [i for i, label in enumerate(self.labels) if label is _ABSENT]
+        if unlabelled:
+            others = f" (what else they have: {', '.join(self.keys[:_SHOWN_KEYS])})" if self.keys else ""
             raise UserError(
-                f"data.path: {len(without)} of {len(self.files)} lines of {self.path} have no label, line "
-                f"{self.numbers[without[0]]} first{_among(self.keys)}; add them, or set data.condition=none"
+                f"data.path: {len(unlabelled)} of {len(self.files)} lines of {self.path} have no label, line "
+                f"{self.numbers[unlabelled[0]]} first{others}; add them, or set data.condition=none"
             )
-        return number_labels(
-            [label_of(label, self.where(i)) for i, label in enumerate(self.given)], self.where, num_classes
-        )
+        labels = [label_of(label, self.where(i)) for i, label in enumerate(self.labels)]
+        return number_labels(labels, self.where, num_classes)
 
 
 _ABSENT = object()  # in the place of a label
 
 
-def read_metadata(root: Path, *, captioned: bool) -> Lines:
+def read_metadata(root: Path, *, captioned: bool) -> ImageMetadata:
     """The lines of ``metadata.jsonl`` in ``root``: file_name, and optionally caption (or text) and label.
 
-    ``captioned``: captions are read by the model, so that a line with two different ones is refused.
+    ``captioned``: the model reads captions, so that a line with two different ones is refused.
 
     Raises UserError that names the first line that cannot be used.
     """
-    where = root / METADATA
-    shown = str(where)  # millions of lines are read
-    numbers, files, captions, given = [], [], [], []
+    file = root / METADATA
+    path = str(file)  # once, for millions of lines
+    numbers, files, captions, labels = [], [], [], []
     keys: Counter[str] = Counter()
     by_text: list[int] = []
-    for number, entry in _objects(where):
-        place = f"line {number} of {shown}"
-        name = _file_name(entry, root, place)
-        caption, key = _caption(entry, place, captioned)
+    for number, values in _objects(file):
+        where = f"line {number} of {path}"
+        files.append(_file_name(values, root, where))
+        caption, key = _caption(values, where, captioned)
         if key == "text":
             by_text.append(number)
         numbers.append(number)
-        files.append(name)
         captions.append(replace_surrogates(caption))
-        given.append(entry.get("label", _ABSENT))
-        if not entry.keys() <= _READ:
-            keys.update(key for key in entry if key not in _READ)
+        labels.append(values.get("label", _ABSENT))
+        if not values.keys() <= _READ:
+            keys.update(key for key in values if key not in _READ)
     if not files:
-        raise UserError(f"data.path: {where} has no lines; give one JSON object per image")
-    return Lines(
-        shown, tuple(numbers), tuple(files), tuple(captions), tuple(given), tuple(key for key, _ in keys.most_common()),
-        _remarks(where, numbers, files, by_text if captioned else []),
+        raise UserError(f"data.path: {file} has no lines; give one JSON object per image")
+    return ImageMetadata(
+        path, tuple(numbers), tuple(files), tuple(captions), tuple(labels), tuple(key for key, _ in keys.most_common()),
+        _remarks(file, numbers, files, by_text if captioned else []),
     )  # fmt: skip
 
 
 def check_listed(root: Path, files: Sequence[str], numbers: Sequence[int]) -> None:
-    """Whether every file that the lines ``numbers`` of a metadata.jsonl name is there; asks for each.
+    """Raise UserError where files that the lines ``numbers`` of a metadata.jsonl name do not exist.
 
-    Raises UserError that counts those that are not, and names the first with its line and what may be meant.
+    It counts them, and names the first with its line and a file that may be the right one.
     """
     sizes = sizes_of(str(root), files)
     missing = [i for i, size in enumerate(sizes) if size == MISSING]
@@ -110,35 +107,30 @@ def check_listed(root: Path, files: Sequence[str], numbers: Sequence[int]) -> No
     )
 
 
-def _among(keys: Sequence[str]) -> str:
-    """What else the lines have, one of which may be meant."""
-    return f" (what else they have: {', '.join(keys[:_SHOWN_KEYS])})" if keys else ""
-
-
 def _objects(where: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(split_lines(_text(where)), start=1):
+    """(number, values) of the lines that are not empty."""
+    for number, line in enumerate(split_lines(read_text_file(where, str(where))), start=1):
         if not line.strip():
             continue
         try:
             entry = parse_json(line)
         except JsonError as error:
-            hint = (
-                "if it is one list, write its objects one a line"
-                if number == 1 and line.lstrip()[:1] == "["
-                else "mend the line"
-            )
+            is_list = number == 1 and line.lstrip()[:1] == "["
+            remedy = "if it is one list, write its objects one a line" if is_list else "mend the line"
             reason = str(error).removesuffix(" (line 1)")
-            raise UserError(f"data.path: line {number} of {where} is not JSON ({reason}); {hint}") from None
+            raise UserError(f"data.path: line {number} of {where} is not JSON ({reason}); {remedy}") from None
         if not isinstance(entry, dict):
             raise UserError(f"data.path: line {number} of {where} has no file_name: it is no JSON object; write one")
         yield number, entry
 
 
-def _text(where: Path) -> str:
+def read_text_file(path: Path, name: str) -> str:
+    """The text of a file, called ``name`` in messages. Raises UserError where it cannot be read or is no text."""
     try:
-        return decode_text(where.read_bytes(), f"data.path: {where}")
+        data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"data.path: cannot read {where} {why_unreadable(error, 'mend or remove it')}") from None
+        raise UserError(f"data.path: cannot read {name} {why_unreadable(error, 'mend or remove it')}") from None
+    return decode_text(data, f"data.path: {name}")
 
 
 def _file_name(entry: dict[str, Any], root: Path, where: str) -> str:
@@ -146,8 +138,8 @@ def _file_name(entry: dict[str, Any], root: Path, where: str) -> str:
     if not isinstance(name, str) or not name:
         other = next((key for key in entry if _names_a_file(key)), None)
         hint = "" if "file_name" in entry or other is None else f", but {other}: call it file_name"
-        told = "" if "file_name" not in entry else f" but {str(name)[:60]!r}"
-        raise UserError(f"data.path: {where} has no file_name{told}{hint}; name the image, relative to {root}")
+        value = "" if "file_name" not in entry else f" but {str(name)[:60]!r}"
+        raise UserError(f"data.path: {where} has no file_name{value}{hint}; name the image, relative to {root}")
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -181,7 +173,7 @@ def _names_a_file(key: str) -> bool:
 
 
 def _caption(entry: dict[str, Any], where: str, captioned: bool) -> tuple[str, str]:
-    """(caption, the key that it has): ``caption``, or else ``text``, as Hugging Face's data sets call it."""
+    """(caption, its key): ``caption``, or else ``text``, as Hugging Face's data sets call it."""
     caption, text = entry.get("caption"), entry.get("text")
     if caption is None:
         if isinstance(text, str):
@@ -200,24 +192,28 @@ def _caption(entry: dict[str, Any], where: str, captioned: bool) -> tuple[str, s
 
 
 def _remarks(where: Path, numbers: Sequence[int], files: Sequence[str], by_text: Sequence[int]) -> tuple[str, ...]:
-    found = []
+    remarks = []
     if by_text:
-        found.append(
+        remarks.append(
             f"data.path: {len(by_text)} of {len(files)} lines of {where} have their caption under text, which is read "
             f"(line {by_text[0]} first)"
         )
-    if len(set(files)) < len(files):
-        seen: set[str] = set()
-        again = [i for i, name in enumerate(files) if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-        found.append(
-            f"data.path: {len(again)} of {len(files)} lines of {where} name a file that an earlier one names (line "
-            f"{numbers[again[0]]}, {files[again[0]]}, first); each is an image of its own"
+    seen: set[str] = set()
+    repeated = []
+    for i, name in enumerate(files):
+        if name in seen:
+            repeated.append(i)
+        seen.add(name)
+    if repeated:
+        remarks.append(
+            f"data.path: {len(repeated)} of {len(files)} lines of {where} name a file that an earlier one names (line "
+            f"{numbers[repeated[0]]}, {files[repeated[0]]}, first); each is an image of its own"
         )
-    return tuple(found)
+    return tuple(remarks)
 
 
 def _remedy(root: Path, name: str) -> str:
-    """What to tell of a file that is not there: that a folder is, or another name that may be meant."""
+    """The remedy for a file that does not exist: another name that does, or the cause."""
     path = root / name
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):

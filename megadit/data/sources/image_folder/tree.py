@@ -1,4 +1,4 @@
-"""The image files below a folder, and what else lies there: links are followed, and nothing is left out silently."""
+"""The image files below a folder. Links are followed, and whatever is left out is counted for a remark."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ _Key = tuple[int, int]  # st_dev, st_ino: what a folder is, by whatever path
 
 
 @dataclass
-class Findings:
-    """What lies below ``root`` beside images, counted, with the first of each by name as its sentence shows it.
+class SkippedFiles:
+    """The files below ``root`` that are no images, counted by reason, with the first path of each for its remark.
 
-    texts: whether files of captions are wanted, whose paths ``captions`` then holds.
+    texts: whether caption files are read, whose paths ``captions`` then holds.
     """
 
     root: Path
     texts: bool = False
     captions: set[str] = field(default_factory=set)
-    kinds: Counter[str] = field(default_factory=Counter)  # extensions of what is no image
+    kinds: Counter[str] = field(default_factory=Counter)  # extensions of the files that are no images
     _first: dict[str, str] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
 
     def below(self, path: str) -> str:
-        """``path`` without the root's own."""
+        """``path`` relative to the root."""
         return path.removeprefix(str(self.root)).lstrip("/")
 
-    def note(self, what: str, path: str) -> None:
-        """Count a path, relative to ``root``, under ``what``."""
-        self._counts[what] += 1
-        self._first[what] = min(path, self._first.get(what, path))
+    def note(self, reason: str, path: str) -> None:
+        """Count a path, relative to ``root``, under a key of ``_SENTENCES``."""
+        self._counts[reason] += 1
+        self._first[reason] = min(path, self._first.get(reason, path))
 
     def other(self, path: str) -> None:
         """Count a file that is no image."""
@@ -73,14 +73,14 @@ class Findings:
         extension = os.path.splitext(name)[1].lower()
         if self.texts and extension in CAPTIONS and name.lower() not in _TABLES:
             self.captions.add(path)
-        elif name.lower() in _TABLES or name == "metadata.jsonl":  # the one of root itself is read, and not walked by
+        elif name.lower() in _TABLES or name == "metadata.jsonl":  # in a sub-folder; that of root itself is read
             self.note("table", path)
         else:
             self.kinds[extension] += 1
             self.note("other", path)
 
-    def held(self) -> str:
-        """What lies there, for the end of a sentence that says that there are no images; empty for an empty folder."""
+    def contents(self) -> str:
+        """ "; it holds 10 .avif": the end of a message that there are no images; empty for an empty folder."""
         kinds = _kinds(self.kinds + Counter({"metadata files": self._counts["table"]}))
         if not kinds:
             return ""
@@ -88,33 +88,31 @@ class Findings:
         return f"; it holds {kinds}{packed if _TABLE_KINDS & set(self.kinds) else ''}"
 
     def tables(self) -> tuple[str, ...]:
-        """The first of the files that describe images and are not read; empty without."""
+        """The first of the metadata files that are not read; empty if there are none."""
         return (self._first["table"],) if self._counts["table"] else ()
 
     def remarks(self) -> tuple[str, ...]:
-        """A sentence for each kind of what is left out."""
-        found = []
-        for what, (one, many) in _SENTENCES.items():
-            count = self._counts[what]
-            if count:
-                told = (one if count == 1 else many).replace("BELOW", f"below {self.root}")
-                kinds = f"{_kinds(self.kinds)}; " if what == "other" else ""
-                found.append(f"data.path: {count} {told} ({kinds}first: {self._first[what]})")
-        if self._counts["table"]:
-            first = self._first["table"]
+        """A sentence for each reason for which files are left out."""
+        remarks = []
+        for reason, (one, many) in _SENTENCES.items():
+            if count := self._counts[reason]:
+                sentence = (one if count == 1 else many).replace("BELOW", f"below {self.root}")
+                kinds = f"{_kinds(self.kinds)}; " if reason == "other" else ""
+                remarks.append(f"data.path: {count} {sentence} ({kinds}first: {self._first[reason]})")
+        for first in self.tables():
             where = f", or give data.path={self.root / Path(first).parent}" if first.endswith("/metadata.jsonl") else ""
-            found.append(
+            remarks.append(
                 f"data.path: {self.root / first} is not read; labels and captions come from a metadata.jsonl in "
                 f"{self.root}, one JSON object per image{where}"
             )
-        return tuple(found)
+        return tuple(remarks)
 
 
-def images_below(folder: Path, found: Findings, outside: Iterable[Path] = ()) -> list[str]:
-    """Image files under ``folder``, relative to it, sorted. Links to folders are followed after all that lies there
-    itself, and each folder is listed once; what is passed over goes into ``found``.
+def images_below(folder: Path, skipped: SkippedFiles, outside: Iterable[Path] = ()) -> list[str]:
+    """Image files under ``folder``, relative to it, sorted. Links to folders are followed after its own sub-folders,
+    and each folder is listed once; what is left out is counted in ``skipped``.
 
-    ``outside``: folders around it. Links to these, or to any folder around them, are told and not followed.
+    ``outside``: folders that contain it. Links to these, or to folders that contain them, are not followed.
 
     Raises UserError for a folder that cannot be read, and for a link or device in the place of an image.
     """
@@ -124,24 +122,23 @@ def images_below(folder: Path, found: Findings, outside: Iterable[Path] = ()) ->
     if _key(folder) in around:
         raise UserError(f"data.path: {folder} is a link to a folder in which it lies; remove it")
     images: list[str] = []
-    links: list[str] = []
+    links = [""]  # the folder itself, then the links in it, then the links in these
     visited: set[_Key] = set()
-    _walk(folder, "", found, images, links, visited)
     while links:
         batch, links = sorted(links), []
         for link in batch:
-            if _key(folder / link) in around:  # else all that lies beside the set would become a part of it
-                found.note("around", found.below(f"{folder}/{link}"))
+            if _key(folder / link) in around:  # else the neighbours of the set would become a part of it
+                skipped.note("around", skipped.below(f"{folder}/{link}"))
             else:
-                _walk(folder, link, found, images, links, visited)
+                _walk(folder, link, skipped, images, links, visited)
     return sorted(images)
 
 
-def entries(folder: Path, found: Findings) -> tuple[list[str], list[str]]:
-    """(folders and links to folders, images) in ``folder`` alone, sorted. Raises UserError as ``images_below``."""
+def entries(folder: Path, skipped: SkippedFiles) -> tuple[list[str], list[str]]:
+    """(sub-folders and links to folders, images) of ``folder`` itself, sorted. Raises UserError as ``images_below``."""
     folders: list[str] = []
     images: list[str] = []
-    for name, kind in _scan(str(folder), found):
+    for name, kind in _scan(str(folder), skipped):
         if kind != "other":
             (images if kind == "image" else folders).append(name)
     return sorted(folders), sorted(images)
@@ -158,18 +155,20 @@ def same_folders(folder: Path, names: Iterable[str]) -> list[tuple[str, str]]:
     return [(first[key], name) for name in names if first.setdefault(key := _key(folder / name), name) != name]
 
 
-def _walk(folder: Path, start: str, found: Findings, images: list[str], links: list[str], visited: set[_Key]) -> None:
-    """All below ``folder/start``, a link where it is not empty; the links to folders in it go into ``links``."""
+def _walk(
+    folder: Path, start: str, skipped: SkippedFiles, images: list[str], links: list[str], visited: set[_Key]
+) -> None:
+    """Add the images below ``folder/start``, a link unless empty, to ``images``, and links to folders to ``links``."""
     pending = [f"{start}/" if start else ""]
     while pending:
         prefix = pending.pop()
         path = f"{folder}/{prefix}".rstrip("/")
         key = _key(path)
         if start and key in visited:
-            found.note("again", found.below(path))
+            skipped.note("again", skipped.below(path))
             continue
         visited.add(key)
-        for name, kind in _scan(path, found):
+        for name, kind in _scan(path, skipped):
             if kind == "image":
                 images.append(prefix + name)
             elif kind == "link":
@@ -178,7 +177,7 @@ def _walk(folder: Path, start: str, found: Findings, images: list[str], links: l
                 pending.append(f"{prefix}{name}/")
 
 
-def _scan(folder: str, found: Findings) -> Iterator[tuple[str, str]]:
+def _scan(folder: str, skipped: SkippedFiles) -> Iterator[tuple[str, str]]:
     """(name, "folder" | "link" | "image" | "other") of what lies in ``folder``; hidden names are counted only."""
     try:
         with os.scandir(folder) as scanned:
@@ -195,13 +194,13 @@ def _scan(folder: str, found: Findings) -> Iterator[tuple[str, str]]:
         if _skipped(entry.name):
             hidden = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
             if kind in ("folder", "link") or hidden:
-                found.note("hidden", found.below(entry.path))
+                skipped.note("hidden", skipped.below(entry.path))
             continue
         if kind in ("dangling", "special"):
-            _refuse_or_count(entry, kind, found)
+            _check_special(entry, kind, skipped)
             continue
         if kind == "other":
-            found.other(found.below(entry.path))
+            skipped.other(skipped.below(entry.path))
         yield entry.name, kind
 
 
@@ -216,20 +215,20 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "dangling" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
 
 
-def _refuse_or_count(entry: os.DirEntry[str], kind: str, found: Findings) -> None:
-    """A link that leads nowhere is refused where an image or a folder may be missing; others are counted."""
+def _check_special(entry: os.DirEntry[str], kind: str, skipped: SkippedFiles) -> None:
+    """Count a dangling link or a special file. Raises UserError where it stands for an image or a folder."""
     extension = os.path.splitext(entry.name)[1].lower()
     if kind == "special":
         if extension in EXTENSIONS:
             raise UserError(f"data.path: {entry.path} is no regular file (a pipe, a socket or a device); take it away")
-        found.other(found.below(entry.path))
+        skipped.other(skipped.below(entry.path))
         return
     if extension in EXTENSIONS or not extension:
         raise UserError(
             f"data.path: {entry.path} is a link to {os.readlink(entry.path)!r}, which is not there; restore what it "
             "leads to (a disk that is not mounted?), or remove the link"
         )
-    found.note("dangling", found.below(entry.path))
+    skipped.note("dangling", skipped.below(entry.path))
 
 
 def _key(path: str | Path) -> _Key:
@@ -246,6 +245,6 @@ def _skipped(name: str) -> bool:
 
 def _kinds(kinds: Counter[str]) -> str:
     """ "10 .avif, 2 without an extension" """
-    order = sorted(((kind, count) for kind, count in kinds.items() if count), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count} {kind or 'without an extension'}" for kind, count in order[:_SHOWN]]
+    order = sorted((-count, kind) for kind, count in kinds.items() if count)
+    parts = [f"{-count} {kind or 'without an extension'}" for count, kind in order[:_SHOWN]]
     return ", ".join([*parts, *([f"{len(order) - _SHOWN} kinds more"] if len(order) > _SHOWN else [])])
