@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_plugins(first)
     first.add_argument("score", nargs="?")
-    asked, _ = first.parse_known_args(words)
-    import_plugins(asked)
-    if asked.score is not None:
-        METRICS.get(asked.score)  # refuses in a sentence what is none
+    known, _ = first.parse_known_args(words)
+    import_plugins(known)
+    if known.score is not None:
+        METRICS.get(known.score)  # refuses in a sentence what is none
     args = parser().parse_args(words)
     from megadit.parallel.environment import refuse_ranks
 

@@ -226,10 +226,10 @@ class Subset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        names, kept = self.source.classes, self.labels_kept
+        names, labels = self.source.classes, self.labels_kept
         if not self.labelled:
             return ()
-        return names if kept is None else tuple(names[label] for label in kept)
+        return names if labels is None else tuple(names[label] for label in labels)
 
     @property
     def mirrored(self) -> ImageSet | None:

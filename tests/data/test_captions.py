@@ -42,9 +42,9 @@ def test_files_of_captions_beside_the_images_are_read_and_told(tmp_path: Path) -
     texts = {"0/0.txt": mark, "0/2.caption": "two", "1/1.png.txt": "größte", "1/3.txt": "3".encode("utf-16")}
     path = folder(tmp_path, {**texts, "0/notes.txt": "of no image", "0/2.txt": " two\n"})
     assert captions(path) == ["one cat", "two", "", "", "größte", "3", "", ""]
-    told = "\n".join(read(path).remarks)
-    assert "read from text files beside the images, 5 in all" in told
-    assert "no image beside them are left out, 1 in all (first: 0/notes.txt)" in told
+    remarks = "\n".join(read(path).remarks)
+    assert "read from text files beside the images, 5 in all" in remarks
+    assert "no image beside them are left out, 1 in all (first: 0/notes.txt)" in remarks
     other = build_datasets(config(path, condition="none", val_fraction=0.0))[0]
     assert "6 files below" not in str(other.caption(0)) and "5 .txt, 1 .caption" in other.remarks[0]
 

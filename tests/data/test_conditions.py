@@ -71,15 +71,15 @@ def test_captions_become_the_encoders_features(folders):
     conditions = build_conditions(run, *parts(image_set()))
     encoder = build_encoder(run.data.text)
     chosen = [CAPTIONS[6], CAPTIONS[0], CAPTIONS[6]]  # of both parts
-    found, wanted = conditions.of(batch(chosen)), encoder.encode(chosen, LENGTH)
-    torch.testing.assert_close(found.text, wanted.text, rtol=1e-3, atol=1e-3)  # held in float16
-    torch.testing.assert_close(found.pooled, wanted.pooled, rtol=1e-5, atol=1e-5)
-    assert found.text_mask.equal(wanted.text_mask) and found.labels is None
+    cond, expected = conditions.of(batch(chosen)), encoder.encode(chosen, LENGTH)
+    torch.testing.assert_close(cond.text, expected.text, rtol=1e-3, atol=1e-3)  # held in float16
+    torch.testing.assert_close(cond.pooled, expected.pooled, rtol=1e-5, atol=1e-5)
+    assert cond.text_mask.equal(expected.text_mask) and cond.labels is None
     null = encoder.encode([""], LENGTH)
     torch.testing.assert_close(conditions.null.text, null.text, rtol=1e-3, atol=1e-3)
-    dropped = found.dropped(torch.tensor([True, False, True]), conditions.null)
-    assert dropped.text[0].equal(conditions.null.text[0]) and dropped.text[1].equal(found.text[1])
-    assert dropped.text_mask.sum(1).tolist() == [2, int(found.text_mask[1].sum()), 2]
+    dropped = cond.dropped(torch.tensor([True, False, True]), conditions.null)
+    assert dropped.text[0].equal(conditions.null.text[0]) and dropped.text[1].equal(cond.text[1])
+    assert dropped.text_mask.sum(1).tolist() == [2, int(cond.text_mask[1].sum()), 2]
 
 
 def test_the_encoder_is_not_asked_twice(folders, monkeypatch):
@@ -106,9 +106,9 @@ def test_prompts_are_held_out_captions_or_those_given(folders):
 def test_pixart_has_a_null_caption_of_its_own_and_keeps_the_mask(folders):
     conditions = build_conditions(config(folders, family="pixart", pooled="none"), *parts(image_set()))
     assert conditions.null.text.equal(null_caption(LENGTH, 16)[None])
-    found = conditions.of(batch(CAPTIONS[:2]))
-    dropped = found.dropped(torch.tensor([True, False]), conditions.null)
-    assert dropped.text[0].equal(conditions.null.text[0]) and dropped.text_mask.equal(found.text_mask)
+    cond = conditions.of(batch(CAPTIONS[:2]))
+    dropped = cond.dropped(torch.tensor([True, False]), conditions.null)
+    assert dropped.text[0].equal(conditions.null.text[0]) and dropped.text_mask.equal(cond.text_mask)
 
 
 def test_a_model_that_sees_padding_is_given_no_mask(folders):
@@ -124,15 +124,15 @@ def test_a_model_that_sees_padding_is_given_no_mask(folders):
 def test_a_null_caption_goes_with_the_weights_that_know_it(folders, tmp_path):
     run = config(folders, family="pixart", pooled="none")
     assert trained_null_caption(run, None) == trained_null_caption(run, tmp_path) == (None, "")
-    own = torch.randn(1, LENGTH, 16)
-    save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=own))
-    null, told = trained_null_caption(run, tmp_path)
-    assert null is not None and null.text.equal(own) and "with which the model was trained" in told
-    assert build_conditions(run, *parts(image_set()), null=null).null.text.equal(own)
+    null_text = torch.randn(1, LENGTH, 16)
+    save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=null_text))
+    null, note = trained_null_caption(run, tmp_path)
+    assert null is not None and null.text.equal(null_text) and "with which the model was trained" in note
+    assert build_conditions(run, *parts(image_set()), null=null).null.text.equal(null_text)
     assert trained_null_caption(config(folders), tmp_path) == (None, "")  # whose null text is the empty one
-    save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=own[:, :2]))
-    null, told = trained_null_caption(run, tmp_path)
-    assert null is None and f"has 2 tokens and model.text.max_length is {LENGTH}" in told
+    save_conditions(tmp_path / NULL_TEXT_FILE, Conditioning(text=null_text[:, :2]))
+    null, note = trained_null_caption(run, tmp_path)
+    assert null is None and f"has 2 tokens and model.text.max_length is {LENGTH}" in note
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +162,9 @@ def test_stored_features_need_no_encoder(folders):
     check_text(run, sets[0])
     conditions = build_conditions(run, *sets)
     extras = {name: value[None] for name, value in sets[0].extras(3).items()}
-    found = conditions.of(batch(["unknown words"], extras))
-    assert found.text[0, :, 0].tolist() == [3.0] * 4 + [0.0] * (LENGTH - 4) and found.text.dtype == torch.float32
-    assert found.text_mask.sum() == 4 and found.pooled[0, 0] == 3
+    cond = conditions.of(batch(["unknown words"], extras))
+    assert cond.text[0, :, 0].tolist() == [3.0] * 4 + [0.0] * (LENGTH - 4) and cond.text.dtype == torch.float32
+    assert cond.text_mask.sum() == 4 and cond.pooled[0, 0] == 3
     assert conditions.null.text_mask.sum() == 8 and conditions.null.text[0, 0, 0] == 7
     assert conditions.prompts.texts == tuple(CAPTIONS[5:]) and conditions.prompts.cond.text[0, 0, 0] == 5
 

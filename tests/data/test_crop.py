@@ -150,8 +150,8 @@ def test_folders_and_tars_are_cut_as_data_crop_says(tmp_path: Path, monkeypatch:
     tars = DataConfig(name="webdataset", path=str(tmp_path / "x-0.tar"), **common)
     for crop, expected in crops.items():
         for config in (folder, tars):
-            found = build_datasets(config.model_copy(update={"crop": crop}))[0]
-            np.testing.assert_array_equal(found.image(0).numpy(), expected)
+            dataset = build_datasets(config.model_copy(update={"crop": crop}))[0]
+            np.testing.assert_array_equal(dataset.image(0).numpy(), expected)
     assert folder.crop == "adm"
 
 
@@ -191,9 +191,9 @@ def test_tars_of_before_the_key_are_used_and_gone_on_with(tmp_path: Path) -> Non
     assert len(build_datasets(tars)[0]) == 1
     assert "were cut by adm, before there was data.crop: center has no effect" in (cut_before_crop(tars) or "")
     assert cut_before_crop(tars.model_copy(update={"crop": "adm"})) is None
-    for crop, told in (("adm", {}), ("center", {"crop": "center"})):
+    for crop, written_crop in (("adm", {}), ("center", {"crop": "center"})):
         recipe = recipe_of({"data": DataConfig(crop=crop).model_dump(mode="json")})["data"]
-        assert {key: recipe[key] for key in recipe if key == "crop"} == told
+        assert {key: recipe[key] for key in recipe if key == "crop"} == written_crop
 
 
 def test_an_image_of_the_right_size_is_untouched(tmp_path: Path) -> None:

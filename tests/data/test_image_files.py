@@ -168,8 +168,8 @@ def test_only_the_first_of_many_frames_is_read() -> None:
 def test_sizes_and_metadata_bring_no_warning(tmp_path: Path) -> None:
     """Pillow warns of 90 megapixels, which photographs have, and of tags that are not read."""
     tiff = bytearray(saved(flat("RGB"), "TIFF", software="x" * 40))
-    place = struct.unpack_from("<I", tiff, 4)[0]
-    for entry in range(place + 2, place + 2 + 12 * struct.unpack_from("<H", tiff, place)[0], 12):
+    offset = struct.unpack_from("<I", tiff, 4)[0]
+    for entry in range(offset + 2, offset + 2 + 12 * struct.unpack_from("<H", tiff, offset)[0], 12):
         if struct.unpack_from("<H", tiff, entry)[0] == 305:  # software
             struct.pack_into("<I", tiff, entry + 4, 2**31 - 1)
     with warnings.catch_warnings(record=True) as caught:

@@ -64,18 +64,18 @@ def test_a_thousand_shards_are_known_by_name_and_millions_of_images_by_a_bounded
     names = [f"{number:07d}.png" for number in range(50_000)]
     old = record(listing(names))
     assert len(json.dumps(old)) < 100_000
-    for place in (0, 1, 12_345, 49_998, 49_999):
+    for index in (0, 1, 12_345, 49_998, 49_999):
         sizes = [100] * len(names)
-        sizes[place] = 101
+        sizes[index] = 101
         new = listing(names, sizes)
         assert not same_files(old, record(new))
         words = first_difference(old, new)
         if "among" in words:
             bounds = [int(word.strip(",")[:7]) for word in words.split() if word.strip(",").endswith(".png")]
             after, last = bounds if len(bounds) == 2 else (-1, bounds[0])
-            assert after < place <= last and last - after <= 50
+            assert after < index <= last and last - after <= 50
         else:
-            assert f"{place:07d}.png has 101 bytes" in words
+            assert f"{index:07d}.png has 101 bytes" in words
     assert first_difference(old, listing([*names, "new.png"])) == "new.png is new"
 
 

@@ -59,8 +59,8 @@ def test_a_run_that_goes_on_knows_them_again_and_names_what_changed(folder: Path
     assert not differences(before, identify(config, *sets), sets[0])
     os.rename(os.fsencode(folder) + b"/" + LATIN, os.fsencode(folder) + b"/caf\xea")
     sets = build_datasets(config.data)
-    told = "\n".join(differences(before, identify(config, *sets), sets[0]))
-    assert "class 0 was 'caf\udce9' and is 'caf\udcea'" in told
+    changes = "\n".join(differences(before, identify(config, *sets), sets[0]))
+    assert "class 0 was 'caf\udce9' and is 'caf\udcea'" in changes
 
 
 @pytest.mark.parametrize("manifest", [True, False])

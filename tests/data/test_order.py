@@ -49,8 +49,8 @@ def test_all_layouts_cover_the_same_numbers_in_each_step(ranks: int, micro_batch
     layouts = [BatchLayout(global_batch=16, ranks=ranks, rank=r, micro_batch=micro_batch) for r in range(ranks)]
     assert layouts[0].accumulation == 16 // (ranks * micro_batch)
     for step in range(3):
-        seen = [n for layout in layouts for micro in range(layout.accumulation) for n in layout.numbers(step, micro)]
-        assert sorted(seen) == list(range(16 * step, 16 * (step + 1)))
+        numbers = [n for layout in layouts for micro in range(layout.accumulation) for n in layout.numbers(step, micro)]
+        assert sorted(numbers) == list(range(16 * step, 16 * (step + 1)))
 
 
 def test_numbers_of_one_micro_batch() -> None:

@@ -1,4 +1,4 @@
-"""What is told of how a set was read."""
+"""The remarks on how a set was read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def test_remarks_are_told_once_on_a_host(monkeypatch: pytest.MonkeyPatch, capsys
     train, _ = build_datasets(DataConfig(name="digits"))
     assert train.remarks == ()
     assert isinstance(train, Subset)
-    told = replace(train, source=replace(train.source, remarks=("data.path: caf\udce9.npy is passed over", "two")))
-    assert len(describe(told).notice) and told.remarks[1] == "two"
-    print_remarks(told)
+    noted = replace(train, source=replace(train.source, remarks=("data.path: caf\udce9.npy is passed over", "two")))
+    assert len(describe(noted).notice) and noted.remarks[1] == "two"
+    print_remarks(noted)
     assert capsys.readouterr().err == "note: data.path: caf\\udce9.npy is passed over\nnote: two\n"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    print_remarks(told)
+    print_remarks(noted)
     assert capsys.readouterr().err == ""

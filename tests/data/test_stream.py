@@ -169,8 +169,8 @@ def test_workers_outlive_the_signals_of_a_job_but_not_the_run(tmp_path: Path) ->
     process, worker = _start(tmp_path, "run")
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         os.kill(worker, number)
-    rest, _ = process.communicate(timeout=60)
-    assert rest.strip() == "done" and process.returncode == 0
+    output, _ = process.communicate(timeout=60)
+    assert output.strip() == "done" and process.returncode == 0
     assert _gone(worker)
 
 

@@ -27,19 +27,19 @@ def test_what_is_kept_are_the_numbers_outside_all_windows():
     for _ in range(200):
         starts = draw.choices(range(60), k=draw.randint(0, 4))
         windows = merge_windows((first, first + draw.randint(1, 9)) for first in starts)
-        rest = [number for number in range(200) if number not in numbers_of(windows)]
+        remaining = [number for number in range(200) if number not in numbers_of(windows)]
         start, count = draw.randint(0, 60), draw.randint(1, 40)
-        assert numbers_of(remaining_windows(start, count, windows)) == rest[start : start + count]
+        assert numbers_of(remaining_windows(start, count, windows)) == remaining[start : start + count]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 2), (4, 1)])
 def test_every_layout_takes_the_same_numbers(ranks, micro_batch):
     layouts = [BatchLayout(8, ranks, rank, micro_batch, WINDOWS) for rank in range(ranks)]
-    rest = [number for number in range(100) if number not in numbers_of(WINDOWS)]
+    remaining = [number for number in range(100) if number not in numbers_of(WINDOWS)]
     for step in range(6):
-        taken = [layout.numbers(step, micro) for micro in range(layouts[0].accumulation) for layout in layouts]
-        assert [number for part in taken for number in part] == rest[8 * step : 8 * (step + 1)]
-        assert numbers_of(layouts[0].windows(step)) == rest[8 * step : 8 * (step + 1)]
+        numbers = [layout.numbers(step, micro) for micro in range(layouts[0].accumulation) for layout in layouts]
+        assert [number for part in numbers for number in part] == remaining[8 * step : 8 * (step + 1)]
+        assert numbers_of(layouts[0].windows(step)) == remaining[8 * step : 8 * (step + 1)]
 
 
 def test_each_window_is_left_behind_by_one_step():

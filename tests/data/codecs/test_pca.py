@@ -41,9 +41,9 @@ def test_components_are_those_of_a_singular_value_decomposition() -> None:
     z = (patches - mean) @ codec.components.double().numpy().T
     np.testing.assert_allclose(codec.scale, 1 / np.sqrt(z.var(0).mean()), rtol=1e-5)
     held = torch.stack([held_out.image(i) for i in range(len(held_out))]).double().numpy() / 127.5 - 1
-    own = held.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4)
-    back = ((own - mean) @ right.T @ right + mean).clip(-1, 1)
-    expected = 10 * np.log10(4 / np.square(back - own).mean())
+    patches = held.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4)
+    back = ((patches - mean) @ right.T @ right + mean).clip(-1, 1)
+    expected = 10 * np.log10(4 / np.square(back - patches).mean())
     assert measure_psnr(codec, held_out, range(len(held_out))) == pytest.approx(expected, abs=1e-3)
 
 

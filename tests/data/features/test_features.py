@@ -69,8 +69,8 @@ def test_efficientnet_knows_pictures() -> None:
     from megadit.config import DataConfig
 
     train, _ = build_datasets(DataConfig(name="emoji", image_size=64, val_fraction=0.0))
-    found = {train.caption(i): i for i in range(len(train))}
-    chosen = [found[name] for name in ("grinning face", "slightly smiling face", "red apple", "green apple")]
+    indices = {train.caption(i): i for i in range(len(train))}
+    chosen = [indices[name] for name in ("grinning face", "slightly smiling face", "red apple", "green apple")]
     images = torch.stack([train.image(i) for i in chosen]) / 127.5 - 1
     encoder = build_encoder(FeatureSource())
     assert encoder is not None
@@ -182,12 +182,12 @@ def test_of_processes_that_compute_the_same_picture_the_first_is_right(tmp_path:
 
 def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
     images = pictures(1, 8)
-    wanted = CachedEncoder(Mean(), tmp_path).encode(images)
+    expected = CachedEncoder(Mean(), tmp_path).encode(images)
     [file] = (tmp_path / "mean").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:40])
     again = CachedEncoder(Mean(), tmp_path)
-    assert torch.equal(again.encode(images), wanted) and again.encoder.seen == 1  # type: ignore[attr-defined]
-    assert torch.equal(CachedEncoder(Mean(), tmp_path).encode(images), wanted)
+    assert torch.equal(again.encode(images), expected) and again.encoder.seen == 1  # type: ignore[attr-defined]
+    assert torch.equal(CachedEncoder(Mean(), tmp_path).encode(images), expected)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
 )
 def test_a_file_of_something_else_is_computed_again(tmp_path: Path, other: dict[str, torch.Tensor]) -> None:
     images = pictures(2, 8)
-    wanted = CachedEncoder(Mean(), tmp_path).encode(images)
+    expected = CachedEncoder(Mean(), tmp_path).encode(images)
     file = next((tmp_path / "mean").rglob("*.safetensors"))
     save_file(other, file)
-    assert torch.equal(CachedEncoder(Mean(), tmp_path).encode(images), wanted)
+    assert torch.equal(CachedEncoder(Mean(), tmp_path).encode(images), expected)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

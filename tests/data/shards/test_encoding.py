@@ -140,9 +140,9 @@ def test_a_set_that_was_cut_off_is_gone_on_with_to_the_same_bytes(shards, codec,
     names = sorted(p.name for p in (tmp_path / "whole").iterdir())
     assert names == ["index.safetensors", "manifest.json", "x-000000.tar", "x-000001.tar", "x-000002.tar"]
     assert all((tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
-    for taken in ("cut", ""):
+    for folder in ("cut", ""):
         with pytest.raises(UserError, match="--out: .*(finished set|is not empty)"):
-            encode_set(config, tmp_path / taken, sharding, Encoding())
+            encode_set(config, tmp_path / folder, sharding, Encoding())
 
 
 def test_tars_end_before_they_grow_too_large(shards, tmp_path):
@@ -161,8 +161,8 @@ class Words(NetworkEncoder):
         return [[*map(len, text.split()), 1] for text in texts]
 
     def forward(self, ids, mask):
-        place = torch.arange(ids.shape[1]).expand_as(ids)
-        states = torch.stack([ids, place, ids * 0 + 1], -1).float()
+        position = torch.arange(ids.shape[1]).expand_as(ids)
+        states = torch.stack([ids, position, ids * 0 + 1], -1).float()
         return states, torch.stack([mask.sum(1), ids.sum(1)], -1).float()
 
 
@@ -263,21 +263,23 @@ def test_a_run_without_the_codec_says_so_and_keeps_what_drawing_needs(codec: Pat
     check_against_model(LATENTS, config)
     check_codec(LATENTS, config)
     assert "no pictures will be drawn" in str(missing_decoder_note(LATENTS, config))
-    kept = with_stored_codec(LATENTS, config).data.vae
-    assert kept == VaeConfig(path=None, scale=0.9, shift=0.0, factor=4)
-    coder = build_codec(kept, "cpu", LATENTS.stored)
+    vae = with_stored_codec(LATENTS, config).data.vae
+    assert vae == VaeConfig(path=None, scale=0.9, shift=0.0, factor=4)
+    coder = build_codec(vae, "cpu", LATENTS.stored)
     assert isinstance(coder, StoredCodec) and not coder.decodes
     with pytest.raises(UserError, match=r"data\.vae\.path: is missing"):
         coder.decode(torch.zeros(1, 16, 16, 16))
     with pytest.raises(UserError, match=r"data\.vae\.scale: 0\.9, but 3\.\d+ was fitted"):
-        vae_at(kept, str(codec))
+        vae_at(vae, str(codec))
     with pytest.raises(UserError, match="--vae: .* works on pixels"):
         vae_at(None, str(codec))
-    own = StoredFacts(
+    facts = StoredFacts(
         channels=4, size=4, factor=2, scale=build_codec(VaeConfig(path=str(codec))).scale, codec="other:1"
     )
     with caplog.at_level(logging.WARNING):
-        check_codec(replace(LATENTS, stored=own), run_config({"in_channels": 4}, vae={"path": str(codec), "factor": 2}))
+        check_codec(
+            replace(LATENTS, stored=facts), run_config({"in_channels": 4}, vae={"path": str(codec), "factor": 2})
+        )
     assert "other weights" in caplog.text
 
 

@@ -121,9 +121,9 @@ def test_tar_concatenate_joins_what_is_read_whole(tmp_path: Path) -> None:
 def test_more_zeros_than_tar_pads_with_are_told(tmp_path: Path, zeros: int) -> None:
     keys, summary = read(tmp_path, WHOLE + bytes(zeros))
     assert keys == ["0000", "0001", "0002", "0003"]
-    told = [remark for remark in summary.remarks() if "zero bytes behind its last member" in remark]
-    assert bool(told) == bool(zeros)
-    assert not zeros or f"x.tar ends with {8192 + zeros:,} zero bytes" in told[0]
+    remarks = [remark for remark in summary.remarks() if "zero bytes behind its last member" in remark]
+    assert bool(remarks) == bool(zeros)
+    assert not zeros or f"x.tar ends with {8192 + zeros:,} zero bytes" in remarks[0]
 
 
 def test_zeros_that_the_file_system_does_not_hold_cost_nothing(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_skin_tones_are_an_option_and_share_the_base_of_their_picture(emoji: Arr
     bases: dict[str, set[str]] = {}
     for caption, base in zip(toned.captions, toned.bases, strict=True):
         bases.setdefault(toneless(caption), set()).add(base)
-    assert {name: found for name, found in bases.items() if len(found) > 1} == {}
+    assert {name: names for name, names in bases.items() if len(names) > 1} == {}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_pictures_that_look_the_same_share_a_base(emoji: ArraySet) -> None:
     for image, base in zip(emoji.images, emoji.bases, strict=True):
         bases.setdefault(image.numpy().tobytes(), set()).add(base)
     assert len(bases) < len(emoji)  # there are some
-    assert [found for found in bases.values() if len(found) > 1] == []
+    assert [names for names in bases.values() if len(names) > 1] == []
 
 
 def captions_of(part: ImageSet) -> set[str]:

@@ -89,8 +89,8 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, content: bytes, sen
 def test_a_file_that_is_missing_is_named_with_its_line_and_what_may_be_meant(
     tmp_path: Path, name: str, remedy: str
 ) -> None:
-    for there in ("img/1.png", "2.png", "café.png"):
-        picture(tmp_path / there)
+    for existing in ("img/1.png", "2.png", "café.png"):
+        picture(tmp_path / existing)
     (tmp_path / "link.jpg").symlink_to("nowhere")
     metadata(tmp_path, {"file_name": "2.png"}, f'{{"file_name": "{name}"}}', {"file_name": "gone.png"})
     with pytest.raises(UserError, match=rf"^data\.path: line 2 of .*, which is not there.*{remedy}"):
@@ -98,8 +98,8 @@ def test_a_file_that_is_missing_is_named_with_its_line_and_what_may_be_meant(
 
 
 def test_names_in_the_folder_stay_as_they_are(tmp_path: Path) -> None:
-    for there in ("a..b.png", "sub/c.png"):
-        picture(tmp_path / there)
+    for existing in ("a..b.png", "sub/c.png"):
+        picture(tmp_path / existing)
     metadata(tmp_path, *({"file_name": name} for name in ("a..b.png", "./sub/c.png", "sub/../a..b.png")))
     images = read(tmp_path, "none")
     check_images(images)

@@ -49,8 +49,8 @@ def test_links_that_lead_back_end_and_are_told(linked: Path, condition: str) -> 
     (linked.parent / "elsewhere/c/out").symlink_to("../..")  # around the set
     files = names(linked, condition=condition)
     assert len(files) == 18
-    told = remarks(linked, condition=condition)
-    assert "listed by another path and" in told and ("in which it lies" in told or "in which they lie" in told)
+    notes = remarks(linked, condition=condition)
+    assert "listed by another path and" in notes and ("in which it lies" in notes or "in which they lie" in notes)
 
 
 def test_the_own_path_of_a_folder_is_the_one_that_is_listed(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_links_to_folders_around_the_set_are_told_and_not_followed(tmp_path: Pat
     (root / "a" / "up").symlink_to(tmp_path)
     (root / "a" / "top").symlink_to("/")
     assert names(root, condition=condition) == ("a/1.png",)
-    told = f"2 links below {root} lead to folders in which they lie and are not followed (first: a/top)"
-    assert told in remarks(root, condition=condition)
+    notes = f"2 links below {root} lead to folders in which they lie and are not followed (first: a/top)"
+    assert notes in remarks(root, condition=condition)
 
 
 def test_two_classes_that_are_one_folder_are_told(tmp_path: Path) -> None:
@@ -152,21 +152,21 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, condition: str) -
         (tmp_path / "a" / name).write_bytes(b"x")
     (tmp_path / "a" / "__MACOSX").mkdir()
     assert names(tmp_path, condition=condition) == ("a/1.JPG",)
-    told = remarks(tmp_path, condition=condition)
-    assert f"5 files below {tmp_path} are no images that are read here" in told
-    assert "(2 .avif, 1 without an extension, 1 .heic, 1 .npy; first: a/2.avif)" in told
-    assert "2 images and folders below" in told and "(first: a/._1.jpg)" in told
+    notes = remarks(tmp_path, condition=condition)
+    assert f"5 files below {tmp_path} are no images that are read here" in notes
+    assert "(2 .avif, 1 without an extension, 1 .heic, 1 .npy; first: a/2.avif)" in notes
+    assert "2 images and folders below" in notes and "(first: a/._1.jpg)" in notes
 
 
 def test_what_describes_images_elsewhere_and_is_not_read_is_named(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "a" / "1.png")
     picture(tmp_path / "test" / "a" / "1.png")
-    told = remarks(tmp_path)
-    assert "called test and train, as parts of a set are, and all of them are read; for one alone give" in told
-    assert told.endswith(f"data.path={tmp_path / 'train'}")
+    notes = remarks(tmp_path)
+    assert "called test and train, as parts of a set are, and all of them are read; for one alone give" in notes
+    assert notes.endswith(f"data.path={tmp_path / 'train'}")
     (tmp_path / "train" / "metadata.jsonl").write_text("{}")
-    told = remarks(tmp_path)
-    assert f"{tmp_path}/train/metadata.jsonl is not read" in told and f"or give data.path={tmp_path}/train" in told
+    notes = remarks(tmp_path)
+    assert f"{tmp_path}/train/metadata.jsonl is not read" in notes and f"or give data.path={tmp_path}/train" in notes
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     assert f"{tmp_path}/metadata.csv is not read; labels and captions come from a metadata.jsonl" in remarks(tmp_path)
 

@@ -73,18 +73,18 @@ def test_batches_are_the_same_with_any_ranks_and_workers(made: Path, ranks: int,
     tars, memory = build_datasets(config(made))[0], build_datasets(DIGITS)[0]
     for rank in range(ranks):
         layout = BatchLayout(16, ranks, rank, 8)
-        own = BatchStream(tars, layout, 3, True, workers, start_step=5)
-        with own, BatchStream(memory, layout, 3, True, 0, start_step=5) as reference:
-            for ours, theirs in islice(zip(own, reference, strict=True), 4):
+        stream = BatchStream(tars, layout, 3, True, workers, start_step=5)
+        with stream, BatchStream(memory, layout, 3, True, 0, start_step=5) as reference:
+            for ours, theirs in islice(zip(stream, reference, strict=True), 4):
                 assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
                 assert ours.captions == theirs.captions
 
 
 def test_webdataset_reads_what_is_written(made: Path) -> None:
-    found = list(webdataset.WebDataset(str(made / "digits-{000000..000003}.tar"), shardshuffle=False).decode("pil"))
-    assert len(found) == 1797
-    assert {"png", "json", "txt", "cls"} <= set(found[0]) and found[7]["__key__"] == "00000007"
-    assert found[7]["txt"] == "the handwritten digit 7" and found[7]["cls"] == 7
+    theirs = list(webdataset.WebDataset(str(made / "digits-{000000..000003}.tar"), shardshuffle=False).decode("pil"))
+    assert len(theirs) == 1797
+    assert {"png", "json", "txt", "cls"} <= set(theirs[0]) and theirs[7]["__key__"] == "00000007"
+    assert theirs[7]["txt"] == "the handwritten digit 7" and theirs[7]["cls"] == 7
 
 
 def test_a_pattern_takes_some_of_the_shards(made: Path) -> None:

@@ -47,9 +47,9 @@ def test_t5_is_the_models_last_state_with_an_end_token(folders):
     model = import_transformers().T5EncoderModel.from_pretrained(folders["t5"])
     with torch.no_grad():
         states = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-    found = encoder.encode([CAPTIONS[0]], 32)
-    torch.testing.assert_close(found.text[0, : len(ids)], states)
-    torch.testing.assert_close(found.pooled[0], states.mean(0))
+    encoded = encoder.encode([CAPTIONS[0]], 32)
+    torch.testing.assert_close(encoded.text[0, : len(ids)], states)
+    torch.testing.assert_close(encoded.pooled[0], states.mean(0))
 
 
 def test_clip_is_the_last_state_but_one_and_the_projection(folders):
@@ -58,9 +58,9 @@ def test_clip_is_the_last_state_but_one_and_the_projection(folders):
     model = import_transformers().CLIPTextModelWithProjection.from_pretrained(folders["clip"])
     with torch.no_grad():
         output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    found = encoder.encode([CAPTIONS[1], CAPTIONS[3]], 20)
-    torch.testing.assert_close(found.text[0, : len(ids)], output.hidden_states[1][0])
-    torch.testing.assert_close(found.pooled[0], output.text_embeds[0])
+    encoded = encoder.encode([CAPTIONS[1], CAPTIONS[3]], 20)
+    torch.testing.assert_close(encoded.text[0, : len(ids)], output.hidden_states[1][0])
+    torch.testing.assert_close(encoded.pooled[0], output.text_embeds[0])
 
 
 def test_the_pooled_feature_may_be_clips_or_none(folders):
@@ -68,10 +68,10 @@ def test_the_pooled_feature_may_be_clips_or_none(folders):
     assert t5.pooled_dim == 0 and t5.encode(CAPTIONS[:2], 24).pooled is None
     both = build_encoder(source(folders, "t5", pooled="clip", pooled_path=str(folders["clip"])))
     clip = build_encoder(source(folders, "clip"))
-    found = both.encode(CAPTIONS, 24)
+    encoded = both.encode(CAPTIONS, 24)
     assert (both.dim, both.pooled_dim) == (16, 12)
-    torch.testing.assert_close(found.text, t5.encode(CAPTIONS, 24).text)
-    torch.testing.assert_close(found.pooled, clip.encode(CAPTIONS, 20).pooled)
+    torch.testing.assert_close(encoded.text, t5.encode(CAPTIONS, 24).text)
+    torch.testing.assert_close(encoded.pooled, clip.encode(CAPTIONS, 20).pooled)
     assert len({t5.identity, both.identity, clip.identity}) == 3
 
 
@@ -79,12 +79,12 @@ def test_long_texts_are_cut_before_their_end_and_refused_as_prompts(folders):
     encoder = build_encoder(source(folders, "minilm"))
     text = CAPTIONS[4]  # five words and two special tokens
     (ids,) = encoder.token_ids([text])
-    found = encoder.encode([text], 5)
-    assert len(ids) == 7 and found.text_mask.sum() == 5
+    encoded = encoder.encode([text], 5)
+    assert len(ids) == 7 and encoded.text_mask.sum() == 5
     network = import_transformers().BertModel.from_pretrained(folders["minilm"])
     with torch.no_grad():
         states = network(input_ids=torch.tensor([ids[:4] + ids[-1:]])).last_hidden_state[0]
-    torch.testing.assert_close(found.text[0], states)
+    torch.testing.assert_close(encoded.text[0], states)
     check_lengths(encoder, [text], 7, "--prompt")
     with pytest.raises(UserError, match=r"--prompt: 'woman running.*' has 7 tokens.*max_length is 6"):
         check_lengths(encoder, ["cat", text], 6, "--prompt")
@@ -111,8 +111,8 @@ def test_torch_files_and_pipelines_are_read_too(folders, tmp_path):
 
     torch.save(load_file(encoder_folder / "model.safetensors"), encoder_folder / "pytorch_model.bin")
     (encoder_folder / "model.safetensors").unlink()
-    found = build_encoder(TextSource(encoder="t5", path=str(encoder_folder))).encode(CAPTIONS[:2], 20)
-    torch.testing.assert_close(found.text, build_encoder(source(folders, "t5")).encode(CAPTIONS[:2], 20).text)
+    encoded = build_encoder(TextSource(encoder="t5", path=str(encoder_folder))).encode(CAPTIONS[:2], 20)
+    torch.testing.assert_close(encoded.text, build_encoder(source(folders, "t5")).encode(CAPTIONS[:2], 20).text)
 
 
 def test_what_is_missing_or_damaged_is_told(folders, tmp_path, monkeypatch):

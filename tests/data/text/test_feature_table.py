@@ -39,11 +39,11 @@ class Letters(TextEncoder):
 
 def test_features_come_back_by_text_padded(tmp_path):
     table = build_table(Letters(), ["abc", "", "b", "abc"], 5, tmp_path)
-    found = table.of(["b", "abc", ""])
-    assert found.text[:, :, 0].tolist() == [[98, 1, 0, 0, 0], [97, 98, 99, 1, 0], [1, 0, 0, 0, 0]]
-    assert found.text_mask.sum(1).tolist() == [2, 4, 1]
-    assert found.text.dtype == found.pooled.dtype == torch.float32
-    assert found.pooled[:, 1].tolist() == [torch.tensor(1 / 3).item()] * 3  # not through float16
+    features = table.of(["b", "abc", ""])
+    assert features.text[:, :, 0].tolist() == [[98, 1, 0, 0, 0], [97, 98, 99, 1, 0], [1, 0, 0, 0, 0]]
+    assert features.text_mask.sum(1).tolist() == [2, 4, 1]
+    assert features.text.dtype == features.pooled.dtype == torch.float32
+    assert features.pooled[:, 1].tolist() == [torch.tensor(1 / 3).item()] * 3  # not through float16
     assert len(table) == 3 and "b" in table and "c" not in table
     with pytest.raises(KeyError):
         table.of(["c"])
@@ -79,8 +79,8 @@ def test_a_damaged_file_is_computed_again_and_told(tmp_path, capsys, damage):
         tensors = load_file(path)
         save_file({**tensors, "ends": tensors["ends"] + 1}, path)
     capsys.readouterr()
-    found = build_table(Letters(), ["a", "bc"], 4, tmp_path).of(["bc"])
-    assert found.text[0, :, 0].tolist() == [98, 99, 1, 0]
+    features = build_table(Letters(), ["a", "bc"], 4, tmp_path).of(["bc"])
+    assert features.text[0, :, 0].tolist() == [98, 99, 1, 0]
     assert "is damaged" in capsys.readouterr().err and path.read_bytes() == good
 
 

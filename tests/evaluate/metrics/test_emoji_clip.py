@@ -73,8 +73,8 @@ def test_the_command_reads_pictures_and_prompts(heads, tmp_path, monkeypatch, ca
     (tmp_path / "texts.txt").write_text("red\n\nblue\n")
     arguments = ["emoji-clip", str(tmp_path / "p.npz"), "--prompts", str(tmp_path / "texts.txt")]
     assert evaluate.main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["retrieval"] == 1.0 and told["pictures"] == 4 and told["texts"] == 2
+    result = json.loads(capsys.readouterr().out)
+    assert result["retrieval"] == 1.0 and result["pictures"] == 4 and result["texts"] == 2
     assert evaluate.main(arguments) == 0 and "margin" in capsys.readouterr().out
     np.savez(tmp_path / "p.npz", arr_0=np.zeros((2, 4, 4)))
     with pytest.raises(UserError, match=r"p\.npz: arr_0 is not uint8"):
