@@ -1,9 +1,9 @@
 """Encode a data set once, for runs that then read latents, text features and target features from WebDataset tars.
 
-What the data section asks for is computed: latents by data.vae (an AutoencoderKL, or a PCA patch codec), of mirrored
+The data section chooses what is computed: latents by data.vae (an AutoencoderKL, or a PCA patch codec), of mirrored
 images too with data.flip; text features by data.text with data.condition=text; REPA's targets by data.features. The
 images may be any data set, tars of images among them. Train with the same configuration and data.name=webdataset
-data.path=OUT (and data.features.encoder=stored). A command that was cut off goes on when it is given again.
+data.path=OUT (and data.features.encoder=stored). An interrupted command resumes when it is given again.
 
 python tools/encode.py --config FILE --out shards/latents data.path=IMAGES data.vae.path=SD-VAE-FT-EMA
 python tools/encode.py fit-pca --help      fit a PCA patch codec: latents without a trained autoencoder, in seconds
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
     p.add_argument(
         "--posterior", choices=("moments", "sample"),
-        help="of an AutoencoderKL; moments (default): drawn from anew in every epoch; sample: one draw, half as large",
+        help="of an AutoencoderKL; moments (default): sampled anew in every epoch; sample: one sample, half as large",
     )  # fmt: skip
     p.add_argument("--seed", type=int, metavar="N", help="of --posterior sample; default 0")
     p.add_argument("--max_length", type=int, metavar="N", help="tokens of a text; default: --config's model.text")

@@ -1,8 +1,7 @@
 """Write images, captions and labels as WebDataset tars: NAME-000000.tar, NAME-000001.tar, ... and a manifest.
 
-Any data set of a configuration is taken whole; nothing is held out, since base names travel along and the split is made
-at training. Train on the folder with data.name=webdataset data.path=OUT. A command that was cut off goes on with the
-finished tars when it is given again.
+The whole data set of a configuration is written, with base names, by which training splits it. Train on the folder with
+data.name=webdataset data.path=OUT. An interrupted command, given again, resumes after the last finished tar.
 
 python tools/make_shards.py --out shards/emoji data.name=emoji data.image_size=64
 python tools/make_shards.py --out shards/birds data.name=image-folder data.path=birds data.image_size=256 --image jpg

@@ -76,12 +76,13 @@ def read_rgb(path: Path) -> Image.Image:
 
 
 def check_header(path: Path) -> None:
-    """Open a file and verify what its format lets one verify without decoding (for PNG: every checksum).
+    """Open a file and verify it as far as its format allows without decoding (for PNG: every checksum).
 
     Raises ``UserError`` as ``read_image`` does.
     """
     check_not_empty(path)
-    check(path, str(path))
+    with _opened(path, str(path), "data.path", REMEDY, LONGEST) as file:
+        file.verify()
 
 
 def check_not_empty(path: Path) -> None:
@@ -146,12 +147,6 @@ def decode(
     with _opened(source, where, key, remedy, longest) as file:
         file.load()
         return _to_grey(file) if channels == 1 else to_rgb(file)
-
-
-def check(source: Path | bytes, where: str, *, key: str = "data.path", remedy: str = REMEDY) -> None:
-    """Verify what the format lets one verify without decoding (for PNG: every checksum). Raises as ``decode`` does."""
-    with _opened(source, where, key, remedy, LONGEST) as file:
-        file.verify()
 
 
 @contextmanager

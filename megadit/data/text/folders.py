@@ -154,20 +154,15 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for path, size, _ in files:
         digest.update(f"{path.name}:{size}:".encode())
-        _digest_file(path, digest)
+        with open(path, "rb") as file:
+            if size <= _WHOLE_BYTES:
+                while block := file.read(2**22):
+                    digest.update(block)
+                continue
+            for sample in range(_SAMPLES):
+                file.seek(sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
-
-
-def _digest_file(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if size <= _WHOLE_BYTES:
-            while block := file.read(2**22):
-                digest.update(block)
-            return
-        for sample in range(_SAMPLES):
-            file.seek(sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
 
 
 def load_network(folder: Path, class_name: str, key: str, dtype: Any) -> Any:
