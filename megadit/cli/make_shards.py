@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the tars, and say what they hold."""
+    """Write the tars, and print a summary."""
     args = parser().parse_intermixed_args(argv)
     from megadit.parallel.environment import refuse_ranks
 
@@ -87,7 +87,7 @@ def sharding_of(name: str | None, out: Path, samples: int, max_mb: float | None)
 
 
 def in_range(option: str, value: int, lowest: int, highest: int | None) -> int:
-    """``value`` if it lies in the range. Raises UserError that names ``option`` if not."""
+    """``value`` if it is in the range. Raises UserError that names ``option`` if not."""
     if value < lowest or (highest is not None and value > highest):
         limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise UserError(f"{option}: {value} is not {limits}; choose another value")

@@ -1,4 +1,4 @@
-"""Images: where they come from, the order in which a run sees them, and batches of them."""
+"""Data sets of images, the order of a run's samples, and batches."""
 
 from typing import TYPE_CHECKING
 

@@ -94,7 +94,7 @@ def check_not_empty(path: Path) -> None:
         raise UserError(f"data.path: cannot read {path} {why_unreadable(error, REMEDY)}") from None
 
 
-# What image files may be called, and Pillow's name of the format. The content decides which of them a file is of.
+# The extensions of image files, and Pillow's name of the format. The content decides the format of a file.
 FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -109,8 +109,8 @@ FORMATS = {
 }
 # Where Pillow itself refuses, too: 0.7 GB decoded, twice as much while converted. A file of a few KB may promise any.
 MOST_PIXELS = 178_956_970
-# A square shows less than 1/32 of what is longer: rules, spacers, damaged headers. So the scaled picture that a square
-# is cut of has at most 32 times its pixels, whatever the file's own sides are; photographs and panoramas have 1 to 12.
+# The largest aspect ratio: a square shows less than 1/32 of longer pictures (rules, spacers, damaged headers). So the
+# scaled picture has at most 32 times the pixels of the square; photographs and panoramas have 1 to 12.
 LONGEST = 32
 REMEDY = "replace the file or take it out of the set"
 

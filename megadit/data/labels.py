@@ -1,4 +1,4 @@
-"""Labels and class names that other people wrote: checked before a class is made of any, and found by what a text says.
+"""Labels and class names of user data: checks of labels, and the classes that a text names.
 
 The largest number says how many classes there are, so that one wrong number would make billions of names. It is held
 against ``model.num_classes`` or, where no model is known, against the number of labels.

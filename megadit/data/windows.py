@@ -1,4 +1,4 @@
-"""Windows [first, stop) of global sample numbers that a run leaves out, and the numbers that remain.
+"""Windows [first, stop) of global sample numbers that a run skips, and the numbers that remain.
 
 A run takes the numbers 0, 1, 2, ... in order, without those in a window. Everything that is drawn for a sample is
 keyed by its number, so the others keep their image, noise and dropout; they come earlier by as many samples as were
@@ -56,7 +56,7 @@ def windows_before(windows: Iterable[Window], number: int) -> tuple[Window, ...]
 
 
 def format_windows(windows: Iterable[Window]) -> str:
-    """E.g. ``sample 7``, ``samples 9216 to 9471`` or ``samples 0 to 3, 8``; both ends are meant."""
+    """E.g. ``sample 7``, ``samples 9216 to 9471`` or ``samples 0 to 3, 8``; both ends are included."""
     parts = [str(first) if stop == first + 1 else f"{first} to {stop - 1}" for first, stop in windows]
     single = len(parts) == 1 and "to" not in parts[0]
     return f"sample{'' if single else 's'} {', '.join(parts)}"

@@ -15,7 +15,7 @@ from megadit.files.file_kind import file_instead
 from megadit.files.npy import read_header
 
 # An npz of real pictures unpacks to a few times its size; flat colours to a thousand times, which is harmless if small.
-# Refused is what is larger than _LARGE bytes when unpacked, and more than _RATIO times the file.
+# An array is refused that unpacks to more than _LARGE bytes and more than _RATIO times the file.
 _RATIO, _LARGE = 100, 2**30
 
 

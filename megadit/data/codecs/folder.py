@@ -1,4 +1,4 @@
-"""A codec's folder without its weights: whether it is one, and what its ``config.json`` says. Needs no torch."""
+"""A codec's folder: its checks, and the facts in its ``config.json``. Reads no weights and imports no torch."""
 
 from __future__ import annotations
 

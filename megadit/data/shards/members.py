@@ -90,5 +90,5 @@ def write_json(value: dict[str, Any]) -> bytes:
 
 
 def _remedy(other: str | None) -> str:
-    """The end of a sentence about a member; ``other`` says what was found in its place, None: not known."""
+    """The end of a message about a member. other: what its bytes are instead, as ``bytes_instead`` says."""
     return f"; {_REMEDY}" if other is None else f": {other}, and {_REMEDY}"

@@ -49,7 +49,7 @@ def shard_name(prefix: str, number: int) -> str:
 
 
 def shown_name(name: str) -> str:
-    """The name of a member in a sentence: one line, what is not printable as an escape, cut where it is long."""
+    """The name of a member for messages: on one line, with escapes, cut where it is long."""
     if len(name) > _SHOWN:
         name = f"{name[: _SHOWN // 2]}…{name[-_SHOWN // 2 :]}"
     return name if name.isprintable() else "".join(map(_escaped, name))

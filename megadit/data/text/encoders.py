@@ -97,7 +97,7 @@ class NetworkEncoder(TextEncoder):
 
 
 def cut(ids: list[int], max_length: int) -> list[int]:
-    """The first ``max_length`` tokens, the last of them being the text's own last."""
+    """At most ``max_length`` tokens: the first ones, and the end token of the text."""
     return ids if len(ids) <= max_length else ids[: max_length - 1] + ids[-1:]
 
 

@@ -1,4 +1,4 @@
-"""``image-folder``: your own images, one sub-folder per class or a ``metadata.jsonl``, decoded when asked for."""
+"""``image-folder``: your own images, one sub-folder per class or a ``metadata.jsonl``, decoded on access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megadit.errors import UserError
 from megadit.files.text import name_bytes, replace_surrogates
 
 DEFAULT_SIZE = 256
-# How the parts of a set are called where each has a folder of its own.
+# Names of folders that hold the parts of a set.
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
 _SHOWN_KEYS = 8
 

@@ -178,7 +178,7 @@ def _walk(
 
 
 def _scan(folder: str, skipped: SkippedFiles) -> Iterator[tuple[str, str]]:
-    """(name, "folder" | "link" | "image" | "other") of what lies in ``folder``; hidden names are counted only."""
+    """(name, "folder" | "link" | "image" | "other") of the entries of ``folder``; hidden names are only counted."""
     try:
         with os.scandir(folder) as scanned:
             listed = list(scanned)
