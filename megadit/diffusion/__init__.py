@@ -1,4 +1,4 @@
-"""Training objectives, and sampling."""
+"""Training objectives of diffusion models, and sampling from them."""
 
 from typing import TYPE_CHECKING
 
