@@ -49,7 +49,7 @@ def verify_study(
         raise UserError(f"study {name}: is incomplete ({left}); go on with launch/sweep.py run, then verify")
     variant = _one_of("--variant", variant, study.variants)
     scores = [each.name for each in study.spec.scores]
-    judged_score = study.spec.score(_one_of("--score", score or study.spec.selection_score.name, scores))
+    judged = study.spec.score(_one_of("--score", score or study.spec.selection_score.name, scores))
     key = _one_of("--hp", hp, study.space.keys)
     if len(study.space.keys) > 1 and study.spec.sampler != "grid":
         raise UserError(
@@ -60,18 +60,14 @@ def verify_study(
     if at is not None and at not in scale.values:
         raise UserError(f"--proxy: {at:g} is not among the values {list(scale.values)} of {scale.key}; choose one")
     observations = results.observations(variant)
-    runs = _run_scores(observations, key, judged_score, name)
+    runs = _run_scores(observations, key, judged, name)
     if not runs:
-        raise UserError(
-            f"study {name}: no trial has a value of {judged_score.name}; see launch/sweep.py status for why"
-        )
-    proxy_value = scale.proxy_value if at is None else at
-    if not any(run.scale == proxy_value for run in runs):
-        raise UserError(
-            f"study {name}: no trial at the proxy, {scale.key} {proxy_value:g}, has ended well; run it again"
-        )
-    labels = {"study": name, "variant": variant, "scale": scale.key, "hp": key, "score": judged_score.name}
-    verdict = judge(runs, lower_is_better=judged_score.lower_is_better, proxy=at, limits=limits, labels=labels)
+        raise UserError(f"study {name}: no trial has a value of {judged.name}; see launch/sweep.py status for why")
+    proxy = scale.proxy_value if at is None else at
+    if not any(run.scale == proxy for run in runs):
+        raise UserError(f"study {name}: no trial at the proxy, {scale.key} {proxy:g}, has ended well; run it again")
+    labels = {"study": name, "variant": variant, "scale": scale.key, "hp": key, "score": judged.name}
+    verdict = judge(runs, lower_is_better=judged.lower_is_better, proxy=at, limits=limits, labels=labels)
     values = {float(observation.hps[key]) for observation in observations}
     notes = _notes(observations, study.space.keys, key)
     return replace(verdict, best=nearest(values, verdict.best_log2), reasons=(*verdict.reasons, *notes))

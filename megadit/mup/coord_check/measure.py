@@ -69,9 +69,8 @@ def measure_coordinates(
         config = at_width(model, width, parametrization or model.parametrization, plan.widths)
         for seed in range(plan.seeds):
             progress(f"width {width}, seed {seed}: {plan.steps} steps")
-            measurements += _Trainer(
-                build(config, seed).double(), config, optim, plan, objective, alignment
-            ).measurements(seed)
+            trainer = _Trainer(build(config, seed).double(), config, optim, plan, objective, alignment)
+            measurements += trainer.train(seed)
     return measurements
 
 
@@ -86,7 +85,7 @@ class _Trainer:
     objective: TrainingObjective
     alignment: Alignment | None
 
-    def measurements(self, seed: int) -> list[CoordMeasurement]:
+    def train(self, seed: int) -> list[CoordMeasurement]:
         """Train, and read before the first step and after every one."""
         groups = [{**group, "eps": _EPS, "weight_decay": 0.0} for group in param_groups(self.model, self.optim)]
         optimizer = torch.optim.AdamW(groups, betas=self.optim.betas)
@@ -118,15 +117,13 @@ class _Trainer:
         """(output, projected tokens, the tokens that were projected); the last two None without a projector."""
         if self.alignment is None:
             return self.model(noisy.x, noisy.t, noisy.cond), None, None
-        projector_inputs: list[Tensor] = []
-        handle = self.model.get_submodule("repa").register_forward_pre_hook(
-            lambda _, args: projector_inputs.append(args[0])
-        )
+        tokens: list[Tensor] = []
+        handle = self.model.get_submodule("repa").register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
         try:
             output, projected = self.model(noisy.x, noisy.t, noisy.cond, project=True)
         finally:
             handle.remove()
-        return output, projected, projector_inputs[0]
+        return output, projected, tokens[0]
 
 
 def _drop_rounding(model: nn.Module) -> None:
