@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layouts.parity import MOVED
+from helpers.layouts.parity import WEIGHT_TOLERANCE
 from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, small_config, train_on, train_rank
 from megadit.conditioning import Conditioning
@@ -77,7 +77,7 @@ def assert_same(results: list[dict[str, Any]], plain: dict[str, Any]) -> None:
         if name.endswith("qkv.bias"):  # a key bias has no gradient in exact arithmetic
             query, _, value = (weights[name] - expected).chunk(3)
             gap = torch.cat([query, value]).norm() / expected.norm()
-        assert gap <= MOVED, f"{name}: {gap:.2e}"
+        assert gap <= WEIGHT_TOLERANCE, f"{name}: {gap:.2e}"
 
 
 @pytest.fixture(scope="module")

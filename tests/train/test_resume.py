@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.layouts.parity import MOVED
+from helpers.layouts.parity import WEIGHT_TOLERANCE
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, small_config, train_rank
 from megadit.checkpoint.compatibility import check_same_model, describe_changes
@@ -78,7 +78,7 @@ def assert_continues(first, folder, world, stage, straight):
             if row["name"].endswith("qkv.bias"):
                 pair = torch.cat([pair.chunk(3, 1)[0], pair.chunk(3, 1)[2]], dim=1)
             gap = (pair[1] - pair[0]).norm() / pair[0].norm()
-            within = TOLERANCE if row["kind"].startswith("exp_avg") else MOVED
+            within = TOLERANCE if row["kind"].startswith("exp_avg") else WEIGHT_TOLERANCE
             assert gap <= within, f"{row['kind']} of {row['name']}: {gap:.2e}"
 
 

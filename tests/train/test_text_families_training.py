@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layouts.parity import MOVED, gap_of
+from helpers.layouts.parity import WEIGHT_TOLERANCE, gap_of
 from helpers.models.tiny_text import bert_folder
 from helpers.ranks import run_ranks
 from helpers.training import merge_weights, plain_torch_run, small_config, train_rank
@@ -72,7 +72,7 @@ def test_two_ranks_equal_plain_torch(
     assert weights.keys() == reference["weights"].keys()
     gaps = {name: gap_of(name, weights[name], value) for name, value in reference["weights"].items()}
     worst = max(gaps, key=gaps.__getitem__)
-    assert gaps[worst] <= MOVED, f"{worst}: {gaps[worst]:.1e}"
+    assert gaps[worst] <= WEIGHT_TOLERANCE, f"{worst}: {gaps[worst]:.1e}"
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.layouts.parity import MOVED
+from helpers.layouts.parity import WEIGHT_TOLERANCE
 from helpers.ranks import run_ranks
 from helpers.training import layout_of, merge_weights, plain_torch_run, small_config, train_rank
 from megadit.cli import sample
@@ -58,7 +58,7 @@ def assert_same(results: list[dict[str, Any]], reference: dict[str, Any]) -> Non
     weights = merge_weights(results)
     assert weights.keys() == reference["weights"].keys()
     for name, value in reference["weights"].items():
-        assert (weights[name] - value).norm() <= MOVED * value.norm().clamp_min(1e-6), name
+        assert (weights[name] - value).norm() <= WEIGHT_TOLERANCE * value.norm().clamp_min(1e-6), name
 
 
 @pytest.mark.distributed
