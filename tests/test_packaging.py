@@ -34,7 +34,7 @@ NOT_IMPORTED = {
     "webdataset": "the doctor reports on it, for sharded data",
     "boto3": "the doctor reports on it, for data on S3",
 }
-IMPORTING = {"import_module", "_import_safely", "find_spec", "_package"}  # calls that are given the name of a module
+IMPORTING = {"import_module", "_import_safely", "find_spec"}  # calls that are given the name of a module
 
 
 @cache
@@ -104,6 +104,8 @@ def third_party_imports() -> set[str]:
                 elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTING:
                     named = [part.value for part in node.args[:1] if isinstance(part, ast.Constant)]
                     names.update(str(name).split(".")[0] for name in named)
+                elif isinstance(node, ast.Assign) and ast.unparse(node).startswith("PACKAGES = {"):
+                    names.update(ast.literal_eval(node.value))  # modules that are imported in a loop, by their names
     return names - set(sys.stdlib_module_names) - {"megadit", "megadit_kernels"}
 
 
