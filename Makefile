@@ -22,6 +22,7 @@ NUMERIC := $(addprefix tests/,convert diffusion kernels models mup parallel sear
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megadit-installed
+TRITON := $(VENV)/.triton-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: setup train test test-rounding test-all lint format doctor clean
@@ -50,19 +51,27 @@ $(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
 	  $(PIP) uninstall --quiet --yes torchvision; fi
 	@touch $@
 
+# Beside a CPU build of torch Triton interprets and compiles the kernels for the tests; a CUDA build brings its own.
+$(TRITON): $(STAMP)
+	@if ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  echo "installing triton, for the tests of the kernels: 290 MB, once"; \
+	  $(PIP) install --quiet --no-compile --no-deps triton==3.9.0 || \
+	    { echo "triton could not be installed: the tests of the kernels will be skipped" >&2; exit 0; }; fi
+	@touch $@
+
 train: setup
 	$(BIN)/python launch/pretrain.py --config $(CONFIG) --run_dir $(RUN_DIR)
 
-test: setup
+test: setup $(TRITON)
 	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile -m "not slow and not gpu" --durations=15 $(PYTEST_ARGS)
 
-test-rounding: setup
+test-rounding: setup $(TRITON)
 	@code=0; for variant in $(ROUNDING); do \
 	  MEGADIT_TEST_ROUNDING=$$variant $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile \
 	    -m "not slow and not gpu" $(NUMERIC) $(PYTEST_ARGS) || { echo "failed under rounding: $$variant"; code=1; }; \
 	done; exit $$code
 
-test-all: setup
+test-all: setup $(TRITON)
 	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup

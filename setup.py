@@ -98,7 +98,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(str(ROOT), include=["megadit", "megadit.*"]), "megadit_kernels"],
+    packages=[
+        *find_packages(str(ROOT), include=["megadit", "megadit.*"]),
+        *find_packages(str(ROOT / "kernels"), include=["megadit_kernels", "megadit_kernels.*"]),
+    ],
     package_dir={"megadit": "megadit", "megadit_kernels": "kernels/megadit_kernels"},
     entry_points={"console_scripts": ["megadit = megadit.cli.main:main"]},
     package_data={"megadit.search.report": ["templates/*.j2"]},

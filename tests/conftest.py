@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # importing it costs each process more than a second
     if not _wants_gpu(config):
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; the library itself never asks for it
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
 

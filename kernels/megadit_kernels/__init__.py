@@ -5,14 +5,32 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from megadit_kernels.linear import scaled_linear
-from megadit_kernels.modulate import gated_residual, layer_norm_modulate
+from megadit_kernels.norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
 from megadit_kernels.registry import Op, for_autocast
 
 # Lazy path of each operation, by name.
 OPS: Mapping[str, str] = MappingProxyType(
-    {op.name: f"{op.__module__}:{op.name}" for op in (scaled_linear, layer_norm_modulate, gated_residual)}
+    {
+        op.name: f"megadit_kernels:{op.name}"
+        for op in (scaled_linear, norm_modulate, gated_residual, residual_norm_modulate)
+    }
 )
 
-__all__ = ["OPS", "Op", "for_autocast", "gated_residual", "layer_norm_modulate", "scaled_linear"]
+# Which operations a key of the configuration, kernels.<key>, selects.
+OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
+    {"norm_modulate": (residual_norm_modulate, norm_modulate, gated_residual)}
+)
+
+__all__ = [
+    "OPS",
+    "OPS_OF_KEY",
+    "Op",
+    "for_autocast",
+    "gated_residual",
+    "norm_modulate",
+    "residual_norm_modulate",
+    "scaled_linear",
+]

@@ -5,27 +5,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Concatenate, Generic, ParamSpec
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megadit_kernels import backends
 
 P = ParamSpec("P")
-Function = Callable[Concatenate[Tensor, P], Tensor]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Implementation(Generic[P]):
+class Implementation(Generic[P, R]):
     """``function`` for tensors on ``device`` (a type such as cuda; None: any), where ``works()`` is true."""
 
-    function: Function[P]
+    function: Callable[Concatenate[Tensor, P], R]
     device: str | None
     works: Callable[[], bool]
 
 
-class Op(Generic[P]):
+class Op(Generic[P, R]):
     """Decorator of the reference, which defines the operation in plain torch.
 
     A call runs the latest added implementation that works on the device of its first operand, or the reference where
@@ -33,15 +34,16 @@ class Op(Generic[P]):
     operands through ``for_autocast``.
     """
 
-    def __init__(self, reference: Function[P]) -> None:
-        self.name, self.reference = reference.__name__, reference
+    def __init__(self, reference: Callable[Concatenate[Tensor, P], R]) -> None:
         functools.update_wrapper(self, reference)
-        self._implementations: dict[str, Implementation[P]] = {}
-        self._chosen: dict[str, Function[P]] = {}
+        self.name, self.reference = reference.__name__, reference
+        self.choice = "auto"
+        self._implementations: dict[str, Implementation[P, R]] = {}
+        self._chosen: dict[str, Callable[Concatenate[Tensor, P], R]] = {}
 
     def implementation(
         self, backend: str, *, device: str | None = "cuda", works: Callable[[], bool] | None = None
-    ) -> Callable[[Function[P]], Function[P]]:
+    ) -> Callable[[Callable[Concatenate[Tensor, P], R]], Callable[Concatenate[Tensor, P], R]]:
         """Decorator that adds the implementation ``backend``.
 
         ``works``: whether this machine can run it, called before its first use; default: the probe of that name in
@@ -57,7 +59,7 @@ class Op(Generic[P]):
                 f"{self.name}: {backend!r} is none of {', '.join(backends.backend_names())}; say by works= when it runs"
             )
 
-        def add(function: Function[P]) -> Function[P]:
+        def add(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
             is_working = works or functools.partial(backends.works, backend)
             self._implementations[backend] = Implementation(function, device, is_working)
             self._chosen.clear()
@@ -70,14 +72,28 @@ class Op(Generic[P]):
         self._implementations.pop(backend, None)
         self._chosen.clear()
 
+    def select(self, choice: str) -> None:
+        """``auto``, or the name of the implementation that runs from now on wherever the operands are.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if choice not in ("auto", "reference", *self._implementations):
+            names = ", ".join(("auto", "reference", *self._implementations))
+            raise ValueError(f"{self.name}: no implementation {choice!r}; choose one of {names}")
+        self.choice = choice
+        self._chosen.clear()
+
     def backend_on(self, device: str) -> str:
         """Name of the implementation for this type of device; ``reference`` where none works."""
+        if self.choice != "auto":
+            return self.choice
         for name, added in reversed(self._implementations.items()):
             if added.device in (None, device) and added.works():
                 return name
         return "reference"
 
-    def __call__(self, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def __call__(self, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         device = x.device.type
         function = self._chosen.get(device)
         if function is None:
@@ -85,6 +101,16 @@ class Op(Generic[P]):
             function = self.reference if name == "reference" else self._implementations[name].function
             self._chosen[device] = function
         return function(x, *args, **kwargs)
+
+
+def triton_runs() -> bool:
+    """Whether Triton compiles and launches here, found by trying; false in its interpreter, which tests ask for."""
+    return backends.works("triton")
+
+
+def launches(x: Tensor) -> bool:
+    """Whether a kernel has anything to do: not for an empty tensor, nor for one that has a shape and no values."""
+    return x.numel() > 0 and x.device.type != "meta" and not isinstance(x, FakeTensor)
 
 
 def for_autocast(*operands: Tensor | None) -> list[Tensor | None]:

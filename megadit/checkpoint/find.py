@@ -119,6 +119,7 @@ def load_model(
     Raises:
         UserError: no run there, no checkpoint yet, a broken one or one of another model or without these weights.
     """
+    from megadit.engine.kernels import select_kernels
     from megadit.models import build_model
 
     run_dir = Path(run_dir)
@@ -128,6 +129,7 @@ def load_model(
         raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")
     for change in plugin_changes(opened.stored.index.plugins):
         say(f"warning: {change}")
+    select_kernels(config.kernels)
     model = build_model(config.model)
     load_weights(opened.stored, model, config.sample.weights if weights is None else weights)
     return config, model.eval()

@@ -154,11 +154,12 @@ def check_machine(job: TrainingJob) -> None:
     """Check that this machine has what the configuration needs.
 
     Raises:
-        UserError: fp16 or a GPU optimizer without a GPU, a CPU optimizer on a GPU's weights, wandb not installed, a
-            micro batch beyond the memory.
+        UserError: fp16, a fused kernel or a GPU optimizer without a GPU, a CPU optimizer on a GPU's weights, wandb not
+            installed, a micro batch beyond the memory.
     """
     import torch
 
+    from megadit.engine.kernels import check_kernels
     from megadit.engine.optimizer import resolve_implementation
     from megadit.parallel.compilation import check_compiler
 
@@ -167,6 +168,7 @@ def check_machine(job: TrainingJob) -> None:
     if config.train.precision == "fp16" and device.type != "cuda":
         raise UserError("train.precision: fp16 needs a GPU and there is none here; use bf16 or fp32")
     resolve_implementation(config.optim.implementation, device)
+    check_kernels(config.kernels, device.type)
     if config.train.compile:
         check_compiler(device)
     offloads = offloads_optimizer(job.ds_config["zero_optimization"])

@@ -16,6 +16,7 @@ from megadit.data.features.targets import TargetFeatures
 from megadit.data.windows import Window, merge_windows, windows_before
 from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine
+from megadit.engine.kernels import describe_kernels, select_kernels
 from megadit.engine.loss import TrainingLoss
 from megadit.engine.pipeline import PipelineTrainingEngine
 from megadit.engine.schedule import Schedule
@@ -100,8 +101,10 @@ def build_run(
     groups = ProcessGroups(topology) if topology.data < topology.world else None  # else every rank has the whole model
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = _build_conditions(job, start, context)
+    select_kernels(config.kernels)
     model = _build_model(config, groups)
     if context.is_main:
+        print(describe_kernels(config.kernels, context.device.type))
         _write_description(job, directory, topology)
         conditions.write(directory.path)
     computes_loss = not isinstance(model, ModelChunk) or model.is_last

@@ -54,6 +54,7 @@ ALWAYS = {
         "optim.warmup_steps optim.clip.mode optim.clip.value"
     ),
     "the averages": "ema.decays ema.sigma_rels",
+    "the fused operations that the model calls": "kernels.norm_modulate",
     "the layout of processes": (
         "parallel.tensor parallel.pipeline parallel.sequence parallel.zero_stage parallel.timeout_s "
         "parallel.rendezvous_timeout_s"
@@ -233,6 +234,7 @@ def test_something_outside_of_the_configuration_names_every_key() -> None:
         "ema.sigma_rels": "power_profiles",
         **{key: "groups" for key in LEAVES if key.startswith("optim.clip.groups.")},
         "model.options": "model",  # by the models of plugins
+        **{key: "kernels" for key in LEAVES if key.startswith("kernels.")},  # tests/engine/test_kernels.py
     }
     folders = [ROOT / name for name in ("megadit", "launch", "tools")]
     named = {

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from megadit_kernels import gated_residual, layer_norm_modulate
+from megadit_kernels import gated_residual, norm_modulate
 
 
-def test_layer_norm_modulate_values_and_gradients() -> None:
+def test_norm_modulate_values_and_gradients() -> None:
     torch.manual_seed(0)
     x, shift, scale = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(2, 5, 8), (2, 8), (2, 8)])
-    assert torch.autograd.gradcheck(lambda *a: layer_norm_modulate(*a, 1e-6), (x, shift, scale))
+    assert torch.autograd.gradcheck(lambda *a: norm_modulate(*a, eps=1e-6), (x, shift, scale))
     torch.testing.assert_close(
-        layer_norm_modulate(x, shift, scale), layer_norm_modulate.reference(x, shift, scale), rtol=1e-12, atol=1e-12
+        norm_modulate(x, shift, scale), norm_modulate.reference(x, shift, scale), rtol=1e-12, atol=1e-12
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megadit.config.schema.data import DataConfig
+from megadit.config.schema.kernels import KernelConfig
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
 from megadit.config.schema.parallel import ParallelConfig, layout_problem
@@ -238,6 +239,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelConfig = KernelConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     plugins: Plugins = Field(

@@ -60,9 +60,9 @@ class DiTBlock(Stage):
         """Attention, then the MLP, each normed, modulated and added through its gate."""
         x, modulation = state.tokens, self.adaLN_modulation(state.condition)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
-        x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
-        return ConditionedTokens(x, state.condition)
+        attended = self.attn(self.norm(x, shift_msa, scale_msa))
+        x, normed = self.norm.after_residual(x, gate_msa, attended, shift_mlp, scale_mlp)
+        return ConditionedTokens(gated_residual(x, gate_mlp, self.mlp(normed)), state.condition)
 
 
 class DiTEmbedStage(Stage):

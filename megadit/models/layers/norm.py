@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import copy_to_tensor_parallel_region
 from megadit.parallel.tensor import tensor_layout
-from megadit_kernels import layer_norm_modulate
+from megadit_kernels import norm_modulate, residual_norm_modulate
 
 Precision = Literal["auto", "fp32"]
 
@@ -39,6 +39,13 @@ def at_precision(precision: Precision, function: Callable[..., Tensor], *operand
         return function(*(operand.float() for operand in operands)).to(x.dtype)
 
 
+class Modulation(NamedTuple):
+    """A shift, a scale or a gate: one vector per sample (B, n), plus a row (n,) that all samples share."""
+
+    sample: Tensor
+    row: Tensor | None = None
+
+
 class ModulatedNorm(nn.Module):
     """LayerNorm without affine, then the sample's own scale and shift; at ``precision`` (see ``at_precision``)."""
 
@@ -46,13 +53,30 @@ class ModulatedNorm(nn.Module):
         super().__init__()
         self.eps, self.precision = eps, precision
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | Modulation, scale: Tensor | Modulation) -> Tensor:
         """x (B, T, n), shift and scale (B, n) -> (B, T, n) in x's dtype."""
+        vectors, options = self._operands(x, shift, scale)
+        return norm_modulate(x, *vectors, **options)
 
-        def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            return layer_norm_modulate(x, shift, scale, self.eps)
+    def after_residual(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        branch: Tensor,
+        shift: Tensor | Modulation,
+        scale: Tensor | Modulation,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream ``x + gate * branch``, and it normed and modulated: (B, T, n) twice; gate (B, n) or 1."""
+        vectors, options = self._operands(x, shift, scale)
+        return residual_norm_modulate(x, gate, branch, *vectors, **options)
 
-        return at_precision(self.precision, norm, x, shift, scale)
+    def _operands(
+        self, x: Tensor, shift: Tensor | Modulation, scale: Tensor | Modulation
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        shift, scale = (part if isinstance(part, Modulation) else Modulation(part) for part in (shift, scale))
+        float32 = self.precision == "fp32" and x.dtype != torch.float32
+        options = {"shift_row": shift.row, "scale_row": scale.row, "eps": self.eps, "float32": float32}
+        return (shift.sample, scale.sample), options
 
 
 class MuRMSNorm(nn.Module):

@@ -85,8 +85,8 @@ class MMDiTStream(nn.Module):
         """x (B, T, n) plus the attention's output, (B, T, heads, d), projected, then plus the MLP; both gated."""
         gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         assert self.mlp is not None
-        x = gated_residual(x, gate_msa, self.attn.project(attended))
-        return gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
+        x, normed = self.norm.after_residual(x, gate_msa, self.attn.project(attended), shift_mlp, scale_mlp)
+        return gated_residual(x, gate_mlp, self.mlp(normed))
 
 
 @dataclass(frozen=True)

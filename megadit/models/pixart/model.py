@@ -22,6 +22,7 @@ from megadit.models.layers import (
     CrossAttention,
     Mlp,
     ModulatedNorm,
+    Modulation,
     PatchEmbedder,
     ReplicatedLinear,
     SinCosPositions,
@@ -88,11 +89,13 @@ class PixArtBlock(Stage):
     def run(self, state: PixArtState) -> StageState:
         """Self-attention, cross-attention to the text and the MLP; the first and the last normed, modulated, gated."""
         x, table = state.tokens, _for_local_tokens(self.scale_shift_table, self.layout)
-        modulation = table.to(state.t0.dtype) + state.t0.unflatten(1, (6, -1))
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)
-        x = gated_residual(x, gate_msa, self.attn(self.norm(x, shift_msa, scale_msa)))
-        x = x + self.cross_attn(x, state.text, state.text_mask)
-        x = gated_residual(x, gate_mlp, self.mlp(self.norm(x, shift_mlp, scale_mlp)))
+        # The sum of the six vectors per sample and the rows of the table is never materialised.
+        pairs = zip(state.t0.chunk(6, dim=1), table.to(state.t0.dtype).unbind(0), strict=True)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (Modulation(*pair) for pair in pairs)
+        x = gated_residual(x, gate_msa.sample, self.attn(self.norm(x, shift_msa, scale_msa)), gate_row=gate_msa.row)
+        text = self.cross_attn(x, state.text, state.text_mask)
+        x, normed = self.norm.after_residual(x, None, text, shift_mlp, scale_mlp)
+        x = gated_residual(x, gate_mlp.sample, self.mlp(normed), gate_row=gate_mlp.row)
         return ConditionedTokens(x, state.t_emb) if self.last else replace(state, tokens=x)
 
 
@@ -111,7 +114,7 @@ class PixArtFinalLayer(nn.Module):
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         """Modulation is the table plus t_emb itself, in the order shift, scale."""
         table = _for_local_tokens(self.scale_shift_table, self.layout)
-        shift, scale = (table.to(t_emb.dtype) + t_emb[:, None]).unbind(1)
+        shift, scale = (Modulation(t_emb, row) for row in table.to(t_emb.dtype).unbind(0))
         return self.linear(self.norm(x, shift, scale))
 
 

@@ -1,0 +1,193 @@
+"""Compile every Triton kernel for A100, H200 and B200 without a GPU: registers, spills, width of accesses.
+
+The launchers run on CPU tensors under a driver that compiles to machine code and launches nothing, so that each kernel
+is specialised exactly as in training. ``cuobjdump`` of Triton's wheel reads the code. Needs Triton, which must not be
+told to interpret (TRITON_INTERPRET).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+if TYPE_CHECKING:
+    import torch
+
+ARCHITECTURES = (80, 90, 100)
+WIDTHS = (144, 288, 576, 1152, 1536, 2560, 5120, 8192)
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # names of torch
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel. ``stack_bytes`` are spilled registers; ``narrow`` are global loads and stores below 16
+    bytes per thread, ``wide`` those of 16."""
+
+    kernel: str
+    width: int
+    dtype: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    warps: int
+    wide: int
+    narrow: int
+    local: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel} {self.width} {self.dtype} sm_{self.arch}"
+
+
+class _Driver:
+    """As much of Triton's CUDA driver as compiling asks for. Triton caches kernels by device: one per architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def set_current_device(self, device: Any) -> None:
+        pass
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, kernels are compiled for ``sm_<arch>`` instead of launched; gives their names and compiled forms."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def record(function: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(function, *arguments, grid=grid, warmup=True, **options)
+        compiled.append((function.__name__, kernel))
+        return kernel
+
+    driver.set_active(_Driver(arch))
+    JITFunction.run = record
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = None  # reset_active would look for a GPU
+
+
+def norm_modulate(width: int, dtype: torch.dtype) -> None:
+    """Gated residual, norm and modulation as a DiT block has them, forward and backward."""
+    import torch
+
+    from megadit_kernels.norm_modulate import fused
+
+    x = torch.zeros(2, 256, width, dtype=dtype)
+    gate, shift, scale, *_ = torch.zeros(2, 6 * width, dtype=dtype).chunk(6, dim=1)
+    new_x, _, mean, rstd = fused.forward(x, x, gate, None, shift, None, scale, None, 1e-6, "layer", 1.0)
+    fused.backward(new_x, x, x, x, gate, None, scale, None, mean, rstd, "layer", 1.0)
+
+
+CASES: dict[str, Callable[[int, torch.dtype], None]] = {"norm_modulate": norm_modulate}
+
+
+def resources_of(kernel: Any) -> dict[str, int]:
+    """What cuobjdump says of the machine code, and how wide PTX loads and stores."""
+    import triton
+
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(dump), "--dump-resource-usage", file.name], capture_output=True, encoding="utf-8", check=True
+        )
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    if numbers is None:
+        raise RuntimeError(f"cuobjdump gave no resource usage: {usage.stdout[:200]}")
+    ptx = kernel.asm["ptx"]
+    accesses = Counter(
+        int(lanes or 1) * int(bits) for lanes, bits in re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    )
+    return {
+        "registers": int(numbers[1]),
+        "stack_bytes": int(numbers[2]),
+        "shared_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "wide": accesses[128],
+        "narrow": sum(accesses.values()) - accesses[128],
+        "local": len(re.findall(r"\b(?:ld|st)\.local\b", ptx)),
+    }
+
+
+def measure(widths: tuple[int, ...], architectures: tuple[int, ...], dtypes: tuple[str, ...]) -> list[Resources]:
+    """Compile all; a row per kernel, width, dtype and architecture."""
+    import torch
+
+    rows = []
+    for arch in architectures:
+        for width in widths:
+            for dtype in dtypes:
+                for case in CASES.values():
+                    with compile_only(arch) as compiled:
+                        case(width, getattr(torch, DTYPES[dtype]))
+                    rows += [Resources(name, width, dtype, arch, **resources_of(kernel)) for name, kernel in compiled]
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--widths", default=",".join(map(str, WIDTHS)), help="channels, by commas (default: %(default)s)"
+    )
+    parser.add_argument("--archs", default=",".join(map(str, ARCHITECTURES)), help="sm_ numbers (default: %(default)s)")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the operands (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
+    options = parser.parse_args(argv)
+    os.environ.pop("TRITON_INTERPRET", None)
+    widths, archs = (tuple(map(int, text.split(","))) for text in (options.widths, options.archs))
+    rows = measure(widths, archs, tuple(options.dtypes.split(",")))
+    if options.out:
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        options.out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    from megadit.tables import aligned
+
+    header = ["kernel", "registers", "stack B", "shared B", "warps", "16 B", "narrower"]
+    print(aligned(header, [[row.key, *map(str, (row.registers, row.stack_bytes, row.shared_bytes, row.warps, row.wide,
+                                                 row.narrow))] for row in rows]))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

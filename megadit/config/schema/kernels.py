@@ -1,0 +1,19 @@
+"""``kernels.*``: which implementation of a fused operation runs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megadit.config.schema.section import Section
+
+Implementation = Literal["auto", "fused", "reference"]
+
+
+class KernelConfig(Section):
+    """Which implementation of each fused operation runs: auto takes Triton's on a GPU, torch's elsewhere."""
+
+    norm_modulate: Implementation = Field(
+        "auto", description="gated residual, norm and modulation: auto, fused (Triton, on a GPU) or reference (torch)"
+    )

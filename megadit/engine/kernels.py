@@ -1,0 +1,49 @@
+"""The implementations of fused operations that a run uses: refused, selected and described by ``kernels.*``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadit.config.schema.kernels import KernelConfig
+from megadit.errors import UserError
+from megadit_kernels import OPS_OF_KEY, Op
+from megadit_kernels.backends import Backend, backend
+
+
+def check_kernels(config: KernelConfig, device: str) -> None:
+    """Whether this machine can run what is asked for. ``device``: the type of the device that trains, cuda or cpu.
+
+    Raises:
+        UserError: a fused kernel without a GPU, or with a Triton that does not work.
+    """
+    for key in OPS_OF_KEY:
+        probe = backend("triton")
+        if getattr(config, key) == "fused" and (device != "cuda" or not probe.works):
+            raise UserError(
+                f"kernels.{key}: fused needs a GPU and Triton ({_why_not(probe)}); set kernels.{key}=auto or reference"
+            )
+
+
+def select_kernels(config: KernelConfig) -> None:
+    """From now on this process's layers call what ``config`` says."""
+    for key, ops in OPS_OF_KEY.items():
+        choice = getattr(config, key)
+        for op in ops:
+            op.select("torch" if choice == "reference" else choice)
+
+
+def describe_kernels(config: KernelConfig, device: str) -> str:
+    """One line: of each key what runs, and why where it is not the fused kernel."""
+    parts = (_described(key, ops[0], getattr(config, key), device) for key, ops in OPS_OF_KEY.items())
+    return "kernels: " + ", ".join(parts)
+
+
+def _described(key: str, op: Op[Any, Any], choice: str, device: str) -> str:
+    runs = op.backend_on(device)
+    if runs == "fused":
+        return f"{key} fused (Triton)"
+    return f"{key} {runs} ({'as configured' if choice == 'reference' else _why_not(backend('triton'))})"
+
+
+def _why_not(probe: Backend) -> str:
+    return "training is on the CPU" if probe.works else f"Triton: {probe.detail}"

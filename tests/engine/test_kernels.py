@@ -1,0 +1,88 @@
+"""``kernels.*``: what runs of a fused operation is selected, described and, where it cannot run, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.kernels.interpreter import counted, need_interpreter
+from helpers.models.tiny_dit import dit_inputs, tiny_dit
+from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
+from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
+from megadit.config.schema.kernels import KernelConfig
+from megadit.engine.kernels import check_kernels, describe_kernels, select_kernels
+from megadit.errors import UserError
+from megadit.models import build_model
+from megadit_kernels import OPS_OF_KEY, norm_modulate, residual_norm_modulate
+
+
+@pytest.fixture(autouse=True)
+def _automatic() -> Iterator[None]:
+    yield
+    select_kernels(KernelConfig())
+
+
+def test_every_key_has_its_operations_and_no_operation_lacks_a_key() -> None:
+    assert set(OPS_OF_KEY) == set(KernelConfig.model_fields)
+
+
+def test_fused_is_refused_without_a_gpu() -> None:
+    with pytest.raises(UserError, match=r"kernels.norm_modulate: fused needs a GPU and Triton \(.*auto or reference"):
+        check_kernels(KernelConfig(norm_modulate="fused"), "cpu")
+    check_kernels(KernelConfig(), "cpu")
+    check_kernels(KernelConfig(norm_modulate="reference"), "cpu")
+
+
+def test_what_runs_is_described_with_the_reason() -> None:
+    assert describe_kernels(KernelConfig(), "cpu").startswith("kernels: norm_modulate torch (")
+    reference = KernelConfig(norm_modulate="reference")
+    select_kernels(reference)
+    assert describe_kernels(reference, "cuda") == "kernels: norm_modulate torch (as configured)"
+
+
+def test_a_selection_lasts_until_the_next() -> None:
+    select_kernels(KernelConfig(norm_modulate="fused"))
+    assert residual_norm_modulate.backend_on("cpu") == norm_modulate.backend_on("cpu") == "fused"
+    select_kernels(KernelConfig())
+    assert residual_norm_modulate.backend_on("cpu") == "torch"
+    with pytest.raises(ValueError, match="no implementation 'quick'; choose one of auto, reference, torch, fused"):
+        norm_modulate.select("quick")
+
+
+MODELS = {
+    "dit": (tiny_dit, dit_inputs),
+    "pixart": (tiny_pixart, pixart_inputs),
+    "mmdit": (tiny_mmdit, mmdit_inputs),
+}
+
+
+def outputs_and_gradients(config: Any, inputs: Any, recompute: str) -> list[Tensor]:
+    model = build_model(config)
+    model.recompute = recompute
+    torch.manual_seed(1)
+    for parameter in model.parameters():  # no gate stays closed, no readout at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    out = model(*inputs)
+    out.square().mean().backward()
+    return [out.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", list(MODELS))
+def test_a_model_is_the_same_by_fused_kernels(family: str, recompute: str) -> None:
+    """In the interpreter: values and the gradient of every parameter, of recomputed blocks too."""
+    need_interpreter()
+    make, draw = MODELS[family]
+    config = make(depth=2)
+    inputs = draw(config)
+    expected = outputs_and_gradients(config, inputs, recompute)
+    select_kernels(KernelConfig(norm_modulate="fused"))
+    with counted() as launches:
+        fused = outputs_and_gradients(config, inputs, recompute)
+    assert {launch.name for launch in launches} == {"forward", "backward", "add_chunks"}
+    for ours, theirs in zip(fused, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4 * float(theirs.abs().max()) + 1e-7)

@@ -1,0 +1,70 @@
+"""The Triton kernels compiled for GPUs that are not here: nothing spills, and operands are read 16 bytes at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.ranks import run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "benchmarks" / "kernel_resources.json"
+# Of every kernel at every width, the accesses that are narrower than 16 bytes: the statistics of a row. The backward
+# pass at 5120 besides splits a row in two, whose smaller part is 4 bytes per thread: all 16 bytes wide, it would spill.
+NARROW = 9
+NARROW_SPLIT = 13
+
+
+def compile_kernels(tmp_path: Path, widths: str, archs: str) -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton", reason="triton is not installed: `make test` installs it beside a CPU torch")
+    out = tmp_path / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [
+        sys.executable,
+        "benchmarks/kernel_resources.py",
+        "--widths",
+        widths,
+        "--archs",
+        archs,
+        "--out",
+        str(out),
+    ]
+    done = run_command(command, timeout=230, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return {key_of(row): row for row in json.loads(out.read_text())}
+
+
+def key_of(row: dict[str, Any]) -> str:
+    return f"{row['kernel']} {row['width']} {row['dtype']} sm_{row['arch']}"
+
+
+def check(rows: dict[str, dict[str, Any]]) -> None:
+    for key, row in rows.items():
+        assert row["local"] == 0 and row["stack_bytes"] == 0, f"{key} spills"
+        split = row["kernel"] == "backward" and row["width"] == 5120
+        assert row["narrow"] <= (NARROW_SPLIT if split else NARROW), key
+        assert row["wide"] or row["kernel"] == "add_chunks", key
+
+
+def test_no_kernel_spills(tmp_path: Path) -> None:
+    check(compile_kernels(tmp_path, "288,1152,5120", "80,90"))
+
+
+@pytest.mark.slow
+def test_the_committed_table_is_what_is_compiled(tmp_path: Path) -> None:
+    """Registers may differ a little between versions of Triton; spills and widths of accesses may not."""
+    committed = {key_of(row): row for row in json.loads(TABLE.read_text())}
+    rows = compile_kernels(tmp_path, "144,288,576,1152,1536,2560,5120", "80,90,100")
+    assert rows.keys() == committed.keys()
+    check(rows)
+    for key, row in rows.items():
+        assert {name: row[name] for name in ("stack_bytes", "wide", "narrow", "warps")} == {
+            name: committed[key][name] for name in ("stack_bytes", "wide", "narrow", "warps")
+        }, key
+        assert abs(row["registers"] - committed[key]["registers"]) <= 16, key
