@@ -21,12 +21,12 @@ Rule = Callable[[Sequence[ScoredPoint], ScoreSpec, Sequence[ScoreSpec]], ScoredP
 class SelectedPoint:
     """The point that a rule chose: ``value`` is the mean of ``score`` over its ``seeds``, ``trials`` its runs."""
 
-    hps: dict[str, Any]
     rule: str
     score: str
     value: float
     seeds: int
     trials: tuple[int, ...]
+    hps: dict[str, Any]
 
 
 def select(results: StudyResults, variant: str | None = None, scale: float | None = None) -> SelectedPoint:
@@ -57,7 +57,7 @@ def select(results: StudyResults, variant: str | None = None, scale: float | Non
     candidates = [point for point in scored if len(point.runs) == seeds]
     chosen = _RULES[spec.select.rule](candidates, score, scores)
     value = score.sign * _loss(chosen, score)
-    return SelectedPoint(chosen.hps, spec.select.rule, score.name, value, seeds, chosen.trials)
+    return SelectedPoint(spec.select.rule, score.name, value, seeds, chosen.trials, chosen.hps)
 
 
 def _loss(point: ScoredPoint, score: ScoreSpec) -> float:

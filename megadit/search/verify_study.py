@@ -60,7 +60,8 @@ def verify_study(
     if at is not None and at not in scale.values:
         raise UserError(f"--proxy: {at:g} is not among the values {list(scale.values)} of {scale.key}; choose one")
     observations = results.observations(variant)
-    runs = _run_scores(observations, key, judged, name)
+    counted = [run for run in observations if run.outcome in (COMPLETE, DIVERGED)]
+    runs = _run_scores(counted, key, judged, name)
     if not runs:
         raise UserError(f"study {name}: no trial has a value of {judged.name}; see launch/sweep.py status for why")
     proxy = scale.proxy_value if at is None else at
@@ -68,9 +69,13 @@ def verify_study(
         raise UserError(f"study {name}: no trial at the proxy, {scale.key} {proxy:g}, has ended well; run it again")
     labels = {"study": name, "variant": variant, "scale": scale.key, "hp": key, "score": judged.name}
     verdict = judge(runs, lower_is_better=judged.lower_is_better, proxy=at, limits=limits, labels=labels)
-    values = {float(observation.hps[key]) for observation in observations}
-    notes = _notes(observations, study.space.keys, key)
-    return replace(verdict, best=nearest(values, verdict.best_log2), reasons=(*verdict.reasons, *notes))
+    reasons = list(verdict.reasons)
+    if others := ", ".join(other for other in study.space.keys if other != key):
+        reasons.append(f"each value of {key} is taken at the best of {others}")
+    if left_out := len(observations) - len(counted):
+        reasons.append(f"{left_out} runs that failed or were pruned are left out")
+    best = nearest({float(run.hps[key]) for run in counted}, verdict.best_log2)
+    return replace(verdict, best=best, reasons=tuple(reasons))
 
 
 def proxy_of(results: StudyResults, verdict: TransferVerdict | None) -> int | None:
@@ -90,11 +95,9 @@ def _one_of(option: str, value: str | None, names: Sequence[str]) -> str:
 
 
 def _run_scores(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[RunScore]:
-    """One sample per run that counts; with further keys, of each value's best combination with the others."""
+    """One sample per run; with further keys, of each value's best combination with the others."""
     groups: dict[tuple[float, float], dict[str, list[RunScore]]] = {}
     for run in observations:
-        if run.outcome not in (COMPLETE, DIVERGED):
-            continue
         value = run.hps[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(f"{key}: {value!r} is not a positive number, so it has no log2; search positive values")
@@ -106,23 +109,11 @@ def _run_scores(observations: Sequence[Observation], key: str, score: ScoreSpec,
             )
         number = math.nan if run.outcome == DIVERGED or measured is None else float(measured)
         others = repr(sorted((other, value) for other, value in run.hps.items() if other != key))
-        combinations = groups.setdefault((float(run.scale), math.log2(value)), {})
-        combinations.setdefault(others, []).append(RunScore(float(run.scale), math.log2(value), run.seed, number))
+        sample = RunScore(float(run.scale), math.log2(value), run.seed, number)
+        groups.setdefault((sample.scale, sample.hp), {}).setdefault(others, []).append(sample)
 
     def mean_score(runs: list[RunScore]) -> float:
         mean = score.sign * sum(run.score for run in runs) / len(runs)
         return mean if math.isfinite(mean) else math.inf
 
     return [run for combinations in groups.values() for run in lowest(combinations.values(), mean_score)]
-
-
-def _notes(observations: Sequence[Observation], keys: Sequence[str], key: str) -> list[str]:
-    """What a reader of the verdict should know about its data."""
-    notes = []
-    others = ", ".join(other for other in keys if other != key)
-    if others:
-        notes.append(f"each value of {key} is taken at the best of {others}")
-    left_out = sum(run.outcome not in (COMPLETE, DIVERGED) for run in observations)
-    if left_out:
-        notes.append(f"{left_out} runs that failed or were pruned are left out")
-    return notes

@@ -53,7 +53,7 @@ class TrialCost:
 class TuningCost:
     """What tuning for a transfer cost: ``search`` at the proxy alone, ``all`` with every trial of every study used.
 
-    ``target`` is (parameters, images) and ``target_flops`` one training; None where its length is not known.
+    ``target`` is one training of the target; None where its length is not known.
 
     Raises:
         UserError: ``manual_multiple`` is not above 0.
@@ -61,8 +61,7 @@ class TuningCost:
 
     search: TrialCost
     all: TrialCost
-    target: tuple[float, float] | None
-    target_flops: float | None
+    target: TrialCost | None
     manual_multiple: float | None = None
 
     def __post_init__(self) -> None:
@@ -70,18 +69,16 @@ class TuningCost:
 
     def ratios(self, trial_cost: TrialCost) -> tuple[float, float] | None:
         """(by executed FLOPs, by S·B·T) of ``trial_cost`` over the target, or over ``manual_multiple`` trainings."""
-        if self.target is None or self.target_flops is None:
+        if self.target is None:
             return None
-        by_flops = trial_cost.flops / (self.target_flops * _multiple(self.manual_multiple))
-        return by_flops, tuning_cost_ratio(trial_cost.stages, self.target, self.manual_multiple)
+        by_flops = trial_cost.flops / (self.target.flops * _multiple(self.manual_multiple))
+        return by_flops, tuning_cost_ratio(trial_cost.stages, self.target.stages[0][1:], self.manual_multiple)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; a ratio is null where the target's length is not known."""
-        parameters, samples = self.target or (None, None)
-        plain: dict[str, Any] = {
-            "manual_multiple": self.manual_multiple,
-            "target": {"flops": self.target_flops, "parameters": parameters, "samples": samples},
-        }
+        target = (None, None, None) if self.target is None else (self.target.flops, *self.target.stages[0][1:])
+        plain: dict[str, Any] = {"manual_multiple": self.manual_multiple}
+        plain["target"] = dict(zip(("flops", "parameters", "samples"), target, strict=True))
         for name, trial_cost in (("search", self.search), ("all", self.all)):
             by_flops, by_samples = self.ratios(trial_cost) or (None, None)
             plain[name] = {**asdict(trial_cost), "ratio_flops": by_flops, "ratio_sbt": by_samples}
@@ -91,8 +88,7 @@ class TuningCost:
 def describe_tuning_cost(cost: TuningCost) -> list[str]:
     """The cost as sentences."""
     lines = []
-    multiple = cost.manual_multiple
-    against = "one training" if multiple is None else f"{multiple:g} trainings by hand"
+    against = "one training" if cost.manual_multiple is None else f"{cost.manual_multiple:g} trainings by hand"
     for name, trial_cost in (("search at the proxy", cost.search), ("every trial of every study used", cost.all)):
         text = f"{name}: {trial_cost.trials} trials, {trial_cost.flops:.3g} FLOPs"
         ratios = cost.ratios(trial_cost)
@@ -100,10 +96,10 @@ def describe_tuning_cost(cost: TuningCost) -> list[str]:
             by_flops, by_samples = (f"{100 * share:.3g}%" for share in ratios)
             text += f", {by_flops} of {against} (S·B·T form of Eq. 1: {by_samples})"
         lines.append(text)
-    if cost.target_flops is None:
+    if cost.target is None:
         lines.append("the target's length follows from epochs of data that is not here; give train.steps for the ratio")
     else:
-        lines.append(f"one training of the target: {cost.target_flops:.3g} FLOPs")
+        lines.append(f"one training of the target: {cost.target.flops:.3g} FLOPs")
     return lines
 
 

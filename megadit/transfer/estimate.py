@@ -55,6 +55,11 @@ class GridPoint:
         return not self.diverged
 
     @property
+    def runs(self) -> int:
+        """How many seeds were run, diverged ones too."""
+        return len(self.scores) + self.diverged
+
+    @property
     def mean(self) -> float:
         """Mean over seeds."""
         return sum(self.scores.values()) / len(self.scores)

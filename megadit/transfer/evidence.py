@@ -50,7 +50,10 @@ class Limits:
 
 
 class Evidence:
-    """Everything measured, with each scale's optimum located once (``optima``, by scale)."""
+    """Everything measured, with each scale's optimum located once (``optima``, by scale).
+
+    ``sign`` turns scores for which lower is better into scores as they were measured. ``labels``: words for people.
+    """
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class Evidence:
     ) -> None:
         present = [curve for curve in curves.values() if curve is not None]
         self.curves, self.lower_is_better, self.limits, self.labels = curves, lower_is_better, limits, labels
-        self.noise = estimate_noise(present)
+        self.sign, self.noise = 1.0 if lower_is_better else -1.0, estimate_noise(present)
         self.allowance = limits.allowance * self.noise.t_inflation(limits.allowance)
         self.optima = {o.curve.scale: o for o in locate_optima(present, self.noise, self.allowance)}
 
@@ -156,7 +159,7 @@ class ScaleVerdict:
     ) -> None:
         self.scale, self.exception, self.is_proxy = scale, exception, scale == proxy
         self.optimum, proxy_optimum = evidence.optima.get(scale), evidence.optima.get(proxy)
-        self.best_hp: float | None = None
+        self.best_log2: float | None = None
         self.best_score: float | None = None
         self.score_at_proxy_best: float | None = None
         self.regret: float | None = None
@@ -170,10 +173,10 @@ class ScaleVerdict:
         self.status, self.why = decide(SCALE_RULES, self)
 
     def _compare(self, evidence: Evidence, optimum: Optimum, proxy: Optimum, flat_basin: Sequence[float]) -> None:
-        self.curve, hp, sign = optimum.curve, proxy.curve.best.hp, 1.0 if evidence.lower_is_better else -1.0
+        self.curve, hp, sign = optimum.curve, proxy.curve.best.hp, evidence.sign
         best, size = self.curve.best, abs(self.curve.best.mean)
         score, self.regret, self.regret_noise = evidence.regret(optimum, hp)
-        self.best_hp, self.best_score = best.hp, sign * best.mean
+        self.best_log2, self.best_score = best.hp, sign * best.mean
         self.score_at_proxy_best = None if score is None else sign * score
         self.regret_relative = None if self.regret is None or not size else self.regret / size
         self.error, self.noise = self.regret_noise or 0.0, evidence.noise

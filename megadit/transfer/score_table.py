@@ -56,22 +56,25 @@ def verify_table(
         UserError: the file is missing or no table, a column is missing, a cell is no number, or nothing is measured.
     """
     rows = _read(Path(path).expanduser(), columns)
-    hps = same_hps(_log2(row, columns.hp, line) for line, row in rows if _clean(row[columns.score]))
+    measured = [(line, row) for line, row in rows if row[columns.score]]
+    if not measured:
+        raise UserError(f"--table: {path} has no row with a {columns.score}; name another --score")
+    hps = same_hps(_log2(row, columns.hp, line) for line, row in measured)
     runs: list[RunScore] = []
+    scales: dict[float, float] = {}  # as the column has them
     seeds: Counter[tuple[float, float]] = Counter()
-    for line, row in rows:
-        text = _clean(row[columns.score])
-        if not text:
-            continue
-        scale, hp = _log2_or_value(row, columns.scale, line), hps[_log2(row, columns.hp, line)]
+    for line, row in measured:
+        cell, hp = _log2_or_value(row, columns.scale, line), hps[_log2(row, columns.hp, line)]
+        scale = _scale(columns, cell)
+        scales[scale] = cell
         seed = seeds[scale, hp] if columns.seed is None else int(_number(row, columns.seed, line))
         seeds[scale, hp] += 1
-        score = math.nan if text.lower() in _DIVERGED else _number(row, columns.score, line)
-        runs.append(RunScore(2.0**scale if _exponents(columns.scale) else scale, hp, seed, score))
-    if not runs:
-        raise UserError(f"--table: {path} has no row with a {columns.score}; name another --score")
-    if proxy is not None:
-        proxy = _proxy(proxy, columns, runs)
+        diverged = row[columns.score].lower() in _DIVERGED
+        runs.append(RunScore(scale, hp, seed, math.nan if diverged else _number(row, columns.score, line)))
+    if proxy is not None and _scale(columns, proxy) not in scales:
+        shown = ", ".join(f"{scale:.12g}" for scale in sorted(scales.values()))
+        raise UserError(f"--proxy: {proxy:g} is not among the values of {columns.scale}: {shown}; choose one of them")
+    proxy = None if proxy is None else _scale(columns, proxy)
     name = columns.scale.removeprefix("log2_")
     labels = {"table": str(path), "scale": name, "hp": columns.hp, "score": columns.score}
     verdict = judge(runs, lower_is_better=lower, proxy=proxy, limits=limits, labels=labels)
@@ -81,12 +84,13 @@ def verify_table(
     return replace(verdict, best=nearest(values, verdict.best_log2))
 
 
-def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
+def _read(path: Path, columns: Columns) -> list[tuple[int, dict[str, str]]]:
+    """Line and cells of every row, without the simple markup of papers' tables (``<u>53.90</u>``, ``**53.90**``)."""
     try:
         with io.StringIO(decode_text(path.read_bytes(), f"--table: {path}"), newline="") as file:
             reader = csv.DictReader(file, restkey=_EXTRA, restval=None, skipinitialspace=True)
             reader.fieldnames = names = [(name or "").strip() for name in (reader.fieldnames or [])]
-            rows: list[tuple[int, Mapping[str, Any]]] = [(reader.line_num, row) for row in reader]
+            rows: list[tuple[int, dict[str, Any]]] = [(reader.line_num, row) for row in reader]
     except FileNotFoundError:
         raise UserError(f"--table: no file {path}; name a CSV file") from None
     except (OSError, csv.Error) as error:
@@ -98,7 +102,7 @@ def _read(path: Path, columns: Columns) -> list[tuple[int, Mapping[str, Any]]]:
         if _EXTRA in row or None in row.values():
             cells = len(names) + len(row.get(_EXTRA) or ()) - list(row.values()).count(None)
             raise UserError(f"--table: line {line} of {path} has {cells} cells under {len(names)} columns; complete it")
-    return rows
+    return [(line, {name: _MARKUP.sub("", cell).strip() for name, cell in row.items()}) for line, row in rows]
 
 
 def _check_columns(path: Path, columns: Columns, names: list[str]) -> None:
@@ -119,16 +123,17 @@ def _exponents(column: str) -> bool:
     return column.lower().startswith("log2_")
 
 
-def _clean(text: str) -> str:
-    """A cell without the simple markup that tables of papers carry (``<u>53.90</u>``, ``**53.90**``)."""
-    return _MARKUP.sub("", text or "").strip()
+def _scale(columns: Columns, cell: float) -> float:
+    """The scale that a cell of its column stands for."""
+    return 2.0**cell if _exponents(columns.scale) else cell
 
 
 def _number(row: Mapping[str, str], column: str, line: int) -> float:
-    text = _clean(row[column])
-    value = parse_number(text.replace(",", ""))
+    value = parse_number(row[column].replace(",", ""))
     if value is None:
-        raise UserError(f"--table: {column} in line {line} is {text!r}, not a number; correct it or empty the score")
+        raise UserError(
+            f"--table: {column} in line {line} is {row[column]!r}, not a number; correct it or empty the score"
+        )
     return float(value)
 
 
@@ -147,12 +152,3 @@ def _log2(row: Mapping[str, str], column: str, line: int) -> float:
     """The cell's log2."""
     value = _log2_or_value(row, column, line)
     return value if _exponents(column) else math.log2(value)
-
-
-def _proxy(proxy: float, columns: Columns, runs: list[RunScore]) -> float:
-    at = 2.0**proxy if _exponents(columns.scale) else proxy
-    scales = sorted({run.scale for run in runs})
-    if at not in scales:
-        shown = ", ".join(f"{math.log2(s) if _exponents(columns.scale) else s:.12g}" for s in scales)
-        raise UserError(f"--proxy: {proxy:g} is not among the values of {columns.scale}: {shown}; choose one of them")
-    return at

@@ -14,7 +14,7 @@ _EDGES = {"inside": "", "edge": "diverges", "open": "grid ends"}
 
 def format_verdict(verdict: TransferVerdict) -> str:
     """The verdict as text: title, table over scales, answer, reasons, what was noticed beside."""
-    labels = verdict.labels
+    labels = verdict.evidence.labels
     scale = labels.get("scale", "scale")
     header = (scale, "runs", "best", "score", "optimum (95 %)", "beyond best", "at proxy's best", "regret", "says")
     table = aligned(header, [_row(entry) for entry in verdict.scales], left=len(header))
@@ -24,7 +24,7 @@ def format_verdict(verdict: TransferVerdict) -> str:
         lines.append(f"drift {verdict.drift:+.2f} octaves per octave (95 % {low:+.2f} to {high:+.2f})")
     if verdict.regret is not None:
         lines.append(f"largest regret {regret_text(verdict.regret, verdict.regret_relative)}")
-    lines += [_noise(verdict.noise), _larger(verdict), ""]
+    lines += [_noise(verdict.evidence.noise), _larger(verdict), ""]
     answer: str = verdict.verdict
     if answer == "transfers" and verdict.best_log2 is not None:
         answer += f", best {power(verdict.best_log2)}"
@@ -34,26 +34,26 @@ def format_verdict(verdict: TransferVerdict) -> str:
 
 
 def _title(verdict: TransferVerdict) -> str:
-    labels = verdict.labels
+    labels = verdict.evidence.labels
     what = f"{labels.get('score', 'score')} against {labels.get('hp', 'hyperparameter')}"
     of = f", variant {labels['variant']}" if labels.get("variant") else ""
-    better = "lower" if verdict.lower_is_better else "higher"
+    better = "lower" if verdict.evidence.lower_is_better else "higher"
     return f"{labels.get('study') or labels.get('table') or 'samples'}{of}: {what}, {better} is better"
 
 
 def _row(entry: ScaleVerdict) -> tuple[str, ...]:
     status = "exception" if entry.exception and entry.status != "proxy" else entry.status
     name = f"{entry.scale:.12g}"
-    if entry.optimum is None or entry.best_hp is None or entry.best_score is None:
+    if entry.optimum is None or entry.best_log2 is None or entry.best_score is None:
         return (name, "", "-", "-", "-", "all diverge", "diverges", "infinite", status)
     curve, (low, high) = entry.optimum.curve, entry.optimum.interval
-    runs = str(sum(len(point.scores) + point.diverged for point in curve.points))
+    runs = str(sum(point.runs for point in curve.points))
     edges = [f"{_EDGES[side]} {word}" for side, word in ((curve.low, "below"), (curve.high, "above")) if _EDGES[side]]
     score = entry.score_at_proxy_best
     at_proxy_best = "diverges" if entry.regret == math.inf else "-" if score is None else f"{score:.4g}"
     optimum = f"2^{entry.optimum.at:.2f} ({low:.2f} to {high:.2f})"
     regret = regret_text(entry.regret, entry.regret_relative)
-    best = power(entry.best_hp), f"{entry.best_score:.4g}"
+    best = power(entry.best_log2), f"{entry.best_score:.4g}"
     return (name, runs, *best, optimum, ", ".join(edges), at_proxy_best, regret, status)
 
 

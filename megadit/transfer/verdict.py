@@ -16,21 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from megadit.files.json_text import null_nonfinite
-from megadit.transfer.estimate import RunScore, ScoreNoise, scale_curves
-from megadit.transfer.evidence import (
-    DRIFT_RULES,
-    DriftComparison,
-    Evidence,
-    Limits,
-    ScaleVerdict,
-    Status,
-    decide,
-)
+from megadit.transfer.estimate import RunScore, scale_curves
+from megadit.transfer.evidence import DRIFT_RULES, DriftComparison, Evidence, Limits, ScaleVerdict, Status, decide
 
 __all__ = ["Limits", "RunScore", "ScaleVerdict", "TransferVerdict", "judge", "worst"]
 
@@ -49,6 +41,7 @@ class TransferVerdict:
     "transfers", the proxy's own best. ``drift`` and ``regret`` leave the exceptions out.
     """
 
+    evidence: Evidence
     verdict: Answer
     reasons: tuple[str, ...]
     scales: tuple[ScaleVerdict, ...]
@@ -59,37 +52,29 @@ class TransferVerdict:
     drift_interval: tuple[float, float] | None
     regret: float | None
     regret_relative: float | None
-    noise: ScoreNoise
-    lower_is_better: bool
-    limits: Limits
+    wider_is_better: bool | None
+    not_better: tuple[tuple[float, float, float], ...]  # (log2 hp, smaller scale, larger scale)
     exceptions: tuple[float, ...] = ()
-    wider_is_better: bool | None = None
-    not_better: tuple[tuple[float, float, float], ...] = ()  # (log2 hp, smaller scale, larger scale)
-    labels: Mapping[str, str] = field(default_factory=dict)  # name, scale, hp, score, variant: words for people
 
     def to_json(self) -> dict[str, Any]:
         """Plain data without NaN or infinities (they become null)."""
-        noise, names = self.noise, ("verdict", "best", "best_log2", "drift", "drift_interval", "regret")
-        plain = {name: getattr(self, name) for name in (*names, "regret_relative")} | {
+        noise, evidence = self.evidence.noise, self.evidence
+        names = ("verdict", "best", "best_log2", "drift", "drift_interval", "regret", "regret_relative")
+        plain = {name: getattr(self, name) for name in names} | {
             "proxy": _integer(self.proxy),
             "exceptions": [_integer(scale) for scale in self.exceptions],
             "reasons": self.reasons,
-            "per_scale": [_scale_json(scale, self.sign) for scale in self.scales],
+            "per_scale": [_scale_json(scale, evidence.sign) for scale in self.scales],
             "wider_is_better": self.wider_is_better,
             "not_better": [
                 {"log2_hp": hp, "scale": _integer(small), "larger_scale": _integer(large)}
                 for hp, small, large in self.not_better
             ],
             "noise": {"sd": noise.sd, "degrees_of_freedom": noise.degrees_of_freedom, "from": noise.source},
-            "lower_is_better": self.lower_is_better,
-            "limits": asdict(self.limits),
+            "lower_is_better": evidence.lower_is_better,
+            "limits": asdict(evidence.limits),
         }
-        return dict(null_nonfinite(plain | {key: value for key, value in self.labels.items() if value}))
-
-    @property
-    def sign(self) -> float:
-        """What turns scores for which lower is better into scores as they were measured."""
-        return 1.0 if self.lower_is_better else -1.0
+        return dict(null_nonfinite(plain | {key: value for key, value in evidence.labels.items() if value}))
 
 
 def _integer(scale: float | None) -> float | int | None:
@@ -98,20 +83,10 @@ def _integer(scale: float | None) -> float | int | None:
 
 
 def _scale_json(scale: ScaleVerdict, sign: float) -> dict[str, Any]:
-    optimum = scale.optimum
-    plain = {
-        "scale": _integer(scale.scale),
-        "status": scale.status,
-        "why": scale.why,
-        "exception": scale.exception,
-        "best_log2": scale.best_hp,
-        "best_score": scale.best_score,
-        "score_at_proxy_best": scale.score_at_proxy_best,
-        "regret": scale.regret,
-        "regret_relative": scale.regret_relative,
-        "regret_noise": scale.regret_noise,
-        "proxy_best_diverges": scale.regret == math.inf,
-    }
+    optimum, names = scale.optimum, ("status", "why", "exception", "best_log2", "best_score", "score_at_proxy_best")
+    plain = {"scale": _integer(scale.scale)}
+    plain |= {name: getattr(scale, name) for name in (*names, "regret", "regret_relative", "regret_noise")}
+    plain["proxy_best_diverges"] = scale.regret == math.inf
     if optimum is None:
         return plain
     return plain | {
@@ -124,7 +99,7 @@ def _scale_json(scale: ScaleVerdict, sign: float) -> dict[str, Any]:
             {
                 "log2_hp": point.hp,
                 "score": sign * point.mean if point.stable else None,
-                "seeds": len(point.scores) + point.diverged,
+                "seeds": point.runs,
                 "diverged": point.diverged,
             }
             for point in optimum.curve.points
@@ -194,6 +169,7 @@ def _verdict(evidence: Evidence, scales: Sequence[float], proxy: float | None) -
     if best is None and proxy in evidence.optima:
         best = evidence.optima[proxy].curve.best.hp
     return TransferVerdict(
+        evidence=evidence,
         verdict=answer,
         reasons=tuple(why for _, why in findings),
         scales=tuple(compared),
@@ -204,12 +180,8 @@ def _verdict(evidence: Evidence, scales: Sequence[float], proxy: float | None) -
         drift_interval=drift.interval,
         regret=max((s.regret for s in regrets if s.regret is not None), default=None),
         regret_relative=max((s.regret_relative for s in regrets if s.regret_relative is not None), default=None),
-        noise=evidence.noise,
-        lower_is_better=evidence.lower_is_better,
-        limits=evidence.limits,
         wider_is_better=better,
         not_better=violations,
-        labels=evidence.labels,
     )
 
 

@@ -30,7 +30,7 @@ def widths(tmp_path_factory):
 def test_a_study_that_transfers(widths):
     verdict = verify_study(fabricate(widths, valley()))
     assert verdict.verdict == "transfers" and verdict.best == 2.0**-7 and verdict.proxy == 32
-    assert verdict.labels["hp"] == "optim.lr" and verdict.labels["study"] == "widths"
+    assert verdict.evidence.labels["hp"] == "optim.lr" and verdict.evidence.labels["study"] == "widths"
     assert [entry.scale for entry in verdict.scales] == [32, 64, 128]
 
 
@@ -51,8 +51,8 @@ def test_the_first_variant_is_judged_unless_another_is_named(tmp_path):
 
 def test_the_selection_score_is_judged_unless_another_is_named(tmp_path):
     results = fabricate(make_study(tmp_path, scores=SCORES, select={"score": "val"}), valley())
-    assert verify_study(results).labels["score"] == "val"
-    assert verify_study(results, "train").labels["score"] == "train"
+    assert verify_study(results).evidence.labels["score"] == "val"
+    assert verify_study(results, "train").evidence.labels["score"] == "train"
     with pytest.raises(UserError, match="--score: the study has no vall; did you mean val?"):
         verify_study(results, "vall")
 
@@ -78,7 +78,7 @@ def test_of_several_keys_each_value_is_taken_at_the_best_of_the_others(tmp_path)
     assert verdict.verdict == "transfers" and verdict.best == 2.0**-7
     assert verdict.scales[0].best_score == pytest.approx(0.62, abs=0.01)
     assert any("taken at the best of optim.clip.value" in reason for reason in verdict.reasons)
-    assert verify_study(results).labels["hp"] == results.study.space.keys[0]
+    assert verify_study(results).evidence.labels["hp"] == results.study.space.keys[0]
 
 
 def test_a_run_stopped_as_diverged_is_diverged_whatever_its_score(widths):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from megadit.errors import UserError
@@ -65,7 +63,7 @@ def test_seeds(tmp_path, named):
     ]
     path = write(tmp_path, "width,lr,loss,run", rows)
     verdict = verify_table(path, Columns("width", "lr", "loss", "run" if named else None), lower=True)
-    assert verdict.noise.source == "seeds"
+    assert verdict.evidence.noise.source == "seeds"
     optimum = verdict.scales[0].optimum
     assert optimum is not None
     assert list(optimum.curve.best.scores) == ([7, 8] if named else [0, 1])
@@ -117,5 +115,6 @@ def test_a_proxy_that_is_not_there(tmp_path):
 def test_columns_of_any_name_are_plotted(tmp_path):
     path = write(tmp_path, header=r"$\frac$,lr,loss")
     verdict = verify_table(path, Columns(r"$\frac$", "lr", "loss"), lower=True)
-    plot_verdict(replace(verdict, labels={**verdict.labels, "table": "caf\udce9.csv"}), tmp_path / "x.png")
+    verdict.evidence.labels = {**verdict.evidence.labels, "table": "caf\udce9.csv"}
+    plot_verdict(verdict, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000

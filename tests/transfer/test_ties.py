@@ -35,7 +35,7 @@ def rows(table: Sequence[Sequence[float]], scales: Sequence[float] = SCALES, fir
 
 def conclusions(verdict: TransferVerdict) -> tuple[object, ...]:
     """What a reader takes from it."""
-    scales = [(scale.scale, scale.status, scale.best_hp, scale.exception) for scale in verdict.scales]
+    scales = [(scale.scale, scale.status, scale.best_log2, scale.exception) for scale in verdict.scales]
     return verdict.verdict, verdict.best_log2, verdict.wider_is_better, verdict.exceptions, scales
 
 
@@ -99,8 +99,8 @@ def test_values_that_differ_by_rounding_are_one_value() -> None:
 def test_a_true_difference_is_none_of_rounding() -> None:
     """What six digits tell apart stays apart."""
     samples = rows([[0.6, 0.50001, 0.5, 0.6, 0.8]] * 3)
-    assert judge(samples).scales[0].best_hp == -7.0
-    assert judge(rows(TIE)).scales[0].best_hp == -8.0
+    assert judge(samples).scales[0].best_log2 == -7.0
+    assert judge(rows(TIE)).scales[0].best_log2 == -8.0
     assert difference(0.50001, 0.5) == pytest.approx(1e-5) and difference(0.5 + 1e-8, 0.5) == 0.0
     assert at_most(0.505 - 0.5, 0.01 * 0.5, 0.5) and not at_most(0.50001, 0.5, 0.5)
 

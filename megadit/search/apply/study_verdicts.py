@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megadit.config import ModelConfig
 from megadit.errors import UserError
 from megadit.search.apply.untransferred import VerifiedRange
 from megadit.search.results import StudyResults
 from megadit.search.verify_study import verify_study
 from megadit.transfer.verdict import TransferVerdict
-
-TRANSFERS = "transfers"
 
 
 @dataclass(frozen=True)
@@ -36,20 +33,15 @@ class StudyVerdict:
         return f"no verdict: {self.why}" if self.verdict is None else self.verdict.verdict
 
     @property
-    def transfers(self) -> bool:
-        """Whether the verdict is "transfers"."""
-        return self.verdict is not None and self.verdict.verdict == TRANSFERS
-
-    @property
     def reasons(self) -> tuple[str, ...]:
         """Why the verdict is what it is; none where there is no verdict."""
         return () if self.verdict is None else self.verdict.reasons
 
     @property
     def span(self) -> VerifiedRange | None:
-        """The scales over which it transfers, exceptions left out; None where it does not."""
+        """The scales over which it transfers, exceptions left out; None where the verdict is not "transfers"."""
         scale = self.results.study.spec.scale
-        if self.verdict is None or not self.transfers or scale is None:
+        if self.verdict is None or self.verdict.verdict != "transfers" or scale is None:
             return None
         judged = [entry.scale for entry in self.verdict.scales if not entry.exception]
         return VerifiedRange(scale.key, min(judged), max(judged), self.name)
@@ -67,9 +59,7 @@ class StudyVerdict:
         }
 
 
-def study_verdicts(
-    results: StudyResults, others: Sequence[StudyResults], score: str, variant: str, force: bool
-) -> tuple[StudyVerdict, ...]:
+def study_verdicts(results: StudyResults, others: Sequence[StudyResults], force: bool) -> tuple[StudyVerdict, ...]:
     """The verdicts of the study itself, where it has a scale, and of the studies that are named as verifying it.
 
     A grid over several keys has one for each that has an order and is positive.
@@ -78,12 +68,9 @@ def study_verdicts(
         UserError: another study's runs have another base width or family, it has no scale, or it is incomplete;
             with ``force`` an incomplete study has no verdict, and why.
     """
-    verdicts: list[StudyVerdict] = []
-    if results.study.spec.scale is not None:
-        verdicts += _judge(results, score, variant, force)
-    ours = _judged_model(results)
-    for other in others:
-        theirs = _judged_model(other)
+    # The model of a run of the first variant, which is the judged one.
+    ours, *models = [each.study.first_run(each.study.cells[0]).model for each in (results, *others)]
+    for other, theirs in zip(others, models, strict=True):
         for key in ("family", "parametrization", "base_width"):
             one, two = getattr(ours, key), getattr(theirs, key)
             if one != two:
@@ -91,24 +78,17 @@ def study_verdicts(
                     f"--verified-by: study {other.study.spec.name} has model.{key} {two}, but study "
                     f"{results.study.spec.name} has {one}; name a study that shares it"
                 )
-        verdicts += _judge(other, None, None, force)
-    return tuple(verdicts)
+    own = [results] if results.study.spec.scale is not None else []
+    return tuple(verdict for each in (*own, *others) for verdict in _judge(each, force))
 
 
-def _judge(results: StudyResults, score: str | None, variant: str | None, force: bool) -> list[StudyVerdict]:
+def _judge(results: StudyResults, force: bool) -> Iterator[StudyVerdict]:
     space = results.study.space
     ordered = [d.key for d in space.dimensions if d.numeric and min(d.values) > 0]
-    verdicts = []
     for key in ordered or space.keys[:1]:
         try:
-            verdicts.append(StudyVerdict(results, key, verify_study(results, score, variant, hp=key)))
+            yield StudyVerdict(results, key, verify_study(results, hp=key))
         except UserError as error:
             if not force:
                 raise
-            verdicts.append(StudyVerdict(results, key, None, str(error)))
-    return verdicts
-
-
-def _judged_model(results: StudyResults) -> ModelConfig:
-    """The model of a run of the first variant, which is the judged one."""
-    return results.study.first_run(results.study.cells[0]).model
+            yield StudyVerdict(results, key, None, str(error))

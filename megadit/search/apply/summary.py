@@ -15,25 +15,20 @@ from megadit.transfer.budget import describe_tuning_cost
 
 def to_json(applied: WrittenTarget) -> dict[str, Any]:
     """Everything that ``describe`` tells, as plain data."""
-    choice, model = applied.choice, applied.target.model
+    choice, study, fitted, model = applied.choice, applied.results.study, applied.fitted, applied.fitted.config.model
     return {
         "written": str(applied.path),
         "base": str(applied.base),
-        "study": applied.results.study.spec.name,
-        "variant": applied.variant,
+        "study": study.spec.name,
+        "variant": study.variants[0],
         "scale": applied.scale,
-        "rule": choice.rule,
-        "score": choice.score,
-        "value": choice.value,
-        "seeds": choice.seeds,
-        "trials": list(choice.trials),
-        "hps": dict(choice.hps),
+        **asdict(choice),
         "backed_by": {key: [b.name for b in applied.verified_by(key)] for key in choice.hps},
         "not_verified": applied.not_verified,
         "verdicts": [each.to_json() for each in applied.study_verdicts],
         "forced": applied.forced,
-        "changes": applied.changes,
-        "scaled": applied.scaled,
+        "changes": fitted.changes,
+        "scaled": fitted.scaled,
         "replaced": applied.replaced,
         "m": {"proxy": applied.proxy.model.width_mult, "target": model.width_mult},
         "width": {"proxy": applied.proxy.model.width, "target": model.width},
@@ -46,9 +41,9 @@ def to_json(applied: WrittenTarget) -> dict[str, Any]:
 
 def describe(applied: WrittenTarget) -> str:
     """The transfer as lines: what was chosen and why, rates by group, what does not transfer, cost, the file."""
-    choice, spec = applied.choice, applied.results.study.spec
+    choice, study, spec = applied.choice, applied.results.study, applied.results.study.spec
     scale = "" if spec.scale is None else f" at {spec.scale.key} {applied.scale}"
-    variant = f" ({applied.variant})" if applied.variant else ""
+    variant = f" ({study.variants[0]})" if study.variants[0] else ""
     trials = ", ".join(map(str, choice.trials))
     lines = [
         f"study {spec.name}{variant}: rule {choice.rule}{scale}, {choice.score} {choice.value:.5g} over {choice.seeds} "
@@ -59,11 +54,11 @@ def describe(applied: WrittenTarget) -> str:
         lines.append(f"forced: {applied.forced}")
     lines += ["", "base hyperparameters"]
     lines += [f"  {key} = {value_words(value)}: {applied.verification(key)}" for key, value in choice.hps.items()]
-    lines += [f"  {key} is written as {words}" for key, words in applied.scaled.items()]
+    lines += [f"  {key} is written as {words}" for key, words in applied.fitted.scaled.items()]
     lines += [f"  {line}" for line in _other_best(applied)]
     for key, old in applied.replaced.items():
         if key not in choice.hps:
-            new, old_text = value_words(applied.changes[key]), value_words(old)
+            new, old_text = value_words(applied.fitted.changes[key]), value_words(old)
             lines.append(f"  {key} = {new}: the study's, with which these are valid; the target said {old_text}")
     lines += ["", *_group_table(applied)]
     if applied.caveats:
@@ -94,7 +89,7 @@ def _other_best(applied: WrittenTarget) -> list[str]:
 
 def _group_table(applied: WrittenTarget) -> list[str]:
     """Learning rate, weight decay and epsilon of every group at the proxy and at the target, side by side."""
-    one, other = applied.proxy.model, applied.target.model
+    one, other = applied.proxy.model, applied.fitted.config.model
     head = (
         f"base width {other.base_width}: proxy width {one.width}, m = {one.width_mult:.4g}; "
         f"target width {other.width}, m = {other.width_mult:.4g}"

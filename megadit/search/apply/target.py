@@ -18,11 +18,12 @@ from megadit.config.loading.sources import display, override_layer
 from megadit.errors import UserError
 from megadit.nested import flatten
 from megadit.search.apply.cost import cost, run_steps
-from megadit.search.apply.study_verdicts import TRANSFERS, StudyVerdict, study_verdicts
-from megadit.search.apply.target_config import base_changes, fit_target, write_target
+from megadit.search.apply.study_verdicts import StudyVerdict, study_verdicts
+from megadit.search.apply.target_config import FittedTarget, base_changes, fit_target, write_target
 from megadit.search.apply.untransferred import Caveat, untransferred
 from megadit.search.results import StudyResults
 from megadit.search.selection import SelectedPoint, select
+from megadit.search.study.study import Study
 from megadit.search.verify_study import proxy_of
 from megadit.transfer.budget import TuningCost
 
@@ -53,29 +54,25 @@ class WrittenTarget:
     """A target that was written to ``path``.
 
     ``scale``: where the point was chosen. ``replaced``: what the target said of keys that now have the study's.
-    ``scaled``: of lengths that were written as shares of the target's run, why.
     """
 
     path: Path
     base: Path
     results: StudyResults
-    variant: str
     scale: int | None
     choice: SelectedPoint
     study_verdicts: tuple[StudyVerdict, ...]
     forced: str | None
     proxy: RunConfig
-    target: RunConfig
-    changes: dict[str, Any]
+    fitted: FittedTarget
     replaced: dict[str, Any]
     groups: tuple[GroupRow, ...]
     caveats: tuple[Caveat, ...]
     tuning_cost: TuningCost
-    scaled: dict[str, str]
 
     def verified_by(self, key: str) -> list[StudyVerdict]:
         """The studies that verified the transfer of ``key``."""
-        return [each for each in self.study_verdicts if each.transfers and each.hp == key]
+        return [each for each in self.study_verdicts if each.span is not None and each.hp == key]
 
     def verification(self, key: str) -> str:
         """Which studies verified the transfer of ``key``, or that none did."""
@@ -122,14 +119,12 @@ def apply(
             "a proxy's values mean nothing; add model.parametrization=mup and its base width, or name a -mup config"
         )
     study = results.study
-    variant = study.variants[0]
-    judged = study_verdicts(results, others, study.spec.selection_score.name, variant, force)
+    judged = study_verdicts(results, others, force)
     scale = proxy_of(results, next((each.verdict for each in judged if each.results is results), None))
-    choice = select(results, variant, scale)
-    proxy = proxy_config(results, choice, variant, scale)
+    choice = select(results, scale=scale)
+    proxy = proxy_config(study, choice, scale)
     fitted = fit_target(loaded, base_changes(proxy, loaded.config, choice.hps), study.spec.name, run_steps(proxy))
-    target, changes, lengths = fitted.config, fitted.changes, fitted.lengths
-    tuning_cost = cost(results, others, target, lengths[1], variant, manual_multiple, scale)
+    tuning_cost = cost(results, others, fitted.config, fitted.lengths[1], scale, manual_multiple)
     refusal = _refusal(results, judged, choice)
     if refusal and not force:
         raise NotVerifiedError(refusal, judged)
@@ -138,34 +133,31 @@ def apply(
         path=Path(out).expanduser() if out is not None else study.folder / "target.yaml",
         base=base,
         results=results,
-        variant=variant,
         scale=scale,
         choice=choice,
         study_verdicts=judged,
         forced=refusal,
         proxy=proxy,
-        target=target,
-        changes=changes,
-        replaced={key: configured.get(key) for key, value in changes.items() if configured.get(key) != value},
-        groups=tuple(group_rows(proxy, target)),
+        fitted=fitted,
+        replaced={key: configured.get(key) for key, value in fitted.changes.items() if configured.get(key) != value},
+        groups=tuple(group_rows(proxy, fitted.config)),
         caveats=(
-            *untransferred(proxy, target, lengths, [each.span for each in judged if each.span is not None]),
+            *untransferred(proxy, fitted.config, fitted.lengths, [each.span for each in judged if each.span]),
             *fitted.caveats,
         ),
         tuning_cost=tuning_cost,
-        scaled=fitted.scaled,
     )
-    write_target(applied.path, base, override_layer(overrides).values, changes, _header(applied, overrides), target)
+    write_target(applied.path, base, override_layer(overrides).values, fitted, _header(applied, overrides))
     return applied
 
 
-def proxy_config(results: StudyResults, choice: SelectedPoint, variant: str, proxy_scale: int | None) -> RunConfig:
-    """The run at the proxy's scale that ``choice`` speaks of.
+def proxy_config(study: Study, choice: SelectedPoint, proxy_scale: int | None) -> RunConfig:
+    """The run of the first variant at the proxy's scale that ``choice`` speaks of.
 
     Raises:
         UserError: it is not under muP.
     """
-    study = results.study
+    variant = study.variants[0]
     scale = study.horizons[-1] if study.horizons else proxy_scale
     cell = next(cell for cell in study.cells if cell.variant == variant and cell.scale == scale)
     config = study.config(cell, choice.hps, study.spec.seeds[0])
@@ -208,9 +200,9 @@ def _refusal(results: StudyResults, judged: Sequence[StudyVerdict], choice: Sele
     """Why nothing should be applied, as a sentence; None when every verdict is "transfers"."""
     remedy = "--force writes the target all the same"
     for each in judged:
-        if not each.transfers:
+        if each.span is None:
             answer = each.answer + (f" ({each.reasons[0]})" if each.reasons else "")
-            return f'study {each.name}, {each.hp}: the verdict is not "{TRANSFERS}" but {answer}; {remedy}'
+            return f'study {each.name}, {each.hp}: the verdict is not "transfers" but {answer}; {remedy}'
     name = results.study.spec.name
     if not judged:
         return (
@@ -224,14 +216,15 @@ def _refusal(results: StudyResults, judged: Sequence[StudyVerdict], choice: Sele
 
 
 def _header(applied: WrittenTarget, overrides: Sequence[str]) -> list[str]:
-    choice, variant = applied.choice, f", variant {applied.variant}" if applied.variant else ""
+    choice, study = applied.choice, applied.results.study
+    variant = f", variant {study.variants[0]}" if study.variants[0] else ""
     lines = [
-        f"Study {applied.results.study.spec.name}{variant}, rule {choice.rule}: {choice.score} {choice.value:.6g} over "
+        f"Study {study.spec.name}{variant}, rule {choice.rule}: {choice.score} {choice.value:.6g} over "
         f"{choice.seeds} seed(s), trial(s) {', '.join(map(str, choice.trials))}."
     ]
     lines += [f"Verdict of {each.name} on {each.hp}: {each.answer}." for each in applied.study_verdicts]
     lines += [f"{key}: {applied.verification(key)}." for key in choice.hps]
-    lines += [f"{key}: written as {words}." for key, words in applied.scaled.items()]
+    lines += [f"{key}: written as {words}." for key, words in applied.fitted.scaled.items()]
     lines += [f"NOT verified: {', '.join(applied.not_verified)}."] if applied.not_verified else []
     lines += [f"Written with --force: {applied.forced}."] if applied.forced else []
     lines += [f"Overrides: {' '.join(overrides)}"] if overrides else []

@@ -72,12 +72,10 @@ def fit_target(loaded: LoadedConfig, changes: dict[str, Any], study: str, proxy_
         UserError: the target refuses a value, or an override on the command line sets one of the keys otherwise.
     """
     target = _changed(loaded, changes, study)
-    target_steps = run_steps(target)
-    lengths = proxy_steps, target_steps
+    lengths = proxy_steps, target_steps = proxy_steps, run_steps(target)
     if target_steps is None or (problem := _schedule_problem(target, target_steps)) is None:
         return FittedTarget(target, changes, lengths)
-    shares = _as_shares(changes, proxy_steps)
-    if shares:
+    if shares := _as_shares(changes, proxy_steps):
         fitted = _changed(loaded, {**changes, **shares}, study)
         if _schedule_problem(fitted, target_steps) is None:
             reasons = {
@@ -116,23 +114,18 @@ def _as_shares(changes: Mapping[str, Any], steps: int | None) -> dict[str, str]:
 
 
 def write_target(
-    path: Path,
-    base: Path,
-    overrides: Mapping[str, Any],
-    changes: Mapping[str, Any],
-    header: Sequence[str],
-    expected: RunConfig,
+    path: Path, base: Path, overrides: Mapping[str, Any], fitted: FittedTarget, header: Sequence[str]
 ) -> None:
-    """Write a YAML file that inherits from ``base`` and holds ``overrides`` (nested) and ``changes`` (dotted) alone.
+    """Write a YAML file that inherits from ``base`` and holds ``overrides`` (nested) and the target's changes alone.
 
-    It appears whole or not at all, after it was loaded and found to give ``expected``. ``header``: lines of comment.
+    It appears whole or not at all, after it was loaded and found to give ``fitted``. ``header``: lines of comment.
 
     Raises:
         UserError: the folder cannot be written, or ``path`` is a file that this function did not write.
     """
     _check_free(path)
     link = os.path.relpath(base.resolve(), path.parent.resolve())
-    values = unflatten({**flatten(overrides), **changes})
+    values = unflatten({**flatten(overrides), **fitted.changes})
     comment = "".join(f"# {' '.join(line.split())}\n" for line in header)
     mark = f"{_MARK} {__version__} (tools/transfer.py apply): base hyperparameters found on a proxy.\n"
     text = mark + comment + dump_yaml({"base": link, **values})
@@ -140,7 +133,7 @@ def write_target(
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            if load_config(temporary) != expected:
+            if load_config(temporary) != fitted.config:
                 raise RuntimeError(f"{path} would not give the configuration that was checked:\n{text}")
     except OSError as error:
         raise UserError(f"--out: '{path}' cannot be written ({error.strerror}); choose another file") from None

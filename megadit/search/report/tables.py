@@ -68,7 +68,7 @@ def verdicts(data: ReportData) -> Table:
         row: TableRow = {
             "key": Code(key),
             "verdict": Badge(verdict.verdict, VERDICT_BADGES[verdict.verdict]),
-            "best at proxy": _power(next((s.best_hp for s in verdict.scales if s.scale == verdict.proxy), None)),
+            "best at proxy": _power(next((s.best_log2 for s in verdict.scales if s.scale == verdict.proxy), None)),
             "drift (octaves per octave)": number(
                 verdict.drift, "+.2f", f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
             ),
@@ -98,7 +98,7 @@ def by_scale(data: ReportData, verdict: TransferVerdict) -> Table:
         row: TableRow = {
             data.scale_word: number(scale.scale, "g"),
             "status": scale.status + (" (exception)" if scale.exception else ""),
-            "best value": _power(scale.best_hp),
+            "best value": _power(scale.best_log2),
             f"its {data.score}": number(scale.best_score),
             "fitted optimum (log2)": number(scale.optimum.at if scale.optimum else None, ".2f"),
             "95 % interval": number(low, ".2f", f" to {high:.2f}" if scale.optimum else ""),

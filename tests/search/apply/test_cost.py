@@ -19,7 +19,7 @@ def test_bill_counts_what_was_run(root, tmp_path):
     results = fabricate(study, valley(best=-9.0))  # 2^-5 diverges, after a quarter of its steps
     target = load_config(root / "configs/quickstart/digits.yaml", ["model.width=256", "train.steps=1000"])
     assert run_steps(target) == 1000
-    tuning_cost = cost(results, [results], target, 1000, "", manual_multiple=2.0)
+    tuning_cost = cost(results, [results], target, 1000, study.proxy_scale, manual_multiple=2.0)
     assert (tuning_cost.search.trials, tuning_cost.all.trials) == (12, 2 * 36)
     proxy = study.config(study.cells[0], {"optim.lr": 2**-7}, 0)
     assert proxy.model.width == 32
@@ -27,9 +27,9 @@ def test_bill_counts_what_was_run(root, tmp_path):
     assert tuning_cost.search.flops == pytest.approx(image * 32 * (10 * 200 + 2 * 50))
     assert tuning_cost.search.stages == ((12.0, float(count_parameters(proxy.model, fixed=False)), 200 * 32.0),)
     assert len(tuning_cost.all.stages) == 3 and {stage[0] for stage in tuning_cost.all.stages} == {24.0}
-    assert tuning_cost.target_flops == training_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
+    assert tuning_cost.target.flops == training_flops(target, 1000) == 3 * forward_flops(target.model) * 32 * 1000
     by_flops, by_samples = tuning_cost.ratios(tuning_cost.search)
-    assert by_flops == pytest.approx(tuning_cost.search.flops / tuning_cost.target_flops / 2)
+    assert by_flops == pytest.approx(tuning_cost.search.flops / tuning_cost.target.flops / 2)
     small, large = (count_parameters(config.model, fixed=False) for config in (proxy, target))
     expected = 12 * small * 200 / (large * 1000) / 2
     assert by_samples == pytest.approx(expected)
@@ -41,10 +41,10 @@ def test_variants_and_diverged_trials_are_told_apart(tmp_path, root):
     variants = {"mup": {"model.parametrization": "mup"}, "sp": {"model.parametrization": "sp"}}
     results = fabricate(make_study(tmp_path, variants=variants), valley())
     target = load_config(root / "configs/quickstart/digits.yaml")
-    tuning_cost = cost(results, [], target, 300, "mup")
+    tuning_cost = cost(results, [], target, 300, 32)
     assert (tuning_cost.search.trials, tuning_cost.all.trials) == (12, 72)
     shorter = dataclasses.replace(results, trials=results.trials[:5])
-    assert cost(shorter, [], target, 300, "mup").all.trials == 5
+    assert cost(shorter, [], target, 300, 32).all.trials == 5
 
 
 def test_one_run_for_all_horizons_counts_once(tmp_path, root):
@@ -53,7 +53,7 @@ def test_one_run_for_all_horizons_counts_once(tmp_path, root):
     assert study.horizons
     loss = valley()
     results = fabricate(study, lambda trial, scale: loss(trial, 64.0))
-    tuning_cost = cost(results, [], load_config(root / "configs/quickstart/digits.yaml"), 300, "")
+    tuning_cost = cost(results, [], load_config(root / "configs/quickstart/digits.yaml"), 300, 100)
     assert tuning_cost.search.stages == ((12.0, float(count_parameters(study.base.model, fixed=False)), 200 * 32.0),)
 
 
@@ -65,6 +65,6 @@ def test_length_in_epochs_is_resolved_where_the_data_is(root, tmp_path):
     )
     assert run_steps(elsewhere) is None
     results = fabricate(make_study(tmp_path), valley())
-    tuning_cost = cost(results, [], elsewhere, None, "")
+    tuning_cost = cost(results, [], elsewhere, None, 32)
     assert tuning_cost.ratios(tuning_cost.search) is None and tuning_cost.to_json()["search"]["ratio_flops"] is None
     assert "give train.steps" in describe_tuning_cost(tuning_cost)[-1]

@@ -62,7 +62,7 @@ def test_writes_the_best_base_values_over_the_target(tmp_path, target):
     text = applied.path.read_text()
     assert yaml.safe_load(text) == {"base": "../big/target.yaml", "optim": {"lr": 2**-7}}
     written = load_config(applied.path)
-    assert written == applied.target == load_config(target, ["optim.lr=2^-7"])
+    assert written == applied.fitted.config == load_config(target, ["optim.lr=2^-7"])
     header = [line for line in text.splitlines() if line.startswith("#")]
     assert header[0].startswith("# Written by megadit") and "tools/transfer.py apply" in header[0]
     assert "# Study widths, rule best: train_loss 0.62 over 2 seed(s), trial(s)" in text
@@ -142,13 +142,13 @@ def test_warm_up_that_does_not_fit_the_targets_run_becomes_its_share(tmp_path, t
     search = fabricate(make_study(tmp_path, "search", **WARMUPS), lambda trial, scale: loss(trial, 64.0))
     short = [f"optim.schedule={schedule}", "train.steps=50"]
     applied = transfer(search, target, force=True, overrides=short)
-    assert applied.changes["optim.warmup_steps"] == "30%" == load_config(applied.path).optim.warmup_steps
+    assert applied.fitted.changes["optim.warmup_steps"] == "30%" == load_config(applied.path).optim.warmup_steps
     note = "optim.warmup_steps is written as 30% of the run: the study's 60 of 200 steps do not fit the target's 50"
-    assert note in describe(applied) and to_json(applied)["scaled"] == applied.scaled
+    assert note in describe(applied) and to_json(applied)["scaled"] == applied.fitted.scaled
     assert "# optim.warmup_steps: written as 30% of the run" in applied.path.read_text()
     assert "warmup" not in {caveat.topic for caveat in applied.caveats}
     fits = transfer(search, target, force=True, overrides=[short[0], "train.steps=100"])
-    assert fits.changes["optim.warmup_steps"] == 60 and fits.scaled == {}
+    assert fits.fitted.changes["optim.warmup_steps"] == 60 and fits.fitted.scaled == {}
 
 
 def test_schedule_that_fits_by_no_share_is_told(tmp_path, target):
@@ -157,7 +157,7 @@ def test_schedule_that_fits_by_no_share_is_told(tmp_path, target):
     search = fabricate(make_study(tmp_path, "search", **grid), lambda trial, scale: loss(trial, 64.0))
     applied = transfer(search, target, force=True, overrides=["train.steps=100"])
     caveats = {caveat.topic: caveat.text for caveat in applied.caveats}
-    assert applied.changes["optim.warmup_steps"] == 500 and applied.scaled == {}
+    assert applied.fitted.changes["optim.warmup_steps"] == 500 and applied.fitted.scaled == {}
     assert "ends at 20% of optim.lr" in caveats["schedule"] and "choose a warm-up anew" in caveats["warmup"]
 
 
@@ -181,7 +181,7 @@ def test_parametrization_goes_with_the_values(tmp_path, target):
     base = {**BASE, "model": {**BASE["model"], "output_mult": 4.0, "role_hps": {"hidden": {"lr": 2.0}}}}
     results = fabricate(make_study(tmp_path, base=base), valley())
     applied = transfer(results, target)
-    assert applied.changes == {"optim.lr": 2**-7, "model.output_mult": 4.0, "model.role_hps.hidden.lr": 2.0}
+    assert applied.fitted.changes == {"optim.lr": 2**-7, "model.output_mult": 4.0, "model.role_hps.hidden.lr": 2.0}
     assert applied.replaced == {"optim.lr": 1e-4, "model.output_mult": 1.0, "model.role_hps.hidden.lr": 1.0}
     assert load_config(applied.path).model.output_mult == 4.0
     assert "model.output_mult = 4: the study's, with which these are valid; the target said 1" in describe(applied)
@@ -199,7 +199,7 @@ def test_override_against_the_study_is_refused(tmp_path, target):
     results = fabricate(make_study(tmp_path), valley())
     with pytest.raises(UserError, match=r"optim.lr: the override 0.5 is not what study widths found, 0.0078125"):
         transfer(results, target, overrides=["optim.lr=0.5"])
-    assert transfer(results, target, overrides=["optim.lr=2^-7"]).target.optim.lr == 2**-7
+    assert transfer(results, target, overrides=["optim.lr=2^-7"]).fitted.config.optim.lr == 2**-7
 
 
 def test_study_under_sp_has_nothing_to_apply(tmp_path, target):
