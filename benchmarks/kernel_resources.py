@@ -37,6 +37,7 @@ class Resources:
     """Of one compiled kernel. ``stack_bytes`` are spilled registers; ``narrow`` are global loads and stores below 16
     bytes per thread, ``wide`` those of 16."""
 
+    op: str
     kernel: str
     width: int
     dtype: str
@@ -51,7 +52,7 @@ class Resources:
 
     @property
     def key(self) -> str:
-        return f"{self.kernel} {self.width} {self.dtype} sm_{self.arch}"
+        return f"{self.op} {self.kernel} {self.width} {self.dtype} sm_{self.arch}"
 
 
 class _Driver:
@@ -119,7 +120,17 @@ def norm_modulate(width: int, dtype: torch.dtype) -> None:
     fused.backward(new_x, x, x, x, gate, None, scale, None, mean, rstd, "layer", 1.0)
 
 
-CASES: dict[str, Callable[[int, torch.dtype], None]] = {"norm_modulate": norm_modulate}
+def swiglu(width: int, dtype: torch.dtype) -> None:
+    """SwiGLU's product, of a hidden layer of 4 times the width."""
+    import torch
+
+    from megadit_kernels.swiglu import fused
+
+    h = torch.zeros(256, 8 * width, dtype=dtype)
+    fused.backward(h, fused.forward(h))
+
+
+CASES: dict[str, Callable[[int, torch.dtype], None]] = {"norm_modulate": norm_modulate, "swiglu": swiglu}
 
 
 def resources_of(kernel: Any) -> dict[str, int]:
@@ -159,10 +170,11 @@ def measure(widths: tuple[int, ...], architectures: tuple[int, ...], dtypes: tup
     for arch in architectures:
         for width in widths:
             for dtype in dtypes:
-                for case in CASES.values():
+                for op, case in CASES.items():
                     with compile_only(arch) as compiled:
                         case(width, getattr(torch, DTYPES[dtype]))
-                    rows += [Resources(name, width, dtype, arch, **resources_of(kernel)) for name, kernel in compiled]
+                    for name, kernel in compiled:
+                        rows.append(Resources(op, name, width, dtype, arch, **resources_of(kernel)))
     return rows
 
 

@@ -10,18 +10,19 @@ from typing import Any
 from megadit_kernels.linear import scaled_linear
 from megadit_kernels.norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
 from megadit_kernels.registry import Op, for_autocast
+from megadit_kernels.swiglu import swiglu
 
 # Lazy path of each operation, by name.
 OPS: Mapping[str, str] = MappingProxyType(
     {
         op.name: f"megadit_kernels:{op.name}"
-        for op in (scaled_linear, norm_modulate, gated_residual, residual_norm_modulate)
+        for op in (scaled_linear, norm_modulate, gated_residual, residual_norm_modulate, swiglu)
     }
 )
 
 # Which operations a key of the configuration, kernels.<key>, selects.
 OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
-    {"norm_modulate": (residual_norm_modulate, norm_modulate, gated_residual)}
+    {"norm_modulate": (residual_norm_modulate, norm_modulate, gated_residual), "swiglu": (swiglu,)}
 )
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "norm_modulate",
     "residual_norm_modulate",
     "scaled_linear",
+    "swiglu",
 ]

@@ -33,16 +33,18 @@ def select_kernels(config: KernelConfig) -> None:
 
 
 def describe_kernels(config: KernelConfig, device: str) -> str:
-    """One line: of each key what runs, and why where it is not the fused kernel."""
-    parts = (_described(key, ops[0], getattr(config, key), device) for key, ops in OPS_OF_KEY.items())
-    return "kernels: " + ", ".join(parts)
+    """One line: what runs of each key, and why where it is not the fused kernel."""
+    keys_of: dict[str, list[str]] = {}
+    for key, ops in OPS_OF_KEY.items():
+        keys_of.setdefault(_implementation(ops[0], getattr(config, key), device), []).append(key)
+    return "kernels: " + "; ".join(f"{', '.join(keys)} {how}" for how, keys in keys_of.items())
 
 
-def _described(key: str, op: Op[Any, Any], choice: str, device: str) -> str:
+def _implementation(op: Op[Any, Any], choice: str, device: str) -> str:
     runs = op.backend_on(device)
     if runs == "fused":
-        return f"{key} fused (Triton)"
-    return f"{key} {runs} ({'as configured' if choice == 'reference' else _why_not(backend('triton'))})"
+        return "fused by Triton"
+    return f"by {runs} ({'as configured' if choice == 'reference' else _why_not(backend('triton'))})"
 
 
 def _why_not(probe: Backend) -> str:

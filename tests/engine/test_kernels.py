@@ -38,10 +38,11 @@ def test_fused_is_refused_without_a_gpu() -> None:
 
 
 def test_what_runs_is_described_with_the_reason() -> None:
-    assert describe_kernels(KernelConfig(), "cpu").startswith("kernels: norm_modulate torch (")
+    assert describe_kernels(KernelConfig(), "cpu").startswith("kernels: norm_modulate, swiglu by torch (")
     reference = KernelConfig(norm_modulate="reference")
     select_kernels(reference)
-    assert describe_kernels(reference, "cuda") == "kernels: norm_modulate torch (as configured)"
+    description = describe_kernels(reference, "cuda")
+    assert description.startswith("kernels: norm_modulate by torch (as configured); swiglu by torch (Triton")
 
 
 def test_a_selection_lasts_until_the_next() -> None:
@@ -77,10 +78,10 @@ def test_a_model_is_the_same_by_fused_kernels(family: str, recompute: str) -> No
     """In the interpreter: values and the gradient of every parameter, of recomputed blocks too."""
     need_interpreter()
     make, draw = MODELS[family]
-    config = make(depth=2)
+    config = make(depth=2, mlp="swiglu")
     inputs = draw(config)
     expected = outputs_and_gradients(config, inputs, recompute)
-    select_kernels(KernelConfig(norm_modulate="fused"))
+    select_kernels(KernelConfig(norm_modulate="fused", swiglu="fused"))
     with counted() as launches:
         fused = outputs_and_gradients(config, inputs, recompute)
     assert {launch.name for launch in launches} == {"forward", "backward", "add_chunks"}

@@ -41,13 +41,13 @@ def compile_kernels(tmp_path: Path, widths: str, archs: str) -> dict[str, dict[s
 
 
 def key_of(row: dict[str, Any]) -> str:
-    return f"{row['kernel']} {row['width']} {row['dtype']} sm_{row['arch']}"
+    return f"{row['op']} {row['kernel']} {row['width']} {row['dtype']} sm_{row['arch']}"
 
 
 def check(rows: dict[str, dict[str, Any]]) -> None:
     for key, row in rows.items():
         assert row["local"] == 0 and row["stack_bytes"] == 0, f"{key} spills"
-        split = row["kernel"] == "backward" and row["width"] == 5120
+        split = (row["op"], row["kernel"], row["width"]) == ("norm_modulate", "backward", 5120)
         assert row["narrow"] <= (NARROW_SPLIT if split else NARROW), key
         assert row["wide"] or row["kernel"] == "add_chunks", key
 

@@ -126,5 +126,6 @@ def test_layers_call_what_is_dispatched(counted: list[str]) -> None:
         "norm_modulate": 2,
         "gated_residual": 1,
         "residual_norm_modulate": 1,
+        "swiglu": 0,
     }
     assert gated_residual.backend_on("cpu") == "counted"

@@ -17,3 +17,4 @@ class KernelConfig(Section):
     norm_modulate: Implementation = Field(
         "auto", description="gated residual, norm and modulation: auto, fused (Triton, on a GPU) or reference (torch)"
     )
+    swiglu: Implementation = Field("auto", description="SwiGLU's product of two halves, where model.mlp is swiglu")

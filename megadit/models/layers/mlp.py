@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
+from megadit_kernels import swiglu
 
 Activation = Literal["gelu_tanh", "gelu", "swiglu"]
 
@@ -40,6 +41,5 @@ class Mlp(nn.Module):
         """(B, T, n) -> (B, T, n)."""
         h = self.fc1(x)
         if self.activation == "swiglu":
-            gate, up = h.chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * up)
+            return self.fc2(swiglu(h))
         return self.fc2(F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none"))

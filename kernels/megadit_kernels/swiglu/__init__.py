@@ -1,0 +1,31 @@
+"""SwiGLU's product of two halves; on a GPU with Triton one kernel in either direction (``fused``)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from megadit_kernels.registry import Op, triton_runs
+
+
+@Op
+def swiglu(h: Tensor) -> Tensor:
+    """``silu(gate) * up`` of h = [gate, up] along the last dimension: (..., 2 m) -> (..., m).
+
+    Shazeer, arXiv 2002.05202, equation 6. Fused it is computed in float32 and rounded once, and the backward pass
+    computes silu again.
+    """
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@swiglu.implementation("torch", device=None, works=lambda: True)
+def _torch(h: Tensor) -> Tensor:
+    return swiglu.reference(h)
+
+
+@swiglu.implementation("fused", works=triton_runs)
+def _fused(h: Tensor) -> Tensor:
+    from megadit_kernels.swiglu.fused import run
+
+    return run(h)

@@ -1,0 +1,125 @@
+"""SwiGLU's product: the Triton kernels, in its interpreter, against float64 in plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.kernels.interpreter import Arena, counted, need_interpreter
+from megadit_kernels import swiglu
+
+
+@pytest.fixture(autouse=True)
+def _fused() -> Iterator[None]:
+    need_interpreter()
+    swiglu.select("fused")
+    yield
+    swiglu.select("auto")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(0)
+    return (2 * torch.randn(*shape)).to(dtype).requires_grad_()
+
+
+def check(h: Tensor, tolerance: float) -> None:
+    wide = h.detach().double().requires_grad_()
+    out, expected = swiglu(h), swiglu.reference(wide)
+    given = torch.randn_like(out)
+    (grad,), (exact,) = torch.autograd.grad(out, h, given), torch.autograd.grad(expected, wide, given.double())
+    for name, part, value in (("value", out, expected), ("gradient", grad, exact)):
+        error = (part.double() - value).abs().max() / value.abs().max()
+        assert part.dtype == h.dtype and error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("width", [36, 144, 576, 768, 3072, 10240])
+def test_values_and_gradients_at_every_width(width: int) -> None:
+    check(draw(2, 3, 2 * width), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    check(draw(2, 5, 576, dtype=dtype), 2**-8 if dtype == torch.bfloat16 else 2**-10)
+
+
+def test_large_gates_neither_overflow_nor_give_nan() -> None:
+    h = torch.tensor([[-1e4, -100.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0]], requires_grad=True)
+    out = swiglu(h)
+    (grad,) = torch.autograd.grad(out.sum(), h)
+    assert torch.equal(out, torch.tensor([[-0.0, 0.0, 100.0, 1e4]])) or torch.allclose(out, swiglu.reference(h))
+    assert grad.isfinite().all()
+
+
+def test_strided_and_empty_operands() -> None:
+    rows = draw(6, 288).detach()[::2].requires_grad_()
+    assert torch.equal(swiglu(rows), swiglu(rows.detach().clone()))
+    empty = draw(0, 4, 32)
+    assert swiglu(empty).shape == (0, 4, 16) and swiglu(empty.detach().to("meta")).shape == (0, 4, 16)
+
+
+def test_nothing_is_read_or_written_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena()
+    h = arena.operand(draw(3, 200).detach()).requires_grad_()
+    given = arena.operand(torch.randn(3, 100))
+    with arena.allocating(monkeypatch):
+        out = swiglu(h)
+        (grad,) = torch.autograd.grad(out, h, given)
+    arena.check()
+    assert out.isfinite().all() and grad.isfinite().all()
+
+
+def test_each_element_is_moved_once() -> None:
+    h = draw(256, 2 * 576, dtype=torch.bfloat16)
+    with counted() as launches:
+        out = swiglu(h)
+        torch.autograd.grad(out, h, torch.ones_like(out))
+    unit = 256 * 576 * 2
+    assert [(launch.name, launch.bytes) for launch in launches] == [("forward", 3 * unit), ("backward", 5 * unit)]
+    assert all(sum(launch.requested.values()) == launch.bytes for launch in launches)
+
+
+def test_compiled_whole_and_by_torchs_contract() -> None:
+    import torch._dynamo
+
+    from megadit_kernels.swiglu import fused
+
+    h = draw(2, 3, 64)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(fused._forward_op, (h,), test_utils=utilities)
+    (eager,) = torch.autograd.grad(swiglu(h).square().sum(), h)
+    with torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(lambda h: swiglu(h).square().sum(), fullgraph=True, backend="aot_eager")
+        (grad,) = torch.autograd.grad(compiled(h), h)
+    assert torch.equal(grad, eager)
+
+
+FAULTS = {
+    "the gate": ("out = gate / (1.0 + tl.exp(-gate)) * up", "out = up"),
+    "gate for up": ("* up\n    tl.store(y", "* gate\n    tl.store(y"),
+    "the slope of silu": ("sigmoid * (1.0 + gate * (1.0 - sigmoid))", "sigmoid"),
+    "up, backward": ("grad * up * sigmoid", "grad * sigmoid"),
+    "the gate, backward": ("dup = grad * gate * sigmoid", "dup = grad * sigmoid"),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_fault_in_a_kernel_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megadit_kernels.swiglu import fused
+
+    right, wrong = FAULTS[fault]
+    source = Path(fused.triton_kernels.__file__).read_text(encoding="utf-8")
+    assert source.count(right) == 1, "the kernel says it otherwise now; adapt the fault"
+    path = tmp_path / "faulty.py"
+    path.write_text(source.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(fused, "triton_kernels", module)
+    with pytest.raises(AssertionError, match="value|gradient"):
+        check(draw(2, 5, 128), 1e-6)
