@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         (study.folder / STOP).unlink(missing_ok=True)
         _announce(study, slots, cores)
         with contextlib.closing(StudyProgress(store, len(slots))) as progress, WorkerPool(study, slots) as pool:
-            pool.run(lambda: store.counts().ended_well, progress.tick)
+            pool.run(lambda: sum(t.outcome != "failed" for t in store.results().trials), progress.tick)
         if pool.bad_input is not None:
             raise UserError(pool.bad_input)
         ownership.check()
@@ -153,9 +153,9 @@ def _conclude(study: Study, store: StudyStore, pool: WorkerPool) -> int:
     result_is_saved()
     store.reclaim_stale()
     status = status_of(store)
-    counts = status.counts
+    results, counts = status.results, status.results.counts
     say(f"study {study.spec.name}: {counts_text(counts)}", sys.stdout)
-    if counts.done:
+    if counts["done"]:
         with warn_on_failure("the report"):
             html, markdown = write_report(study.folder)
             say(f"  report     {html}\n             {markdown}", sys.stdout)
@@ -163,16 +163,16 @@ def _conclude(study: Study, store: StudyStore, pool: WorkerPool) -> int:
         say(f"  best       {best_text(status.best)}", sys.stdout)
         say(f"  runs       {study.folder / 'trials'}", sys.stdout)
     say(f"  study      {study.folder}", sys.stdout)
-    if counts.done < counts.planned:
+    if not results.complete:
         if pool.failed_worker_log is not None:
             say(f"error: no worker could be kept alive; see {pool.failed_worker_log}")
             return EXIT_FAILURE
         say("stopped with trials left; the same command goes on")
         return EXIT_PREEMPTED
-    if counts.failed:
-        first = next(trial for trial in status.trials if trial.outcome == "failed")
+    if counts["failed"]:
+        first = next(trial for trial in results.trials if trial.outcome == "failed")
         say(
-            f"error: {counts.failed} trial(s) failed, e.g. trial {first.number}: {first.reason}; when the cause is "
+            f"error: {counts['failed']} trial(s) failed, e.g. trial {first.number}: {first.reason}; when the cause is "
             "gone, run again with --retry_failed"
         )
         return EXIT_FAILURE
@@ -201,16 +201,16 @@ class StudyProgress:
         from megadit.search.wording import duration_text
 
         status = status_of(self._store, self._workers)
-        now, done = time.monotonic(), status.counts.done
+        counts, now = status.results.counts, time.monotonic()
         self._next = now + max(_SHOW_S, _SHARE * (now - begin))
-        text = counts_text(status.counts) + (f"; best {best_text(status.best)}" if status.best else "")
+        text = counts_text(counts) + (f"; best {best_text(status.best)}" if status.best else "")
         text += f"; about {duration_text(status.eta_s)} left" if status.eta_s is not None else ""
         if not self._bar.disable:
-            self._bar.n = done
+            self._bar.n = counts["done"]
             with contextlib.suppress(OSError, ValueError):  # the terminal is gone
                 self._bar.set_postfix_str(text)
-        elif done != self._done or now - self._printed > _LINE_S:
-            self._done, self._printed = done, now
+        elif counts["done"] != self._done or now - self._printed > _LINE_S:
+            self._done, self._printed = counts["done"], now
             say(text)
 
     def close(self) -> None:

@@ -54,26 +54,24 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
-class Observation:
-    """The scores of one point in one run at one scale value; a run that scores several horizons gives several."""
+class RunningTrial:
+    """A trial that is being run: the label of its worker, and for how many seconds."""
 
+    number: int
     variant: str
-    scale: float
-    hps: dict[str, Any]
-    seed: int
-    scores: dict[str, float | None]
-    outcome: str
-    number: int = -1
+    scale: int | None
+    worker: str
+    seconds: float
 
 
 @dataclass(frozen=True)
 class ScoredPoint:
-    """One assignment of the hyperparameters at one scale value, with the observations under its seeds (``runs``)."""
+    """One assignment of the hyperparameters at one scale value, with its observations under each seed (``runs``)."""
 
     variant: str
     scale: float
     hps: dict[str, Any]
-    runs: tuple[Observation, ...]
+    runs: tuple[TrialResult, ...]
 
     @property
     def diverged(self) -> int:
@@ -107,81 +105,56 @@ class ScoredPoint:
 
 
 @dataclass(frozen=True)
-class TrialCounts:
-    """How the trials of a plan stand."""
-
-    planned: int
-    waiting: int
-    running: int
-    complete: int
-    diverged: int
-    pruned: int
-    failed: int
-
-    @property
-    def done(self) -> int:
-        """Trials that have ended, in whatever way."""
-        return self.complete + self.diverged + self.pruned + self.failed
-
-    @property
-    def ended_well(self) -> int:
-        """Trials that have ended and did not fail."""
-        return self.done - self.failed
-
-
-@dataclass(frozen=True)
 class StudyResults:
-    """A study with its finished trials and how many runs are planned, running and waiting."""
+    """A study at one moment: its finished trials and those that are being run, of how many that are planned."""
 
     study: Study
     trials: tuple[TrialResult, ...]
     planned: int
-    running: int
-    waiting: int
+    running: tuple[RunningTrial, ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether every planned run has ended, in whatever way."""
-        return len(self.trials) >= self.planned and not self.running and not self.waiting
+        return len(self.trials) >= self.planned
 
     @property
-    def counts(self) -> TrialCounts:
-        """The number of trials in each state."""
+    def counts(self) -> dict[str, int]:
+        """How many trials are planned, waiting, running, of each outcome, and done: ended, in whatever way."""
+        done, running = len(self.trials), len(self.running)
         ended = Counter(trial.outcome for trial in self.trials)
-        return TrialCounts(self.planned, self.waiting, self.running, *(ended[outcome] for outcome in OUTCOMES))
+        present = {"planned": self.planned, "waiting": self.planned - running - done, "running": running}
+        return present | {outcome: ended[outcome] for outcome in OUTCOMES} | {"done": done}
 
-    def observations(self, variant: str | None = None) -> list[Observation]:
-        """One per finished trial, or per trial and horizon; of ``variant`` alone when it is named.
+    def observations(self, variant: str | None = None) -> list[TrialResult]:
+        """One per finished trial, or per trial and horizon, with its scores there; of ``variant`` alone when named.
 
-        In a study without scale, ``scale`` is the base's width.
+        Each has a scale: its horizon, or the base's width in a study without scale.
         """
         trials = [trial for trial in self.trials if variant in (None, trial.variant)]
         return [observation for trial in trials for observation in self._observations_of(trial)]
 
     def points(self) -> list[ScoredPoint]:
         """All observations pooled over seeds, in the order of variants, scale values and first trials."""
-        groups: dict[tuple[str, float, str], list[Observation]] = {}
+        groups: dict[tuple[str, float, str], list[TrialResult]] = {}
         for run in sorted(self.observations(), key=lambda run: run.number):
-            groups.setdefault((run.variant, run.scale, repr(sorted(run.hps.items()))), []).append(run)
-        points = [ScoredPoint(runs[0].variant, runs[0].scale, runs[0].hps, tuple(runs)) for runs in groups.values()]
+            groups.setdefault((run.variant, float(run.scale or 0), repr(sorted(run.hps.items()))), []).append(run)
+        points = [ScoredPoint(variant, scale, runs[0].hps, tuple(runs)) for (variant, scale, _), runs in groups.items()]
         order = {variant: index for index, variant in enumerate(self.study.variants)}
         return sorted(points, key=lambda point: (order.get(point.variant, len(order)), point.scale))
 
-    def _observations_of(self, trial: TrialResult) -> list[Observation]:
-        scale = float(self.study.base.model.width if trial.scale is None else trial.scale)
-        at_end = Observation(trial.variant, scale, trial.hps, trial.seed, trial.scores, trial.outcome, trial.number)
-        earlier = [
-            replace(at_end, scale=float(horizon), **_at_horizon(trial, horizon)) for horizon in self.study.horizons[:-1]
-        ]
-        return [*earlier, at_end]
+    def _observations_of(self, trial: TrialResult) -> list[TrialResult]:
+        at_end = replace(trial, scale=float(self.study.base.model.width if trial.scale is None else trial.scale))
+        return [*(_at_horizon(trial, horizon) for horizon in self.study.horizons[:-1]), at_end]
 
 
-def _at_horizon(trial: TrialResult, horizon: int) -> dict[str, Any]:
-    """Scores and outcome at a horizon before the end.
+def _at_horizon(trial: TrialResult, horizon: int) -> TrialResult:
+    """The trial as it stood at a horizon before the end.
 
     A run that diverged later was fine when it passed; one that came back later had diverged there.
     """
     scores = trial.horizons.get(horizon, {})
     passed = bool(scores) and all(score is not None for score in scores.values())
     late = DIVERGED if trial.outcome == COMPLETE else trial.outcome
-    return {"scores": scores or dict.fromkeys(trial.scores), "outcome": COMPLETE if passed else late}
+    outcome = COMPLETE if passed else late
+    return replace(trial, scale=float(horizon), scores=scores or dict.fromkeys(trial.scores), outcome=outcome)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import FAILED, TrialCounts, TrialResult
+from megadit.search.results import DIVERGED, FAILED, PRUNED, StudyResults, TrialResult
 from megadit.search.selection import SelectedPoint, select
-from megadit.search.storage.records import RunningTrial
 from megadit.search.storage.store import StudyStore
 from megadit.search.study.plan import PlannedTrial
 from megadit.search.study.study import Cell, Study
@@ -26,60 +25,54 @@ _SHOWN_TRIALS = 30
 class Status:
     """A study at one moment; ``eta_s`` (seconds left) is None before the first trial has ended."""
 
-    study: Study
-    counts: TrialCounts
-    running: tuple[RunningTrial, ...]
-    trials: tuple[TrialResult, ...]
+    results: StudyResults
     best: SelectedPoint | None
     eta_s: float | None
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
+        study, trials = self.results.study, self.results.trials
         return {
-            "study": self.study.spec.name,
-            "study_dir": str(self.study.folder),
-            "counts": asdict(self.counts) | {"done": self.counts.done},
-            "complete": self.counts.done >= self.counts.planned,
+            "study": study.spec.name,
+            "study_dir": str(study.folder),
+            "counts": self.results.counts,
+            "complete": self.results.complete,
             "running": [
-                {**asdict(entry), "seconds": round(entry.seconds, 1), "step": step_of(self.study, entry.number)}
-                for entry in self.running
+                {**asdict(entry), "seconds": round(entry.seconds, 1), "step": step_of(study, entry.number)}
+                for entry in self.results.running
             ],
             "best": None if self.best is None else asdict(self.best),
             "eta_s": None if self.eta_s is None else round(self.eta_s),
-            "trials": [asdict(trial) for trial in self.trials],
+            "trials": [asdict(trial) for trial in trials],
         }
 
 
 def status_of(store: StudyStore, workers: int | None = None) -> Status:
     """The present status; only reads. ``workers`` (default: as many as run now) share what is left."""
-    snapshot = store.snapshot()
-    results, running = snapshot.results, snapshot.running
+    results = store.results()
     try:
         best = select(results)
     except UserError:  # no point has finished well yet
         best = None
-    left = seconds_left(store.study, store.planned, results.trials, running)
-    eta_s = None if left is None else left / max(1, workers or len(running))
-    return Status(store.study, results.counts, running, results.trials, best, eta_s)
+    left = seconds_left(store.planned, results)
+    return Status(results, best, None if left is None else left / max(1, workers or len(results.running)))
 
 
-def seconds_left(
-    study: Study, planned: Sequence[PlannedTrial], trials: Sequence[TrialResult], running: Sequence[RunningTrial]
-) -> float | None:
+def seconds_left(planned: Sequence[PlannedTrial], results: StudyResults) -> float | None:
     """Worker-seconds of what has not ended: a cell's mean so far, else in proportion to its FLOPs; None at first."""
     durations: defaultdict[tuple[str, Any], list[float]] = defaultdict(list)
-    for trial in trials:
+    for trial in results.trials:
         if trial.steps:
             durations[trial.variant, trial.scale].append(trial.seconds)
     if not durations:
         return None
-    flops = {(cell.variant, cell.scale): _flops(study, cell) for cell in study.cells}
+    flops = {(cell.variant, cell.scale): _flops(results.study, cell) for cell in results.study.cells}
     spent_flops = sum(flops[cell] * len(seconds) for cell, seconds in durations.items())
     rate = sum(map(sum, durations.values())) / spent_flops
     each = {cell: fmean(durations[cell]) if cell in durations else rate * work for cell, work in flops.items()}
     left: Counter[tuple[str, Any]] = Counter((trial.cell.variant, trial.cell.scale) for trial in planned)
-    left.subtract((trial.variant, trial.scale) for trial in trials)
-    spent = sum(min(trial.seconds, each[trial.variant, trial.scale]) for trial in running)
+    left.subtract((trial.variant, trial.scale) for trial in results.trials)
+    spent = sum(min(trial.seconds, each[trial.variant, trial.scale]) for trial in results.running)
     return max(0.0, sum(seconds * left[cell] for cell, seconds in each.items()) - spent)
 
 
@@ -100,12 +93,11 @@ def step_of(study: Study, number: int) -> int | None:
     return int(rows[-1]["step"]) if rows else None
 
 
-def counts_text(counts: TrialCounts) -> str:
+def counts_text(counts: Mapping[str, int]) -> str:
     """E.g. ``12 of 30 done (1 diverged, 2 failed), 2 running, 16 waiting``."""
-    others = {"diverged": counts.diverged, "pruned": counts.pruned, "failed": counts.failed}
-    listed = ", ".join(f"{count} {outcome}" for outcome, count in others.items() if count)
-    done = f"{counts.done} of {counts.planned} done" + (f" ({listed})" if listed else "")
-    return f"{done}, {counts.running} running, {counts.waiting} waiting"
+    listed = ", ".join(f"{counts[outcome]} {outcome}" for outcome in (DIVERGED, PRUNED, FAILED) if counts[outcome])
+    done = f"{counts['done']} of {counts['planned']} done" + (f" ({listed})" if listed else "")
+    return f"{done}, {counts['running']} running, {counts['waiting']} waiting"
 
 
 def best_text(best: SelectedPoint) -> str:
@@ -116,19 +108,20 @@ def best_text(best: SelectedPoint) -> str:
 
 def format_status(status: Status) -> str:
     """For people: counts, the running trials, a table of the latest ended ones, the best point."""
-    study, counts, latest = status.study, status.counts, status.trials[-_SHOWN_TRIALS:]
-    lines = [f"study {study.spec.name} in {study.folder}", f"  {counts_text(counts)}"]
-    if status.eta_s is not None and counts.done < counts.planned:
+    results, study = status.results, status.results.study
+    latest = results.trials[-_SHOWN_TRIALS:]
+    lines = [f"study {study.spec.name} in {study.folder}", f"  {counts_text(results.counts)}"]
+    if status.eta_s is not None and not results.complete:
         lines[-1] += f"; about {duration_text(status.eta_s)} left"
-    for trial in status.running:
+    for trial in results.running:
         step = step_of(study, trial.number)
         at = "before its first logged step" if step is None else f"step {step}"
         lines.append(f"  running: trial {trial.number} on {trial.worker} for {duration_text(trial.seconds)}, {at}")
     names = [score.name for score in study.spec.scores]
     header = ["trial", "variant", "scale", "point", "seed", "outcome", *names, "steps", "s"]
     lines += ["", aligned(header, [_row(trial, names) for trial in latest], left=6)]
-    if len(status.trials) > len(latest):
-        lines.append(f"(the last {len(latest)} of {len(status.trials)}; all of them with --json, or in the report)")
+    if len(results.trials) > len(latest):
+        lines.append(f"(the last {len(latest)} of {len(results.trials)}; all of them with --json, or in the report)")
     lines += [f"trial {trial.number}: {trial.reason}" for trial in latest if trial.outcome == FAILED]
     if status.best is not None:
         lines += ["", f"best ({status.best.rule}): {best_text(status.best)}"]

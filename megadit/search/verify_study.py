@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megadit.errors import UserError, did_you_mean
-from megadit.search.results import COMPLETE, DIVERGED, Observation, StudyResults
+from megadit.search.results import COMPLETE, DIVERGED, StudyResults, TrialResult
 from megadit.search.study.spec import ScoreSpec
 from megadit.transfer.ties import lowest, nearest
 from megadit.transfer.verdict import Limits, RunScore, TransferVerdict, judge
@@ -94,7 +94,7 @@ def _one_of(option: str, value: str | None, names: Sequence[str]) -> str:
     return value
 
 
-def _run_scores(observations: Sequence[Observation], key: str, score: ScoreSpec, name: str) -> list[RunScore]:
+def _run_scores(observations: Sequence[TrialResult], key: str, score: ScoreSpec, name: str) -> list[RunScore]:
     """One sample per run; with further keys, of each value's best combination with the others."""
     groups: dict[tuple[float, float], dict[str, list[RunScore]]] = {}
     for run in observations:
@@ -107,6 +107,7 @@ def _run_scores(observations: Sequence[Observation], key: str, score: ScoreSpec,
                 f"study {name}: trial {run.number} has no value of {score.name}; choose another --score, or run it "
                 "again"
             )
+        assert run.scale is not None, "observations have a scale"
         number = math.nan if run.outcome == DIVERGED or measured is None else float(measured)
         others = repr(sorted((other, value) for other, value in run.hps.items() if other != key))
         sample = RunScore(float(run.scale), math.log2(value), run.seed, number)

@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 
 from helpers.studies.handwritten import a_study, a_trial
-from megadit.search.results import StudyResults
+from megadit.search.results import RunningTrial, StudyResults
 
 STEPS = {"scale": {"key": "train.steps", "values": [100, 200]}}
 LAST = {"scores": [{"name": "loss", "kind": "train_loss", "last": 50}]}
 
 
-def results(study, *trials, planned: int | None = None, **counts: int) -> StudyResults:
-    counts = {"running": 0, "waiting": 0} | counts
-    return StudyResults(study, tuple(trials), len(trials) if planned is None else planned, **counts)
+def results(study, *trials, planned: int | None = None, running: tuple[RunningTrial, ...] = ()) -> StudyResults:
+    return StudyResults(study, trials, len(trials) if planned is None else planned, running)
 
 
 def test_one_observation_per_trial_and_only_of_the_variant_asked():
@@ -62,8 +61,12 @@ def test_a_failed_run_has_no_horizons():
 def test_complete_means_that_every_planned_run_has_ended():
     study, one = a_study(), a_trial(0, 0.5)
     assert results(study, one).complete
-    assert not results(study, one, planned=2, waiting=1).complete
-    assert not results(study, one, planned=2, running=1).complete
+    assert not results(study, one, planned=2).complete
+    running = results(study, one, planned=3, running=(RunningTrial(1, "", None, "host", 2.0),))
+    assert not running.complete
+    assert running.counts == {
+        "planned": 3, "waiting": 1, "running": 1, "complete": 1, "diverged": 0, "pruned": 0, "failed": 0, "done": 1,
+    }  # fmt: skip
 
 
 def test_points_pool_the_seeds_of_one_assignment_in_one_cell():

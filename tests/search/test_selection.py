@@ -15,7 +15,7 @@ TWO = [{"name": "loss", "kind": "train_loss", "last": 50}, {"name": "val", "kind
 
 
 def results(trials: list[TrialResult], **keys: Any) -> StudyResults:
-    return StudyResults(a_study(**keys), tuple(trials), len(trials), 0, 0)
+    return StudyResults(a_study(**keys), tuple(trials), len(trials))
 
 
 def runs(losses: dict[float, list[float | None]], **others: Any) -> list[TrialResult]:

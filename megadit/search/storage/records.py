@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
-from megadit.search.results import StudyResults, TrialResult
+from megadit.search.results import TrialResult
 from megadit.search.storage.identity import WorkerId
 from megadit.search.study.plan import PlannedTrial
 
@@ -126,22 +126,3 @@ def lost_attempts(attempts: Sequence[TrialAttempt]) -> int:
         elif attempt.lost is not None and not attempt.uncounted:
             count += 1
     return count
-
-
-@dataclass(frozen=True)
-class RunningTrial:
-    """A trial that is being run: the label of its worker, and for how many seconds."""
-
-    number: int
-    variant: str
-    scale: int | None
-    worker: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class StudySnapshot:
-    """A study's trials at one moment: what has ended, and what runs, by number."""
-
-    results: StudyResults
-    running: tuple[RunningTrial, ...]

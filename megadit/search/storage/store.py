@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megadit.errors import UserError
-from megadit.search.results import DIVERGED, FAILED, PRUNED, StudyResults, TrialCounts, TrialResult
+from megadit.search.results import DIVERGED, FAILED, PRUNED, RunningTrial, StudyResults, TrialResult
 from megadit.search.storage.cells import open_cell, suggest_by_tpe
 from megadit.search.storage.identity import Heartbeats, WorkerId
 from megadit.search.storage.locking import FILES, damage_as_user_error, open_storage, study_lock
-from megadit.search.storage.records import EnqueuedTrial, RunningTrial, StudySnapshot, TrialAttempt, lost_attempts
+from megadit.search.storage.records import EnqueuedTrial, TrialAttempt, lost_attempts
 from megadit.search.study.plan import PlannedTrial, plan_trials
 from megadit.search.study.study import Study, check_against_frozen, load_study, make_folder, save_study
 
@@ -144,7 +144,7 @@ class StudyStore:
                 self._enqueue_missing()
             return numbers
 
-    def snapshot(self) -> StudySnapshot:
+    def results(self) -> StudyResults:
         """How every trial stands, from one reading of the storage; writes nothing."""
         attempts = self._last_attempts()
         ended = tuple(attempt.result for attempt in attempts if attempt.result is not None)
@@ -153,12 +153,7 @@ class StudyStore:
             for a in attempts
             if a.is_running
         )
-        waiting = len(self._plan) - len(running) - len(ended)  # a trial between two attempts counts as waiting
-        return StudySnapshot(StudyResults(self.study, ended, len(self._plan), len(running), waiting), running)
-
-    def counts(self) -> TrialCounts:
-        """How many trials stand how; only reads."""
-        return self.snapshot().results.counts
+        return StudyResults(self.study, ended, len(self._plan), running)
 
     # What follows is called with the lock held, or only reads.
 
@@ -276,4 +271,4 @@ def _refuse_missing(study: Study) -> None:
 
 def load_results(source: str | Path) -> StudyResults:
     """The results in the study directory (or of the study) ``source``; only reads. Raises UserError for none."""
-    return open_readonly(load_study(source)).snapshot().results
+    return open_readonly(load_study(source)).results()

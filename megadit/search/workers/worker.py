@@ -142,8 +142,7 @@ class Worker:
             claim = self._store.claim(self._id)
             if claim is not None:
                 return None, claim
-            counts = self._store.counts()
-            if counts.done >= counts.planned:
+            if self._store.results().complete:
                 _log(f"no trial is left; the study, for launch/sweep.py report: {folder}")
                 return EXIT_OK, None
             self._began = time.monotonic() + _POLL_S  # waiting for others is no trial's overhead

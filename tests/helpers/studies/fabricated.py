@@ -71,7 +71,7 @@ def fabricate(study: Study, loss: Loss, keep: Callable[[PlannedTrial], bool] = l
     """All planned trials finished with every score at ``loss``; those that ``keep`` refuses still wait."""
     planned = plan_trials(study)
     done = tuple(_finished(study, trial, loss) for trial in planned if keep(trial))
-    return StudyResults(study, done, len(planned), 0, len(planned) - len(done))
+    return StudyResults(study, done, len(planned))
 
 
 @cache

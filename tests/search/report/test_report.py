@@ -127,6 +127,14 @@ def test_a_search_over_several_keys_shows_importance_slices_and_lines(tmp_path):
     assert all(f'id="slices-{mark}"' in figures[1].svg for mark in tooltips), "the page finds each mark by its id"
 
 
+def test_a_search_with_too_few_points_for_importance_says_so(tmp_path):
+    study = make_study(tmp_path, space=THREE, scale=None, sampler="random", trials=10, seeds=[0])
+    report = compose(fabricate(study, three_keys))
+    for form in ("html", "md"):
+        assert "Importance is not estimated from 10 finished points" in report.render(form)
+    assert [figure.name for figure in report.drawn] == ["slices", "parallel"]
+
+
 def test_horizons_are_shown_as_scales_of_one_run(tmp_path):
     study = make_study(
         tmp_path,

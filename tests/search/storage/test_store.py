@@ -30,8 +30,8 @@ def in_process(action, *args):
 
 
 def states(store):
-    counts = store.counts()
-    return counts.waiting, counts.running, counts.done
+    counts = store.results().counts
+    return counts["waiting"], counts["running"], counts["done"]
 
 
 def take_all(folder, log):
@@ -74,7 +74,7 @@ def test_a_dead_workers_trial_goes_back_and_is_given_up_in_the_end(tmp_path, kin
         assert states(store) == (0, 1, 0)
         assert store.reclaim_stale() == [0]
         assert states(store) == ((1, 0, 0) if attempt == 1 else (0, 0, 1))
-    (trial,) = store.snapshot().results.trials
+    (trial,) = store.results().trials
     assert (trial.outcome, trial.attempts, trial.hps) == ("failed", 2, {"optim.lr": 0.5})
     assert trial.reason == "lost 2 times, the last time: its worker died"
     assert store.claim(this_worker()) is None
@@ -82,7 +82,7 @@ def test_a_dead_workers_trial_goes_back_and_is_given_up_in_the_end(tmp_path, kin
     claim = again.claim(this_worker())
     assert (claim.number, claim.attempt) == (0, 1)
     assert again.finish(claim, result_for(claim), this_worker())
-    assert again.snapshot().results.trials[0].outcome == "complete"
+    assert again.results().trials[0].outcome == "complete"
 
 
 def test_a_killed_worker_that_its_parent_has_not_noticed_is_dead(tmp_path):
@@ -90,7 +90,7 @@ def test_a_killed_worker_that_its_parent_has_not_noticed_is_dead(tmp_path):
     store = StudyStore.create_or_open(study)
     process = in_process(claim_and_die, study.folder)
     end = time.monotonic() + 60
-    while store.counts().running == 0 or store.reclaim_stale() == []:  # a zombie until joined
+    while store.results().running == () or store.reclaim_stale() == []:  # a zombie until joined
         assert time.monotonic() < end
         time.sleep(0.05)
     process.join()
@@ -133,7 +133,7 @@ def test_a_trial_given_back_counts_as_an_attempt_only_when_it_failed(tmp_path):
         assert (following.number, following.attempt) == (0, attempt)
         store.release(following, me, "interrupted", counts=False)
     store.release(store.claim(me), me, "OutOfMemory", counts=True)
-    assert store.snapshot().results.trials[0].reason == "lost 2 times, the last time: OutOfMemory"
+    assert store.results().trials[0].reason == "lost 2 times, the last time: OutOfMemory"
 
 
 def test_what_died_between_storing_and_telling_has_ended(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_what_died_between_storing_and_telling_has_ended(tmp_path, monkeypatch):
         patch.setattr(store, "_set_final_state", lambda *_: None)
         store.finish(claim, result_for(claim, 0.25), me)
     assert store.claim(me).number == 1
-    assert store.snapshot().results.trials[0].scores == {"loss": 0.25}
+    assert store.results().trials[0].scores == {"loss": 0.25}
 
 
 @KINDS
@@ -157,7 +157,7 @@ def test_a_grown_plan_keeps_numbers_and_results(tmp_path, kind):
     )
     store = StudyStore.create_or_open(grown)
     assert states(store) == (7, 0, 1)
-    (trial,) = store.snapshot().results.trials
+    (trial,) = store.results().trials
     assert (trial.number, trial.hps, trial.scores) == (0, {"optim.lr": 0.001}, {"loss": 0.5})
     numbers = []
     while (claim := store.claim(me)) is not None:
@@ -178,8 +178,8 @@ def test_reading_writes_nothing(tmp_path, kind):
 
     before = files()
     results = load_results(study.folder)
-    assert (results.planned, results.running, results.waiting) == (3, 1, 2) and not results.complete
-    assert open_readonly(study).snapshot().running[0].number == claim.number
+    assert (results.planned, len(results.running), results.counts["waiting"]) == (3, 1, 2) and not results.complete
+    assert open_readonly(study).results().running[0].number == claim.number
     assert files() == before
 
 

@@ -38,7 +38,7 @@ def test_the_median_rule_ends_what_is_worse_than_the_median(tmp_path, loss, prun
     assert not store.report(claim, 2, loss), "before `after` nothing is judged"
     assert store.report(claim, 4, loss) == pruned
     assert store.finish(claim, result_for(claim, None, "pruned"), me)
-    assert store.counts().pruned == 1 and store.claim(me).number == 6
+    assert store.results().counts["pruned"] == 1 and store.claim(me).number == 6
 
 
 def test_the_halving_rule_keeps_the_better_half(tmp_path):

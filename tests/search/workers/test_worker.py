@@ -217,7 +217,7 @@ def test_the_flag_ends_a_worker_at_once_or_after_its_trial(tmp_path):
     StudyStore.create_or_open(study)
     (study.folder / STOP).write_text("after\n")
     assert forked(work, study) == 85
-    assert load_results(study.folder).waiting == 3
+    assert load_results(study.folder).counts["waiting"] == 3
     (study.folder / STOP).write_text(f"{NOW}\n")
     assert forked(work, study) == 85
     (study.folder / STOP).unlink()
@@ -256,7 +256,7 @@ def test_a_worker_that_lost_its_trial_drops_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StudyStore, "owns", owns)
     assert forked(work, study) == 0
-    assert [(t.number, t.outcome, t.attempts) for t in store.snapshot().results.trials] == [
+    assert [(t.number, t.outcome, t.attempts) for t in store.results().trials] == [
         (0, "complete", 2), (1, "complete", 1), (2, "complete", 1),
     ]  # fmt: skip
 
