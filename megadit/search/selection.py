@@ -87,14 +87,9 @@ def _conservative(candidates: Sequence[ScoredPoint], score: ScoreSpec, scores: S
     least = _loss(best, score)
     error = (best.spread(score.name) or 0.0) / math.sqrt(len(best.runs))
     near = [point for point in candidates if at_most(_loss(point, score), least + error, least)]
-    first = [_number(point.hps[next(iter(best.hps))]) for point in near]
-    smallest = [point for point, value in zip(near, first, strict=True) if value <= min(first)]
-    return _best(smallest, score, scores)
-
-
-def _number(value: Any) -> float:
-    """A hyperparameter as a number; nan for what is none."""
-    return float(value) if isinstance(value, int | float) else math.nan
+    key = next(iter(best.hps))  # numeric: another is refused with the study
+    smallest = min(point.hps[key] for point in near)
+    return _best([point for point in near if point.hps[key] == smallest], score, scores)
 
 
 _RULES: dict[str, Rule] = {"best": _best, "mean_rank": _mean_rank, "conservative": _conservative}

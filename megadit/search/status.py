@@ -13,7 +13,7 @@ from megadit.search.results import DIVERGED, FAILED, PRUNED, StudyResults, Trial
 from megadit.search.selection import SelectedPoint, select
 from megadit.search.storage.store import StudyStore
 from megadit.search.study.plan import PlannedTrial
-from megadit.search.study.study import Cell, Study
+from megadit.search.study.study import Study
 from megadit.search.wording import duration_text, point_text
 from megadit.tables import aligned
 from megadit.train.run_dir import read_rows
@@ -60,13 +60,17 @@ def status_of(store: StudyStore, workers: int | None = None) -> Status:
 
 def seconds_left(planned: Sequence[PlannedTrial], results: StudyResults) -> float | None:
     """Worker-seconds of what has not ended: a cell's mean so far, else in proportion to its FLOPs; None at first."""
+    from megadit.plan import training_flops
+
     durations: defaultdict[tuple[str, Any], list[float]] = defaultdict(list)
     for trial in results.trials:
         if trial.steps:
             durations[trial.variant, trial.scale].append(trial.seconds)
     if not durations:
         return None
-    flops = {(cell.variant, cell.scale): _flops(results.study, cell) for cell in results.study.cells}
+    configs = {(cell.variant, cell.scale): results.study.first_run(cell) for cell in results.study.cells}
+    # of one step where the length is not given in steps
+    flops = {cell: training_flops(config, config.train.steps or 1) for cell, config in configs.items()}
     spent_flops = sum(flops[cell] * len(seconds) for cell, seconds in durations.items())
     rate = sum(map(sum, durations.values())) / spent_flops
     each = {cell: fmean(durations[cell]) if cell in durations else rate * work for cell, work in flops.items()}
@@ -74,14 +78,6 @@ def seconds_left(planned: Sequence[PlannedTrial], results: StudyResults) -> floa
     left.subtract((trial.variant, trial.scale) for trial in results.trials)
     spent = sum(min(trial.seconds, each[trial.variant, trial.scale]) for trial in results.running)
     return max(0.0, sum(seconds * left[cell] for cell, seconds in each.items()) - spent)
-
-
-def _flops(study: Study, cell: Cell) -> float:
-    """FLOPs of one run of the cell; of one step of it where its length is not given in steps."""
-    from megadit.plan import training_flops
-
-    config = study.first_run(cell)
-    return training_flops(config, config.train.steps or 1)
 
 
 def step_of(study: Study, number: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megadit.files.yaml_text import dump_yaml
 from megadit.search.report import plots, tables
 from megadit.search.report.data import ReportData, analyse, subject
 from megadit.search.report.plots import Figure
-from megadit.search.report.rendering import Badge, render
+from megadit.search.report.rendering import render
 from megadit.search.results import StudyResults
 from megadit.search.storage.store import load_results
 
@@ -55,13 +56,11 @@ def write_results(results: StudyResults) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """The content of a report. By anchor of a section: its heading, its figures, and why it has none."""
+    """The content of a report. By anchor of a section: its heading, and what is drawn in it."""
 
     data: ReportData
-    badges: list[Badge]
     sections: dict[str, str]
     figures: dict[str, list[Figure]]
-    no_figures: dict[str, str]
 
     @property
     def drawn(self) -> list[Figure]:
@@ -71,14 +70,11 @@ class StudyReport:
     def render(self, form: str) -> str:
         """The report as html or md."""
         study = self.data.results.study
-        keys = study.spec.model_dump(mode="json", exclude={"base"}, exclude_defaults=True)
         values = {
             **vars(self),
-            "title": f"Study {study.spec.name}",
-            "question": study.spec.description,
             "tables": tables,
             "subject": subject,
-            "study_keys": dump_yaml(keys),
+            "study_keys": dump_yaml(study.spec.model_dump(mode="json", exclude={"base"}, exclude_defaults=True)),
             "folder": shlex.quote(display(study.folder)),
             "footer": f"Written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by megadit {__version__}.",
         }
@@ -86,7 +82,7 @@ class StudyReport:
 
 
 def compose(results: StudyResults) -> StudyReport:
-    """The report's content: which sections it has, their figures and the badges above them."""
+    """The report's content: which sections it has, and their figures."""
     spec, data = results.study.spec, analyse(results)
     ended, several = bool(results.trials), len(data.keys) > 1
     side = ", variants side by side" if len(results.study.variants) > 1 else ""
@@ -103,25 +99,19 @@ def compose(results: StudyResults) -> StudyReport:
         "cost": ("Cost", True),
         "study": (f"Study {spec.name}", True),
     }
-    drawn = ("curves", "importance", "slices")
-    sections = {
-        anchor: heading for anchor, (heading, shown) in headings.items() if shown and (ended or anchor not in drawn)
+    drawings: dict[str, Callable[[], list[Figure | None]]] = {
+        "curves": lambda: [plots.curve_figure(data, key) for key in data.keys],
+        "importance": lambda: [plots.importance_figure(data)],
+        "slices": lambda: [
+            draw(data, variant) for variant in data.variants for draw in (plots.slice_figure, plots.parallel_figure)
+        ],
     }
-    figures: dict[str, list[Figure | None]] = {}
-    no_figures = dict.fromkeys(drawn, f"No trial has a value of {data.score} yet, so there is nothing to draw.")
+    sections = {
+        anchor: heading for anchor, (heading, shown) in headings.items() if shown and (ended or anchor not in drawings)
+    }
     with plots.figure_style():
-        if "curves" in sections:
-            figures["curves"] = [plots.curve_figure(data, key) for key in data.keys]
-        if "slices" in sections:
-            importance = plots.importance_figure(data)
-            if isinstance(importance, str):
-                no_figures["importance"] = importance
-            else:
-                figures["importance"] = [importance]
-            both = (plots.slice_figure, plots.parallel_figure)
-            figures["slices"] = [draw(data, variant) for variant in data.variants for draw in both]
-    present = {anchor: [figure for figure in group if figure] for anchor, group in figures.items()}
-    return StudyReport(data, tables.badges(data), sections, present, no_figures)
+        figures = {anchor: list(filter(None, draw())) for anchor, draw in drawings.items() if anchor in sections}
+    return StudyReport(data, sections, figures)
 
 
 def _write_plots(folder: Path, figures: list[Figure]) -> None:
@@ -130,7 +120,6 @@ def _write_plots(folder: Path, figures: list[Figure]) -> None:
     for figure in figures:
         with atomic_write(folder / f"{figure.name}.png") as temporary:
             figure.save(temporary, dpi=130, format="png")
-    current = {f"{figure.name}.png" for figure in figures}
-    for old in folder.glob("*.png"):
-        if old.name not in current and old.name.startswith(("curves-", "slices", "parallel", "importance")):
+    for old in {*folder.glob("*.png")} - {folder / f"{figure.name}.png" for figure in figures}:
+        if old.name.startswith(("curves-", "slices", "parallel", "importance")):
             old.unlink(missing_ok=True)

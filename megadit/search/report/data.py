@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
+
+import numpy as np
 
 from megadit.errors import UserError
+from megadit.search.report.importance import Importance, measure_importance
 from megadit.search.results import ScoredPoint, StudyResults
 from megadit.search.selection import SelectedPoint, select
 from megadit.search.verify_study import proxy_of, verify_study
@@ -97,8 +99,14 @@ class ReportData:
     def ranked(self, points: Sequence[ScoredPoint]) -> list[ScoredPoint]:
         """Those with a mean score, the best first."""
         scored = [point for point in points if point.mean(self.score) is not None]
-        positions = ranks([self.sign * mean for mean in self.means(scored)])
-        return [point for _, point in sorted(zip(positions, scored, strict=True), key=itemgetter(0))]
+        order = np.argsort(ranks([self.sign * mean for mean in self.means(scored)]), kind="stable")
+        return [scored[index] for index in order]
+
+    @cached_property
+    def importance(self) -> Importance | str:
+        """How much each key decides about the score at the proxy, or a sentence that says why that is not known."""
+        points = self.of(self.judged, self.proxy)
+        return measure_importance([(point.hps, point.mean(self.score)) for point in points], self.sign > 0)
 
     def tooltip(self, point: ScoredPoint) -> str:
         """A point in a few lines: variant and scale, values, scores, trials."""

@@ -73,7 +73,7 @@ def _fanova(points: Sequence[Mapping[str, Any]], names: Sequence[str], score_ran
     rng = np.random.default_rng(0)
     distributions = {name: _distribution([hps[name] for hps in points]) for name in names}
     distributions[_CONTROL] = optuna.distributions.FloatDistribution(0.0, 1.0)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study()
     for hps, rank in zip(points, score_ranks, strict=True):
         params = {name: hps[name] for name in names} | {_CONTROL: float(rng.random())}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=float(rank)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,23 +17,23 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from megadit.files.text import plain_label
 from megadit.search.report.data import ReportData
-from megadit.search.report.importance import measure_importance, spans_decades
+from megadit.search.report.importance import spans_decades
 from megadit.search.results import ScoredPoint
 from megadit.search.wording import counted, hps_text, number_text, value_text
 
 INK, SOFT = "#1c2430", "#566173"
 DIVERGED = "#b3261e"
 CHOSEN = "#d97706"
-_STYLE = {
+_STYLE: Any = {
     "axes.axisbelow": True, "axes.edgecolor": SOFT, "axes.grid": True, "axes.labelsize": 9, "axes.spines.right": False,
     "axes.spines.top": False, "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlesize": 10,
     "axes.titleweight": "bold", "figure.constrained_layout.use": True, "grid.color": "#dde2ea", "grid.linewidth": 0.7,
-    "legend.fontsize": 8, "legend.frameon": False, "svg.fonttype": "none", "xtick.color": SOFT, "xtick.labelsize": 8,
-    "ytick.color": SOFT, "ytick.labelsize": 8,
+    "legend.fontsize": 8, "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "megadit",
+    "xtick.color": SOFT, "xtick.labelsize": 8, "ytick.color": SOFT, "ytick.labelsize": 8,
 }  # fmt: skip
 _MARKERS = "os^DvPX*"
 _MAX_TICKS = 9
@@ -40,19 +41,18 @@ _ACROSS = 4  # panels in a row
 _PIXELS_PER_INCH = 108
 
 
-def figure_style(**more: Any) -> contextlib.AbstractContextManager[None]:
-    """The style of a report's figures, to draw and to save them in; ``more`` by matplotlib's own names."""
+def figure_style() -> contextlib.AbstractContextManager[None]:
+    """The style of a report's figures, to draw and to save them in."""
     import matplotlib
 
-    style: Any = _STYLE | more
-    return matplotlib.rc_context(style)
+    return matplotlib.rc_context(_STYLE)
 
 
 @dataclass(frozen=True)
 class Figure:
     """A matplotlib figure, its file name without suffix, its text for those who cannot see it, and its caption.
 
-    ``tooltips`` maps the gid of a drawn mark to the words shown when it is pointed at (in HTML only).
+    ``tooltips`` maps the gid of a drawn mark to its title, which a browser shows when it is pointed at.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Figure:
 
     def save(self, target: Any, **options: Any) -> None:
         """Write it as matplotlib's ``savefig`` does, in the style of all; the same figure gives the same bytes."""
-        with figure_style(**{"svg.hashsalt": self.name}):
+        with figure_style():
             self.canvas.savefig(target, **options)
 
     @property
@@ -77,7 +77,11 @@ class Figure:
         buffer = io.StringIO()
         self.save(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         _, element, content = buffer.getvalue().partition("<svg")  # without the XML declaration
-        return Markup(element + re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", content))
+        content = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", content)
+        mark = rf'<g id="{re.escape(self.name)}-(mark\d+)">'
+        return Markup(
+            element + re.sub(mark, lambda group: f"{group[0]}<title>{escape(self.tooltips[group[1]])}</title>", content)
+        )
 
 
 def new_canvas(width: float, height: float) -> Any:
@@ -174,8 +178,8 @@ class FigureBuilder:
         self.limits = score_limits(data.means(points), data.sign > 0)
         self.worst = self.limits[1] if data.sign > 0 else self.limits[0]
         colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.82, max(len(data.scales), 2)))
-        self.colours = dict(zip(data.scales, map(tuple, colours), strict=False))
-        self.markers = {scale: _MARKERS[index % len(_MARKERS)] for index, scale in enumerate(data.scales)}
+        looks = zip(data.scales, map(tuple, colours), itertools.cycle(_MARKERS), strict=False)
+        self.looks: dict[float, Any] = {scale: {"color": colour, "marker": marker} for scale, colour, marker in looks}
 
     def plot(self, panel: Any, xs: Sequence[float], ys: Sequence[float], tooltip: str, **look: Any) -> None:
         """One mark or polyline; ``tooltip`` is shown when it is pointed at."""
@@ -190,14 +194,14 @@ class FigureBuilder:
         """
         low, high = self.limits
         mean = point.mean(self.data.score)
-        look = {"color": self.colours[point.scale], "clip_on": False, "linestyle": "none"} | look
+        look = self.looks[point.scale] | {"clip_on": False, "linestyle": "none"} | look
         if mean is None:
             y = self.worst - self.data.sign * 0.045 * (high - low) * (self.data.scales.index(point.scale) + 0.5)
             look |= {"marker": "x", "markersize": 7, "markeredgewidth": 2.2, "zorder": 5}
         else:
             y = min(max(mean, low), high)
             edge = "white" if y == mean else DIVERGED
-            look = {"marker": self.markers[point.scale], "markersize": 6, "markeredgecolor": edge, "zorder": 4} | look
+            look = {"markersize": 6, "markeredgecolor": edge, "zorder": 4} | look
         self.plot(panel, [x], [y], self.data.tooltip(point), **look)
 
     def figure(self, name: str, alt: str, caption: str, variant: str = "") -> Figure:
@@ -219,8 +223,8 @@ def curve_figure(data: ReportData, key: str) -> Figure | None:
     if not data.means(points):
         return None
     axis = axis_of(data, key, points)
-    judged = {variant: verdict for (variant, of), verdict in data.verdicts.items() if of == key}
-    optima = {v: [scale for scale in verdict.scales if scale.optimum] for v, verdict in judged.items()}
+    judged = {variant: verdict.scales for (variant, of), verdict in data.verdicts.items() if of == key}
+    optima = {variant: [scale for scale in scales if scale.optimum] for variant, scales in judged.items()}
     below = any(optima.values()) and axis.kind == "log"
     width = 4.2 + 4.6 * (len(variants) - 1) + (1.2 if data.scale_word else 0)
     builder = FigureBuilder(data, points, width, 5.4 if below else 3.9)
@@ -267,7 +271,7 @@ def _draw_curve(builder: FigureBuilder, panel: Any, axis: ValueAxis, curve: Sequ
     points = sorted(((axis.at(point.hps[axis.key]), point) for point in curve), key=lambda placed: placed[0])
     scored = [(x, point) for x, point in points if point.mean(score) is not None]
     if scored:
-        look = {"color": builder.colours[curve[0].scale]}
+        look = {"color": builder.looks[curve[0].scale]["color"]}
         if axis.kind != "listed":
             panel.plot([x for x, _ in scored], [point.mean(score) for _, point in scored], "-", linewidth=1.6, **look)
         seeds = [(x, value) for x, point in scored for value in point.scores(score)]
@@ -284,10 +288,10 @@ def _draw_optima(builder: FigureBuilder, panel: Any, located: Sequence[Any]) -> 
         at, (low, high) = each.optimum.at, each.optimum.interval
         tooltip = f"{builder.data.scale_name(each.scale)}: optimum {2.0**at:.3g} (log2 {at:.2f}), "
         tooltip += f"95 % interval of log2 {low:.2f} to {high:.2f}\n{each.why}"
-        look = {"color": builder.colours[each.scale]}
-        wide = {"linewidth": 3, "solid_capstyle": "round", "alpha": 0.55}
+        look = builder.looks[each.scale]
+        wide = {"marker": "", "linewidth": 3, "solid_capstyle": "round", "alpha": 0.55}
         builder.plot(panel, [2.0**low, 2.0**high], [each.scale] * 2, tooltip, **look | wide)
-        mark = {"marker": builder.markers[each.scale], "markersize": 7, "markeredgecolor": "white", "zorder": 4}
+        mark = {"markersize": 7, "markeredgecolor": "white", "zorder": 4}
         builder.plot(panel, [2.0**at], [each.scale], tooltip, **look | mark)
     panel.plot([2.0**s.optimum.at for s in located], [s.scale for s in located], ":", color=SOFT, linewidth=1, zorder=1)
     panel.set_yscale("log", base=2)
@@ -299,11 +303,8 @@ def _draw_optima(builder: FigureBuilder, panel: Any, located: Sequence[Any]) -> 
 def _draw_legend(builder: FigureBuilder) -> None:
     from matplotlib.lines import Line2D
 
-    scales = builder.data.scales if builder.data.scale_word else []
-    lines = [
-        Line2D([], [], color=builder.colours[s], marker=builder.markers[s], label=builder.data.scale_name(s))
-        for s in scales
-    ]
+    scales = builder.looks if builder.data.scale_word else {}
+    lines = [Line2D([], [], label=builder.data.scale_name(scale), **look) for scale, look in scales.items()]
     grey: dict[str, Any] = {"color": SOFT, "linestyle": "none"}
     lines.append(Line2D([], [], marker="*", markersize=11, label="best", **grey))
     lines.append(Line2D([], [], marker=".", alpha=0.6, label="one seed", **grey))
@@ -326,15 +327,11 @@ def _curves_alt(data: ReportData, key: str, curves: Mapping[tuple[str, float], S
     return f"{data.score} against {key}. " + "; ".join(sentences) + "."
 
 
-def importance_figure(data: ReportData) -> Figure | str:
-    """Which keys decide at the proxy: bars of the shares, and the control's as a line; bars below it are noise.
-
-    A sentence where there are too few points to tell.
-    """
-    points = data.of(data.judged, data.proxy)
-    importance = measure_importance([(point.hps, point.mean(data.score)) for point in points], data.sign > 0)
+def importance_figure(data: ReportData) -> Figure | None:
+    """Which keys decide at the proxy: bars of the shares, and the control's as a line; bars below it are noise."""
+    importance = data.importance
     if isinstance(importance, str):
-        return importance
+        return None
     control = importance.control
     canvas = new_canvas(7.2, 0.9 + 0.38 * len(importance.shares))
     panel = canvas.subplots()
@@ -402,9 +399,8 @@ def parallel_figure(data: ReportData, variant: str) -> Figure | None:
     rulers.append(_ruler(panel, len(axes)))
     rulers[-1].set_ylim(builder.limits)
     to_height = [(ruler.transScale + ruler.transLimits).transform for ruler in rulers]
-    lines: list[tuple[Any, dict[str, Any]]] = []
-    dashed = {"color": DIVERGED, "linestyle": (0, (3, 3)), "linewidth": 0.9, "alpha": 0.6}
-    lines += [(point, dashed) for point in points if point.mean(data.score) is None]
+    dashed: dict[str, Any] = {"color": DIVERGED, "linestyle": (0, (3, 3)), "linewidth": 0.9, "alpha": 0.6}
+    lines = [(point, dashed) for point in points if point.mean(data.score) is None]
     for rank in reversed(range(len(ranked))):
         part = rank / max(len(ranked) - 1, 1)
         colour = matplotlib.colormaps["viridis"](0.05 + 0.9 * part)

@@ -63,19 +63,14 @@ def render(form: str, values: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "code": Code,
-        "counted": counted,
-        "duration": duration_text,
-        "fenced": _fenced,
-        "hps": hps_text,
-        "markdown": _markdown,
-        "number": number_text,
-        "one_line": lambda text: Markup(" ".join(text.split())),
-        "share": share_text,
-        "value": value_text,
-    }
+    texts = (counted, duration_text, hps_text, number_text, share_text, value_text)
+    environment.filters |= {text.__name__: text for text in texts}
+    environment.filters |= {"code": Code, "fenced": _fenced, "markdown": _markdown, "one_line": _one_line}
     return environment.get_template("sections.j2").render(values, layout=f"report.{form}.j2")
+
+
+def _one_line(text: str) -> Markup:
+    return Markup(" ".join(text.split()))
 
 
 @pass_eval_context  # so that constants come here as well, and not through HTML's escape when a template is compiled

@@ -13,6 +13,7 @@ import numpy as np
 from megadit.search.report.data import ReportData, subject
 from megadit.search.report.rendering import Badge, Code, Number, TableCell, number
 from megadit.search.results import COMPLETE, DIVERGED, ScoredPoint, TrialResult
+from megadit.search.study.spec import ScoreSpec
 from megadit.search.wording import duration_text, hps_text, number_text, share_text, value_text
 from megadit.transfer.ties import ranks
 from megadit.transfer.verdict import TransferVerdict
@@ -150,27 +151,23 @@ def agreement(data: ReportData) -> Table:
     """Whether the scores rank the points alike."""
     scores = data.results.study.spec.scores
     cells = [data.of(variant, scale) for variant in data.variants for scale in data.scales]
-    # by cell and score, of its points: the means with the sign that makes lower better, nan where there is none
-    losses = [
-        [score.sign * np.array([point.mean(score.name) for point in cell], dtype=float) for score in scores]
-        for cell in cells
+    rows: list[TableRow] = [
+        {"": Code(score.name)} | {other.name: _agreement(cells, score, other) for other in scores} for score in scores
     ]
-    rows: list[TableRow] = []
-    for one, score in enumerate(scores):
-        row: TableRow = {"": Code(score.name)}
-        for other, against in enumerate(scores):
-            known = [r for each in losses if (r := _rank_correlation(each[one], each[other])) is not None]
-            row[against.name] = number(float(np.mean(known)) if known else None, "+.2f")
-        rows.append(row)
     caption = "Spearman's rank correlation of the scores over points, signs turned so that +1 means that both prefer "
     return Table(rows, caption + "the same points" + ("; mean over variants and scales." if len(cells) > 1 else "."))
 
 
-def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Spearman's, of the points that have both scores; None where they are few or one score does not vary."""
-    both = np.isfinite(one) & np.isfinite(other)
-    x, y = ranks(one[both]), ranks(other[both])
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) >= _FEW and x.std() > 0 and y.std() > 0 else None
+def _agreement(cells: Sequence[Sequence[ScoredPoint]], *pair: ScoreSpec) -> TableCell:
+    """Spearman's, of the points that have both scores; no number where they are few or one score does not vary."""
+    known = []
+    for cell in cells:
+        losses = [score.sign * np.array([point.mean(score.name) for point in cell], dtype=float) for score in pair]
+        both = np.isfinite(losses).all(axis=0)
+        x, y = (ranks(loss[both]) for loss in losses)
+        if len(x) >= _FEW and x.std() > 0 and y.std() > 0:
+            known.append(np.corrcoef(x, y)[0, 1])
+    return number(float(np.mean(known)) if known else None, "+.2f")
 
 
 def failures(data: ReportData, trials: Sequence[TrialResult], caption: str) -> Table:

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.studies.fabricated import BASE, fabricate, make_study, valley
 from megadit.errors import UserError
-from megadit.search.report import compose, write_report, write_results
+from megadit.search.report import compose, tables, write_report, write_results
 from megadit.search.results import FAILED, PRUNED
 
 BOTH = {"mup": {"model.parametrization": "mup"}, "sp": {"model.parametrization": "sp", "model.base_width": None}}
@@ -124,7 +124,8 @@ def test_a_search_over_several_keys_shows_importance_slices_and_lines(tmp_path):
     tooltips = figures[1].tooltips
     assert any("optim.clip.value = " in text and "trials " in text for text in tooltips.values())
     assert any("diverged (1 of 1 runs)" in text for text in tooltips.values())
-    assert all(f'id="slices-{mark}"' in figures[1].svg for mark in tooltips), "the page finds each mark by its id"
+    for mark, text in tooltips.items():
+        assert f'<g id="slices-{mark}"><title>{text}</title>' in figures[1].svg
 
 
 def test_a_search_with_too_few_points_for_importance_says_so(tmp_path):
@@ -247,7 +248,7 @@ def test_a_grid_over_two_keys_has_a_verdict_and_a_figure_for_each(tmp_path):
         return None if base is None else base + 0.03 * math.log2(trial.hps["model.output_mult"] / 2) ** 2
 
     report = compose(fabricate(study, loss))
-    texts = [badge.text for badge in report.badges]
+    texts = [badge.text for badge in tables.badges(report.data)]
     assert sorted(texts) == ["complete", "model.output_mult: transfers", "optim.lr: transfers"]
     figures = [figure.name for figure in report.drawn]
     assert set(figures[:2]) == {"curves-optim.lr", "curves-model.output_mult"}
