@@ -95,7 +95,10 @@ def _region_spans(shape: Sequence[int], region: Region) -> list[tuple[int, int]]
 
 
 class PendingSpans:
-    """The spans of a tensor to fill that are still to be read; they shrink, so that nothing is read twice."""
+    """The spans of a tensor to fill that are still to be read; they shrink, so that nothing is read twice.
+
+    ``spans`` must be sorted by ``first``, as ``contiguous_spans`` returns them.
+    """
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self._spans = list(spans)
@@ -106,7 +109,10 @@ class PendingSpans:
         return sum(span.length for span in self._spans)
 
     def take(self, stored: Sequence[Span]) -> list[Copy]:
-        """What a stored range has of the pending spans, ordered by ``source``; it is pending no longer."""
+        """What a stored range has of the pending spans, ordered by ``source``; it is pending no longer.
+
+        ``stored`` must be sorted by ``first``, too: both are walked once, side by side.
+        """
         copies, pending, i = [], [], 0
         for span in self._spans:
             first, end = span.first, span.first + span.length

@@ -47,7 +47,7 @@ def test_the_last_ones_are_kept(tmp_path):
 def test_going_on_from_an_earlier_step_keeps_what_it_saves(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, keep_last=3)
-    save(tmp_path, 15)  # resumed from 10; 20 and 30 are of the course that was left
+    save(tmp_path, 15)  # resumed from 10; 20 and 30 belong to the abandoned branch
     assert steps_in(tmp_path) == [10, 15]
     assert find_checkpoint(tmp_path).name == "step-00000015"
     save(tmp_path, 15)

@@ -304,7 +304,7 @@ def test_sigterm_is_answered_with_a_checkpoint(tmp_path):
 
 @pytest.mark.distributed
 def test_a_run_that_was_taken_back_goes_on_from_there_again(copy):
-    """Killed before it saved anew, it must not return to the course that it left: its metrics were cut."""
+    """Killed before it saved anew, it must not return to the abandoned branch: its metrics were cut."""
     folder, config = copy
     two = folder / "checkpoints/step-00000002"
 

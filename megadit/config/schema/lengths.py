@@ -21,7 +21,7 @@ def length_schema(least: int, *, null: bool = False) -> dict[str, Any]:
 
 
 def steps_of(length: int | str, total: int) -> int:
-    """``length`` in optimizer steps of a run of ``total``; a share is rounded down."""
+    """``length`` in optimizer steps of a run of ``total``; a share is rounded down, so up to 100% always fits."""
     if isinstance(length, int):
         return length
     return int(Fraction(length.removesuffix("%")) * total / 100)

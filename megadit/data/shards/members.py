@@ -80,7 +80,10 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_text(data: bytes, where: str) -> str:
-    """A ``.txt`` member. Raises UserError that names ``where`` if it is no text, or not the one that is meant."""
+    """A ``.txt`` member without the white space at its ends: UTF-8, or UTF-16 with its byte order mark.
+
+    Raises UserError that names ``where`` if it is no text, or a git-LFS pointer or web page instead of the file.
+    """
     return decode_text(data, f"data.path: {where}", f", and {_REMEDY}").strip()
 
 

@@ -1,15 +1,17 @@
 """What megadit needs of DeepSpeed's internals, a class per ZeRO stage. Written against DeepSpeed 0.19.
 
-======================  ==========================================  ==========================================
-                        stage 1, 2 (one buffer per group)           stage 3 (one buffer per sub group)
-======================  ==========================================  ==========================================
-float32 masters         ``single_partition_of_fp32_groups[g]``      ``fp32_partitioned_groups_flat[s]``
-of a rank               a range of the group's concatenation        an equal share of every parameter
-norm per role           ``get_grad_norm_direct``, with the state    ``_get_norm_groups``
-                        on the CPU ``complete_grad_norm_...``
-clipping per role       ``unscale_and_clip_grads``                  ``unscale_and_clip_grads``
-skipped update          ``step``                                    ``step``
-======================  ==========================================  ==========================================
+=================  =========================  ====================================  =================================
+                   stage 0 (no buffers)       stage 1, 2 (one buffer per group)     stage 3 (one buffer per sub group)
+=================  =========================  ====================================  =================================
+float32 masters    the parameters             ``single_partition_of_fp32_groups``   ``fp32_partitioned_groups_flat``
+of a rank          all                        a range of the group's concatenation  an equal share of each parameter
+norm per role      in ``before_step``         ``get_grad_norm_direct``, on the CPU  ``_get_norm_groups``
+                                              ``complete_grad_norm_...``
+clipping, global   ``clip_fp32_gradients``    DeepSpeed's                           DeepSpeed's
+clipping per role  in place, ``before_step``  ``unscale_and_clip_grads``            ``unscale_and_clip_grads``
+skipped update     ``step`` of the            ``step``                              ``step``
+                   torch optimizer
+=================  =========================  ====================================  =================================
 
 DeepSpeed computes the norm of each buffer on the way to the global one, reduced over the ranks, so the norms by role
 cost nothing: they are recorded as they pass. With a threshold per role each buffer is unscaled and clipped by
@@ -57,7 +59,7 @@ class ZeroStage(ABC):
     def __init__(self, engine: Any, plan: ClipPlan) -> None:
         self.engine, self.plan, self.zero = engine, plan, engine.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer if self.sharded else self.zero
-        self.original: Any = SimpleNamespace()  # DeepSpeed's methods that are replaced
+        self.deepspeed_methods = SimpleNamespace()  # those that are replaced
         on_cpu = any(getattr(self.zero, name, False) for name in ("cpu_offload", "offload_optimizer"))
         self.guard = UpdateGuard(engine, self.optimizer, on_cpu=on_cpu, deepspeed_reports=self.sharded)
         self.norms = RoleNorms(plan, self.guard)
@@ -65,7 +67,7 @@ class ZeroStage(ABC):
 
     def _replace(self, target: Any, *names: str) -> None:
         for name in names:
-            setattr(self.original, name, getattr(target, name))
+            setattr(self.deepspeed_methods, name, getattr(target, name))
             setattr(target, name, getattr(self, name))
 
     @abstractmethod
@@ -102,13 +104,14 @@ class ZeroStage0(ZeroStage):
     def patch(self) -> None:
         """As ``ZeroStage.patch``."""
         if self.guard.decided_by == "host":
+            # Nothing may wrap the replaced step: torch's LRScheduler would rebind its ``__func__`` to the optimizer.
             self._replace(self.optimizer, "step")
         if self.engine.gradient_clipping() > 0:
             self._replace(self.engine, "clip_fp32_gradients")
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer's, unless a gradient is not finite."""
-        return None if self.guard.found_inf else self.original.step(*args, **kwargs)
+        return None if self.guard.found_inf else self.deepspeed_methods.step(*args, **kwargs)
 
     def clip_fp32_gradients(self) -> None:
         """DeepSpeed's, whose norm ``guard`` is given."""
@@ -188,7 +191,7 @@ class ShardedStage(ZeroStage):
         is_invalid_grad_norm = module.is_invalid_grad_norm
         module.is_invalid_grad_norm = lambda _norm: False
         try:
-            return self.original.step(*args, **kwargs)
+            return self.deepspeed_methods.step(*args, **kwargs)
         finally:
             module.is_invalid_grad_norm = is_invalid_grad_norm
 
@@ -203,7 +206,7 @@ class ShardedStage(ZeroStage):
         limit = self.plan.limits.get(role)
         global_limit, self.zero.clip_grad = self.zero.clip_grad, 0.0 if limit is None else limit
         try:
-            self.original.unscale_and_clip_grads(buffer, norm if limit is None else self.norms.of(role))
+            self.deepspeed_methods.unscale_and_clip_grads(buffer, norm if limit is None else self.norms.of(role))
         finally:
             self.zero.clip_grad = global_limit
 
@@ -227,18 +230,18 @@ class ZeroStage12(ShardedStage):
     def scaled_global_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """DeepSpeed's; the norms of the groups, taken on the way, become those of the roles."""
         self._group_norms.clear()
-        norm: Tensor = self.original.scaled_global_norm(*args, **kwargs)
+        norm: Tensor = self.deepspeed_methods.scaled_global_norm(*args, **kwargs)
         self.norms.record_buffers(self._group_norms, self.plan.roles, float(self.zero.loss_scale))
         return norm
 
     def get_grad_norm_direct(self, *args: Any, **kwargs: Any) -> Tensor:
         """DeepSpeed's, recorded."""
-        self._group_norms.append(self.original.get_grad_norm_direct(*args, **kwargs))
+        self._group_norms.append(self.deepspeed_methods.get_grad_norm_direct(*args, **kwargs))
         return self._group_norms[-1]
 
     def complete_grad_norm_calculation_for_cpu_offload(self, *args: Any, **kwargs: Any) -> Tensor:
         """DeepSpeed's, recorded."""
-        self._group_norms.append(self.original.complete_grad_norm_calculation_for_cpu_offload(*args, **kwargs))
+        self._group_norms.append(self.deepspeed_methods.complete_grad_norm_calculation_for_cpu_offload(*args, **kwargs))
         return self._group_norms[-1]
 
     def role_of_buffer(self, buffer: list[Tensor]) -> Role:
@@ -279,7 +282,7 @@ class ZeroStage3(ShardedStage):
         self._replace(self.zero, "_get_norm_groups")
 
     def _get_norm_groups(self) -> list[Tensor]:
-        norms: list[Tensor] = self.original._get_norm_groups()
+        norms: list[Tensor] = self.deepspeed_methods._get_norm_groups()
         self.norms.record_buffers(norms, self._sub_group_roles, float(self.zero.loss_scale))
         return norms
 

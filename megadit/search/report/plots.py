@@ -215,7 +215,7 @@ def curve_figure(data: ReportData, key: str) -> Figure | None:
     """Score against ``key``, best over the other searched keys: a panel per variant, a curve per scale value.
 
     Below the curves, where a verdict located the optimum of each scale, the optimum against scale: its slope is the
-    drift.
+    drift. None if no point has a score.
     """
     variants = data.variants
     curves = {(v, s): _best_by_value(data, data.of(v, s), key) for v in variants for s in data.scales}
@@ -353,7 +353,7 @@ def importance_figure(data: ReportData) -> Figure | None:
 
 
 def slice_figure(data: ReportData, variant: str) -> Figure | None:
-    """Score against each searched key in turn, every point in each panel."""
+    """Score against each searched key in turn, every point in each panel; None if no point has a score."""
     points = data.of(variant)
     known = len(data.means(points))
     if not known:
@@ -384,7 +384,10 @@ def slice_figure(data: ReportData, variant: str) -> Figure | None:
 
 
 def parallel_figure(data: ReportData, variant: str) -> Figure | None:
-    """A line per point at the proxy over all searched keys and the score; coloured by rank."""
+    """A line per point at the proxy over all searched keys and the score, coloured by rank.
+
+    None if no point at the proxy has a score.
+    """
     import matplotlib
 
     points = data.of(variant, data.proxy)
