@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megadit.errors import UserError, did_you_mean
 from megadit.search.results import COMPLETE, DIVERGED, StudyResults, TrialResult
@@ -69,18 +68,17 @@ def verify_study(
         raise UserError(f"study {name}: no trial at the proxy, {scale.key} {proxy:g}, has ended well; run it again")
     labels = {"study": name, "variant": variant, "scale": scale.key, "hp": key, "score": judged.name}
     verdict = judge(runs, lower_is_better=judged.lower_is_better, proxy=at, limits=limits, labels=labels)
-    reasons = list(verdict.reasons)
     if others := ", ".join(other for other in study.space.keys if other != key):
-        reasons.append(f"each value of {key} is taken at the best of {others}")
+        verdict.reasons += (f"each value of {key} is taken at the best of {others}",)
     if left_out := len(observations) - len(counted):
-        reasons.append(f"{left_out} runs that failed or were pruned are left out")
-    best = nearest({float(run.hps[key]) for run in counted}, verdict.best_log2)
-    return replace(verdict, best=best, reasons=tuple(reasons))
+        verdict.reasons += (f"{left_out} runs that failed or were pruned are left out",)
+    verdict.best = nearest({float(run.hps[key]) for run in counted}, verdict.best_log2)
+    return verdict
 
 
 def proxy_of(results: StudyResults, verdict: TransferVerdict | None) -> int | None:
     """The scale at which to choose: the verdict's proxy where the study's own smallest scale is an exception to it."""
-    if verdict is None or verdict.verdict != "transfers" or verdict.proxy is None:
+    if verdict is None or verdict.verdict != "transfers":
         return results.study.proxy_scale
     return int(verdict.proxy)
 

@@ -18,10 +18,12 @@ from megadit.transfer.estimate import (
     MIN_POINTS,
     GridPoint,
     Optimum,
+    RunScore,
     ScaleCurve,
     estimate_noise,
     locate_optima,
     percentile_interval,
+    scale_curves,
 )
 from megadit.transfer.ties import SAME_HP, at_most, difference
 
@@ -56,14 +58,11 @@ class Evidence:
     """
 
     def __init__(
-        self,
-        curves: Mapping[float, ScaleCurve | None],
-        lower_is_better: bool,
-        limits: Limits,
-        labels: Mapping[str, str],
+        self, runs: Sequence[RunScore], lower_is_better: bool, limits: Limits, labels: Mapping[str, str]
     ) -> None:
-        present = [curve for curve in curves.values() if curve is not None]
-        self.curves, self.lower_is_better, self.limits, self.labels = curves, lower_is_better, limits, labels
+        self.lower_is_better, self.limits, self.labels = lower_is_better, limits, labels
+        self.curves = scale_curves(runs, lower_is_better)
+        present = [curve for curve in self.curves.values() if curve is not None]
         self.sign, self.noise = 1.0 if lower_is_better else -1.0, estimate_noise(present)
         self.allowance = limits.allowance * self.noise.t_inflation(limits.allowance)
         self.optima = {o.curve.scale: o for o in locate_optima(present, self.noise, self.allowance)}
@@ -206,6 +205,7 @@ class DriftComparison:
     def __init__(self, evidence: Evidence, scales: Sequence[float], flat_basin: Sequence[float] = ()) -> None:
         self.drift: float | None = None
         self.interval: tuple[float, float] | None = None
+        self.within = False
         optima = [evidence.optima[scale] for scale in scales if scale in evidence.optima]
         if len(optima) < 2:
             return

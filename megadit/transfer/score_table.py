@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,9 @@ def verify_table(
     name = columns.scale.removeprefix("log2_")
     labels = {"table": str(path), "scale": name, "hp": columns.hp, "score": columns.score}
     verdict = judge(runs, lower_is_better=lower, proxy=proxy, limits=limits, labels=labels)
-    if _exponents(columns.hp):
-        return replace(verdict, best=verdict.best_log2)
-    values = {_log2_or_value(row, columns.hp, line) for line, row in rows}
-    return replace(verdict, best=nearest(values, verdict.best_log2))
+    values = {_log2_or_value(row, columns.hp, line) for line, row in rows if not _exponents(columns.hp)}
+    verdict.best = nearest(values, verdict.best_log2) if values else verdict.best_log2
+    return verdict
 
 
 def _read(path: Path, columns: Columns) -> list[tuple[int, dict[str, str]]]:
@@ -140,6 +139,8 @@ def _number(row: Mapping[str, str], column: str, line: int) -> float:
 def _log2_or_value(row: Mapping[str, str], column: str, line: int) -> float:
     """The cell as it is; positive unless the column holds exponents."""
     value = _number(row, column, line)
+    if _exponents(column) and abs(value) > 1000:
+        raise UserError(f"--table: {column} in line {line} is {value:g}, but 2 to that power is no number; correct it")
     if value <= 0 and not _exponents(column):
         raise UserError(
             f"--table: {column} in line {line} is {value:g}, and only positive values have a log2; if the column holds "

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from megadit.files.json_text import null_nonfinite
-from megadit.transfer.estimate import RunScore, scale_curves
+from megadit.transfer.estimate import RunScore
 from megadit.transfer.evidence import DRIFT_RULES, DriftComparison, Evidence, Limits, ScaleVerdict, Status, decide
 
 __all__ = ["Limits", "RunScore", "ScaleVerdict", "TransferVerdict", "judge", "worst"]
@@ -33,28 +33,36 @@ _ANSWERS: Mapping[Status, Answer] = MappingProxyType(
 _ORDER: tuple[Answer, ...] = get_args(Answer)
 
 
-@dataclass(frozen=True)
 class TransferVerdict:
-    """The answer and the numbers that made it. ``best`` and ``best_log2`` hold the value that transfers.
+    """The answer over ``scales`` and the numbers that made it, before any scale is taken for an exception.
 
-    That is the value with the lowest mean relative regret over the judged scales; where the verdict is not
-    "transfers", the proxy's own best. ``drift`` and ``regret`` leave the exceptions out.
+    ``best`` and ``best_log2`` hold the value that transfers: the one with the lowest mean relative regret over the
+    judged scales; where the verdict is not "transfers", the proxy's own best. ``drift`` and ``regret`` leave the
+    exceptions out. ``not_better``: (log2 hp, smaller scale, larger scale) where larger is not better.
     """
 
-    evidence: Evidence
-    verdict: Answer
-    reasons: tuple[str, ...]
-    scales: tuple[ScaleVerdict, ...]
-    proxy: float | None
-    best_log2: float | None
-    best: float | None
-    drift: float | None
-    drift_interval: tuple[float, float] | None
-    regret: float | None
-    regret_relative: float | None
-    wider_is_better: bool | None
-    not_better: tuple[tuple[float, float, float], ...]  # (log2 hp, smaller scale, larger scale)
-    exceptions: tuple[float, ...] = ()
+    def __init__(self, evidence: Evidence, scales: Sequence[float], proxy: float) -> None:
+        self.evidence, self.proxy = evidence, proxy
+        flat_basin = evidence.flat_basin(scales)
+        self.scales = tuple(ScaleVerdict(evidence, scale, proxy, flat_basin) for scale in scales)
+        self.exceptions: tuple[float, ...] = ()
+        findings = [(s.status, f"{evidence.name(s.scale)}: {s.why}") for s in self.scales]
+        if len(scales) < 2:
+            findings.append(("undecided", "only one scale was measured, so nothing says how the optimum moves"))
+        comparison = DriftComparison(evidence, scales, flat_basin)
+        self.drift, self.drift_interval, self.drift_within = comparison.drift, comparison.interval, comparison.within
+        if self.drift is not None:
+            findings.append(decide(DRIFT_RULES, comparison))
+        findings.sort(key=lambda finding: _ORDER.index(_ANSWERS[finding[0]]))
+        self.verdict, self.reasons = _ANSWERS[findings[0][0]], tuple(why for _, why in findings)
+        others = [s for s in self.scales if s.status != "proxy"]
+        self.regret = max((s.regret for s in others if s.regret is not None), default=None)
+        self.regret_relative = max((s.regret_relative for s in others if s.regret_relative is not None), default=None)
+        self.wider_is_better, self.not_better = evidence.larger_is_better(scales)
+        self.best_log2 = evidence.best_common(scales) if self.verdict == "transfers" else None
+        if self.best_log2 is None and proxy in evidence.optima:
+            self.best_log2 = evidence.optima[proxy].curve.best.hp
+        self.best = None if self.best_log2 is None else 2.0**self.best_log2
 
     def to_json(self) -> dict[str, Any]:
         """Plain data without NaN or infinities (they become null)."""
@@ -77,9 +85,9 @@ class TransferVerdict:
         return dict(null_nonfinite(plain | {key: value for key, value in evidence.labels.items() if value}))
 
 
-def _integer(scale: float | None) -> float | int | None:
+def _integer(scale: float) -> float | int:
     """A scale as people write it: 144, not 144.0."""
-    return int(scale) if scale is not None and float(scale).is_integer() else scale
+    return int(scale) if float(scale).is_integer() else scale
 
 
 def _scale_json(scale: ScaleVerdict, sign: float) -> dict[str, Any]:
@@ -124,65 +132,30 @@ def judge(
         limits: tolerances.
         labels: words for people: what ``scale``, ``hp`` and ``score`` are called.
     """
-    evidence = Evidence(scale_curves(runs, lower_is_better), lower_is_better, limits or Limits(), labels or {})
+    evidence = Evidence(runs, lower_is_better, limits or Limits(), labels or {})
     scales = list(evidence.curves)
     if not scales or proxy not in (None, *scales):
         raise ValueError(f"proxy {proxy} is not among the scales")
-    complete = _verdict(evidence, scales, proxy)
+    complete = TransferVerdict(evidence, scales, scales[0] if proxy is None else proxy)
     if complete.verdict == "transfers":
         return complete
     for count in range(1, (len(scales) - 1) // 2 + 1):
         left_out, remaining = scales[:count], scales[count:]
         if proxy in left_out:
             break
-        reduced = _verdict(evidence, remaining, proxy)
-        if reduced.verdict != "transfers" or reduced.drift is None or not DriftComparison(evidence, remaining).within:
+        reduced = TransferVerdict(evidence, remaining, remaining[0] if proxy is None else proxy)
+        if reduced.verdict != "transfers" or not reduced.drift_within:
             continue
-        assert reduced.proxy is not None
         compared = [ScaleVerdict(evidence, scale, reduced.proxy, exception=True) for scale in left_out]
         if any(scale.small for scale in compared):
             continue
         names = [evidence.name(scale) for scale in left_out]
         reasons = [f"transfers from {evidence.name(remaining[0])} on; exception: {', '.join(names)}"]
         reasons += [f"{name}: {scale.why}" for name, scale in zip(names, compared, strict=True)]
-        scale_verdicts, reasons = (*compared, *reduced.scales), [*reasons, *reduced.reasons]
-        return replace(reduced, scales=scale_verdicts, exceptions=tuple(left_out), reasons=tuple(reasons))
+        reduced.scales, reduced.reasons = (*compared, *reduced.scales), (*reasons, *reduced.reasons)
+        reduced.exceptions = tuple(left_out)
+        return reduced
     return complete
-
-
-def _verdict(evidence: Evidence, scales: Sequence[float], proxy: float | None) -> TransferVerdict:
-    """The verdict over these scales, exceptions not considered."""
-    proxy = scales[0] if proxy is None else proxy
-    flat_basin = evidence.flat_basin(scales)
-    compared = [ScaleVerdict(evidence, scale, proxy, flat_basin) for scale in scales]
-    findings = [(s.status, f"{evidence.name(s.scale)}: {s.why}") for s in compared]
-    if len(scales) < 2:
-        findings.append(("undecided", "only one scale was measured, so nothing says how the optimum moves"))
-    drift = DriftComparison(evidence, scales, flat_basin)
-    if drift.drift is not None:
-        findings.append(decide(DRIFT_RULES, drift))
-    findings.sort(key=lambda finding: _ORDER.index(_ANSWERS[finding[0]]))
-    answer = _ANSWERS[findings[0][0]]
-    regrets = [s for s in compared if s.regret is not None and s.status != "proxy"]
-    better, violations = evidence.larger_is_better(scales)
-    best = evidence.best_common(scales) if answer == "transfers" else None
-    if best is None and proxy in evidence.optima:
-        best = evidence.optima[proxy].curve.best.hp
-    return TransferVerdict(
-        evidence=evidence,
-        verdict=answer,
-        reasons=tuple(why for _, why in findings),
-        scales=tuple(compared),
-        proxy=proxy,
-        best_log2=best,
-        best=None if best is None else 2.0**best,
-        drift=drift.drift,
-        drift_interval=drift.interval,
-        regret=max((s.regret for s in regrets if s.regret is not None), default=None),
-        regret_relative=max((s.regret_relative for s in regrets if s.regret_relative is not None), default=None),
-        wider_is_better=better,
-        not_better=violations,
-    )
 
 
 def worst(verdicts: Sequence[TransferVerdict]) -> Answer:

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.ranks import ROOT
 from helpers.studies.loss_surfaces import surface
-from megadit.transfer.estimate import RunScore, scale_curves
+from megadit.transfer.estimate import RunScore
 from megadit.transfer.evidence import DRIFT_RULES, SCALE_RULES, DriftComparison, Evidence, Limits, Rule, ScaleVerdict
 
 TEXT = (ROOT / "docs/search.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def first_rule(rules: Sequence[Rule], comparison: ScaleVerdict | DriftComparison
 
 
 def evidence(runs: Sequence[RunScore]) -> Evidence:
-    return Evidence(scale_curves(runs, True), True, Limits(), {})
+    return Evidence(runs, True, Limits(), {})
 
 
 @pytest.mark.parametrize("condition", SCALE_CASES)

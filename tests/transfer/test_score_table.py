@@ -99,6 +99,13 @@ def test_refused(tmp_path, columns, rows, complaint):
         verify_table(write(tmp_path, rows=rows), columns, lower=True)
 
 
+@pytest.mark.parametrize("row", ["1e308,-8,0.6", "5,1e308,0.6", "5,-2000,0.6"])
+def test_exponents_beyond_floating_point_are_refused(tmp_path, row):
+    path = write(tmp_path, "log2_width,log2_lr,loss", ["5,-8,0.7", row])
+    with pytest.raises(UserError, match=r"in line 3 is .*, but 2 to that power is no number"):
+        verify_table(path, Columns("log2_width", "log2_lr", "loss"), lower=True)
+
+
 def test_no_file_and_no_table(tmp_path):
     with pytest.raises(UserError, match="no file .*absent.csv; name a CSV file"):
         verify_table(tmp_path / "absent.csv", GOOD, lower=True)
