@@ -124,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
         store.refuse_other_hosts()
         (study.folder / STOP).unlink(missing_ok=True)
         _announce(study, slots, cores)
-        with contextlib.closing(StudyProgress(store, len(slots))) as progress, WorkerPool(study, slots) as pool:
+        pool = WorkerPool(study, slots)
+        with contextlib.closing(StudyProgress(store, len(slots))) as progress:
             pool.run(lambda: sum(t.outcome != "failed" for t in store.results().trials), progress.tick)
         if pool.bad_input is not None:
             raise UserError(pool.bad_input)
@@ -190,7 +191,7 @@ class StudyProgress:
         self._done = -1
         terminal = sys.stderr is not None and sys.stderr.isatty()
         layout = "{percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
-        self._bar = tqdm(total=len(store.planned), dynamic_ncols=True, bar_format=layout, disable=not terminal)
+        self._bar = tqdm(total=len(store.plan), dynamic_ncols=True, bar_format=layout, disable=not terminal)
 
     def tick(self) -> None:
         """Show the present state, when it is time to."""

@@ -7,14 +7,17 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field, Strict
 
 from megadit.search.study.study import Study
 
 OUTCOMES = COMPLETE, DIVERGED, PRUNED, FAILED = "complete", "diverged", "pruned", "failed"
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class TrialResult:
     """A finished trial. Scores are None where they are not finite or were not measured.
 
@@ -24,12 +27,13 @@ class TrialResult:
 
     number: int
     variant: str
-    scale: int | float | None
+    scale: int | float | None = None
     hps: dict[str, Any]
     seed: int
-    outcome: str
+    outcome: Annotated[str, Field(pattern=f"^({'|'.join(OUTCOMES)})$")]
     scores: dict[str, float | None]
-    horizons: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    # JSON has texts for keys.
+    horizons: dict[Annotated[int, Strict(False)], dict[str, float | None]] = field(default_factory=dict)
     steps: int = 0
     global_batch: int = 0
     parameters: int = 0

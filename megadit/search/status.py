@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -54,11 +54,11 @@ def status_of(store: StudyStore, workers: int | None = None) -> Status:
         best = select(results)
     except UserError:  # no point has finished well yet
         best = None
-    left = seconds_left(store.planned, results)
+    left = seconds_left(store.plan.values(), results)
     return Status(results, best, None if left is None else left / max(1, workers or len(results.running)))
 
 
-def seconds_left(planned: Sequence[PlannedTrial], results: StudyResults) -> float | None:
+def seconds_left(planned: Iterable[PlannedTrial], results: StudyResults) -> float | None:
     """Worker-seconds of what has not ended: a cell's mean so far, else in proportion to its FLOPs; None at first."""
     from megadit.plan import training_flops
 
@@ -74,7 +74,7 @@ def seconds_left(planned: Sequence[PlannedTrial], results: StudyResults) -> floa
     spent_flops = sum(flops[cell] * len(seconds) for cell, seconds in durations.items())
     rate = sum(map(sum, durations.values())) / spent_flops
     each = {cell: fmean(durations[cell]) if cell in durations else rate * work for cell, work in flops.items()}
-    left: Counter[tuple[str, Any]] = Counter((trial.cell.variant, trial.cell.scale) for trial in planned)
+    left: Counter[tuple[str, Any]] = Counter((trial.variant, trial.scale) for trial in planned)
     left.subtract((trial.variant, trial.scale) for trial in results.trials)
     spent = sum(min(trial.seconds, each[trial.variant, trial.scale]) for trial in results.running)
     return max(0.0, sum(seconds * left[cell] for cell, seconds in each.items()) - spent)

@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -84,14 +84,22 @@ def preemption_signals(phase: Phase = "training") -> Iterator[StopRequest]:
     handled = [signal.SIGUSR1]
     handled += [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else []
     handled += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
-    with _exit_on_second_signal(request, frozenset(handled) - {signal.SIGUSR1}):
-        before = {number: signal.signal(number, request) for number in handled}
+    with _exit_on_second_signal(request, frozenset(handled) - {signal.SIGUSR1}), signal_handlers(handled, request):
         try:
             yield request
         finally:
             request.phase = "ending"
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def signal_handlers(numbers: Iterable[int], handler: Callable[..., None]) -> Iterator[None]:
+    """Handle signals by ``handler(number, frame)`` in the block, and as before after it."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def stop_handling_signals() -> None:

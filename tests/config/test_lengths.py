@@ -65,7 +65,7 @@ def test_a_share_gives_way_to_a_deepspeed_scheduler_as_steps_do():
 
 
 def test_a_study_searches_steps_or_lists_shares():
-    spec = {"optim.warmup_steps": DimensionSpec.model_validate({"grid": ["5%", 10]})}
+    spec = {"optim.warmup_steps": DimensionSpec.model_validate({"grid": ("5%", 10)})}
     assert build_space(spec).grid() == [{"optim.warmup_steps": "5%"}, {"optim.warmup_steps": 10}]
-    ranged = {"optim.warmup_steps": DimensionSpec.model_validate({"uniform": [1, 9]})}
+    ranged = {"optim.warmup_steps": DimensionSpec.model_validate({"uniform": (1, 9)})}
     assert {type(point["optim.warmup_steps"]) for point in build_space(ranged).random(5, 0)} == {int}

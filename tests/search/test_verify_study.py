@@ -42,7 +42,7 @@ def test_a_study_that_does_not(widths):
 def test_the_first_variant_is_judged_unless_another_is_named(tmp_path):
     study = make_study(tmp_path, variants=VARIANTS)
     loss = {"mup": valley(), "sp": valley(drift=-1.0)}
-    results = fabricate(study, lambda trial, scale: loss[trial.cell.variant](trial, scale))
+    results = fabricate(study, lambda trial, scale: loss[trial.variant](trial, scale))
     assert verify_study(results).verdict == "transfers"
     assert verify_study(results, variant="sp").verdict == "does not transfer"
     with pytest.raises(UserError, match="--variant: the study has no spp; did you mean sp?"):

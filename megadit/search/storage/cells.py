@@ -49,15 +49,4 @@ def suggest_by_tpe(study: Study, cell: Any, storage: Any, trial_id: int) -> dict
     trial = optuna.trial.Trial(
         optuna.load_study(study_name=cell.study_name, storage=storage, sampler=sampler), trial_id
     )
-    params = {key: _suggest(trial, key, distribution) for key, distribution in study.space.distributions().items()}
-    return study.space.from_optuna(params)
-
-
-def _suggest(trial: Any, key: str, distribution: Any) -> Any:
-    """One value by the public call for its kind of distribution."""
-    from optuna.distributions import CategoricalDistribution, IntDistribution
-
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(key, distribution.choices)
-    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return suggest(key, distribution.low, distribution.high, log=distribution.log)
+    return {dimension.key: dimension.suggest(trial) for dimension in study.space.dimensions}

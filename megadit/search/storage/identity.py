@@ -86,11 +86,9 @@ class Heartbeats:
         """Whether the worker has ended: by its process on this host, else by the age of its heartbeat."""
         if worker.is_here:
             return not worker.is_running
-        try:
-            age_s = self._now() - self._file(worker).stat().st_mtime
-        except OSError:
-            age_s = float("inf")
-        return age_s > stale_after_s
+        with contextlib.suppress(OSError):
+            return self._now() - self._file(worker).stat().st_mtime > stale_after_s
+        return True
 
     def living(self, stale_after_s: float) -> list[WorkerId]:
         """The workers that have a file and are not dead."""

@@ -73,13 +73,10 @@ def _drop_torn_line(journal: Path) -> None:
         return
     with open(journal, "rb+") as file:
         size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return
-        file.seek(size - 1)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(max(0, size - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @contextlib.contextmanager
@@ -126,23 +123,15 @@ def open_storage(folder: Path, kind: str, *, read_only: bool = False) -> Any:
             lock = JournalFileOpenLock(str(file), grace_period=_BROKEN_AFTER_S)
             return JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
         # By a function and not by SQLAlchemy's URL, which would read the ?, # and % of a folder's name as its own.
-        connect = functools.partial(_connect, file.resolve(), "ro" if read_only else "rwc")
+        uri = f"file:{quote(os.fsencode(file.resolve()))}?mode={'ro' if read_only else 'rwc'}"
+        connect = functools.partial(sqlite3.connect, uri, uri=True, timeout=_BUSY_S, check_same_thread=False)
         return get_storage(RDBStorage(f"sqlite:///{FILES['sqlite']}", engine_kwargs={"creator": connect}))
 
 
-def _connect(file: Path, mode: str) -> sqlite3.Connection:
-    """A connection to the SQLite database ``file``, whatever characters its name has; ``mode``: ro or rwc."""
-    path = quote(os.fsencode(file))
-    return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, timeout=_BUSY_S, check_same_thread=False)
-
-
 def _first_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"{type(error).__name__}: {line[:_ERROR_CHARS]}"
-        if type(error).__module__ == "builtins"
-        else line[:_ERROR_CHARS]
-    )
+    kind = type(error)
+    line = (str(error).splitlines() or [kind.__name__])[0][:_ERROR_CHARS]
+    return f"{kind.__name__}: {line}" if kind.__module__ == "builtins" else line
 
 
 def quiet_optuna() -> None:

@@ -15,7 +15,7 @@ from megadit.search.results import DIVERGED, FAILED, PRUNED, RunningTrial, Study
 from megadit.search.storage.cells import open_cell, suggest_by_tpe
 from megadit.search.storage.identity import Heartbeats, WorkerId
 from megadit.search.storage.locking import FILES, damage_as_user_error, open_storage, study_lock
-from megadit.search.storage.records import EnqueuedTrial, TrialAttempt, lost_attempts
+from megadit.search.storage.records import TrialAttempt, lost_attempts
 from megadit.search.study.plan import PlannedTrial, plan_trials
 from megadit.search.study.study import Study, check_against_frozen, load_study, make_folder, save_study
 
@@ -39,7 +39,7 @@ class StudyStore:
                 optuna_study = open_cell(study, self._storage, f"{study.spec.name} {cell.label}", create)
             if optuna_study is not None:
                 self._cells[cell.variant, cell.scale] = optuna_study
-        self._plan = {trial.key: trial for trial in plan_trials(study)}
+        self.plan = {trial.key: trial for trial in plan_trials(study)}
 
     @classmethod
     def create_or_open(cls, study: Study, *, retry_failed: bool = False) -> StudyStore:
@@ -72,11 +72,6 @@ class StudyStore:
             store._enqueue_missing()  # what a process that was killed while it made the study left out
         return store
 
-    @property
-    def planned(self) -> tuple[PlannedTrial, ...]:
-        """The plan."""
-        return tuple(self._plan.values())
-
     def refuse_other_hosts(self) -> None:
         """Raises UserError when a SQLite study is being worked on from another host."""
         if self.study.spec.storage != "sqlite":
@@ -90,19 +85,15 @@ class StudyStore:
 
     def claim(self, worker: WorkerId) -> TrialAttempt | None:
         """The next waiting trial, from now on the worker's; None when none waits (others may still be running)."""
-        from optuna.trial import TrialState
-
         with self._lock():
-            if self._reclaim(idle=worker):
-                self._enqueue_missing()
+            self._reclaim(idle=worker)
             for attempt in self._last_attempts():
-                trial_id = attempt.trial_id
-                if attempt.is_waiting and self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-                    self._write(trial_id, worker=asdict(worker))
+                if attempt.state == "WAITING" and self._set_state(attempt.trial_id, "RUNNING"):
+                    self._write(attempt.trial_id, worker=asdict(worker))
                     if self.study.spec.sampler != "tpe":
                         return attempt
-                    hps = suggest_by_tpe(self.study, self._cell(attempt), self._storage, trial_id)
-                    self._write(trial_id, hps=hps)
+                    hps = suggest_by_tpe(self.study, self._cell(attempt), self._storage, attempt.trial_id)
+                    self._write(attempt.trial_id, hps=hps)
                     return replace(attempt, hps=hps)
         return None
 
@@ -139,10 +130,7 @@ class StudyStore:
     def reclaim_stale(self) -> list[int]:
         """Give the trials of dead workers back to the queue; their numbers."""
         with self._lock():
-            numbers = self._reclaim()
-            if numbers:
-                self._enqueue_missing()
-            return numbers
+            return self._reclaim()
 
     def results(self) -> StudyResults:
         """How every trial stands, from one reading of the storage; writes nothing."""
@@ -153,11 +141,11 @@ class StudyStore:
             for a in attempts
             if a.is_running
         )
-        return StudyResults(self.study, ended, len(self._plan), running)
+        return StudyResults(self.study, ended, len(self.plan), running)
 
     # What follows is called with the lock held, or only reads.
 
-    def _cell(self, trial: EnqueuedTrial) -> Any:
+    def _cell(self, trial: PlannedTrial) -> Any:
         """The optuna study of the trial's cell."""
         return self._cells[trial.variant, trial.scale]
 
@@ -167,7 +155,7 @@ class StudyStore:
         with damage_as_user_error(self._file):
             for cell in self._cells.values():
                 for trial in cell.get_trials(deepcopy=False):
-                    if trial.user_attrs.get("key") in self._plan:
+                    if trial.user_attrs.get("key") in self.plan:
                         attempts[trial.user_attrs["key"]].append(TrialAttempt.of(trial))
         return attempts
 
@@ -179,12 +167,12 @@ class StudyStore:
         """Enqueue every trial of the plan that neither waits, runs nor has ended, or fail it after its last attempt."""
         attempts_by_key = self._attempts()
         numbers = {attempts[-1].number for attempts in attempts_by_key.values()}
-        for planned in self._plan.values():
+        for planned in self.plan.values():
             attempts = attempts_by_key.get(planned.key)
             if attempts is None:
                 number = planned.number if planned.number not in numbers else max(numbers) + 1
                 numbers.add(number)
-                self._enqueue(EnqueuedTrial.of_plan(planned, number), 1, {})
+                self._enqueue(replace(planned, number=number), 1, {})
             elif attempts[-1].is_lost:
                 lost = lost_attempts(attempts)
                 if lost < self.study.spec.max_attempts:
@@ -192,7 +180,7 @@ class StudyStore:
                 else:
                     self._fail(attempts[-1], lost)
 
-    def _enqueue(self, trial: EnqueuedTrial, attempt: int, params: Mapping[str, Any]) -> None:
+    def _enqueue(self, trial: PlannedTrial, attempt: int, params: Mapping[str, Any]) -> None:
         """Enqueue an attempt; ``params``: optuna's of an attempt before it, whose point it keeps under tpe."""
         from optuna.trial import TrialState, create_trial
 
@@ -201,9 +189,7 @@ class StudyStore:
             self._cell(trial).enqueue_trial(dict(params), user_attrs=attributes)
             return
         # Ranges of the numeric dimensions, so that optuna's own tools show the planned points.
-        shown = {
-            dimension.key: dimension.distribution() for dimension in self.study.space.dimensions if dimension.numeric
-        }
+        shown = {each.key: each.distribution() for each in self.study.space.dimensions if each.numeric}
         values = {key: trial.hps[key] for key in shown}
         waiting = create_trial(state=TrialState.WAITING, params=values, distributions=shown, user_attrs=attributes)
         self._cell(trial).add_trial(waiting)
@@ -218,7 +204,7 @@ class StudyStore:
         self._cell(last).add_trial(create_trial(state=TrialState.FAIL, user_attrs=attributes))
 
     def _reclaim(self, idle: WorkerId | None = None) -> list[int]:
-        """Mark the trials of dead workers (and of ``idle``, which says that it runs none) as lost; their numbers."""
+        """Give the trials of dead workers (and of ``idle``, which says that it runs none) back; their numbers."""
         numbers = []
         for attempt in self._last_attempts():
             if attempt.state == "RUNNING" and attempt.result is not None:  # its worker died before it set the state
@@ -226,6 +212,8 @@ class StudyStore:
             elif attempt.is_running and self._is_orphaned(attempt, idle):
                 self._mark_lost(attempt.trial_id, "its worker died", counts=True)
                 numbers.append(attempt.number)
+        if numbers:
+            self._enqueue_missing()
         return numbers
 
     def _is_orphaned(self, attempt: TrialAttempt, idle: WorkerId | None) -> bool:
@@ -234,22 +222,22 @@ class StudyStore:
         return attempt.worker == idle or self.heartbeats.is_dead(attempt.worker, self.study.spec.stale_after_s)
 
     def _mark_lost(self, trial_id: int, reason: str, counts: bool) -> None:
-        from optuna.trial import TrialState
-
         self._write(trial_id, lost=reason, **({} if counts else {"uncounted": True}))
-        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        self._set_state(trial_id, "FAIL")
 
     def _set_final_state(self, trial_id: int, result: TrialResult) -> None:
         """Set optuna's state: a diverged trial is a complete one with the worst of values, so that TPE learns of it."""
+        score = self.study.spec.scores[0]
+        value = result.scores.get(score.name) if result.outcome != DIVERGED else None
+        state = {PRUNED: "PRUNED", FAILED: "FAIL"}.get(result.outcome, "COMPLETE")
+        self._set_state(trial_id, state, score.sign * math.inf if value is None else value)
+
+    def _set_state(self, trial_id: int, state: str, value: float | None = None) -> bool:
+        """Set optuna's state, and the value of a complete trial; False for a trial that was claimed meanwhile."""
         from optuna.trial import TrialState
 
-        score = self.study.spec.scores[0]
-        state, values = {PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}.get(result.outcome), None
-        if state is None:
-            value = result.scores.get(score.name)
-            state = TrialState.COMPLETE
-            values = [score.sign * math.inf if value is None or result.outcome == DIVERGED else value]
-        self._storage.set_trial_state_values(trial_id, state, values)
+        values = [value] if state == "COMPLETE" else None
+        return bool(self._storage.set_trial_state_values(trial_id, TrialState[state], values))
 
     def _write(self, trial_id: int, **attributes: Any) -> None:
         for name, value in attributes.items():

@@ -31,23 +31,22 @@ def check_extends(
     differing += [key for key in {**before, **after} if after.get(key) != before.get(key)]
     if differing:
         raise UserError(
-            f"--study_dir: '{folder}' holds another study (different: {', '.join(differing)}); {_GROWING}, so choose "
-            "another --study_dir"
+            f"--study_dir: '{folder}' holds another study (different: {', '.join(differing)}); {_GROWING}, so "
+            "choose another --study_dir"
         )
 
 
 def _grown(key: str, new: StudySpec, old: StudySpec) -> bool:
     """Whether ``key`` is the same, or has grown where it may."""
     after, before = getattr(new, key), getattr(old, key)
-    if after == before:
-        return True
+    if after == before or after is None or before is None:
+        return after == before
     if key == "seeds":
         return new.sampler != "tpe" and set(after) >= set(before)
     if key == "trials":
-        return after is not None and before is not None and after >= before
+        return after >= before
     if key == "scale":
-        same = after is not None and before is not None and after.key == before.key
-        return same and set(after.values) >= set(before.values)
+        return after.key == before.key and set(after.values) >= set(before.values)
     if key == "space":
         return list(after) == list(before) and all(_wider(after[name], before[name], new.sampler) for name in after)
     return False

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 from megadit.search.study.space import HPValues
 from megadit.search.study.study import Cell, Study
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class PlannedTrial:
     """One training run. ``key`` says which, whatever else the study holds; ``number`` is its place in the plan.
 
@@ -20,10 +22,15 @@ class PlannedTrial:
     """
 
     number: int
-    cell: Cell
-    hps: Mapping[str, Any]
-    seed: int
     key: str
+    variant: str
+    scale: int | None = None
+    hps: dict[str, Any]
+    seed: int
+
+    def attributes(self, attempt: int) -> dict[str, Any]:
+        """The user attributes with which an attempt is enqueued, in the order in which they are stored."""
+        return {field.name: getattr(self, field.name) for field in fields(PlannedTrial)} | {"attempt": attempt}
 
 
 def plan_trials(study: Study) -> list[PlannedTrial]:
@@ -37,16 +44,15 @@ def plan_trials(study: Study) -> list[PlannedTrial]:
         assert spec.trials is not None  # held by the spec
         (cell,) = study.cells
         seeds = itertools.islice(itertools.cycle(spec.seeds), spec.trials)
-        return [PlannedTrial(number, cell, {}, seed, f"tpe {number} seed {seed}") for number, seed in enumerate(seeds)]
-    by_scale: dict[int | None, list[Cell]] = {}
-    for cell in sorted(study.cells, key=lambda cell: -(cell.scale or 0)):  # stable: variants stay in their order
-        by_scale.setdefault(cell.scale, []).append(cell)
-    runs = itertools.product(spec.seeds, by_scale.values(), planned_points(study))
-    order = [(cell, hps, seed) for seed, cells, hps in runs for cell in cells]
-    return [PlannedTrial(number, *run, trial_key(*run)) for number, run in enumerate(order)]
+        return [_planned(number, cell, {}, seed, f"tpe {number} seed {seed}") for number, seed in enumerate(seeds)]
+    cells = sorted(study.cells, key=lambda cell: -(cell.scale or 0))  # stable: variants stay in their order
+    by_scale = [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.scale)]
+    runs = itertools.product(spec.seeds, by_scale, _planned_points(study))
+    order = ((cell, hps, seed) for seed, cells, hps in runs for cell in cells)
+    return [_planned(number, *run) for number, run in enumerate(order)]
 
 
-def planned_points(study: Study) -> list[HPValues]:
+def _planned_points(study: Study) -> list[HPValues]:
     """The points of the space that the study runs (grid, random and qmc), in the sampler's order."""
     spec, space = study.spec, study.space
     if spec.sampler == "grid":
@@ -55,7 +61,8 @@ def planned_points(study: Study) -> list[HPValues]:
     return (space.quasi_random if spec.sampler == "qmc" else space.random)(spec.trials, spec.sampler_seed)
 
 
-def trial_key(cell: Cell, hps: Mapping[str, Any], seed: int) -> str:
-    """What makes a run the same run: variant, scale, hyperparameters and seed, as one line of JSON."""
-    identity = {"variant": cell.variant, "scale": cell.scale, "hps": dict(hps), "seed": seed}
-    return json.dumps(identity, sort_keys=True, separators=(",", ":"))
+def _planned(number: int, cell: Cell, hps: HPValues, seed: int, key: str = "") -> PlannedTrial:
+    """A trial; its key, unless given, is what makes it the same run as another, as one line of JSON."""
+    run: dict[str, Any] = {"variant": cell.variant, "scale": cell.scale, "hps": hps, "seed": seed}
+    key = key or json.dumps(run, sort_keys=True, separators=(",", ":"))
+    return PlannedTrial(number=number, key=key, **run)

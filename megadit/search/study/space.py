@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,13 @@ class Dimension:
         kind = IntDistribution if self.integer else FloatDistribution
         return kind(min(self.values), max(self.values), log=self.kind == "log_uniform")
 
+    def suggest(self, trial: Any) -> Any:
+        """The value that an optuna trial draws; of a listed dimension it draws the position in the list."""
+        if self.listed:
+            return self.values[trial.suggest_categorical(self.key, range(len(self.values)))]
+        suggest = trial.suggest_int if self.integer else trial.suggest_float
+        return suggest(self.key, *self.values, log=self.kind == "log_uniform")
+
     def at(self, u: float) -> Any:
         """The value at the quantile ``u`` in [0, 1] of the dimension's distribution."""
         if self.listed:
@@ -88,9 +95,9 @@ class Space:
         """The dimension of the searched key ``key``."""
         return next(dimension for dimension in self.dimensions if dimension.key == key)
 
-    def at(self, quantiles: Mapping[str, float]) -> HPValues:
-        """The point at one quantile per key."""
-        return {dimension.key: dimension.at(quantiles[dimension.key]) for dimension in self.dimensions}
+    def at(self, quantiles: Iterable[float]) -> HPValues:
+        """The point at one quantile per dimension."""
+        return {dimension.key: dimension.at(u) for dimension, u in zip(self.dimensions, quantiles, strict=True)}
 
     def grid(self) -> list[HPValues]:
         """Every point, the last dimension fastest; all dimensions are listed ones."""
@@ -111,7 +118,7 @@ class Space:
 
         def draw(number: int) -> HPValues:
             # 1 - u: the generator draws from (0, 1], but quantiles of lists are from [0, 1).
-            return self.at({k: 1.0 - float(uniform(stream_key(seed, "search", k, number), ())) for k in self.keys})
+            return self.at(1.0 - float(uniform(stream_key(seed, "search", key, number), ())) for key in self.keys)
 
         return self._distinct(map(draw, itertools.count()), count)
 
@@ -120,8 +127,7 @@ class Space:
         from scipy.stats.qmc import Sobol
 
         sequence = Sobol(len(self.keys), scramble=True, seed=seed)
-        draws = (sequence.random(1)[0].tolist() for _ in itertools.count())
-        return self._distinct((self.at(dict(zip(self.keys, draw, strict=True))) for draw in draws), count)
+        return self._distinct((self.at(sequence.random(1)[0].tolist()) for _ in itertools.count()), count)
 
     def _distinct(self, points: Iterator[HPValues], count: int) -> list[HPValues]:
         """The first ``count`` different points. Raises UserError when a listed space has fewer."""
@@ -136,19 +142,6 @@ class Space:
             if len(distinct) == count:
                 return list(distinct.values())
         raise UserError(f"trials: {count} of the {size} points of the space are not found; use sampler grid")
-
-    def distributions(self) -> dict[str, Any]:
-        """One optuna distribution per key, for TPE; a listed dimension is a choice among positions in its list."""
-        from optuna.distributions import CategoricalDistribution
-
-        return {
-            d.key: CategoricalDistribution(range(len(d.values))) if d.listed else d.distribution()
-            for d in self.dimensions
-        }
-
-    def from_optuna(self, params: Mapping[str, Any]) -> HPValues:
-        """The point that values of ``distributions`` mean."""
-        return {d.key: d.values[params[d.key]] if d.listed else params[d.key] for d in self.dimensions}
 
 
 def build_space(spec: Mapping[str, DimensionSpec]) -> Space:
@@ -165,22 +158,15 @@ def _dimension(key: str, spec: DimensionSpec, fields: Mapping[str, FieldInfo]) -
     if section_of(field.annotation) is not None:
         inner = ", ".join(name for name in fields if name.rpartition(".")[0] == key)
         raise UserError(f"space.{key}: is a section; search one of {inner}")
-    if spec.kind not in LISTED:
-        if int not in kinds and float not in kinds:
+    integer = int in kinds and float not in kinds
+    values = [as_config_value(key, value) for value in spec.values]
+    if float in kinds:  # as the configuration will hold them, so that 1 and 1.0 are one value
+        values = [float(value) if type(value) is int else value for value in values]
+    elif spec.kind not in LISTED:
+        if not integer:
             raise UserError(f"space.{key}: {spec.kind} is for numbers, which {key} is not; use choice")
-        integer = float not in kinds
-        return Dimension(key, spec.kind, tuple(_bound(key, value, integer) for value in spec.values), integer)
-    values = tuple(_as_held(key, value, float in kinds) for value in spec.values)
-    return Dimension(key, spec.kind, values, int in kinds and float not in kinds)
-
-
-def _as_held(key: str, value: Any, is_float: bool) -> Any:
-    """``value`` as the configuration will hold it, so that 1 and 1.0 are one value."""
-    value = as_config_value(key, value)
-    return float(value) if is_float and type(value) is int else value
-
-
-def _bound(key: str, value: float, integer: bool) -> float | int:
-    if integer and not float(value).is_integer():
-        raise UserError(f"space.{key}: {value} is not a whole number, which {key} takes; round the bound")
-    return int(value) if integer else float(value)
+        for value in values:
+            if not float(value).is_integer():
+                raise UserError(f"space.{key}: {value} is not a whole number, which {key} takes; round the bound")
+        values = [int(value) for value in values]
+    return Dimension(key, spec.kind, tuple(values), integer)

@@ -6,7 +6,7 @@ What needs the base configuration (existing keys, allowed values) is checked by 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,29 +36,20 @@ def as_config_value(key: str, value: Any) -> Any:
     return list(coerced) if isinstance(coerced, tuple) else coerced
 
 
-def _config_changes(changes: Any) -> Any:
-    if not isinstance(changes, Mapping):
-        return changes
-    return {key: as_config_value(key, value) for key, value in changes.items()}
+def _by_key(convert: Callable[[str, Any], Any]) -> BeforeValidator:
+    """Each value of a mapping by dotted configuration keys becomes ``convert(key, value)``."""
+    return BeforeValidator(
+        lambda values: {k: convert(k, v) for k, v in values.items()} if isinstance(values, Mapping) else values
+    )
 
 
-def _config_space(space: Any) -> Any:
-    """A space with each listed value as the key of its dimension takes it."""
-    if not isinstance(space, Mapping):
-        return space
-    return {key: _listed(key, spec) if isinstance(spec, Mapping) else spec for key, spec in space.items()}
+def _config_lists(key: str, spec: Any) -> Any:
+    """A dimension with each listed value as its key takes it."""
+    lists = [kind for kind in LISTED if isinstance(spec, Mapping) and isinstance(spec.get(kind), list | tuple)]
+    return {**spec, **{kind: tuple(as_config_value(key, v) for v in spec[kind]) for kind in lists}} if lists else spec
 
 
-def _listed(key: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    lists = {kind for kind in LISTED if isinstance(spec.get(kind), list | tuple)}
-    return {k: [as_config_value(key, v) for v in values] if k in lists else values for k, values in spec.items()}
-
-
-_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Values = Annotated[tuple[Any, ...], _LIST]
-Bounds = Annotated[tuple[float, float], _LIST]
-Words = Annotated[tuple[str, ...], _LIST]
-Changes = Annotated[dict[str, Any], BeforeValidator(_config_changes)]
+Changes = Annotated[dict[str, Any], _by_key(as_config_value)]
 
 
 def _refuse_repeated(key: str, values: Sequence[Any]) -> None:
@@ -82,10 +73,10 @@ class ItemSection(Section):
 class DimensionSpec(ItemSection):
     """The values that one searched key may take, in exactly one of four ways."""
 
-    grid: Values | None = Field(None, description="these values, in this order")
-    choice: Values | None = Field(None, description="these values, which have no order")
-    uniform: Bounds | None = Field(None, description="[low, high], every value as likely")
-    log_uniform: Bounds | None = Field(None, description="[low, high], every factor as likely")
+    grid: tuple[Any, ...] | None = Field(None, description="these values, in this order")
+    choice: tuple[Any, ...] | None = Field(None, description="these values, which have no order")
+    uniform: tuple[float, float] | None = Field(None, description="[low, high], every value as likely")
+    log_uniform: tuple[float, float] | None = Field(None, description="[low, high], every factor as likely")
 
     @property
     def kind(self) -> str:
@@ -123,13 +114,11 @@ class ScaleSpec(Section):
     """What grows from the proxy to the target, and the values at which the study looks."""
 
     key: Literal["model.width", "train.global_batch", "train.steps"] = Field(description="the key that is scaled")
-    values: tuple[int, ...] = Field(min_length=1, description="its values")
+    values: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="its values")
     proxy: int | None = Field(None, description="the value whose optimum is transferred; default: the smallest")
 
     @model_validator(mode="after")
     def _consistent(self) -> ScaleSpec:
-        if min(self.values) < 1:
-            raise ValueError(f"values: {min(self.values)} is not at least 1; take it out")
         _refuse_repeated("values", self.values)
         if self.proxy is not None and self.proxy not in self.values:
             raise ValueError(f"proxy: {self.proxy} is not among the values {list(self.values)}; choose one of them")
@@ -156,7 +145,7 @@ class ScoreSpec(ItemSection):
         description="mean training loss over the last steps, fixed-noise validation loss, or what a command measures"
     )
     last: int = Field(100, ge=1, description="train_loss: over how many steps")
-    command: Words | None = Field(
+    command: tuple[str, ...] | None = Field(
         None, description="command: its words; {run_dir} is the trial's folder; it prints one JSON object"
     )
     key: str | None = Field(None, description="command: the key of its JSON object that is the score")
@@ -228,7 +217,7 @@ class StudySpec(Section):
     overrides: Changes = Field({}, description="dotted configuration keys that are the same in all trials")
     variants: dict[str, Changes] = Field({}, description="name: dotted keys; run side by side, the first judged")
     scale: ScaleSpec | None = Field(None, description="what grows from proxy to target")
-    space: Annotated[dict[str, DimensionSpec], BeforeValidator(_config_space)] = Field(
+    space: Annotated[dict[str, DimensionSpec], _by_key(_config_lists)] = Field(
         description="dotted configuration key: the values it may take"
     )
     sampler: Literal["random", "qmc", "tpe", "grid"] = Field("random", description="how points of the space are chosen")
@@ -279,11 +268,8 @@ class StudySpec(Section):
 
     def set_by(self, key: str) -> str | None:
         """Which part of the study sets the configuration key ``key`` for each run, if any does."""
-        if key in self.own_keys:
-            return self.own_keys[key]
-        if self.scale is not None and key == self.scale.key:
-            return "scale"
-        return "space" if key in self.space else None
+        scaled: dict[str, str] = {} if self.scale is None else {self.scale.key: "scale"}
+        return {**dict.fromkeys(self.space, "space"), **scaled, **self.own_keys}.get(key)
 
     def _problems(self) -> Iterator[str]:
         """What cannot be or does not fit together, each as a sentence that begins with its key."""

@@ -26,7 +26,7 @@ from megadit.config.loading.sources import (
 )
 from megadit.config.schema.reads import check_deferred
 from megadit.errors import UserError
-from megadit.files.paths import atomic_write, begins_with, check_folder
+from megadit.files.paths import atomic_write, begins_with, check_folder, refuse_unwritable
 from megadit.files.yaml_text import dump_yaml
 from megadit.nested import flatten, unflatten
 from megadit.plugins import load_plugins, plugin_changes, plugin_records, require_imported
@@ -187,10 +187,8 @@ def check_against_frozen(study: Study) -> None:
 def make_folder(folder: Path) -> None:
     """Make a study's directory. Raises UserError when it cannot be made."""
     check_folder(folder, "--study_dir")
-    try:
+    with refuse_unwritable("--study_dir", folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--study_dir: cannot make '{folder}' ({error.strerror}); choose another folder") from None
 
 
 def save_study(study: Study) -> Path:
@@ -201,11 +199,8 @@ def save_study(study: Study) -> Path:
     text = f"{_HEADER}: what its trials were run with.\n{dump_yaml(values)}"
     target = study.folder / FROZEN
     make_folder(study.folder)
-    try:
-        with atomic_write(target) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--study_dir: cannot write '{target}' ({error.strerror}); choose another folder") from None
+    with refuse_unwritable("--study_dir", target, "choose another folder"), atomic_write(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return target
 
 
@@ -216,14 +211,11 @@ def is_frozen(file: Path) -> bool:
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises UserError where a study in ``folder`` would replace files that no study wrote."""
-    if is_frozen(folder / FROZEN):
-        return
-    for name in (FROZEN, *_STUDY_FILES):
-        if (folder / name).exists():
-            raise UserError(
-                f"--study_dir: '{folder / name}' was not written by a study and would be replaced; choose "
-                "another folder"
-            )
+    occupied = next((folder / name for name in (FROZEN, *_STUDY_FILES) if (folder / name).exists()), None)
+    if occupied is not None and not is_frozen(folder / FROZEN):
+        raise UserError(
+            f"--study_dir: '{occupied}' was not written by a study and would be replaced; choose another folder"
+        )
 
 
 def find_study(source: str | Path, study_dir: str | Path | None) -> tuple[Path, Path | None]:
@@ -280,13 +272,12 @@ def _load_base(spec: StudySpec, file: Path, of_base: Mapping[str, Any]) -> RunCo
         layers = read_layers(beside if beside.is_file() else find_config(spec.base, "base"))
     else:
         layers = [ConfigLayer(unflatten(spec.base), f"{name}, base", is_frozen(file))]
-    layers.append(ConfigLayer(unflatten(spec.overrides), f"{name}, overrides"))
     sizes = {"train.steps": spec.proxy.steps, "train.global_batch": spec.proxy.batch}
-    layers.append(
-        ConfigLayer(unflatten({key: size for key, size in sizes.items() if size is not None}), f"{name}, proxy")
-    )
-    if spec.scale is not None:  # a base whose length is what is scaled needs none of its own
-        layers.append(ConfigLayer(unflatten({spec.scale.key: spec.scale.proxy_value}), f"{name}, scale"))
+    proxy = {key: size for key, size in sizes.items() if size is not None}
+    # A base whose length is what is scaled needs none of its own.
+    scale: dict[str, Any] = {} if spec.scale is None else {spec.scale.key: spec.scale.proxy_value}
+    parts: dict[str, Mapping[str, Any]] = {"overrides": spec.overrides, "proxy": proxy, "scale": scale}
+    layers += [ConfigLayer(unflatten(changes), f"{name}, {part}") for part, changes in parts.items()]
     for key in flatten(of_base):
         setter = spec.set_by(key)
         if setter is not None:

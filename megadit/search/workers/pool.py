@@ -23,6 +23,7 @@ from megadit.plugins import loaded_plugins
 from megadit.search.study.spec import WorkersSpec
 from megadit.search.study.study import Study
 from megadit.search.workers.worker import STOP
+from megadit.train.preemption import signal_handlers
 
 _RESTART_S = 1.0
 # A trial that kills each of its workers is given up after max_attempts and the next worker gets on; but where one death
@@ -79,12 +80,11 @@ class _WorkerSlot:
     """One of the workers: its process, once it was started, and when it is to be started (again)."""
 
     devices: DeviceSlot
-    start_at: float | None = 0.0  # time.monotonic(); None while it runs
-    process: subprocess.Popen[bytes] | None = None
+    start_at: float = 0.0  # time.monotonic()
+    process: subprocess.Popen[bytes] | None = None  # while it runs
     log: Path = Path()
     deaths: int = 0  # in a row, without a trial that ended well meanwhile
     done_at_start: int = 0
-    over: bool = False
 
     @property
     def tail(self) -> str:
@@ -93,10 +93,7 @@ class _WorkerSlot:
 
 
 class WorkerPool:
-    """The workers of one ``run``. Use it in a ``with`` block: leaving it ends them all.
-
-    In the block SIGINT and SIGTERM end the workers after the running step, a second one ends them at once.
-    """
+    """The workers of one ``run``."""
 
     def __init__(self, study: Study, devices: Sequence[DeviceSlot]) -> None:
         self.study = study
@@ -104,73 +101,63 @@ class WorkerPool:
         self._logs = study.folder / "workers"
         self._logs.mkdir(parents=True, exist_ok=True)
         self._signalled = False
-        self._handlers: dict[int, Any] = {}  # of before the block
         self.bad_input: str | None = None  # what a worker refused
         self.failed_worker_log: Path | None = None  # of a worker that was given up
 
-    def __enter__(self) -> WorkerPool:
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def run(self, done: Callable[[], int], tick: Callable[[], None]) -> None:
+        """Keep the workers running until each has ended; after an error none is left.
 
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        ``done`` counts the trials that have ended well; ``tick`` is called several times a second. After a signal, or
+        once the study's stop flag is there, no worker is started again. SIGINT and SIGTERM end the workers after the
+        running step, a second one ends them at once.
+        """
+        slots = self._slots
+        with signal_handlers((signal.SIGINT, signal.SIGTERM), self._on_signal):
+            try:
+                while slots := [slot for slot in slots if self._supervise(slot, done)]:
+                    tick()
+                    time.sleep(_POLL_S)
+            finally:
+                self._kill()
 
     def _on_signal(self, *_: Any) -> None:
         if self._signalled:
-            self.kill()
+            self._kill()
             return
         self._signalled = True
         say("\nstopping: running trials go back to the queue (again: at once)")
-        self.signal(signal.SIGTERM)
+        self._terminate()
 
-    def run(self, done: Callable[[], int], tick: Callable[[], None]) -> None:
-        """Keep the workers running until each has ended.
-
-        ``done`` counts the trials that have ended well; ``tick`` is called several times a second. After a signal, or
-        once the study's stop flag is there, no worker is started again.
-        """
-        while True:
-            for slot in self._slots:
-                if not slot.over:
-                    self._supervise(slot, done)
-            if all(slot.over for slot in self._slots):
-                return
-            tick()
-            time.sleep(_POLL_S)
-
-    def _supervise(self, slot: _WorkerSlot, done: Callable[[], int]) -> None:
-        """Start the worker once it is time to; after it has ended, decide whether it is started again."""
+    def _supervise(self, slot: _WorkerSlot, done: Callable[[], int]) -> bool:
+        """Start the worker once it is time to; after it has ended, decide whether it is started again: else False."""
         stopping = self._signalled or (self.study.folder / STOP).exists()
-        if slot.start_at is not None or slot.process is None:
-            if stopping:
-                slot.over = True
-            elif time.monotonic() >= (slot.start_at or 0.0):
+        if slot.process is None:
+            if not stopping and time.monotonic() >= slot.start_at:
                 self._start(slot, done())
-            return
+            return not stopping
         code = slot.process.poll()
         if code is None:
-            return
+            return True
         kill_tree(slot.process)  # what it may have left
+        slot.process = None
         if code in (EXIT_OK, EXIT_PREEMPTED) or stopping:
-            slot.over = True
-        elif code == EXIT_BAD_INPUT:
+            return False
+        if code == EXIT_BAD_INPUT:
             self.bad_input = slot.tail.strip().rpartition("error: ")[2]
-            slot.over = True
-            self.signal(signal.SIGTERM)
-        else:
-            slot.deaths = 1 if done() > slot.done_at_start else slot.deaths + 1
-            cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            if slot.deaths < _MAX_DEATHS:
-                say(f"\na worker ended {cause} and is restarted; its log: {slot.log}")
-                slot.start_at = time.monotonic() + _RESTART_S
-                return
-            say(f"\na worker ended {cause}, again; it is not restarted. The end of its log, {slot.log}:\n{slot.tail}")
-            slot.over, self.failed_worker_log = True, slot.log
+            self._terminate()
+            return False
+        slot.deaths = 1 if done() > slot.done_at_start else slot.deaths + 1
+        cause = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        if slot.deaths < _MAX_DEATHS:
+            say(f"\na worker ended {cause} and is restarted; its log: {slot.log}")
+            slot.start_at = time.monotonic() + _RESTART_S
+            return True
+        say(f"\na worker ended {cause}, again; it is not restarted. The end of its log, {slot.log}:\n{slot.tail}")
+        self.failed_worker_log = slot.log
+        return False
 
     def _start(self, slot: _WorkerSlot, done: int) -> None:
-        slot.start_at, slot.done_at_start = None, done
+        slot.done_at_start = done
         host = socket.gethostname()
         unnamed = self._logs / f".starting-{host}-{os.getpid()}-{self._slots.index(slot)}"
         with open(unnamed, "wb") as log:
@@ -185,13 +172,13 @@ class WorkerPool:
             )
         slot.log = unnamed.rename(self._logs / f"{host}-{slot.process.pid}.log")
 
-    def signal(self, number: int) -> None:
-        """Send a signal to every worker that runs."""
+    def _terminate(self) -> None:
+        """Send SIGTERM to every worker that runs."""
         for slot in self._slots:
             if slot.process is not None:
-                slot.process.send_signal(number)  # not to one that has ended
+                slot.process.terminate()  # not one that has ended
 
-    def kill(self) -> None:
+    def _kill(self) -> None:
         """End every worker and its children at once."""
         for slot in self._slots:
             if slot.process is not None:

@@ -60,11 +60,8 @@ def _objective_loss(row: Row) -> float | None:
 
 def val_loss(rows: Sequence[Row], at: int) -> float | None:
     """The validation loss measured after step ``at``; None when it was not, or is not finite."""
-    for row in rows:
-        if row["step"] == at:
-            loss = row.get("val_loss")
-            return loss if loss is not None and math.isfinite(loss) else None
-    return None
+    loss = next((row.get("val_loss") for row in rows if row["step"] == at), None)
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def divergence(rows: Sequence[Row], at: int, above: float | None, last: int = 1) -> str | None:

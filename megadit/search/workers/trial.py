@@ -128,12 +128,11 @@ def run_trial(
         _collect()
     if code == EXIT_PREEMPTED:
         return None
+    result = TrialResult.failed(study, vars(claim), refusal, claim.attempt)
     if not context.is_main:
-        return TrialResult.failed(study, vars(claim), "", claim.attempt)
-    if job is None or refusal:
-        result = TrialResult.failed(study, vars(claim), refusal, claim.attempt)
-    else:
-        result = _result(study, claim, job, callback, code)
+        return result
+    if job is not None and not refusal:
+        result = _scored(result, study, job, callback, code)
     _tidy(study, folder)
     seconds = time.monotonic() - began
     return replace(result, seconds=round(seconds, 3), overhead_s=round(seconds - callback.training_s, 3))
@@ -167,21 +166,20 @@ def _collect() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _result(study: Study, claim: TrialAttempt, job: TrainingJob, callback: TrialCallback, code: int) -> TrialResult:
-    """The outcome and scores of a run that ended by itself or was pruned."""
+def _scored(result: TrialResult, study: Study, job: TrainingJob, callback: TrialCallback, code: int) -> TrialResult:
+    """``result`` with the outcome and scores of a run that ended by itself or was pruned."""
     config, spec = job.config, study.spec
     rows = RunDirectory(job.run_dir).read_metrics()
     total = total_steps(config, len(job.train_set))
     steps = max(callback.step, rows[-1]["step"] if rows else 0)
     last = next((score.last for score in spec.scores if score.kind == "train_loss"), 1)
-    values: dict[str, float | None] = dict.fromkeys(score.name for score in spec.scores)
-    horizons: dict[int, dict[str, float | None]] = {}
+    values, horizons = result.scores, {}
     if callback.ended == _PRUNED:
         outcome, reason = PRUNED, f"pruned at step {steps} of {total} by rule {spec.pruning.rule}"
     else:
         for step in study.horizons:
             diverged = scores.divergence(rows, step, spec.diverged_above, last)
-            horizons[step] = dict(values) if diverged else scores.metric_scores(rows, step, spec.scores)
+            horizons[step] = result.scores if diverged else scores.metric_scores(rows, step, spec.scores)
         reason = scores.divergence(rows, total, spec.diverged_above, last) or ""
         if code == EXIT_FAILURE:
             reason = _why_diverged(job.run_dir)
@@ -195,7 +193,8 @@ def _result(study: Study, claim: TrialAttempt, job: TrainingJob, callback: Trial
             except UserError as error:
                 outcome, reason = FAILED, str(error)
     return replace(
-        TrialResult.failed(study, vars(claim), reason, claim.attempt),
+        result,
+        reason=reason,
         outcome=outcome,
         scores=values,
         horizons=horizons,

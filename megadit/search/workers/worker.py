@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from megadit.plugins import load_plugins
 from megadit.search.storage.identity import this_worker
 from megadit.search.study.study import Study, load_study
 from megadit.search.wording import point_text
-from megadit.train.preemption import stop_handling_signals
+from megadit.train.preemption import signal_handlers, stop_handling_signals
 
 if TYPE_CHECKING:
     from megadit.parallel import ProcessContext
@@ -55,23 +55,12 @@ class StopSignal:
         self._flag_text = ""
         self.signalled = False
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """Note SIGINT, SIGTERM and SIGUSR1 in the block; a second one ends the process at once."""
-
-        def note(number: int, *_: Any) -> None:
-            if self.signalled:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.signalled = True
-
-        stop_handling_signals()
-        before = {number: signal.signal(number, note) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def on_signal(self, number: int, *_: Any) -> None:
+        """Handle a signal; a second one ends the process at once."""
+        if self.signalled:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signalled = True
 
     @property
     def before_next(self) -> bool:
@@ -209,7 +198,8 @@ def work(study: Study) -> int:
     from megadit.search.workers.scores import COMMAND_TIMEOUT_S
 
     began, stop = time.monotonic(), StopSignal(study)
-    with stop.signals():
+    stop_handling_signals()
+    with signal_handlers(_SIGNALS, stop.on_signal):
         # Other ranks wait in a collective while rank 0 runs a score's command.
         context = start_processes(COMMAND_TIMEOUT_S + 600) if study.spec.has_commands else start_processes()
         code = Worker(study, context, stop, began).run()

@@ -85,9 +85,10 @@ def _size(model: str) -> tuple[int, int]:
 
 
 def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
-    config = study.config(trial.cell, trial.hps, trial.seed)
+    cell = next(cell for cell in study.cells if (cell.variant, cell.scale) == (trial.variant, trial.scale))
+    config = study.config(cell, trial.hps, trial.seed)
     assert config.train.steps is not None
-    scale = float(study.base.model.width if trial.cell.scale is None else trial.cell.scale)
+    scale = float(study.base.model.width if trial.scale is None else trial.scale)
     value = loss(trial, scale)
     parameters, flops = _size(config.model.model_dump_json())
     steps = config.train.steps if value is not None else config.train.steps // 4  # diverged ones stop early
@@ -97,8 +98,8 @@ def _finished(study: Study, trial: PlannedTrial, loss: Loss) -> TrialResult:
 
     return TrialResult(
         number=trial.number,
-        variant=trial.cell.variant,
-        scale=trial.cell.scale,
+        variant=trial.variant,
+        scale=trial.scale,
         hps=dict(trial.hps),
         seed=trial.seed,
         outcome=COMPLETE if value is not None else DIVERGED,

@@ -27,9 +27,9 @@ VOID = {"meta", "br", "path", "use", "rect", "image", "stop"}
 
 def drifting(trial, scale):
     """muP stays, SP's optimum falls by an octave per octave and diverges soon above it."""
-    loss = valley(-1.0 if trial.cell.variant == "sp" else 0.0)(trial, scale)
+    loss = valley(-1.0 if trial.variant == "sp" else 0.0)(trial, scale)
     edge = -7 - math.log2(scale / 64) + 1.5
-    return None if trial.cell.variant == "sp" and math.log2(trial.hps["optim.lr"]) > edge else loss
+    return None if trial.variant == "sp" and math.log2(trial.hps["optim.lr"]) > edge else loss
 
 
 def three_keys(trial, scale):

@@ -34,8 +34,8 @@ def test_every_point_cell_and_seed_once(planned):
 def test_a_seed_before_the_next_and_big_runs_first(planned):
     trials = planned(variants=VARIANTS, scale=WIDTHS, seeds=[3, 0])
     assert [trial.seed for trial in trials] == [3] * 12 + [0] * 12
-    assert [trial.cell.scale for trial in trials[:12]] == [128] * 4 + [64] * 4 + [32] * 4
-    first = [(trial.hps["optim.lr"], trial.cell.variant) for trial in trials[:4]]
+    assert [trial.scale for trial in trials[:12]] == [128] * 4 + [64] * 4 + [32] * 4
+    first = [(trial.hps["optim.lr"], trial.variant) for trial in trials[:4]]
     assert first == [(2**-8, "mup"), (2**-8, "sp"), (0.5, "mup"), (0.5, "sp")]
 
 
@@ -67,4 +67,4 @@ def test_tpe_has_one_run_a_point_and_seeds_in_turn(planned):
 
 def test_one_run_for_all_horizons(planned):
     scale = {"key": "train.steps", "values": [100, 200]}
-    assert [trial.cell.scale for trial in planned(scale=scale)] == [200, 200]
+    assert [trial.scale for trial in planned(scale=scale)] == [200, 200]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import optuna
 import pytest
 
 from megadit.errors import UserError
@@ -13,7 +14,11 @@ from megadit.search.study.spec import DimensionSpec
 
 
 def space(**dimensions: dict[str, Any]) -> Space:
-    return build_space({key.replace("__", "."): DimensionSpec(**spec) for key, spec in dimensions.items()})
+    specs = {
+        key.replace("__", "."): DimensionSpec(**{kind: tuple(values) for kind, values in spec.items()})
+        for key, spec in dimensions.items()
+    }
+    return build_space(specs)
 
 
 FOUR = {
@@ -99,12 +104,14 @@ def test_random_draws_from_lists_give_each_point_once_and_refuse_more():
         listed.random(5, 0)
 
 
-def test_optuna_distributions_lead_back_to_points():
+def test_a_trial_of_optuna_draws_from_each_dimension():
     built = space(**FOUR, optim__schedule={"choice": ["constant", "cosine"]})
-    kinds = built.distributions()
+    drawn = {"optim.lr": 0.001, "optim.clip.value": 1.0, "objective.label_dropout": 0.5, "optim.warmup_steps": 100}
+    trial = optuna.trial.FixedTrial(drawn | {"optim.schedule": 1})
+    point = {dimension.key: dimension.suggest(trial) for dimension in built.dimensions}
+    kinds = trial.distributions
     assert kinds["optim.lr"].log and kinds["optim.warmup_steps"].high == 20000
-    point = built.from_optuna({key: 1 for key in built.keys})
-    assert point["optim.schedule"] == "cosine" and point["optim.lr"] == 1
+    assert point == drawn | {"optim.schedule": "cosine"}
 
 
 @pytest.mark.parametrize(
@@ -120,5 +127,5 @@ def test_optuna_distributions_lead_back_to_points():
 )
 def test_keys_that_the_configuration_has_not(key: str, spec: dict[str, Any], message: str):
     with pytest.raises(UserError) as caught:
-        build_space({key: DimensionSpec(**spec)})
+        space(**{key: spec})
     assert message in str(caught.value)
