@@ -83,8 +83,8 @@ def _step(counted: dict[str, Any], world: int, micro: int, args: argparse.Namesp
     if replicas < 1 or rest:
         return
     times, memory, sent = micro / MICRO[0], [], Counter[str]()
-    for place, (held, cost) in enumerate(stages):
-        flying = min(len(stages) - place, many)
+    for stage, (held, cost) in enumerate(stages):
+        flying = min(len(stages) - stage, many)
         state = state_bytes(held, replicas, 1, "bf16", averages, 4)
         buckets = bucket_bytes(DEEPSPEED, held, "bf16", len(stages) > 1)
         memory.append(

@@ -149,8 +149,8 @@ def child(source_format: str, source: str, target_format: str, target: str) -> N
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before[0]
     size = max(_size(Path(source)), _size(Path(target)))
     difference = None if outcome.difference is None else outcome.difference.maximum
-    found = {"bytes": size, "rss": rss / size, "anon": (peak[0] - before[1]) / size, "seconds": seconds}
-    print(json.dumps({**found, "rss_bytes": rss, "difference": difference}))
+    measured = {"bytes": size, "rss": rss / size, "anon": (peak[0] - before[1]) / size, "seconds": seconds}
+    print(json.dumps({**measured, "rss_bytes": rss, "difference": difference}))
 
 
 def _status(key: str) -> int:
@@ -186,24 +186,24 @@ def measure(folder: Path, megabytes: int, names: Sequence[str]) -> dict[str, dic
     return {name: results[name] for name in names}
 
 
-def _row(name: str, found: dict[str, Any]) -> str:
+def _row(name: str, measured: dict[str, Any]) -> str:
     source_format, source, target_format, target = CASES[name]
-    places = f"{source_format} `{source}` → {target_format} `{target}`"
-    size = found["bytes"] / 1e9
-    return f"| {places} | {size:.2f} | {found['rss']:.3f} | {found['anon']:.3f} | {found['seconds']:.0f} |"
+    conversion = f"{source_format} `{source}` → {target_format} `{target}`"
+    size = measured["bytes"] / 1e9
+    return f"| {conversion} | {size:.2f} | {measured['rss']:.3f} | {measured['anon']:.3f} | {measured['seconds']:.0f} |"
 
 
 def _with_needs(names: Sequence[str]) -> set[str]:
     """The cases and those that write what they read."""
     writers = {target: name for name, (_, _, _, target) in reversed(CASES.items())} | {"sharded": "megadit-diffusers"}
-    found: set[str] = set()
+    cases: set[str] = set()
     left = list(names)
     while left:
         name = left.pop()
-        found.add(name)
+        cases.add(name)
         needed = writers.get(CASES[name][1])
-        left += [needed] if needed and needed not in found else []
-    return found
+        left += [needed] if needed and needed not in cases else []
+    return cases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,8 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(results))
         return 0
     print("| conversion | larger file, GB | rss / file | anon / file | s |\n|---|---|---|---|---|")
-    for name, found in results.items():
-        print(_row(name, found))
+    for name, measured in results.items():
+        print(_row(name, measured))
     return 0
 
 

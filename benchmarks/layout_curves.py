@@ -72,7 +72,7 @@ def _train(options: argparse.Namespace, folder: Path, ranks: int, keys: tuple[st
 
 
 def _gaps(losses: dict[str, list[float]], name: str) -> list[float]:
-    return [abs(own - alone) / alone for own, alone in zip(losses[name], losses[ALONE], strict=True)]
+    return [abs(loss - reference) / reference for loss, reference in zip(losses[name], losses[ALONE], strict=True)]
 
 
 def _gap_text(losses: dict[str, list[float]], name: str) -> str:

@@ -66,18 +66,18 @@ def measure(tree: Path, runs: int, folder: Path) -> dict[str, float]:
     scripts = sorted(path.relative_to(tree) for part in ("launch", "tools") for path in (tree / part).glob("*.py"))
     helps = {script: statistics.median(_times((str(script), "--help"), tree, runs, 0)) for script in scripts}
     slowest = max(helps, key=lambda script: helps[script])
-    found = {"--help (slowest of all commands)": helps[slowest]}
+    medians = {"--help (slowest of all commands)": helps[slowest]}
     run = folder / "run"
     cpu_seconds(("launch/pretrain.py", "--config", DIGITS, "train.steps=2", "--run_dir", str(run)), tree, 0)
     for name, words, code in CASES:
         times = []
         for number in range(runs + 1):
-            new = str(folder / f"{len(found)}-{number}")
+            new = str(folder / f"{len(medians)}-{number}")
             command = [word.replace("NEW", new).replace("RUN", str(run)) for word in words]
             times.append(cpu_seconds(command, tree, code))
-        found[name] = statistics.median(times[1:])
-        print(f"{found[name]:7.2f} s  {name}", file=sys.stderr)
-    return found
+        medians[name] = statistics.median(times[1:])
+        print(f"{medians[name]:7.2f} s  {name}", file=sys.stderr)
+    return medians
 
 
 def _times(command: Sequence[str], tree: Path, runs: int, code: int) -> list[float]:

@@ -90,8 +90,8 @@ def code_of(text: str) -> list[str]:
 
 def sources() -> dict[str, str]:
     """Every Python file by its path in the repository."""
-    found = (path for part in (*PROGRAMS, "kernels", "tests") for path in (ROOT / part).rglob("*.py"))
-    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in (*found, ROOT / "setup.py")}
+    modules = (path for part in (*PROGRAMS, "kernels", "tests") for path in (ROOT / part).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in (*modules, ROOT / "setup.py")}
 
 
 SOURCES = sources()
@@ -148,9 +148,9 @@ def unknown_options(text: str) -> list[str]:
         scripts = list(re.finditer(r"\b(?:launch|tools|benchmarks)/\w+\.py", code))
         for option in re.finditer(r"(?<![\w-])--[a-z][a-z_-]+", code):
             before = [script.group() for script in scripts if script.start() < option.start()]
-            places = before[-1:] or [path for path in SOURCES if path.startswith(PROGRAMS)]
+            commands = before[-1:] or [path for path in SOURCES if path.startswith(PROGRAMS)]
             if option.group() not in _OPTIONS_OF_OTHERS and not any(
-                f'"{option.group()}"' in text for path in places for text in sources_of_options(path)
+                f'"{option.group()}"' in text for path in commands for text in sources_of_options(path)
             ):
                 missing.append(f"{option.group()} of {' '.join(before[-1:])}")
     return missing
@@ -180,7 +180,7 @@ def test_what_documents_name_exists(document):
 
 
 @pytest.mark.parametrize(
-    ("check", "text", "found"),
+    ("check", "text", "missing"),
     [
         (unknown_files, "see `train/optimiser.py`", ["train/optimiser.py"]),
         (unknown_files, "`mup/rules.py`, `tests/data/test_*.py`, `tree.py`, `configs/deepspeed/auto.json`", []),
@@ -193,5 +193,5 @@ def test_what_documents_name_exists(document):
         (unknown_names, "`megadit.transfer.verdict.judge`, `megadit.search.judge`", ["megadit.search.judge"]),
     ],
 )  # fmt: skip
-def test_each_check_of_names_can_fail(check, text, found):
-    assert check(text) == found
+def test_each_check_of_names_can_fail(check, text, missing):
+    assert check(text) == missing

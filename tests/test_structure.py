@@ -207,8 +207,8 @@ def encodings(path: str, tree: ast.Module) -> Iterator[str]:
         if name in ("read_text", "write_text") and len(node.args) <= (name == "write_text"):
             yield f"line {node.lineno}: {name} without encoding='utf-8'"
         elif name == "open" and owner not in ("os", "Image", "tarfile", "zipfile"):
-            place = 0 if method and owner != "gzip" else 1
-            modes = [ast.unparse(m) for m in [*node.args[place : place + 1], *_given(node, "mode")]] or ["'r'"]
+            position = 0 if method and owner != "gzip" else 1
+            modes = [ast.unparse(m) for m in [*node.args[position : position + 1], *_given(node, "mode")]] or ["'r'"]
             if not any("b" in mode for mode in modes) and (owner != "gzip" or any("t" in mode for mode in modes)):
                 yield f"line {node.lineno}: open without encoding='utf-8'"
         elif name in ("run", "Popen", "check_output") and _given(node, "text"):

@@ -109,8 +109,11 @@ def _join_process_group(job: TrainingJob, directory: RunDirectory) -> ProcessCon
 def _agreed_values(job: TrainingJob) -> dict[str, Any]:
     """Values that must be equal on all ranks: the configuration, and the sizes of the data sets."""
     # Plugins are compared with the code.
-    found = {**flatten(job.config.model_dump(mode="json", exclude={"plugins"})), **flatten(job.ds_config, "ds_config.")}
-    return {**found, "images to train on": len(job.train_set), "images held out": len(job.val_set)}
+    settings = {
+        **flatten(job.config.model_dump(mode="json", exclude={"plugins"})),
+        **flatten(job.ds_config, "ds_config."),
+    }
+    return {**settings, "images to train on": len(job.train_set), "images held out": len(job.val_set)}
 
 
 def _full_disk(error: BaseException, run_dir: Path) -> UserError | None:

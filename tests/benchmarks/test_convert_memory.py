@@ -42,10 +42,10 @@ def test_every_case_reads_a_file_that_is_there(tool: Any) -> None:
 def test_a_small_conversion_is_measured(tool: Any, tmp_path: Path, capfd: Any) -> None:
     tool.write_sources(tmp_path, {"float32.safetensors"}, megabytes=3)
     tool.child("official-mmdit", str(tmp_path / "float32.safetensors"), "megadit", str(tmp_path / "run"))
-    found = json.loads(capfd.readouterr().out)
-    assert found["bytes"] >= (tmp_path / "float32.safetensors").stat().st_size and found["seconds"] > 0
+    measured = json.loads(capfd.readouterr().out)
+    assert measured["bytes"] >= (tmp_path / "float32.safetensors").stat().st_size and measured["seconds"] > 0
     # Of a process that has held more before, the peak says nothing: how much is asked of processes of their own.
-    assert {"rss", "anon", "rss_bytes", "difference"} <= set(found)
+    assert {"rss", "anon", "rss_bytes", "difference"} <= set(measured)
 
 
 @pytest.mark.slow
@@ -53,10 +53,10 @@ def test_a_small_conversion_is_measured(tool: Any, tmp_path: Path, capfd: Any) -
 def test_conversions_stay_below_the_bound(tool: Any, tmp_path: Path) -> None:
     """1.2 of the larger file; where the model itself is built to be compared, what that takes beside is fixed."""
     pytest.importorskip("diffusers")
-    found = tool.measure(tmp_path, 400, [*STREAMED, *COMPARED])
+    measured = tool.measure(tmp_path, 400, [*STREAMED, *COMPARED])
     for name in STREAMED:
-        assert found[name]["rss_bytes"] < 0.6 * found[name]["bytes"] + FIXED, name
-        assert found[name]["anon"] < 0.6, name
+        assert measured[name]["rss_bytes"] < 0.6 * measured[name]["bytes"] + FIXED, name
+        assert measured[name]["anon"] < 0.6, name
     for name in COMPARED:
-        assert found[name]["rss_bytes"] < 1.2 * found[name]["bytes"] + FIXED, name
-        assert found[name]["difference"] < 1e-3
+        assert measured[name]["rss_bytes"] < 1.2 * measured[name]["bytes"] + FIXED, name
+        assert measured[name]["difference"] < 1e-3

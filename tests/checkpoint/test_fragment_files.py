@@ -69,8 +69,8 @@ def test_every_changed_or_lost_byte_is_found(stored):
     folder, reader, _, values = stored
     path = folder / "b.safetensors"
     whole = path.read_bytes()
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
         with reader, pytest.raises(BrokenCheckpoint, match=r"b\.safetensors"):
             reader.read_into(torch.empty(1000), "weights", "block.w")
     for length in range(0, len(whole), 7):

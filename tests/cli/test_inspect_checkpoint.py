@@ -25,23 +25,23 @@ def folder(tmp_path_factory):
     return path
 
 
-def told(main, capsys, *arguments):
+def inspect_json(main, capsys, *arguments):
     code = main([*map(str, arguments), "--json"])
     return code, json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 @pytest.mark.distributed
 def test_a_sound_one(main, folder, capsys):
-    code, found = told(main, capsys, folder, "--verify", "--diff", folder, "--norms")
-    assert code == 0 and found["problems"] == []
-    summary = found["summary"]
+    code, report = inspect_json(main, capsys, folder, "--verify", "--diff", folder, "--norms")
+    assert code == 0 and report["problems"] == []
+    summary = report["summary"]
     assert summary["step"] == 2
     assert summary["layout"] == {"ranks": 2, "zero_stage": 3, "tensor": 1, "pipeline": 1}
     assert summary["bytes"].keys() == {"weights", "exp_avg", "exp_avg_sq", "ema/0.5"}
     assert set(summary["bytes"].values()) == {4 * summary["elements"]}
     row = summary["tensors"]["final_layer.linear.weight"]
     assert row["shape"] == [4, 32] and row["weights"] > 0
-    assert found["diff"]["same"] and found["diff"]["tensors"] == []
+    assert report["diff"]["same"] and report["diff"]["tensors"] == []
     assert main([str(folder), "--verify"]) == 0
     assert "all checksums agree" in capsys.readouterr().out
 
@@ -53,16 +53,16 @@ def test_damage_and_difference_are_exit_code_3(main, folder, capsys, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    code, found = told(main, capsys, other, "--verify")
-    assert code == 3 and len(found["problems"]) == 1 and "wrong checksum" in found["problems"][0]
+    code, report = inspect_json(main, capsys, other, "--verify")
+    assert code == 3 and len(report["problems"]) == 1 and "wrong checksum" in report["problems"][0]
     longer = tmp_path / "longer"
     config = small_config(optim={"lr": 1e-3}, ema={"decays": (0.5,)})
     run_ranks(1, train_rank, config, str(longer), 3, str(folder / "checkpoints/step-00000002"))
-    code, found = told(main, capsys, folder, "--diff", longer)
-    assert code == 3 and not found["diff"]["same"]
-    assert found["diff"]["counters"]["step"] == [2, 3]
-    assert 0 < found["diff"]["kinds"]["weights"]["max_abs"] < 0.1
-    assert "optim.lr 0.004 → 0.001" in found["diff"]["config"]
+    code, report = inspect_json(main, capsys, folder, "--diff", longer)
+    assert code == 3 and not report["diff"]["same"]
+    assert report["diff"]["counters"]["step"] == [2, 3]
+    assert 0 < report["diff"]["kinds"]["weights"]["max_abs"] < 0.1
+    assert "optim.lr 0.004 → 0.001" in report["diff"]["config"]
     assert main([str(folder), "--diff", str(longer)]) == 3
     assert "weights: " in capsys.readouterr().out
 
@@ -74,16 +74,16 @@ def test_verifying_a_run_does_not_pass_over_its_newest(main, folder, capsys, tmp
     shutil.copytree(run / "checkpoints/step-00000002", newest)
     (run / "checkpoints/latest").write_text("step-00000003\n")
     (newest / "fragments-00000.safetensors").unlink()
-    code, found = told(main, capsys, run, "--verify")
-    assert code == 3 and found["summary"]["step"] == 2
-    assert len(found["problems"]) == 1 and "fragments-00000.safetensors is missing" in found["problems"][0]
+    code, report = inspect_json(main, capsys, run, "--verify")
+    assert code == 3 and report["summary"]["step"] == 2
+    assert len(report["problems"]) == 1 and "fragments-00000.safetensors is missing" in report["problems"][0]
     assert main([str(run)]) == 0
     capsys.readouterr()
-    assert told(main, capsys, newest, "--verify")[1]["problems"] == found["problems"]
+    assert inspect_json(main, capsys, newest, "--verify")[1]["problems"] == report["problems"]
     with pytest.raises(UserError, match="is missing"):
         main([str(newest)])
     (run / "checkpoints/step-00000002/state.json").unlink()
-    assert told(main, capsys, run, "--verify")[0] == 3
+    assert inspect_json(main, capsys, run, "--verify")[0] == 3
 
 
 def test_what_is_no_checkpoint(main, tmp_path):

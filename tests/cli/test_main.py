@@ -35,14 +35,14 @@ def test_every_script_has_its_command_and_every_command_its_script():
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_both_ways_lead_to_the_same_command(name, monkeypatch, capsys):
     assert as_module(monkeypatch, name, "--help") == 0
-    usage, _, told = capsys.readouterr().out.partition("\n\n")
+    usage, _, description = capsys.readouterr().out.partition("\n\n")
     assert usage.startswith(f"usage: python -m megadit {name} ")
     monkeypatch.setattr(sys, "argv", [str(SCRIPTS[name]), "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPTS[name]), run_name="__main__")
     usage, _, by_script = capsys.readouterr().out.partition("\n\n")
     assert not end.value.code and usage.startswith(f"usage: {name}.py ")
-    assert told == by_script and told
+    assert description == by_script and description
 
 
 def test_an_installed_command_is_called_by_its_name(monkeypatch, capsys):
@@ -52,11 +52,11 @@ def test_an_installed_command_is_called_by_its_name(monkeypatch, capsys):
 
 def test_the_list_has_a_line_for_each_command_and_fits_a_screen(monkeypatch, capsys):
     assert as_module(monkeypatch, "--help") == 0
-    told = capsys.readouterr().out
-    assert [line.split()[0] for line in told.splitlines() if line.startswith("  ")] == commands.names()
-    assert max(map(len, told.splitlines())) <= 100 and len(told.splitlines()) <= 24
+    listing = capsys.readouterr().out
+    assert [line.split()[0] for line in listing.splitlines() if line.startswith("  ")] == commands.names()
+    assert max(map(len, listing.splitlines())) <= 100 and len(listing.splitlines()) <= 24
     assert as_module(monkeypatch) == 2  # nothing was done
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == listing
 
 
 @pytest.mark.parametrize(

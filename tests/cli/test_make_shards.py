@@ -31,17 +31,17 @@ def command(*arguments: object, code: int = 0, **env: str) -> str:
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tars of digits, a codec fitted on them, and tars of its latents."""
     root = tmp_path_factory.mktemp("shards")
-    told = json.loads(
+    report = json.loads(
         command("tools/make_shards.py", "--out", root / "tars", "--samples", 600, "--json", "data.name=digits")
     )
-    assert (told["samples"], told["shards"], told["classes"]) == (1797, 3, 10)
+    assert (report["samples"], report["shards"], report["classes"]) == (1797, 3, 10)
     source = ["data.name=webdataset", f"data.path={root / 'tars'}"]
     fit = ["tools/encode.py", "fit-pca", "--out", root / "codec", "--factor", 2, "--channels", 3, "--json"]
-    told = json.loads(command(*fit, *source))
-    assert told["psnr"] > 15 and told["held_out"] > 50
+    report = json.loads(command(*fit, *source))
+    assert report["psnr"] > 15 and report["held_out"] > 50
     vae = [f"data.vae.path={root / 'codec'}", "data.vae.factor=2"]
-    told = json.loads(command("tools/encode.py", "--out", root / "latents", "--json", *source, *vae))
-    assert told["samples"] == 1797 and told["holds"][0].startswith("latents, 3x4x4, scale ")
+    report = json.loads(command("tools/encode.py", "--out", root / "latents", "--json", *source, *vae))
+    assert report["samples"] == 1797 and report["holds"][0].startswith("latents, 3x4x4, scale ")
     return root
 
 

@@ -53,16 +53,16 @@ def test_the_table_by_role_counts_blocks_that_are_alike() -> None:
     values = {"family": "mmdit", "width": 64, "head_dim": 16, "depth": 3, "num_classes": 0, "text": {"dim": 8}}
     config = ModelConfig.model_validate({**values, "parametrization": "mup", "base_width": 32})
     table = rows(build_model(config, device="meta"), OptimConfig())
-    found = {row["name"]: row for row in by_role(table)}
-    assert [row["role"] for row in found.values()] == sorted(
-        (row["role"] for row in found.values()), key=["input", "hidden", "vector", "output", "finite"].index
+    merged = {row["name"]: row for row in by_role(table)}
+    assert [row["role"] for row in merged.values()] == sorted(
+        (row["role"] for row in merged.values()), key=["input", "hidden", "vector", "output", "finite"].index
     )
     block = "joint_blocks.*.context_block"
-    assert f"{block}.attn.qkv.weight ×3" in found and f"{block}.mlp.fc1.weight ×2" in found
-    assert found[f"{block}.adaLN_modulation.1.weight ×2"]["shape"] == [384, 64]
-    assert found["joint_blocks.2.context_block.adaLN_modulation.1.weight"]["shape"] == [128, 64]
-    assert {"t_embedder.mlp.0.bias", "t_embedder.mlp.2.bias"} <= set(found)  # alike, but of no block
-    assert sum(int(name.partition(" ×")[2] or 1) for name in found) == len(table)
+    assert f"{block}.attn.qkv.weight ×3" in merged and f"{block}.mlp.fc1.weight ×2" in merged
+    assert merged[f"{block}.adaLN_modulation.1.weight ×2"]["shape"] == [384, 64]
+    assert merged["joint_blocks.2.context_block.adaLN_modulation.1.weight"]["shape"] == [128, 64]
+    assert {"t_embedder.mlp.0.bias", "t_embedder.mlp.2.bias"} <= set(merged)  # alike, but of no block
+    assert sum(int(name.partition(" ×")[2] or 1) for name in merged) == len(table)
     changed = [{**row, "lr": 2 * row["lr"]} if row["name"].startswith("joint_blocks.1.x_block.attn.qkv") else row
                for row in table]  # fmt: skip
     names = {row["name"] for row in by_role(changed)}

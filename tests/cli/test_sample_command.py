@@ -61,15 +61,15 @@ def test_the_last_lines_say_where_the_pictures_are(run_dir, capsys):
 
 
 def test_settings_and_classes_reach_the_samples(run_dir, capsys):
-    told = command(
+    summary = command(
         run_dir, capsys, "--classes", "blue,0", "--count", "5", "--steps", "2", "--scheduler", "ddim",
         "--npz", str(run_dir / "all.npz"),
     )  # fmt: skip
-    assert told["labels"] == [2, 0, 2, 0, 2]
-    assert (told["count"], told["steps"], told["scheduler"], told["guidance"]) == (5, 2, "ddim", 1.0)
-    with np.load(run_dir / "all.npz", allow_pickle=False) as found:
-        assert found["arr_0"].shape == (5, 8, 8, 3)
-    with Image.open(told["grid"]) as sheet:
+    assert summary["labels"] == [2, 0, 2, 0, 2]
+    assert (summary["count"], summary["steps"], summary["scheduler"], summary["guidance"]) == (5, 2, "ddim", 1.0)
+    with np.load(run_dir / "all.npz", allow_pickle=False) as images:
+        assert images["arr_0"].shape == (5, 8, 8, 3)
+    with Image.open(summary["grid"]) as sheet:
         assert sheet.format == "PNG"
 
 

@@ -81,7 +81,7 @@ for words in json.loads(sys.argv[1]):
         name, _, value = words.pop(0).partition("=")
         os.environ[name] = value
     sys.argv = words
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             runpy.run_path(words[0], run_name="__main__")
             code = "it did not exit"
@@ -89,7 +89,7 @@ for words in json.loads(sys.argv[1]):
             code = end.code
         except BaseException as error:
             code = repr(error)
-    answers.append([code, told.getvalue()])
+    answers.append([code, stderr.getvalue()])
 print(json.dumps(answers))
 """
 
@@ -137,10 +137,10 @@ for extra in (["--dry_run"], ["train.tensorboard=false"]):
 def refusals(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("refusals")
     (folder / "empty").mkdir()
-    places = {"NOWHERE": str(folder / "nowhere"), "EMPTY": str(folder / "empty")}
+    paths = {"NOWHERE": str(folder / "nowhere"), "EMPTY": str(folder / "empty")}
 
     def placed(word: str) -> str:
-        for name, path in places.items():
+        for name, path in paths.items():
             word = word.replace(name, path)
         return str(ROOT / word) if word.endswith(".py") else word
 
@@ -148,13 +148,13 @@ def refusals(tmp_path_factory) -> dict[str, Any]:
     result = run_command([sys.executable, "-c", REFUSALS, json.dumps(words)], timeout=200, cwd=folder)
     assert result.returncode == 0, result.stderr
     answers = json.loads(result.stdout.splitlines()[-1])
-    found = {" ".join(command): answer for command, answer in zip(REFUSED, answers, strict=True)}
-    return {**found, "left": sorted(path.name for path in folder.iterdir())}
+    refusals = {" ".join(command): answer for command, answer in zip(REFUSED, answers, strict=True)}
+    return {**refusals, "left": sorted(path.name for path in folder.iterdir())}
 
 
 def test_bad_input_is_refused_before_torch_is_imported(refusals):
-    found = {command: answer for command, answer in refusals.items() if command != "left" and answer[0] != 2}
-    assert found == {}
+    accepted = {command: answer for command, answer in refusals.items() if command != "left" and answer[0] != 2}
+    assert accepted == {}
 
 
 def test_refusals_are_sentences_and_leave_nothing(refusals):

@@ -155,21 +155,21 @@ def test_a_conversion_holds_a_few_tensors_of_the_source(
     tmp_path: Path, alive: Alive, family: str, source: str, target: str
 ) -> None:
     model, hints = MODELS[family]
-    official, place = f"official-{family}", tmp_path / source
+    official, source_path = f"official-{family}", tmp_path / source
     plain = state_of(model)
     state = to_official(model, plain)
     if source == "official.pt":
-        torch.save({"model": state}, place)
+        torch.save({"model": state}, source_path)
     else:
         chosen = plain if source.startswith("plain") else state
         save_file({name: value.contiguous() for name, value in chosen.items()}, tmp_path / "official.safetensors")
     if source.startswith("plain"):
-        (tmp_path / "official.safetensors").rename(place)
+        (tmp_path / "official.safetensors").rename(source_path)
     elif source == "run":
-        convert(official, "megadit", tmp_path / "official.safetensors", place, hints=hints)
+        convert(official, "megadit", tmp_path / "official.safetensors", source_path, hints=hints)
     before = "safetensors" if source.startswith("plain") else "megadit" if source == "run" else official
     after, name = (official, target) if target.startswith("official") else (target, "out")
     alive.__init__()  # type: ignore[misc]
-    convert(before, after, place, tmp_path / "target" / name, hints=hints if before == official else None)
+    convert(before, after, source_path, tmp_path / "target" / name, hints=hints if before == official else None)
     assert alive.total >= sum(value.nbytes for value in state.values()) * 0.9
     assert alive.most <= 4 * alive.largest < alive.total / 4

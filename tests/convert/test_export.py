@@ -41,14 +41,14 @@ def run(tmp_path_factory):
 
 
 def state(folder):
-    stored, found = StoredCheckpoint(find_checkpoint(folder)), {}
+    stored, values = StoredCheckpoint(find_checkpoint(folder)), {}
     with stored.reader() as reader:
         for kind in stored.kinds:
             for name, shape in stored.parameters.items():
                 flat = torch.empty(math.prod(shape))
                 reader.read_into(flat, kind, name)
-                found.setdefault(kind, {})[name] = flat.view(shape)
-    return found
+                values.setdefault(kind, {})[name] = flat.view(shape)
+    return values
 
 
 def load(folder, cases, options):
@@ -59,16 +59,17 @@ def load(folder, cases, options):
         path, _ = engine.load_checkpoint(folder, **options)
         assert path is not None
         rates = [group["lr"] for group in engine.optimizer.param_groups]
-        found, steps = state_of(engine, moments=not options), engine.global_steps
-        for own in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
-            own["step"] = own["step"].clone()  # which stage 3 shares between the groups, see docs/convert.md
-        results.append((found, rates, steps, train(engine, 3)))
+        tensors, steps = state_of(engine, moments=not options), engine.global_steps
+        for parameter_state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+            # Stage 3 shares the step between the groups, see docs/convert.md.
+            parameter_state["step"] = parameter_state["step"].clone()
+        results.append((tensors, rates, steps, train(engine, 3)))
         engine.destroy()
     return results
 
 
-def assert_equal(found, expected, weights="weights"):
-    for kind, values in found.items():
+def assert_equal(loaded, expected, weights="weights"):
+    for kind, values in loaded.items():
         assert values.keys() == expected[kind].keys()
         for name, value in values.items():
             assert torch.equal(value, expected[weights if kind == "weights" else kind][name]), f"{kind} of {name}"
@@ -80,10 +81,10 @@ def test_a_universal_export_loads_at_every_sharding_stage(run, tmp_path, ranks):
     convert("megadit", "deepspeed-universal", folder, tmp_path / "out")
     cases = [Case(1, ds=UNIVERSAL), Case(2, groups="one", ds=UNIVERSAL), Case(3, ds=UNIVERSAL)]
     losses = []
-    for (found, rates, steps, loss), case in zip(
+    for (loaded, rates, steps, loss), case in zip(
         run_ranks(ranks, load, str(tmp_path / "out"), cases, {})[0], cases, strict=True
     ):
-        assert_equal(found, expected)
+        assert_equal(loaded, expected)
         assert rates == [LR] if case.groups == "one" else [LR, 2 * LR]  # the engine's own
         assert steps == STEPS
         losses.append(loss)
@@ -94,11 +95,11 @@ def test_a_universal_export_loads_at_every_sharding_stage(run, tmp_path, ranks):
 def test_a_native_export_loads_at_stage_0_and_its_weights_elsewhere(run, tmp_path):
     folder, expected = run
     convert("megadit", "deepspeed", folder, tmp_path / "out")
-    found, rates, steps, _ = run_ranks(2, load, str(tmp_path / "out"), [Case(0, groups="megadit")], {})[0][0]
-    assert_equal(found, expected)
+    loaded, rates, steps, _ = run_ranks(2, load, str(tmp_path / "out"), [Case(0, groups="megadit")], {})[0][0]
+    assert_equal(loaded, expected)
     assert steps == STEPS and rates[0] == CONFIG.optim.lr
-    found, rates, steps, _ = run_ranks(2, load, str(tmp_path / "out"), [Case(2)], {"load_module_only": True})[0][0]
-    assert_equal(found, expected)
+    loaded, rates, steps, _ = run_ranks(2, load, str(tmp_path / "out"), [Case(2)], {"load_module_only": True})[0][0]
+    assert_equal(loaded, expected)
     assert (rates, steps) == ([LR, 2 * LR], 0)
 
 
@@ -107,14 +108,14 @@ def test_an_average_goes_out_as_the_weights(run, tmp_path):
     outcome = convert("megadit", "deepspeed-universal", folder, tmp_path / "universal", ema="0.9")
     assert outcome.kinds == ("weights",) and "these are the average 0.9" in outcome.notes[0]
     cases = [Case(1, ds=UNIVERSAL), Case(3, ds=UNIVERSAL)]
-    for found, *_ in run_ranks(1, load, str(tmp_path / "universal"), cases, {})[0]:
-        assert not any(value.any() for kind in ("exp_avg", "exp_avg_sq") for value in found.pop(kind).values())
-        assert_equal(found, expected, "ema/0.9")
+    for loaded, *_ in run_ranks(1, load, str(tmp_path / "universal"), cases, {})[0]:
+        assert not any(value.any() for kind in ("exp_avg", "exp_avg_sq") for value in loaded.pop(kind).values())
+        assert_equal(loaded, expected, "ema/0.9")
     again = convert("deepspeed-universal", "safetensors", tmp_path / "universal", tmp_path / "z.safetensors")
     assert again.kinds == ("weights",)
     convert("megadit", "deepspeed", folder, tmp_path / "native", ema="0.9")
-    found = run_ranks(1, load, str(tmp_path / "native"), [Case(0)], {"load_module_only": True})[0][0][0]
-    assert_equal(found, expected, "ema/0.9")
+    loaded = run_ranks(1, load, str(tmp_path / "native"), [Case(0)], {"load_module_only": True})[0][0][0]
+    assert_equal(loaded, expected, "ema/0.9")
     convert("megadit", "safetensors", folder, tmp_path / "x.safetensors", ema="0.9")
     assert_equal({"weights": load_file(tmp_path / "x.safetensors")}, expected, "ema/0.9")
     with pytest.raises(UserError, match=r"'0.5'.*holds online, 0.9"):
@@ -131,9 +132,9 @@ def test_out_and_in_again_is_the_same_checkpoint(run, tmp_path, through):
         note for note in back_result.notes if "learning rates" in note
     ]  # a universal export lists groups without numbers
     assert bool(group_notes) == (through == "deepspeed") and all("hidden: lr " in note for note in group_notes)
-    found = state(tmp_path / "back")
-    assert list(found) == ["weights", "exp_avg", "exp_avg_sq"]
-    assert_equal(found, expected)
+    reimported = state(tmp_path / "back")
+    assert list(reimported) == ["weights", "exp_avg", "exp_avg_sq"]
+    assert_equal(reimported, expected)
     before, after = (StoredCheckpoint(find_checkpoint(each)) for each in (folder, tmp_path / "back"))
     assert after.position == before.position and after.state["adam_step"] == before.state["adam_step"] == STEPS
     assert after.state["groups"] == before.state["groups"]

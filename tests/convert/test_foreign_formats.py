@@ -79,8 +79,8 @@ def output(run: Path) -> Tensor:
     config, model = load_model(run)
     x, cond = example_images(config.model, range(2)), example_conditioning(config.model, range(2))
     with torch.no_grad():
-        found: Tensor = model(x, torch.tensor([3.0, 700.0]), cond)
-    return found
+        prediction: Tensor = model(x, torch.tensor([3.0, 700.0]), cond)
+    return prediction
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -124,12 +124,12 @@ def test_a_converted_run_draws_and_begins_another(tmp_path: Path) -> None:
     assert (tmp_path / "run/samples/sample.png").is_file()
     config, _ = load_model(tmp_path / "run")
     train = config.train.model_copy(update={"init_from": str(tmp_path / "run")})
-    found = check_weights_start(config.model_copy(update={"train": train}))
-    assert found is not None and found.parent.parent == tmp_path / "run"
+    checkpoint = check_weights_start(config.model_copy(update={"train": train}))
+    assert checkpoint is not None and checkpoint.parent.parent == tmp_path / "run"
     projector = RepaConfig(block=1, feature_dim=8, hidden=16)
     with_projector = config.model_copy(update={"train": train, "model": model.model_copy(update={"repa": projector})})
-    assert check_weights_start(with_projector) == found
-    stored = StoredCheckpoint(found)
+    assert check_weights_start(with_projector) == checkpoint
+    stored = StoredCheckpoint(checkpoint)
     assert "starts afresh" in str(check_initial_weights(stored, shapes_of(with_projector)))
     assert check_initial_weights(stored, shapes_of(config)) is None
     with pytest.raises(UserError, match=r"repa\.fc1"):
@@ -214,8 +214,8 @@ def test_the_scheduler_is_that_of_the_objective(
     monkeypatch.setattr(diffusers_folder, "measure", lambda *values: Difference(0.0, 0.0, 1.0, None))
     run = make_run(tmp_path, tiny_pixart(learn_sigma=False), objective=objective)
     convert("megadit", "diffusers", run, tmp_path / "out")
-    found = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
-    assert found.items() >= expected.items()
+    scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert scheduler.items() >= expected.items()
     convert("diffusers", "megadit", tmp_path / "out", tmp_path / "back")
     assert load_model(tmp_path / "back")[0].objective == load_model(run)[0].objective
 

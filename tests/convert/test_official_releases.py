@@ -229,11 +229,11 @@ def test_shards_of_a_release_are_joined_by_their_index(tmp_path: Path) -> None:
     online = below("model.", release("dit", ONLINE))
     names, folder = list(online), tmp_path / "shards"
     folder.mkdir()
-    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
-    for file in set(places.values()):
-        save_file({name: online[name] for name in names if places[name] == file}, folder / file)
+    weight_map = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({name: online[name] for name in names if weight_map[name] == file}, folder / file)
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     for number, path in enumerate((folder, index)):
         run = tmp_path / str(number)
         assert convert_checkpoint.main(["--from", "official-dit", "--to", "megadit", str(path), str(run), *HINTS]) == 0

@@ -39,7 +39,7 @@ def signatures(folder: str) -> dict[str, dict[str, Any]]:
     spec = importlib.util.find_spec("diffusers")
     if spec is None or spec.origin is None:
         pytest.skip("diffusers is not installed")
-    found: dict[str, dict[str, Any]] = {}
+    defaults: dict[str, dict[str, Any]] = {}
     for path in sorted((Path(spec.origin).parent / folder).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.ClassDef):
@@ -48,8 +48,8 @@ def signatures(folder: str) -> dict[str, dict[str, Any]]:
             if init is not None:
                 names = [argument.arg for argument in init.args.args[1:]]
                 values = [literal(value) for value in init.args.defaults]
-                found[node.name] = dict(zip(names[len(names) - len(values) :], values, strict=True))
-    return found
+                defaults[node.name] = dict(zip(names[len(names) - len(values) :], values, strict=True))
+    return defaults
 
 
 def literal(node: ast.expr) -> Any:
@@ -122,8 +122,8 @@ def test_a_change_of_any_key_is_carried_refused_or_told(key: str) -> None:
 def test_our_own_schedulers_come_back_without_a_word(family: str, values: dict[str, Any]) -> None:
     objective = ObjectiveConfig(**values)
     stored = scheduler_json(family, objective)
-    found, notes = read(stored["_class_name"], stored)
-    assert ObjectiveConfig(**found) == objective and notes == [] and objective_gap(objective) is None
+    settings, notes = read(stored["_class_name"], stored)
+    assert ObjectiveConfig(**settings) == objective and notes == [] and objective_gap(objective) is None
 
 
 @pytest.mark.parametrize("steps", [4, 25])
@@ -228,5 +228,5 @@ def test_other_numbers_of_steps_mean_other_times_and_need_consent() -> None:
     stored = scheduler_json("dit", objective)
     with pytest.raises(UserError, match="the numbers 0 to 499 of the steps, a model here .* --allow-inexact"):
         read("DDIMScheduler", stored)
-    found, notes = read("DDIMScheduler", stored, allow_inexact=True)
-    assert ObjectiveConfig(**found) == objective and "1000 t / 500" in notes[0]
+    settings, notes = read("DDIMScheduler", stored, allow_inexact=True)
+    assert ObjectiveConfig(**settings) == objective and "1000 t / 500" in notes[0]

@@ -43,6 +43,6 @@ def test_the_projector_of_repa_stays_behind(family: str, form: str) -> None:
         config_back, state_back = from_diffusers(folder_json, exported)
     assert not any("repa" in name for name in exported)
     assert config_back.repa is None
-    kept: ModelConfig = config.model_copy(update={"repa": None})
-    assert state_back.keys() == build_model(kept).state_dict().keys()
+    without_repa: ModelConfig = config.model_copy(update={"repa": None})
+    assert state_back.keys() == build_model(without_repa).state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in state_back.items())

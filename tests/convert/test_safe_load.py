@@ -86,8 +86,8 @@ def foreign_class(name, base=object):
     """A class that a file names as ``name`` and that is there while the file is written alone."""
     module, _, last = name.rpartition(".")
     parts = module.split(".")
-    for place in (".".join(parts[: count + 1]) for count in range(len(parts))):
-        sys.modules.setdefault(place, types.ModuleType(place))
+    for module_name in (".".join(parts[: count + 1]) for count in range(len(parts))):
+        sys.modules.setdefault(module_name, types.ModuleType(module_name))
     made = type(last, (base,), {"__module__": module})
     setattr(sys.modules[module], last, made)
     return made

@@ -21,30 +21,32 @@ INDEX = "model.safetensors.index.json"
 A, B = torch.arange(3.0), torch.arange(8.0).reshape(2, 4)
 
 
-def make(folder: Path, places: Any = None, **more: Any) -> Path:
-    """Two shards of one tensor each, and their index with ``places`` and ``more``."""
+def make(folder: Path, weight_map: Any = None, **more: Any) -> Path:
+    """Two shards of one tensor each, and their index with ``weight_map`` and ``more``."""
     folder.mkdir(exist_ok=True)
     save_file({"a": A}, folder / ONE)
     save_file({"b": B}, folder / TWO)
-    write_index(folder / INDEX, {"a": ONE, "b": TWO} if places is None else places, **more)
+    write_index(folder / INDEX, {"a": ONE, "b": TWO} if weight_map is None else weight_map, **more)
     return folder
 
 
-def write_index(file: Path, places: Any, **more: Any) -> None:
-    file.write_text(json.dumps({"weight_map": places, **more}))
+def write_index(file: Path, weight_map: Any, **more: Any) -> None:
+    file.write_text(json.dumps({"weight_map": weight_map, **more}))
 
 
 def read(source: Path, kind: str = "safetensors") -> tuple[dict[str, Tensor], ConversionResult]:
     """What a conversion makes of ``source``."""
     target = source.parent / "out.safetensors"
     outcome = convert(kind, "safetensors", source, target)
-    found = load_file(target)
+    tensors = load_file(target)
     target.unlink()
-    return found, outcome
+    return tensors, outcome
 
 
-def same(found: Mapping[str, Tensor], **expected: Tensor) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+def same(tensors: Mapping[str, Tensor], **expected: Tensor) -> bool:
+    return tensors.keys() == expected.keys() and all(
+        torch.equal(tensors[name], value) for name, value in expected.items()
+    )
 
 
 def refused(source: Path, words: str, kind: str = "safetensors") -> None:
@@ -54,14 +56,14 @@ def refused(source: Path, words: str, kind: str = "safetensors") -> None:
 
 
 def test_shards_with_their_index_are_read(tmp_path: Path) -> None:
-    found, outcome = read(make(tmp_path / "in", metadata={"total_size": 44}))
-    assert same(found, a=A, b=B) and not outcome.notes
-    found, _ = read(tmp_path / "in" / INDEX)  # by name
-    assert same(found, a=A, b=B)
+    tensors, outcome = read(make(tmp_path / "in", metadata={"total_size": 44}))
+    assert same(tensors, a=A, b=B) and not outcome.notes
+    tensors, _ = read(tmp_path / "in" / INDEX)  # by name
+    assert same(tensors, a=A, b=B)
 
 
 @pytest.mark.parametrize(
-    ("places", "words"),
+    ("weight_map", "words"),
     [
         ({"a": TWO, "b": TWO}, f"{ONE}: holds 'a', though {INDEX} says that it lies in {TWO}"),
         ({"a": TWO, "b": ONE}, f"{ONE}: holds 'a', though .* says that it lies in {TWO}"),
@@ -86,9 +88,9 @@ def test_shards_with_their_index_are_read(tmp_path: Path) -> None:
         ({"a": ONE, "b": "model-00003-of-00002.safetensors"}, "is missing, though"),
     ],
 )
-def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path, places: Any, words: str) -> None:
+def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path, weight_map: Any, words: str) -> None:
     make(tmp_path / "in")
-    text = json.dumps({} if places is None else {"weight_map": places})
+    text = json.dumps({} if weight_map is None else {"weight_map": weight_map})
     (tmp_path / "in" / INDEX).write_text(text)
     refused(tmp_path / "in", words)
 
@@ -129,8 +131,8 @@ def test_links_of_the_hubs_cache_are_read_and_dangling_ones_named(tmp_path: Path
     (tmp_path / "in").mkdir()
     for name in (ONE, TWO, INDEX):
         (tmp_path / "in" / name).symlink_to(f"../blobs/{name}")
-    found, _ = read(tmp_path / "in")
-    assert same(found, a=A, b=B)
+    tensors, _ = read(tmp_path / "in")
+    assert same(tensors, a=A, b=B)
     (tmp_path / "blobs" / TWO).unlink()
     refused(tmp_path / "in", rf"is a link to '\.\./blobs/{TWO}', which is missing; .*cp -L.*{INDEX} names it")
     (tmp_path / "blobs" / INDEX).unlink()
@@ -148,8 +150,8 @@ def test_the_hubs_cache_itself_is_told_with_its_snapshot(tmp_path: Path, kind: s
 def test_an_index_of_another_name_decides_on_the_shards_that_it_names(tmp_path: Path) -> None:
     folder, other = make(tmp_path / "in"), "model.fp16.safetensors.index.json"
     (folder / INDEX).rename(folder / other)
-    found, outcome = read(folder)
-    assert same(found, a=A, b=B) and not outcome.notes
+    tensors, outcome = read(folder)
+    assert same(tensors, a=A, b=B) and not outcome.notes
     write_index(folder / other, {"a": TWO, "b": TWO})
     refused(folder, f"{ONE}: holds 'a', though {other} says that it lies in {TWO}")
     write_index(folder / "x.safetensors.index.json", {"a": ONE, "b": TWO})
@@ -173,22 +175,22 @@ def test_a_shard_that_is_no_regular_file_is_refused_and_never_waited_for(tmp_pat
 
 @pytest.mark.parametrize("total", [43, "44", 1e300])
 def test_a_total_size_that_is_wrong_is_told(tmp_path: Path, total: Any) -> None:
-    found, outcome = read(make(tmp_path / "in", metadata={"total_size": total}))
-    assert same(found, a=A, b=B)
+    tensors, outcome = read(make(tmp_path / "in", metadata={"total_size": total}))
+    assert same(tensors, a=A, b=B)
     assert any("says total_size" in note and "44 bytes" in note for note in outcome.notes)
 
 
 def test_shards_of_several_types_are_told(tmp_path: Path) -> None:
     make(tmp_path / "in")
     save_file({"b": B.half()}, tmp_path / "in" / TWO)
-    found, outcome = read(tmp_path / "in")
-    assert same(found, a=A, b=B) and any("weights as float16, float32" in note for note in outcome.notes)
+    tensors, outcome = read(tmp_path / "in")
+    assert same(tensors, a=A, b=B) and any("weights as float16, float32" in note for note in outcome.notes)
 
 
 def test_shards_without_an_index_are_read_where_all_are_there(tmp_path: Path) -> None:
     (make(tmp_path / "in") / INDEX).unlink()
-    found, outcome = read(tmp_path / "in")
-    assert same(found, a=A, b=B) and any("no index: all 2" in note for note in outcome.notes)
+    tensors, outcome = read(tmp_path / "in")
+    assert same(tensors, a=A, b=B) and any("no index: all 2" in note for note in outcome.notes)
     (tmp_path / "in" / ONE).unlink()
     refused(tmp_path / "in", f"{TWO}' is one of 2 shards: missing is number 1; copy all shards")
     save_file({"a": A}, tmp_path / "in" / "x-00001-of-99999999999.safetensors")
@@ -204,8 +206,8 @@ def test_torch_shards_follow_the_same_rules(tmp_path: Path) -> None:
     for name, values in zip(names, ({"a": A}, {"b": B}), strict=True):
         torch.save(values, folder / name)
     write_index(folder / "pytorch_model.bin.index.json", {"a": names[0], "b": names[1]})
-    found, _ = read(folder, "fp32-state-dict")
-    assert same(found, a=A, b=B)
+    tensors, _ = read(folder, "fp32-state-dict")
+    assert same(tensors, a=A, b=B)
     write_index(folder / "pytorch_model.bin.index.json", {"a": names[1], "b": names[0]})
     refused(folder, f"{names[0]}: holds 'a', though .* says that it lies in {names[1]}", "fp32-state-dict")
 
@@ -226,11 +228,11 @@ def test_variants_are_read_and_the_plain_weights_go_before_them(tmp_path: Path, 
         save_file(values, folder / name)
     if len(names) == 2:
         write_index(folder / "model.safetensors.index.fp16.json", {"a": names[0], "b": names[1]})
-    found, _ = read(folder)
-    assert same(found, a=A, b=B)
+    tensors, _ = read(folder)
+    assert same(tensors, a=A, b=B)
     save_file({"a": A + 1, "b": B}, folder / "model.safetensors")
-    found, outcome = read(folder)
-    assert same(found, a=A + 1, b=B)
+    tensors, outcome = read(folder)
+    assert same(tensors, a=A + 1, b=B)
     assert any("model.safetensors is taken; left aside: model" in note and "fp16" in note for note in outcome.notes)
 
 
@@ -245,8 +247,8 @@ def test_several_sets_of_weights_are_never_guessed_between(tmp_path: Path) -> No
     for name in (ONE, TWO):
         os.replace(tmp_path / "other" / name, folder / name.replace("model", "b"))
     write_index(folder / "b.safetensors.index.json", {"a": ONE.replace("model", "b"), "b": TWO.replace("model", "b")})
-    found, _ = read(folder)  # the usual name
-    assert same(found, a=A, b=B)
+    tensors, _ = read(folder)  # the usual name
+    assert same(tensors, a=A, b=B)
     for file in sorted(folder.glob("model*")):
         os.replace(file, folder / file.name.replace("model", "c"))
     write_index(folder / "c.safetensors.index.json", {"a": ONE.replace("model", "c"), "b": TWO.replace("model", "c")})

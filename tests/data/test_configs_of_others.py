@@ -111,9 +111,9 @@ def test_no_whole_number(tmp_path: Path, kind: str, key: str) -> None:
 )
 def test_other_values(tmp_path: Path, kind: str, changes: dict[str, Any], words: str) -> None:
     values, read = READERS[kind]
-    with pytest.raises(UserError, match=rf"^data\.\w+\.path: .*{words}") as told:
+    with pytest.raises(UserError, match=rf"^data\.\w+\.path: .*{words}") as error:
         read(folder_of(tmp_path / "bad", {**values, **changes}))
-    assert len(str(told.value)) < 500 and "\n" not in str(told.value)
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", READERS)

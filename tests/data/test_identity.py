@@ -1,4 +1,4 @@
-"""What a run is trained on: everything that changes it is a difference told with both values, and nothing else is."""
+"""What a run is trained on: everything that changes it is a difference named with both values, and nothing else is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def identity(config):
     return json.loads(json.dumps(identify(config, train, held_out)))
 
 
-def told(before, config):
+def data_changes(before, config):
     train, held_out = build_datasets(config.data)
     return differences(before, identify(config, train, held_out), train)
 
@@ -60,15 +60,15 @@ def test_moved_copied_and_touched_data_are_the_same(pictures, tmp_path):
         file.unlink()
         file.write_bytes(data)
         os.utime(file, (1, 1))
-    assert told(before, of_folder(other)) == []
+    assert data_changes(before, of_folder(other)) == []
     assert identity(of_folder(other)) == before
-    assert told(before, of_folder(other, workers=3, on_change="accept")) == []
+    assert data_changes(before, of_folder(other, workers=3, on_change="accept")) == []
 
 
 def test_a_renamed_class_is_named_with_its_number(pictures):
     before = identity(of_folder(pictures))
     (pictures / "cat").rename(pictures / "zebra")
-    first, second = told(before, of_folder(pictures))
+    first, second = data_changes(before, of_folder(pictures))
     assert first == "class 1 was 'cat' and is 'dog', and 1 more differ"
     assert second.endswith("(first difference: cat/00.png is gone)")
 
@@ -76,10 +76,10 @@ def test_a_renamed_class_is_named_with_its_number(pictures):
 def test_a_class_more_or_less_is_named(pictures):
     before = identity(of_folder(pictures))
     shutil.copytree(pictures / "cat", pictures / "bee")
-    assert told(before, of_folder(pictures))[0] == "there were 3 classes and are 4 ('bee' is new)"
+    assert data_changes(before, of_folder(pictures))[0] == "there were 3 classes and are 4 ('bee' is new)"
     shutil.rmtree(pictures / "bee")
     shutil.rmtree(pictures / "ant")
-    assert told(before, of_folder(pictures))[0] == "there were 3 classes and are 2 ('ant' is gone)"
+    assert data_changes(before, of_folder(pictures))[0] == "there were 3 classes and are 2 ('ant' is gone)"
 
 
 def test_images_that_come_go_or_are_written_again(pictures):
@@ -87,17 +87,17 @@ def test_images_that_come_go_or_are_written_again(pictures):
     train, held_out = before["training_images"], before["validation_images"]
     for number in range(20, 60):
         shutil.copy(pictures / "dog/00.png", pictures / f"dog/{number}.png")
-    (found,) = told(before, of_folder(pictures))
+    (change,) = data_changes(before, of_folder(pictures))
     now = identity(of_folder(pictures))
     counts = f"training images {train} → {now['training_images']}, validation images {held_out} → "
-    assert found == counts + f"{now['validation_images']} (first difference: dog/20.png is new)"
+    assert change == counts + f"{now['validation_images']} (first difference: dog/20.png is new)"
     for number in range(20, 60):
         (pictures / f"dog/{number}.png").unlink()
-    assert told(before, of_folder(pictures)) == []
+    assert data_changes(before, of_folder(pictures)) == []
     Image.new("RGB", (80, 80), "red").save(pictures / "cat/03.png")
     size = (pictures / "cat/03.png").stat().st_size
-    (found,) = told(before, of_folder(pictures))
-    assert found.startswith(f"other images (first difference: cat/03.png has {size:,} bytes and had ")
+    (change,) = data_changes(before, of_folder(pictures))
+    assert change.startswith(f"other images (first difference: cat/03.png has {size:,} bytes and had ")
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_images_that_come_go_or_are_written_again(pictures):
     ],
 )
 def test_keys_that_change_what_is_trained_on(pictures, data, said):
-    found = told(identity(of_folder(pictures)), of_folder(pictures, **data))
-    assert found[0].startswith(said)
+    changes = data_changes(identity(of_folder(pictures)), of_folder(pictures, **data))
+    assert changes[0].startswith(said)
 
 
 def of_lines(path, **data):
@@ -134,12 +134,12 @@ def test_labels_and_order_of_metadata(pictures):
     write_lines(pictures, lambda lines: lines)
     before = identity(of_lines(pictures))
     write_lines(pictures, lambda lines: [{**line, "caption": "new"} for line in lines])
-    assert told(before, of_lines(pictures)) == []  # captions are not what this run reads
+    assert data_changes(before, of_lines(pictures)) == []  # captions are not what this run reads
     write_lines(pictures, lambda lines: [*lines[:5], {**lines[5], "label": "dog"}, *lines[6:]])
-    assert told(before, of_lines(pictures)) == ["images of the same files have other labels"]
+    assert data_changes(before, of_lines(pictures)) == ["images of the same files have other labels"]
     write_lines(pictures, lambda lines: [lines[1], lines[0], *lines[2:]])
-    (found,) = told(before, of_lines(pictures))
-    assert found == "other images (first difference: ant/01.png is in the place of ant/00.png)"
+    (change,) = data_changes(before, of_lines(pictures))
+    assert change == "other images (first difference: ant/01.png is in the place of ant/00.png)"
 
 
 def test_shards_that_are_added_renamed_or_written_again(tmp_path):
@@ -157,30 +157,30 @@ def test_shards_that_are_added_renamed_or_written_again(tmp_path):
     assert before["files"]["count"] == 6 and before["training_images"] + before["validation_images"] == 1200
     shutil.copytree(tmp_path / "tars", tmp_path / "moved")
     moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "moved")})})
-    assert told(before, moved) == []
+    assert data_changes(before, moved) == []
     for file in sorted(aside.iterdir()):
         file.rename(tmp_path / "tars" / file.name)
-    (found,) = told(before, config)
-    assert found.startswith(f"training images {before['training_images']:,} → ")
-    assert found.endswith("(first difference: digits-000006.tar is new)")
+    (change,) = data_changes(before, config)
+    assert change.startswith(f"training images {before['training_images']:,} → ")
+    assert change.endswith("(first difference: digits-000006.tar is new)")
     for file in files[6:]:
         file.unlink()
     files[2].rename(files[2].with_name("digits-a.tar"))
-    (found,) = told(before, config)
-    assert "first difference: digits-000002.tar is gone" in found
+    (change,) = data_changes(before, config)
+    assert "first difference: digits-000002.tar is gone" in change
 
 
 def test_built_in_sets():
     digits = small_config()
-    assert told(identity(digits), digits) == []
-    assert told(identity(digits), small_config(data={"classes": tuple("1023456789")})) == [
+    assert data_changes(identity(digits), digits) == []
+    assert data_changes(identity(digits), small_config(data={"classes": tuple("1023456789")})) == [
         "class 0 was '0' and is '1', and 1 more differ"
     ]
     emoji = {"model": {"in_channels": 3, "input_size": 8, "num_classes": 9}, "data": {"name": "emoji", "image_size": 8}}
     before = identity(small_config(**emoji))
     more = {**emoji, "data": {**emoji["data"], "skin_tones": True}}
-    (found,) = told(before, small_config(**more))
-    assert found.startswith(f"training images {before['training_images']:,} → ") and "first difference: " in found
+    (change,) = data_changes(before, small_config(**more))
+    assert change.startswith(f"training images {before['training_images']:,} → ") and "first difference: " in change
 
 
 def of_text(pictures, **text):
@@ -198,15 +198,15 @@ def test_captions_and_their_encoder(pictures, tmp_path):
     config = of_text(pictures, encoder="t5", path=str(folder))
     before = identity(config)
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert told(before, of_text(pictures, encoder="t5", path=str(moved), cache=str(tmp_path))) == []
+    assert data_changes(before, of_text(pictures, encoder="t5", path=str(moved), cache=str(tmp_path))) == []
     write_lines(pictures, lambda lines: [{**lines[0], "caption": "new"}, *lines[1:]])
-    assert told(before, config) == ["images of the same files have other captions"]
+    assert data_changes(before, config) == ["images of the same files have other captions"]
     write_lines(pictures, lambda lines: lines)
     (folder / "model.safetensors").write_bytes(b"others!")
-    (found,) = told(before, config)
-    assert found.startswith(f"the text encoder was {before['text_encoder']} and is t5:")
-    (found,) = told(before, of_text(pictures, encoder="t5", path=str(moved), precision="bf16"))
-    assert found.endswith(":bf16 pooled none")
+    (change,) = data_changes(before, config)
+    assert change.startswith(f"the text encoder was {before['text_encoder']} and is t5:")
+    (change,) = data_changes(before, of_text(pictures, encoder="t5", path=str(moved), precision="bf16"))
+    assert change.endswith(":bf16 pooled none")
 
 
 def vae(folder, **facts):
@@ -224,14 +224,14 @@ def test_the_autoencoder_with_scale_and_shift(pictures, tmp_path):
         return small_config(model=model, data={**data, "vae": {"path": str(folder), "factor": 2, **more}})
 
     before = identity(of_vae(vae(tmp_path / "vae", scaling_factor=0.5)))
-    assert told(before, of_vae(shutil.copytree(tmp_path / "vae", tmp_path / "moved"), scale=0.5)) == []
-    (found,) = told(before, of_vae(tmp_path / "vae", scale=0.25, shift=0.125))
-    assert found == "the autoencoder differs: scale 0.5 → 0.25, shift 0 → 0.125"
+    assert data_changes(before, of_vae(shutil.copytree(tmp_path / "vae", tmp_path / "moved"), scale=0.5)) == []
+    (change,) = data_changes(before, of_vae(tmp_path / "vae", scale=0.25, shift=0.125))
+    assert change == "the autoencoder differs: scale 0.5 → 0.25, shift 0 → 0.125"
     (tmp_path / "vae/weights.safetensors").write_bytes(b"others!")
-    (found,) = told(before, of_vae(tmp_path / "vae"))
-    assert found.startswith("the autoencoder differs: codec AutoencoderKL:")
+    (change,) = data_changes(before, of_vae(tmp_path / "vae"))
+    assert change.startswith("the autoencoder differs: codec AutoencoderKL:")
     config = small_config(model={"in_channels": 3, "num_classes": 3}, data=of_folder(pictures).data.model_dump())
-    assert told(before, config)[-1] == "there was an autoencoder and now there is none"
+    assert data_changes(before, config)[-1] == "there was an autoencoder and now there is none"
 
 
 def test_the_autoencoder_of_tars_from_before_their_crop_was_kept(pictures, tmp_path):
@@ -247,14 +247,14 @@ def test_the_autoencoder_of_tars_from_before_their_crop_was_kept(pictures, tmp_p
         where = {"name": "webdataset", "path": str(tmp_path / "tars"), "image_size": 8, "crop": "center"}
         return small_config(model={"in_channels": 4, "input_size": 4, "num_classes": 3}, data={**where, "vae": codec})
 
-    assert told(identity(of_tars(0.5)), of_tars(0.25)) == ["the autoencoder differs: scale 0.5 → 0.25"]
+    assert data_changes(identity(of_tars(0.5)), of_tars(0.25)) == ["the autoencoder differs: scale 0.5 → 0.25"]
 
 
 def test_keys_that_only_one_of_two_identities_has_are_not_compared():
     config = small_config()
     before = identity(config)
     del before["crop"], before["files"], before["captions"]
-    assert told({**before, "younger": 3}, config) == []
+    assert data_changes({**before, "younger": 3}, config) == []
 
 
 def test_the_crop_of_pictures_says_nothing_of_latents(pictures, tmp_path, monkeypatch):
@@ -267,9 +267,9 @@ def test_the_crop_of_pictures_says_nothing_of_latents(pictures, tmp_path, monkey
         small_config(model={"in_channels": 3, "num_classes": 0}, data={**data, "crop": crop}, sample={"guidance": 1.0})
         for crop in ("adm", "center")
     )
-    assert told(identity(one), other) == ["data.crop was adm and is center"]
+    assert data_changes(identity(one), other) == ["data.crop was adm and is center"]
     monkeypatch.setattr(TarSet, "stores_latents", True)
-    assert told(identity(one), other) == [] and told({**identity(one), "crop": "adm"}, other) == []
+    assert data_changes(identity(one), other) == [] and data_changes({**identity(one), "crop": "adm"}, other) == []
     train, _ = build_datasets(other.data)
     before = one.data.model_dump(mode="json")
     assert config_differences(before, None, other, train) == [] and crop_note(before, other, train) is None

@@ -50,7 +50,7 @@ def test_names_beside_numbers_are_refused_with_both_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "words"),
     [
         (3.0, r"not 3\.0; write 3$"),
         (2.5, r"not 2\.5; give a text"),
@@ -62,8 +62,8 @@ def test_names_beside_numbers_are_refused_with_both_lines() -> None:
         ("  ", "not '  '; give"),
     ],
 )
-def test_what_is_no_label(value: object, told: str) -> None:
-    with pytest.raises(UserError, match=rf"^data\.path: {where(6)}: label must be .*{told}"):
+def test_what_is_no_label(value: object, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.path: {where(6)}: label must be .*{words}"):
         label_of(value, where(6))
 
 

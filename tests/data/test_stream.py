@@ -51,12 +51,12 @@ def folder(tmp_path: Path) -> FolderSet:
 
 def test_a_stream_walks_through_steps_and_micro_batches() -> None:
     stream = BatchStream(numbered_set(), BatchLayout(8, 2, 1, 2), seed=0, flip=False, workers=0)
-    seen, places = [], []
+    seen, positions = [], []
     for _ in range(6):
-        places.append((stream.step, stream.micro, stream.epoch))
+        positions.append((stream.step, stream.micro, stream.epoch))
         seen.append(next(stream).numbers.tolist())
     assert seen == [[2, 3], [6, 7], [10, 11], [14, 15], [18, 19], [22, 23]]
-    assert places == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 1)]
+    assert positions == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 1)]
 
 
 def test_workers_change_nothing_and_a_resumed_stream_continues(folder: FolderSet) -> None:
@@ -80,13 +80,13 @@ def test_workers_change_nothing_and_a_resumed_stream_continues(folder: FolderSet
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_together_see_what_one_rank_sees(ranks: int) -> None:
     def images_by_number(ranks: int, micro_batch: int) -> dict[int, torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
+        images: dict[int, torch.Tensor] = {}
         for rank in range(ranks):
             layout = BatchLayout(8, ranks, rank, micro_batch)
             stream = BatchStream(numbered_set(), layout, seed=1, flip=True, workers=0)
             for batch in islice(stream, 3 * layout.accumulation):
-                found.update(zip(batch.numbers.tolist(), batch.images, strict=True))
-        return found
+                images.update(zip(batch.numbers.tolist(), batch.images, strict=True))
+        return images
 
     reference, split = images_by_number(1, 8), images_by_number(ranks, 2)
     assert sorted(split) == sorted(reference) == list(range(24))

@@ -48,9 +48,9 @@ def test_a_value_of_another_type(read: Callable[[Fields, str], Any], value: Any)
 def test_the_value_is_shown_as_the_file_has_it_and_cut_where_it_is_long() -> None:
     with pytest.raises(UserError, match="has key null, which must be given"):
         Fields({"key": None}, WHERE).whole("key")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         Fields({"key": "x" * 10_000}, WHERE).whole("key")
-    assert len(str(told.value)) < 300
+    assert len(str(error.value)) < 300
 
 
 def test_a_key_that_must_be_there() -> None:
@@ -94,9 +94,9 @@ def test_a_file_that_is_no_json_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_sentence_stays_one_line_whatever_a_value_holds() -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         Fields({"a\nb": "x\n\ud800\x1b[2J"}, WHERE).whole("a\nb")
-    assert str(told.value).isprintable() and "a\\nb 'x\\n\\ud800\\x1b[2J'" in str(told.value)
+    assert str(error.value).isprintable() and "a\\nb 'x\\n\\ud800\\x1b[2J'" in str(error.value)
 
 
 def test_a_number_above_a_bound() -> None:

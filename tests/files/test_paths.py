@@ -118,13 +118,13 @@ def test_an_output_may_replace_its_own_kind_alone(tmp_path: Path) -> None:
     arrays = (tmp_path / "x.npz").read_bytes()
     torch.save({"weight": torch.zeros(3)}, tmp_path / "x.pt")  # a zip, too
     weights = (tmp_path / "x.pt").read_bytes()
-    for content, marks, kept in (
+    for content, marks, stays in (
         (None, PNG, True), (b"", PNG, True), (b"\x89PNG\r\n", PNG, True), (b"a: 1", PNG, False),
         (arrays, ARRAYS, True), (weights, ARRAYS, False), (arrays, PNG, False),
     ):  # fmt: skip
         if content is not None:
             path.write_bytes(content)
-        if kept:
+        if stays:
             check_output(path, "--out", "picture", marks)
         else:
             with pytest.raises(UserError, match=r"^--out: '.*a\.bin' is no picture and would be replaced; choose"):

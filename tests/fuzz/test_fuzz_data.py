@@ -224,9 +224,9 @@ def test_names_of_files(effort: str, tmp_path: Path) -> None:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir()
         for folder, name in pairs:
-            place = os.path.join(os.fsencode(root), folder)
-            os.makedirs(place, exist_ok=True)
-            with open(os.path.join(place, name + b".png"), "wb") as file:
+            class_folder = os.path.join(os.fsencode(root), folder)
+            os.makedirs(class_folder, exist_ok=True)
+            with open(os.path.join(class_folder, name + b".png"), "wb") as file:
                 file.write(png())
         images = load_folder(images_of(str(root), labelled=labelled))
         look_at(images)

@@ -53,7 +53,7 @@ WORDS: dict[str, tuple[bytes, ...]] = {
 
 def pictures(kind: str) -> list[bytes]:
     """Small pictures of a format in each of the modes that people store."""
-    found = []
+    files = []
     gradient = Image.linear_gradient("L").resize((12, 9))
     for mode in ("RGB", "L", "P", "RGBA", "1", "I;16", "CMYK", "LA"):
         for options in _options(kind):
@@ -62,9 +62,9 @@ def pictures(kind: str) -> list[bytes]:
                 gradient.convert(mode).save(buffer, kind, **options)
             except (OSError, ValueError, KeyError):  # a mode that the format has not
                 continue
-            found.append(buffer.getvalue())
-    assert found
-    return found
+            files.append(buffer.getvalue())
+    assert files
+    return files
 
 
 def _options(kind: str) -> list[dict[str, Any]]:

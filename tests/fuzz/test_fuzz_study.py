@@ -146,9 +146,9 @@ def test_a_study_directory(effort: str, made: Path, tmp_path: Path) -> None:
 def look_at(folder: Path) -> None:
     """What ``status --json``, ``status`` and ``report`` read."""
     store_ = open_readonly(load_study(folder))
-    found = status_of(store_)
-    json.dumps(found.to_json())
-    format_status(found)
+    status = status_of(store_)
+    json.dumps(status.to_json())
+    format_status(status)
     load_results(folder)
 
 

@@ -138,15 +138,15 @@ def test_odd_pickles_in_whole_archives(effort: str, tmp_path: Path) -> None:
     whole = torch_files(mark)[0]
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
-    place = next(name for name in parts if name.endswith("data.pkl"))
+    pickle_name = next(name for name in parts if name.endswith("data.pkl"))
 
     def read(data: bytes) -> None:
         with zipfile.ZipFile(file, "w") as archive:
             for name, part in parts.items():
-                archive.writestr(name, data if name == place else part)
+                archive.writestr(name, data if name == pickle_name else part)
         try:
             converted("fp32-state-dict", file)
         finally:
             assert not mark.exists()
 
-    hunt(effort, mutated([parts[place]], PICKLE_WORDS), read, quick=22)
+    hunt(effort, mutated([parts[pickle_name]], PICKLE_WORDS), read, quick=22)

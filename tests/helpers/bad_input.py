@@ -53,14 +53,14 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 
 def tree(folder: Path) -> dict[str, str]:
     """Every file below ``folder`` with a digest of its content, every folder and link by what it is."""
-    found = {}
+    contents = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
-            found[name] = f"link to {os.readlink(path)}"
+            contents[name] = f"link to {os.readlink(path)}"
         else:
-            found[name] = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            contents[name] = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return contents
 
 
 def make_run(folder: Path) -> None:

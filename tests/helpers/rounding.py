@@ -64,9 +64,9 @@ def reversed_sums() -> TorchDispatchMode:
 
     class ReversedSums(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            places = operands.get(func.overloadpacket)
-            if places is not None and func._overloadname == "default":
-                left, right = places
+            operand_positions = operands.get(func.overloadpacket)
+            if operand_positions is not None and func._overloadname == "default":
+                left, right = operand_positions
                 flipped = list(args)
                 flipped[left], flipped[right] = args[left].flip(-1), args[right].flip(-2)
                 args = tuple(flipped)

@@ -187,14 +187,14 @@ def _clip(model: torch.nn.Module, config: RunConfig) -> dict[str, float]:
     for name, p in model.named_parameters():
         if p.grad is not None:
             grads.setdefault(specs[name].role, []).append(p.grad)
-    norms = {role: math.sqrt(sum(float(g.double().square().sum()) for g in own)) for role, own in grads.items()}
-    for role, own in grads.items():
+    norms = {role: math.sqrt(sum(float(g.double().square().sum()) for g in tensors)) for role, tensors in grads.items()}
+    for role, tensors in grads.items():
         norm, limit = math.hypot(*norms.values()), clip.value
         if clip.mode == "per_group":
             norm, limit = norms[role], getattr(clip.groups, role) or clip.value
             if limit is not None and role in ("input", "vector", "output"):
                 limit /= math.sqrt(config.model.width_mult)
         if limit is not None:
-            for grad in own:
+            for grad in tensors:
                 grad.mul_(min(1.0, limit / (norm + 1e-6)))
     return norms

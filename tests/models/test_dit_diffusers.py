@@ -31,7 +31,7 @@ _COPIED_NAMES = {
 }
 
 
-def _places(name: str, depth: int) -> list[list[str]]:
+def _target_names(name: str, depth: int) -> list[list[str]]:
     """Where our parameter lives there: pieces along dim 0, each with its copies (one per block for embedders)."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP_NAMES:
@@ -68,17 +68,19 @@ def _load(theirs: nn.Module, ours: nn.Module, depth: int) -> None:
     targets = dict(theirs.named_parameters())
     filled: set[str] = set()
     for name, param in ours.named_parameters():
-        places = _places(name, depth)
-        for copies, piece in zip(places, param.chunk(len(places)), strict=True):
-            for place in copies:
-                targets[place].copy_(piece.view_as(targets[place]))
-                filled.add(place)
+        target_names = _target_names(name, depth)
+        for copies, piece in zip(target_names, param.chunk(len(target_names)), strict=True):
+            for target in copies:
+                targets[target].copy_(piece.view_as(targets[target]))
+                filled.add(target)
     assert filled == set(targets)
 
 
 def _gradient(theirs: dict[str, Tensor], name: str, depth: int) -> Tensor:
     """Their gradient of our parameter: copies sum, pieces join."""
-    return torch.cat([sum((theirs[place] for place in copies), torch.zeros(())) for copies in _places(name, depth)])
+    return torch.cat(
+        [sum((theirs[target] for target in copies), torch.zeros(())) for copies in _target_names(name, depth)]
+    )
 
 
 def test_outputs_and_all_gradients_equal_diffusers() -> None:

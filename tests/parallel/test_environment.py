@@ -137,10 +137,10 @@ def test_a_task_with_a_terminal_is_a_rank_and_an_allocation_of_one_task_says_not
 def test_ranks_of_mpirun_agree_on_where_to_meet_and_jobs_do_not_share_it():
     names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_RANK")
     ranks = [OPENMPI | dict.fromkeys(names, rank) for rank in "01"]
-    places = [prepare_environment(env) for env in ranks]
-    assert {(place.master_addr, place.master_port) for place in places} == {("127.0.0.1", places[0].master_port)}
+    prepared = [prepare_environment(env) for env in ranks]
+    assert {(each.master_addr, each.master_port) for each in prepared} == {("127.0.0.1", prepared[0].master_port)}
     assert [env["RANK"] for env in ranks] == ["0", "1"] and ranks[1]["LOCAL_WORLD_SIZE"] == "2"
-    assert prepare_environment(dict(OPENMPI, PMIX_NAMESPACE="other")).master_port != places[0].master_port
+    assert prepare_environment(dict(OPENMPI, PMIX_NAMESPACE="other")).master_port != prepared[0].master_port
     assert prepare_environment(dict(HYDRA)).master_port == 29500  # nothing names the job
 
 

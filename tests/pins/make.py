@@ -114,7 +114,7 @@ def make_help() -> None:
 
 def help_file(words: str) -> str:
     """The name of a help text's file: ``launch-sweep-run.txt``."""
-    return re.sub(r"\.py|[/ ]", lambda found: "" if found[0] == ".py" else "-", words) + ".txt"
+    return re.sub(r"\.py|[/ ]", lambda match: "" if match[0] == ".py" else "-", words) + ".txt"
 
 
 def make_schema() -> None:

@@ -101,10 +101,10 @@ def test_an_unfinished_study_is_read(elsewhere: Any) -> None:
 @pytest.mark.slow
 def test_an_unfinished_study_is_finished(elsewhere: Any) -> None:
     folder = elsewhere("studies/unfinished")
-    place = ["--study_dir", str(folder)]
-    done = run_command([sys.executable, "launch/sweep.py", "run", *place, "--workers", "1"])
+    study_dir = ["--study_dir", str(folder)]
+    done = run_command([sys.executable, "launch/sweep.py", "run", *study_dir, "--workers", "1"])
     assert done.returncode == 0, done.stderr
-    status = run_command([sys.executable, "launch/sweep.py", "status", *place, "--json"])
+    status = run_command([sys.executable, "launch/sweep.py", "status", *study_dir, "--json"])
     assert json.loads(status.stdout)["counts"]["complete"] == 4
 
 

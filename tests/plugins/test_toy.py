@@ -151,8 +151,8 @@ class TestAfterTraining:
         self, run: Path, toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         pictures = tmp_path / "p.npz"
-        places = ["--out", str(tmp_path / "p.png"), "--npz", str(pictures)]
-        assert sample.main([str(run), "--plugins", "toy", *places]) == 0
+        outputs = ["--out", str(tmp_path / "p.png"), "--npz", str(pictures)]
+        assert sample.main([str(run), "--plugins", "toy", *outputs]) == 0
 
         capsys.readouterr()
         assert evaluate.main(["brightness", str(pictures), "--json", "--plugins", "toy"]) == 0
@@ -228,8 +228,8 @@ class TestNothingIsImportedForAnArtefact:
     def test_a_run(
         self, run: Path, trap: Path, tmp_path: Path, command: Callable[[Sequence[str]], int], words: str
     ) -> None:
-        places = {"RUN": str(run), "CONFIG": str(run / "config.yaml"), "OUT": str(tmp_path / "out")}
-        filled = [places.get(word, word.replace("RUN/", f"{run}/")) for word in words.split()]
+        paths = {"RUN": str(run), "CONFIG": str(run / "config.yaml"), "OUT": str(tmp_path / "out")}
+        filled = [paths.get(word, word.replace("RUN/", f"{run}/")) for word in words.split()]
         with pytest.raises(UserError, match=NAMED):
             command(filled)
         assert not trap.exists()

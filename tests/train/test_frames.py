@@ -21,12 +21,12 @@ def frames(folder, *overrides):
     from megadit.train import prepare
 
     prepare.check_ds_config = lambda *_, **__: None  # it is for a process whose group is not up yet, as it is here
-    found = []
+    stacks = []
 
     def watched(plain):
         def call(*args, **kwargs):
-            own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)]
-            found.append([f"{frame.filename.removeprefix(PACKAGE)}:{frame.name}" for frame in own])
+            package_frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)]
+            stacks.append([f"{frame.filename.removeprefix(PACKAGE)}:{frame.name}" for frame in package_frames])
             return plain(*args, **kwargs)
 
         return call
@@ -43,15 +43,15 @@ def frames(folder, *overrides):
         "train.tensorboard=false",
     ]
     assert main([*words, "train.validation_images=0", "sample.count=1", "sample.steps=1", *overrides]) == 0
-    return found
+    return stacks
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world", "overrides"), [(1, []), (2, ["parallel.pipeline=2"])], ids=["alone", "pipeline"])
 def test_six_frames_from_the_command_to_the_step(tmp_path, world, overrides):
-    for found in run_ranks(world, frames, str(tmp_path), *overrides):
-        assert found
-        for stack in found:
+    for stacks in run_ranks(world, frames, str(tmp_path), *overrides):
+        assert stacks
+        for stack in stacks:
             assert stack[0] == "cli/pretrain.py:main"
             assert stack[-1].startswith("engine/")
             assert len(stack) <= MOST, stack

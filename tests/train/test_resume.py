@@ -63,8 +63,8 @@ def assert_continues(first, folder, world, stage, straight):
     """Going on from ``first`` on a layout gives the losses, weights, moments and averages of the run never stopped."""
     resumed = run_ranks(world, train_rank, on_layout(stage), str(folder), FULL, first["saved"])[0]
     losses, end = straight
-    found = first["losses"] + resumed["losses"]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=TOLERANCE, atol=0)
+    resumed_losses = first["losses"] + resumed["losses"]
+    torch.testing.assert_close(torch.tensor(resumed_losses), torch.tensor(losses), rtol=TOLERANCE, atol=0)
     other = StoredCheckpoint(Path(resumed["saved"]))
     compared = compare(end, other)
     assert compared["kinds"].keys() == {"weights", "exp_avg", "exp_avg_sq", "ema/0.9", "ema/sigma-0.1"}
@@ -122,13 +122,13 @@ def test_load_model_gives_the_master_weights(saved_run):
 @pytest.mark.distributed
 def test_a_checkpoint_of_another_model_is_refused(saved_run):
     folder, config, _ = saved_run
-    found = find_checkpoint(folder)
+    checkpoint = find_checkpoint(folder)
     other = config.model_copy(update={"model": config.model.model_copy(update={"depth": 3})})
     with pytest.raises(UserError, match=r"model\.depth 2 → 3"):
-        check_same_model(StoredCheckpoint(found), other)
+        check_same_model(StoredCheckpoint(checkpoint), other)
     reseeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": 4})})
     with pytest.raises(UserError, match=r"train\.seed: 4 differs from 3"):
-        check_same_model(StoredCheckpoint(found), reseeded)
+        check_same_model(StoredCheckpoint(checkpoint), reseeded)
 
 
 @pytest.mark.distributed

@@ -50,8 +50,8 @@ def start(config, folder, resume="auto", patch=None):
 
 
 def rows(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["samples_seen"]) for row in found]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["samples_seen"]) for row in records]
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_values_that_are_not_finite_send_all_to_the_one_before(copy, rank, kind)
     spoil(folder / "checkpoints/step-00000004", rank, kind)
     (code, stderr), _ = run_ranks(2, start, config, str(folder))
     assert code == 0
-    found = rf"warning: .*step-00000004: of its {kind}, '[\w.]+' holds 1 NaN of .*; going on from step-00000002"
-    assert re.search(found, stderr)
+    warning = rf"warning: .*step-00000004: of its {kind}, '[\w.]+' holds 1 NaN of .*; going on from step-00000002"
+    assert re.search(warning, stderr)
 
 
 def test_weights_that_are_not_finite_begin_no_run_and_draw_nothing(copy, tmp_path):
@@ -175,10 +175,10 @@ def test_a_projector_that_the_weights_lack_starts_afresh(trained, tmp_path, stag
     code, stderr = run_ranks(1, start, given, str(tmp_path), "auto", _no_learning)[0]
     assert code == 0 and "note: the projector of REPA is not in the checkpoint and starts afresh" in stderr
     (_, before), (_, after) = load_model(source), load_model(tmp_path)
-    found = dict(after.named_parameters())
-    assert all(torch.equal(found[name], value) for name, value in before.named_parameters())
+    parameters = dict(after.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in before.named_parameters())
     fresh = dict(build_model(model, seed=config.train.seed).named_parameters())
-    assert all(torch.equal(found[name], value) for name, value in fresh.items() if name.startswith("repa."))
+    assert all(torch.equal(parameters[name], value) for name, value in fresh.items() if name.startswith("repa."))
 
 
 def _no_learning():
@@ -195,10 +195,10 @@ def test_weights_alone_are_those_of_the_checkpoint(trained, tmp_path, stage):
     parallel = config.parallel.model_copy(update={"zero_stage": stage})
     config = config.model_copy(update={"train": train, "parallel": parallel})
     run_ranks(2, start, config, str(tmp_path), "auto", _no_learning)
-    expected, *found = (
+    expected, *models = (
         load_model(f, weights=w)[1] for f, w in ((source, "online"), (tmp_path, "online"), (tmp_path, "0.5"))
     )
-    for model in found:  # the average begins at these weights too
+    for model in models:  # the average begins at these weights too
         for old, new in zip(expected.parameters(), model.parameters(), strict=True):
             assert torch.equal(old, new)
 
@@ -235,8 +235,8 @@ def _rewrite(checkpoint, change):
 
 def _without(kinds):
     def change(index):
-        kept = [fragment for fragment in index.fragments if not fragment.kind.startswith(kinds)]
-        return Index(index.parameters, kept, index.files, index.block)
+        fragments = [fragment for fragment in index.fragments if not fragment.kind.startswith(kinds)]
+        return Index(index.parameters, fragments, index.files, index.block)
 
     return change
 

@@ -163,10 +163,10 @@ def test_of_tars_only_reading_would_tell_and_so_it_is_a_note(pictures, tmp_path,
     keys = {"name": "webdataset", "path": str(tmp_path / "mine.tar"), "condition": "none"}
     config = change(of_folder(pictures), {"model.num_classes": 0, **{f"data.{key}": keys[key] for key in keys}})
     as_before(begun(tmp_path / "run", config))
-    for crop, told in (("adm", False), ("center", True)):
+    for crop, noted in (("adm", False), ("center", True)):
         capsys.readouterr()
         assert checked_start_point(job_of(tmp_path / "run", change(config, {"data.crop": crop})), 4).step == 2
-        assert ("note: data.crop: center cuts images of another size" in capsys.readouterr().err) is told
+        assert ("note: data.crop: center cuts images of another size" in capsys.readouterr().err) is noted
 
 
 def _pretrain(config, folder, damaged=None):

@@ -18,7 +18,7 @@ def test_ratios_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("stages", "target", "multiple", "told"),
+    ("stages", "target", "multiple", "words"),
     [
         ([], (1, 1), None, "stages"),
         ([(1, -2, 3)], (1, 1), None, "none negative"),
@@ -27,6 +27,6 @@ def test_ratios_of_the_paper():
         ([(1, 2, 3)], (1, 1), 0, "--manual-multiple: 0"),
     ],
 )
-def test_numbers_without_sense_are_refused(stages, target, multiple, told):
-    with pytest.raises(UserError, match=told):
+def test_numbers_without_sense_are_refused(stages, target, multiple, words):
+    with pytest.raises(UserError, match=words):
         tuning_cost_ratio(stages, target, multiple)

@@ -80,7 +80,7 @@ def unread_tars(folder: Path) -> list[str]:
         (side_files, "macOS side files of tars are not read ({})"),
         (with_tars, "tars in sub-folders are not read ({}): move them up, or give the folder"),
     )
-    return [sentence.format(f"{_count(found)} in {folder}") for found, sentence in sentences if found]
+    return [sentence.format(f"{_count(tars)} in {folder}") for tars, sentence in sentences if tars]
 
 
 def _count(names: list[str]) -> str:

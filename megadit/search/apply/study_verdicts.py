@@ -78,8 +78,8 @@ def study_verdicts(results: StudyResults, others: Sequence[StudyResults], force:
                     f"--verified-by: study {other.study.spec.name} has model.{key} {two}, but study "
                     f"{results.study.spec.name} has {one}; name a study that shares it"
                 )
-    own = [results] if results.study.spec.scale is not None else []
-    return tuple(verdict for each in (*own, *others) for verdict in _judge(each, force))
+    judged = [results, *others] if results.study.spec.scale is not None else others
+    return tuple(verdict for each in judged for verdict in _judge(each, force))
 
 
 def _judge(results: StudyResults, force: bool) -> Iterator[StudyVerdict]:

@@ -134,9 +134,9 @@ def test_wrong_folders_are_refused(tmp_path, folder):
     state["decoder.conv_in.bias"] = torch.full_like(state["decoder.conv_in.bias"], float("nan"))
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     refused(tmp_path, "'decoder.conv_in.bias' holds 8 NaN of 8 values; latents would be NaN")
-    places = dict.fromkeys(state, "../diffusion_pytorch_model.safetensors")
+    weight_map = dict.fromkeys(state, "../diffusion_pytorch_model.safetensors")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(UserError, match="index.json: weight_map puts '.*' into '../diff"):
         VaeCodec(VaeConfig(path=str(tmp_path)))
     index.unlink()

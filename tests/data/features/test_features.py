@@ -57,11 +57,11 @@ def test_efficientnet_gives_its_middle_at_stride_16() -> None:
     from megadit.data.features.encoders import load_efficientnet
 
     network = load_efficientnet()
-    kept: list[Tensor] = []
-    handle = network._blocks[10].register_forward_hook(lambda _m, _i, out: kept.append(out))
+    block_outputs: list[Tensor] = []
+    handle = network._blocks[10].register_forward_hook(lambda _m, _i, out: block_outputs.append(out))
     network.extract_features(((images + 1) * 127.5 - 127) / 128)
     handle.remove()
-    torch.testing.assert_close(features, kept[0])
+    torch.testing.assert_close(features, block_outputs[0])
 
 
 def test_efficientnet_knows_pictures() -> None:

@@ -72,10 +72,10 @@ def test_the_split_goes_by_file_stem(tmp_path: Path) -> None:
     train, val = build_datasets(config(tmp_path, val_fraction=0.3))
     assert len(train) + len(val) == 180 and 20 < len(val) < 90
     stems: list[dict[int, set[str]]] = [{part.label(i): set() for i in range(len(part))} for part in (train, val)]
-    for found, part in zip(stems, (train, val), strict=True):
+    for split_stems, part in zip(stems, (train, val), strict=True):
         assert isinstance(part, Subset) and isinstance(part.source, FolderSet)
         for i, index in enumerate(part.indices):
-            found[part.label(i)].add(part.source.path(index).stem)
+            split_stems[part.label(i)].add(part.source.path(index).stem)
     assert all(stems[0][label].isdisjoint(stems[1][label]) for label in (0, 1))
     assert stems[1][0] != stems[1][1]  # another class's picture of the same number is another picture
 

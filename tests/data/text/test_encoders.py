@@ -135,8 +135,8 @@ def test_what_is_missing_or_damaged_is_told(folders, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"'{first}' holds [\d,]+ NaN of .*; features would be NaN"):
         build_encoder(TextSource(encoder="t5", path=str(copy))).encode(["a"], 4)
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-    places = dict.fromkeys(state, "/etc/model.safetensors")
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    weight_map = dict.fromkeys(state, "/etc/model.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="weight_map puts '.*' into '/etc/model"):
         build_encoder(TextSource(encoder="t5", path=str(copy))).encode(["a"], 4)
     (copy / "model.safetensors.index.json").unlink()

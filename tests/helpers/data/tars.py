@@ -21,10 +21,10 @@ def png(value: int = 0, size: int = 8) -> bytes:
 
 def samples(first: int, last: int) -> dict[str, bytes]:
     """Members of the samples 0000, 0001, ...: png, cls and txt."""
-    found: dict[str, bytes] = {}
+    members: dict[str, bytes] = {}
     for i in range(first, last):
-        found |= {f"{i:04d}.png": png(i), f"{i:04d}.cls": b"%d" % (i % 3), f"{i:04d}.txt": b"picture %d" % i}
-    return found
+        members |= {f"{i:04d}.png": png(i), f"{i:04d}.cls": b"%d" % (i % 3), f"{i:04d}.txt": b"picture %d" % i}
+    return members
 
 
 def write_tar(

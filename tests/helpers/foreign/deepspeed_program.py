@@ -100,11 +100,11 @@ def state_of(engine: Any, moments: bool = True) -> dict[str, dict[str, Tensor]]:
 
     if moments and hasattr(engine.optimizer, "round_robin_bit16_groups"):
         _link_moments(engine.optimizer)
-    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS if moments or kind == "weights"}
+    state: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS if moments or kind == "weights"}
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:
             continue
-        for kind in found:
+        for kind in state:
             key = KINDS[kind]
             if engine.zero_optimization_stage() > 0:
                 value = safe_get_full_fp32_param(p) if kind == "weights" else safe_get_full_optimizer_state(p, key)
@@ -112,8 +112,8 @@ def state_of(engine: Any, moments: bool = True) -> dict[str, dict[str, Tensor]]:
                 value = _unfused(engine.optimizer, p, key)
             else:
                 value = p.data if kind == "weights" else engine.optimizer.state[p][key]
-            found[kind][name] = value.detach().float().clone().cpu()
-    return found
+            state[kind][name] = value.detach().float().clone().cpu()
+    return state
 
 
 def _link_moments(zero: Any) -> None:

@@ -270,18 +270,18 @@ def odd_values(valid: Sequence[Any], most: int = 3, extra: Sequence[Any] = ()) -
     def damaged(draw: st.DrawFn) -> Any:
         value = json.loads(draw(st.sampled_from(texts)))
         for _ in range(draw(st.integers(1, most))):
-            places = [((), value), *_places(value, ())]
-            whole = len(places) == 1 or draw(st.integers(0, 19)) == 0
-            path, _ = places[0 if whole else draw(st.integers(1, len(places) - 1))]
+            nodes = [((), value), *_nodes(value, ())]
+            whole = len(nodes) == 1 or draw(st.integers(0, 19)) == 0
+            path, _ = nodes[0 if whole else draw(st.integers(1, len(nodes) - 1))]
             kind = draw(st.sampled_from(("odd", "odd", "odd", "remove", "rename", "swap", "copy", "wrap", "add")))
-            value = _changed(draw, value, path, kind, _copied(draw(odd)), places)
+            value = _changed(draw, value, path, kind, _copied(draw(odd)), nodes)
         return value
 
     return damaged()
 
 
-def _changed(draw: st.DrawFn, value: Any, path: tuple[Any, ...], kind: str, odd: Any, places: Sequence[Any]) -> Any:
-    other = places[draw(st.integers(0, len(places) - 1))][1]
+def _changed(draw: st.DrawFn, value: Any, path: tuple[Any, ...], kind: str, odd: Any, nodes: Sequence[Any]) -> Any:
+    other = nodes[draw(st.integers(0, len(nodes) - 1))][1]
     if not path:
         return {"odd": odd, "wrap": [value], "copy": _copied(other)}.get(kind, value)
     holder, last = value, path[-1]
@@ -293,7 +293,7 @@ def _changed(draw: st.DrawFn, value: Any, path: tuple[Any, ...], kind: str, odd:
     elif kind == "rename" and isinstance(holder, dict):
         name = draw(
             st.sampled_from(
-                ("", "x", "\ud800", last + "s", last.upper(), "a.b", " ", *(str(p[0][-1]) for p in places[1:]))
+                ("", "x", "\ud800", last + "s", last.upper(), "a.b", " ", *(str(p[0][-1]) for p in nodes[1:]))
             )
         )
         holder[name] = holder.pop(last)
@@ -310,11 +310,11 @@ def _changed(draw: st.DrawFn, value: Any, path: tuple[Any, ...], kind: str, odd:
     return value
 
 
-def _places(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _nodes(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value[:20]) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*path, key), inner
-        yield from _places(inner, (*path, key))
+        yield from _nodes(inner, (*path, key))
 
 
 def _dumps(value: Any) -> str:
@@ -350,12 +350,12 @@ def odd_trees(valid: Sequence[Any], extra: Sequence[Any] = (), most: int = 2) ->
     def damaged(draw: st.DrawFn) -> Any:
         value = _copied(draw(st.sampled_from(list(valid))))
         for _ in range(draw(st.integers(1, most))):
-            places = list(_places(value, ()))
-            if not places:
+            nodes = list(_nodes(value, ()))
+            if not nodes:
                 return value
-            path, _ = places[draw(st.integers(0, len(places) - 1))]
+            path, _ = nodes[draw(st.integers(0, len(nodes) - 1))]
             kind = draw(st.sampled_from(("odd", "odd", "odd", "remove", "swap", "copy", "add")))
-            value = _changed(draw, value, path, kind, _copied(draw(odd)), places)
+            value = _changed(draw, value, path, kind, _copied(draw(odd)), nodes)
         return value
 
     return damaged()
