@@ -187,6 +187,8 @@ class ScaleVerdict:
         low, high = sorted((best.hp, hp))
         self.neighbours = not any(low + SAME_HP < point.hp < high - SAME_HP for point in self.curve.points)
         self.flat = any(math.isclose(hp, value, abs_tol=SAME_HP) for value in flat_basin)
+        count = len(self.curve.stable)
+        self.stable_points = f"{count} stable point" + "s" * (count > 1)
         self.best, self.proxy_best = power(best.hp), f"the proxy's best {power(hp)}"
         self.cost = f"{self.proxy_best} costs {regret_text(self.regret, self.regret_relative)} more than {self.best}"
         self.cost_first = f"{self.cost}, and " if self.regret else ""
@@ -250,6 +252,8 @@ def decide(rules: Sequence[Rule], comparison: ScaleVerdict | DriftComparison) ->
     return rule.status, rule.reason.format(c=comparison)
 
 
+# The order guards the conditions: where every run diverged, at the proxy or here, ``ScaleVerdict`` has none of the
+# attributes that ``_compare`` sets, and one of the first two rules holds.
 # fmt: off
 SCALE_RULES = (
     Rule("every run diverged at the proxy", lambda c: c.proxy_diverged,
@@ -263,10 +267,8 @@ SCALE_RULES = (
     Rule("regret above limit and noise, not hidden, and the optima are apart or values lie between them",
          lambda c: c.clear and not c.small and not c.hidden and (c.apart or not c.neighbours),
          "disagrees", "{c.cost}{c.error_text}"),
-    Rule("one stable point", lambda c: len(c.curve.stable) == 1,
-         "undecided", f"only 1 stable point next to each other; at least {MIN_POINTS} are needed"),
-    Rule("two stable points", lambda c: len(c.curve.stable) < MIN_POINTS,
-         "undecided", f"only 2 stable points next to each other; at least {MIN_POINTS} are needed"),
+    Rule(f"fewer than {MIN_POINTS} stable points", lambda c: len(c.curve.stable) < MIN_POINTS,
+         "undecided", f"only {{c.stable_points}} next to each other; at least {MIN_POINTS} are needed"),
     Rule("the lowest value is the best", lambda c: c.curve.low == "open",
          "undecided", "{c.cost_first}the best point {c.best} is the lowest that was tried; measure below it"),
     Rule("the highest value is the best", lambda c: c.curve.high == "open",

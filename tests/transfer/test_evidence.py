@@ -35,8 +35,7 @@ SCALE_CASES = {
     "the proxy's best diverges here": rows(VALLEY, [0.8, 0.6, NAN, NAN, NAN]),
     "the proxy's best was not measured": rows(VALLEY, VALLEY, first=3.0),
     "regret above limit and noise, not hidden, and the optima are apart or values lie between them": noisy(drift=-1.0),
-    "one stable point": rows(VALLEY, [NAN, NAN, 0.6, NAN, NAN]),
-    "two stable points": rows(VALLEY, [NAN, 0.7, 0.6, NAN, NAN]),
+    "fewer than 3 stable points": rows(VALLEY, [NAN, 0.7, 0.6, NAN, NAN]),
     "the lowest value is the best": rows([0.5, 0.6, 0.7, 0.8], [0.5, 0.6, 0.7, 0.8]),
     "the highest value is the best": rows([0.8, 0.7, 0.6, 0.5], [0.8, 0.7, 0.6, 0.5]),
     "noise hides what the value does": noisy(curvature=0.0, noise=0.005),
@@ -77,6 +76,14 @@ def test_the_row_of_the_proxy_is_reached() -> None:
     verdict = ScaleVerdict(evidence(rows(VALLEY, VALLEY)), PROXY, PROXY)
     assert first_rule(SCALE_RULES, verdict) == "the scale is the proxy" and verdict.status == "proxy"
     assert {rule.condition for rule in SCALE_RULES} == {*SCALE_CASES, "the scale is the proxy"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "count"), [([NAN, NAN, 0.6, NAN, NAN], "1 stable point"), ([NAN, 0.7, 0.6], "2 stable points")]
+)
+def test_too_few_stable_points_are_counted(scores: list[float], count: str) -> None:
+    verdict = ScaleVerdict(evidence(rows(VALLEY, scores)), LARGER, PROXY)
+    assert verdict.status == "undecided" and verdict.why == f"only {count} next to each other; at least 3 are needed"
 
 
 @pytest.mark.parametrize("condition", DRIFT_CASES)
