@@ -31,7 +31,7 @@ to 10; of the third nothing. The other six come from the files of tensor rank 0:
 [Copy(source=0, target=10, length=2)]
 >>> pending.take(contiguous_spans(shape, rank_1, 8, 12))
 []
->>> pending.left
+>>> pending.remaining
 6
 """
 
@@ -104,7 +104,7 @@ class PendingSpans:
         self._spans = list(spans)
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Elements still to be read."""
         return sum(span.length for span in self._spans)
 

@@ -479,14 +479,28 @@ def test_helpers_are_all_used():
             assert users, f"{helper.relative_to(ROOT)} is used by nothing"
 
 
+def type_alias(node: ast.stmt) -> tuple[str, str] | None:
+    """Name and text of a type alias: an assignment to one name in CamelCase."""
+    if isinstance(node, ast.AnnAssign) or (isinstance(node, ast.Assign) and len(node.targets) == 1):
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        if isinstance(target, ast.Name) and re.fullmatch(r"_*[A-Z]\w*[a-z]\w*", target.id) and node.value:
+            return target.id, ast.unparse(node.value)
+    return None
+
+
 def classes_of_one_name(trees: dict[str, ast.Module]) -> dict[str, list[str]]:
-    """The modules of each public class name that stands in several."""
-    where: dict[str, list[str]] = {}
+    """The modules of each name of a class or type alias that stands in several; a leading underscore does not count.
+
+    Aliases of the same text mean the same: mup/spec.py repeats the configuration's roles, which it does not import.
+    """
+    where: dict[str, dict[str, str]] = {}  # by name and then by what is defined: one module of it
     for module, tree in trees.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                where.setdefault(node.name, []).append(module)
-    return {name: modules for name, modules in where.items() if len(modules) > 1}
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name.lstrip("_"), {})[f"class of {module}:{node.lineno}"] = module
+        for alias in filter(None, map(type_alias, tree.body)):
+            where.setdefault(alias[0].lstrip("_"), {}).setdefault(alias[1], module)
+    return {name: list(definitions.values()) for name, definitions in where.items() if len(definitions) > 1}
 
 
 def test_a_class_name_stands_once():
@@ -495,5 +509,10 @@ def test_a_class_name_stands_once():
 
 
 def test_a_class_name_that_stands_twice_is_noticed():
-    texts = {"a": "class Point: ...\nclass _Own: ...", "b": "class _Own: ...", "c": "def f():\n    class Point: ..."}
-    assert classes_of_one_name({name: ast.parse(text) for name, text in texts.items()}) == {"Point": ["a", "c"]}
+    texts = {
+        "a": "class Point: ...\nclass _Own: ...\nRow = list[int]\nRole = Literal['a']\nLIMIT = 3",
+        "b": "class Own: ...\nRow: TypeAlias = list[str]\nRole = Literal['a']\nLIMIT = 4",
+        "c": "def f():\n    class Point: ...",
+    }
+    twins = classes_of_one_name({name: ast.parse(text) for name, text in texts.items()})
+    assert twins == {"Point": ["a", "c"], "Own": ["a", "b"], "Row": ["a", "b"]}

@@ -74,9 +74,9 @@ class FragmentReader:
             self._copy(
                 fragment, [Copy(FLOAT_BYTES * at, FLOAT_BYTES * to, FLOAT_BYTES * n) for at, to, n in copies], data
             )
-        if pending.left:
+        if pending.remaining:
             raise BrokenCheckpoint(
-                f"checkpoint {self._folder}: {pending.left} of {target.numel()} elements of {kind} of '{name}' in "
+                f"checkpoint {self._folder}: {pending.remaining} of {target.numel()} elements of {kind} of '{name}' in "
                 f"[{start}, {stop}) are missing; use an earlier one"
             )
         if not direct:

@@ -93,9 +93,9 @@ def _missing_elements(checkpoint: StoredCheckpoint) -> list[str]:
             pending = PendingSpans(contiguous_spans(shape, None, 0, math.prod(shape)))
             for stored in fragments.get((kind, name), ()):
                 pending.take(contiguous_spans(shape, stored.shard_regions, stored.start, stored.stop))
-            if pending.left:
+            if pending.remaining:
                 problems.append(
-                    f"checkpoint {checkpoint.path}: {pending.left} elements of {kind} of '{name}' are missing"
+                    f"checkpoint {checkpoint.path}: {pending.remaining} elements of {kind} of '{name}' are missing"
                 )
     return problems
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = check_rank_count(args.tp, "--tp")
     import_plugins(args)
     from megadit.config import load_config
-    from megadit.mup.coord_check.plan import CoordPlan, check_report_place, check_shares
+    from megadit.mup.coord_check.plan import CoordPlan, check_report_folder, check_shares
 
     # A base width that is given with --param mup is read, whatever the config's own parametrization.
     of_mup = args.param == "mup" and any(text.strip().startswith("model.base_width=") for text in args.overrides)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = CoordPlan(widths, args.steps, args.seeds, args.batch)
     check_shares(config.model, plan, args.tp)
     check_folder(args.out, "--out")
-    check_report_place(args.out)
+    check_report_folder(args.out)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -22,7 +22,7 @@ from megadit.convert.contents import Contents, ValueCheck
 from megadit.convert.deepspeed.native import read_native
 from megadit.convert.deepspeed.plain import write_plain
 from megadit.convert.deepspeed.universal import read_universal, write_universal
-from megadit.convert.defaults import check_same_model, default_run
+from megadit.convert.defaults import check_config_model, default_run
 from megadit.convert.diffusers.difference import Difference
 from megadit.convert.diffusers.folder import read_diffusers, write_diffusers
 from megadit.convert.official import read_official, write_official
@@ -154,14 +154,14 @@ def _with_config(contents: Contents, request: Request, target_format: str) -> Co
         if contents.model is None or (target_format not in _WITH_CONFIG and not request.overrides):
             return contents
         made = default_run(contents.model, request.overrides, contents.known)
-        check_same_model(made.model, contents.model, contents.description)
+        check_config_model(made.model, contents.model, contents.description)
         notes = [*contents.notes]
         if target_format == MEGADIT:
             notes += conversion_of(made.model.family).notes
             notes.append("the model's configuration is that of the weights, the rest are defaults: see OUT/config.yaml")
         return replace(contents, config=made, notes=tuple(notes))
     if contents.model is not None:
-        check_same_model(config.model, contents.model, contents.description)
+        check_config_model(config.model, contents.model, contents.description)
     problem = shape_problem(contents.shapes, shapes_of(config))
     if problem:
         raise UserError(f"{contents.description}: {problem}; give the --config of the run that trained these weights")

@@ -47,7 +47,7 @@ def default_run(
     return load_layers([*layers, override_layer(overrides)])
 
 
-def check_same_model(config: ModelConfig, model: ModelConfig, description: str) -> None:
+def check_config_model(config: ModelConfig, model: ModelConfig, description: str) -> None:
     """Refuse a ``--config`` of another model than the one in the file ``description``.
 
     Raises:

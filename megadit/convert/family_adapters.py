@@ -48,7 +48,7 @@ def from_official(family: str, state_dict: Mapping[str, Tensor], **hints: Any) -
     _check_hints(hints)
     check_types(state_dict)
     config, state = _adapted(conversion.from_official, state_dict, **hints)
-    _check_whole(config, state, f"an official {family} checkpoint")
+    _check_complete(config, state, f"an official {family} checkpoint")
     return config, state
 
 
@@ -88,7 +88,7 @@ def from_diffusers(
     config, state = _adapted(diffusers_of(family).from_diffusers, known, state_dict, where=where, **options)
     if max_length is not None and config.text is not None:
         config = config.model_copy(update={"text": config.text.model_copy(update={"max_length": max_length})})
-    _check_whole(config, state, f"a {known['_class_name']} of diffusers")
+    _check_complete(config, state, f"a {known['_class_name']} of diffusers")
     return config, state
 
 
@@ -144,12 +144,12 @@ def _adapted(adapter: Callable[..., Any], *values: Any, **hints: Any) -> Any:
         raise UserError(f"{hints.get('where', 'IN')}: cannot be this family's model: {problem}") from error
 
 
-def _check_whole(config: ModelConfig, state: Mapping[str, Tensor], description: str) -> None:
+def _check_complete(config: ModelConfig, state: Mapping[str, Tensor], description: str) -> None:
     """Refuse a state dict without all parameters, or with more than these and the model's buffers."""
-    from megadit.models.conversion.key_maps import buffer_shapes, check_state, model_shapes
+    from megadit.models.conversion.key_maps import buffer_shapes, check_state_dict, model_shapes
 
     buffers = {name: shape for name, shape in buffer_shapes(config).items() if name in state}
-    check_state(state, model_shapes(config) | buffers, description)
+    check_state_dict(state, model_shapes(config) | buffers, description)
 
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -159,5 +159,5 @@ def _exported(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelCo
 
     weights = without_projector(state)
     config = config.model_copy(update={"repa": None})
-    _check_whole(config, weights, f"a {config.family} model of this config")
+    _check_complete(config, weights, f"a {config.family} model of this config")
     return fold_roles(config, weights)

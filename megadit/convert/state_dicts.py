@@ -75,7 +75,7 @@ def _contents(path: Path, kind: str, files: WeightFiles | None, request: Request
             other = instead(kind_of_file(path), *torch_kinds)
         remedy = "; give the file that holds the weights" if other is None else f": {other}"
         raise UserError(f"IN: '{path}' is no {kind} file and no folder of one{remedy}")
-    tensors, file_notes = load_weights(files, check)
+    tensors, file_notes = load_weight_files(files, check)
     family = None if request.config is None else request.config.model.family
     if request.ema is not None and not prefixes_of(tensors, family):
         raise UserError(f"--ema: {request.ema} is asked for, but {kind} holds no averages; leave it out")
@@ -90,7 +90,7 @@ def _contents(path: Path, kind: str, files: WeightFiles | None, request: Request
     return Contents.of_weights(f"{kind} '{path}'", weights, notes=tuple(notes), extras=extras)
 
 
-def load_weights(files: WeightFiles, check: ValueCheck) -> tuple[dict[str, Tensor], list[str]]:
+def load_weight_files(files: WeightFiles, check: ValueCheck) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a file or of shards by name, deferred and looked at by ``check``; and what people should know.
 
     Raises:

@@ -58,7 +58,7 @@ def _check_pixels(facts: DatasetFacts, config: RunConfig) -> None:
 
 def _check_latents(facts: DatasetFacts, vae: VaeConfig, config: RunConfig) -> None:
     model, factor = config.model, vae.factor
-    if facts.channels != 3 and not _codec_takes(vae, facts.channels):
+    if facts.channels != 3 and not _codec_encodes(vae, facts.channels):
         raise UserError(f"data.vae: encodes RGB images, but {facts.name} is grey; remove data.vae or use another set")
     if facts.image_size % factor:
         raise UserError(
@@ -71,7 +71,7 @@ def _check_latents(facts: DatasetFacts, vae: VaeConfig, config: RunConfig) -> No
     _check_model_key(config, "input_size", size, reason, remedy)
 
 
-def _codec_takes(vae: VaeConfig, channels: int) -> bool:
+def _codec_encodes(vae: VaeConfig, channels: int) -> bool:
     try:
         return codec_facts(vae).image_channels == channels
     except UserError:  # check_codec reports what is wrong with the folder

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megadit.doctor.report import Check, State, one_line, quiet
+from megadit.doctor.report import Check, State, failure_line, quiet
 from megadit.extensions import FUSED_OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def _compiler() -> Check:
             command = [compiler, str(source), "-o", str(source.with_suffix(""))]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
-            return Check("machine", "C++ compiler", "broken", f"{compiler}: {one_line(error)}", remedy)
+            return Check("machine", "C++ compiler", "broken", f"{compiler}: {failure_line(error)}", remedy)
     search_path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     if shutil.which("ninja", path=os.pathsep.join(search_path)) is None:
         return Check("machine", "C++ compiler", "missing", f"{compiler} without ninja", remedy)
@@ -119,7 +119,7 @@ def check_backends() -> Iterator[Check]:
     try:
         from megadit_kernels.backends import backend, backend_names
     except Exception as error:  # the package itself imports torch
-        yield Check("backends", "kernels", "broken", one_line(error), "make setup", needed=True)
+        yield Check("backends", "kernels", "broken", failure_line(error), "make setup", needed=True)
         return
     for name in backend_names():
         with quiet():
@@ -142,7 +142,7 @@ def _nvidia() -> Iterator[Check]:
         done = subprocess.run(command, check=True, capture_output=True, timeout=30, encoding="utf-8", errors="replace")
     except (OSError, subprocess.SubprocessError) as error:
         yield Check(
-            "backends", "NVIDIA driver", "broken", f"nvidia-smi: {one_line(error)}", "reload or update the driver"
+            "backends", "NVIDIA driver", "broken", f"nvidia-smi: {failure_line(error)}", "reload or update the driver"
         )
         return
     for number, line in enumerate(done.stdout.strip().splitlines()):

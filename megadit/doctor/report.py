@@ -70,7 +70,7 @@ def format_report(report: MachineReport) -> str:
     return "\n".join([*lines[1:], "", report.verdict])
 
 
-def one_line(error: BaseException) -> str:
+def failure_line(error: BaseException) -> str:
     """An exception in one line of at most 200 characters; for a failed program the last line of its stderr."""
     stderr = getattr(error, "stderr", None)
     text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr or str(error)

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from megadit.doctor.report import Check, one_line, quiet
+from megadit.doctor.report import Check, failure_line, quiet
 
 _NEEDED = (
     ("torch", "torch"),
@@ -59,7 +59,7 @@ def _package(module: str, distribution: str, remedy: str, needed: bool) -> Check
         except BaseException as error:  # a package may even call sys.exit at import
             if isinstance(error, KeyboardInterrupt):
                 raise
-            return Check("software", name, "broken", f"does not import: {one_line(error)}", remedy, needed)
+            return Check("software", name, "broken", f"does not import: {failure_line(error)}", remedy, needed)
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

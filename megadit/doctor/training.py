@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from megadit.doctor.report import Check, State, one_line, quiet
+from megadit.doctor.report import Check, State, failure_line, quiet
 from megadit.errors import UserError
 from megadit.parallel.environment import child_environment, read_rank_variables
 
@@ -27,7 +27,7 @@ def check_distributed() -> Iterator[Check]:
         import torch
         import torch.distributed as dist
     except Exception as error:
-        yield Check("distributed", "torch.distributed", "broken", one_line(error), "make setup", needed=True)
+        yield Check("distributed", "torch.distributed", "broken", failure_line(error), "make setup", needed=True)
         return
     yield _gloo(dist)
     yield _name_service()
@@ -65,7 +65,7 @@ def _gloo(dist: Any) -> Check:
         finally:
             dist.destroy_process_group()
     except Exception as error:
-        return Check("distributed", "gloo", "broken", one_line(error), remedy)
+        return Check("distributed", "gloo", "broken", failure_line(error), remedy)
     return Check("distributed", "gloo", "ok", "one collective on one rank")
 
 
@@ -94,7 +94,7 @@ def _accelerator(has_cuda: bool) -> Check:
 
         name = str(get_accelerator()._name)
     except Exception as error:
-        return Check("distributed", "DeepSpeed device", "broken", one_line(error), "make setup", needed=True)
+        return Check("distributed", "DeepSpeed device", "broken", failure_line(error), "make setup", needed=True)
     expected = "cuda" if has_cuda else "cpu"
     state: State = "ok" if name == expected else "broken"
     return Check("distributed", "DeepSpeed device", state, name, f"unset DS_ACCELERATOR: torch would use {expected}")

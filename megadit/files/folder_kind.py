@@ -53,7 +53,7 @@ def folder_instead(path: Path) -> str | None:
     return None
 
 
-def _weights_told(path: Path) -> str | None:
+def _folder_of_weights(path: Path) -> str | None:
     """That a folder holds weights and what to do, by their endings; None if it holds none, or cannot be listed."""
     try:
         held = sorted(file.name for file in path.iterdir() if file.name.endswith(_ENDINGS))
@@ -67,7 +67,7 @@ def run_instead(path: Path) -> str | None:
     """What lies at ``path`` where a run or a checkpoint of megadit is wanted, and what to do; None if not known."""
     kind = kind_of_file(path)
     if kind is not None and kind.id == "folder":
-        folder_kind = folder_instead(path) or _weights_told(path)
+        folder_kind = folder_instead(path) or _folder_of_weights(path)
         return None if folder_kind is None else f"it {folder_kind}"
     if kind is not None and kind.id in _WEIGHTS:
         return f"it is {kind.name}; tools/convert_checkpoint.py makes a run of the weights of other programs"

@@ -92,11 +92,11 @@ class Fields:
         self._read.add(key)
         return self._values.get(key, default)
 
-    def whole(
+    def integer(
         self, key: str, default: D = REQUIRED, *, least: int = 0, most: int = _LARGEST, null: bool = False
     ) -> int | D:
         """A whole number from ``least`` to ``most``; 32.0 is one. Raises UserError for anything else."""
-        value = self._checked(key, default, null, _is_whole, "a whole number")
+        value = self._checked(key, default, null, _is_integer, "a whole number")
         if value is not None and not least <= value <= most:
             bounds = f"from {least} to {most}" if most < _LARGEST else f"of {least} or more"
             raise self.refused(key, value, f"a whole number {bounds}")
@@ -163,7 +163,7 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return _is_number(value) and value == value // 1
 
 

@@ -61,7 +61,7 @@ def _parsed(data: bytes | str, finite: bool) -> Any:
         return json.loads(
             text.removeprefix("\ufeff"),
             object_pairs_hook=_no_duplicates,
-            parse_int=_whole,
+            parse_int=_integer,
             parse_constant=constant,
             parse_float=number,
         )
@@ -108,7 +108,7 @@ def _no_constant(name: str) -> float:
     raise JsonError(f"has {name}, which is no number of JSON; write a finite one")
 
 
-def _whole(text: str) -> int:
+def _integer(text: str) -> int:
     if len(text) > _MOST_DIGITS:
         raise JsonError(f"has a number of {len(text)} digits; write one that fits 64 bits")
     return int(text)

@@ -49,7 +49,7 @@ class Owner:
     beat_s: float = BEAT_S
 
     @classmethod
-    def here(cls, folder: Path, purpose: str, beat_s: float) -> Owner:
+    def of_this_process(cls, folder: Path, purpose: str, beat_s: float) -> Owner:
         """The calling process as the owner of ``folder``."""
         restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
         return cls(

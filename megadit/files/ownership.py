@@ -113,7 +113,7 @@ class OwnershipRequest:
             text = self._file.read()
             if text is not None:
                 self._announced = True
-                self._why_gone(text, Owner.here(self.folder, self._purpose, self.beat_s))
+                self._why_gone(text, Owner.of_this_process(self.folder, self._purpose, self.beat_s))
 
     def abandon(self) -> None:
         """Remove the folders that were made for it and are empty."""
@@ -126,7 +126,7 @@ class OwnershipRequest:
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._created = missing[::-1]
-            self._owner = Owner.here(self.folder, self._purpose, self.beat_s)
+            self._owner = Owner.of_this_process(self.folder, self._purpose, self.beat_s)
         return self._owner
 
     def _why_gone(self, text: str, own_record: Owner) -> str | None:

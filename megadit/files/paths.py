@@ -28,7 +28,7 @@ _PATH_BYTES = 4000  # of a whole path; Linux takes 4095, and files will lie in t
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, first: bool = False) -> Iterator[Path]:
-    """``with whole_file(path) as temporary``: write ``temporary``; at the end it takes the name ``path``.
+    """``with atomic_write(path) as temporary``: write ``temporary``; at the end it takes the name ``path``.
 
     A reader sees the old file or the whole new one, whoever else writes it, on this host or another. After an error
     the old one stays and nothing else is left. The folder must exist. Not fsynced: for what a crash of the machine

@@ -238,7 +238,7 @@ def read_index(index: Path, endings: Sequence[str]) -> tuple[dict[str, str], Any
                 "index that belongs to the shards"
             )
     for name in sorted(set(weight_map.values())):
-        _check_there(index, name)
+        _check_shard_exists(index, name)
     metadata = values.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
@@ -259,7 +259,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _check_there(index: Path, name: str) -> None:
+def _check_shard_exists(index: Path, name: str) -> None:
     file = index.parent / name
     if file.is_file():  # or a link to one, as in the hub's cache
         return

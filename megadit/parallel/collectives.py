@@ -69,7 +69,7 @@ class CollectiveRecorder:
 
 def copy_to_tensor_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
     """x, the same on all ranks, before tensor-parallel work on it: its gradients are all-reduced."""
-    return _apply(_Copy, x, layout)
+    return _apply(_CopyToRegion, x, layout)
 
 
 def reduce_from_tensor_parallel_region(x: Tensor, layout: TensorLayout) -> Tensor:
@@ -224,7 +224,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return out
 
 
-class _Copy(torch.autograd.Function):
+class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: TensorLayout) -> Tensor:
         ctx.layout = layout

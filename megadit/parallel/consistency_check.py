@@ -35,7 +35,7 @@ def check_consistency(context: ProcessContext, facts: Mapping[str, Any]) -> None
     digest = hashlib.sha256(json.dumps(local, sort_keys=True, default=str).encode()).hexdigest()
     if len(set(context.gather_objects(digest))) == 1:
         return
-    different = differences(context.gather_objects({key: _short(value) for key, value in local.items()}))
+    different = rank_differences(context.gather_objects({key: _short(value) for key, value in local.items()}))
     more = f", and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     raise UserError(
         f"ranks differ: {'; '.join(different[:_SHOWN])}{more}; start all of them with the same configuration, data and "
@@ -44,7 +44,7 @@ def check_consistency(context: ProcessContext, facts: Mapping[str, Any]) -> None
     )
 
 
-def differences(facts: Sequence[Mapping[str, str]]) -> list[str]:
+def rank_differences(facts: Sequence[Mapping[str, str]]) -> list[str]:
     """What differs between the ranks' facts, each as a part of a sentence with values and ranks."""
     parts = []
     for key in sorted({key for of_rank in facts for key in of_rank}):

@@ -81,10 +81,10 @@ def shard_shape(
     local = layout.local_size(part, f"channels of a parameter of shape {tuple(shape)}")
     spans = [(p * part + layout.rank * local, p * part + (layout.rank + 1) * local) for p in range(parts)]
     shard_regions = tuple(tuple(span if d == dim else (0, size) for d, size in enumerate(shape)) for span in spans)
-    piece = tuple(local if d == dim else size for d, size in enumerate(shape))
+    local_shape = tuple(local if d == dim else size for d, size in enumerate(shape))
     if parts == 1 or dim:
-        return (parts, *piece) if parts > 1 else piece, shard_regions
-    return (parts * local, *piece[1:]), shard_regions
+        return (parts, *local_shape) if parts > 1 else local_shape, shard_regions
+    return (parts * local, *local_shape[1:]), shard_regions
 
 
 def mark_shards(module: nn.Module) -> None:

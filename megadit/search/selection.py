@@ -14,7 +14,7 @@ from megadit.search.results import ScoredPoint, StudyResults
 from megadit.search.study.spec import ScoreSpec
 from megadit.transfer.ties import at_most, lowest, ranks
 
-Rule = Callable[[Sequence[ScoredPoint], ScoreSpec, Sequence[ScoreSpec]], ScoredPoint]
+SelectionRule = Callable[[Sequence[ScoredPoint], ScoreSpec, Sequence[ScoreSpec]], ScoredPoint]
 
 
 @dataclass(frozen=True)
@@ -92,4 +92,4 @@ def _conservative(candidates: Sequence[ScoredPoint], score: ScoreSpec, scores: S
     return _best([point for point in near if point.hps[key] == smallest], score, scores)
 
 
-_RULES: dict[str, Rule] = {"best": _best, "mean_rank": _mean_rank, "conservative": _conservative}
+_RULES: dict[str, SelectionRule] = {"best": _best, "mean_rank": _mean_rank, "conservative": _conservative}

@@ -22,7 +22,7 @@ _SHOWN_TRIALS = 30
 
 
 @dataclass(frozen=True)
-class Status:
+class StudyStatus:
     """A study at one moment; ``eta_s`` (seconds left) is None before the first trial has ended."""
 
     results: StudyResults
@@ -38,7 +38,7 @@ class Status:
             "counts": self.results.counts,
             "complete": self.results.complete,
             "running": [
-                {**asdict(entry), "seconds": round(entry.seconds, 1), "step": step_of(study, entry.number)}
+                {**asdict(entry), "seconds": round(entry.seconds, 1), "step": trial_step(study, entry.number)}
                 for entry in self.results.running
             ],
             "best": None if self.best is None else asdict(self.best),
@@ -47,7 +47,7 @@ class Status:
         }
 
 
-def status_of(store: StudyStore, workers: int | None = None) -> Status:
+def status_of(store: StudyStore, workers: int | None = None) -> StudyStatus:
     """The present status; only reads. ``workers`` (default: as many as run now) share what is left."""
     results = store.results()
     try:
@@ -55,7 +55,7 @@ def status_of(store: StudyStore, workers: int | None = None) -> Status:
     except UserError:  # no point has finished well yet
         best = None
     left = seconds_left(store.plan.values(), results)
-    return Status(results, best, None if left is None else left / max(1, workers or len(results.running)))
+    return StudyStatus(results, best, None if left is None else left / max(1, workers or len(results.running)))
 
 
 def seconds_left(planned: Iterable[PlannedTrial], results: StudyResults) -> float | None:
@@ -80,7 +80,7 @@ def seconds_left(planned: Iterable[PlannedTrial], results: StudyResults) -> floa
     return max(0.0, sum(seconds * left[cell] for cell, seconds in each.items()) - spent)
 
 
-def step_of(study: Study, number: int) -> int | None:
+def trial_step(study: Study, number: int) -> int | None:
     """The last logged step of a running trial; None before its first."""
     try:
         rows = read_rows(study.trial_folder(number) / "metrics.jsonl").rows
@@ -102,7 +102,7 @@ def best_text(best: SelectedPoint) -> str:
     return f"{point_text(best.hps)}  {best.score} {best.value:.4f} ({trials})"
 
 
-def format_status(status: Status) -> str:
+def format_status(status: StudyStatus) -> str:
     """For people: counts, the running trials, a table of the latest ended ones, the best point."""
     results, study = status.results, status.results.study
     latest = results.trials[-_SHOWN_TRIALS:]
@@ -110,7 +110,7 @@ def format_status(status: Status) -> str:
     if status.eta_s is not None and not results.complete:
         lines[-1] += f"; about {duration_text(status.eta_s)} left"
     for trial in results.running:
-        step = step_of(study, trial.number)
+        step = trial_step(study, trial.number)
         at = "before its first logged step" if step is None else f"step {step}"
         lines.append(f"  running: trial {trial.number} on {trial.worker} for {duration_text(trial.seconds)}, {at}")
     names = [score.name for score in study.spec.scores]

@@ -18,7 +18,7 @@ from megadit.train.prepare import (
     TrainingJob,
     check_data,
     check_local_files,
-    check_machine,
+    check_requirements,
     checked_start_point,
     resolve_config,
     total_steps,
@@ -104,7 +104,7 @@ def _print_report(
 
 def _warn_about_machine(job: TrainingJob) -> None:
     try:
-        check_machine(job)
+        check_requirements(job)
     except UserError as error:
         _warn(error)
 

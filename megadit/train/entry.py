@@ -26,7 +26,7 @@ from megadit.parallel.launcher import exit_with_launcher
 from megadit.parallel.processes import RendezvousFailed
 from megadit.plugins import load_plugins
 from megadit.streams import result_is_saved
-from megadit.train.prepare import TrainingJob, check_job, check_machine, run_folder
+from megadit.train.prepare import TrainingJob, check_job, check_requirements, run_folder
 from megadit.train.run_dir import RunDirectory, refuse_foreign
 
 _ONE_START_S = 60.0  # within which ranks that meet the same error are those of one start
@@ -76,7 +76,7 @@ def run(
             from megadit.train.dry_run import dry_run
 
             return dry_run(job, as_json=as_json, full=full)
-        check_machine(job)
+        check_requirements(job)
     except UserError as error:
         directory = RunDirectory(folder)
         # One of the ranks alone may meet it; thousands that do write it once or a few times.

@@ -150,7 +150,7 @@ def check_data(merged: MergedConfig, folder: Path, resume: str, datasets: Datase
     return TrainingJob(with_stored_codec(facts, merged.config), merged.ds_config, folder, resume, train_set, val_set)
 
 
-def check_machine(job: TrainingJob) -> None:
+def check_requirements(job: TrainingJob) -> None:
     """Check that this machine has what the configuration needs.
 
     Raises:

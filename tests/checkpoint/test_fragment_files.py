@@ -154,7 +154,7 @@ def test_fragments_that_overlap_are_read_once():
     pending = PendingSpans(contiguous_spans([10], None, 2, 9))
     assert pending.take(contiguous_spans([10], None, 0, 5)) == [(2, 0, 3)]
     assert pending.take(contiguous_spans([10], None, 0, 7)) == [(5, 3, 2)]
-    assert pending.left == 2
+    assert pending.remaining == 2
 
 
 MEGABYTES, FRAGMENTS = 8, 12  # a fragment, and how many

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.bad_input import script
 from megadit.files.paths import PNG, check_output
-from megadit.mup.coord_check.plan import check_report_place
+from megadit.mup.coord_check.plan import check_report_folder
 from megadit.mup.coord_check.record import CoordMeasurement
 from megadit.mup.coord_check.report import write_report
 from megadit.mup.coord_check.verdict import judge
@@ -33,5 +33,5 @@ def test_the_report_of_a_coordinate_check(tmp_path: Path) -> None:
         for quantity in ("output", "update", "weight")
     ]
     write_report(tmp_path, measurements, judge(measurements), "a check")
-    check_report_place(tmp_path)
+    check_report_folder(tmp_path)
     check_output(tmp_path / "coord_check.png", "--out", "picture", PNG)

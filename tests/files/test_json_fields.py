@@ -20,16 +20,20 @@ def test_values_of_their_types_are_read() -> None:
     fields = Fields(
         {"n": 28, "whole": 32.0, "x": 1, "t": "a", "f": False, "l": [1], "s": {"n": 2}, "null": None}, WHERE
     )
-    assert (fields.whole("n"), fields.whole("whole"), fields.number("x"), fields.text("t")) == (28, 32, 1.0, "a")
-    assert (fields.flag("f"), fields.items("l"), fields.section("s").whole("n")) == (False, [1], 2)
-    assert fields.whole("null", 3, null=True) is None
-    assert (fields.whole("gone", 3), fields.number("gone", None, null=True), fields.items("gone", ())) == (3, None, [])
+    assert (fields.integer("n"), fields.integer("whole"), fields.number("x"), fields.text("t")) == (28, 32, 1.0, "a")
+    assert (fields.flag("f"), fields.items("l"), fields.section("s").integer("n")) == (False, [1], 2)
+    assert fields.integer("null", 3, null=True) is None
+    assert (fields.integer("gone", 3), fields.number("gone", None, null=True), fields.items("gone", ())) == (
+        3,
+        None,
+        [],
+    )
 
 
 @pytest.mark.parametrize("value", [None, "28", True, 1.5, math.nan, math.inf, 10**400, [28], {"a": 1}, -1])
 def test_no_whole_number(value: Any) -> None:
     with pytest.raises(UserError, match=r"IN: 'config\.json' has num_layers .*, which must be .*; correct the file"):
-        Fields({"num_layers": value}, WHERE).whole("num_layers", 28)
+        Fields({"num_layers": value}, WHERE).integer("num_layers", 28)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +51,20 @@ def test_a_value_of_another_type(read: Callable[[Fields, str], Any], value: Any)
 
 def test_the_value_is_shown_as_the_file_has_it_and_cut_where_it_is_long() -> None:
     with pytest.raises(UserError, match="has key null, which must be given"):
-        Fields({"key": None}, WHERE).whole("key")
+        Fields({"key": None}, WHERE).integer("key")
     with pytest.raises(UserError) as error:
-        Fields({"key": "x" * 10_000}, WHERE).whole("key")
+        Fields({"key": "x" * 10_000}, WHERE).integer("key")
     assert len(str(error.value)) < 300
 
 
 def test_a_key_that_must_be_there() -> None:
     with pytest.raises(UserError, match=r"IN: 'config\.json', inner has no n; "):
-        Fields({"inner": {}}, WHERE).section("inner").whole("n")
+        Fields({"inner": {}}, WHERE).section("inner").integer("n")
 
 
 def test_keys_that_nobody_read_are_known() -> None:
     fields = Fields({"_class_name": "A", "n": 1, "other": 2, "raw": 3}, WHERE)
-    fields.whole("n")
+    fields.integer("n")
     fields.raw("raw")
     assert fields.unread() == {"other": 2}
 
@@ -95,7 +99,7 @@ def test_a_file_that_is_no_json_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_sentence_stays_one_line_whatever_a_value_holds() -> None:
     with pytest.raises(UserError) as error:
-        Fields({"a\nb": "x\n\ud800\x1b[2J"}, WHERE).whole("a\nb")
+        Fields({"a\nb": "x\n\ud800\x1b[2J"}, WHERE).integer("a\nb")
     assert str(error.value).isprintable() and "a\\nb 'x\\n\\ud800\\x1b[2J'" in str(error.value)
 
 

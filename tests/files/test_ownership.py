@@ -91,7 +91,7 @@ class TestOwner:
 
         monkeypatch.setattr(os, "link", no_links)
         with acquire_folder(tmp_path, "training"):
-            assert not OwnerFile(tmp_path / FILE).create(Owner.here(tmp_path, "training", 5))
+            assert not OwnerFile(tmp_path / FILE).create(Owner.of_this_process(tmp_path, "training", 5))
         assert not list(tmp_path.iterdir())
 
 
@@ -265,7 +265,7 @@ class TestLoss:
         (tmp_path / FILE).unlink()
         winner = leave_owner(tmp_path)
         before = (tmp_path / FILE).read_text()
-        assert not OwnerFile(tmp_path / FILE).advance(Owner.here(tmp_path, "training", 5), 9)
+        assert not OwnerFile(tmp_path / FILE).advance(Owner.of_this_process(tmp_path, "training", 5), 9)
         loser.release()
         assert (tmp_path / FILE).read_text() == before
         assert is_owned_by_other(tmp_path) is False  # of this very process

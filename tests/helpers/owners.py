@@ -54,7 +54,7 @@ def killed_owner(folder: Path) -> subprocess.Popen[str]:
 def leave_owner(folder: Path, file: str = FILE, **facts: Any) -> Owner:
     """Leave in ``folder`` the file of an owner that is this process but for ``facts``."""
     folder.mkdir(parents=True, exist_ok=True)
-    owner = dataclasses.replace(Owner.here(folder, "training", 0.05), **facts)
+    owner = dataclasses.replace(Owner.of_this_process(folder, "training", 0.05), **facts)
     assert OwnerFile(folder / file).create(owner)
     return owner
 

@@ -10,7 +10,7 @@ from helpers.ranks import run_ranks
 from megadit.errors import UserError
 from megadit.nested import flatten
 from megadit.parallel import consistency_check, start_processes
-from megadit.parallel.consistency_check import check_consistency, code_facts, differences
+from megadit.parallel.consistency_check import check_consistency, code_facts, rank_differences
 
 
 def agree(changes: dict[int, dict[str, Any]], code: dict[int, dict[str, str]]) -> str:
@@ -44,8 +44,8 @@ def test_every_rank_tells_what_differs() -> None:
 
 
 def test_long_values_are_cut_and_many_differences_counted() -> None:
-    assert differences([{"a": "1"}, {"a": "1"}]) == []
-    assert differences([{"a": "1"}, {}, {"a": "1"}]) == ["a is 1 on ranks 0, 2, missing on rank 1"]
+    assert rank_differences([{"a": "1"}, {"a": "1"}]) == []
+    assert rank_differences([{"a": "1"}, {}, {"a": "1"}]) == ["a is 1 on ranks 0, 2, missing on rank 1"]
     assert len(consistency_check._short("x" * 500)) < 60
     assert consistency_check._short("x" * 500) != consistency_check._short("x" * 499)
 

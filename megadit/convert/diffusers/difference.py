@@ -68,8 +68,8 @@ def measure(
     if diffusers.attends_to_padding:  # and so takes no mask
         cond = cond.without_mask()
     with torch.no_grad():
-        expected = _ours(config, state)(x, t, cond)  # and the model is gone before the other is built
-        (actual,) = _theirs(config_json, diffusers_state)(x, return_dict=False, **diffusers.arguments(t, cond))
+        expected = _megadit_model(config, state)(x, t, cond)  # and the model is gone before the other is built
+        (actual,) = _diffusers_model(config_json, diffusers_state)(x, return_dict=False, **diffusers.arguments(t, cond))
     if actual.shape != expected.shape:
         raise UserError(
             f"config.json: diffusers' {config_json['_class_name']} gives outputs of shape {list(actual.shape)}, the "
@@ -93,7 +93,7 @@ def not_measured(model: ModelConfig, elements: int) -> str | None:
     return f"a model of it takes {needed / 1e9:.1f} GB, this machine has {free / 1e9:.1f} GB of memory free"
 
 
-def _ours(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
+def _megadit_model(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
     from megadit.models import build_model
 
     model = build_model(config, device="meta").to_empty(device="cpu")  # drawing weights that are not used takes long
@@ -106,7 +106,7 @@ def _ours(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def _theirs(config_json: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+def _diffusers_model(config_json: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     from megadit.optional import import_diffusers
 
     diffusers = import_diffusers()

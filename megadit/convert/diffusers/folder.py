@@ -41,7 +41,7 @@ from megadit.convert.diffusers.schedulers import (
 from megadit.convert.family_adapters import diffusers_gap, from_diffusers, to_diffusers
 from megadit.convert.official import contents_of, folded_notes, model_of
 from megadit.convert.request import Request
-from megadit.convert.state_dicts import load_tensors, load_weights, write_folder, write_one
+from megadit.convert.state_dicts import load_tensors, load_weight_files, write_folder, write_one
 from megadit.data.codecs.folder import VAE_CLASS, read_facts
 from megadit.errors import UserError
 from megadit.files.json_fields import Fields
@@ -79,7 +79,7 @@ def read_diffusers(path: Path, request: Request, check: ValueCheck) -> Contents:
             f"{fields.where} is of a {config_json['_class_name']}, but {INDEX} names a {named}; copy the whole folder "
             "again, or give this one alone"
         )
-    stored, shard_notes = load_weights(files, check)
+    stored, shard_notes = load_weight_files(files, check)
     caption = _null_caption(pipeline, check)
     length = _max_length(caption, pipeline, request.config)
     model, state = from_diffusers(config_json, stored, max_length=length, where=fields.where)

@@ -116,7 +116,7 @@ class _SchedulerConfig:
 
     def objective(self) -> dict[str, Any]:
         """The objective that the keys say. Raises UserError for one that cannot be said."""
-        steps = self.fields.whole("num_train_timesteps", STEPS, least=1, most=10**6)
+        steps = self.fields.integer("num_train_timesteps", STEPS, least=1, most=10**6)
         for key in ("rescale_betas_zero_snr", "invert_sigmas"):
             if self.flag(key):
                 meaning = (
@@ -225,8 +225,8 @@ def _dynamic_shift(scheduler: _SchedulerConfig, model: ModelConfig) -> str:
     """What a shift that depends on the image's size comes to for the model's own size."""
     fields = scheduler.fields
     low, high = fields.number("base_shift", 0.5), fields.number("max_shift", 1.15)
-    first = fields.whole("base_image_seq_len", 256, least=1)
-    last = fields.whole("max_image_seq_len", 4096, least=1)
+    first = fields.integer("base_image_seq_len", 256, least=1)
+    last = fields.integer("max_image_seq_len", 4096, least=1)
     tokens = (model.input_size // model.patch_size) ** 2
     mu = low if first == last else low + (high - low) * (tokens - first) / (last - first)
     kind = fields.text("time_shift_type", "exponential")

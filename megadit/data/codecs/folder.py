@@ -64,14 +64,14 @@ def read_facts(folder: Path, key: str = _KEY) -> CodecFacts:
     fields = Fields.of_file(folder / "config.json", key, "fetch it again")
     name = fields.text("_class_name")
     if name in CODECS and name != VAE_CLASS:
-        factor, channels = (fields.whole(part, least=1, most=_MOST) for part in ("factor", "channels"))
-        of_images = fields.whole("image_channels", least=1, most=_MOST)
+        factor, channels = (fields.integer(part, least=1, most=_MOST) for part in ("factor", "channels"))
+        of_images = fields.integer("image_channels", least=1, most=_MOST)
         scale = fields.number("scaling_factor", above=0.0)
     else:
         factor = 2 ** (_levels(fields) - 1)
         _check_other_fields(fields)
-        channels = fields.whole("latent_channels", 4, least=1, most=_MOST)  # the defaults are AutoencoderKL's own
-        of_images = fields.whole("in_channels", 3, least=1, most=_MOST)
+        channels = fields.integer("latent_channels", 4, least=1, most=_MOST)  # the defaults are AutoencoderKL's own
+        of_images = fields.integer("in_channels", 3, least=1, most=_MOST)
         scale = fields.number("scaling_factor", 0.18215, above=0.0)
         for part in _PER_CHANNEL:
             if fields.raw(part) is not None:
@@ -90,8 +90,8 @@ def _levels(fields: Fields) -> int:
     if not 1 <= len(blocks) <= _MOST_LEVELS:
         raise fields.refused("block_out_channels", blocks, f"a list of 1 to {_MOST_LEVELS} numbers")
     for part in sizes.names():
-        sizes.whole(part, least=1, most=_MOST_WIDTH)
-    fields.whole("layers_per_block", 1, least=1, most=_MOST_LAYERS)
+        sizes.integer(part, least=1, most=_MOST_WIDTH)
+    fields.integer("layers_per_block", 1, least=1, most=_MOST_LAYERS)
     for part in ("down_block_types", "up_block_types"):  # all but the last of the channels halve the resolution
         kinds = fields.items(part, ("",))
         if len(kinds) not in (len(blocks), len(blocks) - 1):
@@ -99,7 +99,7 @@ def _levels(fields: Fields) -> int:
         named = fields.elements(part, ("",))
         for kind in named.names():
             named.text(kind)
-    groups = fields.whole("norm_num_groups", 32, least=1, most=_MOST_WIDTH)
+    groups = fields.integer("norm_num_groups", 32, least=1, most=_MOST_WIDTH)
     uneven = next((size for size in blocks if size % groups), None)
     if uneven is not None and "norm_num_groups" in fields:
         raise fields.refused(
@@ -110,7 +110,7 @@ def _levels(fields: Fields) -> int:
 
 def _check_other_fields(fields: Fields) -> None:
     """Refuse values of an AutoencoderKL that are not of their type, before diffusers builds with them."""
-    fields.whole("out_channels", 3, least=1, most=_MOST)
+    fields.integer("out_channels", 3, least=1, most=_MOST)
     fields.text("act_fn", "silu")
     for part in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
         fields.flag(part, True)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from megadit.data.shards.naming import JSON, KNOWN, LABEL, shown_name
-from megadit.data.shards.scanning import ScanSummary, Span, TarSample, scan
+from megadit.data.shards.scanning import ByteRange, ScanSummary, TarSample, scan
 from megadit.data.shards.shard_files import ShardFile
 from megadit.errors import UserError, one_line
 from megadit.files.paths import atomic_write, user_cache
@@ -70,7 +70,7 @@ class SampleIndex:
         ends = np.array(sizes, dtype=np.int64)[self.shard][:, None]
         return not bool((self.offsets > ends - self.sizes).any())
 
-    def span(self, sample: int, member: str) -> Span | None:
+    def span(self, sample: int, member: str) -> ByteRange | None:
         """(offset, size) of a member; None if the sample has none."""
         if member not in self.members:
             return None

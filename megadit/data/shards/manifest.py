@@ -77,7 +77,7 @@ def load_manifest(folder: Path) -> Manifest | None:
             raise UserError(
                 f"data.path: '{path}' has format {shown(fields.raw('format'))} and not {_FORMAT}; copy it again"
             )
-        version = fields.whole("version")
+        version = fields.integer("version")
         if version != _VERSION:
             raise UserError(
                 f"data.path: '{path}': its version is {version}, this megadit reads {_VERSION}; use the one that "
@@ -94,10 +94,10 @@ def _manifest(fields: Fields) -> Manifest:
     stored = fields.section("stored", null=True) if fields.raw("stored") is not None else None
     return Manifest(
         name=fields.text("name"),
-        samples=fields.whole("samples"),
+        samples=fields.integer("samples"),
         classes=tuple(classes.text(key) for key in classes.names()),
-        channels=fields.whole("channels", least=1),
-        image_size=fields.whole("image_size"),
+        channels=fields.integer("channels", least=1),
+        image_size=fields.integer("image_size"),
         notice=fields.text("notice"),
         shards=tuple(_shard(shards, key) for key in shards.names()),
         stored=None if stored is None else _stored(stored),
@@ -110,12 +110,12 @@ def _shard(shards: Fields, key: str) -> ShardFacts:
     file = fields.text("file")
     if not is_file_name(file):
         raise fields.refused("file", file, f"the name of a tar beside {MANIFEST}")
-    return ShardFacts(file, fields.whole("samples"), fields.whole("bytes"), fields.text("sha256"))
+    return ShardFacts(file, fields.integer("samples"), fields.integer("bytes"), fields.text("sha256"))
 
 
 def _stored(fields: Fields) -> StoredFacts:
     """The stored facts, each of the type of its default. Raises UserError for keys of a newer megadit."""
-    readers = {bool: Fields.flag, int: Fields.whole, float: Fields.number, str: Fields.text}
+    readers = {bool: Fields.flag, int: Fields.integer, float: Fields.number, str: Fields.text}
     defaults = {field.name: field.default for field in dataclass_fields(StoredFacts)}
     unknown = [key for key in fields.names() if key not in defaults]
     if unknown:

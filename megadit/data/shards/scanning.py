@@ -117,7 +117,7 @@ _INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 _NO_NAME = re.compile(r"[\d\s.,;:()\[\]+-]*", re.ASCII)  # digits and signs alone: a fraction, or several numbers
 _SORT = "unpack it and write it again with tar --sort=name"
 
-Span = tuple[int, int]  # of the bytes of a member in its tar: offset, size
+ByteRange = tuple[int, int]  # of the bytes of a member in its tar: offset, size
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class TarSample:
     key: str
     base: str
     label: int | str | None
-    spans: dict[str, Span]
+    spans: dict[str, ByteRange]
 
 
 def scan(shard: ShardFile, summary: ScanSummary | None = None) -> list[TarSample]:
@@ -165,12 +165,12 @@ def _all_skipped(shard: ShardFile, summary: ScanSummary) -> UserError:
     )
 
 
-def _spans_by_key(shard: ShardFile, summary: ScanSummary) -> Iterator[tuple[str, dict[str, Span]]]:
+def _spans_by_key(shard: ShardFile, summary: ScanSummary) -> Iterator[tuple[str, dict[str, ByteRange]]]:
     """(key, spans by extension) of each sample; members that belong to none are counted in ``summary``."""
-    earlier: dict[str, dict[str, Span]] = {}
+    earlier: dict[str, dict[str, ByteRange]] = {}
     for key, group in itertools.groupby(_members(shard, summary), key=lambda part: part[0]):
         names: dict[str, str] = {}
-        spans: dict[str, Span] = {}
+        spans: dict[str, ByteRange] = {}
         for _, extension, member in group:
             if extension in KNOWN and key in earlier:
                 raise _not_sorted(shard, member, extension, earlier[key])
@@ -249,7 +249,7 @@ def _check_unique(shard: ShardFile, key: str, extension: str, name: str, names: 
     raise UserError(f"data.path: the sample {shown_name(key)} in {shard.path} has {problem}; {remedy}")
 
 
-def _not_sorted(shard: ShardFile, member: Member, extension: str, earlier: dict[str, Span]) -> UserError:
+def _not_sorted(shard: ShardFile, member: Member, extension: str, earlier: dict[str, ByteRange]) -> UserError:
     """The error of a key that comes again after other samples."""
     name, (key, _) = shown_name(member.name), split_member(member.name)
     other = extension if extension in earlier else min(earlier, key=lambda kind: earlier[kind][0])
@@ -265,7 +265,7 @@ def _not_sorted(shard: ShardFile, member: Member, extension: str, earlier: dict[
     )
 
 
-def _sample(shard: ShardFile, key: str, spans: dict[str, Span], summary: ScanSummary) -> TarSample:
+def _sample(shard: ShardFile, key: str, spans: dict[str, ByteRange], summary: ScanSummary) -> TarSample:
     in_json, in_label = (f"{shown_name(key)}.{member} in {shard.path}" for member in (JSON, LABEL))
     values = read_json(shard.read(*spans[JSON]), in_json) if JSON in spans else {}
     base = _base(values, key, in_json)

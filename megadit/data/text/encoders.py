@@ -266,7 +266,7 @@ class CLIPTextEncoder(FolderEncoder):
 
 def _token(config: Fields, key: str, default: int) -> int:
     """The id of a special token, by default T5's own. Raises UserError for what is no number."""
-    value = config.whole(key, None, most=2**31, null=True)
+    value = config.integer(key, None, most=2**31, null=True)
     return default if value is None else value
 
 

@@ -107,12 +107,12 @@ def _check_sizes(config: Fields, *, is_clip: bool) -> None:
     """Refuse sizes that no network has, which would be built all the same or fail in a traceback. Raises UserError."""
     inner = config.section("text_config", {}, null=True)
     if is_clip:  # where the pooled feature stands
-        (inner if inner.names() else config).whole("eos_token_id", 0, least=0, most=_MOST_SIZE)
+        (inner if inner.names() else config).integer("eos_token_id", 0, least=0, most=_MOST_SIZE)
     for part in (config, inner):
         for key in _LAYERS:
-            part.whole(key, None, least=1, most=_MOST_LAYERS, null=True)
+            part.integer(key, None, least=1, most=_MOST_LAYERS, null=True)
         for key in _SIZES:
-            part.whole(key, 1, least=1, most=_MOST_SIZE)
+            part.integer(key, 1, least=1, most=_MOST_SIZE)
         for key in _EPSILONS:
             part.number(key, 1.0, above=0.0)
 
@@ -120,8 +120,8 @@ def _check_sizes(config: Fields, *, is_clip: bool) -> None:
 def size(config: Fields, key: str, default: int | None = None) -> int:
     """A size in a network's configuration: a whole number from 1 to 2^20. Raises UserError for anything else."""
     if default is None:
-        return config.whole(key, least=1, most=_MOST_SIZE)
-    return config.whole(key, default, least=1, most=_MOST_SIZE)
+        return config.integer(key, least=1, most=_MOST_SIZE)
+    return config.integer(key, default, least=1, most=_MOST_SIZE)
 
 
 def weights_files(folder: Path) -> list[Path]:

@@ -121,7 +121,7 @@ class Partitions:
     def fragments(self) -> list[Fragment]:
         """All fragments that this rank owns, in a fixed order."""
         fragments = []
-        for p, start, stop, flat, offset in self._zero.pieces():
+        for p, start, stop, flat, offset in self._zero.master_ranges():
             if self._zero.may_pad_groups and id(p) not in self._parameters:
                 continue
             name, shape, shard_regions = self._parameters[id(p)]

@@ -37,7 +37,7 @@ from megadit.mup.spec import Role
 from megadit.parallel.tensor import is_shard
 
 
-class Piece(NamedTuple):
+class MasterRange(NamedTuple):
     """Elements [start, stop) of a flattened parameter, which lie in the buffer ``flat`` from ``offset`` on."""
 
     parameter: nn.Parameter
@@ -75,7 +75,7 @@ class ZeroStage(ABC):
         """Let ``norms`` and ``guard`` see the norms of a step, and skip the update where ``guard`` says so."""
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
+    def master_ranges(self) -> Iterator[MasterRange]:
         """Which elements of which parameters this rank's masters are, in a fixed order."""
 
     @abstractmethod
@@ -102,7 +102,6 @@ class ZeroStage0(ZeroStage):
     sharded = False
 
     def patch(self) -> None:
-        """As ``ZeroStage.patch``."""
         if self.guard.decided_by == "host":
             # Nothing may wrap the replaced step: torch's LRScheduler would rebind its ``__func__`` to the optimizer.
             self._replace(self.optimizer, "step")
@@ -121,11 +120,11 @@ class ZeroStage0(ZeroStage):
         norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
         self.guard.record_total_norm(norm)
 
-    def pieces(self) -> Iterator[Piece]:
+    def master_ranges(self) -> Iterator[MasterRange]:
         """All parameters, the same on every data-parallel rank."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                yield Piece(p, 0, p.numel(), p, 0)
+                yield MasterRange(p, 0, p.numel(), p, 0)
 
     def publish_masters(self) -> None:
         """Nothing to do: the model computes with the masters."""
@@ -176,7 +175,6 @@ class ShardedStage(ZeroStage):
     """
 
     def patch(self) -> None:
-        """As ``ZeroStage.patch``."""
         if self.guard.decided_by == "device":
             self.zero.check_grad_overflow = False
             self._replace(self.zero, "step")
@@ -220,7 +218,6 @@ class ZeroStage12(ShardedStage):
     may_pad_groups = True  # of pipelines, which run at stage 1
 
     def patch(self) -> None:
-        """As ``ZeroStage.patch``."""
         super().patch()
         self._group_norms: list[Tensor] = []
         # With the state on the CPU the last is called in place of the second.
@@ -249,7 +246,7 @@ class ZeroStage12(ShardedStage):
         masters = self.zero.single_partition_of_fp32_groups
         return self.plan.roles[next(g for g, master in enumerate(masters) if master.grad is buffer[0])]
 
-    def pieces(self) -> Iterator[Piece]:
+    def master_ranges(self) -> Iterator[MasterRange]:
         """The parameters, whole or in part, that lie in the rank's range of each group.
 
         Not by DeepSpeed's own map, ``_hp_mapping``: with ``round_robin_gradients`` it names the wrong parameters, since
@@ -261,7 +258,7 @@ class ZeroStage12(ShardedStage):
             for p, first in zip(zero.round_robin_bit16_groups[g], zero.round_robin_bit16_offsets[g], strict=True):
                 low, high = max(first, begin), min(first + p.numel(), begin + flat.numel())
                 if low < high:
-                    yield Piece(p, low - first, high - first, flat, low - begin)
+                    yield MasterRange(p, low - first, high - first, flat, low - begin)
 
     def publish_masters(self) -> None:
         """By DeepSpeed's own all-gather of the weights."""
@@ -275,7 +272,6 @@ class ZeroStage3(ShardedStage):
     """
 
     def patch(self) -> None:
-        """As ``ZeroStage.patch``."""
         super().patch()
         group_of, count = self.zero.sub_group_to_group_id, len(self.zero.fp16_groups)
         self._sub_group_roles = [self.plan.roles[group_of[sub_group]] for sub_group in range(count)]
@@ -290,7 +286,7 @@ class ZeroStage3(ShardedStage):
         """``buffer``: the number of a sub group."""
         return self._sub_group_roles[buffer]
 
-    def pieces(self) -> Iterator[Piece]:
+    def master_ranges(self) -> Iterator[MasterRange]:
         """The rank's share of every parameter; the last ranks' shares are padded beyond the parameter's end."""
         zero = self.zero
         rank = torch.distributed.get_rank(zero.dp_process_group)
@@ -301,7 +297,7 @@ class ZeroStage3(ShardedStage):
                 start = min(rank * share, p.ds_numel)
                 stop = min(start + share, p.ds_numel)
                 if stop > start:
-                    yield Piece(p, start, stop, flat, offset)
+                    yield MasterRange(p, start, stop, flat, offset)
                 offset += share
 
     def publish_masters(self) -> None:

@@ -84,7 +84,7 @@ def image_size(fields: Fields, patch: int) -> int:
             f"{fields.where} has sample_size {shown(list(value))}, and models here have square images; it cannot be "
             "read"
         )
-    size = fields.whole("sample_size", least=1, most=2**16)
+    size = fields.integer("sample_size", least=1, most=2**16)
     if size % patch:
         raise UserError(
             f"{fields.where} has sample_size {size}, which its patch_size {patch} does not divide; it cannot be read"
@@ -94,7 +94,7 @@ def image_size(fields: Fields, patch: int) -> int:
 
 def check_depth(fields: Fields, blocks: int) -> None:
     """Raise UserError unless ``num_layers`` is ``blocks``, the number in the weights."""
-    depth = fields.whole("num_layers", least=1)
+    depth = fields.integer("num_layers", least=1)
     if depth != blocks:
         raise UserError(
             f"{fields.where} has num_layers {depth}, but the weights beside it have {blocks} blocks; copy the whole "

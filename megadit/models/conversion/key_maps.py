@@ -52,7 +52,7 @@ def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
-def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:
+def check_state_dict(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:
     """Check that a state dict has exactly the names and shapes of ``shapes``, all of floating point.
 
     Raises:

@@ -86,7 +86,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     stored = state.pop("pos_embed", None)
     if stored is not None:
         key_maps.check_positions(stored, _positions(config), "pos_embed")
-    key_maps.check_state(state, key_maps.model_shapes(config), _OFFICIAL)
+    key_maps.check_state_dict(state, key_maps.model_shapes(config), _OFFICIAL)
     return config, state
 
 
@@ -134,7 +134,7 @@ def from_diffusers(
     config = _from_json(fields)
     shapes = key_maps.model_shapes(config)
     _, expected = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    key_maps.check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, _DIFFUSERS)
+    key_maps.check_state_dict(state, {name: tuple(value.shape) for name, value in expected.items()}, _DIFFUSERS)
     weights = _NAMES.from_diffusers(shapes.keys() - _EMBEDDERS.keys(), state)
     weights |= {name: _shared_value(state, target, config.depth) for name, target in _EMBEDDERS.items()}
     return config, {name: weights[name] for name in shapes}
@@ -197,20 +197,20 @@ def _from_json(fields: Fields) -> ModelConfig:
             "can be read"
         )
     fields.number("norm_eps")  # of ``diffusers_gap``
-    channels, patch = (fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size"))
-    heads = fields.whole("num_attention_heads", least=1, most=LARGEST)
-    out = fields.whole("out_channels", None, least=1, null=True)
+    channels, patch = (fields.integer(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size"))
+    heads = fields.integer("num_attention_heads", least=1, most=LARGEST)
+    out = fields.integer("out_channels", None, least=1, null=True)
     return ModelConfig(
         family="dit",
-        width=heads * fields.whole("attention_head_dim", least=1, most=LARGEST),
-        depth=fields.whole("num_layers", least=1),
+        width=heads * fields.integer("attention_head_dim", least=1, most=LARGEST),
+        depth=fields.integer("num_layers", least=1),
         heads=heads,
         patch_size=patch,
         in_channels=channels,
         input_size=image_size(fields, patch),
         learn_sigma=key_maps.learns_sigma(out or channels, channels, "a DiT"),
         mlp=_ACTIVATIONS[activation],
-        num_classes=fields.whole("num_embeds_ada_norm", least=1),
+        num_classes=fields.integer("num_embeds_ada_norm", least=1),
     )
 
 

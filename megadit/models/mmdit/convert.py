@@ -113,7 +113,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     if table is not None:
         key_maps.check_positions(table, _positions(config), "pos_embed")
     shapes = key_maps.model_shapes(config)
-    key_maps.check_state(state, shapes, _OFFICIAL)
+    key_maps.check_state_dict(state, shapes, _OFFICIAL)
     return config, {name: state[name] for name in shapes}
 
 
@@ -171,7 +171,7 @@ def from_diffusers(
     for name, (rows, *columns) in shapes.items():
         targets = _NAMES.target_names(name)
         expected |= {target: (rows // len(targets), *columns) for target in targets}
-    key_maps.check_state(state, expected, _DIFFUSERS)
+    key_maps.check_state_dict(state, expected, _DIFFUSERS)
     return config, _swapped(_NAMES.from_diffusers(shapes, state), config.depth)
 
 
@@ -266,32 +266,32 @@ def _from_json(fields: Fields) -> ModelConfig:
     if norm not in (None, "rms_norm"):
         raise UserError(f"{fields.where} has qk_norm {shown(norm)}, known are null and rms_norm; it cannot be read")
     channels, patch, heads = (
-        fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
+        fields.integer(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
     )
-    width = heads * fields.whole("attention_head_dim", least=1, most=LARGEST)
-    caption = fields.whole("caption_projection_dim", least=1)
+    width = heads * fields.integer("attention_head_dim", least=1, most=LARGEST)
+    caption = fields.integer("caption_projection_dim", least=1)
     if caption != width:
         raise UserError(
             f"{fields.where} has caption_projection_dim {caption}, but num_attention_heads x attention_head_dim is "
             f"{width}; in an MMDiT the two are the same"
         )
-    out = fields.whole("out_channels", None, least=1, null=True)
+    out = fields.integer("out_channels", None, least=1, null=True)
     return ModelConfig(
         family="mmdit",
         width=width,
-        depth=fields.whole("num_layers", least=1),
+        depth=fields.integer("num_layers", least=1),
         heads=heads,
         patch_size=patch,
         in_channels=channels,
         input_size=image_size(fields, patch),
-        pos_embed_max_size=fields.whole("pos_embed_max_size", None, least=1, most=LARGEST, null=True),
+        pos_embed_max_size=fields.integer("pos_embed_max_size", None, least=1, most=LARGEST, null=True),
         learn_sigma=key_maps.learns_sigma(out or channels, channels, "an MMDiT"),
         qk_norm="none" if norm is None else "rms",
         num_classes=0,
         text=TextInput(
-            dim=fields.whole("joint_attention_dim", least=1, most=LARGEST),
+            dim=fields.integer("joint_attention_dim", least=1, most=LARGEST),
             max_length=_TOKENS,
-            pooled_dim=fields.whole("pooled_projection_dim", least=1, most=LARGEST),
+            pooled_dim=fields.integer("pooled_projection_dim", least=1, most=LARGEST),
             mask=False,
         ),
     )

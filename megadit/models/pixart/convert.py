@@ -103,7 +103,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     config = ModelConfig.model_validate(keys)
     weights = {name: value for name, value in state.items() if name != "pos_embed"}
     weights.setdefault(NULL_CAPTION, _null(config, {}))
-    key_maps.check_state(weights, _shapes(config), _OFFICIAL)
+    key_maps.check_state_dict(weights, _shapes(config), _OFFICIAL)
     return config, weights
 
 
@@ -154,7 +154,7 @@ def from_diffusers(
     state = {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}  # older versions store it
     shapes = key_maps.model_shapes(config)
     _, expected = to_diffusers(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    key_maps.check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, _DIFFUSERS)
+    key_maps.check_state_dict(state, {name: tuple(value.shape) for name, value in expected.items()}, _DIFFUSERS)
     return config, {**_NAMES.from_diffusers(shapes, state), NULL_CAPTION: _null(config, {})}
 
 
@@ -246,7 +246,7 @@ def _to_json(config: ModelConfig) -> dict[str, Any]:
 def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
     """The config of a config.json. Raises UserError for what a PixArt here does not have."""
     channels, patch, heads = (
-        fields.whole(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
+        fields.integer(key, least=1, most=LARGEST) for key in ("in_channels", "patch_size", "num_attention_heads")
     )
     size = image_size(fields, patch)
     additional = fields.flag("use_additional_conditions", None, null=True)
@@ -255,7 +255,7 @@ def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
             f"{fields.where} has use_additional_conditions (the default at sample_size 128): a PixArt for 1024 pixels, "
             "told the resolution and aspect ratio, which this model is not; give one for 256 or 512 pixels"
         )
-    width = heads * fields.whole("attention_head_dim", least=1, most=LARGEST)
+    width = heads * fields.integer("attention_head_dim", least=1, most=LARGEST)
     _check_fixed(fields, width)
     if fields.raw("caption_channels") is None:
         raise UserError(f"{fields.where} has no caption_channels, so it is not a PixArt; give another folder")
@@ -264,13 +264,13 @@ def _from_json(fields: Fields, max_length: int | None) -> ModelConfig:
         known = ", ".join(_ACTIVATIONS)
         raise UserError(f"{fields.where} has activation_fn {shown(activation)}, known are {known}; it cannot be read")
     scale = fields.number("interpolation_scale", None, above=0.0, null=True)
-    out = fields.whole("out_channels", None, least=1, null=True)
-    length = fields.whole(_LENGTH_KEY, _MAX_LENGTH, least=1, most=_MOST_LENGTH)
-    dim = fields.whole("caption_channels", least=1, most=LARGEST)
+    out = fields.integer("out_channels", None, least=1, null=True)
+    length = fields.integer(_LENGTH_KEY, _MAX_LENGTH, least=1, most=_MOST_LENGTH)
+    dim = fields.integer("caption_channels", least=1, most=LARGEST)
     return ModelConfig(
         family="pixart",
         width=width,
-        depth=fields.whole("num_layers", least=1),
+        depth=fields.integer("num_layers", least=1),
         heads=heads,
         patch_size=patch,
         in_channels=channels,
@@ -291,7 +291,7 @@ def _check_fixed(fields: Fields, width: int) -> None:
         "norm_elementwise_affine": (fields.flag("norm_elementwise_affine"), False),
         "norm_eps": (fields.number("norm_eps"), 1e-6),
         "attention_type": (fields.text("attention_type"), "default"),
-        "cross_attention_dim": (fields.whole("cross_attention_dim"), width),
+        "cross_attention_dim": (fields.integer("cross_attention_dim"), width),
     }
     for key, (value, expected) in values.items():
         if value != expected:

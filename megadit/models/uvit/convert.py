@@ -74,7 +74,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         }
     )
     shapes = key_maps.model_shapes(config)
-    key_maps.check_state(state, shapes, _OFFICIAL)
+    key_maps.check_state_dict(state, shapes, _OFFICIAL)
     return config, {name: state[name] for name in shapes}
 
 

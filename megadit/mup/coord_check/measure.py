@@ -69,13 +69,13 @@ def measure_coordinates(
         config = at_width(model, width, parametrization or model.parametrization, plan.widths)
         for seed in range(plan.seeds):
             progress(f"width {width}, seed {seed}: {plan.steps} steps")
-            trainer = _Trainer(build(config, seed).double(), config, optim, plan, objective, alignment)
+            trainer = _CoordTrainer(build(config, seed).double(), config, optim, plan, objective, alignment)
             measurements += trainer.train(seed)
     return measurements
 
 
 @dataclass(frozen=True)
-class _Trainer:
+class _CoordTrainer:
     """One model of the check, its data and its losses."""
 
     model: nn.Module

@@ -75,7 +75,7 @@ def check_shares(model: ModelConfig, plan: CoordPlan, ranks: int) -> None:
                 )
 
 
-def check_report_place(folder: Path) -> None:
+def check_report_folder(folder: Path) -> None:
     """Raise UserError for a file in ``folder`` that a report would replace and that is of no earlier one."""
     check_output(folder / "coords.csv", "--out", "table of a coordinate check", (b"width,seed,step",))
     check_output(folder / "verdict.json", "--out", "verdict of a coordinate check", (b'"verdict"',))

@@ -29,7 +29,7 @@ from megadit.search.storage.records import TrialAttempt
 from megadit.search.study.study import Study
 from megadit.search.workers import scores
 from megadit.train.callbacks import Callback, Record, RunStopped, make_callbacks
-from megadit.train.prepare import TrainingJob, check_job, check_machine, total_steps
+from megadit.train.prepare import TrainingJob, check_job, check_requirements, total_steps
 from megadit.train.pretrain import pretrain
 from megadit.train.run_dir import RunDirectory
 
@@ -115,7 +115,7 @@ def run_trial(
     try:
         config = study.config(cell, claim.hps, claim.seed)
         job = check_job(LoadedConfig(config, source=f"trial {claim.number}"), None, folder, "auto", datasets)
-        check_machine(job)
+        check_requirements(job)
         context.on_main(lambda: _make_room(folder))
         code = pretrain(job, _callbacks(study, callback), keep_group=True)
     except (FolderInUse, OwnershipLost):
