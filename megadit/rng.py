@@ -111,9 +111,9 @@ def batch_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     return _draw(keys, 0, math.prod(shape), _gauss).reshape(keys.shape[0], *shape)
 
 
-def batch_uniform(keys: Tensor, shape: Sequence[int] = ()) -> Tensor:
-    """Uniforms in (0, 1] per sample: keys (B,) -> float32 (B, *shape), on the device of ``keys``."""
-    return _draw(keys, 0, math.prod(shape), _unit).reshape(keys.shape[0], *shape)
+def batch_uniform(keys: Tensor) -> Tensor:
+    """A uniform in (0, 1] per sample: keys (B,) -> float32 (B,), on the device of ``keys``."""
+    return _draw(keys, 0, 1, _unit).reshape(keys.shape[0])
 
 
 def permutation(key: int, size: int) -> Tensor:

@@ -198,8 +198,8 @@ def describe_summary(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_comparison(comparison: dict[str, Any], most: int = 20) -> str:
-    """The comparison as lines, the ``most`` different tensors of it."""
+def describe_comparison(comparison: dict[str, Any]) -> str:
+    """The comparison as lines, the 20 most different tensors of it."""
     lines = [f"A {comparison['a']}", f"B {comparison['b']}"]
     lines += [f"{key}: {old} → {new}" for key, (old, new) in comparison["counters"].items()]
     lines += [
@@ -211,6 +211,6 @@ def describe_comparison(comparison: dict[str, Any], most: int = 20) -> str:
         verdict = f"{row['different']} of {row['tensors']} tensors differ, by at most {_sizes(row)}"
         lines.append(f"{kind}: " + (verdict if row["different"] else f"all {row['tensors']} tensors equal"))
     worst = sorted(comparison["tensors"], key=lambda row: -_size(row["max_rel"]))
-    lines += [f"  {row['kind']} {row['name']}: {_sizes(row)}" for row in worst[:most]]
+    lines += [f"  {row['kind']} {row['name']}: {_sizes(row)}" for row in worst[:20]]
     lines += [f"config: {change}" for change in comparison["config"]]
     return "\n".join([*lines, "same" if comparison["same"] else "different"])

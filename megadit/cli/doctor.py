@@ -14,7 +14,7 @@ from megadit.errors import EXIT_FAILURE, EXIT_OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Examine and report."""
+    """Exit code 0 if this machine can train, 1 if something that is needed is missing or broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object: ready, verdict, checks")
     args = parser.parse_args(argv)

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect and print."""
+    """Exit code 0 if the checkpoint is sound and, with ``--diff``, equal to the other."""
     args = parser().parse_args(argv)
     from megadit.parallel.environment import refuse_ranks
 

@@ -342,6 +342,6 @@ def child_environment(env: Mapping[str, str]) -> dict[str, str]:
     return child
 
 
-def is_local_main(env: Mapping[str, str] | None = None) -> bool:
+def is_local_main() -> bool:
     """Whether this is the first rank of its host, which prints messages common to all (in a completed environment)."""
-    return (os.environ if env is None else env).get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0"

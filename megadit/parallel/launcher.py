@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,15 @@ def set_parent_death_signal(number: int = signal.SIGTERM, libc: Any = None) -> N
         (libc or ctypes.CDLL(None)).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def exit_with_launcher(ranks: RankVariables, env: Mapping[str, str] | None = None) -> bool:
+def exit_with_launcher(ranks: RankVariables) -> bool:
     """Have this rank killed when its launcher ends, before the process group is up as well as within a step.
 
     Not under plain ``python`` or in a shell inside a Slurm task, where ``nohup`` and ``tmux`` must keep their effect.
     Returns whether the rank will end with its launcher. If the launcher has already ended, so does this process (1).
     """
-    env = os.environ if env is None else env
     if sys.platform != "linux" or ranks.launcher in ("python", "variables"):
         return False
-    if ranks.launcher == "srun" and env.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
+    if ranks.launcher == "srun" and os.environ.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
         return False
     parent = os.getppid()
     set_parent_death_signal(signal.SIGKILL)

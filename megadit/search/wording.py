@@ -28,9 +28,9 @@ def point_text(hps: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value_text(value, 6)}" for key, value in hps.items())
 
 
-def hps_text(hps: Mapping[str, Any], between: str = ", ") -> str:
+def hps_text(hps: Mapping[str, Any]) -> str:
     """All values of a point: ``optim.lr = 2^-7, optim.clip.value = 1``."""
-    return between.join(f"{key} = {value_text(value)}" for key, value in hps.items())
+    return ", ".join(f"{key} = {value_text(value)}" for key, value in hps.items())
 
 
 def number_text(value: float | None, spec: str = ".4g") -> str:
@@ -46,7 +46,7 @@ def duration_text(seconds: float) -> str:
 
 
 def share_text(part: float, whole: float) -> str:
-    """A percentage."""
+    """``part`` of ``whole`` as a percentage of three digits: ``12.5 %``; a dash where ``whole`` is 0."""
     return "–" if whole == 0 else f"{100 * part / whole:.3g} %"
 
 

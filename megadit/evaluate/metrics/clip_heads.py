@@ -25,9 +25,8 @@ from megadit.data.batch import scale_images
 from megadit.data.dataset import ImageSet, stack_images
 from megadit.data.features.encoders import load_efficientnet, preprocessed, resized
 from megadit.data.text.encoders import build_encoder
-from megadit.data.text.feature_table import cache_folder
 from megadit.errors import UserError
-from megadit.files.paths import refuse_unwritable, save_tensors
+from megadit.files.paths import refuse_unwritable, save_tensors, user_cache
 
 _SIDE = 64  # pixels to which pictures are enlarged for the image encoder
 _WIDTH = 256  # channels of the space in which pictures and texts meet
@@ -119,7 +118,7 @@ def text_features(texts: Sequence[str]) -> Tensor:
     return pooled
 
 
-def load_emoji_clip(image_size: int, cache: str | None = None) -> EmojiClip:
+def load_emoji_clip(image_size: int) -> EmojiClip:
     """The heads for pictures of ``image_size`` pixels: read from the cache, or trained in a minute or two and kept.
 
     Raises UserError where a package is missing or the cache cannot be written.
@@ -130,7 +129,7 @@ def load_emoji_clip(image_size: int, cache: str | None = None) -> EmojiClip:
     settings = (_VERSION, _SIDE, _BLOCK, _NOISE, _WIDTH, _STEPS, _BATCH, _LR, _DECAY, _TEMPERATURE, image_size)
     encoder = build_encoder(TextSource(encoder="minilm", pooled="same")).identity
     name = hashlib.sha256(repr((settings, encoder)).encode()).hexdigest()[:16]
-    path = cache_folder(cache).parent / "emoji-clip" / f"{name}.safetensors"
+    path = user_cache() / "emoji-clip" / f"{name}.safetensors"
     if path.is_file():
         try:
             return EmojiClip(load_file(str(path)))
