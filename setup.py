@@ -57,7 +57,7 @@ INSTALL = [
     "Jinja2>=3.1",
     "MarkupSafe>=2.1",
     "tensorboard>=2.18",
-    "tabulate>=0.9",
+    "tabulate>=0.10",
     "tqdm>=4.66",
 ]
 
@@ -76,7 +76,7 @@ EXTRAS = {
         "ruff>=0.17",
         "mypy>=2.0",
         "types-PyYAML>=6.0",
-        "types-tabulate>=0.9",
+        "types-tabulate>=0.10",
     ],
     # Small pretrained networks, for work without a model hub. Their metadata requires packages that megadit does not
     # need, so `make setup` installs them with --no-deps.

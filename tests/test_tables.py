@@ -20,3 +20,8 @@ def test_a_rule_below_the_header():
 
 def test_a_table_without_rows_is_its_header():
     assert aligned(["name", "lr"], []) == "name  lr"
+
+
+def test_blanks_are_kept_and_a_line_break_stays_within_its_row():
+    text = aligned(["name", "unit"], [["  in", " s"], ["a\nb", "m "]], left=1)
+    assert text.splitlines() == ["name  unit", "  in     s", "a       m", "b"]

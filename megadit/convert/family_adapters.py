@@ -135,13 +135,17 @@ def _check_hints(hints: Mapping[str, Any]) -> None:
 
 def _adapted(adapter: Callable[..., Any], *values: Any, **hints: Any) -> Any:
     """The result of a family's adapter, which refuses names and shapes itself. Raises UserError for a config that the
-    weights ask for and that cannot be.
+    weights ask for and that cannot be, and for a name that the adapter, perhaps a plugin's, looked up unchecked.
     """
     try:
         return adapter(*values, **hints)
     except ValidationError as error:
         problem = validation_message(error, ModelConfig, {}).replace("\n", "; ")
         raise UserError(f"{hints.get('where', 'IN')}: cannot be this family's model: {problem}") from error
+    except KeyError as error:
+        raise UserError(
+            f"IN: has no {error.args[0]}; give the whole checkpoint of the model that --from names"
+        ) from error
 
 
 def _check_complete(config: ModelConfig, state: Mapping[str, Tensor], description: str) -> None:

@@ -27,8 +27,9 @@ from megadit.errors import UserError
 from megadit.files.folder_kind import folder_instead
 from megadit.models.conversion.key_maps import listed
 
-# Keys below which trained weights stand, the first that is there; averages are known by ``is_average``.
+# Keys below which weights stand, the first that is there: trained ones, and averages where there are no others.
 _TRAINED = ("", "current_model_state", "state_dict", "model", "module", "model_state_dict", "net", "nnet", "network")
+_AVERAGES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "nnet_ema")
 _LIGHTNING = "current_model_state"  # beside which Lightning's WeightAveraging has its average as state_dict
 _FILES = ("model", "pytorch_model", "diffusion_pytorch_model", "nnet", "net")  # of trained weights, without endings
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -101,7 +102,7 @@ def weights_of(
     if unnamed and (choice in unnamed or not all_sets):
         raise UserError(f"IN: {where} {no_names(f'{choice or unnamed[0]}.{UNNAMED}')}")
     known = {key: named for key, named in all_sets.items() if holds_model(named.weights, family)}
-    sets = known or {key: named for key, named in all_sets.items() if key in _TRAINED or is_average(key)}
+    sets = known or {key: named for key, named in all_sets.items() if key in (*_TRAINED, *_AVERAGES)}
     if not sets:
         kind = "a tensor" if isinstance(values, Tensor) else type(values).__name__
         held = listed([str(name) for name in values]) or "nothing" if isinstance(values, Mapping) else kind
@@ -154,4 +155,4 @@ def _chosen_key(sets: Mapping[str, _NamedWeights], where: str) -> str:
         raise UserError(
             f"IN: {where} holds several sets of weights (under {listed(trained)}); name the one that is meant by --ema"
         )
-    return (usual or list(sets))[0]
+    return (usual or [key for key in _AVERAGES if key in sets] or list(sets))[0]

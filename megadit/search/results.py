@@ -10,11 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field, Strict
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from megadit.search.study.study import Study
 
 OUTCOMES = COMPLETE, DIVERGED, PRUNED, FAILED = "complete", "diverged", "pruned", "failed"
+
+
+def _step(key: Any) -> Any:
+    """A step count; JSON has texts for keys, of which only decimal numbers are step counts."""
+    return int(key) if str(key).isdecimal() else key
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -32,8 +37,7 @@ class TrialResult:
     seed: int
     outcome: Annotated[str, Field(pattern=f"^({'|'.join(OUTCOMES)})$")]
     scores: dict[str, float | None]
-    # JSON has texts for keys.
-    horizons: dict[Annotated[int, Strict(False)], dict[str, float | None]] = field(default_factory=dict)
+    horizons: dict[Annotated[int, BeforeValidator(_step)], dict[str, float | None]] = field(default_factory=dict)
     steps: int = 0
     global_batch: int = 0
     parameters: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from helpers.models.tiny_dit import dit_inputs, tiny_dit, tiny_mup_dit
 from helpers.models.weights import randomize
 from megadit.config import ModelConfig, preset
-from megadit.convert import from_diffusers, from_official, to_diffusers, to_official
+from megadit.convert import family_adapters, from_diffusers, from_official, to_diffusers, to_official
 from megadit.convert.diffusers.difference import measure
 from megadit.convert.family_adapters import diffusers_gap
 from megadit.errors import UserError
@@ -135,6 +136,8 @@ def damaged(what: str) -> dict[str, Tensor]:
         return {**state, "blocks.1.attn.proj.weight": torch.ones(48, 48, dtype=torch.int8)}
     if what == "positions":
         return {**state, "pos_embed": torch.zeros_like(state["pos_embed"])}
+    if what == "scalar":
+        return {**state, "pos_embed": torch.tensor(1.0)}
     if what == "channels":
         return {**state, "final_layer.linear.weight": torch.ones(20, 48)}
     return {"layers.0.weight": torch.ones(2), "layers.0.bias": torch.ones(2)}
@@ -148,6 +151,7 @@ def damaged(what: str) -> dict[str, Tensor]:
         ("width", r"blocks.1.attn.proj.weight has shape \[64, 48\], the other tensors ask for \[48, 48\]"),
         ("integers", "blocks.1.attn.proj.weight holds int8 and not floating-point weights"),
         ("positions", "pos_embed of shape .* is not the sin-cos table"),
+        ("scalar", r"pos_embed has shape \[\], 3 dimensions are known; give another file"),
         ("channels", "puts out 5 channels for an input of 4, and a DiT has as many"),
         ("other", "has no x_embedder.proj.weight; it begins with layers.0.bias, layers.0.weight"),
     ],
@@ -155,6 +159,17 @@ def damaged(what: str) -> dict[str, Tensor]:
 def test_other_files_are_refused(what: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         from_official("dit", damaged(what), heads=2)
+
+
+def test_a_name_that_a_plugins_family_looks_up_unchecked_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(state: dict[str, Tensor], **hints: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
+        return tiny_dit(depth=len(state["readout.weight"])), state
+
+    careless = dataclasses.replace(family_adapters.conversion_of("dit"), from_official=unchecked)
+    monkeypatch.setattr(family_adapters, "conversion_of", lambda family: careless)
+    expected = r"^IN: has no readout\.weight; give the whole checkpoint of the model that --from names$"
+    with pytest.raises(UserError, match=expected):
+        from_official("dit", {"x_embedder.proj.weight": torch.ones(2)})
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "learn_sigma": False}], ids=["usual", "erf"])

@@ -151,3 +151,14 @@ def test_a_second_attention_and_a_missing_table_are_named() -> None:
     assert mmdit.from_official(official, heads=2, input_size=8)[0].input_size == 8
     with pytest.raises(UserError, match="--hint heads: 5 does not divide"):
         mmdit.from_official(official, heads=5, input_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"), [("pos_embed", 3), ("y_embedder.mlp.0.weight", 2), ("context_embedder.weight", 2)]
+)
+@pytest.mark.parametrize("hints", [{}, {"input_size": 8}], ids=str)
+def test_a_tensor_of_other_dimensions_is_named(name: str, dims: int, hints: dict[str, Any]) -> None:
+    config = tiny()
+    official = mmdit.to_official(config, build_model(config).state_dict())
+    with pytest.raises(UserError, match=rf"SD3.*: {name} has shape \[\], {dims} dimensions are known"):
+        mmdit.from_official({**official, name: torch.tensor(1.0)}, heads=2, **hints)

@@ -129,6 +129,7 @@ def test_published_width_has_16_heads() -> None:
         ({"blocks.7.mlp.fc1.weight": torch.zeros(1)}, {}, "missing are blocks"),
         ({"other": torch.zeros(1)}, {}, "unexpected are other"),
         ({"pos_embed": torch.zeros(1, 16, 48)}, {}, "pos_embed is not the sin-cos table"),
+        ({"pos_embed": torch.tensor(1.0)}, {}, r"pos_embed has shape \[\], 3 dimensions are known; give another file"),
         ({"blocks.1.mlp.fc2.bias": torch.zeros(49)}, {}, r"blocks\.1\.mlp\.fc2\.bias has shape \[49\]"),
         ({"final_layer.linear.weight": torch.zeros(12, 48)}, {}, "puts out 3 channels for an input of 4"),
         ({}, {"heads": 5}, "heads: 5 does not divide"),
@@ -136,7 +137,7 @@ def test_published_width_has_16_heads() -> None:
         ({}, {"input_size": 16}, "input_size: 16, but pos_embed of IN is for 8"),
         ({}, {"pos_scale": 3.0}, "at pos_scale 3"),
     ],
-    ids=["micro", "depth", "name", "positions", "shape", "channels", "heads", "no-heads", "size", "scale"],
+    ids=["micro", "depth", "name", "positions", "scalar", "shape", "channels", "heads", "no-heads", "size", "scale"],
 )
 def test_other_official_files_are_refused(damage: dict[str, Tensor], hints: dict[str, Any], words: str) -> None:
     config = tiny_pixart()

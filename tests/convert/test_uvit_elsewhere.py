@@ -96,6 +96,8 @@ def test_a_model_without_a_null_class_gets_one() -> None:
         assert torch.count_nonzero(weights["label_emb.weight"][10]) == 0
     with pytest.raises(UserError, match="null_class: maybe is neither"):
         uvit.from_official(official, heads=2, null_class="maybe")
+    with pytest.raises(UserError, match=r"label_emb\.weight has shape \[\], 2 dimensions are known"):
+        uvit.from_official({**official, "label_emb.weight": torch.tensor(1.0)}, heads=2, null_class=False)
 
 
 def _official(kind: str, **changes: Any) -> dict[str, Tensor]:

@@ -156,6 +156,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "two models": ({**model(1, "a."), **model(2, "b.")}, r"holds several models \(under a., b.\); name .* by --ema"),
     "two sets": ({"a": model(1), "b": model(2)}, r"several sets of weights \(under a, b\); name .* by --ema"),
     "optimizer": ({"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": []}, "is an optimizer's state alone"),
+    "moments": (
+        {"epoch": 1, "optimizer": {"exp_avg": {"layers.0.weight": torch.ones(1)}}},
+        "holds epoch, optimizer and no weights by name; give the checkpoint of a model",
+    ),
     "nothing": ({"opt": {}, "step": 5}, "holds opt, step and no weights by name"),
     "no keys": ({}, "holds nothing and no weights by name"),
     "a tensor": (torch.ones(1), "holds a tensor and no weights by name"),
@@ -204,6 +208,14 @@ def test_what_the_arguments_tell_is_said() -> None:
 def test_averages_without_names_cannot_be_asked_for() -> None:
     with pytest.raises(UserError, match=r"holds averages without names \('ema.shadow_params' is a list"):
         weights_of(FILES["torch_ema"][0], WHERE, "ema", "dit")
+
+
+@pytest.mark.parametrize("keys", [("ema", "model_ema"), ("model_ema", "ema")])
+def test_of_two_averages_the_usual_key_is_taken_in_whatever_order_they_stand(keys: tuple[str, str]) -> None:
+    averages = {"ema": model(1), "model_ema": model(2)}
+    state, notes = weights_of({key: averages[key] for key in keys}, WHERE, None, "dit")
+    assert values_of(state) == {1.0}
+    assert "the weights under 'ema' are taken; --ema model_ema takes those under 'model_ema'" in notes
 
 
 def test_the_family_decides_which_of_two_models_is_meant() -> None:

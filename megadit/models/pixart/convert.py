@@ -84,7 +84,7 @@ def from_official(state: Mapping[str, Tensor], **hints: Any) -> tuple[ModelConfi
     length = int(hints.get("text_max_length", _MAX_LENGTH))
     if NULL_CAPTION in state:
         length = len(key_maps.required(state, NULL_CAPTION, _OFFICIAL, 2))
-    size, scale = _grid(state.get("pos_embed"), patch, hints)
+    size, scale = _grid(key_maps.optional(state, "pos_embed", _OFFICIAL, 3), patch, hints)
     heads = key_maps.infer_heads(width, hints.get("heads"), {}, _HEAD_DIMS)
     keys: dict[str, Any] = {
         "family": "pixart",

@@ -116,7 +116,7 @@ def _layout(positions: int, patch: int, classes: int, text: bool, hints: Mapping
 
 
 def _with_null(state: Mapping[str, Tensor], has_null: bool) -> dict[str, Tensor]:
-    table = state.get(_TABLE)
+    table = key_maps.optional(state, _TABLE, _OFFICIAL, 2)
     if has_null or table is None:
         return dict(state)
     return {**state, _TABLE: torch.cat([table, torch.zeros_like(table[:1])])}

@@ -71,21 +71,29 @@ def _fanova(points: Sequence[Mapping[str, Any]], names: Sequence[str], score_ran
 
     quiet_optuna()
     rng = np.random.default_rng(0)
-    distributions = {name: _distribution([hps[name] for hps in points]) for name in names}
+    columns = {name: _categories_or_numbers([hps[name] for hps in points]) for name in names}
+    distributions = {name: _distribution(values) for name, values in columns.items()}
     distributions[_CONTROL] = optuna.distributions.FloatDistribution(0.0, 1.0)
     study = optuna.create_study()
-    for hps, rank in zip(points, score_ranks, strict=True):
-        params = {name: hps[name] for name in names} | {_CONTROL: float(rng.random())}
+    for point, rank in enumerate(score_ranks):
+        params = {name: values[point] for name, values in columns.items()} | {_CONTROL: float(rng.random())}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=float(rank)))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def _categories_or_numbers(values: Sequence[Any]) -> Sequence[Any]:
+    """The values themselves where all are numbers, else a word for each: lists are no categories of optuna's."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return values
+    return [repr(value) for value in values]
 
 
 def _distribution(values: Sequence[Any]) -> Any:
     """The range of the values, logarithmic where they span more than a factor of ten; a list where they are words."""
     import optuna
 
-    if any(isinstance(value, bool | str) or value is None for value in values):
+    if isinstance(values[0], str):
         return optuna.distributions.CategoricalDistribution(tuple(dict.fromkeys(values)))
     low, high = float(min(values)), float(max(values))
     return optuna.distributions.FloatDistribution(low, high, log=spans_decades(low, high))

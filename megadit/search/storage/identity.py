@@ -19,7 +19,7 @@ from megadit.files.owner_file import process_namespace, process_start_time
 from megadit.train.run_dir import write_json
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True))
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class WorkerId:
     """One worker process (rank 0, where it has several)."""
 

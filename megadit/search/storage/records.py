@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
@@ -24,6 +25,8 @@ from pydantic.dataclasses import dataclass
 from megadit.search.results import TrialResult
 from megadit.search.storage.identity import WorkerId
 from megadit.search.study.plan import PlannedTrial
+
+_RESULT_KEYS = {field.name for field in fields(TrialResult)} - {"scale"}  # which every stored result has
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -52,15 +55,20 @@ class TrialAttempt(PlannedTrial):
         """
         values = {key: value for key, value in trial.user_attrs.items() if key in cls.__dataclass_fields__}
         values |= {"trial_id": trial._trial_id, "state": trial.state.name, "started": trial.datetime_start}
+        values["params"] = trial.params
         try:
             for name, record in (("worker", WorkerId), ("result", TrialResult)):
                 if name in values:
                     values[name] = record(**values[name])
-            return cls(**values, params=trial.params)
+            attempt = cls(**values)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))
             raise ValueError(f"trial {values.get('number')}: {field}: {first['msg']}") from None
+        missing = _RESULT_KEYS.difference(trial.user_attrs.get("result", _RESULT_KEYS))
+        if missing:
+            raise ValueError(f"trial {attempt.number}: result: lacks {', '.join(sorted(missing))}")
+        return attempt
 
     @property
     def is_running(self) -> bool:

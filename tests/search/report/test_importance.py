@@ -61,3 +61,12 @@ def ranks_of(values: list[float]) -> list[float]:
     import numpy as np
 
     return ranks(np.array(values)).tolist()
+
+
+@pytest.mark.parametrize("others", [[0.9, 0.99], None, 0.5], ids=repr)
+def test_a_list_is_a_category(others: object):
+    points = sample(60, lambda h: 1.0 + (h["kind"] == "b") + h["lr"])
+    listed = [({"lr": h["lr"], "betas": [0.9, 0.95] if h["kind"] == "a" else others}, score) for h, score in points]
+    importance = measure_importance(listed, True)
+    assert isinstance(importance, Importance)
+    assert importance.shares[0][0] == "betas" and dict(importance.shares)["betas"] > 0.8

@@ -59,10 +59,11 @@ def test_attributes_of_other_programs_and_results_without_a_scale_are_read() -> 
         ("result", "x"),
         ("worker", {"host": "h"}),
         ("worker", {**WORKER, "pid": "../self"}),
+        ("worker", {**WORKER, "novel": 1}),
     ],
 )
 def test_attributes_that_nobody_stored(key: str, value: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match=rf"^trial .*: ({key}|place|pid|lost): |mapping"):
+    with pytest.raises((ValueError, TypeError), match=rf"^trial .*: ({key}|place|pid|lost|novel): |mapping"):
         attempt_with({**ATTRIBUTES, key: value})
 
 
@@ -75,6 +76,10 @@ def test_attributes_that_nobody_stored(key: str, value: Any) -> None:
         ("scores", {"loss": True}),
         ("horizons", {"x": {}}),
         ("horizons", {"100": 1}),
+        ("horizons", []),
+        ("horizons", {"1_0": {}}),
+        ("horizons", {" 5": {}}),
+        ("horizons", {"-5": {}}),
         ("steps", 1.5),
         ("seconds", None),
         ("flops", "1"),
@@ -85,3 +90,16 @@ def test_attributes_that_nobody_stored(key: str, value: Any) -> None:
 def test_a_result_that_nobody_stored(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^trial 3: {key}\b"):
         attempt_with({**ATTRIBUTES, "result": {**RESULT, key: value}})
+
+
+@pytest.mark.parametrize("key", sorted(RESULT.keys() - {"scale"}))
+def test_a_result_that_lacks_a_value(key: str) -> None:
+    result = {name: value for name, value in RESULT.items() if name != key}
+    with pytest.raises(ValueError, match=rf"^trial .*: (result: lacks {key}|{key}: Field required)$"):
+        attempt_with({**ATTRIBUTES, "result": result})
+
+
+def test_attributes_of_other_programs_do_not_stand_for_optunas_fields() -> None:
+    other = {"params": {"x": 1}, "state": "RUNNING", "trial_id": "x", "started": 5}
+    attempt = attempt_with({**ATTRIBUTES, **other})
+    assert (attempt.params, attempt.state, attempt.trial_id) == ({}, "FAIL", attempt_with(ATTRIBUTES).trial_id)
