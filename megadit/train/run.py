@@ -20,6 +20,7 @@ from megadit.engine.kernels import describe_kernels, select_kernels
 from megadit.engine.loss import TrainingLoss
 from megadit.engine.pipeline import PipelineTrainingEngine
 from megadit.engine.schedule import Schedule
+from megadit.errors import say
 from megadit.models import build_model
 from megadit.models.chunk import ModelChunk, build_chunk
 from megadit.models.stages import StagedModel
@@ -104,7 +105,7 @@ def build_run(
     select_kernels(config.kernels)
     model = _build_model(config, groups)
     if context.is_main:
-        print(describe_kernels(config.kernels, context.device.type))
+        say(describe_kernels(config.kernels, context.device.type))
         _write_description(job, directory, topology)
         conditions.write(directory.path)
     computes_loss = not isinstance(model, ModelChunk) or model.is_last
