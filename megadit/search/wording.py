@@ -28,9 +28,9 @@ def point_text(hps: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value_text(value, 6)}" for key, value in hps.items())
 
 
-def hps_text(hps: Mapping[str, Any]) -> str:
+def hps_text(hps: Mapping[str, Any], between: str = ", ") -> str:
     """All values of a point: ``optim.lr = 2^-7, optim.clip.value = 1``."""
-    return ", ".join(f"{key} = {value_text(value)}" for key, value in hps.items())
+    return between.join(f"{key} = {value_text(value)}" for key, value in hps.items())
 
 
 def number_text(value: float | None, spec: str = ".4g") -> str:

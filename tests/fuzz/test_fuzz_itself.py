@@ -101,7 +101,7 @@ HUNTED = {
         "config/loading/sources.py",
         "search/study/spec.py",
     ),
-    "study": ("search/storage/identity.py", "search/storage/locking.py", "search/study/study.py"),
+    "study": ("search/storage/identity.py", "search/study/study.py"),
     "run_dir": (
         "diffusion/sampling/classes.py",
         "files/owner_file.py",

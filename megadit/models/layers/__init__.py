@@ -14,7 +14,7 @@ from megadit.models.layers.embed import (
 )
 from megadit.models.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from megadit.models.layers.mlp import Mlp
-from megadit.models.layers.norm import ModulatedNorm, Modulation, MuLayerNorm, MuRMSNorm
+from megadit.models.layers.norm import ModulatedNorm, MuLayerNorm, MuRMSNorm
 from megadit.models.layers.positions import CroppedPositions, SinCosPositions, sincos_2d, timestep_features
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "LabelEmbedder",
     "Mlp",
     "ModulatedNorm",
-    "Modulation",
     "MuConv",
     "MuEmbedding",
     "MuLayerNorm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,6 @@ def at_precision(precision: Precision, function: Callable[..., Tensor], *operand
         return function(*(operand.float() for operand in operands)).to(x.dtype)
 
 
-class Modulation(NamedTuple):
-    """A shift, a scale or a gate: one vector per sample (B, n), plus a row (n,) that all samples share."""
-
-    sample: Tensor
-    row: Tensor | None = None
-
-
 class ModulatedNorm(nn.Module):
     """LayerNorm without affine, then the sample's own scale and shift; at ``precision`` (see ``at_precision``)."""
 
@@ -53,30 +46,46 @@ class ModulatedNorm(nn.Module):
         super().__init__()
         self.eps, self.precision = eps, precision
 
-    def forward(self, x: Tensor, shift: Tensor | Modulation, scale: Tensor | Modulation) -> Tensor:
-        """x (B, T, n), shift and scale (B, n) -> (B, T, n) in x's dtype."""
-        vectors, options = self._operands(x, shift, scale)
-        return norm_modulate(x, *vectors, **options)
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        *,
+        shift_row: Tensor | None = None,
+        scale_row: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, n), shift and scale (B, n), rows (n,) that are added to them -> (B, T, n) in x's dtype."""
+        return norm_modulate(
+            x, shift, scale, shift_row=shift_row, scale_row=scale_row, eps=self.eps, float32=self._widens(x)
+        )
 
     def after_residual(
         self,
         x: Tensor,
         gate: Tensor | None,
         branch: Tensor,
-        shift: Tensor | Modulation,
-        scale: Tensor | Modulation,
+        shift: Tensor,
+        scale: Tensor,
+        *,
+        shift_row: Tensor | None = None,
+        scale_row: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream ``x + gate * branch``, and it normed and modulated: (B, T, n) twice; gate (B, n) or 1."""
-        vectors, options = self._operands(x, shift, scale)
-        return residual_norm_modulate(x, gate, branch, *vectors, **options)
+        return residual_norm_modulate(
+            x,
+            gate,
+            branch,
+            shift,
+            scale,
+            shift_row=shift_row,
+            scale_row=scale_row,
+            eps=self.eps,
+            float32=self._widens(x),
+        )
 
-    def _operands(
-        self, x: Tensor, shift: Tensor | Modulation, scale: Tensor | Modulation
-    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-        shift, scale = (part if isinstance(part, Modulation) else Modulation(part) for part in (shift, scale))
-        float32 = self.precision == "fp32" and x.dtype != torch.float32
-        options = {"shift_row": shift.row, "scale_row": scale.row, "eps": self.eps, "float32": float32}
-        return (shift.sample, scale.sample), options
+    def _widens(self, x: Tensor) -> bool:
+        return self.precision == "fp32" and x.dtype != torch.float32
 
 
 class MuRMSNorm(nn.Module):

@@ -22,7 +22,6 @@ from megadit.models.layers import (
     CrossAttention,
     Mlp,
     ModulatedNorm,
-    Modulation,
     PatchEmbedder,
     ReplicatedLinear,
     SinCosPositions,
@@ -90,12 +89,13 @@ class PixArtBlock(Stage):
         """Self-attention, cross-attention to the text and the MLP; the first and the last normed, modulated, gated."""
         x, table = state.tokens, _for_local_tokens(self.scale_shift_table, self.layout)
         # The sum of the six vectors per sample and the rows of the table is never materialised.
-        pairs = zip(state.t0.chunk(6, dim=1), table.to(state.t0.dtype).unbind(0), strict=True)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (Modulation(*pair) for pair in pairs)
-        x = gated_residual(x, gate_msa.sample, self.attn(self.norm(x, shift_msa, scale_msa)), gate_row=gate_msa.row)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = state.t0.chunk(6, dim=1)
+        rows = table.to(state.t0.dtype).unbind(0)
+        attended = self.attn(self.norm(x, shift_msa, scale_msa, shift_row=rows[0], scale_row=rows[1]))
+        x = gated_residual(x, gate_msa, attended, gate_row=rows[2])
         text = self.cross_attn(x, state.text, state.text_mask)
-        x, normed = self.norm.after_residual(x, None, text, shift_mlp, scale_mlp)
-        x = gated_residual(x, gate_mlp.sample, self.mlp(normed), gate_row=gate_mlp.row)
+        x, normed = self.norm.after_residual(x, None, text, shift_mlp, scale_mlp, shift_row=rows[3], scale_row=rows[4])
+        x = gated_residual(x, gate_mlp, self.mlp(normed), gate_row=rows[5])
         return ConditionedTokens(x, state.t_emb) if self.last else replace(state, tokens=x)
 
 
@@ -114,8 +114,8 @@ class PixArtFinalLayer(nn.Module):
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         """Modulation is the table plus t_emb itself, in the order shift, scale."""
         table = _for_local_tokens(self.scale_shift_table, self.layout)
-        shift, scale = (Modulation(t_emb, row) for row in table.to(t_emb.dtype).unbind(0))
-        return self.linear(self.norm(x, shift, scale))
+        shift_row, scale_row = table.to(t_emb.dtype).unbind(0)
+        return self.linear(self.norm(x, t_emb, t_emb, shift_row=shift_row, scale_row=scale_row))
 
 
 class PixArtEmbedStage(Stage):
