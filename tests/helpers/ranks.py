@@ -224,6 +224,9 @@ def _join_group(setup: _RankSetup) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None:
+        comm.cdb = None  # of a run in the process that this one was forked from; ``_inherited_groups`` holds it
     limit = timedelta(seconds=setup.timeout)
     make_group = dist.new_group
 

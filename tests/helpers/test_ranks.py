@@ -205,3 +205,17 @@ def test_a_rank_starts_its_own_forkserver_where_the_parent_has_one():
     forkserver = start_forkserver()
     ranks = run_ranks(2, start_forkserver)
     assert len({forkserver, *ranks}) == 3
+
+
+def _deepspeed_backend() -> object:
+    import deepspeed
+
+    return deepspeed.comm.comm.cdb
+
+
+@pytest.mark.distributed
+def test_a_rank_forgets_the_backend_of_a_run_in_the_process_that_forked_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", object())
+    assert run_ranks(1, _deepspeed_backend) == [None]
