@@ -9,7 +9,6 @@ from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from megadit_kernels import backends
 
@@ -106,11 +105,6 @@ class Op(Generic[P, R]):
 def triton_runs() -> bool:
     """Whether Triton compiles and launches here, found by trying; false in its interpreter, which tests ask for."""
     return backends.works("triton")
-
-
-def launches(x: Tensor) -> bool:
-    """Whether a kernel has anything to do: not for an empty tensor, nor for one that has a shape and no values."""
-    return x.numel() > 0 and x.device.type != "meta" and not isinstance(x, FakeTensor)
 
 
 def for_autocast(*operands: Tensor | None) -> list[Tensor | None]:

@@ -51,7 +51,7 @@ def _in_two(
     return residual, _norm_addcmul(residual, shift, scale, **options)
 
 
-def _run(
+def _fused(
     x: Tensor,
     gate: Tensor | None,
     branch: Tensor | None,
@@ -72,18 +72,14 @@ def _run(
     return residual, y
 
 
+residual_norm_modulate.implementation("fused", works=triton_runs)(_fused)
+
+
 @norm_modulate.implementation("fused", works=triton_runs)
 def _fused_norm(x: Tensor, shift: Tensor | None, scale: Tensor | None, **options: Any) -> Tensor:
-    return _run(x, None, None, shift, scale, **options)[1]
+    return _fused(x, None, None, shift, scale, **options)[1]
 
 
 @gated_residual.implementation("fused", works=triton_runs)
 def _fused_residual(x: Tensor, gate: Tensor | None, branch: Tensor, *, gate_row: Tensor | None = None) -> Tensor:
-    return _run(x, gate, branch, None, None, gate_row=gate_row, norm="none")[0]
-
-
-@residual_norm_modulate.implementation("fused", works=triton_runs)
-def _fused(
-    x: Tensor, gate: Tensor | None, branch: Tensor, shift: Tensor | None, scale: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    return _run(x, gate, branch, shift, scale, **options)
+    return _fused(x, gate, branch, None, None, gate_row=gate_row, norm="none")[0]

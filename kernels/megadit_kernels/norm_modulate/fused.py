@@ -1,4 +1,4 @@
-"""The Triton implementation of gated residual, norm and modulation: launches, autograd and torch's operator registry.
+"""The Triton implementation of gated residual, norm and modulation: launches and gradients.
 
 Importing this module needs Triton.
 """
@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megadit_kernels.norm_modulate import triton_kernels
-from megadit_kernels.registry import launches
+from megadit_kernels.operators import KernelOperator, launches
 
 # Programs that give each multiprocessor of an A100 (108) or H200 (132) one.
 _ENOUGH_PROGRAMS = 132
@@ -160,7 +159,7 @@ def backward(
 _OPERANDS = 8  # of ``forward``, those that are tensors
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, branch, gate, gate_row, _shift, _shift_row, scale, scale_row, _eps, norm, one = inputs
     new_x, _, mean, rstd = output
     gated = gate is not None or gate_row is not None
@@ -173,7 +172,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradients(
-    launch: Callable[..., tuple[Tensor, Tensor, Tensor]], ctx: Any, dnew: Tensor | None, dy: Tensor | None
+    launch: Callable[..., tuple[Tensor, Tensor, Tensor]], ctx: Any, dnew: Tensor | None, dy: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     """Of all arguments of ``forward``, from those of new_x and y. ``launch``: ``backward``, or the operator of it."""
     if dy is None and dnew is None:
@@ -203,27 +202,4 @@ def _gradients(
     )
 
 
-class _Eager(torch.autograd.Function):
-    """Without torch's operator registry, whose dispatch costs several times as much per call."""
-
-    forward = staticmethod(forward)
-    setup_context = staticmethod(_setup)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dnew: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return _gradients(backward, ctx, dnew, dy)
-
-
-_forward_op = torch.library.custom_op("megadit::norm_modulate", forward, mutates_args=())
-_backward_op = torch.library.custom_op("megadit::norm_modulate_backward", backward, mutates_args=())
-_forward_op.register_fake(forward)
-_backward_op.register_fake(backward)
-_forward_op.register_autograd(lambda ctx, dnew, dy, *_: _gradients(_backward_op, ctx, dnew, dy), setup_context=_setup)
-
-
-def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``forward``, differentiable: by an operator that torch.compile keeps whole, in eager mode without it."""
-    if torch.compiler.is_compiling():
-        return _forward_op(*arguments)
-    return _Eager.apply(*arguments)
+run = KernelOperator("norm_modulate", forward, backward, _save, _gradients)

@@ -1,17 +1,16 @@
-"""The Triton implementation of SwiGLU's product: launches, autograd and torch's operator registry.
+"""The Triton implementation of SwiGLU's product: launches and gradients.
 
 Importing this module needs Triton.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megadit_kernels.registry import launches
+from megadit_kernels.operators import KernelOperator, launches
 from megadit_kernels.swiglu import triton_kernels
 
 
@@ -47,40 +46,13 @@ def backward(h: Tensor, dy: Tensor) -> Tensor:
     return dh
 
 
-class _Eager(torch.autograd.Function):
-    """Without torch's operator registry, whose dispatch costs several times as much per call."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        ctx.save_for_backward(h)
-        return forward(h)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (h,) = ctx.saved_tensors
-        return backward(h, dy)
-
-
-def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradient(ctx: Any, dy: Tensor) -> Tensor:
+def _gradient(launch: Callable[[Tensor, Tensor], Tensor], ctx: Any, dy: Tensor) -> Tensor:
     (h,) = ctx.saved_tensors
-    return _backward_op(h, dy)
+    return launch(h, dy)
 
 
-_forward_op = torch.library.custom_op("megadit::swiglu", forward, mutates_args=())
-_backward_op = torch.library.custom_op("megadit::swiglu_backward", backward, mutates_args=())
-_forward_op.register_fake(forward)
-_backward_op.register_fake(backward)
-_forward_op.register_autograd(_gradient, setup_context=_setup)
-
-
-def run(h: Tensor) -> Tensor:
-    """``forward``, differentiable: by an operator that torch.compile keeps whole, in eager mode without it."""
-    if torch.compiler.is_compiling():
-        return _forward_op(h)
-    out: Tensor = _Eager.apply(h)
-    return out
+run = KernelOperator("swiglu", forward, backward, _save, _gradient)

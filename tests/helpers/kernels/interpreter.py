@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from helpers.scripts import import_script
 
 GUARD = 4096  # elements before and behind
 SENTINEL = 12288.0  # exact in bfloat16
@@ -53,6 +57,15 @@ def install() -> None:
 
     cast_impl.rounds = True  # type: ignore[attr-defined]
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+
+
+def faulty(kernels: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
+    """A copy of a module of kernels, made in ``folder``, that says ``wrong`` where this one says ``right``, once."""
+    source = Path(str(kernels.__file__)).read_text(encoding="utf-8")
+    assert source.count(right) == 1, "the kernel says it otherwise now; adapt the fault"
+    path = folder / "faulty.py"
+    path.write_text(source.replace(right, wrong), encoding="utf-8")
+    return import_script(path)
 
 
 class Arena:
