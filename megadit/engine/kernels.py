@@ -13,12 +13,14 @@ from megadit_kernels.backends import Backend, backend
 def check_kernels(config: KernelConfig, device: str) -> None:
     """Whether this machine can run what is asked for. ``device``: the type of the device that trains, cuda or cpu.
 
+    Where a fused kernel is asked for and there is a GPU, one is launched on this process's current device.
+
     Raises:
         UserError: a fused kernel without a GPU, or with a Triton that does not work.
     """
-    for key in OPS_OF_KEY:
+    for key in (key for key in OPS_OF_KEY if getattr(config, key) == "fused"):
         probe = backend("triton")
-        if getattr(config, key) == "fused" and (device != "cuda" or not probe.works):
+        if device != "cuda" or not probe.works:
             raise UserError(
                 f"kernels.{key}: fused needs a GPU and Triton ({_why_not(probe)}); set kernels.{key}=auto or reference"
             )

@@ -16,7 +16,7 @@ from megadit.data.features.targets import TargetFeatures
 from megadit.data.windows import Window, merge_windows, windows_before
 from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine
-from megadit.engine.kernels import describe_kernels, select_kernels
+from megadit.engine.kernels import check_kernels, describe_kernels, select_kernels
 from megadit.engine.loss import TrainingLoss
 from megadit.engine.pipeline import PipelineTrainingEngine
 from megadit.engine.schedule import Schedule
@@ -93,16 +93,17 @@ def build_run(
     """Build the parts of a job on this rank, and bring them to ``start`` (all ranks must call).
 
     Raises:
-        UserError: files of an encoder or a checkpoint are broken or do not fit this run.
+        UserError: files of an encoder or a checkpoint are broken or do not fit this run; a fused kernel does not work.
     """
     config = job.config
+    check_kernels(config.kernels, context.device.type)
+    select_kernels(config.kernels)
     topology = Topology(
         context.world_size, context.rank, config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
     )
     groups = ProcessGroups(topology) if topology.data < topology.world else None  # else every rank has the whole model
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = _build_conditions(job, start, context)
-    select_kernels(config.kernels)
     model = _build_model(config, groups)
     if context.is_main:
         say(describe_kernels(config.kernels, context.device.type))
