@@ -26,7 +26,6 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--parameters", type=int, default=32_000_000, metavar="N", help="elements; default 32 million")
     p.add_argument("--tensor", type=int, default=2_000_000, metavar="N", help="elements of one parameter; default 2e6")

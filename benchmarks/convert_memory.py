@@ -52,7 +52,6 @@ _INTERVAL_S = 0.01
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--megabytes", type=int, default=4000, help="of the model in float32")
     p.add_argument("--folder", type=Path, help="for files of about four times the size (default: a temporary one)")

@@ -32,7 +32,6 @@ Pass = Callable[[], Any]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--families", default=",".join(FAMILIES), help="which of them")
     p.add_argument("--sizes", default=",".join(SIZES), help="which of them")

@@ -26,7 +26,6 @@ sys.path[:0] = [str(ROOT / part) for part in ("", "kernels")]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--trials", type=int, default=12, help="of each study")
     p.add_argument("--steps", type=int, default=120, help="of each trial")

@@ -20,7 +20,6 @@ from megadit.streams import result_is_saved
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("a", metavar="A[,A2,…]", help="run directory, or several (seeds)")
     p.add_argument("b", metavar="B[,B2,…]", help="run directory, or several (seeds)")

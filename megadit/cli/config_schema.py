@@ -19,7 +19,6 @@ BEGIN, END = "<!-- reference: made by tools/config_schema.py --docs -->", "<!-- 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", metavar="FILE", help="write the schema there instead of to stdout")
     p.add_argument("--docs", metavar="FILE", help="renew the reference tables in this Markdown file instead")

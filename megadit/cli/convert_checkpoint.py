@@ -41,7 +41,6 @@ from megadit.streams import result_is_saved
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", type=Path, metavar="IN", help="folder or file to read")
     p.add_argument("target", type=Path, metavar="OUT", help="folder or file to make; must not exist")

@@ -27,7 +27,6 @@ _LINEAR = 2.0**-10
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. model.depth=2")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")

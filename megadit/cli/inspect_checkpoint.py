@@ -21,7 +21,6 @@ from megadit.errors import EXIT_OK, EXIT_VERDICT_NO
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder or run directory")
     p.add_argument("--verify", action="store_true", help="read everything and compare checksums")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("overrides", nargs="*", metavar="data.key=value", help="what to write, e.g. data.name=digits")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must be empty or unfinished")

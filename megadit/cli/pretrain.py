@@ -14,7 +14,6 @@ from megadit.cli import add_plugins
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a config key, e.g. optim.lr=2e-4")
     p.add_argument("--config", metavar="FILE", help="run configuration (YAML); default: the quickstart")

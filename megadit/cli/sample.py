@@ -26,7 +26,6 @@ MAY_BE_EMPTY = ("--prompt",)  # the empty text is one, too
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run of launch/pretrain.py")
     p.add_argument("--checkpoint", default="latest", metavar="latest|PATH", help="default latest")

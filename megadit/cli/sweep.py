@@ -33,7 +33,6 @@ _LINE_S = 30.0  # between plain progress lines when nothing ends
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True, metavar="run|worker|status|report|stop")
 
@@ -77,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do one of the commands."""
+    """Run one of the commands; returns the exit code."""
     args = parse(argv)
     if args.command == "worker":
         from megadit.train.preemption import PreemptedAtStart, preemption_signals

@@ -44,7 +44,6 @@ Exit code 0: written; 3: the verdict is not "transfers" and --force was not give
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = p.add_subparsers(dest="action", required=True, metavar="verify|apply")

@@ -116,7 +116,7 @@ class SampleQueue:
         return self._waiting.popleft()
 
     def clear(self) -> None:
-        """Drop all."""
+        """Forget the micro batches of a step that did not end."""
         self._waiting.clear()
 
 

@@ -31,7 +31,7 @@ class StageState:
     """
 
     def pack(self) -> StageIO:
-        """The tensors in order."""
+        """The tensors of all fields, in the order of the fields; None has no place."""
         tensors: list[Tensor] = []
         for value in vars(self).values():
             if value is not None:

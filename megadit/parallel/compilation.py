@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from megadit.errors import UserError
+from megadit.errors import UserError, one_line
 
 
 def check_compiler(device: torch.device) -> None:
@@ -23,10 +23,9 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_probe)(torch.ones(8, device=device))
     except Exception as error:  # the many ways in which a tool chain can be missing
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise UserError(
-            f"train.compile: true, but torch.compile does not work here ({reason}); install a C++ compiler (and triton "
-            "for a GPU), or set it to false"
+            f"train.compile: true, but torch.compile does not work here ({one_line(error)}); install a C++ "
+            "compiler (and triton for a GPU), or set it to false"
         ) from error
 
 

@@ -30,7 +30,7 @@ class StudyStatus:
     eta_s: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """What ``status --json`` prints."""
         study, trials = self.results.study, self.results.trials
         return {
             "study": study.spec.name,

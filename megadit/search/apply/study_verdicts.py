@@ -47,7 +47,7 @@ class StudyVerdict:
         return VerifiedRange(scale.key, min(judged), max(judged), self.name)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The verdict, its reasons and the range that it covers, as ``apply --json`` prints them per study."""
         span = self.span
         return {
             "study": self.name,
