@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -75,6 +76,7 @@ def _probes() -> dict[str, Callable[[], str]]:
     return {
         "cuda": _cuda,
         "bf16": _bf16,
+        "tf32": _tf32,
         "fp8": _fp8,
         "triton": _triton,
         "flash-sdpa": _flash_sdpa,
@@ -139,6 +141,16 @@ def _bf16() -> str:
         native = torch.cuda.get_device_capability() >= (8, 0)
         return "native" if native else "emulated by this GPU, slow"
     return f"runs on the CPU ({torch.backends.cpu.get_cpu_capability()}), mostly slower than fp32: for tests"
+
+
+def _tf32() -> str:
+    torch = _need_cuda()
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise Unavailable(f"compute capability {major}.{minor} has no TF32 (8.0 and later have)")
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        raise Unavailable("NVIDIA_TF32_OVERRIDE=0 switches it off", "unset NVIDIA_TF32_OVERRIDE")
+    return f"compute capability {major}.{minor}; train.tf32 switches it, auto in float32 training"
 
 
 def _fp8() -> str:

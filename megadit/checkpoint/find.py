@@ -119,7 +119,10 @@ def load_model(
     Raises:
         UserError: no run there, no checkpoint yet, a broken one or one of another model or without these weights.
     """
+    import torch
+
     from megadit.engine.kernels import select_kernels
+    from megadit.engine.tf32 import set_tf32
     from megadit.models import build_model
 
     run_dir = Path(run_dir)
@@ -130,6 +133,7 @@ def load_model(
     for change in plugin_changes(opened.stored.index.plugins):
         say(f"warning: {change}")
     select_kernels(config.kernels)
+    set_tf32(config.train, "cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model)
     load_weights(opened.stored, model, config.sample.weights if weights is None else weights)
     return config, model.eval()

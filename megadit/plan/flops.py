@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from megadit.config import ModelConfig, RunConfig
 from megadit.mup.example import example_conditioning
 
-# Dense peak of the matrix units in FLOP/s, from the vendors' data sheets: (bf16 or fp16, tf32-less fp32).
+# Dense peak in FLOP/s, from the vendors' data sheets: (bf16 or fp16, tf32, fp32). A V100 has no TF32.
 _PEAKS = {
-    "H200": (989e12, 67e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "V100": (125e12, 15.7e12),
+    "H200": (989e12, 494.7e12, 67e12),
+    "H100": (989e12, 494.7e12, 67e12),
+    "A100": (312e12, 156e12, 19.5e12),
+    "L40S": (362e12, 183e12, 91.6e12),
+    "V100": (125e12, 15.7e12, 15.7e12),
 }
 
 
@@ -51,8 +51,11 @@ def stage_flops(config: ModelConfig) -> list[int]:
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of a device by its name, None where it is not known (CPUs among them)."""
-    for name, (half, single) in _PEAKS.items():
+    """Dense peak in FLOP/s of a device by its name, None where it is not known (CPUs among them).
+
+    precision: fp32, tf32, bf16 or fp16.
+    """
+    for name, (half, tf32, single) in _PEAKS.items():
         if name in device_name:
-            return single if precision == "fp32" else half
+            return {"fp32": single, "tf32": tf32}.get(precision, half)
     return None

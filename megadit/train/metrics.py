@@ -14,6 +14,7 @@ from torch import Tensor
 from megadit.data import Batch
 from megadit.diffusion import LossTerms
 from megadit.engine.loss import BatchLosses
+from megadit.engine.tf32 import arithmetic
 from megadit.parallel import ProcessContext
 from megadit.plan import forward_flops, peak_flops
 from megadit.train.callbacks import Record
@@ -118,7 +119,7 @@ class Meter:
         name = ""
         if run.context.device.type == "cuda":
             name = torch.cuda.get_device_name(run.context.device)
-        self._peak = peak_flops(name, run.config.train.precision)
+        self._peak = peak_flops(name, arithmetic(run.config.train))
         # Counting imports sympy: where there is no peak to compare with, it would cost seconds for nothing.
         self._flops = 0 if self._peak is None else forward_flops(run.config.model)
         self.restart()

@@ -20,6 +20,7 @@ from megadit.engine.kernels import check_kernels, describe_kernels, select_kerne
 from megadit.engine.loss import TrainingLoss
 from megadit.engine.pipeline import PipelineTrainingEngine
 from megadit.engine.schedule import Schedule
+from megadit.engine.tf32 import describe_tf32, set_tf32
 from megadit.errors import say
 from megadit.models import build_model
 from megadit.models.chunk import ModelChunk, build_chunk
@@ -98,6 +99,7 @@ def build_run(
     config = job.config
     check_kernels(config.kernels, context.device.type)
     select_kernels(config.kernels)
+    set_tf32(config.train, context.device.type)
     topology = Topology(
         context.world_size, context.rank, config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
     )
@@ -107,6 +109,8 @@ def build_run(
     model = _build_model(config, groups)
     if context.is_main:
         say(describe_kernels(config.kernels, context.device.type))
+        if (tf32 := describe_tf32(config.train, context.device.type)) is not None:
+            say(tf32)
         _write_description(job, directory, topology)
         conditions.write(directory.path)
     computes_loss = not isinstance(model, ModelChunk) or model.is_last

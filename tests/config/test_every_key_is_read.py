@@ -60,8 +60,9 @@ ALWAYS = {
         "parallel.rendezvous_timeout_s"
     ),
     "the loop": (
-        "train.steps train.epochs train.global_batch train.micro_batch train.precision train.activation_checkpointing "
-        "train.compile train.seed train.log_every train.checkpoint_every train.keep_last train.keep_every "
+        "train.steps train.epochs train.global_batch train.micro_batch train.precision train.tf32 "
+        "train.activation_checkpointing train.compile train.seed train.log_every train.checkpoint_every "
+        "train.keep_last train.keep_every "
         "train.init_from train.skip_samples train.sample_every train.validation_images train.tensorboard train.wandb "
         "train.callbacks"
     ),

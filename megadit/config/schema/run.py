@@ -121,6 +121,11 @@ class TrainConfig(Section):
         "batches per stage",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
+    tf32: bool | Literal["auto"] = Field(
+        "auto",
+        description="float32 products of matrices in TF32 on a GPU: auto: where precision is fp32; true and false: "
+        "convolutions too",
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="recompute in the backward pass: selective: all but matrix products and attention; full: all "
