@@ -194,6 +194,14 @@ def unsafe(path: str, tree: ast.Module) -> Iterator[str]:
                 yield f"calls {called}: use yaml.safe_load, or a loader derived from SafeLoader"
 
 
+def compilers(path: str, tree: ast.Module) -> Iterator[str]:
+    """A variable that no option of torch overrules switches compilation off in tests: they would compile nothing."""
+    if path.startswith("tests/") and path != "tests/helpers/compiler.py":
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node).endswith("_dynamo.config.patch(disable=False)"):
+                yield f"line {node.lineno}: torch.compile stays off by its variable; use helpers.compiler.compiling"
+
+
 def encodings(path: str, tree: ast.Module) -> Iterator[str]:
     """Text is UTF-8 whatever the locale, so every file and pipe that is read or written as text says so."""
     if path.startswith("tests/"):
@@ -245,6 +253,7 @@ def violations(path: str, text: str) -> list[str]:
     tree = ast.parse(text)
     broken = [*direction(path, tree), *deepspeed_use(path, tree), *lazy_imports(path, tree), *unsafe(path, tree)]
     broken += [*encodings(path, tree), *sizes(path, tree, text), *families_by_name(path, tree)]
+    broken += compilers(path, tree)
     broken += [f"unfinished: {match.group(0)}" for match in UNFINISHED.finditer(text)]
     return broken
 
@@ -292,6 +301,7 @@ def test_rules_hold(folder):
         ("tests/x.py", "def f():\n" + "    x = 1\n" * 90, "f has 91 lines"),
         ("tools/x.py", "# TO" + "DO later", "unfinished"),
         ("megadit/data/x.py", "def f():\n    raise NotImplemented" + "Error", "unfinished"),
+        ("tests/x.py", "with torch._dynamo.config.patch(disable=" + "False):\n    pass", "torch.compile stays off"),
         ("megadit/data/x.py", "def f(c):\n    return c.family == 'dit'", "asks for the family dit by name"),
         ("megadit/models/dit/x.py", "OF = {'uvit': 1}", "asks for the family uvit by name"),
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.compiler import compiling
 from helpers.kernels.interpreter import Arena, counted, faulty, need_interpreter
 from megadit_kernels import gated_residual, norm_modulate, residual_norm_modulate
 from megadit_kernels.norm_modulate import reference
@@ -246,8 +247,6 @@ def test_the_operator_keeps_torchs_contract() -> None:
 
 
 def test_compiled_whole_it_is_the_eager_operation() -> None:
-    import torch._dynamo
-
     leaves = operands(2, 5, 144, rows=True)
 
     def loss(leaves: dict[str, Tensor]) -> Tensor:
@@ -255,7 +254,7 @@ def test_compiled_whole_it_is_the_eager_operation() -> None:
         return new_x.square().sum() + call(residual_norm_modulate, {**leaves, "x": y})[1].square().sum()
 
     eager = torch.autograd.grad(loss(leaves), list(leaves.values()))
-    with torch._dynamo.config.patch(disable=False):
+    with compiling():
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(leaves)
         grads = torch.autograd.grad(compiled, list(leaves.values()))
     assert torch.equal(compiled, loss(leaves))

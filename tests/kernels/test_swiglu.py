@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.compiler import compiling
 from helpers.kernels.interpreter import Arena, counted, faulty, need_interpreter
 from megadit_kernels import swiglu
 
@@ -83,15 +84,13 @@ def test_each_element_is_moved_once() -> None:
 
 
 def test_compiled_whole_and_by_torchs_contract() -> None:
-    import torch._dynamo
-
     from megadit_kernels.swiglu import fused
 
     h = draw(2, 3, 64)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(fused.run.forward, (h,), test_utils=utilities)
     (eager,) = torch.autograd.grad(swiglu(h).square().sum(), h)
-    with torch._dynamo.config.patch(disable=False):
+    with compiling():
         compiled = torch.compile(lambda h: swiglu(h).square().sum(), fullgraph=True, backend="aot_eager")
         (grad,) = torch.autograd.grad(compiled(h), h)
     assert torch.equal(grad, eager)

@@ -1,7 +1,8 @@
 """Triton's interpreter for tests: rounded as a GPU rounds, with guards around operands, counting the bytes that move.
 
 ``TRITON_INTERPRET=1`` must be set before triton is imported (tests/conftest.py); it runs a kernel program by program in
-numpy. It truncates float32 to bfloat16 where a GPU rounds to the nearest, which ``install`` repairs.
+numpy. It truncates float32 to bfloat16 where a GPU rounds to the nearest, which ``install`` repairs; in Triton 3.6 it
+also takes the bound of a loop in a way that numpy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def need_interpreter() -> None:
 
 
 def install() -> None:
-    """Round float32 to the nearest bfloat16, ties to even. Installing twice changes nothing."""
+    """Round to the nearest bfloat16, ties to even; take loop bounds as numpy 2.4 does. Twice changes nothing."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -57,6 +58,13 @@ def install() -> None:
 
     cast_impl.rounds = True  # type: ignore[attr-defined]
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 def faulty(kernels: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:

@@ -1,0 +1,141 @@
+"""Operands of every fused operation, as a block of a model gives them: for benchmarks, fake tensors and tests on a GPU.
+
+``CASES`` has an entry for each operation of ``megadit_kernels.OPS``; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Leaves = dict[str, Any]  # tensors by name
+
+
+@dataclass(frozen=True)
+class Shape:
+    """samples x tokens x width channels."""
+
+    samples: int
+    tokens: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws normal operands of ``dtype`` on ``device``; without ``values`` their shapes alone, for fake tensors."""
+
+    dtype: torch.dtype
+    device: str
+    seed: int = 0
+    values: bool = True
+
+    def tensors(self) -> Callable[..., Tensor]:
+        """``draw(*sizes, std=1)``, from a generator of its own, so that two of one seed draw the same."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(*sizes: int, std: float = 1.0) -> Tensor:
+            if not self.values:
+                return torch.empty(*sizes, dtype=self.dtype, device=self.device)
+            value = torch.randn(*sizes, generator=generator) * std
+            return value.to(device=self.device, dtype=self.dtype)
+
+        return draw
+
+
+@dataclass(frozen=True)
+class Case:
+    """``leaves(shape, draw)``: the operands by name, strided as in a model. ``call(op, leaves)``: the results.
+
+    ``backward_reads``: names of operands that the backward pass needs, ``out0`` for the first result; the gradients of
+    the results come on top. With the gradients of the operands they are the floor of bytes that it moves.
+    """
+
+    leaves: Callable[[Shape, Callable[..., Tensor]], Leaves]
+    call: Callable[[Any, Leaves], Any]
+    backward_reads: tuple[str, ...]
+
+    def results(self, op: Any, leaves: Leaves) -> tuple[Tensor, ...]:
+        """What ``call`` gives, as a tuple."""
+        out = self.call(op, leaves)
+        return out if isinstance(out, tuple) else (out,)
+
+    def forward_bytes(self, leaves: Leaves, results: tuple[Tensor, ...]) -> int:
+        """Each operand read once, each result written once."""
+        return nbytes(*leaves.values(), *results)
+
+    def backward_bytes(self, leaves: Leaves, results: tuple[Tensor, ...]) -> int:
+        """The results' gradients and what else is needed read once, the operands' gradients written once."""
+        named = leaves | {f"out{index}": result for index, result in enumerate(results)}
+        return nbytes(*results, *(named[name] for name in self.backward_reads), *leaves.values())
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of the elements of all ``tensors``."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def detached(leaves: Leaves, dtype: torch.dtype | None = None) -> Leaves:
+    """The same values as leaves of a new graph, of ``dtype`` if given, strided as they are if not."""
+    return {
+        name: (leaf.detach() if dtype is None else leaf.detach().to(dtype)).requires_grad_()
+        for name, leaf in leaves.items()
+    }
+
+
+def _modulation(shape: Shape, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """gate, shift and scale as slices of the (B, 6 n) output of adaLN."""
+    gate, shift, scale = draw(shape.samples, 6 * shape.width, std=0.5).chunk(6, dim=1)[2:5]
+    return gate, shift, scale
+
+
+def _tokens(shape: Shape, draw: Callable[..., Tensor], width: int | None = None) -> Tensor:
+    return draw(shape.samples, shape.tokens, width or shape.width)
+
+
+def _residual_norm(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
+    gate, shift, scale = _modulation(shape, draw)
+    return {
+        "x": _tokens(shape, draw),
+        "gate": gate,
+        "branch": _tokens(shape, draw),
+        "shift": shift,
+        "scale": scale,
+    }
+
+
+def _norm(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
+    _, shift, scale = _modulation(shape, draw)
+    return {"x": _tokens(shape, draw), "shift": shift, "scale": scale}
+
+
+def _residual(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
+    return {"x": _tokens(shape, draw), "gate": _modulation(shape, draw)[0], "branch": _tokens(shape, draw)}
+
+
+def _linear(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
+    n = shape.width
+    return {"x": _tokens(shape, draw), "weight": draw(n, n, std=n**-0.5), "bias": draw(n)}
+
+
+def _positional(*names: str) -> Callable[[Any, Leaves], Any]:
+    return lambda op, leaves: op(*(leaves[name] for name in names))
+
+
+CASES: Mapping[str, Case] = {
+    "residual_norm_modulate": Case(
+        _residual_norm, _positional("x", "gate", "branch", "shift", "scale"), ("out0", "gate", "branch", "scale")
+    ),
+    "norm_modulate": Case(_norm, _positional("x", "shift", "scale"), ("x", "scale")),
+    "gated_residual": Case(_residual, _positional("x", "gate", "branch"), ("gate", "branch")),
+    "swiglu": Case(lambda shape, draw: {"h": _tokens(shape, draw, 8 * shape.width)}, _positional("h"), ("h",)),
+    "scaled_linear": Case(
+        _linear, lambda op, leaves: op(leaves["x"], leaves["weight"], leaves["bias"], alpha=0.25), ("x", "weight")
+    ),
+}
