@@ -130,7 +130,24 @@ def swiglu(width: int, dtype: torch.dtype) -> None:
     fused.backward(h, fused.forward(h))
 
 
-CASES: dict[str, Callable[[int, torch.dtype], None]] = {"norm_modulate": norm_modulate, "swiglu": swiglu}
+def noise(width: int, dtype: torch.dtype) -> None:
+    """Noise, its mixture and the error of samples of 4 channels, ``width`` pixels each; the output is in ``dtype``."""
+    import torch
+
+    from megadit_kernels.noise import fused
+
+    keys, level = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    noise = fused.launch_normal(keys, (4, width))
+    _, target = fused.launch_mix(noise, keys, level, level, "v")
+    output = target.to(dtype)
+    fused.launch_error_backward(output, target, level, fused.launch_error(output, target, level))
+
+
+CASES: dict[str, Callable[[int, torch.dtype], None]] = {
+    "norm_modulate": norm_modulate,
+    "swiglu": swiglu,
+    "noise": noise,
+}
 
 
 def resources_of(kernel: Any) -> dict[str, int]:

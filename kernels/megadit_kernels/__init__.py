@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megadit_kernels.linear import scaled_linear
+from megadit_kernels.noise import keyed_normal, mix_noise, squared_error
 from megadit_kernels.norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
 from megadit_kernels.registry import Op, for_autocast
 from megadit_kernels.swiglu import swiglu
@@ -16,13 +17,26 @@ from megadit_kernels.swiglu import swiglu
 OPS: Mapping[str, str] = MappingProxyType(
     {
         op.name: f"megadit_kernels:{op.name}"
-        for op in (scaled_linear, norm_modulate, gated_residual, residual_norm_modulate, swiglu)
+        for op in (
+            scaled_linear,
+            norm_modulate,
+            gated_residual,
+            residual_norm_modulate,
+            swiglu,
+            keyed_normal,
+            mix_noise,
+            squared_error,
+        )
     }
 )
 
 # Which operations a key of the configuration, kernels.<key>, selects.
 OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
-    {"norm_modulate": (residual_norm_modulate, norm_modulate, gated_residual), "swiglu": (swiglu,)}
+    {
+        "norm_modulate": (residual_norm_modulate, norm_modulate, gated_residual),
+        "swiglu": (swiglu,),
+        "noise": (mix_noise, keyed_normal, squared_error),
+    }
 )
 
 __all__ = [
@@ -31,8 +45,11 @@ __all__ = [
     "Op",
     "for_autocast",
     "gated_residual",
+    "keyed_normal",
+    "mix_noise",
     "norm_modulate",
     "residual_norm_modulate",
     "scaled_linear",
+    "squared_error",
     "swiglu",
 ]

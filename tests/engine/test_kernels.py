@@ -38,11 +38,11 @@ def test_fused_is_refused_without_a_gpu() -> None:
 
 
 def test_what_runs_is_described_with_the_reason() -> None:
-    assert describe_kernels(KernelConfig(), "cpu").startswith("kernels: norm_modulate, swiglu by torch (")
+    assert describe_kernels(KernelConfig(), "cpu").startswith("kernels: norm_modulate, swiglu, noise by torch (")
     reference = KernelConfig(norm_modulate="reference")
     select_kernels(reference)
     description = describe_kernels(reference, "cuda")
-    assert description.startswith("kernels: norm_modulate by torch (as configured); swiglu by torch (Triton")
+    assert description.startswith("kernels: norm_modulate by torch (as configured); swiglu, noise by torch (Triton")
 
 
 def test_a_selection_lasts_until_the_next() -> None:

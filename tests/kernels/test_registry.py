@@ -127,5 +127,8 @@ def test_layers_call_what_is_dispatched(counted: list[str]) -> None:
         "gated_residual": 1,
         "residual_norm_modulate": 1,
         "swiglu": 0,
+        "keyed_normal": 0,
+        "mix_noise": 0,
+        "squared_error": 0,
     }
     assert gated_residual.backend_on("cpu") == "counted"

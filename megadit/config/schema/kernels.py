@@ -18,3 +18,6 @@ class KernelConfig(Section):
         "auto", description="gated residual, norm and modulation: auto, fused (Triton, on a GPU) or reference (torch)"
     )
     swiglu: Implementation = Field("auto", description="SwiGLU's product of two halves, where model.mlp is swiglu")
+    noise: Implementation = Field(
+        "auto", description="noise, its mixture with the images, and the squared error: one kernel each"
+    )

@@ -18,6 +18,7 @@ from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion.objectives.objective import (
     MODEL_TIME,
     LossTerms,
+    NoiseLevel,
     NoisyBatch,
     Objective,
     check_channels,
@@ -25,6 +26,7 @@ from megadit.diffusion.objectives.objective import (
 )
 from megadit.errors import UserError
 from megadit.rng import batch_uniform
+from megadit_kernels import squared_error
 
 # First and last beta of 1000 steps. linear: of DDPM and DiT; scaled_linear, evenly spaced in the square root: of the
 # latents of Stable Diffusion and U-ViT.
@@ -99,42 +101,35 @@ class DDPMObjective(Objective):
         super().__init__(null=null, label_dropout=config.label_dropout)
         self.config = config
         self.learn_sigma = learn_sigma
+        self.target = "noise" if config.prediction == "eps" else "v"
         self.schedule = NoiseSchedule(config.diffusion_steps, config.beta_schedule)
 
     def draw_times(self, keys: Tensor) -> Tensor:
         """Uniform over the schedule: int64 (B,) -> float32 (B,)."""
         return batch_uniform(keys)
 
-    def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
+    def level(self, t01: Tensor) -> NoiseLevel:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise; the model's time is 1000 t / T, so t at 1000 steps."""
         steps = discrete_steps(t01, self.schedule.steps)
-        signal, sigma = self._coefficients(steps, x0.dim())
-        x = signal * x0 + sigma * noise
+        signal, sigma = self._coefficients(steps, 1)
         time01 = steps.float() / self.schedule.steps
         t = steps.float() * (MODEL_TIME / self.schedule.steps)
-        return NoisyBatch(x=x, t=t, cond=cond, x0=x0, noise=noise, time01=time01, steps=steps)
+        return NoiseLevel(signal, sigma, t, time01, steps)
 
     def loss(self, output: Tensor, noisy: NoisyBatch) -> LossTerms:
         """``mse`` (weighted if asked) plus, with a learned variance, ``vb``. Raises ValueError on a wrong shape."""
         check_channels(output, noisy, 2 if self.learn_sigma else 1)
         assert noisy.steps is not None
-        prediction, *variance = output.float().split(noisy.x.shape[1], dim=1)
-        mse = sample_mean((self._target(noisy) - prediction).square())
+        prediction, *variance = output.split(noisy.x.shape[1], dim=1)
+        weight = None
         if self.config.weighting == "min_snr":
             snr = self.schedule.at("snr", noisy.steps)
-            mse = mse * min_snr_weight(snr, self.config.min_snr_gamma, self.config.prediction)
-        terms = {"mse": mse}
+            weight = min_snr_weight(snr, self.config.min_snr_gamma, self.config.prediction)
+        terms = {"mse": squared_error(prediction, noisy.target, weight)}
         if variance:
             # Detached: the bound trains the variance only, the mean is left to the mse.
-            terms["vb"] = self._bound(prediction.detach(), variance[0], noisy)
+            terms["vb"] = self._bound(prediction.detach().float(), variance[0].float(), noisy)
         return LossTerms(total=torch.stack(list(terms.values())).sum(dim=0), terms=terms)
-
-    def _target(self, noisy: NoisyBatch) -> Tensor:
-        if self.config.prediction == "eps":
-            return noisy.noise
-        assert noisy.steps is not None
-        signal, sigma = self._coefficients(noisy.steps, noisy.x.dim())
-        return signal * noisy.noise - sigma * noisy.x0
 
     def _coefficients(self, steps: Tensor, dims: int) -> tuple[Tensor, Tensor]:
         return self.schedule.at("sqrt_bar", steps, dims), self.schedule.at("sqrt_one_minus_bar", steps, dims)

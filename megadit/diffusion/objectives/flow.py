@@ -10,13 +10,14 @@ from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion.objectives.objective import (
     MODEL_TIME,
     LossTerms,
+    NoiseLevel,
     NoisyBatch,
     Objective,
     check_channels,
-    sample_mean,
 )
 from megadit.errors import UserError
 from megadit.rng import batch_normal, batch_uniform
+from megadit_kernels import squared_error
 
 
 class FlowObjective(Objective):
@@ -24,6 +25,8 @@ class FlowObjective(Objective):
 
     Raises UserError where ``learn_sigma`` is True, since a velocity has no variance.
     """
+
+    target = "velocity"
 
     def __init__(self, config: ObjectiveConfig, *, learn_sigma: bool, null: Conditioning | None) -> None:
         if learn_sigma:
@@ -42,16 +45,14 @@ class FlowObjective(Objective):
             times = batch_uniform(keys)
         return shift_times(times, self.config.shift)
 
-    def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
+    def level(self, t01: Tensor) -> NoiseLevel:
         """The point at time t on the line from x0 to noise; the model's time is 1000 t."""
-        t = t01.reshape(-1, *[1] * (x0.dim() - 1))
-        x = (1.0 - t) * x0 + t * noise
-        return NoisyBatch(x=x, t=t01 * MODEL_TIME, cond=cond, x0=x0, noise=noise, time01=t01)
+        return NoiseLevel(signal=1.0 - t01, sigma=t01, t=t01 * MODEL_TIME, time01=t01)
 
     def loss(self, output: Tensor, noisy: NoisyBatch) -> LossTerms:
         """``mse`` of the velocity. Raises ValueError on a wrong shape."""
         check_channels(output, noisy, 1)
-        mse = sample_mean((output.float() - (noisy.noise - noisy.x0)).square())
+        mse = squared_error(output, noisy.target)
         return LossTerms(total=mse, terms={"mse": mse})
 
 

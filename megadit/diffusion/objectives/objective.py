@@ -1,5 +1,7 @@
 """``Objective``: noising and loss. A training step is ``prepare``, the model's forward pass, ``loss``.
 
+Noise, its mixture with the samples and the target are one operation of ``megadit_kernels``, the squared error another.
+
 Random numbers are keyed by (seed, stream, global sample number), so a sample's noise, timestep and label dropout do not
 depend on the batch split, the number of ranks or the device.
 """
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from megadit.conditioning import Conditioning
-from megadit.rng import batch_normal, batch_uniform, sample_keys
+from megadit.rng import batch_uniform, sample_keys
+from megadit_kernels import mix_noise
+from megadit_kernels.noise.reference import mix
 
 MODEL_TIME = 1000.0  # models see times in [0, 1000], whatever the objective
 
@@ -24,7 +28,7 @@ class NoisyBatch:
     """A noised batch: the model's inputs, and the targets of the loss.
 
     x: noisy input, float32 (B, C, H, W).  t: model time, float32 (B,) in [0, 1000].  cond: after label dropout.
-    x0, noise: the clean samples and the noise of which x is a mixture, float32 (B, C, H, W).
+    x0: the clean samples, float32 (B, C, H, W).  target: what the model should say: noise, v or velocity, as x0.
     time01: position on the noise schedule, float32 (B,) in [0, 1], 1 is pure noise (for the loss by time bin).
     steps: index into the discrete schedule, int64 (B,); None for flow matching.
     """
@@ -33,7 +37,18 @@ class NoisyBatch:
     t: Tensor
     cond: Conditioning
     x0: Tensor
-    noise: Tensor
+    target: Tensor
+    time01: Tensor
+    steps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """How much noise is mixed into each sample: x = signal x0 + sigma noise. t, time01, steps: as of ``NoisyBatch``."""
+
+    signal: Tensor
+    sigma: Tensor
+    t: Tensor
     time01: Tensor
     steps: Tensor | None = None
 
@@ -50,7 +65,12 @@ class LossTerms:
 
 
 class Objective(ABC):
-    """Base class: draws noise, timesteps and label dropout; subclasses define the mixture and the loss."""
+    """Base class: draws noise, timesteps and label dropout; subclasses define the mixture and the loss.
+
+    target: what the model predicts: ``noise``, ``v`` or ``velocity``, as ``megadit_kernels.mix_noise`` has them.
+    """
+
+    target: str
 
     def __init__(self, *, null: Conditioning | None, label_dropout: float) -> None:
         """null: conditions, a batch of one, that replace dropped ones; None: no condition is dropped."""
@@ -81,11 +101,15 @@ class Objective(ABC):
         if t01 is None:
             # One number per sample: on the CPU, where the keys are, instead of by a sequence of tiny kernels.
             t01 = self.draw_times(sample_keys(seed, "timestep", ids))
-        if noise is None:
-            noise = batch_normal(sample_keys(seed, "noise", ids).to(x0.device), x0.shape[1:])
         if drop:
             cond = self._drop(cond, ids, seed)
-        return self.mix(x0, noise.to(x0), t01.to(x0.device, torch.float32), cond)
+        level = self.level(t01.to(x0.device, torch.float32))
+        if noise is None:
+            keys = sample_keys(seed, "noise", ids).to(x0.device)
+            x, target = mix_noise(x0, keys, level.signal, level.sigma, self.target)
+        else:
+            x, target = mix(x0, noise.to(x0), level.signal, level.sigma, self.target)
+        return NoisyBatch(x, level.t, cond, x0, target, level.time01, level.steps)
 
     def _drop(self, cond: Conditioning, ids: list[int], seed: int) -> Conditioning:
         """Conditions replaced by the null ones with the configured probability (DiT's token_drop)."""
@@ -99,8 +123,8 @@ class Objective(ABC):
         """One position on the noise schedule per key: (B,) int64 -> float32 (B,) in [0, 1]."""
 
     @abstractmethod
-    def mix(self, x0: Tensor, noise: Tensor, t01: Tensor, cond: Conditioning) -> NoisyBatch:
-        """The noisy batch at positions t01 (B,); all tensors are float32 on one device."""
+    def level(self, t01: Tensor) -> NoiseLevel:
+        """The noise at positions t01, float32 (B,), on their device."""
 
     @abstractmethod
     def loss(self, output: Tensor, noisy: NoisyBatch) -> LossTerms:

@@ -97,7 +97,7 @@ def test_noise_is_mixed_in_as_diffusers_does(total):
     noisy = noisy_at(objective(diffusion_steps=total), steps, total)
     assert noisy.steps.tolist() == steps
     assert noisy.t.tolist() == [step * scale for step in steps]
-    expected = scheduler.add_noise(noisy.x0, noisy.noise, torch.tensor(steps))
+    expected = scheduler.add_noise(noisy.x0, noisy.target, torch.tensor(steps))
     torch.testing.assert_close(noisy.x, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -105,7 +105,8 @@ def test_v_target_is_diffusers_velocity():
     scheduler = import_diffusers().DDPMScheduler()
     target = objective(learn_sigma=False, prediction="v")
     noisy = noisy_at(target)
-    velocity = scheduler.get_velocity(noisy.x0, noisy.noise, torch.tensor(STEPS))
+    noise = noisy_at(objective(learn_sigma=False)).target
+    velocity = scheduler.get_velocity(noisy.x0, noise, torch.tensor(STEPS))
     assert target.loss(velocity, noisy).total.abs().max() < 1e-9
     shifted = target.loss(velocity + 0.5, noisy).total
     torch.testing.assert_close(shifted, torch.full((5,), 0.25), atol=1e-4, rtol=1e-4)
@@ -119,7 +120,7 @@ def test_bound_equals_the_float64_reference(kind, total):
     noisy = noisy_at(target, steps, total)
     output = normal(3, (5, 8, 6, 6))
     # A prediction near the truth keeps the bound away from its clamps at step 0.
-    truth = noisy.noise if kind == "eps" else target._target(noisy)
+    truth = noisy.target
     prediction, logits = truth + 0.3 * output[:, :4], output[:, 4:]
     terms = target.loss(torch.cat([prediction, logits], dim=1), noisy).terms
     expected = Reference(total).bound(steps, noisy.x0, noisy.x, prediction, logits, kind)
@@ -159,14 +160,14 @@ def test_bound_trains_the_variance_only():
     output = output.detach().requires_grad_()
     (error,) = torch.autograd.grad(target.loss(output, noisy).terms["mse"].sum(), output)
     assert error[:, 4:].abs().max() == 0
-    expected = 2 * (output[:, :4].detach() - noisy.noise) / noisy.noise[0].numel()
+    expected = 2 * (output[:, :4].detach() - noisy.target) / noisy.target[0].numel()
     torch.testing.assert_close(error[:, :4], expected)
 
 
 def test_a_perfect_model_at_the_lower_variance_has_no_divergence():
     target = objective()
     noisy = noisy_at(target)
-    output = torch.cat([noisy.noise, torch.full_like(noisy.noise, -1.0)], dim=1)
+    output = torch.cat([noisy.target, torch.full_like(noisy.target, -1.0)], dim=1)
     terms = target.loss(output, noisy).terms
     assert terms["mse"].abs().max() == 0
     assert terms["vb"][1:].abs().max() < 1e-4
@@ -177,7 +178,7 @@ def test_fixed_variance_has_the_error_only():
     noisy = noisy_at(target)
     loss = target.loss(torch.zeros(5, 4, 6, 6), noisy)
     assert list(loss.terms) == ["mse"]
-    torch.testing.assert_close(loss.total, noisy.noise.square().flatten(1).mean(1))
+    torch.testing.assert_close(loss.total, noisy.target.square().flatten(1).mean(1))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])

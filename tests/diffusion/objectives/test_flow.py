@@ -12,7 +12,7 @@ from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion import build_objective
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
-from megadit.rng import normal, sample_keys
+from megadit.rng import batch_normal, normal, sample_keys
 
 
 def objective(**settings):
@@ -45,7 +45,8 @@ def test_loss_has_one_term_per_sample():
     noisy = flow.prepare(normal(1, (3, 2, 4, 4)), Conditioning(), range(3), 0)
     output = normal(3, (3, 2, 4, 4)).to(torch.bfloat16)
     loss = flow.loss(output, noisy)
-    expected = (output.double() - noisy.noise + noisy.x0).square().flatten(1).mean(1)
+    noise = batch_normal(sample_keys(0, "noise", range(3)), (2, 4, 4))
+    expected = (output.double() - noise + noisy.x0).square().flatten(1).mean(1)
     assert list(loss.terms) == ["mse"] and loss.total.dtype == torch.float32
     torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -33,7 +33,7 @@ def test_a_sample_meets_the_same_draws_in_every_batch_split(kind):
         for size in sizes:
             parts.append(prepare(target, range(start, start + size)))
             start += size
-        for name in ("x", "t", "x0", "noise", "time01"):
+        for name in ("x", "t", "x0", "target", "time01"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
         assert torch.equal(torch.cat([part.cond.labels for part in parts]), batch.cond.labels)
     backwards = prepare(target, range(115, 99, -1))
@@ -43,15 +43,15 @@ def test_a_sample_meets_the_same_draws_in_every_batch_split(kind):
 def test_seeds_and_sample_numbers_give_other_draws():
     target = objective()
     first, other_seed, other_number = prepare(target, [5]), prepare(target, [5], seed=4), prepare(target, [6])
-    assert not torch.allclose(first.noise, other_seed.noise)
-    assert not torch.allclose(first.noise, other_number.noise)
+    assert not torch.allclose(first.target, other_seed.target)
+    assert not torch.allclose(first.target, other_number.target)
     assert len({noisy.t.item() for noisy in (first, other_seed, other_number)}) == 3
 
 
 def test_noise_is_standard_normal_and_times_cover_the_schedule():
     noisy = prepare(objective(), range(2000))
-    assert noisy.noise.mean().abs() < 0.02
-    assert noisy.noise.std().item() == pytest.approx(1.0, abs=0.02)
+    assert noisy.target.mean().abs() < 0.02
+    assert noisy.target.std().item() == pytest.approx(1.0, abs=0.02)
     counts = torch.histc(noisy.t, bins=10, min=0, max=1000)
     assert (counts - 200).abs().max() < 5 * 200**0.5
     assert noisy.steps.min() >= 0 and noisy.steps.max() <= 999
@@ -84,7 +84,8 @@ def test_fixed_times_and_noise_are_taken_as_they_are(kind):
     noise = batch_normal(sample_keys(7, "fixed", range(8)), SHAPE)
     first = prepare(target, range(8), seed=0, t01=times, noise=noise)
     second = prepare(target, range(8), seed=1, t01=times, noise=noise)
-    assert torch.equal(first.x, second.x) and torch.equal(first.noise, noise)
+    assert torch.equal(first.x, second.x)
+    assert torch.equal(first.target, noise if kind == "ddpm" else noise - first.x0)
     torch.testing.assert_close(first.time01, times, atol=1e-3, rtol=0)
 
 
@@ -106,7 +107,7 @@ def test_a_gpu_mixes_the_same_noise_as_the_cpu(kind):
     cond = Conditioning(labels=torch.arange(16) % 10)
     here = target.prepare(x0, cond, range(16), 0)
     there = target.prepare(x0.cuda(), cond.to("cuda"), range(16), 0)
-    for name in ("x", "t", "noise", "time01"):
+    for name in ("x", "t", "target", "time01"):
         torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name), atol=1e-5, rtol=1e-5)
     assert torch.equal(there.cond.labels.cpu(), here.cond.labels)
     output = normal(99, (16, *SHAPE))

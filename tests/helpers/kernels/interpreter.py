@@ -93,7 +93,8 @@ class Arena:
         size = int(np.prod(shape))
         buffer = torch.full((size + 2 * GUARD,), SENTINEL, dtype=dtype)
         self._outputs.append((name, buffer, size))
-        return buffer[GUARD : GUARD + size].view(shape).fill_(float("nan"))
+        inside = buffer[GUARD : GUARD + size].view(shape)
+        return inside.fill_(float("nan")) if dtype.is_floating_point else inside
 
     @contextmanager
     def allocating(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
