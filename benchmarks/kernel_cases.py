@@ -55,11 +55,14 @@ class Case:
 
     ``backward_reads``: names of operands that the backward pass needs, ``out0`` for the first result; the gradients of
     the results come on top. With the gradients of the operands they are the floor of bytes that it moves.
+    ``in_model``: whether models call it. ``has_backward``: whether it has a backward pass of its own.
     """
 
     leaves: Callable[[Shape, Callable[..., Tensor]], Leaves]
     call: Callable[[Any, Leaves], Any]
     backward_reads: tuple[str, ...]
+    in_model: bool = True
+    has_backward: bool = True
 
     def results(self, op: Any, leaves: Leaves) -> tuple[Tensor, ...]:
         """What ``call`` gives, as a tuple."""
@@ -124,6 +127,33 @@ def _linear(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
     return {"x": _tokens(shape, draw), "weight": draw(n, n, std=n**-0.5), "bias": draw(n)}
 
 
+def _keys(x: Tensor) -> Tensor:
+    """A key per sample, all alike, so that a sample has the same noise alone."""
+    import torch
+
+    return torch.full((x.shape[0],), 7, dtype=torch.int64, device=x.device)
+
+
+def _mix(op: Any, leaves: Leaves) -> tuple[Tensor, ...]:
+    """In float32 whatever x0 is, and given back in its dtype."""
+    import torch
+
+    x0 = leaves["x0"]
+    level = torch.full((x0.shape[0],), 0.6, device=x0.device)
+    return tuple(part.to(x0.dtype) for part in op(x0, _keys(x0), level, level, "v"))
+
+
+def _noise(op: Any, leaves: Leaves) -> Tensor:
+    """Added to x, which gives it a gradient."""
+    x: Tensor = leaves["x"]
+    return x + op(_keys(x), x.shape[1:]).to(x.dtype)
+
+
+def _error(op: Any, leaves: Leaves) -> Tensor:
+    error: Tensor = op(leaves["output"], leaves["target"])
+    return error.to(leaves["output"].dtype)
+
+
 def _positional(*names: str) -> Callable[[Any, Leaves], Any]:
     return lambda op, leaves: op(*(leaves[name] for name in names))
 
@@ -137,5 +167,15 @@ CASES: Mapping[str, Case] = {
     "swiglu": Case(lambda shape, draw: {"h": _tokens(shape, draw, 8 * shape.width)}, _positional("h"), ("h",)),
     "scaled_linear": Case(
         _linear, lambda op, leaves: op(leaves["x"], leaves["weight"], leaves["bias"], alpha=0.25), ("x", "weight")
+    ),
+    "mix_noise": Case(lambda shape, draw: {"x0": _tokens(shape, draw)}, _mix, (), in_model=False),
+    "keyed_normal": Case(
+        lambda shape, draw: {"x": _tokens(shape, draw)}, _noise, (), in_model=False, has_backward=False
+    ),
+    "squared_error": Case(
+        lambda shape, draw: {"output": _tokens(shape, draw), "target": _tokens(shape, draw)},
+        _error,
+        ("output", "target"),
+        in_model=False,
     ),
 }

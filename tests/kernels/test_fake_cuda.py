@@ -104,7 +104,7 @@ def test_a_backward_operator_is_the_same_on_every_device(
 ) -> None:
     """The interpreter's arguments, called again on fake CUDA and on meta tensors, give results of the same layout."""
     calls = operator_calls(FUSED[name], lambda: forward_and_backward(name, "cpu", dtype), monkeypatch).calls
-    assert sum("backward" in str(func) for func, *_ in calls) >= 1
+    assert any("backward" in str(func) for func, *_ in calls) == CASES[name].has_backward
     for func, args, result in calls:
         with fake_cuda():
             fake = func(*tree_map(lambda leaf: like(leaf) if isinstance(leaf, Tensor) else leaf, args))
@@ -202,7 +202,7 @@ def test_the_families_call_every_operation(monkeypatch: pytest.MonkeyPatch) -> N
         inputs = inputs_of(config, 1)
         with torch.no_grad():
             build_model(config, device="meta")(*(value.to("meta") for value in inputs))
-    assert {name for name, *_ in recorder.calls} >= FUSED.keys()
+    assert {name for name, *_ in recorder.calls} >= {name for name in FUSED if CASES[name].in_model}
 
 
 @pytest.mark.parametrize("family", list(MODELS))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.compiler import compiling
 from helpers.kernels.interpreter import Arena, counted, faulty, need_interpreter
 from megadit.rng import sample_keys
 from megadit_kernels import OPS_OF_KEY, keyed_normal, mix_noise, squared_error
@@ -207,8 +208,6 @@ def test_each_element_is_moved_once() -> None:
 
 
 def test_compiled_whole_and_by_torchs_contract() -> None:
-    import torch._dynamo
-
     from megadit_kernels.noise import fused
 
     keys, signal, sigma = levels(2)
@@ -222,7 +221,7 @@ def test_compiled_whole_and_by_torchs_contract() -> None:
         return squared_error(x * x, target.detach() + keyed_normal(keys, (3, 4, 4)), signal).sum()
 
     (eager,) = torch.autograd.grad(step(x0), x0)
-    with torch._dynamo.config.patch(disable=False):
+    with compiling():
         (grad,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x0), x0)
     assert torch.equal(grad, eager)
 

@@ -102,9 +102,10 @@ def _save_error(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _error_gradients(launch: Callable[..., Tensor], ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _error_gradients(launch: Callable[..., Tensor], ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
     output, target, weight = ctx.saved_tensors
-    return launch(output, target, weight, grad), None, None
+    slope = launch(output, target, weight, grad)
+    return slope, (-slope).to(target.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 mix = KernelOperator("mix_noise", launch_mix, mix_backward, _save_mix, _mix_gradients)

@@ -87,7 +87,7 @@ def mix_noise(x0: Tensor, keys: Tensor, signal: Tensor, sigma: Tensor, target: s
 def squared_error(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean square of target - output per sample, times its weight: float32 (B,), computed in float32.
 
-    output (B, ...) of any float dtype; target, float32 of its shape, and weight, float32 (B,), are constants.
+    output (B, ...) of any float dtype; target float32 of its shape; weight float32 (B,), a constant.
     """
     mean = (target - output.float()).square().flatten(1).mean(dim=1)
     return mean if weight is None else mean * weight

@@ -118,7 +118,7 @@ def error(output, target, weight, out, row, COUNT: tl.constexpr, WEIGHTED: tl.co
         places = first + tl.arange(0, BLOCK)
         inside = places < COUNT
         given = tl.load(output + sample * row + places, mask=inside, other=0.0).to(tl.float32)
-        difference = tl.load(target + sample * COUNT + places, mask=inside, other=0.0) - given
+        difference = tl.load(target + sample * COUNT + places, mask=inside, other=0.0).to(tl.float32) - given
         total += difference * difference
     mean = tl.sum(total, 0) / COUNT
     if WEIGHTED:
@@ -135,7 +135,7 @@ def error_backward(
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = places < COUNT
     given = tl.load(output + sample * row + places, mask=inside, other=0.0).to(tl.float32)
-    difference = given - tl.load(target + sample * COUNT + places, mask=inside, other=0.0)
+    difference = given - tl.load(target + sample * COUNT + places, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + sample) * 2.0 / COUNT
     if WEIGHTED:
         slope = slope * tl.load(weight + sample)
