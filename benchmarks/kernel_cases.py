@@ -127,6 +127,20 @@ def _linear(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
     return {"x": _tokens(shape, draw), "weight": draw(n, n, std=n**-0.5), "bias": draw(n)}
 
 
+def _streams(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
+    """Outputs of both streams' projections, of text half as many tokens as of the image, and the norms' gains."""
+    d = next(d for d in (128, 72, 64, 36, 32) if shape.width % d == 0)
+    heads = shape.width // d
+    sizes = {"image": shape.tokens, "context": shape.tokens // 2}
+    streams = {name: draw(shape.samples, tokens, 3, heads, d) for name, tokens in sizes.items()}
+    return streams | {f"{which} of {name}": draw(d) for name in streams for which in "qk"}
+
+
+def _norm_streams(op: Any, leaves: Leaves) -> Any:
+    gains = [(leaves[f"q of {name}"], leaves[f"k of {name}"]) for name in ("image", "context")]
+    return op(leaves["image"], leaves["context"], *gains)
+
+
 def _keys(x: Tensor) -> Tensor:
     """A key per sample, all alike, so that a sample has the same noise alone."""
     import torch
@@ -168,6 +182,8 @@ CASES: Mapping[str, Case] = {
     "scaled_linear": Case(
         _linear, lambda op, leaves: op(leaves["x"], leaves["weight"], leaves["bias"], alpha=0.25), ("x", "weight")
     ),
+    # Of what went in the backward pass reads queries and keys alone, as many bytes as came out of both.
+    "qk_norm": Case(_streams, _norm_streams, ("out0", "out1")),
     "mix_noise": Case(lambda shape, draw: {"x0": _tokens(shape, draw)}, _mix, (), in_model=False),
     "keyed_normal": Case(
         lambda shape, draw: {"x": _tokens(shape, draw)}, _noise, (), in_model=False, has_backward=False

@@ -143,10 +143,30 @@ def noise(width: int, dtype: torch.dtype) -> None:
     fused.launch_error_backward(output, target, level, fused.launch_error(output, target, level))
 
 
+# Heads of each width, as models of that width or their tensor-parallel shares have them.
+HEAD_DIMS = {144: 36, 288: 36, 576: 72, 1152: 72, 1536: 64, 2560: 128, 5120: 128, 8192: 128}
+
+
+def qk_norm(width: int, dtype: torch.dtype) -> None:
+    """Norm of the queries and keys of both streams of an MMDiT block, into one sequence; so many that programs loop."""
+    import torch
+
+    from megadit_kernels.qk_norm import fused
+
+    d = HEAD_DIMS[width]
+    heads = width // d
+    image = torch.zeros(-(-128 // heads), 256, 3, heads, d, dtype=dtype)
+    context, gain = image[:, :120].clone(), torch.ones(d, dtype=dtype)
+    gains = (gain, gain, gain, gain)
+    q, k, v = fused.forward(image, context, *gains, True, 1e-6)
+    fused.backward(q, k, v, image, context, *gains, 256, True, 1e-6)
+
+
 CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "norm_modulate": norm_modulate,
     "swiglu": swiglu,
     "noise": noise,
+    "qk_norm": qk_norm,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from megadit_kernels.linear import scaled_linear
 from megadit_kernels.noise import keyed_normal, mix_noise, squared_error
 from megadit_kernels.norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
+from megadit_kernels.qk_norm import qk_norm
 from megadit_kernels.registry import Op, for_autocast
 from megadit_kernels.swiglu import swiglu
 
@@ -23,6 +24,7 @@ OPS: Mapping[str, str] = MappingProxyType(
             gated_residual,
             residual_norm_modulate,
             swiglu,
+            qk_norm,
             keyed_normal,
             mix_noise,
             squared_error,
@@ -36,6 +38,7 @@ OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
         "norm_modulate": (residual_norm_modulate, norm_modulate, gated_residual),
         "swiglu": (swiglu,),
         "noise": (mix_noise, keyed_normal, squared_error),
+        "qk_norm": (qk_norm,),
     }
 )
 
@@ -48,6 +51,7 @@ __all__ = [
     "keyed_normal",
     "mix_noise",
     "norm_modulate",
+    "qk_norm",
     "residual_norm_modulate",
     "scaled_linear",
     "squared_error",

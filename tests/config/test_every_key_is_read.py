@@ -54,7 +54,7 @@ ALWAYS = {
         "optim.warmup_steps optim.clip.mode optim.clip.value"
     ),
     "the averages": "ema.decays ema.sigma_rels",
-    "the fused operations that the model calls": "kernels.norm_modulate kernels.swiglu kernels.noise",
+    "the fused operations that the model calls": "kernels.norm_modulate kernels.swiglu kernels.noise kernels.qk_norm",
     "the layout of processes": (
         "parallel.tensor parallel.pipeline parallel.sequence parallel.zero_stage parallel.timeout_s "
         "parallel.rendezvous_timeout_s"

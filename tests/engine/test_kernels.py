@@ -13,6 +13,7 @@ from helpers.kernels.interpreter import counted, need_interpreter
 from helpers.models.tiny_dit import dit_inputs, tiny_dit
 from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
 from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
+from helpers.models.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.config.schema.kernels import KernelConfig
 from megadit.engine.kernels import check_kernels, describe_kernels, select_kernels
 from megadit.errors import UserError
@@ -38,11 +39,15 @@ def test_fused_is_refused_without_a_gpu() -> None:
 
 
 def test_what_runs_is_described_with_the_reason() -> None:
-    assert describe_kernels(KernelConfig(), "cpu").startswith("kernels: norm_modulate, swiglu, noise by torch (")
+    assert describe_kernels(KernelConfig(), "cpu").startswith(
+        "kernels: norm_modulate, swiglu, noise, qk_norm by torch ("
+    )
     reference = KernelConfig(norm_modulate="reference")
     select_kernels(reference)
     description = describe_kernels(reference, "cuda")
-    assert description.startswith("kernels: norm_modulate by torch (as configured); swiglu, noise by torch (Triton")
+    assert description.startswith(
+        "kernels: norm_modulate by torch (as configured); swiglu, noise, qk_norm by torch (Triton"
+    )
 
 
 def test_a_selection_lasts_until_the_next() -> None:
@@ -57,6 +62,7 @@ def test_a_selection_lasts_until_the_next() -> None:
 MODELS = {
     "dit": (tiny_dit, dit_inputs),
     "pixart": (tiny_pixart, pixart_inputs),
+    "uvit": (tiny_uvit, uvit_inputs),
     "mmdit": (tiny_mmdit, mmdit_inputs),
 }
 
@@ -78,12 +84,13 @@ def test_a_model_is_the_same_by_fused_kernels(family: str, recompute: str) -> No
     """In the interpreter: values and the gradient of every parameter, of recomputed blocks too."""
     need_interpreter()
     make, draw = MODELS[family]
-    config = make(depth=2, mlp="swiglu")
+    config = make(depth=2, mlp="swiglu", qk_norm="rms")
     inputs = draw(config)
     expected = outputs_and_gradients(config, inputs, recompute)
-    select_kernels(KernelConfig(norm_modulate="fused", swiglu="fused"))
+    select_kernels(KernelConfig(**dict.fromkeys(OPS_OF_KEY, "fused")))
     with counted() as launches:
         fused = outputs_and_gradients(config, inputs, recompute)
-    assert {launch.name for launch in launches} == {"forward", "backward", "add_chunks"}
+    names = {"forward", "backward", "add_chunks", "add_partials"}
+    assert {launch.name for launch in launches} == (names - {"add_chunks"} if family == "uvit" else names)
     for ours, theirs in zip(fused, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4 * float(theirs.abs().max()) + 1e-7)

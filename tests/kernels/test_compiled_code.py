@@ -20,6 +20,8 @@ NARROW = 9
 NARROW_SPLIT = 13
 # Triton 3.6 makes as many wide accesses, and up to 18 more narrow ones in the backward pass of norm_modulate.
 NARROW_TRITON_36 = 18
+# A head of 36 half-precision channels is 72 bytes, which are read by 8; one by one they would be four times as many.
+NARROW_HEADS = 60
 
 
 def compile_kernels(tmp_path: Path, widths: str, archs: str) -> dict[str, dict[str, Any]]:
@@ -53,8 +55,9 @@ def check(rows: dict[str, dict[str, Any]]) -> None:
     for key, row in rows.items():
         assert row["local"] == 0 and row["stack_bytes"] == 0, f"{key} spills"
         split = (row["op"], row["kernel"], row["width"]) == ("norm_modulate", "backward", 5120)
-        assert row["narrow"] <= (NARROW_SPLIT if split else NARROW) + older, key
-        assert row["wide"] or row["kernel"] == "add_chunks", key
+        heads = row["op"] == "qk_norm" and row["width"] in (144, 288) and row["dtype"] == "bf16"
+        assert row["narrow"] <= (NARROW_SPLIT if split else NARROW_HEADS if heads else NARROW) + older, key
+        assert row["wide"] or heads or row["kernel"] == "add_chunks", key
 
 
 def test_no_kernel_spills(tmp_path: Path) -> None:

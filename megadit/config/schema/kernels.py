@@ -21,3 +21,6 @@ class KernelConfig(Section):
     noise: Implementation = Field(
         "auto", description="noise, its mixture with the images, and the squared error: one kernel each"
     )
+    qk_norm: Implementation = Field(
+        "auto", description="RMSNorm of queries and keys (model.qk_norm), and MMDiT's streams in one sequence"
+    )

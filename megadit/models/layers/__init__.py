@@ -1,7 +1,14 @@
 """Layers shared by the families; each declares the global dims of its parameters to the parametrization."""
 
 from megadit.models.layers.adaln import AdaLNReadout, adaln_modulation
-from megadit.models.layers.attention import CrossAttention, SelfAttention, StreamAttention, attend, joint_attention
+from megadit.models.layers.attention import (
+    CrossAttention,
+    SelfAttention,
+    StreamAttention,
+    StreamQKV,
+    attend,
+    joint_attention,
+)
 from megadit.models.layers.conv import MuConv
 from megadit.models.layers.embed import (
     CaptionEmbedder,
@@ -37,6 +44,7 @@ __all__ = [
     "SelfAttention",
     "SinCosPositions",
     "StreamAttention",
+    "StreamQKV",
     "TimestepEmbedder",
     "adaln_modulation",
     "attend",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megadit.models.layers.norm import MuRMSNorm, Precision, at_precision
+from megadit.models.layers.norm import HeadNormGain, Precision, at_precision
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.tensor import tensor_layout
+from megadit_kernels import qk_norm
 
 
 class SelfAttention(nn.Module):
@@ -36,20 +39,23 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = heads, width.size // heads
         self.local_heads = tensor_layout().local_size(heads, "attention heads")
-        self.precision = precision
+        self.precision, self.norm_precision = precision, norm_precision
         tripled = Dim(3 * width.size, 3 * width.base_size)
         self.qkv = ColumnParallelLinear(width, tripled, param, bias=qkv_bias, parts=3, tokens=tokens)
         gain = Dim(self.head_dim)
-        self.q_norm = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
-        self.k_norm = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
+        self.q_norm = HeadNormGain(gain, param) if qk_norm else None
+        self.k_norm = HeadNormGain(gain, param) if qk_norm else None
         self.proj = RowParallelLinear(width, width, param, tokens=tokens)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, n) -> (B, T, n); mask as in ``attend``."""
         qkv = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is None or self.k_norm is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            widens = self.norm_precision == "fp32" and qkv.dtype != torch.float32
+            normed = qk_norm(qkv, None, (self.q_norm(), self.k_norm()), float32=widens)
+            q, k, v = (part.transpose(1, 2) for part in normed)
         attended = attend(q, k, v, mask, self.precision)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
@@ -91,6 +97,17 @@ class CrossAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
+class StreamQKV(NamedTuple):
+    """q, k, v of a stream as its projection puts them out, (B, T, 3, heads, d), and the gains (d,) of q's and k's norm.
+
+    ``widens``: the norm is computed in float32 and rounded once.
+    """
+
+    qkv: Tensor
+    gains: tuple[Tensor, Tensor] | None
+    widens: bool
+
+
 class StreamAttention(nn.Module):
     """One stream's side of a joint attention: the projections of its queries, keys and values, and of its output.
 
@@ -112,20 +129,19 @@ class StreamAttention(nn.Module):
         tokens: int | None = None,
     ) -> None:
         super().__init__()
-        self.head_dim = width.size // heads
+        self.head_dim, self.norm_precision = width.size // heads, norm_precision
         self.local_heads = tensor_layout().local_size(heads, "attention heads")
         tripled, gain = Dim(3 * width.size, 3 * width.base_size), Dim(self.head_dim)
         self.qkv = ColumnParallelLinear(width, tripled, param, bias=qkv_bias, parts=3, tokens=tokens)
-        self.ln_q = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
-        self.ln_k = MuRMSNorm(gain, param, precision=norm_precision, of_heads=True) if qk_norm else None
+        self.ln_q = HeadNormGain(gain, param) if qk_norm else None
+        self.ln_k = HeadNormGain(gain, param) if qk_norm else None
         self.proj = None if pre_only else RowParallelLinear(width, width, param, tokens=tokens)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, n) -> q, k, v, each (B, T, heads, head_dim); under sequence parallelism from a rank's own tokens."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(2)
-        if self.ln_q is not None and self.ln_k is not None:
-            q, k = self.ln_q(q), self.ln_k(k)
-        return q, k, v
+    def forward(self, x: Tensor) -> StreamQKV:
+        """(B, T, n) -> q, k, v of T tokens; under sequence parallelism from a rank's own tokens."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim))
+        gains = None if self.ln_q is None or self.ln_k is None else (self.ln_q(), self.ln_k())
+        return StreamQKV(qkv, gains, self.norm_precision == "fp32" and qkv.dtype != torch.float32)
 
     def project(self, attended: Tensor) -> Tensor:
         """The attention's output for this stream, (B, T, heads, head_dim) -> (B, T, n). Not of a pre-only stream."""
@@ -134,23 +150,24 @@ class StreamAttention(nn.Module):
 
 
 def joint_attention(
-    image: tuple[Tensor, Tensor, Tensor],
-    context: tuple[Tensor, Tensor, Tensor],
+    image: StreamQKV,
+    context: StreamQKV,
     key_mask: Tensor | None = None,
     *,
     context_queries: bool = True,
     precision: Precision = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all tokens to all: q, k, v of T image tokens and L context tokens, each (B, T or L, heads, d).
+    """Attention of all tokens to all: T of the image and L of the context, whose queries and keys are normed here.
 
     key_mask: bool (B, 1, 1, T + L), True where a key is attended to; the image's always are. Returns the outputs of the
     image and of the context, (B, T, heads, d) and (B, L, heads, d). Without ``context_queries`` those are not computed,
     and L is 0 in the output; their gradient is zero then and not missing, so that every parameter has one.
     """
-    q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image, context, strict=True))
-    tokens = image[0].shape[1]
-    if not context_queries:
-        q = q[:, :, :tokens]
+    normed = qk_norm(
+        image.qkv, context.qkv, image.gains, context.gains, context_queries=context_queries, float32=image.widens
+    )
+    q, k, v = (part.transpose(1, 2) for part in normed)
+    tokens = image.qkv.shape[1]
     attended = attend(q, k, v, key_mask, precision).transpose(1, 2)
     of_image, of_context = attended.split([tokens, attended.shape[1] - tokens], dim=1)
     return of_image, of_context

@@ -89,25 +89,36 @@ class ModulatedNorm(nn.Module):
 
 
 class MuRMSNorm(nn.Module):
-    """RMSNorm over the last dimension with a learned gain, initially 1; at ``precision`` (see ``at_precision``).
+    """RMSNorm over the last dimension with a learned gain, initially 1."""
 
-    ``of_heads``: it norms heads, which tensor parallelism shards, so that the gain's gradient is summed over ranks.
-    """
-
-    def __init__(
-        self, dim: Dim, param: Parametrization, precision: Precision = "auto", *, of_heads: bool = False
-    ) -> None:
+    def __init__(self, dim: Dim, param: Parametrization) -> None:
         super().__init__()
-        self.eps, self.precision = 1e-6, precision
-        layout = tensor_layout()
-        self.layout = layout if of_heads and layout.size > 1 else None
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
         self.weight = nn.Parameter(torch.empty(dim.size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d) in x's dtype."""
-        gain = self.weight if self.layout is None else copy_to_tensor_parallel_region(self.weight, self.layout)
-        return at_precision(self.precision, lambda x, gain: F.rms_norm(x, gain.shape, gain, self.eps), x, gain)
+        """(..., d) -> (..., d)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+class HeadNormGain(nn.Module):
+    """The gain of an RMSNorm of heads, initially 1, for ``qk_norm``, which norms.
+
+    Tensor parallelism shards the heads, which share the gain, so that its gradient is summed over ranks.
+    """
+
+    def __init__(self, dim: Dim, param: Parametrization) -> None:
+        super().__init__()
+        layout = tensor_layout()
+        self.layout = layout if layout.size > 1 else None
+        self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((dim,), "one")}
+        self.weight = nn.Parameter(torch.empty(dim.size))
+
+    def forward(self) -> Tensor:
+        """The gain (d,). A view, which stays when ZeRO-3 releases the parameter right after this call."""
+        if self.layout is None:
+            return self.weight.view_as(self.weight)
+        return copy_to_tensor_parallel_region(self.weight, self.layout)
 
 
 class MuLayerNorm(nn.Module):

@@ -27,6 +27,7 @@ from megadit.models.layers import (
     ReplicatedLinear,
     RowParallelLinear,
     StreamAttention,
+    StreamQKV,
     TimestepEmbedder,
     adaln_modulation,
     joint_attention,
@@ -75,8 +76,8 @@ class MMDiTStream(nn.Module):
         self.mlp = None if pre_only else Mlp(width, hidden, param, config.mlp, tokens=tokens)
         self.adaLN_modulation = adaln_modulation(width, 2 if pre_only else 6, param)
 
-    def project_qkv(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """x (B, T, n), c = SiLU(condition) (B, n) -> q, k, v (B, T, heads, d) each, and the chunks of modulation
+    def project_qkv(self, x: Tensor, c: Tensor) -> tuple[StreamQKV, tuple[Tensor, ...]]:
+        """x (B, T, n), c = SiLU(condition) (B, n) -> q, k, v of T tokens, and the chunks of modulation
         (B, n) that ``apply_residual`` needs: gate, then shift, scale and gate of the MLP; none if ``pre_only``."""
         shift, scale, *modulation = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
         return self.attn(self.norm(x, shift, scale)), tuple(modulation)
