@@ -20,6 +20,7 @@ from megadit.config.deepspeed.gradients import with_bucket
 from megadit.config.schema.run import ONLINE
 from megadit.data import Batch
 from megadit.diffusion import LossTerms, NoisyBatch
+from megadit.engine.deepspeed.gather import gather_compiled_blocks_whole
 from megadit.engine.deepspeed.grad_accumulation import force_zero_optimizer
 from megadit.engine.deepspeed.guard import LossScaleExhausted, UpdateStatus
 from megadit.engine.deepspeed.partitions import Partitions, avoid_shm_build, forget_groups, restore_linear
@@ -86,6 +87,7 @@ class TrainingEngine:
 
         optimizer = MuOptimizer(model, self._config.optim, self._schedule, self.context.device)
         mpu = None if groups is None else ModelParallelUnit(groups)
+        gather_compiled_blocks_whole(model)
         with force_zero_optimizer():
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.inner, config=dict(ds_config), mpu=mpu)
         return engine, optimizer, Partitions(engine, optimizer.clip, groups.topology if groups else None)

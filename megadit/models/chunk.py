@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megadit.config.schema.model import ModelConfig
 from megadit.models.build import build_model
-from megadit.models.stages import StagedModel, StageIO
+from megadit.models.stages import StagedModel, StageIO, compile_blocks
 from megadit.mup.init import init_parameters
 from megadit.parallel.tensor import TensorLayout, mark_shards
 
@@ -47,6 +48,10 @@ class ModelChunk(nn.Module):
         """
         self.padding.append(nn.Parameter(torch.zeros(2)))
         return self.padding[-1]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the chunk's blocks with torch.compile; see ``megadit.models.stages.compile_blocks``."""
+        compile_blocks(self._stages, self.model.recompute, **options)
 
     def forward(self, stage_io: StageIO | Tensor) -> StageIO | Tensor:
         """Run the stages, the blocks recomputed as ``model.recompute`` says."""

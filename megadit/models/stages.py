@@ -7,7 +7,8 @@ in tuples alone. ``forward`` runs the list, a pipeline cuts it, activation check
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
 StageIO = tuple[Tensor, ...]  # a packed state
+_COMPILATIONS = 64  # kinds of blocks (up to 4) times modes (3) times shapes
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,14 @@ class Stage(nn.Module):
     ``takes`` is the class of ``run``'s input.
     ``prefix`` + a parameter's name within the stage is its canonical name in the model.
     ``is_block`` marks Transformer blocks, which ``taps`` count.
+    ``compiled``: its ``forward`` is a compiled one, called as ``forward(*tensors)``, which recomputes as
+    ``compile_blocks`` was told.
     """
 
     takes: type[StageState]
     prefix: str = ""
     is_block: bool = False
+    compiled: bool = False
 
     def forward(self, tensors: StageIO) -> StageIO:
         """``run`` on packed states."""
@@ -96,11 +101,37 @@ class Stage(nn.Module):
 
     def recomputed(self, tensors: StageIO, how: Recompute) -> StageIO:
         """``forward``, a block's under the activation checkpointing ``how``."""
+        if self.compiled:
+            return self(*tensors)  # DeepSpeed's hooks on the gradients of a whole block look at tensors, not tuples
         return run_block(self, tensors, how if self.is_block else "none")
 
     def run(self, state: Any) -> StageState:
         """The state that the next stage takes."""
         raise TypeError(f"{type(self).__name__} does not say what it computes")
+
+
+def compile_blocks(stages: Iterable[Stage], recompute: Recompute, **options: Any) -> None:
+    """Compile the blocks among ``stages`` with torch.compile (``options``), each by itself, and what they recompute.
+
+    One compilation serves all blocks that are alike, and the graph of a block holds its collectives. Hooks of the block
+    itself stay outside (ZeRO-3 gathers its parameters there). The kinds of blocks, with and without gradients, at each
+    number of images, share torch's limit of compilations, past which blocks would silently run uncompiled: so it is
+    raised.
+    """
+    import torch._dynamo.config
+
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _COMPILATIONS)
+    run = torch.compile(_run_recomputed, **options)
+    for stage in stages:
+        if stage.is_block:
+            stage.forward = functools.partial(run, stage, recompute)  # type: ignore[method-assign]
+            stage.compiled = True
+
+
+def _run_recomputed(stage: Stage, how: Recompute, *tensors: Tensor) -> StageIO:
+    """The block's forward pass as it was before it was compiled."""
+    return run_block(functools.partial(type(stage).forward, stage), tensors, how)
 
 
 class StagedModel(nn.Module):
@@ -137,6 +168,10 @@ class StagedModel(nn.Module):
     def stages(self) -> list[Stage]:
         """All stages in order. Those that are no blocks refer to submodules of the model."""
         raise TypeError(f"{type(self).__name__} does not list its stages")
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks with torch.compile, and the recomputation that is set; see ``compile_blocks``."""
+        compile_blocks(self.stages(), self.recompute, **options)
 
     def image_tokens(self, tokens: Tensor) -> Tensor:
         """The image tokens among a block's tokens (B, T, n), row-major; by default all."""

@@ -21,6 +21,9 @@ gradient.
 The ``start_`` functions have no gradients and return at once, so that computation overlaps with the collective until
 ``wait``. Only ``start_all_reduce`` works in place, on gradients that a backward pass has just made: the operand of the
 others may be kept for the backward pass or by selective recomputation.
+
+While torch.compile traces, each is torch's operator of the same name (``_c10d_functional``), which a graph can hold,
+and ``wait`` another: what stands between start and wait in the eager code stands between them in the graph.
 """
 
 from __future__ import annotations
@@ -125,24 +128,32 @@ def gather_sequence(x: Tensor, layout: TensorLayout, tokens: int) -> Tensor:
 class AsyncCollective:
     """A running collective: ``value`` may be read only after ``wait``, and ``operand`` not be changed before.
 
-    work: torch's handle; None if the collective is complete.
+    work: torch's handle; None if the collective is complete, or an operator of the graph that torch.compile traces.
+    shape: in which ``wait`` returns ``value``; None: its own.
     """
 
     value: Tensor
     work: Any
     operand: Tensor | None = None
+    shape: tuple[int, ...] | None = None
 
     def wait(self) -> Tensor:
         """Wait for the collective; returns its result."""
-        if self.work is not None:
-            self.work.wait()
-        self.work = self.operand = None
-        return self.value
+        if torch.compiler.is_compiling():
+            value: Tensor = torch.ops._c10d_functional.wait_tensor(self.value)
+        else:
+            value = self.value
+            if self.work is not None:
+                self.work.wait()
+            self.work = self.operand = None
+        return value if self.shape is None else value.view(self.shape)
 
 
 def start_all_reduce(x: Tensor, layout: TensorLayout, *, async_op: bool = True) -> AsyncCollective:
     """Sum of all ranks' x, in place; x must be contiguous and used by nothing else. Without ``async_op`` it is
     complete on return."""
+    if torch.compiler.is_compiling():
+        return AsyncCollective(torch.ops._c10d_functional.all_reduce(x, "sum", layout.group_name), None)
     if isinstance(layout.group, CollectiveRecorder):
         layout.group.record("all_reduce", x.nbytes)
         return AsyncCollective(x, None)
@@ -152,14 +163,16 @@ def start_all_reduce(x: Tensor, layout: TensorLayout, *, async_op: bool = True) 
 def start_all_gather(x: Tensor, layout: TensorLayout, *, async_op: bool = True) -> AsyncCollective:
     """All ranks' x, stacked: (ranks, *x.shape). Without ``async_op`` it is complete on return."""
     operand = x.contiguous()
+    shape = (layout.size, *x.shape)
+    if torch.compiler.is_compiling():
+        gather = torch.ops._c10d_functional.all_gather_into_tensor
+        return AsyncCollective(gather(operand, layout.size, layout.group_name), None, shape=shape)
     out = x.new_empty((layout.size * x.shape[0], *x.shape[1:]))
-    stacked = out.view(layout.size, *x.shape)
     if isinstance(layout.group, CollectiveRecorder):
         layout.group.record("all_gather", out.nbytes)
-        return AsyncCollective(stacked, None)
-    return AsyncCollective(
-        stacked, dist.all_gather_into_tensor(out, operand, group=layout.group, async_op=async_op), operand
-    )
+        return AsyncCollective(out, None, shape=shape)
+    work = dist.all_gather_into_tensor(out, operand, group=layout.group, async_op=async_op)
+    return AsyncCollective(out, work, operand, shape)
 
 
 def start_reduce_scatter(x: Tensor, layout: TensorLayout) -> AsyncCollective:
@@ -174,8 +187,12 @@ def start_reduce_scatter_tokens(x: Tensor, layout: TensorLayout) -> AsyncCollect
 
 def _start_reduce_scatter(parts: Tensor, layout: TensorLayout, *, async_op: bool) -> AsyncCollective:
     """This rank's part (...) of the sum over ranks of (ranks, ...)."""
-    out = parts.new_empty(parts.shape[1:])
     operand = parts.contiguous().flatten(0, 1)
+    if torch.compiler.is_compiling():
+        scatter = torch.ops._c10d_functional.reduce_scatter_tensor
+        part = scatter(operand, "sum", layout.size, layout.group_name)
+        return AsyncCollective(part, None, shape=parts.shape[1:])
+    out = parts.new_empty(parts.shape[1:])
     if isinstance(layout.group, CollectiveRecorder):
         layout.group.record("reduce_scatter", operand.nbytes)
         return AsyncCollective(out, None)

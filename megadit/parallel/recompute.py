@@ -25,8 +25,11 @@ _recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
 
 
 def is_recomputed() -> bool:
-    """Whether the block that runs now is checkpointed: what it saves lives only during its own backward pass."""
-    return _recomputed.get()
+    """Whether the block that runs now is checkpointed: what it saves lives only during its own backward pass.
+
+    False where it is being compiled: the compiler sees equal operations of both passes and decides what to keep.
+    """
+    return not torch.compiler.is_compiling() and _recomputed.get()
 
 
 def run_block(block: Callable[[Tensors], Tensors], inputs: Tensors, how: Recompute) -> Tensors:
@@ -36,12 +39,18 @@ def run_block(block: Callable[[Tensors], Tensors], inputs: Tensors, how: Recompu
     # No block draws from torch's generators (noise and dropout are keyed), so that their state need not be kept.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _SaveProducts())
+        options["context_fn"] = _selective_contexts
     outputs: Tensors = checkpoint(functools.partial(_run_marked, block), inputs, **options)
     return outputs
 
 
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_SaveProducts())
+
+
 def _run_marked(block: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+    if torch.compiler.is_compiling():
+        return block(inputs)  # nothing reads the mark
     token = _recomputed.set(True)  # here, and not around it all: the backward pass runs this again, in its own thread
     try:
         return block(inputs)

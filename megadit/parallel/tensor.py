@@ -36,6 +36,12 @@ class TensorLayout:
     def __deepcopy__(self, _memo: Any) -> TensorLayout:
         return self  # a process group cannot be copied, and a copied model lives in the same one
 
+    @property
+    def group_name(self) -> str:
+        """By which compiled graphs know the process group."""
+        name: str = self.group.group_name
+        return name
+
     def local_size(self, size: int, unit: str) -> int:
         """``size`` / ranks: how many heads, channels ... (``unit``) a rank holds.
 

@@ -160,13 +160,13 @@ def _build_model(config: RunConfig, groups: ProcessGroups | None) -> StagedModel
         model = build_model(config.model, layout, seed)
         model.recompute = config.train.activation_checkpointing
         if config.train.compile:
-            for stage in model.stages():
-                if stage.is_block:  # blocks are alike: one compilation serves all of them
-                    stage.compile()
+            model.compile_blocks()
         return model
     cuts = balanced_cuts(stage_flops(config.model), groups.topology.pipeline)
     chunk = build_chunk(config.model, cuts, groups.topology.pipeline_rank, layout, seed)
     chunk.model.recompute = config.train.activation_checkpointing
+    if config.train.compile:
+        chunk.compile_blocks()
     return chunk
 
 

@@ -23,8 +23,6 @@ SIX = {"model": {"width": 96, "heads": 6}}
         ({"pipeline": 5}, {}, "parallel.pipeline: 5 is more than the 4 stages of a model of 2 blocks; the nearest "),
         ({"pipeline": 2, "zero_stage": 0}, {}, "parallel.zero_stage: 0 does not go with parallel.pipeline 2, where"),
         ({"pipeline": 2, "zero_stage": 2}, {}, "parallel.zero_stage: 2 does not go with parallel.pipeline 2, whose"),
-        ({"tensor": 2}, {"train": {"compile": True}}, "train.compile: true does not go with parallel.tensor 2"),
-        ({"pipeline": 2}, {"train": {"compile": True}}, "train.compile: true does not go with parallel.pipeline 2"),
     ],
 )
 def test_what_the_model_does_not_allow(parallel, sections, sentence):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from helpers.ranks import ROOT, run_command
-from helpers.training import small_config
 from megadit.errors import UserError
 from megadit.parallel.compilation import check_compiler
 
@@ -42,13 +41,6 @@ def test_no_compiler_is_one_sentence(tmp_path):
     done = train(tmp_path / "run", "train.compile=true", TORCHDYNAMO_DISABLE=None, **missing)
     assert done.returncode == 2 and "train.compile: true, but torch.compile does not work here" in done.stderr
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_what_it_does_not_go_with_is_refused():
-    with pytest.raises(ValueError, match=r"activation_checkpointing: selective does not go with compile"):
-        small_config(train={"compile": True, "activation_checkpointing": "selective"})
-    with pytest.raises(ValueError, match=r"train\.compile: true does not go with parallel\.zero_stage 3"):
-        small_config(train={"compile": True}, parallel={"zero_stage": 3})
 
 
 def test_switched_off_is_told(monkeypatch):

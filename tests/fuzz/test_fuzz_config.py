@@ -38,7 +38,7 @@ def test_a_config_file(effort: str, tmp_path: Path) -> None:
     def read(data: bytes) -> None:
         file.write_bytes(data)
         config = load(file).config
-        layout_problem(config.parallel, config.model, compiled=config.train.compile)
+        layout_problem(config.parallel, config.model)
         assert load_again(config, tmp_path) == config
 
     hunt(effort, mutated([*shipped, *whole], YAML_WORDS), read)
@@ -51,7 +51,7 @@ def test_odd_values_in_a_config(effort: str, tmp_path: Path) -> None:
     def read(values: Any) -> None:
         file.write_bytes(json_bytes(values))  # a part of YAML
         config = load(file).config
-        layout_problem(config.parallel, config.model, compiled=config.train.compile)
+        layout_problem(config.parallel, config.model)
         assert load_again(config, tmp_path) == config
 
     hunt(

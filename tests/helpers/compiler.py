@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+
+WHOLE: dict[str, Any] = {"fullgraph": True, "backend": "aot_eager"}  # traced and differentiated, run by eager kernels
 
 
 @contextmanager
@@ -25,6 +28,18 @@ def compiling() -> Iterator[None]:
         counters.clear()
         with torch._dynamo.config.patch(disable=False):
             yield
-        graphs = counters["stats"]["unique_graphs"]
+        compiled = graphs()
         torch._dynamo.reset()
-    assert graphs, f"torch.compile compiled nothing (TORCHDYNAMO_DISABLE={os.environ.get('TORCHDYNAMO_DISABLE')})"
+    assert compiled, f"torch.compile compiled nothing (TORCHDYNAMO_DISABLE={os.environ.get('TORCHDYNAMO_DISABLE')})"
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled inside ``compiling``."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def import_compiler() -> None:
+    """In the process that forks ranks, so that they need not."""
+    from torch._dynamo.backends import debugging  # noqa: F401

@@ -126,7 +126,7 @@ def nearest_layout(config: RunConfig, world_size: int, fits: Callable[[int], boo
         for tensor in (n for n in range(1, size + 1) if size % n == 0):
             changes = {"tensor": tensor, "pipeline": size // tensor, "sequence": requested.sequence and tensor > 1}
             layout = requested.model_copy(update=changes)
-            problem = layout_problem(layout, config.model, compiled=config.train.compile)
+            problem = layout_problem(layout, config.model)
             if layout != requested and problem is None and fits(world_size // size):
                 distance = abs(log2(tensor / requested.tensor)) + abs(log2(changes["pipeline"] / requested.pipeline))
                 candidates.append((distance, -size, changes))

@@ -37,16 +37,13 @@ class ParallelConfig(Section):
     )
 
 
-def layout_problem(parallel: ParallelConfig, model: ModelConfig, *, compiled: bool) -> str | None:
-    """Why the model does not support the layout ``parallel``, as one sentence; None if it does.
-
-    ``compiled``: whether its blocks are compiled (``train.compile``).
-    """
+def layout_problem(parallel: ParallelConfig, model: ModelConfig) -> str | None:
+    """Why the model does not support the layout ``parallel``, as one sentence; None if it does."""
     return (
         _family_problem(parallel, model)
-        or _pipeline_problem(parallel, model, compiled=compiled)
+        or _pipeline_problem(parallel, model)
         or _sequence_problem(parallel)
-        or _tensor_problem(parallel, model, compiled=compiled)
+        or _tensor_problem(parallel, model)
     )
 
 
@@ -59,7 +56,7 @@ def _family_problem(parallel: ParallelConfig, model: ModelConfig) -> str | None:
     return None
 
 
-def _pipeline_problem(parallel: ParallelConfig, model: ModelConfig, *, compiled: bool) -> str | None:
+def _pipeline_problem(parallel: ParallelConfig, model: ModelConfig) -> str | None:
     stages, zero, blocks = parallel.pipeline, parallel.zero_stage, model.blocks
     if stages == 1:
         return None
@@ -78,8 +75,6 @@ def _pipeline_problem(parallel: ParallelConfig, model: ModelConfig, *, compiled:
             f"parallel.zero_stage: {zero} does not go with parallel.pipeline {stages}, whose micro batches add up "
             "gradients that it would share out after each; set parallel.zero_stage=1, or parallel.pipeline=1"
         )
-    if compiled:
-        return f"train.compile: true does not go with parallel.pipeline {stages}; set it to false"
     return None
 
 
@@ -92,7 +87,7 @@ def _sequence_problem(parallel: ParallelConfig) -> str | None:
     )
 
 
-def _tensor_problem(parallel: ParallelConfig, model: ModelConfig, *, compiled: bool) -> str | None:
+def _tensor_problem(parallel: ParallelConfig, model: ModelConfig) -> str | None:
     size = parallel.tensor
     hidden = int(model.width * model.mlp_ratio)
     for what, count in (("model.heads", model.num_heads), ("the MLP's hidden channels", hidden)):
@@ -103,9 +98,4 @@ def _tensor_problem(parallel: ParallelConfig, model: ModelConfig, *, compiled: b
             alone = " with parallel.sequence=false" if below == 1 and parallel.sequence else ""
             nearest = " or ".join(map(str, [f"{below}{alone}", *above]))
             return f"parallel.tensor: {size} does not divide {what}, {count}; the nearest for this model: {nearest}"
-    if size > 1 and compiled:
-        return (
-            f"train.compile: true does not go with parallel.tensor {size}, whose collectives cut what is compiled into "
-            "pieces; set it to false"
-        )
     return None

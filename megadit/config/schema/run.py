@@ -176,11 +176,6 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         if self.steps is None and self.epochs is None:
             raise ValueError("steps: is missing; give the run's length as steps or as epochs")
-        if self.compile and self.activation_checkpointing == "selective":
-            raise ValueError(
-                "activation_checkpointing: selective does not go with compile, which chooses by itself what a block "
-                "computes again; set none or full"
-            )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"steps: {self.steps} and epochs {self.epochs} both say how long to train; give one of them"
@@ -261,7 +256,7 @@ class RunConfig(Section):
             self._text_problem(),
             self._repa_problem(),
             self._stage_problem(),
-            layout_problem(self.parallel, self.model, compiled=self.train.compile),
+            layout_problem(self.parallel, self.model),
             self._weights_problem(),
         )
         for problem in problems:
@@ -330,11 +325,6 @@ class RunConfig(Section):
         return None
 
     def _stage_problem(self) -> str | None:
-        if self.train.compile and self.parallel.zero_stage == 3:
-            return (
-                "train.compile: true does not go with parallel.zero_stage 3, whose hooks in every layer cut what is "
-                "compiled into pieces, slower than not compiling; set zero_stage to 2 or less, or compile=false"
-            )
         if self.train.precision == "fp32" or self.parallel.zero_stage != 0:
             return None
         return (
