@@ -162,11 +162,24 @@ def qk_norm(width: int, dtype: torch.dtype) -> None:
     fused.backward(q, k, v, image, context, *gains, 256, True, 1e-6)
 
 
+def adamw(width: int, dtype: torch.dtype) -> None:
+    """The update of a flat shard with gradients and a copy of ``dtype``."""
+    import torch
+
+    from megadit_kernels.adamw import Shard
+    from megadit_kernels.adamw.fused import Updater
+
+    master, gradient, gate = torch.zeros(16 * width), torch.zeros(16 * width, dtype=dtype), torch.zeros(())
+    shard = Shard(master, master, master, gate, (gradient,), 1e-3, 0.1, 1e-8, copy=gradient)
+    Updater()([shard], (0.9, 0.999), gate)
+
+
 CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "norm_modulate": norm_modulate,
     "swiglu": swiglu,
     "noise": noise,
     "qk_norm": qk_norm,
+    "adamw": adamw,
 }
 
 

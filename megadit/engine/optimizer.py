@@ -22,6 +22,7 @@ from megadit.engine.schedule import Schedule
 from megadit.errors import UserError
 from megadit.mup.groups import clip_mults, param_groups
 from megadit.mup.spec import ParamSpec, param_specs
+from megadit_kernels.backends import backend
 
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 
@@ -98,6 +99,8 @@ class MuOptimizer:
 def resolve_implementation(implementation: str, device: torch.device) -> str:
     """``optim.implementation`` with ``auto`` resolved: torch's fused AdamW where the device has it (CUDA and CPU).
 
+    Not megadit's own kernel, ``fused``, as long as no GPU has been found on which it is faster.
+
     Raises:
         UserError: deepspeed-fused without a GPU.
     """
@@ -110,12 +113,34 @@ def resolve_implementation(implementation: str, device: torch.device) -> str:
     return implementation
 
 
+def check_implementation(implementation: str, device: torch.device) -> None:
+    """Whether this machine can run what is asked for by name; where there is a GPU, by launching on the current one.
+
+    Raises:
+        UserError: fused or apex without a GPU, Triton or NVIDIA's apex.
+    """
+    if implementation not in ("fused", "apex"):
+        return
+    name, package = ("triton", "Triton") if implementation == "fused" else ("apex", "NVIDIA's apex")
+    probe = backend(name)
+    if device.type != "cuda" or not probe.works:
+        why = "training is on the CPU" if probe.works else f"{package}: {probe.detail}"
+        raise UserError(
+            f"optim.implementation: {implementation} needs a GPU and {package} ({why}); set "
+            "optim.implementation=auto or torch-fused"
+        )
+
+
 def _build(groups: list[dict[str, Any]], config: OptimConfig, implementation: str) -> torch.optim.Optimizer:
     common: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": 0.0}
     if implementation == "torch-fused":
         return torch.optim.AdamW(groups, fused=True, **common)
     if implementation == "torch-foreach":
         return torch.optim.AdamW(groups, foreach=True, **common)
+    if implementation in ("fused", "apex"):
+        from megadit_kernels.adamw import ApexAdamW, FusedAdamW
+
+        return (FusedAdamW if implementation == "fused" else ApexAdamW)(groups, **common)
     if implementation == "deepspeed-fused":
         from deepspeed.ops.adam import FusedAdam
 

@@ -160,7 +160,7 @@ def check_requirements(job: TrainingJob) -> None:
     import torch
 
     from megadit.engine.kernels import check_kernels
-    from megadit.engine.optimizer import resolve_implementation
+    from megadit.engine.optimizer import check_implementation, resolve_implementation
     from megadit.parallel.compilation import check_compiler
 
     config = job.config
@@ -170,6 +170,7 @@ def check_requirements(job: TrainingJob) -> None:
     resolve_implementation(config.optim.implementation, device)
     if device.type != "cuda":  # else when each rank has its own device, since a kernel is launched on it
         check_kernels(config.kernels, device.type)
+        check_implementation(config.optim.implementation, device)
     if config.train.compile:
         check_compiler(device)
     offloads = offloads_optimizer(job.ds_config["zero_optimization"])

@@ -18,6 +18,7 @@ from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine
 from megadit.engine.kernels import check_kernels, describe_kernels, select_kernels
 from megadit.engine.loss import TrainingLoss
+from megadit.engine.optimizer import check_implementation
 from megadit.engine.pipeline import PipelineTrainingEngine
 from megadit.engine.schedule import Schedule
 from megadit.engine.tf32 import describe_tf32, set_tf32
@@ -98,6 +99,8 @@ def build_run(
     """
     config = job.config
     check_kernels(config.kernels, context.device.type)
+    if context.device.type == "cuda":
+        check_implementation(config.optim.implementation, context.device)
     select_kernels(config.kernels)
     set_tf32(config.train, context.device.type)
     topology = Topology(

@@ -74,7 +74,15 @@ def test_config_and_data_that_cannot_work(refused, override, said):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU cannot do")
-@pytest.mark.parametrize("override", ["train.precision=fp16", "optim.implementation=deepspeed-fused"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.precision=fp16",
+        "optim.implementation=deepspeed-fused",
+        "optim.implementation=fused",
+        "optim.implementation=apex",
+    ],
+)
 def test_what_this_machine_cannot_do(refused, main, override, capsys):
     key = override.split("=")[0]
     assert key in refused(override)

@@ -247,6 +247,14 @@ class TestOptimizerBlock:
             UserError, match=r'^optim.implementation: "deepspeed-cpu" .* contradicts .*torch_adam: true'
         ):
             merge_ds_config(as_default(tmp_path, BASE, "optim.implementation=deepspeed-cpu"), ds, 1)
+        with pytest.raises(UserError, match=r'^optim.implementation: "fused" .* contradicts .*torch_adam: true'):
+            merge_ds_config(as_default(tmp_path, BASE, "optim.implementation=fused"), ds, 1)
+
+    @pytest.mark.parametrize("implementation", ["fused", "apex"])
+    def test_optimizers_that_deepspeed_does_not_know_are_let_through(self, tmp_path: Path, implementation: str):
+        loaded = as_default(tmp_path, BASE, f"optim.implementation={implementation}")
+        assert merge_ds_config(loaded, {}, 1).ds_config["zero_allow_untested_optimizer"] is True
+        assert "zero_allow_untested_optimizer" not in merge_ds_config(as_default(tmp_path), {}, 1).ds_config
 
     def test_mu_adamw_decays_as_the_mup_package_does(self, tmp_path: Path):
         def optim(**params: Any):
@@ -320,6 +328,12 @@ class TestOffload:
             UserError, match=r'^optim.implementation: "torch-fused" .*zero_force_ds_cpu_optimizer: true'
         ):
             merge_ds_config(mine, ds, 1)
+
+    @pytest.mark.parametrize("implementation", ["fused", "apex", "deepspeed-fused"])
+    def test_optimizers_of_the_gpu_are_refused(self, tmp_path: Path, implementation: str):
+        loaded = as_default(tmp_path, BASE, f"optim.implementation={implementation}")
+        with pytest.raises(UserError, match=f"optim.implementation: {implementation} steps on the GPU, but .*offload"):
+            merge_ds_config(loaded, OFFLOAD, 1)
 
     def test_torch_adam_false_means_the_cpu_kernel_here(self, tmp_path: Path):
         ds = {**OFFLOAD, "optimizer": {"type": "AdamW", "params": {"torch_adam": False}}}

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from helpers.kernels.interpreter import need_interpreter
 from helpers.nonfinite_runs import files, infinite_gradient, nan_sample, whole_run
 from helpers.ranks import run_ranks
 from helpers.training import small_config
@@ -72,6 +73,9 @@ def test_a_broken_sample_is_named_and_changes_nothing(tmp_path, world, parallel,
         (1, {}, None, "torch-foreach"),
         (2, {"zero_stage": 2}, None, "auto"),
         (2, {"zero_stage": 1}, 0.5, "torch-foreach"),
+        pytest.param(1, {}, 0.5, "fused", marks=pytest.mark.slow),
+        pytest.param(2, {"zero_stage": 1}, 0.5, "fused", marks=pytest.mark.slow),
+        pytest.param(2, {"zero_stage": 3}, None, "fused", marks=pytest.mark.slow),
         pytest.param(2, {"zero_stage": 3}, 0.5, "torch-foreach", marks=pytest.mark.slow),
         pytest.param(2, {"zero_stage": 3}, 0.5, "auto", marks=pytest.mark.slow),
         pytest.param(2, {"pipeline": 2}, 0.5, "auto", marks=pytest.mark.slow),
@@ -80,6 +84,8 @@ def test_a_broken_sample_is_named_and_changes_nothing(tmp_path, world, parallel,
     ids=str,
 )
 def test_infinite_gradients_of_a_finite_loss_change_nothing(tmp_path, world, parallel, clip, implementation):
+    if implementation == "fused":
+        need_interpreter()
     plant = functools.partial(infinite_gradient, 53)
     results = run_ranks(
         world, whole_run, config_of(clip=clip, implementation=implementation, **parallel), str(tmp_path), plant

@@ -24,6 +24,8 @@ from megadit.config.schema.run import RunConfig
 from megadit.errors import UserError
 
 _NEVER = 10**9  # steps between DeepSpeed's progress lines: megadit prints its own
+_GPU_OPTIMIZERS = ("fused", "apex", "deepspeed-fused")  # optim.implementation
+_UNKNOWN_TO_DEEPSPEED = ("fused", "apex")  # by their classes: ZeRO would refuse them as untested
 _MICRO_BATCHES_PER_STAGE = 4  # default; the pipeline bubble is at most a fifth of a step
 
 
@@ -169,9 +171,9 @@ def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> d
     if not offloads_optimizer(file.block("zero_optimization")):
         return {}
     present = config.optim.implementation
-    if present == "deepspeed-fused":
+    if present in _GPU_OPTIMIZERS:
         raise file.error(
-            "optim.implementation: deepspeed-fused steps on the GPU, but zero_optimization.offload_optimizer keeps the "
+            f"optim.implementation: {present} steps on the GPU, but zero_optimization.offload_optimizer keeps the "
             "state on the CPU; set optim.implementation=auto or deepspeed-cpu"
         )
     if file.values.get("zero_force_ds_cpu_optimizer") is not True or present == "deepspeed-cpu":
@@ -202,6 +204,8 @@ def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]
         merged["pipeline"] = {**file.block("pipeline"), **off}
     if offloads_optimizer(file.block("zero_optimization")):
         merged["zero_force_ds_cpu_optimizer"] = config.optim.implementation == "deepspeed-cpu"
+    if config.optim.implementation in _UNKNOWN_TO_DEEPSPEED:
+        merged["zero_allow_untested_optimizer"] = True
     decided = {*merged, "optimizer", "scheduler"} - {"steps_per_print"}
     return merged | {key: value for key, value in file.values.items() if key not in decided}
 

@@ -155,7 +155,8 @@ def _implementation(name: str, params: dict[str, Any], file: DsFile, config: Run
         return RequestedValue(key, "torch-foreach", "optimizer.params.foreach", True)
     if params.get("fused"):
         return RequestedValue(key, "torch-fused", "optimizer.params.fused", True)
-    if params.get("torch_adam") is True and config.optim.implementation.startswith("deepspeed"):
+    is_torchs = config.optim.implementation in ("auto", "torch-fused", "torch-foreach")
+    if params.get("torch_adam") is True and not is_torchs:
         return RequestedValue(key, "torch-fused", "optimizer.params.torch_adam", True)
     if params.get("torch_adam") is False:
         kernel = "deepspeed-cpu" if offloads_optimizer(file.block("zero_optimization")) else "deepspeed-fused"

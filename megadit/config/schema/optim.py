@@ -48,6 +48,11 @@ class ClipConfig(Section):
         return self
 
 
+OptimizerImplementation = Literal[
+    "auto", "fused", "torch-fused", "torch-foreach", "deepspeed-fused", "deepspeed-cpu", "apex"
+]
+
+
 class OptimConfig(Section):
     """AdamW in base units: the learning rate of a parameter group is schedule(step) x lr x lr_mult."""
 
@@ -62,8 +67,10 @@ class OptimConfig(Section):
         "independent", description="hidden decay over width: x m (lr x decay constant), x 1, x sqrt(m)"
     )
     wd_vectors: bool = Field(False, description="decay biases, gains and tables too, as mup.MuAdamW does")
-    implementation: Literal["auto", "torch-fused", "torch-foreach", "deepspeed-fused", "deepspeed-cpu"] = Field(
-        "auto", description="auto: torch-fused; deepspeed-* compile their kernel at the first use"
+    implementation: OptimizerImplementation = Field(
+        "auto",
+        description="auto: torch-fused; fused: one pass that unscales, clips, updates and writes the weights (Triton); "
+        "apex: NVIDIA's, where installed; deepspeed-* compile their kernel at the first use",
     )
     schedule: Annotated[str, Registered(SCHEDULES)] = Field(
         "constant", description="after the warm-up; wsd: constant, then a linear decay at the end"

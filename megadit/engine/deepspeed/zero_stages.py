@@ -11,6 +11,8 @@ clipping, global   ``clip_fp32_gradients``    DeepSpeed's                       
 clipping per role  in place, ``before_step``  ``unscale_and_clip_grads``            ``unscale_and_clip_grads``
 skipped update     ``step`` of the            ``step``                              ``step``
                    torch optimizer
+update by one      ``before_step``            ``fused_update``                      ``fused_update``
+kernel
 =================  =========================  ====================================  =================================
 
 DeepSpeed computes the norm of each buffer on the way to the global one, reduced over the ranks, so the norms by role
@@ -24,17 +26,19 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megadit.engine.clipping import ClipPlan
+from megadit.engine.deepspeed.fused_update import FusedUpdate3, FusedUpdate12
 from megadit.engine.deepspeed.guard import LossScaleExhausted, UpdateGuard
 from megadit.engine.deepspeed.norms import RoleNorms
+from megadit.engine.deepspeed.patches import MethodPatches
 from megadit.mup.spec import Role
 from megadit.parallel.tensor import is_shard
+from megadit_kernels.adamw import FusedAdamW
 
 
 class MasterRange(NamedTuple):
@@ -47,7 +51,7 @@ class MasterRange(NamedTuple):
     offset: int
 
 
-class ZeroStage(ABC):
+class ZeroStage(MethodPatches, ABC):
     """A DeepSpeed engine at one ZeRO stage: its float32 masters, and the patches of its step.
 
     A patch is a method of this class, put in the place of DeepSpeed's method of the same name by ``_replace``.
@@ -57,18 +61,13 @@ class ZeroStage(ABC):
     may_pad_groups = False  # whether a parameter may be the padding of an optimizer group without members
 
     def __init__(self, engine: Any, plan: ClipPlan) -> None:
+        super().__init__()
         self.engine, self.plan, self.zero = engine, plan, engine.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer if self.sharded else self.zero
-        self.deepspeed_methods = SimpleNamespace()  # those that are replaced
         on_cpu = any(getattr(self.zero, name, False) for name in ("cpu_offload", "offload_optimizer"))
         self.guard = UpdateGuard(engine, self.optimizer, on_cpu=on_cpu, deepspeed_reports=self.sharded)
         self.norms = RoleNorms(plan, self.guard)
         self.patch()
-
-    def _replace(self, target: Any, *names: str) -> None:
-        for name in names:
-            setattr(self.deepspeed_methods, name, getattr(target, name))
-            setattr(target, name, getattr(self, name))
 
     @abstractmethod
     def patch(self) -> None:
@@ -113,9 +112,11 @@ class ZeroStage0(ZeroStage):
         return None if self.guard.found_inf else self.deepspeed_methods.step(*args, **kwargs)
 
     def clip_fp32_gradients(self) -> None:
-        """DeepSpeed's, whose norm ``guard`` is given."""
+        """DeepSpeed's, whose norm ``guard`` is given; the fused kernel clips, as ``before_step`` has told it."""
         from deepspeed.runtime.engine import clip_grad_norm_
 
+        if isinstance(self.optimizer, FusedAdamW):
+            return
         engine = self.engine
         norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
         self.guard.record_total_norm(norm)
@@ -132,11 +133,12 @@ class ZeroStage0(ZeroStage):
     def before_step(self, want_norms: bool) -> None:
         """Take the norms by role where they are read or clipped by, and clip by them.
 
-        Under global clipping ``clip_fp32_gradients`` takes the one norm that ``guard`` needs.
+        Under global clipping ``clip_fp32_gradients`` takes the one norm that ``guard`` needs, unless the fused kernel
+        is to clip by it.
         """
         super().before_step(want_norms)
-        limits = self.plan.limits
-        if self.engine.gradient_clipping() > 0 and not (want_norms or limits):
+        limits, fused = self.plan.limits, isinstance(self.optimizer, FusedAdamW)
+        if self.engine.gradient_clipping() > 0 and not (want_norms or limits or fused):
             return
         grads: dict[Role, list[Tensor]] = {}
         for role, group in zip(self.plan.roles, self.optimizer.param_groups, strict=True):
@@ -146,9 +148,24 @@ class ZeroStage0(ZeroStage):
         else:
             norms = self._tensor_parallel_norms()
         self.norms.record(norms)
+        if fused:
+            self._clip_in_kernel(norms)
+            return
         for role, norm in norms.items():
             if limits and role in limits:
-                torch._foreach_mul_(grads[role], 1.0 / ((norm + 1e-6) / limits[role]).clamp(min=1.0))
+                torch._foreach_mul_(grads[role], _clip_factor(norm, limits[role]))
+
+    def _clip_in_kernel(self, norms: dict[Role, Tensor]) -> None:
+        """Hand each role's factor to the kernel, or that of all under global clipping."""
+        limits, global_limit = self.plan.limits or {}, self.engine.gradient_clipping()
+        factors = {role: _clip_factor(norm, limits[role]) for role, norm in norms.items() if role in limits}
+        if global_limit > 0 and norms:
+            total = torch.stack(list(norms.values())).square().sum().sqrt()
+            factors = dict.fromkeys(norms, _clip_factor(total, global_limit))
+        assert isinstance(self.optimizer, FusedAdamW)
+        for role, group in zip(self.plan.roles, self.optimizer.param_groups, strict=True):
+            for p in group["params"]:
+                self.optimizer.prepare(p, scale=factors.get(role))
 
     def _tensor_parallel_norms(self) -> dict[Role, Tensor]:
         """Shards count on every tensor-parallel rank, replicated parameters on the first."""
@@ -167,14 +184,23 @@ class ZeroStage0(ZeroStage):
         return self.norms.total()
 
 
+def _clip_factor(norm: Tensor, limit: float) -> Tensor:
+    return 1.0 / ((norm + 1e-6) / limit).clamp(min=1.0)
+
+
 class ShardedStage(ZeroStage):
     """What stages 1 to 3 have in common.
 
     Patched: ``step`` where the optimizer's kernel reads the flag of ``guard``, so that the host need not wait for
-    DeepSpeed's question whether the norm is finite; ``unscale_and_clip_grads`` where each role has a threshold.
+    DeepSpeed's question whether the norm is finite; ``unscale_and_clip_grads`` where each role has a threshold; and
+    what ``fused_update`` names, where the optimizer's kernel updates in one pass.
     """
 
+    fused_update: type[FusedUpdate12 | FusedUpdate3]
+
     def patch(self) -> None:
+        if isinstance(self.optimizer, FusedAdamW):  # first, so that the methods below call its
+            self.fused_update(self.zero, self.optimizer)
         if self.guard.decided_by == "device":
             self.zero.check_grad_overflow = False
             self._replace(self.zero, "step")
@@ -216,6 +242,7 @@ class ZeroStage12(ShardedStage):
     """
 
     may_pad_groups = True  # of pipelines, which run at stage 1
+    fused_update = FusedUpdate12
 
     def patch(self) -> None:
         super().patch()
@@ -270,6 +297,8 @@ class ZeroStage3(ShardedStage):
 
     Patched beside the common ones: ``_get_norm_groups``, which takes the norms of all sub groups.
     """
+
+    fused_update = FusedUpdate3
 
     def patch(self) -> None:
         super().patch()

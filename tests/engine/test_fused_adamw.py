@@ -1,0 +1,169 @@
+"""``optim.implementation: fused``, by Triton's interpreter.
+
+At every ZeRO stage training is that of torch's AdamW, without DeepSpeed's own passes over a shard; where it cannot run
+it is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers.kernels.interpreter import counted, need_interpreter
+from helpers.ranks import run_ranks
+from helpers.training import assemble_rank, merge_weights, small_config, train_on, train_rank
+from megadit.engine.optimizer import check_implementation, resolve_implementation
+from megadit.errors import UserError
+
+STEPS = 4
+# SGD-like sensitivity, as Adam divides a constant factor away: epsilon is large beside the gradients.
+OPTIM: dict[str, Any] = {"eps": 0.1, "lr": 0.05, "warmup_steps": 2}
+GLOBAL = {"value": 0.02}
+PER_GROUP = {"mode": "per_group", "value": 0.01, "groups": {"hidden": 0.002, "vector": 50.0, "input": 0.005}}
+SPLIT = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1000}
+
+
+@pytest.fixture(autouse=True)
+def _interpreter() -> None:
+    need_interpreter()
+
+
+def config_of(implementation: str, clip: dict[str, Any], precision: str, micro: int, **parallel: int) -> Any:
+    return small_config(
+        model={"depth": 1},
+        optim={**OPTIM, "clip": clip, "implementation": implementation},
+        train={"micro_batch": micro, "precision": precision},
+        parallel=parallel,
+    )
+
+
+def both(world: int, folder: Path, zero: dict[str, Any], *config: Any, **parallel: int) -> tuple[Any, Any]:
+    """Results of all ranks by the fused kernel, and by torch's."""
+    ours, theirs = (
+        run_ranks(
+            world,
+            train_rank,
+            config_of(name, *config, **parallel),
+            str(folder / name),
+            STEPS,
+            None,
+            {"zero_optimization": zero},
+        )
+        for name in ("fused", "torch-fused")
+    )
+    return ours, theirs
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float) -> None:
+    for kind in ("pieces", "exp_avg", "exp_avg_sq"):
+        mine, other = merge_weights(ours, kind), merge_weights(theirs, kind)
+        for name, expected in other.items():
+            gap = (mine[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+            assert gap <= tolerance, f"{kind} of {name}: {gap:.2e}"
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a["losses"], b["losses"], rtol=tolerance, atol=0)
+        torch.testing.assert_close(a["norms"], b["norms"], rtol=tolerance, atol=0)
+        assert a["adam_step"] == b["adam_step"] == STEPS and a["lrs"] == b["lrs"]
+        assert a["working"].keys() == b["working"].keys()
+        for name, weights in b["working"].items():
+            torch.testing.assert_close(a["working"][name], weights, rtol=8 * tolerance, atol=2 * tolerance)
+
+
+FP32, BF16 = 2e-6, 2**-8  # under bf16 one weight or gradient may be rounded the other way
+slow = pytest.mark.slow
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "zero", "clip", "precision", "parallel"),
+    [
+        (1, {"stage": 0}, PER_GROUP, "fp32", {}),
+        pytest.param(2, {"stage": 1}, GLOBAL, "bf16", {}, marks=slow),
+        (2, SPLIT, PER_GROUP, "bf16", {}),
+        pytest.param(1, {"stage": 0}, GLOBAL, "fp32", {}, marks=slow),
+        pytest.param(2, {"stage": 0}, GLOBAL, "fp32", {"tensor": 2}, marks=slow),
+        pytest.param(2, {"stage": 0}, PER_GROUP, "fp32", {}, marks=slow),
+        pytest.param(2, {"stage": 1}, PER_GROUP, "fp32", {}, marks=slow),
+        pytest.param(4, {"stage": 1}, PER_GROUP, "bf16", {"tensor": 2}, marks=slow),
+        pytest.param(2, {"stage": 1}, GLOBAL, "bf16", {"pipeline": 2}, marks=slow),
+        pytest.param(2, {"stage": 2}, GLOBAL, "fp32", {}, marks=slow),
+        pytest.param(2, {"stage": 2}, PER_GROUP, "bf16", {}, marks=slow),
+        pytest.param(2, {"stage": 3}, GLOBAL, "fp32", {}, marks=slow),
+        pytest.param(2, {"stage": 3}, {}, "bf16", {}, marks=slow),
+        pytest.param(2, {"stage": 2, "round_robin_gradients": True}, GLOBAL, "bf16", {}, marks=slow),
+    ],
+    ids=str,
+)
+def test_training_is_that_of_torchs(tmp_path, world, zero, clip, precision, parallel):
+    """Masters, moments, counters and working weights; gradients are accumulated over two micro batches."""
+    shards = world // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
+    ours, theirs = both(world, tmp_path, zero, clip, precision, 8 // shards, **parallel)
+    assert_same(ours, theirs, FP32 if precision == "fp32" else BF16)
+
+
+class PassesOverShards(TorchDispatchMode):
+    """Counts torch's calls that join, convert to float32, scale or copy as many elements as a large shard has."""
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes, self.calls = sizes, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1].split(".")[0]
+        if torch.is_tensor(out) and out.numel() in self.sizes and out.stride() != (0,):
+            onto_itself = name == "copy_" and args[0].data_ptr() == args[1].data_ptr()  # moves nothing
+            widens = name == "_to_copy" and out.dtype == torch.float32
+            if (name in ("cat", "mul_", "copy_") and not onto_itself) or widens:
+                self.calls[name] += 1
+        return out
+
+
+def passes(implementation: str, stage: int, folder: str) -> tuple[float, Counter[str]]:
+    """Of the second step: the bytes that kernels move per parameter, and torch's passes over shards."""
+    config = config_of(implementation, GLOBAL, "bf16", 16)
+    run = assemble_rank(config, folder, None, {"zero_optimization": {"stage": stage}})
+    train_on(run, 1)
+    sizes = {f.flat.numel() for f in run.engine.partitions.fragments()}
+    zero = run.engine.partitions._engine.optimizer
+    update, mode = zero.step, PassesOverShards({size for size in sizes if size > 1000})
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return update(*args, **kwargs)
+
+    zero.step = step
+    with counted() as launches:
+        train_on(run, 2)
+    parameters = sum(math.prod(shape) for _, shape in {(f.name, f.shape) for f in run.engine.partitions.fragments()})
+    return sum(launch.bytes for launch in launches) / parameters, mode.calls
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
+def test_deepspeeds_passes_over_a_shard_are_gone(tmp_path, stage):
+    """bf16: 2 bytes of gradient, 24 of float32 master and moments read and written, 2 of the weight."""
+    [(moved, calls)] = run_ranks(1, passes, "fused", stage, str(tmp_path / "fused"))
+    [(_, of_deepspeed)] = run_ranks(1, passes, "torch-fused", stage, str(tmp_path / "torch"))
+    assert 28 <= moved < 28.2 and not calls
+    assert {*of_deepspeed} == {"cat", "_to_copy", "mul_", "copy_"}
+
+
+def test_refused_without_a_gpu() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=r"^optim.implementation: fused needs a GPU and Triton \(.*auto or torch-fused"):
+        check_implementation("fused", cpu)
+    with pytest.raises(UserError, match=r"^optim.implementation: apex needs a GPU and NVIDIA's apex \(NVIDIA's apex: "):
+        check_implementation("apex", cpu)
+    check_implementation("auto", cpu)
+    check_implementation("torch-fused", cpu)
+
+
+def test_auto_is_torchs_until_the_kernel_has_been_measured() -> None:
+    assert resolve_implementation("auto", torch.device("cuda")) == "torch-fused"
