@@ -120,6 +120,17 @@ def norm_modulate(width: int, dtype: torch.dtype) -> None:
     fused.backward(new_x, x, x, x, gate, None, scale, None, mean, rstd, "layer", 1.0)
 
 
+def affine_norm(width: int, dtype: torch.dtype) -> None:
+    """Residual and LayerNorm with gain and bias as a U-ViT block has them, forward and backward."""
+    import torch
+
+    from megadit_kernels.norm_modulate import fused
+
+    x, gain = torch.zeros(2, 256, width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    new_x, _, mean, rstd = fused.forward(x, x, None, None, None, gain, None, gain, 1e-5, "layer", 0.0)
+    fused.backward(new_x, x, x, None, None, None, None, gain, mean, rstd, "layer", 0.0)
+
+
 def swiglu(width: int, dtype: torch.dtype) -> None:
     """SwiGLU's product, of a hidden layer of 4 times the width."""
     import torch
@@ -176,6 +187,7 @@ def adamw(width: int, dtype: torch.dtype) -> None:
 
 CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "norm_modulate": norm_modulate,
+    "affine_norm": affine_norm,
     "swiglu": swiglu,
     "noise": noise,
     "qk_norm": qk_norm,

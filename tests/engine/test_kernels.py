@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,7 @@ MODELS = {
     "pixart": (tiny_pixart, pixart_inputs),
     "uvit": (tiny_uvit, uvit_inputs),
     "mmdit": (tiny_mmdit, mmdit_inputs),
+    "uvit": (functools.partial(tiny_uvit, "class"), uvit_inputs),
 }
 
 

@@ -112,20 +112,72 @@ def test_without_a_branch_or_without_a_norm() -> None:
             torch.testing.assert_close(part.double(), value, rtol=0, atol=3e-6 * float(value.detach().abs().max()))
 
 
-def test_a_plain_affine_norm_after_a_plain_residual() -> None:
-    """U-ViT's form: no gate, the gain is the factor itself, nothing is the sample's own."""
+def affine_operands(
+    batch: int, tokens: int, width: int, dtype: torch.dtype = torch.float32, gain_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    x, branch, gain, bias = draw(2, 9, 144), draw(2, 9, 144), draw(144), draw(144)
-    new_x, y = residual_norm_modulate(x, None, branch, None, None, shift_row=bias, scale_row=gain, eps=1e-5, one=0.0)
-    torch.testing.assert_close(new_x, x + branch)
-    expected = torch.nn.functional.layer_norm(x + branch, (144,), gain, bias, 1e-5)
-    torch.testing.assert_close(y, expected)
-    given = torch.randn_like(y)
-    inputs = (x, branch, gain, bias)
-    for grad, value in zip(
-        torch.autograd.grad(y, inputs, given), torch.autograd.grad(expected, inputs, given), strict=True
+    x, branch = draw(batch, tokens, width, dtype=dtype), draw(batch, tokens, width, dtype=dtype)
+    return {"x": x, "branch": branch, **{name: draw(width, dtype=gain_dtype or dtype) for name in ("gain", "bias")}}
+
+
+def affine(op: Any, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """U-ViT's form: no gate, the gain is the factor itself, nothing is the sample's own."""
+    rows = {"shift_row": leaves["bias"], "scale_row": leaves["gain"], "eps": 1e-5, "one": 0.0}
+    return op(leaves["x"], None, leaves["branch"], None, None, **rows)
+
+
+def check_affine(leaves: dict[str, Tensor], tolerance: float) -> None:
+    """Values and all gradients against float64, by torch's own LayerNorm; errors relative to the largest value."""
+    new_x, y = outputs = affine(residual_norm_modulate, leaves)
+    wide = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    exact_x = wide["x"] + wide["branch"]
+    exact_y = torch.nn.functional.layer_norm(exact_x, exact_x.shape[-1:], wide["gain"], wide["bias"], 1e-5)
+    given = [torch.randn_like(part) for part in outputs]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), given)
+    exact_grads = torch.autograd.grad((exact_x, exact_y), list(wide.values()), [part.double() for part in given])
+    dtypes = [new_x.dtype, y.dtype, *(leaf.dtype for leaf in leaves.values())]
+    names = ["new x", "y", *(f"gradient of {name}" for name in leaves)]
+    for name, part, exact, dtype in zip(
+        names, (*outputs, *grads), (exact_x, exact_y, *exact_grads), dtypes, strict=True
     ):
-        torch.testing.assert_close(grad, value, rtol=1e-4, atol=1e-5)
+        error = (part.double() - exact).abs().max() / exact.abs().max()
+        assert part.dtype == dtype and error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("width", [100, 144, 288, 1152, 5120])
+def test_a_plain_affine_norm_after_a_plain_residual(width: int) -> None:
+    check_affine(affine_operands(2, 5 if width > 300 else 37, width), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("gain_dtype", [torch.bfloat16, torch.float32])
+def test_gain_and_bias_have_gradients_in_their_own_dtype(gain_dtype: torch.dtype) -> None:
+    check_affine(affine_operands(2, 33, 288, torch.bfloat16, gain_dtype), tolerance=2**-8)
+
+
+def test_gradients_of_gain_and_bias_are_the_same_bits_each_time_and_of_no_batch_zero() -> None:
+    leaves = affine_operands(5, 70, 144)
+    inputs = list(leaves.values())
+    runs = []
+    for _ in range(2):
+        new_x, y = affine(residual_norm_modulate, leaves)
+        runs.append(torch.autograd.grad(new_x.square().sum() + y.square().sum(), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    empty = affine_operands(0, 70, 144)
+    grads = torch.autograd.grad(affine(residual_norm_modulate, empty)[1].sum(), list(empty.values()))
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in empty.values()]
+    assert not any(grad.any() for grad in grads)
+
+
+def test_on_torch_an_affine_norm_is_its_own_bit_for_bit() -> None:
+    """One call of F.layer_norm, in float32 where asked for; so pins of U-ViT hold."""
+    for dtype, float32 in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        x, _, gain, bias = (leaf.detach() for leaf in affine_operands(2, 5, 144, dtype).values())
+        for op in OPS:
+            op.select("auto")
+        y = norm_modulate(x, None, None, shift_row=bias, scale_row=gain, eps=1e-5, one=0.0, float32=float32)
+        operands = (x.float(), gain.float(), bias.float()) if float32 else (x, gain, bias)
+        wide, *rows = operands
+        assert torch.equal(y, torch.nn.functional.layer_norm(wide, (144,), *rows, 1e-5).to(dtype))
 
 
 def test_a_result_that_nobody_uses_asks_for_no_gradient() -> None:
@@ -226,6 +278,21 @@ def test_bytes_moved_are_close_to_the_floor(batch: int, width: int, root: Path) 
     assert row in (root / "docs" / "kernels.md").read_text(encoding="utf-8"), row
 
 
+def test_bytes_of_an_affine_norm_are_close_to_the_floor() -> None:
+    leaves = affine_operands(2, 256, 288, torch.bfloat16)
+    with counted() as launches:
+        outputs = affine(residual_norm_modulate, leaves)
+    rows = nbytes(leaves["gain"], leaves["bias"])
+    floor = nbytes(leaves["x"], leaves["branch"], *outputs) + rows
+    assert sum(launch.bytes for launch in launches) <= 1.02 * floor
+    given = [torch.randn_like(part) for part in outputs]
+    with counted() as launches:
+        torch.autograd.grad(outputs, list(leaves.values()), given)
+    assert [launch.name for launch in launches] == ["backward", "add_chunks", "add_chunks"]
+    floor = nbytes(*given, outputs[0], leaves["x"]) + 2 * rows  # of x and branch the gradient is one
+    assert sum(launch.bytes for launch in launches) <= 1.10 * floor
+
+
 def test_shapes_alone_on_the_meta_device() -> None:
     leaves = {name: leaf.detach().to("meta").requires_grad_() for name, leaf in operands(2, 5, 144).items()}
     outputs = call(residual_norm_modulate, leaves)
@@ -275,8 +342,13 @@ def test_fake_cuda_tensors_take_the_operator() -> None:
         assert new_x.device.type == y.device.type == "cuda" and new_x.shape == y.shape == x.shape
         assert new_x.dtype == y.dtype == torch.bfloat16 and y.is_contiguous()
         mean = torch.empty(2, 6, device="cuda")
-        dx, dbranch, sums = fused.run.backward(new_x, y, y, x, gate, None, scale, None, mean, mean, "layer", 1.0)
+        saved = (gate, None, scale, None, mean, mean, "layer", 1.0)
+        dx, dbranch, sums, row_sums = fused.run.backward(new_x, y, y, x, *saved)
         assert dx.shape == dbranch.shape == x.shape and sums.shape == (2, 3, 144) and sums.dtype == torch.bfloat16
+        assert not row_sums.numel()
+        rows = (None, None, None, torch.empty(144, device="cuda", dtype=torch.bfloat16), mean, mean, "layer", 0.0)
+        sums, row_sums = fused.run.backward(new_x, y, y, None, *rows)[2:]
+        assert sums.dtype == torch.float32 and row_sums.shape == (2, 144) and row_sums.dtype == torch.bfloat16
 
 
 # What a slip of the pen would leave out or swap, in the forward and the backward kernel.
@@ -310,3 +382,27 @@ def test_a_fault_in_a_kernel_is_noticed(fault: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fused, "triton_kernels", faulty(fused.triton_kernels, *FAULTS[fault], tmp_path))
     with pytest.raises(AssertionError, match="gradient|new x|y"):
         check(operands(2, 70, 128), tolerance=2e-6, eps=1e-2)
+
+
+# Of the vectors that samples share, and of those of their own beside them.
+ROW_FAULTS = {
+    "a shared vector": ("total += tl.load(row + columns", "total += 0.0 * tl.load(row + columns"),
+    "the sample's vector": ("total += tl.load(value + sample", "total += 0.0 * tl.load(value + sample"),
+    "shift's row for scale's": (
+        "_per_sample(scale, scale_row, scale_at, columns",
+        "_per_sample(scale, shift_row, scale_at, columns",
+    ),
+    "the last sample": ("for chunk in range(chunks):", "for chunk in range(tl.maximum(chunks - 1, 1)):"),
+}
+
+
+@pytest.mark.parametrize("fault", list(ROW_FAULTS))
+def test_a_fault_of_shared_vectors_is_noticed(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megadit_kernels.norm_modulate import fused
+
+    monkeypatch.setattr(fused, "triton_kernels", faulty(fused.triton_kernels, *ROW_FAULTS[fault], tmp_path))
+    with pytest.raises(AssertionError, match="gradient|new x|y"):
+        check(operands(2, 20, 128, rows=True), tolerance=2e-6)
+    if fault != "the sample's vector":
+        with pytest.raises(AssertionError, match="gradient|new x|y"):
+            check_affine(affine_operands(2, 20, 128), tolerance=2e-6)

@@ -21,13 +21,24 @@ residual_norm_modulate = Op(reference.residual_norm_modulate)
 
 @norm_modulate.implementation("torch", device=None, works=lambda: True)
 def _norm_addcmul(x: Tensor, shift: Tensor | None, scale: Tensor | None, **options: Any) -> Tensor:
-    """One pass fewer where everything is there: LayerNorm with the sample's own shift and scale."""
+    """Fewer passes for LayerNorm with the sample's own shift and scale, or with gain and bias."""
+    if shift is None and scale is None and options.get("one") == 0.0 and options.get("norm", "layer") == "layer":
+        gain, bias = options.get("scale_row"), options.get("shift_row")
+        if gain is not None and bias is not None:
+            return _affine(x, gain, bias, options.get("eps", 1e-6), bool(options.get("float32")))
     factor = reference.over_tokens(scale, options.get("scale_row"))
     offset = reference.over_tokens(shift, options.get("shift_row"))
     if factor is None or offset is None or options.get("norm", "layer") != "layer" or options.get("float32"):
         return reference.norm_modulate(x, shift, scale, **options)
     normed = F.layer_norm(x, x.shape[-1:], eps=options.get("eps", 1e-6))
     return torch.addcmul(offset, normed, options.get("one", 1.0) + factor)
+
+
+def _affine(x: Tensor, gain: Tensor, bias: Tensor, eps: float, float32: bool) -> Tensor:
+    """torch's own LayerNorm with gain and bias (n,)."""
+    if not float32:
+        return F.layer_norm(x, gain.shape, gain, bias, eps)
+    return F.layer_norm(x.float(), gain.shape, gain.float(), bias.float(), eps).to(x.dtype)
 
 
 @gated_residual.implementation("torch", device=None, works=lambda: True)

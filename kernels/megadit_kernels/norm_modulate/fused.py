@@ -120,11 +120,12 @@ def backward(
     rstd: Tensor,
     norm: str,
     one: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and dbranch (B, T, n), and the sums over tokens (B, k, n) in new_x's dtype.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx and dbranch (B, T, n), the sums over tokens (B, k, n), and those over samples besides (k, n).
 
-    Sums: for shift and scale where the norm's result was used (dy), then for the gate where there is one. Without a
-    gate dbranch is empty: it equals dx. Without dy dx is empty: it equals dnew.
+    Sums: for shift and scale where the norm's result was used (dy), then for the gate where there is one; those over
+    tokens in new_x's dtype, but float32 where there is a row that samples share, whose dtype has the second, else
+    empty. Without a gate dbranch is empty: it equals dx. Without dy dx is empty: it equals dnew.
     """
     batch, tokens, width = new_x.shape
     norm = "none" if dy is None else norm
@@ -137,10 +138,12 @@ def backward(
     launch = launch_of(width, backward=True)
     passes = passes_of(tokens, batch, launch.rows)
     chunks = -(-tokens // (launch.rows * passes))
-    rows = gate_row is not None or scale_row is not None  # whose gradients are sums over samples besides
-    sums = new_x.new_empty((batch, count, width), dtype=torch.float32 if rows else new_x.dtype)
+    row = scale_row if gate_row is None else gate_row
+    sums = new_x.new_empty((batch, count, width), dtype=new_x.dtype if row is None else torch.float32)
+    row_sums = new_x.new_empty(0 if row is None else (count, width), dtype=None if row is None else row.dtype)
     if not new_x.numel():
         sums.zero_()
+        row_sums.zero_()
     if launches(new_x) and count:
         partial = new_x.new_empty((batch, chunks, count, width), dtype=torch.float32)
         strides = [0 if part is None else part.stride(at) for part in (dy, dnew, branch) for at in (0, 1)]
@@ -152,8 +155,11 @@ def backward(
             GATED=gated, SUMS=count, num_warps=launch.warps,
         )  # fmt: skip
         size = count * width
-        triton_kernels.add_chunks[(-(-size // _COLUMNS), batch)](partial, sums, chunks, SIZE=size, BLOCK=_COLUMNS)
-    return dx, dbranch, sums
+        blocks = -(-size // _COLUMNS)
+        triton_kernels.add_chunks[(blocks, batch)](partial, sums, chunks, SIZE=size, BLOCK=_COLUMNS)
+        if row is not None:
+            triton_kernels.add_chunks[(blocks, 1)](sums, row_sums, batch, SIZE=size, BLOCK=_COLUMNS)
+    return dx, dbranch, sums, row_sums
 
 
 _OPERANDS = 8  # of ``forward``, those that are tensors
@@ -172,22 +178,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(
-    launch: Callable[..., tuple[Tensor, Tensor, Tensor]], ctx: Any, dnew: Tensor | None, dy: Tensor | None, *_: None
+    launch: Callable[..., tuple[Tensor, ...]], ctx: Any, dnew: Tensor | None, dy: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     """Of all arguments of ``forward``, from those of new_x and y. ``launch``: ``backward``, or the operator of it."""
     if dy is None and dnew is None:
         return (None,) * (_OPERANDS + 3)
     x, branch, gate, gate_row, shift, shift_row, scale, scale_row = ctx.dtypes
     stream, *others = ctx.saved_tensors  # read once: under recomputation a second reading is refused
-    dx, dbranch, sums = launch(stream, dy, dnew, *others, ctx.norm, ctx.one)
+    dx, dbranch, sums, row_sums = launch(stream, dy, dnew, *others, ctx.norm, ctx.one)
     through_norm = dy is not None and ctx.norm != "none"
     into_x = dx if through_norm else dnew
     into_branch = into_x if gate is None and gate_row is None else dbranch
 
+    def over_samples(at: int) -> Tensor:
+        return row_sums[at] if row_sums.numel() else sums[:, at].sum(0, dtype=torch.float32)
+
     def of(at: int, samples: torch.dtype | None, row: torch.dtype | None) -> list[Tensor | None]:
         return [
             None if samples is None else sums[:, at].to(samples),
-            None if row is None else sums[:, at].sum(0, dtype=torch.float32).to(row),
+            None if row is None else over_samples(at).to(row),
         ]
 
     return (

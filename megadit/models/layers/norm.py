@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ def without_autocast(x: Tensor) -> Iterator[None]:
         return
     with torch.autocast(device, enabled=False):
         yield
+
+
+def _widens(precision: Precision, x: Tensor) -> bool:
+    return precision == "fp32" and x.dtype != torch.float32
 
 
 def at_precision(precision: Precision, function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ class ModulatedNorm(nn.Module):
     ) -> Tensor:
         """x (B, T, n), shift and scale (B, n), rows (n,) that are added to them -> (B, T, n) in x's dtype."""
         return norm_modulate(
-            x, shift, scale, shift_row=shift_row, scale_row=scale_row, eps=self.eps, float32=self._widens(x)
+            x, shift, scale, shift_row=shift_row, scale_row=scale_row, eps=self.eps, float32=_widens(self.precision, x)
         )
 
     def after_residual(
@@ -81,11 +85,8 @@ class ModulatedNorm(nn.Module):
             shift_row=shift_row,
             scale_row=scale_row,
             eps=self.eps,
-            float32=self._widens(x),
+            float32=_widens(self.precision, x),
         )
-
-    def _widens(self, x: Tensor) -> bool:
-        return self.precision == "fp32" and x.dtype != torch.float32
 
 
 class MuRMSNorm(nn.Module):
@@ -139,15 +140,22 @@ class MuLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim.size))
         self.bias = nn.Parameter(torch.empty(dim.size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., n) in x's dtype."""
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream x, or x + branch, normed, and that stream itself: (B, T, n) twice in x's dtype.
+
+        A call of the module, since whatever gathers its parameters (ZeRO-3) or watches it hooks into calls.
+        """
+        if branch is None:
+            return norm_modulate(x, None, None, **self._affine(x)), x
+        x, normed = residual_norm_modulate(x, None, branch, None, None, **self._affine(x))
+        return normed, x
+
+    def _affine(self, x: Tensor) -> dict[str, Any]:
+        """Gain and bias as the rows that all samples share, and no 1 beside the gain."""
         gain: Tensor = self.weight
         bias: Tensor = self.bias
         if self.layout is not None:
             gain = copy_to_tensor_parallel_region(gain, self.layout)
             bias = copy_to_tensor_parallel_region(bias, self.layout)
-
-        def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-            return F.layer_norm(x, gain.shape, gain, bias, self.eps)
-
-        return at_precision(self.precision, norm, x, gain, bias)
+        options = {"eps": self.eps, "float32": _widens(self.precision, x)}
+        return {"shift_row": bias, "scale_row": gain, "one": 0.0, **options}

@@ -47,6 +47,7 @@ from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import gather_sequence, scatter_sequence
 from megadit.parallel.tensor import tensor_layout
+from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-5
 
@@ -112,9 +113,9 @@ class UViTBlock(Stage):
             skips = (*skips, skip_for_sharded_linear(x, self.layout))
         if self.skip_linear is not None:
             x, skips = self.skip_linear(x, skips[-1]), skips[:-1]
-        x = x + self.attn(self.norm1(x), None if mask is None else mask[:, None, None])
-        x = x + self.mlp(self.norm2(x))
-        return UViTState(x, skips, mask)
+        normed, x = self.norm1(x)
+        normed, x = self.norm2(x, self.attn(normed, None if mask is None else mask[:, None, None]))
+        return UViTState(gated_residual(x, None, self.mlp(normed)), skips, mask)
 
 
 class UViTEmbedStage(Stage):
@@ -164,7 +165,8 @@ class UViTFinalStage(Stage):
         tokens = state.tokens
         if not self.layout.sequence:  # a rank that holds all tokens reads out the patches alone
             tokens = tokens[:, self.extra_tokens :]
-        readout = gather_sequence(self.decoder_pred(self.norm(tokens)), self.layout, _num_tokens(config))
+        normed, _ = self.norm(tokens)
+        readout = gather_sequence(self.decoder_pred(normed), self.layout, _num_tokens(config))
         patches = readout[:, -side * side :]
         image = unpatchify(patches, side, side, config.patch_size, config.out_channels)
         return ModelOutput(image if self.final_layer is None else self.final_layer(image))
