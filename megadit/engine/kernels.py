@@ -6,7 +6,8 @@ from typing import Any
 
 from megadit.config.schema.kernels import KernelConfig
 from megadit.errors import UserError
-from megadit_kernels import OPS_OF_KEY, Op
+from megadit.parallel.recompute import Recompute
+from megadit_kernels import OPS_OF_KEY, Op, residual_norm_modulate
 from megadit_kernels.backends import Backend, backend
 
 
@@ -34,12 +35,25 @@ def select_kernels(config: KernelConfig) -> None:
             op.select("torch" if choice == "reference" else choice)
 
 
-def describe_kernels(config: KernelConfig, device: str) -> str:
+def adds_across_blocks(config: KernelConfig, device: str, recompute: Recompute) -> bool:
+    """Whether blocks leave their last residual to the next: ``kernels.residual_across_blocks``.
+
+    auto: not where blocks are recomputed, which then save branch and gate beside the tokens that they begin with.
+    """
+    if config.residual_across_blocks != "auto":
+        return config.residual_across_blocks
+    return recompute == "none" and residual_norm_modulate.backend_on(device) == "fused"
+
+
+def describe_kernels(config: KernelConfig, device: str, recompute: Recompute = "none") -> str:
     """One line: what runs of each key, and why where it is not the fused kernel."""
     keys_of: dict[str, list[str]] = {}
     for key, ops in OPS_OF_KEY.items():
         keys_of.setdefault(_implementation(ops[0], getattr(config, key), device), []).append(key)
-    return "kernels: " + "; ".join(f"{', '.join(keys)} {how}" for how, keys in keys_of.items())
+    lines = [f"{', '.join(keys)} {how}" for how, keys in keys_of.items()]
+    if adds_across_blocks(config, device, recompute):
+        lines.append("a block's last residual within the next block's norm")
+    return "kernels: " + "; ".join(lines)
 
 
 def _implementation(op: Op[Any, Any], choice: str, device: str) -> str:

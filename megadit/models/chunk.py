@@ -60,10 +60,12 @@ class ModelChunk(nn.Module):
         block, repa_block = self._blocks_before, self.model.repa_block if self.project else 0
         if 0 < repa_block <= block:
             repa_projection, state = state[:1], state[1:]
-        for stage in self._stages:
-            state = stage.recomputed(state, self.model.recompute)
+        for stage, following in zip(self._stages, (*self._stages[1:], None), strict=True):
             block += stage.is_block
-            if stage.is_block and block == repa_block:
+            is_read = stage.is_block and block == repa_block
+            pending = self.model.leaves_pending(stage, following, is_read)
+            state = stage.recomputed(state, self.model.recompute, pending)
+            if is_read:
                 repa_projection = (self.model.project_tokens(state[0]),)
         if self.is_last:
             return (*state, *repa_projection) if repa_projection else state[0]

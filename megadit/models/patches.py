@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from megadit.conditioning import Conditioning
 from megadit.config.schema.model import ModelConfig
-from megadit.models.layers import SelfAttention, unpatchify
-from megadit.models.stages import ModelOutput, Stage, StageState
+from megadit.models.layers import PendingResidual, SelfAttention, add_residual, unpatchify
+from megadit.models.stages import ModelOutput, Stage, StageIO, StageState
 from megadit.mup.rules import Parametrization
 from megadit.parallel.collectives import gather_sequence
 from megadit.parallel.tensor import tensor_layout
@@ -61,15 +61,27 @@ class ConditionedTokens(StageState):
 
     tokens: Tensor
     condition: Tensor
+    pending: PendingResidual = ()
+
+    @classmethod
+    def unpack(cls, tensors: StageIO) -> ConditionedTokens:
+        """What comes after the condition is pending."""
+        tokens, condition, *pending = tensors
+        return cls(tokens, condition, tuple(pending))
+
+    def complete(self) -> ConditionedTokens:
+        return ConditionedTokens(add_residual(self.tokens, self.pending), self.condition)
 
 
 class SquareReadoutStage(Stage):
-    """From tokens (B, T, n) to the image (B, C, H, W), by ``final_layer(tokens, condition)`` -> (B, T, p * p * C).
+    """From tokens (B, T, n) to the image (B, C, H, W), by ``final_layer(tokens, condition, pending)``
+    -> (B, T, p * p * C).
 
     T counts the image's patches, under sequence parallelism this rank's; p is ``patch_size``, C ``out_channels``.
     """
 
     takes = ConditionedTokens
+    takes_pending = True
 
     def __init__(self, config: ModelConfig, final_layer: nn.Module) -> None:
         super().__init__()
@@ -80,5 +92,6 @@ class SquareReadoutStage(Stage):
     def run(self, state: ConditionedTokens) -> ModelOutput:
         """Read out the patches, all-gather them under sequence parallelism, and assemble the image."""
         config, side = self.config, patches_per_side(self.config)
-        patches = gather_sequence(self.final_layer(state.tokens, state.condition), self.layout, side * side)
+        readout = self.final_layer(state.tokens, state.condition, state.pending)
+        patches = gather_sequence(readout, self.layout, side * side)
         return ModelOutput(unpatchify(patches, side, side, config.patch_size, config.out_channels))

@@ -45,6 +45,11 @@ class StageState:
         """The state whose ``pack`` gives ``tensors``."""
         return cls(*tensors)
 
+    def complete(self) -> StageState:
+        """The state as it travels between ranks, is read by taps and projected: with the residual that its block left
+        pending, where it left one, added to the tokens."""
+        return self
+
 
 @dataclass(frozen=True)
 class ModelInputs(StageState):
@@ -86,6 +91,7 @@ class Stage(nn.Module):
     ``takes`` is the class of ``run``'s input.
     ``prefix`` + a parameter's name within the stage is its canonical name in the model.
     ``is_block`` marks Transformer blocks, which ``taps`` count.
+    ``takes_pending``: ``run`` also takes a state whose last residual is pending, and adds it within its first norm.
     ``compiled``: its ``forward`` is a compiled one, called as ``forward(*tensors)``, which recomputes as
     ``compile_blocks`` was told.
     """
@@ -93,20 +99,23 @@ class Stage(nn.Module):
     takes: type[StageState]
     prefix: str = ""
     is_block: bool = False
+    takes_pending: bool = False
     compiled: bool = False
 
-    def forward(self, tensors: StageIO) -> StageIO:
-        """``run`` on packed states."""
-        return self.run(self.takes.unpack(tensors)).pack()
+    def forward(self, tensors: StageIO, leave_pending: bool = False) -> StageIO:
+        """``run`` on packed states. ``leave_pending``: the next stage adds the last residual, if ``run`` left one."""
+        state = self.run(self.takes.unpack(tensors))
+        return (state if leave_pending else state.complete()).pack()
 
-    def recomputed(self, tensors: StageIO, how: Recompute) -> StageIO:
+    def recomputed(self, tensors: StageIO, how: Recompute, leave_pending: bool = False) -> StageIO:
         """``forward``, a block's under the activation checkpointing ``how``."""
-        if self.compiled:
-            return self(*tensors)  # DeepSpeed's hooks on the gradients of a whole block look at tensors, not tuples
-        return run_block(self, tensors, how if self.is_block else "none")
+        if self.compiled:  # DeepSpeed's hooks on the gradients of a whole block look at tensors, not tuples
+            return self(*tensors, leave_pending=leave_pending)
+        call = functools.partial(self, leave_pending=True) if leave_pending else self
+        return run_block(call, tensors, how if self.is_block else "none")
 
     def run(self, state: Any) -> StageState:
-        """The state that the next stage takes."""
+        """The state that the next stage takes; a block may leave its last residual pending."""
         raise TypeError(f"{type(self).__name__} does not say what it computes")
 
 
@@ -129,15 +138,16 @@ def compile_blocks(stages: Iterable[Stage], recompute: Recompute, **options: Any
             stage.compiled = True
 
 
-def _run_recomputed(stage: Stage, how: Recompute, *tensors: Tensor) -> StageIO:
+def _run_recomputed(stage: Stage, how: Recompute, *tensors: Tensor, leave_pending: bool = False) -> StageIO:
     """The block's forward pass as it was before it was compiled."""
-    return run_block(functools.partial(type(stage).forward, stage), tensors, how)
+    return run_block(functools.partial(type(stage).forward, stage, leave_pending=leave_pending), tensors, how)
 
 
 class StagedModel(nn.Module):
     """Base class of models: subclasses define ``inputs`` and ``stages``.
 
     ``recompute``: activation checkpointing of the blocks (see ``megadit.parallel.recompute``).
+    ``residual_across_blocks``: a block leaves its last residual to the first norm of the stage after it.
     ``repa``, ``repa_block``: projector of the REPA loss, and the block whose tokens it projects, counted from 1;
     ``build_model`` sets both.
     ``counted_tables``: names of the buffers that published parameter counts include.
@@ -150,6 +160,7 @@ class StagedModel(nn.Module):
     layout: TensorLayout = UNSHARDED
     stream_tokens: int | None = None
     recompute: Recompute = "none"
+    residual_across_blocks: bool = False
     repa: nn.Module | None
     repa_block: int = 0
 
@@ -204,18 +215,28 @@ class StagedModel(nn.Module):
         stage_io = self.packed_inputs(x, t, Conditioning() if cond is None else cond)
         tapped: dict[int, Tensor] = {}
         blocks = 0
-        for stage in self.stages():
-            stage_io = stage.recomputed(stage_io, self.recompute)
-            if stage.is_block:
-                blocks += 1
-                if blocks in taps:
-                    tapped[blocks] = self.gather_tokens(stage_io[0])
+        stages = self.stages()
+        for stage, following in zip(stages, (*stages[1:], None), strict=True):
+            blocks += stage.is_block
+            is_read = stage.is_block and blocks in taps
+            pending = self.leaves_pending(stage, following, is_read)
+            stage_io = stage.recomputed(stage_io, self.recompute, pending)
+            if is_read:
+                tapped[blocks] = self.gather_tokens(stage_io[0])
         if not taps:
             return stage_io[0]
         missing = [k for k in taps if k not in tapped]
         if missing:
             raise ValueError(f"taps: {missing} are not blocks of this model, which has blocks 1 to {blocks}")
         return stage_io[0], [tapped[k] for k in taps]
+
+    def leaves_pending(self, stage: Stage, following: Stage | None, is_read: bool) -> bool:
+        """Whether ``stage`` leaves its last residual to ``following``, None at the end of what this rank holds.
+
+        ``is_read``: something besides reads the tokens between the two.
+        """
+        takes_pending = following is not None and following.takes_pending
+        return self.residual_across_blocks and stage.is_block and takes_pending and not is_read
 
     def gather_tokens(self, tokens: Tensor) -> Tensor:
         """All tokens of a block's output, (B, T, n), from those of this rank under sequence parallelism."""

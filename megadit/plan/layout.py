@@ -90,6 +90,7 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
         train.activation_checkpointing,
         parallel.tensor,
         sequence=parallel.sequence,
+        residual_across_blocks=config.kernels.residual_across_blocks is True,  # auto saves as much as without it
     )
     stages, blocks = [], 0
     for stage, (chunk, cost) in enumerate(costs):

@@ -117,6 +117,7 @@ def stage_costs(
     tensor: int = 1,
     *,
     sequence: bool = False,
+    residual_across_blocks: bool = False,
 ) -> Iterator[tuple[ModelChunk, MicroBatchCost]]:
     """Every chunk of a model cut at ``cuts``, on the meta device as one of ``tensor`` ranks holds it, and the cost of a
     micro batch of ``batch`` images in it. The text comes with its mask.
@@ -127,7 +128,7 @@ def stage_costs(
     for stage in range(len(cuts) - 1):
         chunk = build_chunk(config, cuts, stage, layout, device="meta")
         chunk.model.to(dtype)
-        chunk.model.recompute = recompute
+        chunk.model.recompute, chunk.model.residual_across_blocks = recompute, residual_across_blocks
         chunk.project = config.repa is not None
         if stage == 0:
             x = torch.empty(batch, config.in_channels, config.input_size, config.input_size, device="meta")

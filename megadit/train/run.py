@@ -16,7 +16,7 @@ from megadit.data.features.targets import TargetFeatures
 from megadit.data.windows import Window, merge_windows, windows_before
 from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine
-from megadit.engine.kernels import check_kernels, describe_kernels, select_kernels
+from megadit.engine.kernels import adds_across_blocks, check_kernels, describe_kernels, select_kernels
 from megadit.engine.loss import TrainingLoss
 from megadit.engine.optimizer import check_implementation
 from megadit.engine.pipeline import PipelineTrainingEngine
@@ -109,9 +109,9 @@ def build_run(
     groups = ProcessGroups(topology) if topology.data < topology.world else None  # else every rank has the whole model
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = _build_conditions(job, start, context)
-    model = _build_model(config, groups)
+    model = _build_model(config, groups, context.device.type)
     if context.is_main:
-        say(describe_kernels(config.kernels, context.device.type))
+        say(describe_kernels(config.kernels, context.device.type, config.train.activation_checkpointing))
         if (tf32 := describe_tf32(config.train, context.device.type)) is not None:
             say(tf32)
         _write_description(job, directory, topology)
@@ -155,19 +155,20 @@ def _build_conditions(job: TrainingJob, start: StartPoint, context: ProcessConte
     return build_conditions(job.config, job.train_set, job.val_set, context.device, null=null)
 
 
-def _build_model(config: RunConfig, groups: ProcessGroups | None) -> StagedModel | ModelChunk:
+def _build_model(config: RunConfig, groups: ProcessGroups | None, device: str) -> StagedModel | ModelChunk:
     """This rank's part of the model, initialised, with recomputation and compilation set."""
-    seed = config.train.seed
+    seed, recompute = config.train.seed, config.train.activation_checkpointing
+    across_blocks = adds_across_blocks(config.kernels, device, recompute)
     layout = None if groups is None else groups.tensor_layout
     if groups is None or groups.topology.pipeline == 1:
         model = build_model(config.model, layout, seed)
-        model.recompute = config.train.activation_checkpointing
+        model.recompute, model.residual_across_blocks = recompute, across_blocks
         if config.train.compile:
             model.compile_blocks()
         return model
     cuts = balanced_cuts(stage_flops(config.model), groups.topology.pipeline)
     chunk = build_chunk(config.model, cuts, groups.topology.pipeline_rank, layout, seed)
-    chunk.model.recompute = config.train.activation_checkpointing
+    chunk.model.recompute, chunk.model.residual_across_blocks = recompute, across_blocks
     if config.train.compile:
         chunk.compile_blocks()
     return chunk

@@ -41,7 +41,10 @@ COMMON: dict[str, Any] = {
         "scheduler": "ddpm", "steps": 250, "guidance": 1.0, "guidance_channels": 3, "count": 64, "seed": 0,
         "weights": "0.9999", "prompts": (),
     },
-    "kernels": {"norm_modulate": "auto", "swiglu": "auto", "noise": "auto", "qk_norm": "auto"}, "plugins": (),
+    "kernels": {
+        "norm_modulate": "auto", "residual_across_blocks": "auto", "swiglu": "auto", "noise": "auto", "qk_norm": "auto",
+    },
+    "plugins": (),
 }  # fmt: skip
 ROLES = ("input", "hidden", "vector", "output", "finite")
 

@@ -55,7 +55,10 @@ def test_every_value(name: str):
     mup = parametrization == "mup"
     assert load(configs_dir() / "mmdit" / f"{name}.yaml").config.model_dump() == COMMON | {
         "parallel": ParallelConfig(**({} if name == "proxy-mup" else LAYOUT_18B)).model_dump(),
-        "kernels": {"norm_modulate": "auto", "swiglu": "auto", "noise": "auto", "qk_norm": "auto"},
+        "kernels": {
+            "norm_modulate": "auto", "residual_across_blocks": "auto", "swiglu": "auto", "noise": "auto",
+            "qk_norm": "auto",
+        },
         "model": {
             "family": "mmdit", "options": {}, "width": width, "depth": 16, "heads": None if mup else heads,
             "head_dim": 64 if mup else None, "patch_size": 2, "in_channels": 16, "input_size": 32, "learn_sigma": False,

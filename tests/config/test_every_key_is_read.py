@@ -55,6 +55,7 @@ ALWAYS = {
     ),
     "the averages": "ema.decays ema.sigma_rels",
     "the fused operations that the model calls": "kernels.norm_modulate kernels.swiglu kernels.noise kernels.qk_norm",
+    "the blocks, whatever the family": "kernels.residual_across_blocks",
     "the layout of processes": (
         "parallel.tensor parallel.pipeline parallel.sequence parallel.zero_stage parallel.timeout_s "
         "parallel.rendezvous_timeout_s"

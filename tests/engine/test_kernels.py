@@ -16,7 +16,7 @@ from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
 from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
 from helpers.models.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.config.schema.kernels import KernelConfig
-from megadit.engine.kernels import check_kernels, describe_kernels, select_kernels
+from megadit.engine.kernels import adds_across_blocks, check_kernels, describe_kernels, select_kernels
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit_kernels import OPS_OF_KEY, norm_modulate, residual_norm_modulate
@@ -29,7 +29,7 @@ def _automatic() -> Iterator[None]:
 
 
 def test_every_key_has_its_operations_and_no_operation_lacks_a_key() -> None:
-    assert set(OPS_OF_KEY) == set(KernelConfig.model_fields)
+    assert {*OPS_OF_KEY, "residual_across_blocks"} == set(KernelConfig.model_fields)
 
 
 def test_fused_is_refused_without_a_gpu() -> None:
@@ -49,6 +49,19 @@ def test_what_runs_is_described_with_the_reason() -> None:
     assert description.startswith(
         "kernels: norm_modulate by torch (as configured); swiglu, noise, qk_norm by torch (Triton"
     )
+
+
+def test_a_residual_crosses_blocks_where_the_norm_is_fused_and_nothing_is_recomputed() -> None:
+    def crosses(choice: Any, recompute: Any) -> bool:
+        config = KernelConfig(residual_across_blocks=choice)
+        crosses = adds_across_blocks(config, "cpu", recompute)
+        assert ("within the next block's norm" in describe_kernels(config, "cpu", recompute)) == crosses
+        return crosses
+
+    assert not crosses("auto", "none") and crosses(True, "full") and not crosses(False, "none")
+    residual_norm_modulate.select("fused")
+    assert crosses("auto", "none") and not crosses("auto", "selective") and not crosses("auto", "full")
+    assert not crosses(False, "none")
 
 
 def test_a_selection_lasts_until_the_next() -> None:

@@ -17,6 +17,12 @@ class KernelConfig(Section):
     norm_modulate: Implementation = Field(
         "auto", description="gated residual, norm and modulation: auto, fused (Triton, on a GPU) or reference (torch)"
     )
+    residual_across_blocks: bool | Literal["auto"] = Field(
+        "auto",
+        description="a block leaves its last residual to the first norm of the next, which adds it in the same pass: "
+        "auto where the fused norm runs on a GPU and no block is recomputed (a recomputed block saves its inputs, of "
+        "which there are then two per token instead of one); what pipeline stages send stays as it is",
+    )
     swiglu: Implementation = Field("auto", description="SwiGLU's product of two halves, where model.mlp is swiglu")
     noise: Implementation = Field(
         "auto", description="noise, its mixture with the images, and the squared error: one kernel each"

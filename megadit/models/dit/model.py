@@ -36,7 +36,6 @@ from megadit.models.stages import ModelInputs, Stage, StagedModel
 from megadit.mup.rules import Parametrization
 from megadit.parallel.collectives import scatter_sequence, shared_block_input
 from megadit.parallel.tensor import tensor_layout
-from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
 
@@ -45,7 +44,7 @@ class DiTBlock(Stage):
     """adaLN-zero Transformer block; the condition is SiLU(c)."""
 
     takes = ConditionedTokens
-    is_block = True
+    takes_pending = is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
@@ -58,11 +57,11 @@ class DiTBlock(Stage):
 
     def run(self, state: ConditionedTokens) -> ConditionedTokens:
         """Attention, then the MLP, each normed, modulated and added through its gate."""
-        x, modulation = state.tokens, self.adaLN_modulation(state.condition)
+        modulation = self.adaLN_modulation(state.condition)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        attended = self.attn(self.norm(x, shift_msa, scale_msa))
-        x, normed = self.norm.after_residual(x, gate_msa, attended, shift_mlp, scale_mlp)
-        return ConditionedTokens(gated_residual(x, gate_mlp, self.mlp(normed)), state.condition)
+        x, normed = self.norm.of_stream(state.tokens, state.pending, shift_msa, scale_msa)
+        x, normed = self.norm.after_residual(x, gate_msa, self.attn(normed), shift_mlp, scale_mlp)
+        return ConditionedTokens(x, state.condition, (self.mlp(normed), gate_mlp))
 
 
 class DiTEmbedStage(Stage):

@@ -21,7 +21,7 @@ from megadit.models.layers.embed import (
 )
 from megadit.models.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from megadit.models.layers.mlp import Mlp
-from megadit.models.layers.norm import ModulatedNorm, MuLayerNorm, MuRMSNorm
+from megadit.models.layers.norm import ModulatedNorm, MuLayerNorm, MuRMSNorm, PendingResidual, add_residual
 from megadit.models.layers.positions import CroppedPositions, SinCosPositions, sincos_2d, timestep_features
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "MuRMSNorm",
     "MuTokens",
     "PatchEmbedder",
+    "PendingResidual",
     "ReplicatedLinear",
     "RowParallelLinear",
     "SelfAttention",
@@ -47,6 +48,7 @@ __all__ = [
     "StreamQKV",
     "TimestepEmbedder",
     "adaln_modulation",
+    "add_residual",
     "attend",
     "joint_attention",
     "sincos_2d",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megadit.models.layers.linear import ColumnParallelLinear, ReplicatedLinear
-from megadit.models.layers.norm import ModulatedNorm, Precision
+from megadit.models.layers.norm import ModulatedNorm, PendingResidual, Precision
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 
@@ -32,7 +32,8 @@ class AdaLNReadout(nn.Module):
         self.norm = ModulatedNorm(eps, precision)
         self.adaLN_modulation = adaln_modulation(width, 2, param)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Modulation order: shift, scale."""
+    def forward(self, x: Tensor, c: Tensor, pending: PendingResidual = ()) -> Tensor:
+        """Modulation order: shift, scale. ``pending``: of the last block, added to x first."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(self.norm(x, shift, scale))
+        _, normed = self.norm.of_stream(x, pending, shift, scale)
+        return self.linear(normed)

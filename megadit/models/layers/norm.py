@@ -14,9 +14,27 @@ from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import copy_to_tensor_parallel_region
 from megadit.parallel.tensor import tensor_layout
-from megadit_kernels import norm_modulate, residual_norm_modulate
+from megadit_kernels import gated_residual, norm_modulate, residual_norm_modulate
 
 Precision = Literal["auto", "fp32"]
+
+# A residual that is still to be added to the stream: branch (B, T, n), its gate (B, n) where it has one, and the row
+# (n,) that is added to the gate where there is one.
+PendingResidual = tuple[Tensor, ...]
+
+
+def add_residual(x: Tensor, pending: PendingResidual) -> Tensor:
+    """The stream x (B, T, n) with the pending residual; x itself where ``pending`` is empty."""
+    if not pending:
+        return x
+    branch, gate, gate_row = _parts(pending)
+    return gated_residual(x, gate, branch, gate_row=gate_row)
+
+
+def _parts(pending: PendingResidual) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    branch, gate, gate_row, *_ = (*pending, None, None)
+    assert branch is not None  # the caller has one
+    return branch, gate, gate_row
 
 
 @contextmanager
@@ -64,6 +82,24 @@ class ModulatedNorm(nn.Module):
             x, shift, scale, shift_row=shift_row, scale_row=scale_row, eps=self.eps, float32=_widens(self.precision, x)
         )
 
+    def of_stream(
+        self,
+        x: Tensor,
+        pending: PendingResidual,
+        shift: Tensor,
+        scale: Tensor,
+        *,
+        shift_row: Tensor | None = None,
+        scale_row: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream x (B, T, n) with the residual that the block before left pending, if any, and it normed."""
+        if not pending:
+            return x, self(x, shift, scale, shift_row=shift_row, scale_row=scale_row)
+        branch, gate, gate_row = _parts(pending)
+        return self.after_residual(
+            x, gate, branch, shift, scale, gate_row=gate_row, shift_row=shift_row, scale_row=scale_row
+        )
+
     def after_residual(
         self,
         x: Tensor,
@@ -72,6 +108,7 @@ class ModulatedNorm(nn.Module):
         shift: Tensor,
         scale: Tensor,
         *,
+        gate_row: Tensor | None = None,
         shift_row: Tensor | None = None,
         scale_row: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -82,6 +119,7 @@ class ModulatedNorm(nn.Module):
             branch,
             shift,
             scale,
+            gate_row=gate_row,
             shift_row=shift_row,
             scale_row=scale_row,
             eps=self.eps,

@@ -24,12 +24,14 @@ from megadit.models.layers import (
     Mlp,
     ModulatedNorm,
     PatchEmbedder,
+    PendingResidual,
     ReplicatedLinear,
     RowParallelLinear,
     StreamAttention,
     StreamQKV,
     TimestepEmbedder,
     adaln_modulation,
+    add_residual,
     joint_attention,
     unpatchify,
 )
@@ -39,7 +41,6 @@ from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import gather_sequence, scatter_sequence, shared_block_input
 from megadit.parallel.tensor import tensor_layout
-from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-6
 
@@ -76,18 +77,24 @@ class MMDiTStream(nn.Module):
         self.mlp = None if pre_only else Mlp(width, hidden, param, config.mlp, tokens=tokens)
         self.adaLN_modulation = adaln_modulation(width, 2 if pre_only else 6, param)
 
-    def project_qkv(self, x: Tensor, c: Tensor) -> tuple[StreamQKV, tuple[Tensor, ...]]:
-        """x (B, T, n), c = SiLU(condition) (B, n) -> q, k, v of T tokens, and the chunks of modulation
-        (B, n) that ``apply_residual`` needs: gate, then shift, scale and gate of the MLP; none if ``pre_only``."""
+    def project_qkv(
+        self, x: Tensor, pending: PendingResidual, c: Tensor
+    ) -> tuple[Tensor, StreamQKV, tuple[Tensor, ...]]:
+        """x (B, T, n) with what the block before left pending, c = SiLU(condition) (B, n) -> x complete, q, k, v of T
+        tokens, and the chunks of modulation (B, n) that ``apply_residual`` needs: gate, then shift, scale and gate of
+        the MLP; none if ``pre_only``."""
         shift, scale, *modulation = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
-        return self.attn(self.norm(x, shift, scale)), tuple(modulation)
+        x, normed = self.norm.of_stream(x, pending, shift, scale)
+        return x, self.attn(normed), tuple(modulation)
 
-    def apply_residual(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """x (B, T, n) plus the attention's output, (B, T, heads, d), projected, then plus the MLP; both gated."""
+    def apply_residual(
+        self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]
+    ) -> tuple[Tensor, PendingResidual]:
+        """x (B, T, n) plus the attention's output, (B, T, heads, d), projected and gated, and the MLP's residual."""
         gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         assert self.mlp is not None
         x, normed = self.norm.after_residual(x, gate_msa, self.attn.project(attended), shift_mlp, scale_mlp)
-        return gated_residual(x, gate_mlp, self.mlp(normed))
+        return x, (self.mlp(normed), gate_mlp)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,8 @@ class MMDiTState(StageState):
     """tokens (B, T, n) of the image, context (B, L, n), condition (B, n), which is SiLU(c).
 
     key_mask: bool (B, 1, 1, T + L), True for keys that are attended to, all but padding; None: all are. grid: uint8
-    (rows, columns), of which the final layer reads the shape alone: how the tokens lie.
+    (rows, columns), of which the final layer reads the shape alone: how the tokens lie. pending: of the image, then of
+    the context, two tensors each.
     """
 
     tokens: Tensor
@@ -103,12 +111,19 @@ class MMDiTState(StageState):
     condition: Tensor
     key_mask: Tensor | None
     grid: Tensor
+    pending: tuple[Tensor, ...] = ()
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> MMDiTState:
-        """The grid is last, whether there is a mask or not."""
-        tokens, context, condition, *mask, grid = tensors
-        return cls(tokens, context, condition, mask[0] if mask else None, grid)
+        """The mask, if there is one, is bool; what comes after the grid is pending."""
+        tokens, context, condition, *rest = tensors
+        mask = rest.pop(0) if rest[0].dtype == torch.bool else None
+        grid, *pending = rest
+        return cls(tokens, context, condition, mask, grid, tuple(pending))
+
+    def complete(self) -> MMDiTState:
+        tokens, context = add_residual(self.tokens, self.pending[:2]), add_residual(self.context, self.pending[2:])
+        return MMDiTState(tokens, context, self.condition, self.key_mask, self.grid)
 
 
 @dataclass(frozen=True)
@@ -118,13 +133,23 @@ class MMDiTReadout(StageState):
     tokens: Tensor
     condition: Tensor
     grid: Tensor
+    pending: PendingResidual = ()
+
+    @classmethod
+    def unpack(cls, tensors: StageIO) -> MMDiTReadout:
+        """What comes after the grid is pending."""
+        tokens, condition, grid, *pending = tensors
+        return cls(tokens, condition, grid, tuple(pending))
+
+    def complete(self) -> MMDiTReadout:
+        return MMDiTReadout(add_residual(self.tokens, self.pending), self.condition, self.grid)
 
 
 class MMDiTBlock(Stage):
     """A block of both streams; the last does not update the context, and drops it."""
 
     takes = MMDiTState
-    is_block = True
+    takes_pending = is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
@@ -137,16 +162,16 @@ class MMDiTBlock(Stage):
     def run(self, state: MMDiTState) -> StageState:
         """Joint attention, then each stream's own MLP."""
         c = state.condition
-        context_qkv, context_modulation = self.context_block.project_qkv(state.context, c)
-        image_qkv, image_modulation = self.x_block.project_qkv(state.tokens, c)
+        context, context_qkv, context_modulation = self.context_block.project_qkv(state.context, state.pending[2:], c)
+        x, image_qkv, image_modulation = self.x_block.project_qkv(state.tokens, state.pending[:2], c)
         image_attended, context_attended = joint_attention(
             image_qkv, context_qkv, state.key_mask, context_queries=not self.last, precision=self.precision
         )
-        x = self.x_block.apply_residual(state.tokens, image_attended, image_modulation)
+        x, pending = self.x_block.apply_residual(x, image_attended, image_modulation)
         if self.last:
-            return MMDiTReadout(x, c, state.grid)
-        context = self.context_block.apply_residual(state.context, context_attended, context_modulation)
-        return MMDiTState(x, context, c, state.key_mask, state.grid)
+            return MMDiTReadout(x, c, state.grid, pending)
+        context, of_context = self.context_block.apply_residual(context, context_attended, context_modulation)
+        return MMDiTState(x, context, c, state.key_mask, state.grid, (*pending, *of_context))
 
 
 class PooledEmbedder(nn.Module):
@@ -199,6 +224,7 @@ class MMDiTFinalStage(Stage):
     """From tokens (B, T, n) on their grid to the image (B, C, H, W)."""
 
     takes = MMDiTReadout
+    takes_pending = True
 
     def __init__(self, model: MMDiT) -> None:
         super().__init__()
@@ -209,7 +235,8 @@ class MMDiTFinalStage(Stage):
     def run(self, state: MMDiTReadout) -> ModelOutput:
         """Read out the patches, all-gather them under sequence parallelism, and assemble the image."""
         rows, columns = state.grid.shape
-        patches = gather_sequence(self.final_layer(state.tokens, state.condition), self.layout, rows * columns)
+        readout = self.final_layer(state.tokens, state.condition, state.pending)
+        patches = gather_sequence(readout, self.layout, rows * columns)
         return ModelOutput(unpatchify(patches, rows, columns, self.config.patch_size, self.config.out_channels))
 
 

@@ -23,9 +23,11 @@ from megadit.models.layers import (
     Mlp,
     ModulatedNorm,
     PatchEmbedder,
+    PendingResidual,
     ReplicatedLinear,
     SinCosPositions,
     TimestepEmbedder,
+    add_residual,
 )
 from megadit.models.patches import (
     ConditionedTokens,
@@ -35,7 +37,7 @@ from megadit.models.patches import (
     patches_per_side,
     self_attention,
 )
-from megadit.models.stages import ModelInputs, Stage, StagedModel, StageState
+from megadit.models.stages import ModelInputs, Stage, StagedModel, StageIO, StageState
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
 from megadit.parallel.collectives import copy_to_tensor_parallel_region, scatter_sequence, shared_block_input
@@ -65,13 +67,24 @@ class PixArtState(StageState):
     t_emb: Tensor
     text: Tensor
     text_mask: Tensor | None = None
+    pending: PendingResidual = ()
+
+    @classmethod
+    def unpack(cls, tensors: StageIO) -> PixArtState:
+        """The mask, if there is one, is bool; what comes after it is pending."""
+        tokens, t0, t_emb, text, *rest = tensors
+        mask = rest.pop(0) if rest and not rest[0].is_floating_point() else None
+        return cls(tokens, t0, t_emb, text, mask, tuple(rest))
+
+    def complete(self) -> PixArtState:
+        return replace(self, tokens=add_residual(self.tokens, self.pending), pending=())
 
 
 class PixArtBlock(Stage):
     """Transformer block with adaLN-single and cross-attention; the last returns the input of the final layer."""
 
     takes = PixArtState
-    is_block = True
+    takes_pending = is_block = True
 
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
@@ -87,16 +100,18 @@ class PixArtBlock(Stage):
 
     def run(self, state: PixArtState) -> StageState:
         """Self-attention, cross-attention to the text and the MLP; the first and the last normed, modulated, gated."""
-        x, table = state.tokens, _for_local_tokens(self.scale_shift_table, self.layout)
+        table = _for_local_tokens(self.scale_shift_table, self.layout)
         # The sum of the six vectors per sample and the rows of the table is never materialised.
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = state.t0.chunk(6, dim=1)
         rows = table.to(state.t0.dtype).unbind(0)
-        attended = self.attn(self.norm(x, shift_msa, scale_msa, shift_row=rows[0], scale_row=rows[1]))
-        x = gated_residual(x, gate_msa, attended, gate_row=rows[2])
+        x, normed = self.norm.of_stream(
+            state.tokens, state.pending, shift_msa, scale_msa, shift_row=rows[0], scale_row=rows[1]
+        )
+        x = gated_residual(x, gate_msa, self.attn(normed), gate_row=rows[2])
         text = self.cross_attn(x, state.text, state.text_mask)
         x, normed = self.norm.after_residual(x, None, text, shift_mlp, scale_mlp, shift_row=rows[3], scale_row=rows[4])
-        x = gated_residual(x, gate_mlp, self.mlp(normed), gate_row=rows[5])
-        return ConditionedTokens(x, state.t_emb) if self.last else replace(state, tokens=x)
+        pending = (self.mlp(normed), gate_mlp, rows[5])
+        return ConditionedTokens(x, state.t_emb, pending) if self.last else replace(state, tokens=x, pending=pending)
 
 
 class PixArtFinalLayer(nn.Module):
@@ -111,11 +126,12 @@ class PixArtFinalLayer(nn.Module):
         self.scale_shift_table, self.param_specs = _table(2, width, param)
         self.norm = ModulatedNorm(_LN_EPS, config.norm_precision)
 
-    def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
-        """Modulation is the table plus t_emb itself, in the order shift, scale."""
+    def forward(self, x: Tensor, t_emb: Tensor, pending: PendingResidual = ()) -> Tensor:
+        """Modulation is the table plus t_emb itself, in the order shift, scale. ``pending``: of the last block."""
         table = _for_local_tokens(self.scale_shift_table, self.layout)
         shift_row, scale_row = table.to(t_emb.dtype).unbind(0)
-        return self.linear(self.norm(x, t_emb, t_emb, shift_row=shift_row, scale_row=scale_row))
+        _, normed = self.norm.of_stream(x, pending, t_emb, t_emb, shift_row=shift_row, scale_row=scale_row)
+        return self.linear(normed)
 
 
 class PixArtEmbedStage(Stage):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -35,8 +35,10 @@ from megadit.models.layers import (
     MuLayerNorm,
     MuTokens,
     PatchEmbedder,
+    PendingResidual,
     ReplicatedLinear,
     RowParallelLinear,
+    add_residual,
     timestep_features,
     unpatchify,
 )
@@ -47,7 +49,6 @@ from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.collectives import gather_sequence, scatter_sequence
 from megadit.parallel.tensor import tensor_layout
-from megadit_kernels import gated_residual
 
 _LN_EPS = 1e-5
 
@@ -72,13 +73,22 @@ class UViTState(StageState):
     tokens: Tensor
     skips: tuple[Tensor, ...] = ()
     key_mask: Tensor | None = None
+    pending: PendingResidual = ()
+
+    def pack(self) -> StageIO:
+        """A pending branch is last, as (1, B, T, n), so that it is told from a skip."""
+        return (*replace(self, pending=()).pack(), self.pending[0][None]) if self.pending else super().pack()
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> UViTState:
-        """All floats after the tokens are skips, the last tensor is the mask if it is none."""
-        if tensors[-1].is_floating_point():
-            return cls(tensors[0], tensors[1:])
-        return cls(tensors[0], tensors[1:-1], tensors[-1])
+        """All floats of three dimensions after the tokens are skips, the one that is no float is the mask."""
+        tokens, *rest = tensors
+        pending = (rest.pop()[0],) if rest and rest[-1].dim() == 4 else ()
+        mask = rest.pop() if rest and not rest[-1].is_floating_point() else None
+        return cls(tokens, tuple(rest), mask, pending)
+
+    def complete(self) -> UViTState:
+        return UViTState(add_residual(self.tokens, self.pending), self.skips, self.key_mask)
 
 
 class UViTBlock(Stage):
@@ -94,6 +104,7 @@ class UViTBlock(Stage):
     def __init__(self, config: ModelConfig, param: Parametrization, index: int) -> None:
         super().__init__()
         width, half, tokens = param.width_dim(), config.depth // 2, _num_tokens(config)
+        self.takes_pending = index <= half  # of the others a linear comes before the first norm
         self.pushes_skip, pops_skip = 0 < index <= half, index > half
         if pops_skip:
             self.prefix = f"out_blocks.{index - half - 1}."
@@ -109,13 +120,13 @@ class UViTBlock(Stage):
     def run(self, state: UViTState) -> UViTState:
         """Push or join a skip, then attention and the MLP, each normed and added."""
         x, skips, mask = state.tokens, state.skips, state.key_mask
-        if self.pushes_skip:
-            skips = (*skips, skip_for_sharded_linear(x, self.layout))
         if self.skip_linear is not None:
             x, skips = self.skip_linear(x, skips[-1]), skips[:-1]
-        normed, x = self.norm1(x)
+        normed, x = self.norm1(x, *state.pending)
+        if self.pushes_skip:
+            skips = (*skips, skip_for_sharded_linear(x, self.layout))
         normed, x = self.norm2(x, self.attn(normed, None if mask is None else mask[:, None, None]))
-        return UViTState(gated_residual(x, None, self.mlp(normed)), skips, mask)
+        return UViTState(x, skips, mask, (self.mlp(normed),))
 
 
 class UViTEmbedStage(Stage):
@@ -151,6 +162,7 @@ class UViTFinalStage(Stage):
     """From tokens (B, E + T, n) to the image (B, C, H, W)."""
 
     takes = UViTState
+    takes_pending = True
 
     def __init__(self, model: UViT) -> None:
         super().__init__()
@@ -162,10 +174,10 @@ class UViTFinalStage(Stage):
         """Read out the patches, assemble the image, and apply the convolution, which smooths the patches' borders."""
         config = self.config
         side = patches_per_side(config)
-        tokens = state.tokens
+        stream = (state.tokens, *state.pending)
         if not self.layout.sequence:  # a rank that holds all tokens reads out the patches alone
-            tokens = tokens[:, self.extra_tokens :]
-        normed, _ = self.norm(tokens)
+            stream = tuple(part[:, self.extra_tokens :] for part in stream)
+        normed, _ = self.norm(*stream)
         readout = gather_sequence(self.decoder_pred(normed), self.layout, _num_tokens(config))
         patches = readout[:, -side * side :]
         image = unpatchify(patches, side, side, config.patch_size, config.out_channels)

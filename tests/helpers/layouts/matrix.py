@@ -54,9 +54,13 @@ LAYOUTS: dict[str, Layout] = {
     "tp2 sequence pp2 dp2": (8, {"tensor": 2, "sequence": True, "pipeline": 2}, True, "none"),
     "tp2 pp2 dp2": (8, {"tensor": 2, "pipeline": 2}, False, "none"),
 }
+# Of these layouts blocks leave their last residual to the next, which the run of one process does not.
+ACROSS_BLOCKS = frozenset({"tp4", "pp2", "tp2 pp2", "tp2 dp2 zero1", "tp2 dp2 zero3", "tp2 sequence"})
 
 
-def matrix_config(family: str, root: Path, full: bool, recompute: str = "none", **parallel: Any) -> RunConfig:
+def matrix_config(
+    family: str, root: Path, full: bool, recompute: str = "none", *, across_blocks: bool = False, **parallel: Any
+) -> RunConfig:
     """Digits by class or by caption, four micro batches a replica; ``full``: with REPA, and clipping per group."""
     model, data, objective = dict(_MODELS[family]), {"name": "digits"}, {"kind": "flow"}
     if "text" in model:
@@ -75,6 +79,7 @@ def matrix_config(family: str, root: Path, full: bool, recompute: str = "none", 
         objective=objective,
         optim={"clip": clip},
         parallel=parallel,
+        kernels={"residual_across_blocks": across_blocks},
         ema={"decays": (0.9,)},
         train={
             "micro_batch": 4 // replicas,
@@ -102,7 +107,10 @@ class LayoutRuns:
     def on_layout(self, family: str, layout: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Results of all ranks of a layout, and that of one process."""
         world, parallel, full, recompute = LAYOUTS[layout]
-        config = matrix_config(family, self._folder(family), full, recompute, world=world, **parallel)
+        across = layout in ACROSS_BLOCKS
+        config = matrix_config(
+            family, self._folder(family), full, recompute, across_blocks=across, world=world, **parallel
+        )
         folder = self._folder(family) / layout.replace(" ", "-")
         return run_ranks(world, train_rank, config, str(folder), timeout=400), self.single_process(family, full)
 
