@@ -180,6 +180,7 @@ def step_launches(path: str, depth: int, dtype: torch.dtype, way: str) -> tuple[
     settings = {**run.model.model_dump(exclude_unset=True), "depth": depth, "repa": None}
     model_config = ModelConfig(**settings)
     model = build_model(model_config, device="meta").to(dtype)
+    model.residual_across_blocks = way == "fused"  # as kernels.residual_across_blocks auto has it
     objective = build_objective(run.objective, learn_sigma=model_config.learn_sigma, null=null_label(0))
     x0 = torch.empty(2, model_config.in_channels, model_config.input_size, model_config.input_size, device="meta")
     cond = example_conditioning(model_config, range(2)).to("meta")

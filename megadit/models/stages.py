@@ -21,7 +21,7 @@ from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import UNSHARDED, TensorLayout
 
 StageIO = tuple[Tensor, ...]  # a packed state
-_COMPILATIONS = 64  # kinds of blocks (up to 4) times modes (3) times shapes
+_COMPILATIONS = 96  # kinds of blocks (up to 6) times modes (3) times shapes
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.compiler import WHOLE, compiling, graphs
 from helpers.kernels.interpreter import counted, need_interpreter
 from helpers.models.tiny_dit import dit_inputs, tiny_dit
 from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
@@ -146,17 +147,15 @@ def test_a_state_with_a_pending_residual_is_told_from_one_without(family: str) -
 
 def test_compiled_blocks_hand_over_without_a_break_in_the_graph() -> None:
     """As train.compile compiles them, each on its own."""
-    import torch._dynamo
-
     config = tiny_dit(depth=3)
     inputs = dit_inputs(config)
     expected = outputs_and_gradients(config, inputs, False, "none")
     model = drawn(config, True)
-    with torch._dynamo.config.patch(disable=False):
-        for block in model.stages()[1:-1]:
-            block.compile(fullgraph=True, backend="aot_eager")
+    with compiling():
+        model.compile_blocks(**WHOLE)
         out = model(*inputs)
         out.square().mean().backward()
+        assert graphs() == 2  # the first block, which takes nothing pending, and the others
     for ours, theirs in zip((out.detach(), *(p.grad for p in model.parameters())), expected, strict=True):
         assert ours is not None
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
