@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megadit_kernels.registry import Op
+
+Axis = Literal["tokens", "in", "out"]  # of a linear layer's matrices: x (tokens, in), weight (out, in), y (tokens, out)
 
 
 @Op
@@ -27,7 +29,7 @@ def _in_the_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: f
     """Without a separate pass over x; with alpha 1 it is ``F.linear``, bit for bit."""
     if alpha == 1.0:
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # which n_in 0 would make ambiguous
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # Autocast casts operands of torch's own ops only: the backward of ``_ScaledLinear`` would get mixed types.
         out = _gemm(rows, weight.t(), bias, alpha)
@@ -60,3 +62,41 @@ class _ScaledLinear(torch.autograd.Function):
         grad_rows = _gemm(grad, weight, None, ctx.alpha) if need_rows else None
         grad_weight = _gemm(grad.t(), rows, None, ctx.alpha) if need_weight else None
         return grad_rows, grad_weight, grad.sum(0) if need_bias else None, None
+
+
+class LinearProducts:
+    """The products of a linear layer in its operands' own precision; subclasses compute them in another.
+
+    Layers that run as a whole call ``linear``. Those that exchange operands or results with other ranks meanwhile call
+    ``output``, and in the backward pass ``gradients``.
+    """
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+        """``scaled_linear``, with its gradients."""
+        return scaled_linear(x, weight, bias, alpha)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``scaled_linear``'s value, and small tensors to save for ``gradients``."""
+        return scaled_linear(x, weight, bias, alpha), ()
+
+    def gradients(self, grad_rows: Tensor, kept: tuple[Tensor, ...], alpha: float) -> LinearGradients:
+        """The gradients for that of the output, (m, n_out). kept: what ``output`` gave to save."""
+        return LinearGradients(grad_rows, alpha)
+
+
+class LinearGradients:
+    """Gradients of a linear layer's operands, each computed when it is asked for. grad_rows (m, n_out)."""
+
+    def __init__(self, grad_rows: Tensor, alpha: float) -> None:
+        self.grad_rows, self.alpha = grad_rows, alpha
+
+    def of_input(self, weight: Tensor) -> Tensor:
+        """weight (n_out, n_in) -> (m, n_in)."""
+        return scaled_linear(self.grad_rows, weight.t(), None, self.alpha)
+
+    def of_weight(self, x_rows: Tensor) -> Tensor:
+        """x (m, n_in) -> (n_out, n_in)."""
+        return scaled_linear(self.grad_rows.t(), x_rows.t(), None, self.alpha)
+
+
+OWN_PRECISION = LinearProducts()

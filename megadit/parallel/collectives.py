@@ -160,6 +160,18 @@ def start_all_reduce(x: Tensor, layout: TensorLayout, *, async_op: bool = True) 
     return AsyncCollective(x, dist.all_reduce(x, group=layout.group, async_op=async_op))
 
 
+def all_reduce_max(x: Tensor, layout: TensorLayout) -> Tensor:
+    """Elementwise maximum of all ranks' x, in place and without a gradient; x must be contiguous."""
+    if torch.compiler.is_compiling():
+        value: Tensor = torch.ops._c10d_functional.all_reduce(x, "max", layout.group_name)
+        return AsyncCollective(value, None).wait()
+    if isinstance(layout.group, CollectiveRecorder):
+        layout.group.record("all_reduce", x.nbytes)
+    else:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=layout.group)
+    return x
+
+
 def start_all_gather(x: Tensor, layout: TensorLayout, *, async_op: bool = True) -> AsyncCollective:
     """All ranks' x, stacked: (ranks, *x.shape). Without ``async_op`` it is complete on return."""
     operand = x.contiguous()

@@ -53,7 +53,7 @@ def stage_flops(config: ModelConfig) -> list[int]:
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Dense peak in FLOP/s of a device by its name, None where it is not known (CPUs among them).
 
-    precision: fp32, tf32, bf16 or fp16.
+    precision: fp32, tf32, bf16, fp16, or fp8, whose peak is bf16's: attention and much else stay in it.
     """
     for name, (half, tf32, single) in _PEAKS.items():
         if name in device_name:

@@ -86,11 +86,12 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
         config.model,
         cuts,
         micro_batch,
-        _DTYPES[train.precision],
+        _DTYPES[train.weights_precision],
         train.activation_checkpointing,
         parallel.tensor,
         sequence=parallel.sequence,
         residual_across_blocks=config.kernels.residual_across_blocks is True,  # auto saves as much as without it
+        fp8=train.fp8 if train.precision == "fp8" else None,
     )
     stages, blocks = [], 0
     for stage, (chunk, cost) in enumerate(costs):
@@ -133,7 +134,7 @@ def _memory_and_sent(
     config: RunConfig, sizes: list[int], cost: MicroBatchCost, replicas: int, in_flight: int, ds_config: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that a rank holds, and those that it sends in a step, by kind. sizes: elements of its parameters."""
-    precision, zero = config.train.precision, ds_config["zero_optimization"]
+    precision, zero = config.train.weights_precision, ds_config["zero_optimization"]
     parameters, zero_stage, item = sum(sizes), int(zero["stage"]), _DTYPES[precision].itemsize
     micro_batches = int(ds_config["gradient_accumulation_steps"])
     recompute = config.train.activation_checkpointing != "none"

@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadit.config import ModelConfig
+from megadit.config.schema.float8 import Float8Config
 from megadit.models.chunk import ModelChunk, build_chunk
+from megadit.models.float8 import set_float8
 from megadit.models.stages import StageIO
 from megadit.mup.example import example_conditioning
 from megadit.parallel.collectives import CollectiveKind, CollectiveRecorder
@@ -118,9 +120,11 @@ def stage_costs(
     *,
     sequence: bool = False,
     residual_across_blocks: bool = False,
+    fp8: Float8Config | None = None,
 ) -> Iterator[tuple[ModelChunk, MicroBatchCost]]:
     """Every chunk of a model cut at ``cuts``, on the meta device as one of ``tensor`` ranks holds it, and the cost of a
-    micro batch of ``batch`` images in it. The text comes with its mask.
+    micro batch of ``batch`` images in it. The text comes with its mask. ``fp8``: its linear layers multiply in FP8;
+    those of transformer-engine, which no meta device runs, are counted as in bf16.
     """
     recorder = CollectiveRecorder()
     layout = TensorLayout(tensor, 0, sequence, recorder) if tensor > 1 else None
@@ -130,6 +134,8 @@ def stage_costs(
         chunk.model.to(dtype)
         chunk.model.recompute, chunk.model.residual_across_blocks = recompute, residual_across_blocks
         chunk.project = config.repa is not None
+        if fp8 is not None and fp8.backend == "torch":
+            set_float8(chunk.model, fp8)
         if stage == 0:
             x = torch.empty(batch, config.in_channels, config.input_size, config.input_size, device="meta")
             cond = example_conditioning(config, [0]).repeat(batch).to("meta")

@@ -154,11 +154,12 @@ def check_requirements(job: TrainingJob) -> None:
     """Check that this machine has what the configuration needs.
 
     Raises:
-        UserError: fp16, a fused kernel or a GPU optimizer without a GPU, a CPU optimizer on a GPU's weights, wandb not
-            installed, a micro batch beyond the memory.
+        UserError: fp16, transformer-engine, a fused kernel or a GPU optimizer without a GPU, a CPU optimizer on a
+            GPU's weights, wandb not installed, a micro batch beyond the memory.
     """
     import torch
 
+    from megadit.engine.float8 import check_float8
     from megadit.engine.kernels import check_kernels
     from megadit.engine.optimizer import check_implementation, resolve_implementation
     from megadit.parallel.compilation import check_compiler
@@ -171,6 +172,7 @@ def check_requirements(job: TrainingJob) -> None:
     if device.type != "cuda":  # else when each rank has its own device, since a kernel is launched on it
         check_kernels(config.kernels, device.type)
         check_implementation(config.optim.implementation, device)
+        check_float8(config, device)
     if config.train.compile:
         check_compiler(device)
     offloads = offloads_optimizer(job.ds_config["zero_optimization"])

@@ -16,6 +16,7 @@ from megadit.data.features.targets import TargetFeatures
 from megadit.data.windows import Window, merge_windows, windows_before
 from megadit.diffusion import build_objective
 from megadit.engine.engine import TrainingEngine
+from megadit.engine.float8 import check_float8, describe_float8
 from megadit.engine.kernels import adds_across_blocks, check_kernels, describe_kernels, select_kernels
 from megadit.engine.loss import TrainingLoss
 from megadit.engine.optimizer import check_implementation
@@ -25,6 +26,7 @@ from megadit.engine.tf32 import describe_tf32, set_tf32
 from megadit.errors import say
 from megadit.models import build_model
 from megadit.models.chunk import ModelChunk, build_chunk
+from megadit.models.float8 import set_float8
 from megadit.models.stages import StagedModel
 from megadit.mup.table import rows
 from megadit.parallel import ProcessContext
@@ -103,6 +105,7 @@ def build_run(
         check_implementation(config.optim.implementation, context.device)
     select_kernels(config.kernels)
     set_tf32(config.train, context.device.type)
+    check_float8(config, context.device)
     topology = Topology(
         context.world_size, context.rank, config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence
     )
@@ -110,10 +113,13 @@ def build_run(
     codec = build_codec(config.data.vae, context.device, job.train_set.stored)
     conditions = _build_conditions(job, start, context)
     model = _build_model(config, groups, context.device.type)
+    float8_layers = set_float8(model, config.train.fp8) if config.train.precision == "fp8" else 0
     if context.is_main:
         say(describe_kernels(config.kernels, context.device.type, config.train.activation_checkpointing))
         if (tf32 := describe_tf32(config.train, context.device.type)) is not None:
             say(tf32)
+        if float8_layers:
+            say(describe_float8(config, float8_layers, context.device))
         _write_description(job, directory, topology)
         conditions.write(directory.path)
     computes_loss = not isinstance(model, ModelChunk) or model.is_last

@@ -61,7 +61,7 @@ def test_what_the_loader_reads_fits(text: str):
         "optm: {}",
         "base: 3",
         "model: {preset: dit-xxl}",
-        "train: {precision: fp8}",
+        "train: {precision: fp4}",
         "data: {flip: 1}",
         "parallel: {zero_stage: 4}",
     ],

@@ -79,7 +79,8 @@ def test_every_value(name: str):
         },
         "train": {
             "steps": steps, "epochs": None, "global_batch": 256, "micro_batch": None, "precision": "fp32", "seed": 0,
-            "tf32": True, "activation_checkpointing": "none", "compile": False,
+            "tf32": True, "fp8": {"backend": "torch", "scaling": "tensor", "bf16_layers": ()},
+            "activation_checkpointing": "none", "compile": False,
             "log_every": 100, "checkpoint_every": 50_000, "keep_last": 2, "keep_every": None, "skip_samples": (),
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": None, "validation_images": 0, "validate_with": ("online",), "tensorboard": True,

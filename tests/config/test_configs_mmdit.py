@@ -81,7 +81,8 @@ def test_every_value(name: str):
         },
         "train": {
             "steps": steps, "epochs": None, "global_batch": 4096, "micro_batch": None, "precision": "bf16", "seed": 0,
-            "tf32": "auto", "activation_checkpointing": "none", "compile": False,
+            "tf32": "auto", "fp8": {"backend": "torch", "scaling": "tensor", "bf16_layers": ()},
+            "activation_checkpointing": "none", "compile": False,
             "log_every": 100, "checkpoint_every": 5000, "keep_last": 2, "keep_every": None, "skip_samples": (),
             "init_from": None, "init_from_ema": None, "sample_every": None,
             "validate_every": 10_000, "validation_images": 4096, "validate_with": ("online",), "tensorboard": True,

@@ -81,6 +81,7 @@ OTHER = {
     "objective.label_dropout": "0.2",
     "optim.decay_steps": "3",
     "optim.min_lr_ratio": "0.2",
+    "train.fp8.scaling": "row",
     "train.validate_with": "[online, '0.9']",
     "train.init_from_ema": "'0.9'",
 }

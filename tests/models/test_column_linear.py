@@ -12,11 +12,11 @@ from torch import Tensor
 
 from helpers.layouts.tensor_shards import this_rank
 from helpers.ranks import run_ranks
-from megadit.models.layers import linear as module
 from megadit.models.layers.linear import column_linear
 from megadit.parallel.collectives import CollectiveRecorder, scatter_sequence
 from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import TensorLayout
+from megadit_kernels import linear as products
 from megadit_kernels import scaled_linear
 
 BATCH, WIDTH, OUT, ALPHA = 2, 6, 4, 0.5  # OUT: a rank's share
@@ -110,7 +110,7 @@ def order_of_backward(sequence: bool) -> list[str]:
     with pytest.MonkeyPatch.context() as monkey:
         for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
             monkey.setattr(dist, name, watched(name, getattr(dist, name)))
-        monkey.setattr(module, "scaled_linear", product)
+        monkey.setattr(products, "scaled_linear", product)
         out.backward(grad[..., :OUT])
     return events
 

@@ -32,7 +32,7 @@ def accumulation_keys(file: DsFile, config: RunConfig, micro_batches: int) -> di
 
     Raises UserError for a type that DeepSpeed does not have, and for a 16-bit type other than the gradients'.
     """
-    requested, precision = file.block("data_types").get("grad_accum_dtype"), config.train.precision
+    requested, precision = file.block("data_types").get("grad_accum_dtype"), config.train.weights_precision
     dtype = _dtype_name(requested)
     if requested is not None and dtype is None:
         raise file.error(
@@ -55,7 +55,8 @@ def accumulation_keys(file: DsFile, config: RunConfig, micro_batches: int) -> di
 def accumulation_warnings(file: DsFile, config: RunConfig, micro_batches: int) -> list[str]:
     """The warning for a file that asks for accumulation in bf16."""
     requested = file.block("data_types").get("grad_accum_dtype")
-    if config.train.precision != "bf16" or _dtype_name(requested) != "bf16" or not _accumulates(config, micro_batches):
+    in_bf16 = config.train.weights_precision == _dtype_name(requested) == "bf16"
+    if not in_bf16 or not _accumulates(config, micro_batches):
         return []
     return [
         f"data_types.grad_accum_dtype: {requested} adds up the gradients of {micro_batches} micro batches in 16 bits, "

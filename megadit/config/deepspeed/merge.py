@@ -163,7 +163,7 @@ def _zero_stage(config: RunConfig, world_size: int) -> int:
     if stage is not None:
         return stage
     # One process has nothing to shard, but bf16 and fp16 need ZeRO's float32 master weights.
-    return 0 if world_size == 1 and config.train.precision == "fp32" else 1
+    return 0 if world_size == 1 and config.train.weights_precision == "fp32" else 1
 
 
 def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _offload_changes(file: DsFile, loaded: LoadedConfig, config: RunConfig) -> d
 
 def _ds_dict(file: DsFile, config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's complete dict: the keys that megadit decides, and the other keys of the file unchanged."""
-    precision, clip = config.train.precision, config.optim.clip
+    precision, clip = config.train.weights_precision, config.optim.clip
     merged: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,

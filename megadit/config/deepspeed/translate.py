@@ -53,9 +53,9 @@ def _precision(file: DsFile, config: RunConfig) -> Iterator[RequestedValue]:
     if flags["bf16"] and flags["fp16"]:
         raise file.error("bf16.enabled: true and fp16.enabled: true exclude each other; keep one")
     for name, flag in flags.items():
-        if flag:
+        if flag and not (name == "bf16" and config.train.precision == "fp8"):  # of which it is DeepSpeed's part
             yield RequestedValue("train.precision", name, f"{name}.enabled", True)
-        elif flag is False and config.train.precision == name and not any(flags.values()):
+        elif flag is False and config.train.weights_precision == name and not any(flags.values()):
             yield RequestedValue("train.precision", "fp32", f"{name}.enabled", False)
 
 

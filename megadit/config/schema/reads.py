@@ -111,6 +111,7 @@ READ_WHERE: Mapping[str, tuple[ReadCondition, ...]] = {
     "optim.min_lr_ratio": (_except("optim.schedule", ("constant",), "optim.schedule=cosine"),),
     "optim.clip.groups": (ReadCondition("optim.clip.mode", ("per_group",)),),
     "ema.every": (_AVERAGED,),
+    "train.fp8": (ReadCondition("train.precision", ("fp8",)),),
     "train.validate_every": (_VALIDATED, _HELD_OUT),
     "train.validate_with": (_VALIDATED, _HELD_OUT),
     "train.init_from_ema": (ReadCondition("train.init_from", holds=bool, remedy="train.init_from"),),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megadit.config.schema.data import DataConfig
+from megadit.config.schema.float8 import Float8Config, float8_problem
 from megadit.config.schema.kernels import KernelConfig
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
@@ -120,7 +121,12 @@ class TrainConfig(Section):
         description="images per forward pass and replica; default: global_batch / replicas, in a pipeline 4 micro "
         "batches per stage",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and backward; masters are fp32")
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
+        "fp32",
+        description="of forward and backward; masters are fp32. fp8: bf16, with the matrix products of the blocks' "
+        "linear layers in FP8",
+    )
+    fp8: Float8Config = Float8Config()
     tf32: bool | Literal["auto"] = Field(
         "auto",
         description="float32 products of matrices in TF32 on a GPU: auto: where precision is fp32; true and false: "
@@ -161,6 +167,11 @@ class TrainConfig(Section):
     callbacks: tuple[str, ...] = Field(
         (), description="callbacks of plugins, by name, run after megadit's own (docs/extending.md)"
     )
+
+    @property
+    def weights_precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Type of weights, activations and gradients: bf16 under fp8 too."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
     @field_validator("skip_samples", mode="before")
     @classmethod
@@ -258,6 +269,7 @@ class RunConfig(Section):
             self._stage_problem(),
             layout_problem(self.parallel, self.model),
             self._weights_problem(),
+            self._float8_problem(),
         )
         for problem in problems:
             if problem:
@@ -331,6 +343,12 @@ class RunConfig(Section):
             f"parallel.zero_stage: 0 does not go with train.precision {self.train.precision}, where "
             "DeepSpeed would start Adam at step 1; set parallel.zero_stage=1"
         )
+
+    def _float8_problem(self) -> str | None:
+        train, parallel = self.train, self.parallel
+        if train.precision != "fp8":
+            return None
+        return float8_problem(train.fp8, tensor=parallel.tensor, compiled=train.compile, zero_stage=parallel.zero_stage)
 
     def _weights_problem(self) -> str | None:
         known = (ONLINE, *self.ema.names)

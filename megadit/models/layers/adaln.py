@@ -18,6 +18,7 @@ def adaln_modulation(width: Dim, chunks: int, param: Parametrization) -> nn.Sequ
     """
     out = Dim(chunks * width.size, chunks * width.base_size)
     linear = ColumnParallelLinear(width, out, param, init="adaln", gather_output=True, skip_input_grad_reduce=True)
+    linear.per_token = False
     return nn.Sequential(nn.Identity(), linear)
 
 

@@ -29,7 +29,8 @@ from megadit.parallel.collectives import (
 from megadit.parallel.recompute import is_recomputed
 from megadit.parallel.tensor import TensorLayout, mark_shards, shard_shape, tensor_layout
 from megadit.slices import ShardRegions
-from megadit_kernels import for_autocast, scaled_linear
+from megadit_kernels import for_autocast
+from megadit_kernels.linear import OWN_PRECISION, Axis, LinearProducts
 
 
 class MuLinear(nn.Module):
@@ -38,10 +39,12 @@ class MuLinear(nn.Module):
     Not an ``nn.Linear``, so that the mup package neither rescales it nor asks for its own readout class.
 
     ``tokens``: T of the input (B, T, n), whose tokens sequence parallelism shards outside of pairs of column-parallel
-    and row-parallel layers; None: the input is never sharded.
+    and row-parallel layers; None: the input is never sharded. ``products`` computes the layer's GEMMs.
     """
 
     split: ClassVar[Mapping[str, int]] = {}  # by name of a sharded parameter: the dimension along which it is cut
+    sharded_axis: ClassVar[Axis | None] = None  # of its matrices, under tensor parallelism
+    per_token = True  # False: applied to one row per image
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -62,6 +65,7 @@ class MuLinear(nn.Module):
         self.in_features, self.out_features = in_dim.size, out_dim.size
         self.layout = tensor_layout()
         self.tokens = tokens if self.layout.sequence else None
+        self.products: LinearProducts = OWN_PRECISION
         self.param_specs: dict[str, ParamSpec] = {"weight": param.spec((out_dim, in_dim), init)}
         if bias:
             self.param_specs["bias"] = param.spec((out_dim,), bias_init)
@@ -82,7 +86,7 @@ class MuLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), as on one rank."""
-        return scaled_linear(x, self.weight, self.bias, self.forward_mult)
+        return self.products.linear(x, self.weight, self.bias, self.forward_mult)
 
     def bias_for_local_tokens(self) -> Tensor | None:
         """The bias for a layer that adds it to this rank's tokens alone: its gradient is summed over the ranks."""
@@ -101,7 +105,7 @@ class ReplicatedLinear(MuLinear):
         if self.tokens is None:
             return super().forward(x)
         weight = copy_to_tensor_parallel_region(self.weight, self.layout)
-        return scaled_linear(x, weight, self.bias_for_local_tokens(), self.forward_mult)
+        return self.products.linear(x, weight, self.bias_for_local_tokens(), self.forward_mult)
 
 
 class ColumnParallelLinear(MuLinear):
@@ -112,6 +116,7 @@ class ColumnParallelLinear(MuLinear):
     """
 
     split: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    sharded_axis: ClassVar[Axis | None] = "out"
 
     def __init__(
         self,
@@ -133,7 +138,7 @@ class ColumnParallelLinear(MuLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / ranks), or with ``gather_output`` (..., out)."""
         if self.reduce_input_grad:
-            out = column_linear(x, self.weight, self.bias, self.forward_mult, self.layout, self.tokens)
+            out = column_linear(x, self.weight, self.bias, self.forward_mult, self.layout, self.tokens, self.products)
         else:
             out = super().forward(x)
         if not self.gather_output:
@@ -149,12 +154,13 @@ class RowParallelLinear(MuLinear):
     """
 
     split: ClassVar[Mapping[str, int]] = {"weight": 1}
+    sharded_axis: ClassVar[Axis | None] = "in"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / ranks) -> (..., out), of all tokens, or under sequence parallelism of this rank's."""
         if self.layout.size == 1:
             return super().forward(x)
-        product = scaled_linear(x, self.weight, None, self.forward_mult)
+        product = self.products.linear(x, self.weight, None, self.forward_mult)
         bias: Tensor | None = self.bias
         if self.tokens is None:
             out = reduce_from_tensor_parallel_region(product, self.layout)
@@ -165,7 +171,13 @@ class RowParallelLinear(MuLinear):
 
 
 def column_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, layout: TensorLayout, tokens: int | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: float,
+    layout: TensorLayout,
+    tokens: int | None,
+    products: LinearProducts = OWN_PRECISION,
 ) -> Tensor:
     """``alpha * (x @ weight.T) + bias`` with this rank's share of the outputs, from the whole input.
 
@@ -179,7 +191,8 @@ def column_linear(
     section 4.2.2).
     """
     save_gathered = tokens is not None and is_recomputed()
-    out: Tensor = _ColumnLinear.apply(*for_autocast(x, weight, bias), alpha, layout, tokens, save_gathered)
+    operands = for_autocast(x, weight, bias)
+    out: Tensor = _ColumnLinear.apply(*operands, alpha, layout, tokens, save_gathered, products)
     return out
 
 
@@ -196,29 +209,32 @@ class _ColumnLinear(torch.autograd.Function):
         layout: TensorLayout,
         tokens: int | None,
         save_gathered: bool,
+        products: LinearProducts,
     ) -> Tensor:
         full_x = x if tokens is None else concat_tokens(start_all_gather(x, layout, async_op=False).wait(), tokens)
-        ctx.save_for_backward(full_x if save_gathered else x, weight)
-        ctx.alpha, ctx.layout, ctx.tokens = alpha, layout, tokens
+        out, kept = products.output(full_x, weight, bias, alpha)
+        ctx.save_for_backward(full_x if save_gathered else x, weight, *kept)
+        ctx.alpha, ctx.layout, ctx.tokens, ctx.products = alpha, layout, tokens, products
         ctx.gather_again = tokens is not None and not save_gathered
-        return scaled_linear(full_x, weight, bias, alpha)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved_x, weight = ctx.saved_tensors
+        saved_x, weight, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
+        gradients = ctx.products.gradients(grad_rows, tuple(kept), ctx.alpha)
         gathered = start_all_gather(saved_x, ctx.layout) if ctx.gather_again and need_weight else None
         grad_x: AsyncCollective | None = None
         if need_x:
             reduce = start_all_reduce if ctx.tokens is None else start_reduce_scatter_tokens
-            product = scaled_linear(grad_rows, weight.t(), None, ctx.alpha)
+            product = gradients.of_input(weight)
             grad_x = reduce(product.view(*grad_out.shape[:-1], -1), ctx.layout)
         grad_weight = grad_bias = None
         if need_weight:
             full_x = saved_x if gathered is None else concat_tokens(gathered.wait(), ctx.tokens)
-            grad_weight = scaled_linear(grad_rows.t(), full_x.reshape(-1, full_x.shape[-1]).t(), None, ctx.alpha)
+            grad_weight = gradients.of_weight(full_x.reshape(-1, full_x.shape[-1]))
         if need_bias:
             grad_bias = grad_rows.sum(0)
-        return (None if grad_x is None else grad_x.wait()), grad_weight, grad_bias, None, None, None, None
+        return (None if grad_x is None else grad_x.wait()), grad_weight, grad_bias, *(None,) * 5

@@ -38,7 +38,8 @@ from megadit.parallel.collectives import (
 )
 from megadit.parallel.recompute import is_recomputed
 from megadit.parallel.tensor import TensorLayout, tensor_layout
-from megadit_kernels import for_autocast, scaled_linear
+from megadit_kernels import for_autocast
+from megadit_kernels.linear import Axis, LinearProducts
 
 
 def skip_linear(width: Dim, joined: Dim, param: Parametrization, tokens: int) -> SkipLinear:
@@ -69,11 +70,12 @@ class TensorParallelSkipLinear(SkipLinear):
     """A rank holds the columns of its channels of x and of the skip, as two matrices: (2, n, n / R). See the module."""
 
     split: ClassVar[Mapping[str, int]] = {"weight": 1}
+    sharded_axis: ClassVar[Axis | None] = "in"
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
         """x (B, T, n), the same on all ranks, and this rank's skip (B, T, n / R) -> (B, T, n)."""
         operands = for_autocast(x, skip, self.weight)
-        product: Tensor = _LocalChannelsProduct.apply(*operands, self.forward_mult, self.layout)
+        product: Tensor = _LocalChannelsProduct.apply(*operands, self.forward_mult, self.layout, self.products)
         out = reduce_from_tensor_parallel_region(product, self.layout)
         return out if self.bias is None else out + self.bias
 
@@ -85,11 +87,14 @@ class SequenceParallelSkipLinear(SkipLinear):
     """
 
     split: ClassVar[Mapping[str, int]] = {"weight": 0}
+    sharded_axis: ClassVar[Axis | None] = "tokens"
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
         """x and skip of this rank's tokens, (B, ceil(T / R), n) each -> the same shape."""
         operands = for_autocast(torch.cat([x, skip], dim=-1), self.weight, self.bias_for_local_tokens())
-        out: Tensor = _GatheredWeightLinear.apply(*operands, self.forward_mult, self.layout, is_recomputed())
+        out: Tensor = _GatheredWeightLinear.apply(
+            *operands, self.forward_mult, self.layout, is_recomputed(), self.products
+        )
         return out
 
 
@@ -101,23 +106,32 @@ class _LocalChannelsProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, skip: Tensor, weight: Tensor, alpha: float, layout: TensorLayout) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        skip: Tensor,
+        weight: Tensor,
+        alpha: float,
+        layout: TensorLayout,
+        products: LinearProducts,
+    ) -> Tensor:
         joined = torch.cat([local_channels(x, layout), skip], dim=-1)
-        ctx.save_for_backward(joined, weight)
-        ctx.alpha, ctx.layout = alpha, layout
-        return scaled_linear(joined, _as_one_matrix(weight), None, alpha)
+        out, kept = products.output(joined, _as_one_matrix(weight), None, alpha)
+        ctx.save_for_backward(joined, weight, *kept)
+        ctx.alpha, ctx.layout, ctx.products = alpha, layout, products
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        joined, weight = ctx.saved_tensors
-        grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_joined = scaled_linear(grad_rows, _as_one_matrix(weight).t(), None, ctx.alpha)
+        joined, weight, *kept = ctx.saved_tensors
+        gradients = ctx.products.gradients(grad_out.reshape(-1, grad_out.shape[-1]), tuple(kept), ctx.alpha)
+        grad_joined = gradients.of_input(_as_one_matrix(weight))
         grad_local_x, grad_skip = grad_joined.view(*joined.shape[:-1], 2, -1).unbind(-2)
         grad_x = start_all_gather(grad_local_x, ctx.layout)
-        grad_matrix = scaled_linear(grad_rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
+        grad_matrix = gradients.of_weight(joined.reshape(-1, joined.shape[-1]))
         grad_weight = grad_matrix.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
-        return concat_channels(grad_x.wait()), grad_skip.contiguous(), grad_weight, None, None
+        return concat_channels(grad_x.wait()), grad_skip.contiguous(), grad_weight, None, None, None
 
 
 def _as_one_matrix(weight: Tensor) -> Tensor:
@@ -142,21 +156,24 @@ class _GatheredWeightLinear(torch.autograd.Function):
         alpha: float,
         layout: TensorLayout,
         keep_weight: bool,
+        products: LinearProducts,
     ) -> Tensor:
         weight = start_all_gather(weight_shard, layout, async_op=False).wait().flatten(0, 1)
-        ctx.save_for_backward(joined, weight if keep_weight else weight_shard)
-        ctx.alpha, ctx.layout, ctx.keep_weight = alpha, layout, keep_weight
-        return scaled_linear(joined, weight, bias, alpha)
+        out, kept = products.output(joined, weight, bias, alpha)
+        ctx.save_for_backward(joined, weight if keep_weight else weight_shard, *kept)
+        ctx.alpha, ctx.layout, ctx.keep_weight, ctx.products = alpha, layout, keep_weight, products
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        joined, saved_weight = ctx.saved_tensors
+        joined, saved_weight, *kept = ctx.saved_tensors
         grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
+        gradients = ctx.products.gradients(grad_rows, tuple(kept), ctx.alpha)
         gathered = None if ctx.keep_weight else start_all_gather(saved_weight, ctx.layout)
-        grad_weight = scaled_linear(grad_rows.t(), joined.reshape(-1, joined.shape[-1]).t(), None, ctx.alpha)
+        grad_weight = gradients.of_weight(joined.reshape(-1, joined.shape[-1]))
         grad_shard = start_reduce_scatter(grad_weight, ctx.layout)
         weight = saved_weight if gathered is None else gathered.wait().flatten(0, 1)
-        grad_joined = scaled_linear(grad_rows, weight.t(), None, ctx.alpha).view_as(joined)
+        grad_joined = gradients.of_input(weight).view_as(joined)
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_joined, grad_shard.wait(), grad_bias, None, None, None
+        return grad_joined, grad_shard.wait(), grad_bias, None, None, None, None
