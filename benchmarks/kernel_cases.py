@@ -168,6 +168,18 @@ def _error(op: Any, leaves: Leaves) -> Tensor:
     return error.to(leaves["output"].dtype)
 
 
+def _bound(op: Any, leaves: Leaves) -> Tensor:
+    """Of a step that is not the first; prediction and samples have the values of the variance."""
+    import torch
+
+    variance = leaves["variance"]
+    given = variance.detach().float()
+    coefficients = torch.full((len(given), 6), 0.5, device=given.device)
+    coefficients = torch.cat([coefficients, torch.zeros(len(given), 1, device=given.device)], dim=1)
+    bound: Tensor = op(variance, variance.detach(), given, given, coefficients, "v")
+    return bound.to(variance.dtype)
+
+
 def _positional(*names: str) -> Callable[[Any, Leaves], Any]:
     return lambda op, leaves: op(*(leaves[name] for name in names))
 
@@ -193,5 +205,8 @@ CASES: Mapping[str, Case] = {
         _error,
         ("output", "target"),
         in_model=False,
+    ),
+    "variance_bound": Case(
+        lambda shape, draw: {"variance": _tokens(shape, draw)}, _bound, ("variance",), in_model=False
     ),
 }

@@ -185,11 +185,24 @@ def adamw(width: int, dtype: torch.dtype) -> None:
     Updater()([shard], (0.9, 0.999), gate)
 
 
+def variance_bound(width: int, dtype: torch.dtype) -> None:
+    """The bound of samples of 4 channels, ``width`` pixels each, of which the model says noise and variance."""
+    import torch
+
+    from megadit_kernels.variance_bound import fused
+
+    prediction, variance = torch.zeros(2, 8, width, dtype=dtype).chunk(2, dim=1)
+    x, coefficients = torch.zeros(2, 4, width), torch.zeros(2, 7)
+    bound = fused.forward(variance, prediction, x, x, coefficients, "noise")
+    fused.backward(variance, prediction, x, x, coefficients, bound, "noise")
+
+
 CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "norm_modulate": norm_modulate,
     "affine_norm": affine_norm,
     "swiglu": swiglu,
     "noise": noise,
+    "variance_bound": variance_bound,
     "qk_norm": qk_norm,
     "adamw": adamw,
 }

@@ -13,6 +13,7 @@ from megadit_kernels.norm_modulate import gated_residual, norm_modulate, residua
 from megadit_kernels.qk_norm import qk_norm
 from megadit_kernels.registry import Op, for_autocast
 from megadit_kernels.swiglu import swiglu
+from megadit_kernels.variance_bound import variance_bound
 
 # Lazy path of each operation, by name.
 OPS: Mapping[str, str] = MappingProxyType(
@@ -28,6 +29,7 @@ OPS: Mapping[str, str] = MappingProxyType(
             keyed_normal,
             mix_noise,
             squared_error,
+            variance_bound,
         )
     }
 )
@@ -37,7 +39,7 @@ OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
     {
         "norm_modulate": (residual_norm_modulate, norm_modulate, gated_residual),
         "swiglu": (swiglu,),
-        "noise": (mix_noise, keyed_normal, squared_error),
+        "noise": (mix_noise, keyed_normal, squared_error, variance_bound),
         "qk_norm": (qk_norm,),
     }
 )
@@ -56,4 +58,5 @@ __all__ = [
     "scaled_linear",
     "squared_error",
     "swiglu",
+    "variance_bound",
 ]

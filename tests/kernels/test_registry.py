@@ -130,6 +130,7 @@ def test_layers_call_what_is_dispatched(counted: list[str]) -> None:
         "keyed_normal": 0,
         "mix_noise": 0,
         "squared_error": 0,
+        "variance_bound": 0,
         "qk_norm": 0,
     }
     assert gated_residual.backend_on("cpu") == "counted"

@@ -25,7 +25,7 @@ class KernelConfig(Section):
     )
     swiglu: Implementation = Field("auto", description="SwiGLU's product of two halves, where model.mlp is swiglu")
     noise: Implementation = Field(
-        "auto", description="noise, its mixture with the images, and the squared error: one kernel each"
+        "auto", description="noise, its mixture with the images, and their losses: one kernel each"
     )
     qk_norm: Implementation = Field(
         "auto", description="RMSNorm of queries and keys (model.qk_norm), and MMDiT's streams in one sequence"

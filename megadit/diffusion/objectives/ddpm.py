@@ -22,11 +22,11 @@ from megadit.diffusion.objectives.objective import (
     NoisyBatch,
     Objective,
     check_channels,
-    sample_mean,
 )
 from megadit.errors import UserError
 from megadit.rng import batch_uniform
-from megadit_kernels import squared_error
+from megadit_kernels import squared_error, variance_bound
+from megadit_kernels.variance_bound.reference import COLUMNS
 
 # First and last beta of 1000 steps. linear: of DDPM and DiT; scaled_linear, evenly spaced in the square root: of the
 # latents of Stable Diffusion and U-ViT.
@@ -80,18 +80,29 @@ class NoiseSchedule:
             "posterior_from_x0": betas * previous.sqrt() / (1.0 - bar),
             "posterior_from_x": (1.0 - previous) * alphas.sqrt() / (1.0 - bar),
         }
+        self._tables["bound"] = self._bound_table()
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _bound_table(self) -> Tensor:
+        """What the variational bound needs of each step, float64 (steps, 7)."""
+        values = {
+            **self._tables,
+            "signal": self._tables["sqrt_bar"],
+            "sigma": self._tables["sqrt_one_minus_bar"],
+            "first": (torch.arange(self.steps) == 0).double(),
+        }
+        return torch.stack([values[name] for name in COLUMNS], dim=1)
 
     def table(self, name: str) -> Tensor:
         """A table, float64 (steps,) on the CPU."""
         return self._tables[name]
 
-    def at(self, name: str, steps: Tensor, dims: int = 1) -> Tensor:
-        """A table at ``steps`` (B,), float32 (B, 1, ..., 1) of ``dims`` dimensions on the device of ``steps``."""
+    def at(self, name: str, steps: Tensor) -> Tensor:
+        """A table at ``steps`` (B,), float32 (B,) on the device of ``steps``; of ``bound`` (B, 7)."""
         key = (name, steps.device)
         if key not in self._copies:
             self._copies[key] = self._tables[name].float().to(steps.device)
-        return self._copies[key][steps].reshape(-1, *[1] * (dims - 1))
+        return self._copies[key][steps]
 
 
 class DDPMObjective(Objective):
@@ -111,7 +122,7 @@ class DDPMObjective(Objective):
     def level(self, t01: Tensor) -> NoiseLevel:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise; the model's time is 1000 t / T, so t at 1000 steps."""
         steps = discrete_steps(t01, self.schedule.steps)
-        signal, sigma = self._coefficients(steps, 1)
+        signal, sigma = self.schedule.at("sqrt_bar", steps), self.schedule.at("sqrt_one_minus_bar", steps)
         time01 = steps.float() / self.schedule.steps
         t = steps.float() * (MODEL_TIME / self.schedule.steps)
         return NoiseLevel(signal, sigma, t, time01, steps)
@@ -127,45 +138,15 @@ class DDPMObjective(Objective):
             weight = min_snr_weight(snr, self.config.min_snr_gamma, self.config.prediction)
         terms = {"mse": squared_error(prediction, noisy.target, weight)}
         if variance:
-            # Detached: the bound trains the variance only, the mean is left to the mse.
-            terms["vb"] = self._bound(prediction.detach().float(), variance[0].float(), noisy)
+            # It trains the variance only, the mean is left to the mse.
+            terms["vb"] = self._bound(prediction, variance[0], noisy)
         return LossTerms(total=torch.stack(list(terms.values())).sum(dim=0), terms=terms)
 
-    def _coefficients(self, steps: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-        return self.schedule.at("sqrt_bar", steps, dims), self.schedule.at("sqrt_one_minus_bar", steps, dims)
-
-    def _denoised(self, prediction: Tensor, noisy: NoisyBatch) -> Tensor:
-        """The x0 that a prediction of eps or v stands for, (B, C, H, W)."""
-        assert noisy.steps is not None
-        signal, sigma = self._coefficients(noisy.steps, noisy.x.dim())
-        if self.config.prediction == "eps":
-            return (noisy.x - sigma * prediction) / signal
-        return signal * noisy.x - sigma * prediction
-
     def _bound(self, prediction: Tensor, variance: Tensor, noisy: NoisyBatch) -> Tensor:
-        """One term of the variational bound per sample, in bits per dimension, (B,).
-
-        KL between the posterior q(x_{t-1} | x_t, x0) and the model's Gaussian; at step 0 the negative log likelihood
-        of 8-bit data. The log variance lies between the posterior's and beta's: f log beta + (1 - f) log posterior
-        with f = (variance + 1) / 2, not clipped (improved DDPM, eq. 15).
-        """
-        steps, dims = noisy.steps, noisy.x.dim()
-        assert steps is not None
-        low = self.schedule.at("posterior_log_variance", steps, dims)
-        high = self.schedule.at("log_beta", steps, dims)
-        share = (variance + 1.0) / 2.0
-        log_variance = share * high + (1.0 - share) * low
-        from_x0 = self.schedule.at("posterior_from_x0", steps, dims)
-        from_x = self.schedule.at("posterior_from_x", steps, dims)
-        true_mean = from_x0 * noisy.x0 + from_x * noisy.x
-        mean = from_x0 * self._denoised(prediction, noisy) + from_x * noisy.x
-        bound = sample_mean(gaussian_kl(true_mean, low, mean, log_variance))
-        first = steps == 0
-        # Few batches have a step 0. On a GPU the test would synchronize; on a CPU it saves half of the work.
-        if not first.is_cpu or bool(first.any()):
-            likelihood = sample_mean(discretized_log_likelihood(noisy.x0, mean, log_variance / 2.0))
-            bound = torch.where(first, -likelihood, bound)
-        return bound / math.log(2.0)
+        """One term of the variational bound per sample, in bits per dimension, (B,)."""
+        assert noisy.steps is not None
+        coefficients = self.schedule.at("bound", noisy.steps)
+        return variance_bound(variance, prediction, noisy.x0, noisy.x, coefficients, self.target)
 
 
 def discrete_steps(times: Tensor, count: int) -> Tensor:
@@ -181,26 +162,3 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     """
     capped = torch.clamp(snr, max=gamma)
     return capped / (snr if prediction == "eps" else snr + 1.0)
-
-
-def gaussian_kl(mean_p: Tensor, log_variance_p: Tensor, mean_q: Tensor, log_variance_q: Tensor) -> Tensor:
-    """KL(p || q) of two diagonal Gaussians per element, in nats; shapes broadcast."""
-    ratio = log_variance_q - log_variance_p
-    distance = (mean_p - mean_q).square() * torch.exp(-log_variance_q)
-    return 0.5 * (ratio - 1.0 + torch.exp(-ratio) + distance)
-
-
-def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability, in nats, of 8-bit data scaled to [-1, 1] under a Gaussian per element (Ho et al. 2020, eq. 13).
-
-    Bins are 2/255 wide, the first and the last are open. Uses the tanh approximation of the normal CDF, as DiT does.
-    """
-    inverse = torch.exp(-log_std)
-    upper = _normal_cdf((x - mean + 1.0 / 255.0) * inverse)
-    lower = _normal_cdf((x - mean - 1.0 / 255.0) * inverse)
-    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1.0 - lower, upper - lower))
-    return probability.clamp(min=1e-12).log()
-
-
-def _normal_cdf(x: Tensor) -> Tensor:
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))

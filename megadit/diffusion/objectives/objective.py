@@ -131,11 +131,6 @@ class Objective(ABC):
         """Loss of the model's output, (B, C or 2C, H, W) in any float dtype, computed in float32."""
 
 
-def sample_mean(values: Tensor) -> Tensor:
-    """Mean over all but the batch dimension: (B, ...) -> (B,)."""
-    return values.flatten(1).mean(dim=1)
-
-
 def check_channels(output: Tensor, noisy: NoisyBatch, factor: int) -> None:
     """Raise ValueError unless the output has the input's shape with ``factor`` times its channels."""
     batch, channels, *sides = noisy.x.shape

@@ -11,10 +11,11 @@ from torch import Tensor
 from megadit.conditioning import Conditioning
 from megadit.config.schema.run import ObjectiveConfig
 from megadit.diffusion import build_objective
-from megadit.diffusion.objectives.ddpm import NoiseSchedule, discretized_log_likelihood, schedule_betas
+from megadit.diffusion.objectives.ddpm import NoiseSchedule, schedule_betas
 from megadit.errors import UserError
 from megadit.optional import import_diffusers
 from megadit.rng import normal, uniform
+from megadit_kernels.variance_bound.reference import discretized_log_likelihood
 
 STEPS = [0, 1, 250, 500, 999]
 
