@@ -6,6 +6,7 @@
 #   make test-rounding  the numeric tests under other rounding; `ROUNDING=baseline` picks one variant
 #   make test-all   all tests, the slow ones too (GPU tests skip themselves where there is no GPU)
 #   make lint       ruff and mypy
+#   make gpu        GPU tests and benchmarks on one NVIDIA GPU, in under ten minutes; writes docs/gpu.md
 #   make doctor     what this machine can do, and why not
 #   make clean      caches and build leftovers (keeps .venv and runs)
 
@@ -25,7 +26,7 @@ STAMP := $(VENV)/.megadit-installed
 TRITON := $(VENV)/.triton-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup train test test-rounding test-all lint format doctor clean
+.PHONY: setup train test test-rounding test-all gpu lint format doctor clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -73,6 +74,10 @@ test-rounding: setup $(TRITON)
 
 test-all: setup $(TRITON)
 	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+# Without setup: a machine with a GPU has a torch of its own. .venv's Python where there is one, else the system's.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -38,12 +38,17 @@ class Draw:
         """``draw(*sizes, std=1)``, from a generator of its own, so that two of one seed draw the same."""
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed)
+        where = "cuda" if self.device == "cuda" else "cpu"  # large operands are drawn on the GPU
+
+        def empty(*sizes: int, std: float = 1.0) -> Tensor:
+            return torch.empty(*sizes, dtype=self.dtype, device=self.device)
+
+        if not self.values:
+            return empty
+        generator = torch.Generator(where).manual_seed(self.seed)
 
         def draw(*sizes: int, std: float = 1.0) -> Tensor:
-            if not self.values:
-                return torch.empty(*sizes, dtype=self.dtype, device=self.device)
-            value = torch.randn(*sizes, generator=generator) * std
+            value = torch.randn(*sizes, generator=generator, device=where) * std
             return value.to(device=self.device, dtype=self.dtype)
 
         return draw

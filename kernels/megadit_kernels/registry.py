@@ -83,6 +83,14 @@ class Op(Generic[P, R]):
         self.choice = choice
         self._chosen.clear()
 
+    def names(self) -> tuple[str, ...]:
+        """Of all implementations, the reference first."""
+        return ("reference", *self._implementations)
+
+    def by(self, backend: str) -> Callable[Concatenate[Tensor, P], R]:
+        """The implementation of that name, or the reference, without dispatch. Raises KeyError for another name."""
+        return self.reference if backend == "reference" else self._implementations[backend].function
+
     def backend_on(self, device: str) -> str:
         """Name of the implementation for this type of device; ``reference`` where none works."""
         if self.choice != "auto":
