@@ -1,4 +1,4 @@
-"""docs/performance.md holds what benchmarks/block_floor.py counts: formulas are the counted FLOPs, bytes are each pass's."""
+"""docs/performance.md holds what benchmarks/block_floor.py counts: formulas are counted FLOPs, bytes those of each way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU benchmarks run every line on the CPU and mark their numbers as none; docs/gpu.md claims nothing unmeasured."""
+"""The GPU benchmarks run every line on the CPU and mark their numbers as none; docs/gpu.md claims nothing."""
 
 from __future__ import annotations
 
