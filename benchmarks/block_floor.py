@@ -9,7 +9,7 @@ result written once:
   compiled   one kernel for every chain of operations between two products, and one more for its sums over tokens
              (gradients of shift, scale, gate and bias), which no generated kernel makes beside sums over channels
   fused      as eager, with the operations of kernels/ as the one kernel each that they are
-  floor      every chain between two products in one pass
+  floor      every chain between two products in one pass, by torch's operations or by fused ones, whichever moves less
 
 The prediction is time = FLOPs / rate of products + bytes / bandwidth, of nothing that overlaps.
 
@@ -101,7 +101,15 @@ class Trace:
 
     def floor_bytes(self) -> int:
         """One pass per chain: what it reads from outside, and what is needed outside of it."""
-        return sum(self._chain_bytes(chain) for chain in self.chains())
+        chains = self.chains()
+        reads = self._reads(chains)
+        inputs = {storage for op in self.operations if op.product for storage in op.reads} | self.results
+        total = sum(sum(read.values()) for read in reads)
+        for at, chain in enumerate(chains):
+            needed = inputs.union(*(read for other, read in enumerate(reads) if other != at))
+            written = {storage: size for op in chain for storage, size in op.writes.items()}
+            total += sum(size for storage, size in written.items() if storage in needed)
+        return total
 
     def compiled_bytes(self) -> int:
         """The floor, and what sums over tokens read again where their chain sums over channels, or stores, besides."""
@@ -127,12 +135,29 @@ class Trace:
             chain_of |= {(storage, op.level, op.backward): home for storage in op.writes}
         return [chain for chain in chains if chain]
 
-    def _chain_bytes(self, chain: list[Operation]) -> int:
-        written = {storage: size for op in chain for storage, size in op.writes.items()}
-        read = {storage: size for op in chain for storage, size in op.reads.items() if storage not in written}
-        inside = {id(op) for op in chain}
-        needed = {storage for op in self.operations if id(op) not in inside for storage in op.reads} | self.results
-        return sum(read.values()) + sum(size for storage, size in written.items() if storage in needed)
+    def _reads(self, chains: list[list[Operation]]) -> list[dict[int, int]]:
+        """What each chain reads from outside; a backward chain computes again what is cheaper so than kept."""
+        writer = {s: op for op in self.operations if not (op.backward or op.product) for s in op.writes}
+        home = {storage: at for at, chain in enumerate(chains) for op in chain for storage in op.writes}
+        kept = set(self.results)  # of the forward pass, what is written whether the backward pass reads it or not
+        for op in self.operations:
+            if op.product:
+                kept |= op.reads.keys()
+        for at, chain in enumerate(chains):
+            if not chain[0].backward:
+                kept |= {storage for op in chain for storage in op.reads if home.get(storage, at) != at}
+        reads = []
+        for at, chain in enumerate(chains):
+            read = {s: size for op in chain for s, size in op.reads.items() if home.get(s) != at}
+            for storage in sorted(read, key=read.__getitem__, reverse=True) if chain[0].backward else ():
+                if storage in writer and storage in read:
+                    sources = _sources(writer[storage], writer, kept)
+                    more = sum(size for source, size in sources.items() if source not in read)
+                    if more < read[storage] * (1 if storage in kept else 2):
+                        del read[storage]
+                        read |= sources
+            reads.append(read)
+        return reads
 
     @staticmethod
     def _read_again(chain: list[Operation]) -> int:
@@ -154,6 +179,23 @@ class Trace:
                 else:
                     outside[storage] = size
         return sum(outside.values())
+
+
+def _sources(op: Operation, writer: dict[int, Operation], kept: set[int]) -> dict[int, int]:
+    """The storages, with their bytes, from which the result of ``op`` can be computed: kept ones, and no others."""
+    sources: dict[int, int] = {}
+    open_ends, seen = [op], set()
+    while open_ends:
+        op = open_ends.pop()
+        if id(op) in seen:  # one that changes a tensor in place reads what it writes
+            continue
+        seen.add(id(op))
+        for storage, size in op.reads.items():
+            if storage in writer and storage not in kept:
+                open_ends.append(writer[storage])
+            else:
+                sources[storage] = size
+    return sources
 
 
 def traced(config: Any, stage: int, choice: str) -> Trace:
@@ -324,7 +366,12 @@ def cost_of(block: Block) -> Cost:
     # Attention in bfloat16 in every family, and of U-ViT one block of each kind.
     config = ModelConfig(**values | {"depth": 2, "repa": None, "attention_precision": "auto"})
     plain, fused = traced(config, block.stage, "torch"), traced(config, block.stage, "fused")
-    moved = (plain.eager_bytes(), plain.compiled_bytes(), fused.eager_bytes(), plain.floor_bytes())
+    moved = (
+        plain.eager_bytes(),
+        plain.compiled_bytes(),
+        fused.eager_bytes(),
+        min(plain.floor_bytes(), fused.floor_bytes()),
+    )
     tokens = (config.input_size // config.patch_size) ** 2
     text = 0 if config.text is None else config.text.max_length
     flops = stage_flops(config)[block.stage]

@@ -54,7 +54,7 @@ def functions_of(op: Any, dry_run: bool) -> dict[str, Callable[..., Any]]:
 
 
 def measure(case: Any, op: Any, shape: Any, watch: Any, dry_run: bool) -> list[dict[str, Any]]:
-    """A row for the forward pass, and one for the backward pass."""
+    """A row for the forward pass, and one for the backward pass where the operation has one."""
     import torch
 
     from benchmarks.gpu_timing import Arm
@@ -77,10 +77,9 @@ def measure(case: Any, op: Any, shape: Any, watch: Any, dry_run: bool) -> list[d
         "forward": case.forward_bytes(leaves, results["fused"]),
         "backward": case.backward_bytes(leaves, results["fused"]),
     }
-    arms = {
-        "forward": {name: Arm(forward(function)) for name, function in functions.items()},
-        "backward": {name: Arm(backward(parts)) for name, parts in results.items()},
-    }
+    arms = {"forward": {name: Arm(forward(function)) for name, function in functions.items()}}
+    if case.has_backward:
+        arms["backward"] = {name: Arm(backward(parts)) for name, parts in results.items()}
     rows = []
     for direction, pair in arms.items():
         times = watch.medians(pair, cold=True)
@@ -142,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if deadline.left(f"{name} at width {width}"):
                 shape = shape_of(width, args.dry_run)
                 rows += measure(CASES[name], ops[name], shape, watch, args.dry_run)
-                for row in rows[-2:]:
+                for row in (row for row in rows if "share_of_copy" not in row):
                     row["share_of_copy"] = row["gb_s"] / ceilings["copy_gb_s"]
                     print("  ".join(cells(row)), flush=True)
     document = finish(args, "kernels", {"ceilings": ceilings, "rows": rows}, deadline)

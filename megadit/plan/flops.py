@@ -36,7 +36,8 @@ def stage_flops(config: ModelConfig) -> list[int]:
     """
     from megadit.models import build_model
 
-    model = build_model(config, device="meta")
+    # Without gradients: the counter cannot hook modules that give their parameter out, as gains of heads are.
+    model = build_model(config, device="meta").requires_grad_(False)
     x = torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta")
     stage_io = model.packed_inputs(x, torch.empty(1, device="meta"), example_conditioning(config, [0]).to("meta"))
     costs, blocks = [], 0

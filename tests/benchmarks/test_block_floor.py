@@ -1,4 +1,4 @@
-"""docs/performance.md holds what benchmarks/block_floor.py counts: formulas are counted FLOPs, bytes those of each way."""
+"""docs/performance.md holds what benchmarks/block_floor.py counts: formulas are FLOPs that torch counts."""
 
 from __future__ import annotations
 
