@@ -12,7 +12,7 @@ COMMAND = "make gpu"
 HEAD = """# Measured on a GPU
 
 `{command}` runs every test that needs a GPU and the three benchmarks below on one NVIDIA GPU in under ten minutes, and
-writes this page and `benchmarks/gpu_results.json`.
+writes this page and all numbers as `gpu_results.json` in `benchmarks/`.
 """
 NEEDS = """
 ## What it needs
