@@ -24,8 +24,9 @@ SIZES = (21, 1300, 2048)
 
 
 @pytest.fixture(autouse=True)
-def _interpreter() -> None:
-    need_interpreter()
+def _interpreter(request: pytest.FixtureRequest) -> None:
+    if not request.node.get_closest_marker("gpu"):
+        need_interpreter()
 
 
 def draw_shards(dtype: torch.dtype = torch.float32, copy: torch.dtype | None = None) -> list[Shard]:
@@ -140,6 +141,20 @@ def test_gradients_that_lie_side_by_side_are_one_segment() -> None:
     assert [(launch.name, launch.programs) for launch in launches] == [("update", 4)]
 
 
+def test_gradients_whose_places_in_memory_change() -> None:
+    """They are joined in other ways at every step; one map of programs is kept for each launch."""
+    from megadit_kernels.adamw.fused import Updater
+
+    updater, flat, [shard, _] = Updater(), torch.randn(4096), draw_shards()
+    exact = cloned(shard, torch.float64)
+    for cut in (0, 1, 1500, 0, 2048):
+        parts = (flat[:cut].clone(), flat[cut : len(shard.master)])
+        updater([replace(shard, gradients=parts)], BETAS)
+        update([replace(exact, gradients=parts)], BETAS)
+    torch.testing.assert_close(shard.master.double(), exact.master, rtol=1e-6, atol=1e-6)
+    assert len(updater._maps) == 1
+
+
 def test_too_many_gradients_are_refused() -> None:
     shard = draw_shards()[0]
     with pytest.raises(ValueError, match="3,370 elements of gradients for 3,369 of masters"):
@@ -175,6 +190,26 @@ def test_bytes_per_parameter(dtype: torch.dtype, per_parameter: int) -> None:
     with counted() as launches:
         run([shard], torch.tensor(1.0))
     assert launches[0].bytes < 0.01 * count  # a skipped update moves nothing
+
+
+def on(device: str, shard: Shard) -> Shard:
+    moved = {name: value.to(device) for name, value in vars(shard).items() if torch.is_tensor(value)}
+    return replace(shard, **moved, gradients=tuple(gradient.to(device) for gradient in shard.gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype: torch.dtype, skip: float) -> None:
+    """Compiled: aligned blocks and others, with a copy that is already that of the masters where nothing changes."""
+    shards = [on("cuda", shard) for shard in draw_shards(dtype, torch.bfloat16)]
+    for shard in shards:
+        shard.copy.copy_(shard.master)  # type: ignore[union-attr]
+    check(shards, torch.tensor(skip, device="cuda"))
+    large = torch.randn(1 << 22, device="cuda")
+    shard = Shard(large, torch.zeros_like(large), torch.zeros_like(large), torch.zeros((), device="cuda"),
+                  (torch.randn_like(large).to(dtype),), 1e-3, 0.1, 1e-8)  # fmt: skip
+    check([shard], torch.tensor(skip, device="cuda"))
 
 
 class TestFusedAdamW:

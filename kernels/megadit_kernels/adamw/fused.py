@@ -26,11 +26,12 @@ _ADDRESSES = ("master", "exp_avg", "exp_avg_sq", "gradient", "copy")
 class Updater:
     """Updates shards as ``reference.update`` does: one launch for all that have the same types of operands.
 
-    It keeps on the device which program belongs to which segment, as long as sizes stay the same.
+    It keeps on the device which program belongs to which segment, a map for each launch of a step, until sizes change.
     """
 
     def __init__(self) -> None:
-        self._maps: dict[tuple[int, ...], Tensor] = {}  # by the sizes of the segments of a launch
+        # By the first master of a launch: the sizes of its segments, and the map made for them.
+        self._maps: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, shards: Sequence[Shard], betas: tuple[float, float], gate: Tensor | None = None) -> list[Tensor]:
@@ -57,7 +58,7 @@ class Updater:
         gate: Tensor | None,
         device: torch.device,
     ) -> None:
-        owners = self._segment_of_program(tuple(row["size"] for row in segments), device)
+        owners = self._segment_of_program(segments, device)
         first = 0
         for row in segments:
             row["first_program"] = first
@@ -74,11 +75,14 @@ class Updater:
             BLOCK=triton_kernels.BLOCK,
         )
 
-    def _segment_of_program(self, sizes: tuple[int, ...], device: torch.device) -> Tensor:
-        if sizes not in self._maps:
-            owners = np.repeat(np.arange(len(sizes), dtype=np.int32), [_programs(size) for size in sizes])
-            self._maps[sizes] = _to_device(owners, device)
-        return self._maps[sizes]
+    def _segment_of_program(self, segments: list[dict[str, int]], device: torch.device) -> Tensor:
+        launch, sizes = segments[0]["master"], tuple(row["size"] for row in segments)
+        known, owners = self._maps.get(launch, ((), None))
+        if owners is None or known != sizes:
+            programs = [_programs(size) for size in sizes]
+            owners = _to_device(np.repeat(np.arange(len(sizes), dtype=np.int32), programs), device)
+            self._maps[launch] = sizes, owners
+        return owners
 
 
 def _segments(shard: Shard, new_step: Tensor) -> Iterator[tuple[torch.dtype, dict[str, int]]]:
