@@ -20,6 +20,7 @@ from helpers.ranks import run_ranks
 from helpers.training import assemble_rank, merge_weights, small_config, train_on, train_rank
 from megadit.engine.optimizer import check_implementation, resolve_implementation
 from megadit.errors import UserError
+from megadit_kernels.adamw import FusedAdamW
 
 STEPS = 4
 # SGD-like sensitivity, as Adam divides a constant factor away: epsilon is large beside the gradients.
@@ -120,6 +121,17 @@ def test_training_is_that_of_torchs(tmp_path, world, zero, clip, precision, para
     finite = [norm for norm in ours[0]["norms"] if math.isfinite(norm)]
     assert not clip or max(finite) > 2 * clip["value"]  # so that it is clipped
     assert (ours[0]["skipped"] > 0) == (precision == "fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 2}, SPLIT], ids=str)
+def test_a_clip_coefficient_that_is_left_out_is_noticed(tmp_path, monkeypatch, zero):
+    prepare = FusedAdamW.prepare
+    monkeypatch.setattr(FusedAdamW, "prepare", lambda self, p, scale=None, **rest: prepare(self, p, **rest))
+    ours, theirs = both(1, tmp_path, zero, PER_GROUP, "fp32", 8)
+    with pytest.raises(AssertionError, match="pieces of"):
+        assert_same(ours, theirs, TOLERANCE["fp32"])
 
 
 @pytest.mark.slow
