@@ -21,6 +21,8 @@ from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
 from helpers.models.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.models import build_model
 from megadit.models.layers import linear
+from megadit_kernels import linear as products
+from megadit_kernels import scaled_linear
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "dit": (tiny_dit, dit_inputs),
@@ -90,5 +92,5 @@ def test_the_output_multiplier_is_part_of_the_readouts_product(family: str, prec
 
 def test_a_multiplier_in_a_pass_of_its_own_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = training_pass("dit", torch.float32)
-    monkeypatch.setattr(linear, "scaled_linear", linear.scaled_linear.reference)
+    monkeypatch.setattr(products, "scaled_linear", scaled_linear.reference)
     assert training_pass("dit", torch.float32, output_mult=0.375).others != plain.others

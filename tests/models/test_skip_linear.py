@@ -16,12 +16,12 @@ from helpers.models.tiny_uvit import tiny_mup_uvit
 from helpers.ranks import run_ranks
 from megadit.models import build_model
 from megadit.models.build import parametrization
-from megadit.models.layers import skip_linear as module
 from megadit.models.layers.skip_linear import SkipLinear, skip_for_sharded_linear, skip_linear
 from megadit.mup.spec import walk_slices
 from megadit.parallel.collectives import CollectiveRecorder, gather_sequence, scatter_sequence
 from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import TensorLayout, building, shard_shape
+from megadit_kernels import linear as products
 from megadit_kernels import scaled_linear
 
 BATCH, TOKENS, WIDTH, ALPHA = 2, 5, 64, 0.5
@@ -134,7 +134,7 @@ def order_of_backward(sequence: bool) -> list[str]:
     with pytest.MonkeyPatch.context() as monkey:
         for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
             monkey.setattr(dist, name, watched(name, getattr(dist, name)))
-        monkey.setattr(module, "scaled_linear", product)
+        monkey.setattr(products, "scaled_linear", product)
         out.backward(scatter_sequence(grad, layout))
     return events
 
