@@ -25,9 +25,14 @@ TARGETS = ("noise", "velocity", "v")
 NORMAL_BOUND = 1.5e-6
 
 
+# Without a GPU in Triton's interpreter.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 @pytest.fixture(autouse=True)
-def _fused() -> Iterator[None]:
-    need_interpreter()
+def _fused(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.node.get_closest_marker("gpu"):
+        need_interpreter()
     for op in OPS_OF_KEY["noise"]:
         op.select("fused")
     yield
@@ -46,12 +51,13 @@ def levels(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return sample_keys(5, "noise", range(batch)), 0.3 + torch.rand(batch), 0.4 + torch.rand(batch)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("key", KEYS)
-def test_the_integers_are_those_of_the_reference_to_the_bit(key: int) -> None:
+def test_the_integers_are_those_of_the_reference_to_the_bit(key: int, device: str) -> None:
     from helpers.kernels.noise_probe import words_of
 
     counters = torch.cat([torch.arange(12), torch.tensor([2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])])
-    assert torch.equal(words_of(key, counters), reference.philox(torch.tensor([[key]]), counters)[0])
+    assert torch.equal(words_of(key, counters.to(device)).cpu(), reference.philox(torch.tensor([[key]]), counters)[0])
 
 
 def test_the_integers_are_those_of_the_authors() -> None:
@@ -66,7 +72,8 @@ def test_the_integers_are_those_of_the_authors() -> None:
     ]
 
 
-def test_uniforms_are_equal_to_the_bit_and_normals_finite_at_every_edge() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_uniforms_are_equal_to_the_bit_and_normals_finite_at_every_edge(device: str) -> None:
     """Around each power of two, where float32 begins to round, at both ends, and at the quarters of the circle."""
     from helpers.kernels.noise_probe import numbers_of
 
@@ -75,16 +82,17 @@ def test_uniforms_are_equal_to_the_bit_and_normals_finite_at_every_edge() -> Non
     words = torch.tensor([word for word in edges if 0 <= word < 2**32])
     words = torch.cat([words, torch.randint(0, 2**32, (1024 - len(words),))])
     pairs = torch.stack([words, words[torch.randperm(1024)]], dim=1)
-    uniforms, normals = numbers_of(pairs)
+    uniforms, normals = (part.cpu() for part in numbers_of(pairs.to(device)))
     assert torch.equal(uniforms, reference.unit(pairs)) and float(uniforms.max()) == 1.0
     expected = reference.gauss(torch.cat([pairs, pairs], dim=1))[:, :2]
     assert (normals - expected).abs().max() < NORMAL_BOUND and normals.isfinite().all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(), (3,), (75,), (3, 5, 5), (4, 32, 32)])
-def test_normals_are_those_of_the_reference(shape: tuple[int, ...]) -> None:
+def test_normals_are_those_of_the_reference(shape: tuple[int, ...], device: str) -> None:
     keys = sample_keys(3, "noise", range(8))
-    noise, expected = keyed_normal(keys, shape), keyed_normal.reference(keys, shape)
+    noise, expected = keyed_normal(keys.to(device), shape).cpu(), keyed_normal.reference(keys, shape)
     assert noise.dtype == torch.float32 and noise.shape == expected.shape
     assert (noise - expected).abs().max() < NORMAL_BOUND
 

@@ -37,14 +37,14 @@ def _numbers(words, uniforms, normals, N: tl.constexpr):
 
 
 def words_of(key: int, counters: Tensor) -> Tensor:
-    """The words of a key at int64 counters (N,), a power of two many: (N, 4) int64."""
-    out = torch.empty(len(counters), 4, dtype=torch.int64)
-    _words[(1,)](torch.tensor([key]), counters, out, N=len(counters))
+    """The words of a key at int64 counters (N,), a power of two many, on their device: (N, 4) int64."""
+    out = torch.empty(len(counters), 4, dtype=torch.int64, device=counters.device)
+    _words[(1,)](torch.tensor([key], device=counters.device), counters, out, N=len(counters))
     return out
 
 
 def numbers_of(words: Tensor) -> tuple[Tensor, Tensor]:
     """Uniforms and normals of pairs of words, int64 (N, 2), N a power of two: float32 (N, 2) each."""
-    uniforms, normals = torch.empty(words.shape), torch.empty(words.shape)
+    uniforms, normals = (torch.empty(words.shape, device=words.device) for _ in range(2))
     _numbers[(1,)](words, uniforms, normals, N=len(words))
     return uniforms, normals
