@@ -44,10 +44,18 @@ OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
     }
 )
 
+
+def choose_all(device: str) -> None:
+    """Let every operation choose what runs on this type of device, before torch.compile traces its calls."""
+    for name in OPS:
+        globals()[name].choose(device)
+
+
 __all__ = [
     "OPS",
     "OPS_OF_KEY",
     "Op",
+    "choose_all",
     "for_autocast",
     "gated_residual",
     "keyed_normal",

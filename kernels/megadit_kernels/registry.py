@@ -101,13 +101,16 @@ class Op(Generic[P, R]):
         return "reference"
 
     def __call__(self, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        device = x.device.type
-        function = self._chosen.get(device)
-        if function is None:
-            name = self.backend_on(device)
-            function = self.reference if name == "reference" else self._implementations[name].function
-            self._chosen[device] = function
+        function = self._chosen.get(x.device.type) or self.choose(x.device.type)
         return function(x, *args, **kwargs)
+
+    def choose(self, device: str) -> Callable[Concatenate[Tensor, P], R]:
+        """What runs on this type of device from now on, which the first call would find out: torch.compile cannot trace
+        that inside of activation checkpointing."""
+        name = self.backend_on(device)
+        function = self.reference if name == "reference" else self._implementations[name].function
+        self._chosen[device] = function
+        return function
 
 
 def triton_runs() -> bool:

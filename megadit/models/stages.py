@@ -19,6 +19,7 @@ from megadit.conditioning import Conditioning
 from megadit.parallel.collectives import gather_sequence
 from megadit.parallel.recompute import Recompute, run_block
 from megadit.parallel.tensor import UNSHARDED, TensorLayout
+from megadit_kernels import choose_all
 
 StageIO = tuple[Tensor, ...]  # a packed state
 _COMPILATIONS = 96  # kinds of blocks (up to 6) times modes (3) times shapes
@@ -131,6 +132,7 @@ def compile_blocks(stages: Iterable[Stage], recompute: Recompute, **options: Any
 
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _COMPILATIONS)
+    choose_all("cuda" if torch.cuda.is_available() else "cpu")
     run = torch.compile(_run_recomputed, **options)
     for stage in stages:
         if stage.is_block:

@@ -67,7 +67,8 @@ def _memory_line(plan: LayoutPlan) -> str:
     fullest = max(plan.stages, key=lambda stage: stage.total)
     parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in fullest.bytes.items())
     where = "per rank" if len(plan.stages) == 1 else "on a rank of the fullest stage"
-    return f"{parts} GB {where} (total {fullest.total / 1e9:.3g}, without workspaces of libraries)"
+    kernels = f"fused kernels: {', '.join(plan.fused_kernels)}" if plan.fused_kernels else "no fused kernels"
+    return f"{parts} GB {where} (total {fullest.total / 1e9:.3g}, without workspaces of libraries; {kernels})"
 
 
 def table(plan: LayoutPlan) -> str:

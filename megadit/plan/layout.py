@@ -14,6 +14,7 @@ from megadit.parallel.topology import Topology, balanced_cuts
 from megadit.plan.bubble import bubble_share, idle_share
 from megadit.plan.communication import data_bytes, retained_share, tensor_bytes
 from megadit.plan.flops import stage_flops
+from megadit.plan.kernels import planned_kernels
 from megadit.plan.memory import MicroBatchCost, stage_costs, state_bytes
 
 # DeepSpeed's defaults of stage3_param_persistence_threshold, stage3_max_reuse_distance and stage3_max_live_parameters.
@@ -62,6 +63,7 @@ class LayoutPlan:
     tensor_groups: tuple[tuple[int, ...], ...]  # of the first replica
     bubble: float
     idle: float
+    fused_kernels: tuple[str, ...]  # keys of the configuration's ``kernels`` whose activations are those of fused ones
     stages: tuple[StagePlan, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -73,7 +75,8 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
     """The layout of a resolved configuration for ``world`` ranks. parameters: of the whole model.
 
     Every pipeline stage is built on the meta device as its first tensor-parallel rank holds it (the others hold as
-    much), and one micro batch is run through it there.
+    much), and one micro batch is run through it there, with the fused kernels that would run on this machine: those
+    that ``kernels`` asks for, and all on a GPU with Triton.
     """
     parallel, train = config.parallel, config.train
     flops = stage_flops(config.model)
@@ -94,24 +97,28 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
         fp8=train.fp8 if train.precision == "fp8" else None,
     )
     stages, blocks = [], 0
-    for stage, (chunk, cost) in enumerate(costs):
-        sizes = [p.numel() for p in chunk.parameters()]
-        in_flight = min(parallel.pipeline - stage, micro_batches)
-        memory, sent = _memory_and_sent(config, sizes, cost, data, in_flight, ds_config)
-        stages.append(
-            StagePlan(
-                stage=stage,
-                ranks=(stage * data * tensor, (stage + 1) * data * tensor - 1),
-                blocks=(blocks + 1, blocks + chunk.blocks) if chunk.blocks else (0, 0),
-                ends=tuple(name for name, has in (("embedding", chunk.is_first), ("readout", chunk.is_last)) if has),
-                flops_share=sum(flops[cuts[stage] : cuts[stage + 1]]) / sum(flops),
-                parameters=sum(sizes),
-                in_flight=in_flight,
-                bytes=memory,
-                sent=sent,
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with planned_kernels(config.kernels, device) as fused:
+        for stage, (chunk, cost) in enumerate(costs):
+            sizes = [p.numel() for p in chunk.parameters()]
+            in_flight = min(parallel.pipeline - stage, micro_batches)
+            memory, sent = _memory_and_sent(config, sizes, cost, data, in_flight, ds_config)
+            stages.append(
+                StagePlan(
+                    stage=stage,
+                    ranks=(stage * data * tensor, (stage + 1) * data * tensor - 1),
+                    blocks=(blocks + 1, blocks + chunk.blocks) if chunk.blocks else (0, 0),
+                    ends=tuple(
+                        name for name, has in (("embedding", chunk.is_first), ("readout", chunk.is_last)) if has
+                    ),
+                    flops_share=sum(flops[cuts[stage] : cuts[stage + 1]]) / sum(flops),
+                    parameters=sum(sizes),
+                    in_flight=in_flight,
+                    bytes=memory,
+                    sent=sent,
+                )
             )
-        )
-        blocks += chunk.blocks
+            blocks += chunk.blocks
     groups = [tuple(g) for g in topology.rank_lists("tensor") if (g[0] // tensor) % data == 0]
     return LayoutPlan(
         world=world,
@@ -126,6 +133,7 @@ def plan_layout(config: RunConfig, world: int, ds_config: dict[str, Any], parame
         tensor_groups=tuple(groups),
         bubble=bubble_share(parallel.pipeline, micro_batches),
         idle=idle_share([s.flops_share for s in stages], micro_batches, train.activation_checkpointing == "full"),
+        fused_kernels=fused,
         stages=tuple(stages),
     )
 

@@ -62,6 +62,8 @@ def both(family: str, recompute: str, layout: TensorLayout | None = None, count:
     model.recompute = recompute
     expected = steps(model, inputs, count)
     randomize(model)
+    for op in (op for ops in OPS_OF_KEY.values() for op in ops):
+        op.select(op.choice)  # forgets what runs on the CPU, as at the start of a run
     with compiling():
         model.compile_blocks(**WHOLE)
         results = steps(model, inputs, count)

@@ -7,16 +7,23 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.kernels.interpreter import need_interpreter
 from helpers.models.tiny_dit import tiny_dit
 from helpers.models.tiny_mmdit import tiny_mmdit
 from helpers.models.tiny_pixart import tiny_pixart
 from helpers.models.tiny_uvit import tiny_uvit
+from helpers.ranks import run_ranks
 from megadit.config import ModelConfig
+from megadit.config.schema.kernels import KernelConfig
+from megadit.errors import UserError
 from megadit.models import build_model
 from megadit.models.chunk import build_chunk
 from megadit.mup.example import example_conditioning, example_images
+from megadit.parallel.tensor import TensorLayout
 from megadit.plan.bubble import bubble_share, idle_share
+from megadit.plan.kernels import planned_kernels
 from megadit.plan.memory import LiveByteCounter, stage_costs
+from megadit_kernels import OPS_OF_KEY, swiglu
 
 BATCH = 5
 REPA = {"block": 1, "feature_dim": 24, "hidden": 32}
@@ -41,11 +48,9 @@ def tensors(out: Any) -> list[torch.Tensor]:
     return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
-    config = FAMILIES[family]
-    chunk = build_chunk(config, (0, config.blocks + 2), 0)
+def held(config: ModelConfig, recompute: Any, layout: TensorLayout | None = None) -> tuple[int, int]:
+    """Bytes that a micro batch on the CPU saves for its backward pass, and the most that it holds."""
+    chunk = build_chunk(config, (0, config.blocks + 2), 0, layout)
     chunk.model.recompute, chunk.project = recompute, config.repa is not None
     stage_io = chunk.model.packed_inputs(*inputs(config))
     known = [*chunk.parameters(), *chunk.buffers()]
@@ -57,9 +62,90 @@ def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
         out = tensors(chunk(received))
         saved = live.now
         torch.autograd.backward(out, [torch.ones_like(part) for part in out])
-    [counted] = costs(config, recompute)
+    return saved, live.peak
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
+    saved, peak = held(FAMILIES[family], recompute)
+    [counted] = costs(FAMILIES[family], recompute)
     assert counted.saved_bytes == pytest.approx(saved, rel=0.01)
-    assert counted.peak_bytes == pytest.approx(live.peak, rel=0.01)
+    assert counted.peak_bytes == pytest.approx(peak, rel=0.01)
+
+
+FUSED = KernelConfig(**dict.fromkeys(OPS_OF_KEY, "fused"))
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [
+        pytest.param(family, recompute, marks=[] if recompute == "none" else pytest.mark.slow)
+        for family in FAMILIES
+        for recompute in ("none", "selective", "full")
+    ],
+)
+def test_fused_kernels_hold_in_the_interpreter_what_is_planned(family, recompute):
+    need_interpreter()
+    config = FAMILIES[family]
+    [torchs] = costs(config, recompute)
+    with planned_kernels(FUSED, "cuda") as fused:
+        assert fused == tuple(OPS_OF_KEY)
+        saved, peak = held(config, recompute)
+        [counted] = costs(config, recompute)
+    assert counted.saved_bytes == pytest.approx(saved, rel=0.01)
+    assert 0.87 * peak < counted.peak_bytes < 1.01 * peak  # the interpreter lets go of partial sums late
+    if recompute == "none" and family != "uvit":  # whose fused kernels save what torch's save
+        assert counted.saved_bytes < 0.97 * torchs.saved_bytes
+
+
+def held_by_rank(config: ModelConfig, recompute: Any, sequence: bool) -> tuple[int, int]:
+    import torch.distributed as dist
+
+    with planned_kernels(FUSED, "cuda"):
+        return held(config, recompute, TensorLayout(2, dist.get_rank(), sequence, dist.new_group([0, 1])))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("family", "recompute", "sequence"),
+    [
+        ("dit", "none", True),
+        *(
+            pytest.param(family, recompute, sequence, marks=pytest.mark.slow)
+            for family in FAMILIES
+            for recompute in ("none", "selective", "full")
+            for sequence in (False, True)
+            if (family, recompute, sequence) != ("dit", "none", True)
+        ),
+    ],
+)
+def test_a_tensor_parallel_rank_of_fused_kernels_holds_what_is_planned(family, recompute, sequence):
+    need_interpreter()
+    config = FAMILIES[family]
+    with planned_kernels(FUSED, "cuda"):
+        whole = (0, config.blocks + 2)
+        [(_, counted)] = stage_costs(config, whole, BATCH, torch.float32, recompute, 2, sequence=sequence)
+    for saved, peak in run_ranks(2, held_by_rank, config, recompute, sequence):
+        assert counted.saved_bytes == pytest.approx(saved, rel=0.01)
+        assert 0.87 * peak < counted.peak_bytes < 1.01 * peak  # the interpreter lets go of partial sums late
+
+
+def test_what_is_planned_is_what_would_run_here_and_ends_with_the_plan():
+    with planned_kernels(KernelConfig(swiglu="fused"), "cpu") as fused:
+        assert fused == ("swiglu",) and swiglu.backend_on("meta") == "fused"
+    assert swiglu.choice == "auto" and swiglu.backend_on("meta") == "torch"
+
+
+def test_fused_kernels_are_not_planned_without_triton(monkeypatch):
+    monkeypatch.setattr("megadit.plan.kernels.find_spec", lambda _: None)
+    refused = pytest.raises(
+        UserError, match=r"kernels.swiglu: fused is planned by Triton's launchers, and triton is not"
+    )
+    with refused, planned_kernels(KernelConfig(swiglu="fused"), "cpu"):
+        pass
+    with planned_kernels(KernelConfig(), "cpu") as fused:
+        assert fused == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -144,8 +144,8 @@ def backward(
     if not new_x.numel():
         sums.zero_()
         row_sums.zero_()
+    partial = new_x.new_empty((batch, chunks, count, width), dtype=torch.float32)  # on meta, too: plans count it
     if launches(new_x) and count:
-        partial = new_x.new_empty((batch, chunks, count, width), dtype=torch.float32)
         strides = [0 if part is None else part.stride(at) for part in (dy, dnew, branch) for at in (0, 1)]
         triton_kernels.backward[(chunks, batch)](
             new_x, dy, dnew, branch, gate, gate_row, scale, scale_row, mean, rstd,
