@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"config"},
     "mup": {"config", "parallel"},
     "models": {"config", "data", "diffusion", "mup", "parallel", "kernels"},
-    "plan": {"config", "data", "diffusion", "mup", "parallel", "models"},
+    "plan": {"config", "data", "diffusion", "mup", "parallel", "models", "kernels"},
     "engine": {"config", "data", "diffusion", "mup", "parallel", "models", "plan", "kernels"},
     "checkpoint": {"config", "data", "mup", "parallel", "models", "engine"},
     "train": {"config", "data", "diffusion", "mup", "parallel", "models", "plan", "engine", "checkpoint", "kernels"},
