@@ -10,11 +10,14 @@ backward and what is alive in between. On the CPU it is the largest sum of bytes
 operation (scratch space inside an operation is not seen); on CUDA what its allocator reports.
 
 OMP_NUM_THREADS=1 python benchmarks/family_step.py [--families dit,mmdit --sizes small,medium --steps 10]
+
+--against compiled: the other arm is the same model with compiled blocks (train.compile), and memory is not followed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import weakref
@@ -37,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sizes", default=",".join(SIZES), help="which of them")
     p.add_argument("--steps", type=int, default=10, help="counted passes of each arm")
     p.add_argument("--warmup", type=int, default=2, help="passes of each arm that are not counted")
+    p.add_argument("--against", choices=("other", "compiled"), default="other", help="what megadit's model meets")
     p.add_argument("--device", default="cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and arithmetic")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -218,7 +222,9 @@ def live_bytes_peak(work: Pass, device: str) -> int:
     return live.peak
 
 
-def arms_of(family: str, size: str, device: str, precision: str) -> tuple[dict[str, Pass], float]:
+def arms_of(
+    family: str, size: str, device: str, precision: str, against: str = "other"
+) -> tuple[dict[str, Pass], float]:
     """One forward and backward of ours and of theirs, and how far their outputs lie apart, relative."""
     import torch
 
@@ -232,7 +238,11 @@ def arms_of(family: str, size: str, device: str, precision: str) -> tuple[dict[s
     with torch.no_grad():  # zero gates would hide a difference between the two
         for name, param in ours.named_parameters():
             param.copy_(0.05 * rng.normal(rng.stream_key(0, name), param.shape))
-    other, call = _their_model(config, {name: value.clone() for name, value in ours.state_dict().items()})
+    if against == "compiled":
+        other = call = copy.deepcopy(ours)
+        other.compile_blocks()
+    else:
+        other, call = _their_model(config, {name: value.clone() for name, value in ours.state_dict().items()})
     if device != "cpu" or precision != "fp32":
         for model in (ours, other):
             model.to(device=device, dtype=dtype)
@@ -261,15 +271,19 @@ def arms_of(family: str, size: str, device: str, precision: str) -> tuple[dict[s
     return {"megadit": one(ours, ours), "other": one(other, call)}, gap
 
 
-def compare(arms: dict[str, Pass], warmup: int, steps: int, device: str) -> dict[str, Any]:
-    """Medians of interleaved passes and peaks of memory, and their ratios."""
+def compare(arms: dict[str, Pass], warmup: int, steps: int, device: str, *, memory: bool = True) -> dict[str, Any]:
+    """Medians of interleaved passes and, with ``memory``, its peaks, and their ratios."""
     from benchmarks.arms import median_seconds
 
     medians = median_seconds(arms, warmup, steps)
-    peaks = {name: live_bytes_peak(work, device) for name, work in arms.items()}
-    return {
+    times = {
         "ms": {name: round(1000 * value, 2) for name, value in medians.items()},
         "time_ratio": round(medians["megadit"] / medians["other"], 3),
+    }
+    if not memory:
+        return times
+    peaks = {name: live_bytes_peak(work, device) for name, work in arms.items()}
+    return times | {
         "peak_mb": {name: round(value / 1e6, 1) for name, value in peaks.items()},
         "memory_ratio": round(peaks["megadit"] / peaks["other"], 3),
     }
@@ -283,9 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     for family in args.families.split(","):
         for size in args.sizes.split(","):
-            arms, gap = arms_of(family, size, args.device, args.precision)
+            arms, gap = arms_of(family, size, args.device, args.precision, args.against)
             row = {"family": family, "size": size, "output_gap": float(f"{gap:.2g}")}
-            results.append(row | compare(arms, args.warmup, args.steps, args.device))
+            memory = args.against == "other"
+            results.append(row | compare(arms, args.warmup, args.steps, args.device, memory=memory))
             if not args.json:
                 _print_row(results[-1], heading=len(results) == 1)
     if args.json:
@@ -296,9 +311,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_row(row: dict[str, Any], heading: bool) -> None:
     if heading:
-        print(f"{'family':8}{'size':8}{'megadit':>12}{'other':>12}{'ratio':>8}{'megadit':>12}{'other':>12}{'ratio':>8}")
-    ms, mb = row["ms"], row["peak_mb"]
+        columns = f"{'megadit':>12}{'other':>12}{'ratio':>8}"
+        print(f"{'family':8}{'size':8}{columns}{columns if 'peak_mb' in row else ''}")
+    ms = row["ms"]
     times = f"{ms['megadit']:>9.1f} ms{ms['other']:>9.1f} ms{row['time_ratio']:>8.3f}"
+    if "peak_mb" not in row:
+        print(f"{row['family']:8}{row['size']:8}{times}", flush=True)
+        return
+    mb = row["peak_mb"]
     memory = f"{mb['megadit']:>9.1f} MB{mb['other']:>9.1f} MB{row['memory_ratio']:>8.3f}"
     print(f"{row['family']:8}{row['size']:8}{times}{memory}", flush=True)
 
