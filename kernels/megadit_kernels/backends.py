@@ -83,6 +83,7 @@ def _probes() -> dict[str, Callable[[], str]]:
         "flash-attn": _flash_attn,
         "transformer-engine": _transformer_engine,
         "apex": _apex,
+        "apex-norm": _apex_norm,
     }
 
 
@@ -92,6 +93,7 @@ def _remedies() -> dict[str, str]:
         "flash-attn": "build it for this torch: pip install --no-build-isolation --force-reinstall flash-attn",
         "transformer-engine": "pip install --no-build-isolation 'transformer-engine[pytorch]', for this torch and CUDA",
         "apex": "build NVIDIA apex from its source for this torch and CUDA",
+        "apex-norm": "build NVIDIA apex from its source for this torch and CUDA",
     }
 
 
@@ -210,13 +212,25 @@ def _transformer_engine() -> str:
     return version
 
 
-def _apex() -> str:
+def _installed_apex(module: str) -> str:
+    """apex's version. Raises Unavailable without its compiled ``module``: another package may be called apex."""
     remedy = "optional, needs a GPU: build NVIDIA apex from its source (CONTRIBUTING.md)"
-    if importlib.util.find_spec("amp_C") is None:
-        if importlib.util.find_spec("apex") is not None:
-            raise Unavailable("a package called apex is installed, but not NVIDIA's (it has no amp_C)", remedy)
-        raise Unavailable("not installed", remedy)
-    version = _installed("amp_C", "apex", remedy)
+    if importlib.util.find_spec(module) is None and importlib.util.find_spec("apex") is not None:
+        raise Unavailable(f"the package apex that is installed is not NVIDIA's, or built without {module}", remedy)
+    return _installed(module, "apex", remedy)
+
+
+def _apex_norm() -> str:
+    version = _installed_apex("fused_layer_norm_cuda")
+    torch = _need_cuda(version)
+    apex = importlib.import_module("apex.normalization.fused_layer_norm")
+    x = torch.arange(64.0, device="cuda").view(2, 32)
+    _assert_close(torch, apex.fused_layer_norm(x, (32,), 1e-5), torch.nn.functional.layer_norm(x, (32,)), 1e-4)
+    return version
+
+
+def _apex() -> str:
+    version = _installed_apex("amp_C")
     torch = _need_cuda(version)
     amp = importlib.import_module("amp_C")
     apply = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier

@@ -18,11 +18,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Implementation(Generic[P, R]):
-    """``function`` for tensors on ``device`` (a type such as cuda; None: any), where ``works()`` is true."""
+    """``function`` for tensors on ``device`` (a type such as cuda; None: any), where ``works()`` is true.
+
+    ``automatic``: auto may take it; else it runs where it is selected by its name alone.
+    """
 
     function: Callable[Concatenate[Tensor, P], R]
     device: str | None
     works: Callable[[], bool]
+    automatic: bool = True
 
 
 class Op(Generic[P, R]):
@@ -41,12 +45,17 @@ class Op(Generic[P, R]):
         self._chosen: dict[str, Callable[Concatenate[Tensor, P], R]] = {}
 
     def implementation(
-        self, backend: str, *, device: str | None = "cuda", works: Callable[[], bool] | None = None
+        self,
+        backend: str,
+        *,
+        device: str | None = "cuda",
+        works: Callable[[], bool] | None = None,
+        automatic: bool = True,
     ) -> Callable[[Callable[Concatenate[Tensor, P], R]], Callable[Concatenate[Tensor, P], R]]:
         """Decorator that adds the implementation ``backend``.
 
         ``works``: whether this machine can run it, called before its first use; default: the probe of that name in
-        ``megadit_kernels.backends``.
+        ``megadit_kernels.backends``. ``automatic``: see ``Implementation``.
 
         Raises:
             ValueError: an implementation of that name exists, or there is neither ``works`` nor a probe.
@@ -60,7 +69,7 @@ class Op(Generic[P, R]):
 
         def add(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
             is_working = works or functools.partial(backends.works, backend)
-            self._implementations[backend] = Implementation(function, device, is_working)
+            self._implementations[backend] = Implementation(function, device, is_working, automatic)
             self._chosen.clear()
             return function
 
@@ -96,7 +105,7 @@ class Op(Generic[P, R]):
         if self.choice != "auto":
             return self.choice
         for name, added in reversed(self._implementations.items()):
-            if added.device in (None, device) and added.works():
+            if added.automatic and added.device in (None, device) and added.works():
                 return name
         return "reference"
 

@@ -10,20 +10,26 @@ from megadit.parallel.recompute import Recompute
 from megadit_kernels import OPS_OF_KEY, Op, residual_norm_modulate
 from megadit_kernels.backends import Backend, backend
 
+# The backend that a choice needs, and what people call it.
+_BACKENDS = {"fused": ("triton", "Triton"), "apex": ("apex-norm", "NVIDIA apex")}
+
 
 def check_kernels(config: KernelConfig, device: str) -> None:
     """Whether this machine can run what is asked for. ``device``: the type of the device that trains, cuda or cpu.
 
-    Where a fused kernel is asked for and there is a GPU, one is launched on this process's current device.
+    Where a kernel is asked for by name and there is a GPU, one is launched on this process's current device.
 
     Raises:
-        UserError: a fused kernel without a GPU, or with a Triton that does not work.
+        UserError: a kernel without a GPU, or with a Triton or an apex that does not work.
     """
-    for key in (key for key in OPS_OF_KEY if getattr(config, key) == "fused"):
-        probe = backend("triton")
+    for key in (key for key in OPS_OF_KEY if getattr(config, key) in _BACKENDS):
+        choice = getattr(config, key)
+        name, package = _BACKENDS[choice]
+        probe = backend(name)
         if device != "cuda" or not probe.works:
             raise UserError(
-                f"kernels.{key}: fused needs a GPU and Triton ({_why_not(probe)}); set kernels.{key}=auto or reference"
+                f"kernels.{key}: {choice} needs a GPU and {package} ({_why_not(probe, package)}); set "
+                f"kernels.{key}=auto or reference"
             )
 
 
@@ -60,8 +66,10 @@ def _implementation(op: Op[Any, Any], choice: str, device: str) -> str:
     runs = op.backend_on(device)
     if runs == "fused":
         return "fused by Triton"
-    return f"by {runs} ({'as configured' if choice == 'reference' else _why_not(backend('triton'))})"
+    if runs == "apex":
+        return "by NVIDIA apex"
+    return f"by {runs} ({'as configured' if choice == 'reference' else _why_not(backend('triton'), 'Triton')})"
 
 
-def _why_not(probe: Backend) -> str:
-    return "training is on the CPU" if probe.works else f"Triton: {probe.detail}"
+def _why_not(probe: Backend, package: str) -> str:
+    return "training is on the CPU" if probe.works else f"{package}: {probe.detail}"

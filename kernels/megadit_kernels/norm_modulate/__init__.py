@@ -1,16 +1,19 @@
 """Adaptive norm and gated residual of a Transformer block, apart and in one: see ``reference`` for what they compute.
 
 On a GPU with Triton each is one kernel in either direction (``fused``), which computes in float32 whatever it is given.
+``apex``, chosen by name alone, norms by NVIDIA apex's kernel.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megadit_kernels.backends import works
 from megadit_kernels.norm_modulate import reference
 from megadit_kernels.registry import Op, triton_runs
 
@@ -94,3 +97,28 @@ def _fused_norm(x: Tensor, shift: Tensor | None, scale: Tensor | None, **options
 @gated_residual.implementation("fused", works=triton_runs)
 def _fused_residual(x: Tensor, gate: Tensor | None, branch: Tensor, *, gate_row: Tensor | None = None) -> Tensor:
     return _fused(x, gate, branch, None, None, gate_row=gate_row, norm="none")[0]
+
+
+@norm_modulate.implementation("apex", works=functools.partial(works, "apex-norm"), automatic=False)
+def _apex_norm(x: Tensor, shift: Tensor | None, scale: Tensor | None, **options: Any) -> Tensor:
+    from megadit_kernels.norm_modulate import apex
+
+    return apex.norm_modulate(x, shift, scale, **options)
+
+
+@residual_norm_modulate.implementation("apex", works=functools.partial(works, "apex-norm"), automatic=False)
+def _apex_in_two(
+    x: Tensor,
+    gate: Tensor | None,
+    branch: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    gate_row: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    residual = _gated_addcmul(x, gate, branch, gate_row=gate_row)
+    return residual, _apex_norm(residual, shift, scale, **options)
+
+
+gated_residual.implementation("apex", device=None, works=lambda: True, automatic=False)(_gated_addcmul)

@@ -14,8 +14,10 @@ Implementation = Literal["auto", "fused", "reference"]
 class KernelConfig(Section):
     """Which implementation of each fused operation runs: auto takes Triton's on a GPU, torch's elsewhere."""
 
-    norm_modulate: Implementation = Field(
-        "auto", description="gated residual, norm and modulation: auto, fused (Triton, on a GPU) or reference (torch)"
+    norm_modulate: Literal[Implementation, "apex"] = Field(
+        "auto",
+        description="gated residual, norm and modulation: auto, fused (Triton, on a GPU), reference (torch) or apex "
+        "(NVIDIA apex's norm, where installed; the rest by torch)",
     )
     residual_across_blocks: bool | Literal["auto"] = Field(
         "auto",
