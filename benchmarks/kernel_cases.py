@@ -132,6 +132,11 @@ def _linear(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
     return {"x": _tokens(shape, draw), "weight": draw(n, n, std=n**-0.5), "bias": draw(n)}
 
 
+def _hidden(shape: Shape, draw: Callable[..., Tensor], times: int) -> Leaves:
+    """What an MLP's first linear puts out without its bias, and the bias."""
+    return {"h": _tokens(shape, draw, times * shape.width), "bias": draw(times * shape.width)}
+
+
 def _streams(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
     """Outputs of both streams' projections, of text half as many tokens as of the image, and the norms' gains."""
     d = next(d for d in (128, 72, 64, 36, 32) if shape.width % d == 0)
@@ -195,7 +200,8 @@ CASES: Mapping[str, Case] = {
     ),
     "norm_modulate": Case(_norm, _positional("x", "shift", "scale"), ("x", "scale")),
     "gated_residual": Case(_residual, _positional("x", "gate", "branch"), ("gate", "branch")),
-    "swiglu": Case(lambda shape, draw: {"h": _tokens(shape, draw, 8 * shape.width)}, _positional("h"), ("h",)),
+    "swiglu": Case(lambda shape, draw: _hidden(shape, draw, 8), _positional("h", "bias"), ("h", "bias")),
+    "bias_gelu": Case(lambda shape, draw: _hidden(shape, draw, 4), _positional("h", "bias"), ("h", "bias")),
     "scaled_linear": Case(
         _linear, lambda op, leaves: op(leaves["x"], leaves["weight"], leaves["bias"], alpha=0.25), ("x", "weight")
     ),

@@ -132,13 +132,28 @@ def affine_norm(width: int, dtype: torch.dtype) -> None:
 
 
 def swiglu(width: int, dtype: torch.dtype) -> None:
-    """SwiGLU's product, of a hidden layer of 4 times the width."""
+    """Bias and SwiGLU's product, of a hidden layer of 4 times the width; so many rows that programs loop."""
     import torch
 
     from megadit_kernels.swiglu import fused
 
-    h = torch.zeros(256, 8 * width, dtype=dtype)
-    fused.backward(h, fused.forward(h))
+    h, bias = torch.zeros(4096, 8 * width, dtype=dtype), torch.zeros(8 * width, dtype=dtype)
+    fused.backward(h, bias, fused.forward(h, bias))
+
+
+def gelu_tanh(width: int, dtype: torch.dtype, approximate: str = "tanh") -> None:
+    """Bias and GELU, of a hidden layer of 4 times the width."""
+    import torch
+
+    from megadit_kernels.gelu import fused
+
+    h, bias = torch.zeros(4096, 4 * width, dtype=dtype), torch.zeros(4 * width, dtype=dtype)
+    fused.backward(h, bias, fused.forward(h, bias, approximate), approximate)
+
+
+def gelu_erf(width: int, dtype: torch.dtype) -> None:
+    """The same by the error function."""
+    gelu_tanh(width, dtype, "none")
 
 
 def noise(width: int, dtype: torch.dtype) -> None:
@@ -205,6 +220,8 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "variance_bound": variance_bound,
     "qk_norm": qk_norm,
     "adamw": adamw,
+    "gelu_tanh": gelu_tanh,
+    "gelu_erf": gelu_erf,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from megadit_kernels.gelu import bias_gelu
 from megadit_kernels.linear import scaled_linear
 from megadit_kernels.noise import keyed_normal, mix_noise, squared_error
 from megadit_kernels.norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
@@ -26,6 +27,7 @@ OPS: Mapping[str, str] = MappingProxyType(
             residual_norm_modulate,
             swiglu,
             qk_norm,
+            bias_gelu,
             keyed_normal,
             mix_noise,
             squared_error,
@@ -41,6 +43,7 @@ OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
         "swiglu": (swiglu,),
         "noise": (mix_noise, keyed_normal, squared_error, variance_bound),
         "qk_norm": (qk_norm,),
+        "gelu": (bias_gelu,),
     }
 )
 
@@ -55,6 +58,7 @@ __all__ = [
     "OPS",
     "OPS_OF_KEY",
     "Op",
+    "bias_gelu",
     "choose_all",
     "for_autocast",
     "gated_residual",

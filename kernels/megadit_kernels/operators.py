@@ -51,3 +51,9 @@ class KernelOperator:
 def launches(x: Tensor) -> bool:
     """Whether a kernel has anything to do: not for an empty tensor, nor for one that has a shape and no values."""
     return x.numel() > 0 and x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., n) as rows (k, n) with channels side by side; copied only where they are not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

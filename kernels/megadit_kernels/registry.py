@@ -109,6 +109,12 @@ class Op(Generic[P, R]):
                 return name
         return "reference"
 
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether a call with this first operand runs another implementation than torch's own kernels."""
+        function = self._chosen.get(x.device.type) or self.choose(x.device.type)
+        torchs = self._implementations.get("torch")
+        return function is not self.reference and (torchs is None or function is not torchs.function)
+
     def __call__(self, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         function = self._chosen.get(x.device.type) or self.choose(x.device.type)
         return function(x, *args, **kwargs)

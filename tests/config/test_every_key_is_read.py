@@ -54,7 +54,9 @@ ALWAYS = {
         "optim.warmup_steps optim.clip.mode optim.clip.value"
     ),
     "the averages": "ema.decays ema.sigma_rels",
-    "the fused operations that the model calls": "kernels.norm_modulate kernels.swiglu kernels.noise kernels.qk_norm",
+    "the fused operations that the model calls": (
+        "kernels.norm_modulate kernels.swiglu kernels.noise kernels.qk_norm kernels.gelu"
+    ),
     "the blocks, whatever the family": "kernels.residual_across_blocks",
     "the layout of processes": (
         "parallel.tensor parallel.pipeline parallel.sequence parallel.zero_stage parallel.timeout_s "

@@ -40,13 +40,13 @@ def test_fused_is_refused_without_a_gpu() -> None:
 
 def test_what_runs_is_described_with_the_reason() -> None:
     assert describe_kernels(KernelConfig(), "cpu").startswith(
-        "kernels: norm_modulate, swiglu, noise, qk_norm by torch ("
+        "kernels: norm_modulate, swiglu, noise, qk_norm, gelu by torch ("
     )
     reference = KernelConfig(norm_modulate="reference")
     select_kernels(reference)
     description = describe_kernels(reference, "cuda")
     assert description.startswith(
-        "kernels: norm_modulate by torch (as configured); swiglu, noise, qk_norm by torch (Triton"
+        "kernels: norm_modulate by torch (as configured); swiglu, noise, qk_norm, gelu by torch (Triton"
     )
 
 
@@ -97,7 +97,8 @@ def test_a_model_is_the_same_by_fused_kernels(family: str, recompute: str) -> No
     """In the interpreter: values and the gradient of every parameter, of recomputed blocks too."""
     need_interpreter()
     make, draw = MODELS[family]
-    config = make(depth=2, mlp="swiglu", qk_norm="rms")
+    mlp = {"none": "gelu", "selective": "gelu_tanh", "full": "swiglu"}[recompute]
+    config = make(depth=2, mlp=mlp, qk_norm="rms")
     inputs = draw(config)
     expected = outputs_and_gradients(config, inputs, recompute)
     select_kernels(KernelConfig(**dict.fromkeys(OPS_OF_KEY, "fused")))

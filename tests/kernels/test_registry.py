@@ -132,5 +132,6 @@ def test_layers_call_what_is_dispatched(counted: list[str]) -> None:
         "squared_error": 0,
         "variance_bound": 0,
         "qk_norm": 0,
+        "bias_gelu": 1,
     }
     assert gated_residual.backend_on("cpu") == "counted"

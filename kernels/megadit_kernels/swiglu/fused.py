@@ -8,51 +8,57 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from megadit_kernels.operators import KernelOperator, launches
+from megadit_kernels.operators import KernelOperator, launches, rows_of
+from megadit_kernels.partial_sums import add_up, passes_of
 from megadit_kernels.swiglu import triton_kernels
 
-
-def _block(width: int) -> int:
-    """Channels per program: at most 1,024, of which a thread of 4 warps takes 8, 16 bytes of bfloat16."""
-    return min(1024, 1 << (width - 1).bit_length())
+_ROWS, _BLOCK = 4, 256  # of a program of 4 warps: 8 elements a thread of gate and of up, 16 bytes of bfloat16
 
 
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def forward(h: Tensor) -> Tensor:
-    """(..., 2 m) -> (..., m)."""
+def forward(h: Tensor, bias: Tensor | None) -> Tensor:
+    """h (..., 2 m), bias (2 m,) or None -> (..., m)."""
     width = h.shape[-1] // 2
     y = h.new_empty((*h.shape[:-1], width))
     if launches(y):
-        rows, block = _rows(h), _block(width)
-        triton_kernels.forward[(len(rows), -(-width // block))](rows, y, rows.stride(0), M=width, BLOCK=block)
+        rows = rows_of(h)
+        triton_kernels.forward[(-(-len(rows) // _ROWS), -(-width // _BLOCK))](
+            rows, bias, y, len(rows), rows.stride(0), M=width, ROWS=_ROWS, BLOCK=_BLOCK
+        )
     return y
 
 
-def backward(h: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of h, from that of the result."""
+def backward(h: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of h and of the bias, from that of the result; the bias's is empty where there is none."""
     width = h.shape[-1] // 2
     dh = h.new_empty(h.shape)
+    dbias = h.new_empty(0) if bias is None else bias.new_empty(2 * width)
+    if not h.numel():
+        dbias.zero_()
     if launches(dh):
-        rows, grads, block = _rows(h), _rows(dy), _block(width)
-        triton_kernels.backward[(len(rows), -(-width // block))](
-            rows, grads, dh, rows.stride(0), grads.stride(0), M=width, BLOCK=block
-        )
-    return dh
+        rows, grads = rows_of(h), rows_of(dy)
+        passes = 1 if bias is None else passes_of(len(rows), _ROWS)
+        chunks = -(-len(rows) // (_ROWS * passes))
+        partial = h.new_empty((0 if bias is None else chunks, 2 * width), dtype=torch.float32)
+        triton_kernels.backward[(chunks, -(-width // _BLOCK))](
+            rows, bias, grads, dh, partial, len(rows), rows.stride(0), grads.stride(0), passes,
+            M=width, ROWS=_ROWS, BLOCK=_BLOCK,
+        )  # fmt: skip
+        if bias is not None:
+            add_up(partial, dbias)
+    return dh, dbias
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradient(launch: Callable[[Tensor, Tensor], Tensor], ctx: Any, dy: Tensor) -> Tensor:
-    (h,) = ctx.saved_tensors
-    return launch(h, dy)
+def _gradients(launch: Callable[..., tuple[Tensor, Tensor]], ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    h, bias = ctx.saved_tensors
+    dh, dbias = launch(h, bias, dy)
+    return dh, None if bias is None else dbias
 
 
-run = KernelOperator("swiglu", forward, backward, _save, _gradient)
+run = KernelOperator("swiglu", forward, backward, _save, _gradients)

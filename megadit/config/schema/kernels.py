@@ -25,10 +25,13 @@ class KernelConfig(Section):
         "auto where the fused norm runs on a GPU and no block is recomputed (a recomputed block saves its inputs, of "
         "which there are then two per token instead of one); what pipeline stages send stays as it is",
     )
-    swiglu: Implementation = Field("auto", description="SwiGLU's product of two halves, where model.mlp is swiglu")
+    swiglu: Implementation = Field(
+        "auto", description="bias and SwiGLU's product of two halves, where model.mlp is swiglu"
+    )
     noise: Implementation = Field(
         "auto", description="noise, its mixture with the images, and their losses: one kernel each"
     )
     qk_norm: Implementation = Field(
         "auto", description="RMSNorm of queries and keys (model.qk_norm), and MMDiT's streams in one sequence"
     )
+    gelu: Implementation = Field("auto", description="bias and GELU, where model.mlp is gelu or gelu_tanh")

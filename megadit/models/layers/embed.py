@@ -12,6 +12,7 @@ from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megadit.models.layers.positions import timestep_features
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim, ParamSpec
+from megadit_kernels import bias_gelu
 
 _TIMESTEP_FEATURES = 256
 
@@ -96,7 +97,7 @@ class CaptionProjection(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """Cast the features to the weights' dtype and project each token."""
-        return self.fc2(F.gelu(self.fc1(text.to(self.fc1.weight.dtype)), approximate="tanh"))
+        return self.fc2(self.fc1(text.to(self.fc1.weight.dtype), bias_gelu, approximate="tanh"))
 
 
 class CaptionEmbedder(nn.Module):

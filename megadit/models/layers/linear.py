@@ -29,7 +29,7 @@ from megadit.parallel.collectives import (
 from megadit.parallel.recompute import is_recomputed
 from megadit.parallel.tensor import TensorLayout, mark_shards, shard_shape, tensor_layout
 from megadit.slices import ShardRegions
-from megadit_kernels import for_autocast
+from megadit_kernels import Op, for_autocast
 from megadit_kernels.linear import OWN_PRECISION, Axis, LinearProducts
 
 
@@ -135,12 +135,21 @@ class ColumnParallelLinear(MuLinear):
         self.gather_output = gather_output and self.layout.size > 1
         self.reduce_input_grad = self.layout.size > 1 and not skip_input_grad_reduce
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out / ranks), or with ``gather_output`` (..., out)."""
+    def forward(self, x: Tensor, activation: Op[Any, Tensor] | None = None, **options: Any) -> Tensor:
+        """(..., in) -> (..., out / ranks), or with ``gather_output`` (..., out).
+
+        ``activation``: an operation (h, bias, **options) on this rank's outputs. Where it is fused it adds the bias;
+        torch's GEMM adds it for nothing. It is called here, where ZeRO-3 has gathered the bias.
+        """
+        bias: Tensor | None = self.bias
+        left = bias if activation is not None and activation.is_fused(x) else None  # what the activation adds
+        added = bias if left is None else None
         if self.reduce_input_grad:
-            out = column_linear(x, self.weight, self.bias, self.forward_mult, self.layout, self.tokens, self.products)
+            out = column_linear(x, self.weight, added, self.forward_mult, self.layout, self.tokens, self.products)
         else:
-            out = super().forward(x)
+            out = self.products.linear(x, self.weight, added, self.forward_mult)
+        if activation is not None:
+            out = activation(out, left, **options)
         if not self.gather_output:
             return out
         return gather_from_tensor_parallel_region(out, self.layout, partial=self.layout.sequence)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
-from megadit_kernels import swiglu
+from megadit_kernels import bias_gelu, swiglu
 
 Activation = Literal["gelu_tanh", "gelu", "swiglu"]
 
@@ -39,7 +38,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, n) -> (B, T, n)."""
-        h = self.fc1(x)
         if self.activation == "swiglu":
-            return self.fc2(swiglu(h))
-        return self.fc2(F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+            return self.fc2(self.fc1(x, swiglu))
+        return self.fc2(self.fc1(x, bias_gelu, approximate="tanh" if self.activation == "gelu_tanh" else "none"))

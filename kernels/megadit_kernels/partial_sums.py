@@ -1,0 +1,40 @@
+"""Column sums over all rows of a batch, by partial sums of chunks of rows that are added in a fixed order: no atomics.
+
+Importing this module needs Triton.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNKS = 64  # at most; their programs, times the blocks of channels, fill a GPU
+_LEAST_ROWS = 32  # of a chunk: a partial sum is written and read once, in float32
+_COLUMNS, _AT_A_TIME = 128, 16
+
+
+def passes_of(rows: int, rows_at_a_time: int) -> int:
+    """How many blocks of rows a program sums."""
+    least = -(-_LEAST_ROWS // rows_at_a_time)
+    return max(least, -(-rows // (_CHUNKS * rows_at_a_time)))
+
+
+@triton.jit
+def add_partials(partial, sums, chunks, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums (SIZE,) of partial (chunks, SIZE), float32. Grid: blocks of BLOCK columns."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, chunks, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < chunks) & (columns < SIZE)[None, :]
+        total += tl.load(partial + row * SIZE + columns[None, :], mask=inside, other=0.0)
+    tl.store(sums + columns, tl.sum(total, 0).to(sums.dtype.element_ty), mask=columns < SIZE)
+
+
+def add_up(partial: Tensor, sums: Tensor) -> None:
+    """sums (m,) = partial (chunks, m), float32, added over the chunks in a fixed order, rounded once."""
+    chunks, size = partial.shape
+    add_partials[(-(-size // _COLUMNS),)](partial, sums, chunks, SIZE=size, ROWS=_AT_A_TIME, BLOCK=_COLUMNS)
