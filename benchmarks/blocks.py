@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Blocks and whole models on a GPU: TFLOP/s, MFU, memory, and DiT-XL/2's images/s against diffusers' class.
 
-A block of DiT-XL/2 and of MMDiT-18B (width 5120), forward and backward in bfloat16, by torch's kernels, by the fused
-ones, and both compiled as train.compile compiles. Then whole models: one optimizer step of DiT-XL/2 against
-DiTTransformer2DModel with scaled_dot_product_attention in bfloat16, eager and compiled, and against it as the official
-code runs (float32 weights, TF32 products, attention that is no fused kernel); forward and backward of MMDiT-18B with
-recomputed blocks. FP8 where this version and this GPU have it.
+A block of DiT-XL/2 and of MMDiT-18B (width 5120), forward and backward in bfloat16: by torch's kernels, by the fused
+ones, and by these with products in FP8 (train.precision fp8), each also compiled as train.compile compiles. Then whole
+models: one optimizer step of DiT-XL/2 against DiTTransformer2DModel with scaled_dot_product_attention in bfloat16,
+eager and compiled, and against it as the official code runs (float32 weights, TF32 products, attention that is no fused
+kernel); forward and backward of MMDiT-18B with recomputed blocks.
 
     MFU = 3 F images / (seconds P)
 
@@ -131,11 +131,20 @@ def forward_backward(function: Callable[[], Any], parameters: list[Any]) -> Call
     return work
 
 
-def block_arms(part: str, images: int, device: str, dry_run: bool) -> tuple[dict[str, Any], int]:
+def has_fp8(device: str) -> bool:
+    """Whether this GPU has FP8 units; a CPU emulates them."""
+    import torch
+
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+
+
+def block_arms(part: str, images: int, device: str, dry_run: bool, deadline: Any) -> tuple[dict[str, Any], int]:
     """Arms of one block of the model, and the FLOPs of one image's forward pass."""
     import torch
 
     from benchmarks.gpu_timing import Arm
+    from megadit.config.schema.float8 import Float8Config
+    from megadit.models.float8 import set_float8
     from megadit.plan.flops import stage_flops
 
     config = model_config(part, dry_run)
@@ -144,18 +153,29 @@ def block_arms(part: str, images: int, device: str, dry_run: bool) -> tuple[dict
     with torch.no_grad():
         state = embed(model.packed_inputs(*inputs_of(config, images, device, torch.bfloat16)))
     state = tuple(part.detach().requires_grad_() if part.is_floating_point() else part for part in state)
-    leaves = [*block.parameters(), *(part for part in state if part.requires_grad)]
-    compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="eager" if dry_run else "inductor")
 
     def warm() -> None:
         with torch.no_grad():
             block(state)
 
     selection, arms = Selection(warm), {}
-    for choice in ("fused", "torch"):
-        for name, function in ((choice, block), (f"{choice} compiled", compiled)):
+
+    def add(name: str, stage: Any, choice: str) -> None:
+        backend = "eager" if dry_run else "inductor"
+        compiled = torch.compile(stage.forward, fullgraph=True, dynamic=False, backend=backend)
+        leaves = [*stage.parameters(), *(part for part in state if part.requires_grad)]
+        for suffix, function in (("", stage), (" compiled", compiled)):
             work = forward_backward(functools.partial(function, state), leaves)
-            arms[name] = Arm(work, functools.partial(selection, choice))
+            arms[name + suffix] = Arm(work, functools.partial(selection, choice))
+
+    add("fused", block, "fused")
+    add("torch", block, "torch")
+    if has_fp8(device):
+        eights = built(config, device, torch.bfloat16)
+        set_float8(eights, Float8Config())
+        add("fp8", eights.stages()[1], "fused")
+    else:
+        deadline.skip(f"{part} in FP8", "a GPU with FP8 units, sm_89 or later")
     return arms, stage_flops(config)[1]
 
 
@@ -302,7 +322,7 @@ def rows_of(
 def measure(part: str, images: int, watch: Any, deadline: Any, bf16_peak: float, dry_run: bool) -> list[dict[str, Any]]:
     """The rows of one part; its models are gone afterwards."""
     if part.endswith("block"):
-        arms, flops = block_arms(part, images, watch.device, dry_run)
+        arms, flops = block_arms(part, images, watch.device, dry_run, deadline)
     elif part == "dit_step":
         arms, flops = step_arms(images, watch.device, dry_run, deadline)
     else:

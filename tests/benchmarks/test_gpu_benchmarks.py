@@ -83,6 +83,8 @@ def test_a_block_and_a_step_are_measured(tmp_path: Path) -> None:
 def test_every_part_is_measured(tmp_path: Path) -> None:
     document = dry_run(blocks, tmp_path / "out.json")
     assert {row["part"] for row in document["rows"]} == set(blocks.PARTS)
+    arms = {row["arm"] for row in document["rows"] if row["part"] == "mmdit_block"}
+    assert arms == {name + suffix for name in ("fused", "torch", "fp8") for suffix in ("", " compiled")}
 
 
 def test_mup_and_sp_have_the_same_shapes(tmp_path: Path) -> None:
