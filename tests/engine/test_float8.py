@@ -217,3 +217,11 @@ def test_compiled_blocks_multiply_the_same(scaling: str) -> None:
 def test_agreements_on_scales_are_part_of_the_graph(scaling: str) -> None:
     import_compiler()
     assert max(run_ranks(2, gradients_of_blocks, scaling, "selective", 2)) < 1e-2
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_pipeline_stages_train_as_one_process(single_process: dict[str, Any], tmp_path: Path) -> None:
+    results = run_ranks(2, train_rank, config_of({"scaling": "row"}, pipeline=2, zero_stage=1), str(tmp_path))
+    assert results[-1]["losses"] == pytest.approx(single_process["row"][0]["losses"], rel=1e-6)
+    assert distance(results, single_process["row"]) < 1e-6
