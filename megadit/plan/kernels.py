@@ -14,7 +14,7 @@ from megadit_kernels import OPS_OF_KEY
 @contextmanager
 def planned_kernels(config: KernelConfig, device: str) -> Iterator[tuple[str, ...]]:
     """Inside, layers on the meta device run what ``config`` selects on ``device`` (cuda or cpu), and so save what it
-    saves. Yields the keys whose kernels are fused.
+    saves; what a library would run (apex) counts as torch's. Yields the keys whose kernels are fused.
 
     Fused kernels give the shapes of their results there without a GPU, but not without Triton.
 
@@ -28,7 +28,8 @@ def planned_kernels(config: KernelConfig, device: str) -> Iterator[tuple[str, ..
             choice = getattr(config, key)
             for op in ops:
                 op.select("torch" if choice == "reference" else choice)
-                op.select(op.backend_on(device))
+                name = op.backend_on(device)
+                op.select(name if name in ("reference", "fused") else "torch")  # libraries have no meta kernels
             if ops[0].choice == "fused":
                 fused.append(key)
         if fused and find_spec("triton") is None:
