@@ -36,11 +36,12 @@ def backward(h: Tensor, bias: Tensor | None, dy: Tensor, approximate: str) -> tu
     dbias = h.new_empty(0) if bias is None else bias.new_empty(width)
     if not h.numel():
         dbias.zero_()
+    count = h.numel() // max(width, 1)
+    passes = 1 if bias is None else passes_of(count, _ROWS)
+    chunks = -(-count // (_ROWS * passes))
+    partial = h.new_empty((0 if bias is None else chunks, width), dtype=torch.float32)  # here, so that plans count it
     if launches(dh):
         rows, grads = rows_of(h), rows_of(dy)
-        passes = 1 if bias is None else passes_of(len(rows), _ROWS)
-        chunks = -(-len(rows) // (_ROWS * passes))
-        partial = h.new_empty((0 if bias is None else chunks, width), dtype=torch.float32)
         triton_kernels.backward[(chunks, -(-width // _BLOCK))](
             rows, bias, grads, dh, partial, len(rows), rows.stride(0), grads.stride(0), passes,
             M=width, ROWS=_ROWS, BLOCK=_BLOCK, TANH=approximate == "tanh",

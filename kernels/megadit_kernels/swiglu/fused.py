@@ -37,11 +37,12 @@ def backward(h: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor
     dbias = h.new_empty(0) if bias is None else bias.new_empty(2 * width)
     if not h.numel():
         dbias.zero_()
+    count = h.numel() // max(2 * width, 1)
+    passes = 1 if bias is None else passes_of(count, _ROWS)
+    chunks = -(-count // (_ROWS * passes))
+    partial = h.new_empty((0 if bias is None else chunks, 2 * width), dtype=torch.float32)  # here: plans count it
     if launches(dh):
         rows, grads = rows_of(h), rows_of(dy)
-        passes = 1 if bias is None else passes_of(len(rows), _ROWS)
-        chunks = -(-len(rows) // (_ROWS * passes))
-        partial = h.new_empty((0 if bias is None else chunks, 2 * width), dtype=torch.float32)
         triton_kernels.backward[(chunks, -(-width // _BLOCK))](
             rows, bias, grads, dh, partial, len(rows), rows.stride(0), grads.stride(0), passes,
             M=width, ROWS=_ROWS, BLOCK=_BLOCK,
