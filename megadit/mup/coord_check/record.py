@@ -130,7 +130,7 @@ class Recorder:
             self._add(step, name, role, f"update.{key}", out - old, inputs if initial.dim() > 1 else ())
 
     def _add(self, step: int, name: str, role: str, quantity: str, value: Tensor, inputs: tuple[Any, ...] = ()) -> None:
-        """The size of ``value``, over that of the tensors of ``inputs``; 1 where none is floating point, or all are 0."""
+        """The size of ``value``, over that of the tensors of ``inputs``: 1 where none is a float, or all are 0."""
         by = value.new_zeros((), dtype=torch.float64)
         sizes = [_mean_abs(part) for part in inputs if isinstance(part, Tensor) and part.is_floating_point()]
         if sizes:  # of a long skip the mean of both halves
