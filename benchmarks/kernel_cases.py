@@ -151,6 +151,27 @@ def _norm_streams(op: Any, leaves: Leaves) -> Any:
     return op(leaves["image"], leaves["context"], *gains)
 
 
+def _heads(shape: Shape, draw: Callable[..., Tensor]) -> Leaves:
+    """Queries, keys and values as they lie in a sequence of tokens."""
+    d = next(d for d in (128, 72, 64, 36, 32) if shape.width % d == 0)
+    size = (shape.samples, shape.tokens, shape.width // d, d)
+    return {name: draw(*size).transpose(1, 2) for name in "qkv"}
+
+
+def _attend(op: Any, leaves: Leaves) -> Tensor:
+    """A third of each sample's rows are padding."""
+    import torch
+
+    from megadit_kernels import cumulative_lengths
+
+    q: Tensor = leaves["q"]
+    samples, _, tokens, _ = q.shape
+    used = torch.full((samples,), tokens - tokens // 3, dtype=torch.int32, device=q.device)
+    lengths = cumulative_lengths(used, tokens)
+    out: Tensor = op(q, leaves["k"], leaves["v"], None, lengths, lengths)
+    return out
+
+
 def _keys(x: Tensor) -> Tensor:
     """A key per sample, all alike, so that a sample has the same noise alone."""
     import torch
@@ -207,6 +228,7 @@ CASES: Mapping[str, Case] = {
     ),
     # Of what went in the backward pass reads queries and keys alone, as many bytes as came out of both.
     "qk_norm": Case(_streams, _norm_streams, ("out0", "out1")),
+    "attention": Case(_heads, _attend, ("q", "k", "v", "out0")),
     "mix_noise": Case(lambda shape, draw: {"x0": _tokens(shape, draw)}, _mix, (), in_model=False),
     "keyed_normal": Case(
         lambda shape, draw: {"x": _tokens(shape, draw)}, _noise, (), in_model=False, has_backward=False

@@ -19,12 +19,14 @@ class Conditioning:
     text: text features, float (B, L, D), padded to a fixed length L.
     text_mask: bool (B, L), True for tokens of ``text``, False for padding.
     pooled: one feature vector per text, float (B, P).
+    text_lengths: int32 (B,), tokens of each text, where all of them stand before the padding (see ``with_lengths``).
     """
 
     labels: Tensor | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
     pooled: Tensor | None = None
+    text_lengths: Tensor | None = None
 
     @property
     def batch_size(self) -> int | None:
@@ -39,8 +41,9 @@ class Conditioning:
         return self._map(lambda value: value[chosen])
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """The same conditions on ``device``."""
-        return self._map(lambda value: value.to(device))
+        """The same conditions on ``device``, without waiting for copies to a GPU."""
+        on_gpu = torch.device(device).type == "cuda"
+        return self._map(lambda value: value.to(device, non_blocking=on_gpu))
 
     def repeat(self, times: int) -> Conditioning:
         """The batch ``times`` times, concatenated: sample b is at b, B + b, 2B + b, ..."""
@@ -48,7 +51,18 @@ class Conditioning:
 
     def without_mask(self) -> Conditioning:
         """The same conditions without ``text_mask``: all tokens are attended to."""
-        return replace(self, text_mask=None)
+        return replace(self, text_mask=None, text_lengths=None)
+
+    def with_lengths(self) -> Conditioning:
+        """The same conditions with ``text_lengths``, by which attention needs no mask. Call it on the CPU: it reads the
+        mask's values, and gives no lengths for a mask with padding before a token.
+        """
+        if self.text_mask is None:
+            return self
+        lengths = self.text_mask.sum(dim=1, dtype=torch.int32)
+        positions = torch.arange(self.text_mask.shape[1], device=self.text_mask.device)
+        tokens_first = torch.equal(positions < lengths[:, None], self.text_mask)
+        return replace(self, text_lengths=lengths if tokens_first else None)
 
     def dropped(self, drop: Tensor, null: Conditioning) -> Conditioning:
         """The same conditions with ``null`` for the samples where ``drop``, bool (B,), is True.
@@ -59,7 +73,9 @@ class Conditioning:
         changed: dict[str, Tensor | None] = {}
         for name, value in self._tensors().items():
             replacement = getattr(null, name)
-            if replacement is None and name == "text_mask" and null.text is not None:
+            if name == "text_lengths" and replacement is None and null.text_mask is not None:
+                value = None  # the null text has padding before a token
+            if replacement is None and name in ("text_mask", "text_lengths") and null.text is not None:
                 replacement = value
             if value is not None and replacement is None:
                 raise ValueError(f"{name}: there is no null condition to take its place")
@@ -73,12 +89,14 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """The batches of ``parts`` concatenated, e.g. conditional then null for guidance.
 
-        Raises ValueError where a field is set in some parts only.
+        Raises ValueError where a field is set in some parts only, but for lengths, which are left out then.
         """
         joined: dict[str, Tensor | None] = {}
         for field in fields(Conditioning):
             values = [getattr(part, field.name) for part in parts]
             present = [value for value in values if value is not None]
+            if field.name == "text_lengths" and len(present) != len(values):
+                continue
             if present and len(present) != len(values):
                 raise ValueError(f"{field.name}: given in some of the batches only, so they cannot be joined")
             joined[field.name] = torch.cat(present) if present else None
@@ -97,7 +115,7 @@ def checked_text(cond: Conditioning, dim: int, max_length: int | None) -> tuple[
 
     ``max_length``: largest L; None: any.
 
-    Raises ValueError for a text that is missing, too long or of other channels, or a mask of another shape.
+    Raises ValueError for a text that is missing, too long or of other channels, or a mask or lengths of another shape.
     """
     text, mask = cond.text, cond.text_mask
     if text is None:
@@ -107,6 +125,9 @@ def checked_text(cond: Conditioning, dim: int, max_length: int | None) -> tuple[
         raise ValueError(f"cond.text: {tuple(text.shape)} is not (B, L, {dim}){most}; give such features")
     if mask is not None and mask.shape != text.shape[:2]:
         raise ValueError(f"cond.text_mask: {tuple(mask.shape)} is not {tuple(text.shape[:2])}, one entry a token")
+    lengths = cond.text_lengths
+    if lengths is not None and (lengths.shape != text.shape[:1] or lengths.dtype != torch.int32):
+        raise ValueError(f"cond.text_lengths: {lengths.dtype} {tuple(lengths.shape)} is not int32 ({len(text)},)")
     return text, None if mask is None else mask.bool()
 
 

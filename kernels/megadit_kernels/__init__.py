@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from megadit_kernels.attention import attends_without_mask, attention, cumulative_lengths
 from megadit_kernels.gelu import bias_gelu
 from megadit_kernels.linear import scaled_linear
 from megadit_kernels.noise import keyed_normal, mix_noise, squared_error
@@ -32,6 +33,7 @@ OPS: Mapping[str, str] = MappingProxyType(
             mix_noise,
             squared_error,
             variance_bound,
+            attention,
         )
     }
 )
@@ -43,6 +45,7 @@ OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
         "swiglu": (swiglu,),
         "noise": (mix_noise, keyed_normal, squared_error, variance_bound),
         "qk_norm": (qk_norm,),
+        "attention": (attention,),
         "gelu": (bias_gelu,),
     }
 )
@@ -58,8 +61,11 @@ __all__ = [
     "OPS",
     "OPS_OF_KEY",
     "Op",
+    "attends_without_mask",
+    "attention",
     "bias_gelu",
     "choose_all",
+    "cumulative_lengths",
     "for_autocast",
     "gated_residual",
     "keyed_normal",

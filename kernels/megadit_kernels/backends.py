@@ -80,6 +80,7 @@ def _probes() -> dict[str, Callable[[], str]]:
         "fp8": _fp8,
         "triton": _triton,
         "flash-sdpa": _flash_sdpa,
+        "varlen": _varlen,
         "flash-attn": _flash_attn,
         "transformer-engine": _transformer_engine,
         "apex": _apex,
@@ -190,15 +191,26 @@ def _flash_sdpa() -> str:
     return "torch's flash attention"
 
 
+def _varlen() -> str:
+    torch = _need_cuda()
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        raise Unavailable(f"torch {torch.__version__} has no torch.nn.attention.varlen")
+    from megadit_kernels.attention.flash import by_torch, try_kernel
+
+    try_kernel(by_torch, "cuda")
+    return f"varlen_attn of torch {torch.__version__}"
+
+
 def _flash_attn() -> str:
-    version = _installed("flash_attn", "flash-attn", "optional, needs a GPU: pip install -e .[flash]")
-    torch = _need_cuda(version)
-    flash_attn = importlib.import_module("flash_attn")
-    q = torch.randn(1, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
-    heads_first = q.transpose(1, 2)
-    expected = torch.nn.functional.scaled_dot_product_attention(heads_first, heads_first, heads_first).transpose(1, 2)
-    _assert_close(torch, flash_attn.flash_attn_func(q, q, q), expected, 2e-2)
-    return version
+    remedy = "optional, needs a GPU: pip install -e .[flash]"
+    three = importlib.util.find_spec("flash_attn_interface") is not None
+    version = _installed(*(("flash_attn_interface", "flash_attn_3") if three else ("flash_attn", "flash-attn")), remedy)
+    _need_cuda(version)
+    from megadit_kernels.attention.flash import FLASH_ATTN, flash_attn_interface
+
+    module = flash_attn_interface().__name__
+    generation, distribution = (3, "flash_attn_3") if module == FLASH_ATTN[0][0] else (2, "flash-attn")
+    return f"flash-attn {generation} ({_installed(module, distribution, remedy)})"
 
 
 def _transformer_engine() -> str:

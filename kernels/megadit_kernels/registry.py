@@ -68,7 +68,7 @@ class Op(Generic[P, R]):
             )
 
         def add(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-            is_working = works or functools.partial(backends.works, backend)
+            is_working = works or (lambda: backends.works(backend))
             self._implementations[backend] = Implementation(function, device, is_working, automatic)
             self._chosen.clear()
             return function
@@ -118,6 +118,10 @@ class Op(Generic[P, R]):
     def __call__(self, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         function = self._chosen.get(x.device.type) or self.choose(x.device.type)
         return function(x, *args, **kwargs)
+
+    def function_on(self, device: str) -> Callable[Concatenate[Tensor, P], R]:
+        """What a call with operands on this type of device runs."""
+        return self._chosen.get(device) or self.choose(device)
 
     def choose(self, device: str) -> Callable[Concatenate[Tensor, P], R]:
         """What runs on this type of device from now on, which the first call would find out: torch.compile cannot trace

@@ -48,15 +48,15 @@ class Conditions:
     ) -> None:
         """``null`` of a model with classes is its null label; ``table``: for batches without text features."""
         self._text, self._table = model.text, table
-        self.null = null_label(model.num_classes) if null is None else drop_unused_mask(null, model.text)
-        self.prompts = None if prompts is None else Prompts(prompts.texts, drop_unused_mask(prompts.cond, model.text))
+        self.null = null_label(model.num_classes) if null is None else for_model(null, model.text)
+        self.prompts = None if prompts is None else Prompts(prompts.texts, for_model(prompts.cond, model.text))
 
     def of(self, batch: Batch, device: torch.device | str = "cpu") -> Conditioning:
         """The conditions of a batch, on ``device``."""
         if self._text is not None:
             table = self._table
             cond = stored_text(batch.extras, self._text) if table is None else table.of(batch.captions)
-            return drop_unused_mask(cond, self._text).to(device)
+            return for_model(cond, self._text).to(device)
         if self.null is None:
             return Conditioning()
         return Conditioning(labels=batch.labels).to(device)
@@ -69,9 +69,11 @@ class Conditions:
             save_conditions(run_dir / PROMPTS_FILE, self.prompts.cond, self.prompts.texts)
 
 
-def drop_unused_mask(cond: Conditioning, text: TextInput | None) -> Conditioning:
-    """The conditions without their mask for a model that attends to padding (``model.text.mask: false``)."""
-    return cond if text is None or text.mask else cond.without_mask()
+def for_model(cond: Conditioning, text: TextInput | None) -> Conditioning:
+    """The conditions, on the CPU, as a model takes them: with the lengths of texts, or without their mask for one that
+    attends to padding (``model.text.mask: false``).
+    """
+    return cond.with_lengths() if text is None or text.mask else cond.without_mask()
 
 
 def stored_text(extras: dict[str, Tensor], text: TextInput) -> Conditioning:

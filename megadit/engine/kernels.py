@@ -7,7 +7,7 @@ from typing import Any
 from megadit.config.schema.kernels import KernelConfig
 from megadit.errors import UserError
 from megadit.parallel.recompute import Recompute
-from megadit_kernels import OPS_OF_KEY, Op, residual_norm_modulate
+from megadit_kernels import OPS_OF_KEY, Op, attention, residual_norm_modulate
 from megadit_kernels.backends import Backend, backend
 
 # The backend that a choice needs, and what people call it.
@@ -20,8 +20,15 @@ def check_kernels(config: KernelConfig, device: str) -> None:
     Where a kernel is asked for by name and there is a GPU, one is launched on this process's current device.
 
     Raises:
-        UserError: a kernel without a GPU, or with a Triton or an apex that does not work.
+        UserError: a kernel without a GPU, or with a Triton, an apex or a flash attention that does not work.
     """
+    if config.attention not in ("auto", "sdpa"):
+        probe = backend(config.attention)
+        if device != "cuda" or not probe.works:
+            reason = "training is on the CPU" if probe.works else probe.detail
+            raise UserError(
+                f"kernels.attention: {config.attention} does not work here ({reason}); set kernels.attention=auto"
+            )
     for key in (key for key in OPS_OF_KEY if getattr(config, key) in _BACKENDS):
         choice = getattr(config, key)
         name, package = _BACKENDS[choice]
@@ -51,15 +58,30 @@ def adds_across_blocks(config: KernelConfig, device: str, recompute: Recompute) 
     return recompute == "none" and residual_norm_modulate.backend_on(device) == "fused"
 
 
-def describe_kernels(config: KernelConfig, device: str, recompute: Recompute = "none") -> str:
-    """One line: what runs of each key, and why where it is not the fused kernel."""
+def describe_kernels(config: KernelConfig, device: str, recompute: Recompute = "none", precision: str = "bf16") -> str:
+    """One line: what runs of each key, and why where it is not the fused kernel. precision: ``train.precision``."""
     keys_of: dict[str, list[str]] = {}
     for key, ops in OPS_OF_KEY.items():
+        if key == "attention":
+            continue
         keys_of.setdefault(_implementation(ops[0], getattr(config, key), device), []).append(key)
     lines = [f"{', '.join(keys)} {how}" for how, keys in keys_of.items()]
     if adds_across_blocks(config, device, recompute):
         lines.append("a block's last residual within the next block's norm")
-    return "kernels: " + "; ".join(lines)
+    return "kernels: " + "; ".join([*lines, f"attention {_attention(config, device, precision)}"])
+
+
+def _attention(config: KernelConfig, device: str, precision: str) -> str:
+    runs = attention.backend_on(device)
+    if config.attention == "sdpa":
+        reason = "as configured"
+    elif device != "cuda":
+        reason = "training is on the CPU"
+    elif precision == "fp32":
+        runs, reason = "sdpa", "train.precision is fp32"
+    else:
+        reason = backend("varlen" if runs == "sdpa" else runs).detail
+    return f"by {runs} ({reason})"
 
 
 def _implementation(op: Op[Any, Any], choice: str, device: str) -> str:

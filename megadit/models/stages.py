@@ -52,11 +52,15 @@ class StageState:
         return self
 
 
+_INTEGER_CONDITIONS = {torch.bool: "text_mask", torch.int64: "labels", torch.int32: "text_lengths"}
+
+
 @dataclass(frozen=True)
 class ModelInputs(StageState):
     """Input of the first stage: x (B, C, H, W), t (B,) in float32, and the conditions of the family.
 
-    text (B, L, F), pooled (B, P), labels int64 (B,), text_mask bool (B, L): False for padding.
+    text (B, L, F), pooled (B, P), labels int64 (B,), text_mask bool (B, L): False for padding, text_lengths int32 (B,):
+    tokens before the padding, None where they are not known.
     """
 
     x: Tensor
@@ -65,17 +69,19 @@ class ModelInputs(StageState):
     pooled: Tensor | None = None
     labels: Tensor | None = None
     text_mask: Tensor | None = None
+    text_lengths: Tensor | None = None
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> Self:
-        """Conditions are recognised by type and dimensions: text is 3-D, pooled 2-D, text_mask bool, labels int64."""
+        """Conditions are recognised by type and dimensions: text is 3-D, pooled 2-D, text_mask bool, labels int64,
+        text_lengths int32."""
         x, t, *packed = tensors
         conditions: dict[str, Tensor] = {}
         for tensor in packed:
             if tensor.is_floating_point():
                 conditions["text" if tensor.dim() == 3 else "pooled"] = tensor
             else:
-                conditions["text_mask" if tensor.dtype == torch.bool else "labels"] = tensor
+                conditions[_INTEGER_CONDITIONS[tensor.dtype]] = tensor
         return cls(x, t, **conditions)
 
 

@@ -19,6 +19,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _IN_PLACE = frozenset(f"aten::{name}_" for name in ("add", "sub", "mul", "div", "addmm", "addcmul", "baddbmm"))
 _VIEWS = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "t", "transpose", "permute", "detach"))
 
+# Attention by kernels that are operators of others than aten.
+_FLASH = frozenset(
+    (
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::_flash_attn_forward",
+    )
+)
+
 Recompute = Literal["none", "selective", "full"]
 Tensors = tuple[Tensor, ...]
 _recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
@@ -87,7 +97,7 @@ class _SaveProducts:
         self._last_saved: Any = None
 
     def __call__(self, _context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        if operation in _products():
+        if operation in _products() or operation._schema.name in _FLASH:
             self._last_saved = operation
             return CheckpointPolicy.MUST_SAVE
         if self._last_saved is not None and operation._schema.name in _IN_PLACE:

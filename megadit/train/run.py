@@ -115,7 +115,8 @@ def build_run(
     model = _build_model(config, groups, context.device.type)
     float8_layers = set_float8(model, config.train.fp8) if config.train.precision == "fp8" else 0
     if context.is_main:
-        say(describe_kernels(config.kernels, context.device.type, config.train.activation_checkpointing))
+        recompute, precision = config.train.activation_checkpointing, config.train.precision
+        say(describe_kernels(config.kernels, context.device.type, recompute, precision))
         if (tf32 := describe_tf32(config.train, context.device.type)) is not None:
             say(tf32)
         if float8_layers:

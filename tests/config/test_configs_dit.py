@@ -43,7 +43,7 @@ COMMON: dict[str, Any] = {
     },
     "kernels": {
         "norm_modulate": "auto", "residual_across_blocks": "auto", "swiglu": "auto", "noise": "auto", "qk_norm": "auto",
-        "gelu": "auto",
+        "gelu": "auto", "attention": "auto",
     },
     "plugins": (),
 }  # fmt: skip

@@ -57,7 +57,7 @@ def test_every_value(name: str):
         "parallel": ParallelConfig(**({} if name == "proxy-mup" else LAYOUT_18B)).model_dump(),
         "kernels": {
             "norm_modulate": "auto", "residual_across_blocks": "auto", "swiglu": "auto", "noise": "auto",
-            "qk_norm": "auto", "gelu": "auto",
+            "qk_norm": "auto", "gelu": "auto", "attention": "auto",
         },
         "model": {
             "family": "mmdit", "options": {}, "width": width, "depth": 16, "heads": None if mup else heads,

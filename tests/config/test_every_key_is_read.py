@@ -55,7 +55,8 @@ ALWAYS = {
     ),
     "the averages": "ema.decays ema.sigma_rels",
     "the fused operations that the model calls": (
-        "kernels.norm_modulate kernels.swiglu kernels.noise kernels.qk_norm kernels.gelu"
+        "kernels.norm_modulate kernels.swiglu kernels.noise kernels.qk_norm kernels.gelu "
+        "kernels.attention"
     ),
     "the blocks, whatever the family": "kernels.residual_across_blocks",
     "the layout of processes": (

@@ -14,11 +14,13 @@ from helpers.models.tiny_dit import dit_inputs, tiny_dit
 from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
 from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
 from helpers.models.tiny_uvit import tiny_uvit, uvit_inputs
+from megadit.config import RunConfig
 from megadit.config.schema.kernels import KernelConfig
 from megadit.engine.kernels import adds_across_blocks, check_kernels, describe_kernels, select_kernels
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit_kernels import OPS_OF_KEY, norm_modulate, residual_norm_modulate
+from megadit_kernels.backends import Backend, backend
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,67 @@ def test_a_residual_crosses_blocks_where_the_norm_is_fused_and_nothing_is_recomp
     residual_norm_modulate.select("fused")
     assert crosses("auto", "none") and not crosses("auto", "selective") and not crosses("auto", "full")
     assert not crosses(False, "none")
+
+
+@pytest.mark.parametrize("choice", ["varlen", "flash-attn"])
+def test_flash_attention_is_refused_without_a_gpu_and_says_why(choice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError, match=rf"kernels.attention: {choice} does not work here \(.+\); set kernels.attention="
+    ):
+        check_kernels(KernelConfig(attention=choice), "cuda")
+    monkeypatch.setattr("megadit.engine.kernels.backend", lambda name: Backend(name, "ok", "as on a GPU"))
+    check_kernels(KernelConfig(attention=choice), "cuda")
+    with pytest.raises(UserError, match="training is on the CPU"):
+        check_kernels(KernelConfig(attention=choice), "cpu")
+    check_kernels(KernelConfig(attention="sdpa"), "cpu")
+
+
+def test_attention_is_described_by_the_backends_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(device: str, precision: str, **choice: Any) -> str:
+        config = KernelConfig(**choice)
+        select_kernels(config)
+        return describe_kernels(config, device, precision=precision).rpartition("attention ")[2]
+
+    assert described("cpu", "bf16") == "by sdpa (training is on the CPU)"
+    assert described("cuda", "bf16", attention="sdpa") == "by sdpa (as configured)"
+    assert described("cuda", "bf16") == f"by sdpa ({backend('varlen').detail})"
+    monkeypatch.setattr("megadit.engine.kernels.backend", lambda name: Backend(name, "ok", f"{name} of torch 2.11"))
+    assert described("cuda", "bf16", attention="varlen") == "by varlen (varlen of torch 2.11)"
+    assert described("cuda", "fp32") == "by sdpa (train.precision is fp32)"
+
+
+MMDIT = {"family": "mmdit", "width": 64, "heads": 4, "num_classes": 0, "learn_sigma": False}
+TEXT = {"dim": 8, "max_length": 4}
+
+
+@pytest.mark.parametrize(
+    ("choice", "precision", "model", "message"),
+    [
+        ("varlen", "fp32", {"text": TEXT}, "varlen needs bf16 or fp16; set train.precision=bf16, or kernels.attention"),
+        ("flash-attn", "bf16", {"text": TEXT, "heads": 1, "width": 264}, "heads of at most 256 channels.* have 264"),
+        ("flash-attn", "bf16", {"text": TEXT, "attention_precision": "fp32"}, "not go with model.attention_precision"),
+        ("varlen", "bf16", {"text": {**TEXT, "mask": False}}, "which this mmdit does not; set kernels.attention=auto"),
+        ("varlen", "bf16", {"text": TEXT, "family": "uvit", "depth": 4}, "which this uvit does not"),
+    ],
+)
+def test_flash_attention_that_would_have_nothing_to_do_is_refused(
+    choice: str, precision: str, model: dict[str, Any], message: str
+) -> None:
+    def config(choice: str) -> RunConfig:
+        values: dict[str, Any] = {
+            "model": {**MMDIT, **model},
+            "objective": {"kind": "flow"},
+            "data": {"name": "digits", "condition": "text"},
+            "parallel": {"zero_stage": 1},
+            "kernels": {"attention": choice},
+            "train": {"steps": 1, "global_batch": 4, "precision": precision},
+        }
+        return RunConfig.model_validate(values)
+
+    with pytest.raises(ValueError, match=f"kernels.attention: {choice} .*{message}|kernels.attention: .*{message}"):
+        config(choice)
+    config("auto")
+    config("sdpa")
 
 
 def test_a_selection_lasts_until_the_next() -> None:

@@ -133,5 +133,6 @@ def test_layers_call_what_is_dispatched(counted: list[str]) -> None:
         "variance_bound": 0,
         "qk_norm": 0,
         "bias_gelu": 1,
+        "attention": 1,
     }
     assert gated_residual.backend_on("cpu") == "counted"

@@ -30,6 +30,9 @@ FLOATS |= {
 INTEGERS = {
     "labels": torch.zeros(1, dtype=torch.int64),
     "text_mask": torch.ones(1, 2, dtype=torch.bool),
+    "text_lengths": torch.ones(1, dtype=torch.int32),
+    "text_padding": torch.ones(1, 1, 1, 2, dtype=torch.bool),
+    "key_padding": torch.ones(1, 1, 1, 2, dtype=torch.bool),
     "key_mask": torch.ones(1, 2, dtype=torch.bool),
     "grid": torch.zeros(1, 2, dtype=torch.uint8),
 }
@@ -44,12 +47,13 @@ ORDERS = [
     (ModelInputs, "x t text pooled"),
     (ModelInputs, "x t text pooled text_mask"),
     (ModelInputs, "x t text labels text_mask"),
+    (ModelInputs, "x t text pooled text_mask text_lengths"),
     (ModelOutput, "image"),
     (ConditionedTokens, "tokens condition"),
     (PixArtState, "tokens t0 t_emb text"),
-    (PixArtState, "tokens t0 t_emb text text_mask"),
+    (PixArtState, "tokens t0 t_emb text text_padding"),
     (MMDiTState, "tokens context condition grid"),
-    (MMDiTState, "tokens context condition key_mask grid"),
+    (MMDiTState, "tokens context condition key_padding grid"),
     (MMDiTReadout, "tokens condition grid"),
 ]
 
@@ -57,7 +61,7 @@ ORDERS = [
 @pytest.mark.parametrize(("state", "order"), ORDERS, ids=[f"{state.__name__}: {order}" for state, order in ORDERS])
 def test_tensors_travel_in_this_order(state: Any, order: str) -> None:
     fields = {name: TENSORS[name] for name in order.split()}
-    packed = state(**({"key_mask": None} if state is MMDiTState else {}) | fields).pack()
+    packed = state(**({"key_padding": None} if state is MMDiTState else {}) | fields).pack()
     assert [NAMES[id(tensor)] for tensor in packed] == order.split()
     unpacked = {name: value for name, value in vars(state.unpack(packed)).items() if value is not None}
     assert unpacked.pop("pending", ()) == ()  # of a state that is sent nothing is

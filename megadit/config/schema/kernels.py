@@ -11,8 +11,16 @@ from megadit.config.schema.section import Section
 Implementation = Literal["auto", "fused", "reference"]
 
 
+Attention = Literal["auto", "sdpa", "varlen", "flash-attn"]
+LARGEST_FLASH_HEAD_DIM = 256
+
+
 class KernelConfig(Section):
-    """Which implementation of each fused operation runs: auto takes Triton's on a GPU, torch's elsewhere."""
+    """Which implementation of each fused operation runs: auto takes Triton's on a GPU, torch's elsewhere.
+
+    ``attention``: how padding of texts is left out of attention. auto: varlen, else flash-attn, where one works and
+    activations are bf16 or fp16.
+    """
 
     norm_modulate: Literal[Implementation, "apex"] = Field(
         "auto",
@@ -35,3 +43,8 @@ class KernelConfig(Section):
         "auto", description="RMSNorm of queries and keys (model.qk_norm), and MMDiT's streams in one sequence"
     )
     gelu: Implementation = Field("auto", description="bias and GELU, where model.mlp is gelu or gelu_tanh")
+    attention: Attention = Field(
+        "auto",
+        description="auto, sdpa (a mask over padding of texts), varlen (torch's flash attention by lengths, without a "
+        "mask) or flash-attn (the package, for all attention)",
+    )

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megadit.config.schema.data import DataConfig
 from megadit.config.schema.float8 import Float8Config, float8_problem
-from megadit.config.schema.kernels import KernelConfig
+from megadit.config.schema.kernels import LARGEST_FLASH_HEAD_DIM, KernelConfig
 from megadit.config.schema.model import ModelConfig
 from megadit.config.schema.optim import OptimConfig
 from megadit.config.schema.parallel import ParallelConfig, layout_problem
@@ -267,6 +267,7 @@ class RunConfig(Section):
             self._text_problem(),
             self._repa_problem(),
             self._stage_problem(),
+            self._attention_problem(),
             layout_problem(self.parallel, self.model),
             self._weights_problem(),
             self._float8_problem(),
@@ -349,6 +350,27 @@ class RunConfig(Section):
         if train.precision != "fp8":
             return None
         return float8_problem(train.fp8, tensor=parallel.tensor, compiled=train.compile, zero_stage=parallel.zero_stage)
+
+    def _attention_problem(self) -> str | None:
+        choice, model = self.kernels.attention, self.model
+        if choice not in ("varlen", "flash-attn"):
+            return None
+        remedy = "set kernels.attention=auto"
+        if self.train.precision == "fp32":
+            return f"kernels.attention: {choice} needs bf16 or fp16; set train.precision=bf16, or {remedy[4:]}"
+        if model.head_channels > LARGEST_FLASH_HEAD_DIM:
+            return (
+                f"kernels.attention: {choice} takes heads of at most {LARGEST_FLASH_HEAD_DIM} channels, but this "
+                f"model's have {model.head_channels}; {remedy}"
+            )
+        if model.attention_precision == "fp32" and model.family != "pixart":
+            return f"kernels.attention: {choice} does not go with model.attention_precision fp32; {remedy}"
+        if choice == "varlen" and (model.text is None or not model.text.mask or model.family == "uvit"):
+            return (
+                "kernels.attention: varlen leaves out the padding of texts that mmdit or pixart masks, which this "
+                f"{model.family} does not; {remedy}"
+            )
+        return None
 
     def _weights_problem(self) -> str | None:
         known = (ONLINE, *self.ema.names)

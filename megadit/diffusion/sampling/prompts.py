@@ -48,7 +48,7 @@ def chosen_subjects(
 
 
 def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: torch.device | str) -> Subjects:
-    from megadit.data.conditions import NULL_TEXT_FILE, PROMPTS_FILE, check_encoder, drop_unused_mask, load_conditions
+    from megadit.data.conditions import NULL_TEXT_FILE, PROMPTS_FILE, check_encoder, for_model, load_conditions
     from megadit.data.text.encoders import build_encoder, check_lengths
     from megadit.diffusion.sampling.pictures import text_subjects
 
@@ -61,15 +61,15 @@ def _text_choice(run_dir: Path, config: RunConfig, texts: list[str], device: tor
     if not texts:
         null, _ = load_conditions(run_dir / NULL_TEXT_FILE)
         cond, stored_prompts = load_conditions(run_dir / PROMPTS_FILE)
-        cond, null = drop_unused_mask(cond, config.model.text), drop_unused_mask(null, config.model.text)
+        cond, null = for_model(cond, config.model.text), for_model(null, config.model.text)
         return text_subjects(config, stored_prompts, cond, null)
     encoder = build_encoder(config.data.text, device)
     check_encoder(encoder, config.model.text)
     check_lengths(encoder, texts, length, "--prompt")
     # A converted run has no stored null text where its model has none: it is the empty text, as in training.
     null = load_conditions(run_dir / NULL_TEXT_FILE)[0] if has_null_text else encoder.encode([""], length)
-    cond = drop_unused_mask(encoder.encode(texts, length), config.model.text)
-    return text_subjects(config, texts, cond, drop_unused_mask(null, config.model.text))
+    cond = for_model(encoder.encode(texts, length), config.model.text)
+    return text_subjects(config, texts, cond, for_model(null, config.model.text))
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ from megadit.models.layers.attention import (
     StreamQKV,
     attend,
     joint_attention,
+    text_padding,
 )
 from megadit.models.layers.conv import MuConv
 from megadit.models.layers.embed import (
@@ -52,6 +53,7 @@ __all__ = [
     "attend",
     "joint_attention",
     "sincos_2d",
+    "text_padding",
     "timestep_features",
     "unpatchify",
 ]

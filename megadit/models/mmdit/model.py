@@ -33,6 +33,7 @@ from megadit.models.layers import (
     adaln_modulation,
     add_residual,
     joint_attention,
+    text_padding,
     unpatchify,
 )
 from megadit.models.patches import num_patches, patches_per_side
@@ -101,29 +102,29 @@ class MMDiTStream(nn.Module):
 class MMDiTState(StageState):
     """tokens (B, T, n) of the image, context (B, L, n), condition (B, n), which is SiLU(c).
 
-    key_mask: bool (B, 1, 1, T + L), True for keys that are attended to, all but padding; None: all are. grid: uint8
-    (rows, columns), of which the final layer reads the shape alone: how the tokens lie. pending: of the image, then of
-    the context, two tensors each.
+    key_padding: which keys are attended to, all but padding: bool (B, 1, 1, T + L), or lengths, int32 (2, 2 B + 1), as
+    ``attend`` takes them; None: all are. grid: uint8 (rows, columns), of which the final layer reads the shape alone:
+    how the tokens lie. pending: of the image, then of the context, two tensors each.
     """
 
     tokens: Tensor
     context: Tensor
     condition: Tensor
-    key_mask: Tensor | None
+    key_padding: Tensor | None
     grid: Tensor
     pending: tuple[Tensor, ...] = ()
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> MMDiTState:
-        """The mask, if there is one, is bool; what comes after the grid is pending."""
+        """The padding, if there is any, is no uint8; what comes after the grid is pending."""
         tokens, context, condition, *rest = tensors
-        mask = rest.pop(0) if rest[0].dtype == torch.bool else None
+        padding = rest.pop(0) if rest[0].dtype != torch.uint8 else None
         grid, *pending = rest
-        return cls(tokens, context, condition, mask, grid, tuple(pending))
+        return cls(tokens, context, condition, padding, grid, tuple(pending))
 
     def complete(self) -> MMDiTState:
         tokens, context = add_residual(self.tokens, self.pending[:2]), add_residual(self.context, self.pending[2:])
-        return MMDiTState(tokens, context, self.condition, self.key_mask, self.grid)
+        return MMDiTState(tokens, context, self.condition, self.key_padding, self.grid)
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,13 @@ class MMDiTBlock(Stage):
         context, context_qkv, context_modulation = self.context_block.project_qkv(state.context, state.pending[2:], c)
         x, image_qkv, image_modulation = self.x_block.project_qkv(state.tokens, state.pending[:2], c)
         image_attended, context_attended = joint_attention(
-            image_qkv, context_qkv, state.key_mask, context_queries=not self.last, precision=self.precision
+            image_qkv, context_qkv, state.key_padding, context_queries=not self.last, precision=self.precision
         )
         x, pending = self.x_block.apply_residual(x, image_attended, image_modulation)
         if self.last:
             return MMDiTReadout(x, c, state.grid, pending)
         context, of_context = self.context_block.apply_residual(context, context_attended, context_modulation)
-        return MMDiTState(x, context, c, state.key_mask, state.grid, (*pending, *of_context))
+        return MMDiTState(x, context, c, state.key_padding, state.grid, (*pending, *of_context))
 
 
 class PooledEmbedder(nn.Module):
@@ -200,24 +201,30 @@ class MMDiTEmbedStage(Stage):
         self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
         self.t_embedder, self.y_embedder = model.t_embedder, model.y_embedder
         self.context_embedder = model.context_embedder
-        self.patch_size = model.config.patch_size
+        self.config = model.config
         self.layout = tensor_layout()
 
     def run(self, state: ModelInputs) -> MMDiTState:
         """condition = SiLU(timestep embedding + pooled text's embedding), as all of its users take it."""
         assert state.text is not None  # held by ``MMDiT.inputs``
-        rows, columns = (side // self.patch_size for side in state.x.shape[-2:])
+        rows, columns = (side // self.config.patch_size for side in state.x.shape[-2:])
         tokens = self.pos_embed(self.x_embedder(state.x), rows, columns)
-        context = self.context_embedder(state.text.to(self.context_embedder.weight.dtype))
+        text, padding = text_padding(
+            state.text,
+            state.text_mask,
+            state.text_lengths,
+            tokens,
+            self.config.head_channels,
+            keys_before=rows * columns,
+            precision=self.config.attention_precision,
+        )
+        context = self.context_embedder(text.to(self.context_embedder.weight.dtype))
         c = self.t_embedder(state.t)
         if self.y_embedder is not None:
             c = c + self.y_embedder(state.pooled)
         grid = torch.zeros(rows, columns, dtype=torch.uint8, device=tokens.device)
         tokens, context = scatter_sequence(tokens, self.layout), scatter_sequence(context, self.layout)
-        c, mask = shared_block_input(F.silu(c), self.layout), state.text_mask
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(len(mask), rows * columns), mask], dim=1)[:, None, None]
-        return MMDiTState(tokens, context, c, mask, grid)
+        return MMDiTState(tokens, context, shared_block_input(F.silu(c), self.layout), padding, grid)
 
 
 class MMDiTFinalStage(Stage):
@@ -283,7 +290,8 @@ class MMDiT(StagedModel):
         if text.pooled_dim and (cond.pooled is None or cond.pooled.shape[-1] != text.pooled_dim):
             shape = "none" if cond.pooled is None else tuple(cond.pooled.shape)
             raise ValueError(f"cond.pooled: {shape}, but this model takes pooled features (B, {text.pooled_dim})")
-        return ModelInputs(x, t.float(), states, cond.pooled if text.pooled_dim else None, text_mask=mask)
+        pooled = cond.pooled if text.pooled_dim else None
+        return ModelInputs(x, t.float(), states, pooled, text_mask=mask, text_lengths=cond.text_lengths)
 
     def _check_size(self, x: Tensor) -> None:
         patch, limit = self.config.patch_size, self.config.pos_embed_max_size

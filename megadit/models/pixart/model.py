@@ -28,6 +28,7 @@ from megadit.models.layers import (
     SinCosPositions,
     TimestepEmbedder,
     add_residual,
+    text_padding,
 )
 from megadit.models.patches import (
     ConditionedTokens,
@@ -60,21 +61,25 @@ def _table(rows: int, width: Dim, param: Parametrization) -> tuple[nn.Parameter,
 
 @dataclass(frozen=True)
 class PixArtState(StageState):
-    """tokens (B, T, n), t0 (B, 6n), t_emb (B, n), text (B, L, n), text_mask bool (B, L)."""
+    """tokens (B, T, n), t0 (B, 6n), t_emb (B, n), text (B, L, n).
+
+    text_padding: which tokens of the text are attended to, bool (B, 1, 1, L), or lengths, int32 (2, 2 B + 1), as
+    ``attend`` takes them; None: all are.
+    """
 
     tokens: Tensor
     t0: Tensor
     t_emb: Tensor
     text: Tensor
-    text_mask: Tensor | None = None
+    text_padding: Tensor | None = None
     pending: PendingResidual = ()
 
     @classmethod
     def unpack(cls, tensors: StageIO) -> PixArtState:
-        """The mask, if there is one, is bool; what comes after it is pending."""
+        """The padding, if there is any, is of integers; what comes after it is pending."""
         tokens, t0, t_emb, text, *rest = tensors
-        mask = rest.pop(0) if rest and not rest[0].is_floating_point() else None
-        return cls(tokens, t0, t_emb, text, mask, tuple(rest))
+        padding = rest.pop(0) if rest and not rest[0].is_floating_point() else None
+        return cls(tokens, t0, t_emb, text, padding, tuple(rest))
 
     def complete(self) -> PixArtState:
         return replace(self, tokens=add_residual(self.tokens, self.pending), pending=())
@@ -108,7 +113,7 @@ class PixArtBlock(Stage):
             state.tokens, state.pending, shift_msa, scale_msa, shift_row=rows[0], scale_row=rows[1]
         )
         x = gated_residual(x, gate_msa, self.attn(normed), gate_row=rows[2])
-        text = self.cross_attn(x, state.text, state.text_mask)
+        text = self.cross_attn(x, state.text, state.text_padding)
         x, normed = self.norm.after_residual(x, None, text, shift_mlp, scale_mlp, shift_row=rows[3], scale_row=rows[4])
         pending = (self.mlp(normed), gate_mlp, rows[5])
         return ConditionedTokens(x, state.t_emb, pending) if self.last else replace(state, tokens=x, pending=pending)
@@ -144,6 +149,7 @@ class PixArtEmbedStage(Stage):
         self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
         self.t_embedder, self.t_block = model.t_embedder, model.t_block
         self.y_embedder = model.y_embedder
+        self.head_dim = model.config.head_channels
         self.layout = tensor_layout()
 
     def run(self, state: ModelInputs) -> PixArtState:
@@ -151,9 +157,13 @@ class PixArtEmbedStage(Stage):
         tokens = self.pos_embed(self.x_embedder(state.x))
         t_emb = self.t_embedder(state.t)
         t0 = self.t_block(t_emb)
-        text = shared_block_input(self.y_embedder(state.text), self.layout)
+        assert state.text is not None  # held by ``PixArt.inputs``
+        text, padding = text_padding(
+            state.text, state.text_mask, state.text_lengths, tokens, self.head_dim, queries=tokens.shape[1]
+        )
+        text = shared_block_input(self.y_embedder(text), self.layout)
         tokens = scatter_sequence(tokens, self.layout)
-        return PixArtState(tokens, t0, _for_local_tokens(t_emb, self.layout), text, state.text_mask)
+        return PixArtState(tokens, t0, _for_local_tokens(t_emb, self.layout), text, padding)
 
 
 class PixArt(StagedModel):
@@ -191,4 +201,4 @@ class PixArt(StagedModel):
         """
         check_square(x, self.config)
         text, mask = checked_text(cond, self.text.dim, self.text.max_length)
-        return ModelInputs(x, t.float(), text, text_mask=mask)
+        return ModelInputs(x, t.float(), text, text_mask=mask, text_lengths=cond.text_lengths)

@@ -64,11 +64,11 @@ def _getitem_without_cuda(self: Tensor, index: Any) -> Tensor:
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Inside, ``device="cuda"`` makes fake tensors, Triton counts as working, and dispatch is that of a GPU."""
+    """Inside, ``device="cuda"`` makes fake tensors, and dispatch is that of a GPU with Triton and varlen_attn."""
     ops = [_op(name) for name in OPS]
     works = backends.works
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "works", lambda name: name in ("triton", "cuda") or works(name))
+        patch.setattr(backends, "works", lambda name: name in ("triton", "cuda", "varlen") or works(name))
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _scaled_dot_product_attention)
         patch.setattr(Tensor, "__getitem__", _getitem_without_cuda)
         for op in ops:
