@@ -34,6 +34,8 @@ class FamilySpec:
 
     condition: "classes": classes or none; "text": always text; "either": classes, text or none.
     pooled_text: whether it can take a pooled text feature, too.
+    text_keys: how tokens attend to a text without positions, whose padding can be left out by lengths: "joint", in one
+        attention with all tokens, "cross", in one of its own that ``attention_precision`` does not concern, or "": not.
     null_caption: name of the buffer with the features of the null caption, (max_length, dim), which is part of each
         trained model; "" of families that use the encoder's features of an empty text.
     keys: the keys among ``OF_SOME_FAMILIES`` (config/schema/model.py) that it reads.
@@ -53,6 +55,7 @@ class FamilySpec:
 
     condition: Condition = "classes"
     pooled_text: bool = False
+    text_keys: Literal["", "joint", "cross"] = ""
     null_caption: str = ""
     keys: tuple[str, ...] = ()
     options: Mapping[str, Scalar] = field(default_factory=dict)

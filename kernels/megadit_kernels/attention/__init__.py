@@ -64,7 +64,7 @@ def _flash_can(q: Tensor) -> bool:
 attention.implementation("sdpa", device=None, works=lambda: True)(attention.reference)
 
 
-@attention.implementation("flash-attn")
+@attention.implementation("flash-attn", automatic=False)
 def _flash_attn(
     q: Tensor,
     k: Tensor,
@@ -80,7 +80,6 @@ def _flash_attn(
     return by_flash_attn(q, k, v, cu_q, cu_k)
 
 
-# Added last, so that it is what ``auto`` takes: it needs no package beside torch.
 @attention.implementation("varlen")
 def _varlen(
     q: Tensor,

@@ -18,8 +18,8 @@ LARGEST_FLASH_HEAD_DIM = 256
 class KernelConfig(Section):
     """Which implementation of each fused operation runs: auto takes Triton's on a GPU, torch's elsewhere.
 
-    ``attention``: how padding of texts is left out of attention. auto: varlen, else flash-attn, where one works and
-    activations are bf16 or fp16.
+    ``attention``: how padding of texts is left out of attention. auto: varlen, where it works and activations are
+    bf16 or fp16, else sdpa.
     """
 
     norm_modulate: Literal[Implementation, "apex"] = Field(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from megadit.config.family import family_spec
 from megadit.config.schema.data import DataConfig
 from megadit.config.schema.float8 import Float8Config, float8_problem
 from megadit.config.schema.kernels import LARGEST_FLASH_HEAD_DIM, KernelConfig
@@ -363,11 +364,14 @@ class RunConfig(Section):
                 f"kernels.attention: {choice} takes heads of at most {LARGEST_FLASH_HEAD_DIM} channels, but this "
                 f"model's have {model.head_channels}; {remedy}"
             )
-        if model.attention_precision == "fp32" and model.family != "pixart":
+        if choice == "flash-attn" and self.train.compile:
+            return f"kernels.attention: flash-attn does not go with train.compile; {remedy}, or train.compile=false"
+        text_keys = family_spec(model.family).text_keys
+        if model.attention_precision == "fp32" and text_keys != "cross":
             return f"kernels.attention: {choice} does not go with model.attention_precision fp32; {remedy}"
-        if choice == "varlen" and (model.text is None or not model.text.mask or model.family == "uvit"):
+        if choice == "varlen" and (model.text is None or not model.text.mask or not text_keys):
             return (
-                "kernels.attention: varlen leaves out the padding of texts that mmdit or pixart masks, which this "
+                "kernels.attention: varlen leaves out the padding of texts by their lengths, which this "
                 f"{model.family} does not; {remedy}"
             )
         return None

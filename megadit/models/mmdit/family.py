@@ -13,6 +13,7 @@ FAMILY = FamilySpec(
     conversion="megadit.models.mmdit.convert:CONVERSION",
     condition="text",
     pooled_text=True,
+    text_keys="joint",
     keys=("adaln_init", "pos_embed_max_size"),
     layouts=("tensor", "sequence", "pipeline"),
 )

@@ -12,6 +12,7 @@ FAMILY = FamilySpec(
     presets=PRESETS,
     conversion="megadit.models.pixart.convert:CONVERSION",
     condition="text",
+    text_keys="cross",
     null_caption="y_embedder.y_embedding",
     keys=("adaln_init", "pos_scale"),
     layouts=("tensor", "sequence", "pipeline"),
