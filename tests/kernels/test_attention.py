@@ -152,12 +152,14 @@ def test_a_graph_does_not_break() -> None:
     used = torch.tensor([4, 6], dtype=torch.int32)
     with flash_on_cpu("varlen"):
         expected = torch.autograd.grad(function(*operands, used), operands)
-    with compiling(), flash_on_cpu("varlen"):
+    with flash_on_cpu("varlen"), compiling():
+        attention.choose("cpu")  # before it is traced, as StagedModel does
         compiled = torch.compile(function, **WHOLE)
         gradients = torch.autograd.grad(compiled(*operands, used), operands)
         compiled(*operands, used.flip(0))
         assert graphs() == 1  # for other lengths, too
-    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("choice", ["varlen", "flash-attn"])
