@@ -115,7 +115,8 @@ def test_collectives_of_tensor_parallel_ranks_are_part_of_the_graphs(
 ) -> None:
     import_compiler()
     counts = run_ranks(2, rank_with_both, family, recompute, sequence)
-    assert counts[0] == counts[1] in (KINDS[family], KINDS[family] + 1)  # PixArt's first block is compiled by itself
+    assert counts[0] == counts[1]
+    assert KINDS[family] <= counts[0] <= 2 * KINDS[family]  # PixArt's and U-ViT's blocks are compiled more than once
 
 
 def compiled_training(config: Any, folder: str, ds: dict[str, Any] | None) -> dict[str, Any]:
