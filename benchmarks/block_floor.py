@@ -229,7 +229,7 @@ def record(forward: Callable[[], tuple[Tensor, ...]], leaves: list[Tensor]) -> T
     from torch.utils._pytree import tree_leaves
 
     trace = Trace()
-    kept: list[Any] = []  # a storage that is freed gives its number to another
+    alive: list[Any] = []  # a storage that is freed gives its number to another
     level: dict[int, int] = {}
 
     def tensors(value: Any) -> list[Tensor]:
@@ -240,7 +240,7 @@ def record(forward: Callable[[], tuple[Tensor, ...]], leaves: list[Tensor]) -> T
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            kept.extend(tensors((args, result)))
+            alive.extend(tensors((args, result)))
             reads, writes = sizes(tensors((args, kwargs))), sizes(tensors(result))
             name = func._schema.name
             if not writes.keys() - reads.keys() and not name.endswith("_"):
@@ -249,11 +249,7 @@ def record(forward: Callable[[], tuple[Tensor, ...]], leaves: list[Tensor]) -> T
             product = is_product(name)
             level.update({storage: before + product for storage in writes})
             if not name.startswith(("aten::empty", "aten::new_empty", "aten::new_zeros", "aten::zeros")):
-                sums = (
-                    name == "aten::sum"
-                    and len(args) > 1
-                    and any(dim % args[0].dim() != args[0].dim() - 1 for dim in args[1])
-                )
+                sums = name == "aten::sum" and len(args) > 1 and is_over_tokens(args[0].dim(), args[1])
                 trace.operations.append(Operation(reads, writes, before, self.backward, product, sums))
             return result
 
@@ -268,14 +264,14 @@ def record(forward: Callable[[], tuple[Tensor, ...]], leaves: list[Tensor]) -> T
 
 def sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes by storage of what the tensors show of it; what is expanded counts once."""
-    found: dict[int, int] = {}
+    size_of: dict[int, int] = {}
     for tensor in tensors:
         count = tensor.element_size()
         for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
             count *= length if stride else 1
         storage = tensor.untyped_storage()._cdata
-        found[storage] = min(found.get(storage, 0) + count, tensor.untyped_storage().nbytes())
-    return found
+        size_of[storage] = min(size_of.get(storage, 0) + count, tensor.untyped_storage().nbytes())
+    return size_of
 
 
 def is_over_tokens(dimensions: int, summed: Iterable[int]) -> bool:

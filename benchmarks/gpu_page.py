@@ -9,9 +9,10 @@ from typing import Any
 Rows = list[dict[str, Any]]
 
 COMMAND = "make gpu"
+BENCHMARKS = ("kernels", "blocks", "mup_overhead", "adamw")
 HEAD = """# Measured on a GPU
 
-`{command}` runs every test that needs a GPU and the three benchmarks below on one NVIDIA GPU in under ten minutes, and
+`{command}` runs every test that needs a GPU and the benchmarks below on one NVIDIA GPU in under ten minutes, and
 writes this page and all numbers as `gpu_results.json` in `benchmarks/`.
 """
 NEEDS = """
@@ -28,6 +29,7 @@ Without a GPU `python benchmarks/gpu.py --dry_run` runs the same lines on the CP
 | operations | `python benchmarks/kernels.py` | GB/s, share of the copy bandwidth, against eager and compiled torch |
 | blocks and models | `python benchmarks/blocks.py` | TFLOP/s, MFU, memory; images/s of DiT-XL/2 against diffusers |
 | muP | `python benchmarks/mup_overhead.py` | a step under muP against the same shapes under SP |
+| optimizer | `python benchmarks/adamw.py` | the fused update of a shard against torch's AdamW in DeepSpeed's passes |
 """
 
 
@@ -153,19 +155,23 @@ def _tables(results: dict[str, Any]) -> list[str]:
     if "ms" in overhead:
         rows = [[name, f"{ms:.2f}", str(overhead["groups"][name])] for name, ms in overhead["ms"].items()]
         made.append(f"## A step under muP and SP\n\n{table(('', 'ms', 'optimizer groups'), rows)}")
+    update = results["adamw"]
+    if "ms" in update:
+        rates = f"fused {update['fused_gb_s']:.0f} GB/s, a copy {update['copy_gb_s']:.0f}"
+        title = f"## The update of {update['parameters']:,} parameters"
+        shown = table(("", "ms"), ([name, f"{ms:.3f}"] for name, ms in update["ms"].items()))
+        made.append(f"{title}\n\nIn {update['gradients']} gradients; {rates}.\n\n{shown}")
     return made
 
 
+def _benchmarks(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, results[name]) for name in BENCHMARKS]
+
+
 def _left_out(results: dict[str, Any]) -> str:
-    rows = [
-        [entry["what"], entry["needs"]]
-        for name in ("kernels", "blocks", "mup_overhead")
-        for entry in results[name].get("skipped", [])
-    ]
+    rows = [[entry["what"], entry["needs"]] for name, part in _benchmarks(results) for entry in part.get("skipped", [])]
     rows += [
-        [name, "failed: " + " ".join(results[name]["error"][-1:])]
-        for name in ("kernels", "blocks", "mup_overhead")
-        if "error" in results[name]
+        [name, "failed: " + " ".join(part["error"][-1:])] for name, part in _benchmarks(results) if "error" in part
     ]
     rows += [["a test", line] for line in results["tests"].get("failed", [])]
     return "## Left out\n\n" + table(("what", "needs"), rows) if rows else ""

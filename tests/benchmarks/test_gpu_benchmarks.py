@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import blocks, gpu, kernels, mup_overhead
+from benchmarks import adamw, blocks, gpu, kernels, mup_overhead
 from benchmarks.gpu_page import AIMS, page
 from benchmarks.gpu_timing import Arm, Deadline, Stopwatch
 from benchmarks.kernel_cases import CASES
@@ -93,6 +93,14 @@ def test_mup_and_sp_have_the_same_shapes(tmp_path: Path) -> None:
     assert document["mup_over_sp"] == pytest.approx(document["ms"]["muP"] / document["ms"]["SP"])
 
 
+def test_the_fused_update_is_measured_against_torchs_passes(tmp_path: Path) -> None:
+    document = dry_run(adamw, tmp_path / "out.json")
+    ms = document["ms"]
+    assert ms.keys() == {"fused", "torch", "update", "copy"}
+    assert document["fused_gb_s"] == pytest.approx(28 * document["parameters"] / ms["fused"] / 1e6)
+    assert document["torch_over_fused"] == pytest.approx(ms["torch"] / ms["fused"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_everything_in_one_file_and_one_page(tmp_path: Path) -> None:
@@ -131,12 +139,14 @@ def made_up() -> dict[str, Any]:
         "blocks": {"formula": "F", "rows": rows},
         "mup_overhead": {"ms": {"muP": 1.0}, "groups": {"muP": 5}, "mup_over_sp": 1.005,
                          "skipped": [{"what": "it", "needs": "that"}]},
+        "adamw": {"ms": {"fused": 1.0}, "parameters": 1000, "gradients": 3, "fused_gb_s": 28.0, "copy_gb_s": 30.0},
     }  # fmt: skip
 
 
 def test_an_aim_is_reached_or_not() -> None:
     results = made_up()
     assert page(results).count("| reached |") == len(AIMS) and "| it | that |" in page(results)
+    assert "fused 28 GB/s, a copy 30" in page(results)
     results["kernels"]["rows"][0]["share_of_copy"] = 0.84
     results["mup_overhead"]["mup_over_sp"] = 1.006
     results["blocks"]["rows"].pop()
@@ -159,7 +169,7 @@ def test_arms_take_turns_and_a_deadline_is_told(capsys: Any) -> None:
     assert "SKIPPED a case: time: 0 s were over" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [kernels, blocks, mup_overhead, gpu])
+@pytest.mark.parametrize("module", [kernels, blocks, mup_overhead, adamw, gpu])
 def test_without_a_gpu_it_is_one_sentence(module: Any) -> None:
     with pytest.raises(UserError, match="CUDA device.*--dry_run"):
         module.main([])

@@ -48,7 +48,8 @@ def ask(script, *words):
             del sys.modules[name]
     return found
 
-known = {"benchmarks", "megadit", "megadit_kernels", *sys.stdlib_module_names, *(name.partition(".")[0] for name in sys.modules)}
+known = {"benchmarks", "megadit", "megadit_kernels", *sys.stdlib_module_names}
+known |= {name.partition(".")[0] for name in sys.modules}
 add_parser, names = argparse._SubParsersAction.add_parser, []
 argparse._SubParsersAction.add_parser = lambda self, name, **rest: names.append(name) or add_parser(self, name, **rest)
 answers = {}
