@@ -163,7 +163,7 @@ def select(way: str) -> None:
 
     for ops in OPS_OF_KEY.values():
         for op in ops:
-            op.select(way)
+            op.select(way if way in op.names() else "auto")
 
 
 def step_launches(path: str, depth: int, dtype: torch.dtype, way: str) -> tuple[Counter, Counter]:

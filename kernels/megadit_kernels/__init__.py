@@ -50,6 +50,9 @@ OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
     }
 )
 
+# The keys whose operations have a kernel called fused; attention goes by other names.
+FUSED_KEYS = tuple(key for key, ops in OPS_OF_KEY.items() if all("fused" in op.names() for op in ops))
+
 
 def choose_all(device: str) -> None:
     """Let every operation choose what runs on this type of device, before torch.compile traces its calls."""
@@ -58,6 +61,7 @@ def choose_all(device: str) -> None:
 
 
 __all__ = [
+    "FUSED_KEYS",
     "OPS",
     "OPS_OF_KEY",
     "Op",

@@ -14,7 +14,7 @@ from megadit_kernels import OPS_OF_KEY
 @contextmanager
 def planned_kernels(config: KernelConfig, device: str) -> Iterator[tuple[str, ...]]:
     """Inside, layers on the meta device run what ``config`` selects on ``device`` (cuda or cpu), and so save what it
-    saves; what a library would run (apex) counts as torch's. Yields the keys whose kernels are fused.
+    saves; what a library would run (apex, flash-attn) counts as torch's. Yields the keys whose kernels are fused.
 
     Fused kernels give the shapes of their results there without a GPU, but not without Triton.
 
@@ -29,7 +29,8 @@ def planned_kernels(config: KernelConfig, device: str) -> Iterator[tuple[str, ..
             for op in ops:
                 op.select("torch" if choice == "reference" else choice)
                 name = op.backend_on(device)
-                op.select(name if name in ("reference", "fused") else "torch")  # libraries have no meta kernels
+                torchs = "torch" if "torch" in op.names() else "reference"  # libraries have no meta kernels
+                op.select(name if name == "fused" else torchs)
             if ops[0].choice == "fused":
                 fused.append(key)
         if fused and find_spec("triton") is None:

@@ -17,9 +17,9 @@ from benchmarks.kernel_cases import CASES
 from helpers.kernels.interpreter import need_interpreter
 from helpers.ranks import ROOT, run_command
 from megadit.errors import UserError
-from megadit_kernels import OPS_OF_KEY
+from megadit_kernels import FUSED_KEYS, OPS_OF_KEY
 
-FUSED = [op.name for ops in OPS_OF_KEY.values() for op in ops]
+FUSED = [op.name for key in FUSED_KEYS for op in OPS_OF_KEY[key]]
 KERNEL_ROW = {"op", "width", "samples", "tokens", "pass", "bytes", "us", "gb_s", "share_of_copy"}
 BLOCK_ROW = {"part", "arm", "images", "forward_flops_per_image", "ms", "images_s", "tflop_s", "mfu", "peak_gb"}
 

@@ -26,7 +26,7 @@ from megadit.config.schema.kernels import KernelConfig
 from megadit.engine.kernels import select_kernels
 from megadit.models import build_model
 from megadit.parallel.tensor import TensorLayout
-from megadit_kernels import OPS_OF_KEY
+from megadit_kernels import FUSED_KEYS, OPS_OF_KEY
 
 FAMILIES = {
     "dit": (tiny_dit, dit_inputs),
@@ -179,7 +179,7 @@ def test_a_compiled_run_trains_what_a_plain_one_does(tmp_path: Any, name: str) -
 def test_fused_kernels_are_operators_of_the_graphs(family: str) -> None:
     """In Triton's interpreter, each block one graph, recomputed selectively."""
     need_interpreter()
-    select_kernels(KernelConfig(**dict.fromkeys(OPS_OF_KEY, "fused")))
+    select_kernels(KernelConfig(**dict.fromkeys(FUSED_KEYS, "fused")))
     try:
         with counted() as launches:
             assert both(family, "selective", count=1, mlp="swiglu", qk_norm="rms") == KINDS[family]

@@ -19,7 +19,7 @@ from megadit.config.schema.kernels import KernelConfig
 from megadit.engine.kernels import adds_across_blocks, check_kernels, describe_kernels, select_kernels
 from megadit.errors import UserError
 from megadit.models import build_model
-from megadit_kernels import OPS_OF_KEY, norm_modulate, residual_norm_modulate
+from megadit_kernels import FUSED_KEYS, OPS_OF_KEY, norm_modulate, residual_norm_modulate
 from megadit_kernels.backends import Backend, backend
 
 
@@ -165,7 +165,7 @@ def test_a_model_is_the_same_by_fused_kernels(family: str, recompute: str) -> No
     config = make(depth=2, mlp=mlp, qk_norm="rms")
     inputs = draw(config)
     expected = outputs_and_gradients(config, inputs, recompute)
-    select_kernels(KernelConfig(**dict.fromkeys(OPS_OF_KEY, "fused")))
+    select_kernels(KernelConfig(**dict.fromkeys(FUSED_KEYS, "fused")))
     with counted() as launches:
         fused = outputs_and_gradients(config, inputs, recompute)
     assert {launch.name for launch in launches} == {"forward", "backward", "add_chunks", "add_partials"}

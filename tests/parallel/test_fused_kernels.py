@@ -20,10 +20,10 @@ from megadit.config.schema.kernels import KernelConfig
 from megadit.engine.kernels import select_kernels
 from megadit.models.layers import norm
 from megadit.train import run
-from megadit_kernels import OPS_OF_KEY
+from megadit_kernels import FUSED_KEYS
 
 TOLERANCE = 1e-5  # kernels compute in float32 whatever they are given
-FUSED: dict[str, Any] = dict.fromkeys(OPS_OF_KEY, "fused")
+FUSED: dict[str, Any] = dict.fromkeys(FUSED_KEYS, "fused")
 CASES: dict[str, tuple[ModelConfig, Any]] = {
     "dit": (tiny_mup_dit(64, depth=1, input_size=6, qk_norm="rms", mlp="gelu"), dit_inputs),
     "mmdit": (tiny_mup_mmdit(64, depth=2, input_size=6, qk_norm="rms", mlp="swiglu"), mmdit_inputs),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from megadit.parallel.tensor import TensorLayout
 from megadit.plan.bubble import bubble_share, idle_share
 from megadit.plan.kernels import planned_kernels
 from megadit.plan.memory import LiveByteCounter, stage_costs
-from megadit_kernels import OPS_OF_KEY, norm_modulate, swiglu
+from megadit_kernels import FUSED_KEYS, OPS_OF_KEY, norm_modulate, swiglu
 
 BATCH = 5
 REPA = {"block": 1, "feature_dim": 24, "hidden": 32}
@@ -74,7 +74,7 @@ def test_the_meta_device_holds_what_the_cpu_holds(family, recompute):
     assert counted.peak_bytes == pytest.approx(peak, rel=0.01)
 
 
-FUSED = KernelConfig(**dict.fromkeys(OPS_OF_KEY, "fused"))
+FUSED = KernelConfig(**dict.fromkeys(FUSED_KEYS, "fused"))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_fused_kernels_hold_in_the_interpreter_what_is_planned(family, recompute
     config = FAMILIES[family]
     [torchs] = costs(config, recompute)
     with planned_kernels(FUSED, "cuda") as fused:
-        assert fused == tuple(OPS_OF_KEY)
+        assert fused == FUSED_KEYS
         saved, peak = held(config, recompute)
         [counted] = costs(config, recompute)
     assert counted.saved_bytes == pytest.approx(saved, rel=0.01)
@@ -138,6 +138,18 @@ def test_what_is_planned_is_what_would_run_here_and_ends_with_the_plan():
     with planned_kernels(KernelConfig(norm_modulate="apex"), "cuda") as fused:
         assert fused == () and norm_modulate.backend_on("meta") == "torch"
     assert norm_modulate.choice == "auto"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "choice", [(key, value) for key in OPS_OF_KEY for value in get_args(KernelConfig.model_fields[key].annotation)]
+)
+def test_every_choice_of_every_key_is_planned_and_ends_with_the_plan(choice, device):
+    before = {op: op.choice for ops in OPS_OF_KEY.values() for op in ops}
+    with planned_kernels(KernelConfig.model_validate(dict([choice])), device):
+        [(_, counted)] = stage_costs(FAMILIES["mmdit"], (0, FAMILIES["mmdit"].blocks + 2), BATCH)
+        assert counted.saved_bytes > 0
+    assert before == {op: op.choice for op in before}
 
 
 def test_fused_kernels_are_not_planned_without_triton(monkeypatch):
