@@ -98,7 +98,7 @@ class Recorder:
             else:
                 self._add(step, name, role, "change", out - self.initial_outputs[name])
             if self.initial[name]:
-                self._record_layer(step, name, *inputs[name], out)
+                self._record_layer(step, name, inputs[name], out)
         self._all_reduce()
 
     def record_pull(self, step: int, gradient: Tensor) -> None:
@@ -110,7 +110,7 @@ class Recorder:
         self._add(step, PROJECTOR, "output", "pull", self.width * gradient)
         self._all_reduce()
 
-    def _record_layer(self, step: int, name: str, args: tuple[Any, ...], options: dict[str, Any], out: Tensor) -> None:
+    def _record_layer(self, step: int, name: str, args: tuple[Any, ...], out: Tensor) -> None:
         """Gain or updates of one layer, from its input and output on the probe."""
         module, role = self.watched[name]
         if next(module.children(), None) is not None:
@@ -122,17 +122,17 @@ class Recorder:
         if step == 0:
             drawn = {key: torch.zeros_like(p) for key, p in self.initial[name].items() if p.dim() == 1 and p.any()}
             if inputs and drawn:  # of fixed size beside an input that may shrink, as a random readout's output does
-                out = _first_tensor(functional_call(module, drawn, args, options))
+                out = _first_tensor(functional_call(module, drawn, args))
             self._add(step, name, role, "gain", out, inputs)
             return
         for key, initial in self.initial[name].items():
-            old = _first_tensor(functional_call(module, {key: initial}, args, options))
+            old = _first_tensor(functional_call(module, {key: initial}, args))
             self._add(step, name, role, f"update.{key}", out - old, inputs if initial.dim() > 1 else ())
 
     def _add(self, step: int, name: str, role: str, quantity: str, value: Tensor, inputs: tuple[Any, ...] = ()) -> None:
-        """The size of ``value``, over that of the tensors of ``inputs``: 1 where none is a float, or all are 0."""
+        """The size of ``value``, over that of ``inputs``: 1 where none is of floating point, or all are 0."""
         by = value.new_zeros((), dtype=torch.float64)
-        sizes = [_mean_abs(part) for part in inputs if isinstance(part, Tensor) and part.is_floating_point()]
+        sizes = [_mean_abs(part) for part in inputs if part.is_floating_point()]
         if sizes:  # of a long skip the mean of both halves
             by = torch.stack(sizes).mean()
         self._pending.append(((step, name, role, quantity), _mean_abs(value), by))
@@ -147,21 +147,25 @@ class Recorder:
             self.measurements.append(CoordMeasurement(self.width, self.seed, *key, value / (by or 1.0)))
         self._pending.clear()
 
-    def _run_probe(self) -> tuple[dict[str, tuple[tuple[Any, ...], dict[str, Any]]], dict[str, Tensor]]:
-        """One forward pass; arguments, positional and by keyword, and outputs of every watched module."""
-        inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    def _run_probe(self) -> tuple[dict[str, tuple[Any, ...]], dict[str, Tensor]]:
+        """One forward pass; positional inputs and outputs of every watched module.
+
+        A layer that takes an activation is run again without: its coordinates are those before the activation.
+        """
+        inputs: dict[str, tuple[Any, ...]] = {}
         outputs: dict[str, Tensor] = {}
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-            def record_call(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-                inputs[name], outputs[name] = (args, options), _first_tensor(result)
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            def record_call(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+                operands = tuple(arg for arg in args if not callable(arg))
+                if len(operands) < len(args):
+                    result = module.forward(*operands)
+                inputs[name], outputs[name] = operands, _first_tensor(result)
 
             return record_call
 
         handles = [
-            module.register_forward_hook(hook(name), with_kwargs=True)
-            for name, (module, _) in self.watched.items()
-            if name != OUTPUT
+            module.register_forward_hook(hook(name)) for name, (module, _) in self.watched.items() if name != OUTPUT
         ]
         try:
             outputs[OUTPUT] = self.probe()

@@ -123,6 +123,23 @@ def test_readings_measure_what_they_say() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_layer_that_takes_an_activation_is_read_before_it() -> None:
+    model = build_model(tiny_dit(width=16, num_classes=0))
+    fc1 = model.blocks[0].mlp.fc1
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0])
+    inputs: list[torch.Tensor] = []
+    fc1.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    recorder = Recorder(model, lambda: model(x, t), width=16, seed=0)
+    recorder.record(0)
+    (activation,) = (
+        reading.value
+        for reading in recorder.measurements
+        if (reading.module, reading.quantity) == ("blocks.0.mlp.fc1", "activation")
+    )
+    before = nn.functional.linear(inputs[0], fc1.weight, fc1.bias).abs().mean()
+    assert activation == pytest.approx(float(before), rel=1e-5)
+
+
 def test_padded_tokens_are_not_read() -> None:
     model = build_model(tiny_mup_dit(64), TensorLayout(2, 0, sequence=True), device="meta")
     with pytest.raises(ValueError, match="sequence parallelism"):
