@@ -1,4 +1,4 @@
-"""Column sums over all rows of a batch, by partial sums of chunks of rows that are added in a fixed order: no atomics.
+"""Sums by partial sums of chunks that are added in a fixed order: no atomics. Of columns over rows, of samples.
 
 Importing this module needs Triton.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 _CHUNKS = 64  # at most; their programs, times the blocks of channels, fill a GPU
 _LEAST_ROWS = 32  # of a chunk: a partial sum is written and read once, in float32
+_SAMPLE_CHUNK = 8192  # elements of a sample that one program sums: few large samples fill a GPU, too
 _COLUMNS, _AT_A_TIME = 128, 16
 
 
@@ -22,19 +23,31 @@ def passes_of(rows: int, rows_at_a_time: int) -> int:
     return max(least, -(-rows // (_CHUNKS * rows_at_a_time)))
 
 
+def chunks_of(count: int, strip: int) -> tuple[int, int]:
+    """Elements of each chunk of a sample of ``count``, a multiple of ``strip``, and how many chunks there are.
+
+    By the count alone, so that a sample's sum does not depend on the batch around it.
+    """
+    chunk = min(_SAMPLE_CHUNK, -(-count // strip) * strip)
+    return chunk, -(-count // chunk)
+
+
 @triton.jit
 def add_partials(partial, sums, chunks, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums (SIZE,) of partial (chunks, SIZE), float32. Grid: blocks of BLOCK columns."""
+    """sums (groups, SIZE) of partial (groups, chunks, SIZE), float32. Grid: (blocks of BLOCK columns, groups)."""
+    group = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, chunks, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < chunks) & (columns < SIZE)[None, :]
-        total += tl.load(partial + row * SIZE + columns[None, :], mask=inside, other=0.0)
-    tl.store(sums + columns, tl.sum(total, 0).to(sums.dtype.element_ty), mask=columns < SIZE)
+        total += tl.load(partial + (group * chunks + row) * SIZE + columns[None, :], mask=inside, other=0.0)
+    tl.store(sums + group * SIZE + columns, tl.sum(total, 0).to(sums.dtype.element_ty), mask=columns < SIZE)
 
 
 def add_up(partial: Tensor, sums: Tensor) -> None:
-    """sums (m,) = partial (chunks, m), float32, added over the chunks in a fixed order, rounded once."""
-    chunks, size = partial.shape
-    add_partials[(-(-size // _COLUMNS),)](partial, sums, chunks, SIZE=size, ROWS=_AT_A_TIME, BLOCK=_COLUMNS)
+    """sums (m,) = partial (chunks, m), or (groups, m) of (groups, chunks, m), float32: over the chunks in a fixed
+    order, rounded once."""
+    chunks, size = partial.shape[-2:]
+    grid = (-(-size // _COLUMNS), sums.numel() // size)
+    add_partials[grid](partial, sums, chunks, SIZE=size, ROWS=_AT_A_TIME, BLOCK=_COLUMNS)

@@ -177,6 +177,15 @@ def test_an_output_beside_its_variance_is_read_in_place_and_its_gradient_put_the
     torch.testing.assert_close(output.grad[:, :4], expected)
 
 
+def test_a_large_sample_is_summed_in_chunks_whatever_the_batch() -> None:
+    output, target, weight = draw(3, 17000).requires_grad_(), draw(3, 17000, seed=4), torch.rand(3)
+    with counted() as launches:
+        errors = squared_error(output, target, weight)
+    assert [(launch.name, launch.programs) for launch in launches] == [("error", 9), ("add_partials", 1)]
+    assert sum(launch.bytes for launch in launches) < 1.001 * (2 * 3 * 17000 * 4)
+    assert torch.equal(errors[1:2], squared_error(output[1:2], target[1:2], weight[1:2]))
+
+
 def test_a_sample_does_not_depend_on_the_batch_around_it() -> None:
     x0, (keys, signal, sigma) = draw(5, 4, 9, 9), levels(5)
     whole, alone = (mix_noise(x0[part], keys[part], signal[part], sigma[part], "v") for part in (slice(5), slice(3, 4)))
@@ -269,6 +278,8 @@ FAULTS: dict[str, Any] = {
     "the velocity's sample": ("noise = noise - clean", "noise = noise"),
     "the square": ("total += difference * difference", "total += difference"),
     "the mean": ("tl.sum(total, 0) / COUNT", "tl.sum(total, 0)"),
+    "a chunk's first element": ("chunk * CHUNK + first", "first"),
+    "a chunk's part": ("chunk * tl.num_programs(0) + sample", "sample"),
     "the weight": ("mean = mean * tl.load(weight + sample)", "mean = mean"),
     "the two of the gradient": ("* 2.0 / COUNT", "/ COUNT"),
     "the mean, backward": ("* 2.0 / COUNT", "* 2.0"),
@@ -287,3 +298,5 @@ def test_a_fault_in_a_kernel_is_noticed(fault: str, tmp_path: Path, monkeypatch:
         for target in TARGETS:
             check_mix(target, draw(2, 4, 17, 17))
         check_error(draw(3, 3, 5, 5), 0.5 + torch.rand(3))
+        if "chunk" in fault:
+            check_error(draw(2, 9000), None)

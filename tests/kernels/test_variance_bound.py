@@ -146,6 +146,16 @@ def test_a_sample_does_not_depend_on_the_batch_around_it_and_an_empty_batch_pass
     assert bits(none, none["output"], "v").shape == (0,)
 
 
+def test_a_large_sample_is_summed_in_chunks_whatever_the_batch() -> None:
+    given = operands("noise", (4, 48, 48), (0, 20, 500))
+    with counted() as launches:
+        whole = bits(given, given["output"], "noise")
+    assert [(launch.name, launch.programs) for launch in launches] == [("bound", 6), ("add_partials", 1)]
+    assert torch.allclose(whole.double(), exact(given, given["output"].double(), "noise"), rtol=2e-3)
+    alone = {name: value[1:2] for name, value in given.items()}
+    assert torch.equal(whole[1:2], bits(alone, alone["output"], "noise"))
+
+
 def test_compiled_whole_and_by_torchs_contract() -> None:
     from megadit_kernels.variance_bound import fused
 
@@ -174,6 +184,8 @@ FAULTS = {
     "the true mean": ("mean\n            nats = 0.5", "mean * 0.5\n            nats = 0.5"),
     "the variances' ratio": ("ratio - 1.0 + tl.exp(-ratio)", "ratio - 1.0 + tl.exp(ratio)"),
     "the mean over a sample": ("tl.sum(total, 0) / COUNT", "tl.sum(total, 0)"),
+    "a chunk's first element": ("chunk * CHUNK + start", "start"),
+    "a chunk's part": ("chunk * tl.num_programs(0) + sample", "sample"),
     "bits": ("/ COUNT * 1.4426950408889634)\n\n", "/ COUNT)\n\n"),
     "the first step": ("if first > 0.0:\n            inverse", "if first > 2.0:\n            inverse"),
     "the bin's edges": ("upper - lower))", "lower - upper))"),
@@ -196,3 +208,5 @@ def test_a_fault_in_a_kernel_is_noticed(fault: str, tmp_path: Path, monkeypatch:
     with pytest.raises(AssertionError, match="value|gradient"):
         for predicts in PREDICTS:
             check(predicts)
+        if "chunk" in fault:
+            check("noise", shape=(4, 48, 48), steps=(20, 500))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megadit_kernels.noise import triton_kernels
 from megadit_kernels.operators import KernelOperator, launches
+from megadit_kernels.partial_sums import add_up, chunks_of
 
 _COUNTERS = 256  # per program; a thread of 4 warps takes two, each of 16 bytes of float32
 _ELEMENTS = 1024  # per program of the error's gradient
@@ -79,10 +80,14 @@ def launch_error(output: Tensor, target: Tensor, weight: Tensor | None) -> Tenso
     out = output.new_empty((output.shape[0],), dtype=torch.float32)
     if launches(out):
         rows = output.flatten(1)  # of an output that has the variance beside it a view, not a copy
-        triton_kernels.error[(len(rows),)](
-            rows, target.contiguous(), target if weight is None else weight.contiguous(), out, rows.stride(0),
-            COUNT=rows.shape[1], WEIGHTED=weight is not None, BLOCK=_STRIP,
+        chunk, chunks = chunks_of(rows.shape[1], _STRIP)
+        parts = out if chunks == 1 else out.new_empty((chunks, len(out)))
+        triton_kernels.error[(len(rows), chunks)](
+            rows, target.contiguous(), target if weight is None else weight.contiguous(), parts, rows.stride(0),
+            COUNT=rows.shape[1], WEIGHTED=weight is not None, CHUNK=chunk, BLOCK=_STRIP,
         )  # fmt: skip
+        if chunks > 1:
+            add_up(parts, out)
     return out
 
 

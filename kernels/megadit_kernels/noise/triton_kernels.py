@@ -1,7 +1,7 @@
 """Triton kernels of keyed noise, of its mixture with samples, and of the squared error that trains on it.
 
 A program of ``normal`` and ``mix`` takes ``BLOCK`` Philox counters of one sample, each of which gives four elements;
-one of ``error`` a sample, one of ``error_backward`` ``BLOCK`` elements of one. Importing this module needs Triton.
+one of ``error`` ``CHUNK`` elements of one, one of ``error_backward`` ``BLOCK``. Importing this module needs Triton.
 
 The uniforms are those of ``reference.unit`` to the bit. The angle is rounded as there, so that a normal differs from
 the reference's by the rounding of log, sqrt, cos and sin alone.
@@ -86,9 +86,9 @@ def normal(keys, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """out (B, COUNT): the first standard normals of each key's stream. Grid: (B, blocks)."""
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
-    places = first * 4 + tl.arange(0, 4 * BLOCK)
+    offsets = first * 4 + tl.arange(0, 4 * BLOCK)
     noise = noise_of(tl.load(keys + sample), first, BLOCK)
-    tl.store(out + sample * COUNT + places, noise, mask=places < COUNT)
+    tl.store(out + sample * COUNT + offsets, noise, mask=offsets < COUNT)
 
 
 @triton.jit
@@ -96,34 +96,38 @@ def mix(x0, keys, signal, sigma, x, aim, COUNT: tl.constexpr, TARGET: tl.constex
     """x = signal x0 + sigma noise and the target ``aim``, all (B, COUNT); signal and sigma (B,). Grid: (B, blocks)."""
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
-    places = first * 4 + tl.arange(0, 4 * BLOCK)
-    inside = places < COUNT
-    clean = tl.load(x0 + sample * COUNT + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = first * 4 + tl.arange(0, 4 * BLOCK)
+    inside = offsets < COUNT
+    clean = tl.load(x0 + sample * COUNT + offsets, mask=inside, other=0.0).to(tl.float32)
     a, b = tl.load(signal + sample), tl.load(sigma + sample)
     noise = noise_of(tl.load(keys + sample), first, BLOCK)
-    tl.store(x + sample * COUNT + places, a * clean + b * noise, mask=inside)
+    tl.store(x + sample * COUNT + offsets, a * clean + b * noise, mask=inside)
     if TARGET == "velocity":
         noise = noise - clean
     elif TARGET == "v":
         noise = a * noise - b * clean
-    tl.store(aim + sample * COUNT + places, noise, mask=inside)
+    tl.store(aim + sample * COUNT + offsets, noise, mask=inside)
 
 
 @triton.jit
-def error(output, target, weight, out, row, COUNT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """out (B,): weighted mean square of target - output, samples ``row`` apart in output. Grid: (B,)."""
-    sample = tl.program_id(0).to(tl.int64)
+def error(
+    output, target, weight, out, row,
+    COUNT: tl.constexpr, WEIGHTED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (chunks, B): each chunk's part of the weighted mean square of target - output, whose samples are ``row``
+    apart. Grid: (B, chunks of CHUNK elements)."""
+    sample, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, COUNT, BLOCK):
-        places = first + tl.arange(0, BLOCK)
-        inside = places < COUNT
-        given = tl.load(output + sample * row + places, mask=inside, other=0.0).to(tl.float32)
-        difference = tl.load(target + sample * COUNT + places, mask=inside, other=0.0).to(tl.float32) - given
+    for first in range(0, CHUNK, BLOCK):
+        offsets = chunk * CHUNK + first + tl.arange(0, BLOCK)
+        inside = offsets < COUNT
+        given = tl.load(output + sample * row + offsets, mask=inside, other=0.0).to(tl.float32)
+        difference = tl.load(target + sample * COUNT + offsets, mask=inside, other=0.0).to(tl.float32) - given
         total += difference * difference
     mean = tl.sum(total, 0) / COUNT
     if WEIGHTED:
         mean = mean * tl.load(weight + sample)
-    tl.store(out + sample, mean)
+    tl.store(out + chunk * tl.num_programs(0) + sample, mean)
 
 
 @triton.jit
@@ -132,11 +136,11 @@ def error_backward(
 ):
     """out (B, COUNT): the gradient of output from ``grad`` (B,), that of the errors. Grid: (B, blocks)."""
     sample = tl.program_id(0).to(tl.int64)
-    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < COUNT
-    given = tl.load(output + sample * row + places, mask=inside, other=0.0).to(tl.float32)
-    difference = given - tl.load(target + sample * COUNT + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < COUNT
+    given = tl.load(output + sample * row + offsets, mask=inside, other=0.0).to(tl.float32)
+    difference = given - tl.load(target + sample * COUNT + offsets, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + sample) * 2.0 / COUNT
     if WEIGHTED:
         slope = slope * tl.load(weight + sample)
-    tl.store(out + sample * COUNT + places, (slope * difference).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + sample * COUNT + offsets, (slope * difference).to(out.dtype.element_ty), mask=inside)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megadit_kernels.norm_modulate import triton_kernels
 from megadit_kernels.operators import KernelOperator, launches
+from megadit_kernels.partial_sums import add_up
 
 # Programs that give each multiprocessor of an A100 (108) or H200 (132) one.
 _ENOUGH_PROGRAMS = 132
-_COLUMNS = 256  # of the partial sums, that one program adds
 
 
 class Launch(NamedTuple):
@@ -154,11 +154,9 @@ def backward(
             N=width, MAIN=launch.main, TAIL=launch.tail, ROWS=launch.rows, PASSES=passes, NORM=norm, ONE=one,
             GATED=gated, SUMS=count, num_warps=launch.warps,
         )  # fmt: skip
-        size = count * width
-        blocks = -(-size // _COLUMNS)
-        triton_kernels.add_chunks[(blocks, batch)](partial, sums, chunks, SIZE=size, BLOCK=_COLUMNS)
+        add_up(partial.flatten(2), sums)
         if row is not None:
-            triton_kernels.add_chunks[(blocks, 1)](sums, row_sums, batch, SIZE=size, BLOCK=_COLUMNS)
+            add_up(sums.flatten(1), row_sums)
     return dx, dbranch, sums, row_sums
 
 

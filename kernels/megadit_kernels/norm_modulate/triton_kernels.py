@@ -3,7 +3,7 @@
 A row is one token's n channels, held by one program in two parts, since Triton's blocks are powers of two: ``MAIN``,
 the largest that fits, and ``TAIL``, what is left (1536 = 1024 + 512, 5120 = 4096 + 1024). All arithmetic is float32,
 right after each load. The backward pass walks over the rows of one sample and sums their columns in registers: each
-program writes one partial sum, which a second kernel adds in a fixed order. So the gradients of shift, scale and gate
+program writes one partial sum, which ``partial_sums`` adds in a fixed order. So the gradients of shift, scale and gate
 need no atomics and are the same bits each time.
 
 Importing this module needs Triton.
@@ -135,18 +135,6 @@ def _store_sums(partial, shift, scale, gate, columns, N: tl.constexpr, NORM: tl.
         partial += 2 * N
     if GATED:
         tl.store(partial + columns, tl.sum(gate, 0), mask=inside)
-
-
-@triton.jit
-def add_chunks(partial, sums, chunks, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """sums (samples, SIZE) = partial (samples, chunks, SIZE), float32, added over chunks in their order."""
-    sample = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < SIZE
-    total = tl.zeros([BLOCK], tl.float32)
-    for chunk in range(chunks):
-        total += tl.load(partial + (sample * chunks + chunk) * SIZE + columns, mask=inside, other=0.0)
-    tl.store(sums + sample * SIZE + columns, total.to(sums.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -98,20 +98,20 @@ def _backward_stream(
     q_sum, k_sum = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(passes):
         sample, token, head, columns, here = _rows_of(block * passes + step, rows, tokens, H, D, BLOCK, ROWS)
-        place = first + token
+        position = first + token
         out = dqkv + ((sample * tokens + token) * 3 * H + head) * D + columns
-        source = dv + (sample * dv_batch + place * dv_token + head * dv_head) * D + columns
+        source = dv + (sample * dv_batch + position * dv_token + head * dv_head) * D + columns
         tl.store(out + 2 * H * D, tl.load(source, mask=here, other=0.0), mask=here)
         at = (sample * qkv_batch + token * qkv_token + head) * D + columns
         grad = tl.zeros([ROWS, BLOCK], tl.float32)
         if QUERIES:
-            source = dq + (sample * dq_batch + place * dq_token + head * dq_head) * D + columns
+            source = dq + (sample * dq_batch + position * dq_token + head * dq_head) * D + columns
             grad = tl.load(source, mask=here, other=0.0).to(tl.float32)
             if q_gain is not None:
                 grad, share = _through_norm(qkv + at, q_gain, grad, columns, here, eps, D)
                 q_sum += share
         tl.store(out, grad.to(out.dtype.element_ty), mask=here)
-        source = dk + (sample * dk_batch + place * dk_token + head * dk_head) * D + columns
+        source = dk + (sample * dk_batch + position * dk_token + head * dk_head) * D + columns
         grad = tl.load(source, mask=here, other=0.0).to(tl.float32)
         if k_gain is not None:
             grad, share = _through_norm(qkv + at + H * D, k_gain, grad, columns, here, eps, D)

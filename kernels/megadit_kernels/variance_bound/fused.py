@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megadit_kernels.operators import KernelOperator, launches
+from megadit_kernels.partial_sums import add_up, chunks_of
 from megadit_kernels.variance_bound import triton_kernels
 
 _STRIP = 1024  # elements of a sample that a program takes at once
@@ -22,10 +23,14 @@ def forward(variance: Tensor, prediction: Tensor, x0: Tensor, x: Tensor, coeffic
     out = x.new_empty((x.shape[0],), dtype=torch.float32)
     if launches(out):
         spread, given = variance.flatten(1), prediction.flatten(1)  # views of the model's output
-        triton_kernels.bound[(len(out),)](
-            spread, given, x0.contiguous(), x.contiguous(), coefficients.contiguous(), out, spread.stride(0),
-            given.stride(0), COUNT=spread.shape[1], PREDICTS=predicts, BLOCK=_STRIP,
+        chunk, chunks = chunks_of(spread.shape[1], _STRIP)
+        parts = out if chunks == 1 else out.new_empty((chunks, len(out)))
+        triton_kernels.bound[(len(out), chunks)](
+            spread, given, x0.contiguous(), x.contiguous(), coefficients.contiguous(), parts, spread.stride(0),
+            given.stride(0), COUNT=spread.shape[1], PREDICTS=predicts, CHUNK=chunk, BLOCK=_STRIP,
         )  # fmt: skip
+        if chunks > 1:
+            add_up(parts, out)
     return out
 
 

@@ -1,4 +1,5 @@
-"""Triton kernels of the variational bound of a learned variance: a sample per program, or ``BLOCK`` elements of one.
+"""Triton kernels of the variational bound of a learned variance: a program takes ``CHUNK``
+elements of a sample, or ``BLOCK``.
 
 Rows of the model's output are read in place: variance and prediction are samples ``row`` elements apart. Importing
 this module needs Triton.
@@ -49,20 +50,20 @@ def model_of(variance, given, x, table, PREDICTS: tl.constexpr):
 @triton.jit
 def bound(
     variance, prediction, x0, x, coefficients, out, v_row, p_row,
-    COUNT: tl.constexpr, PREDICTS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, PREDICTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (B,): bits per dimension. Grid: (B,)."""
-    sample = tl.program_id(0).to(tl.int64)
+    """out (chunks, B): each chunk's part of the bits per dimension. Grid: (B, chunks of CHUNK elements)."""
+    sample, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     table = coefficients + sample * 7
     low, from_x0, from_x, first = tl.load(table), tl.load(table + 2), tl.load(table + 3), tl.load(table + 6)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, COUNT, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        inside = places < COUNT
-        given = tl.load(prediction + sample * p_row + places, mask=inside, other=0.0).to(tl.float32)
-        spread = tl.load(variance + sample * v_row + places, mask=inside, other=0.0).to(tl.float32)
-        clean = tl.load(x0 + sample * COUNT + places, mask=inside, other=0.0)
-        noisy = tl.load(x + sample * COUNT + places, mask=inside, other=0.0)
+    for start in range(0, CHUNK, BLOCK):
+        offsets = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        inside = offsets < COUNT
+        given = tl.load(prediction + sample * p_row + offsets, mask=inside, other=0.0).to(tl.float32)
+        spread = tl.load(variance + sample * v_row + offsets, mask=inside, other=0.0).to(tl.float32)
+        clean = tl.load(x0 + sample * COUNT + offsets, mask=inside, other=0.0)
+        noisy = tl.load(x + sample * COUNT + offsets, mask=inside, other=0.0)
         log_variance, mean = model_of(spread, given, noisy, table, PREDICTS)
         if first > 0.0:
             inverse = tl.exp(-0.5 * log_variance)
@@ -74,7 +75,7 @@ def bound(
             distance = from_x0 * clean + from_x * noisy - mean
             nats = 0.5 * (ratio - 1.0 + tl.exp(-ratio) + distance * distance * tl.exp(-log_variance))
         total += tl.where(inside, nats, 0.0)
-    tl.store(out + sample, tl.sum(total, 0) / COUNT * 1.4426950408889634)
+    tl.store(out + chunk * tl.num_programs(0) + sample, tl.sum(total, 0) / COUNT * 1.4426950408889634)
 
 
 @triton.jit
@@ -87,12 +88,12 @@ def bound_backward(
     table = coefficients + sample * 7
     low, high, first = tl.load(table), tl.load(table + 1), tl.load(table + 6)
     from_x0, from_x = tl.load(table + 2), tl.load(table + 3)
-    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < COUNT
-    given = tl.load(prediction + sample * p_row + places, mask=inside, other=0.0).to(tl.float32)
-    spread = tl.load(variance + sample * v_row + places, mask=inside, other=0.0).to(tl.float32)
-    clean = tl.load(x0 + sample * COUNT + places, mask=inside, other=0.0)
-    noisy = tl.load(x + sample * COUNT + places, mask=inside, other=0.0)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < COUNT
+    given = tl.load(prediction + sample * p_row + offsets, mask=inside, other=0.0).to(tl.float32)
+    spread = tl.load(variance + sample * v_row + offsets, mask=inside, other=0.0).to(tl.float32)
+    clean = tl.load(x0 + sample * COUNT + offsets, mask=inside, other=0.0)
+    noisy = tl.load(x + sample * COUNT + offsets, mask=inside, other=0.0)
     log_variance, mean = model_of(spread, given, noisy, table, PREDICTS)
     if first > 0.0:
         inverse = tl.exp(-0.5 * log_variance)
@@ -107,4 +108,4 @@ def bound_backward(
         slope = 0.5 * (1.0 - tl.exp(low - log_variance) - distance * distance * tl.exp(-log_variance))
     slope = slope * (high - low) * 0.5
     slope = slope * (tl.load(grad + sample) / COUNT * 1.4426950408889634)
-    tl.store(out + sample * COUNT + places, slope.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + sample * COUNT + offsets, slope.to(out.dtype.element_ty), mask=inside)

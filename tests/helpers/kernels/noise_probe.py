@@ -16,24 +16,24 @@ philox, unit, box_muller = kernels.philox, kernels.unit, kernels.box_muller
 
 @triton.jit
 def _words(key, counters, out, N: tl.constexpr):
-    places = tl.arange(0, N)
-    w0, w1, w2, w3 = philox(tl.load(key), tl.load(counters + places))
-    tl.store(out + places * 4, w0.to(tl.int64))
-    tl.store(out + places * 4 + 1, w1.to(tl.int64))
-    tl.store(out + places * 4 + 2, w2.to(tl.int64))
-    tl.store(out + places * 4 + 3, w3.to(tl.int64))
+    offsets = tl.arange(0, N)
+    w0, w1, w2, w3 = philox(tl.load(key), tl.load(counters + offsets))
+    tl.store(out + offsets * 4, w0.to(tl.int64))
+    tl.store(out + offsets * 4 + 1, w1.to(tl.int64))
+    tl.store(out + offsets * 4 + 2, w2.to(tl.int64))
+    tl.store(out + offsets * 4 + 3, w3.to(tl.int64))
 
 
 @triton.jit
 def _numbers(words, uniforms, normals, N: tl.constexpr):
-    places = tl.arange(0, N)
-    w0 = tl.load(words + places * 2).to(tl.uint32)
-    w1 = tl.load(words + places * 2 + 1).to(tl.uint32)
-    tl.store(uniforms + places * 2, unit(w0))
-    tl.store(uniforms + places * 2 + 1, unit(w1))
+    offsets = tl.arange(0, N)
+    w0 = tl.load(words + offsets * 2).to(tl.uint32)
+    w1 = tl.load(words + offsets * 2 + 1).to(tl.uint32)
+    tl.store(uniforms + offsets * 2, unit(w0))
+    tl.store(uniforms + offsets * 2 + 1, unit(w1))
     n0, n1 = box_muller(w0, w1)
-    tl.store(normals + places * 2, n0)
-    tl.store(normals + places * 2 + 1, n1)
+    tl.store(normals + offsets * 2, n0)
+    tl.store(normals + offsets * 2 + 1, n1)
 
 
 def words_of(key: int, counters: Tensor) -> Tensor:
