@@ -255,10 +255,10 @@ def resources_of(kernel: Any) -> dict[str, int]:
 
 
 def measure(widths: tuple[int, ...], architectures: tuple[int, ...], dtypes: tuple[str, ...]) -> list[Resources]:
-    """Compile all; a row per kernel, width, dtype and architecture."""
+    """Compile all; a row per kernel, width, dtype and architecture: of several forms of a kernel the last."""
     import torch
 
-    rows = []
+    rows: dict[str, Resources] = {}
     for arch in architectures:
         for width in widths:
             for dtype in dtypes:
@@ -266,8 +266,9 @@ def measure(widths: tuple[int, ...], architectures: tuple[int, ...], dtypes: tup
                     with compile_only(arch) as compiled:
                         case(width, getattr(torch, DTYPES[dtype]))
                     for name, kernel in compiled:
-                        rows.append(Resources(op, name, width, dtype, arch, **resources_of(kernel)))
-    return rows
+                        row = Resources(op, name, width, dtype, arch, **resources_of(kernel))
+                        rows[row.key] = row
+    return list(rows.values())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _CHUNKS = 64  # at most; their programs, times the blocks of channels, fill a GPU
 _LEAST_ROWS = 32  # of a chunk: a partial sum is written and read once, in float32
-_SAMPLE_CHUNK = 8192  # elements of a sample that one program sums: few large samples fill a GPU, too
+_SAMPLE_CHUNK = 16384  # elements of a sample that one program sums: few large samples fill a GPU, too
 _COLUMNS, _AT_A_TIME = 128, 16
 
 

@@ -39,7 +39,7 @@ def test_chunks_of_a_sample_depend_on_its_size_alone() -> None:
     from megadit_kernels.partial_sums import chunks_of
 
     assert chunks_of(1, 1024) == (1024, 1) and chunks_of(4096, 2048) == (4096, 1)
-    assert chunks_of(8192, 1024) == (8192, 1) and chunks_of(8193, 1024) == (8192, 2)
+    assert chunks_of(16384, 1024) == (16384, 1) and chunks_of(16385, 1024) == (16384, 2)
 
 
 FAULTS = {

@@ -147,7 +147,7 @@ def test_a_sample_does_not_depend_on_the_batch_around_it_and_an_empty_batch_pass
 
 
 def test_a_large_sample_is_summed_in_chunks_whatever_the_batch() -> None:
-    given = operands("noise", (4, 48, 48), (0, 20, 500))
+    given = operands("noise", (4, 72, 72), (0, 20, 500))
     with counted() as launches:
         whole = bits(given, given["output"], "noise")
     assert [(launch.name, launch.programs) for launch in launches] == [("bound", 6), ("add_partials", 1)]
@@ -209,4 +209,4 @@ def test_a_fault_in_a_kernel_is_noticed(fault: str, tmp_path: Path, monkeypatch:
         for predicts in PREDICTS:
             check(predicts)
         if "chunk" in fault:
-            check("noise", shape=(4, 48, 48), steps=(20, 500))
+            check("noise", shape=(4, 72, 72), steps=(20, 500))
