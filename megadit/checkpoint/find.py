@@ -121,7 +121,7 @@ def load_model(
     """
     import torch
 
-    from megadit.engine.kernels import select_kernels
+    from megadit.engine.kernels import select_for_inference
     from megadit.engine.tf32 import set_tf32
     from megadit.models import build_model
 
@@ -132,8 +132,10 @@ def load_model(
         raise UserError(f"'{run_dir}' has no checkpoint yet; wait for train.checkpoint_every or the run's end")
     for change in plugin_changes(opened.stored.index.plugins):
         say(f"warning: {change}")
-    select_kernels(config.kernels)
-    set_tf32(config.train, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (fallback := select_for_inference(config.kernels, device)) is not None:
+        say(f"note: {fallback}")
+    set_tf32(config.train, device)
     model = build_model(config.model)
     load_weights(opened.stored, model, config.sample.weights if weights is None else weights)
     return config, model.eval()

@@ -11,7 +11,12 @@ from megadit_kernels import OPS_OF_KEY, Op, attention, residual_norm_modulate
 from megadit_kernels.backends import Backend, backend
 
 # The backend that a choice needs, and what people call it.
-_BACKENDS = {"fused": ("triton", "Triton"), "apex": ("apex-norm", "NVIDIA apex")}
+_BACKENDS = {
+    "fused": ("triton", "Triton"),
+    "apex": ("apex-norm", "NVIDIA apex"),
+    "varlen": ("varlen", "torch's varlen attention"),
+    "flash-attn": ("flash-attn", "flash-attn"),
+}
 
 
 def check_kernels(config: KernelConfig, device: str) -> None:
@@ -22,21 +27,13 @@ def check_kernels(config: KernelConfig, device: str) -> None:
     Raises:
         UserError: a kernel without a GPU, or with a Triton, an apex or a flash attention that does not work.
     """
-    if config.attention not in ("auto", "sdpa"):
-        probe = backend(config.attention)
-        if device != "cuda" or not probe.works:
-            reason = "training is on the CPU" if probe.works else probe.detail
-            raise UserError(
-                f"kernels.attention: {config.attention} does not work here ({reason}); set kernels.attention=auto"
-            )
-    for key in (key for key in OPS_OF_KEY if getattr(config, key) in _BACKENDS):
-        choice = getattr(config, key)
+    for key, choice in _by_name(config).items():
         name, package = _BACKENDS[choice]
         probe = backend(name)
         if device != "cuda" or not probe.works:
             raise UserError(
                 f"kernels.{key}: {choice} needs a GPU and {package} ({_why_not(probe, package)}); set "
-                f"kernels.{key}=auto or reference"
+                f"kernels.{key}=auto or {'sdpa' if key == 'attention' else 'reference'}"
             )
 
 
@@ -46,6 +43,31 @@ def select_kernels(config: KernelConfig) -> None:
         choice = getattr(config, key)
         for op in ops:
             op.select("torch" if choice == "reference" else choice)
+
+
+def select_for_inference(config: KernelConfig, device: str) -> str | None:
+    """As ``select_kernels``, but a kernel that was asked for by name is auto: pictures are drawn on other machines than
+    the one that trained, and on the CPU of a machine with a GPU.
+
+    Returns one line where ``device``, the best of this machine, cannot run what was asked for; else None.
+    """
+    asked = _by_name(config)
+    select_kernels(config.model_copy(update=dict.fromkeys(asked, "auto")))
+    missing: dict[str, list[str]] = {}
+    for key, choice in asked.items():
+        probe = backend(_BACKENDS[choice][0])
+        if device != "cuda" or not probe.works:
+            reason = "there is no GPU" if probe.works else f"{_BACKENDS[choice][1]}: {probe.detail}"
+            missing.setdefault(reason, []).append(f"kernels.{key}={choice}")
+    if not missing:
+        return None
+    reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in missing.items())
+    return f"not available here, so what auto chooses runs: {reasons}"
+
+
+def _by_name(config: KernelConfig) -> dict[str, str]:
+    """The keys whose kernel is asked for by name, and needs a GPU."""
+    return {key: getattr(config, key) for key in OPS_OF_KEY if getattr(config, key) in _BACKENDS}
 
 
 def adds_across_blocks(config: KernelConfig, device: str, recompute: Recompute) -> bool:

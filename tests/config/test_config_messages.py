@@ -46,6 +46,11 @@ def refused(path: Path | str | None, *overrides: str) -> str:
         ("train.seed=1.5", "train.seed: 1.5 is not a whole number (in an override)"),
         ("train.seed=true", "train.seed: true is not a whole number (in an override)"),
         ("train.seed=[1]", "train.seed: [1] is not a whole number (in an override)"),
+        ("train.tf32=yep", "train.tf32: 'yep' is not one of true, false, 'auto' (in an override)"),
+        (
+            "kernels.residual_across_blocks=maybe",
+            "kernels.residual_across_blocks: 'maybe' is not one of true, false, 'auto' (in an override)",
+        ),
         ("data.flip=yep", "data.flip: 'yep' is not true or false (in an override)"),
         ("data.flip=1", "data.flip: 1 is not true or false (in an override)"),
         ("train.init_from=[3]", "train.init_from: [3] is not a text; put it in quotes (in an override)"),

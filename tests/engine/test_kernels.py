@@ -16,7 +16,13 @@ from helpers.models.tiny_pixart import pixart_inputs, tiny_pixart
 from helpers.models.tiny_uvit import tiny_uvit, uvit_inputs
 from megadit.config import RunConfig
 from megadit.config.schema.kernels import KernelConfig
-from megadit.engine.kernels import adds_across_blocks, check_kernels, describe_kernels, select_kernels
+from megadit.engine.kernels import (
+    adds_across_blocks,
+    check_kernels,
+    describe_kernels,
+    select_for_inference,
+    select_kernels,
+)
 from megadit.errors import UserError
 from megadit.models import build_model
 from megadit_kernels import FUSED_KEYS, OPS_OF_KEY, norm_modulate, residual_norm_modulate
@@ -38,6 +44,25 @@ def test_fused_is_refused_without_a_gpu() -> None:
         check_kernels(KernelConfig(norm_modulate="fused"), "cpu")
     check_kernels(KernelConfig(), "cpu")
     check_kernels(KernelConfig(norm_modulate="reference"), "cpu")
+
+
+def test_a_model_that_was_trained_by_kernels_of_another_machine_is_sampled_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = KernelConfig(norm_modulate="apex", swiglu="fused", gelu="fused", noise="reference", attention="flash-attn")
+    line = select_for_inference(asked, "cpu")
+    assert line is not None and line.count("\n") == 0
+    assert line.startswith("not available here, so what auto chooses runs: kernels.norm_modulate=apex (")
+    assert "kernels.swiglu=fused, kernels.gelu=fused (" in line and "kernels.attention=flash-attn (" in line
+    for key, ops in OPS_OF_KEY.items():
+        assert {op.choice for op in ops} == {"torch" if key == "noise" else "auto"}
+        for op in ops:
+            assert op.backend_on("cpu") in ("torch", "sdpa", "reference")
+    assert select_for_inference(KernelConfig(swiglu="reference", attention="sdpa"), "cpu") is None
+    works = {name: Backend(name, "ok", "1.0") for name in ("triton", "apex-norm", "flash-attn", "varlen")}
+    monkeypatch.setattr("megadit.engine.kernels.backend", works.__getitem__)
+    assert select_for_inference(asked, "cuda") is None
+    assert "there is no GPU" in str(select_for_inference(asked, "cpu"))
 
 
 def test_what_runs_is_described_with_the_reason() -> None:
@@ -68,7 +93,7 @@ def test_a_residual_crosses_blocks_where_the_norm_is_fused_and_nothing_is_recomp
 @pytest.mark.parametrize("choice", ["varlen", "flash-attn"])
 def test_flash_attention_is_refused_without_a_gpu_and_says_why(choice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UserError, match=rf"kernels.attention: {choice} does not work here \(.+\); set kernels.attention="
+        UserError, match=rf"kernels.attention: {choice} needs a GPU and .+\(.+\); set kernels.attention=auto or"
     ):
         check_kernels(KernelConfig(attention=choice), "cuda")
     monkeypatch.setattr("megadit.engine.kernels.backend", lambda name: Backend(name, "ok", "as on a GPU"))

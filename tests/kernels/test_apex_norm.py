@@ -166,7 +166,8 @@ def test_it_runs_where_it_is_asked_for_and_works(monkeypatch: pytest.MonkeyPatch
         UserError, match=r"norm_modulate: apex needs a GPU and NVIDIA apex \(NVIDIA apex: not installed\);"
     ):
         check_kernels(config, "cuda")
-    monkeypatch.setattr("megadit_kernels.backends._probes", lambda: {"apex-norm": lambda: "0.1", "triton": lambda: "3"})
+    probes = {"apex-norm": lambda: "0.1", "triton": lambda: "3", "varlen": lambda: "2"}
+    monkeypatch.setattr("megadit_kernels.backends._probes", lambda: probes)
     backend.cache_clear()
     check_kernels(config, "cuda")
     with pytest.raises(UserError, match="training is on the CPU"):

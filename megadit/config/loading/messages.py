@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -41,8 +41,20 @@ def validated(schema: type[S], values: Mapping[str, Any], sources: Mapping[str, 
 
 def validation_message(error: ValidationError, schema: type[Section], sources: Mapping[str, str]) -> str:
     """All details of ``error``, one sentence per line; ``sources``: source of each dotted key."""
-    sentences = (_sentence(detail, schema, sources) for detail in error.errors(include_url=False))
+    sentences = (_sentence(detail, schema, sources) for detail in _of_keys(error.errors(include_url=False)))
     return few_lines(list(dict.fromkeys(sentences)))
+
+
+def _of_keys(details: Iterable[Any]) -> Iterator[Any]:
+    """The details, with one for a key that is true, false or a word, of which pydantic names either kind by itself."""
+    for detail in details:
+        *key, kind = detail["loc"] or ("",)
+        if kind == "bool" and detail["type"] in ("bool_type", "bool_parsing"):
+            continue
+        if isinstance(kind, str) and kind.startswith("literal["):
+            words = "true, false, " + detail["ctx"]["expected"].replace(" or ", ", ")
+            detail = {**detail, "loc": tuple(key), "ctx": {"expected": words}}
+        yield detail
 
 
 def _sentence(detail: Any, schema: type[Section], sources: Mapping[str, str]) -> str:
