@@ -8,7 +8,7 @@ in tuples alone. ``forward`` runs the list, a pipeline cuts it, activation check
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -121,6 +121,14 @@ class Stage(nn.Module):
         call = functools.partial(self, leave_pending=True) if leave_pending else self
         return run_block(call, tensors, how if self.is_block else "none")
 
+    def run_on_own_inputs(self, compute: Callable[..., StageIO], tensors: StageIO) -> StageIO:
+        """``compute(*tensors)``, which is the compiled ``forward``.
+
+        A stage overrides this to keep from ``compute`` tensors that it only hands on: where blocks hand on different
+        numbers of them, each would be a graph of its own.
+        """
+        return compute(*tensors)
+
     def run(self, state: Any) -> StageState:
         """The state that the next stage takes; a block may leave its last residual pending."""
         raise TypeError(f"{type(self).__name__} does not say what it computes")
@@ -142,8 +150,14 @@ def compile_blocks(stages: Iterable[Stage], recompute: Recompute, **options: Any
     run = torch.compile(_run_recomputed, **options)
     for stage in stages:
         if stage.is_block:
-            stage.forward = functools.partial(run, stage, recompute)  # type: ignore[method-assign]
+            stage.forward = functools.partial(_run_compiled, run, stage, recompute)  # type: ignore[method-assign]
             stage.compiled = True
+
+
+def _run_compiled(
+    run: Callable[..., StageIO], stage: Stage, how: Recompute, *tensors: Tensor, leave_pending: bool = False
+) -> StageIO:
+    return stage.run_on_own_inputs(functools.partial(run, stage, how, leave_pending=leave_pending), tensors)
 
 
 def _run_recomputed(stage: Stage, how: Recompute, *tensors: Tensor, leave_pending: bool = False) -> StageIO:

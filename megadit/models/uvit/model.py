@@ -17,7 +17,7 @@ of a model with ``text.mask: false``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -116,6 +116,14 @@ class UViTBlock(Stage):
         self.mlp = Mlp(width, param.width_dim(config.mlp_ratio), param, config.mlp, tokens=tokens)
         self.skip_linear = skip_linear(width, param.width_dim(2), param, tokens) if pops_skip else None
         self.layout = tensor_layout()
+
+    def run_on_own_inputs(self, compute: Callable[..., StageIO], tensors: StageIO) -> StageIO:
+        """Only the skip that is joined goes in, and only the one that is pushed comes out."""
+        state = UViTState.unpack(tensors)
+        joined = 0 if self.skip_linear is None else 1
+        handed_on = len(state.skips) - joined
+        result = UViTState.unpack(compute(*replace(state, skips=state.skips[handed_on:]).pack()))
+        return replace(result, skips=state.skips[:handed_on] + result.skips).pack()
 
     def run(self, state: UViTState) -> UViTState:
         """Push or join a skip, then attention and the MLP, each normed and added."""
