@@ -58,6 +58,9 @@ def choose_all(device: str) -> None:
     """Let every operation choose what runs on this type of device, before torch.compile traces its calls."""
     for name in OPS:
         globals()[name].choose(device)
+    from megadit_kernels.attention.flash import keep_in_graphs
+
+    keep_in_graphs()
 
 
 __all__ = [

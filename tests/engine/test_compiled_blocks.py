@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.compiler import WHOLE, compiling, graphs, import_compiler
+from helpers.kernels.flash import BACKENDS, CALLS, flash_on_cpu
 from helpers.kernels.interpreter import counted, need_interpreter
 from helpers.models.tiny_dit import dit_inputs, tiny_dit
 from helpers.models.tiny_mmdit import mmdit_inputs, tiny_mmdit
@@ -30,7 +31,7 @@ from megadit_kernels import FUSED_KEYS, OPS_OF_KEY
 
 FAMILIES = {
     "dit": (tiny_dit, dit_inputs),
-    "mmdit": (tiny_mmdit, mmdit_inputs),
+    "mmdit": (tiny_mmdit, functools.partial(mmdit_inputs, lengths=[5, 0, 3])),
     "pixart": (tiny_pixart, pixart_inputs),
     "uvit": (tiny_uvit, uvit_inputs),
 }
@@ -185,6 +186,26 @@ def test_fused_kernels_are_operators_of_the_graphs(family: str) -> None:
     finally:
         select_kernels(KernelConfig())
     assert launches
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        ("mmdit", "flash-attn 2"),
+        *(
+            pytest.param(family, backend, marks=pytest.mark.slow)
+            for family in ("mmdit", "pixart")
+            for backend in BACKENDS
+            if (family, backend) != ("mmdit", "flash-attn 2")
+        ),
+    ],
+)
+def test_attention_by_lengths_is_part_of_the_graphs(family: str, backend: str) -> None:
+    """By the operators of torch and of flash-attn, whose results selective recomputation keeps."""
+    with flash_on_cpu(backend):
+        assert both(family, "selective", count=1) == KINDS[family]
+        kernels = [kernel for kernel, _ in CALLS]
+    assert kernels.count("forward") == kernels.count("backward") > 0
 
 
 def test_a_compiled_model_can_be_copied_and_evaluated() -> None:

@@ -127,7 +127,6 @@ TEXT = {"dim": 8, "max_length": 4}
         ("varlen", "fp32", {"text": TEXT}, "varlen needs bf16 or fp16; set train.precision=bf16, or kernels.attention"),
         ("flash-attn", "bf16", {"text": TEXT, "heads": 1, "width": 264}, "heads of at most 256 channels.* have 264"),
         ("flash-attn", "bf16", {"text": TEXT, "attention_precision": "fp32"}, "not go with model.attention_precision"),
-        ("flash-attn", "bf16 compiled", {"text": TEXT}, "does not go with train.compile"),
         ("varlen", "bf16", {"text": {**TEXT, "mask": False}}, "which this mmdit does not; set kernels.attention=auto"),
         ("varlen", "bf16", {"text": TEXT, "family": "uvit", "depth": 4}, "which this uvit does not"),
     ],
@@ -142,7 +141,7 @@ def test_flash_attention_that_would_have_nothing_to_do_is_refused(
             "data": {"name": "digits", "condition": "text"},
             "parallel": {"zero_stage": 1},
             "kernels": {"attention": choice},
-            "train": {"steps": 1, "global_batch": 4, "precision": precision[:4], "compile": "compiled" in precision},
+            "train": {"steps": 1, "global_batch": 4, "precision": precision},
         }
         return RunConfig.model_validate(values)
 

@@ -16,7 +16,7 @@ from helpers.compiler import WHOLE, compiling, graphs
 from helpers.kernels.flash import BACKENDS, CALLS, flash_attn_2, flash_attn_3, flash_on_cpu
 from helpers.kernels.interpreter import faulty
 from megadit.config.schema.kernels import LARGEST_FLASH_HEAD_DIM
-from megadit_kernels import attends_without_mask, attention, backends, cumulative_lengths
+from megadit_kernels import attends_without_mask, attention, backends, choose_all, cumulative_lengths
 from megadit_kernels.attention import LARGEST_HEAD_DIM, flash
 
 TOKENS, TEXT = 9, 7
@@ -141,8 +141,7 @@ def test_float32_large_heads_and_planned_layouts_go_to_torch() -> None:
         attention.select("auto")
 
 
-def test_a_graph_does_not_break() -> None:
-    """By torch's operator; flash-attn is refused under train.compile."""
+def test_a_graph_does_not_break(backend: str) -> None:
     operands = draw(2, 6, 6, 36, torch.float32)
 
     def function(q: Tensor, k: Tensor, v: Tensor, used: Tensor) -> Tensor:
@@ -150,10 +149,9 @@ def test_a_graph_does_not_break() -> None:
         return attention(q, k, v, None, lengths, lengths).square().sum()
 
     used = torch.tensor([4, 6], dtype=torch.int32)
-    with flash_on_cpu("varlen"):
-        expected = torch.autograd.grad(function(*operands, used), operands)
-    with flash_on_cpu("varlen"), compiling():
-        attention.choose("cpu")  # before it is traced, as StagedModel does
+    expected = torch.autograd.grad(function(*operands, used), operands)
+    with compiling():
+        choose_all("cpu")  # before it is traced, as StagedModel does
         compiled = torch.compile(function, **WHOLE)
         gradients = torch.autograd.grad(compiled(*operands, used), operands)
         compiled(*operands, used.flip(0))

@@ -34,6 +34,16 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Ten
 
 def by_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
     """``attention`` by flash-attn, with or without lengths."""
+    return _by_flash_attn(q, k, v, cu_q, cu_k)
+
+
+def keep_in_graphs() -> None:
+    """From now on torch.compile puts the package's operators into its graphs, and does not look for them in the
+    package's Python, which it cannot trace."""
+    torch.compiler.allow_in_graph(_by_flash_attn)
+
+
+def _by_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
     return _by_package(flash_attn_interface(), q, k, v, cu_q, cu_k)
 
 

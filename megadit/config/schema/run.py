@@ -364,8 +364,6 @@ class RunConfig(Section):
                 f"kernels.attention: {choice} takes heads of at most {LARGEST_FLASH_HEAD_DIM} channels, but this "
                 f"model's have {model.head_channels}; {remedy}"
             )
-        if choice == "flash-attn" and self.train.compile:
-            return f"kernels.attention: flash-attn does not go with train.compile; {remedy}, or train.compile=false"
         text_keys = family_spec(model.family).text_keys
         if model.attention_precision == "fp32" and text_keys != "cross":
             return f"kernels.attention: {choice} does not go with model.attention_precision fp32; {remedy}"
