@@ -290,12 +290,10 @@ def selected(choice: str) -> Iterator[None]:
     """All operations by ``choice`` and as operators that dispatch can see; attention as one operator as well."""
     import torch
 
-    from megadit_kernels import OPS_OF_KEY
+    from megadit_kernels import select_all
 
     attention, compiling = torch.nn.functional.scaled_dot_product_attention, torch.compiler.is_compiling
-    ops = [op for group in OPS_OF_KEY.values() for op in group]
-    for op in ops:
-        op.select(choice if choice in op.names() else "auto")
+    select_all(choice)
     if choice == "fused":
         torch.compiler.is_compiling = lambda: True
     torch.nn.functional.scaled_dot_product_attention = one_operator()
@@ -303,8 +301,7 @@ def selected(choice: str) -> Iterator[None]:
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention, torch.compiler.is_compiling = attention, compiling
-        for op in ops:
-            op.select("auto")
+        select_all("auto")
 
 
 @functools.cache

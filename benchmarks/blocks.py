@@ -70,22 +70,11 @@ class Selection:
     def __call__(self, choice: str) -> None:
         if choice == self._current:
             return
-        from megadit_kernels import OPS_OF_KEY
+        from megadit_kernels import select_all
 
-        for ops in OPS_OF_KEY.values():
-            for op in ops:
-                op.select(choice if choice in op.names() else "auto")
+        select_all(choice)
         self._current = choice
         self._warm()
-
-    @staticmethod
-    def restore() -> None:
-        """Back to the automatic choice."""
-        from megadit_kernels import OPS_OF_KEY
-
-        for ops in OPS_OF_KEY.values():
-            for op in ops:
-                op.select("auto")
 
 
 def built(config: Any, device: str, dtype: Any) -> Any:
@@ -358,6 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch, deadline = start(args)
     import torch
 
+    from megadit_kernels import select_all
+
     ceilings = machine_ceilings(watch, deadline, dry_run=args.dry_run)
     rows: list[dict[str, Any]] = []
     for part in parts:
@@ -368,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += measure(part, images, watch, deadline, ceilings["bf16_tflop_s"], args.dry_run)
         except torch.cuda.OutOfMemoryError:
             deadline.skip(part, f"more memory than this GPU has, at {images} images; give fewer by --images")
-        Selection.restore()
+        select_all("auto")
         release(watch.device)
     document = finish(args, "blocks", {"formula": FORMULA, "ceilings": ceilings, "rows": rows}, deadline)
     print(aligned(COLUMNS, map(cells, rows), left=2, rule=True))

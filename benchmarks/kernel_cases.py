@@ -84,6 +84,13 @@ class Case:
         return nbytes(*results, *(named[name] for name in self.backward_reads), *leaves.values())
 
 
+def fused_ops() -> dict[str, Any]:
+    """The operations that have a kernel of this package, by name; attention has none."""
+    from megadit_kernels import FUSED_KEYS, OPS_OF_KEY
+
+    return {op.name: op for key in FUSED_KEYS for op in OPS_OF_KEY[key]}
+
+
 def nbytes(*tensors: Tensor) -> int:
     """Bytes of the elements of all ``tensors``."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -157,15 +157,6 @@ def whole_attention() -> Iterator[None]:
         torch.nn.functional.scaled_dot_product_attention = kept
 
 
-def select(way: str) -> None:
-    """From now on every operation of a key of ``kernels.*`` is torch's, or fused."""
-    from megadit_kernels import OPS_OF_KEY
-
-    for ops in OPS_OF_KEY.values():
-        for op in ops:
-            op.select(way if way in op.names() else "auto")
-
-
 def step_launches(path: str, depth: int, dtype: torch.dtype, way: str) -> tuple[Counter, Counter]:
     """Launches of noise, forward pass and loss, and of the backward pass, of a model with ``depth`` blocks."""
     import torch
@@ -175,6 +166,7 @@ def step_launches(path: str, depth: int, dtype: torch.dtype, way: str) -> tuple[
     from megadit.diffusion import build_objective
     from megadit.models import build_model
     from megadit.mup.example import example_conditioning
+    from megadit_kernels import select_all
 
     run = load_config(path)
     settings = {**run.model.model_dump(exclude_unset=True), "depth": depth, "repa": None}
@@ -184,7 +176,7 @@ def step_launches(path: str, depth: int, dtype: torch.dtype, way: str) -> tuple[
     objective = build_objective(run.objective, learn_sigma=model_config.learn_sigma, null=null_label(0))
     x0 = torch.empty(2, model_config.in_channels, model_config.input_size, model_config.input_size, device="meta")
     cond = example_conditioning(model_config, range(2)).to("meta")
-    select(way)
+    select_all(way)
     try:
         objective.prepare(x0, cond, range(2), 0, drop=False)  # tables of the schedule go to the device once
         with whole_attention(), counting() as forward:
@@ -193,7 +185,7 @@ def step_launches(path: str, depth: int, dtype: torch.dtype, way: str) -> tuple[
         with whole_attention(), counting() as backward:
             loss.backward()
     finally:
-        select("auto")
+        select_all("auto")
     return forward, backward
 
 

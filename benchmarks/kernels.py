@@ -48,9 +48,8 @@ def functions_of(op: Any, dry_run: bool) -> dict[str, Callable[..., Any]]:
     """
     import torch
 
-    eager = "torch" if "torch" in op.names() else "reference"
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False, backend="eager" if dry_run else "inductor")
-    return {"fused": op.by("fused"), "eager": op.by(eager), "compiled": compiled}
+    return {"fused": op.by("fused"), "eager": op.by(op.torchs_name), "compiled": compiled}
 
 
 def measure(case: Any, op: Any, shape: Any, watch: Any, dry_run: bool) -> list[dict[str, Any]]:
@@ -122,10 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megadit.tables import aligned
 
     watch, deadline = start(args)
-    from benchmarks.kernel_cases import CASES
-    from megadit_kernels import OPS_OF_KEY, backends
+    from benchmarks.kernel_cases import CASES, fused_ops
+    from megadit_kernels import backends
 
-    ops = {op.name: op for group in OPS_OF_KEY.values() for op in group if "fused" in op.names()}
+    ops = fused_ops()
     chosen = list(ops) if args.ops == "all" else args.ops.split(",")
     for name in chosen:
         if name not in ops:

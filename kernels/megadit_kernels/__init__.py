@@ -54,6 +54,13 @@ OPS_OF_KEY: Mapping[str, tuple[Op[Any, Any], ...]] = MappingProxyType(
 FUSED_KEYS = tuple(key for key, ops in OPS_OF_KEY.items() if all("fused" in op.names() for op in ops))
 
 
+def select_all(choice: str) -> None:
+    """``auto``, ``torch`` or ``fused`` for all keys' operations; auto for those without such an implementation."""
+    for ops in OPS_OF_KEY.values():
+        for op in ops:
+            op.select(choice if choice in op.names() else "auto")
+
+
 def choose_all(device: str) -> None:
     """Let every operation choose what runs on this type of device, before torch.compile traces its calls."""
     for name in OPS:
@@ -81,6 +88,7 @@ __all__ = [
     "qk_norm",
     "residual_norm_modulate",
     "scaled_linear",
+    "select_all",
     "squared_error",
     "swiglu",
     "variance_bound",

@@ -112,8 +112,12 @@ class Op(Generic[P, R]):
     def is_fused(self, x: Tensor) -> bool:
         """Whether a call with this first operand runs another implementation than torch's own kernels."""
         function = self._chosen.get(x.device.type) or self.choose(x.device.type)
-        torchs = self._implementations.get("torch")
-        return function is not self.reference and (torchs is None or function is not torchs.function)
+        return function is not self.reference and function is not self.by(self.torchs_name)
+
+    @property
+    def torchs_name(self) -> str:
+        """Name of the implementation by torch's own kernels: ``torch`` where there is one, else ``reference``."""
+        return "torch" if "torch" in self._implementations else "reference"
 
     def __call__(self, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         function = self._chosen.get(x.device.type) or self.choose(x.device.type)

@@ -29,8 +29,7 @@ def planned_kernels(config: KernelConfig, device: str) -> Iterator[tuple[str, ..
             for op in ops:
                 op.select("torch" if choice == "reference" else choice)
                 name = op.backend_on(device)
-                torchs = "torch" if "torch" in op.names() else "reference"  # libraries have no meta kernels
-                op.select(name if name == "fused" else torchs)
+                op.select(name if name == "fused" else op.torchs_name)  # libraries have no meta kernels
             if ops[0].choice == "fused":
                 fused.append(key)
         if fused and find_spec("triton") is None:

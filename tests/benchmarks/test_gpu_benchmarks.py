@@ -13,13 +13,13 @@ import pytest
 from benchmarks import adamw, blocks, gpu, kernels, mup_overhead
 from benchmarks.gpu_page import AIMS, page
 from benchmarks.gpu_timing import Arm, Deadline, Stopwatch
-from benchmarks.kernel_cases import CASES
+from benchmarks.kernel_cases import CASES, fused_ops
 from helpers.kernels.interpreter import need_interpreter
 from helpers.ranks import ROOT, run_command
 from megadit.errors import UserError
-from megadit_kernels import FUSED_KEYS, OPS_OF_KEY
+from megadit_kernels import select_all
 
-FUSED = [op.name for key in FUSED_KEYS for op in OPS_OF_KEY[key]]
+FUSED = list(fused_ops())
 KERNEL_ROW = {"op", "width", "samples", "tokens", "pass", "bytes", "us", "gb_s", "share_of_copy"}
 BLOCK_ROW = {"part", "arm", "images", "forward_flops_per_image", "ms", "images_s", "tflop_s", "mfu", "peak_gb"}
 
@@ -28,7 +28,7 @@ BLOCK_ROW = {"part", "arm", "images", "forward_flops_per_image", "ms", "images_s
 def _selected_again() -> Iterator[None]:
     need_interpreter()
     yield
-    blocks.Selection.restore()
+    select_all("auto")
 
 
 def dry_run(module: Any, out: Path, *options: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.kernel_cases import CASES, Draw, Shape, detached
+from benchmarks.kernel_cases import CASES, Draw, Shape, detached, fused_ops
 from helpers.compiler import compiling
 from helpers.kernels.fake_cuda import fake_cuda, like, to_fake_cuda
 from helpers.kernels.interpreter import need_interpreter
@@ -25,10 +25,10 @@ from megadit.config import ModelConfig, load_config
 from megadit.models import build_model
 from megadit.mup.example import example_conditioning
 from megadit.registry import load_object
-from megadit_kernels import OPS, OPS_OF_KEY, Op
+from megadit_kernels import OPS, Op
 
 # Attention has no kernel of this package: tests/kernels/test_attention.py.
-FUSED = {op.name: op for key, ops in OPS_OF_KEY.items() if key != "attention" for op in ops}
+FUSED = fused_ops()
 DTYPES = [torch.bfloat16, torch.float32]
 
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import CASES, Draw, Shape, detached, nbytes
+from benchmarks.kernel_cases import CASES, Draw, Shape, detached, fused_ops, nbytes
 from helpers.kernels.interpreter import need_interpreter
-from megadit_kernels import OPS_OF_KEY
 
-FUSED = {op.name: op for key, ops in OPS_OF_KEY.items() if key != "attention" for op in ops}
+FUSED = fused_ops()
 # Relative to the largest value: one rounding of the result, and for half precision a rounded operand besides.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 GPU_SHAPES = [
