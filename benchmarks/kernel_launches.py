@@ -97,7 +97,7 @@ def counting() -> Iterator[Counter]:
 
     run, modules = JITFunction.run, _modules_that_launch()
     JITFunction.run = launched
-    kept = {module: module.launches for module in modules}
+    originals = {module: module.launches for module in modules}
     for module in modules:
         module.launches = lambda x: x.numel() > 0
     try:
@@ -105,7 +105,7 @@ def counting() -> Iterator[Counter]:
             yield counter
     finally:
         JITFunction.run = run
-        for module, launches in kept.items():
+        for module, launches in originals.items():
             module.launches = launches
 
 
@@ -117,11 +117,11 @@ def _modules_that_launch() -> list[Any]:
     import megadit_kernels
     import megadit_kernels.operators
 
-    found = []
+    imported = []
     for entry in pkgutil.walk_packages(megadit_kernels.__path__, "megadit_kernels."):
         if entry.name.endswith(".fused"):
-            found.append(importlib.import_module(entry.name))
-    return [module for module in found if hasattr(module, "launches")]
+            imported.append(importlib.import_module(entry.name))
+    return [module for module in imported if hasattr(module, "launches")]
 
 
 @contextmanager
@@ -149,12 +149,12 @@ def whole_attention() -> Iterator[None]:
             shapes = [part.transpose(1, 2).shape for part in ctx.saved_tensors]
             return tuple(part.view(shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True))
 
-    kept = torch.nn.functional.scaled_dot_product_attention
+    original = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = attention
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = kept
+        torch.nn.functional.scaled_dot_product_attention = original
 
 
 def step_launches(path: str, depth: int, dtype: torch.dtype, way: str) -> tuple[Counter, Counter]:

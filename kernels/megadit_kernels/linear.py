@@ -79,8 +79,8 @@ class LinearProducts:
         """``scaled_linear``'s value, and small tensors to save for ``gradients``."""
         return scaled_linear(x, weight, bias, alpha), ()
 
-    def gradients(self, grad_rows: Tensor, kept: tuple[Tensor, ...], alpha: float) -> LinearGradients:
-        """The gradients for that of the output, (m, n_out). kept: what ``output`` gave to save."""
+    def gradients(self, grad_rows: Tensor, saved: tuple[Tensor, ...], alpha: float) -> LinearGradients:
+        """The gradients for that of the output, (m, n_out). saved: what ``output`` gave to save."""
         return LinearGradients(grad_rows, alpha)
 
 

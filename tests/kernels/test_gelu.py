@@ -43,7 +43,7 @@ def check(h: Tensor, bias: Tensor | None, tolerance: float, approximate: Approxi
 
 
 @pytest.mark.parametrize("approximate", FORMS)
-@pytest.mark.parametrize("width", [36, 144, 576, 1152, 4608, 20480])
+@pytest.mark.parametrize("width", [36, 144, 576, 1152, 4608, pytest.param(20480, marks=pytest.mark.slow)])
 def test_values_and_gradients_at_every_width(width: int, approximate: Approximation) -> None:
     check(draw(2, 3, width), draw(width), 2e-6, approximate)
     check(draw(1, 2, width), None, 2e-6, approximate)

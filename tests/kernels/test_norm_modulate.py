@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_cases import nbytes
 from helpers.compiler import compiling
 from helpers.kernels.interpreter import Arena, counted, faulty, need_interpreter
 from megadit_kernels import gated_residual, norm_modulate, residual_norm_modulate
@@ -144,7 +145,7 @@ def check_affine(leaves: dict[str, Tensor], tolerance: float) -> None:
         assert part.dtype == dtype and error < tolerance, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("width", [100, 144, 288, 1152, 5120])
+@pytest.mark.parametrize("width", [100, 144, 288, 1152, pytest.param(5120, marks=pytest.mark.slow)])
 def test_a_plain_affine_norm_after_a_plain_residual(width: int) -> None:
     check_affine(affine_operands(2, 5 if width > 300 else 37, width), tolerance=2e-6)
 
@@ -250,12 +251,10 @@ def test_nothing_is_read_or_written_outside(width: int, rows: bool, monkeypatch:
     assert all(part.isfinite().all() for part in (*outputs, *grads)), "a guard was read, or an element not written"
 
 
-def nbytes(*tensors: Tensor) -> int:
-    return sum(part.numel() * part.element_size() for part in tensors)
-
-
 @pytest.mark.parametrize(
-    ("batch", "width"), [(1, 288), (1, 1152), pytest.param(8, 1152, marks=pytest.mark.slow)], ids=str
+    ("batch", "width"),
+    [(1, 288), *(pytest.param(batch, 1152, marks=pytest.mark.slow) for batch in (1, 8))],
+    ids=str,
 )
 def test_bytes_moved_are_close_to_the_floor(batch: int, width: int, root: Path) -> None:
     """Each input once and each output once; saved statistics and partial sums are what comes on top."""

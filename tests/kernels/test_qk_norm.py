@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_cases import nbytes
 from helpers.compiler import compiling
 from helpers.kernels.interpreter import Arena, counted, faulty, need_interpreter
 from megadit_kernels import qk_norm
@@ -183,10 +184,6 @@ def test_nothing_is_read_or_written_outside(head_dim: int, queries: bool, monkey
     assert all(part.isfinite().all() for part in (*outputs, *grads)), "a guard was read, or an element not written"
 
 
-def nbytes(*tensors: Tensor) -> int:
-    return sum(part.numel() * part.element_size() for part in tensors)
-
-
 @pytest.mark.parametrize(
     ("tokens", "text", "heads", "head_dim"),
     [pytest.param(256, 120, 8, 36, marks=pytest.mark.slow), (256, 120, 4, 72), (256, 120, 2, 128)],
@@ -291,7 +288,7 @@ FAULTS = {
     "keys' gradients for values'": ("source = dv + (sample * dv_batch", "source = dk + (sample * dv_batch"),
     "keys' sum for queries'": ("partial + across, tl.sum(q_sum, 0)", "partial + across, tl.sum(k_sum, 0)"),
     "a block of partial sums": ("range(first, last, ROWS)", "range(first, last - ROWS, ROWS)"),
-    "the context's place, backward": (
+    "the context's position, backward": (
         "context_rows, context_tokens, image_tokens, context_batch",
         "context_rows, context_tokens, 0, context_batch",
     ),

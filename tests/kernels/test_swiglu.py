@@ -39,7 +39,7 @@ def check(h: Tensor, tolerance: float, bias: Tensor | None = None) -> None:
         assert part.dtype == h.dtype and error < tolerance, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("width", [36, 144, 576, 768, 3072, 10240])
+@pytest.mark.parametrize("width", [36, 144, 576, 768, 3072, pytest.param(10240, marks=pytest.mark.slow)])
 def test_values_and_gradients_at_every_width(width: int) -> None:
     check(draw(2, 3, 2 * width), 2e-6)
     check(draw(2, 3, 2 * width), 2e-6, draw(2 * width))
@@ -87,11 +87,11 @@ def test_nothing_is_read_or_written_outside(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_element_is_moved_once() -> None:
-    h = draw(256, 2 * 576, dtype=torch.bfloat16)
+    h = draw(64, 2 * 576, dtype=torch.bfloat16)
     with counted() as launches:
         out = swiglu(h)
         torch.autograd.grad(out, h, torch.ones_like(out))
-    unit = 256 * 576 * 2
+    unit = 64 * 576 * 2
     assert [(launch.name, launch.bytes) for launch in launches] == [("forward", 3 * unit), ("backward", 5 * unit)]
     assert all(sum(launch.requested.values()) == launch.bytes for launch in launches)
 

@@ -41,7 +41,7 @@ class Float8Products(LinearProducts):
         return out
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See ``LinearProducts.output``; kept are the magnitudes of x and weight, where backward's are the same."""
+        """See ``LinearProducts.output``; saved are the magnitudes of x and weight, where backward's are the same."""
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] == 0:
             return scaled_linear(x, weight, bias, alpha), ()
@@ -50,36 +50,36 @@ class Float8Products(LinearProducts):
         out = multiply(a, b, x.dtype, alpha=alpha, bias=bias)
         return out.view(*x.shape[:-1], -1), (amax_x, amax_w) if self.scaling == "tensor" else ()
 
-    def gradients(self, grad_rows: Tensor, kept: tuple[Tensor, ...], alpha: float) -> LinearGradients:
+    def gradients(self, grad_rows: Tensor, saved: tuple[Tensor, ...], alpha: float) -> LinearGradients:
         """See ``LinearProducts.gradients``."""
         if grad_rows.shape[0] == 0:
-            return super().gradients(grad_rows, kept, alpha)
-        return Float8Gradients(self, grad_rows, kept, alpha)
+            return super().gradients(grad_rows, saved, alpha)
+        return Float8Gradients(self, grad_rows, saved, alpha)
 
     def magnitudes(self, operands: list[tuple[Tensor, tuple[Axis, Axis]]], contracted: Axis) -> list[Tensor]:
         """``largest_magnitude`` of each matrix (rows, k), k being ``contracted``, with the axes of its two dimensions;
         agreed on in one exchange where it takes values of other ranks."""
-        found = [largest_magnitude(matrix, self.scaling) for matrix, _ in operands]
+        amaxes = [largest_magnitude(matrix, self.scaling) for matrix, _ in operands]
         shared = [
             index
             for index, (_, axes) in enumerate(operands)
             if self.sharded.intersection(axes if self.scaling == "tensor" else (contracted,))
         ]
         if shared and self.agree is not None:
-            agreed = self.agree(torch.cat([found[index].reshape(-1) for index in shared]))
-            parts = agreed.split([found[index].numel() for index in shared])
+            agreed = self.agree(torch.cat([amaxes[index].reshape(-1) for index in shared]))
+            parts = agreed.split([amaxes[index].numel() for index in shared])
             for index, part in zip(shared, parts, strict=True):
-                found[index] = part.view(found[index].shape)
-        return found
+                amaxes[index] = part.view(amaxes[index].shape)
+        return amaxes
 
 
 class Float8Gradients(LinearGradients):
     """``LinearGradients`` in FP8. With one scale per matrix the gradient of the output is quantised once for both."""
 
-    def __init__(self, products: Float8Products, grad_rows: Tensor, kept: tuple[Tensor, ...], alpha: float) -> None:
+    def __init__(self, products: Float8Products, grad_rows: Tensor, saved: tuple[Tensor, ...], alpha: float) -> None:
         super().__init__(grad_rows, alpha)
         self.products = products
-        amaxes: tuple[Tensor | None, ...] = kept or (None, None)
+        amaxes: tuple[Tensor | None, ...] = saved or (None, None)
         self.amax_x, self.amax_w = amaxes
         self._quantized: Float8Matrix | None = None
         if products.scaling == "tensor":
@@ -114,18 +114,18 @@ class _Float8Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, products: Float8Products
     ) -> Tensor:
-        out, kept = products.output(x, weight, bias, alpha)
-        ctx.save_for_backward(x, weight, *kept)
+        out, saved = products.output(x, weight, bias, alpha)
+        ctx.save_for_backward(x, weight, *saved)
         ctx.alpha, ctx.products = alpha, products
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *kept = ctx.saved_tensors
+        x, weight, *saved = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
-        gradients = ctx.products.gradients(grad_rows, tuple(kept), ctx.alpha)
+        gradients = ctx.products.gradients(grad_rows, tuple(saved), ctx.alpha)
         grad_x = gradients.of_input(weight).view(x.shape) if need_x else None
         grad_weight = gradients.of_weight(x.reshape(-1, x.shape[-1])) if need_weight else None
         return grad_x, grad_weight, grad_rows.sum(0) if need_bias else None, None, None

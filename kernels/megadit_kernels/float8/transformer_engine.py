@@ -47,9 +47,9 @@ class TransformerEngineProducts(LinearProducts):
         if self._layer is None:
             n_out, n_in = weight.shape
             self._layer = te.Linear(n_in, n_out, bias=bias is not None, params_dtype=weight.dtype, device="meta")
-        for name, own in (("weight", weight), ("bias", bias)):
-            if own is not None and getattr(self._layer, name) is not own:
-                setattr(self._layer, name, own)
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and getattr(self._layer, name) is not tensor:
+                setattr(self._layer, name, tensor)
         layer: nn.Module = self._layer
         return layer
 

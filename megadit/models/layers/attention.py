@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megadit.models.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megadit.models.layers.norm import HeadNormGain, Precision, at_precision
+from megadit.models.layers.norm import HeadNormGain, Precision, at_precision, widens
 from megadit.mup.rules import Parametrization
 from megadit.mup.spec import Dim
 from megadit.parallel.tensor import tensor_layout
@@ -52,8 +52,8 @@ class SelfAttention(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            widens = self.norm_precision == "fp32" and qkv.dtype != torch.float32
-            normed = qk_norm(qkv, None, (self.q_norm(), self.k_norm()), float32=widens)
+            float32 = widens(self.norm_precision, qkv)
+            normed = qk_norm(qkv, None, (self.q_norm(), self.k_norm()), float32=float32)
             q, k, v = (part.transpose(1, 2) for part in normed)
         attended = attend(q, k, v, mask, self.precision)
         return self.proj(attended.transpose(1, 2).flatten(2))
@@ -139,7 +139,7 @@ class StreamAttention(nn.Module):
         """(B, T, n) -> q, k, v of T tokens; under sequence parallelism from a rank's own tokens."""
         qkv = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim))
         gains = None if self.ln_q is None or self.ln_k is None else (self.ln_q(), self.ln_k())
-        return StreamQKV(qkv, gains, self.norm_precision == "fp32" and qkv.dtype != torch.float32)
+        return StreamQKV(qkv, gains, widens(self.norm_precision, qkv))
 
     def project(self, attended: Tensor) -> Tensor:
         """The attention's output for this stream, (B, T, heads, head_dim) -> (B, T, n). Not of a pre-only stream."""

@@ -221,8 +221,8 @@ class _ColumnLinear(torch.autograd.Function):
         products: LinearProducts,
     ) -> Tensor:
         full_x = x if tokens is None else concat_tokens(start_all_gather(x, layout, async_op=False).wait(), tokens)
-        out, kept = products.output(full_x, weight, bias, alpha)
-        ctx.save_for_backward(full_x if save_gathered else x, weight, *kept)
+        out, saved = products.output(full_x, weight, bias, alpha)
+        ctx.save_for_backward(full_x if save_gathered else x, weight, *saved)
         ctx.alpha, ctx.layout, ctx.tokens, ctx.products = alpha, layout, tokens, products
         ctx.gather_again = tokens is not None and not save_gathered
         return out
@@ -230,10 +230,10 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved_x, weight, *kept = ctx.saved_tensors
+        saved_x, weight, *saved = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
-        gradients = ctx.products.gradients(grad_rows, tuple(kept), ctx.alpha)
+        gradients = ctx.products.gradients(grad_rows, tuple(saved), ctx.alpha)
         gathered = start_all_gather(saved_x, ctx.layout) if ctx.gather_again and need_weight else None
         grad_x: AsyncCollective | None = None
         if need_x:

@@ -48,7 +48,8 @@ def without_autocast(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _widens(precision: Precision, x: Tensor) -> bool:
+def widens(precision: Precision, x: Tensor) -> bool:
+    """Whether a norm of x at this precision computes in float32 what x holds in fewer bits."""
     return precision == "fp32" and x.dtype != torch.float32
 
 
@@ -79,7 +80,7 @@ class ModulatedNorm(nn.Module):
     ) -> Tensor:
         """x (B, T, n), shift and scale (B, n), rows (n,) that are added to them -> (B, T, n) in x's dtype."""
         return norm_modulate(
-            x, shift, scale, shift_row=shift_row, scale_row=scale_row, eps=self.eps, float32=_widens(self.precision, x)
+            x, shift, scale, shift_row=shift_row, scale_row=scale_row, eps=self.eps, float32=widens(self.precision, x)
         )
 
     def of_stream(
@@ -123,7 +124,7 @@ class ModulatedNorm(nn.Module):
             shift_row=shift_row,
             scale_row=scale_row,
             eps=self.eps,
-            float32=_widens(self.precision, x),
+            float32=widens(self.precision, x),
         )
 
 
@@ -195,5 +196,5 @@ class MuLayerNorm(nn.Module):
         if self.layout is not None:
             gain = copy_to_tensor_parallel_region(gain, self.layout)
             bias = copy_to_tensor_parallel_region(bias, self.layout)
-        options = {"eps": self.eps, "float32": _widens(self.precision, x)}
+        options = {"eps": self.eps, "float32": widens(self.precision, x)}
         return {"shift_row": bias, "scale_row": gain, "one": 0.0, **options}

@@ -116,16 +116,16 @@ class _LocalChannelsProduct(torch.autograd.Function):
         products: LinearProducts,
     ) -> Tensor:
         joined = torch.cat([local_channels(x, layout), skip], dim=-1)
-        out, kept = products.output(joined, _as_one_matrix(weight), None, alpha)
-        ctx.save_for_backward(joined, weight, *kept)
+        out, saved = products.output(joined, _as_one_matrix(weight), None, alpha)
+        ctx.save_for_backward(joined, weight, *saved)
         ctx.alpha, ctx.layout, ctx.products = alpha, layout, products
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        joined, weight, *kept = ctx.saved_tensors
-        gradients = ctx.products.gradients(grad_out.reshape(-1, grad_out.shape[-1]), tuple(kept), ctx.alpha)
+        joined, weight, *saved = ctx.saved_tensors
+        gradients = ctx.products.gradients(grad_out.reshape(-1, grad_out.shape[-1]), tuple(saved), ctx.alpha)
         grad_joined = gradients.of_input(_as_one_matrix(weight))
         grad_local_x, grad_skip = grad_joined.view(*joined.shape[:-1], 2, -1).unbind(-2)
         grad_x = start_all_gather(grad_local_x, ctx.layout)
@@ -159,17 +159,17 @@ class _GatheredWeightLinear(torch.autograd.Function):
         products: LinearProducts,
     ) -> Tensor:
         weight = start_all_gather(weight_shard, layout, async_op=False).wait().flatten(0, 1)
-        out, kept = products.output(joined, weight, bias, alpha)
-        ctx.save_for_backward(joined, weight if keep_weight else weight_shard, *kept)
+        out, saved = products.output(joined, weight, bias, alpha)
+        ctx.save_for_backward(joined, weight if keep_weight else weight_shard, *saved)
         ctx.alpha, ctx.layout, ctx.keep_weight, ctx.products = alpha, layout, keep_weight, products
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        joined, saved_weight, *kept = ctx.saved_tensors
+        joined, saved_weight, *saved = ctx.saved_tensors
         grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
-        gradients = ctx.products.gradients(grad_rows, tuple(kept), ctx.alpha)
+        gradients = ctx.products.gradients(grad_rows, tuple(saved), ctx.alpha)
         gathered = None if ctx.keep_weight else start_all_gather(saved_weight, ctx.layout)
         grad_weight = gradients.of_weight(joined.reshape(-1, joined.shape[-1]))
         grad_shard = start_reduce_scatter(grad_weight, ctx.layout)
