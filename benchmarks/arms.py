@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def median_seconds(arms: Mapping[str, Callable[[], Any]], warmup: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each arm over the counted ``rounds``.
+def medians(names: Iterable[str], warmup: int, rounds: int, once: Callable[[str], float]) -> dict[str, float]:
+    """Median over the counted ``rounds`` of what ``once(name)`` measures, by name.
 
     The arms take turns, so that a drifting machine slows all alike, and the order flips each round.
     """
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    arms = list(names)
+    values: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(warmup + rounds):
-        for name in list(arms) if turn % 2 else list(reversed(arms)):
-            begin = time.perf_counter()
-            arms[name]()
+        for name in arms if turn % 2 else reversed(arms):
+            value = once(name)
             if turn >= warmup:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
+                values[name].append(value)
+    return {name: statistics.median(counted) for name, counted in values.items()}
+
+
+def median_seconds(arms: Mapping[str, Callable[[], Any]], warmup: int, rounds: int) -> dict[str, float]:
+    """``medians`` of the seconds that each arm takes by the wall clock."""
+
+    def once(name: str) -> float:
+        begin = time.perf_counter()
+        arms[name]()
+        return time.perf_counter() - begin
+
+    return medians(arms, warmup, rounds, once)
 
 
 def assemble_run(overrides: Sequence[str], folder: str) -> tuple[Any, Any]:

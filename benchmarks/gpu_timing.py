@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.arms import medians
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,15 +44,13 @@ class Stopwatch:
         self._flush: torch.Tensor | None = None
 
     def medians(self, arms: Mapping[str, Arm], *, cold: bool = False) -> dict[str, float]:
-        """Median of each arm over the counted rounds, whose order flips; ``cold``: nothing is in the L2 cache."""
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(self.warmup + self.rounds):
-            for name in list(arms) if turn % 2 else list(reversed(arms)):
-                arms[name].prepare()
-                elapsed = self._once(arms[name].run, cold)
-                if turn >= self.warmup:
-                    times[name].append(elapsed)
-        return {name: statistics.median(values) for name, values in times.items()}
+        """Median of each arm over the counted rounds, see ``arms.medians``; ``cold``: nothing is in the L2 cache."""
+
+        def once(name: str) -> float:
+            arms[name].prepare()
+            return self._once(arms[name].run, cold)
+
+        return medians(arms, self.warmup, self.rounds, once)
 
     def _once(self, run: Callable[[], Any], cold: bool) -> float:
         import torch
