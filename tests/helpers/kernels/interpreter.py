@@ -7,6 +7,7 @@ also takes the bound of a loop in a way that numpy 2.4 refuses.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +130,29 @@ class Launch:
     def bytes(self) -> int:
         """Read and written, each address once."""
         return self.unique["load"] + self.unique["store"]
+
+
+@contextmanager
+def releasing() -> Iterator[None]:
+    """Inside, a launch leaves no reference to its operands behind: those of the interpreter form cycles."""
+    from triton.runtime import interpreter
+
+    call = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = call(self, *arguments, **options)
+        del arguments, options
+        gc.collect()
+        return result
+
+    gc.collect()
+    gc.freeze()  # so that only what has been made since is looked at
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interpreter.GridExecutor, "__call__", launch)
+            yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
