@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers.compiler import WHOLE, compiling, import_compiler
+from helpers.layouts.matrix import matrix_config
 from helpers.models.tiny_dit import dit_inputs, tiny_dit
 from helpers.models.weights import randomize
 from helpers.ranks import run_ranks
@@ -182,6 +183,25 @@ def test_tensor_parallel_ranks_train_as_one_process(
     results = run_ranks(2, train_rank, config, str(tmp_path))
     assert results[0]["losses"] == pytest.approx(single_process[scaling][0]["losses"], rel=5e-3)
     assert distance(results, single_process[scaling]) < 0.1
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_an_mmdit_with_normed_queries_trains(tmp_path: Path) -> None:
+    """Two streams, attention to padded captions; recomputed selectively and sharded, near to one process in bf16."""
+    runs = {}
+    for precision, parallel in (("bf16", {}), ("fp8", {}), ("fp8", {"tensor": 2, "sequence": True})):
+        world, recompute = (2, "selective") if parallel else (1, "none")
+        config = matrix_config("mmdit", tmp_path, False, recompute, world=world, zero_stage=1, **parallel)
+        sections = config.model_dump()
+        sections["train"]["precision"] = precision
+        run = run_ranks(world, train_rank, RunConfig.model_validate(sections), str(tmp_path / f"{precision}{world}"))
+        runs[f"{precision} {world}"] = run
+    bf16, fp8, sharded = runs.values()
+    assert fp8[0]["losses"] != bf16[0]["losses"]
+    assert fp8[0]["losses"] == pytest.approx(bf16[0]["losses"], rel=0.02)
+    assert sharded[0]["losses"] == pytest.approx(fp8[0]["losses"], rel=5e-3)
+    assert distance(sharded, fp8) < 0.1
 
 
 def gradients_of_blocks(scaling: Any, recompute: str, world: int) -> float:

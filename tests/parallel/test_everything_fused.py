@@ -1,6 +1,6 @@
 """Every fused kernel at once, the residual handed over between blocks, attention by lengths, the fused optimizer.
 
-In Triton's interpreter, on tensor-parallel ranks of two stages, MMDiT trains what one process does by torch's kernels.
+In Triton's interpreter, on tensor-parallel ranks with stages or replicas, MMDiT trains what one process does by torch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ STEPS = 2
 TOLERANCE = 2e-5  # kernels sum in another order, and draw noise to the rounding of logarithm and sine
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "tensor, pipeline": ({"tensor": 2, "pipeline": 2, "zero_stage": 1}, "none"),
+    "tensor, sequence, ZeRO-1, selective": ({"tensor": 2, "sequence": True, "zero_stage": 1}, "selective"),
 }
 
 
