@@ -25,7 +25,16 @@ from helpers.ranks import run_command
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ("megadit", "kernels", "launch", "tools")
 # Imported only where somebody installed them: the extras' packages, and what comes with a CUDA build of torch.
-OPTIONAL = {"triton", "transformer_engine", "flash_attn", "apex", "amp_C", "wandb", "torchvision"}
+OPTIONAL = {
+    "triton",
+    "transformer_engine",
+    "flash_attn",
+    "flash_attn_interface",
+    "apex",
+    "amp_C",
+    "wandb",
+    "torchvision",
+}
 COMES_WITH = {"pydantic_core": "pydantic", "botocore": "boto3"}  # parts of a required package with names of their own
 
 # Required, though no module of megadit imports it by its name: why.

@@ -94,7 +94,7 @@ class Recorder:
             out = outputs[name]
             self._add(step, name, role, "activation", out)
             if step == 0:
-                self.initial_outputs[name] = out
+                self.initial_outputs[name] = out.clone()  # what puts out its parameter would move with it
             else:
                 self._add(step, name, role, "change", out - self.initial_outputs[name])
             if self.initial[name]:

@@ -39,13 +39,10 @@ def _scaled_dot_product_attention(
     return _attention(query, key, value, attn_mask)
 
 
-_getitem = Tensor.__getitem__
-
-
-def _getitem_without_cuda(self: Tensor, index: Any) -> Tensor:
+def _getitem_without_cuda(self: FakeTensor, index: Any) -> Tensor:
     """Slices of fake CUDA tensors; torch's own sets the CUDA device first, which a CPU build refuses."""
-    if not isinstance(self, FakeTensor) or self.device.type != "cuda":
-        return _getitem(self, index)
+    if self.device.type != "cuda":
+        return Tensor.__getitem__(self, index)
     parts = index if isinstance(index, tuple) else (index,)
     out, dim = self, 0
     for at, part in enumerate(parts):
@@ -70,7 +67,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "works", lambda name: name in ("triton", "cuda", "varlen") or works(name))
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _scaled_dot_product_attention)
-        patch.setattr(Tensor, "__getitem__", _getitem_without_cuda)
+        # Not of Tensor: Python would take it for a sequence ever after, and torch.tensor([tensor, 1.0]) would fail.
+        patch.setattr(FakeTensor, "__getitem__", _getitem_without_cuda)
         for op in ops:
             op.select("auto")
         try:

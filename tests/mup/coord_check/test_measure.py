@@ -137,7 +137,7 @@ def test_a_layer_that_takes_an_activation_is_read_before_it() -> None:
         if (reading.module, reading.quantity) == ("blocks.0.mlp.fc1", "activation")
     )
     before = nn.functional.linear(inputs[0], fc1.weight, fc1.bias).abs().mean()
-    assert activation == pytest.approx(float(before), rel=1e-5)
+    assert activation == pytest.approx(float(before.detach()), rel=1e-5)
 
 
 def test_padded_tokens_are_not_read() -> None:
