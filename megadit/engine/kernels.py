@@ -28,13 +28,25 @@ def check_kernels(config: KernelConfig, device: str) -> None:
         UserError: a kernel without a GPU, or with a Triton, an apex or a flash attention that does not work.
     """
     for key, choice in _by_name(config).items():
-        name, package = _BACKENDS[choice]
-        probe = backend(name)
-        if device != "cuda" or not probe.works:
-            raise UserError(
-                f"kernels.{key}: {choice} needs a GPU and {package} ({_why_not(probe, package)}); set "
-                f"kernels.{key}=auto or {'sdpa' if key == 'attention' else 'reference'}"
-            )
+        require_backend(
+            f"kernels.{key}", choice, _BACKENDS[choice], device, "sdpa" if key == "attention" else "reference"
+        )
+
+
+def require_backend(key: str, choice: str, needed: tuple[str, str], device: str, other: str) -> None:
+    """Refuse ``key``'s ``choice`` where ``needed``, a backend and what people call it, does not work on ``device``.
+
+    ``other``: the choice beside auto that works everywhere.
+
+    Raises:
+        UserError: there is no GPU, or the backend does not work.
+    """
+    name, package = needed
+    probe = backend(name)
+    if device != "cuda" or not probe.works:
+        raise UserError(
+            f"{key}: {choice} needs a GPU and {package} ({_why_not(probe, package)}); set {key}=auto or {other}"
+        )
 
 
 def select_kernels(config: KernelConfig) -> None:

@@ -18,11 +18,11 @@ from torch import nn
 
 from megadit.config import OptimConfig
 from megadit.engine.clipping import clip_plan
+from megadit.engine.kernels import require_backend
 from megadit.engine.schedule import Schedule
 from megadit.errors import UserError
 from megadit.mup.groups import clip_mults, param_groups
 from megadit.mup.spec import ParamSpec, param_specs
-from megadit_kernels.backends import backend
 
 _TABLE_KEYS = ("name", "lr_mult", "wd_mult", "eps_mult")
 
@@ -119,16 +119,9 @@ def check_implementation(implementation: str, device: torch.device) -> None:
     Raises:
         UserError: fused or apex without a GPU, Triton or NVIDIA's apex.
     """
-    if implementation not in ("fused", "apex"):
-        return
-    name, package = ("triton", "Triton") if implementation == "fused" else ("apex", "NVIDIA's apex")
-    probe = backend(name)
-    if device.type != "cuda" or not probe.works:
-        why = "training is on the CPU" if probe.works else f"{package}: {probe.detail}"
-        raise UserError(
-            f"optim.implementation: {implementation} needs a GPU and {package} ({why}); set "
-            "optim.implementation=auto or torch-fused"
-        )
+    needed = {"fused": ("triton", "Triton"), "apex": ("apex", "NVIDIA's apex")}.get(implementation)
+    if needed is not None:
+        require_backend("optim.implementation", implementation, needed, device.type, "torch-fused")
 
 
 def _build(groups: list[dict[str, Any]], config: OptimConfig, implementation: str) -> torch.optim.Optimizer:
