@@ -7,6 +7,7 @@ Importing this module needs Triton.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,23 @@ def passes_of(rows: int, rows_at_a_time: int) -> int:
     """How many blocks of rows a program sums."""
     least = -(-_LEAST_ROWS // rows_at_a_time)
     return max(least, -(-rows // (_CHUNKS * rows_at_a_time)))
+
+
+def bias_sums(h: Tensor, bias: Tensor | None, rows_at_a_time: int) -> tuple[Tensor, Tensor, int, int]:
+    """Of the gradient of ``bias`` (m,), which is added to h (..., m): the gradient and its partial sums (chunks, m)
+    float32, both still to be written, how many blocks of rows a chunk has, and how many chunks there are.
+
+    Gradient and partial sums are empty where there is no bias. Called also for tensors without values, so that plans
+    count the partial sums.
+    """
+    width = h.shape[-1]
+    gradient = h.new_empty(0) if bias is None else bias.new_empty(width)
+    if not h.numel():
+        gradient.zero_()
+    count = h.numel() // max(width, 1)
+    passes = 1 if bias is None else passes_of(count, rows_at_a_time)
+    chunks = -(-count // (rows_at_a_time * passes))
+    return gradient, h.new_empty((0 if bias is None else chunks, width), dtype=torch.float32), passes, chunks
 
 
 def chunks_of(count: int, strip: int) -> tuple[int, int]:

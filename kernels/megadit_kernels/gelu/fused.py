@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megadit_kernels.gelu import triton_kernels
 from megadit_kernels.operators import KernelOperator, launches, rows_of
-from megadit_kernels.partial_sums import add_up, passes_of
+from megadit_kernels.partial_sums import add_up, bias_sums
 
 _ROWS, _BLOCK = 8, 256  # of a program of 4 warps: 16 elements a thread, in pieces of 16 bytes
 
@@ -33,13 +32,7 @@ def backward(h: Tensor, bias: Tensor | None, dy: Tensor, approximate: str) -> tu
     """The gradients of h and of the bias; the latter is empty where there is none."""
     width = h.shape[-1]
     dh = h.new_empty(h.shape)
-    dbias = h.new_empty(0) if bias is None else bias.new_empty(width)
-    if not h.numel():
-        dbias.zero_()
-    count = h.numel() // max(width, 1)
-    passes = 1 if bias is None else passes_of(count, _ROWS)
-    chunks = -(-count // (_ROWS * passes))
-    partial = h.new_empty((0 if bias is None else chunks, width), dtype=torch.float32)  # here, so that plans count it
+    dbias, partial, passes, chunks = bias_sums(h, bias, _ROWS)
     if launches(dh):
         rows, grads = rows_of(h), rows_of(dy)
         triton_kernels.backward[(chunks, -(-width // _BLOCK))](

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megadit_kernels.operators import KernelOperator, launches, rows_of
-from megadit_kernels.partial_sums import add_up, passes_of
+from megadit_kernels.partial_sums import add_up, bias_sums
 from megadit_kernels.swiglu import triton_kernels
 
 _ROWS, _BLOCK = 4, 256  # of a program of 4 warps: 8 elements a thread of gate and of up, 16 bytes of bfloat16
@@ -34,13 +33,7 @@ def backward(h: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor
     """The gradients of h and of the bias, from that of the result; the bias's is empty where there is none."""
     width = h.shape[-1] // 2
     dh = h.new_empty(h.shape)
-    dbias = h.new_empty(0) if bias is None else bias.new_empty(2 * width)
-    if not h.numel():
-        dbias.zero_()
-    count = h.numel() // max(2 * width, 1)
-    passes = 1 if bias is None else passes_of(count, _ROWS)
-    chunks = -(-count // (_ROWS * passes))
-    partial = h.new_empty((0 if bias is None else chunks, 2 * width), dtype=torch.float32)  # here: plans count it
+    dbias, partial, passes, chunks = bias_sums(h, bias, _ROWS)
     if launches(dh):
         rows, grads = rows_of(h), rows_of(dy)
         triton_kernels.backward[(chunks, -(-width // _BLOCK))](
