@@ -111,7 +111,7 @@ class Op(Generic[P, R]):
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether a call with this first operand runs another implementation than torch's own kernels."""
-        function = self._chosen.get(x.device.type) or self.choose(x.device.type)
+        function = self.function_on(x.device.type)
         return function is not self.reference and function is not self.by(self.torchs_name)
 
     @property
@@ -130,9 +130,7 @@ class Op(Generic[P, R]):
     def choose(self, device: str) -> Callable[Concatenate[Tensor, P], R]:
         """What runs on this type of device from now on, which the first call would find out: torch.compile cannot trace
         that inside of activation checkpointing."""
-        name = self.backend_on(device)
-        function = self.reference if name == "reference" else self._implementations[name].function
-        self._chosen[device] = function
+        function = self._chosen[device] = self.by(self.backend_on(device))
         return function
 
 

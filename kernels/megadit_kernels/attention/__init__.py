@@ -47,9 +47,7 @@ def cumulative_lengths(used: Tensor, rows: int) -> Tensor:
 
 def attends_without_mask(x: Tensor, head_dim: int) -> bool:
     """Whether heads of x's device and dtype are attended to by a flash kernel for several lengths."""
-    if x.dtype not in FLASH_DTYPES or head_dim > LARGEST_HEAD_DIM or x.device.type == "meta":
-        return False
-    return attention.function_on(x.device.type) is not attention.reference
+    return _flash_takes(x, head_dim) and attention.function_on(x.device.type) is not attention.reference
 
 
 def _in_use(cu: Tensor, rows: int) -> Tensor:
@@ -57,8 +55,8 @@ def _in_use(cu: Tensor, rows: int) -> Tensor:
     return torch.arange(rows, device=cu.device) < (cu[1::2] - cu[:-1:2])[:, None]
 
 
-def _flash_can(q: Tensor) -> bool:
-    return q.dtype in FLASH_DTYPES and q.shape[-1] <= LARGEST_HEAD_DIM and q.device.type != "meta"
+def _flash_takes(x: Tensor, head_dim: int) -> bool:
+    return x.dtype in FLASH_DTYPES and head_dim <= LARGEST_HEAD_DIM and x.device.type != "meta"
 
 
 attention.implementation("sdpa", device=None, works=lambda: True)(attention.reference)
@@ -73,7 +71,7 @@ def _flash_attn(
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
 ) -> Tensor:
-    if mask is not None or not _flash_can(q):
+    if mask is not None or not _flash_takes(q, q.shape[-1]):
         return attention.reference(q, k, v, mask, cu_q, cu_k)
     from megadit_kernels.attention.flash import by_flash_attn
 
@@ -89,7 +87,7 @@ def _varlen(
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
 ) -> Tensor:
-    if cu_q is None or cu_k is None or not _flash_can(q):
+    if cu_q is None or cu_k is None or not _flash_takes(q, q.shape[-1]):
         return attention.reference(q, k, v, mask, cu_q, cu_k)
     from megadit_kernels.attention.flash import by_torch
 
